@@ -1,0 +1,187 @@
+"""LlamaConfig: the shape of a LLaMA, from a preset or from any Hugging Face `config.json` of the family.
+
+Field names are Hugging Face's. A field of a `config.json` that would change the arithmetic in a way `model.py` does not
+implement is refused by name; nothing that matters is ignored.
+"""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from dtensor_llama.errors import UsageError
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None   # None: as many as query heads (multi-head attention)
+    head_dim: int | None = None              # None: hidden_size / num_attention_heads
+    max_position_embeddings: int = 4096      # the context it was trained for; nothing breaks beyond it but quality
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    tie_word_embeddings: bool = False        # one matrix is both the embedding and the head
+    initializer_range: float = 0.02          # standard deviation of the initial weights
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    pad_token_id: int | None = None
+
+    def __post_init__(self):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UsageError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise UsageError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                                 f"{self.num_attention_heads}; change one of them, or give head_dim.")
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+            raise UsageError(f"num_key_value_heads {self.num_key_value_heads} does not divide num_attention_heads "
+                             f"{self.num_attention_heads}; each key/value head serves a whole group of query heads.")
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise UsageError(f"head_dim {self.head_dim} is not even; RoPE rotates pairs of dims.")
+
+    @property
+    def n_parameters(self) -> int:
+        """All trainable numbers; a tied matrix counts once."""
+        attention = self.hidden_size * self.head_dim * 2 * (self.num_attention_heads + self.num_key_value_heads)
+        block = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        matrices = 1 if self.tie_word_embeddings else 2
+        return (self.num_hidden_layers * block + self.hidden_size
+                + matrices * self.vocab_size * self.hidden_size)
+
+    @staticmethod
+    def preset(name: str) -> "LlamaConfig":
+        """The shape called `name`: llama2-7b, llama1-65b, tiny-10m, ... UsageError lists them all if unknown."""
+        if name not in PRESETS:
+            raise UsageError(f"--model {name} is neither a preset nor a folder. Presets: {', '.join(PRESETS)}.")
+        return PRESETS[name]
+
+    @staticmethod
+    def from_hf(folder: str | Path) -> "LlamaConfig":
+        """Read `config.json` of a Hugging Face folder (or that file itself), in both generations of its format.
+
+        Older: rope_theta, rope_scaling, torch_dtype at top level. Newer (transformers 5): rope_parameters, dtype.
+        UsageError if there is none, if it is cut short, of another family, or asks for arithmetic we do not have.
+        """
+        path = Path(folder)
+        path = path / "config.json" if path.is_dir() else path
+        if not path.is_file():
+            raise UsageError(f"{path} does not exist; a Hugging Face model folder has a config.json.")
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path} is not complete JSON ({error}); copy the file again.") from None
+        if not isinstance(fields, dict):
+            raise UsageError(f"{path} holds a {type(fields).__name__}, not a model's settings; copy the file again.")
+        return _from_fields(fields, path)
+
+    def to_hf(self) -> dict:
+        """The content of a `config.json` that transformers opens, old and new (without the dtype of the weights)."""
+        return {
+            **asdict(self),
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "mlp_bias": False,
+            "use_cache": True,
+            # Readers before transformers 5 know rope_theta (above) alone, later ones prefer rope_parameters.
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+        }
+
+
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+# What these fields may hold without changing the arithmetic of model.py. Absent and null are always fine.
+_NEUTRAL = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,), "mlp_bias": (False,), "qkv_bias": (False,), "bias": (False,),
+    "attention_dropout": (0, 0.0), "hidden_dropout": (0, 0.0), "resid_pdrop": (0, 0.0), "embd_pdrop": (0, 0.0),
+    "partial_rotary_factor": (1, 1.0), "sliding_window": (), "use_sliding_window": (False,),
+    "quantization_config": (), "quantization": (), "use_qk_norm": (False,), "qk_norm": (False,),
+    "embedding_multiplier": (1, 1.0), "residual_multiplier": (1, 1.0), "logits_scaling": (1, 1.0),
+    "logit_scale": (1, 1.0), "attn_logit_softcapping": (), "final_logit_softcapping": (),
+    "num_local_experts": (0, 1), "is_encoder_decoder": (False,), "add_cross_attention": (False,),
+}
+
+
+def _from_fields(fields: dict, path: Path) -> LlamaConfig:
+    family = fields.get("model_type")
+    if family != "llama":
+        raise UsageError(f"{path}: model_type is {family!r}; only 'llama' is supported (LLaMA 1 and 2, and models of "
+                         "their architecture).")
+    missing = [name for name in _REQUIRED if fields.get(name) is None]
+    if missing:
+        raise UsageError(f"{path}: {', '.join(missing)} missing; the file is not a whole LLaMA config.json.")
+    refused = [f"{name}={fields[name]!r}" for name, neutral in _NEUTRAL.items()
+               if fields.get(name) is not None and fields[name] not in neutral]
+    architectures = fields.get("architectures") or ["LlamaForCausalLM"]
+    if not {"LlamaForCausalLM", "LlamaModel", "LLaMAForCausalLM"} & set(architectures):
+        refused.append(f"architectures={architectures!r}")
+    rope_theta = fields.get("rope_theta", 10_000.0)
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = fields.get(name)
+        if rope is None:
+            continue
+        if not isinstance(rope, dict):
+            raise UsageError(f"{path}: {name} is {rope!r}; it must be an object.")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        extra = {key: value for key, value in rope.items() if key not in ("rope_type", "type", "rope_theta")
+                 and not (key == "partial_rotary_factor" and value in (None, 1))}
+        if kind != "default" or (name == "rope_parameters" and extra):
+            refused.append(f"{name}={rope!r}")
+        rope_theta = rope.get("rope_theta", rope_theta)
+    if refused:
+        raise UsageError(f"{path}: not supported: {'; '.join(refused)}. Each would change the arithmetic, so it is "
+                         "refused rather than ignored (supported: silu, no biases, no dropout, plain RoPE).")
+    known = {name: fields[name] for name in LlamaConfig.__dataclass_fields__
+             if fields.get(name) is not None and name != "rope_theta"}
+    # Hugging Face's own defaults, where ours (LLaMA-2's) differ from what an absent field means there.
+    absent = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2}
+    known = {**{name: value for name, value in absent.items() if name not in fields}, **known}
+    known |= {name: None for name in ("bos_token_id", "eos_token_id") if name in fields and fields[name] is None}
+    try:
+        return LlamaConfig(**known, rope_theta=float(rope_theta))
+    except (UsageError, TypeError, ValueError) as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def _llama1(hidden: int, intermediate: int, layers: int, heads: int) -> LlamaConfig:
+    return LlamaConfig(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+                       num_attention_heads=heads, max_position_embeddings=2048, rms_norm_eps=1e-6)
+
+
+def _tiny(vocab: int, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> LlamaConfig:
+    return LlamaConfig(vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+                       num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=1024,
+                       tie_word_embeddings=True)
+
+
+_LLAMA2 = LlamaConfig()
+PRESETS: dict[str, LlamaConfig] = {
+    # arXiv:2307.09288 and the config.json files Meta published beside it; context 4096
+    "llama2-7b": _LLAMA2,
+    "llama2-13b": replace(_LLAMA2, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
+                          num_attention_heads=40, num_key_value_heads=40, head_dim=128),
+    "llama2-70b": replace(_LLAMA2, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+                          num_attention_heads=64, num_key_value_heads=8, head_dim=128),
+    # arXiv:2302.13971, table 2; context 2048
+    "llama1-7b": _llama1(4096, 11008, 32, 32),
+    "llama1-13b": _llama1(5120, 13824, 40, 40),
+    "llama1-33b": _llama1(6656, 17920, 60, 52),
+    "llama1-65b": _llama1(8192, 22016, 80, 64),
+    # for laptops and tests: the tied matrix is most of a small model, so the vocabulary is small too
+    "tiny-1m": _tiny(1024, 128, 352, 4, 4, 2),
+    "tiny-5m": _tiny(4096, 256, 704, 5, 8, 4),
+    "tiny-10m": _tiny(4096, 320, 864, 8, 5, 5),
+    "tiny-15m": _tiny(4096, 384, 1024, 8, 6, 2),
+    "small-110m": LlamaConfig(hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12),
+}

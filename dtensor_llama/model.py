@@ -1,0 +1,212 @@
+"""The LLaMA decoder (arXiv:2302.13971, arXiv:2307.09288), with Hugging Face's module names, so weights need no converting.
+
+Shape letters: B rows, T tokens per row, D model width, H query heads, K key/value heads, E head width, V vocabulary.
+The module knows no mesh and no rank: parallel/ rewrites it from outside. So it reads head counts off the tensors it
+gets (tensor parallelism gives it a share of the heads) and takes positions as an argument (context parallelism gives it
+a share of the sequence).
+"""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dtensor_llama.attention import Documents, attention
+from dtensor_llama.config import LlamaConfig
+from dtensor_llama.loss import cross_entropy_sum
+
+
+def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles at `positions` (B, T).
+
+    Returns two (B, T, 1, E/2) float32 tensors, to be broadcast over heads; angles in radians, theta the base of the
+    frequencies. Made anew in each forward from the positions, so that no buffer can be cast to bfloat16 (wrong by
+    radians at position 4,000) or be lost on `meta`. Source: Su et al. 2021, arXiv:2104.09864, sec. 3.2.2.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions[..., None].float() * theta**-exponents            # (B, T, E/2)
+    return angles.cos()[:, :, None], angles.sin()[:, :, None]
+
+
+def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate x (B, T, heads, E) in float32; dims i and i + E/2 are a pair (Hugging Face's order; Meta's is 2i, 2i + 1)."""
+    cos, sin = rope
+    first, second = x.float().chunk(2, dim=-1)                           # (B, T, heads, E/2) each
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of the tokens already seen, per layer (B, max_tokens, K, E); filled in order."""
+
+    def __init__(self, max_tokens: int):
+        self.max_tokens, self.n_seen = max_tokens, 0
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k, v (B, T, K, E) of the new tokens; returns all of them (B, n_seen + T, K, E)."""
+        if layer not in self.layers:
+            self.layers[layer] = tuple(x.new_empty(x.shape[0], self.max_tokens, *x.shape[2:]) for x in (k, v))
+        end = self.n_seen + k.shape[1]
+        for stored, new in zip(self.layers[layer], (k, v), strict=True):
+            stored[:, self.n_seen:end] = new
+        return tuple(x[:, :end] for x in self.layers[layer])
+
+
+class LlamaAttention(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        D, E = config.hidden_size, config.head_dim
+        self.layer, self.head_dim = layer, E
+        self.kernel = "sdpa"                                              # Llama.set_attention changes it
+        self.q_proj = nn.Linear(D, config.num_attention_heads * E, bias=False)
+        self.k_proj = nn.Linear(D, config.num_key_value_heads * E, bias=False)
+        self.v_proj = nn.Linear(D, config.num_key_value_heads * E, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * E, D, bias=False)
+
+    def forward(self, x: Tensor, rope, documents: Documents | None, cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)                  # (B, T, H, E): -1, as tp holds a share of H
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)                  # (B, T, K, E)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)                         # (B, S, K, E), S tokens seen so far
+        return self.o_proj(attention(q, k, v, self.kernel, documents).reshape(B, T, -1))
+
+
+class LlamaMLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)). Source: Shazeer 2020, arXiv:2002.05202."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaBlock(nn.Module):
+    """(B, T, D) -> (B, T, D): each half normalises its input and adds its output to the stream."""
+
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = LlamaAttention(config, layer)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = LlamaMLP(config)
+
+    def forward(self, x: Tensor, rope, documents: Documents | None = None, cache: KVCache | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, documents, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LlamaModel(nn.Module):
+    """Everything below the head: tokens (B, T) -> normalised hidden states (B, T, D)."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(LlamaBlock(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention_kernel = "sdpa"
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        documents = None
+        if positions is None:                                             # one document a row
+            first = cache.n_seen if cache is not None else 0
+            positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]
+        else:                                                             # packed documents: 0 where one begins
+            documents = Documents.from_positions(positions, self.attention_kernel, tokens.device)
+            positions = positions.to(tokens.device, non_blocking=True)
+        rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
+        x = self.embed_tokens(tokens)                                     # (B, T, D)
+        for block in self.layers:
+            x = block(x, rope, documents, cache)
+        if cache is not None:
+            cache.n_seen += tokens.shape[1]
+        return self.norm(x)
+
+
+class Llama(nn.Module):
+    """The whole model. `Llama(config)` under `torch.device("meta")` costs nothing; then `to_empty` and `init_weights`
+    or `load_hf`. Made on a real device it has the initial weights of seed 0 at once."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.model = LlamaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._tie()
+        if not self.lm_head.weight.is_meta:
+            init_weights(self, seed=0)
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None, positions: Tensor | None = None,
+                cache: KVCache | None = None) -> Tensor:
+        """tokens (B, T) int64 -> logits (B, T, V); or, with labels (B, T), the float32 sum of the token losses in nats.
+
+        labels[b, t] is the token that position t must predict (shifted by whoever made the batch), -100 where nothing
+        is scored. With labels the logits never exist as a whole. positions (B, T), on any device, restart at 0 where a
+        document begins; without them a row is one document. cache: keys and values of earlier tokens, for generation.
+        """
+        hidden = self.model(tokens, positions, cache)
+        if labels is None:
+            return self.lm_head(hidden)
+        return cross_entropy_sum(hidden, self.lm_head.weight, labels)
+
+    def _tie(self) -> None:
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def to_empty(self, **kwargs) -> "Llama":
+        """As nn.Module.to_empty, which would leave two matrices where one is tied."""
+        super().to_empty(**kwargs)
+        self._tie()
+        return self
+
+    def set_attention(self, kernel: str) -> None:
+        """Attend with `flash`, `sdpa` or `math` from now on (attention.py; `choose_attention` says what can run)."""
+        self.model.attention_kernel = kernel
+        for block in self.model.layers:
+            block.self_attn.kernel = kernel
+
+
+INIT_BLOCK_ELEMENTS = 2**20   # what one random stream fills: small enough to skip what other ranks hold
+
+
+@torch.no_grad()
+def init_weights(model: Llama, seed: int) -> None:
+    """Give every parameter its initial value: normal(0, initializer_range), norms 1, as Hugging Face does.
+
+    The value of an element depends on the seed, the parameter's name and its place in the whole parameter, never on how
+    the parameter is spread: each run of rows has a random stream of its own, made on the CPU, and a rank draws only the
+    runs its shards touch. Parameters may be plain or DTensors of any placement; not on `meta`.
+    """
+    from dtensor_llama.weights import local_boxes
+
+    def fill(name: str, shape: torch.Size, offsets, sizes, local: Tensor) -> None:
+        run = max(1, INIT_BLOCK_ELEMENTS // max(1, shape[1:].numel()))    # rows per stream
+        end = offsets[0] + sizes[0]
+        for first in range(offsets[0] // run * run, end, run):
+            key = hashlib.sha256(f"{seed}/{name}/{first}".encode()).digest()
+            stream = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+            rows = torch.empty(min(run, shape[0] - first), *shape[1:]).normal_(
+                0, model.config.initializer_range, generator=stream)
+            low, high = max(first, offsets[0]), min(first + run, end)
+            columns = [slice(o, o + s) for o, s in zip(offsets[1:], sizes[1:], strict=True)]
+            local[low - offsets[0]:high - offsets[0]] = rows[(slice(low - first, high - first), *columns)]
+
+    with ThreadPoolExecutor() as threads:     # normal_ runs on one core and lets go of the interpreter while it does
+        jobs = []
+        for name, parameter in model.named_parameters():                  # a tied matrix comes once, as the embedding
+            for offsets, sizes, local in local_boxes(parameter):
+                if parameter.dim() == 1:
+                    local.fill_(1.0)
+                else:
+                    jobs.append(threads.submit(fill, name, parameter.shape, offsets, sizes, local))
+        for job in jobs:
+            job.result()

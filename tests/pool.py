@@ -1,0 +1,101 @@
+"""Gloo worker processes kept alive across tests: importing torch costs seconds, so it is paid once per worker.
+
+    results = run_on(2, my_function, argument)      # my_function(argument) on ranks 0 and 1; one result per rank
+
+Each call is a process group of its own. A rank that raises, dies or hangs fails the call within `timeout` seconds with
+that rank's traceback; the workers are then replaced, so the next test starts clean.
+"""
+
+import atexit
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from multiprocessing.connection import wait
+from pathlib import Path
+
+_context = multiprocessing.get_context("spawn")
+_workers: list["_Worker"] = []
+
+
+class RankFailed(AssertionError):
+    """A worker raised, died or did not answer in time; the message begins with its rank."""
+
+
+class _Worker:
+    def __init__(self):
+        self.pipe, theirs = _context.Pipe()
+        self.process = _context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()                       # so that a dead worker is an end of file here
+
+
+def run_on(ranks: int, function, *args, timeout: float = 60):
+    """Call `function(*args)` in `ranks` processes of one gloo group; returns their results, in rank order.
+
+    The function must be importable (top level of its module) and its arguments and result picklable.
+    """
+    while len(_workers) < ranks:
+        _workers.append(_Worker())
+    with tempfile.TemporaryDirectory() as folder:
+        for rank, worker in enumerate(_workers[:ranks]):
+            worker.pipe.send((function, args, rank, ranks, f"{folder}/store"))
+        results, failures = _collect(_workers[:ranks], timeout)
+    if failures:
+        _stop_all()
+        raise RankFailed("\n".join(failures))
+    return results
+
+
+def _collect(workers, timeout: float):
+    deadline, grace = time.monotonic() + timeout, 2.0     # after one failure the others get `grace` to fail by themselves
+    results, failures = [None] * len(workers), []
+    pending = {worker.pipe: rank for rank, worker in enumerate(workers)}
+    while pending:
+        ready = wait(list(pending), timeout=max(0, deadline - time.monotonic()))
+        if not ready:
+            if not failures:
+                failures += [f"rank {rank} did not answer in {timeout:.0f} s" for rank in pending.values()]
+            break
+        for pipe in ready:
+            rank = pending.pop(pipe)
+            try:
+                ok, results[rank] = pipe.recv()
+            except (EOFError, ConnectionError):
+                ok, results[rank] = False, f"died with exit code {workers[rank].process.exitcode}"
+            if not ok:
+                failures.append(f"rank {rank}: {results[rank]}")
+                deadline = min(deadline, time.monotonic() + grace)
+    return results, failures
+
+
+def _stop_all() -> None:
+    while _workers:
+        _workers.pop().process.kill()
+
+
+atexit.register(_stop_all)
+
+
+def _serve(pipe) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, args, rank, ranks, store = pipe.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+        try:
+            dist.init_process_group("gloo", store=dist.FileStore(str(Path(store)), ranks), rank=rank, world_size=ranks)
+            answer = (True, function(*args))
+            dist.barrier()                   # no rank leaves while another still talks to it
+        except BaseException:                # noqa: BLE001: whatever it was belongs to the test that asked
+            answer = (False, traceback.format_exc())
+        pipe.send(answer)
+        if not answer[0]:
+            return
+        dist.destroy_process_group()

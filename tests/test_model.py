@@ -1,0 +1,217 @@
+"""The model equals transformers' in fp32, on every shape of the family, in logits and in each gradient."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from dtensor_llama import Llama, LlamaConfig, load_hf
+from dtensor_llama.attention import attention
+from dtensor_llama.loss import cross_entropy_sum
+from dtensor_llama.model import init_weights
+
+SHARED = Path(os.environ.get("DTENSOR_LLAMA_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+STORIES = SHARED / "stories260K"
+
+MHA = LlamaConfig(vocab_size=307, hidden_size=64, intermediate_size=172, num_hidden_layers=3, num_attention_heads=4)
+SHAPES = {
+    "mha": MHA,
+    "gqa": LlamaConfig(**{**vars(MHA), "num_key_value_heads": 2}),
+    "mqa-tied": LlamaConfig(**{**vars(MHA), "num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "head-dim": LlamaConfig(**{**vars(MHA), "head_dim": 32, "num_key_value_heads": 2, "rope_theta": 5e5}),
+}
+
+
+def transformers_twin(model: Llama):
+    import transformers
+
+    twin = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{
+        key: value for key, value in model.config.to_hf().items() if key != "rope_theta"}))
+    missing, unexpected = twin.load_state_dict(model.state_dict(), strict=False)
+    assert not missing and not unexpected
+    return twin
+
+
+def assert_equals_twin(model: Llama, twin, tokens: torch.Tensor):
+    with torch.no_grad():
+        assert_close(model(tokens), twin(tokens).logits, rtol=0, atol=1e-4)
+    labels = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], dim=1)
+    (model(tokens, labels=labels) / (labels != -100).sum()).backward()
+    twin(tokens, labels=tokens).loss.backward()
+    theirs = dict(twin.named_parameters())
+    for name, parameter in model.named_parameters():
+        expected = theirs[name].grad
+        difference = (parameter.grad - expected).norm() / expected.norm()
+        assert difference < 1e-4, f"{name}: {difference}"
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "math"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_and_gradients_equal_transformers(shape, kernel):
+    model = Llama(SHAPES[shape])
+    model.set_attention(kernel)
+    tokens = torch.randint(SHAPES[shape].vocab_size, (2, 50), generator=torch.Generator().manual_seed(1))
+    assert_equals_twin(model, transformers_twin(model), tokens)
+
+
+@pytest.mark.skipif(not STORIES.exists(), reason="the trained weights stories260K are not on this machine")
+def test_trained_weights_give_the_published_loss_and_equal_transformers():
+    import transformers
+
+    model = Llama(LlamaConfig.from_hf(STORIES))
+    load_hf(model, STORIES)
+    from dtensor_llama.data.tokenizer import load_tokenizer
+    text = "Once upon a time, there was a little girl named Lily. She loved to play outside."
+    tokens = torch.tensor([[1, *load_tokenizer(STORIES).encode(text)]])
+    assert tokens.shape == (1, 27)
+    with torch.no_grad():
+        loss = model(tokens[:, :-1], labels=tokens[:, 1:]) / 26
+    assert abs(loss.item() - 0.28031) < 1e-4            # measured with transformers
+    assert_equals_twin(model, transformers.LlamaForCausalLM.from_pretrained(STORIES, dtype=torch.float32), tokens)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "math"])
+def test_a_packed_row_gives_what_its_documents_give_alone(kernel):
+    model = Llama(SHAPES["gqa"])
+    model.set_attention(kernel)
+    lengths = [7, 1, 20, 4]
+    rows = torch.randint(307, (2, sum(lengths)), generator=torch.Generator().manual_seed(2))
+    positions = torch.cat([torch.arange(n) for n in lengths]).expand(2, -1)
+    with torch.no_grad():
+        packed = model(rows, positions=positions)
+        alone = torch.cat([model(document) for document in rows.split(lengths, dim=1)], dim=1)
+        assert_close(packed, alone, rtol=0, atol=2e-6)             # only the order of summation differs
+        assert (model(rows) - alone).abs().max() > 1e-3            # without the mask they see each other
+
+
+def test_attention_kernels_agree_with_and_without_a_cache():
+    generator = torch.Generator().manual_seed(3)
+    k, v = (torch.randn(2, 9, 2, 16, generator=generator) for _ in range(2))
+    for n_new in (1, 4, 9):
+        q = torch.randn(2, n_new, 6, 16, generator=generator)
+        assert_close(attention(q, k, v, "sdpa"), attention(q, k, v, "math"), rtol=0, atol=1e-6)
+
+
+def test_sdpa_reads_key_value_heads_unexpanded(monkeypatch):
+    seen = []
+    original = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
+                        lambda q, k, v, **kw: seen.append((q.shape[1], k.shape[1], v.shape[1])) or original(q, k, v, **kw))
+    attention(torch.randn(1, 8, 6, 16), torch.randn(1, 8, 2, 16), torch.randn(1, 8, 2, 16), "sdpa")
+    assert seen == [(6, 2, 2)]
+
+
+def test_chunked_loss_equals_torch_and_skips_unscored_tokens(monkeypatch):
+    monkeypatch.setattr("dtensor_llama.loss.CHUNK_ELEMENTS", 37 * 5)      # 5 tokens a chunk, the last one short
+    hidden = torch.randn(3, 6, 8, requires_grad=True)
+    weight = torch.randn(37, 8, requires_grad=True)
+    labels = torch.randint(37, (3, 6))
+    labels[0, :4] = -100
+    ours = cross_entropy_sum(hidden, weight, labels)
+    ours_grads = torch.autograd.grad(ours * 0.3, [hidden, weight])
+    expected = torch.nn.functional.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten(), reduction="sum")
+    assert_close(ours, expected)
+    for mine, theirs in zip(ours_grads, torch.autograd.grad(expected * 0.3, [hidden, weight]), strict=True):
+        assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_initial_weights_depend_on_seed_and_name_only():
+    model, again, other = (Llama(SHAPES["gqa"]) for _ in range(3))
+    init_weights(again, seed=0)
+    init_weights(other, seed=1)
+    ours, same, different = (dict(m.named_parameters()) for m in (model, again, other))
+    for name, weight in ours.items():
+        assert torch.equal(weight, same[name])
+        assert weight.dim() == 1 or not torch.equal(weight, different[name])
+    q, o = ours["model.layers.0.self_attn.q_proj.weight"], ours["model.layers.0.self_attn.o_proj.weight"]
+    assert not torch.equal(q, o)                                            # same shape, other name
+    everything = torch.cat([w.flatten() for n, w in ours.items() if w.dim() == 2])
+    assert abs(everything.std().item() - 0.02) < 2e-4 and abs(everything.mean().item()) < 2e-4
+
+
+def test_rope_stays_float32_in_a_bfloat16_model():
+    model = Llama(SHAPES["mha"]).to(torch.bfloat16)
+    seen = []
+    model.model.layers[0].self_attn.register_forward_pre_hook(lambda module, args: seen.append(args[1][0]))
+    model(torch.zeros(1, 8, dtype=torch.int64))
+    assert seen[0].dtype == torch.float32
+
+
+def test_parameter_names_and_count_are_those_of_transformers():
+    for config in SHAPES.values():
+        model = Llama(config)
+        twin = transformers_twin(model)
+        assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in twin.named_parameters()}
+        assert config.n_parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_presets_are_the_published_sizes():
+    billions = {name: LlamaConfig.preset(name).n_parameters / 1e9 for name in
+                ("llama2-7b", "llama2-13b", "llama2-70b", "llama1-7b", "llama1-13b", "llama1-33b", "llama1-65b")}
+    assert {name: round(size, 1) for name, size in billions.items()} == {
+        "llama2-7b": 6.7, "llama2-13b": 13.0, "llama2-70b": 69.0, "llama1-7b": 6.7, "llama1-13b": 13.0,
+        "llama1-33b": 32.5, "llama1-65b": 65.3}
+    assert LlamaConfig.preset("llama2-70b").num_key_value_heads == 8
+
+
+def test_meta_model_costs_nothing_and_stays_tied_when_materialised():
+    with torch.device("meta"):
+        model = Llama(SHAPES["mqa-tied"])
+    assert all(p.is_meta for p in model.parameters())
+    model.to_empty(device="cpu")
+    init_weights(model, seed=0)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, Llama(SHAPES["mqa-tied"]).lm_head.weight)
+
+
+# ---- config.json ----
+
+def config_json(tmp_path, **changes) -> Path:
+    fields = {**MHA.to_hf(), **changes}
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in fields.items() if v != "absent"}))
+    return tmp_path
+
+
+def test_both_generations_of_config_json_are_read(tmp_path):
+    old = {"rope_parameters": "absent", "rope_theta": 5e5, "torch_dtype": "float16", "rope_scaling": None}
+    new = {"rope_theta": "absent", "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "dtype": "bfloat16"}
+    expected = LlamaConfig(**{**vars(MHA), "rope_theta": 5e5})
+    assert LlamaConfig.from_hf(config_json(tmp_path, **old)) == expected
+    assert LlamaConfig.from_hf(config_json(tmp_path, **new)) == expected
+
+
+def test_a_config_written_by_transformers_reads_back(tmp_path):
+    import transformers
+
+    for config in SHAPES.values():
+        fields = {k: v for k, v in config.to_hf().items() if k != "rope_theta"}
+        transformers.LlamaConfig(**fields).save_pretrained(tmp_path)
+        assert LlamaConfig.from_hf(tmp_path) == config
+
+
+@pytest.mark.parametrize("name,value", [
+    ("attention_bias", True), ("mlp_bias", True), ("hidden_act", "gelu"), ("attention_dropout", 0.1),
+    ("rope_scaling", {"type": "linear", "factor": 2.0}), ("sliding_window", 512),
+    ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}),
+    ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+    ("quantization_config", {"bits": 4}), ("model_type", "mistral"), ("architectures", ["LlamaForSequenceClassification"]),
+])
+def test_a_field_that_changes_the_arithmetic_is_refused_by_name(tmp_path, name, value):
+    with pytest.raises(ValueError, match=name):
+        LlamaConfig.from_hf(config_json(tmp_path, **{name: value}))
+
+
+@pytest.mark.parametrize("text,said", [
+    (None, "does not exist"), ('{"model_type": "llama", "hidden', "not complete JSON"), ("[]", "list"),
+    ('{"model_type": "llama", "hidden_size": 8}', "vocab_size, intermediate_size"),
+    ('{"vocab_size": 5}', "model_type is None"),
+])
+def test_a_missing_or_cut_config_is_refused_in_words(tmp_path, text, said):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=said) as error:
+        LlamaConfig.from_hf(tmp_path)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)

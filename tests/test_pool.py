@@ -1,0 +1,37 @@
+"""The pool of workers keeps its promises: a dead, failing or hung rank fails its test in seconds, and the next one runs."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from pool import RankFailed, run_on
+
+
+def sum_of_ranks():
+    total = torch.tensor([dist.get_rank() + 1.0])
+    dist.all_reduce(total)
+    return os.getpid(), total.item()
+
+
+def misbehave(how):
+    if dist.get_rank() == 1:
+        if how == "raise":
+            raise ValueError("it was me")
+        os._exit(3) if how == "die" else time.sleep(60)
+    dist.barrier()
+
+
+@pytest.mark.parametrize("how,said", [("raise", "rank 1.*it was me"), ("die", "rank 1: died"), ("hang", "did not answer")])
+def test_a_bad_rank_fails_its_test_in_seconds_and_the_next_test_runs(how, said):
+    run_on(2, sum_of_ranks)
+    began = time.monotonic()
+    with pytest.raises(RankFailed, match=f"(?s){said}"):
+        run_on(2, misbehave, how, timeout=3)
+    assert time.monotonic() - began < 8
+    assert [total for _, total in run_on(2, sum_of_ranks)] == [3.0, 3.0]
+
+
+def test_workers_are_reused():
+    assert run_on(2, sum_of_ranks)[0][0] == run_on(2, sum_of_ranks)[0][0]
