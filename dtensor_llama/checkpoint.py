@@ -1,0 +1,321 @@
+"""Training state on disk, by torch.distributed.checkpoint (DCP): written while training goes on, complete or not there.
+
+    checkpoints/step-00000100/              complete: it gets this name after all ranks wrote and fsynced their files
+        __0_0.distcp, __1_0.distcp ...      what each rank wrote
+        .metadata                           which box of which tensor lies where (DCP's)
+        checksums.json                      size and CRC-32 of every file above
+    checkpoints/step-00000200.partial/      being written; or, after a kill, waste that the next start removes
+    checkpoints/step-00000300.superseded/   left when a run went back to an older checkpoint and passed this one again
+
+stage: copy the state to host memory, the only part training waits for. It costs this rank's bytes of state in host
+memory until they are written.
+"""
+
+import functools
+import json
+import os
+import pickle
+import re
+import shutil
+import time
+import warnings
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from dtensor_llama.errors import UsageError
+from dtensor_llama.weights import fsync_folder, on_all_ranks
+
+NAME = re.compile(r"step-(\d{8,})")
+CHECKSUMS = "checksums.json"
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)   # states by parameter name: any layout, any pipeline stage
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")   # one process is no accident
+
+
+class Checkpointer:
+    """Saves into, and loads from, one folder of checkpoints. All ranks make one and call the same methods in step.
+
+    keep: how many of the newest complete ones to keep; 0 or less keeps all. Its collectives run in a background thread
+    on a gloo group of its own, so they never interleave with training's. Call close() before destroying the default
+    process group: on gloo a group or thread alive at exit now and then aborts the process."""
+
+    def __init__(self, folder: str | Path, keep: int = 0):
+        self.folder, self.keep = Path(folder), keep
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=2)) if dist.is_initialized() else None
+        self._rank = _rank()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: tuple[Path, Future] | None = None
+        self._saved: Path | None = None
+        self._everywhere = functools.partial(on_all_ranks, f"checkpoints in {self.folder}", group=self._group)
+        self._everywhere(self._start if self._rank == 0 else lambda: None)
+
+    def save(self, step: int, state: dict[str, Any], wait: bool = False) -> float:
+        """Write nested dicts of tensors and plain values; returns how many seconds the caller was held up.
+
+        Waits for the previous save, stages, and leaves the rest to the background unless `wait`. Raises what went
+        wrong in the previous save (with `wait`: in this one), naming its folder. The step just saved is not saved
+        again."""
+        began = time.perf_counter()
+        final = self.folder / f"step-{step:08d}"
+        self.wait()
+        if self._saved == final:
+            return time.perf_counter() - began
+        stager = DefaultStager(StagingOptions(
+            use_pinned_memory=False,        # pinning would take longer than it saves, and keep 12 bytes a parameter
+            use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False))
+        staged = stager.stage(state)        # a real copy of host tensors too: the next step may overwrite the original
+        stager.close()
+        self._writing = final, self._thread.submit(self._write, final, staged)
+        if wait:
+            self.wait()
+        return time.perf_counter() - began
+
+    def wait(self) -> None:
+        """Until the running save, if any, is complete. Raises if it failed: UsageError if the disk did, naming it."""
+        if self._writing is None:
+            return
+        (final, written), self._writing = self._writing, None
+        try:
+            written.result()
+        except (Exception, CheckpointException) as error:       # DCP's is a BaseException
+            cause = _cause(error)
+            kind = UsageError if isinstance(cause, (OSError, UsageError)) else RuntimeError
+            raise kind(f"checkpoint {final} was not written: {cause}") from error
+        self._saved = final
+
+    def latest(self) -> Path | None:
+        """The complete checkpoint of the highest step, as rank 0 sees it; None if there is none. It is not verified:
+        load does that, so a damaged newest one is refused by name, never passed over in silence."""
+        found = self._everywhere(lambda: _complete(self.folder) if self._rank == 0 else None)[0]
+        return found[-1] if found else None
+
+    def load(self, path: str | Path, state: dict[str, Any]) -> None:
+        """Verify a checkpoint, then fill `state` in place: tensors where they lie (resharded as needed), values anew.
+
+        The ranks share the reading for the checksums, then each reads what its boxes need. Raises UsageError, before
+        anything is changed, if it is no checkpoint, not complete, damaged, or of a model with other tensors."""
+        path = Path(path)
+        sums = self._everywhere(lambda: _checksums(path))[0]
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        mine = sorted(sums, key=lambda name: sums[name][0])[self._rank::world]      # by size, for even shares
+        damage = sum(self._everywhere(lambda: [bad for name in mine if (bad := _damage(path / name, *sums[name]))]), [])
+        if damage:
+            raise UsageError(f"{path}: damaged checkpoint: {'; '.join(damage)}. {_older(path)}")
+        reader = _Reader(path)
+        wanted = {name for names in self._everywhere(lambda: {n for n, _ in _leaves(state)}) for name in names}
+        self._everywhere(lambda: _refuse_other_model(path, state, wanted, reader.read_metadata().state_dict_metadata))
+        try:
+            dcp.load(state, storage_reader=reader, planner=_Planner(), process_group=self._group)
+        except CheckpointException as error:
+            raise RuntimeError(f"checkpoint {path} was not loaded: {_cause(error)}") from error
+
+    def close(self) -> None:
+        """Finish the running save, then end the thread and the process group, in this order. Raises as wait() does."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown(wait=True)
+            if self._group is not None and dist.is_initialized():
+                dist.destroy_process_group(self._group)
+            self._group = self._everywhere = None
+
+    def _start(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for waste in [*self.folder.glob("step-*.partial"), *self.folder.glob("step-*.deleting")]:
+            shutil.rmtree(waste)
+
+    def _write(self, final: Path, staged: dict[str, Any]) -> None:
+        """In the background, on every rank."""
+        partial = final.with_name(final.name + ".partial")
+        if self._rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)      # of a save that failed; DCP makes it before any rank writes
+        dcp.save(staged, storage_writer=dcp.FileSystemWriter(partial), process_group=self._group)
+        # Read back what this rank wrote: the sums also vouch for what the file system says it has.
+        mine = [*partial.glob(f"__{self._rank}_*"), *([partial / ".metadata"] if self._rank == 0 else [])]
+        sums = self._everywhere(lambda: {file.name: _size_and_crc(file) for file in mine})
+        self._everywhere(lambda: self._publish(partial, final, sums) if self._rank == 0 else None)
+
+    def _publish(self, partial: Path, final: Path, sums: list[dict]) -> None:
+        """On rank 0, when all have written: the rename that makes it complete, and only then the removal of the old."""
+        with open(partial / CHECKSUMS, "w") as opened:
+            json.dump({name: of_one for one_rank in sums for name, of_one in one_rank.items()}, opened, indent=1)
+            opened.flush()
+            os.fsync(opened.fileno())
+        fsync_folder(partial)
+        for abandoned in [path for path in _complete(self.folder) if _step(path) >= _step(final)]:
+            aside = abandoned.with_name(abandoned.name + ".superseded")     # else `auto` would go back to that history
+            shutil.rmtree(aside, ignore_errors=True)
+            abandoned.rename(aside)
+        partial.rename(final)
+        fsync_folder(self.folder)
+        for old in _complete(self.folder)[:-self.keep] if self.keep > 0 else []:
+            waste = old.rename(old.with_name(old.name + ".deleting"))       # never half a folder under a complete name
+            shutil.rmtree(waste)
+
+
+def training_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, step: int = 0, position: int = 0, meta: dict | None = None
+) -> dict[str, Any]:
+    """All that a run needs to go on bit for bit, for Checkpointer.save, or (with a new model and optimizer) .load.
+
+    step: optimizer steps done; position: rows the data reader has dealt; meta: anything JSON can hold. Tensors are the
+    live ones, not copies. The random states are this rank's own; a rank that has none in the checkpoint (it was
+    written by fewer ranks) keeps its present ones. Gradients are not state: call it between steps."""
+    never_stepped = not optimizer.state
+    optimizer.zero_grad() if never_stepped else None    # with gradients around DCP would not make the moments
+    state = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=FLAT),
+        "rng": {f"{_rank()}.{device}": generator.get_rng_state() for device, generator in _generators()},
+        "progress": json.dumps({"step": step, "position": position, "meta": meta or {}}),
+    }
+    if never_stepped:       # DCP made the moments by a step with lr 0; it must not count in Adam's bias correction
+        for moments in optimizer.state.values():
+            if isinstance(moments.get("step"), torch.Tensor):
+                moments["step"].zero_()
+    return state
+
+
+def restore_training_state(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """Put a loaded training_state into effect; returns {"step": int, "position": int, "meta": dict}.
+
+    Learning rate, betas and decay of the optimizer's groups become the saved ones, as in optimizer.load_state_dict."""
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=FLAT)
+    for device, generator in _generators():
+        generator.set_rng_state(state["rng"][f"{_rank()}.{device}"])
+    return json.loads(state["progress"])
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _generators() -> list[tuple[str, Any]]:
+    return [("cpu", torch), *([("device", torch.get_device_module())] if torch.accelerator.is_available() else [])]
+
+
+def _leaves(state: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every entry of nested dicts, named as DCP does."""
+    for key, value in state.items():
+        yield from _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+
+
+def _complete(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    there = folder.iterdir() if folder.is_dir() else []
+    return sorted((path for path in there if NAME.fullmatch(path.name)), key=_step)
+
+
+def _step(path: Path) -> float:
+    step = NAME.match(path.name)
+    return int(step[1]) if step else float("inf")
+
+
+def _older(path: Path) -> str:
+    older = [one for one in _complete(path.parent) if _step(one) < _step(path)]
+    return f"An older one: {older[-1]}" if older else "There is no older one beside it to go back to"
+
+
+def _checksums(path: Path) -> dict[str, tuple[int, int]]:
+    """File name -> size in bytes and CRC-32 as they were written. UsageError if `path` is not a complete checkpoint."""
+    if path.suffix in (".partial", ".deleting"):
+        raise UsageError(f"{path}: not a complete checkpoint (it was being written or removed). {_older(path)}")
+    if not (path / CHECKSUMS).is_file() and not (path / ".metadata").is_file():
+        inside = [one.name for one in _complete(path)]
+        hint = f"name one inside it, like {inside[-1]}" if inside else "a checkpoint is a folder like step-00000100"
+        raise UsageError(f"{path}: {'not a checkpoint' if path.exists() else 'no such folder'}; {hint}")
+    try:
+        sums = json.loads((path / CHECKSUMS).read_bytes())
+        return {str(name): (int(size), int(crc)) for name, (size, crc) in sums.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path}: damaged checkpoint: {CHECKSUMS}: {error}. {_older(path)}") from None
+
+
+def _size_and_crc(file: Path) -> tuple[int, int]:
+    size = crc = 0
+    with open(file, "rb", buffering=0) as opened:
+        while block := opened.read(8 << 20):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return size, crc
+
+
+def _damage(file: Path, size: int, crc: int) -> str:
+    """What is wrong with a file, in words; empty if nothing is."""
+    if not file.is_file():
+        return f"{file.name} is missing"
+    if file.stat().st_size != size:
+        return f"{file.name} has {file.stat().st_size} bytes, {size} were written"
+    return "" if _size_and_crc(file)[1] == crc else f"{file.name} does not have the bytes that were written (CRC-32)"
+
+
+def _refuse_other_model(path: Path, state: dict, wanted: set[str], stored: dict[str, Any]) -> None:
+    problems = [f"{name}: {'only' if name in stored else 'not'} in the checkpoint"
+                for name in wanted ^ set(stored) if not name.startswith("rng.")]
+    problems += [f"{name}: is {list(stored[name].size)}, this run needs {list(value.shape)}"
+                 for name, value in _leaves(state) if isinstance(value, torch.Tensor)
+                 and name in stored and tuple(getattr(stored[name], "size", ())) != tuple(value.shape)]
+    if problems:
+        rest = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise UsageError(f"{path}: checkpoint of another model or optimizer: {'; '.join(sorted(problems)[:20])}{rest}. "
+                         "Resume with the settings in the run folder's config.json")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What really happened, from among what DCP gathered of all ranks."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+
+
+class _Reader(dcp.FileSystemReader):
+    """DCP unpickles .metadata without limits; look first that it names nothing but DCP's records."""
+
+    def read_metadata(self, *args, **kwargs):
+        with open(Path(self.path) / ".metadata", "rb") as opened:
+            _RecordsOnly(opened).load()
+        return super().read_metadata(*args, **kwargs)
+
+
+class _RecordsOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = {
+            "torch.distributed.checkpoint.metadata": "." not in name,
+            "torch.distributed.checkpoint.filesystem": name == "_StorageInfo",
+            "torch.serialization": name == "_get_layout",
+            "torch": name == "Size" or isinstance(getattr(torch, name, None), torch.dtype),
+            "pathlib": name in ("PosixPath", "WindowsPath"),
+        }
+        if not allowed.get(module):
+            raise UsageError(f".metadata of the checkpoint names {module}.{name}, which DCP does not write; not opened")
+        return super().find_class(module, name)
+
+
+class _Planner(DefaultLoadPlanner):
+    """Tensors DCP itself reads with weights_only; values it would unpickle without limits, so look first here too."""
+
+    def create_local_plan(self):
+        for name in [name for name in self.state_dict if name not in self.metadata.state_dict_metadata]:
+            del self.state_dict[name]           # this rank's random state, in a checkpoint of fewer ranks
+        return super().create_local_plan()
+
+    def load_bytes(self, read_item, value):
+        torch.load(value, weights_only=True)    # raises on anything but plain values
+        value.seek(0)
+        super().load_bytes(read_item, value)

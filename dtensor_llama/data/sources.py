@@ -1,0 +1,196 @@
+"""Files to chunks of about a mebibyte, and chunks to documents, in memory that does not depend on a file's size.
+
+One process reads (`read_chunks`); those that tokenize turn chunks into documents (`Chunk.documents`), so that parsing
+holds nobody up. Every defect of a file is a UsageError that names the file and the line or row.
+"""
+
+import codecs
+import glob
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dtensor_llama.data.cut import WINDOW_CHARS, Cutter
+from dtensor_llama.errors import UsageError
+
+FORMATS, COMPRESSIONS = (".txt", ".jsonl", ".parquet"), {".gz": "gzip", ".zst": "zstd"}
+CHUNK_BYTES = 1 << 20   # what one worker gets at a time: long enough to hide the hand-over, short enough to balance
+PARQUET_BATCH_ROWS = 64  # decoded at once
+
+
+@dataclass
+class Chunk:
+    """Part of one file: whole lines of a .jsonl (bytes), rows of a .parquet (list), or a piece of a .txt (str)."""
+
+    path: Path
+    data: bytes | list[str] | str
+    first_line: int = 1     # of a .jsonl's lines, counted from 1
+    input_bytes: int = 0    # of the file on disk, read since the chunk before: for the progress bar
+    skip: int = 0           # .txt: leading ids of the piece that come from the cut, not from the text
+    opens: bool = True      # .txt: the piece starts its document
+    closes: bool = True     # .txt: the piece ends its document
+
+    def documents(self, text_field: str) -> list[str]:
+        """The texts in this chunk, without those that hold nothing but whitespace."""
+        if isinstance(self.data, bytes):
+            lines = enumerate(self.data.split(b"\n"), self.first_line)
+            texts = [_text_of_line(line, self.path, number, text_field) for number, line in lines if line.strip()]
+        else:
+            texts = [self.data] if isinstance(self.data, str) else self.data
+        return [text for text in texts if text and not (self.opens and self.closes and text.isspace())]
+
+
+def expand_paths(patterns: Sequence[str | Path]) -> list[Path]:
+    """The files that `patterns` (files and globs, `**` too) name: absolute, sorted, each once."""
+    files = set()
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            raise UsageError(f"--data.path {pattern}: is a folder; name the files in it, as in '{pattern}/**/*.jsonl'.")
+        matches = [path] if path.exists() else [Path(match) for match in glob.glob(str(path), recursive=True)]
+        matches = [match.resolve() for match in matches if match.is_file()]
+        if not matches:
+            raise UsageError(f"--data.path {pattern}: no file matches; give files or patterns such as 'data/**/*.txt'.")
+        files.update(matches)
+    if not files:
+        raise UsageError("--data.path: no file was named; give files or patterns such as 'data/**/*.txt'.")
+    for file in sorted(files):
+        _format_of(file)
+    return sorted(files)
+
+
+def _format_of(path: Path) -> tuple[str, str | None]:
+    """(format, compression) of a file, as in (".jsonl", "gzip")."""
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    suffix = (path.with_suffix("") if compression else path).suffix.lower()
+    if suffix not in FORMATS:
+        raise UsageError(f"--data.path {path}: unknown kind of file; .txt, .jsonl and .parquet can be read, and .gz "
+                         f"and .zst of each.")
+    return suffix, compression
+
+
+def read_chunks(path: Path, text_field: str, cutter: Cutter, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
+    """The chunks of one file, in order."""
+    suffix, compression = _format_of(path)
+    done_bytes = 0
+    try:
+        with open(path, "rb") as file, tempfile.TemporaryFile() as unpacked:
+            stream = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), compression) if compression else file
+            if suffix == ".parquet":
+                if compression:  # what says where the columns are stands at the end of a .parquet: unpack it, on disk
+                    shutil.copyfileobj(stream, unpacked, chunk_bytes)
+                chunks = _read_parquet(path, unpacked if compression else stream, text_field, chunk_bytes)
+            elif suffix == ".jsonl":
+                chunks = _read_jsonl(path, stream, chunk_bytes)
+            else:
+                chunks = _read_txt(path, stream, cutter, chunk_bytes)
+            for chunk in chunks:
+                chunk.input_bytes, done_bytes = file.tell() - done_bytes, file.tell()
+                yield chunk
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"--data.path {path}: cannot be read to its end ({reason}); it may be cut short or damaged: "
+                         f"fetch it again or leave it out.") from None
+
+
+def _blocks(path: Path, stream, chunk_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """(number of the line it starts in, bytes) of each block of a text file; a byte-order mark is left out."""
+    line, block = 1, stream.read(chunk_bytes).removeprefix(codecs.BOM_UTF8)
+    while block:
+        if (zero := block.find(b"\0")) >= 0:
+            line += block.count(b"\n", 0, zero)
+            raise UsageError(f"--data.path {path}, line {line}: a zero byte; the file is binary or UTF-16, "
+                             f"expected text in UTF-8.")
+        yield line, block
+        line, block = line + block.count(b"\n"), stream.read(chunk_bytes)
+
+
+def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> UsageError:
+    return UsageError(f"--data.path {path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8 text; "
+                      f"convert the file (iconv -t utf-8) or leave it out.")
+
+
+def _read_jsonl(path: Path, stream, chunk_bytes: int) -> Iterator[Chunk]:
+    parts, first_line = [], 1
+    for line, block in _blocks(path, stream, chunk_bytes):
+        if end := block.rfind(b"\n") + 1:  # else a line longer than a block goes on
+            yield Chunk(path, b"".join([*parts, block[:end]]), first_line)
+            parts, first_line = [], line + block.count(b"\n")
+        parts.append(block[end:])
+    yield Chunk(path, b"".join(parts), first_line)
+
+
+def _text_of_line(line: bytes, path: Path, number: int, text_field: str) -> str:
+    where = f"--data.path {path}, line {number}"
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, number, error) from None
+    except (ValueError, RecursionError) as error:
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        raise UsageError(f"{where}: broken JSON ({reason}); a .jsonl holds one object a line.") from None
+    if not isinstance(row, dict):
+        raise UsageError(f"{where}: expected a JSON object, found {type(row).__name__}.")
+    if text_field not in row:
+        raise UsageError(f"{where}: no field {text_field!r}; its fields are {', '.join(list(row)[:20]) or 'none'}. "
+                         f"Name the one that holds the text with --data.text-field.")
+    return _checked(row[text_field], where, text_field)
+
+
+def _checked(text, where: str, text_field: str) -> str:
+    if not isinstance(text, str):
+        raise UsageError(f"{where}: {text_field!r} holds {type(text).__name__}, expected a string.")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which is no character
+        raise UsageError(f"{where}: {text_field!r} holds half a surrogate pair (\\ud800 to \\udfff).") from None
+    return text
+
+
+def _read_parquet(path: Path, stream, text_field: str, chunk_bytes: int) -> Iterator[Chunk]:
+    parquet = pq.ParquetFile(stream, pre_buffer=False, buffer_size=chunk_bytes)
+    if text_field not in (columns := parquet.schema_arrow.names):
+        raise UsageError(f"--data.path {path}: no column {text_field!r}; it has {', '.join(columns) or 'none'}. "
+                         f"Name the one that holds the text with --data.text-field.")
+    texts, held_chars, row = [], 0, 0
+    for batch in parquet.iter_batches(PARQUET_BATCH_ROWS, columns=[text_field], use_threads=False):
+        for cell in batch.column(0):
+            row += 1
+            try:
+                text = cell.as_py()
+            except UnicodeDecodeError as error:
+                raise UsageError(f"--data.path {path}, row {row}: not UTF-8 text ({error}).") from None
+            texts.append(_checked(text, f"--data.path {path}, row {row}", text_field))
+            held_chars += len(text)
+            if held_chars >= chunk_bytes:
+                yield Chunk(path, texts)
+                texts, held_chars = [], 0
+    yield Chunk(path, texts)
+
+
+def _read_txt(path: Path, stream, cutter: Cutter, chunk_bytes: int) -> Iterator[Chunk]:
+    """The whole file is one document; its pieces are cut so that their ids join to those of the whole."""
+    decoder, text, line = codecs.getincrementaldecoder("utf-8")(), "", 1
+    skip, opens, reach = 0, True, chunk_bytes
+    try:
+        for line, block in _blocks(path, stream, chunk_bytes):
+            text += decoder.decode(block)
+            line += block.count(b"\n")  # where a character that the file's end cuts off would stand
+            while len(text) > reach + WINDOW_CHARS:
+                high = min(reach + chunk_bytes, len(text) - WINDOW_CHARS)
+                if cut := cutter.find(text, reach, high):
+                    end, start, next_skip = cut
+                    yield Chunk(path, text[:end], skip=skip, opens=opens, closes=False)
+                    text, skip, opens, reach = text[start:], next_skip, False, chunk_bytes
+                else:
+                    reach = high  # no cut can be trusted so far: a longer piece is still exact
+        text += decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, line + error.object.count(b"\n", 0, error.start), error) from None
+    yield Chunk(path, text, skip=skip, opens=opens)

@@ -1,0 +1,230 @@
+"""Tokenizes a corpus on all cores, once, into files that training maps into memory.
+
+  python -m dtensor_llama.data.tokenize --path 'data/**/*.jsonl' --tokenizer llama2/ --cache-dir runs/tokens
+
+One process reads and writes, one worker per core parses and encodes, and a few chunks per worker are under way: memory
+depends on the number of cores, not on the corpus. This process never imports torch: it forks, which is safe only before
+threads exist. `prepare_corpus` is the same for a training script; it starts this module when there is work.
+
+<cache-dir>/<fingerprint>/   tokens.bin      each document as BOS, ids, EOS (those the tokenizer has); uint16 or uint32
+                             documents.bin   int64 offset in tokens.bin at which each document starts
+                             meta.json       counts, the type of tokens.bin, and what went in
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+from dtensor_llama.data.cut import Cutter
+from dtensor_llama.data.rows import TokenCorpus
+from dtensor_llama.data.sources import Chunk, expand_paths, read_chunks
+from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
+from dtensor_llama.errors import UsageError
+
+FORMAT_VERSION = 1
+PIECE_CHARS = 16384     # a worker cuts longer texts: both libraries are fastest on texts of about this length
+CHUNKS_PER_WORKER = 3   # under way at once: one being encoded, one waiting, one done and waiting for its turn
+LINE_EVERY_S = 10       # of progress, where stderr is no terminal
+
+
+def prepare_corpus(paths: Sequence[str | Path], tokenizer: Tokenizer, cache_dir: str | Path, text_field: str = "text",
+                   processes: int | None = None) -> TokenCorpus:
+    """The corpus of `paths` (files and globs), tokenized now unless that has been done and nothing changed since.
+
+    Any number of ranks and runs may call this at once: one tokenizes, the others wait for it. Progress goes to stderr.
+    Raises UsageError for what is wrong with the files.
+    """
+    folder = Path(cache_dir) / fingerprint(expand_paths(paths), tokenizer, text_field)
+    if not folder.is_dir():
+        command = [sys.executable, "-m", "dtensor_llama.data.tokenize", "--for-process", os.getpid(), "--path", *paths]
+        command += ["--tokenizer", tokenizer.path, "--cache-dir", cache_dir, f"--text-field={text_field}"]
+        command += ["--processes", processes] if processes else []
+        package_root = str(Path(__file__).resolve().parents[2])
+        python_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {"PYTHONPATH": python_path}
+        done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, env=environment)
+        if done.returncode == 130:
+            raise KeyboardInterrupt
+        if not done.stdout:
+            raise RuntimeError(f"tokenizing ended with status {done.returncode}; stderr says why")
+        answer = json.loads(done.stdout)
+        if "error" in answer:
+            raise UsageError(answer["error"])
+        folder = Path(answer["folder"])
+    return TokenCorpus(folder)
+
+
+def fingerprint(files: list[Path], tokenizer: Tokenizer, text_field: str) -> str:
+    """A hash of all that decides the tokens; of each file its path, size and time of change."""
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr((FORMAT_VERSION, stats, tokenizer.fingerprint, text_field)).encode()).hexdigest()[:32]
+
+
+def tokenize(paths: list[str], tokenizer: Tokenizer, cache_dir: Path, text_field: str, processes: int,
+             for_process: int | None = None) -> Path:
+    """Write the corpus unless it is there; returns its folder. Whoever comes second waits here for the first."""
+    files = expand_paths(paths)
+    name = fingerprint(files, tokenizer, text_field)
+    folder, staging = cache_dir / name, cache_dir / f"{name}.partial"
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with open(cache_dir / f"{name}.lock", "w") as lock:  # never removed: a new file would be another lock
+            fcntl.flock(lock, fcntl.LOCK_EX)                 # the system releases it however this process ends
+            if folder.is_dir():
+                return folder
+            shutil.rmtree(staging, ignore_errors=True)       # of a killed run: nobody else writes it under the lock
+            staging.mkdir()
+            _write_corpus(files, tokenizer, staging, text_field, processes, for_process)
+            if fingerprint(files, tokenizer, text_field) != name:
+                raise UsageError(f"--data.path {' '.join(paths)}: a file changed while it was read; start again.")
+            os.rename(staging, folder)                       # the one moment at which the corpus comes to exist
+    except OSError as error:
+        raise UsageError(f"the tokens cannot be written to {cache_dir}: {error}.") from None
+    return folder
+
+
+def _write_corpus(files: list[Path], tokenizer: Tokenizer, staging: Path, text_field: str, processes: int,
+                  for_process: int | None) -> None:
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    total_bytes, done_bytes, n_tokens, n_documents = sum(file.stat().st_size for file in files), 0, 0, 0
+    columns = "tokenizing", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    task, began_s = bar.add_task("", total=total_bytes), time.monotonic()
+    line_due_s = began_s + LINE_EVERY_S
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _start_worker, (tokenizer, text_field))
+    with pool, open(staging / "tokens.bin", "wb") as tokens_file, open(staging / "documents.bin", "wb") as starts_file:
+        pool.submit(int).result()  # forks the workers, now, before the bar starts a thread
+        try:
+            with bar:
+                for ids, starts, input_bytes in _in_order(pool, files, text_field, Cutter(tokenizer), processes):
+                    tokens_file.write(ids.astype(dtype).tobytes())
+                    starts_file.write((starts + n_tokens).tobytes())
+                    n_tokens, n_documents = n_tokens + len(ids), n_documents + len(starts)
+                    done_bytes += input_bytes
+                    bar.advance(task, input_bytes)
+                    if bar.disable and time.monotonic() > line_due_s:
+                        line_due_s = time.monotonic() + LINE_EVERY_S
+                        _say(f"tokenizing: {done_bytes / 1e6:,.0f} of {total_bytes / 1e6:,.0f} MB, {n_tokens:,} tokens")
+                    if for_process and os.getppid() != for_process:
+                        raise SystemExit("tokenizing stopped: the process that asked for it is gone")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+        if n_documents == 0:
+            raise UsageError(f"--data.path {files[0]}: no document with any text in {len(files)} file(s).")
+        meta = {"n_tokens": n_tokens, "n_documents": n_documents, "dtype": dtype.name, "format": FORMAT_VERSION}
+        meta |= {"tokenizer": tokenizer.fingerprint, "text_field": text_field, "files": [str(file) for file in files]}
+        (staging / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        for file in (tokens_file, starts_file):
+            file.flush()
+            os.fsync(file.fileno())  # before the rename: after a power cut a name must not stand for missing bytes
+    elapsed_s = time.monotonic() - began_s
+    _say(f"tokenized {total_bytes / 1e6:,.1f} MB: {n_documents:,} documents, {n_tokens:,} tokens in {elapsed_s:.1f} s")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _in_order(pool: ProcessPoolExecutor, files: list[Path], text_field: str, cutter: Cutter,
+              processes: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """(ids, document starts, bytes of input) of each chunk, in the order of the corpus, a few of them at a time."""
+    under_way, chunks = deque(), (chunk for file in files for chunk in read_chunks(file, text_field, cutter))
+    while True:
+        while len(under_way) < CHUNKS_PER_WORKER * processes and (chunk := next(chunks, None)):
+            under_way.append((pool.submit(_encode_chunk, chunk), chunk.input_bytes))
+        if not under_way:
+            return
+        future, input_bytes = under_way.popleft()
+        yield *future.result(), input_bytes
+
+
+# ---- in the workers ----
+
+_cutter: Cutter         # set once in each worker, inherited over the fork
+_text_field: str
+
+
+def _start_worker(tokenizer: Tokenizer, text_field: str) -> None:
+    global _cutter, _text_field
+    _cutter, _text_field = Cutter(tokenizer), text_field
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent decides
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """When the parent is killed its workers would wait for chunks for ever, and hold its lock."""
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _encode_chunk(chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
+    """(uint32 ids with BOS and EOS; int64 offsets into them of the documents that start in this chunk)."""
+    tokenizer = _cutter.tokenizer
+    documents = [list(_cutter.pieces(text, PIECE_CHARS, chunk.skip)) for text in chunk.documents(_text_field)]
+    encoded = iter(tokenizer.encode_batch([text for pieces in documents for text, _ in pieces]))
+    bos = [tokenizer.bos_id] if chunk.opens and tokenizer.bos_id is not None else []
+    eos = [tokenizer.eos_id] if chunk.closes and tokenizer.eos_id is not None else []
+    ids, starts = [], []
+    for pieces in documents:
+        starts += [len(ids)] if chunk.opens else []
+        ids += bos
+        for _, skip in pieces:
+            ids += next(encoded)[skip:]
+        ids += eos
+    return np.array(ids, dtype=np.uint32), np.array(starts, dtype=np.int64)
+
+
+def main() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parser = argparse.ArgumentParser(prog="python -m dtensor_llama.data.tokenize", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--path", nargs="+", required=True, help=".txt .jsonl .parquet, .gz and .zst of them; files and globs")
+    add("--tokenizer", required=True, help="Hugging Face folder, tokenizer.json or SentencePiece .model")
+    add("--cache-dir", required=True, type=Path, help="where the tokens go; older ones there are never deleted")
+    add("--text-field", default="text", help="field or column that holds the text (default: text)")
+    add("--processes", type=int, default=cores, help=f"workers (default: one per core, {cores})")
+    add("--for-process", type=int, metavar="PID", help="for a program: print the result or the error as JSON, and stop "
+                                                       "when the process PID, which must be the parent, is gone")
+    args = parser.parse_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
+    try:
+        if args.processes < 1:
+            raise UsageError(f"--processes {args.processes}: at least one worker is needed.")
+        tokenizer = load_tokenizer(args.tokenizer)
+        folder = tokenize(args.path, tokenizer, args.cache_dir, args.text_field, args.processes, args.for_process)
+        answer = {"folder": str(folder)}
+    except UsageError as error:
+        answer = {"error": str(error)}
+    except KeyboardInterrupt:
+        return 130
+    if args.for_process:
+        print(json.dumps(answer))
+    elif "error" in answer:
+        _say(f"error: {answer['error']}")
+    else:
+        print(answer["folder"])
+    return 2 if "error" in answer else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,221 @@
+"""One tokenizer interface over SentencePiece models and Hugging Face's tokenizer.json.
+
+piece: an entry of the vocabulary   dummy prefix: the space SentencePiece puts before every text, so that a word has the
+same ids at the start of a text as inside one   byte fallback: a character without a piece becomes its UTF-8 bytes
+Where a SentencePiece model is known its ids are the reference: the models we continue to train learned from them.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import sentencepiece
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, processors
+
+from dtensor_llama.errors import UsageError
+
+WELL_KNOWN = {"bos": ("<s>", "<|begin_of_text|>"), "eos": ("</s>", "<|end_of_text|>", "<|endoftext|>")}
+KEPT_SETTINGS = ("model_max_length", "chat_template", "pad_token", "additional_special_tokens", "padding_side")
+PROBES = (  # where conversions of a SentencePiece model have gone wrong
+    "Hello world", " one leading space", "  two", "a\n\nb\r\n\tc  d ", "\n", "naïve Ω 你好 🦙\u200d\u00a0x",
+    "<0x0A> ▁ x▁y", "</s><s>[INST] <unk>", "1234567 3.14", "aaaaaaaaaaaaaaaaaaa", "don't  --stop",
+)
+
+
+class Tokenizer:
+    """Text to ids and back. `encode` adds neither BOS nor EOS, and reads `</s>` inside a text as plain characters.
+
+    vocab_size: one more than the largest id, added tokens included. bos_id, eos_id: None where the tokenizer has none.
+    fingerprint: a hash of what decides the ids, BOS and EOS included. path: where it was loaded from.
+    """
+
+    def __init__(self, path: Path, fast: tokenizers.Tokenizer, pieces, bos_id: int | None, eos_id: int | None):
+        self.path, self.bos_id, self.eos_id = path, bos_id, eos_id
+        self._fast, self._pieces = fast, pieces  # pieces: the SentencePieceProcessor that encodes, or None
+        fast.encode_special_tokens = True        # special tokens inside a text are text
+        fast.no_truncation()                     # a tokenizer.json may carry the settings of its last use,
+        fast.no_padding()                        # which would cut documents without a word
+        self.vocab_size = max(fast.get_vocab(with_added_tokens=True).values()) + 1
+        source = fast.to_str() if pieces is None else pieces.serialized_model_proto()
+        digest = hashlib.sha256(source if isinstance(source, bytes) else source.encode())
+        digest.update(repr((bos_id, eos_id, self.vocab_size)).encode())
+        self.fingerprint = digest.hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text. SentencePiece runs in this thread; `tokenizers` as TOKENIZERS_PARALLELISM says."""
+        if self._pieces is not None:
+            return self._pieces.encode(texts, num_threads=1)
+        return [encoding.ids for encoding in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`; special tokens are left out."""
+        ids = [int(i) for i in ids]
+        if self._pieces is None:
+            return self._fast.decode(ids, skip_special_tokens=True)
+        return self._pieces.decode([i for i in ids if i < self._pieces.get_piece_size()])
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json, tokenizer_config.json and what came with them, for transformers' AutoTokenizer."""
+        folder, home = Path(folder), self.path if self.path.is_dir() else self.path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        source, template = _settings(home, "tokenizer_config.json"), home / "chat_template.jinja"
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        if self.path.suffix != ".model":  # else what lies beside it may belong to another tokenizer
+            config |= {key: source[key] for key in KEPT_SETTINGS if key in source}
+            if template.is_file():
+                (folder / template.name).write_bytes(template.read_bytes())
+        unk_token = getattr(self._fast.model, "unk_token", None)
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        config |= {name: self._fast.id_to_token(i) for name, i in ids.items() if i is not None}
+        config |= {"unk_token": unk_token} if unk_token else {}
+        (folder / "tokenizer.json").write_text(self._fast.to_str(pretty=True), encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        if self._pieces is not None:
+            (folder / "tokenizer.model").write_bytes(self._pieces.serialized_model_proto())
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Open a Hugging Face folder, a tokenizer.json or a SentencePiece .model.
+
+    In a folder with both files the SentencePiece model is the reference if it is one (LLaMA-3 has another format under
+    that name) and has as many pieces as tokenizer.json without its added tokens. Raises UsageError.
+    """
+    path = Path(path).expanduser()
+    given = f"--data.tokenizer {path}"
+    if not path.exists():
+        raise UsageError(f"{given}: there is no such file or folder; give a Hugging Face folder, a tokenizer.json or a "
+                         f"SentencePiece .model on this machine.")
+    home = path if path.is_dir() else path.parent
+    json_file, model_file = (home / "tokenizer.json", home / "tokenizer.model") if path.is_dir() else (path, path)
+    fast = _load_fast(json_file) if json_file.suffix == ".json" and json_file.is_file() else None
+    pieces = _load_pieces(model_file) if model_file.suffix == ".model" and model_file.is_file() else None
+    if fast is None and pieces is None:
+        if model_file.suffix == ".model" and model_file.is_file():
+            raise UsageError(f"{given}: {model_file.name} is not a SentencePiece model (damaged, or another format); "
+                             f"give the tokenizer.json that belongs to it.")
+        raise UsageError(f"{given}: no tokenizer; give a tokenizer.json, a SentencePiece .model or a folder with one.")
+    if pieces is None or (fast is not None and fast.get_vocab_size(with_added_tokens=False) != pieces.get_piece_size()):
+        return Tokenizer(path, fast, None, *(_special_id(name, home, fast) for name in ("bos", "eos")))
+    settings = _settings(home, "tokenizer_config.json") if path.is_dir() else {}
+    fast = _agreeing_fast(pieces, fast, model_file)
+    own = (("bos", pieces.bos_id()), ("eos", pieces.eos_id()))  # -1 for none
+    return Tokenizer(path, fast, pieces, *(_named_id(name, settings, fast, home, own_id) for name, own_id in own))
+
+
+def _load_fast(file: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises bare Exception
+        raise UsageError(f"--data.tokenizer {file}: not a readable tokenizer.json ({_one_line(error)}).") from None
+
+
+def _load_pieces(file: Path):
+    try:
+        model = file.read_bytes()
+        return sentencepiece.SentencePieceProcessor(model_proto=model) if model else None
+    except (RuntimeError, OSError, ValueError, TypeError):  # what the versions of sentencepiece raise on another format
+        return None
+
+
+def _settings(folder: Path, name: str) -> dict:
+    """A JSON file of a Hugging Face folder as a dict, empty where there is none."""
+    if not (folder / name).is_file():
+        return {}
+    try:
+        settings = json.loads((folder / name).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"--data.tokenizer {folder / name}: not readable JSON ({_one_line(error)}).") from None
+    if not isinstance(settings, dict):
+        raise UsageError(f"--data.tokenizer {folder / name}: expected a JSON object, found {type(settings).__name__}.")
+    return settings
+
+
+def _named_id(name: str, settings: dict, fast: tokenizers.Tokenizer, folder: Path, otherwise: int) -> int | None:
+    """The id of settings["bos_token"] (a string, or an object with `content`, or null for none), or `otherwise`."""
+    token = settings.get(f"{name}_token", otherwise)
+    token = token.get("content") if isinstance(token, dict) else token
+    if isinstance(token, str) and fast.token_to_id(token) is None:
+        raise UsageError(f"--data.tokenizer {folder}: its {name}_token {token!r} is not in the vocabulary.")
+    token = fast.token_to_id(token) if isinstance(token, str) else token
+    return token if token is not None and token >= 0 else None
+
+
+def _special_id(name: str, folder: Path, fast: tokenizers.Tokenizer) -> int | None:
+    """BOS or EOS of a tokenizer.json, which does not say: from the files beside it, else by the names in common use."""
+    for beside in ("tokenizer_config.json", "special_tokens_map.json"):
+        if f"{name}_token" in (settings := _settings(folder, beside)):
+            return _named_id(name, settings, fast, folder, -1)
+    for beside in ("config.json", "generation_config.json"):
+        token_id = _settings(folder, beside).get(f"{name}_token_id")
+        token_id = token_id[0] if isinstance(token_id, list) and token_id else token_id  # LLaMA-3 lists several EOS
+        if isinstance(token_id, int):
+            if fast.id_to_token(token_id) is None:
+                raise UsageError(f"--data.tokenizer {folder}: {beside} says {name}_token_id {token_id}, which the "
+                                 f"tokenizer does not have; give the tokenizer that belongs to it.")
+            return token_id
+    return next((fast.token_to_id(token) for token in WELL_KNOWN[name] if fast.token_to_id(token) is not None), None)
+
+
+def _agreeing_fast(pieces, fast: tokenizers.Tokenizer | None, file: Path) -> tokenizers.Tokenizer:
+    """A tokenizer.json that gives the ids of `pieces` on PROBES: the one that came with it, else one built from it."""
+    vocabulary = [pieces.id_to_piece(i).replace("▁", " ") for i in range(pieces.get_piece_size())]
+    vocabulary = vocabulary[:: len(vocabulary) // 4000 + 1]
+    probes = [*PROBES, *("".join(vocabulary[i : i + 100]) for i in range(0, len(vocabulary), 100))]
+    expected = pieces.encode(probes, num_threads=1)
+
+    def agrees(candidate: tokenizers.Tokenizer) -> bool:
+        candidate.encode_special_tokens = True
+        return [e.ids for e in candidate.encode_batch_fast(probes, add_special_tokens=False)] == expected
+
+    if fast is not None and agrees(fast):
+        return fast
+    built = _fast_from_pieces(pieces)
+    if fast is not None:  # tokens a fine-tuning added behind the pieces keep their ids
+        added = [(i, token) for i, token in sorted(fast.get_added_tokens_decoder().items()) if i >= len(pieces)]
+        built.add_tokens([token for _, token in added])
+        if any(built.id_to_token(i) != token.content for i, token in added):
+            raise UsageError(f"--data.tokenizer {file.parent}: tokenizer.json adds tokens with gaps between their ids.")
+    if not agrees(built):
+        raise UsageError(f"--data.tokenizer {file}: no tokenizer.json gives the ids of this SentencePiece model; BPE "
+                         f"models without text normalization work (LLaMA's), unigram and NFKC ones do not. "
+                         f"Give a tokenizer.json instead.")
+    return built
+
+
+def _fast_from_pieces(pieces) -> tokenizers.Tokenizer:
+    """The tokenizer.json equivalent to a SentencePiece BPE model.
+
+    SentencePiece joins whichever neighbours make the piece of the highest score; `tokenizers` wants that as a list of
+    pairs in order of preference. Source: generate_merges in transformers' convert_slow_tokenizer.py.
+    """
+    vocab = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
+    special = [i for i in vocab.values() if pieces.is_control(i) or pieces.is_unknown(i)]
+    plain = {p: i for p, i in vocab.items() if i not in special and not pieces.is_byte(i) and not pieces.is_unused(i)}
+    ranked = []
+    for piece, i in plain.items():
+        splits = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
+        ranked += [(-pieces.get_score(i), i, plain[l], plain[r], l, r) for l, r in splits if l in plain and r in plain]
+    merges = [(left, right) for *_, left, right in sorted(ranked)]
+    unk_token = pieces.id_to_piece(pieces.unk_id())
+    byte_fallback = any(pieces.is_byte(i) for i in vocab.values())
+    model = models.BPE(vocab, merges, unk_token=unk_token, fuse_unk=True, byte_fallback=byte_fallback)
+    fast = tokenizers.Tokenizer(model)
+    has_prefix = "".join(pieces.encode("a", out_type=str)).startswith("▁")
+    spaces = normalizers.Replace(" ", "▁")
+    fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces] if has_prefix else [spaces])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    fast.decoder = decoders.Sequence(parts + [decoders.Strip(" ", 1, 0)] if has_prefix else parts)
+    names = [pieces.id_to_piece(i) for i in special]
+    fast.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
+    if (bos_id := pieces.bos_id()) >= 0:
+        bos = pieces.id_to_piece(bos_id)
+        fast.post_processor = processors.TemplateProcessing(f"{bos} $A", f"{bos} $A {bos} $B", [(bos, bos_id)])
+    return fast
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

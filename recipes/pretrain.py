@@ -1,0 +1,432 @@
+"""Pretrain a LLaMA, from scratch or from the weights of a Hugging Face folder (continual pretraining).
+
+    python recipes/pretrain.py --model tiny-10m --data.path 'text/**/*.txt' --data.tokenizer tokenizer.json
+    torchrun --nproc-per-node 8 recipes/pretrain.py --model llama2-7b --data.path 'corpus/*.parquet' \
+        --data.tokenizer llama2/tokenizer.model --train.global-batch-size 1024 --train.compile
+
+One file, in the order things happen: what can be asked for, what is refused, the parts, the loop. The run folder then
+holds config.json, metrics.jsonl, tensorboard/, loss.png, checkpoints/ and hf/, which transformers opens as it is.
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone works without being installed
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf, save_hf
+from dtensor_llama.attention import choose_attention
+from dtensor_llama.checkpoint import Checkpointer, restore_training_state, training_state
+from dtensor_llama.cli import run_recipe
+from dtensor_llama.data.reader import Batch, RowReader, validation_batches
+from dtensor_llama.data.rows import PackedRows, TokenCorpus
+from dtensor_llama.data.tokenize import prepare_corpus
+from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
+from dtensor_llama.flops import hardware_flops_per_token, model_flops_per_token, peak_flops
+from dtensor_llama.metrics import GIB, PeakMemory, RunLog, draw_loss_curve
+from dtensor_llama.model import init_weights
+from dtensor_llama.optim import build_adamw
+from dtensor_llama.schedule import cosine_lr
+from dtensor_llama.weights import check_hf
+from parallel import ParallelConfig, build_mesh, parallelize
+from parallel.config import check_batch
+from parallel.mesh import start_process_group, stop_process_group
+
+# ---- 1. What can be asked for: each field is a flag -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: tuple[str, ...] = ()          # files and globs: .txt .jsonl .parquet, and .gz and .zst of them
+    tokenizer: str | None = None        # Hugging Face folder, tokenizer.json or SentencePiece .model; None: --model's
+    seq_len: int | None = None          # tokens per row; None: the context of the model
+    document_mask: bool = False         # no token sees another document of its packed row
+    text_field: str = "text"            # of a .jsonl line, or column of a .parquet, that holds the text
+    validation_share: float = 0.01      # of the rows, held out
+    cache_dir: str = "~/.cache/dtensor-llama"    # tokenized text, reused by every run on the same files
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 1000                   # optimizer steps
+    global_batch_size: int = 32         # rows per step, over all ranks
+    micro_batch_size: int = 1           # rows per rank and forward: first thing to lower when memory runs out
+    seed: int = 0                       # of the initial weights and of the order of rows
+    lr: float = 3e-4                    # peak; LLaMA-2: 3e-4 for 7b and 13b, 1.5e-4 for 70b, at 4M tokens a step
+    min_lr: float | None = None         # where the cosine ends; None: a tenth of lr
+    warmup_steps: int | None = None     # None: 2 % of the steps, at most LLaMA-2's 2,000
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0          # gradients longer than this, over all parameters together, are scaled down to it
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"    # of the computation; masters, moments and reductions are fp32
+    compile: bool = False               # torch.compile each block: a minute at the start, faster steps after
+    recompute: Literal["none", "selective", "full"] = "none"    # activations computed again in backward: memory for time
+    attention: Literal["auto", "flash", "sdpa", "math"] = "auto"
+    validate_every: int = 100           # steps between validation losses; 0: never
+    validation_rows: int = 64           # rows of the held-out share that are used each time
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 500                    # steps between checkpoints; 0: none
+    keep: int = 3                       # newest ones to keep; 0: all
+    export_hf: bool = True              # write hf/ at the end, in --train.dtype
+    resume: str = "auto"                # auto: go on where this run folder stands, else start; never; or a checkpoint
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Pretrain a LLaMA from scratch, or continue from the weights of a Hugging Face folder."""
+
+    model: str                          # preset (llama2-7b, tiny-10m, ...) or a Hugging Face folder
+    random_init: bool = False           # take only config.json of the folder, not its weights
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    run_dir: str = "runs/pretrain"      # everything this run writes
+
+
+def main(cfg: PretrainConfig) -> None:
+    rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
+                                    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    is_main = rank == 0
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    compute_dtype = getattr(torch, cfg.train.dtype)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+    # ---- 2. What is refused, before anything starts -----------------------------------------------------------------
+    check_numbers(cfg)
+    tokenizer = load_tokenizer(tokenizer_path(cfg))
+    model_config = read_model_config(cfg, tokenizer)
+    seq_len = cfg.data.seq_len or model_config.max_position_embeddings
+    kernel, why = choose_attention(cfg.train.attention, device, compute_dtype)
+    layout = cfg.parallel.resolve(world_size)
+    n_micros = check_batch(cfg.train.global_batch_size, cfg.train.micro_batch_size, layout.dp)
+    with torch.device("meta"):
+        model = Llama(model_config)                       # names and shapes only: no memory yet
+    weights = Path(cfg.model) if Path(cfg.model).is_dir() and not cfg.random_init else None
+    if weights:
+        check_hf(model, weights)                          # reads the headers of the files
+    if cfg.train.compile and device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise UsageError("--train.compile needs a C++ compiler on a CPU and there is none; install g++, or leave it out.")
+    lock = claim_run_dir(cfg) if is_main else None        # noqa: F841: held until the process ends
+
+    # ---- 3. The parts ----------------------------------------------------------------------------------------------
+    corpus = prepare_corpus(cfg.data.path, tokenizer, Path(cfg.data.cache_dir).expanduser(), cfg.data.text_field)
+    rows = PackedRows(corpus, seq_len, cfg.data.validation_share, cfg.train.seed)
+    start_process_group(device, world_size)
+    mesh = build_mesh(layout, device.type)
+    dp_group, dp_rank = mesh["dp_shard"].get_group(), mesh["dp_shard"].get_local_rank()
+
+    parallelize(model, mesh, compute_dtype=compute_dtype, recompute=cfg.train.recompute, compile=cfg.train.compile)
+    model.set_attention(kernel)
+    model.to_empty(device=device)                         # this rank's shards, still without values
+    optimizer = build_adamw(model, cfg.train.lr, cfg.train.weight_decay)
+    checkpoints = Checkpointer(Path(cfg.run_dir, "checkpoints"), keep=cfg.checkpoint.keep)
+    step, position = resume(cfg, model, optimizer, checkpoints, model_config, corpus, seq_len, is_main)
+    if step == 0:
+        load_hf(model, weights) if weights else init_weights(model, cfg.train.seed)
+
+    reader = RowReader(rows, cfg.train.global_batch_size, cfg.train.micro_batch_size, dp_rank, layout.dp,
+                       cfg.data.document_mask, position, pin_memory=device.type == "cuda")
+    step_tokens = cfg.train.global_batch_size * seq_len
+    peak, peak_source = peak_flops(device, compute_dtype)
+    memory = PeakMemory(device)
+    log = None
+    if is_main:
+        log = RunLog(Path(cfg.run_dir), step, cfg.train.steps)
+        describe_run(cfg, model_config, layout, rows, n_micros, f"{kernel} ({why})", peak, peak_source, device, log)
+
+    # ---- 4. The loop -----------------------------------------------------------------------------------------------
+    stop = StopSignal()
+    stopped = False
+    while step < cfg.train.steps and not stopped:
+        began = time.perf_counter()
+        lr = learning_rate(cfg.train, step)
+        micros = next(reader)                             # n_micros batches of (micro_batch_size, T)
+        # How many labels count in the whole global batch, and whether any rank was asked to stop: one reduction for both.
+        counts = torch.tensor([count_scored(micros), int(stop.asked)], dtype=torch.int64, device=device)
+        dist.all_reduce(counts, group=dp_group)
+        n_scored, stopped = counts[0], bool(counts[1])
+        loss, grad_norm = train_step(model, optimizer, micros, n_scored, lr, layout.dp, cfg.train.max_grad_norm, device)
+        dist.all_reduce(loss, group=dp_group)             # each rank has the sum over its own rows / n_scored
+        step += 1
+        # ---- below here nothing changes the weights ----
+        loss, grad_norm = loss.item(), grad_norm.item()   # waits for the device
+        step_s = time.perf_counter() - began
+        if not loss < float("inf"):                       # also nan; all ranks see the same number and stop together
+            raise RuntimeError(f"the loss of step {step} is {loss}; the last checkpoint is from before. Lower --train.lr.")
+        validation_loss = None
+        if cfg.train.validate_every and (step % cfg.train.validate_every == 0 or step == cfg.train.steps) and rows.n_validation:
+            validation_loss = evaluate(model, rows, cfg, dp_rank, layout.dp, dp_group, device)
+        peaks = torch.tensor(memory.take(), dtype=torch.float64)
+        dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
+        if is_main:
+            tokens_per_s = step_tokens / step_s
+            per_device = tokens_per_s / world_size / peak
+            row = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": reader.position * seq_len,
+                   "tokens_per_second": tokens_per_s, "mfu": per_device * model_flops_per_token(model_config, seq_len),
+                   "hfu": per_device * hardware_flops_per_token(model_config, seq_len, cfg.train.recompute),
+                   "step_seconds": step_s, "device_memory_gib": peaks[0].item() / GIB, "host_memory_gib": peaks[1].item() / GIB}
+            if validation_loss is not None:
+                row["validation_loss"] = validation_loss
+                log.say(f"step {step}: validation loss {validation_loss:.4f}")
+            log.step(row)
+        last = stopped or step == cfg.train.steps
+        if cfg.checkpoint.every and (step % cfg.checkpoint.every == 0 or last):
+            meta = checkpoint_meta(cfg, model_config, corpus, seq_len)
+            stall_s = checkpoints.save(step, training_state(model, optimizer, step, reader.position, meta), wait=last)
+            if is_main:
+                log.say(f"step {step}: checkpoint {'written' if last else 'under way'}; training waited {stall_s:.2f} s")
+
+    # ---- 5. The end ------------------------------------------------------------------------------------------------
+    reader.close()
+    checkpoints.close()
+    if cfg.checkpoint.export_hf and not stopped:
+        export(model, tokenizer, Path(cfg.run_dir, "hf"), compute_dtype, is_main)
+    if is_main:
+        log.close()
+        draw_loss_curve(log.rows, Path(cfg.run_dir, "loss.png"))
+        say_where_things_are(cfg, log.rows, step, stopped)
+    stop_process_group()
+
+
+# ---- The step: one global batch ---------------------------------------------------------------------------------------
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, micros: list[Batch], n_scored: Tensor, lr: float,
+               dp_size: int, max_grad_norm: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Forward and backward over this rank's micro-batches, clip, step. Returns (this rank's share of the loss, the norm).
+
+    n_scored: scored labels of the whole global batch, so that sums over micro-batches and ranks give the mean.
+    """
+    loss_sum = torch.zeros((), device=device)
+    for i, micro in enumerate(micros):
+        model.set_requires_gradient_sync(i == len(micros) - 1)   # one reduce-scatter a step; costs whole gradients
+        tokens, labels = (x.to(device, non_blocking=True) for x in (micro.tokens, micro.labels))
+        loss = model(tokens, labels=labels, positions=micro.positions) / n_scored
+        (loss * dp_size).backward()                              # ZeRO averages gradients over dp; we want their sum
+        loss_sum += loss.detach()
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).full_tensor()   # one norm over all shards
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss_sum, grad_norm
+
+
+def count_scored(micros: list[Batch]) -> int:
+    return sum(int((micro.labels != -100).sum()) for micro in micros)
+
+
+@torch.no_grad()
+def evaluate(model, rows: PackedRows, cfg: PretrainConfig, dp_rank: int, dp_size: int, dp_group, device) -> float:
+    """Mean loss over the first held-out rows. All ranks enter: a sharded forward gathers weights."""
+    sums = torch.zeros(2, dtype=torch.float64, device=device)                  # nats, scored tokens
+    for batch in validation_batches(rows, cfg.train.micro_batch_size, dp_rank, dp_size, cfg.data.document_mask,
+                                    cfg.train.validation_rows):
+        sums[0] += model(batch.tokens.to(device), labels=batch.labels.to(device), positions=batch.positions)
+        sums[1] += (batch.labels != -100).sum()
+    model.reshard()          # without a backward the root would stay gathered, and be stale after the next step
+    dist.all_reduce(sums, group=dp_group)
+    return (sums[0] / sums[1]).item()
+
+
+def learning_rate(train: TrainConfig, step: int) -> float:
+    warmup = min(2000, train.steps // 50) if train.warmup_steps is None else train.warmup_steps
+    return cosine_lr(step, train.steps, warmup, train.lr, train.lr / 10 if train.min_lr is None else train.min_lr)
+
+
+class StopSignal:
+    """`asked` becomes true on SIGTERM or Ctrl-C; the loop finishes its step, writes a checkpoint and ends. A second
+    Ctrl-C ends at once. (torchrun turns one Ctrl-C into an interrupt and a termination, so those two count as one.)"""
+
+    def __init__(self):
+        self.asked = False
+        signal.signal(signal.SIGTERM, self._ask)
+        signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, number: int, frame) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.asked = True
+
+
+# ---- What is refused --------------------------------------------------------------------------------------------------
+
+
+def check_numbers(cfg: PretrainConfig) -> None:
+    """Refuse numbers that no run can have."""
+    train, data = cfg.train, cfg.data
+    whole = {"--train.steps": train.steps, "--train.global-batch-size": train.global_batch_size,
+             "--train.micro-batch-size": train.micro_batch_size, "--train.validation-rows": train.validation_rows}
+    if data.seq_len is not None:
+        whole["--data.seq-len"] = data.seq_len
+    not_negative = {"--train.warmup-steps": train.warmup_steps or 0, "--train.weight-decay": train.weight_decay,
+                    "--train.min-lr": train.min_lr or 0.0, "--train.validate-every": train.validate_every,
+                    "--checkpoint.every": cfg.checkpoint.every, "--checkpoint.keep": cfg.checkpoint.keep,
+                    "--train.seed": train.seed}
+    positive = {"--train.lr": train.lr, "--train.max-grad-norm": train.max_grad_norm}
+    for flag, value in whole.items():
+        if value < 1:
+            raise UsageError(f"{flag} {value} is not possible; use a whole number of at least 1.")
+    for flag, value in positive.items():
+        if not 0 < value < float("inf"):
+            raise UsageError(f"{flag} {value} is not possible; use a number above 0 (LLaMA-2 7b: --train.lr 3e-4).")
+    for flag, value in not_negative.items():
+        if not 0 <= value < float("inf"):
+            raise UsageError(f"{flag} {value} is not possible; use 0 or more.")
+    if train.min_lr is not None and train.min_lr > train.lr:
+        raise UsageError(f"--train.min-lr {train.min_lr} is above --train.lr {train.lr}; the cosine ends at the lower.")
+    if not 0 <= data.validation_share < 1:
+        raise UsageError(f"--data.validation-share {data.validation_share} is not a share; use 0 (none) to below 1.")
+    if not data.path:
+        raise UsageError("--data.path is missing; name the files to train on, e.g. --data.path 'text/*.txt'.")
+    if cfg.random_init and not Path(cfg.model).is_dir():
+        raise UsageError(f"--random-init takes the shape of a Hugging Face folder, and --model {cfg.model} is none; a "
+                         "preset starts from random weights anyway.")
+
+
+def tokenizer_path(cfg: PretrainConfig) -> Path:
+    if cfg.data.tokenizer is not None:
+        return Path(cfg.data.tokenizer)
+    if Path(cfg.model).is_dir():
+        return Path(cfg.model)
+    LlamaConfig.preset(cfg.model)              # an unknown name is the first thing to say
+    raise UsageError(f"--data.tokenizer is missing, and the preset --model {cfg.model} has none of its own; give a Hugging "
+                     "Face folder, a tokenizer.json or a SentencePiece .model.")
+
+
+def read_model_config(cfg: PretrainConfig, tokenizer: Tokenizer) -> LlamaConfig:
+    """The shape to train, with the tokenizer's ids of begin and end."""
+    looks_like_path = os.sep in cfg.model or Path(cfg.model).exists()
+    config = LlamaConfig.from_hf(cfg.model) if looks_like_path else LlamaConfig.preset(cfg.model)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UsageError(f"--data.tokenizer has {tokenizer.vocab_size} tokens and --model {cfg.model} a vocabulary of "
+                         f"{config.vocab_size}; use the tokenizer the model was made for, or a model with a vocabulary of "
+                         f"at least {tokenizer.vocab_size}.")
+    if Path(cfg.model).is_dir() and cfg.data.tokenizer is None:
+        return config                          # the folder's own: its config.json says it already, and may list several
+    return dataclasses.replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+
+
+def claim_run_dir(cfg: PretrainConfig):
+    """Make the run folder ours: refused while another process trains in it, or with --checkpoint.resume never when a run
+    is in it already. Returns the open lock file."""
+    run_dir = Path(cfg.run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / ".lock", "w")
+    except OSError as error:
+        raise UsageError(f"--run-dir {run_dir} cannot be written ({error.strerror}); choose another folder.") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UsageError(f"--run-dir {run_dir} is in use by another running process; wait for it to end, or choose another "
+                         "folder.") from None
+    if cfg.checkpoint.resume == "never":
+        found = [name for name in ("metrics.jsonl", "checkpoints", "hf") if (run_dir / name).exists()]
+        if found:
+            raise UsageError(f"--run-dir {run_dir} is already in use: it holds a run ({', '.join(found)}), and "
+                             "--checkpoint.resume never would write over it; choose another folder, or --checkpoint.resume "
+                             "auto to go on with it.")
+    return lock
+
+
+# ---- Resuming ---------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_meta(cfg: PretrainConfig, model_config: LlamaConfig, corpus: TokenCorpus, seq_len: int) -> dict:
+    """What must be the same for a checkpoint's data position and weights to mean the same: {flag: value}."""
+    return {"--model": asdict(model_config), "--data.seq-len": seq_len, "--train.seed": cfg.train.seed,
+            "--data.validation-share": cfg.data.validation_share,
+            "--data.path and --data.tokenizer": f"{corpus.n_tokens} tokens in {corpus.n_documents} documents"}
+
+
+def resume(cfg: PretrainConfig, model, optimizer, checkpoints: Checkpointer, model_config, corpus, seq_len,
+           is_main: bool) -> tuple[int, int]:
+    """Load what --checkpoint.resume says; returns (steps done, rows read), zeros for a fresh start."""
+    asked = cfg.checkpoint.resume
+    path = checkpoints.latest() if asked == "auto" else None if asked == "never" else Path(asked)
+    if path is None:
+        return 0, 0
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    state = training_state(model, optimizer)
+    checkpoints.load(path, state)
+    progress = restore_training_state(state, model, optimizer)
+    for flag, value in checkpoint_meta(cfg, model_config, corpus, seq_len).items():
+        saved = progress["meta"].get(flag)
+        if saved != value:
+            raise UsageError(f"{flag} is not what checkpoint {path} was trained with ({_difference(saved, value)}); use the "
+                             "same, or another --run-dir for a new run.")
+    for group, setting in zip(optimizer.param_groups, settings, strict=True):
+        group.update(setting)                  # decay and the like are what was asked for now, not what was saved
+    if is_main:
+        print(f"resuming from {path}: {progress['step']} steps done", flush=True)
+    return progress["step"], progress["position"]
+
+
+def _difference(saved, value) -> str:
+    if isinstance(saved, dict) and isinstance(value, dict):
+        return ", ".join(f"{key} {saved.get(key)} -> {value.get(key)}" for key in value if saved.get(key) != value.get(key))
+    return f"{saved} -> {value}"
+
+
+# ---- Telling ----------------------------------------------------------------------------------------------------------
+
+
+def describe_run(cfg, model_config, layout, rows: PackedRows, n_micros: int, attention: str, peak: float, peak_source: str,
+                 device, log: RunLog) -> None:
+    """Print what is about to happen and write config.json."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    record = {**asdict(cfg), "model_config": model_config.to_hf(), "layout": asdict(layout), "device": str(device),
+              "attention_kernel": attention, "n_parameters": model_config.n_parameters, "versions": versions,
+              "peak_flops_per_device": peak, "peak_flops_source": peak_source, "git_revision": git.stdout.strip() or None,
+              "n_training_rows": rows.n_train, "n_validation_rows": rows.n_validation, "corpus": str(rows.corpus.folder)}
+    Path(cfg.run_dir, "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    epochs = cfg.train.steps * cfg.train.global_batch_size / rows.n_train
+    log.say(f"model     {cfg.model}: {model_config.n_parameters / 1e6:,.1f}M parameters, attention {attention}")
+    log.say(f"data      {rows.corpus.n_tokens:,} tokens: {rows.n_train:,} rows of {rows.seq_len} to train on, "
+            f"{rows.n_validation:,} held out; this run reads them {epochs:.2f} times")
+    log.say(f"layout    {layout.dp_shard} x {device.type}, parameters sharded over all (ZeRO-3); {n_micros} micro-batches of "
+            f"{cfg.train.micro_batch_size} rows per rank and step")
+    log.say(f"numbers   {cfg.train.dtype} compute, float32 masters; MFU against {peak / 1e12:.2f} TFLOP/s ({peak_source})")
+
+
+def export(model: Llama, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype, is_main: bool) -> None:
+    """Write the folder that transformers opens. All ranks enter: each writes the shards it owns."""
+    save_hf(model, folder, dtype=dtype)
+    if is_main:
+        tokenizer.save(folder)
+    dist.barrier()
+
+
+def say_where_things_are(cfg: PretrainConfig, rows: list[dict], step: int, stopped: bool) -> None:
+    run_dir = Path(cfg.run_dir)
+    print(f"\nstopped as asked after step {step} of {cfg.train.steps}; the same command goes on from there" if stopped
+          else f"\ndone: {step} steps, loss {rows[0]['loss']:.3f} -> {rows[-1]['loss']:.3f}")
+    print(f"run folder    {run_dir}\ntensorboard   tensorboard --logdir {run_dir / 'tensorboard'}\n"
+          f"loss curve    {run_dir / 'loss.png'}")
+    if (run_dir / "hf").is_dir() and not stopped:
+        print(f"model         {run_dir / 'hf'}   (Hugging Face format)\n"
+              f"try           python recipes/generate.py --model {run_dir / 'hf'} --prompt 'Once upon a time'", flush=True)
+
+
+if __name__ == "__main__":
+    run_recipe(main, PretrainConfig)
