@@ -50,11 +50,12 @@ def parse_cli(config_class: type[Config], args: list[str] | None = None) -> Conf
 
 
 def _one_line(box: str) -> str:
-    """What tyro's box says above its first rule, and the flags it suggests."""
-    lines = [re.sub(r"^[│\s]+|[│\s]+$", "", line) for line in box.splitlines() if line.startswith("│")]
-    rule = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
-    message = " ".join(lines[:rule])
-    similar = list(dict.fromkeys(re.match(r"--[\w.-]+", line)[0] for line in lines[rule:] if re.match(r"--[\w.-]+", line)))
-    known = set(re.findall(r"--[\w.-]+", message))
-    similar = [flag for flag in similar if flag not in known]
+    """What tyro's box (drawn in ASCII where stdout is) says first under its title, and the flags it suggests."""
+    lines = [line.strip("│╭╮╰╯─| ") for line in box.splitlines()]
+    rules = [i for i, line in enumerate(lines) if not line.strip("-")]
+    first = 2 if 1 in rules else 1                                       # below the title, which may be underlined
+    end = next((i for i in rules if i > first), len(lines))
+    message = " ".join(lines[first:end])
+    mentioned = [flag for line in lines[end:] for flag in re.findall(r"^--[\w.-]+", line)]
+    similar = [flag for flag in dict.fromkeys(mentioned) if flag not in message]
     return message + (f" Did you mean {' or '.join(similar[:3])}?" if similar else "") + " See --help for all flags."

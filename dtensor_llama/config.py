@@ -180,7 +180,7 @@ PRESETS: dict[str, LlamaConfig] = {
     "llama1-65b": _llama1(8192, 22016, 80, 64),
     # for laptops and tests: the tied matrix is most of a small model, so the vocabulary is small too
     "tiny-1m": _tiny(1024, 128, 352, 4, 4, 2),
-    "tiny-5m": _tiny(4096, 256, 704, 5, 8, 4),
+    "tiny-5m": _tiny(4096, 256, 704, 6, 8, 4),
     "tiny-10m": _tiny(4096, 320, 864, 8, 5, 5),
     "tiny-15m": _tiny(4096, 384, 1024, 8, 6, 2),
     "small-110m": LlamaConfig(hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12),

@@ -2,7 +2,8 @@
 
 box: the part of a tensor that this rank holds, as (offsets, sizes) in the whole tensor
 run: elements that are neighbours both in the file and in the box: what one read or write moves
-staging buffer: 32 MiB of host memory that every byte passes through; all the memory that loading or saving adds
+staging buffer: 32 MiB of host memory that every byte passes through, all that loading or saving adds (converting to
+    another dtype takes as much again for a moment)
 
 A safetensors file is 8 bytes of header length (little endian), a JSON header that gives dtype, shape and byte range of
 every tensor, and the bytes. So each rank can compute where each of its runs lies, and weights never travel between

@@ -111,6 +111,8 @@ def main(cfg: PretrainConfig) -> None:
 
     # ---- 2. What is refused, before anything starts -----------------------------------------------------------------
     check_numbers(cfg)
+    if not cfg.data.path:
+        raise UsageError("--data.path is missing; name the files to train on, e.g. --data.path 'text/*.txt'.")
     tokenizer = load_tokenizer(tokenizer_path(cfg))
     model_config = read_model_config(cfg, tokenizer)
     seq_len = cfg.data.seq_len or model_config.max_position_embeddings
@@ -124,7 +126,7 @@ def main(cfg: PretrainConfig) -> None:
         check_hf(model, weights)                          # reads the headers of the files
     if cfg.train.compile and device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise UsageError("--train.compile needs a C++ compiler on a CPU and there is none; install g++, or leave it out.")
-    lock = claim_run_dir(cfg) if is_main else None        # noqa: F841: held until the process ends
+    run_lock = claim_run_dir(cfg) if is_main else None    # held until the run ends
 
     # ---- 3. The parts ----------------------------------------------------------------------------------------------
     corpus = prepare_corpus(cfg.data.path, tokenizer, Path(cfg.data.cache_dir).expanduser(), cfg.data.text_field)
@@ -203,6 +205,7 @@ def main(cfg: PretrainConfig) -> None:
         log.close()
         draw_loss_curve(log.rows, Path(cfg.run_dir, "loss.png"))
         say_where_things_are(cfg, log.rows, step, stopped)
+        run_lock.close()
     stop_process_group()
 
 
@@ -295,8 +298,6 @@ def check_numbers(cfg: PretrainConfig) -> None:
         raise UsageError(f"--train.min-lr {train.min_lr} is above --train.lr {train.lr}; the cosine ends at the lower.")
     if not 0 <= data.validation_share < 1:
         raise UsageError(f"--data.validation-share {data.validation_share} is not a share; use 0 (none) to below 1.")
-    if not data.path:
-        raise UsageError("--data.path is missing; name the files to train on, e.g. --data.path 'text/*.txt'.")
     if cfg.random_init and not Path(cfg.model).is_dir():
         raise UsageError(f"--random-init takes the shape of a Hugging Face folder, and --model {cfg.model} is none; a "
                          "preset starts from random weights anyway.")

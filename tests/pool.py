@@ -9,11 +9,11 @@ that rank's traceback; the workers are then replaced, so the next test starts cl
 import atexit
 import multiprocessing
 import os
+import socket
 import tempfile
 import time
 import traceback
 from multiprocessing.connection import wait
-from pathlib import Path
 
 _context = multiprocessing.get_context("spawn")
 _workers: list["_Worker"] = []
@@ -31,16 +31,20 @@ class _Worker:
         theirs.close()                       # so that a dead worker is an end of file here
 
 
-def run_on(ranks: int, function, *args, timeout: float = 60):
+def run_on(ranks: int, function, *args, timeout: float = 60, group: bool = True):
     """Call `function(*args)` in `ranks` processes of one gloo group; returns their results, in rank order.
 
-    The function must be importable (top level of its module) and its arguments and result picklable.
+    The function must be importable (top level of its module) and its arguments and result picklable. group=False: the
+    function makes its process group itself, as a recipe under torchrun does, from the environment.
     """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     while len(_workers) < ranks:
         _workers.append(_Worker())
     with tempfile.TemporaryDirectory() as folder:
         for rank, worker in enumerate(_workers[:ranks]):
-            worker.pipe.send((function, args, rank, ranks, f"{folder}/store"))
+            worker.pipe.send((function, args, rank, ranks, f"{folder}/store" if group else None, port))
         results, failures = _collect(_workers[:ranks], timeout)
     if failures:
         _stop_all()
@@ -85,17 +89,21 @@ def _serve(pipe) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            function, args, rank, ranks, store = pipe.recv()
+            function, args, rank, ranks, store, port = pipe.recv()
         except (EOFError, KeyboardInterrupt):
             return
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(port))
         try:
-            dist.init_process_group("gloo", store=dist.FileStore(str(Path(store)), ranks), rank=rank, world_size=ranks)
+            if store:
+                dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
             answer = (True, function(*args))
-            dist.barrier()                   # no rank leaves while another still talks to it
-        except BaseException:                # noqa: BLE001: whatever it was belongs to the test that asked
+            if store:
+                dist.barrier()               # no rank leaves while another still talks to it
+        except BaseException:                # whatever it was belongs to the test that asked
             answer = (False, traceback.format_exc())
         pipe.send(answer)
         if not answer[0]:
             return
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -52,6 +52,7 @@ def prepare_corpus(paths: Sequence[str | Path], tokenizer: Tokenizer, cache_dir:
     Any number of ranks and runs may call this at once: one tokenizes, the others wait for it. Progress goes to stderr.
     Raises UsageError for what is wrong with the files.
     """
+    paths = [paths] if isinstance(paths, str | Path) else paths
     folder = Path(cache_dir) / fingerprint(expand_paths(paths), tokenizer, text_field)
     if not folder.is_dir():
         command = [sys.executable, "-m", "dtensor_llama.data.tokenize", "--for-process", os.getpid(), "--path", *paths]

@@ -2,10 +2,10 @@
 
   python recipes/bench/tokenizing.py --corpus sotu.jsonl --tokenizer llama2/tokenizer.json llama2/tokenizer.model
 
-speed: seconds for the same documents, ours (start, parsing, writing and renaming included) and the library's (documents
-parsed and in memory; all cores), in turns, so that a machine that slows down slows both. The median of the ratios counts.
-memory: the largest sum over all processes of their share of memory (PSS: a page held by n processes counts 1/n in each),
-for the corpus and for one four times as large.
+speed: seconds for the same documents, ours (start, parsing and writing included) and the library's (documents parsed
+and in memory; all cores), in turns, so that a machine that slows down slows both; the median of the ratios counts.
+memory: the largest sum over all processes of their memory (PSS: a page that n processes share counts 1/n in each), for
+the corpus and for one four times as large.
 Prints one JSON line per tokenizer and measurement.
 """
 

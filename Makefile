@@ -1,0 +1,35 @@
+# What a newcomer types. Each target only calls what a person could type too.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := runs/first
+
+.PHONY: setup train test test-all lint
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12) and "error: Python 3.11 or 3.12 is needed and $(PYTHON) is %d.%d; use make PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch .venv/ready
+
+# bfloat16 where the processor multiplies matrices in it (a GPU, or a CPU with AMX); elsewhere float32 is faster.
+train: setup
+	$(BIN)/python recipes/stdlib_corpus.py --out $(RUN)
+	n_gpus=$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count())'); \
+	dtype=$$(if [ $$n_gpus -gt 0 ] || grep -qs amx_bf16 /proc/cpuinfo; then echo bfloat16; else echo float32; fi); \
+	processes=$$(if [ $$n_gpus -gt 0 ]; then echo $$n_gpus; else echo 2; fi); \
+	$(BIN)/torchrun --nproc-per-node $$processes recipes/pretrain.py --model tiny-5m \
+		--data.path $(RUN)/stdlib.jsonl --data.tokenizer $(RUN)/tokenizer --data.seq-len 256 \
+		--train.steps 900 --train.global-batch-size $$((8 * processes)) --train.micro-batch-size 8 --train.lr 3e-3 \
+		--train.dtype $$dtype --train.validate-every 100 --checkpoint.every 300 --run-dir $(RUN)
+	$(BIN)/python recipes/generate.py --model $(RUN)/hf --prompt 'def ' --max-new-tokens 200 --temperature 0.6 --top-p 0.9
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+test-all: setup
+	$(BIN)/python -m pytest -q -m 'slow or not slow'
+
+lint: setup
+	$(BIN)/ruff check .

@@ -1,0 +1,136 @@
+"""Time the training step: the one of pretrain.py, same flags, on synthetic rows. Prints one JSON line at the end.
+
+    python recipes/benchmark.py --model tiny-5m --data.seq-len 256 --train.global-batch-size 16
+    torchrun --nproc-per-node 8 recipes/benchmark.py --model llama2-7b --train.compile --train.recompute selective
+
+With --data.path it also answers whether reading costs training time: steps on real rows and on synthetic ones take
+turns in one run, and `real_over_synthetic` is the ratio of their median times (1.0: reading is free).
+"""
+
+import json
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone works without being installed
+
+import torch
+import torch.distributed as dist
+from pretrain import PretrainConfig, TrainConfig, check_numbers, count_scored, tokenizer_path, train_step
+
+from dtensor_llama import Llama, LlamaConfig
+from dtensor_llama.attention import choose_attention
+from dtensor_llama.cli import run_recipe
+from dtensor_llama.data.reader import Batch, RowReader
+from dtensor_llama.data.rows import PackedRows
+from dtensor_llama.data.tokenize import prepare_corpus
+from dtensor_llama.data.tokenizer import load_tokenizer
+from dtensor_llama.flops import hardware_flops_per_token, model_flops_per_token, peak_flops
+from dtensor_llama.metrics import GIB, PeakMemory
+from dtensor_llama.model import init_weights
+from dtensor_llama.optim import build_adamw
+from parallel import build_mesh, parallelize
+from parallel.config import check_batch
+from parallel.mesh import start_process_group, stop_process_group
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig(PretrainConfig):
+    """Time the training step on synthetic rows; with --data.path also on real ones, taking turns."""
+
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=20))   # steps: how many of each kind are timed
+    warmup: int = 3                                                             # steps before the clock starts
+
+
+def main(cfg: BenchmarkConfig) -> None:
+    rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
+                                    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dtype = getattr(torch, cfg.train.dtype)
+    check_numbers(cfg)
+    config = LlamaConfig.from_hf(cfg.model) if Path(cfg.model).exists() else LlamaConfig.preset(cfg.model)
+    seq_len = cfg.data.seq_len or config.max_position_embeddings
+    kernel, _ = choose_attention(cfg.train.attention, device, dtype)
+    layout = cfg.parallel.resolve(world_size)
+    n_micros = check_batch(cfg.train.global_batch_size, cfg.train.micro_batch_size, layout.dp)
+    rows = None
+    if cfg.data.path:
+        corpus = prepare_corpus(cfg.data.path, load_tokenizer(tokenizer_path(cfg)), Path(cfg.data.cache_dir).expanduser(),
+                                cfg.data.text_field)
+        rows = PackedRows(corpus, seq_len, cfg.data.validation_share, cfg.train.seed)
+
+    start_process_group(device, world_size)
+    mesh = build_mesh(layout, device.type)
+    dp_group, dp_rank = mesh["dp_shard"].get_group(), mesh["dp_shard"].get_local_rank()
+    with torch.device("meta"):
+        model = Llama(config)
+    parallelize(model, mesh, compute_dtype=dtype, recompute=cfg.train.recompute, compile=cfg.train.compile)
+    model.set_attention(kernel)
+    model.to_empty(device=device)
+    init_weights(model, cfg.train.seed)
+    optimizer = build_adamw(model, cfg.train.lr, cfg.train.weight_decay)
+
+    synthetic = torch.randint(config.vocab_size, (n_micros, cfg.train.micro_batch_size, seq_len + 1),
+                              generator=torch.Generator().manual_seed(dp_rank))
+    sources = {"synthetic": lambda: [Batch(micro[:, :-1], micro[:, 1:], None) for micro in synthetic]}
+    reader = None
+    if rows:
+        reader = RowReader(rows, cfg.train.global_batch_size, cfg.train.micro_batch_size, dp_rank, layout.dp,
+                           cfg.data.document_mask, pin_memory=device.type == "cuda")
+        sources["real"] = lambda: next(reader)
+    peak, peak_source = peak_flops(device, dtype)
+    memory, step_s, wait_s = PeakMemory(device), {name: [] for name in sources}, []
+    for i in range(cfg.warmup + cfg.train.steps):
+        for name, next_step in sources.items():           # turn by turn, so that a slow minute slows both
+            dist.barrier()
+            began = time.perf_counter()
+            micros = next_step()
+            waited = time.perf_counter() - began
+            n_scored = torch.tensor(count_scored(micros), device=device)
+            dist.all_reduce(n_scored, group=dp_group)
+            loss, _ = train_step(model, optimizer, micros, n_scored, cfg.train.lr, layout.dp, cfg.train.max_grad_norm, device)
+            loss.item()                                    # waits for the device
+            if i >= cfg.warmup:
+                step_s[name].append(time.perf_counter() - began)
+                wait_s += [waited] if name == "real" else []
+    peaks = torch.tensor(memory.take(), dtype=torch.float64)
+    dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
+
+    if rank == 0:
+        median_s = statistics.median(step_s["synthetic"])
+        tokens_per_s = cfg.train.global_batch_size * seq_len / median_s
+        share = tokens_per_s / world_size / peak           # of the peak, per FLOP and token
+        result = {
+            "model": cfg.model, "n_parameters": config.n_parameters, "world_size": world_size, "device": _device_name(device),
+            "torch": torch.__version__, "dtype": cfg.train.dtype, "attention": kernel, "compile": cfg.train.compile,
+            "recompute": cfg.train.recompute, "seq_len": seq_len, "global_batch_size": cfg.train.global_batch_size,
+            "micro_batch_size": cfg.train.micro_batch_size, "step_seconds": median_s,
+            "step_seconds_min": min(step_s["synthetic"]), "tokens_per_second": tokens_per_s,
+            "tokens_per_second_per_device": tokens_per_s / world_size,
+            "mfu": share * model_flops_per_token(config, seq_len),
+            "mfu_6n": share * model_flops_per_token(config, seq_len, "6n"),
+            "mfu_causal": share * model_flops_per_token(config, seq_len, "causal"),
+            "hfu": share * hardware_flops_per_token(config, seq_len, cfg.train.recompute),
+            "peak_flops": peak, "peak_flops_source": peak_source,
+            "device_memory_gib": peaks[0].item() / GIB, "host_memory_gib": peaks[1].item() / GIB,
+        }
+        if reader:
+            result["real_over_synthetic"] = statistics.median(step_s["real"]) / median_s
+            result["data_wait_seconds_per_step"] = statistics.median(wait_s)
+        print(json.dumps(result), flush=True)
+    if reader:
+        reader.close()
+    stop_process_group()
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+if __name__ == "__main__":
+    run_recipe(main, BenchmarkConfig)

@@ -1,0 +1,164 @@
+"""A user's mistake gets one clear line and exit status 2: no traceback, no half-made run, nothing on disk lost."""
+
+import fcntl
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from recipe import ROOT, recipe
+from test_pretrain import flags, inputs, reference  # noqa: F401: fixtures
+
+from dtensor_llama import LlamaConfig
+
+
+def refused(*arguments, name: str = "pretrain", ranks: int = 1) -> str:
+    ended = recipe(name, *arguments, ranks=ranks)
+    assert ended.status == 2, ended
+    lines = ended.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and "Traceback" not in ended.err, ended.err
+    assert ended.out == ""
+    return lines[0]
+
+
+@pytest.mark.parametrize("more,said", [
+    (["--model", "llama9-7b"], ["--model llama9-7b", "llama2-7b"]),
+    (["--model", "no/such/folder"], ["no/such/folder"]),
+    (["--train.stps", 3], ["--train.stps", "--train.steps"]),
+    (["--train.steps", "many"], ["--train.steps", "many"]),
+    (["--train.dtype", "float8"], ["--train.dtype", "bfloat16"]),
+    (["--random-init", "--model", "tiny-1m"], ["--random-init", "tiny-1m"]),
+    (["--train.steps", 0], ["--train.steps 0"]),
+    (["--train.lr", 0], ["--train.lr"]),
+    (["--train.lr", "nan"], ["--train.lr nan"]),
+    (["--train.lr", "-1e-3"], ["--train.lr"]),
+    (["--train.min-lr", 1], ["--train.min-lr", "--train.lr"]),
+    (["--train.max-grad-norm", 0], ["--train.max-grad-norm"]),
+    (["--train.weight-decay", -1], ["--train.weight-decay"]),
+    (["--data.validation-share", 1.5], ["--data.validation-share"]),
+    (["--data.seq-len", 0], ["--data.seq-len 0"]),
+    (["--data.seq-len", 10_000_000], ["--data.seq-len", "tokens"]),
+    (["--train.global-batch-size", 5, "--train.micro-batch-size", 2], ["--train.global-batch-size 5", "4 or 6"]),
+    (["--train.attention", "flash"], ["--train.attention flash", "cpu", "sdpa"]),
+    (["--parallel.dp-shard", 3], ["--parallel.dp-shard 3", "torchrun"]),
+    (["--parallel.dp-shard", 0], ["--parallel.dp-shard 0"]),
+    (["--data.path", "nothing/*.txt"], ["--data.path", "nothing/*.txt"]),
+    (["--data.tokenizer", "nowhere"], ["nowhere"]),
+    (["--checkpoint.resume", "no/such/checkpoint"], ["no/such/checkpoint"]),
+])
+def test_an_impossible_flag(inputs, tmp_path, more, said):  # noqa: F811
+    line = refused(*[flag for flag in flags(inputs, tmp_path / "run") if flag != "--random-init"], *more)
+    assert all(part in line for part in said), line
+
+
+def test_a_batch_that_cannot_be_dealt_to_the_ranks(inputs, tmp_path):  # noqa: F811
+    line = refused(*flags(inputs, tmp_path / "run", "--train.global-batch-size", 3), ranks=2)
+    assert "--train.global-batch-size 3" in line and "2 data-parallel ranks" in line
+
+
+def test_a_preset_without_a_tokenizer_and_one_with_too_large_a_tokenizer(inputs, tmp_path):  # noqa: F811
+    line = refused("--model", "tiny-1m", "--data.path", inputs / "data.jsonl", "--run-dir", tmp_path / "run")
+    assert "--data.tokenizer" in line
+    fields = LlamaConfig.from_hf(inputs / "model").to_hf() | {"vocab_size": 399}
+    small = tmp_path / "small"
+    small.mkdir()
+    (small / "config.json").write_text(json.dumps(fields))
+    line = refused(*flags(inputs, tmp_path / "run"), "--model", small, "--data.tokenizer", inputs / "tokenizer")
+    assert "400" in line and "399" in line
+
+
+@pytest.mark.parametrize("damage,said", [
+    ("no config", ["config.json", "does not exist"]), ("cut config", ["config.json", "not complete JSON"]),
+    ("family", ["model_type", "mistral"]), ("cut weights", ["model.safetensors"]), ("no weights", ["safetensors"]),
+    ("pickle", ["pytorch_model.bin", "safetensors"]), ("shard", ["no such file"]), ("shape", ["q_proj", "[64, 64]"]),
+])
+def test_a_damaged_model_folder(inputs, tmp_path, damage, said):  # noqa: F811
+    folder = shutil.copytree(inputs / "model", tmp_path / "model")
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    if damage == "no config":
+        config.unlink()
+    elif damage == "cut config":
+        config.write_text(config.read_text()[:100])
+    elif damage in ("family", "shape"):
+        change = {"model_type": "mistral"} if damage == "family" else {"head_dim": 8}
+        config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    elif damage == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif damage == "shard":
+        index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        weights.unlink()
+    else:
+        weights.unlink()
+        if damage == "pickle":
+            (folder / "pytorch_model.bin").write_bytes(b"x")
+    arguments = [a for a in flags(inputs, tmp_path / "run") if a != "--random-init"]
+    line = refused(*arguments, "--model", folder)
+    assert all(part in line for part in said), line
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("name,content,said", [
+    ("empty.txt", b"", ["empty.txt"]), ("binary.txt", b"abc\x00\xff\xfe\x01" * 50, ["binary.txt"]),
+    ("broken.jsonl", b'{"text": "fine"}\n{"text": "cut', ["broken.jsonl", "2"]),
+    ("fieldless.jsonl", b'{"text": "fine"}\n{"body": "no"}\n', ["fieldless.jsonl", "2", "text"]),
+    ("odd.csv", b"a,b", ["odd.csv", ".jsonl"]),
+])
+def test_data_that_cannot_be_read_is_named_with_its_line(inputs, tmp_path, name, content, said):  # noqa: F811
+    (tmp_path / name).write_bytes(content)
+    line = refused(*flags(inputs, tmp_path / "run"), "--data.path", tmp_path / name, ranks=2)
+    assert all(part in line for part in said), line
+
+
+def test_a_run_folder_in_use(inputs, reference, tmp_path):  # noqa: F811
+    run_dir = shutil.copytree(reference, tmp_path / "run")
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    assert "already in use" in refused(*flags(inputs, run_dir, "--checkpoint.resume", "never"))
+    with open(run_dir / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "in use by another" in refused(*flags(inputs, run_dir, steps=20))
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+    (tmp_path / "file").write_text("x")
+    assert "--run-dir" in refused(*flags(inputs, tmp_path / "file"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_damaged_checkpoint_is_named_and_refused_and_nothing_is_lost(inputs, reference, tmp_path, ranks):  # noqa: F811
+    run_dir = shutil.copytree(reference, tmp_path / "run")
+    newest = run_dir / "checkpoints" / "step-00000008"
+    data = next(newest.glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-100])
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    assert "step-00000008" in refused(*flags(inputs, run_dir, "--data.document-mask", steps=10), ranks=ranks)
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+    line = refused(*flags(inputs, tmp_path / "other", "--checkpoint.resume", inputs), ranks=ranks)
+    assert "checkpoint" in line
+
+
+@pytest.mark.parametrize("change,said", [
+    (["--data.seq-len", 32], "--data.seq-len"), (["--train.seed", 5], "--train.seed"),
+    (["--data.validation-share", 0.1], "--data.validation-share"),
+    (["--model", "tiny-1m", "--data.seq-len", 64], "another model"),
+])
+def test_a_run_cannot_go_on_as_another_run(inputs, reference, tmp_path, change, said):  # noqa: F811
+    run_dir = shutil.copytree(reference, tmp_path / "run")
+    arguments = [flag for flag in flags(inputs, run_dir, steps=10) if flag != "--random-init"]
+    line = refused(*arguments, "--data.tokenizer", inputs / "tokenizer", *change)
+    assert said in line and "step-00000008" in line
+
+
+@pytest.mark.parametrize("arguments,said", [
+    (["--model", "llama2-7b", "--prompt", "x"], "--model llama2-7b"),
+    (["--model", "MODEL", "--prompt", "x", "--temperature", -1], "--temperature"),
+    (["--model", "MODEL", "--prompt", "x", "--top-p", 0], "--top-p"),
+    (["--model", "MODEL", "--prompt", "x", "--max-new-tokens", 0], "--max-new-tokens"),
+    (["--model", "MODEL"], "--prompt"),
+])
+def test_generate_refuses_in_words(inputs, arguments, said):  # noqa: F811
+    assert said in refused(*[inputs / "model" if a == "MODEL" else a for a in arguments], name="generate")
+
+
+def test_a_typed_command_ends_with_status_2_and_one_line():
+    ended = subprocess.run([sys.executable, ROOT / "recipes/pretrain.py", "--model", "llama9"], capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stdout == "" and ended.stderr.count("\n") == 1, ended

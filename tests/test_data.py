@@ -1,0 +1,460 @@
+"""What the data path promises: exact ids however a text is cut, one tokenizing, and rows that do not depend on layout."""
+
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from test_tokenizer import ROOT, SHARED, TEXT, train_byte_level, train_pieces
+from tokenizers import Regex, pre_tokenizers
+
+from dtensor_llama.data import PackedRows, RowReader, TokenCorpus, load_tokenizer, prepare_corpus, validation_batches
+from dtensor_llama.data import tokenize as tokenize_module
+from dtensor_llama.data.cut import Cutter
+from dtensor_llama.data.rows import permute
+from dtensor_llama.data.sources import expand_paths, read_chunks
+from dtensor_llama.errors import UsageError
+
+LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+                r"|\s+(?!\S)|\s+")
+KINDS = ["sentencepiece", "byte-level", "llama3-like", "across words", "llama2", "stories260K"]
+DOCUMENTS = ["First document.", " second\nwith </s> inside", "naïve Ω 你好 🦙\r\n\r\nthird " * 9, "4th"]
+
+
+@pytest.fixture(scope="module")
+def tokenizers_by_kind(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizers")
+    kinds = {"sentencepiece": train_pieces(folder), "byte-level": train_byte_level(folder / "tokenizer.json")}
+    llama3 = pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated")
+    kinds["llama3-like"] = train_byte_level(folder / "llama3.json", words=[llama3])
+    kinds["across words"] = train_byte_level(folder / "across.json", words=[])
+    if (SHARED / "llama2_tokenizer").is_dir():
+        kinds |= {"llama2": SHARED / "llama2_tokenizer", "stories260K": SHARED / "stories260K" / "tokenizer.json"}
+    return {kind: load_tokenizer(path) for kind, path in kinds.items()}
+
+
+@pytest.fixture
+def tokenizer(tokenizers_by_kind):
+    return tokenizers_by_kind["sentencepiece"]
+
+
+def whole(tokenizer, documents) -> list[int]:
+    """The tokens a corpus of `documents` must hold, by the plainest way."""
+    return [i for text in documents for i in [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]]
+
+
+def write_jsonl(file: Path, documents, **extra) -> Path:
+    file.write_text("".join(json.dumps({"text": text} | extra) + "\n" for text in documents))
+    return file
+
+
+def make_corpus(folder: Path, tokens, starts=(0,)) -> TokenCorpus:
+    folder.mkdir(exist_ok=True)
+    np.array(tokens, dtype=np.uint16).tofile(folder / "tokens.bin")
+    np.array(starts, dtype=np.int64).tofile(folder / "documents.bin")
+    meta = {"n_tokens": len(tokens), "n_documents": len(starts), "dtype": "uint16"}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return TokenCorpus(folder)
+
+
+def command(path, tokenizer, cache_dir) -> list[str]:
+    words = [sys.executable, "-m", "dtensor_llama.data.tokenize", "--path", path, "--tokenizer", tokenizer.path]
+    return [str(word) for word in [*words, "--cache-dir", cache_dir]]
+
+
+def folders(cache_dir: Path) -> list[Path]:
+    """The finished corpora in a cache."""
+    return [entry for entry in cache_dir.iterdir() if entry.is_dir() and entry.suffix != ".partial"]
+
+
+# ---- cutting ----
+
+
+def real_texts() -> dict[str, str]:
+    dice = random.Random(0)
+    runs = "".join(dice.choice("-=a .\n_#") * dice.choice([1, 1, 2, 3, 17, 400]) for _ in range(1500))
+    texts = {"python": TEXT, "runs of one character": runs}
+    for file in ("moby_dick.txt", "tinyshakespeare.txt", "sotu.jsonl") if (SHARED / "corpus").is_dir() else ():
+        text = (SHARED / "corpus" / file).read_text()
+        texts[file] = "\n".join(json.loads(line)["text"] for line in text.splitlines()[:40]) if "jsonl" in file else text
+    return texts
+
+
+@pytest.mark.parametrize("change", [None, ("\n", "\r\n"), ("\n", " "), (" ", ""), (".", "。 ")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_of_a_cut_text_equal_those_of_the_whole(tokenizers_by_kind, kind, change):
+    if kind not in tokenizers_by_kind:
+        pytest.skip("no real tokenizers")
+    tokenizer = tokenizers_by_kind[kind]
+    for name, text in real_texts().items():
+        text = text[:200_000].replace(*change) if change else text[:200_000]
+        pieces = list(Cutter(tokenizer).pieces(text, 500))
+        assert len(pieces) > (5 if change == (" ", "") else len(text) / 2500), name
+        ids = [i for piece, skip in pieces for i in tokenizer.encode(piece)[skip:]]
+        assert ids == tokenizer.encode(text), name
+
+
+def test_a_text_without_a_place_to_cut_stays_whole(tokenizer):
+    for text in ("x" * 20_000, "\n" * 20_000, "ab  " * 5000):
+        pieces = list(Cutter(tokenizer).pieces(text, 1000))
+        assert [i for piece, skip in pieces for i in tokenizer.encode(piece)[skip:]] == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte-level"])
+def test_a_txt_read_in_small_chunks_is_one_document_with_the_ids_of_the_whole(tokenizers_by_kind, kind, tmp_path):
+    tokenizer, text = tokenizers_by_kind[kind], (TEXT + "é🦙\r\n") * 2
+    (tmp_path / "a.txt").write_text("\ufeff" + text, newline="")
+    chunks = list(read_chunks(tmp_path / "a.txt", "text", Cutter(tokenizer), chunk_bytes=777))
+    assert len(chunks) > 50 and max(len(chunk.data) for chunk in chunks) < 3000
+    assert [chunk.opens for chunk in chunks] == [True] + [False] * (len(chunks) - 1)
+    assert [chunk.closes for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert [i for chunk in chunks for i in tokenizer.encode(chunk.data)[chunk.skip :]] == tokenizer.encode(text)
+
+
+def test_a_jsonl_in_small_chunks_keeps_every_line(tokenizer, tmp_path):
+    file = write_jsonl(tmp_path / "a.jsonl", [f"{i} " * (i % 300) + "." for i in range(500)])
+    chunks = read_chunks(file, "text", Cutter(tokenizer), chunk_bytes=100)
+    expected = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+    assert [text for chunk in chunks for text in chunk.documents("text")] == expected
+
+
+# ---- the corpus on disk ----
+
+
+def test_every_kind_of_file_gives_the_same_tokens_as_the_plain_way(tokenizer, tmp_path):
+    table = pa.table({"text": DOCUMENTS, "n": range(len(DOCUMENTS))})
+    pq.write_table(table, tmp_path / "c.parquet", row_group_size=3)
+    jsonl = write_jsonl(tmp_path / "b.jsonl", DOCUMENTS).read_bytes()
+    (tmp_path / "a.txt").write_text(DOCUMENTS[2], newline="")
+    for name in ("a.txt", "b.jsonl", "c.parquet"):
+        plain = (tmp_path / name).read_bytes()
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(plain[:20]) + gzip.compress(plain[20:]))  # two members
+        with pa.output_stream(tmp_path / f"{name}.zst", compression="zstd") as file:
+            file.write(plain)
+    (tmp_path / "d.jsonl").write_bytes(b"\xef\xbb\xbf\r\n" + jsonl.replace(b"\n", b"\r\n\r\n") + b' {"text": " \\n"}')
+    corpus = prepare_corpus([tmp_path / "*.txt*", str(tmp_path / "**/[b-d].*")], tokenizer, tmp_path / "cache")
+    documents = [DOCUMENTS[2]] * 3 + DOCUMENTS * 7
+    assert corpus.tokens.tolist() == whole(tokenizer, documents) and corpus.tokens.dtype == np.uint16
+    lengths = [len(tokenizer.encode(text)) + 2 for text in documents]
+    assert corpus.document_starts.tolist() == [0, *np.cumsum(lengths)[:-1].tolist()]
+
+
+def test_the_corpus_is_reused_until_a_file_the_field_or_the_tokenizer_changes(tokenizers_by_kind, tmp_path, monkeypatch):
+    tokenizer, cache = tokenizers_by_kind["sentencepiece"], tmp_path / "cache"
+    file = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS, other="another field")
+    first = prepare_corpus([file], tokenizer, cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", None)  # nothing is started for a hit, whatever names the file
+        assert prepare_corpus([str(tmp_path / "*.jsonl"), file], tokenizer, cache).folder == first.folder
+    os.utime(file, ns=(0, 0))
+    touched = prepare_corpus([file], tokenizer, cache)
+    field = prepare_corpus([file], tokenizer, cache, text_field="other")
+    other = prepare_corpus([file], tokenizers_by_kind["byte-level"], cache)
+    assert len({corpus.folder for corpus in (first, touched, field, other)}) == 4 == len(folders(cache))
+    assert field.tokens.tolist() == whole(tokenizer, ["another field"] * 4)
+
+
+def test_a_damaged_corpus_is_refused(tokenizer, tmp_path):
+    file = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    tokens_file = prepare_corpus([file], tokenizer, tmp_path / "cache").folder / "tokens.bin"
+    tokens_file.write_bytes(tokens_file.read_bytes()[:-2])
+    with pytest.raises(UsageError, match="damaged .* delete the folder"):
+        prepare_corpus([file], tokenizer, tmp_path / "cache")
+
+
+def wait_until(condition, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.01)
+
+
+def gone(processes) -> bool:
+    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
+
+
+def test_kill_9_leaves_nothing_that_would_be_used_and_no_process(tokenizer, tmp_path):
+    file, cache = write_jsonl(tmp_path / "a.jsonl", [TEXT] * 60), tmp_path / "cache"
+    process = subprocess.Popen(command(file, tokenizer, cache), cwd=ROOT, stderr=subprocess.DEVNULL)
+    wait_until(lambda: any(part.stat().st_size for part in cache.glob("*.partial/tokens.bin")))
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    assert workers and folders(cache) == [] and list(cache.glob("*.partial"))
+    wait_until(lambda: gone(workers))
+    corpus = prepare_corpus([file], tokenizer, cache)
+    assert corpus.tokens.tolist() == whole(tokenizer, [TEXT]) * 60
+    assert folders(cache) == [corpus.folder] and not list(cache.glob("*.partial"))
+
+
+def test_tokenizing_stops_when_the_run_that_asked_for_it_is_killed(tokenizer, tmp_path):
+    file, cache = write_jsonl(tmp_path / "a.jsonl", [TEXT] * 300), tmp_path / "cache"
+    code = f"from dtensor_llama.data import *; t = load_tokenizer({str(tokenizer.path)!r})\n"
+    code += f"prepare_corpus([{str(file)!r}], t, {str(cache)!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+    wait_until(lambda: any(part.stat().st_size for part in cache.glob("*.partial/tokens.bin")))
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    wait_until(lambda: gone(family))
+    assert len(family) >= 2 and folders(cache) == []
+
+
+def test_runs_that_start_together_tokenize_once(tokenizer, tmp_path):
+    words = command(write_jsonl(tmp_path / "a.jsonl", [TEXT] * 20), tokenizer, tmp_path / "cache")
+    runs = [subprocess.Popen(words, cwd=ROOT, stdout=-1, stderr=-1, text=True) for _ in range(3)]
+    answers = [run.communicate() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0, 0]
+    assert {Path(out.strip()) for out, _ in answers} == set(folders(tmp_path / "cache"))
+    assert sum("tokenized" in said for _, said in answers) == 1
+
+
+def test_at_most_a_few_chunks_are_under_way_whatever_the_corpus(monkeypatch):
+    under_way = []
+
+    class Pool:  # finishes nothing before it is asked for it
+        def submit(self, encode, chunk):
+            under_way.append(chunk)
+            future = Future()
+            future.result = lambda: (under_way.remove(chunk), None)
+            return future
+
+    monkeypatch.setattr(tokenize_module, "read_chunks", lambda *_: (type("C", (), {"input_bytes": 1})() for _ in range(99)))
+    peaks = [len(under_way) for _ in tokenize_module._in_order(Pool(), ["file"], "text", None, processes=2)]
+    assert len(peaks) == 99 and max(peaks) < tokenize_module.CHUNKS_PER_WORKER * 2
+
+
+# ---- bad files ----
+
+
+def bad_jsonl(line: bytes) -> bytes:
+    return b'{"text": "good"}\n\n' + line + b'\n{"text": "good"}\n'
+
+
+def parquet_bytes(**columns) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def zstd_bytes(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("a.jsonl", bad_jsonl(b'{"text": "cut'), "line 3: broken JSON"),
+    ("a.jsonl", bad_jsonl(b"[" * 100_000), "line 3: broken JSON"),
+    ("a.jsonl", bad_jsonl(b'["text"]'), "line 3: expected a JSON object, found list"),
+    ("a.jsonl", bad_jsonl(b'{"body": "x", "id": 1}'), "line 3: no field 'text'; its fields are body, id.*--data.text-field"),
+    ("a.jsonl", bad_jsonl(b'{"text": 5}'), "line 3: 'text' holds int, expected a string"),
+    ("a.jsonl", bad_jsonl(b'{"text": null}'), "line 3: 'text' holds NoneType, expected a string"),
+    ("a.jsonl", bad_jsonl(b'{"text": "\\ud83e"}'), "line 3: 'text' holds half a surrogate pair"),
+    ("a.jsonl", bad_jsonl(b'{"text": "\xff"}'), "line 3: byte 0xff is not UTF-8"),
+    ("a.jsonl", bad_jsonl(b'{"text": "\0"}'), "line 3: a zero byte"),
+    ("a.txt", b"one\ntwo\n\0\1\2", "line 3: a zero byte; the file is binary"),
+    ("a.txt", "one\ntwo".encode("utf-16"), "line 1: a zero byte"),
+    ("a.txt", b"one\ntwo\ncaf\xe9 au lait", "line 3: byte 0xe9 is not UTF-8"),
+    ("a.txt", b"one\n" * 40 + "\n🦙".encode()[:-1], "line 42: byte 0xf0 is not UTF-8"),
+    ("a.txt.gz", gzip.compress(os.urandom(3000).hex().encode())[:-9], "cannot be read to its end"),
+    ("a.jsonl.gz", b"not gzip", "cannot be read to its end"),
+    ("a.jsonl.zst", zstd_bytes(os.urandom(3000).hex().encode())[:-9], "cannot be read to its end"),
+    ("a.parquet", b"PAR1 not really", "cannot be read to its end"),
+    ("a.parquet", parquet_bytes(text=["x" * 99] * 99)[:-20], "cannot be read to its end"),
+    ("a.parquet.gz", gzip.compress(parquet_bytes(text=["x"]))[:-9], "cannot be read to its end"),
+    ("a.parquet", parquet_bytes(body=["x"], id=[1]), "no column 'text'; it has body, id.*--data.text-field"),
+    ("a.parquet", parquet_bytes(text=[1, 2]), "row 1: 'text' holds int, expected a string"),
+    ("a.parquet", parquet_bytes(text=["x", None]), "row 2: 'text' holds NoneType, expected a string"),
+])
+def test_a_bad_file_is_named_with_the_line(tokenizer, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=message) as error:
+        for chunk in read_chunks(tmp_path / name, "text", Cutter(tokenizer), chunk_bytes=64):
+            chunk.documents("text")
+    assert str(error.value).startswith(f"--data.path {tmp_path / name}") and "\n" not in str(error.value)
+
+
+def test_paths_that_name_nothing_readable_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("x")
+    for pattern, message in (("nope*.txt", "no file matches"), ("nope.txt", "no file matches"), ("", "is a folder"),
+                             ("a.csv", r"a\.csv: unknown kind of file"), ("*", r"a\.csv: unknown kind of file")):
+        with pytest.raises(UsageError, match=f"--data.path .*{message}"):
+            expand_paths([tmp_path / pattern])
+    with pytest.raises(UsageError, match="no file was named"):
+        expand_paths([])
+
+
+def test_what_is_wrong_in_the_other_process_reaches_the_caller_and_leaves_no_corpus(tokenizer, tmp_path, capfd):
+    (tmp_path / "empty.txt").write_text(" \n")
+    bad = write_jsonl(tmp_path / "bad.jsonl", ["good"] * 3, other=1)
+    bad.write_text(bad.read_text() + "{")
+    for file, message in ((tmp_path / "empty.txt", "empty.txt: no document with any text"), (bad, "line 4: broken JSON")):
+        with pytest.raises(UsageError, match=message):
+            prepare_corpus([file], tokenizer, tmp_path / "cache")
+    with pytest.raises(UsageError, match="the tokens cannot be written to .*bad.jsonl"):
+        prepare_corpus(write_jsonl(tmp_path / "good.jsonl", DOCUMENTS), tokenizer, bad)
+    assert folders(tmp_path / "cache") == [] and "Traceback" not in capfd.readouterr().err
+
+
+def test_the_command_prints_one_line_and_exits_with_2(tokenizer, tmp_path):
+    done = subprocess.run(command("nope.txt", tokenizer, tmp_path), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: --data.path nope.txt: no file matches") and done.stderr.count("\n") == 1
+
+
+# ---- rows ----
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 65, 1000, 65_537])
+def test_the_permutation_is_a_bijection_and_its_key_matters(n):
+    index = np.arange(n)
+    images = [permute(index, n, np.full(n, key, dtype=np.uint64)) for key in (0, 1)]
+    assert all(sorted(image.tolist()) == index.tolist() for image in images)
+    if n >= 64:
+        assert (images[0] == images[1]).mean() < 0.1 and (images[0] == index).mean() < 0.1
+        assert abs(np.corrcoef(images[0], index)[0, 1]) < 0.35  # of 64 random numbers: 0.125 on average
+
+
+def test_the_permutation_reaches_a_trillion_tokens_without_a_list():
+    n = 10**12
+    image = permute(np.arange(n - 1000, n), n, np.full(1000, 7, dtype=np.uint64))
+    assert len(set(image.tolist())) == 1000 and image.min() >= 0 and image.max() < n
+
+
+def test_training_and_held_out_rows_are_all_rows_once_and_epochs_differ(tmp_path):
+    rows = PackedRows(make_corpus(tmp_path, range(1008)), seq_len=10, validation_share=0.1, seed=3)
+    assert (rows.n_rows, rows.n_train, rows.n_validation) == (100, 90, 10)  # 1,008 tokens: the last 7 make no row
+    epochs = [[rows.row_at(position) for position in range(e * 90, e * 90 + 90)] for e in range(3)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2]) and epochs[0] != epochs[1] != epochs[2]
+    assert sorted(epochs[0] + rows.validation_rows().tolist()) == list(range(100))
+    other_seed = PackedRows(rows.corpus, 10, 0.1, seed=4)
+    assert set(other_seed.validation_rows()) != set(rows.validation_rows())
+
+
+def test_a_row_has_the_next_token_as_label(tmp_path):
+    rows = PackedRows(make_corpus(tmp_path, range(31)), seq_len=10, validation_share=0, seed=0)
+    [batch] = next(RowReader(rows, 3, 3, 0, 1))
+    order = [rows.row_at(position) for position in range(3)]
+    assert batch.tokens.tolist() == [list(range(row * 10, row * 10 + 10)) for row in order]
+    assert torch.equal(batch.labels, batch.tokens + 1) and batch.positions is None
+    assert batch.tokens.dtype == batch.labels.dtype == torch.int64 and sorted(order) == [0, 1, 2]
+
+
+def test_under_the_document_mask_positions_restart_and_labels_stay_in_their_document(tmp_path):
+    corpus = make_corpus(tmp_path, range(25), starts=[0, 5, 8, 16, 20])
+    rows = PackedRows(corpus, seq_len=8, validation_share=0, seed=0)
+    [batch] = next(RowReader(rows, 3, 3, 0, 1, document_mask=True))
+    by_row = {int(t[0]) // 8: (labels.tolist(), p.tolist()) for t, labels, p in zip(*batch, strict=True)}
+    no = -100
+    assert by_row[0] == ([1, 2, 3, 4, no, 6, 7, no], [0, 1, 2, 3, 4, 0, 1, 2])   # 8 opens the next row and a document
+    assert by_row[1] == ([9, 10, 11, 12, 13, 14, 15, no], [0, 1, 2, 3, 4, 5, 6, 7])
+    assert by_row[2] == ([17, 18, 19, no, 21, 22, 23, 24], [0, 1, 2, 3, 0, 1, 2, 3])
+
+
+@pytest.fixture
+def rows(tmp_path):
+    starts = np.unique(np.random.default_rng(0).integers(0, 3000, 200))
+    return PackedRows(make_corpus(tmp_path / "rows", np.arange(3000) % 500, [0, *starts[starts > 0]]), 16, 0.05, seed=1)
+
+
+def steps_of(rows, n_steps, dp_size=1, micro_batch_size=1, position=0, global_batch_size=8) -> list[list[list[int]]]:
+    """Token rows of each step in global order: the micro-batches of the dp ranks one after another."""
+    readers = [RowReader(rows, global_batch_size, micro_batch_size, r, dp_size, True, position) for r in range(dp_size)]
+    steps = [[row for reader in readers for micro in next(reader) for row in micro.tokens.tolist()] for _ in range(n_steps)]
+    assert {reader.position for reader in readers} == {position + n_steps * global_batch_size}
+    for reader in readers:
+        reader.close()
+    return steps
+
+
+def test_a_step_has_the_same_rows_in_the_same_order_on_any_layout(rows):
+    plain = steps_of(rows, 70)  # 560 rows: three epochs of 177, and beyond one block of looked-up rows
+    for dp_size, micro_batch_size in ((1, 8), (2, 1), (2, 4), (4, 2), (8, 1)):
+        assert steps_of(rows, 70, dp_size, micro_batch_size) == plain
+
+
+def test_a_reader_resumed_anywhere_goes_on_exactly_also_on_another_layout(rows):
+    plain = steps_of(rows, 40)
+    for step in (1, 7, 23):
+        assert steps_of(rows, 5, dp_size=4, micro_batch_size=2, position=step * 8) == plain[step : step + 5]
+    flat = [row for step in plain for row in step]
+    assert [row for s in steps_of(rows, 3, position=56, global_batch_size=12) for row in s] == flat[56 : 56 + 36]
+
+
+def test_position_counts_steps_handed_out_not_those_read_ahead(rows):
+    reader = RowReader(rows, 8, 8, 0, 1)
+    wait_until(lambda: reader._ready.full())
+    assert reader.position == 0
+    next(reader)
+    assert reader.position == 8
+    reader.close()
+
+
+def test_an_error_while_reading_reaches_the_caller_and_no_thread_stays(rows):
+    rows.corpus.tokens = rows.corpus.tokens[:100]
+    reader = RowReader(rows, 8, 8, 0, 1)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="same shape"):
+            next(reader)
+    reader.close()
+    reader.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        next(reader)
+    assert not [thread for thread in threading.enumerate() if thread.name == "row-reader"]
+
+
+def test_a_reader_never_closed_does_not_disturb_the_exit(rows):
+    code = f"from dtensor_llama.data import *\nrows = PackedRows(TokenCorpus({str(rows.corpus.folder)!r}), 16, 0, 0)\n"
+    code += "reader = RowReader(rows, 8, 8, 0, 1); next(reader); print(reader.position)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "8\n", "")
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_validation_sums_do_not_depend_on_dp_size_and_every_rank_gets_as_many_batches(rows, document_mask):
+    def scored(dp_size, micro_batch_size, max_rows=None):
+        ranks = [list(validation_batches(rows, micro_batch_size, r, dp_size, document_mask, max_rows)) for r in range(dp_size)]
+        assert len({len(batches) for batches in ranks}) == 1
+        batches = [batch for batches in ranks for batch in batches]
+        assert all(batch.tokens.shape == (micro_batch_size, 16) for batch in batches)
+        assert all((batch.positions is not None) == document_mask for batch in batches)
+        labels = torch.cat([batch.labels[batch.labels != -100] for batch in batches])
+        return len(labels), int((labels**2).sum())
+
+    assert rows.n_validation == 9
+    sums = {scored(dp_size, micro) for dp_size, micro in ((1, 1), (1, 4), (2, 2), (4, 1), (4, 3), (16, 1))}
+    assert len(sums) == 1 and (document_mask or sums.pop()[0] == 9 * 16)
+    assert scored(2, 2, max_rows=5) == scored(1, 1, max_rows=5) != scored(1, 1)
+
+
+def test_too_few_tokens_are_refused_with_the_length_that_would_work(tmp_path):
+    corpus = make_corpus(tmp_path, range(101))
+    for share, works in ((0.1, 50), (0, 100)):
+        with pytest.raises(UsageError, match=f"the data has 101 tokens.* use --data.seq-len {works} or less"):
+            PackedRows(corpus, works + 1, share, seed=0)
+        assert PackedRows(corpus, works, share, seed=0).n_train == 1
+    with pytest.raises(UsageError, match="give more text"):
+        PackedRows(make_corpus(tmp_path / "tiny", [1, 2]), 4, 0.1, seed=0)
+    with pytest.raises(UsageError, match="--data.seq-len 0"):
+        PackedRows(corpus, 0, 0.1, seed=0)
+
+
+def test_a_batch_that_cannot_be_dealt_is_refused(rows):
+    for global_batch_size, micro_batch_size, dp_size in ((6, 2, 2), (8, 3, 1), (0, 1, 1), (8, 0, 1)):
+        with pytest.raises(UsageError, match=f"--train.global-batch-size {global_batch_size} .*use a multiple of"):
+            RowReader(rows, global_batch_size, micro_batch_size, 0, dp_size)

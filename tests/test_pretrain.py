@@ -1,0 +1,222 @@
+"""pretrain.py, end to end: one loss on any number of ranks, the same future after any stop, a folder transformers opens."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from recipe import ROOT, metrics, recipe
+from torch.testing import assert_close
+
+from dtensor_llama import Llama, LlamaConfig, load_hf, save_hf
+
+SHARED = Path(os.environ.get("DTENSOR_LLAMA_SHARED_DATA", ROOT.parent / "shared" / "data"))
+EXACT = ("step", "loss", "grad_norm", "lr", "tokens", "validation_loss")     # what must not depend on the clock
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory) -> Path:
+    """A folder with data.jsonl (short documents), tokenizer/ (400 pieces) and model/ (a tiny LLaMA, random weights)."""
+    sys.path.insert(0, str(ROOT / "recipes"))
+    from stdlib_corpus import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("inputs")
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    text = "".join((stdlib / name).read_text() for name in ("argparse.py", "ast.py", "textwrap.py"))
+    documents = [part for part in text.split("\n\n") if part.strip()]
+    (folder / "data.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in documents))
+    train_tokenizer(documents, 400, folder / "tokenizer")
+    config = LlamaConfig(vocab_size=400, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1)
+    save_hf(Llama(config), folder / "model")
+    shutil.copytree(folder / "tokenizer", folder / "model", dirs_exist_ok=True)
+    return folder
+
+
+def flags(inputs: Path, run_dir: Path, *more, steps: int = 8) -> list:
+    return ["--model", inputs / "model", "--random-init", "--data.path", inputs / "data.jsonl", "--data.cache-dir",
+            inputs / "cache", "--train.steps", steps, "--train.global-batch-size", 4, "--train.micro-batch-size", 1,
+            "--train.lr", "1e-2", "--train.dtype", "float32", "--train.validate-every", 4, "--checkpoint.every", 3,
+            "--run-dir", run_dir, *more]
+
+
+def exact(run_dir: Path) -> list[dict]:
+    return [{name: row[name] for name in EXACT if name in row} for row in metrics(run_dir)]
+
+
+@pytest.fixture(scope="session")
+def reference(inputs, tmp_path_factory) -> Path:
+    """One process, never stopped, packed documents masked: so micro-batches and ranks have uneven numbers of labels."""
+    run_dir = tmp_path_factory.mktemp("runs") / "reference"
+    ended = recipe("pretrain", *flags(inputs, run_dir, "--data.document-mask"))
+    assert ended.status == 0, ended
+    return run_dir
+
+
+def weights(run_dir: Path) -> dict:
+    model = Llama(LlamaConfig.from_hf(run_dir / "hf"))
+    load_hf(model, run_dir / "hf")
+    return dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("ranks,micro", [(1, 4), (2, 1), (2, 2), (4, 1)])
+def test_ranks_and_accumulation_do_not_change_the_answer(inputs, reference, tmp_path, ranks, micro):
+    ended = recipe("pretrain", *flags(inputs, tmp_path / "run", "--data.document-mask", "--train.micro-batch-size", micro),
+                   ranks=ranks)
+    assert ended.status == 0, ended
+    for ours, one_process in zip(exact(tmp_path / "run"), exact(reference), strict=True):
+        assert abs(ours["loss"] - one_process["loss"]) < 2e-5
+        assert abs(ours["grad_norm"] / one_process["grad_norm"] - 1) < 1e-4
+        assert abs(ours.get("validation_loss", 0) - one_process.get("validation_loss", 0)) < 2e-5
+    for name, weight in weights(tmp_path / "run").items():
+        # AdamW divides by the root of tiny second moments: where gradients all but vanish, summation order shows.
+        assert_close(weight, weights(reference)[name], rtol=0, atol=1e-5 if ranks == 1 else 1e-4)
+
+
+def test_a_run_folder_holds_what_the_readme_says(reference):
+    assert {path.name for path in reference.iterdir()} >= {
+        "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "hf", "loss.png"}
+    rows = metrics(reference)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert set(rows[0]) >= set("step loss grad_norm lr tokens tokens_per_second mfu hfu step_seconds device_memory_gib "
+                               "host_memory_gib".split())
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5 and rows[-1]["tokens"] == 8 * 4 * 64
+    config = json.loads((reference / "config.json").read_text())
+    assert config["train"]["lr"] == 0.01 and config["versions"]["torch"] == torch.__version__
+    assert sorted(path.name for path in (reference / "checkpoints").iterdir()) == [
+        "step-00000003", "step-00000006", "step-00000008"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_stopped_run_goes_on_bit_for_bit(inputs, tmp_path, ranks):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert recipe("pretrain", *flags(inputs, whole), ranks=ranks).status == 0
+    ended = recipe("pretrain", *flags(inputs, stopped), ranks=ranks, stop_at_step=4)
+    assert ended.status == 0 and "stopped as asked" in ended.out and len(metrics(stopped)) < 8
+    (stopped / "metrics.jsonl").open("a").write('{"step": 99, "lo')     # as a kill in the middle of a line leaves it
+    ended = recipe("pretrain", *flags(inputs, stopped), ranks=ranks)
+    assert ended.status == 0 and "resuming from" in ended.out
+    assert exact(stopped) == exact(whole)
+    for name, weight in weights(stopped).items():
+        assert torch.equal(weight, weights(whole)[name]), name
+
+
+def test_a_run_resumes_on_another_number_of_ranks(inputs, reference, tmp_path):
+    run_dir = tmp_path / "run"
+    ended = recipe("pretrain", *flags(inputs, run_dir, "--data.document-mask"), ranks=2, stop_at_step=3)
+    assert ended.status == 0 and len(metrics(run_dir)) < 8
+    assert recipe("pretrain", *flags(inputs, run_dir, "--data.document-mask"), ranks=1).status == 0
+    for ours, one_process in zip(exact(run_dir), exact(reference), strict=True):
+        assert ours["tokens"] == one_process["tokens"] and abs(ours["loss"] - one_process["loss"]) < 2e-5
+
+
+def test_kill_9_loses_at_most_what_came_after_the_last_checkpoint(inputs, reference, tmp_path):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, ROOT / "recipes/pretrain.py", *flags(inputs, run_dir, "--data.document-mask", steps=8)]
+    victim = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(run_dir.glob("checkpoints/step-00000003")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    ended = recipe("pretrain", *command[2:])
+    assert ended.status == 0 and "resuming from" in ended.out
+    assert exact(run_dir) == exact(reference)
+
+
+def test_a_finished_run_is_left_alone_and_more_steps_go_on_with_it(inputs, reference, tmp_path):
+    run_dir = shutil.copytree(reference, tmp_path / "run")
+    before = exact(run_dir)
+    assert recipe("pretrain", *flags(inputs, run_dir, "--data.document-mask")).status == 0
+    assert exact(run_dir) == before
+    assert recipe("pretrain", *flags(inputs, run_dir, "--data.document-mask", steps=10)).status == 0
+    assert exact(run_dir)[:8] == before and len(metrics(run_dir)) == 10
+
+
+def test_a_checkpoint_of_another_run_can_be_the_start(inputs, reference, tmp_path):
+    ended = recipe("pretrain", *flags(inputs, tmp_path / "run", "--data.document-mask", "--checkpoint.resume",
+                                      reference / "checkpoints/step-00000006"))
+    assert ended.status == 0 and exact(tmp_path / "run") == exact(reference)[6:]
+
+
+@pytest.mark.parametrize("more", [["--train.recompute", "full"], ["--train.recompute", "selective"],
+                                  ["--train.attention", "math"]])
+def test_recompute_and_attention_kernel_do_not_change_the_answer(inputs, reference, tmp_path, more):
+    ended = recipe("pretrain", *flags(inputs, tmp_path / "run", "--data.document-mask", *more), ranks=2)
+    assert ended.status == 0, ended
+    for ours, one_process in zip(exact(tmp_path / "run"), exact(reference), strict=True):
+        assert abs(ours["loss"] - one_process["loss"]) < 2e-5
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling for the CPU needs g++")
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_compiled_blocks_do_not_change_the_answer(inputs, reference, tmp_path, recompute):
+    ended = recipe("pretrain", *flags(inputs, tmp_path / "run", "--data.document-mask", "--train.compile",
+                                      "--train.recompute", recompute), timeout=240)
+    assert ended.status == 0, ended
+    for ours, one_process in zip(exact(tmp_path / "run"), exact(reference), strict=True):
+        assert abs(ours["loss"] - one_process["loss"]) < 2e-5
+
+
+def test_bfloat16_keeps_float32_masters_and_learns_alike(inputs, reference, tmp_path):
+    ended = recipe("pretrain", *flags(inputs, tmp_path / "run", "--data.document-mask", "--train.dtype", "bfloat16"), ranks=2)
+    assert ended.status == 0, ended
+    last, expected = metrics(tmp_path / "run")[-1]["loss"], metrics(reference)[-1]["loss"]
+    assert 0 < abs(last - expected) < 0.02
+    assert {weight.dtype for weight in weights(tmp_path / "run").values()} == {torch.float32}    # a fresh model's own
+    from safetensors import safe_open
+    with safe_open(tmp_path / "run/hf/model.safetensors", "pt") as exported:
+        assert exported.get_tensor("lm_head.weight").dtype == torch.bfloat16
+
+
+def test_transformers_opens_the_export_and_both_say_the_same_greedily(reference):
+    import transformers
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(reference / "hf", dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(reference / "hf")
+    prompt = "    def add_argument(self"
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]])
+    expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
+    ended = recipe("generate", "--model", reference / "hf", "--prompt", prompt, "--max-new-tokens", 40)
+    assert ended.status == 0 and ended.out.rstrip("\n") == tokenizer.decode(expected[0], skip_special_tokens=True).rstrip("\n")
+
+
+def test_sampling_is_seeded_and_respects_top_p(inputs):
+    from dtensor_llama.generate import sample
+
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    generator = torch.Generator().manual_seed(0)
+    drawn = [sample(logits, 1.0, 0.79, generator).item() for _ in range(300)]
+    assert set(drawn) == {0, 1} and 0.55 < drawn.count(0) / 300 < 0.70          # 0.5 : 0.3 renormalised is 0.625
+    assert all(sample(logits, 1.0, 1e-9, generator).item() == 0 for _ in range(20))
+    texts = [recipe("generate", "--model", inputs / "model", "--prompt", "a", "--temperature", 1, "--seed", seed,
+                    "--max-new-tokens", 12).out for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.skipif(not (SHARED / "stories260K").exists(), reason="the trained weights stories260K are not on this machine")
+def test_continual_pretraining_starts_from_the_weights_and_learns_the_new_text(tmp_path):
+    ended = recipe("pretrain", "--model", SHARED / "stories260K", "--data.path", SHARED / "corpus/tinyshakespeare.txt",
+                   "--data.cache-dir", tmp_path / "cache", "--data.seq-len", 128, "--train.steps", 40,
+                   "--train.global-batch-size", 16, "--train.micro-batch-size", 16, "--train.lr", "2e-3",
+                   "--train.dtype", "float32", "--train.validate-every", 40, "--run-dir", tmp_path / "run")
+    assert ended.status == 0, ended
+    rows = metrics(tmp_path / "run")
+    assert 4.4 < rows[0]["loss"] < 5.2          # trained weights on other text: 4.70 with transformers, random is 6.2
+    assert rows[-1]["validation_loss"] < 3.7
+
+
+def test_benchmark_prints_one_json_line_and_reading_data_is_timed_against_synthetic_rows(inputs):
+    ended = recipe("benchmark", "--model", inputs / "model", "--data.path", inputs / "data.jsonl", "--data.cache-dir",
+                   inputs / "cache", "--train.steps", 3, "--train.global-batch-size", 4, "--train.dtype", "float32", ranks=2)
+    assert ended.status == 0, ended
+    result = json.loads(ended.out.splitlines()[-1])
+    assert result["tokens_per_second"] > 0 and 0 < result["mfu_causal"] < result["mfu"] <= result["hfu"]
+    assert result["real_over_synthetic"] > 0 and result["data_wait_seconds_per_step"] < result["step_seconds"]

@@ -1,0 +1,217 @@
+"""What `load_tokenizer` promises: SentencePiece's ids, no control tokens out of text, folders transformers can open."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from dtensor_llama.data import load_tokenizer
+from dtensor_llama.errors import UsageError
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("DTENSOR_LLAMA_SHARED_DATA", ROOT.parent / "shared" / "data"))
+needs_shared = pytest.mark.skipif(not (SHARED / "llama2_tokenizer").is_dir(), reason=f"no real tokenizers in {SHARED}")
+TEXT = Path(json.decoder.__file__).read_text() + Path(shutil.__file__).read_text()  # real text that every machine has
+HARD = ["Hello world", " leading", "  two", "", "\n", "tab\there \r\n\n x  ", "naïve Ω 你好 🦙 \u200d", "</s><s> <unk>",
+        "a\0b"]
+
+
+def train_pieces(folder: Path, **options) -> Path:
+    """A small SentencePiece model as LLaMA's was made: BPE, byte fallback, no normalization, BOS 1, EOS 2."""
+    (folder / "text.txt").write_text(TEXT)
+    options = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity",
+               "remove_extra_whitespaces": False, "vocab_size": 600, "minloglevel": 2} | options
+    sentencepiece.SentencePieceTrainer.train(input=str(folder / "text.txt"), model_prefix=str(folder / "m"), **options)
+    return folder / "m.model"
+
+
+def train_byte_level(file: Path, special_tokens=("<s>", "</s>"), words=None) -> Path:
+    """A byte-level BPE tokenizer.json, the kind `make train` makes; `words` splits a text before its pieces are joined."""
+    fast, bytes_only = tokenizers.Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(False, use_regex=False)
+    fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    if words is not None:
+        fast.pre_tokenizer = pre_tokenizers.Sequence([*words, bytes_only])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=list(special_tokens), initial_alphabet=alphabet,
+                                  show_progress=False)
+    fast.train_from_iterator(TEXT.split("\n\n"), trainer)
+    fast.save(str(file))
+    return file
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory) -> Path:
+    return train_pieces(tmp_path_factory.mktemp("pieces"))
+
+
+@pytest.fixture
+def json_file(tmp_path) -> Path:
+    return train_byte_level(tmp_path / "tokenizer.json")
+
+
+@pytest.fixture
+def folder_with_both(tmp_path, model_file) -> Path:
+    load_tokenizer(model_file).save(tmp_path / "both")
+    return tmp_path / "both"
+
+
+def edit_json(file: Path, **changes) -> None:
+    file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | changes))
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["llama2_tokenizer", "stories260K"])
+@pytest.mark.parametrize("file", ["", "tokenizer.json", "tokenizer.model"])
+def test_ids_equal_sentencepiece_on_real_tokenizers(name, file):
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(SHARED / name / "tokenizer.model"))
+    tokenizer = load_tokenizer(SHARED / name / file)
+    texts = [*HARD, (SHARED / "corpus" / "tinyshakespeare.txt").read_text()[:200_000]]
+    assert tokenizer.encode_batch(texts) == reference.encode(texts)
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (reference.get_piece_size(), 1, 2)
+
+
+@needs_shared
+def test_llama_gives_the_published_ids():
+    assert load_tokenizer(SHARED / "llama2_tokenizer").encode("Hello world") == [15043, 3186]
+
+
+def test_ids_of_a_trained_model_equal_sentencepiece(model_file):
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    tokenizer = load_tokenizer(model_file)
+    assert [tokenizer.encode(text) for text in [*HARD, TEXT]] == reference.encode([*HARD, TEXT])
+    assert tokenizer.decode(tokenizer.encode(" a  naïve 🦙")) == " a  naïve 🦙"
+
+
+def test_control_tokens_inside_a_text_are_text(model_file, json_file):
+    for tokenizer in (load_tokenizer(model_file), load_tokenizer(json_file)):
+        ids = tokenizer.encode("x</s> <s>y")
+        assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids)
+        assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == "x</s> <s>y"
+
+
+def test_a_saved_tokenizer_opens_in_transformers_with_the_same_ids(model_file, json_file, folder_with_both, tmp_path):
+    from transformers import AutoTokenizer
+
+    plain = [text for text in HARD if "</s>" not in text] + [TEXT]  # transformers reads </s> as the control token
+    for i, source in enumerate((model_file, json_file, folder_with_both)):
+        tokenizer, folder = load_tokenizer(source), tmp_path / f"saved{i}"
+        tokenizer.save(folder)
+        theirs = AutoTokenizer.from_pretrained(folder)
+        assert [theirs(text, add_special_tokens=False).input_ids for text in plain] == tokenizer.encode_batch(plain)
+        assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+        again = load_tokenizer(folder)
+        assert again.fingerprint == tokenizer.fingerprint and again.encode_batch(HARD) == tokenizer.encode_batch(HARD)
+
+
+def test_a_chat_template_survives_saving(folder_with_both, tmp_path):
+    edit_json(folder_with_both / "tokenizer_config.json", chat_template="in the config", model_max_length=77)
+    (folder_with_both / "chat_template.jinja").write_text("in a file")
+    load_tokenizer(folder_with_both).save(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert (config["chat_template"], config["model_max_length"]) == ("in the config", 77)
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "in a file"
+
+
+def test_truncation_and_padding_left_in_a_tokenizer_json_are_off(json_file):
+    expected = load_tokenizer(json_file).encode_batch(["a", TEXT])
+    fast = tokenizers.Tokenizer.from_file(str(json_file))
+    fast.enable_truncation(8)
+    fast.enable_padding(length=16)
+    fast.save(str(json_file))
+    assert load_tokenizer(json_file).encode_batch(["a", TEXT]) == expected
+
+
+def test_bos_and_eos_come_from_the_files_beside_then_from_well_known_names(json_file):
+    eos_id = lambda: load_tokenizer(json_file).eos_id
+    other, beside = 300, json_file.parent
+    assert (load_tokenizer(json_file).bos_id, eos_id()) == (0, 1)                       # named <s> and </s>
+    edit_json(beside / "generation_config.json", eos_token_id=[other + 1, other])       # LLaMA-3 lists several
+    assert eos_id() == other + 1
+    edit_json(beside / "config.json", eos_token_id=other)
+    assert eos_id() == other
+    piece = tokenizers.Tokenizer.from_file(str(json_file)).id_to_token(other + 2)
+    edit_json(beside / "special_tokens_map.json", eos_token={"content": piece})
+    assert eos_id() == other + 2
+    edit_json(beside / "tokenizer_config.json", eos_token=None)                         # says: there is none
+    assert eos_id() is None
+    unnamed = load_tokenizer(train_byte_level(json_file.parent / "tokenizer.json", ["<|endoftext|>"]))
+    assert (unnamed.bos_id, unnamed.eos_id) == (None, None)
+    for file in beside.glob("*config.json"):
+        file.unlink()
+    (beside / "special_tokens_map.json").unlink()
+    assert load_tokenizer(json_file).eos_id == 0                                        # <|endoftext|>
+
+
+def test_in_a_folder_sentencepiece_is_the_reference_and_added_tokens_keep_their_ids(folder_with_both):
+    file = folder_with_both / "tokenizer.json"
+    fast = tokenizers.Tokenizer.from_file(str(file))
+    fast.normalizer = tokenizers.normalizers.Lowercase()  # disagrees with SentencePiece from here on
+    fast.add_special_tokens(["<pad>", "<|im_end|>"])
+    fast.save(str(file))
+    tokenizer = load_tokenizer(folder_with_both)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(folder_with_both / "tokenizer.model"))
+    assert tokenizer.encode_batch(HARD) == reference.encode(HARD) and tokenizer.vocab_size == 602
+    tokenizer.save(folder_with_both)
+    saved = tokenizers.Tokenizer.from_file(str(file))
+    assert (saved.token_to_id("<|im_end|>"), saved.encode("Ab c").ids[1:]) == (601, reference.encode("Ab c"))
+
+
+def test_a_tokenizer_model_that_does_not_belong_to_the_tokenizer_json_is_not_used(json_file, model_file):
+    expected = load_tokenizer(json_file).encode("Hello world")
+    for content in (b"tiktoken ranks, as in LLaMA-3", (SHARED / "stories260K" / "tokenizer.model")):
+        if isinstance(content, Path):  # a good model, of another vocabulary
+            content = content.read_bytes() if content.exists() else b""
+        (json_file.parent / "tokenizer.model").write_bytes(content)
+        assert load_tokenizer(json_file.parent).encode("Hello world") == expected
+
+
+def test_the_fingerprint_changes_with_the_content_and_with_bos(json_file):
+    first = load_tokenizer(json_file).fingerprint
+    assert load_tokenizer(json_file).fingerprint == first
+    edit_json(json_file.parent / "tokenizer_config.json", bos_token=None)
+    assert load_tokenizer(json_file).fingerprint != first
+
+
+@pytest.mark.parametrize("options", [{"model_type": "unigram"}, {"normalization_rule_name": "nmt_nfkc"}])
+def test_a_sentencepiece_model_without_an_exact_tokenizer_json_is_refused(tmp_path, options):
+    with pytest.raises(UsageError, match=r"m\.model.*Give a tokenizer\.json instead"):
+        load_tokenizer(train_pieces(tmp_path, **options))
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("nowhere/at-all", None, "no such file or folder"),
+    ("", None, "no tokenizer"),
+    ("tokenizer.bin", "x", "no tokenizer"),
+    ("tokenizer.json", '{"model": {"type": "BPE"', r"tokenizer\.json: not a readable"),
+    ("tokenizer.json", "{}", r"tokenizer\.json: not a readable"),
+    ("tokenizer.model", "not a model", r"tokenizer\.model is not a SentencePiece model"),
+    ("tokenizer.model", "", r"tokenizer\.model is not a SentencePiece model"),
+])
+def test_a_file_that_is_no_tokenizer_is_refused_by_name(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError, match=message) as error:
+        load_tokenizer(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_special_tokens_the_vocabulary_lacks_are_refused(json_file):
+    edit_json(json_file.parent / "config.json", bos_token_id=600)
+    with pytest.raises(UsageError, match="config.json says bos_token_id 600"):
+        load_tokenizer(json_file)
+    edit_json(json_file.parent / "tokenizer_config.json", bos_token="<nope>")
+    with pytest.raises(UsageError, match="bos_token '<nope>' is not in the vocabulary"):
+        load_tokenizer(json_file)
+
+
+def test_tokenizing_does_not_import_torch():
+    code = "from dtensor_llama.data import load_tokenizer, prepare_corpus, PackedRows; import sys; print(list(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert "'numpy'" in done.stdout and "'torch'" not in done.stdout
