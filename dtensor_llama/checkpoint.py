@@ -51,7 +51,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 
 class Checkpointer:
-    """Saves into, and loads from, one folder of checkpoints. All ranks make one and call the same methods in step.
+    """Saves into, and loads from, one folder that all ranks see. All of them make one and call the same methods in step.
 
     keep: how many of the newest complete ones to keep; 0 or less keeps all. Its collectives run in a background thread
     on a gloo group of its own, so they never interleave with training's. Call close() before destroying the default
@@ -101,7 +101,9 @@ class Checkpointer:
 
     def latest(self) -> Path | None:
         """The complete checkpoint of the highest step, as rank 0 sees it; None if there is none. It is not verified:
-        load does that, so a damaged newest one is refused by name, never passed over in silence."""
+        load does that, so a damaged newest one is refused by name, never passed over in silence. As load, it waits for
+        a running save first: one group, one conversation at a time."""
+        self.wait()
         found = self._everywhere(lambda: _complete(self.folder) if self._rank == 0 else None)[0]
         return found[-1] if found else None
 
@@ -110,6 +112,7 @@ class Checkpointer:
 
         The ranks share the reading for the checksums, then each reads what its boxes need. Raises UsageError, before
         anything is changed, if it is no checkpoint, not complete, damaged, or of a model with other tensors."""
+        self.wait()
         path = Path(path)
         sums = self._everywhere(lambda: _checksums(path))[0]
         world = dist.get_world_size() if dist.is_initialized() else 1

@@ -1,13 +1,17 @@
 """The LLaMA decoder (arXiv:2302.13971, arXiv:2307.09288), with Hugging Face's module names, so weights need no converting.
 
 Shape letters: B rows, T tokens per row, D model width, H query heads, K key/value heads, E head width, V vocabulary.
-The module knows no mesh and no rank: parallel/ rewrites it from outside. So it reads head counts off the tensors it
-gets (tensor parallelism gives it a share of the heads) and takes positions as an argument (context parallelism gives it
-a share of the sequence).
+The module knows no mesh and no rank: parallel/ rewrites it from outside. So it reads head counts off the tensors it gets
+(tensor parallelism leaves a share of the heads), and what needs the other ranks can be replaced:
+    self_attn.attend(q, k, v, documents)            attention over the whole sequence         (context parallelism)
+    model.locate(tokens, positions, cache)          which positions this rank's tokens have   (context parallelism)
+    cross_entropy(hidden, lm_head.weight, labels)   the loss over the whole vocabulary        (tensor parallelism)
+    embed_tokens, layers[i], norm, lm_head          None where another pipeline stage has them
 """
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +63,7 @@ class LlamaAttention(nn.Module):
         super().__init__()
         D, E = config.hidden_size, config.head_dim
         self.layer, self.head_dim = layer, E
-        self.kernel = "sdpa"                                              # Llama.set_attention changes it
+        self.attend = partial(attention, kernel="sdpa")                   # Llama.set_attention changes it
         self.q_proj = nn.Linear(D, config.num_attention_heads * E, bias=False)
         self.k_proj = nn.Linear(D, config.num_key_value_heads * E, bias=False)
         self.v_proj = nn.Linear(D, config.num_key_value_heads * E, bias=False)
@@ -73,7 +77,7 @@ class LlamaAttention(nn.Module):
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)                         # (B, S, K, E), S tokens seen so far
-        return self.o_proj(attention(q, k, v, self.kernel, documents).reshape(B, T, -1))
+        return self.o_proj(self.attend(q, k, v, documents=documents).reshape(B, T, -1))
 
 
 class LlamaMLP(nn.Module):
@@ -116,20 +120,23 @@ class LlamaModel(nn.Module):
         self.attention_kernel = "sdpa"
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        documents = None
-        if positions is None:                                             # one document a row
-            first = cache.n_seen if cache is not None else 0
-            positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]
-        else:                                                             # packed documents: 0 where one begins
-            documents = Documents.from_positions(positions, self.attention_kernel, tokens.device)
-            positions = positions.to(tokens.device, non_blocking=True)
+        positions, documents = self.locate(tokens, positions, cache)
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
-        x = self.embed_tokens(tokens)                                     # (B, T, D)
+        x = tokens if self.embed_tokens is None else self.embed_tokens(tokens)    # (B, T, D)
         for block in self.layers:
-            x = block(x, rope, documents, cache)
+            if block is not None:
+                x = block(x, rope, documents, cache)
         if cache is not None:
             cache.n_seen += tokens.shape[1]
-        return self.norm(x)
+        return x if self.norm is None else self.norm(x)
+
+    def locate(self, tokens: Tensor, positions: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Documents | None]:
+        """The positions of `tokens` (B or 1, T) on their device, for RoPE, and the documents of packed rows, if any."""
+        if positions is None:                                             # one document a row
+            first = cache.n_seen if cache is not None else 0
+            return torch.arange(first, first + tokens.shape[1], device=tokens.device)[None], None
+        documents = Documents.from_positions(positions, self.attention_kernel, tokens.device)
+        return positions.to(tokens.device, non_blocking=True), documents
 
 
 class Llama(nn.Module):
@@ -141,6 +148,7 @@ class Llama(nn.Module):
         self.config = config
         self.model = LlamaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.cross_entropy = cross_entropy_sum
         self._tie()
         if not self.lm_head.weight.is_meta:
             init_weights(self, seed=0)
@@ -154,12 +162,14 @@ class Llama(nn.Module):
         document begins; without them a row is one document. cache: keys and values of earlier tokens, for generation.
         """
         hidden = self.model(tokens, positions, cache)
+        if self.lm_head is None:                                          # a pipeline stage before the last
+            return hidden
         if labels is None:
             return self.lm_head(hidden)
-        return cross_entropy_sum(hidden, self.lm_head.weight, labels)
+        return self.cross_entropy(hidden, self.lm_head.weight, labels)
 
     def _tie(self) -> None:
-        if self.config.tie_word_embeddings:
+        if self.config.tie_word_embeddings and self.lm_head is not None and self.model.embed_tokens is not None:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def to_empty(self, **kwargs) -> "Llama":
@@ -172,7 +182,7 @@ class Llama(nn.Module):
         """Attend with `flash`, `sdpa` or `math` from now on (attention.py; `choose_attention` says what can run)."""
         self.model.attention_kernel = kernel
         for block in self.model.layers:
-            block.self_attn.kernel = kernel
+            block.self_attn.attend = partial(attention, kernel=kernel)
 
 
 INIT_BLOCK_ELEMENTS = 2**20   # what one random stream fills: small enough to skip what other ranks hold

@@ -167,7 +167,8 @@ def batches(shape: tuple, offsets: tuple, sizes: tuple, most: int) -> Iterator[l
 
 
 def on_all_ranks(what: str, do: Callable[[], Any], group: dist.ProcessGroup | None = None, share: bool = True) -> Any:
-    """Run `do()` on every rank of the group and return all results in rank order (share=False: only this rank's).
+    """Run `do()` on every rank of the group (default: all) and return the results in rank order (share=False: only this
+    rank's). Without a process group this process is the only rank.
 
     If it raises on one rank it raises on all, so that none is left waiting in a collective. An OSError becomes a
     UsageError that says what was being done: a full disk is for the user to mend."""
@@ -201,9 +202,10 @@ def _checked(folder: Path, wanted: dict[str, tuple], tied: bool) -> dict[str, St
         files = ["model.safetensors"]
     elif (folder / INDEX).exists():
         try:
-            file_of = dict(json.loads((folder / INDEX).read_bytes())["weight_map"])
-            files = sorted({Path(file).name for file in file_of.values()})      # never a path out of the folder
-        except (ValueError, KeyError, TypeError) as error:
+            weight_map = json.loads((folder / INDEX).read_bytes())["weight_map"]
+            file_of = {name: Path(file).name for name, file in weight_map.items()}      # never a path out of the folder
+            files = sorted(set(file_of.values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{folder / INDEX}: not an index of safetensors files ({error}); fetch it again") from None
     else:
         there = sorted(p.name for p in folder.iterdir() if re.search(r"\.(safetensors|bin|pth?|gguf|ckpt)$", p.name))
@@ -221,7 +223,7 @@ def _checked(folder: Path, wanted: dict[str, tuple], tied: bool) -> dict[str, St
         problems += [f"{name}: in {INDEX} but not in {file}" for name, its in file_of.items()
                      if its == file and name not in header]
         stored |= header
-    if stored:          # a tensor that the index puts into a bad file is not missing: the file is, and is listed
+    if stored or not problems:      # what only lies in a bad file is not listed as missing: the file is
         problems += [f"{name}: missing" for name in wanted if name not in stored and name not in file_of]
     for name, where in stored.items():
         derived = name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
@@ -231,7 +233,7 @@ def _checked(folder: Path, wanted: dict[str, tuple], tied: bool) -> dict[str, St
             problems.append(f"{name}: is {list(where.shape)}, the model needs {list(wanted[name])}")
         elif name in wanted and where.dtype not in DTYPES:
             problems.append(f"{name}: dtype {where.dtype}, only {', '.join(DTYPES)} are read")
-    if problems or not stored:
+    if problems:
         rest = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise UsageError(f"{folder}: weights do not fit this model: {'; '.join(problems[:20])}{rest}. "
                          "Use the folder's own config.json, or fetch the files again")
@@ -246,7 +248,7 @@ def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
         if first == b"version ":
             raise ValueError("a Git LFS pointer, not the weights; run git lfs pull")
         header_bytes = int.from_bytes(first, "little")
-        if len(first) < 8 or header_bytes > actual - 8:
+        if len(first) < 8 or header_bytes > min(actual - 8, 100_000_000):   # the limit of the safetensors library
             raise ValueError(f"unreadable header: cut or not safetensors (file has {actual} bytes)")
         try:
             header = json.loads(opened.read(header_bytes))
@@ -353,9 +355,8 @@ def _create(folder: Path, staged: Path, headers: dict[str, bytes], stored: dict[
     settings.pop("torch_dtype", None)
     settings |= {"dtype": most, "architectures": settings.get("architectures") or ["LlamaForCausalLM"]}
     _write_json(staged / "config.json", settings)
-    tokens = {key: settings[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-              if settings.get(key) is not None}
-    _write_json(staged / "generation_config.json", {"_from_model_config": True, **tokens})
+    ids = {key: settings[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if settings.get(key) is not None}
+    _write_json(staged / "generation_config.json", {"_from_model_config": True, **ids})
 
 
 def _publish(staged: Path, folder: Path) -> None:

@@ -196,6 +196,10 @@ DAMAGE = {
         [f"{NORM}: in", rf"{UP}: is \[7, 3\], the model needs \[48, 32\]",
          "down_proj.weight: dtype I8, only F32, BF16, F16", "q_proj.bias: unexpected"]),
     "index": (lambda f: (f / weights.INDEX).write_text("{"), ["not an index"]),
+    "empty index": (lambda f: (f / weights.INDEX).write_text('{"weight_map": {}}'), ["embed_tokens.weight: missing"]),
+    "index out of the folder": (
+        lambda f: (f / weights.INDEX).write_text(json.dumps({"weight_map": {NORM: "../model-00009-of-00003.safetensors"}})),
+        ["model-00009-of-00003.safetensors: no such file"]),
     "index without map": (lambda f: (f / weights.INDEX).write_text("[]"), ["not an index"]),
 }
 
