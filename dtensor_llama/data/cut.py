@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 from dtensor_llama.data.tokenizer import Tokenizer
 
-WINDOW_CHARS = 160     # what a cut is checked on, each side: many times the longest piece of any vocabulary
+WINDOW_CHARS = 300     # what a cut is checked on, each side: many times the longest piece of any vocabulary, and too
+                       # long for `tokenizers` to cache (texts below 256 bytes), which cost 30 MB in each worker
 MAX_TRIES = 24         # whitespaces tried per piece: a tokenizer that fails at all of them (one that strips its text,
                        # say) fails everywhere, and trying each would cost 200 times the tokenizing itself
 GAP = re.compile(r"(?<=\S)\s+(?=\S)")
