@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from parallel.config import ParallelConfig
 from parallel.recompute import apply_recompute
 from parallel.zero import apply_zero
 
@@ -11,6 +12,7 @@ from parallel.zero import apply_zero
 def parallelize(
     model: nn.Module,
     mesh: DeviceMesh,
+    config: ParallelConfig,
     *,
     compute_dtype: torch.dtype = torch.float32,
     recompute: str = "none",
@@ -18,14 +20,15 @@ def parallelize(
 ) -> nn.Module:
     """Change `model` (a LLaMA by its module names, on `meta` or real) in place into this rank's share of it.
 
-    Split parameters become DTensors; on `meta` they stay there: `to_empty`, then initial or loaded weights.
+    mesh: of build_mesh(config, ...), config resolved and checked. Split parameters become DTensors; on `meta` they stay
+    there: `to_empty`, then initial or loaded weights.
     """
     blocks = list(model.model.layers)
     # pipeline, tensor, sequence and context parallelism come here: they settle which slices and which traffic a block has
     apply_recompute(blocks, recompute)          # then: a recomputed block must replay the traffic of the passes above
     if compile:
         apply_compile(blocks)                   # then: one graph per block, recompute included
-    apply_zero(model, blocks, mesh["dp_shard"], compute_dtype)   # last: shards whatever the passes above left
+    apply_zero(model, blocks, mesh, config.zero_stage, compute_dtype)    # last: shards whatever the passes above left
     return model
 
 

@@ -1,31 +1,72 @@
-"""ParallelConfig: how many ways each mesh axis splits the work, and the one place that says what is impossible."""
+"""ParallelConfig: how many ways each mesh axis splits the work, and the one function that says what is impossible."""
 
+import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
+from dtensor_llama.config import LlamaConfig
 from dtensor_llama.errors import UsageError
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")      # of the mesh, outermost first
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Sizes of the mesh axes, outermost first."""
+    """Sizes of the mesh axes, outermost first, and how each axis works. Their product is the number of processes."""
 
-    dp_shard: int = -1   # ranks that read different rows and share parameters and optimizer state; -1: all there are
+    pp: int = 1                # pipeline: ranks that hold different layers
+    dp_replicate: int = 1      # groups of ranks that hold whole copies of the model and read different rows (HSDP)
+    dp_shard: int = -1         # ranks that read different rows and share parameters and optimizer state; -1: all left over
+    cp: int = 1                # context: ranks that hold different tokens of the same rows
+    tp: int = 1                # tensor: ranks that hold slices of each matrix
+    zero_stage: Literal[0, 1, 2, 3] = 3    # what ranks of dp_shard x cp share: 1 optimizer state, 2 + gradients, 3 + weights
+    sequence_parallel: bool = True         # with tp, split tokens between the matrices, where each rank would do the same
+    cp_method: Literal["ulysses", "ring"] = "ulysses"
+    schedule: Literal["gpipe", "1f1b", "interleaved-1f1b", "zero-bubble", "zbv", "dualpipev"] = "1f1b"
+    virtual_stages: int | None = None      # stages per pp rank; None: what the schedule needs, 1 or 2
 
     def resolve(self, world_size: int) -> "ParallelConfig":
         """The same with -1 replaced by what `world_size` processes leave for it; UsageError if they do not fit."""
-        dp_shard = world_size if self.dp_shard == -1 else self.dp_shard
-        if dp_shard < 1:
-            raise UsageError(f"--parallel.dp-shard {dp_shard} is not possible; use a number of processes, or -1 for all.")
-        if dp_shard != world_size:
-            raise UsageError(f"--parallel.dp-shard {dp_shard} needs {dp_shard} processes and there "
-                             f"{'is' if world_size == 1 else 'are'} {world_size}; launch with torchrun "
-                             f"--nproc-per-node {dp_shard}, or use --parallel.dp-shard -1.")
-        return replace(self, dp_shard=dp_shard)
+        sizes = {axis: getattr(self, axis) for axis in AXES}
+        for axis, size in sizes.items():
+            if size < 1 and size != -1:
+                raise UsageError(f"{flag(axis)} {size} is not possible; use a number of processes, or -1 for all left over.")
+        open_axes = [axis for axis, size in sizes.items() if size == -1]
+        if len(open_axes) > 1:
+            raise UsageError(f"{' and '.join(map(flag, open_axes))} are both -1; only one of them can be what is left over.")
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        asked = " x ".join(f"{flag(axis)} {size}" for axis, size in sizes.items() if size > 1) or "one process"
+        if open_axes and world_size % fixed == 0:
+            return replace(self, **{open_axes[0]: world_size // fixed})
+        if open_axes or fixed != world_size:
+            needed = f"a multiple of {fixed}" if open_axes else fixed
+            launch = f"torchrun --nproc-per-node {fixed}" if fixed > 1 else "plain python"
+            raise UsageError(f"{asked} needs {needed} processes and there {'is' if world_size == 1 else 'are'} {world_size}; "
+                             f"launch with {launch}, or make one axis -1.")
+        return self
 
     @property
     def dp(self) -> int:
-        """How many ranks read rows of their own."""
-        return self.dp_shard
+        """How many ranks, or groups of cp x tp x pp ranks, read rows of their own."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def grad_ranks(self) -> int:
+        """Ranks whose gradients FSDP averages: all that hold the same parameters and saw other tokens."""
+        return self.dp * self.cp
+
+
+def flag(axis: str) -> str:
+    return "--parallel." + axis.replace("_", "-")
+
+
+def check_parallel(layout: ParallelConfig, model: LlamaConfig, seq_len: int, global_batch_size: int, micro_batch_size: int,
+                   ) -> int:
+    """Refuse every layout that cannot run, before any process group exists; returns the micro-batches per rank and step.
+
+    UsageError names the flag, the numbers, the rule and what would work.
+    """
+    return check_batch(global_batch_size, micro_batch_size, layout.dp)
 
 
 def check_batch(global_batch_size: int, micro_batch_size: int, dp: int) -> int:

@@ -1,4 +1,9 @@
-"""The process group and the one DeviceMesh. Axes, outermost first: dp_shard. (Others join here, outside and inside it.)"""
+"""The process group and the one DeviceMesh. Axes, outermost first: pp, dp_replicate, dp_shard, cp, tp.
+
+    rank of a 2 x 1 x 2 x 1 x 2 mesh:        dp_shard 0   dp_shard 1        neighbours differ in tp first: the axis that
+                                  pp 0   tp    0  1         2  3            talks most has the shortest wires, pp, which
+                                  pp 1   tp    4  5         6  7            talks least, the longest
+"""
 
 import gc
 from datetime import timedelta
@@ -7,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from parallel.config import ParallelConfig
+from parallel.config import AXES, ParallelConfig
 
 
 def start_process_group(device: torch.device, world_size: int, timeout_s: float = 600) -> None:
@@ -39,5 +44,23 @@ def stop_process_group() -> None:
 
 
 def build_mesh(config: ParallelConfig, device_type: str) -> DeviceMesh:
-    """The mesh of a resolved config. mesh["dp_shard"]: who reads which rows, and who shares parameters (ZeRO)."""
-    return init_device_mesh(device_type, (config.dp_shard,), mesh_dim_names=("dp_shard",))
+    """The mesh of a resolved config; an axis of size 1 is there too. Derived axes, flattened from their neighbours:
+
+    dp     dp_replicate x dp_shard: who reads which rows; the loss is summed over it (and over cp)
+    fsdp   dp_shard x cp: who shares parameters, gradients and optimizer state (ZeRO)
+    dp_cp  all three: whose gradients are averaged, since they saw other tokens
+    At ZeRO stage 0 there is also `solo`, of size 1: what fully_shard shards over where nothing shall be sharded.
+    """
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    if config.zero_stage == 0:
+        sizes = {**{axis: sizes[axis] for axis in AXES[:-1]}, "solo": 1, "tp": config.tp}
+    mesh = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    flatten(mesh["dp_replicate", "dp_shard"], "dp")
+    flatten(mesh["dp_shard", "cp"], "fsdp")
+    flatten(mesh["dp_replicate", "dp_shard", "cp"], "dp_cp")
+    return mesh
+
+
+def flatten(mesh: DeviceMesh, name: str) -> DeviceMesh:
+    """One axis of a mesh's several, found under `name` in its root from then on. Private in torch 2.11 to 2.13."""
+    return mesh._flatten(name)

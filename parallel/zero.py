@@ -1,28 +1,50 @@
-"""ZeRO on FSDP2: parameters, gradients and optimizer state are split over the dp_shard axis (stage 3).
+"""ZeRO stages and HSDP on FSDP2's fully_shard. Source: Rajbhandari et al. 2020, arXiv:1910.02054.
 
-Bytes per parameter and rank, S ranks, bf16 compute: 16 / S held (fp32 master, gradient, two moments), and 2 for the
-blocks gathered at the moment. Traffic per parameter, rank and step: all-gather in forward and again in backward, 2 bytes
-each, and a reduce-scatter of 4 (fp32). Source: Rajbhandari et al. 2020, arXiv:1910.02054.
+S ranks of the fsdp axis (dp_shard x cp) share what the stage says; bf16 computation, fp32 masters, M micro-batches a step.
+
+    stage  shared                bytes per parameter and rank, in a step     traffic per parameter, rank and step
+    0      nothing               4 + 8 + 4 (+ 2 copy to compute with)        all-reduce of fp32 gradients once: 2 x 4
+    1      masters, moments      12/S + 2 + 4 whole fp32 gradients           all-gather 2, reduce-scatter 4, once
+    2      + gradients           (12 + 4)/S + 2                              all-gather 2 once, reduce-scatter 4 x M
+    3      + weights             (12 + 4)/S + 2 for the blocks at work       all-gather 2 x 2 x M, reduce-scatter 4 x M
+
+Gradients are reduced when a rank would have to keep them whole otherwise: stages 0 and 1 do keep them, and reduce once, at
+the last micro-batch; stages 2 and 3 reduce every micro-batch. HSDP: each of dp_replicate groups does the above within
+itself, and the shards' gradients are all-reduced between the groups, once a step.
 """
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 
-def apply_zero(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
-    """Shard each block, and what is left (embedding, norm, head) with the root, over the 1-D `mesh`.
+def apply_zero(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, stage: int, compute_dtype: torch.dtype) -> None:
+    """Shard each block, and what is left (embedding, norm, head) with the root, over the ranks that saw other tokens.
 
-    Each block is gathered just before it computes and freed after. The rest stays gathered from forward to backward: the
-    head is needed last and first, and a tied matrix is one parameter with both uses in one group. Masters keep their
-    dtype (fp32); the gathered copies have `compute_dtype`; gradients are reduced in fp32.
+    `mesh` has the axes dp_replicate, fsdp and dp_cp (all of both). At stage 3 a block is gathered just before it computes
+    and freed after; the rest stays gathered from forward to backward: the head is needed last and first, and a tied matrix
+    is one parameter with both uses in one group. Masters keep their dtype (fp32); the copies that compute have
+    `compute_dtype`; gradients are reduced in fp32.
 
-    FSDP averages gradients over the mesh; scale the loss by its size to get their sum. (`set_gradient_divide_factor(1)`
-    would do it too, but gloo has no such reduction.)
+    FSDP averages gradients over these ranks; scale the loss by their number to get the sum.
+    (`set_gradient_divide_factor(1)` would do it too, but gloo has no such reduction.)
     """
+    if stage == 0:
+        over = mesh["dp_cp", "solo"]              # HSDP with all ranks as replicas of shards that are whole
+    elif mesh["dp_replicate"].size() > 1:
+        over = mesh["dp_replicate", "fsdp"]
+    else:
+        over = mesh["fsdp"]
     # cast_forward_inputs would round the fp32 RoPE tables to bf16 on their way into a block.
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=precision)
-    fully_shard(model, mesh=mesh, mp_policy=precision)
+        fully_shard(block, mesh=over, mp_policy=precision, reshard_after_forward=stage == 3)
+    fully_shard(model, mesh=over, mp_policy=precision, reshard_after_forward=False)
+
+
+def set_gradient_sync(model: FSDPModule, stage: int, last: bool) -> None:
+    """Say, before a micro-batch, what its backward shall do with gradients and weights; `last`: of the step."""
+    model.set_requires_gradient_sync(last or stage >= 2)      # stages 0 and 1: gradients wait, whole
+    model.set_requires_all_reduce(last)                       # HSDP: shards are summed within a group until then
+    model.set_reshard_after_backward(last or stage == 3)      # stages 1 and 2 gather weights once a step

@@ -33,7 +33,7 @@ from dtensor_llama.metrics import GIB, PeakMemory
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
 from parallel import build_mesh, parallelize
-from parallel.config import check_batch
+from parallel.config import check_parallel
 from parallel.mesh import start_process_group, stop_process_group
 
 
@@ -57,7 +57,7 @@ def main(cfg: BenchmarkConfig) -> None:
     seq_len = cfg.data.seq_len or config.max_position_embeddings
     kernel, _ = choose_attention(cfg.train.attention, device, dtype)
     layout = cfg.parallel.resolve(world_size)
-    n_micros = check_batch(cfg.train.global_batch_size, cfg.train.micro_batch_size, layout.dp)
+    n_micros = check_parallel(layout, config, seq_len, cfg.train.global_batch_size, cfg.train.micro_batch_size)
     rows = None
     if cfg.data.path:
         corpus = prepare_corpus(cfg.data.path, load_tokenizer(tokenizer_path(cfg)), Path(cfg.data.cache_dir).expanduser(),
@@ -66,10 +66,10 @@ def main(cfg: BenchmarkConfig) -> None:
 
     start_process_group(device, world_size)
     mesh = build_mesh(layout, device.type)
-    dp_group, dp_rank = mesh["dp_shard"].get_group(), mesh["dp_shard"].get_local_rank()
+    dp_rank = mesh["dp"].get_local_rank()
     with torch.device("meta"):
         model = Llama(config)
-    parallelize(model, mesh, compute_dtype=dtype, recompute=cfg.train.recompute, compile=cfg.train.compile)
+    parallelize(model, mesh, layout, compute_dtype=dtype, recompute=cfg.train.recompute, compile=cfg.train.compile)
     model.set_attention(kernel)
     model.to_empty(device=device)
     init_weights(model, cfg.train.seed)
@@ -92,8 +92,8 @@ def main(cfg: BenchmarkConfig) -> None:
             micros = next_step()
             waited = time.perf_counter() - began
             n_scored = torch.tensor(count_scored(micros), device=device)
-            dist.all_reduce(n_scored, group=dp_group)
-            loss, _ = train_step(model, optimizer, micros, n_scored, cfg.train.lr, layout.dp, cfg.train.max_grad_norm, device)
+            dist.all_reduce(n_scored, group=mesh["dp"].get_group())
+            loss, _ = train_step(model, optimizer, micros, n_scored, cfg.train.lr, layout, cfg.train.max_grad_norm, device)
             loss.item()                                    # waits for the device
             if i >= cfg.warmup:
                 step_s[name].append(time.perf_counter() - began)

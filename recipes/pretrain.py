@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone work
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf, save_hf
 from dtensor_llama.attention import choose_attention
@@ -43,8 +44,10 @@ from dtensor_llama.optim import build_adamw
 from dtensor_llama.schedule import cosine_lr
 from dtensor_llama.weights import check_hf
 from parallel import ParallelConfig, build_mesh, parallelize
-from parallel.config import check_batch
+from parallel.clip import clip_grad_norm
+from parallel.config import AXES, check_parallel
 from parallel.mesh import start_process_group, stop_process_group
+from parallel.zero import set_gradient_sync
 
 # ---- 1. What can be asked for: each field is a flag -------------------------------------------------------------------
 
@@ -118,7 +121,7 @@ def main(cfg: PretrainConfig) -> None:
     seq_len = cfg.data.seq_len or model_config.max_position_embeddings
     kernel, why = choose_attention(cfg.train.attention, device, compute_dtype)
     layout = cfg.parallel.resolve(world_size)
-    n_micros = check_batch(cfg.train.global_batch_size, cfg.train.micro_batch_size, layout.dp)
+    n_micros = check_parallel(layout, model_config, seq_len, cfg.train.global_batch_size, cfg.train.micro_batch_size)
     with torch.device("meta"):
         model = Llama(model_config)                       # names and shapes only: no memory yet
     weights = Path(cfg.model) if Path(cfg.model).is_dir() and not cfg.random_init else None
@@ -133,9 +136,9 @@ def main(cfg: PretrainConfig) -> None:
     rows = PackedRows(corpus, seq_len, cfg.data.validation_share, cfg.train.seed)
     start_process_group(device, world_size)
     mesh = build_mesh(layout, device.type)
-    dp_group, dp_rank = mesh["dp_shard"].get_group(), mesh["dp_shard"].get_local_rank()
+    dp_rank = mesh["dp"].get_local_rank()
 
-    parallelize(model, mesh, compute_dtype=compute_dtype, recompute=cfg.train.recompute, compile=cfg.train.compile)
+    parallelize(model, mesh, layout, compute_dtype=compute_dtype, recompute=cfg.train.recompute, compile=cfg.train.compile)
     model.set_attention(kernel)
     model.to_empty(device=device)                         # this rank's shards, still without values
     optimizer = build_adamw(model, cfg.train.lr, cfg.train.weight_decay)
@@ -163,10 +166,10 @@ def main(cfg: PretrainConfig) -> None:
         micros = next(reader)                             # n_micros batches of (micro_batch_size, T)
         # How many labels count in the whole global batch, and whether any rank was asked to stop: one reduction for both.
         counts = torch.tensor([count_scored(micros), int(stop.asked)], dtype=torch.int64, device=device)
-        dist.all_reduce(counts, group=dp_group)
+        dist.all_reduce(counts, group=mesh["dp"].get_group())
         n_scored, stopped = counts[0], bool(counts[1])
-        loss, grad_norm = train_step(model, optimizer, micros, n_scored, lr, layout.dp, cfg.train.max_grad_norm, device)
-        dist.all_reduce(loss, group=dp_group)             # each rank has the sum over its own rows / n_scored
+        loss, grad_norm = train_step(model, optimizer, micros, n_scored, lr, layout, cfg.train.max_grad_norm, device)
+        dist.all_reduce(loss, group=mesh["dp"].get_group())    # each rank has the sum over its own rows / n_scored
         step += 1
         # ---- below here nothing changes the weights ----
         loss, grad_norm = loss.item(), grad_norm.item()   # waits for the device
@@ -175,7 +178,7 @@ def main(cfg: PretrainConfig) -> None:
             raise RuntimeError(f"the loss of step {step} is {loss}; the last checkpoint is from before. Lower --train.lr.")
         validation_loss = None
         if cfg.train.validate_every and (step % cfg.train.validate_every == 0 or step == cfg.train.steps) and rows.n_validation:
-            validation_loss = evaluate(model, rows, cfg, dp_rank, layout.dp, dp_group, device)
+            validation_loss = evaluate(model, rows, cfg, mesh, device)
         peaks = torch.tensor(memory.take(), dtype=torch.float64)
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
         if is_main:
@@ -213,19 +216,19 @@ def main(cfg: PretrainConfig) -> None:
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, micros: list[Batch], n_scored: Tensor, lr: float,
-               dp_size: int, max_grad_norm: float, device: torch.device) -> tuple[Tensor, Tensor]:
+               layout: ParallelConfig, max_grad_norm: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Forward and backward over this rank's micro-batches, clip, step. Returns (this rank's share of the loss, the norm).
 
     n_scored: scored labels of the whole global batch, so that sums over micro-batches and ranks give the mean.
     """
     loss_sum = torch.zeros((), device=device)
     for i, micro in enumerate(micros):
-        model.set_requires_gradient_sync(i == len(micros) - 1)   # one reduce-scatter a step; costs whole gradients
+        set_gradient_sync(model, layout.zero_stage, last=i == len(micros) - 1)
         tokens, labels = (x.to(device, non_blocking=True) for x in (micro.tokens, micro.labels))
         loss = model(tokens, labels=labels, positions=micro.positions) / n_scored
-        (loss * dp_size).backward()                              # ZeRO averages gradients over dp; we want their sum
+        (loss * layout.grad_ranks).backward()                    # ZeRO averages gradients over ranks; we want their sum
         loss_sum += loss.detach()
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).full_tensor()   # one norm over all shards
+    grad_norm = clip_grad_norm(model.parameters(), max_grad_norm)     # one norm over all ranks and axes
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -238,15 +241,15 @@ def count_scored(micros: list[Batch]) -> int:
 
 
 @torch.no_grad()
-def evaluate(model, rows: PackedRows, cfg: PretrainConfig, dp_rank: int, dp_size: int, dp_group, device) -> float:
+def evaluate(model, rows: PackedRows, cfg: PretrainConfig, mesh: DeviceMesh, device) -> float:
     """Mean loss over the first held-out rows. All ranks enter: a sharded forward gathers weights."""
     sums = torch.zeros(2, dtype=torch.float64, device=device)                  # nats, scored tokens
-    for batch in validation_batches(rows, cfg.train.micro_batch_size, dp_rank, dp_size, cfg.data.document_mask,
-                                    cfg.train.validation_rows):
+    for batch in validation_batches(rows, cfg.train.micro_batch_size, mesh["dp"].get_local_rank(), mesh["dp"].size(),
+                                    cfg.data.document_mask, cfg.train.validation_rows):
         sums[0] += model(batch.tokens.to(device), labels=batch.labels.to(device), positions=batch.positions)
         sums[1] += (batch.labels != -100).sum()
     model.reshard()          # without a backward the root would stay gathered, and be stale after the next step
-    dist.all_reduce(sums, group=dp_group)
+    dist.all_reduce(sums, group=mesh["dp"].get_group())
     return (sums[0] / sums[1]).item()
 
 
@@ -405,7 +408,8 @@ def describe_run(cfg, model_config, layout, rows: PackedRows, n_micros: int, att
     log.say(f"model     {cfg.model}: {model_config.n_parameters / 1e6:,.1f}M parameters, attention {attention}")
     log.say(f"data      {rows.corpus.n_tokens:,} tokens: {rows.n_train:,} rows of {rows.seq_len} to train on, "
             f"{rows.n_validation:,} held out; this run reads them {epochs:.2f} times")
-    log.say(f"layout    {layout.dp_shard} x {device.type}, parameters sharded over all (ZeRO-3); {n_micros} micro-batches of "
+    axes = " x ".join(f"{axis} {getattr(layout, axis)}" for axis in AXES if getattr(layout, axis) > 1) or "one process"
+    log.say(f"layout    {axes} on {device.type}, ZeRO stage {layout.zero_stage}; {n_micros} micro-batches of "
             f"{cfg.train.micro_batch_size} rows per rank and step")
     log.say(f"numbers   {cfg.train.dtype} compute, float32 masters; MFU against {peak / 1e12:.2f} TFLOP/s ({peak_source})")
 

@@ -1,7 +1,10 @@
 """Shared by all tests: the repository root is importable, and `-m gpu` and `-m slow` are asked for, never met by chance."""
 
+import json
 import os
+import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -21,3 +24,35 @@ def pytest_collection_modifyitems(config, items):
         for mark in ("gpu", "slow"):
             if mark in item.keywords and mark not in asked:
                 item.add_marker(pytest.mark.skip(reason=f"asked for with -m {mark}"))
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory) -> Path:
+    """A folder with data.jsonl (short documents), tokenizer/ (400 pieces) and model/ (a tiny LLaMA, random weights)."""
+    sys.path.insert(0, str(ROOT / "recipes"))
+    from stdlib_corpus import train_tokenizer
+
+    from dtensor_llama import Llama, LlamaConfig, save_hf
+
+    folder = tmp_path_factory.mktemp("inputs")
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    text = "".join((stdlib / name).read_text() for name in ("argparse.py", "ast.py", "textwrap.py"))
+    documents = [part for part in text.split("\n\n") if part.strip()]
+    (folder / "data.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in documents))
+    train_tokenizer(documents, 400, folder / "tokenizer")
+    config = LlamaConfig(vocab_size=400, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1)
+    save_hf(Llama(config), folder / "model")
+    shutil.copytree(folder / "tokenizer", folder / "model", dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference(inputs, tmp_path_factory) -> Path:
+    """One process, never stopped, packed documents masked: so micro-batches and ranks have uneven numbers of labels."""
+    from recipe import pretrain_flags, recipe
+
+    run_dir = tmp_path_factory.mktemp("runs") / "reference"
+    ended = recipe("pretrain", *pretrain_flags(inputs, run_dir, "--data.document-mask"))
+    assert ended.status == 0, ended
+    return run_dir

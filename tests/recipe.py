@@ -39,6 +39,14 @@ def metrics(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+def pretrain_flags(inputs: Path, run_dir: Path, *more, steps: int = 8) -> list:
+    """Flags of a short run on what the fixture `inputs` made (conftest.py)."""
+    return ["--model", inputs / "model", "--random-init", "--data.path", inputs / "data.jsonl", "--data.cache-dir",
+            inputs / "cache", "--train.steps", steps, "--train.global-batch-size", 4, "--train.micro-batch-size", 1,
+            "--train.lr", "1e-2", "--train.dtype", "float32", "--train.validate-every", 4, "--checkpoint.every", 3,
+            "--run-dir", run_dir, *more]
+
+
 def _run(name: str, flags: list[str], stop_at_step: int | None) -> Ended:
     sys.path.insert(0, str(ROOT / "recipes"))
     module = importlib.import_module(name)

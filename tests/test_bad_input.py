@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from recipe import ROOT, recipe
-from test_pretrain import flags, inputs, reference  # noqa: F401: fixtures
+from recipe import pretrain_flags as flags
 
 from dtensor_llama import LlamaConfig
 
@@ -47,17 +47,17 @@ def refused(*arguments, name: str = "pretrain", ranks: int = 1) -> str:
     (["--data.tokenizer", "nowhere"], ["nowhere"]),
     (["--checkpoint.resume", "no/such/checkpoint"], ["no/such/checkpoint"]),
 ])
-def test_an_impossible_flag(inputs, tmp_path, more, said):  # noqa: F811
+def test_an_impossible_flag(inputs, tmp_path, more, said):
     line = refused(*[flag for flag in flags(inputs, tmp_path / "run") if flag != "--random-init"], *more)
     assert all(part in line for part in said), line
 
 
-def test_a_batch_that_cannot_be_dealt_to_the_ranks(inputs, tmp_path):  # noqa: F811
+def test_a_batch_that_cannot_be_dealt_to_the_ranks(inputs, tmp_path):
     line = refused(*flags(inputs, tmp_path / "run", "--train.global-batch-size", 3), ranks=2)
     assert "--train.global-batch-size 3" in line and "2 data-parallel ranks" in line
 
 
-def test_a_preset_without_a_tokenizer_and_one_with_too_large_a_tokenizer(inputs, tmp_path):  # noqa: F811
+def test_a_preset_without_a_tokenizer_and_one_with_too_large_a_tokenizer(inputs, tmp_path):
     line = refused("--model", "tiny-1m", "--data.path", inputs / "data.jsonl", "--run-dir", tmp_path / "run")
     assert "--data.tokenizer" in line
     fields = LlamaConfig.from_hf(inputs / "model").to_hf() | {"vocab_size": 399}
@@ -73,7 +73,7 @@ def test_a_preset_without_a_tokenizer_and_one_with_too_large_a_tokenizer(inputs,
     ("family", ["model_type", "mistral"]), ("cut weights", ["model.safetensors"]), ("no weights", ["safetensors"]),
     ("pickle", ["pytorch_model.bin", "safetensors"]), ("shard", ["no such file"]), ("shape", ["q_proj", "[64, 64]"]),
 ])
-def test_a_damaged_model_folder(inputs, tmp_path, damage, said):  # noqa: F811
+def test_a_damaged_model_folder(inputs, tmp_path, damage, said):
     folder = shutil.copytree(inputs / "model", tmp_path / "model")
     config, weights = folder / "config.json", folder / "model.safetensors"
     if damage == "no config":
@@ -105,13 +105,13 @@ def test_a_damaged_model_folder(inputs, tmp_path, damage, said):  # noqa: F811
     ("fieldless.jsonl", b'{"text": "fine"}\n{"body": "no"}\n', ["fieldless.jsonl", "2", "text"]),
     ("odd.csv", b"a,b", ["odd.csv", ".jsonl"]),
 ])
-def test_data_that_cannot_be_read_is_named_with_its_line(inputs, tmp_path, name, content, said):  # noqa: F811
+def test_data_that_cannot_be_read_is_named_with_its_line(inputs, tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
     line = refused(*flags(inputs, tmp_path / "run"), "--data.path", tmp_path / name, ranks=2)
     assert all(part in line for part in said), line
 
 
-def test_a_run_folder_in_use(inputs, reference, tmp_path):  # noqa: F811
+def test_a_run_folder_in_use(inputs, reference, tmp_path):
     run_dir = shutil.copytree(reference, tmp_path / "run")
     before = (run_dir / "metrics.jsonl").read_bytes()
     assert "already in use" in refused(*flags(inputs, run_dir, "--checkpoint.resume", "never"))
@@ -124,7 +124,7 @@ def test_a_run_folder_in_use(inputs, reference, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_damaged_checkpoint_is_named_and_refused_and_nothing_is_lost(inputs, reference, tmp_path, ranks):  # noqa: F811
+def test_a_damaged_checkpoint_is_named_and_refused_and_nothing_is_lost(inputs, reference, tmp_path, ranks):
     run_dir = shutil.copytree(reference, tmp_path / "run")
     newest = run_dir / "checkpoints" / "step-00000008"
     data = next(newest.glob("*.distcp"))
@@ -141,7 +141,7 @@ def test_a_damaged_checkpoint_is_named_and_refused_and_nothing_is_lost(inputs, r
     (["--data.validation-share", 0.1], "--data.validation-share"),
     (["--model", "tiny-1m", "--data.seq-len", 64], "another model"),
 ])
-def test_a_run_cannot_go_on_as_another_run(inputs, reference, tmp_path, change, said):  # noqa: F811
+def test_a_run_cannot_go_on_as_another_run(inputs, reference, tmp_path, change, said):
     run_dir = shutil.copytree(reference, tmp_path / "run")
     arguments = [flag for flag in flags(inputs, run_dir, steps=10) if flag != "--random-init"]
     line = refused(*arguments, "--data.tokenizer", inputs / "tokenizer", *change)
@@ -155,7 +155,7 @@ def test_a_run_cannot_go_on_as_another_run(inputs, reference, tmp_path, change, 
     (["--model", "MODEL", "--prompt", "x", "--max-new-tokens", 0], "--max-new-tokens"),
     (["--model", "MODEL"], "--prompt"),
 ])
-def test_generate_refuses_in_words(inputs, arguments, said):  # noqa: F811
+def test_generate_refuses_in_words(inputs, arguments, said):
     assert said in refused(*[inputs / "model" if a == "MODEL" else a for a in arguments], name="generate")
 
 

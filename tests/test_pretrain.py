@@ -6,58 +6,23 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from recipe import ROOT, metrics, recipe
+from recipe import pretrain_flags as flags
 from torch.testing import assert_close
 
-from dtensor_llama import Llama, LlamaConfig, load_hf, save_hf
+from dtensor_llama import Llama, LlamaConfig, load_hf
 
 SHARED = Path(os.environ.get("DTENSOR_LLAMA_SHARED_DATA", ROOT.parent / "shared" / "data"))
 EXACT = ("step", "loss", "grad_norm", "lr", "tokens", "validation_loss")     # what must not depend on the clock
 
 
-@pytest.fixture(scope="session")
-def inputs(tmp_path_factory) -> Path:
-    """A folder with data.jsonl (short documents), tokenizer/ (400 pieces) and model/ (a tiny LLaMA, random weights)."""
-    sys.path.insert(0, str(ROOT / "recipes"))
-    from stdlib_corpus import train_tokenizer
-
-    folder = tmp_path_factory.mktemp("inputs")
-    stdlib = Path(sysconfig.get_paths()["stdlib"])
-    text = "".join((stdlib / name).read_text() for name in ("argparse.py", "ast.py", "textwrap.py"))
-    documents = [part for part in text.split("\n\n") if part.strip()]
-    (folder / "data.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in documents))
-    train_tokenizer(documents, 400, folder / "tokenizer")
-    config = LlamaConfig(vocab_size=400, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1)
-    save_hf(Llama(config), folder / "model")
-    shutil.copytree(folder / "tokenizer", folder / "model", dirs_exist_ok=True)
-    return folder
-
-
-def flags(inputs: Path, run_dir: Path, *more, steps: int = 8) -> list:
-    return ["--model", inputs / "model", "--random-init", "--data.path", inputs / "data.jsonl", "--data.cache-dir",
-            inputs / "cache", "--train.steps", steps, "--train.global-batch-size", 4, "--train.micro-batch-size", 1,
-            "--train.lr", "1e-2", "--train.dtype", "float32", "--train.validate-every", 4, "--checkpoint.every", 3,
-            "--run-dir", run_dir, *more]
-
-
 def exact(run_dir: Path) -> list[dict]:
     return [{name: row[name] for name in EXACT if name in row} for row in metrics(run_dir)]
-
-
-@pytest.fixture(scope="session")
-def reference(inputs, tmp_path_factory) -> Path:
-    """One process, never stopped, packed documents masked: so micro-batches and ranks have uneven numbers of labels."""
-    run_dir = tmp_path_factory.mktemp("runs") / "reference"
-    ended = recipe("pretrain", *flags(inputs, run_dir, "--data.document-mask"))
-    assert ended.status == 0, ended
-    return run_dir
 
 
 def weights(run_dir: Path) -> dict:

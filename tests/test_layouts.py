@@ -1,0 +1,28 @@
+"""One answer: every layout trains like one process. Losses, gradient norms and weights, in fp32, through pretrain.py."""
+
+import pytest
+from recipe import metrics, recipe
+from recipe import pretrain_flags as flags
+from torch.testing import assert_close
+
+LAYOUTS = {    # name -> (ranks, flags)
+    "zero-0": (2, ["--parallel.zero-stage", 0]),
+    "zero-1": (2, ["--parallel.zero-stage", 1]),
+    "zero-2": (2, ["--parallel.zero-stage", 2]),
+    "hsdp-2x2": (4, ["--parallel.dp-replicate", 2, "--parallel.dp-shard", 2]),
+    "hsdp-2x2-zero-1": (4, ["--parallel.dp-replicate", 2, "--parallel.zero-stage", 1]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_gives_the_answer_of_one_process(inputs, reference, tmp_path, layout):
+    from test_pretrain import weights
+
+    ranks, more = LAYOUTS[layout]
+    ended = recipe("pretrain", *flags(inputs, tmp_path / "run", "--data.document-mask", *more), ranks=ranks)
+    assert ended.status == 0, ended
+    for ours, one_process in zip(metrics(tmp_path / "run"), metrics(reference), strict=True):
+        assert abs(ours["loss"] - one_process["loss"]) < 2e-5
+        assert abs(ours["grad_norm"] / one_process["grad_norm"] - 1) < 1e-4
+    for name, weight in weights(tmp_path / "run").items():
+        assert_close(weight, weights(reference)[name], rtol=0, atol=1e-4)
