@@ -1,0 +1,71 @@
+"""What can only be checked on an accelerator; asked for with `pytest -m gpu` (recipes/bench/gpu.sh does)."""
+
+import json
+
+import pytest
+import torch
+from recipe import metrics, recipe
+from recipe import pretrain_flags as flags
+from torch.testing import assert_close
+
+from dtensor_llama import Llama, LlamaConfig
+from dtensor_llama.attention import Documents, attention, choose_attention
+from dtensor_llama.model import init_weights
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "flash"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kv_heads", [8, 2])
+def test_fused_kernels_equal_the_maths_in_bfloat16(kernel, packed, kv_heads):
+    device = torch.device("cuda")
+    if kernel == "flash":
+        pytest.importorskip("flash_attn")
+    q, k, v = (torch.randn(2, 256, heads, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+               for heads in (8, kv_heads, kv_heads))
+    positions = torch.cat([torch.arange(n) for n in (100, 1, 155)]).expand(2, -1)
+    results = {}
+    for name in ("math", kernel):
+        documents = Documents.from_positions(positions, name, device) if packed else None
+        out = attention(q, k, v, name, documents)
+        results[name] = [out, *torch.autograd.grad(out.float().square().sum(), [q, k, v])]
+    for ours, reference in zip(results[kernel], results["math"], strict=True):
+        assert_close(ours, reference, rtol=2e-2, atol=2e-2 * reference.abs().max().item())
+
+
+def test_logits_on_the_gpu_equal_the_cpu_in_float32():
+    config = LlamaConfig(vocab_size=307, hidden_size=64, intermediate_size=172, num_hidden_layers=3, num_attention_heads=4,
+                         num_key_value_heads=2)
+    on_cpu, on_gpu = Llama(config), Llama(config).cuda()
+    on_gpu.set_attention("math")                        # no fused kernel computes grouped heads in fp32
+    tokens = torch.randint(307, (2, 50))
+    with torch.no_grad():
+        assert_close(on_gpu(tokens.cuda()).cpu(), on_cpu(tokens), rtol=0, atol=1e-4)
+
+
+def test_initial_weights_are_the_same_on_every_device():
+    config = LlamaConfig.preset("tiny-1m")
+    with torch.device("meta"):
+        model = Llama(config)
+    model.to_empty(device="cuda")
+    init_weights(model, seed=0)
+    for ours, expected in zip(model.parameters(), Llama(config).parameters(), strict=True):
+        assert torch.equal(ours.cpu(), expected)
+
+
+def test_auto_takes_a_fused_kernel():
+    assert choose_attention("auto", torch.device("cuda"), torch.bfloat16)[0] in ("flash", "sdpa")
+
+
+@pytest.mark.parametrize("more", [[], ["--train.compile"], ["--train.recompute", "selective"], ["--train.recompute", "full"],
+                                  ["--parallel.zero-stage", 0], ["--parallel.zero-stage", 1], ["--parallel.zero-stage", 2]])
+def test_a_run_on_one_gpu_learns_resumes_and_reports_its_memory(inputs, tmp_path, more):
+    run_dir = tmp_path / "run"
+    arguments = flags(inputs, run_dir, "--data.document-mask", "--train.dtype", "bfloat16", *more)
+    assert recipe("pretrain", *arguments, stop_at_step=4, timeout=300).status == 0
+    assert recipe("pretrain", *arguments, timeout=300).status == 0
+    rows = metrics(run_dir)
+    assert [row["step"] for row in rows] == list(range(1, 9)) and rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    assert all(row["device_memory_gib"] > 0 for row in rows)
+    assert json.loads((run_dir / "config.json").read_text())["device"].startswith("cuda")
