@@ -182,7 +182,8 @@ class Llama(nn.Module):
         """Attend with `flash`, `sdpa` or `math` from now on (attention.py; `choose_attention` says what can run)."""
         self.model.attention_kernel = kernel
         for block in self.model.layers:
-            block.self_attn.attend = partial(attention, kernel=kernel)
+            if block is not None:
+                block.self_attn.attend = partial(attention, kernel=kernel)
 
 
 INIT_BLOCK_ELEMENTS = 2**20   # what one random stream fills: small enough to skip what other ranks hold

@@ -1,38 +1,53 @@
-"""parallelize: spread a model over a mesh, from outside, pass by pass."""
+"""parallelize: spread a LLaMA over a mesh, from outside, pass by pass."""
 
 import torch
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from dtensor_llama.model import Llama
 from parallel.config import ParallelConfig
+from parallel.context import apply_context_parallel
+from parallel.pipeline import split_stages
 from parallel.recompute import apply_recompute
+from parallel.tensor import apply_tensor_parallel
 from parallel.zero import apply_zero
 
 
 def parallelize(
-    model: nn.Module,
+    model: Llama,
     mesh: DeviceMesh,
     config: ParallelConfig,
     *,
     compute_dtype: torch.dtype = torch.float32,
     recompute: str = "none",
     compile: bool = False,
-) -> nn.Module:
-    """Change `model` (a LLaMA by its module names, on `meta` or real) in place into this rank's share of it.
+    attention: str = "sdpa",
+) -> list[Llama]:
+    """Change `model` (on `meta` or real) in place into this rank's share of it; returns its pipeline stages in order.
 
-    mesh: of build_mesh(config, ...), config resolved and checked. Split parameters become DTensors; on `meta` they stay
-    there: `to_empty`, then initial or loaded weights.
+    mesh: of build_mesh(config, ...), config resolved and checked. Without pp the one stage is `model` itself; with pp the
+    stages share their modules with `model`, which keeps all parameters of this rank under their Hugging Face names, for
+    the optimizer, checkpoints and export. Split parameters become DTensors; on `meta` they stay there: `to_empty` each
+    stage, then initial or loaded weights.
     """
-    blocks = list(model.model.layers)
-    # pipeline, tensor, sequence and context parallelism come here: they settle which slices and which traffic a block has
-    apply_recompute(blocks, recompute)          # then: a recomputed block must replay the traffic of the passes above
-    if compile:
-        apply_compile(blocks)                   # then: one graph per block, recompute included
-    apply_zero(model, blocks, mesh, config.zero_stage, compute_dtype)    # last: shards whatever the passes above left
-    return model
+    parts = [model]
+    if config.pp > 1:                           # first: settles which layers exist on this rank
+        parts = split_stages(model, mesh["pp"], config.schedule, config.stages_per_rank)
+    for part in parts:
+        blocks = [block for block in part.model.layers if block is not None]
+        if config.tp > 1:                       # then: which slice of each weight
+            apply_tensor_parallel(part, mesh["tp"], config.sequence_parallel)
+        if config.cp > 1:                       # then: which tokens, attending with the heads tp has left
+            apply_context_parallel(part, mesh["cp"], config.cp_method, attention)
+        else:
+            part.set_attention(attention)
+        apply_recompute(blocks, recompute)      # then: a recomputed block must replay the traffic of the passes above
+        if compile:
+            apply_compile(blocks)               # then: one graph per block, recompute included
+        apply_zero(part, blocks, mesh, config.zero_stage, compute_dtype)    # last: shards whatever the passes above left
+    return parts
 
 
-def apply_compile(blocks: list[nn.Module]) -> None:
+def apply_compile(blocks: list) -> None:
     """Compile each block's forward. All blocks share one code object, so the first compile serves all; FSDP's hooks
     stay outside the graph."""
     for block in blocks:

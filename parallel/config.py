@@ -6,6 +6,9 @@ from typing import Literal
 
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.errors import UsageError
+from parallel.context import check_context_parallel
+from parallel.pipeline import SCHEDULES, check_pipeline
+from parallel.tensor import check_tensor_parallel
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")      # of the mesh, outermost first
 
@@ -46,6 +49,16 @@ class ParallelConfig:
         return self
 
     @property
+    def stages_per_rank(self) -> int:
+        """Pipeline stages of each pp rank."""
+        return self.virtual_stages or SCHEDULES[self.schedule].default_virtual_stages
+
+    @property
+    def sequence_shards(self) -> int:
+        """Ranks that share the tokens of a row between two blocks."""
+        return self.cp * (self.tp if self.sequence_parallel else 1)
+
+    @property
     def dp(self) -> int:
         """How many ranks, or groups of cp x tp x pp ranks, read rows of their own."""
         return self.dp_replicate * self.dp_shard
@@ -60,13 +73,32 @@ def flag(axis: str) -> str:
     return "--parallel." + axis.replace("_", "-")
 
 
-def check_parallel(layout: ParallelConfig, model: LlamaConfig, seq_len: int, global_batch_size: int, micro_batch_size: int,
-                   ) -> int:
+def check_parallel(
+    layout: ParallelConfig,
+    model: LlamaConfig,
+    seq_len: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    *,
+    attention: str = "sdpa",
+    recompute: str = "none",
+    compile: bool = False,
+) -> int:
     """Refuse every layout that cannot run, before any process group exists; returns the micro-batches per rank and step.
 
-    UsageError names the flag, the numbers, the rule and what would work.
+    layout: resolved. UsageError names the flag, the numbers, the rule and what would work.
     """
-    return check_batch(global_batch_size, micro_batch_size, layout.dp)
+    n_micros = check_batch(global_batch_size, micro_batch_size, layout.dp)
+    if layout.tp > 1:
+        check_tensor_parallel(model, layout.tp, seq_len, layout.sequence_parallel)
+    if layout.cp > 1:
+        check_context_parallel(model, layout.cp, layout.tp, seq_len, layout.cp_method, attention, layout.sequence_parallel)
+    if layout.pp > 1:
+        check_pipeline(model, layout.pp, layout.schedule, layout.stages_per_rank, n_micros, recompute, compile)
+    elif layout.virtual_stages not in (None, 1):
+        raise UsageError(f"--parallel.virtual-stages {layout.virtual_stages} splits pipeline ranks and --parallel.pp is 1; "
+                         "leave it out, or use --parallel.pp 2.")
+    return n_micros
 
 
 def check_batch(global_batch_size: int, micro_batch_size: int, dp: int) -> int:

@@ -49,6 +49,7 @@ def build_mesh(config: ParallelConfig, device_type: str) -> DeviceMesh:
     dp     dp_replicate x dp_shard: who reads which rows; the loss is summed over it (and over cp)
     fsdp   dp_shard x cp: who shares parameters, gradients and optimizer state (ZeRO)
     dp_cp  all three: whose gradients are averaged, since they saw other tokens
+    loss   pp and all three: whose shares of the loss add up; ranks of tp all have the same
     At ZeRO stage 0 there is also `solo`, of size 1: what fully_shard shards over where nothing shall be sharded.
     """
     sizes = {axis: getattr(config, axis) for axis in AXES}
@@ -58,6 +59,7 @@ def build_mesh(config: ParallelConfig, device_type: str) -> DeviceMesh:
     flatten(mesh["dp_replicate", "dp_shard"], "dp")
     flatten(mesh["dp_shard", "cp"], "fsdp")
     flatten(mesh["dp_replicate", "dp_shard", "cp"], "dp_cp")
+    flatten(mesh["pp", "dp_replicate", "dp_shard", "cp"], "loss")
     return mesh
 
 

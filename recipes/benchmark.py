@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone work
 
 import torch
 import torch.distributed as dist
-from pretrain import PretrainConfig, TrainConfig, check_numbers, count_scored, tokenizer_path, train_step
+from pretrain import PretrainConfig, TrainConfig, check_numbers, count_scored, reads_alone, tokenizer_path, train_step
 
 from dtensor_llama import Llama, LlamaConfig
 from dtensor_llama.attention import choose_attention
@@ -35,6 +35,7 @@ from dtensor_llama.optim import build_adamw
 from parallel import build_mesh, parallelize
 from parallel.config import check_parallel
 from parallel.mesh import start_process_group, stop_process_group
+from parallel.pipeline import make_step_runner
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def main(cfg: BenchmarkConfig) -> None:
     seq_len = cfg.data.seq_len or config.max_position_embeddings
     kernel, _ = choose_attention(cfg.train.attention, device, dtype)
     layout = cfg.parallel.resolve(world_size)
-    n_micros = check_parallel(layout, config, seq_len, cfg.train.global_batch_size, cfg.train.micro_batch_size)
+    n_micros = check_parallel(layout, config, seq_len, cfg.train.global_batch_size, cfg.train.micro_batch_size,
+                              attention=kernel, recompute=cfg.train.recompute, compile=cfg.train.compile)
     rows = None
     if cfg.data.path:
         corpus = prepare_corpus(cfg.data.path, load_tokenizer(tokenizer_path(cfg)), Path(cfg.data.cache_dir).expanduser(),
@@ -69,9 +71,12 @@ def main(cfg: BenchmarkConfig) -> None:
     dp_rank = mesh["dp"].get_local_rank()
     with torch.device("meta"):
         model = Llama(config)
-    parallelize(model, mesh, layout, compute_dtype=dtype, recompute=cfg.train.recompute, compile=cfg.train.compile)
-    model.set_attention(kernel)
-    model.to_empty(device=device)
+    parts = parallelize(model, mesh, layout, compute_dtype=dtype, recompute=cfg.train.recompute, compile=cfg.train.compile,
+                        attention=kernel)
+    for part in parts:
+        part.to_empty(device=device)
+    runner = make_step_runner(parts, mesh["pp"], layout.schedule, n_micros, device, dtype, layout.sequence_shards,
+                              layout.zero_stage)
     init_weights(model, cfg.train.seed)
     optimizer = build_adamw(model, cfg.train.lr, cfg.train.weight_decay)
 
@@ -91,9 +96,10 @@ def main(cfg: BenchmarkConfig) -> None:
             began = time.perf_counter()
             micros = next_step()
             waited = time.perf_counter() - began
-            n_scored = torch.tensor(count_scored(micros), device=device)
-            dist.all_reduce(n_scored, group=mesh["dp"].get_group())
-            loss, _ = train_step(model, optimizer, micros, n_scored, cfg.train.lr, layout, cfg.train.max_grad_norm, device)
+            n_scored = torch.tensor(count_scored(micros) * reads_alone(mesh), device=device)
+            dist.all_reduce(n_scored)
+            loss, _ = train_step(runner, model, optimizer, micros, n_scored, cfg.train.lr, mesh, layout,
+                                 cfg.train.max_grad_norm)
             loss.item()                                    # waits for the device
             if i >= cfg.warmup:
                 step_s[name].append(time.perf_counter() - began)

@@ -46,8 +46,9 @@ from dtensor_llama.weights import check_hf
 from parallel import ParallelConfig, build_mesh, parallelize
 from parallel.clip import clip_grad_norm
 from parallel.config import AXES, check_parallel
+from parallel.context import shard_sequence
 from parallel.mesh import start_process_group, stop_process_group
-from parallel.zero import set_gradient_sync
+from parallel.pipeline import make_step_runner
 
 # ---- 1. What can be asked for: each field is a flag -------------------------------------------------------------------
 
@@ -121,7 +122,8 @@ def main(cfg: PretrainConfig) -> None:
     seq_len = cfg.data.seq_len or model_config.max_position_embeddings
     kernel, why = choose_attention(cfg.train.attention, device, compute_dtype)
     layout = cfg.parallel.resolve(world_size)
-    n_micros = check_parallel(layout, model_config, seq_len, cfg.train.global_batch_size, cfg.train.micro_batch_size)
+    n_micros = check_parallel(layout, model_config, seq_len, cfg.train.global_batch_size, cfg.train.micro_batch_size,
+                              attention=kernel, recompute=cfg.train.recompute, compile=cfg.train.compile)
     with torch.device("meta"):
         model = Llama(model_config)                       # names and shapes only: no memory yet
     weights = Path(cfg.model) if Path(cfg.model).is_dir() and not cfg.random_init else None
@@ -138,9 +140,12 @@ def main(cfg: PretrainConfig) -> None:
     mesh = build_mesh(layout, device.type)
     dp_rank = mesh["dp"].get_local_rank()
 
-    parallelize(model, mesh, layout, compute_dtype=compute_dtype, recompute=cfg.train.recompute, compile=cfg.train.compile)
-    model.set_attention(kernel)
-    model.to_empty(device=device)                         # this rank's shards, still without values
+    parts = parallelize(model, mesh, layout, compute_dtype=compute_dtype, recompute=cfg.train.recompute,
+                        compile=cfg.train.compile, attention=kernel)
+    for part in parts:                                    # without pp: the model itself
+        part.to_empty(device=device)                      # this rank's shards, still without values
+    runner = make_step_runner(parts, mesh["pp"], layout.schedule, n_micros, device, compute_dtype, layout.sequence_shards,
+                              layout.zero_stage)
     optimizer = build_adamw(model, cfg.train.lr, cfg.train.weight_decay)
     checkpoints = Checkpointer(Path(cfg.run_dir, "checkpoints"), keep=cfg.checkpoint.keep)
     step, position = resume(cfg, model, optimizer, checkpoints, model_config, corpus, seq_len, is_main)
@@ -165,11 +170,10 @@ def main(cfg: PretrainConfig) -> None:
         lr = learning_rate(cfg.train, step)
         micros = next(reader)                             # n_micros batches of (micro_batch_size, T)
         # How many labels count in the whole global batch, and whether any rank was asked to stop: one reduction for both.
-        counts = torch.tensor([count_scored(micros), int(stop.asked)], dtype=torch.int64, device=device)
-        dist.all_reduce(counts, group=mesh["dp"].get_group())
+        counts = torch.tensor([count_scored(micros) * reads_alone(mesh), int(stop.asked)], device=device)
+        dist.all_reduce(counts)
         n_scored, stopped = counts[0], bool(counts[1])
-        loss, grad_norm = train_step(model, optimizer, micros, n_scored, lr, layout, cfg.train.max_grad_norm, device)
-        dist.all_reduce(loss, group=mesh["dp"].get_group())    # each rank has the sum over its own rows / n_scored
+        loss, grad_norm = train_step(runner, model, optimizer, micros, n_scored, lr, mesh, layout, cfg.train.max_grad_norm)
         step += 1
         # ---- below here nothing changes the weights ----
         loss, grad_norm = loss.item(), grad_norm.item()   # waits for the device
@@ -178,7 +182,7 @@ def main(cfg: PretrainConfig) -> None:
             raise RuntimeError(f"the loss of step {step} is {loss}; the last checkpoint is from before. Lower --train.lr.")
         validation_loss = None
         if cfg.train.validate_every and (step % cfg.train.validate_every == 0 or step == cfg.train.steps) and rows.n_validation:
-            validation_loss = evaluate(model, rows, cfg, mesh, device)
+            validation_loss = evaluate(runner, rows, cfg, mesh, layout, device)
         peaks = torch.tensor(memory.take(), dtype=torch.float64)
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
         if is_main:
@@ -215,42 +219,50 @@ def main(cfg: PretrainConfig) -> None:
 # ---- The step: one global batch ---------------------------------------------------------------------------------------
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, micros: list[Batch], n_scored: Tensor, lr: float,
-               layout: ParallelConfig, max_grad_norm: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Forward and backward over this rank's micro-batches, clip, step. Returns (this rank's share of the loss, the norm).
+def train_step(runner, model: nn.Module, optimizer: torch.optim.Optimizer, micros: list[Batch], n_scored: Tensor, lr: float,
+               mesh: DeviceMesh, layout: ParallelConfig, max_grad_norm: float) -> tuple[Tensor, Tensor]:
+    """Forward and backward of one global batch, clip, step. Returns (loss, gradient norm), the same on every rank.
 
     n_scored: scored labels of the whole global batch, so that sums over micro-batches and ranks give the mean.
     """
-    loss_sum = torch.zeros((), device=device)
-    for i, micro in enumerate(micros):
-        set_gradient_sync(model, layout.zero_stage, last=i == len(micros) - 1)
-        tokens, labels = (x.to(device, non_blocking=True) for x in (micro.tokens, micro.labels))
-        loss = model(tokens, labels=labels, positions=micro.positions) / n_scored
-        (loss * layout.grad_ranks).backward()                    # ZeRO averages gradients over ranks; we want their sum
-        loss_sum += loss.detach()
+    micros = [shard_batch(micro, mesh["cp"], layout) for micro in micros]
+    # FSDP averages gradients over the ranks that saw other tokens; we want their sum.
+    loss = runner.step(micros, n_scored, grad_scale=layout.grad_ranks)
+    dist.all_reduce(loss, group=mesh["loss"].get_group())             # each rank has its own tokens' share
     grad_norm = clip_grad_norm(model.parameters(), max_grad_norm)     # one norm over all ranks and axes
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
-    return loss_sum, grad_norm
+    return loss, grad_norm
+
+
+def shard_batch(batch: Batch, cp_mesh: DeviceMesh, layout: ParallelConfig) -> Batch:
+    """This cp rank's share of the tokens of each row; positions stay whole, they say where documents begin."""
+    if layout.cp == 1:
+        return batch
+    tokens, labels = (shard_sequence(x, cp_mesh, layout.cp_method) for x in (batch.tokens, batch.labels))
+    return Batch(tokens, labels, batch.positions)
 
 
 def count_scored(micros: list[Batch]) -> int:
     return sum(int((micro.labels != -100).sum()) for micro in micros)
 
 
-@torch.no_grad()
-def evaluate(model, rows: PackedRows, cfg: PretrainConfig, mesh: DeviceMesh, device) -> float:
+def reads_alone(mesh: DeviceMesh) -> bool:
+    """Of the ranks that read the same rows (those of pp, cp and tp), true on one: whose counts count."""
+    return all(mesh[axis].get_local_rank() == 0 for axis in ("pp", "cp", "tp"))
+
+
+def evaluate(runner, rows: PackedRows, cfg: PretrainConfig, mesh: DeviceMesh, layout: ParallelConfig, device) -> float:
     """Mean loss over the first held-out rows. All ranks enter: a sharded forward gathers weights."""
-    sums = torch.zeros(2, dtype=torch.float64, device=device)                  # nats, scored tokens
-    for batch in validation_batches(rows, cfg.train.micro_batch_size, mesh["dp"].get_local_rank(), mesh["dp"].size(),
-                                    cfg.data.document_mask, cfg.train.validation_rows):
-        sums[0] += model(batch.tokens.to(device), labels=batch.labels.to(device), positions=batch.positions)
-        sums[1] += (batch.labels != -100).sum()
-    model.reshard()          # without a backward the root would stay gathered, and be stale after the next step
-    dist.all_reduce(sums, group=mesh["dp"].get_group())
-    return (sums[0] / sums[1]).item()
+    batches = list(validation_batches(rows, cfg.train.micro_batch_size, mesh["dp"].get_local_rank(), layout.dp,
+                                      cfg.data.document_mask, cfg.train.validation_rows))
+    nats = runner.evaluate_step([shard_batch(batch, mesh["cp"], layout) for batch in batches])
+    dist.all_reduce(nats, group=mesh["loss"].get_group())
+    n_scored = torch.tensor(count_scored(batches), device=device)
+    dist.all_reduce(n_scored, group=mesh["dp"].get_group())
+    return (nats / n_scored).item()
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:

@@ -11,6 +11,18 @@ LAYOUTS = {    # name -> (ranks, flags)
     "zero-2": (2, ["--parallel.zero-stage", 2]),
     "hsdp-2x2": (4, ["--parallel.dp-replicate", 2, "--parallel.dp-shard", 2]),
     "hsdp-2x2-zero-1": (4, ["--parallel.dp-replicate", 2, "--parallel.zero-stage", 1]),
+    "tp-2": (2, ["--parallel.tp", 2]),
+    "tp-2-no-sp": (2, ["--parallel.tp", 2, "--parallel.no-sequence-parallel"]),
+    "tp-2-dp-2": (4, ["--parallel.tp", 2]),
+    "cp-2-ulysses": (2, ["--parallel.cp", 2]),
+    "cp-2-ring": (2, ["--parallel.cp", 2, "--parallel.cp-method", "ring"]),
+    "cp-2-dp-2": (4, ["--parallel.cp", 2, "--parallel.cp-method", "ring"]),
+    "cp-2-tp-2": (4, ["--parallel.cp", 2, "--parallel.tp", 2]),
+    "pp-2": (2, ["--parallel.pp", 2]),
+    "pp-2-dp-2": (4, ["--parallel.pp", 2]),
+    "pp-2-tp-2": (4, ["--parallel.pp", 2, "--parallel.tp", 2]),
+    "pp-2-cp-2-ring": (4, ["--parallel.pp", 2, "--parallel.cp", 2, "--parallel.cp-method", "ring"]),
+    "zero-0-tp-2": (4, ["--parallel.tp", 2, "--parallel.zero-stage", 0]),
 }
 
 

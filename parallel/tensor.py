@@ -1,0 +1,284 @@
+"""Tensor and sequence parallelism: every matrix is split over the tp axis; the tables say where and at what cost.
+
+    column-wise   rows of W (outputs) are split: whole x in, this rank's share of y out, no traffic          q k v gate up
+    row-wise      columns of W (inputs) are split: a share of x in, out comes an addend of y, to be summed   o down
+    vocabulary    rows of the embedding and of the head are split: a token's row lies on one rank; the loss needs three sums
+    sequence      what lies between (norms, residual stream) would be the same work on every rank; split it by tokens
+
+A column-wise layer followed by a row-wise one needs one sum for the two (Shoeybi et al. 2019, arXiv:1909.08053). Splitting
+the stream by tokens cuts that sum (all-reduce) into a reduce-scatter after and an all-gather before, of the same bytes
+together, and keeps 1/tp of the activations between the layers (Korthikanti et al. 2022, arXiv:2205.05198, sec. 4.2.2).
+
+B rows, T tokens, D width, H query and K key/value heads of width E, F feed-forward width, V vocabulary. sum:tp: an addend.
+"""
+
+from fnmatch import fnmatch
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from dtensor_llama import loss
+from dtensor_llama.config import LlamaConfig
+from dtensor_llama.errors import UsageError
+from dtensor_llama.model import Llama
+
+
+class Local(ParallelStyle):
+    """Where no stock style fits: spread the weight as `placement`, then compute on local tensors with `forward(module,
+    tp_mesh, x)` in place of the module's own."""
+
+    def __init__(self, placement: Placement, forward):
+        self.placement, self.forward = placement, forward
+
+    def _apply(self, module: nn.Module, tp_mesh: DeviceMesh) -> nn.Module:
+        weight = distribute_tensor(module.weight, tp_mesh, [self.placement], src_data_rank=self.src_data_rank)
+        module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
+        module.forward = partial(self.forward, module, tp_mesh)
+        return module
+
+
+def norm_all_tokens(norm: nn.RMSNorm, tp_mesh: DeviceMesh, x: Tensor) -> Tensor:
+    """(B, T, D) -> (B, T, D): the same work on every rank, hence the same gradient, with nothing to sum."""
+    return F.rms_norm(x, norm.normalized_shape, norm.weight.to_local(), norm.eps)
+
+
+def embed_own_rows(embedding: nn.Embedding, tp_mesh: DeviceMesh, tokens: Tensor, output: Placement) -> Tensor:
+    """Tokens (B, T) -> (B, T, D) as `output`: a rank looks up the tokens whose row it has, and adds zeros for the rest.
+
+    Why not RowwiseParallel: its gradient is (V, D) on each rank; this one is (V/tp, D).
+    """
+    if output.is_shard() and tokens.shape[1] % tp_mesh.size():
+        raise UsageError(f"--parallel.tp {tp_mesh.size()} with sequence parallelism splits the tokens of a row, and a row has "
+                         f"{tokens.shape[1]}; use a multiple of {tp_mesh.size()}, or --parallel.no-sequence-parallel.")
+    weight = embedding.weight.to_local()                                         # (V/tp, D)
+    row = tokens - first_row(embedding.weight, tp_mesh)
+    here = (row >= 0) & (row < weight.shape[0])                                  # (B, T)
+    x = F.embedding(row.clamp(0, weight.shape[0] - 1), weight) * here[..., None]          # (B, T, D) sum:tp
+    return DTensor.from_local(x, tp_mesh, [Partial()], run_check=False).redistribute(placements=[output]).to_local()
+
+
+def project_to_one_head(projection: nn.Linear, tp_mesh: DeviceMesh, x: DTensor, n_heads: int) -> Tensor:
+    """x (B, T, D) -> (B, T, E): the one key or value head that this rank's query heads read; tp/K ranks share each head.
+
+    The weight (K E, D) is whole on every rank. Its gradient here is an addend, zero but for E rows: whoever takes the
+    gradient sums it over tp (FSDP before it reduces over dp; without FSDP, .grad is a DTensor that is Partial).
+    """
+    head_dim = projection.weight.shape[0] // n_heads
+    head = tp_mesh.get_local_rank() * n_heads // tp_mesh.size()
+    weight = projection.weight.to_local(grad_placements=[Partial()])             # (K E, D)
+    return F.linear(x.to_local(grad_placements=[Partial()]), weight[head * head_dim:(head + 1) * head_dim])
+
+
+def first_row(weight: DTensor, tp_mesh: DeviceMesh) -> int:
+    """The first row of this rank's Shard(0): all ranks have ceil(V/tp) rows but the last, which has what remains."""
+    return -(-weight.shape[0] // tp_mesh.size()) * tp_mesh.get_local_rank()
+
+
+# ---- the plans ----
+
+class Row(NamedTuple):
+    style: ParallelStyle | None
+    weight: str      # how its weight lies over tp: S(0) split by rows, S(1) by columns, R whole on every rank
+    shapes: str      # what goes in and what comes out, as this rank holds it
+    forward: str     # collective over tp in forward
+    backward: str    # and in backward
+
+
+# Attention and feed-forward get x as a DTensor, so that the gradients from q, k and v (gate and up) are summed in one go.
+GATHER = PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate())
+GATHER_X = PrepareModuleInput(input_layouts=(Shard(1), None, None, None),              # x, rope, documents, cache
+                              desired_input_layouts=(Replicate(), None, None, None))
+ENTER = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Replicate())
+ENTER_X = PrepareModuleInput(input_layouts=(Replicate(), None, None, None),
+                             desired_input_layouts=(Replicate(), None, None, None))
+COLUMNS, ROWS, ROWS_SCATTER = ColwiseParallel(), RowwiseParallel(), RowwiseParallel(output_layouts=Shard(1))
+NORM, NORM_SHARE = Local(Replicate(), norm_all_tokens), SequenceParallel(use_local_output=True)
+EMBED, EMBED_SCATTER = (Local(Shard(0), partial(embed_own_rows, output=layout)) for layout in (Replicate(), Shard(1)))
+HEAD, HEAD_GATHER = (ColwiseParallel(input_layouts=layout, output_layouts=Replicate()) for layout in (Replicate(), Shard(1)))
+
+SEQUENCE_BLOCK = {              # a block maps (B, T/tp, D) to (B, T/tp, D)           forward           backward
+    "input_layernorm":          (NORM_SHARE,    "R",    "(B, T/tp, D), as it was",        "", ""),
+    "self_attn":                (GATHER_X,      "",     "(B, T/tp, D) -> (B, T, D)",      "all-gather", "reduce-scatter"),
+    "self_attn.q_proj":         (COLUMNS,       "S(0)", "(B, T, D) -> (B, T, H/tp E)",    "", ""),
+    "self_attn.k_proj":         (COLUMNS,       "S(0)", "(B, T, D) -> (B, T, K/tp E)",    "", ""),
+    "self_attn.v_proj":         (COLUMNS,       "S(0)", "(B, T, D) -> (B, T, K/tp E)",    "", ""),
+    "self_attn.o_proj":         (ROWS_SCATTER,  "S(1)", "(B, T, H/tp E) -> (B, T/tp, D)", "reduce-scatter", "all-gather"),
+    "post_attention_layernorm": (NORM_SHARE,    "R",    "(B, T/tp, D), as it was",        "", ""),
+    "mlp":                      (GATHER,        "",     "(B, T/tp, D) -> (B, T, D)",      "all-gather", "reduce-scatter"),
+    "mlp.gate_proj":            (COLUMNS,       "S(0)", "(B, T, D) -> (B, T, F/tp)",      "", ""),
+    "mlp.up_proj":              (COLUMNS,       "S(0)", "(B, T, D) -> (B, T, F/tp)",      "", ""),
+    "mlp.down_proj":            (ROWS_SCATTER,  "S(1)", "(B, T, F/tp) -> (B, T/tp, D)",   "reduce-scatter", "all-gather"),
+}
+SEQUENCE_ENDS = {
+    "model.embed_tokens":       (EMBED_SCATTER, "S(0)", "(B, T) -> (B, T/tp, D)",         "reduce-scatter", "all-gather"),
+    "model.norm":               (NORM_SHARE,    "R",    "(B, T/tp, D), as it was",        "", ""),
+    "lm_head":                  (HEAD_GATHER,   "S(0)", "(B, T/tp, D) -> (B, T, V)",      "2 all-gather", "reduce-scatter"),
+    "cross_entropy":            (None,          "",     "(B, T/tp, D) -> scalar",         "all-gather, 2 all-reduce",
+                                                                                          "reduce-scatter"),
+}
+WHOLE_BLOCK = {                 # without sequence parallelism (B, T, D) to (B, T, D): every rank has every token
+    "input_layernorm":          (NORM,          "R",    "(B, T, D), as it was",           "", ""),
+    "self_attn":                (ENTER_X,       "",     "(B, T, D), as it was",           "", "all-reduce"),
+    "self_attn.q_proj":         (COLUMNS,       "S(0)", "(B, T, D) -> (B, T, H/tp E)",    "", ""),
+    "self_attn.k_proj":         (COLUMNS,       "S(0)", "(B, T, D) -> (B, T, K/tp E)",    "", ""),
+    "self_attn.v_proj":         (COLUMNS,       "S(0)", "(B, T, D) -> (B, T, K/tp E)",    "", ""),
+    "self_attn.o_proj":         (ROWS,          "S(1)", "(B, T, H/tp E) -> (B, T, D)",    "all-reduce", ""),
+    "post_attention_layernorm": (NORM,          "R",    "(B, T, D), as it was",           "", ""),
+    "mlp":                      (ENTER,         "",     "(B, T, D), as it was",           "", "all-reduce"),
+    "mlp.gate_proj":            (COLUMNS,       "S(0)", "(B, T, D) -> (B, T, F/tp)",      "", ""),
+    "mlp.up_proj":              (COLUMNS,       "S(0)", "(B, T, D) -> (B, T, F/tp)",      "", ""),
+    "mlp.down_proj":            (ROWS,          "S(1)", "(B, T, F/tp) -> (B, T, D)",      "all-reduce", ""),
+}
+WHOLE_ENDS = {
+    "model.embed_tokens":       (EMBED,         "S(0)", "(B, T) -> (B, T, D)",            "all-reduce", ""),
+    "model.norm":               (NORM,          "R",    "(B, T, D), as it was",           "", ""),
+    "lm_head":                  (HEAD,          "S(0)", "(B, T, D) -> (B, T, V)",         "all-gather", "all-reduce"),
+    "cross_entropy":            (None,          "",     "(B, T, D) -> scalar",            "2 all-reduce", "all-reduce"),
+}                               # the loss: its two sums once per chunk of tokens
+
+
+def shared_heads(n_heads: int) -> dict[str, tuple]:
+    """The rows of k_proj and v_proj when tp exceeds the number of key/value heads."""
+    one_head = Local(Replicate(), partial(project_to_one_head, n_heads=n_heads))
+    row = (one_head, "R", "(B, T, D) -> (B, T, E)", "", "")
+    return {"self_attn.k_proj": row, "self_attn.v_proj": row}
+
+
+def tensor_plan(config: LlamaConfig, tp: int, sequence_parallel: bool) -> dict[str, Row]:
+    """The whole plan by module name; `*` stands for every layer."""
+    block, ends = (SEQUENCE_BLOCK, SEQUENCE_ENDS) if sequence_parallel else (WHOLE_BLOCK, WHOLE_ENDS)
+    if tp > config.num_key_value_heads:
+        block = {**block, **shared_heads(config.num_key_value_heads)}
+    return {name: Row(*row) for name, row in [*((f"model.layers.*.{name}", row) for name, row in block.items()),
+                                              *ends.items()]}
+
+
+def describe(config: LlamaConfig, tp: int, sequence_parallel: bool = True) -> list[tuple[str, str, str, str, str]]:
+    """The plan for printing: (module, placement of its weight over tp, shapes, collective in forward, in backward)."""
+    return [(name, *row[1:]) for name, row in tensor_plan(config, tp, sequence_parallel).items()]
+
+
+def check_tensor_parallel(config: LlamaConfig, tp: int, seq_len: int, sequence_parallel: bool) -> None:
+    """UsageError if `config` with rows of `seq_len` tokens cannot be split `tp` ways; needs no process group."""
+    H, K, F, V = (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size, config.vocab_size)
+    rules = [   # (what is wrong, which tp are right)
+        (f"does not divide the {H} query heads; every tp rank needs whole heads", lambda n: H % n == 0),
+        (f"neither divides the {K} key/value heads nor is a multiple of them; a rank needs whole heads, or one that it shares",
+         lambda n: K % n == 0 or n % K == 0),
+        (f"does not divide the feed-forward width {F}", lambda n: F % n == 0),
+        (f"leaves the last rank without a row of the {V} tokens of the vocabulary", lambda n: -(-V // n) * (n - 1) < V),
+    ]
+    if sequence_parallel:
+        rules.append((f"does not divide --data.seq-len {seq_len}, whose tokens sequence parallelism splits "
+                      "(--parallel.no-sequence-parallel would not)", lambda n: seq_len % n == 0))
+    if tp < 1:
+        raise UsageError(f"--parallel.tp {tp} is not possible; use a number of processes, 1 for no tensor parallelism.")
+    for wrong, right in rules:
+        if not right(tp):
+            works = [str(n) for n in range(1, H + 1) if all(rule(n) for _, rule in rules)]
+            raise UsageError(f"--parallel.tp {tp} {wrong}. Use --parallel.tp {' or '.join(works)}.")
+
+
+def apply_tensor_parallel(model: Llama, tp_mesh: DeviceMesh, sequence_parallel: bool = True) -> None:
+    """Split `model` in place over the 1-D mesh; all its parameters become DTensors on it.
+
+    Works on `meta`, and on a pipeline stage (what it lacks is None). On a real device every rank must hold the same
+    weights. Tokens and labels are whole rows on every tp rank; the loss is the same on all of them. Under sequence
+    parallelism a stage hands on (B, T/tp, D).
+    """
+    plan = tensor_plan(model.config, tp_mesh.size(), sequence_parallel)
+    tied = model.lm_head is not None and model.model.embed_tokens is not None and (
+        model.lm_head.weight is model.model.embed_tokens.weight)
+    here = [name for name, _ in model.named_modules()]
+    parallelize_module(model, tp_mesh, {pattern: row.style for pattern, row in plan.items()
+                                        if any(fnmatch(name, pattern) for name in here)})
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight            # both are Shard(0)
+    model.cross_entropy = partial(vocab_parallel_cross_entropy, tp_mesh=tp_mesh,
+                                  hidden_layout=Shard(1) if sequence_parallel else Replicate())
+    if sequence_parallel and model.model.embed_tokens is None:
+        locate = model.model.locate
+
+        def locate_whole_rows(x: Tensor, positions: Tensor | None, cache):
+            """A later stage gets (B, T/tp, D) where the first gets tokens (B, T); RoPE and masks are for all T."""
+            return locate(x.new_empty(1, 1).expand(x.shape[0], x.shape[1] * tp_mesh.size()), positions, cache)
+
+        model.model.locate = locate_whole_rows
+    unplanned = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
+    assert not unplanned, f"no row of the plan is for {unplanned}: mixed with DTensors they break optimizers and clipping"
+
+
+# ---- the loss over a vocabulary of which each rank has a slice ----
+
+def vocab_parallel_cross_entropy(hidden: Tensor, weight: DTensor, labels: Tensor, tp_mesh: DeviceMesh,
+                                 hidden_layout: Placement) -> Tensor:
+    """dtensor_llama.loss.cross_entropy_sum with the rows of `weight` (V, D) split over tp; the same scalar on every rank.
+
+    hidden (B, T/tp, D) if `hidden_layout` is Shard(1), else (B, T, D); labels (B, T), the whole of them. A rank has the
+    logits of its V/tp tokens and of one chunk of positions; (B, T, V) exists nowhere. Source: arXiv:1909.08053, sec. 3.
+    """
+    x = DTensor.from_local(hidden, tp_mesh, [hidden_layout], run_check=False)
+    x = x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])     # (B, T, D)
+    return _VocabParallelCrossEntropy.apply(
+        x.flatten(0, -2), weight.to_local(), labels.flatten(), first_row(weight, tp_mesh), tp_mesh.get_group(),
+        torch.is_grad_enabled())
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    """As loss._ChunkedCrossEntropy: the gradient of a chunk is taken in forward, while its logits are at hand.
+
+    The gradient of hidden is an addend (each rank knows its slice of the vocabulary), that of the weight is complete.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, first_row: int, group, wants_grad: bool) -> Tensor:
+        chunk_tokens = max(1, loss.CHUNK_ELEMENTS // weight.shape[0])
+        grad_hidden = torch.empty_like(hidden) if wants_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_grad else None
+        nll_sum = hidden.new_zeros((), dtype=torch.float32)
+        for start in range(0, hidden.shape[0], chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            scored = labels[chunk] != loss.IGNORE                                  # (C,)
+            target = labels[chunk] - first_row                                     # (C,) counted from this rank's first row
+            here = (target >= 0) & (target < weight.shape[0]) & scored             # (C,) is the target's logit on this rank
+            target = target.clamp(0, weight.shape[0] - 1)[:, None]                 # (C, 1)
+            logits = (hidden[chunk] @ weight.T).float()                            # (C, V/tp): softmax in fp32, always
+            peak = logits.amax(-1)                                                 # (C,)
+            dist.all_reduce(peak, dist.ReduceOp.MAX, group)                        # of the whole vocabulary
+            logits -= peak[:, None]                                                # so that no exp overflows
+            target_logit = logits.gather(1, target).squeeze(1) * here              # (C,) sum:tp
+            exps = logits.exp_()                                                   # in the memory of the logits
+            sums = torch.stack([target_logit, exps.sum(-1)])                       # (2, C) sum:tp, one message for both
+            dist.all_reduce(sums, dist.ReduceOp.SUM, group)
+            target_logit, norm = sums
+            nll_sum += ((norm.log() - target_logit) * scored).sum()
+            if wants_grad:
+                grad = exps.div_(norm[:, None])                                    # softmax
+                grad.scatter_add_(1, target, -here[:, None].to(grad.dtype))
+                grad = grad.mul_(scored[:, None]).to(hidden.dtype)                 # d loss/d logits, of this rank's V/tp
+                grad_hidden[chunk] = grad @ weight                                 # sum:tp
+                grad_weight += grad.T @ hidden[chunk]
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return nll_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss: Tensor):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad_loss, (grad_weight * grad_loss).to(ctx.weight_dtype), None, None, None, None
