@@ -34,12 +34,12 @@ def parallelize(
         parts = split_stages(model, mesh["pp"], config.schedule, config.stages_per_rank)
     for part in parts:
         blocks = [block for block in part.model.layers if block is not None]
-        if config.tp > 1:                       # then: which slice of each weight
-            apply_tensor_parallel(part, mesh["tp"], config.sequence_parallel)
-        if config.cp > 1:                       # then: which tokens, attending with the heads tp has left
+        if config.cp > 1:                       # then: which tokens, and how to attend to those of other ranks
             apply_context_parallel(part, mesh["cp"], config.cp_method, attention)
         else:
             part.set_attention(attention)
+        if config.tp > 1:                       # then: which slice of each weight; its sequence shards are cut from cp's
+            apply_tensor_parallel(part, mesh["tp"], config.sequence_parallel)
         apply_recompute(blocks, recompute)      # then: a recomputed block must replay the traffic of the passes above
         if compile:
             apply_compile(blocks)               # then: one graph per block, recompute included

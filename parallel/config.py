@@ -55,8 +55,8 @@ class ParallelConfig:
 
     @property
     def sequence_shards(self) -> int:
-        """Ranks that share the tokens of a row between two blocks."""
-        return self.cp * (self.tp if self.sequence_parallel else 1)
+        """Ranks that share, between two blocks, the tokens that a cp rank has of a row."""
+        return self.tp if self.sequence_parallel else 1
 
     @property
     def dp(self) -> int:

@@ -196,7 +196,7 @@ def ring_attention(q, k, v, documents, group_name, kernel):
     kv = [k, v]
     rounds = ring_rounds(group.rank(), group.size(), q.shape[1])
     for hop, (source, queries, keys, causal) in enumerate(rounds):
-        next_kv = _send_round(kv, group) if hop + 1 < len(rounds) else list          # travels while the kernel below runs
+        next_kv = _send_round(kv, group) if hop + 1 < len(rounds) else list     # travels while the kernel below runs
         mask = _mask(documents, group.rank(), source, queries, keys, causal)
         block_out, block_lse = block_forward(q[:, queries], *(x[:, keys] for x in kv), causal, mask, kernel)
         if hop == 0:
@@ -215,6 +215,8 @@ def ring_attention_backward(grad_out, q, k, v, out, lse, documents, group_name, 
     what each rank adds, and the last hop brings it home."""
     group = _group(group_name)
     kv, grad_q = [k, v], torch.zeros_like(q, dtype=torch.float32)
+    # fp32, as cp ranks add to it in turn: twice the bytes of bf16 and none of its rounding
+    next_grad_kv = lambda: [torch.zeros_like(x, dtype=torch.float32) for x in (k, v)]
     rounds = ring_rounds(group.rank(), group.size(), q.shape[1])
     for hop, (source, queries, keys, causal) in enumerate(rounds):
         next_kv = _send_round(kv, group) if hop + 1 < len(rounds) else list
@@ -223,8 +225,7 @@ def ring_attention_backward(grad_out, q, k, v, out, lse, documents, group_name, 
             grad_out[:, queries], q[:, queries], *(x[:, keys] for x in kv), out[:, queries], lse[:, :, queries],
             causal, mask, kernel)
         grad_q[:, queries] += block_grad_q
-        # fp32, as cp ranks add to it in turn: twice the bytes of bf16 and none of its rounding
-        grad_kv = next_grad_kv() if hop else [torch.zeros_like(x, dtype=torch.float32) for x in kv]
+        grad_kv = next_grad_kv()                                          # of the keys at hand, from the ranks before us
         for total, part in zip(grad_kv, block_grad_kv, strict=True):
             total[:, keys] += part
         next_grad_kv = _send_round(grad_kv, group, tag=1)

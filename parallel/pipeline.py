@@ -229,8 +229,8 @@ class Stage(PipelineStage):
 class Pipeline:
     """Runs optimizer steps and evaluations over the pp axis. All ranks of pp_mesh call each method, in step.
 
-    parts: from split_stages, after all passes and `to_empty`. sequence_shards: how many ranks share the T of a hidden state
-    between blocks (tp under sequence parallelism, times cp). compute_dtype: of the hidden states.
+    parts: from split_stages, after all passes and `to_empty`. sequence_shards: how many ranks share the T of a batch
+    between blocks (tp under sequence parallelism; a batch has this cp rank's tokens only). compute_dtype: of the hidden states.
     """
 
     def __init__(self, parts: list[Llama], pp_mesh: DeviceMesh, schedule: str, n_microbatches: int, device: torch.device,
@@ -325,10 +325,7 @@ class Pipeline:
     def _inputs(self, micro: Batch) -> Batch:
         """The tensors this rank's stages need, on its device. Positions stay where they are: see Documents."""
         tokens, labels = (x.to(self.device, non_blocking=True) for x in (micro.tokens, micro.labels))
-        positions = micro.positions
-        if positions is None and self.sequence_shards > 1:    # a later stage cannot tell T from a share of it
-            positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
-        return Batch(tokens, labels, positions)
+        return Batch(tokens, labels, micro.positions)
 
     def _hidden_shape(self, batch_shape: torch.Size) -> tuple[int, int, int]:
         B, T = batch_shape

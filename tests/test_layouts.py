@@ -22,6 +22,7 @@ LAYOUTS = {    # name -> (ranks, flags)
     "pp-2-dp-2": (4, ["--parallel.pp", 2]),
     "pp-2-tp-2": (4, ["--parallel.pp", 2, "--parallel.tp", 2]),
     "pp-2-cp-2-ring": (4, ["--parallel.pp", 2, "--parallel.cp", 2, "--parallel.cp-method", "ring"]),
+    "pp-2-cp-2-tp-2": (8, ["--parallel.pp", 2, "--parallel.cp", 2, "--parallel.tp", 2]),
     "zero-0-tp-2": (4, ["--parallel.tp", 2, "--parallel.zero-stage", 0]),
 }
 
@@ -38,3 +39,12 @@ def test_a_layout_gives_the_answer_of_one_process(inputs, reference, tmp_path, l
         assert abs(ours["grad_norm"] / one_process["grad_norm"] - 1) < 1e-4
     for name, weight in weights(tmp_path / "run").items():
         assert_close(weight, weights(reference)[name], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["pp-2-cp-2-ring", "pp-2-cp-2-tp-2"])
+def test_one_document_a_row_needs_no_positions_on_any_stage(inputs, tmp_path, layout):
+    ranks, more = LAYOUTS[layout]
+    for name, n, flags_of in (("one", 1, []), ("many", ranks, more)):
+        assert recipe("pretrain", *flags(inputs, tmp_path / name, *flags_of, steps=2), ranks=n).status == 0
+    for ours, one_process in zip(metrics(tmp_path / "many"), metrics(tmp_path / "one"), strict=True):
+        assert abs(ours["loss"] - one_process["loss"]) < 2e-5
