@@ -27,6 +27,7 @@ class ParallelConfig:
     cp_method: Literal["ulysses", "ring"] = "ulysses"
     schedule: Literal["gpipe", "1f1b", "interleaved-1f1b", "zero-bubble", "zbv", "dualpipev"] = "1f1b"
     virtual_stages: int | None = None      # stages per pp rank; None: what the schedule needs, 1 or 2
+    microbatches: int | None = None        # per rank and step; None: as many as the batch sizes make
 
     def resolve(self, world_size: int) -> "ParallelConfig":
         """The same with -1 replaced by what `world_size` processes leave for it; UsageError if they do not fit."""
@@ -89,6 +90,10 @@ def check_parallel(
     layout: resolved. UsageError names the flag, the numbers, the rule and what would work.
     """
     n_micros = check_batch(global_batch_size, micro_batch_size, layout.dp)
+    if layout.microbatches not in (None, n_micros):
+        raise UsageError(f"--parallel.microbatches {layout.microbatches} is not what --train.global-batch-size "
+                         f"{global_batch_size} / --train.micro-batch-size {micro_batch_size} / {layout.dp} data-parallel ranks "
+                         f"= {n_micros} make; leave it out, or change one of them.")
     if layout.tp > 1:
         check_tensor_parallel(model, layout.tp, seq_len, layout.sequence_parallel)
     if layout.cp > 1:

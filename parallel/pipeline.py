@@ -17,8 +17,7 @@ On the wire between stages: hidden states (B, T, D) forward, their gradients bac
 torch.distributed.pipelining's; this file cuts the model, feeds the microbatches and keeps everything else as without pp.
 """
 
-import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -43,6 +42,8 @@ from dtensor_llama.config import LlamaConfig
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.errors import UsageError
 from dtensor_llama.model import Llama
+from parallel.schedule_picture import Recorder
+from parallel.zero import set_gradient_sync
 from parallel.zero import set_gradient_sync
 
 
@@ -181,49 +182,28 @@ def split_stages(model: Llama, pp_mesh: DeviceMesh, schedule: str, virtual_stage
 # ---- Running it -------------------------------------------------------------------------------------------------------
 
 
-class Event(NamedTuple):
-    """One piece of work as it was measured, for schedule_picture.draw_schedule."""
-
-    rank: int        # on the pp axis
-    stage: int
-    microbatch: int
-    kind: str        # F, B, I or W
-    start_s: float   # since all ranks began the step together
-    end_s: float
-
-
 class Stage(PipelineStage):
-    """torch's PipelineStage that can note when it works, and that recomputes once per half of a split backward."""
+    """torch's PipelineStage that lets a Recorder watch, and recomputes once per half of a split backward."""
 
-    notes: list | None = None     # (kind, microbatch, start, end): Pipeline puts a list here to record a step
+    recorder: Recorder | None = None
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args, **kwargs):
-        with self._noted("F", fwd_chunk_id):
+        with self._noted(fwd_chunk_id, "F"):
             return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     def backward_one_chunk(self, bwd_chunk_id: int, loss=None, full_backward: bool = True, **kwargs):
-        # The first stage has no input to give a gradient to: its I is nothing and its W a whole backward.
-        with nullcontext() if self.is_first and not full_backward else self._noted("B" if full_backward else "I", bwd_chunk_id):
+        if self.is_first and not full_backward:      # no input to give a gradient to: its I is nothing, its W a whole B
+            return super().backward_one_chunk(bwd_chunk_id, loss=loss, full_backward=False, **kwargs)
+        with self._noted(bwd_chunk_id, "B" if full_backward else "I"):
             return super().backward_one_chunk(bwd_chunk_id, loss=loss, full_backward=full_backward, **kwargs)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, **kwargs):
         # torch asks autograd for one weight after another; without the group each would recompute its block again.
-        with self._noted("B" if self.is_first else "W", bwd_chunk_id), GraphExecGroup():
+        with self._noted(bwd_chunk_id, "B" if self.is_first else "W"), GraphExecGroup():
             return super().backward_weight_one_chunk(bwd_chunk_id, **kwargs)
 
-    @contextmanager
-    def _noted(self, kind: str, microbatch: int):
-        start = self._now() if self.notes is not None else None
-        yield
-        if self.notes is not None:
-            self.notes.append((kind, microbatch, start, self._now()))
-
-    def _now(self):
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)    # when the device gets here, not when the host asks it to
-        event.record()
-        return event
+    def _noted(self, microbatch: int, kind: str):
+        return self.recorder.note(self.stage_index, microbatch, kind) if self.recorder else nullcontext()
 
 
 class Pipeline:
@@ -314,12 +294,6 @@ class Pipeline:
         if self._tied_copy() is not None:
             self._tied_copy().grad = None
 
-    def gather_events(self) -> list[Event] | None:
-        """What all ranks measured in the last recorded step, on pp rank 0; None elsewhere."""
-        everyone = [None] * self.pp if self.pp_rank == 0 else None
-        dist.gather_object(self.events, everyone, group=self.group, group_dst=0)
-        return everyone and sorted(event for events in everyone for event in events)
-
     # ---- the stages ----
 
     def _inputs(self, micro: Batch) -> Batch:
@@ -378,26 +352,6 @@ class Pipeline:
             dist.recv(sent, group=self.group, group_src=source_rank)
         if target is not None:
             receive(target, sent)
-
-    # ---- measuring ----
-
-    def _start_recording(self):
-        for stage in self._torch_stages:
-            stage.notes = []
-        dist.barrier(group=self.group)
-        return self._torch_stages[0]._now()
-
-    def _stop_recording(self, began) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-        def since(moment) -> float:
-            return began.elapsed_time(moment) / 1e3 if self.device.type == "cuda" else moment - began
-
-        self.events = [Event(self.pp_rank, stage.stage_index, microbatch, kind, since(start), since(end))
-                       for stage in self._torch_stages for kind, microbatch, start, end in stage.notes]
-        for stage in self._torch_stages:
-            stage.notes = None
 
 
 class Accumulation:

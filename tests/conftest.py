@@ -26,6 +26,18 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason=f"asked for with -m {mark}"))
 
 
+PARITY_ROWS: list[tuple] = []      # (layout, ranks, loss, norm, weight, seconds) of test_one_answer.py, in order
+
+
+def pytest_terminal_summary(terminalreporter):
+    if PARITY_ROWS:
+        terminalreporter.section("one answer: largest difference from one process over five steps, fp32")
+        terminalreporter.write_line("| layout | ranks | loss | gradient norm, relative | weights | seconds |")
+        terminalreporter.write_line("| --- | --- | --- | --- | --- | --- |")
+    for name, ranks, loss, norm, weight, seconds in PARITY_ROWS:
+        terminalreporter.write_line(f"| {name} | {ranks} | {loss:.1e} | {norm:.1e} | {weight:.1e} | {seconds:.1f} |")
+
+
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory) -> Path:
     """A folder with data.jsonl (short documents), tokenizer/ (400 pieces) and model/ (a tiny LLaMA, random weights)."""

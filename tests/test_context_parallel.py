@@ -65,7 +65,7 @@ def assert_attention_is_whole(method: str, kernel: str, n_heads: int, n_kv_heads
     grads = torch.autograd.grad(out, mine, shard_sequence(grad, mesh, method))
     assert_close(out, shard_sequence(whole, mesh, method), rtol=0, atol=2e-6)          # fp32: the order of summation
     for name, got, expected in zip("qkv", grads, whole_grads, strict=True):
-        assert_close(got, shard_sequence(expected, mesh, method), rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        assert_close(got, shard_sequence(expected, mesh, method), rtol=2e-6, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def every_attention(method: str, heads: list[tuple[int, int]]) -> None:
@@ -139,7 +139,7 @@ def five_steps(method: str | None) -> tuple[list[float], list[torch.Tensor]]:
         if method:
             dist.all_reduce(total)
         losses.append(total.item())
-    return losses, [p.full_tensor() if method else p.detach() for p in model.parameters()]
+    return losses, [(p.full_tensor() if method else p).detach() for p in model.parameters()]
 
 
 @pytest.fixture(scope="module")
@@ -282,11 +282,11 @@ def test_positions_are_the_true_ones_of_each_share():
 # ---- refusals ----
 
 @pytest.mark.parametrize("changes,said", [
-    ({"seq_len": 4100}, "--data.seq-len 4100 is not a multiple of 2 x --parallel.cp 4 .* = 8; use --data.seq-len 4096 or 4104"),
-    ({"seq_len": 4104, "tp": 2}, r"x --parallel.tp 2 \(sequence parallel\) = 16; use --data.seq-len 4096 or 4112"),
+    ({"seq_len": 4100}, "--data.seq-len 4100 is not a multiple of 2 x --parallel.cp 4 = 8, .* use --data.seq-len 4096 or 4104"),
+    ({"seq_len": 4104, "tp": 2}, r"x --parallel.tp 2 \(sequence parallel\) = 16, .* use --data.seq-len 4096 or 4112"),
     ({"seq_len": 6}, "use --data.seq-len 8"),
-    ({"seq_len": 4098, "method": "ulysses"}, "not a multiple of --parallel.cp 4 = 4; use --data.seq-len 4096 or 4100"),
-    ({"cp": 16, "method": "ulysses"}, "--parallel.cp 16 .* 8 query heads .* 8 heads / --parallel.tp 1.*"
+    ({"seq_len": 4098, "method": "ulysses"}, "not a multiple of --parallel.cp 4 = 4, .* use --data.seq-len 4096 or 4100"),
+    ({"cp": 16, "method": "ulysses"}, "--parallel.cp 16 .* 8 query heads .*8 heads / --parallel.tp 1.* Use "
                                       "--parallel.cp 2 or 4 or 8, or --parallel.cp-method ring"),
     ({"cp": 2, "tp": 8, "method": "ulysses"}, "does not divide the 1 query heads.* Use --parallel.cp-method ring"),
     ({"kernel": "flash"}, "--train.attention flash .* --parallel.cp-method ring.* Use --train.attention sdpa"),
@@ -308,6 +308,18 @@ def test_what_can_be_split_is_accepted():
 
 # ---- GPU ----
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_cuda_kernels_of_this_torch_take_what_they_are_given(dtype, packed):
+    """On `meta`, so without a GPU: names, arguments and shapes of the private ops, flash and memory-efficient."""
+    q, k = (torch.empty(2, n, heads, 20, dtype=dtype, device="meta") for n, heads in ((72, 6), (40, 2)))
+    mask = torch.empty(2, 1, 72, 40, dtype=torch.bool, device="meta") if packed else None
+    out, lse = context._cuda_forward(q, k, k, not packed, mask)
+    assert (out.shape, lse.shape, lse.dtype) == (q.shape, (2, 6, 72), torch.float32)
+    grads = context._cuda_backward(out, q, k, k, out, lse, not packed, mask)
+    assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype,atol", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("head_dim", [16, 20])                             # 20: padded to 24 for the kernel
@@ -315,10 +327,10 @@ def test_the_cuda_kernels_of_a_block_equal_the_maths(dtype, atol, head_dim):
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v, grad = (torch.randn(2, n, heads, head_dim, generator=generator, device="cuda", dtype=dtype)
                      for n, heads in ((72, 6), (40, 2), (40, 2), (72, 6)))
-    mask = torch.rand(2, 1, 72, 40, generator=generator, device="cuda") > 0.5
-    mask[:, :, ::5] = False                                                # queries that see no key
-    for causal, mask, keys in ((False, None, 40), (False, mask, 40), (True, None, None)):
-        block = (q, k, v) if keys else (q, q[:, :, :2], q[:, :, 2:4])
+    some = torch.rand(2, 1, 72, 40, generator=generator, device="cuda") > 0.5
+    some[:, :, ::5] = False                                                # queries that see no key
+    for causal, mask in ((False, None), (False, some), (True, None)):
+        block = (q, q[:, :, :2], q[:, :, 2:4]) if causal else (q, k, v)
         (out, lse), (expected, expected_lse) = (context.block_forward(*block, causal, mask, kernel)
                                                 for kernel in ("sdpa", "math"))
         assert_close(out, expected, rtol=0, atol=atol)

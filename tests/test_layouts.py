@@ -48,3 +48,16 @@ def test_one_document_a_row_needs_no_positions_on_any_stage(inputs, tmp_path, la
         assert recipe("pretrain", *flags(inputs, tmp_path / name, *flags_of, steps=2), ranks=n).status == 0
     for ours, one_process in zip(metrics(tmp_path / "many"), metrics(tmp_path / "one"), strict=True):
         assert abs(ours["loss"] - one_process["loss"]) < 2e-5
+
+
+@pytest.mark.parametrize("first,second", [("pp-2-tp-2", None), (None, "pp-2-tp-2"), ("cp-2-dp-2", "pp-2"),
+                                          ("tp-2-dp-2", "hsdp-2x2"), ("zero-0", "tp-2")])
+def test_a_checkpoint_of_any_layout_resumes_under_any_other(inputs, reference, tmp_path, first, second):
+    run_dir = tmp_path / "run"
+    for layout, stop in ((first, 4), (second, None)):
+        ranks, more = LAYOUTS[layout] if layout else (1, [])
+        ended = recipe("pretrain", *flags(inputs, run_dir, "--data.document-mask", *more), ranks=ranks, stop_at_step=stop)
+        assert ended.status == 0, ended
+    assert "resuming from" in ended.out
+    for ours, one_process in zip(metrics(run_dir), metrics(reference), strict=True):
+        assert abs(ours["loss"] - one_process["loss"]) < 2e-5
