@@ -17,6 +17,7 @@ from dtensor_llama import UsageError
 from dtensor_llama.cli import run_recipe
 
 BEGIN, END = "<s>", "</s>"
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"}
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,11 @@ def main(cfg: CorpusConfig) -> None:
 
 
 def standard_library():
-    """(path, source) of each module, its tests left out: they are long tables of numbers and names as much as code."""
+    """(path, source) of each module; tests, character tables and the help texts of pydoc are left out: little of it is code."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for file in sorted(root.rglob("*.py")):
         parts = file.relative_to(root).parts
-        if {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"} & set(parts):
+        if LEFT_OUT & set(parts):
             continue
         try:
             text = file.read_text(encoding="utf-8")
