@@ -6,20 +6,28 @@
 """
 
 import gc
+import warnings
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from parallel.config import AXES, ParallelConfig
 
+warnings.filterwarnings("ignore", message="Slicing a flattened dim from root mesh")    # its successor is not public yet
 
-def start_process_group(device: torch.device, world_size: int, timeout_s: float = 600) -> None:
+
+def start_process_group(device: torch.device, world_size: int, attempt: int = 0, timeout_s: float = 600) -> None:
     """Join the processes that torchrun started, or, for a single process without it, found a group of one.
 
     The group has gloo for CPU tensors, and NCCL beside it when the device is a GPU. A rank that does not arrive within
     `timeout_s` seconds, or a collective that lasts longer, is an error on all others.
+
+    attempt: how often torchrun has restarted the processes. They find the store of the attempt before, with the addresses
+    of the dead in it, so each attempt has names of its own (pytorch issue 135712). Nodes count their own restarts only;
+    on several nodes set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, which then makes a new store each time.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     options = {"timeout": timedelta(seconds=timeout_s)}
@@ -27,6 +35,10 @@ def start_process_group(device: torch.device, world_size: int, timeout_s: float 
         options["device_id"] = device
     if world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
+    elif attempt > 0:
+        store, rank, _ = next(rendezvous("env://", timeout=options["timeout"]))
+        store = dist.PrefixStore(f"attempt-{attempt}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, **options)
     else:
         dist.init_process_group(backend, **options)
 

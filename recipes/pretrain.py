@@ -136,7 +136,7 @@ def main(cfg: PretrainConfig) -> None:
     # ---- 3. The parts ----------------------------------------------------------------------------------------------
     corpus = prepare_corpus(cfg.data.path, tokenizer, Path(cfg.data.cache_dir).expanduser(), cfg.data.text_field)
     rows = PackedRows(corpus, seq_len, cfg.data.validation_share, cfg.train.seed)
-    start_process_group(device, world_size)
+    start_process_group(device, world_size, attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
     mesh = build_mesh(layout, device.type)
     dp_rank = mesh["dp"].get_local_rank()
 

@@ -10,6 +10,7 @@ import atexit
 import multiprocessing
 import os
 import socket
+import sys
 import tempfile
 import time
 import traceback
@@ -107,3 +108,18 @@ def _serve(pipe) -> None:
             return
         if dist.is_initialized():
             dist.destroy_process_group()
+        _forget_meshes()
+
+
+def _forget_meshes() -> None:
+    """Empty DTensor's caches: they hold plans with the mesh they were made for, and take an equal mesh of a later process
+    group for the same, whose groups are gone. Only a process that outlives its group can see this."""
+    import torch
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    _clear_sharding_prop_cache()
+    getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", lambda: None)()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("torch.distributed.tensor"):
+            for value in list(vars(module).values()):
+                getattr(value, "cache_clear", lambda: None)()

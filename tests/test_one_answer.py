@@ -93,7 +93,8 @@ def one_process(shape: str, masked: bool) -> dict:
 
 
 def assert_one_answer(name: str, ranks: int, layout: ParallelConfig, shape: str, micro: int, masked: bool, recompute: str):
-    ours, expected = run_on(ranks, five_steps, shape, layout, micro, masked, recompute)[0], one_process(shape, masked)
+    ours = run_on(ranks, five_steps, shape, layout, micro, masked, recompute, timeout=180)[0]
+    expected = one_process(shape, masked)
     loss = max(abs(a - b) for a, b in zip(ours["losses"], expected["losses"], strict=True))
     norm = max(abs(a / b - 1) for a, b in zip(ours["norms"], expected["norms"], strict=True))
     weight = max((ours["final"][key] - expected["final"][key]).abs().max().item() for key in expected["final"])
