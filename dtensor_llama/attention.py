@@ -95,9 +95,10 @@ def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return torch.einsum("bkgts,bske->btkge", scores.softmax(-1).to(v.dtype), v).reshape(B, T, H, E)
 
 
-def choose_attention(asked: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def choose_attention(asked: str, device: torch.device, dtype: torch.dtype, merges_blocks: bool = False) -> tuple[str, str]:
     """The kernel for `--train.attention` and the reason, to be printed: `auto` picks, anything else is done or refused.
 
+    merges_blocks: ring attention will put the result together from blocks, which flash-attn's backward cannot take.
     UsageError when flash was asked for and cannot run: on a CPU, in float32, or without the package.
     """
     if asked not in ("auto", *KERNELS):
@@ -107,6 +108,8 @@ def choose_attention(asked: str, device: torch.device, dtype: torch.dtype) -> tu
         raise UsageError(f"--train.attention flash cannot run here: {obstacle}. Use --train.attention sdpa or auto.")
     if asked != "auto":
         return asked, "asked for"
+    if obstacle is None and merges_blocks:
+        return "sdpa", "flash-attn cannot merge the blocks of --parallel.cp-method ring"
     if obstacle is None:
         return "flash", "the flash-attn package is installed"
     return "sdpa", f"flash-attn: {obstacle}"

@@ -14,7 +14,9 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     hidden (..., D), weight (V, D) of the same dtype, labels (...) int64. Returns a float32 scalar; divide it by the
     number of scored tokens of the whole global batch, so that neither padding nor accumulation changes the loss.
     """
-    return _ChunkedCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1))
+    # Whether gradients are wanted is asked here: inside a Function's forward a weight always seems to want one.
+    wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _ChunkedCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), wants_grad)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -24,9 +26,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, wants_grad: bool) -> Tensor:
         chunk_tokens = max(1, CHUNK_ELEMENTS // weight.shape[0])
-        wants_grad = any(ctx.needs_input_grad)
         grad_hidden = torch.empty_like(hidden) if wants_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_grad else None
         loss = hidden.new_zeros((), dtype=torch.float32)
@@ -51,4 +52,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss: Tensor):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss, (grad_weight * grad_loss).to(ctx.weight_dtype), None
+        return grad_hidden * grad_loss, (grad_weight * grad_loss).to(ctx.weight_dtype), None, None

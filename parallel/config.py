@@ -84,6 +84,7 @@ def check_parallel(
     attention: str = "sdpa",
     recompute: str = "none",
     compile: bool = False,
+    device_type: str = "cpu",
 ) -> int:
     """Refuse every layout that cannot run, before any process group exists; returns the micro-batches per rank and step.
 
@@ -96,6 +97,11 @@ def check_parallel(
                          f"= {n_micros} make; leave it out, or change one of them.")
     if layout.tp > 1:
         check_tensor_parallel(model, layout.tp, seq_len, layout.sequence_parallel)
+        _check_uneven_vocabulary(model.vocab_size, layout)
+        if compile and recompute == "full" and attention == "sdpa" and device_type == "cpu":
+            # torch 2.13: the compiler saves a random state with the CPU kernel, which it never uses, and trips over the mesh
+            raise UsageError(f"--train.compile with --train.recompute full and --parallel.tp {layout.tp} fails inside torch on "
+                             "a CPU; use --train.recompute selective, or --train.attention math.")
     if layout.cp > 1:
         check_context_parallel(model, layout.cp, layout.tp, seq_len, layout.cp_method, attention, layout.sequence_parallel)
     if layout.pp > 1:
@@ -104,6 +110,17 @@ def check_parallel(
         raise UsageError(f"--parallel.virtual-stages {layout.virtual_stages} splits pipeline ranks and --parallel.pp is 1; "
                          "leave it out, or use --parallel.pp 2.")
     return n_micros
+
+
+def _check_uneven_vocabulary(vocab_size: int, layout: ParallelConfig) -> None:
+    """Refuse what DTensor misplaces: rows dealt to tp unevenly, and the shares then dealt to ranks of other sizes."""
+    tp, shards = layout.tp, layout.dp_shard * layout.cp
+    first = -(-vocab_size // tp)
+    last = vocab_size - first * (tp - 1)
+    if layout.zero_stage > 0 and first != last and -(-first // shards) != -(-last // shards) and (tp, shards) != (2, 2):
+        raise UsageError(f"the vocabulary of {vocab_size} is not a multiple of --parallel.tp {tp}, and its slices of {first} "
+                         f"and {last} rows cannot be shared alike by {shards} ranks (dp-shard x cp); use another --parallel.tp, "
+                         "--parallel.zero-stage 0, or a vocabulary padded to a multiple.")
 
 
 def check_batch(global_batch_size: int, micro_batch_size: int, dp: int) -> int:

@@ -107,8 +107,8 @@ def apply_context_parallel(model: Llama, cp_mesh: DeviceMesh, method: str, kerne
 
     cp_mesh: the 1-D `cp` axis. method: ulysses or ring. kernel: flash, sdpa or math, as attention.py names them (ring
     has no flash: UsageError). Takes the place of `set_attention`, which would undo it. The model is called with tokens
-    and labels from `shard_sequence` and with `positions` whole, (B, T), or None if each row is one document. A pipeline
-    stage whose input is split over tp too must be given positions, else the row's length could not be known.
+    and labels from `shard_sequence` and with `positions` whole, (B, T), or None if each row is one document. Comes before
+    apply_tensor_parallel: where that splits the input of a pipeline stage once more, it wraps the `locate` set here.
     """
     _check_method(method, kernel)
     if method == "ulysses":
@@ -134,9 +134,7 @@ def _locate(tokens: Tensor, positions: Tensor | None, cache, *, cp_mesh: DeviceM
     local = shard_sequence(positions, cp_mesh, method).to(device, non_blocking=True)         # (B, T/cp)
     if method == "ulysses":
         return local, Documents.from_positions(positions, kernel, device)
-    starts = positions == 0
-    starts[:, 0] = True                                   # a document cut by the row's edge begins with the row
-    document = starts.to(device, non_blocking=True).cumsum(-1)                               # (B, T)
+    document = (positions == 0).to(device, non_blocking=True).cumsum(-1)                     # (B, T): which of the row
     return local, torch.stack([_share(document, method, rank, cp) for rank in range(cp)])    # (cp, B, T/cp)
 
 
@@ -294,7 +292,7 @@ def block_forward(q, k, v, causal: bool, mask: Tensor | None, kernel: str) -> tu
     if mask is None:
         return forward(q, k, v, causal, None)
     blind = ~mask.any(-1, keepdim=True)                                   # (B, 1, t, 1)
-    out, lse = forward(q, k, v, False, mask | blind)                      # kernels differ on a row with no key: avoid it
+    out, lse = forward(q, k, v, False, mask)                              # here kernels differ on a row with no key
     return out.masked_fill(blind.transpose(1, 2), 0), lse.masked_fill(blind[..., 0], float("-inf"))
 
 

@@ -24,8 +24,9 @@ EXPENSIVE = {                          # dear to compute again: kept by `selecti
 
 
 def _keep_expensive(context, op, *args, **kwargs) -> CheckpointPolicy:
-    flash_attn = op.namespace == "flash_attn" if hasattr(op, "namespace") else False   # the package registers its kernels
-    return CheckpointPolicy.MUST_SAVE if op in EXPENSIVE or flash_attn else CheckpointPolicy.PREFER_RECOMPUTE
+    # Kernels registered by others: the flash-attn package's, and our ring attention, whose keys would go round again.
+    registered = getattr(op, "namespace", None) in ("flash_attn", "dtensor_llama")
+    return CheckpointPolicy.MUST_SAVE if op in EXPENSIVE or registered else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def apply_recompute(blocks: list[nn.Module], mode: str) -> None:

@@ -85,8 +85,13 @@ def project_to_one_head(projection: nn.Linear, tp_mesh: DeviceMesh, x: DTensor, 
 
 
 def first_row(weight: DTensor, tp_mesh: DeviceMesh) -> int:
-    """The first row of this rank's Shard(0): all ranks have ceil(V/tp) rows but the last, which has what remains."""
-    return -(-weight.shape[0] // tp_mesh.size()) * tp_mesh.get_local_rank()
+    """The first row of this rank's Shard(0)."""
+    return rows_per_rank(weight, tp_mesh) * tp_mesh.get_local_rank()
+
+
+def rows_per_rank(weight: DTensor, tp_mesh: DeviceMesh) -> int:
+    """Rows of a Shard(0) on every rank but the last, which has what remains."""
+    return -(-weight.shape[0] // tp_mesh.size())
 
 
 # ---- the plans ----
@@ -234,9 +239,10 @@ def vocab_parallel_cross_entropy(hidden: Tensor, weight: DTensor, labels: Tensor
     """
     x = DTensor.from_local(hidden, tp_mesh, [hidden_layout], run_check=False)
     x = x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])     # (B, T, D)
+    chunk_tokens = max(1, loss.CHUNK_ELEMENTS // rows_per_rank(weight, tp_mesh))           # the same on every rank
     return _VocabParallelCrossEntropy.apply(
-        x.flatten(0, -2), weight.to_local(), labels.flatten(), first_row(weight, tp_mesh), tp_mesh.get_group(),
-        torch.is_grad_enabled())
+        x.flatten(0, -2), weight.to_local(), labels.flatten(), first_row(weight, tp_mesh), chunk_tokens,
+        tp_mesh.get_group(), torch.is_grad_enabled())      # inside a Function grad mode is off: it has to be told
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
@@ -246,8 +252,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, first_row: int, group, wants_grad: bool) -> Tensor:
-        chunk_tokens = max(1, loss.CHUNK_ELEMENTS // weight.shape[0])
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, first_row: int, chunk_tokens: int, group,
+                wants_grad: bool) -> Tensor:
         grad_hidden = torch.empty_like(hidden) if wants_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_grad else None
         nll_sum = hidden.new_zeros((), dtype=torch.float32)
@@ -281,4 +287,4 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss: Tensor):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss, (grad_weight * grad_loss).to(ctx.weight_dtype), None, None, None, None
+        return grad_hidden * grad_loss, (grad_weight * grad_loss).to(ctx.weight_dtype), None, None, None, None, None

@@ -56,10 +56,12 @@ def main(cfg: BenchmarkConfig) -> None:
     check_numbers(cfg)
     config = LlamaConfig.from_hf(cfg.model) if Path(cfg.model).exists() else LlamaConfig.preset(cfg.model)
     seq_len = cfg.data.seq_len or config.max_position_embeddings
-    kernel, _ = choose_attention(cfg.train.attention, device, dtype)
+    ring = cfg.parallel.cp > 1 and cfg.parallel.cp_method == "ring"
+    kernel, _ = choose_attention(cfg.train.attention, device, dtype, merges_blocks=ring)
     layout = cfg.parallel.resolve(world_size)
     n_micros = check_parallel(layout, config, seq_len, cfg.train.global_batch_size, cfg.train.micro_batch_size,
-                              attention=kernel, recompute=cfg.train.recompute, compile=cfg.train.compile)
+                              attention=kernel, recompute=cfg.train.recompute, compile=cfg.train.compile,
+                              device_type=device.type)
     rows = None
     if cfg.data.path:
         corpus = prepare_corpus(cfg.data.path, load_tokenizer(tokenizer_path(cfg)), Path(cfg.data.cache_dir).expanduser(),

@@ -120,10 +120,12 @@ def main(cfg: PretrainConfig) -> None:
     tokenizer = load_tokenizer(tokenizer_path(cfg))
     model_config = read_model_config(cfg, tokenizer)
     seq_len = cfg.data.seq_len or model_config.max_position_embeddings
-    kernel, why = choose_attention(cfg.train.attention, device, compute_dtype)
+    ring = cfg.parallel.cp > 1 and cfg.parallel.cp_method == "ring"
+    kernel, why = choose_attention(cfg.train.attention, device, compute_dtype, merges_blocks=ring)
     layout = cfg.parallel.resolve(world_size)
     n_micros = check_parallel(layout, model_config, seq_len, cfg.train.global_batch_size, cfg.train.micro_batch_size,
-                              attention=kernel, recompute=cfg.train.recompute, compile=cfg.train.compile)
+                              attention=kernel, recompute=cfg.train.recompute, compile=cfg.train.compile,
+                              device_type=device.type)
     with torch.device("meta"):
         model = Llama(model_config)                       # names and shapes only: no memory yet
     weights = Path(cfg.model) if Path(cfg.model).is_dir() and not cfg.random_init else None

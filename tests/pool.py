@@ -122,4 +122,5 @@ def _forget_meshes() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("torch.distributed.tensor"):
             for value in list(vars(module).values()):
-                getattr(value, "cache_clear", lambda: None)()
+                if not isinstance(value, type):
+                    getattr(value, "cache_clear", lambda: None)()

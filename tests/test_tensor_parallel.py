@@ -87,7 +87,7 @@ def one_backward(config, tp, sequence_parallel, recompute, documents):
     initial = whole(model)
     apply_recompute(list(model.model.layers), recompute)
     tokens, labels = rows()
-    before, loss.CHUNK_ELEMENTS = loss.CHUNK_ELEMENTS, 7 * model.lm_head.weight.to_local().shape[0]   # 7 tokens a chunk
+    before, loss.CHUNK_ELEMENTS = loss.CHUNK_ELEMENTS, 336    # 6 tokens for 49 rows, 7 for 48: ranks must agree all the same
     nll_sum = model(tokens, labels, packed_positions() if documents else None)
     loss.CHUNK_ELEMENTS = before
     nll_sum.backward()
@@ -119,7 +119,7 @@ def compiled_backward(config, sequence_parallel, recompute):
     return nll_sum.item(), gradients(model)
 
 
-@pytest.mark.parametrize("config,sequence_parallel,recompute", [(MHA, True, "full"), (MQA_TIED, False, "none")])
+@pytest.mark.parametrize("config,sequence_parallel,recompute", [(MHA, True, "selective"), (MQA_TIED, False, "none")])
 def test_compiled_blocks_give_the_same(config, sequence_parallel, recompute):
     plain = Llama(config)
     nll_sum = plain(*rows())
