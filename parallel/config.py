@@ -119,8 +119,8 @@ def _check_uneven_vocabulary(vocab_size: int, layout: ParallelConfig) -> None:
     last = vocab_size - first * (tp - 1)
     if layout.zero_stage > 0 and first != last and -(-first // shards) != -(-last // shards) and (tp, shards) != (2, 2):
         raise UsageError(f"the vocabulary of {vocab_size} is not a multiple of --parallel.tp {tp}, and its slices of {first} "
-                         f"and {last} rows cannot be shared alike by {shards} ranks (dp-shard x cp); use another --parallel.tp, "
-                         "--parallel.zero-stage 0, or a vocabulary padded to a multiple.")
+                         f"and {last} rows cannot be shared alike by {shards} ranks (dp-shard x cp); use another "
+                         "--parallel.tp, --parallel.zero-stage 0, or a vocabulary padded to a multiple.")
 
 
 def check_batch(global_batch_size: int, micro_batch_size: int, dp: int) -> int:
