@@ -27,6 +27,7 @@ class ParallelConfig:
     cp_method: Literal["ulysses", "ring"] = "ulysses"
     schedule: Literal["gpipe", "1f1b", "interleaved-1f1b", "zero-bubble", "zbv", "dualpipev"] = "1f1b"
     virtual_stages: int | None = None      # stages per pp rank; None: what the schedule needs, 1 or 2
+    draw_schedule: bool = False            # with pp: measure one warm step and draw who did what when, RUN_DIR/schedule.png
     microbatches: int | None = None        # per rank and step; None: as many as the batch sizes make
 
     def resolve(self, world_size: int) -> "ParallelConfig":
@@ -106,6 +107,9 @@ def check_parallel(
         check_context_parallel(model, layout.cp, layout.tp, seq_len, layout.cp_method, attention, layout.sequence_parallel)
     if layout.pp > 1:
         check_pipeline(model, layout.pp, layout.schedule, layout.stages_per_rank, n_micros, recompute, compile)
+    elif layout.draw_schedule:
+        raise UsageError("--parallel.draw-schedule draws what pipeline ranks do when, and --parallel.pp is 1; leave it out, or "
+                         "use --parallel.pp 2.")
     elif layout.virtual_stages not in (None, 1):
         raise UsageError(f"--parallel.virtual-stages {layout.virtual_stages} splits pipeline ranks and --parallel.pp is 1; "
                          "leave it out, or use --parallel.pp 2.")
@@ -117,7 +121,8 @@ def _check_uneven_vocabulary(vocab_size: int, layout: ParallelConfig) -> None:
     tp, shards = layout.tp, layout.dp_shard * layout.cp
     first = -(-vocab_size // tp)
     last = vocab_size - first * (tp - 1)
-    if layout.zero_stage > 0 and first != last and -(-first // shards) != -(-last // shards) and (tp, shards) != (2, 2):
+    uneven = shards > 1 and first != last and -(-first // shards) != -(-last // shards)
+    if uneven and layout.zero_stage > 0 and (tp, shards) != (2, 2):              # 2 x 2 is placed right, as tests show
         raise UsageError(f"the vocabulary of {vocab_size} is not a multiple of --parallel.tp {tp}, and its slices of {first} "
                          f"and {last} rows cannot be shared alike by {shards} ranks (dp-shard x cp); use another "
                          "--parallel.tp, --parallel.zero-stage 0, or a vocabulary padded to a multiple.")

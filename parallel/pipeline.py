@@ -44,7 +44,6 @@ from dtensor_llama.errors import UsageError
 from dtensor_llama.model import Llama
 from parallel.schedule_picture import Recorder
 from parallel.zero import set_gradient_sync
-from parallel.zero import set_gradient_sync
 
 
 class ScheduleKind(NamedTuple):
@@ -70,9 +69,9 @@ SCHEDULES = {
 def split_layers(config: LlamaConfig, n_stages: int) -> list[range]:
     """The layers of each stage: at least one, the slowest stage as fast as whole layers allow.
 
-    Costs are FLOPs per token of forward and backward: 6 per weight of a block, 6 V D for the head on the last stage, and
-    nothing for the embedding, which is looked up. Of equal stages the later ones get the layers left over: under 1f1b the
-    first stage holds the activations of the most microbatches.
+    Costs are FLOPs per token of forward and backward: 6 per weight of a block (attention over T adds to all alike and is
+    left out), 6 V D for the head on the last stage, nothing for the embedding, which is looked up. Of equal stages the
+    later ones get the layers left over: under 1f1b the first holds the activations of the most microbatches.
     """
     D, E = config.hidden_size, config.head_dim
     block_weights = D * E * 2 * (config.num_attention_heads + config.num_key_value_heads) + 3 * D * config.intermediate_size
@@ -95,7 +94,7 @@ def stage_indices(schedule: str, pp: int, virtual_stages: int) -> list[list[int]
 
 def check_pipeline(config: LlamaConfig, pp: int, schedule: str, virtual_stages: int, n_microbatches: int,
                    recompute: str = "none", compile: bool = False) -> None:
-    """UsageError if this pipeline cannot run. n_microbatches: per dp rank and step. Any answer for pp 1 but a bad name."""
+    """UsageError if this pipeline cannot run. n_microbatches: per dp rank and step."""
     if schedule not in SCHEDULES:
         raise UsageError(f"--parallel.schedule {schedule} is not one of {', '.join(SCHEDULES)}.")
     if pp == 1:
@@ -119,18 +118,18 @@ def check_pipeline(config: LlamaConfig, pp: int, schedule: str, virtual_stages: 
                          f"has {n_layers} layers; each stage needs one. Use at most {' or '.join(works) or '--parallel.pp 1'}"
                          f"{'' if virtual_stages == 1 else ', or --parallel.schedule 1f1b'}.")
     counted = f"--train.global-batch-size and --train.micro-batch-size make {n_microbatches} microbatches a step"
-    at_least = {"1f1b": pp, "dualpipev": 2 * pp}.get(schedule, 1)
-    if n_microbatches < at_least:
-        raise UsageError(f"{flag} with --parallel.pp {pp} needs at least {at_least} microbatches ({'one' if at_least == pp else 'two'}"
-                         f" per rank) and {counted}; use smaller micro-batches or a larger batch"
-                         f"{', or --parallel.schedule gpipe' if schedule == '1f1b' else ', or --parallel.schedule zbv'}.")
+    least, other = {"1f1b": (pp, "gpipe"), "dualpipev": (2 * pp, "zbv")}.get(schedule, (1, ""))
+    if n_microbatches < least:
+        raise UsageError(f"{flag} needs a microbatch for each of its {least} stages and {counted}; use smaller micro-batches, "
+                         f"a larger batch, or --parallel.schedule {other}.")
     rounds = max(1, n_microbatches // pp)
     if schedule in ("interleaved-1f1b", "zero-bubble") and n_microbatches % rounds:
         lower = n_microbatches // pp * pp
         raise UsageError(f"{flag} sends microbatches in rounds of about --parallel.pp {pp}, all of one size, and {counted}, "
                          f"which {rounds} rounds do not divide; use {lower} or {lower + pp} microbatches.")
     if kind.splits_backward and (compile or recompute == "selective"):
-        # A compiled block computes both gradients in one graph; selective keeps what it saved for one backward only.
+        # A compiled block has one graph for both gradients and would run it whole, twice; selective lets go of what it kept
+        # after the first half.
         what = "--train.compile" if compile else "--train.recompute selective"
         raise UsageError(f"{flag} runs backward in two halves, which {what} cannot do; use --parallel.schedule 1f1b or "
                          f"interleaved-1f1b{'' if compile else ', or --train.recompute full'}.")
@@ -210,148 +209,144 @@ class Pipeline:
     """Runs optimizer steps and evaluations over the pp axis. All ranks of pp_mesh call each method, in step.
 
     parts: from split_stages, after all passes and `to_empty`. sequence_shards: how many ranks share the T of a batch
-    between blocks (tp under sequence parallelism; a batch has this cp rank's tokens only). compute_dtype: of the hidden states.
+    between blocks (tp under sequence parallelism; a batch has this cp rank's tokens only). compute_dtype: of hidden states.
+
+    Under ZeRO a part's weights are gathered once a step, at its first forward, and gradients are reduced once, after its
+    last backward, at every stage from 0 to 3: else each microbatch would cost the traffic of a whole step.
     """
 
     def __init__(self, parts: list[Llama], pp_mesh: DeviceMesh, schedule: str, n_microbatches: int, device: torch.device,
                  compute_dtype: torch.dtype = torch.float32, sequence_shards: int = 1):
-        self.parts, self.pp_mesh, self.kind, self.n_microbatches = parts, pp_mesh, SCHEDULES[schedule], n_microbatches
-        self.device, self.compute_dtype, self.sequence_shards = device, compute_dtype, sequence_shards
-        self.group, self.pp, self.pp_rank = pp_mesh.get_group(), pp_mesh.size(), pp_mesh.get_local_rank()
-        placement = stage_indices(schedule, self.pp, len(parts))
-        self.stages, self.n_stages = placement[self.pp_rank], self.pp * len(parts)
+        self.parts, self.kind, self.n_microbatches, self.device = parts, SCHEDULES[schedule], n_microbatches, device
+        self.compute_dtype, self.sequence_shards = compute_dtype, sequence_shards
+        self.group, self.pp_rank = pp_mesh.get_group(), pp_mesh.get_local_rank()
+        placement = stage_indices(schedule, pp_mesh.size(), len(parts))
+        self.own, self.last = placement[self.pp_rank], pp_mesh.size() * len(parts) - 1
         self.rank_of = {stage: rank for rank, stages in enumerate(placement) for stage in stages}
-        self.schedule, self.batch_shape, self.loss_scale, self.events = None, None, None, []
+        self.schedule, self.batch_shape = None, None      # made at the first step, for the shape of its microbatches
         for module in _fsdp_modules(parts):
-            module.set_reshard_after_forward(False, recurse=False)   # else one all-gather per microbatch, not per step
+            module.set_reshard_after_forward(False, recurse=False)   # reshard after backward: PipelineStage, once a step
 
-    def step(self, micros: list[Batch], n_scored: Tensor | int, grad_scale: float = 1, record: bool = False) -> Tensor:
-        """Forward and backward of n_microbatches; gradients are summed over them and synced over dp once, at the end.
+    def step(self, micros: list[Batch], n_scored: Tensor | int, grad_scale: float = 1,
+             recorder: Recorder | None = None) -> Tensor:
+        """Forward and backward of n_microbatches; gradients are summed over them, then synced over dp.
 
         Each label counts grad_scale / n_scored in the gradients (n_scored: scored labels of the whole global batch).
-        Returns the sum of the token losses / n_scored of the microbatches: 0 on ranks without the last stage, so its sum
-        over pp and dp is the loss. record: measure the step, for gather_events.
+        Returns the sum of the microbatches' token losses / n_scored, 0 on ranks without the last stage: summed over pp
+        and whoever has other tokens it is the loss. recorder: notes who worked when.
         """
         assert len(micros) == self.n_microbatches, (len(micros), self.n_microbatches)
         if micros[0].tokens.shape != self.batch_shape:
             self._build_schedule(micros[0].tokens.shape)
         self._renew_tied_copy()
         self.loss_scale = grad_scale / n_scored
-        began = self._start_recording() if record else None
-        losses, args, kwargs = [], (), {}
-        whole = self._inputs(Batch(*(None if column[0] is None else torch.cat(column) for column in zip(*micros, strict=True))))
-        if 0 in self.stages:
-            args = (whole.tokens,)
-        if self.n_stages - 1 in self.stages:
-            kwargs = {"labels": whole.labels}        # the last part computes the loss itself: see loss_fn below
-        if whole.positions is not None:
-            kwargs["positions"] = whole.positions
-        self.schedule.step(*args, target=kwargs.get("labels"), losses=losses, return_outputs=False, **kwargs)
+        for stage in self.torch_stages:
+            stage.recorder = recorder
+        if recorder:
+            recorder.start()
+        # torch cuts the rows of one whole batch into microbatches again: the same ones, as all have as many rows
+        tokens = [torch.cat([micro.tokens for micro in micros]).to(self.device)] if 0 in self.own else []
+        labels = torch.cat([micro.labels for micro in micros]).to(self.device) if self.last in self.own else None
+        inputs = {} if labels is None else {"labels": labels}         # the last part computes the loss itself
+        if micros[0].positions is not None:
+            inputs["positions"] = torch.cat([micro.positions for micro in micros])   # every part's RoPE and mask
+        losses = []
+        self.schedule.step(*tokens, target=labels, losses=losses, return_outputs=False, **inputs)
         self.sync_tied_gradients()
-        if record:
-            self._stop_recording(began)
         return torch.stack(losses).detach().sum() / grad_scale if losses else torch.zeros((), device=self.device)
 
     @torch.no_grad()
     def evaluate_step(self, micros: list[Batch]) -> Tensor:
-        """Sum of the token losses in nats over any number of microbatches, 0 on ranks without the last stage."""
+        """Sum of the token losses in nats over any number of microbatches, 0 on ranks without the last stage.
+
+        All microbatches pass through a rank's first part, then through its second."""
         self._renew_tied_copy()
         nats, sends, kept = torch.zeros((), dtype=torch.float64, device=self.device), [], {}
-        for stage, part in zip(self.stages, self.parts, strict=True):
-            is_last = stage == self.n_stages - 1
-            next_rank = None if is_last else self.rank_of[stage + 1]
+        for stage, part in zip(self.own, self.parts, strict=True):
             outgoing = []
-            for i, micro in enumerate(map(self._inputs, micros)):
+            for i, micro in enumerate(micros):
                 if stage == 0:
-                    x = micro.tokens
+                    x = micro.tokens.to(self.device)
                 elif self.rank_of[stage - 1] == self.pp_rank:
                     x = kept.pop(i)
                 else:
                     x = torch.empty(self._hidden_shape(micro.tokens.shape), dtype=self.compute_dtype, device=self.device)
                     dist.recv(x, group=self.group, group_src=self.rank_of[stage - 1])
-                x = part(x, labels=micro.labels, positions=micro.positions)
-                if is_last:
+                x = part(x, labels=micro.labels.to(self.device), positions=micro.positions)
+                if stage == self.last:
                     nats += x
-                elif next_rank == self.pp_rank:
+                elif self.rank_of[stage + 1] == self.pp_rank:
                     kept[i] = x
                 else:
                     outgoing.append(x.contiguous())
-                    if next_rank > 0 or self.kind.v_shaped:
-                        sends.append((dist.isend(x, group=self.group, group_dst=next_rank), x))
-            if next_rank == 0 and not self.kind.v_shaped:
-                # Round the loop: rank 0 listens only after its last microbatch of the stage before, and what a pair of
-                # ranks exchanges must be in one order on both.
-                sends += [(dist.isend(x, group=self.group, group_dst=0), x) for x in outgoing]
+                    # Round the loop to rank 0, which listens only after its last microbatch of the stage before: what two
+                    # ranks exchange has to be in the same order on both.
+                    round_the_loop = self.rank_of[stage + 1] < self.pp_rank and not self.kind.v_shaped
+                    if not round_the_loop or i == len(micros) - 1:
+                        sends += [(dist.isend(x, group=self.group, group_dst=self.rank_of[stage + 1]), x) for x in outgoing]
+                        outgoing = []
         for work, _ in sends:
             work.wait()
         for module in _fsdp_modules(self.parts):
             module.reshard()         # without a backward they would stay gathered, and be stale after the next step
         return nats
 
-    def sync_tied_gradients(self) -> None:
-        """Add the gradient of the last stage's copy of a tied matrix to its owner's, on the first stage. step calls it."""
-        self._between_tied(lambda copy: copy.grad, lambda owner, sent: _local(owner.grad).add_(sent), to_owner=True)
-        if self._tied_copy() is not None:
-            self._tied_copy().grad = None
-
-    # ---- the stages ----
-
-    def _inputs(self, micro: Batch) -> Batch:
-        """The tensors this rank's stages need, on its device. Positions stay where they are: see Documents."""
-        tokens, labels = (x.to(self.device, non_blocking=True) for x in (micro.tokens, micro.labels))
-        return Batch(tokens, labels, micro.positions)
-
     def _hidden_shape(self, batch_shape: torch.Size) -> tuple[int, int, int]:
-        B, T = batch_shape
-        return B, T // self.sequence_shards, self.parts[0].config.hidden_size
+        return batch_shape[0], batch_shape[1] // self.sequence_shards, self.parts[0].config.hidden_size
 
     def _build_schedule(self, batch_shape: torch.Size) -> None:
         """Stages with buffers for this shape. Told what they receive and send, torch need not run the model to find out."""
+        tokens = torch.empty(batch_shape, dtype=torch.int64, device="meta")
         hidden = torch.empty(self._hidden_shape(batch_shape), dtype=self.compute_dtype, device="meta", requires_grad=True)
-        tokens, loss = torch.empty(batch_shape, dtype=torch.int64, device="meta"), torch.empty((), device="meta", requires_grad=True)
-        stages = [Stage(part, stage, self.n_stages, self.device, group=self.group, input_args=tokens if stage == 0 else hidden,
-                        output_args=loss if stage == self.n_stages - 1 else hidden)
-                  for stage, part in zip(self.stages, self.parts, strict=True)]
-        single = self.kind.torch_class in (ScheduleGPipe, Schedule1F1B)
-        self.schedule = self.kind.torch_class(stages[0] if single else stages, self.n_microbatches, scale_grads=False,
-                                              loss_fn=lambda loss_sum, _labels: loss_sum * self.loss_scale)
-        self.batch_shape, self._torch_stages = batch_shape, stages
-        if not single:
-            # The runtime gathers a part before its first use and frees it when more than three others come before its
-            # next: with four virtual stages, per microbatch. Left to FSDP, a part is gathered at its first forward.
-            self.schedule.register_custom_function(UNSHARD, lambda action, _: self.schedule.unsharded_stages.add(action.stage_index))
-            self.schedule.register_custom_function(RESHARD, lambda action, _: None)
+        loss = torch.empty((), device="meta", requires_grad=True)
+        stages = [Stage(part, stage, self.last + 1, self.device, group=self.group,
+                        input_args=hidden if stage else tokens, output_args=loss if stage == self.last else hidden)
+                  for stage, part in zip(self.own, self.parts, strict=True)]
+        one_each = self.kind.torch_class in (ScheduleGPipe, Schedule1F1B)
+        schedule = self.kind.torch_class(stages[0] if one_each else stages, self.n_microbatches, scale_grads=False,
+                                         loss_fn=lambda loss_sum, _: loss_sum * self.loss_scale)
+        if not one_each:
+            # The runtime gathers a part before its first use and frees it when three others come before its next: with
+            # four virtual stages that is per microbatch. So leave it to FSDP, which gathers a part at its first forward.
+            schedule.register_custom_function(UNSHARD, lambda action, _: schedule.unsharded_stages.add(action.stage_index))
+            schedule.register_custom_function(RESHARD, lambda action, _: None)
+        self.schedule, self.torch_stages, self.batch_shape = schedule, stages, batch_shape
 
-    # ---- a tied matrix ----
+    # ---- a tied matrix: the owner is the embedding of the first stage, the copy the head of the last ----
+    # Each rank passes on its shard. The two ranks have the same place on every other axis, so their shards correspond.
 
-    def _tied_copy(self) -> nn.Parameter | None:
-        is_here = self.parts[0].config.tie_word_embeddings and self.stages[-1] == self.n_stages - 1
-        return self.parts[-1].lm_head.weight if is_here else None
+    def _tied(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+        if not self.parts[0].config.tie_word_embeddings:
+            return None, None
+        return (self.parts[0].model.embed_tokens.weight if 0 in self.own else None,
+                self.parts[-1].lm_head.weight if self.last in self.own else None)
 
     @torch.no_grad()
     def _renew_tied_copy(self) -> None:
-        self._between_tied(lambda owner: owner, lambda copy, sent: _local(copy).copy_(sent), to_owner=False)
+        owner, copy = self._tied()
+        if owner is not None and copy is not None:           # V: one rank has both ends
+            _local(copy).copy_(_local(owner))
+        elif owner is not None:
+            dist.send(_local(owner).contiguous(), group=self.group, group_dst=self.rank_of[self.last])
+        elif copy is not None:
+            received = torch.empty_like(_local(copy), memory_format=torch.contiguous_format)
+            dist.recv(received, group=self.group, group_src=self.rank_of[0])
+            _local(copy).copy_(received)
 
     @torch.no_grad()
-    def _between_tied(self, what, receive, to_owner: bool) -> None:
-        """Send `what(parameter)` from the copy to its owner or back, and `receive(parameter, sent)` there.
-
-        Only this rank's shard moves: the two ranks have the same place in every other axis, so their shards correspond."""
-        if not self.parts[0].config.tie_word_embeddings:
-            return
-        owner, copy = self.parts[0].model.embed_tokens if 0 in self.stages else None, self._tied_copy()
-        owner = owner.weight if owner is not None else None
-        source, target = (copy, owner) if to_owner else (owner, copy)
-        ranks = self.rank_of[0], self.rank_of[self.n_stages - 1]
-        source_rank, target_rank = reversed(ranks) if to_owner else ranks
-        sent = _local(what(source)).contiguous() if source is not None else None
-        if source_rank != target_rank and source is not None:
-            dist.send(sent, group=self.group, group_dst=target_rank)
-        elif source_rank != target_rank and target is not None:
-            sent = torch.empty_like(_local(target), memory_format=torch.contiguous_format)
-            dist.recv(sent, group=self.group, group_src=source_rank)
-        if target is not None:
-            receive(target, sent)
+    def sync_tied_gradients(self) -> None:
+        """Add the copy's gradient to the owner's. `step` calls it, after the gradients were synced over dp."""
+        owner, copy = self._tied()
+        if owner is not None and copy is not None:
+            _local(owner.grad).add_(_local(copy.grad))
+        elif copy is not None:
+            dist.send(_local(copy.grad).contiguous(), group=self.group, group_dst=self.rank_of[0])
+        elif owner is not None:
+            received = torch.empty_like(_local(owner.grad), memory_format=torch.contiguous_format)
+            dist.recv(received, group=self.group, group_src=self.rank_of[self.last])
+            _local(owner.grad).add_(received)
+        if copy is not None:
+            copy.grad = None
 
 
 class Accumulation:
@@ -386,8 +381,8 @@ class Accumulation:
         return self.model(tokens, labels=labels, positions=micro.positions)
 
 
-def make_step_runner(parts: list[nn.Module], pp_mesh: DeviceMesh | None, schedule: str, n_microbatches: int, device: torch.device,
-                     compute_dtype: torch.dtype = torch.float32, sequence_shards: int = 1,
+def make_step_runner(parts: list[nn.Module], pp_mesh: DeviceMesh | None, schedule: str, n_microbatches: int,
+                     device: torch.device, compute_dtype: torch.dtype = torch.float32, sequence_shards: int = 1,
                      zero_stage: int = 3) -> Pipeline | Accumulation:
     """What the training loop calls: `step` and `evaluate_step`, over pp_mesh or (None, or of size 1) without pp."""
     if pp_mesh is None or pp_mesh.size() == 1:

@@ -10,7 +10,8 @@ S ranks of the fsdp axis (dp_shard x cp) share what the stage says; bf16 computa
 
 Gradients are reduced when a rank would have to keep them whole otherwise: stages 0 and 1 do keep them, and reduce once, at
 the last micro-batch; stages 2 and 3 reduce every micro-batch. HSDP: each of dp_replicate groups does the above within
-itself, and the shards' gradients are all-reduced between the groups, once a step.
+itself, and the shards' gradients are all-reduced between the groups, once a step. Under pp, stages 2 and 3 do as stage 1
+within a step: a gather per micro-batch would cost more than the pipeline saves.
 """
 
 import torch

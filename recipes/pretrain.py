@@ -49,6 +49,7 @@ from parallel.config import AXES, check_parallel
 from parallel.context import shard_sequence
 from parallel.mesh import start_process_group, stop_process_group
 from parallel.pipeline import make_step_runner
+from parallel.schedule_picture import Recorder, bubble_share, draw_schedule
 
 # ---- 1. What can be asked for: each field is a flag -------------------------------------------------------------------
 
@@ -166,7 +167,7 @@ def main(cfg: PretrainConfig) -> None:
 
     # ---- 4. The loop -----------------------------------------------------------------------------------------------
     stop = StopSignal()
-    stopped = False
+    stopped, first_step = False, step
     while step < cfg.train.steps and not stopped:
         began = time.perf_counter()
         lr = learning_rate(cfg.train, step)
@@ -175,11 +176,18 @@ def main(cfg: PretrainConfig) -> None:
         counts = torch.tensor([count_scored(micros) * reads_alone(mesh), int(stop.asked)], device=device)
         dist.all_reduce(counts)
         n_scored, stopped = counts[0], bool(counts[1])
-        loss, grad_norm = train_step(runner, model, optimizer, micros, n_scored, lr, mesh, layout, cfg.train.max_grad_norm)
+        draws = layout.draw_schedule and step == min(first_step + 2, cfg.train.steps - 1)      # the first steps are not typical
+        recorder = Recorder(mesh["pp"], device) if draws else None
+        loss, grad_norm = train_step(runner, model, optimizer, micros, n_scored, lr, mesh, layout, cfg.train.max_grad_norm,
+                                     recorder)
         step += 1
         # ---- below here nothing changes the weights ----
         loss, grad_norm = loss.item(), grad_norm.item()   # waits for the device
         step_s = time.perf_counter() - began
+        events = recorder.gather() if recorder else None
+        if is_main and events:
+            draw_schedule(events, Path(cfg.run_dir, "schedule.png"), layout.schedule)
+            log.say(f"step {step}: drawn in {cfg.run_dir}/schedule.png; {bubble_share(events):.0%} of the time is bubbles")
         if not loss < float("inf"):                       # also nan; all ranks see the same number and stop together
             raise RuntimeError(f"the loss of step {step} is {loss}; the last checkpoint is from before. Lower --train.lr.")
         validation_loss = None
@@ -222,14 +230,15 @@ def main(cfg: PretrainConfig) -> None:
 
 
 def train_step(runner, model: nn.Module, optimizer: torch.optim.Optimizer, micros: list[Batch], n_scored: Tensor, lr: float,
-               mesh: DeviceMesh, layout: ParallelConfig, max_grad_norm: float) -> tuple[Tensor, Tensor]:
+               mesh: DeviceMesh, layout: ParallelConfig, max_grad_norm: float, recorder: Recorder | None = None,
+               ) -> tuple[Tensor, Tensor]:
     """Forward and backward of one global batch, clip, step. Returns (loss, gradient norm), the same on every rank.
 
     n_scored: scored labels of the whole global batch, so that sums over micro-batches and ranks give the mean.
     """
     micros = [shard_batch(micro, mesh["cp"], layout) for micro in micros]
     # FSDP averages gradients over the ranks that saw other tokens; we want their sum.
-    loss = runner.step(micros, n_scored, grad_scale=layout.grad_ranks)
+    loss = runner.step(micros, n_scored, grad_scale=layout.grad_ranks, **({"recorder": recorder} if recorder else {}))
     dist.all_reduce(loss, group=mesh["loss"].get_group())             # each rank has its own tokens' share
     grad_norm = clip_grad_norm(model.parameters(), max_grad_norm)     # one norm over all ranks and axes
     for group in optimizer.param_groups:

@@ -53,3 +53,10 @@ def test_a_checkpoint_of_any_layout_resumes_under_any_other(inputs, reference, t
     assert "resuming from" in ended.out
     for ours, one_process in zip(metrics(run_dir), metrics(reference), strict=True):
         assert abs(ours["loss"] - one_process["loss"]) < 2e-5
+
+
+def test_the_schedule_of_a_measured_step_is_drawn(inputs, tmp_path):
+    more = ["--parallel.pp", 2, "--parallel.draw-schedule"]
+    ended = recipe("pretrain", *flags(inputs, tmp_path / "run", *more, steps=3), ranks=2)
+    assert ended.status == 0 and "bubbles" in ended.out, ended
+    assert (tmp_path / "run" / "schedule.png").read_bytes().startswith(b"\x89PNG")

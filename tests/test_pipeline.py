@@ -1,38 +1,100 @@
 """A pipeline gives the losses, gradients and weights of one process, under every schedule, and refuses what cannot run."""
 
 import functools
+import time
+from collections import Counter
+from functools import partial
 
+import matplotlib.image
 import pytest
 import torch
-from pool import run_on
-from torch.distributed.device_mesh import init_device_mesh
+import torch.distributed as dist
+from pool import RankFailed, run_on
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dtensor_llama import Llama, LlamaConfig
+from dtensor_llama import Llama, LlamaConfig, UsageError
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import init_weights
-from parallel.pipeline import make_step_runner, split_stages
-from parallel.recompute import apply_recompute
-from parallel.zero import apply_zero
+from dtensor_llama.optim import build_adamw
+from parallel import ParallelConfig, build_mesh, parallelize
+from parallel.pipeline import SCHEDULES, check_pipeline, make_step_runner, split_layers, stage_indices
+from parallel.schedule_picture import Event, Recorder, bubble_share, draw_schedule
 
 CPU = torch.device("cpu")
-TINY = LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4,
-                   num_key_value_heads=2)
-TIED = LlamaConfig(**{**vars(TINY), "tie_word_embeddings": True})
+SHAPE = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
+LLAMA = LlamaConfig(**SHAPE, num_hidden_layers=5)                   # 5 layers: no number of stages below divides them
+TIED = LlamaConfig(**SHAPE, num_hidden_layers=5, tie_word_embeddings=True)
+
+
+# ---- What goes where ----
+
+
+def test_layers_are_split_by_cost_with_any_remainder():
+    def sizes(config, n_stages):
+        split = split_layers(config, n_stages)
+        assert [layer for stage in split for layer in stage] == list(range(config.num_hidden_layers))
+        return [len(stage) for stage in split]
+
+    preset = LlamaConfig.preset
+    assert sizes(preset("llama2-7b"), 4) == [8, 8, 8, 8]            # the head costs 0.65 of a block: not a whole one
+    assert sizes(preset("llama2-13b"), 16) == [2] * 7 + [3] * 8 + [2]
+    assert sizes(preset("llama2-70b"), 8) == [10] * 8
+    assert sizes(LLAMA, 2) == [3, 2]
+    assert sizes(LLAMA, 4) == [1, 1, 2, 1]                          # the one left over goes late, but not to the head
+    assert sizes(LLAMA, 5) == [1] * 5
+    wide = LlamaConfig(**{**SHAPE, "vocab_size": 32000}, num_hidden_layers=8)     # the head costs more than all blocks
+    assert sizes(wide, 3) == [3, 4, 1]
+
+
+@pytest.mark.parametrize("schedule,pp,virtual_stages,placement", [
+    ("gpipe", 3, 1, [[0], [1], [2]]),
+    ("1f1b", 2, 1, [[0], [1]]),
+    ("interleaved-1f1b", 2, 3, [[0, 2, 4], [1, 3, 5]]),
+    ("zero-bubble", 4, 2, [[0, 4], [1, 5], [2, 6], [3, 7]]),
+    ("zbv", 3, 2, [[0, 5], [1, 4], [2, 3]]),
+    ("dualpipev", 2, 2, [[0, 3], [1, 2]]),
+])
+def test_stages_lie_in_a_loop_or_a_v(schedule, pp, virtual_stages, placement):
+    assert stage_indices(schedule, pp, virtual_stages) == placement
+
+
+@pytest.mark.parametrize("asked,said", [
+    ((2, "1f1b2", 1, 4), "1f1b2 is not one of gpipe, 1f1b"),
+    ((8, "1f1b", 1, 8), "8 x .* 1 = 8 stages, .* 5 layers.* at most --parallel.pp 5."),
+    ((2, "interleaved-1f1b", 3, 4), "= 6 stages, .* 5 layers.*--parallel.virtual-stages 2"),
+    ((4, "zbv", 2, 8), "= 8 stages, .* 5 layers.* at most --parallel.pp 2, or --parallel.schedule 1f1b"),
+    ((2, "gpipe", 2, 4), "one stage per rank and --parallel.virtual-stages is 2"),
+    ((2, "dualpipev", 1, 4), "exactly two stages per rank and --parallel.virtual-stages is 1"),
+    ((2, "interleaved-1f1b", 1, 4), "at least 2 and it is 1"),
+    ((2, "zero-bubble", 0, 4), "at least 1 and it is 0"),
+    ((4, "1f1b", 1, 3), "each of its 4 stages and .*global-batch-size.* 3 microbatches.*schedule gpipe"),
+    ((2, "dualpipev", 2, 3), "each of its 4 stages and .* 3 microbatches.*schedule zbv"),
+    ((2, "interleaved-1f1b", 2, 5), "5 microbatches a step, which 2 rounds do not divide; use 4 or 6"),
+    ((2, "zero-bubble", 2, 7), "use 6 or 8 microbatches"),
+    ((2, "zbv", 2, 4, "selective"), "schedule zbv .* two halves, .*--train.recompute selective.* or --train.recompute full"),
+    ((2, "zero-bubble", 2, 4, "none", True), "schedule zero-bubble .* two halves, .*--train.compile"),
+])
+def test_what_cannot_run_is_refused_with_the_flag_the_rule_and_a_way_out(asked, said):
+    with pytest.raises(UsageError, match=said) as error:
+        check_pipeline(LLAMA, *asked)
+    assert "\n" not in str(error.value)
+
+
+# ---- One answer ----
 
 
 def make_micros(n, step=0, dp_rank=0, documents=False):
-    """n microbatches of 2 rows of 32 tokens, each with another number of scored labels; the second has none at all."""
+    """n microbatches of 2 rows of 32 tokens, each with another share of scored labels; the second has none at all."""
     micros = []
     for i in range(n):
         draw = torch.Generator().manual_seed(1000 * step + 100 * dp_rank + i)
-        tokens, labels = torch.randint(61, (2, 2, 32), generator=draw)
-        labels[torch.rand(labels.shape, generator=draw) < 0.2 * i] = -100
+        tokens, labels = torch.randint(SHAPE["vocab_size"], (2, 2, 32), generator=draw)
+        labels[torch.rand(labels.shape, generator=draw) < 0.2 * (i % 5)] = -100
         if i == 1:
             labels[:] = -100
-        positions = None
-        if documents:
-            cut = 5 + 3 * i
-            positions = torch.cat([torch.arange(cut), torch.arange(32 - cut)]).expand(2, -1).contiguous()
+        cut = 5 + 3 * i
+        positions = torch.cat([torch.arange(cut), torch.arange(32 - cut)]).expand(2, -1) if documents else None
         micros.append(Batch(tokens, labels, positions))
     return micros
 
@@ -41,63 +103,223 @@ def count_scored(micros):
     return sum(int((micro.labels != -100).sum()) for micro in micros)
 
 
-def build(config, mesh, schedule, virtual_stages, n_micros, recompute="none", shard=False, compute_dtype=torch.float32):
+def build(config, n_micros, recompute="none", **layout):
+    """(model, runner, mesh, layout) on this rank, of the world's size, with the initial weights of seed 0."""
+    layout = ParallelConfig(**layout).resolve(dist.get_world_size())
+    mesh = build_mesh(layout, "cpu")
     with torch.device("meta"):
         model = Llama(config)
-    parts = split_stages(model, mesh["pp"], schedule, virtual_stages)
+    parts = parallelize(model, mesh, layout, recompute=recompute)
     for part in parts:
-        blocks = [block for block in part.model.layers if block is not None]
-        apply_recompute(blocks, recompute)
-        if shard:
-            apply_zero(part, blocks, mesh["dp_shard"], compute_dtype)
         part.to_empty(device=CPU)
     init_weights(model, seed=0)
-    return model, make_step_runner(parts, mesh["pp"], schedule, n_micros, CPU, compute_dtype)
+    runner = make_step_runner(parts, mesh["pp"], layout.schedule, n_micros, CPU, zero_stage=layout.zero_stage)
+    return model, runner, mesh, layout
 
 
-def whole(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def gradients_of(model):
+    return {name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for name, p in model.named_parameters()}
 
 
-def loss_and_gradients(pp, cases):
-    mesh = init_device_mesh("cpu", (pp,), mesh_dim_names=("pp",))
+def evaluate_and_step(model, runner, n_micros, documents):
+    """Nats of 3 microbatches, the loss of n_micros, and gradients, which a scale of 3 makes three times as large."""
+    micros = make_micros(n_micros, documents=documents)
+    nats = runner.evaluate_step(micros[:3]).item()
+    return nats, runner.step(micros, count_scored(micros), grad_scale=3.0).item(), gradients_of(model)
+
+
+def on_a_pipeline(cases):
     answers = []
     for config, schedule, virtual_stages, n_micros, documents, recompute in cases:
-        model, runner = build(config, mesh, schedule, virtual_stages, n_micros, recompute)
-        micros = make_micros(n_micros, documents=documents)
-        before = runner.evaluate_step(micros[:3]).item()
-        loss = runner.step(micros, count_scored(micros), grad_scale=3.0).item()
-        answers.append((before, loss, {name: p.grad for name, p in model.named_parameters()}))
+        model, runner, *_ = build(config, n_micros, recompute, pp=dist.get_world_size(), schedule=schedule,
+                                  virtual_stages=virtual_stages)
+        answers.append(evaluate_and_step(model, runner, n_micros, documents))
     return answers
 
 
 @functools.cache
-def plain(config, n_micros, documents):
-    model, micros = Llama(config), make_micros(n_micros, documents=documents)
-    runner = make_step_runner([model], None, "1f1b", n_micros, CPU)
-    nats = runner.evaluate_step(micros[:3]).item()
-    loss = runner.step(micros, count_scored(micros), grad_scale=3.0).item()
-    return nats, loss, {name: p.grad for name, p in model.named_parameters()}
+def on_one_process(config, n_micros, documents):
+    model = Llama(config)
+    return evaluate_and_step(model, make_step_runner([model], None, "1f1b", n_micros, CPU), n_micros, documents)
 
 
-def assert_same(case, ranks):
-    config, _, _, n_micros, documents, _ = case
-    nats, loss, gradients = plain(config, n_micros, documents)
-    assert abs(sum(nats for nats, _, _ in ranks) - nats) < 1e-4 * nats
-    assert abs(sum(loss for _, loss, _ in ranks) - loss) < 2e-5
-    merged = {name: gradient for _, _, held in ranks for name, gradient in held.items()}
-    assert merged.keys() == gradients.keys() and len(merged) == sum(len(held) for _, _, held in ranks)
-    for name, gradient in gradients.items():
-        difference = (merged[name] - gradient).norm() / gradient.norm()
-        assert difference < 1e-4, f"{name}: {difference}"
+def assert_one_answer(cases, ranks):
+    for case, *parts in zip(cases, *run_on(ranks, on_a_pipeline, cases), strict=True):
+        nats, loss, gradients = on_one_process(case[0], case[3], case[4])
+        assert abs(sum(nats for nats, _, _ in parts) / nats - 1) < 2e-6, case
+        assert abs(sum(loss for _, loss, _ in parts) - loss) < 2e-5, case
+        names = [name for _, _, held in parts for name in held]
+        assert sorted(names) == sorted(gradients), case              # each parameter on one rank; a tied one too
+        for name, gradient in ((name, gradient) for _, _, held in parts for name, gradient in held.items()):
+            difference = (gradient - gradients[name]).norm() / gradients[name].norm()
+            assert difference < 1e-4, f"{case}, {name}: {difference}"
 
 
-SCHEDULES = [("gpipe", 1, 4), ("1f1b", 1, 4), ("interleaved-1f1b", 2, 4), ("zero-bubble", 2, 4), ("zbv", 2, 4), ("dualpipev", 2, 4)]
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_gives_the_losses_and_gradients_of_one_process(schedule):
+    virtual_stages = 2 if schedule == "zero-bubble" else SCHEDULES[schedule].default_virtual_stages
+    assert_one_answer([(config, schedule, virtual_stages, n_micros, documents, recompute)
+                       for config, n_micros, documents, recompute in [
+                           (LLAMA, 4, False, "none"), (TIED, 4, True, "none"), (TIED, 6, False, "full"),
+                           (LLAMA, 4, True, "full")]], ranks=2)
 
 
-@pytest.mark.parametrize("schedule,virtual_stages,n_micros", SCHEDULES)
-def test_losses_gradients_and_evaluation_equal_one_process(schedule, virtual_stages, n_micros):
-    cases = [(config, schedule, virtual_stages, n_micros, documents, recompute)
-             for config, documents, recompute in [(TINY, False, "none"), (TIED, True, "full")]]
-    for case, *ranks in zip(cases, *run_on(2, loss_and_gradients, 2, cases), strict=True):
-        assert_same(case, ranks)
+def test_four_ranks_with_uneven_layers_give_the_answer_of_one_process():
+    assert_one_answer([(LLAMA, "1f1b", 1, 4, False, "none"), (TIED, "1f1b", 1, 7, True, "selective"),
+                       (TIED, "gpipe", 1, 3, False, "none"), (TIED, "zero-bubble", 1, 6, True, "full")], ranks=4)
+
+
+@pytest.mark.parametrize("schedule", ["interleaved-1f1b", "zbv"])
+def test_few_microbatches_leave_bubbles_but_no_errors(schedule):
+    assert_one_answer([(TIED, schedule, 2, 2, False, "none"), (LLAMA, schedule, 2, 3, True, "none")], ranks=2)
+
+
+# ---- With ZeRO ----
+
+
+def train(steps, n_micros, layout):
+    """Losses of AdamW steps, and this rank's final weights, whole."""
+    model, runner, mesh, layout = build(TIED, n_micros, **layout)
+    optimizer = build_adamw(model, lr=1e-3, weight_decay=0.1, eps=1e-5)
+    losses = []
+    for step in range(steps):
+        everyones = [make_micros(n_micros, step, dp_rank, documents=True) for dp_rank in range(layout.dp)]
+        n_scored = sum(map(count_scored, everyones))
+        if step == 2:
+            runner.evaluate_step(everyones[0][:2])                   # between two steps it leaves nothing behind
+        loss = runner.step(everyones[mesh["dp"].get_local_rank()], n_scored, grad_scale=layout.dp)
+        dist.all_reduce(loss)
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, {name: p.detach().full_tensor() for name, p in model.named_parameters()}
+
+
+@functools.cache
+def trained_by_one_process(steps, n_micros):
+    model = Llama(TIED)
+    runner = make_step_runner([model], None, "1f1b", 2 * n_micros, CPU)
+    optimizer = build_adamw(model, lr=1e-3, weight_decay=0.1, eps=1e-5)
+    losses = []
+    for step in range(steps):
+        micros = [micro for dp_rank in range(2) for micro in make_micros(n_micros, step, dp_rank, documents=True)]
+        losses.append(runner.step(micros, count_scored(micros)).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, {name: p.detach() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("layout", [
+    dict(schedule="1f1b"), dict(schedule="zbv"), dict(schedule="zero-bubble", virtual_stages=2, zero_stage=1),
+    dict(schedule="interleaved-1f1b", dp_replicate=2, dp_shard=1), dict(schedule="dualpipev", zero_stage=0),
+], ids=lambda layout: "-".join(map(str, layout.values())))
+def test_five_adamw_steps_with_zero_or_hsdp_equal_one_process(layout):
+    losses, weights = trained_by_one_process(5, 4)
+    ranks = run_on(4, train, 5, 4, {"pp": 2, **layout})
+    for theirs, held in ranks:
+        assert_close(theirs, losses, rtol=0, atol=2e-5)
+        for name, weight in held.items():
+            assert_close(weight, weights[name], rtol=0, atol=1e-5)   # fp32: only the order of summation differs
+    assert {name for _, held in ranks for name in held} == set(weights)
+
+
+class CountCollectives(TorchDispatchMode):
+    def __enter__(self):
+        super().__enter__()
+        self.counts = Counter()
+        return self.counts
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.counts[op.overloadpacket.__name__] += op.namespace == "c10d"
+        return op(*args, **kwargs or {})
+
+
+def collectives_of_a_step(layouts, n_micros_each):
+    counted = []
+    for layout in layouts:
+        for n_micros in n_micros_each:
+            _, runner, *_ = build(LlamaConfig(**SHAPE, num_hidden_layers=8), n_micros, **layout)
+            micros = make_micros(n_micros)
+            with CountCollectives() as counts:
+                runner.step(micros, 1)
+            counted.append((counts["_allgather_base_"], counts["_reduce_scatter_base_"]))
+    return counted
+
+
+def test_zero_traffic_of_a_step_does_not_grow_with_microbatches():
+    layouts = [dict(pp=2, schedule="1f1b"), dict(pp=2, schedule="interleaved-1f1b", virtual_stages=4),
+               dict(pp=2, schedule="dualpipev")]
+    # What is gathered at once: a block, of which each rank has 4; the embedding; the norm with the head.
+    groups = {"dualpipev": (6, 4)}                                   # the first rank of a V has both ends
+    for rank, counts in enumerate(run_on(4, collectives_of_a_step, layouts, (4, 8))):
+        for layout, few, many in zip(layouts, counts[::2], counts[1::2], strict=True):
+            each = groups.get(layout["schedule"], (5, 5))[rank // 2]
+            assert few == many == (each, each), (rank, layout)
+
+
+def blocks_computed(cases):
+    counted = []
+    for schedule, recompute in cases:
+        model, runner, *_ = build(LLAMA, 4, recompute, pp=2, schedule=schedule)
+        blocks, forwards = [block for block in model.model.layers if block is not None], []
+        for block in blocks:
+            block.mlp.register_forward_pre_hook(partial(lambda forwards, *_: forwards.append(1), forwards))
+        runner.step(make_micros(4), 1)
+        counted.append(len(forwards) / 4 / len(blocks))
+    return counted
+
+
+def test_full_recompute_costs_one_forward_per_backward_or_half_of_one():
+    first, last = run_on(2, blocks_computed, [("1f1b", "none"), ("1f1b", "full"), ("zero-bubble", "full")])
+    assert first == [1, 2, 2] and last == [1, 2, 3]      # the first stage's halves are one: it has no input gradient
+
+
+# ---- The picture, and what goes wrong ----
+
+
+def recorded_step(schedule):
+    _, runner, mesh, _ = build(LLAMA, 4, pp=2, schedule=schedule)
+    recorder = Recorder(mesh["pp"], CPU)
+    for _ in range(2):                                   # the first sets things up
+        runner.step(make_micros(4), 1, recorder=recorder)
+    return recorder.gather()
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+def test_a_recorded_step_has_each_action_once_in_order_and_can_be_drawn(schedule, tmp_path):
+    events, nothing = run_on(2, recorded_step, schedule)
+    assert nothing is None
+    for rank, stages in enumerate(stage_indices(schedule, 2, SCHEDULES[schedule].default_virtual_stages)):
+        own = [event for event in events if event.pp_rank == rank]
+        one_at_a_time = [before.end_s <= after.start_s for before, after in zip(own[:-1], own[1:], strict=True)]
+        assert all(one_at_a_time)
+        done = {(event.stage, event.microbatch, event.kind) for event in own}
+        assert len(done) == len(own) and {(stage, i, "F") for stage in stages for i in range(4)} <= done
+        for stage in stages:
+            for i in range(4):
+                assert ((stage, i, "B") in done) != ({(stage, i, "I"), (stage, i, "W")} <= done)
+    draw_schedule(events, tmp_path / "schedule.png", schedule)
+    assert matplotlib.image.imread(tmp_path / "schedule.png").shape[0] > 200
+
+
+def test_the_bubble_share_is_what_the_ranks_did_not_work():
+    events = [Event(0, 0, 0, "F", 1.0, 2.0), Event(1, 1, 0, "F", 2.0, 3.0),
+              Event(1, 1, 0, "B", 3.0, 4.0), Event(0, 0, 0, "B", 4.0, 5.0)]
+    assert bubble_share(events) == 0.5
+
+
+def step_with_a_failure(failing_rank):
+    model, runner, *_ = build(LLAMA, 4, pp=2)
+    if dist.get_rank() == failing_rank:
+        def fail(*_):
+            raise ValueError("a block gave up")
+        [block for block in model.model.layers if block is not None][-1].register_forward_pre_hook(fail)
+    runner.step(make_micros(4), 1)
+
+
+def test_a_failing_stage_ends_the_others_in_seconds():
+    run_on(2, make_micros, 1)                            # workers are there
+    began = time.monotonic()
+    with pytest.raises(RankFailed, match="(?s)rank 1: .*a block gave up"):
+        run_on(2, step_with_a_failure, 1, timeout=40)
+    assert time.monotonic() - began < 10
