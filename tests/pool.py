@@ -32,7 +32,7 @@ class _Worker:
         theirs.close()                       # so that a dead worker is an end of file here
 
 
-def run_on(ranks: int, function, *args, timeout: float = 60, group: bool = True):
+def run_on(ranks: int, function, *args, timeout: float = 120, group: bool = True):
     """Call `function(*args)` in `ranks` processes of one gloo group; returns their results, in rank order.
 
     The function must be importable (top level of its module) and its arguments and result picklable. group=False: the

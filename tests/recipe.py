@@ -24,7 +24,7 @@ class Ended(NamedTuple):
     err: str
 
 
-def recipe(name: str, *flags, ranks: int = 1, stop_at_step: int | None = None, timeout: float = 90) -> Ended:
+def recipe(name: str, *flags, ranks: int = 1, stop_at_step: int | None = None, timeout: float = 180) -> Ended:
     """`torchrun --nproc-per-node RANKS recipes/NAME.py FLAGS`; returns rank 0's exit status and output.
 
     stop_at_step: rank 0 gets a SIGTERM as soon as metrics.jsonl of --run-dir has that many rows.
