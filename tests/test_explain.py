@@ -240,7 +240,8 @@ def test_the_recipe_draws_the_mesh_and_writes_the_facts(tmp_path):
 
 
 @pytest.mark.parametrize("flags,said", [
-    (["--rank", 4], "--rank 4 is not one of --gpus 4; use 0 to 3"), (["--parallel.tp", 3], "--parallel.tp 3 needs a multiple of 3"),
+    (["--rank", 4], "--rank 4 is not one of --gpus 4; use 0 to 3"),
+    (["--parallel.tp", 3], "--parallel.tp 3 needs a multiple of 3"),
     (["--parallel.pp", 4, "--train.global-batch-size", 2], "needs a microbatch for each"),
 ])
 def test_what_pretrain_would_refuse_is_refused(flags, said):
