@@ -21,7 +21,7 @@ train: setup
 	processes=$$(if [ $$n_gpus -gt 0 ]; then echo $$n_gpus; else echo 2; fi); \
 	$(BIN)/torchrun --nproc-per-node $$processes recipes/pretrain.py --model tiny-5m \
 		--data.path $(RUN)/stdlib.jsonl --data.tokenizer $(RUN)/tokenizer --data.seq-len 256 \
-		--train.steps 800 --train.global-batch-size $$((4 * processes)) --train.micro-batch-size 4 --train.lr 3e-3 \
+		--train.steps 700 --train.global-batch-size $$((4 * processes)) --train.micro-batch-size 4 --train.lr 3e-3 \
 		--train.dtype $$dtype --train.validate-every 100 --checkpoint.every 200 --run-dir $(RUN)
 	$(BIN)/python recipes/generate.py --model $(RUN)/hf --prompt 'def __init__' --max-new-tokens 120 --temperature 0.7 --top-p 0.9
 
