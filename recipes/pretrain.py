@@ -448,7 +448,8 @@ def export(model: Llama, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype,
 def say_where_things_are(cfg: PretrainConfig, rows: list[dict], step: int, stopped: bool) -> None:
     run_dir, last = Path(cfg.run_dir), [row["loss"] for row in rows[-20:]]
     print(f"\nstopped as asked after step {step} of {cfg.train.steps}; the same command goes on from there" if stopped
-          else f"\ndone: {step} steps, loss {rows[0]['loss']:.3f} -> {sum(last) / len(last):.3f} (mean of the last {len(last)})")
+          else f"\ndone: {step} steps, loss {rows[0]['loss']:.3f} -> {sum(last) / max(1, len(last)):.3f} "
+               f"(mean of the last {len(last)})")
     print(f"run folder    {run_dir}\ntensorboard   tensorboard --logdir {run_dir / 'tensorboard'}\n"
           f"loss curve    {run_dir / 'loss.png'}")
     if (run_dir / "hf").is_dir() and not stopped:
