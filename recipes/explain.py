@@ -19,7 +19,7 @@ from dtensor_llama import LlamaConfig, UsageError
 from dtensor_llama.cli import run_recipe
 from parallel.config import AXES, check_parallel
 from parallel.explain import Run, explain
-from parallel.schedule_clock import draw
+from parallel.schedule_clock import DURATION, draw
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,10 @@ class ExplainConfig(PretrainConfig):
 
 def main(cfg: ExplainConfig) -> None:
     check_numbers(cfg)
+    if cfg.gpus < 1:
+        raise UsageError(f"--gpus {cfg.gpus} is not possible; use a whole number of at least 1.")
     if not 0 <= cfg.rank < cfg.gpus:
-        raise UsageError(f"--rank {cfg.rank} is not one of --gpus {cfg.gpus}; use 0 to {max(cfg.gpus, 1) - 1}.")
+        raise UsageError(f"--rank {cfg.rank} is not one of --gpus {cfg.gpus}; use 0 to {cfg.gpus - 1}.")
     train, layout = cfg.train, cfg.parallel.resolve(cfg.gpus)
     config = LlamaConfig.from_hf(cfg.model) if Path(cfg.model).exists() else LlamaConfig.preset(cfg.model)
     seq_len = cfg.data.seq_len or config.max_position_embeddings
@@ -90,7 +92,8 @@ def pipeline(facts: dict) -> list[str]:
         return []
     layers = [", ".join("{}-{}".format(*about["layers_of_stages"][stage]) for stage in own)
               for own in about["stages_of_pp_ranks"]]
-    lines = [f"  pp {rank:<3} layers {which:13} |{draw(work, 28)}"
+    width = min(28, max(work[-1][0] + DURATION[work[-1][1]] for work in about["work"]))
+    lines = [f"  pp {rank:<3} layers {which:13} |{draw(work, width)}"
              for rank, (which, work) in enumerate(zip(layers, about["work"], strict=True))]
     return [f"\nschedule {facts['layout']['schedule']}: {about['bubble']:.1%} bubbles, if backward takes as long as two "
             "forwards (F forward, B backward, I and W its halves)", *some(lines, 10)]

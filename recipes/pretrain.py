@@ -220,7 +220,8 @@ def main(cfg: PretrainConfig) -> None:
         export(model, tokenizer, Path(cfg.run_dir, "hf"), compute_dtype, is_main)
     if is_main:
         log.close()
-        draw_loss_curve(log.rows, Path(cfg.run_dir, "loss.png"))
+        if log.rows:
+            draw_loss_curve(log.rows, Path(cfg.run_dir, "loss.png"))
         say_where_things_are(cfg, log.rows, step, stopped)
         run_lock.close()
     stop_process_group()
@@ -447,8 +448,11 @@ def export(model: Llama, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype,
 
 def say_where_things_are(cfg: PretrainConfig, rows: list[dict], step: int, stopped: bool) -> None:
     run_dir, last = Path(cfg.run_dir), [row["loss"] for row in rows[-20:]]
+    if not rows:
+        print(f"nothing to train: {step} steps are done already, and this run folder has no rows")
+        return
     print(f"\nstopped as asked after step {step} of {cfg.train.steps}; the same command goes on from there" if stopped
-          else f"\ndone: {step} steps, loss {rows[0]['loss']:.3f} -> {sum(last) / max(1, len(last)):.3f} "
+          else f"\ndone: {step} steps, loss {rows[0]['loss']:.3f} -> {sum(last) / len(last):.3f} "
                f"(mean of the last {len(last)})")
     print(f"run folder    {run_dir}\ntensorboard   tensorboard --logdir {run_dir / 'tensorboard'}\n"
           f"loss curve    {run_dir / 'loss.png'}")

@@ -123,6 +123,7 @@ TRAFFIC = {      # ranks, layout, recompute
     "ring-4-selective": (4, {"cp": 4, "cp_method": "ring"}, "selective"),
     "ring-recompute": (2, {"cp": 2, "cp_method": "ring"}, "full"),
     "pp-dp": (4, {"pp": 2}, "none"),
+    "pp-tied": (4, {"pp": 2}, "none"),
     "pp-tp": (4, {"pp": 2, "tp": 2}, "none"),
     "pp-interleaved": (2, {"pp": 2, "schedule": "interleaved-1f1b"}, "none"),
     "pp-zbv": (2, {"pp": 2, "schedule": "zbv"}, "none"),
@@ -141,6 +142,7 @@ FAST = ("zero-0", "zero-3", "hsdp-zero-1", "tp-no-sp-recompute", "ulysses-recomp
 def test_the_collectives_of_a_step_are_those_explained(case, monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", CHUNK)
     run = small(*TRAFFIC[case])
+    run = replace(run, config=replace(SMALL, tie_word_embeddings="tied" in case))
     for rank, (counts, sent) in enumerate(run_on(TRAFFIC[case][0], real_traffic, run)):
         told, told_bytes = Counter(), Counter()
         for row in explain(run, rank)["collectives"]:
@@ -240,7 +242,7 @@ def test_the_recipe_draws_the_mesh_and_writes_the_facts(tmp_path):
 
 
 @pytest.mark.parametrize("flags,said", [
-    (["--rank", 4], "--rank 4 is not one of --gpus 4; use 0 to 3"),
+    (["--gpus", 0], "--gpus 0 is not possible"), (["--rank", 4], "--rank 4 is not one of --gpus 4; use 0 to 3"),
     (["--parallel.tp", 3], "--parallel.tp 3 needs a multiple of 3"),
     (["--parallel.pp", 4, "--train.global-batch-size", 2], "needs a microbatch for each"),
 ])
