@@ -80,7 +80,7 @@ class LlamaConfig:
             raise UsageError(f"{path} is not complete JSON ({error}); copy the file again.") from None
         if not isinstance(fields, dict):
             raise UsageError(f"{path} holds a {type(fields).__name__}, not a model's settings; copy the file again.")
-        return _from_fields(fields, path)
+        return config_from_fields(fields, path)
 
     def to_hf(self) -> dict:
         """The content of a `config.json` that transformers opens, old and new (without the dtype of the weights)."""
@@ -113,7 +113,7 @@ _NEUTRAL = {
 }
 
 
-def _from_fields(fields: dict, path: Path) -> LlamaConfig:
+def config_from_fields(fields: dict, path: Path) -> LlamaConfig:
     family = fields.get("model_type")
     if family != "llama":
         raise UsageError(f"{path}: model_type is {family!r}; only 'llama' is supported (LLaMA 1 and 2, and models of "

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from dtensor_llama import Llama, LlamaConfig, UsageError, save_hf
 from dtensor_llama.attention import choose_attention
 from dtensor_llama.checkpoint import NAME, Checkpointer, restore_training_state, training_state
-from dtensor_llama.config import _from_fields
+from dtensor_llama.config import config_from_fields
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.loss import IGNORE
 from dtensor_llama.model import init_weights
@@ -261,7 +261,7 @@ def _config_of(model: nn.Module) -> LlamaConfig:
     if not hasattr(getattr(model, "config", None), "to_dict"):
         raise UsageError(f"model is a {type(model).__name__}; the Booster takes dtensor_llama.Llama or "
                          "transformers.LlamaForCausalLM.")
-    return _from_fields(model.config.to_dict(), Path("model.config"))
+    return config_from_fields(model.config.to_dict(), Path("model.config"))
 
 
 def _matching_parameters(model: nn.Module, ours: Llama) -> dict[str, Tensor]:

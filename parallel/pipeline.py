@@ -7,7 +7,7 @@ microbatch: what one forward sees, here one Batch. F its forward through a stage
     split B into I (gradient of the stage's input, which the stage before waits for) and W (of its weights: can wait)
 bubble: time in which a rank has nothing to do: its microbatch is still, or already, elsewhere
 schedule: the order of F, B, I, W on each rank. Two ranks, four microbatches, B twice as long as F; dots are bubbles:
-    gpipe  0 |F0 F1 F2 F3 .. .. B0 B0 B1 B1 B2 B2 B3 B3     1f1b  0 |F0 F1 .. .. B0 B0 F2 B1 B1 F3 B2 B2 .. B3 B3
+    gpipe  0 |F0 F1 F2 F3 .. .. .. B0 B0 B1 B1 B2 B2 B3 B3  1f1b  0 |F0 F1 .. .. B0 B0 F2 B1 B1 F3 B2 B2 .. B3 B3
            1 |.. F0 F1 F2 F3 B0 B0 B1 B1 B2 B2 B3 B3 .. ..        1 |.. F0 B0 B0 F1 B1 B1 F2 B2 B2 F3 B3 B3 .. ..
     gpipe keeps the activations of all microbatches until backward, 1f1b of at most pp. Sources: Huang et al. 2018,
     arXiv:1811.06965; 1f1b and interleaved: Narayanan et al. 2021, arXiv:2104.04473; zero-bubble and zbv: Qi et al. 2023,
