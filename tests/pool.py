@@ -3,18 +3,22 @@
     results = run_on(2, my_function, argument)      # my_function(argument) on ranks 0 and 1; one result per rank
 
 Each call is a process group of its own. A rank that raises, dies or hangs fails the call within `timeout` seconds with
-that rank's traceback; the workers are then replaced, so the next test starts clean.
+that rank's traceback, a hung one with where each of its threads stood; the workers are then replaced, so the next test
+starts clean.
 """
 
 import atexit
+import faulthandler
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import tempfile
 import time
 import traceback
 from multiprocessing.connection import wait
+from pathlib import Path
 
 _context = multiprocessing.get_context("spawn")
 _workers: list["_Worker"] = []
@@ -45,15 +49,15 @@ def run_on(ranks: int, function, *args, timeout: float = 120, group: bool = True
         _workers.append(_Worker())
     with tempfile.TemporaryDirectory() as folder:
         for rank, worker in enumerate(_workers[:ranks]):
-            worker.pipe.send((function, args, rank, ranks, f"{folder}/store" if group else None, port))
-        results, failures = _collect(_workers[:ranks], timeout)
+            worker.pipe.send((function, args, rank, ranks, folder, group, port))
+        results, failures = _collect(_workers[:ranks], timeout, folder)
     if failures:
         _stop_all()
         raise RankFailed("\n".join(failures))
     return results
 
 
-def _collect(workers, timeout: float):
+def _collect(workers, timeout: float, folder: str):
     deadline, grace = time.monotonic() + timeout, 2.0     # after one failure the others get `grace` to fail by themselves
     results, failures = [None] * len(workers), []
     pending = {worker.pipe: rank for rank, worker in enumerate(workers)}
@@ -61,7 +65,11 @@ def _collect(workers, timeout: float):
         ready = wait(list(pending), timeout=max(0, deadline - time.monotonic()))
         if not ready:
             if not failures:
-                failures += [f"rank {rank} did not answer in {timeout:.0f} s" for rank in pending.values()]
+                for rank in pending.values():
+                    os.kill(workers[rank].process.pid, signal.SIGUSR1)      # it writes down where each of its threads stands
+                time.sleep(0.5)
+                failures += [f"rank {rank} did not answer in {timeout:.0f} s\n{_stack_file(folder, rank).read_text()}"
+                             for rank in pending.values()]
             break
         for pipe in ready:
             rank = pending.pop(pipe)
@@ -73,6 +81,10 @@ def _collect(workers, timeout: float):
                 failures.append(f"rank {rank}: {results[rank]}")
                 deadline = min(deadline, time.monotonic() + grace)
     return results, failures
+
+
+def _stack_file(folder: str, rank: int) -> Path:
+    return Path(folder, f"stack-{rank}")
 
 
 def _stop_all() -> None:
@@ -90,16 +102,18 @@ def _serve(pipe) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            function, args, rank, ranks, store, port = pipe.recv()
+            function, args, rank, ranks, folder, group, port = pipe.recv()
         except (EOFError, KeyboardInterrupt):
             return
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port))
+        stack_file = _stack_file(folder, rank).open("w")
+        faulthandler.register(signal.SIGUSR1, stack_file)
         try:
-            if store:
-                dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
+            if group:
+                dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank, world_size=ranks)
             answer = (True, function(*args))
-            if store:
+            if group:
                 dist.barrier()               # no rank leaves while another still talks to it
         except BaseException:                # whatever it was belongs to the test that asked
             answer = (False, traceback.format_exc())
@@ -112,10 +126,15 @@ def _serve(pipe) -> None:
 
 
 def _forget_meshes() -> None:
-    """Empty DTensor's caches: they hold plans with the mesh they were made for, and take an equal mesh of a later process
-    group for the same, whose groups are gone. Only a process that outlives its group can see this."""
+    """Empty what a process that outlives its group remembers of it. DTensor's caches hold plans with the mesh they were
+    made for, and take an equal mesh of a later process group for the same, whose groups are gone. Compiled blocks too, and
+    the shapes seen: a rank that compiled before, alone, would make a graph with dynamic shapes where its new peers make a
+    static one, and each would wait in another collective."""
     import torch
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
     _clear_sharding_prop_cache()
     getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", lambda: None)()

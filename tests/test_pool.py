@@ -23,7 +23,8 @@ def misbehave(how):
     dist.barrier()
 
 
-@pytest.mark.parametrize("how,said", [("raise", "rank 1.*it was me"), ("die", "rank 1: died"), ("hang", "did not answer")])
+@pytest.mark.parametrize("how,said", [("raise", "rank 1.*it was me"), ("die", "rank 1: died"),
+                                      ("hang", "rank 1 did not.*in misbehave")])
 def test_a_bad_rank_fails_its_test_in_seconds_and_the_next_test_runs(how, said):
     run_on(2, sum_of_ranks)
     began = time.monotonic()
@@ -35,3 +36,24 @@ def test_a_bad_rank_fails_its_test_in_seconds_and_the_next_test_runs(how, said):
 
 def test_workers_are_reused():
     assert run_on(2, sum_of_ranks)[0][0] == run_on(2, sum_of_ranks)[0][0]
+
+
+def graphs_made(length):
+    """The sizes with which the compiler got the function's graph; a graph with dynamic shapes has a symbol there."""
+    sizes = []
+
+    def note(graph, inputs):
+        sizes.append([str(size) for size in inputs if not isinstance(size, torch.Tensor)])
+        return graph.forward
+
+    torch.compile(plus_one, backend=note)(torch.zeros(length))
+    return sizes
+
+
+def plus_one(values):
+    return values + 1
+
+
+def test_a_rank_that_compiled_alone_compiles_as_its_peers_do():
+    run_on(1, graphs_made, 3)
+    assert run_on(2, graphs_made, 4) == [[[]], [[]]]
