@@ -157,8 +157,8 @@ class ActivationOffload:
         if not self.free:
             gc.collect()       # graphs in a reference cycle hold slots whose backward is over
         if not self.free:
-            raise RuntimeError(f"all {self.n_slots} slots of the activation slab hold inputs that wait for backward: more forwards "
-                               "are in flight than in_flight says")
+            raise RuntimeError(f"all {self.n_slots} slots of the activation slab hold inputs that wait for backward: more "
+                               "forwards are in flight than in_flight says")
         return self.free.pop()
 
     # ---- backward ----

@@ -14,7 +14,6 @@ from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import init_weights
 from memory.activations import offload_block_inputs
 from parallel import ParallelConfig, build_mesh, parallelize
-from parallel.apply import apply_compile
 from parallel.pipeline import make_step_runner
 from parallel.recompute import MODES, apply_recompute
 
@@ -30,12 +29,12 @@ def batches(n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [tuple(pair) for pair in tokens]
 
 
-def train(recompute: str, offload: bool, compile: bool = False, n_micros: int = 2):
+def train(recompute: str, offload: bool, compiler: str | None = None, n_micros: int = 2):
     """Two steps of `n_micros` microbatches each: (losses, gradients by name, the offload or None)."""
     model = Llama(CONFIG)
     apply_recompute(list(model.model.layers), recompute)
-    if compile:
-        apply_compile(list(model.model.layers))
+    for block in model.model.layers if compiler else ():
+        block.forward = torch.compile(block.forward, backend=compiler)         # as parallel/apply.py does
     offloading = offload_block_inputs(model.model.layers, CPU, INPUT_BYTES) if offload else None
     losses = []
     for _ in range(2):
@@ -110,18 +109,21 @@ def test_inputs_come_one_block_ahead_and_in_order():
     for i, block in enumerate(model.model.layers):
         block.register_full_backward_pre_hook(partial(lambda i, *_: log.append(f"B{i}"), i))
     model(*batches(1)[0]).backward()
-    assert log == ["out 0", "out 1", "out 2", "out 3", "out 4", "keep 5", "B5", "in 4", "B4", "in 3", "B3", "in 2", "B2", "in 1",
-                   "B1", "in 0", "B0"]
+    assert log == ["out 0", "out 1", "out 2", "out 3", "out 4", "keep 5", "B5", "in 4", "B4", "in 3", "B3", "in 2", "B2",
+                   "in 1", "B1", "in 0", "B0"]
 
 
-def test_it_composes_with_compile_and_compiles_one_graph_for_all_blocks():
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_it_composes_with_compile_and_all_blocks_share_one_graph(compiler, recompute):
     from torch._dynamo.utils import counters
-    expected = train("full", False, compile=True)
+    torch.compiler.reset()
+    expected = train(recompute, False, compiler)
     torch.compiler.reset()
     counters.clear()
-    ours = train("full", True, compile=True)
+    ours = train(recompute, True, compiler)
     assert_bitwise(ours, expected)
-    assert ours[2].peak_device_bytes <= 2 * INPUT_BYTES
+    assert ours[2].peak_device_bytes == 2 * INPUT_BYTES
     assert counters["stats"]["unique_graphs"] == 1
     torch.compiler.reset()
 
@@ -220,8 +222,7 @@ def step_under(layout: dict, recompute: str, in_flight: int, offload: bool):
                               layout.zero_stage)
     tokens, labels = torch.randint(CONFIG.vocab_size, (2, n_micros, T // layout.cp),
                                    generator=torch.Generator().manual_seed(mesh["dp"].get_local_rank()))
-    positions = torch.arange(T // layout.cp)[None] if layout.cp > 1 else None
-    micros = [Batch(*rows, positions) for rows in zip(tokens.split(1), labels.split(1), strict=True)]
+    micros = [Batch(*rows, None) for rows in zip(tokens.split(1), labels.split(1), strict=True)]
     loss = runner.step(micros, labels.numel())
     grads = {name: (p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad).clone()
              for name, p in model.named_parameters()}
@@ -238,4 +239,5 @@ def test_every_layout_gives_the_same_bits_with_block_inputs_offloaded(name, reco
     for (loss, grads, peaks), (expected_loss, expected_grads, _) in zip(ours, expected, strict=True):
         assert loss == expected_loss
         assert all(torch.equal(grads[key], grad) for key, grad in expected_grads.items())
-        assert peaks and all(2 <= peak <= 1 + in_flight for peak in peaks), peaks       # one kept per forward in flight
+        most = 1 + in_flight + ("zero-bubble" in name)     # one kept per forward in flight; one whose W is to come
+        assert peaks and all(2 <= peak <= most for peak in peaks), peaks
