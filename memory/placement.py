@@ -176,7 +176,7 @@ def auto_plan(n_elements: Sequence[int], *, device_budget_bytes: int, host_budge
     """The fastest predicted step within both budgets, by a scan of all layouts.
 
     n_elements: this rank's chunks in forward order. If all fits, all is RESIDENT. Of plans within CLOSE_ENOUGH of the fastest
-    the one with most residents is taken. Raises UsageError if nothing fits, with the numbers and the nearest budgets that would do.
+    the one with most residents is taken. UsageError if nothing fits, with the numbers and the nearest budgets that would do.
     """
     n_total, other = sum(n_elements), traced.non_model_peak_bytes
     fixed = widths.weight * n_total + other
