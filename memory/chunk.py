@@ -113,6 +113,12 @@ class Chunk:
     def __repr__(self) -> str:
         return f"chunk {self.index} ({self.placement.value}, {self.n} elements from {self.pieces[0].managed.name})"
 
+    @property
+    def covers(self) -> str:
+        """The parameters in it, in words."""
+        first, last = self.pieces[0].managed.name, self.pieces[-1].managed.name
+        return first if first == last else f"{first} to {last}"
+
     def move_to(self, state: State) -> None:
         if state not in LEGAL_MOVES[self.state]:
             raise RuntimeError(f"{self} cannot move from {self.state.value} to {state.value}")

@@ -13,7 +13,7 @@ On a CUDA device lanes are streams; without one they are the calling thread, and
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,11 +26,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dtensor_llama.errors import UsageError
+from memory.auto import AutoPolicy
 from memory.chunk import CHUNK_ELEMENTS, DONE, GIB, Chunk, Ledger, Managed, Piece, State, bytes_per_element, cut, like, local
 from memory.config import MemoryConfig
 from memory.kernel import Hyper, Kernel
 from memory.optimizer import ChunkOptimizer, check_adamw
 from memory.placement import Placement, Plan, static_plan
+from memory.tracer import Rates, measure_rates
 
 RING_SLOTS = 4        # one being filled, one being stepped, one being emptied, and one for when they are not in step
 MASTER_AND_MOMENTS = ("master", "exp_avg", "exp_avg_sq")
@@ -77,12 +79,14 @@ class ChunkManager:
     outside: parameters with gradients that change after backward, or weights that are read outside forward (a matrix tied
         over pipeline stages). `step` returns when they are new.
     plan: instead of the configuration's; placements of as many chunks as there are.
+    rates: of the machine, for placement auto; say: called with plans in words; ranks_per_host: that share its memory.
     UsageError, before anything is allocated, if the optimizer or the budgets do not allow it.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.AdamW, config: MemoryConfig, *,
                  parts: Sequence[nn.Module] | None = None, arrivals: int = 1, outside: Iterable[nn.Parameter] = (),
-                 plan: Plan | None = None, chunk_elements: int = CHUNK_ELEMENTS, host_threads: int | None = None):
+                 plan: Plan | None = None, rates: Rates | None = None, say: Callable[[str], None] = print,
+                 ranks_per_host: int = 1, chunk_elements: int = CHUNK_ELEMENTS, host_threads: int | None = None):
         config.check()
         check_adamw(optimizer)
         self.model, self.config, self.arrivals = model, config, arrivals
@@ -118,12 +122,17 @@ class ChunkManager:
         self.resident, self.host = Lane("device adam", self), Lane("host adam", self)      # resident: the caller's stream
         self._in_flight: list[tuple[Any, Any]] = []      # (event, tensors that must live until then)
         self._phase: tuple[str | None, Any] = None, None
+        self._stepped_s, self._host_done_s, self._host_update_s = 0.0, 0.0, None
         threads = host_threads or _host_threads(self.is_cuda)
         self.worker = ThreadPoolExecutor(1, "host-adam", initializer=torch.set_num_threads, initargs=(threads,))
         for dtype in {chunk.dtype for chunk in self.chunks}:
             self.kernel.warm_up(self.device, dtype, {dtype, *[torch.float32] * self.sums})
+        self._gates = _gates(self.parts, self.of)
         self._install_hooks()
         self.optimizer = ChunkOptimizer(self, optimizer)
+        self.auto = None
+        if config.placement == "auto" and plan is None:
+            self.auto = AutoPolicy(self, rates or measure_rates(self.device), say, ranks_per_host)
 
     # ---- the plan -----------------------------------------------------------------------------------------------------
 
@@ -217,7 +226,7 @@ class ChunkManager:
             if not one.outside:
                 hook = lambda _, one=one: self._arrive(one)
                 self._handles.append(one.parameter.register_post_accumulate_grad_hook(hook))
-        for module, chunks in _gates(self.parts, self.of).items():
+        for module, chunks in self._gates.items():
             # after fully_shard and prepended: it comes before FSDP gathers the weights
             hook = lambda _module, _args, chunks=chunks: self._enter(chunks)
             self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
@@ -276,6 +285,8 @@ class ChunkManager:
 
     def finish_backward(self) -> None:
         """Take in gradients that no hook has seen: those from outside backward, or set by hand."""
+        if self.auto:
+            self.auto.backward_ended()
         for one in self.managed:
             if one.parameter.grad is not None and one.arrivals == 0:
                 self._arrive(one)
@@ -326,6 +337,9 @@ class ChunkManager:
         weights or states waits for what it reads."""
         self.finish_backward()
         self._mark(None)
+        if self._stepped_s:
+            self._host_update_s = self._host_done_s - self._stepped_s if self._host_done_s > self._stepped_s else None
+        self._stepped_s = time.perf_counter()
         clip_arrived = DONE
         if self.clip is not None:
             with self.d2h.work("clip", after=[self._now()]) as end:
@@ -353,6 +367,12 @@ class ChunkManager:
         for one in self.managed:
             for piece in one.pieces if one.outside else ():
                 piece.chunk.wait()
+        if self.auto:
+            self.auto.step_ended()
+
+    def host_update_seconds(self) -> float | None:
+        """From `step` until the host's last weight was sent, in the step before the latest; None: the host has no chunk."""
+        return self._host_update_s
 
     def _step_resident(self, chunk: Chunk, pieces: list, now, clip_arrived, turn: int) -> None:
         chunk.move_to(State.STEPPING)
@@ -412,6 +432,7 @@ class ChunkManager:
                 weight.copy_(slab[piece.in_chunk], non_blocking=True)
         chunk.weights_done = chunk.done = end[0]
         chunk.move_to(State.READY)
+        self._host_done_s = time.perf_counter()
 
     # ---- forward and readers ------------------------------------------------------------------------------------------
 
@@ -419,6 +440,13 @@ class ChunkManager:
         for chunk in chunks:
             chunk.wait()
         self._mark("forward")
+        if self.auto and torch.is_grad_enabled():
+            self.auto.forward_begins()
+
+    def gated_modules(self) -> dict[str, nn.Module]:
+        """What waits for weights as one, in forward order, by name: blocks, and each part for the rest of it."""
+        names = {module: name or f"part {i}" for i, part in enumerate(self.parts) for name, module in part.named_modules()}
+        return {names[module]: module for module in self._gates}
 
     def wait(self) -> None:
         """Until all weights and states are new: before anything but a forward of the model reads them."""

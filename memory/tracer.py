@@ -10,7 +10,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -34,6 +34,11 @@ class Rates:
     dram_under_dma: float            # the same while the link is busy both ways, the link's share of DRAM included
     host_adam: dict[int, float]      # by threads
     device_adam: float
+
+    def scaled(self, factor: float) -> "Rates":
+        """All that an update on the host waits for, times `factor`: the machine as it turned out to be."""
+        slower = {name: factor * getattr(self, name) for name in ("h2d", "d2h", "duplex", "dram", "dram_under_dma")}
+        return replace(self, **slower, host_adam={n: factor * rate for n, rate in self.host_adam.items()})
 
     def to_json(self) -> dict:
         return asdict(self)

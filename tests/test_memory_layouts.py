@@ -2,13 +2,12 @@
 
 import functools
 import random
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 from pool import run_on
-from test_one_answer import GQA, ROWS, SHAPES, STEPS, T, five_steps, rows_of, whole_weights
+from test_one_answer import ROWS, SHAPES, STEPS, five_steps, rows_of, whole_weights
 
 from dtensor_llama import Llama
 from dtensor_llama.data.reader import Batch
@@ -36,10 +35,10 @@ def start(shape: str, layout: ParallelConfig, micro: int, plan_seed: int | None,
     adamw = build_adamw(model, lr=1e-3, weight_decay=0.1)
     draw = random.Random(f"{plan_seed} {dist.get_rank()}")           # ranks need not agree where their chunks live
     n_chunks = len(cut(_managed(model, parts, adamw, set()), CHUNK))
-    plan = Plan(tuple(draw.choice(list(Placement)) for _ in range(n_chunks)))
+    plan = Plan(tuple(draw.choice(list(Placement)) for _ in range(n_chunks)), (CHUNK,) * n_chunks, "static", "drawn")
     tied_over_stages = SHAPES[shape].tie_word_embeddings and layout.pp > 1 and model.model.embed_tokens is not None
     manager = ChunkManager(
-        model, adamw, MemoryConfig(placement="auto", kernel="blocks", **config), parts=parts, plan=plan, chunk_elements=CHUNK,
+        model, adamw, MemoryConfig("static", 1, 0, 0, kernel="blocks", **config), parts=parts, plan=plan, chunk_elements=CHUNK,
         arrivals=n_micros if layout.zero_stage >= 2 and layout.pp == 1 else 1,
         outside=[model.model.embed_tokens.weight] if tied_over_stages else [])
     weights = manager.masters()

@@ -11,7 +11,7 @@ from torch import nn
 from memory import ChunkManager, MemoryConfig, Placement, Plan
 
 RESIDENT, STREAM, CPU = Placement
-ON = MemoryConfig(placement="auto", kernel="blocks")       # the compiler takes 10 s to start; one test pays for it
+ON = MemoryConfig("static", 1, 0, 0, kernel="blocks")       # the compiler takes 10 s to start; one test pays for it
 
 
 class Tiny(nn.Module):
@@ -63,8 +63,13 @@ def train(model, optimizer, steps, max_norm=None, micros=1) -> None:
 
 def managed(placements, chunk_elements=64, dtype=torch.float32, config=ON, **kwargs):
     model = tiny(dtype=dtype)
-    manager = ChunkManager(model, adamw(model), config, plan=Plan(tuple(placements)), chunk_elements=chunk_elements, **kwargs)
+    manager = ChunkManager(model, adamw(model), config, plan=drawn(placements), chunk_elements=chunk_elements,
+                           **kwargs)
     return model, manager
+
+
+def drawn(placements) -> Plan:
+    return Plan(tuple(placements), (64,) * len(placements), "static", "drawn")
 
 
 def weights(model) -> torch.Tensor:
