@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from memory.chunk import GIB
-from memory.placement import Widths, auto_plan, describe, replan
+from memory.placement import auto_plan, describe, replan
 from memory.tracer import Counters, Rates, Traced, Tracer
 
 if TYPE_CHECKING:
@@ -75,10 +75,9 @@ class AutoPolicy:
 
     def _plan(self) -> None:
         manager = self.manager
-        widths = [Widths.of(dtype.itemsize, manager.sums) for dtype in {chunk.dtype for chunk in manager.chunks}]
         plan = auto_plan([chunk.n for chunk in manager.chunks], device_budget_bytes=self.device_budget,
                          host_budget_bytes=self.host_budget, rates=self.rates, traced=self.traced,
-                         widths=max(widths, key=lambda each: each.weight), layers=[chunk.covers for chunk in manager.chunks])
+                         widths=manager.widths, layers=[chunk.covers for chunk in manager.chunks])
         self.n_plans += 1
         manager.replan(plan)
         self.say(describe(plan))

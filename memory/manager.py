@@ -31,7 +31,7 @@ from memory.chunk import CHUNK_ELEMENTS, DONE, GIB, Chunk, Ledger, Managed, Piec
 from memory.config import MemoryConfig
 from memory.kernel import Hyper, Kernel
 from memory.optimizer import ChunkOptimizer, check_adamw
-from memory.placement import Placement, Plan, static_plan
+from memory.placement import Placement, Plan, Widths, describe, static_plan
 from memory.tracer import Rates, measure_rates
 
 RING_SLOTS = 4        # one being filled, one being stepped, one being emptied, and one for when they are not in step
@@ -130,6 +130,9 @@ class ChunkManager:
         self._gates = _gates(self.parts, self.of)
         self._install_hooks()
         self.optimizer = ChunkOptimizer(self, optimizer)
+        say(f"memory    {len(self.chunks)} chunks on this rank; AdamW by {self.kernel.why}")
+        if config.placement == "static":
+            say(describe(self.plan))
         self.auto = None
         if config.placement == "auto" and plan is None:
             self.auto = AutoPolicy(self, rates or measure_rates(self.device), say, ranks_per_host)
@@ -139,7 +142,8 @@ class ChunkManager:
     def _first_plan(self) -> Plan:
         sizes = [chunk.n for chunk in self.chunks]
         if self.config.placement == "static":
-            return static_plan(sizes, self.config.resident, self.config.stream, self.config.cpu)
+            return static_plan(sizes, self.config.resident, self.config.stream, self.config.cpu, widths=self.widths,
+                               layers=[chunk.covers for chunk in self.chunks])
         # auto: the first steps are traced with the device as empty as the host can make it
         plan, n_resident = static_plan(sizes, 0, 0, 1), 0
         budget = self.config.host_budget_gib
@@ -148,6 +152,10 @@ class ChunkManager:
             rest = (Placement.CPU,) * (len(sizes) - n_resident)
             plan = replace(plan, placements=(Placement.RESIDENT,) * n_resident + rest)
         return plan
+
+    @property
+    def widths(self) -> Widths:
+        return Widths.of(max((chunk.dtype.itemsize for chunk in self.chunks), default=4), self.sums)
 
     def needed(self, plan: Plan) -> dict[str, int]:
         """Bytes by account that a plan holds at most: weights, states, ring, gradients that wait for their step."""
@@ -204,19 +212,6 @@ class ChunkManager:
         for slot in self.ring:
             self.ledger.give("device", sum(tensor.nbytes for tensor in slot.values()))
         self.ring = []
-
-    def report(self) -> str:
-        """What lives where, in a few lines."""
-        n = sum(chunk.n for chunk in self.chunks)
-        lines = [f"memory    {len(self.chunks)} chunks, {n / 1e6:,.1f}M parameters on this rank; AdamW by {self.kernel.why}"]
-        for placement in Placement:
-            mine = [chunk for chunk in self.chunks if chunk.placement is placement]
-            if mine:
-                share = sum(chunk.n for chunk in mine)
-                lines.append(f"  {placement.value:9} {len(mine):4} chunks {share / 1e6:10,.1f}M {share / n:5.0%}  "
-                             f"{mine[0].pieces[0].managed.name} .. {mine[-1].pieces[-1].managed.name}")
-        held = ", ".join(f"{account} {n_bytes / GIB:.3f} GiB" for account, n_bytes in self.needed(self.plan).items())
-        return "\n".join([*lines, f"  {held}, besides activations"])
 
     # ---- backward: gradients arrive -----------------------------------------------------------------------------------
 
