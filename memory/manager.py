@@ -91,7 +91,7 @@ class ChunkManager:
         check_adamw(optimizer)
         self.model, self.config, self.arrivals = model, config, arrivals
         self.parts = [model] if parts is None else list(parts)
-        self.managed = _managed(model, self.parts, optimizer, set(outside))
+        self.managed = find_managed(model, self.parts, optimizer, set(outside))
         self.of = {one.parameter: one for one in self.managed}
         self.chunks = cut(self.managed, chunk_elements)
         self.device = local(self.managed[0].parameter).device if self.managed else torch.device("cpu")
@@ -544,7 +544,8 @@ def flat_grad(one: Managed) -> Tensor:
     return local(grad).reshape(-1)
 
 
-def _managed(model: nn.Module, parts: list[nn.Module], optimizer: torch.optim.AdamW, outside: set) -> list[Managed]:
+def find_managed(model: nn.Module, parts: list[nn.Module], optimizer: torch.optim.AdamW,
+                 outside: set[nn.Parameter] = frozenset()) -> list[Managed]:
     """The optimizer's trainable parameters, in forward order."""
     group_of = {p: group for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
     names = {parameter: _plain(name) for name, parameter in model.named_parameters()}
