@@ -55,6 +55,12 @@ class Widths:
         if self.split_master and self.weight != 2:
             raise ValueError(f"a split master's high half is a 2-byte weight, not one of {self.weight} bytes")
 
+    @classmethod
+    def of(cls, weight: int, sums: bool) -> "Widths":
+        """As chunk.py lays them out: the master is the weight or, of a 2-byte weight, that and its low half. sums: gradients
+        arrive several times a step and are added up in float32."""
+        return cls(weight, 4 if sums else weight, weight, 4 if sums else 0, split_master=weight == 2)
+
     @property
     def states(self) -> int:
         """Of RESIDENT and STREAM: two float32 moments, and what the weight lacks of the master."""
@@ -76,9 +82,9 @@ class Plan:
     """Where each chunk lives and what that takes; `describe` prints it, `to_json` goes into the checkpoint."""
 
     placements: tuple[Placement, ...]        # one per chunk, in forward order
-    n_elements: tuple[int, ...]              # of each chunk
-    policy: str                              # static, auto
-    why: str
+    n_elements: tuple[int, ...] = ()         # of each chunk
+    policy: str = "given"                    # static, auto
+    why: str = "placements as given"
     widths: Widths = Widths()
     layers: tuple[str, ...] = ()             # what each chunk covers, in words; may be empty
     other_device_bytes: int = 0              # activations, buffers, other libraries: traced

@@ -7,10 +7,12 @@ from itertools import product
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtensor_llama import LlamaConfig, UsageError
+from memory.chunk import bytes_per_element
 from memory.placement import (
     CLOSE_ENOUGH,
     GIB,
@@ -189,6 +191,15 @@ def test_widths_are_those_of_the_design():
         (12, 14, 32), (10, 14, 32), (8, 16, 40)]
     with pytest.raises(ValueError, match="2-byte weight"):
         Widths(weight=4, split_master=True)
+
+
+@pytest.mark.parametrize("dtype,sums", product([torch.bfloat16, torch.float32], [False, True]))
+def test_widths_are_those_of_the_chunks(dtype, sums):
+    widths = Widths.of(dtype.itemsize, sums)
+    of = {placement: bytes_per_element(placement, dtype, sums) for placement in Placement}
+    assert of[Placement.RESIDENT] == {"device": widths.states + widths.grad, "host": 0}
+    assert of[Placement.STREAM] == {"device": widths.grad, "host": widths.states}
+    assert of[Placement.CPU] == {"device": 0, "host": widths.cpu_states}
 
 
 # ---- the design's own numbers (MEMORY.md, section 3) -----------------------------------------------------------------------
