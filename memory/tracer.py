@@ -17,6 +17,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from memory.kernel import Hyper, Kernel
+
 MIB = 2**20
 
 
@@ -77,12 +79,12 @@ def load_rates(path: Path, device: torch.device, measure: Callable[[torch.device
 def measure_rates(device: torch.device, n_bytes: int = 256 * MIB, seconds: float = 0.5) -> Rates:
     """All of it, `seconds` each. With a GPU it must be idle; several ranks of a host measure at the same time, so that each
     gets its share."""
-    link = Link(device, n_bytes)
-    stream = DramStream(4 * n_bytes)
+    link, stream = Link(device, n_bytes), DramStream(4 * n_bytes)
+    wires = {direction: link.rate(direction, seconds) for direction in ("h2d", "d2h", "duplex")}
+    dram, under_dma = stream.rate(seconds), stream.rate_under(link, seconds)
     host_adam = {n: host_adam_rate(n, seconds=seconds) for n in thread_counts()}
-    return Rates(h2d=link.rate("h2d", seconds), d2h=link.rate("d2h", seconds), duplex=link.rate("duplex", seconds),
-                 dram=stream.rate(seconds), dram_under_dma=stream.rate_under(link, seconds), host_adam=host_adam,
-                 device_adam=device_adam_rate(device, seconds=seconds) if device.type == "cuda" else max(host_adam.values()))
+    device_adam = device_adam_rate(device, seconds=seconds) if device.type == "cuda" else max(host_adam.values())
+    return Rates(**wires, dram=dram, dram_under_dma=under_dma, host_adam=host_adam, device_adam=device_adam)
 
 
 def thread_counts() -> list[int]:
@@ -177,18 +179,18 @@ class DramStream:
             thread.join()
 
 
-def host_adam_rate(n_threads: int, n_parameters: int = 32 * MIB, seconds: float = 0.5) -> float:
+def host_adam_rate(n_threads: int, n_parameters: int = 32 * MIB, seconds: float = 0.5, kernel: str = "auto") -> float:
     """Parameters/s of our AdamW kernel on `n_threads` cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(n_threads)
     try:
-        return per_second(_adam_step(torch.device("cpu"), n_parameters), seconds)
+        return per_second(_adam_step(torch.device("cpu"), n_parameters, kernel), seconds)
     finally:
         torch.set_num_threads(before)
 
 
-def device_adam_rate(device: torch.device, n_parameters: int = 64 * MIB, seconds: float = 0.5) -> float:
-    step = _adam_step(device, n_parameters)
+def device_adam_rate(device: torch.device, n_parameters: int = 64 * MIB, seconds: float = 0.5, kernel: str = "auto") -> float:
+    step = _adam_step(device, n_parameters, kernel)
 
     def timed() -> float:
         done = step()
@@ -198,11 +200,9 @@ def device_adam_rate(device: torch.device, n_parameters: int = 64 * MIB, seconds
     return per_second(timed, seconds)
 
 
-def _adam_step(device: torch.device, n_parameters: int) -> Callable[[], float]:
+def _adam_step(device: torch.device, n_parameters: int, kind: str) -> Callable[[], float]:
     """One update of bfloat16 weights by our kernel as each engine calls it; returns how many parameters it stepped."""
-    from memory.kernel import Hyper, Kernel
-
-    kernel, hyper = Kernel("auto", device), Hyper(1e-3, 0.9, 0.95, 1e-8, 0.1, 1)
+    kernel, hyper = Kernel(kind, device), Hyper(1e-3, 0.9, 0.95, 1e-8, 0.1, 1)
     zeros = lambda dtype=torch.float32: torch.zeros(n_parameters, dtype=dtype, device=device)
     if device.type == "cpu":
         tensors, step = (zeros(), zeros(), zeros(), zeros(torch.bfloat16)), kernel.host_step

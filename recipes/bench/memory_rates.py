@@ -13,6 +13,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -39,6 +40,7 @@ class Config:
     dram_mib: int = 2048                                # the streamed array: several times the last-level cache
     adam_mi_elements: int = 64                          # parameters of the host's Adam, in 2^20: 14 bytes each
     seconds: float = 1.0                                # per figure, of which the best go counts
+    kernel: Literal["auto", "compiled", "blocks"] = "auto"    # our AdamW, as --memory.kernel
     keep: str | None = None                             # a JSON file for this machine's rates; measured anew if not in it
 
 
@@ -48,8 +50,8 @@ def main(cfg: Config) -> None:
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     link, stream = Link(device, max(cfg.sizes_mib) * MIB), DramStream(cfg.dram_mib * MIB)
     gb_s = lambda rate: round(rate / 1e9, 3)
-    host_adam = {n: host_adam_rate(n, cfg.adam_mi_elements * MIB, cfg.seconds) for n in thread_counts()}
-    device_adam = device_adam_rate(device, 256 * MIB, cfg.seconds) if device.type == "cuda" else None
+    host_adam = {n: host_adam_rate(n, cfg.adam_mi_elements * MIB, cfg.seconds, cfg.kernel) for n in thread_counts()}
+    device_adam = device_adam_rate(device, 256 * MIB, cfg.seconds, cfg.kernel) if device.type == "cuda" else None
     print(json.dumps({
         "machine": machine_key(device), "link_is_a_wire": device.type == "cuda",
         **{f"{direction}_gb_s_by_mib": {mib: gb_s(link.rate(direction, cfg.seconds, mib * MIB)) for mib in cfg.sizes_mib}
