@@ -37,7 +37,7 @@ WRONG = [      # lesson, what stands there, what shall stand there instead: a cl
     ("07_ring_attention", "return hop(grad, -1)", "return grad"),                       # gradients stay with the wrong rank
     ("08_pipeline", "targets.numel()  ", "targets[i].numel()  "),                       # each microbatch its own mean
     ("09_everything", "grad_scale=layout.grad_ranks", "grad_scale=1"),                  # FSDP averages gradients
-    ("10_offload", "dist.all_reduce(squares := own.square().sum())", "squares = own.square().sum()"),   # each shard its own norm
+    ("10_offload", "dist.all_reduce(squares := own.square().sum())", "squares = own.square().sum()"),   # a norm per shard
     ("10_offload", 'self.states = [copy(state, "out") for state in states]', "pass"),   # what was stepped never comes home
     ("11_memory_timeline", "        if serial:\n", "        if True:\n"),               # no forward starts early
 ]

@@ -105,7 +105,7 @@ def lesson() -> None:
         plain.grad = torch.autograd.grad(loss_of(plain, draw(2 * ROWS, D, seed=step)), plain)[0]
         assert nn.utils.clip_grad_norm_([plain], MAX_NORM) > MAX_NORM, "every step shall be clipped"
         optimizer.step()
-    say("bytes per parameter of rank 0\nplan            device    host   wire out   wire in   from torch's AdamW, all steps clipped")
+    say("bytes per parameter of rank 0\nplan            device    host   wire out   wire in   from torch's AdamW, all clipped")
     ends = []
     for name, plan in PLANS.items():
         ends.append(train_with(plan))
