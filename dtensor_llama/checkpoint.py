@@ -181,9 +181,10 @@ def training_state(
     """All that a run needs to go on bit for bit, for Checkpointer.save, or (with a new model and optimizer) .load.
 
     step: optimizer steps done; position: rows the data reader has dealt; meta: anything JSON can hold. Tensors are the
-    live ones, not copies (with a chunk manager: copies). The random states are this rank's own; a rank that has none in the checkpoint (it was
-    written by fewer ranks) keeps its present ones. Gradients are not state: call it between steps."""
-    weights = optimizer.masters() if hasattr(optimizer, "masters") else model    # a chunk manager has the fp32 ones
+    live ones, not copies; of a chunk manager they are host copies, of fp32 masters, as if there were none. The random
+    states are this rank's own; a rank that has none in the checkpoint (it was written by fewer ranks) keeps its present
+    ones. Gradients are not state: call it between steps."""
+    weights = optimizer.masters() if hasattr(optimizer, "masters") else model      # a chunk manager's fp32 ones
     never_stepped = not optimizer.state
     optimizer.zero_grad() if never_stepped else None    # with gradients around DCP would not make the moments
     state = {

@@ -216,13 +216,13 @@ class _Done:
 DONE = _Done()
 
 
+@torch.no_grad()         # without autograd to_local is a mere look-up: a step asks for hundreds
 def local(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def flat(tensor: Tensor) -> Tensor:
-    return local(tensor).view(-1)      # raises if it is not contiguous: nothing could be written through a copy
+    return local(tensor).detach().view(-1)      # view raises if it is not contiguous: nothing could be written through a copy
 
 
 def like(parameter: nn.Parameter, shard: Tensor) -> Tensor:

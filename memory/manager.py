@@ -32,6 +32,7 @@ from memory.kernel import Hyper, Kernel
 from memory.optimizer import ChunkOptimizer, check_adamw
 from memory.placement import Placement, Plan, static_plan
 
+IN_FLIGHT_BYTES = 512 * 2**20      # of gradients on their way to the host: else a slow link would fill the device with them
 RING_SLOTS = 4        # one being filled, one being stepped, one being emptied, and one for when they are not in step
 MASTER_AND_MOMENTS = ("master", "exp_avg", "exp_avg_sq")
 LANES = ("compute", "d2h", "h2d", "host adam", "device adam")
@@ -87,7 +88,7 @@ class ChunkManager:
         check_adamw(optimizer)
         self.model, self.config, self.arrivals = model, config, arrivals
         self.parts = [model] if parts is None else list(parts)
-        self.managed = _managed(model, self.parts, optimizer, set(outside))
+        self.managed = find_managed(model, self.parts, optimizer, set(outside))
         self.of = {one.parameter: one for one in self.managed}
         self.chunks = cut(self.managed, chunk_elements)
         self.device = local(self.managed[0].parameter).device if self.managed else torch.device("cpu")
@@ -116,7 +117,7 @@ class ChunkManager:
         self.d2h, self.h2d, self.adam = (Lane(name, self, stream) for name, stream in
                                          zip(("d2h", "h2d", "device adam"), streams, strict=True))
         self.resident, self.host = Lane("device adam", self), Lane("host adam", self)      # resident: the caller's stream
-        self._in_flight: list[tuple[Any, Any]] = []      # (event, tensors that must live until then)
+        self._in_flight: list[tuple[Any, list[Tensor]]] = []      # (event, what must live until then)
         self._phase: tuple[str | None, Any] = None, None
         threads = host_threads or _host_threads(self.is_cuda)
         self.worker = ThreadPoolExecutor(1, "host-adam", initializer=torch.set_num_threads, initargs=(threads,))
@@ -141,8 +142,12 @@ class ChunkManager:
         return plan
 
     def needed(self, plan: Plan) -> dict[str, int]:
-        """Bytes by account that a plan holds at most: weights, states, ring, gradients that wait for their step."""
+        """Bytes by account that a plan holds at most: weights, states, ring, gradients that wait for their step or travel."""
         total, slot = {"device": self.weight_bytes, "host": 0}, 0
+        if self.is_cuda:
+            on_cpu = (chunk.n * chunk.dtype.itemsize for chunk, placement in zip(self.chunks, plan.placements, strict=True)
+                      if placement is Placement.CPU)
+            total["device"] += min(IN_FLIGHT_BYTES, sum(on_cpu))
         for chunk, placement in zip(self.chunks, plan.placements, strict=True):
             each = bytes_per_element(placement, chunk.dtype, self.sums)
             for account in total:
@@ -242,7 +247,7 @@ class ChunkManager:
         elif one.arrivals == 0:
             self.ledger.take("device", _waiting_bytes(one), f"gradient of {one.name}")
         one.arrivals += 1
-        self._in_flight = [entry for entry in self._in_flight if not entry[0].query()]
+        self._let_go()
 
     def _collect(self, piece: Piece, grad: Tensor, adds: bool) -> None:
         chunk = piece.chunk
@@ -256,7 +261,7 @@ class ChunkManager:
             ready = self._now()
             with self.d2h.work(f"gradient of {piece.managed.name}", after=[ready]) as end:
                 chunk.tensors["slab"][piece.in_chunk].copy_(grad, non_blocking=True)
-            self._in_flight.append((end[0], grad))
+            self._in_flight.append((end[0], [grad]))
             if "total" in chunk.tensors:
                 piece.adding = self.worker.submit(self._add, piece, end[0], adds)
                 return
@@ -273,6 +278,15 @@ class ChunkManager:
         total, slab = (piece.chunk.tensors[name][piece.in_chunk] for name in ("total", "slab"))
         total.add_(slab) if adds else total.copy_(slab)
         self.host_squares[piece.index] = _square_sum(total, piece.managed.copies).item()
+
+    def _let_go(self) -> None:
+        """Of gradients whose copy has ended; where the link is slower than backward, backward waits for it here."""
+        self._in_flight = [entry for entry in self._in_flight if not entry[0].query()]
+        n_bytes = sum(tensor.nbytes for _, tensors in self._in_flight for tensor in tensors)
+        while n_bytes > IN_FLIGHT_BYTES:
+            event, tensors = self._in_flight.pop(0)
+            event.synchronize()
+            n_bytes -= sum(tensor.nbytes for tensor in tensors)
 
     def finish_backward(self) -> None:
         """Take in gradients that no hook has seen: those from outside backward, or set by hand."""
@@ -326,6 +340,8 @@ class ChunkManager:
         weights or states waits for what it reads."""
         self.finish_backward()
         self._mark(None)
+        for chunk in self.chunks:
+            chunk.wait()                         # long done, but for one whose layers did not run since the last step
         clip_arrived = DONE
         if self.clip is not None:
             with self.d2h.work("clip", after=[self._now()]) as end:
@@ -345,7 +361,7 @@ class ChunkManager:
                     engine(chunk, pieces, now, clip_arrived, turn)
                     turn += 1
         kept = [one.parameter.grad for one in self.managed if one.parameter.grad is not None]
-        self._in_flight.append((self._now(self.adam), (kept, self.clip)))
+        self._in_flight.append((self._now(self.adam), kept if self.clip is None else [*kept, self.clip]))
         for one in self.managed:
             self._forget(one)
         self._clear_squares()
@@ -429,7 +445,6 @@ class ChunkManager:
     def masters(self) -> nn.Module:
         """A stand-in for the model: the same names and `config`, trainable parameters replaced by copies of their float32
         masters on the host, spread alike. For init_weights, load_hf, save_hf and checkpoints; see take_masters."""
-        self.wait()
         stand_in, seen = nn.Module(), {}
         stand_in.config = getattr(self.model, "config", None)
         for name, value in self.model.state_dict(keep_vars=True).items():
@@ -449,14 +464,14 @@ class ChunkManager:
     @torch.no_grad()
     def take_masters(self, stand_in: nn.Module) -> None:
         """Values of `masters()`, changed since, become the master weights, and rounded the weights."""
-        self.wait()
         values = dict(stand_in.named_parameters())
         for one in self.managed:
             self.scatter("master", one, local(values[one.name]))
 
     @torch.no_grad()
     def gather(self, name: str, one: Managed) -> Tensor:
-        """`master`, `exp_avg` or `exp_avg_sq` of this rank's shard, float32, flat, on the host, copied. After `wait`."""
+        """`master`, `exp_avg` or `exp_avg_sq` of this rank's shard, float32, flat, on the host, copied."""
+        self.wait()
         gathered = torch.empty(local(one.parameter).numel())
         for piece in one.pieces:
             gathered[piece.in_shard] = piece.chunk.read(name, piece)
@@ -465,6 +480,7 @@ class ChunkManager:
     @torch.no_grad()
     def scatter(self, name: str, one: Managed, shard: Tensor) -> None:
         """The reverse of gather, from any shape of as many elements."""
+        self.wait()
         values = shard.reshape(-1).float().to(self.device)
         for piece in one.pieces:
             piece.chunk.write(name, piece, values[piece.in_shard])
@@ -521,7 +537,8 @@ def flat_grad(one: Managed) -> Tensor:
     return local(grad).reshape(-1)
 
 
-def _managed(model: nn.Module, parts: list[nn.Module], optimizer: torch.optim.AdamW, outside: set) -> list[Managed]:
+def find_managed(model: nn.Module, parts: list[nn.Module], optimizer: torch.optim.AdamW,
+                 outside: set[nn.Parameter] = frozenset()) -> list[Managed]:
     """The optimizer's trainable parameters, in forward order."""
     group_of = {p: group for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
     names = {parameter: _plain(name) for name, parameter in model.named_parameters()}

@@ -2,21 +2,19 @@
 
 import functools
 import random
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 from pool import run_on
-from test_one_answer import GQA, ROWS, SHAPES, STEPS, T, five_steps, rows_of, whole_weights
+from test_memory_parity import chunk_sizes, plan_of
+from test_one_answer import ROWS, SHAPES, STEPS, five_steps, rows_of, whole_weights
 
 from dtensor_llama import Llama
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
-from memory import ChunkManager, MemoryConfig, Placement, Plan
-from memory.chunk import cut
-from memory.manager import _managed
+from memory import ChunkManager, MemoryConfig, Placement
 from parallel import ParallelConfig, build_mesh, parallelize
 from parallel.pipeline import make_step_runner
 
@@ -35,8 +33,8 @@ def start(shape: str, layout: ParallelConfig, micro: int, plan_seed: int | None,
     n_micros = ROWS // layout.dp // micro
     adamw = build_adamw(model, lr=1e-3, weight_decay=0.1)
     draw = random.Random(f"{plan_seed} {dist.get_rank()}")           # ranks need not agree where their chunks live
-    n_chunks = len(cut(_managed(model, parts, adamw, set()), CHUNK))
-    plan = Plan(tuple(draw.choice(list(Placement)) for _ in range(n_chunks)))
+    sizes = chunk_sizes(model, adamw, CHUNK, parts)
+    plan = plan_of(sizes, [draw.choice(list(Placement)) for _ in sizes])
     tied_over_stages = SHAPES[shape].tie_word_embeddings and layout.pp > 1 and model.model.embed_tokens is not None
     manager = ChunkManager(
         model, adamw, MemoryConfig(placement="auto", kernel="blocks", **config), parts=parts, plan=plan, chunk_elements=CHUNK,

@@ -1,0 +1,388 @@
+"""The chunk manager's parts: kernels, split master, ledger, moves, schedule, face, refusals."""
+
+import math
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_memory_parity import ON, PLANS, adamw, chunk_sizes, managed, of_torch, plan_of, tiny, train, weights
+
+from dtensor_llama import UsageError
+from memory import ChunkManager, MemoryConfig, Placement
+from memory.chunk import GIB, LEGAL_MOVES, State
+from memory.kernel import Hyper, Kernel, join_master, split_master
+
+RESIDENT, STREAM, CPU = Placement
+BF16 = torch.bfloat16
+
+
+# ---- kernels ----
+
+
+def test_a_split_master_is_bit_exact_and_its_high_half_is_the_rounded_weight():
+    highs = torch.tensor([0.0, -0.0, 1.0, -1.0, 3e38, -3e38, 1e-40, -1e-40, math.pi, -math.e]).view(torch.int32) >> 16 << 16
+    every_low = torch.arange(2**16, dtype=torch.int32)
+    drawn = torch.randint(-2**31, 2**31 - 1, (2**20,), generator=torch.Generator().manual_seed(0)).int()
+    bits = torch.cat([(highs[:, None] | every_low).flatten(), drawn])
+    master = bits.view(torch.float32)
+    master = master[master.isfinite()]
+    weight, low = split_master(master)
+    assert torch.equal(join_master(weight, low).view(torch.int32), master.view(torch.int32))
+    differs = weight.view(torch.int16) != master.to(BF16).view(torch.int16)
+    assert (master.view(torch.int32)[differs] & 0xFFFF == 0x8000).all()           # on exact ties alone
+
+
+def chunk_of(n, weight_dtype, grad_dtype):
+    draw = torch.Generator().manual_seed(1)
+    master, grad = torch.randn(n, generator=draw), torch.randn(n, generator=draw).to(grad_dtype)
+    return master, torch.randn(n, generator=draw) * 0.1, torch.rand(n, generator=draw) * 0.1, grad
+
+
+HYPER, CLIP = Hyper(1e-3, 0.9, 0.999, 1e-8, 0.1, 7), torch.tensor(0.37)
+
+
+def exact(master, exp_avg, exp_avg_sq, grad):
+    """AdamW in float64."""
+    g = grad.double() * CLIP.double()
+    m, v = 0.9 * exp_avg.double() + 0.1 * g, 0.999 * exp_avg_sq.double() + 0.001 * g * g
+    update = (m / (1 - 0.9**7)) / ((v / (1 - 0.999**7)).sqrt() + 1e-8)
+    return master.double() * (1 - 1e-3 * 0.1) - 1e-3 * update, m, v
+
+
+@pytest.mark.parametrize("kind", ["blocks", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_both_kernels_step_host_and_device_chunks_as_exact_arithmetic_does(kind):
+    kernel = Kernel(kind, torch.device("cpu"))
+    assert kernel.kind == kind
+    for weight_dtype, grad_dtype in ((torch.float32, torch.float32), (BF16, BF16), (BF16, torch.float32)):
+        for n in (1000, 300_000):
+            master, m, v, grad = chunk_of(n, weight_dtype, grad_dtype)
+            if weight_dtype == BF16:
+                weight, low = split_master(master.clone())
+            else:
+                weight, low = master.clone(), None
+            expected = exact(master, m, v, grad)
+            states, device_grad = (m.clone(), v.clone()), grad.clone()
+            kernel.device_step(weight, low, *states, device_grad, CLIP, HYPER)
+            new_master = weight if low is None else join_master(weight, low)
+            kernel.host_step(master, m, v, grad, CLIP, HYPER)
+            for ours in ((new_master, *states), (master, m, v)):
+                for one, right in zip(ours, expected, strict=True):
+                    torch.testing.assert_close(one.double(), right, rtol=2e-6, atol=1e-7)
+            assert torch.equal(grad, master.to(grad_dtype))                       # the weight, where the gradient was
+
+
+@pytest.mark.slow
+def test_a_compiled_kernel_is_compiled_once_for_all_steps_and_sizes():
+    kernel = Kernel("compiled", torch.device("cpu"))
+    kernel.warm_up(torch.device("cpu"), BF16, {BF16})
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for step in range(1, 4):
+            for n in (64, 1000, 2**20):
+                master, m, v, grad = chunk_of(n, BF16, BF16)
+                kernel.host_step(master, m, v, grad, torch.tensor(1 / step), Hyper(1e-3 * step, 0.9, 0.95, 1e-5, 0.1, step))
+
+
+# ---- bfloat16 weights ----
+
+
+def bf16_masters(placements, steps=6, arrivals=1, micros=1) -> tuple[dict, dict]:
+    model, manager = managed(placements, dtype=BF16, arrivals=arrivals)
+    train(model, manager.optimizer, steps, max_norm=0.5, micros=micros)
+    masters = {name: p.detach().clone() for name, p in manager.masters().named_parameters()}
+    manager.close()
+    return masters, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_bfloat16_weights_are_their_float32_masters_rounded_at_every_placement():
+    of_plan = {name: bf16_masters(placements) for name, placements in PLANS.items()}
+    for masters, rounded in of_plan.values():
+        for name, master in masters.items():
+            assert master.dtype == torch.float32 and rounded[name].dtype == BF16
+            half_up = split_master(master.flatten())[0].view_as(master)
+            assert (rounded[name] == master.to(BF16)).logical_or(rounded[name] == half_up).all()
+            torch.testing.assert_close(master, of_plan["resident"][0][name], rtol=1e-4, atol=1e-5)
+    assert any((master != master.to(BF16)).any() for master in of_plan["cpu"][0].values())
+
+
+def test_bfloat16_gradients_of_microbatches_are_summed_in_float32():
+    big, small = 256.0, 0.75                         # in bfloat16 256 + 0.75 is 256
+    for placements in PLANS.values():
+        model, manager = managed(placements, dtype=BF16, arrivals=3)
+        weight = model.layers[1].weight
+        for value in (big, small, small):
+            (weight.float() * value).sum().backward()
+        norm = manager.optimizer.clip_grad_norm(1.0)
+        assert norm.item() == pytest.approx((big + 2 * small) * math.sqrt(weight.numel()), rel=1e-6)
+        manager.close()
+
+
+def test_a_second_arrival_that_would_be_rounded_is_an_error():
+    model, manager = managed([CPU] * 99)
+    model(torch.ones(1, 7)).backward()
+    with pytest.raises(RuntimeError, match="arrivals=2"):
+        model(torch.ones(1, 7)).backward()
+    manager.optimizer.zero_grad()
+    model(torch.ones(1, 7)).backward()               # thrown away, so this one is the first
+    manager.close()
+
+
+# ---- where bytes are ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("arrivals", [1, 2])
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_ledger_peaks_at_what_the_plan_said_and_counts_every_tensor(plan, arrivals, dtype):
+    model, manager = managed(PLANS[plan], dtype=dtype, arrivals=arrivals)
+    said = manager.needed(manager.plan)
+    train(model, manager.optimizer, 2, max_norm=0.5, micros=arrivals)
+    tensors = [tensor for chunk in manager.chunks for tensor in chunk.tensors.values()]
+    slots = [tensor for slot in manager.ring for tensor in slot.values()]
+    assert sum(manager.ledger.held.values()) == sum(t.nbytes for t in [*tensors, *slots, *model.parameters()])
+    for account, n_bytes in said.items():
+        assert 0.9 * n_bytes <= manager.ledger.peak[account] <= n_bytes      # gradients lack the gaps between pieces
+    manager.close()
+
+
+def test_a_plan_just_within_its_budgets_runs_and_one_byte_less_is_refused():
+    model, manager = managed(PLANS["all three"])
+    said = manager.needed(manager.plan)
+    manager.close()
+    tight = replace(ON, device_budget_gib=said["device"] / GIB, host_budget_gib=said["host"] / GIB)
+    model, manager = managed(PLANS["all three"], config=tight)
+    train(model, manager.optimizer, 2)
+    manager.close()
+    for account in ("device", "host"):
+        with pytest.raises(UsageError, match=f"--memory.{account}-budget-gib"):
+            managed(PLANS["all three"], config=replace(tight, **{f"{account}_budget_gib": (said[account] - 1) / GIB}))
+
+
+def test_passing_a_budget_raises_at_once():
+    model, manager = managed([RESIDENT] * 99)
+    manager.ledger.budgets["device"] = manager.ledger.held["device"] + 16
+    with pytest.raises(RuntimeError, match="gradient of .* on the device.*budget"):
+        model(torch.ones(1, 7)).backward()
+    manager.close()
+
+
+def test_auto_starts_with_as_much_on_the_host_as_its_budget_allows():
+    model = tiny()
+    manager = ChunkManager(model, adamw(model), ON, chunk_elements=64)
+    assert {chunk.placement for chunk in manager.chunks} == {CPU}
+    half = manager.needed(manager.plan)["host"] / 2
+    manager.close()
+    manager = ChunkManager(model, adamw(model), replace(ON, host_budget_gib=half / GIB), chunk_elements=64)
+    assert manager.chunks[0].placement is RESIDENT and manager.chunks[-1].placement is CPU
+    assert 0.9 * half < manager.needed(manager.plan)["host"] <= half
+    manager.close()
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.lists(st.sampled_from(sorted(PLANS)), min_size=1, max_size=3), st.sampled_from([torch.float32, BF16]))
+def test_replanning_between_steps_changes_no_value(plans, dtype):
+    model, manager = managed(PLANS["all three"], dtype=dtype)
+    train(model, manager.optimizer, 2)
+    sizes = [chunk.n for chunk in manager.chunks]
+    before = [manager.gather(name, one) for one in manager.managed for name in ("master", "exp_avg", "exp_avg_sq")]
+    for plan in plans:
+        manager.replan(plan_of(sizes, PLANS[plan]))
+        after = [manager.gather(name, one) for one in manager.managed for name in ("master", "exp_avg", "exp_avg_sq")]
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        assert manager.ledger.held["host"] == sum(t.nbytes for c in manager.chunks for t in c.tensors.values()
+                                                  if c.placement is not RESIDENT)
+    manager.close()
+
+
+# ---- what happens when ----
+
+
+def test_cpu_chunks_are_stepped_behind_the_caller_in_forward_order_and_a_layer_waits_for_its_own_alone():
+    model, manager = managed([CPU] * 99)
+    train(model, manager.optimizer, 1)
+    manager.wait()
+    may_step, inner, order = threading.Event(), manager.kernel.host_step, []
+
+    def slow_step(*args):
+        assert may_step.wait(30)
+        inner(*args)
+
+    manager.kernel.host_step = slow_step
+    steps = manager._step_host
+    manager._step_host = lambda chunk, *args: (order.append(chunk.index), steps(chunk, *args))
+    model(torch.ones(1, 7)).backward()
+    manager.optimizer.step()                                       # returns although no chunk can be stepped
+    assert any(chunk.job and not chunk.job.done() for chunk in manager.chunks)
+    ran = []
+    for i, layer in enumerate(model.layers):
+        layer.register_forward_hook(lambda *_, i=i: ran.append(i))
+    forward = threading.Thread(target=lambda: model(torch.ones(1, 7)))
+    forward.start()
+    forward.join(0.2)
+    assert forward.is_alive() and ran == []                        # the first layer's weights are not there yet
+    may_step.set()
+    forward.join(30)
+    assert ran == [0, 1, 2] and order == sorted(order) and len(order) == len(manager.chunks)
+    manager.close()
+
+
+def test_an_error_in_the_host_thread_reaches_the_one_who_waits():
+    model, manager = managed([CPU] * 99)
+
+    def broken(*args):
+        raise ZeroDivisionError("in the worker")
+
+    manager.kernel.host_step = broken
+    model(torch.ones(1, 7)).backward()
+    manager.optimizer.step()
+    with pytest.raises(ZeroDivisionError, match="in the worker"):
+        model(torch.ones(1, 7))
+    manager.worker.shutdown()
+
+
+def test_a_recorded_step_shows_each_lane_in_its_order():
+    model, manager = managed(PLANS["all three"])
+    train(model, manager.optimizer, 1)
+    assert manager.events == []
+    manager.record = True
+    train(model, manager.optimizer, 1, max_norm=0.5)
+    model(torch.ones(1, 7))
+    events = manager.events
+    assert {lane for _, lane, _, _ in events} == {"compute", "d2h", "h2d", "host adam", "device adam"}
+    assert all(start <= end for _, _, start, end in events)
+    for placement, lane in ((CPU, "host adam"), (RESIDENT, "device adam")):
+        ours = [f"chunk {chunk.index}" for chunk in manager.chunks if chunk.placement is placement]
+        starts = [(start, what) for what, of, start, _ in events if of == lane and what in ours]
+        assert [what for _, what in sorted(starts)] == ours
+    for chunk in manager.chunks:
+        at = {lane: (start, end) for what, lane, start, end in events if what == f"chunk {chunk.index}"}
+        if chunk.placement is STREAM:
+            assert at["h2d"][1] <= at["device adam"][0] and at["device adam"][1] <= at["d2h"][0]
+    manager.close()
+
+
+def test_states_move_only_as_the_table_allows():
+    _, manager = managed([CPU] * 99)
+    chunk = manager.chunks[0]
+    for target in set(State) - LEGAL_MOVES[chunk.state]:
+        with pytest.raises(RuntimeError, match="chunk 0 .*cannot move from ready to"):
+            chunk.move_to(target)
+    manager.close()
+
+
+# ---- as a torch optimizer ----
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_frozen_parameters_have_no_chunks_and_stay_and_unused_ones_are_left_alone(plan):
+    finals = []
+    for manage in (False, True):
+        model = tiny()
+        model.layers[0].weight.requires_grad_(False)
+        model.idle = torch.nn.Parameter(torch.ones(70))
+        optimizer = adamw(model)
+        if manage:
+            optimizer = ChunkManager(model, optimizer, ON, chunk_elements=64,
+                                     plan=plan_of(chunk_sizes(model, optimizer, 64), PLANS[plan])).optimizer
+            assert all(one.parameter is not model.layers[0].weight for one in optimizer.manager.managed)
+        train(model, optimizer, 3)
+        if manage:
+            optimizer.manager.wait()
+        finals.append(weights(model))
+    torch.testing.assert_close(*finals, rtol=1e-6, atol=1e-8)
+
+
+def test_schedulers_and_state_dicts_work_as_with_adamw():
+    model, manager = managed(PLANS["all three"])
+    plain = tiny()
+    theirs = adamw(plain)
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(one, 0.5) for one in (manager.optimizer, theirs)]
+    for _ in range(4):
+        for net, optimizer in ((model, manager.optimizer), (plain, theirs)):
+            net(torch.ones(1, 7)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for schedule in schedules:
+            schedule.step()
+    state, expected = manager.optimizer.state_dict(), theirs.state_dict()
+    torch.testing.assert_close(state, expected, rtol=1e-6, atol=1e-8)
+    assert manager.optimizer.param_groups[0]["lr"] == 1e-2 / 16
+    again, other = managed(PLANS["upside down"])
+    other.optimizer.load_state_dict(expected)
+    torch.testing.assert_close(other.optimizer.state_dict(), expected, rtol=0, atol=0)
+    manager.close()
+    other.close()
+
+
+def test_masters_are_a_model_to_load_and_a_tied_matrix_stays_one():
+    model = tiny()
+    model.head = torch.nn.Linear(7, 33, bias=False)
+    model.head.weight = model.layers[0].weight
+    manager = ChunkManager(model, adamw(model), ON, chunk_elements=64)
+    masters = manager.masters()
+    assert masters.state_dict().keys() == model.state_dict().keys()
+    assert masters.head.weight is masters.layers._modules["0"].weight
+    with torch.no_grad():
+        for p in masters.parameters():
+            p.fill_(0.5)
+    manager.take_masters(masters)
+    assert all((p == 0.5).all() for p in model.parameters())
+    manager.close()
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "maximize", "capturable", "differentiable", "foreach"])
+def test_an_option_the_kernel_does_not_have_is_refused_by_name(option):
+    model = tiny()
+    with pytest.raises(UsageError, match=option):
+        ChunkManager(model, torch.optim.AdamW(model.parameters(), **{option: True}), ON)
+
+
+def test_other_optimizers_and_used_ones_are_refused():
+    model = tiny()
+    with pytest.raises(UsageError, match="SGD"):
+        ChunkManager(model, torch.optim.SGD(model.parameters()), ON)
+    with pytest.raises(UsageError, match="not the model's"):
+        ChunkManager(model, adamw(tiny(1)), ON)
+    used = adamw(model)
+    train(model, used, 1)
+    with pytest.raises(UsageError, match="stepped already"):
+        ChunkManager(model, used, ON)
+
+
+@pytest.mark.parametrize("settings_,said", [
+    (dict(device_budget_gib=4.0), "--memory.device-budget-gib 4 would do nothing"),
+    (dict(resident=1.0), "--memory.resident 1 would do nothing"),
+    (dict(draw=True), "--memory.draw would do nothing"),
+    (dict(placement="static"), "needs --memory.resident and --memory.stream and --memory.cpu"),
+    (dict(placement="static", resident=0.5, stream=0.2, cpu=0.2), "sum to 0.9 and must sum to 1; use --memory.cpu 0.3"),
+    (dict(placement="static", resident=0.9, stream=0.2, cpu=0.2), "use --memory.stream 0.1 --memory.cpu 0"),
+    (dict(placement="static", resident=1.5, stream=-0.5, cpu=0.0), "--memory.resident 1.5 is not a fraction"),
+    (dict(placement="auto", resident=0.5), "--memory.resident 0.5 fixes what"),
+    (dict(placement="auto", device_budget_gib=0.0), "--memory.device-budget-gib 0 is not possible"),
+    (dict(placement="auto", host_budget_gib=-1.0), "--memory.host-budget-gib -1 is not possible"),
+    (dict(placement="auto", host_budget_gib=math.nan), "--memory.host-budget-gib nan is not possible"),
+])
+def test_settings_that_cannot_be_are_refused_in_one_line(settings_, said):
+    with pytest.raises(UsageError, match="--memory") as refusal:
+        MemoryConfig(**settings_).check()
+    assert said in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_off_and_static_are_accepted_and_static_cuts_by_layer_order():
+    MemoryConfig().check()
+    model = tiny()
+    config = MemoryConfig(placement="static", resident=0.5, stream=0.25, cpu=0.25, kernel="blocks")
+    manager = config.manage(model, adamw(model), chunk_elements=64)
+    placements = [chunk.placement for chunk in manager.chunks]
+    n_resident = placements.count(RESIDENT)
+    assert set(placements[:n_resident]) == {RESIDENT} and abs(n_resident / len(placements) - 0.5) < 0.1
+    assert abs(placements.count(STREAM) - placements.count(CPU)) <= 1
+    assert f"resident  {n_resident:4} chunks" in manager.report()
+    train(model, manager.optimizer, 20)
+    manager.close()
+    torch.testing.assert_close(weights(model), of_torch(), rtol=1e-6, atol=1e-8)
