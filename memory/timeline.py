@@ -23,7 +23,7 @@ def busy_seconds(events: Sequence[Event], lane: str) -> float:
 def draw_timeline(events: Sequence[Event], path: str | Path, title: str = "one step") -> None:
     """Write a PNG: a row per lane in LANES' order, a box per event, its name in it where there is room, and how busy each was.
 
-    Where the name has no room, what stands before its first space is tried. Events of one lane that overlap share its height.
+    Where the name has no room, its last word is tried. Events of one lane that overlap share its height.
     Raises ValueError if there are no events or a lane is unknown.
     """
     if not events or (unknown := {lane for _, lane, _, _ in events} - LANES.keys()):
@@ -50,13 +50,14 @@ def draw_timeline(events: Sequence[Event], path: str | Path, title: str = "one s
             bottom = row - 0.38 + level * 0.76 / n_levels
             axes.broken_barh([(left, length)], (bottom, 0.76 / n_levels), facecolor=color, edgecolor="white",
                              linewidth=0.5 if length > 0.04 * per_inch else 0)
-            for text in (name, name.partition(" ")[0]):
+            for text in (name, name.rpartition(" ")[2]):
                 if length > per_inch * (0.075 * len(text) + 0.06) and n_levels <= 3:
                     axes.text(left + length / 2, bottom + 0.38 / n_levels, text, ha="center", va="center", fontsize=7.5,
                               color="white")
                     break
         busy = busy_seconds(events, lane)
-        labels.append(f"{LABELS[lane]}\n{per_s * busy:.3g} {'ms' if per_s > 1 else 's'}, {busy / length_s:.0%}")
+        amount = f"{per_s * busy:.0f}" if per_s * busy >= 100 else f"{per_s * busy:.2g}"
+        labels.append(f"{LABELS[lane]}\n{amount} {'ms' if per_s > 1 else 's'}, {busy / length_s:.0%}")
     axes.set_yticks(range(len(LANES)), labels, fontsize=9)
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelsize=8)

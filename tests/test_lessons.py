@@ -25,6 +25,8 @@ LESSONS = {    # name -> (ranks, what the output shows besides the proof)
     "07_ring_attention": (2, r"slices \[0, 3\]: 136 \+ 128 = 264\n  rank 1: slices \[1, 2\]: 136 \+ 128 = 264"),
     "08_pipeline": (2, "F0 F1 B0 F2 B1 F3 B2 B3   kept 2 microbatches"),
     "09_everything": (4, "ring-attention over cp"),
+    "10_offload": (2, r"all streamed     10\.00   12\.00      12\.00     12\.00   .*\nall on the CPU    4\.67   16\.00"),
+    "11_memory_timeline": (2, r"host adam   \|.*#.*\|"),
 }
 WRONG = [      # lesson, what stands there, what shall stand there instead: a classic bug of each kind of parallelism
     ("02_data_parallel", "/ n_scored     ", "/ own_scored / dp     "),                  # the mean of the means
@@ -35,6 +37,9 @@ WRONG = [      # lesson, what stands there, what shall stand there instead: a cl
     ("07_ring_attention", "return hop(grad, -1)", "return grad"),                       # gradients stay with the wrong rank
     ("08_pipeline", "targets.numel()  ", "targets[i].numel()  "),                       # each microbatch its own mean
     ("09_everything", "grad_scale=layout.grad_ranks", "grad_scale=1"),                  # FSDP averages gradients
+    ("10_offload", "dist.all_reduce(squares := own.square().sum())", "squares = own.square().sum()"),   # a norm per shard
+    ("10_offload", 'self.states = [copy(state, "out") for state in states]', "pass"),   # what was stepped never comes home
+    ("11_memory_timeline", "        if serial:\n", "        if True:\n"),               # no forward starts early
 ]
 
 
@@ -99,7 +104,7 @@ def test_torchrun_ends_with_status_0():
 
 def test_each_lesson_is_short_and_in_the_readme_and_its_launch_line_is_true():
     readme = (FOLDER / "README.md").read_text()
-    assert sorted(path.stem for path in FOLDER.glob("0*.py")) == sorted(LESSONS)
+    assert sorted(path.stem for path in FOLDER.glob("[0-9]*.py")) == sorted(LESSONS)
     for name, (ranks, _) in LESSONS.items():
         text = (FOLDER / f"{name}.py").read_text()
         assert len(text.splitlines()) <= 120, name
