@@ -47,6 +47,8 @@ from dtensor_llama.weights import fsync_folder, on_all_ranks
 NAME = re.compile(r"step-(\d{8,})")
 CHECKSUMS = "checksums.json"
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)   # states by parameter name: any layout, any pipeline stage
+# Frozen weights (LoRA) are those the run began with; strict would miss them, _refuse_other_model looks for all others.
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")   # one process is no accident
 
 
@@ -182,11 +184,12 @@ def training_state(
 
     step: optimizer steps done; position: rows the data reader has dealt; meta: anything JSON can hold. Tensors are the
     live ones, not copies. The random states are this rank's own; a rank that has none in the checkpoint (it was
-    written by fewer ranks) keeps its present ones. Gradients are not state: call it between steps."""
+    written by fewer ranks) keeps its present ones. Frozen parameters are left out: load them first.
+    Gradients are not state: call it between steps."""
     never_stepped = not optimizer.state
     optimizer.zero_grad() if never_stepped else None    # with gradients around DCP would not make the moments
     state = {
-        "model": get_model_state_dict(model),
+        "model": get_model_state_dict(model, options=TRAINED),
         "optimizer": get_optimizer_state_dict(model, optimizer, options=FLAT),
         "rng": {f"{_rank()}.{device}": generator.get_rng_state() for device, generator in _generators()},
         "progress": json.dumps({"step": step, "position": position, "meta": meta or {}}),
@@ -202,7 +205,7 @@ def restore_training_state(state: dict[str, Any], model: nn.Module, optimizer: t
     """Put a loaded training_state into effect; returns {"step": int, "position": int, "meta": dict}.
 
     Learning rate, betas and decay of the optimizer's groups become the saved ones, as in optimizer.load_state_dict."""
-    set_model_state_dict(model, state["model"])
+    set_model_state_dict(model, state["model"], options=TRAINED)
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=FLAT)
     for device, generator in _generators():
         generator.set_rng_state(state["rng"][f"{_rank()}.{device}"])

@@ -143,8 +143,8 @@ class ChatTemplate:
     def _unclear(self, where: str, why: str) -> UsageError:
         markers = "has" if self.has_markers else "has no"
         return UsageError(f"{where}: the chat_template of {self.tokenizer.path} {markers} {{% generation %}} markers, and "
-                          f"which tokens are the assistant's cannot be told: {why}. Put {{% generation %}} and {{% endgeneration %}} "
-                          "around what the assistant writes in it, its end token included.")
+                          f"which tokens are the assistant's cannot be told: {why}. Put {{% generation %}} and "
+                          "{{% endgeneration %}} around what the assistant writes in it, its end token included.")
 
     # ---- text to ids ----
 
