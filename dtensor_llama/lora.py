@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from dtensor_llama.config import LlamaConfig
 from dtensor_llama.errors import UsageError
 from dtensor_llama.model import Llama
 from dtensor_llama.weights import ADAPTER, hf_parameters, local_boxes, on_all_ranks, writers
@@ -95,6 +96,15 @@ def init_lora(model: nn.Module, seed: int) -> None:
             whole.uniform_(-bound, bound, generator=stream)
         for offsets, sizes, local in local_boxes(parameter):
             local.copy_(whole[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))])
+
+
+def n_adapter_parameters(model: LlamaConfig, config: LoraConfig) -> int:
+    """How many numbers the adapters of a whole model have."""
+    D, E, F = model.hidden_size, model.head_dim, model.intermediate_size
+    queries, keys = model.num_attention_heads * E, model.num_key_value_heads * E
+    ends = {"q_proj": D + queries, "k_proj": D + keys, "v_proj": D + keys, "o_proj": D + queries, "gate_proj": D + F,
+            "up_proj": D + F, "down_proj": D + F}
+    return model.num_hidden_layers * config.rank * sum(ends[target] for target in config.targets)
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
