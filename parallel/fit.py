@@ -50,7 +50,7 @@ def fit(config: LlamaConfig, layout: ParallelConfig, device_bytes: int, seq_len:
                 needed = bytes_needed(config, tried, micro * seq_len, how, n_adapter, itemsize)
                 what = f"tp {tp} x dp {tried.dp}, recompute {how}, micro-batches of {micro}"
                 if needed <= 0.9 * device_bytes:
-                    return tried, how, micro, (f"{what}: about {needed / GIB:.1f} of {device_bytes / GIB:.1f} GiB a rank{first}")
+                    return tried, how, micro, f"{what}: about {needed / GIB:.1f} of {device_bytes / GIB:.1f} GiB a rank{first}"
                 first = first or f" ({what} would need {needed / GIB:.1f})"
     raise UsageError(f"the model and rows of --data.seq-len {seq_len} do not fit {device_bytes / GIB:.1f} GiB a rank: at least "
                      f"{needed / GIB:.1f} are needed. Use more processes, a smaller --data.seq-len"

@@ -233,8 +233,6 @@ def main(cfg: SftConfig) -> None:
         if cfg.train.validate_every and (step % cfg.train.validate_every == 0 or step == cfg.train.steps) and rows.n_validation:
             validation_loss = evaluate(runner, rows, cfg, mesh, layout, device)
             answers = answer(model, asked, cfg.train.answer_tokens, tokenizer, layout.tp, device)
-            if is_main and answers:
-                log.text("answers", step, answers)
         peaks = torch.tensor(memory.take(), dtype=torch.float64)
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
         if is_main:
@@ -247,6 +245,7 @@ def main(cfg: SftConfig) -> None:
             if validation_loss is not None:
                 row["validation_loss"] = validation_loss
                 log.say(f"step {step}: validation loss {validation_loss:.4f}")
+                log.text("answers", step, answers)
             log.step(row)
         last = stopped or step == cfg.train.steps
         if cfg.checkpoint.every and (step % cfg.checkpoint.every == 0 or last):

@@ -33,8 +33,10 @@ def row_as_text(rows: PackedExamples, row: int, tokenizer: Tokenizer) -> str:
         else:                      # decoded with what comes before it: a space, or half a character, may hang on that
             text = tokenizer.decode([*since_control, token])[len(tokenizer.decode(since_control)):]
             since_control.append(token)
-        shown += (TRAINED if trained[at] else CONTEXT) + text.replace("\x1b", "\N{SYMBOL FOR ESCAPE}") + PLAIN
-    return shown
+        if at == 0 or trained[at] != trained[at - 1]:
+            shown += PLAIN + (TRAINED if trained[at] else CONTEXT)
+        shown += text.replace("\x1b", "\N{SYMBOL FOR ESCAPE}")
+    return shown + PLAIN
 
 
 def preview(rows: PackedExamples, tokenizer: Tokenizer, n_rows: int, json_file: str | None) -> None:

@@ -135,8 +135,8 @@ class ChatTemplate:
             through = self._render(turns[: at + 1], where)
             answer = turns[at]["content"].strip()
             if not (through.startswith(before) and text.startswith(through) and answer in through[len(before):]):
-                raise self._unclear(where, "it writes a turn otherwise when another one follows or precedes it"
-                                    if through.startswith(before) else "a turn does not begin with its generation prompt")
+                raise self._unclear(where, "a turn is written otherwise when another one follows it" if not text.startswith(through)
+                                    else "an answer does not begin with its generation prompt")
             text = before + BEGIN + through[len(before):] + END + text[len(through):]
         return text
 
@@ -144,7 +144,7 @@ class ChatTemplate:
         markers = "has" if self.has_markers else "has no"
         return UsageError(f"{where}: the chat_template of {self.tokenizer.path} {markers} {{% generation %}} markers, and "
                           f"which tokens are the assistant's cannot be told: {why}. Put {{% generation %}} and "
-                          "{{% endgeneration %}} around what the assistant writes in it, its end token included.")
+                          "{% endgeneration %} around what the assistant writes in it, its end token included.")
 
     # ---- text to ids ----
 
