@@ -42,7 +42,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from dtensor_llama.errors import UsageError
-from dtensor_llama.weights import fsync_folder, on_all_ranks
+from dtensor_llama.weights import ADAPTER, fsync_folder, on_all_ranks
 
 NAME = re.compile(r"step-(\d{8,})")
 CHECKSUMS = "checksums.json"
@@ -275,6 +275,12 @@ def _damage(file: Path, size: int, crc: int) -> str:
 
 
 def _refuse_other_model(path: Path, state: dict, wanted: set[str], stored: dict[str, Any]) -> None:
+    adapters_here, adapters_there = (any(ADAPTER in name for name in names) for names in (wanted, stored))
+    if adapters_here != adapters_there:
+        raise UsageError(f"{path}: " + ("a LoRA checkpoint, of adapters beside frozen weights, and this run trains the whole "
+                                        "model; use the run's --lora.rank and --lora.targets, or start from its merged hf/ as "
+                                        "--model." if adapters_there else "a checkpoint of a whole model, and this run trains "
+                                        "LoRA adapters; leave --lora.rank out, or start anew from its hf/ as --model."))
     problems = [f"{name}: {'only' if name in stored else 'not'} in the checkpoint"
                 for name in wanted ^ set(stored) if not name.startswith("rng.")]
     problems += [f"{name}: is {list(stored[name].size)}, this run needs {list(value.shape)}"

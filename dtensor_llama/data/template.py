@@ -135,8 +135,9 @@ class ChatTemplate:
             through = self._render(turns[: at + 1], where)
             answer = turns[at]["content"].strip()
             if not (through.startswith(before) and text.startswith(through) and answer in through[len(before):]):
-                raise self._unclear(where, "a turn is written otherwise when another one follows it" if not text.startswith(through)
-                                    else "an answer does not begin with its generation prompt")
+                why = ("an answer does not begin with its generation prompt" if text.startswith(through) else
+                       "a turn is written otherwise when another one follows it")
+                raise self._unclear(where, why)
             text = before + BEGIN + through[len(before):] + END + text[len(through):]
         return text
 
