@@ -402,7 +402,8 @@ def read_model_config(cfg: SftConfig, tokenizer: Tokenizer) -> LlamaConfig:
 def checkpoint_meta(cfg: SftConfig, model_config: LlamaConfig, corpus: ChatCorpus, seq_len: int) -> dict:
     """What must be the same for a checkpoint's data position and weights to mean the same: {flag: value}."""
     return {"--model": asdict(model_config), "--data.seq-len": seq_len, "--train.seed": cfg.train.seed,
-            "--data.validation-share": cfg.data.validation_share, "--lora": {**asdict(cfg.lora), "targets": list(cfg.lora.targets)},
+            "--data.validation-share": cfg.data.validation_share,
+            "--lora": {**asdict(cfg.lora), "targets": list(cfg.lora.targets)},           # a list, as JSON gives it back
             "--data.overlong and --data.packing": f"{cfg.data.overlong}, {'packed' if cfg.data.packing else 'not packed'}",
             "--data.path and --data.tokenizer": f"{corpus.n_tokens} tokens in {corpus.n_documents} conversations"}
 
