@@ -28,7 +28,6 @@ from torch.distributed.tensor.parallel import (
     ParallelStyle,
     PrepareModuleInput,
     RowwiseParallel,
-    SequenceParallel,
     parallelize_module,
 )
 
@@ -50,6 +49,16 @@ class Local(ParallelStyle):
         module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
         module.forward = partial(self.forward, module, tp_mesh)
         return module
+
+
+def summed_over_tp(weight: DTensor) -> Tensor:
+    """The whole of a weight that each rank uses for its own share of the work: gradients are summed over tp, in fp32."""
+    return weight.redistribute(placements=[Replicate()], backward_dtype=torch.float32).to_local(grad_placements=[Partial()])
+
+
+def norm_own_tokens(norm: nn.RMSNorm, tp_mesh: DeviceMesh, x: Tensor) -> Tensor:
+    """(B, T/tp, D) -> (B, T/tp, D). Why not SequenceParallel: it leaves the sum of the gradients to be done in bf16."""
+    return F.rms_norm(x, norm.normalized_shape, summed_over_tp(norm.weight), norm.eps)
 
 
 def norm_all_tokens(norm: nn.RMSNorm, tp_mesh: DeviceMesh, x: Tensor) -> Tensor:
@@ -75,27 +84,25 @@ def embed_own_rows(embedding: nn.Embedding, tp_mesh: DeviceMesh, tokens: Tensor,
 def project_to_one_head(projection: nn.Linear, tp_mesh: DeviceMesh, x: DTensor, n_heads: int) -> Tensor:
     """x (B, T, D) -> (B, T, E): the one key or value head that this rank's query heads read; tp/K ranks share each head.
 
-    The weight (K E, D) is whole on every rank. Its gradient here is an addend, zero but for E rows: whoever takes the
-    gradient sums it over tp (FSDP before it reduces over dp; without FSDP, .grad is a DTensor that is Partial).
+    The weight (K E, D) is whole on every rank; the addends of its gradient are zero but for E rows.
     """
     head_dim = projection.weight.shape[0] // n_heads
     head = tp_mesh.get_local_rank() * n_heads // tp_mesh.size()
-    weight = projection.weight.to_local(grad_placements=[Partial()])             # (K E, D)
+    weight = summed_over_tp(projection.weight)                                   # (K E, D)
     x = x.to_local(grad_placements=[Partial()]) if isinstance(x, DTensor) else x
     return F.linear(x, weight[head * head_dim:(head + 1) * head_dim])
 
 
 # LoRA's thin matrices, y = B A x beside W x: A (r, inputs), B (outputs, r). They are split as W is, so that what they add to
-# y is spread as y is, and no traffic comes with them. Where one is whole, its gradient here is an addend: see above.
+# y lies as y does, with no traffic in forward. What is whole is used by each rank for its share of y, or of the sum y is.
 
 def project_addend(projection: nn.Linear, tp_mesh: DeviceMesh, x: DTensor | Tensor,
                    output: Placement | None) -> DTensor | Tensor:
-    """x W^T of the local parts. A weight that is whole, and an x that is, get gradients that are to be summed over tp.
-
-    output: how the result lies over tp, which makes it a DTensor like that of the frozen layer; None: local (.., r)."""
-    x, weight = (of.to_local(grad_placements=[Partial() if p.is_replicate() else p for p in of.placements])
-                 if isinstance(of, DTensor) else of for of in (x, projection.weight))
-    y = F.linear(x, weight)
+    """x W^T of the local parts. output: how the result lies over tp, which makes it a DTensor as W x is; None: it is local."""
+    if isinstance(x, DTensor):       # whole, its gradients here are addends; split, they are complete
+        x = x.to_local(grad_placements=[Partial() if p.is_replicate() else p for p in x.placements])
+    weight = projection.weight
+    y = F.linear(x, summed_over_tp(weight) if weight.placements[0].is_replicate() else weight.to_local())
     return y if output is None else DTensor.from_local(y, tp_mesh, [output], run_check=False)
 
 
@@ -127,18 +134,19 @@ ENTER = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Repl
 ENTER_X = PrepareModuleInput(input_layouts=(Replicate(), None, None, None),
                              desired_input_layouts=(Replicate(), None, None, None))
 COLUMNS, ROWS, ROWS_SCATTER = ColwiseParallel(), RowwiseParallel(), RowwiseParallel(output_layouts=Shard(1))
-NORM, NORM_SHARE = Local(Replicate(), norm_all_tokens), SequenceParallel(use_local_output=True)
+NORM, NORM_SHARE = Local(Replicate(), norm_all_tokens), Local(Replicate(), norm_own_tokens)
 EMBED, EMBED_SCATTER = (Local(Shard(0), partial(embed_own_rows, output=layout)) for layout in (Replicate(), Shard(1)))
 HEAD, HEAD_GATHER = (ColwiseParallel(input_layouts=layout, output_layouts=Replicate()) for layout in (Replicate(), Shard(1)))
 
+# The all-reduces of norms and shared heads are of weight gradients in fp32: (D) and (K E, D), however many tokens.
 SEQUENCE_BLOCK = {              # a block maps (B, T/tp, D) to (B, T/tp, D)           forward           backward
-    "input_layernorm":          (NORM_SHARE,    "R",    "(B, T/tp, D), as it was",        "", ""),
+    "input_layernorm":          (NORM_SHARE,    "R",    "(B, T/tp, D), as it was",        "", "all-reduce"),
     "self_attn":                (GATHER_X,      "",     "(B, T/tp, D) -> (B, T, D)",      "all-gather", "reduce-scatter"),
     "self_attn.q_proj":         (COLUMNS,       "S(0)", "(B, T, D) -> (B, T, H/tp E)",    "", ""),
     "self_attn.k_proj":         (COLUMNS,       "S(0)", "(B, T, D) -> (B, T, K/tp E)",    "", ""),
     "self_attn.v_proj":         (COLUMNS,       "S(0)", "(B, T, D) -> (B, T, K/tp E)",    "", ""),
     "self_attn.o_proj":         (ROWS_SCATTER,  "S(1)", "(B, T, H/tp E) -> (B, T/tp, D)", "reduce-scatter", "all-gather"),
-    "post_attention_layernorm": (NORM_SHARE,    "R",    "(B, T/tp, D), as it was",        "", ""),
+    "post_attention_layernorm": (NORM_SHARE,    "R",    "(B, T/tp, D), as it was",        "", "all-reduce"),
     "mlp":                      (GATHER,        "",     "(B, T/tp, D) -> (B, T, D)",      "all-gather", "reduce-scatter"),
     "mlp.gate_proj":            (COLUMNS,       "S(0)", "(B, T, D) -> (B, T, F/tp)",      "", ""),
     "mlp.up_proj":              (COLUMNS,       "S(0)", "(B, T, D) -> (B, T, F/tp)",      "", ""),
@@ -146,7 +154,7 @@ SEQUENCE_BLOCK = {              # a block maps (B, T/tp, D) to (B, T/tp, D)     
 }
 SEQUENCE_ENDS = {
     "model.embed_tokens":       (EMBED_SCATTER, "S(0)", "(B, T) -> (B, T/tp, D)",         "reduce-scatter", "all-gather"),
-    "model.norm":               (NORM_SHARE,    "R",    "(B, T/tp, D), as it was",        "", ""),
+    "model.norm":               (NORM_SHARE,    "R",    "(B, T/tp, D), as it was",        "", "all-reduce"),
     "lm_head":                  (HEAD_GATHER,   "S(0)", "(B, T/tp, D) -> (B, T, V)",      "2 all-gather", "reduce-scatter"),
     "cross_entropy":            (None,          "",     "(B, T/tp, D) -> scalar",         "all-gather, 2 all-reduce",
                                                                                           "reduce-scatter"),
@@ -175,23 +183,23 @@ WHOLE_ENDS = {
 def shared_heads(n_heads: int) -> dict[str, tuple]:
     """The rows of k_proj and v_proj when tp exceeds the number of key/value heads."""
     one_head = Local(Replicate(), partial(project_to_one_head, n_heads=n_heads))
-    row = (one_head, "R", "(B, T, D) -> (B, T, E)", "", "")
+    row = (one_head, "R", "(B, T, D) -> (B, T, E)", "", "all-reduce")
     return {"self_attn.k_proj": row, "self_attn.v_proj": row}
 
 
 WHOLE_A, SPLIT_A = (Local(layout, partial(project_addend, output=None)) for layout in (Replicate(), Shard(1)))
 WHOLE_B, SPLIT_B = (Local(layout, partial(project_addend, output=output)) for layout, output in
                     ((Replicate(), Partial()), (Shard(0), Shard(-1))))
-LORA = {                        # the adapter of a layer, by how the weight of the layer lies; r: its rank
-    "S(0)": {"lora_A":         (WHOLE_A,       "R",    "(B, T, D) -> (B, T, r)",          "", ""),
+LORA = {                        # the adapter of a layer, by how the weight of the layer lies; r: its rank. All-reduces: of gradients of whole matrices
+    "S(0)": {"lora_A":         (WHOLE_A,       "R",    "(B, T, D) -> (B, T, r)",          "", "all-reduce"),
              "lora_B":         (SPLIT_B,       "S(0)", "(B, T, r) -> (B, T, F/tp)",       "", "")},
     "S(1)": {"lora_A":         (SPLIT_A,       "S(1)", "(B, T, F/tp) -> (B, T, r) sum:tp", "", ""),
-             "lora_B":         (WHOLE_B,       "R",    "(B, T, r) -> (B, T, D) sum:tp",   "", "")},
+             "lora_B":         (WHOLE_B,       "R",    "(B, T, r) -> (B, T, D) sum:tp",   "", "all-reduce")},
 }
 
 
 def lora_plan(plan: dict[str, Row], n_kv_heads: int) -> dict[str, Row]:
-    """Rows for the adapters of the layers in `plan`; gradients of the whole matrices are summed with FSDP's."""
+    """Rows for the adapters of the layers in `plan`."""
     one_head = {"lora_A": LORA["S(0)"]["lora_A"], "lora_B": shared_heads(n_kv_heads)["self_attn.k_proj"]}
     return {f"{name}_lora.{matrix}": Row(*its) for name, row in plan.items() if name.endswith("_proj")
             for matrix, its in LORA.get(row.weight, one_head).items()}
@@ -250,7 +258,7 @@ def apply_tensor_parallel(model: Llama, tp_mesh: DeviceMesh, sequence_parallel: 
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight            # both are Shard(0)
     for name in frozen:
-        model.get_parameter(name).requires_grad_(False)                   # SequenceParallel makes a new, trainable parameter
+        model.get_parameter(name).requires_grad_(False)                   # torch's styles may make new, trainable parameters
     model.cross_entropy = partial(vocab_parallel_cross_entropy, tp_mesh=tp_mesh,
                                   hidden_layout=Shard(1) if sequence_parallel else Replicate())
     if sequence_parallel and model.model.embed_tokens is None:
