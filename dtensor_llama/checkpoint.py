@@ -42,11 +42,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from dtensor_llama.errors import UsageError
-from dtensor_llama.weights import fsync_folder, on_all_ranks
+from dtensor_llama.weights import ADAPTER, fsync_folder, on_all_ranks
 
 NAME = re.compile(r"step-(\d{8,})")
 CHECKSUMS = "checksums.json"
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)   # states by parameter name: any layout, any pipeline stage
+# Frozen weights (LoRA) are those the run began with; strict would miss them, _refuse_other_model looks for all others.
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")   # one process is no accident
 
 
@@ -181,14 +183,14 @@ def training_state(
     """All that a run needs to go on bit for bit, for Checkpointer.save, or (with a new model and optimizer) .load.
 
     step: optimizer steps done; position: rows the data reader has dealt; meta: anything JSON can hold. Tensors are the
-    live ones, not copies; of a chunk manager they are host copies, of fp32 masters, as if there were none. The random
-    states are this rank's own; a rank that has none in the checkpoint (it was written by fewer ranks) keeps its present
-    ones. Gradients are not state: call it between steps."""
+    live ones, not copies; of a chunk manager they are host copies, of fp32 masters, as if there were none. Frozen
+    parameters are left out: load them first. The random states are this rank's own; a rank that has none in the checkpoint
+    (it was written by fewer ranks) keeps its present ones. Gradients are not state: call it between steps."""
     weights = optimizer.masters() if hasattr(optimizer, "masters") else model      # a chunk manager's fp32 ones
     never_stepped = not optimizer.state
     optimizer.zero_grad() if never_stepped else None    # with gradients around DCP would not make the moments
     state = {
-        "model": get_model_state_dict(weights),
+        "model": get_model_state_dict(weights, options=TRAINED),
         "optimizer": get_optimizer_state_dict(model, optimizer, options=FLAT),
         "rng": {f"{_rank()}.{device}": generator.get_rng_state() for device, generator in _generators()},
         "progress": json.dumps({"step": step, "position": position, "meta": meta or {}}),
@@ -205,7 +207,7 @@ def restore_training_state(state: dict[str, Any], model: nn.Module, optimizer: t
 
     Learning rate, betas and decay of the optimizer's groups become the saved ones, as in optimizer.load_state_dict."""
     weights = optimizer.masters() if hasattr(optimizer, "masters") else model
-    set_model_state_dict(weights, state["model"])
+    set_model_state_dict(weights, state["model"], options=TRAINED)
     if weights is not model:
         optimizer.take_masters(weights)
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=FLAT)
@@ -277,6 +279,12 @@ def _damage(file: Path, size: int, crc: int) -> str:
 
 
 def _refuse_other_model(path: Path, state: dict, wanted: set[str], stored: dict[str, Any]) -> None:
+    adapters_here, adapters_there = (any(ADAPTER in name for name in names) for names in (wanted, stored))
+    if adapters_here != adapters_there:
+        raise UsageError(f"{path}: " + ("a LoRA checkpoint, of adapters beside frozen weights, and this run trains the whole "
+                                        "model; use the run's --lora.rank and --lora.targets, or start from its merged hf/ as "
+                                        "--model." if adapters_there else "a checkpoint of a whole model, and this run trains "
+                                        "LoRA adapters; leave --lora.rank out, or start anew from its hf/ as --model."))
     problems = [f"{name}: {'only' if name in stored else 'not'} in the checkpoint"
                 for name in wanted ^ set(stored) if not name.startswith("rng.")]
     problems += [f"{name}: is {list(stored[name].size)}, this run needs {list(value.shape)}"

@@ -71,7 +71,9 @@ class LlamaConfig:
         UsageError if there is none, if it is cut short, of another family, or asks for arithmetic we do not have.
         """
         path = Path(folder)
-        path = path / "config.json" if path.is_dir() else path
+        if path.is_dir():
+            refuse_adapter(path)
+            path = path / "config.json"
         if not path.is_file():
             raise UsageError(f"{path} does not exist; a Hugging Face model folder has a config.json.")
         try:
@@ -152,6 +154,18 @@ def config_from_fields(fields: dict, path: Path) -> LlamaConfig:
         return LlamaConfig(**known, rope_theta=float(rope_theta))
     except (UsageError, TypeError, ValueError) as error:
         raise UsageError(f"{path}: {error}") from None
+
+
+def refuse_adapter(folder: Path) -> None:
+    """UsageError if a folder holds a LoRA adapter in peft's format instead of a model."""
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        try:
+            base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        except (ValueError, AttributeError):
+            base = None
+        raise UsageError(f"{folder}: a LoRA adapter, not a whole model: a few matrices beside the weights of "
+                         f"{base or 'a base model'}. Give the folder of the merged model (hf/ of the run), or merge it with "
+                         "peft: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)")
 
 
 def _llama1(hidden: int, intermediate: int, layers: int, heads: int) -> LlamaConfig:

@@ -29,7 +29,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, wants_grad: bool) -> Tensor:
         chunk_tokens = max(1, CHUNK_ELEMENTS // weight.shape[0])
         grad_hidden = torch.empty_like(hidden) if wants_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_grad else None
+        # A frozen head (LoRA) is spared the (V, D) fp32 gradient and a third of the work.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_grad and ctx.needs_input_grad[1] else None
         loss = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, hidden.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
@@ -43,7 +44,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
                 grad = grad.mul_(scored[:, None]).to(hidden.dtype)                # d loss/d logits
                 grad_hidden[chunk] = grad @ weight
-                grad_weight += grad.T @ hidden[chunk]
+                if grad_weight is not None:
+                    grad_weight += grad.T @ hidden[chunk]
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -52,4 +54,5 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss: Tensor):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss, (grad_weight * grad_loss).to(ctx.weight_dtype), None, None
+        to_weight = None if grad_weight is None else (grad_weight * grad_loss).to(ctx.weight_dtype)
+        return grad_hidden * grad_loss, to_weight, None, None

@@ -38,6 +38,13 @@ class RunLog:
                 self.tensorboard.add_scalar(f"train/{name}", value, row["step"])
         self.bar.step(row)
 
+    def text(self, name: str, step: int, answers: list[tuple[str, str]]) -> None:
+        """(prompt, answer) pairs after `step`: printed shortened, whole in TensorBoard's text tab."""
+        for prompt, answer in answers:
+            self.say(f"    {' '.join(prompt.split())[-80:]!r} -> {' '.join(answer.split())[:160]!r}")
+        rows = [f"**{prompt}**\n\n{answer}" for prompt, answer in answers]
+        self.tensorboard.add_text(name, "\n\n---\n\n".join(rows), step)
+
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         self.bar.say(text)

@@ -27,11 +27,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from dtensor_llama.config import refuse_adapter
 from dtensor_llama.errors import UsageError
 
 STAGING_BYTES = 32 << 20    # 8 and 128 MiB load no faster; 32 keeps the Python calls rare
 INDEX = "model.safetensors.index.json"
 OURS = re.compile(r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+ADAPTER = "_lora.lora_"     # in the name of a parameter that lora.py added
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Box = tuple[tuple[int, ...], tuple[int, ...], Tensor]
@@ -90,6 +92,8 @@ def save_hf(
     name and renamed: killed at any instant, that name holds the whole old model, the whole new one, or (between two
     renames; the next save_hf puts the old one back) nothing. Raises UsageError if it cannot be written."""
     folder, parameters = Path(os.path.realpath(folder)), hf_parameters(model)
+    if len(parameters) < len(hf_parameters(model, adapters=True)):
+        raise ValueError("the model has LoRA adapters, which save_hf would leave out; merge_lora(model) first")
     rank = dist.get_rank() if dist.is_initialized() else 0
     everywhere = functools.partial(on_all_ranks, f"saving {folder}")
     shares = everywhere(lambda: _share(parameters, dtype))
@@ -116,10 +120,12 @@ def save_hf(
             shutil.rmtree(staged, ignore_errors=True)   # there still only after a failure
 
 
-def hf_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by Hugging Face name, tied ones once, without what compiling or recomputing puts into names."""
+def hf_parameters(model: nn.Module, adapters: bool = False) -> dict[str, nn.Parameter]:
+    """Parameters by Hugging Face name, tied ones once, without what compiling or recomputing puts into names.
+
+    adapters: those of LoRA too, which no Hugging Face model has."""
     wrappers = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.")
-    return {wrappers.sub("", name): param for name, param in model.named_parameters()}
+    return {wrappers.sub("", name): param for name, param in model.named_parameters() if adapters or ADAPTER not in name}
 
 
 def local_boxes(tensor: Tensor) -> list[Box]:
@@ -208,6 +214,7 @@ def _checked(folder: Path, wanted: dict[str, tuple], tied: bool) -> dict[str, St
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{folder / INDEX}: not an index of safetensors files ({error}); fetch it again") from None
     else:
+        refuse_adapter(folder)
         there = sorted(p.name for p in folder.iterdir() if re.search(r"\.(safetensors|bin|pth?|gguf|ckpt)$", p.name))
         raise UsageError(
             f"{folder}: no model.safetensors and no {INDEX}; it has {', '.join(there[:5]) or 'no weights at all'}. "

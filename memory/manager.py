@@ -473,7 +473,7 @@ class ChunkManager:
         for name, value in self.model.state_dict(keep_vars=True).items():
             if value in self.of and value not in seen:
                 master = like(value, self.gather("master", self.of[value]))
-                seen[value] = nn.Parameter(master, requires_grad=False)
+                seen[value] = nn.Parameter(master)
             *path, last = _plain(name).split(".")
             module = stand_in
             for step in path:

@@ -111,6 +111,13 @@ def shard_batch(batch: Batch, cp_mesh: DeviceMesh, method: str) -> Batch:
     return Batch(tokens, labels, batch.positions)
 
 
+def embedded_here(per_token: Tensor, mesh: DeviceMesh, cp_method: str, sequence_shards: int) -> Tensor:
+    """(B, T) of whole rows -> those tokens whose embeddings this rank makes: its share over cp, then over tp."""
+    if mesh["cp"].size() > 1:
+        per_token = shard_sequence(per_token, mesh["cp"], cp_method)
+    return per_token.chunk(sequence_shards, dim=1)[mesh["tp"].get_local_rank() if sequence_shards > 1 else 0]
+
+
 def apply_context_parallel(model: Llama, cp_mesh: DeviceMesh, method: str, kernel: str) -> None:
     """From now on `model` takes this rank's share of the tokens and attends to whole rows.
 

@@ -163,6 +163,7 @@ def split_stages(model: Llama, pp_mesh: DeviceMesh, schedule: str, virtual_stage
         if is_tied and stage == n_stages - 1:
             weight = model.model.embed_tokens.weight
             part.lm_head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
+            part.lm_head.weight.requires_grad_(weight.requires_grad)
         parts.append(part)
     held = {layer for stage in own for layer in layers[stage]}
     for layer in set(range(config.num_hidden_layers)) - held:
@@ -337,6 +338,8 @@ class Pipeline:
     def sync_tied_gradients(self) -> None:
         """Add the copy's gradient to the owner's. `step` calls it, after the gradients were synced over dp."""
         owner, copy = self._tied()
+        if not any(end is not None and end.requires_grad for end in (owner, copy)):      # frozen, or no end of it here
+            return
         if owner is not None and copy is not None:
             _local(owner.grad).add_(_local(copy.grad))
         elif copy is not None:

@@ -89,7 +89,21 @@ def project_to_one_head(projection: nn.Linear, tp_mesh: DeviceMesh, x: DTensor, 
     head_dim = projection.weight.shape[0] // n_heads
     head = tp_mesh.get_local_rank() * n_heads // tp_mesh.size()
     weight = summed_over_tp(projection.weight)                                   # (K E, D)
-    return F.linear(x.to_local(grad_placements=[Partial()]), weight[head * head_dim:(head + 1) * head_dim])
+    x = x.to_local(grad_placements=[Partial()]) if isinstance(x, DTensor) else x
+    return F.linear(x, weight[head * head_dim:(head + 1) * head_dim])
+
+
+# LoRA's thin matrices, y = B A x beside W x: A (r, inputs), B (outputs, r). They are split as W is, so that what they add to
+# y lies as y does, with no traffic in forward. What is whole is used by each rank for its share of y, or of the sum y is.
+
+def project_addend(projection: nn.Linear, tp_mesh: DeviceMesh, x: DTensor | Tensor,
+                   output: Placement | None) -> DTensor | Tensor:
+    """x W^T of the local parts. output: how the result lies over tp, which makes it a DTensor as W x is; None: it is local."""
+    if isinstance(x, DTensor):       # whole, its gradients here are addends; split, they are complete
+        x = x.to_local(grad_placements=[Partial() if p.is_replicate() else p for p in x.placements])
+    weight = projection.weight
+    y = F.linear(x, summed_over_tp(weight) if weight.placements[0].is_replicate() else weight.to_local())
+    return y if output is None else DTensor.from_local(y, tp_mesh, [output], run_check=False)
 
 
 def first_row(weight: DTensor, tp_mesh: DeviceMesh) -> int:
@@ -173,6 +187,24 @@ def shared_heads(n_heads: int) -> dict[str, tuple]:
     return {"self_attn.k_proj": row, "self_attn.v_proj": row}
 
 
+WHOLE_A, SPLIT_A = (Local(layout, partial(project_addend, output=None)) for layout in (Replicate(), Shard(1)))
+WHOLE_B, SPLIT_B = (Local(layout, partial(project_addend, output=output)) for layout, output in
+                    ((Replicate(), Partial()), (Shard(0), Shard(-1))))
+LORA = {                        # the adapter of a layer, by how the weight of the layer lies; r: its rank. All-reduces: of gradients of whole matrices
+    "S(0)": {"lora_A":         (WHOLE_A,       "R",    "(B, T, D) -> (B, T, r)",          "", "all-reduce"),
+             "lora_B":         (SPLIT_B,       "S(0)", "(B, T, r) -> (B, T, F/tp)",       "", "")},
+    "S(1)": {"lora_A":         (SPLIT_A,       "S(1)", "(B, T, F/tp) -> (B, T, r) sum:tp", "", ""),
+             "lora_B":         (WHOLE_B,       "R",    "(B, T, r) -> (B, T, D) sum:tp",   "", "all-reduce")},
+}
+
+
+def lora_plan(plan: dict[str, Row], n_kv_heads: int) -> dict[str, Row]:
+    """Rows for the adapters of the layers in `plan`."""
+    one_head = {"lora_A": LORA["S(0)"]["lora_A"], "lora_B": shared_heads(n_kv_heads)["self_attn.k_proj"]}
+    return {f"{name}_lora.{matrix}": Row(*its) for name, row in plan.items() if name.endswith("_proj")
+            for matrix, its in LORA.get(row.weight, one_head).items()}
+
+
 def tensor_plan(config: LlamaConfig, tp: int, sequence_parallel: bool) -> dict[str, Row]:
     """The whole plan by module name; `*` stands for every layer."""
     block, ends = (SEQUENCE_BLOCK, SEQUENCE_ENDS) if sequence_parallel else (WHOLE_BLOCK, WHOLE_ENDS)
@@ -216,13 +248,17 @@ def apply_tensor_parallel(model: Llama, tp_mesh: DeviceMesh, sequence_parallel: 
     parallelism a stage hands on (B, T/tp, D).
     """
     plan = tensor_plan(model.config, tp_mesh.size(), sequence_parallel)
+    plan |= lora_plan(plan, model.config.num_key_value_heads)
     tied = model.lm_head is not None and model.model.embed_tokens is not None and (
         model.lm_head.weight is model.model.embed_tokens.weight)
     here = [name for name, _ in model.named_modules()]
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     parallelize_module(model, tp_mesh, {pattern: row.style for pattern, row in plan.items()
                                         if any(fnmatch(name, pattern) for name in here)})
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight            # both are Shard(0)
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)                   # torch's styles may make new, trainable parameters
     model.cross_entropy = partial(vocab_parallel_cross_entropy, tp_mesh=tp_mesh,
                                   hidden_layout=Shard(1) if sequence_parallel else Replicate())
     if sequence_parallel and model.model.embed_tokens is None:
@@ -264,7 +300,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, first_row: int, chunk_tokens: int, group,
                 wants_grad: bool) -> Tensor:
         grad_hidden = torch.empty_like(hidden) if wants_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_grad else None
+        # A frozen head (LoRA) is spared the (V/tp, D) fp32 gradient and a third of the work.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_grad and ctx.needs_input_grad[1] else None
         nll_sum = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, hidden.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
@@ -287,7 +324,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
                 grad.scatter_add_(1, target, -here[:, None].to(grad.dtype))
                 grad = grad.mul_(scored[:, None]).to(hidden.dtype)                 # d loss/d logits, of this rank's V/tp
                 grad_hidden[chunk] = grad @ weight                                 # sum:tp
-                grad_weight += grad.T @ hidden[chunk]
+                if grad_weight is not None:
+                    grad_weight += grad.T @ hidden[chunk]
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return nll_sum
@@ -296,4 +334,5 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss: Tensor):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss, (grad_weight * grad_loss).to(ctx.weight_dtype), None, None, None, None, None
+        to_weight = None if grad_weight is None else (grad_weight * grad_loss).to(ctx.weight_dtype)
+        return grad_hidden * grad_loss, to_weight, None, None, None, None, None

@@ -29,6 +29,8 @@ def make_batch(rows: PackedRows, indices: np.ndarray, document_mask: bool, pin_m
     """The rows `indices` as one batch. Under document_mask a label of another document than its token isn't scored."""
     both = rows.tokens_of(indices)  # (B, T + 1)
     tokens, labels, positions = both[:, :-1].copy(), both[:, 1:].copy(), None
+    if (trained := rows.trained_of(indices)) is not None:
+        labels[~trained[:, 1:]] = NOT_SCORED
     if document_mask:
         positions = np.tile(np.arange(rows.seq_len), (len(indices), 1))
         for b, row in enumerate(indices):

@@ -6,7 +6,9 @@ holds nobody up. Every defect of a file is a UsageError that names the file and 
 
 import codecs
 import glob
+import io
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -20,16 +22,19 @@ from dtensor_llama.data.cut import WINDOW_CHARS, Cutter
 from dtensor_llama.errors import UsageError
 
 FORMATS, COMPRESSIONS = (".txt", ".jsonl", ".parquet"), {".gz": "gzip", ".zst": "zstd"}
+RECORD_FORMATS = (".json", ".jsonl", ".parquet")    # that hold objects of several fields, as conversations are
 CHUNK_BYTES = 1 << 20   # what one worker gets at a time: long enough to hide the hand-over, short enough to balance
 PARQUET_BATCH_ROWS = 64  # decoded at once
 
 
 @dataclass
 class Chunk:
-    """Part of one file: whole lines of a .jsonl (bytes), rows of a .parquet (list), or a piece of a .txt (str)."""
+    """Part of one file: whole lines of a .jsonl (bytes), rows of a .parquet (list), or a piece of a .txt (str).
+
+    Of records it is lines, or a list of (where, object) with where as in "row 3"."""
 
     path: Path
-    data: bytes | list[str] | str
+    data: bytes | list[str] | str | list[tuple[str, dict]]
     first_line: int = 1     # of a .jsonl's lines, counted from 1
     input_bytes: int = 0    # of the file on disk, read since the chunk before: for the progress bar
     skip: int = 0           # .txt: leading ids of the piece that come from the cut, not from the text
@@ -45,9 +50,18 @@ class Chunk:
             texts = [self.data] if isinstance(self.data, str) else self.data
         return [text for text in texts if text and not (self.opens and self.closes and text.isspace())]
 
+    def records(self) -> Iterator[tuple[str, dict]]:
+        """(where, object) of each record in this chunk; `where` begins what is said of it."""
+        if isinstance(self.data, bytes):
+            for number, line in enumerate(self.data.split(b"\n"), self.first_line):
+                if line.strip():
+                    yield f"--data.path {self.path}, line {number}", _object_of_line(line, self.path, number)
+        else:
+            yield from ((f"--data.path {self.path}, {where}", record) for where, record in self.data)
 
-def expand_paths(patterns: Sequence[str | Path]) -> list[Path]:
-    """The files that `patterns` (files and globs, `**` too) name: absolute, sorted, each once."""
+
+def expand_paths(patterns: Sequence[str | Path], formats: tuple[str, ...] = FORMATS) -> list[Path]:
+    """The files that `patterns` (files and globs, `**` too) name: absolute, sorted, each once, of `formats`."""
     files = set()
     for pattern in patterns:
         path = Path(pattern).expanduser()
@@ -61,23 +75,24 @@ def expand_paths(patterns: Sequence[str | Path]) -> list[Path]:
     if not files:
         raise UsageError("--data.path: no file was named; give files or patterns such as 'data/**/*.txt'.")
     for file in sorted(files):
-        _format_of(file)
+        _format_of(file, formats)
     return sorted(files)
 
 
-def _format_of(path: Path) -> tuple[str, str | None]:
+def _format_of(path: Path, formats: tuple[str, ...]) -> tuple[str, str | None]:
     """(format, compression) of a file, as in (".jsonl", "gzip")."""
     compression = COMPRESSIONS.get(path.suffix.lower())
     suffix = (path.with_suffix("") if compression else path).suffix.lower()
-    if suffix not in FORMATS:
-        raise UsageError(f"--data.path {path}: unknown kind of file; .txt, .jsonl and .parquet can be read, and .gz "
-                         f"and .zst of each.")
+    if suffix not in formats:
+        raise UsageError(f"--data.path {path}: unknown kind of file; {', '.join(formats[:-1])} and {formats[-1]} can be "
+                         f"read, and .gz and .zst of each.")
     return suffix, compression
 
 
-def read_chunks(path: Path, text_field: str, cutter: Cutter, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
-    """The chunks of one file, in order."""
-    suffix, compression = _format_of(path)
+def read_chunks(path: Path, text_field: str | None, cutter: Cutter | None,
+                chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
+    """The chunks of one file, in order. text_field None: of records, with all their fields; they need no cutter."""
+    suffix, compression = _format_of(path, FORMATS if text_field is not None else RECORD_FORMATS)
     done_bytes = 0
     try:
         with open(path, "rb") as file, tempfile.TemporaryFile() as unpacked:
@@ -88,6 +103,8 @@ def read_chunks(path: Path, text_field: str, cutter: Cutter, chunk_bytes: int = 
                 chunks = _read_parquet(path, unpacked if compression else stream, text_field, chunk_bytes)
             elif suffix == ".jsonl":
                 chunks = _read_jsonl(path, stream, chunk_bytes)
+            elif suffix == ".json":
+                chunks = _read_json(path, stream, chunk_bytes)
             else:
                 chunks = _read_txt(path, stream, cutter, chunk_bytes)
             for chunk in chunks:
@@ -126,7 +143,45 @@ def _read_jsonl(path: Path, stream, chunk_bytes: int) -> Iterator[Chunk]:
     yield Chunk(path, b"".join(parts), first_line)
 
 
+def _read_json(path: Path, stream, chunk_bytes: int) -> Iterator[Chunk]:
+    """The objects of one array, held whole; a file that does not begin with one is read as .jsonl."""
+    data = stream.read().removeprefix(codecs.BOM_UTF8)
+    if not data.lstrip().startswith(b"["):
+        yield from _read_jsonl(path, io.BytesIO(data), chunk_bytes)
+        return
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, 1 + data.count(b"\n", 0, error.start), error) from None
+    decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
+    records, held_chars, line, counted_to = [], 0, 1, 0
+    at = gap.match(text, text.index("[") + 1).end()
+    while text[at : at + 1] not in ("]", ""):
+        line, counted_to = line + text.count("\n", counted_to, at), at
+        try:
+            record, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            reason = f"{error.msg}, line {error.lineno}" if isinstance(error, json.JSONDecodeError) else error
+            raise UsageError(f"--data.path {path}, line {line}: broken JSON ({reason}).") from None
+        records.append((f"line {line}", _checked_object(record, f"--data.path {path}, line {line}")))
+        held_chars, at = held_chars + end - at, gap.match(text, end).end()
+        if held_chars >= chunk_bytes:
+            yield Chunk(path, records)
+            records, held_chars = [], 0
+    if at >= len(text):
+        raise UsageError(f"--data.path {path}: the array is not closed; the file is cut short: fetch it again.")
+    yield Chunk(path, records)
+
+
 def _text_of_line(line: bytes, path: Path, number: int, text_field: str) -> str:
+    where, row = f"--data.path {path}, line {number}", _object_of_line(line, path, number)
+    if text_field not in row:
+        raise UsageError(f"{where}: no field {text_field!r}; its fields are {', '.join(list(row)[:20]) or 'none'}. "
+                         f"Name the one that holds the text with --data.text-field.")
+    return checked_text(row[text_field], where, text_field)
+
+
+def _object_of_line(line: bytes, path: Path, number: int) -> dict:
     where = f"--data.path {path}, line {number}"
     try:
         row = json.loads(line.decode())
@@ -135,15 +190,17 @@ def _text_of_line(line: bytes, path: Path, number: int, text_field: str) -> str:
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
         raise UsageError(f"{where}: broken JSON ({reason}); a .jsonl holds one object a line.") from None
+    return _checked_object(row, where)
+
+
+def _checked_object(row, where: str) -> dict:
     if not isinstance(row, dict):
         raise UsageError(f"{where}: expected a JSON object, found {type(row).__name__}.")
-    if text_field not in row:
-        raise UsageError(f"{where}: no field {text_field!r}; its fields are {', '.join(list(row)[:20]) or 'none'}. "
-                         f"Name the one that holds the text with --data.text-field.")
-    return _checked(row[text_field], where, text_field)
+    return row
 
 
-def _checked(text, where: str, text_field: str) -> str:
+def checked_text(text, where: str, text_field: str) -> str:
+    """`text` if it is a string of whole characters, else UsageError."""
     if not isinstance(text, str):
         raise UsageError(f"{where}: {text_field!r} holds {type(text).__name__}, expected a string.")
     try:
@@ -153,8 +210,18 @@ def _checked(text, where: str, text_field: str) -> str:
     return text
 
 
-def _read_parquet(path: Path, stream, text_field: str, chunk_bytes: int) -> Iterator[Chunk]:
+def _read_parquet(path: Path, stream, text_field: str | None, chunk_bytes: int) -> Iterator[Chunk]:
     parquet = pq.ParquetFile(stream, pre_buffer=False, buffer_size=chunk_bytes)
+    if text_field is None:
+        row = 0
+        for batch in parquet.iter_batches(PARQUET_BATCH_ROWS, use_threads=False):
+            try:
+                yield Chunk(path, [(f"row {row + i}", record) for i, record in enumerate(batch.to_pylist(), 1)])
+            except UnicodeDecodeError as error:
+                rows = f"rows {row + 1} to {row + len(batch)}"
+                raise UsageError(f"--data.path {path}, {rows}: not UTF-8 text ({error}).") from None
+            row += len(batch)
+        return
     if text_field not in (columns := parquet.schema_arrow.names):
         raise UsageError(f"--data.path {path}: no column {text_field!r}; it has {', '.join(columns) or 'none'}. "
                          f"Name the one that holds the text with --data.text-field.")
@@ -166,7 +233,7 @@ def _read_parquet(path: Path, stream, text_field: str, chunk_bytes: int) -> Iter
                 text = cell.as_py()
             except UnicodeDecodeError as error:
                 raise UsageError(f"--data.path {path}, row {row}: not UTF-8 text ({error}).") from None
-            texts.append(_checked(text, f"--data.path {path}, row {row}", text_field))
+            texts.append(checked_text(text, f"--data.path {path}, row {row}", text_field))
             held_chars += len(text)
             if held_chars >= chunk_bytes:
                 yield Chunk(path, texts)

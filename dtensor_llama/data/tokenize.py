@@ -9,9 +9,12 @@ threads exist. `prepare_corpus` is the same for a training script; it starts thi
 <cache-dir>/<fingerprint>/   tokens.bin      each document as BOS, ids, EOS (those the tokenizer has); uint16 or uint32
                              documents.bin   int64 offset in tokens.bin at which each document starts
                              meta.json       counts, the type of tokens.bin, and what went in
+Of conversations (`prepare_chat`, or --chat) a document is one of them as its template writes it, and there is
+                             trained.bin     a byte for each token: 1 where it is the assistant's, 0 elsewhere
 """
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -23,7 +26,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import wait
@@ -33,13 +36,16 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
+from dtensor_llama.data.chat import conversation_of
 from dtensor_llama.data.cut import Cutter
-from dtensor_llama.data.rows import TokenCorpus
-from dtensor_llama.data.sources import Chunk, expand_paths, read_chunks
+from dtensor_llama.data.rows import EMPTY_ANSWER, ChatCorpus, TokenCorpus
+from dtensor_llama.data.sources import FORMATS, RECORD_FORMATS, Chunk, expand_paths, read_chunks
+from dtensor_llama.data.template import ChatTemplate
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
 from dtensor_llama.errors import UsageError
 
 FORMAT_VERSION = 1
+CHAT_VERSION = 1        # of how conversations become ids: chat.py and template.py
 PIECE_CHARS = 16384     # a worker cuts longer texts: both libraries are fastest on texts of about this length
 CHUNKS_PER_WORKER = 3   # under way at once: one being encoded, one waiting, one done and waiting for its turn
 LINE_EVERY_S = 10       # of progress, where stderr is no terminal
@@ -52,11 +58,23 @@ def prepare_corpus(paths: Sequence[str | Path], tokenizer: Tokenizer, cache_dir:
     Any number of ranks and runs may call this at once: one tokenizes, the others wait for it. Progress goes to stderr.
     Raises UsageError for what is wrong with the files.
     """
+    return TokenCorpus(_prepare(paths, tokenizer, cache_dir, text_field, processes))
+
+
+def prepare_chat(paths: Sequence[str | Path], tokenizer: Tokenizer, cache_dir: str | Path,
+                 processes: int | None = None) -> ChatCorpus:
+    """As prepare_corpus, of conversations in any of the formats of chat.py, written with the tokenizer's ChatTemplate."""
+    ChatTemplate(tokenizer)                          # one that cannot be used is the first thing to say
+    return ChatCorpus(_prepare(paths, tokenizer, cache_dir, None, processes))
+
+
+def _prepare(paths, tokenizer: Tokenizer, cache_dir, text_field: str | None, processes: int | None) -> Path:
     paths = [paths] if isinstance(paths, str | Path) else paths
-    folder = Path(cache_dir) / fingerprint(expand_paths(paths), tokenizer, text_field)
+    folder = Path(cache_dir) / fingerprint(_files(paths, text_field), tokenizer, text_field)
     if not folder.is_dir():
         command = [sys.executable, "-m", "dtensor_llama.data.tokenize", "--for-process", os.getpid(), "--path", *paths]
-        command += ["--tokenizer", tokenizer.path, "--cache-dir", cache_dir, f"--text-field={text_field}"]
+        command += ["--tokenizer", tokenizer.path, "--cache-dir", cache_dir]
+        command += ["--chat"] if text_field is None else [f"--text-field={text_field}"]
         command += ["--processes", processes] if processes else []
         package_root = str(Path(__file__).resolve().parents[2])
         python_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
@@ -70,19 +88,24 @@ def prepare_corpus(paths: Sequence[str | Path], tokenizer: Tokenizer, cache_dir:
         if "error" in answer:
             raise UsageError(answer["error"])
         folder = Path(answer["folder"])
-    return TokenCorpus(folder)
+    return folder
 
 
-def fingerprint(files: list[Path], tokenizer: Tokenizer, text_field: str) -> str:
-    """A hash of all that decides the tokens; of each file its path, size and time of change."""
+def _files(paths: Sequence[str | Path], text_field: str | None) -> list[Path]:
+    return expand_paths(paths, FORMATS if text_field is not None else RECORD_FORMATS)
+
+
+def fingerprint(files: list[Path], tokenizer: Tokenizer, text_field: str | None) -> str:
+    """A hash of all that decides the tokens; of each file its path, size and time of change. text_field None: of a chat."""
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr((FORMAT_VERSION, stats, tokenizer.fingerprint, text_field)).encode()).hexdigest()[:32]
+    what = text_field if text_field is not None else ("chat", CHAT_VERSION, ChatTemplate(tokenizer).source)
+    return hashlib.sha256(repr((FORMAT_VERSION, stats, tokenizer.fingerprint, what)).encode()).hexdigest()[:32]
 
 
-def tokenize(paths: list[str], tokenizer: Tokenizer, cache_dir: Path, text_field: str, processes: int,
+def tokenize(paths: list[str], tokenizer: Tokenizer, cache_dir: Path, text_field: str | None, processes: int,
              for_process: int | None = None) -> Path:
     """Write the corpus unless it is there; returns its folder. Whoever comes second waits here for the first."""
-    files = expand_paths(paths)
+    files = _files(paths, text_field)
     name = fingerprint(files, tokenizer, text_field)
     folder, staging = cache_dir / name, cache_dir / f"{name}.partial"
     try:
@@ -102,7 +125,7 @@ def tokenize(paths: list[str], tokenizer: Tokenizer, cache_dir: Path, text_field
     return folder
 
 
-def _write_corpus(files: list[Path], tokenizer: Tokenizer, staging: Path, text_field: str, processes: int,
+def _write_corpus(files: list[Path], tokenizer: Tokenizer, staging: Path, text_field: str | None, processes: int,
                   for_process: int | None) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     total_bytes, done_bytes, n_tokens, n_documents = sum(file.stat().st_size for file in files), 0, 0, 0
@@ -111,13 +134,20 @@ def _write_corpus(files: list[Path], tokenizer: Tokenizer, staging: Path, text_f
     task, began_s = bar.add_task("", total=total_bytes), time.monotonic()
     line_due_s = began_s + LINE_EVERY_S
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _start_worker, (tokenizer, text_field))
-    with pool, open(staging / "tokens.bin", "wb") as tokens_file, open(staging / "documents.bin", "wb") as starts_file:
+    counts: Counter[str] = Counter()                   # of a chat: records of each format, and those left out
+    names = ["tokens.bin", "documents.bin"] + (["trained.bin"] if text_field is None else [])
+    with pool, contextlib.ExitStack() as opened:
+        tokens_file, starts_file, *trained_file = [opened.enter_context(open(staging / name, "wb")) for name in names]
         pool.submit(int).result()  # forks the workers, now, before the bar starts a thread
         try:
             with bar:
-                for ids, starts, input_bytes in _in_order(pool, files, text_field, Cutter(tokenizer), processes):
+                cutter = Cutter(tokenizer) if text_field is not None else None
+                for ids, starts, trained, of_chunk, input_bytes in _in_order(pool, files, text_field, cutter, processes):
                     tokens_file.write(ids.astype(dtype).tobytes())
                     starts_file.write((starts + n_tokens).tobytes())
+                    for file in trained_file:
+                        file.write(trained.tobytes())
+                    counts += of_chunk
                     n_tokens, n_documents = n_tokens + len(ids), n_documents + len(starts)
                     done_bytes += input_bytes
                     bar.advance(task, input_bytes)
@@ -130,11 +160,13 @@ def _write_corpus(files: list[Path], tokenizer: Tokenizer, staging: Path, text_f
             pool.shutdown(cancel_futures=True)
             raise
         if n_documents == 0:
-            raise UsageError(f"--data.path {files[0]}: no document with any text in {len(files)} file(s).")
+            what = "document with any text" if text_field is not None else "conversation with any answer"
+            raise UsageError(f"--data.path {files[0]}: no {what} in {len(files)} file(s).")
         meta = {"n_tokens": n_tokens, "n_documents": n_documents, "dtype": dtype.name, "format": FORMAT_VERSION}
         meta |= {"tokenizer": tokenizer.fingerprint, "text_field": text_field, "files": [str(file) for file in files]}
+        meta |= {"counts": counts} if text_field is None else {}
         (staging / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        for file in (tokens_file, starts_file):
+        for file in (tokens_file, starts_file, *trained_file):
             file.flush()
             os.fsync(file.fileno())  # before the rename: after a power cut a name must not stand for missing bytes
     elapsed_s = time.monotonic() - began_s
@@ -145,13 +177,14 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _in_order(pool: ProcessPoolExecutor, files: list[Path], text_field: str, cutter: Cutter,
-              processes: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """(ids, document starts, bytes of input) of each chunk, in the order of the corpus, a few of them at a time."""
+def _in_order(pool: ProcessPoolExecutor, files: list[Path], text_field: str | None, cutter: Cutter | None,
+              processes: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None, Counter, int]]:
+    """What the workers make of each chunk, and its bytes of input, in the order of the corpus, a few of them at a time."""
     under_way, chunks = deque(), (chunk for file in files for chunk in read_chunks(file, text_field, cutter))
     while True:
         while len(under_way) < CHUNKS_PER_WORKER * processes and (chunk := next(chunks, None)):
-            under_way.append((pool.submit(_encode_chunk, chunk), chunk.input_bytes))
+            encode = _encode_chunk if text_field is not None else _encode_chat
+            under_way.append((pool.submit(encode, chunk), chunk.input_bytes))
         if not under_way:
             return
         future, input_bytes = under_way.popleft()
@@ -160,13 +193,18 @@ def _in_order(pool: ProcessPoolExecutor, files: list[Path], text_field: str, cut
 
 # ---- in the workers ----
 
-_cutter: Cutter         # set once in each worker, inherited over the fork
-_text_field: str
+_cutter: Cutter         # set once in each worker
+_template: ChatTemplate
+_text_field: str | None
 
 
-def _start_worker(tokenizer: Tokenizer, text_field: str) -> None:
-    global _cutter, _text_field
-    _cutter, _text_field = Cutter(tokenizer), text_field
+def _start_worker(tokenizer: Tokenizer, text_field: str | None) -> None:
+    global _cutter, _template, _text_field
+    _text_field = text_field
+    if text_field is not None:
+        _cutter = Cutter(tokenizer)
+    else:
+        _template = ChatTemplate(tokenizer)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent decides
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
@@ -177,8 +215,8 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_chunk(chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
-    """(uint32 ids with BOS and EOS; int64 offsets into them of the documents that start in this chunk)."""
+def _encode_chunk(chunk: Chunk) -> tuple[np.ndarray, np.ndarray, None, Counter]:
+    """(uint32 ids with BOS and EOS; int64 offsets into them of the documents that start in this chunk; nothing; no counts)."""
     tokenizer = _cutter.tokenizer
     documents = [list(_cutter.pieces(text, PIECE_CHARS, chunk.skip)) for text in chunk.documents(_text_field)]
     encoded = iter(tokenizer.encode_batch([text for pieces in documents for text, _ in pieces]))
@@ -191,7 +229,23 @@ def _encode_chunk(chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
         for _, skip in pieces:
             ids += next(encoded)[skip:]
         ids += eos
-    return np.array(ids, dtype=np.uint32), np.array(starts, dtype=np.int64)
+    return np.array(ids, dtype=np.uint32), np.array(starts, dtype=np.int64), None, Counter()
+
+
+def _encode_chat(chunk: Chunk) -> tuple[np.ndarray, np.ndarray, np.ndarray, Counter]:
+    """(uint32 ids; int64 offsets of the conversations; uint8 1 where a token is trained; how many records of each kind)."""
+    ids, starts, trained, counts = [], [], [], Counter()
+    for where, record in chunk.records():
+        name, turns = conversation_of(record, where)
+        counts[name] += 1
+        if any(turn["role"] == "assistant" and not turn["content"].strip() for turn in turns):
+            counts[EMPTY_ANSWER] += 1
+            continue
+        of_one, mask = _template.encode(turns, where)
+        starts.append(len(ids))
+        ids += of_one
+        trained += mask
+    return np.array(ids, dtype=np.uint32), np.array(starts, dtype=np.int64), np.array(trained, dtype=np.uint8), counts
 
 
 def main() -> int:
@@ -203,6 +257,7 @@ def main() -> int:
     add("--tokenizer", required=True, help="Hugging Face folder, tokenizer.json or SentencePiece .model")
     add("--cache-dir", required=True, type=Path, help="where the tokens go; older ones there are never deleted")
     add("--text-field", default="text", help="field or column that holds the text (default: text)")
+    add("--chat", action="store_true", help="conversations (.json .jsonl .parquet) instead of texts, for recipes/sft.py")
     add("--processes", type=int, default=cores, help=f"workers (default: one per core, {cores})")
     add("--for-process", type=int, metavar="PID", help="for a program: print the result or the error as JSON, and stop "
                                                        "when the process PID, which must be the parent, is gone")
@@ -212,7 +267,8 @@ def main() -> int:
         if args.processes < 1:
             raise UsageError(f"--processes {args.processes}: at least one worker is needed.")
         tokenizer = load_tokenizer(args.tokenizer)
-        folder = tokenize(args.path, tokenizer, args.cache_dir, args.text_field, args.processes, args.for_process)
+        text_field = None if args.chat else args.text_field
+        folder = tokenize(args.path, tokenizer, args.cache_dir, text_field, args.processes, args.for_process)
         answer = {"folder": str(folder)}
     except UsageError as error:
         answer = {"error": str(error)}

@@ -58,8 +58,56 @@ class Tokenizer:
             return self._fast.decode(ids, skip_special_tokens=True)
         return self._pieces.decode([i for i in ids if i < self._pieces.get_piece_size()])
 
-    def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json and what came with them, for transformers' AutoTokenizer."""
+    @property
+    def control_tokens(self) -> dict[str, AddedToken]:
+        """Text -> AddedToken of what a chat template may write to mean one id: the added tokens, and BOS and EOS."""
+        named = (self._fast.id_to_token(i) for i in (self.bos_id, self.eos_id) if i is not None)
+        added = self._fast.get_added_tokens_decoder().values()
+        return {token: AddedToken(token) for token in named} | {token.content: token for token in added}
+
+    def id_of(self, token: str) -> int:
+        return self._fast.token_to_id(token)
+
+    def token_of(self, token_id: int) -> str:
+        """The entry of the vocabulary as it is written there."""
+        return self._fast.id_to_token(token_id)
+
+    @property
+    def plain(self) -> "Tokenizer":
+        """The same, reading added tokens as text even where tokenizer.json does not call them special."""
+        if self._pieces is not None:
+            return self
+        source = json.loads(self._fast.to_str())
+        source["added_tokens"] = [token | {"special": True} for token in source["added_tokens"]]
+        return Tokenizer(self.path, tokenizers.Tokenizer.from_str(json.dumps(source)), None, self.bos_id, self.eos_id)
+
+    @property
+    def prefixes_every_text(self) -> bool:
+        """Whether a text after a control token gets its dummy prefix, as one at the start does (where there is one)."""
+        if self._pieces is not None or self.bos_id is None:
+            return True
+        self._fast.encode_special_tokens = False
+        after_bos = self._fast.encode(self._fast.id_to_token(self.bos_id) + "a", add_special_tokens=False).ids[1:]
+        self._fast.encode_special_tokens = True
+        return after_bos == self.encode("a")
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja source that came with the tokenizer: chat_template.jinja, else of tokenizer_config.json."""
+        home = self.path if self.path.is_dir() else self.path.parent
+        if self.path.suffix == ".model":         # what lies beside it may belong to another tokenizer
+            return None
+        if (home / "chat_template.jinja").is_file():
+            return (home / "chat_template.jinja").read_text(encoding="utf-8")
+        template = _settings(home, "tokenizer_config.json").get("chat_template")
+        if isinstance(template, list):           # several by name
+            template = {one.get("name"): one.get("template") for one in template}.get("default")
+        return template if isinstance(template, str) else None
+
+    def save(self, folder: str | Path, chat_template: str | None = None) -> None:
+        """Write tokenizer.json, tokenizer_config.json and what came with them, for transformers' AutoTokenizer.
+
+        chat_template: the one to write, where training used another than the tokenizer's own."""
         folder, home = Path(folder), self.path if self.path.is_dir() else self.path.parent
         folder.mkdir(parents=True, exist_ok=True)
         source, template = _settings(home, "tokenizer_config.json"), home / "chat_template.jinja"
@@ -68,6 +116,9 @@ class Tokenizer:
             config |= {key: source[key] for key in KEPT_SETTINGS if key in source}
             if template.is_file():
                 (folder / template.name).write_bytes(template.read_bytes())
+        if chat_template is not None:
+            config.pop("chat_template", None)
+            (folder / template.name).write_text(chat_template, encoding="utf-8")
         unk_token = getattr(self._fast.model, "unk_token", None)
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
         config |= {name: self._fast.id_to_token(i) for name, i in ids.items() if i is not None}

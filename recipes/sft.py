@@ -1,0 +1,467 @@
+"""Fine-tune a LLaMA on conversations: all of its weights, or LoRA adapters beside them.
+
+    python recipes/sft.py --model SmolLM2-135M/ --data.path chat.jsonl
+    torchrun --nproc-per-node 8 recipes/sft.py --model llama2-7b/ --data.path 'chats/*.parquet' --lora.rank 16
+    python recipes/sft.py --model llama2-7b/ --data.path chat.jsonl --preview 3        # what would be trained, in colour
+
+pretrain.py with other data; where the two files differ, fine-tuning differs. Rows are whole conversations, only what the
+assistant says is scored, and what the user leaves open (None below) is chosen from the data and the hardware, and said.
+The run folder holds what pretrain's does and, with LoRA, hf-adapter/ beside the merged hf/.
+"""
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone works without being installed
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf, save_hf
+from dtensor_llama.attention import choose_attention
+from dtensor_llama.checkpoint import Checkpointer, restore_training_state, training_state
+from dtensor_llama.cli import run_recipe
+from dtensor_llama.data.preview import preview, say_data
+from dtensor_llama.data.reader import Batch, RowReader, validation_batches
+from dtensor_llama.data.rows import ChatCorpus, PackedExamples
+from dtensor_llama.data.template import ChatTemplate
+from dtensor_llama.data.tokenize import prepare_chat
+from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
+from dtensor_llama.flops import hardware_flops_per_token, model_flops_per_token, peak_flops
+from dtensor_llama.lora import LoraConfig, apply_lora, init_lora, merge_lora, n_adapter_parameters, save_adapter
+from dtensor_llama.metrics import GIB, PeakMemory, RunLog, draw_loss_curve
+from dtensor_llama.model import init_weights
+from dtensor_llama.neftune import Neftune
+from dtensor_llama.optim import build_adamw
+from dtensor_llama.run import StopSignal, claim_run_dir, made_with, refuse_below, refuse_other_run, say_where_things_are
+from dtensor_llama.schedule import cosine_lr
+from dtensor_llama.weights import check_hf
+from parallel import ParallelConfig, build_mesh, parallelize
+from parallel.answers import answer, held_out_prompts
+from parallel.clip import clip_grad_norm
+from parallel.config import AXES, check_parallel
+from parallel.context import embedded_here, shard_batch
+from parallel.fit import fit
+from parallel.mesh import reads_alone, start_process_group, stop_process_group
+from parallel.pipeline import make_step_runner
+from parallel.schedule_picture import Recorder, bubble_share, draw_schedule
+
+# ---- 1. What can be asked for: each field is a flag -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: tuple[str, ...] = ()          # files and globs of conversations: .json .jsonl .parquet, and .gz and .zst of them
+    tokenizer: str | None = None        # Hugging Face folder, tokenizer.json or SentencePiece .model; None: --model's
+    seq_len: int | None = None          # tokens per row; None: what the longest example needs, within the model's context
+    overlong: Literal["drop", "truncate"] = "drop"       # examples longer than a row: left out, or cut
+    packing: bool = True                # several examples to a row; none of them sees another
+    validation_share: float = 0.02      # of the rows, held out
+    cache_dir: str = "~/.cache/dtensor-llama"    # tokenized conversations, reused by every run on the same files
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    epochs: float = 2.0                 # how often the data is read, if steps is None
+    steps: int | None = None            # optimizer steps; None: as epochs says
+    global_batch_size: int | None = None    # rows per step, over all ranks; None: about 32 examples
+    micro_batch_size: int | None = None     # rows per rank and forward; None: what fits the memory
+    seed: int = 0                       # of the adapters, of the order of rows, of the noise
+    lr: float | None = None             # peak; None: 2e-5 as LLaMA-2 (arXiv:2307.09288, sec. 3.1), with LoRA 2e-4
+    min_lr: float | None = None         # where the cosine ends; None: a tenth of lr
+    warmup_steps: int | None = None     # None: 2 % of the steps, at most LLaMA-2's 2,000
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0          # gradients longer than this, over all parameters together, are scaled down to it
+    neftune_alpha: float = 0.0          # noise on the embeddings in training (NEFTune): 5 is usual; 0: none
+    dtype: Literal["float32", "bfloat16"] | None = None   # of the computation; None: bfloat16 on a GPU, float32 without
+    compile: bool = False               # torch.compile each block: a minute at the start, faster steps after
+    recompute: Literal["none", "selective", "full"] | None = None    # None: none if the memory allows, else full
+    attention: Literal["auto", "flash", "sdpa", "math"] = "auto"
+    validate_every: int | None = None   # steps between validation losses; None: ten times a run; 0: never
+    validation_rows: int = 64           # rows of the held-out share that are used each time
+    answers: int = 3                    # held-out prompts answered at each validation, printed and in TensorBoard; 0: none
+    answer_tokens: int = 48             # of each, at most
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 500                    # steps between checkpoints; 0: none
+    keep: int = 3                       # newest ones to keep; 0: all
+    export_hf: bool = True              # write hf/ at the end, in --train.dtype
+    resume: str = "auto"                # auto: go on where this run folder stands, else start; never; or a checkpoint
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Fine-tune the model in a Hugging Face folder on conversations."""
+
+    model: str                          # Hugging Face folder with config.json, safetensors and tokenizer; or a preset
+    random_init: bool = False           # take only config.json of the folder, not its weights
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    preview: int = 0                    # print so many rows, trained tokens bright, and end
+    preview_json: str | None = None     # write them here as {"tokens", "labels"} (all rows without --preview), and end
+    run_dir: str = "runs/sft"           # everything this run writes
+
+
+def main(cfg: SftConfig) -> None:
+    rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
+                                    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    is_main = rank == 0
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+    # ---- 2. What is refused, before anything starts; and what was left open -----------------------------------------
+    check_numbers(cfg)
+    if not cfg.data.path:
+        raise UsageError("--data.path is missing; name the conversations to train on, e.g. --data.path chat.jsonl.")
+    tokenizer = load_tokenizer(tokenizer_path(cfg))
+    model_config = read_model_config(cfg, tokenizer)
+    with torch.device("meta"):
+        model = Llama(model_config)                       # names and shapes only: no memory yet
+    weights = Path(cfg.model) if Path(cfg.model).is_dir() and not cfg.random_init else None
+    if weights:
+        check_hf(model, weights)                          # reads the headers of the files
+    if cfg.lora.rank:
+        apply_lora(model, cfg.lora)                       # refuses targets that are not there
+    if cfg.train.compile and device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise UsageError("--train.compile needs a C++ compiler on a CPU and there is none; install g++, or leave it out.")
+    template = ChatTemplate(tokenizer)
+    corpus = prepare_chat(cfg.data.path, tokenizer, Path(cfg.data.cache_dir).expanduser())
+    cfg, layout, rows, reasons = settle(cfg, model_config, corpus, tokenizer, device, world_size)
+    if cfg.preview or cfg.preview_json:
+        if is_main:
+            say_data(rows, template.name, print)
+            preview(rows, tokenizer, cfg.preview, cfg.preview_json)
+        return
+    seq_len, compute_dtype = rows.seq_len, getattr(torch, cfg.train.dtype)
+    ring = layout.cp > 1 and layout.cp_method == "ring"
+    kernel, why = choose_attention(cfg.train.attention, device, compute_dtype, merges_blocks=ring)
+    n_micros = check_parallel(layout, model_config, seq_len, cfg.train.global_batch_size, cfg.train.micro_batch_size,
+                              attention=kernel, recompute=cfg.train.recompute, compile=cfg.train.compile,
+                              device_type=device.type)
+    if is_main:                                           # the claim is held until the run ends
+        run_lock = claim_run_dir(Path(cfg.run_dir), fresh=cfg.checkpoint.resume == "never")
+
+    # ---- 3. The parts ----------------------------------------------------------------------------------------------
+    start_process_group(device, world_size, attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    mesh = build_mesh(layout, device.type)
+    dp_rank = mesh["dp"].get_local_rank()
+
+    if cfg.lora.rank:                                     # before the passes, which find the adapters like any module
+        with torch.device("meta"):
+            model = Llama(model_config)
+        apply_lora(model, cfg.lora, frozen_dtype=compute_dtype)
+    parts = parallelize(model, mesh, layout, compute_dtype=compute_dtype, recompute=cfg.train.recompute,
+                        compile=cfg.train.compile, attention=kernel)
+    for part in parts:                                    # without pp: the model itself
+        part.to_empty(device=device)                      # this rank's shards, still without values
+    runner = make_step_runner(parts, mesh["pp"], layout.schedule, n_micros, device, compute_dtype, layout.sequence_shards,
+                              layout.zero_stage)
+    noise = None
+    if cfg.train.neftune_alpha and parts[0].model.embed_tokens is not None:
+        noise = Neftune(cfg.train.neftune_alpha, cfg.train.seed, share=lambda per_token: embedded_here(
+            per_token, mesh, layout.cp_method, layout.sequence_shards))
+        noise.add_to(parts[0].model.embed_tokens)
+    optimizer = build_adamw(model, cfg.train.lr, cfg.train.weight_decay)
+    checkpoints = Checkpointer(Path(cfg.run_dir, "checkpoints"), keep=cfg.checkpoint.keep)
+    load_hf(model, weights) if weights else init_weights(model, cfg.train.seed)      # a LoRA checkpoint has no frozen weights
+    init_lora(model, cfg.train.seed)
+    step, position = resume(cfg, model, optimizer, checkpoints, model_config, corpus, seq_len, is_main)
+
+    reader = RowReader(rows, cfg.train.global_batch_size, cfg.train.micro_batch_size, dp_rank, layout.dp,
+                       document_mask=True, position=position, pin_memory=device.type == "cuda")
+    step_tokens = cfg.train.global_batch_size * seq_len
+    peak, peak_source = peak_flops(device, compute_dtype)
+    memory = PeakMemory(device)
+    log = None
+    if is_main:
+        log = RunLog(Path(cfg.run_dir), step, cfg.train.steps)
+        describe_run(cfg, model_config, layout, rows, n_micros, f"{kernel} ({why})", template.name, peak,
+                     peak_source, device, log)
+        for reason in reasons:
+            log.say(reason)
+    asked = held_out_prompts(rows, cfg.train.answers, cfg.train.answer_tokens)
+    if asked and layout.pp * layout.cp > 1:
+        asked = []
+        if is_main:
+            log.say("answers   none are sampled in training: no rank of a pipeline or of cp sees whole rows in a whole model")
+
+    # ---- 4. The loop -----------------------------------------------------------------------------------------------
+    stop = StopSignal()
+    stopped, first_step = False, step
+    while step < cfg.train.steps and not stopped:
+        began = time.perf_counter()
+        lr = learning_rate(cfg.train, step)
+        micros = next(reader)                             # n_micros batches of (micro_batch_size, T)
+        # How many labels count in the whole global batch, and whether any rank was asked to stop: one reduction for both.
+        counts = torch.tensor([count_scored(micros) * reads_alone(mesh), int(stop.asked)], device=device)
+        dist.all_reduce(counts)
+        n_scored, stopped = counts[0], bool(counts[1])
+        draws = layout.draw_schedule and step == min(first_step + 2, cfg.train.steps - 1)      # the first steps are not typical
+        recorder = Recorder(mesh["pp"], device) if draws else None
+        if noise:
+            noise.next_step(step, dp_rank * cfg.train.global_batch_size // layout.dp, micros)
+        loss, grad_norm = train_step(runner, model, optimizer, micros, n_scored, lr, mesh, layout, cfg.train.max_grad_norm,
+                                     recorder)
+        step += 1
+        # ---- below here nothing changes the weights ----
+        loss, grad_norm = loss.item(), grad_norm.item()   # waits for the device
+        step_s = time.perf_counter() - began
+        events = recorder.gather() if recorder else None
+        if is_main and events:
+            draw_schedule(events, Path(cfg.run_dir, "schedule.png"), layout.schedule)
+            log.say(f"step {step}: drawn in {cfg.run_dir}/schedule.png; {bubble_share(events):.0%} of the time is bubbles")
+        if not loss < float("inf"):                       # also nan; all ranks see the same number and stop together
+            raise RuntimeError(f"the loss of step {step} is {loss}; the last checkpoint is from before. Lower --train.lr.")
+        validation_loss = None
+        if cfg.train.validate_every and (step % cfg.train.validate_every == 0 or step == cfg.train.steps) and rows.n_validation:
+            validation_loss = evaluate(runner, rows, cfg, mesh, layout, device)
+            answers = answer(model, asked, cfg.train.answer_tokens, tokenizer, layout.tp, device)
+        peaks = torch.tensor(memory.take(), dtype=torch.float64)
+        dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
+        if is_main:
+            tokens_per_s = step_tokens / step_s
+            per_device = tokens_per_s / world_size / peak
+            row = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": reader.position * seq_len,
+                   "tokens_per_second": tokens_per_s, "mfu": per_device * model_flops_per_token(model_config, seq_len),
+                   "hfu": per_device * hardware_flops_per_token(model_config, seq_len, cfg.train.recompute),
+                   "step_seconds": step_s, "device_memory_gib": peaks[0].item() / GIB, "host_memory_gib": peaks[1].item() / GIB}
+            if validation_loss is not None:
+                row["validation_loss"] = validation_loss
+                log.say(f"step {step}: validation loss {validation_loss:.4f}")
+                log.text("answers", step, answers)
+            log.step(row)
+        last = stopped or step == cfg.train.steps
+        if cfg.checkpoint.every and (step % cfg.checkpoint.every == 0 or last):
+            meta = checkpoint_meta(cfg, model_config, corpus, seq_len)
+            stall_s = checkpoints.save(step, training_state(model, optimizer, step, reader.position, meta), wait=last)
+            if is_main:
+                log.say(f"step {step}: checkpoint {'written' if last else 'under way'}; training waited {stall_s:.2f} s")
+
+    # ---- 5. The end ------------------------------------------------------------------------------------------------
+    reader.close()
+    checkpoints.close()
+    if cfg.checkpoint.export_hf and not stopped:
+        export(model, cfg, tokenizer, template, compute_dtype, is_main)
+    if is_main:
+        log.close()
+        if log.rows:
+            draw_loss_curve(log.rows, Path(cfg.run_dir, "loss.png"))
+        say_where_things_are(Path(cfg.run_dir), log.rows, step, cfg.train.steps, stopped)
+        run_lock.close()
+    stop_process_group()
+
+
+# ---- The step: one global batch ---------------------------------------------------------------------------------------
+
+
+def train_step(runner, model: nn.Module, optimizer: torch.optim.Optimizer, micros: list[Batch], n_scored: Tensor, lr: float,
+               mesh: DeviceMesh, layout: ParallelConfig, max_grad_norm: float, recorder: Recorder | None = None,
+               ) -> tuple[Tensor, Tensor]:
+    """Forward and backward of one global batch, clip, step. Returns (loss, gradient norm), the same on every rank.
+
+    n_scored: scored labels of the whole global batch, so that sums over micro-batches and ranks give the mean.
+    """
+    micros = [shard_batch(micro, mesh["cp"], layout.cp_method) for micro in micros]
+    # FSDP averages gradients over the ranks that saw other tokens; we want their sum.
+    loss = runner.step(micros, n_scored, grad_scale=layout.grad_ranks, **({"recorder": recorder} if recorder else {}))
+    dist.all_reduce(loss, group=mesh["loss"].get_group())             # each rank has its own tokens' share
+    grad_norm = clip_grad_norm(model.parameters(), max_grad_norm)     # one norm over all ranks and axes
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss, grad_norm
+
+
+def count_scored(micros: list[Batch]) -> int:
+    return sum(int((micro.labels != -100).sum()) for micro in micros)
+
+
+def evaluate(runner, rows: PackedExamples, cfg: SftConfig, mesh: DeviceMesh, layout: ParallelConfig, device) -> float:
+    """Mean loss over the first held-out rows. All ranks enter: a sharded forward gathers weights."""
+    batches = list(validation_batches(rows, cfg.train.micro_batch_size, mesh["dp"].get_local_rank(), layout.dp,
+                                      document_mask=True, max_rows=cfg.train.validation_rows))
+    nats = runner.evaluate_step([shard_batch(batch, mesh["cp"], layout.cp_method) for batch in batches])
+    dist.all_reduce(nats, group=mesh["loss"].get_group())
+    n_scored = torch.tensor(count_scored(batches), device=device)
+    dist.all_reduce(n_scored, group=mesh["dp"].get_group())
+    return (nats / n_scored).item()
+
+
+def learning_rate(train: TrainConfig, step: int) -> float:
+    warmup = min(2000, train.steps // 50) if train.warmup_steps is None else train.warmup_steps
+    return cosine_lr(step, train.steps, warmup, train.lr, train.lr / 10 if train.min_lr is None else train.min_lr)
+
+
+# ---- What is refused --------------------------------------------------------------------------------------------------
+
+
+def check_numbers(cfg: SftConfig) -> None:
+    """Refuse numbers that no run can have."""
+    train, data = cfg.train, cfg.data
+    refuse_below(1, {"--train.steps": train.steps, "--train.global-batch-size": train.global_batch_size,
+                     "--train.micro-batch-size": train.micro_batch_size, "--train.validation-rows": train.validation_rows,
+                     "--train.answer-tokens": train.answer_tokens, "--data.seq-len": data.seq_len})
+    refuse_below(0, {"--train.lr": train.lr, "--train.max-grad-norm": train.max_grad_norm, "--train.epochs": train.epochs},
+                 exclusive=True)
+    refuse_below(0, {"--train.warmup-steps": train.warmup_steps, "--train.weight-decay": train.weight_decay,
+                     "--train.min-lr": train.min_lr, "--train.validate-every": train.validate_every,
+                     "--train.seed": train.seed, "--train.neftune-alpha": train.neftune_alpha, "--lora.rank": cfg.lora.rank,
+                     "--train.answers": train.answers, "--preview": cfg.preview, "--checkpoint.every": cfg.checkpoint.every,
+                     "--checkpoint.keep": cfg.checkpoint.keep})
+    if train.min_lr is not None and train.lr is not None and train.min_lr > train.lr:
+        raise UsageError(f"--train.min-lr {train.min_lr} is above --train.lr {train.lr}; the cosine ends at the lower.")
+    if not 0 <= data.validation_share < 1:
+        raise UsageError(f"--data.validation-share {data.validation_share} is not a share; use 0 (none) to below 1.")
+    if cfg.random_init and not Path(cfg.model).is_dir():
+        raise UsageError(f"--random-init takes the shape of a Hugging Face folder, and --model {cfg.model} is none; a "
+                         "preset starts from random weights anyway.")
+
+
+def settle(cfg: SftConfig, model: LlamaConfig, corpus: ChatCorpus, tokenizer: Tokenizer, device: torch.device,
+           world_size: int) -> tuple[SftConfig, ParallelConfig, PackedExamples, list[str]]:
+    """What the user left open, chosen from the data and the hardware: (settled config, resolved layout, rows, the reasons)."""
+    train, layout, reasons = cfg.train, cfg.parallel.resolve(world_size), []
+    lengths = np.diff(corpus.document_starts, append=corpus.n_tokens)
+    seq_len = cfg.data.seq_len
+    if seq_len is None:
+        seq_len = min(model.max_position_embeddings, max(256, 1 << (int(lengths.max()) - 1).bit_length()))
+        reasons.append(f"rows      of {seq_len} tokens: the longest example has {lengths.max():,}, the model's context is "
+                       f"{model.max_position_embeddings:,}")
+    rows = PackedExamples(corpus, seq_len, cfg.data.validation_share, train.seed, pad_id=tokenizer.eos_id or 0,
+                          overlong=cfg.data.overlong, packing=cfg.data.packing)
+    dtype = train.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    if device.type == "cuda":
+        device_bytes = torch.cuda.get_device_properties(device).total_memory
+    else:
+        device_bytes = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    batch = train.global_batch_size
+    if batch is None:      # 32 examples a step, but at least 10 steps an epoch, and a row for each rank and pipeline stage
+        per_row, least = rows.n_examples / rows.n_rows, layout.dp * layout.pp * (train.micro_batch_size or 1)
+        batch = max(1, math.ceil(min(32 / per_row, rows.n_train / 10) / least)) * least
+        reasons.append(f"batch     {batch} rows a step: about {batch * per_row:.0f} examples")
+    open_layout = replace(cfg.parallel, dp_shard=-1) == ParallelConfig() and world_size > 1
+    layout, recompute, micro, why = fit(
+        model, layout, device_bytes, seq_len, max(1, batch // layout.pp), tries_tp=open_layout, recompute=train.recompute,
+        micro_batch_size=train.micro_batch_size, itemsize=getattr(torch, dtype).itemsize,
+        n_adapter=n_adapter_parameters(model, cfg.lora) if cfg.lora.rank else 0)
+    if train.recompute is None or train.micro_batch_size is None or open_layout:
+        reasons.append(f"memory    {why}")
+    steps = train.steps or max(1, math.ceil(train.epochs * rows.n_train / batch))
+    every = max(1, steps // 10) if train.validate_every is None else train.validate_every
+    train = replace(train, steps=steps, global_batch_size=batch, micro_batch_size=micro, recompute=recompute, dtype=dtype,
+                    lr=train.lr or (2e-4 if cfg.lora.rank else 2e-5), validate_every=every)
+    if train.min_lr is not None and train.min_lr > train.lr:
+        raise UsageError(f"--train.min-lr {train.min_lr} is above the peak of {train.lr}; the cosine ends at the lower.")
+    return replace(cfg, train=train, data=replace(cfg.data, seq_len=seq_len)), layout, rows, reasons
+
+
+def tokenizer_path(cfg: SftConfig) -> Path:
+    if cfg.data.tokenizer is not None:
+        return Path(cfg.data.tokenizer)
+    if Path(cfg.model).is_dir():
+        return Path(cfg.model)
+    LlamaConfig.preset(cfg.model)              # an unknown name is the first thing to say
+    raise UsageError(f"--data.tokenizer is missing, and the preset --model {cfg.model} has none of its own; give a Hugging "
+                     "Face folder, a tokenizer.json or a SentencePiece .model.")
+
+
+def read_model_config(cfg: SftConfig, tokenizer: Tokenizer) -> LlamaConfig:
+    """The shape to train, with the tokenizer's ids of begin and end."""
+    looks_like_path = os.sep in cfg.model or Path(cfg.model).exists()
+    config = LlamaConfig.from_hf(cfg.model) if looks_like_path else LlamaConfig.preset(cfg.model)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UsageError(f"--data.tokenizer has {tokenizer.vocab_size} tokens and --model {cfg.model} a vocabulary of "
+                         f"{config.vocab_size}; use the tokenizer the model was made for, or a model with a vocabulary of "
+                         f"at least {tokenizer.vocab_size}.")
+    if Path(cfg.model).is_dir() and cfg.data.tokenizer is None:
+        return config                          # the folder's own: its config.json says it already, and may list several
+    return replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+
+
+# ---- Resuming ---------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_meta(cfg: SftConfig, model_config: LlamaConfig, corpus: ChatCorpus, seq_len: int) -> dict:
+    """What must be the same for a checkpoint's data position and weights to mean the same: {flag: value}."""
+    return {"--model": asdict(model_config), "--data.seq-len": seq_len, "--train.seed": cfg.train.seed,
+            "--data.validation-share": cfg.data.validation_share,
+            "--lora": {**asdict(cfg.lora), "targets": list(cfg.lora.targets)},           # a list, as JSON gives it back
+            "--data.overlong and --data.packing": f"{cfg.data.overlong}, {'packed' if cfg.data.packing else 'not packed'}",
+            "--data.path and --data.tokenizer": f"{corpus.n_tokens} tokens in {corpus.n_documents} conversations"}
+
+
+def resume(cfg: SftConfig, model, optimizer, checkpoints: Checkpointer, model_config, corpus, seq_len,
+           is_main: bool) -> tuple[int, int]:
+    """Load what --checkpoint.resume says; returns (steps done, rows read), zeros for a fresh start."""
+    asked = cfg.checkpoint.resume
+    path = checkpoints.latest() if asked == "auto" else None if asked == "never" else Path(asked)
+    if path is None:
+        return 0, 0
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    state = training_state(model, optimizer)
+    checkpoints.load(path, state)
+    progress = restore_training_state(state, model, optimizer)
+    refuse_other_run(path, progress["meta"], checkpoint_meta(cfg, model_config, corpus, seq_len))
+    for group, setting in zip(optimizer.param_groups, settings, strict=True):
+        group.update(setting)                  # decay and the like are what was asked for now, not what was saved
+    if is_main:
+        print(f"resuming from {path}: {progress['step']} steps done", flush=True)
+    return progress["step"], progress["position"]
+
+
+# ---- Telling ----------------------------------------------------------------------------------------------------------
+
+
+def describe_run(cfg, model_config, layout, rows: PackedExamples, n_micros: int, attention: str, template_name: str,
+                 peak: float, peak_source: str, device, log: RunLog) -> None:
+    """Print what is about to happen and write config.json."""
+    record = {**asdict(cfg), "model_config": model_config.to_hf(), "layout": asdict(layout), "device": str(device),
+              "attention_kernel": attention, "n_parameters": model_config.n_parameters, **made_with(),
+              "peak_flops_per_device": peak, "peak_flops_source": peak_source,
+              "n_training_rows": rows.n_train, "n_validation_rows": rows.n_validation, "corpus": str(rows.corpus.folder)}
+    Path(cfg.run_dir, "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    epochs = cfg.train.steps * cfg.train.global_batch_size / rows.n_train
+    log.say(f"model     {cfg.model}: {model_config.n_parameters / 1e6:,.1f}M parameters, attention {attention}")
+    say_data(rows, template_name, log.say)
+    log.say(f"epochs    {epochs:.2f}: {cfg.train.steps} steps of {cfg.train.global_batch_size} rows")
+    axes = " x ".join(f"{axis} {getattr(layout, axis)}" for axis in AXES if getattr(layout, axis) > 1) or "one process"
+    log.say(f"layout    {axes} on {device.type}, ZeRO stage {layout.zero_stage}; {n_micros} micro-batches of "
+            f"{cfg.train.micro_batch_size} rows per rank and step")
+    log.say(f"numbers   {cfg.train.dtype} compute, float32 masters; MFU against {peak / 1e12:.2f} TFLOP/s ({peak_source})")
+
+
+def export(model: Llama, cfg: SftConfig, tokenizer: Tokenizer, template: ChatTemplate, dtype: torch.dtype,
+           is_main: bool) -> None:
+    """Write hf/, which transformers opens, template and all, and with LoRA hf-adapter/, which peft opens over --model.
+    All ranks enter: each writes the shards it owns."""
+    hf, adapter = Path(cfg.run_dir, "hf"), Path(cfg.run_dir, "hf-adapter")
+    if cfg.lora.rank:
+        save_adapter(model, adapter, cfg.lora, base_model=cfg.model)
+        merge_lora(model)
+    save_hf(model, hf, dtype=dtype)
+    if is_main:
+        for folder in [hf, adapter] if cfg.lora.rank else [hf]:
+            tokenizer.save(folder, chat_template=template.source)
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    run_recipe(main, SftConfig)

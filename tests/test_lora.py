@@ -1,0 +1,97 @@
+"""LoRA: the same answer on any layout, merged equals unmerged, and the adapter's file is peft's."""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from pool import run_on
+from test_one_answer import GQA, ROWS, rows_of, whole_weights
+from torch.testing import assert_close
+
+from dtensor_llama import Llama, save_hf
+from dtensor_llama.data.reader import Batch
+from dtensor_llama.lora import LoraConfig, apply_lora, init_lora, merge_lora, save_adapter
+from dtensor_llama.model import init_weights
+from dtensor_llama.optim import build_adamw
+from parallel import ParallelConfig, build_mesh, parallelize
+from parallel.clip import clip_grad_norm
+from parallel.config import check_parallel
+from parallel.context import shard_batch
+from parallel.pipeline import make_step_runner
+
+LORA = LoraConfig(rank=4, alpha=8)
+SHAPES = {"gqa": GQA, "tied": replace(GQA, tie_word_embeddings=True), "mqa": replace(GQA, num_key_value_heads=1)}
+
+
+def three_steps(shape: str, layout: ParallelConfig, micro: int, dtype: torch.dtype = torch.float32, recompute="none",
+                out=None) -> dict:
+    """Train the adapters on the ranks of the default group; export merged and unmerged into `out`."""
+    config = SHAPES[shape]
+    layout = layout.resolve(dist.get_world_size())
+    n_micros = check_parallel(layout, config, 32, ROWS, micro, recompute=recompute)
+    mesh = build_mesh(layout, "cpu")
+    with torch.device("meta"):
+        model = Llama(config)
+    apply_lora(model, LORA, frozen_dtype=dtype)
+    parts = parallelize(model, mesh, layout, compute_dtype=dtype, recompute=recompute)
+    for part in parts:
+        part.to_empty(device="cpu")
+    init_weights(model, seed=0)
+    init_lora(model, seed=0)
+    runner = make_step_runner(parts, mesh["pp"], layout.schedule, n_micros, torch.device("cpu"), dtype, layout.sequence_shards,
+                              layout.zero_stage)
+    initial = whole_weights(model)
+    optimizer = build_adamw(model, lr=1e-2, weight_decay=0.0)
+    losses, norms = [], []
+    for step in range(3):
+        batch = rows_of(step, masked=True)
+        n_scored = (batch.labels != -100).sum()
+        mine = [x.chunk(layout.dp)[mesh["dp"].get_local_rank()] for x in batch]
+        micros = [Batch(*(x[i:i + micro] for x in mine)) for i in range(0, ROWS // layout.dp, micro)]
+        loss = runner.step([shard_batch(m, mesh["cp"], layout.cp_method) for m in micros], n_scored,
+                           grad_scale=layout.grad_ranks)
+        dist.all_reduce(loss, group=mesh["loss"].get_group())
+        norms.append(clip_grad_norm(model.parameters(), 0.5).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    final = whole_weights(model)
+    if out is not None:
+        save_adapter(model, out / "adapter", LORA, "base")
+        merge_lora(model)
+        save_hf(model, out / "merged")
+    return {"losses": losses, "norms": norms, "initial": initial, "final": final}
+
+
+@functools.cache
+def one_process(shape: str) -> dict:
+    return run_on(1, three_steps, shape, ParallelConfig(), ROWS)[0]
+
+
+def case(ranks: int, shape: str = "gqa", micro: int = 1, recompute: str = "none", slow: bool = False, **layout):
+    name = " ".join([f"{key}={value}" for key, value in layout.items()] or ["dp"]) + f" {ranks} {shape} {recompute}"
+    return pytest.param(ranks, shape, micro, recompute, ParallelConfig(**layout), id=name,
+                        marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize("ranks,shape,micro,recompute,layout", [
+    case(2), case(2, tp=2), case(2, pp=2, shape="tied"), case(4, tp=4, shape="mqa"), case(4, pp=2, tp=2, recompute="full"),
+    case(2, zero_stage=0, slow=True), case(2, tp=2, sequence_parallel=False, shape="tied", slow=True),
+    case(4, tp=2, zero_stage=1, slow=True), case(4, tp=2, cp=2, slow=True), case(2, cp=2, cp_method="ring", slow=True),
+    case(2, pp=2, schedule="zero-bubble", slow=True), case(4, dp_replicate=2, slow=True), case(4, tp=4, slow=True),
+    case(8, pp=2, tp=2, slow=True), case(2, recompute="selective", micro=2, slow=True),
+])
+def test_adapters_train_alike_on_every_layout_and_frozen_weights_stay(ranks, shape, micro, recompute, layout):
+    ours, expected = run_on(ranks, three_steps, shape, layout, micro, torch.float32, recompute)[0], one_process(shape)
+    assert ours["initial"].keys() == expected["initial"].keys()
+    assert all(torch.equal(ours["initial"][name], value) for name, value in expected["initial"].items())
+    assert max(abs(a - b) for a, b in zip(ours["losses"], expected["losses"], strict=True)) < 2e-5
+    assert max(abs(a / b - 1) for a, b in zip(ours["norms"], expected["norms"], strict=True)) < 1e-4
+    for name, weight in ours["final"].items():
+        if "_lora." in name:
+            assert_close(weight, expected["final"][name], rtol=0, atol=1e-5)
+        else:
+            assert torch.equal(weight, ours["initial"][name]), name
+    assert expected["losses"][0] != expected["losses"][-1]
