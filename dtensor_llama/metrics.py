@@ -38,11 +38,6 @@ class RunLog:
                 self.tensorboard.add_scalar(f"train/{name}", value, row["step"])
         self.bar.step(row)
 
-    def validation(self, step: int, loss: float) -> None:
-        """The held-out loss after `step`; it joins the row of that step, which is written after it."""
-        self.tensorboard.add_scalar("validation/loss", loss, step)
-        self.say(f"step {step}: validation loss {loss:.4f}")
-
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         self.bar.say(text)

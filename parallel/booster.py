@@ -38,8 +38,8 @@ from dtensor_llama.weights import hf_parameters, local_boxes
 from parallel.apply import parallelize
 from parallel.clip import clip_grad_norm
 from parallel.config import ParallelConfig, check_parallel
-from parallel.context import n_slices, shard_sequence
-from parallel.mesh import build_mesh, start_process_group
+from parallel.context import n_slices, shard_batch
+from parallel.mesh import build_mesh, reads_alone, start_process_group
 from parallel.pipeline import make_step_runner
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -143,13 +143,11 @@ class Booster:
             self._check(self.model.config, tokens.shape[1], len(tokens) * self.layout.dp)
             self._checked_shape = tokens.shape
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)                      # what position t must predict: t + 1
-        reads_alone = all(self.mesh[axis].get_local_rank() == 0 for axis in ("pp", "cp", "tp"))
-        n_scored = ((targets != IGNORE).sum() * reads_alone).to(self.device)
+        n_scored = ((targets != IGNORE).sum() * reads_alone(self.mesh)).to(self.device)
         dist.all_reduce(n_scored)
         columns = [tokens, targets if self.criterion is None else labels]
-        if self.layout.cp > 1:
-            columns = [shard_sequence(x, self.mesh["cp"], self.layout.cp_method) for x in columns]
-        micros = [Batch(*micro, None) for micro in zip(*(x.chunk(self.n_micros) for x in columns), strict=True)]
+        micros = [shard_batch(Batch(*micro, None), self.mesh["cp"], self.layout.cp_method)
+                  for micro in zip(*(x.chunk(self.n_micros) for x in columns), strict=True)]
         # FSDP averages gradients over the ranks that saw other tokens; we want their sum.
         loss = self.runner.step(micros, n_scored.clamp(min=1), grad_scale=self.layout.grad_ranks)
         dist.all_reduce(loss, group=self.mesh["loss"].get_group())                # each rank has its own tokens' share

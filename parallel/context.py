@@ -37,6 +37,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from dtensor_llama.attention import Documents, attention
 from dtensor_llama.config import LlamaConfig
+from dtensor_llama.data.reader import Batch
 from dtensor_llama.errors import UsageError
 from dtensor_llama.model import Llama
 
@@ -100,6 +101,14 @@ def _share(x: Tensor, method: str, cp_rank: int, cp: int) -> Tensor:
 def shard_sequence(x: Tensor, cp_mesh: DeviceMesh, method: str) -> Tensor:
     """This rank's share (B, T/cp) of tokens or labels x (B, T); tokens and labels alike, so they still match."""
     return _share(x, method, cp_mesh.get_local_rank(), cp_mesh.size())
+
+
+def shard_batch(batch: Batch, cp_mesh: DeviceMesh, method: str) -> Batch:
+    """This cp rank's share of a batch; positions stay whole, they say where documents begin."""
+    if cp_mesh.size() == 1:
+        return batch
+    tokens, labels = (shard_sequence(x, cp_mesh, method) for x in (batch.tokens, batch.labels))
+    return Batch(tokens, labels, batch.positions)
 
 
 def apply_context_parallel(model: Llama, cp_mesh: DeviceMesh, method: str, kernel: str) -> None:

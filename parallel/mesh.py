@@ -75,6 +75,11 @@ def build_mesh(config: ParallelConfig, device_type: str) -> DeviceMesh:
     return mesh
 
 
+def reads_alone(mesh: DeviceMesh) -> bool:
+    """Of the ranks that read the same rows (those of pp, cp and tp), true on one: whose counts count."""
+    return all(mesh[axis].get_local_rank() == 0 for axis in ("pp", "cp", "tp"))
+
+
 def flatten(mesh: DeviceMesh, name: str) -> DeviceMesh:
     """One axis of a mesh's several, found under `name` in its root from then on. Private in torch 2.11 to 2.13."""
     return mesh._flatten(name)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone work
 
 import torch
 import torch.distributed as dist
-from pretrain import PretrainConfig, TrainConfig, check_numbers, count_scored, reads_alone, tokenizer_path, train_step
+from pretrain import PretrainConfig, TrainConfig, check_numbers, count_scored, tokenizer_path, train_step
 
 from dtensor_llama import Llama, LlamaConfig
 from dtensor_llama.attention import choose_attention
@@ -34,7 +34,7 @@ from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
 from parallel import build_mesh, parallelize
 from parallel.config import check_parallel
-from parallel.mesh import start_process_group, stop_process_group
+from parallel.mesh import reads_alone, start_process_group, stop_process_group
 from parallel.pipeline import make_step_runner
 
 

@@ -9,13 +9,9 @@ holds config.json, metrics.jsonl, tensorboard/, loss.png, checkpoints/ and hf/, 
 """
 
 import dataclasses
-import fcntl
 import json
 import os
-import platform
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -41,13 +37,14 @@ from dtensor_llama.flops import hardware_flops_per_token, model_flops_per_token,
 from dtensor_llama.metrics import GIB, PeakMemory, RunLog, draw_loss_curve
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
+from dtensor_llama.run import StopSignal, claim_run_dir, made_with, refuse_below, refuse_other_run, say_where_things_are
 from dtensor_llama.schedule import cosine_lr
 from dtensor_llama.weights import check_hf
 from parallel import ParallelConfig, build_mesh, parallelize
 from parallel.clip import clip_grad_norm
 from parallel.config import AXES, check_parallel
-from parallel.context import shard_sequence
-from parallel.mesh import start_process_group, stop_process_group
+from parallel.context import shard_batch
+from parallel.mesh import reads_alone, start_process_group, stop_process_group
 from parallel.pipeline import make_step_runner
 from parallel.schedule_picture import Recorder, bubble_share, draw_schedule
 
@@ -134,7 +131,8 @@ def main(cfg: PretrainConfig) -> None:
         check_hf(model, weights)                          # reads the headers of the files
     if cfg.train.compile and device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise UsageError("--train.compile needs a C++ compiler on a CPU and there is none; install g++, or leave it out.")
-    run_lock = claim_run_dir(cfg) if is_main else None    # held until the run ends
+    if is_main:                                           # the claim is held until the run ends
+        run_lock = claim_run_dir(Path(cfg.run_dir), fresh=cfg.checkpoint.resume == "never")
 
     # ---- 3. The parts ----------------------------------------------------------------------------------------------
     corpus = prepare_corpus(cfg.data.path, tokenizer, Path(cfg.data.cache_dir).expanduser(), cfg.data.text_field)
@@ -222,7 +220,7 @@ def main(cfg: PretrainConfig) -> None:
         log.close()
         if log.rows:
             draw_loss_curve(log.rows, Path(cfg.run_dir, "loss.png"))
-        say_where_things_are(cfg, log.rows, step, stopped)
+        say_where_things_are(Path(cfg.run_dir), log.rows, step, cfg.train.steps, stopped)
         run_lock.close()
     stop_process_group()
 
@@ -237,7 +235,7 @@ def train_step(runner, model: nn.Module, optimizer: torch.optim.Optimizer, micro
 
     n_scored: scored labels of the whole global batch, so that sums over micro-batches and ranks give the mean.
     """
-    micros = [shard_batch(micro, mesh["cp"], layout) for micro in micros]
+    micros = [shard_batch(micro, mesh["cp"], layout.cp_method) for micro in micros]
     # FSDP averages gradients over the ranks that saw other tokens; we want their sum.
     loss = runner.step(micros, n_scored, grad_scale=layout.grad_ranks, **({"recorder": recorder} if recorder else {}))
     dist.all_reduce(loss, group=mesh["loss"].get_group())             # each rank has its own tokens' share
@@ -249,28 +247,15 @@ def train_step(runner, model: nn.Module, optimizer: torch.optim.Optimizer, micro
     return loss, grad_norm
 
 
-def shard_batch(batch: Batch, cp_mesh: DeviceMesh, layout: ParallelConfig) -> Batch:
-    """This cp rank's share of the tokens of each row; positions stay whole, they say where documents begin."""
-    if layout.cp == 1:
-        return batch
-    tokens, labels = (shard_sequence(x, cp_mesh, layout.cp_method) for x in (batch.tokens, batch.labels))
-    return Batch(tokens, labels, batch.positions)
-
-
 def count_scored(micros: list[Batch]) -> int:
     return sum(int((micro.labels != -100).sum()) for micro in micros)
-
-
-def reads_alone(mesh: DeviceMesh) -> bool:
-    """Of the ranks that read the same rows (those of pp, cp and tp), true on one: whose counts count."""
-    return all(mesh[axis].get_local_rank() == 0 for axis in ("pp", "cp", "tp"))
 
 
 def evaluate(runner, rows: PackedRows, cfg: PretrainConfig, mesh: DeviceMesh, layout: ParallelConfig, device) -> float:
     """Mean loss over the first held-out rows. All ranks enter: a sharded forward gathers weights."""
     batches = list(validation_batches(rows, cfg.train.micro_batch_size, mesh["dp"].get_local_rank(), layout.dp,
                                       cfg.data.document_mask, cfg.train.validation_rows))
-    nats = runner.evaluate_step([shard_batch(batch, mesh["cp"], layout) for batch in batches])
+    nats = runner.evaluate_step([shard_batch(batch, mesh["cp"], layout.cp_method) for batch in batches])
     dist.all_reduce(nats, group=mesh["loss"].get_group())
     n_scored = torch.tensor(count_scored(batches), device=device)
     dist.all_reduce(n_scored, group=mesh["dp"].get_group())
@@ -282,45 +267,20 @@ def learning_rate(train: TrainConfig, step: int) -> float:
     return cosine_lr(step, train.steps, warmup, train.lr, train.lr / 10 if train.min_lr is None else train.min_lr)
 
 
-class StopSignal:
-    """`asked` becomes true on SIGTERM or Ctrl-C; the loop finishes its step, writes a checkpoint and ends. A second
-    Ctrl-C ends at once. (torchrun turns one Ctrl-C into an interrupt and a termination, so those two count as one.)"""
-
-    def __init__(self):
-        self.asked = False
-        signal.signal(signal.SIGTERM, self._ask)
-        signal.signal(signal.SIGINT, self._ask)
-
-    def _ask(self, number: int, frame) -> None:
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        self.asked = True
-
-
 # ---- What is refused --------------------------------------------------------------------------------------------------
 
 
 def check_numbers(cfg: PretrainConfig) -> None:
     """Refuse numbers that no run can have."""
     train, data = cfg.train, cfg.data
-    whole = {"--train.steps": train.steps, "--train.global-batch-size": train.global_batch_size,
-             "--train.micro-batch-size": train.micro_batch_size, "--train.validation-rows": train.validation_rows}
-    if data.seq_len is not None:
-        whole["--data.seq-len"] = data.seq_len
-    not_negative = {"--train.warmup-steps": train.warmup_steps or 0, "--train.weight-decay": train.weight_decay,
-                    "--train.min-lr": train.min_lr or 0.0, "--train.validate-every": train.validate_every,
-                    "--checkpoint.every": cfg.checkpoint.every, "--checkpoint.keep": cfg.checkpoint.keep,
-                    "--train.seed": train.seed}
-    positive = {"--train.lr": train.lr, "--train.max-grad-norm": train.max_grad_norm}
-    for flag, value in whole.items():
-        if value < 1:
-            raise UsageError(f"{flag} {value} is not possible; use a whole number of at least 1.")
-    for flag, value in positive.items():
-        if not 0 < value < float("inf"):
-            raise UsageError(f"{flag} {value} is not possible; use a number above 0 (LLaMA-2 7b: --train.lr 3e-4).")
-    for flag, value in not_negative.items():
-        if not 0 <= value < float("inf"):
-            raise UsageError(f"{flag} {value} is not possible; use 0 or more.")
+    refuse_below(1, {"--train.steps": train.steps, "--train.global-batch-size": train.global_batch_size,
+                     "--train.micro-batch-size": train.micro_batch_size, "--train.validation-rows": train.validation_rows,
+                     "--data.seq-len": data.seq_len})
+    refuse_below(0, {"--train.lr": train.lr, "--train.max-grad-norm": train.max_grad_norm}, exclusive=True)
+    refuse_below(0, {"--train.warmup-steps": train.warmup_steps, "--train.weight-decay": train.weight_decay,
+                     "--train.min-lr": train.min_lr, "--train.validate-every": train.validate_every,
+                     "--train.seed": train.seed, "--checkpoint.every": cfg.checkpoint.every,
+                     "--checkpoint.keep": cfg.checkpoint.keep})
     if train.min_lr is not None and train.min_lr > train.lr:
         raise UsageError(f"--train.min-lr {train.min_lr} is above --train.lr {train.lr}; the cosine ends at the lower.")
     if not 0 <= data.validation_share < 1:
@@ -353,29 +313,6 @@ def read_model_config(cfg: PretrainConfig, tokenizer: Tokenizer) -> LlamaConfig:
     return dataclasses.replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
 
 
-def claim_run_dir(cfg: PretrainConfig):
-    """Make the run folder ours: refused while another process trains in it, or with --checkpoint.resume never when a run
-    is in it already. Returns the open lock file."""
-    run_dir = Path(cfg.run_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / ".lock", "w")
-    except OSError as error:
-        raise UsageError(f"--run-dir {run_dir} cannot be written ({error.strerror}); choose another folder.") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UsageError(f"--run-dir {run_dir} is in use by another running process; wait for it to end, or choose another "
-                         "folder.") from None
-    if cfg.checkpoint.resume == "never":
-        found = [name for name in ("metrics.jsonl", "checkpoints", "hf") if (run_dir / name).exists()]
-        if found:
-            raise UsageError(f"--run-dir {run_dir} is already in use: it holds a run ({', '.join(found)}), and "
-                             "--checkpoint.resume never would write over it; choose another folder, or --checkpoint.resume "
-                             "auto to go on with it.")
-    return lock
-
-
 # ---- Resuming ---------------------------------------------------------------------------------------------------------
 
 
@@ -397,22 +334,12 @@ def resume(cfg: PretrainConfig, model, optimizer, checkpoints: Checkpointer, mod
     state = training_state(model, optimizer)
     checkpoints.load(path, state)
     progress = restore_training_state(state, model, optimizer)
-    for flag, value in checkpoint_meta(cfg, model_config, corpus, seq_len).items():
-        saved = progress["meta"].get(flag)
-        if saved != value:
-            raise UsageError(f"{flag} is not what checkpoint {path} was trained with ({_difference(saved, value)}); use the "
-                             "same, or another --run-dir for a new run.")
+    refuse_other_run(path, progress["meta"], checkpoint_meta(cfg, model_config, corpus, seq_len))
     for group, setting in zip(optimizer.param_groups, settings, strict=True):
         group.update(setting)                  # decay and the like are what was asked for now, not what was saved
     if is_main:
         print(f"resuming from {path}: {progress['step']} steps done", flush=True)
     return progress["step"], progress["position"]
-
-
-def _difference(saved, value) -> str:
-    if isinstance(saved, dict) and isinstance(value, dict):
-        return ", ".join(f"{key} {saved.get(key)} -> {value.get(key)}" for key in value if saved.get(key) != value.get(key))
-    return f"{saved} -> {value}"
 
 
 # ---- Telling ----------------------------------------------------------------------------------------------------------
@@ -421,11 +348,9 @@ def _difference(saved, value) -> str:
 def describe_run(cfg, model_config, layout, rows: PackedRows, n_micros: int, attention: str, peak: float, peak_source: str,
                  device, log: RunLog) -> None:
     """Print what is about to happen and write config.json."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
     record = {**asdict(cfg), "model_config": model_config.to_hf(), "layout": asdict(layout), "device": str(device),
-              "attention_kernel": attention, "n_parameters": model_config.n_parameters, "versions": versions,
-              "peak_flops_per_device": peak, "peak_flops_source": peak_source, "git_revision": git.stdout.strip() or None,
+              "attention_kernel": attention, "n_parameters": model_config.n_parameters, **made_with(),
+              "peak_flops_per_device": peak, "peak_flops_source": peak_source,
               "n_training_rows": rows.n_train, "n_validation_rows": rows.n_validation, "corpus": str(rows.corpus.folder)}
     Path(cfg.run_dir, "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     epochs = cfg.train.steps * cfg.train.global_batch_size / rows.n_train
@@ -444,21 +369,6 @@ def export(model: Llama, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype,
     if is_main:
         tokenizer.save(folder)
     dist.barrier()
-
-
-def say_where_things_are(cfg: PretrainConfig, rows: list[dict], step: int, stopped: bool) -> None:
-    run_dir, last = Path(cfg.run_dir), [row["loss"] for row in rows[-20:]]
-    if not rows:
-        print(f"nothing to train: {step} steps are done already, and this run folder has no rows")
-        return
-    print(f"\nstopped as asked after step {step} of {cfg.train.steps}; the same command goes on from there" if stopped
-          else f"\ndone: {step} steps, loss {rows[0]['loss']:.3f} -> {sum(last) / len(last):.3f} "
-               f"(mean of the last {len(last)})")
-    print(f"run folder    {run_dir}\ntensorboard   tensorboard --logdir {run_dir / 'tensorboard'}\n"
-          f"loss curve    {run_dir / 'loss.png'}")
-    if (run_dir / "hf").is_dir() and not stopped:
-        print(f"model         {run_dir / 'hf'}   (Hugging Face format)\n"
-              f"try           python recipes/generate.py --model {run_dir / 'hf'} --prompt 'Once upon a time'", flush=True)
 
 
 if __name__ == "__main__":

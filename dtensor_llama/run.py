@@ -1,0 +1,94 @@
+"""A run folder and the process that trains into it: claimed by one run, stopped in order, resumed as the same run."""
+
+import fcntl
+import platform
+import signal
+import subprocess
+from pathlib import Path
+
+import torch
+
+from dtensor_llama.errors import UsageError
+
+
+def refuse_below(low: float, flags: dict[str, float | None], *, exclusive: bool = False) -> None:
+    """UsageError for the first {flag: value} under `low`, at it if exclusive, infinite or nan; None is not asked for."""
+    for flag, value in flags.items():
+        if value is not None and not (low < value < float("inf") or value == low and not exclusive):
+            rule = f"a number above {low}" if exclusive else f"{low} or more"
+            raise UsageError(f"{flag} {value} is not possible; use {rule}.")
+
+
+def claim_run_dir(run_dir: Path, fresh: bool):
+    """Make the folder ours: refused while another process trains in it and, if `fresh`, when it holds a run already.
+
+    Returns the open lock file; the claim ends when it is closed, or with the process.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / ".lock", "w")
+    except OSError as error:
+        raise UsageError(f"--run-dir {run_dir} cannot be written ({error.strerror}); choose another folder.") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UsageError(f"--run-dir {run_dir} is in use by another running process; wait for it to end, or choose another "
+                         "folder.") from None
+    found = [name for name in ("metrics.jsonl", "checkpoints", "hf") if (run_dir / name).exists()]
+    if fresh and found:
+        raise UsageError(f"--run-dir {run_dir} is already in use: it holds a run ({', '.join(found)}), and "
+                         "--checkpoint.resume never would write over it; choose another folder, or --checkpoint.resume "
+                         "auto to go on with it.")
+    return lock
+
+
+class StopSignal:
+    """`asked` becomes true on SIGTERM or Ctrl-C; the loop finishes its step, writes a checkpoint and ends. A second
+    Ctrl-C ends at once. (torchrun turns one Ctrl-C into an interrupt and a termination, so those two count as one.)"""
+
+    def __init__(self):
+        self.asked = False
+        signal.signal(signal.SIGTERM, self._ask)
+        signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, number: int, frame) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.asked = True
+
+
+def refuse_other_run(checkpoint: Path, saved: dict, now: dict) -> None:
+    """UsageError if a {flag: value} of `now` is not what the checkpoint was `saved` with: its position would mean nothing."""
+    for flag, value in now.items():
+        if saved.get(flag) != value:
+            raise UsageError(f"{flag} is not what checkpoint {checkpoint} was trained with "
+                             f"({_difference(saved.get(flag), value)}); use the same, or another --run-dir for a new run.")
+
+
+def _difference(saved, value) -> str:
+    if isinstance(saved, dict) and isinstance(value, dict):
+        return ", ".join(f"{key} {saved.get(key)} -> {value.get(key)}" for key in value if saved.get(key) != value.get(key))
+    return f"{saved} -> {value}"
+
+
+def made_with() -> dict:
+    """What a run was made with, for its config.json; git_revision is None outside a checkout."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return {"versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "git_revision": git.stdout.strip() or None}
+
+
+def say_where_things_are(run_dir: Path, rows: list[dict], step: int, steps: int, stopped: bool) -> None:
+    """The closing words of a run. rows: of metrics.jsonl; stopped: asked to, before all `steps` were done."""
+    if not rows:
+        print(f"nothing to train: {step} steps are done already, and this run folder has no rows")
+        return
+    last = [row["loss"] for row in rows[-20:]]
+    print(f"\nstopped as asked after step {step} of {steps}; the same command goes on from there" if stopped
+          else f"\ndone: {step} steps, loss {rows[0]['loss']:.3f} -> {sum(last) / len(last):.3f} "
+               f"(mean of the last {len(last)})")
+    print(f"run folder    {run_dir}\ntensorboard   tensorboard --logdir {run_dir / 'tensorboard'}\n"
+          f"loss curve    {run_dir / 'loss.png'}")
+    if (run_dir / "hf").is_dir() and not stopped:
+        print(f"model         {run_dir / 'hf'}   (Hugging Face format)\n"
+              f"try           python recipes/generate.py --model {run_dir / 'hf'} --prompt 'Once upon a time'", flush=True)
