@@ -11,8 +11,12 @@ from recipe import recipe
 from safetensors.torch import load_file
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
 def same_folders(ours: Path, theirs: Path) -> bool:
-    return {file.name: file.read_bytes() for file in ours.iterdir()} == {file.name: file.read_bytes() for file in theirs.iterdir()}
+    return contents(ours) == contents(theirs)
 
 
 def test_export_equals_the_folder_the_run_wrote_byte_for_byte(reference, tmp_path):
@@ -36,8 +40,9 @@ def test_what_many_ranks_wrote_one_process_exports(inputs, tmp_path, layout):
     assert same_folders(tmp_path / "hf", tmp_path / "run/hf")
 
 
-def test_it_never_holds_more_than_one_file_and_writes_the_dtype_asked_for(reference, tmp_path, monkeypatch):
-    ended = recipe("export", reference / "checkpoints/step-00000008", tmp_path / "hf", "--max-shard-gb", 1e-4, "--dtype", "bfloat16")
+def test_it_never_holds_more_than_one_file_and_writes_the_dtype_asked_for(reference, tmp_path):
+    ended = recipe("export", reference / "checkpoints/step-00000008", tmp_path / "hf", "--max-shard-gb", 1e-4,
+                   "--dtype", "bfloat16")
     assert ended.status == 0, ended
     index = json.loads((tmp_path / "hf/model.safetensors.index.json").read_text())["weight_map"]
     whole = load_file(reference / "hf/model.safetensors")
