@@ -103,8 +103,8 @@ def test_many_prompts_come_back_in_order_and_as_alone(inputs, tmp_path):
     lines = ["def main(", "import", "    return [value for value in values if", "x"]
     (tmp_path / "prompts.txt").write_text("\n".join(lines[2:]) + "\n\n")
     common = ["--model", inputs / "model", "--max-new-tokens", 12]
-    ended = recipe("generate", *common, "--prompt", lines[0], "--prompt", lines[1], "--prompts-file", tmp_path / "prompts.txt", "--json",
-                   "--batch-size", 3)
+    ended = recipe("generate", *common, "--prompt", lines[0], "--prompt", lines[1], "--json", "--prompts-file",
+                   tmp_path / "prompts.txt", "--batch-size", 3)
     assert ended.status == 0, ended
     rows = [json.loads(line) for line in ended.out.splitlines()]
     assert [row["prompt"] for row in rows] == lines
