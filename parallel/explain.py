@@ -208,14 +208,13 @@ def tp_traffic(run: Run, parts: list[Llama]) -> list[dict]:
                 if name == "cross_entropy" and number:               # of each chunk: together 3 fp32 numbers a token
                     n_sums = int(number) * n_chunks
                     add(kind, "sums of the loss", n_sums * n_here, 3 * FP32 * run.tokens / n_sums)
+                elif name.endswith("norm"):                          # each rank had its own tokens
+                    add(kind, "gradients of norms", n_here, FP32 * config.hidden_size)
+                elif name.endswith(("k_proj", "v_proj")):            # each rank used one head of the whole matrix
+                    add(kind, "gradients of k_proj, v_proj", n_here,
+                        FP32 * config.num_key_value_heads * config.head_dim * config.hidden_size)
                 else:
                     add(kind, "activations", int(number or 1) * n_here * times, run.hidden_bytes)
-    often = _times_a_step(run, from_stage=2)                         # as FSDP's reductions, before which they happen
-    vector = config.hidden_size * (FP32 if often < run.n_micros else run.compute_dtype.itemsize)     # summed up in fp32
-    if layout.sequence_parallel:                                     # each rank had its own tokens
-        add("all-reduce", "gradients of norms", 2 * n_blocks + is_last, vector, often)
-    if layout.tp > (K := config.num_key_value_heads):                # each rank used one head of the whole matrix
-        add("all-reduce", "gradients of k_proj, v_proj", 2 * n_blocks, K * config.head_dim * vector, often)
     return [_row("tp", kind, n, sent[kind, what], what) for (kind, what), n in counts.items()]
 
 

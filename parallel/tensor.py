@@ -28,7 +28,6 @@ from torch.distributed.tensor.parallel import (
     ParallelStyle,
     PrepareModuleInput,
     RowwiseParallel,
-    SequenceParallel,
     parallelize_module,
 )
 
@@ -50,6 +49,16 @@ class Local(ParallelStyle):
         module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
         module.forward = partial(self.forward, module, tp_mesh)
         return module
+
+
+def summed_over_tp(weight: DTensor) -> Tensor:
+    """The whole of a weight that each rank uses for its own share of the work: gradients are summed over tp, in fp32."""
+    return weight.redistribute(placements=[Replicate()], backward_dtype=torch.float32).to_local(grad_placements=[Partial()])
+
+
+def norm_own_tokens(norm: nn.RMSNorm, tp_mesh: DeviceMesh, x: Tensor) -> Tensor:
+    """(B, T/tp, D) -> (B, T/tp, D). Why not SequenceParallel: it leaves the sum of the gradients to be done in bf16."""
+    return F.rms_norm(x, norm.normalized_shape, summed_over_tp(norm.weight), norm.eps)
 
 
 def norm_all_tokens(norm: nn.RMSNorm, tp_mesh: DeviceMesh, x: Tensor) -> Tensor:
@@ -75,12 +84,11 @@ def embed_own_rows(embedding: nn.Embedding, tp_mesh: DeviceMesh, tokens: Tensor,
 def project_to_one_head(projection: nn.Linear, tp_mesh: DeviceMesh, x: DTensor, n_heads: int) -> Tensor:
     """x (B, T, D) -> (B, T, E): the one key or value head that this rank's query heads read; tp/K ranks share each head.
 
-    The weight (K E, D) is whole on every rank. Its gradient here is an addend, zero but for E rows: whoever takes the
-    gradient sums it over tp (FSDP before it reduces over dp; without FSDP, .grad is a DTensor that is Partial).
+    The weight (K E, D) is whole on every rank; the addends of its gradient are zero but for E rows.
     """
     head_dim = projection.weight.shape[0] // n_heads
     head = tp_mesh.get_local_rank() * n_heads // tp_mesh.size()
-    weight = projection.weight.to_local(grad_placements=[Partial()])             # (K E, D)
+    weight = summed_over_tp(projection.weight)                                   # (K E, D)
     return F.linear(x.to_local(grad_placements=[Partial()]), weight[head * head_dim:(head + 1) * head_dim])
 
 
@@ -112,18 +120,19 @@ ENTER = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Repl
 ENTER_X = PrepareModuleInput(input_layouts=(Replicate(), None, None, None),
                              desired_input_layouts=(Replicate(), None, None, None))
 COLUMNS, ROWS, ROWS_SCATTER = ColwiseParallel(), RowwiseParallel(), RowwiseParallel(output_layouts=Shard(1))
-NORM, NORM_SHARE = Local(Replicate(), norm_all_tokens), SequenceParallel(use_local_output=True)
+NORM, NORM_SHARE = Local(Replicate(), norm_all_tokens), Local(Replicate(), norm_own_tokens)
 EMBED, EMBED_SCATTER = (Local(Shard(0), partial(embed_own_rows, output=layout)) for layout in (Replicate(), Shard(1)))
 HEAD, HEAD_GATHER = (ColwiseParallel(input_layouts=layout, output_layouts=Replicate()) for layout in (Replicate(), Shard(1)))
 
+# The all-reduces of norms and shared heads are of weight gradients in fp32: (D) and (K E, D), however many tokens.
 SEQUENCE_BLOCK = {              # a block maps (B, T/tp, D) to (B, T/tp, D)           forward           backward
-    "input_layernorm":          (NORM_SHARE,    "R",    "(B, T/tp, D), as it was",        "", ""),
+    "input_layernorm":          (NORM_SHARE,    "R",    "(B, T/tp, D), as it was",        "", "all-reduce"),
     "self_attn":                (GATHER_X,      "",     "(B, T/tp, D) -> (B, T, D)",      "all-gather", "reduce-scatter"),
     "self_attn.q_proj":         (COLUMNS,       "S(0)", "(B, T, D) -> (B, T, H/tp E)",    "", ""),
     "self_attn.k_proj":         (COLUMNS,       "S(0)", "(B, T, D) -> (B, T, K/tp E)",    "", ""),
     "self_attn.v_proj":         (COLUMNS,       "S(0)", "(B, T, D) -> (B, T, K/tp E)",    "", ""),
     "self_attn.o_proj":         (ROWS_SCATTER,  "S(1)", "(B, T, H/tp E) -> (B, T/tp, D)", "reduce-scatter", "all-gather"),
-    "post_attention_layernorm": (NORM_SHARE,    "R",    "(B, T/tp, D), as it was",        "", ""),
+    "post_attention_layernorm": (NORM_SHARE,    "R",    "(B, T/tp, D), as it was",        "", "all-reduce"),
     "mlp":                      (GATHER,        "",     "(B, T/tp, D) -> (B, T, D)",      "all-gather", "reduce-scatter"),
     "mlp.gate_proj":            (COLUMNS,       "S(0)", "(B, T, D) -> (B, T, F/tp)",      "", ""),
     "mlp.up_proj":              (COLUMNS,       "S(0)", "(B, T, D) -> (B, T, F/tp)",      "", ""),
@@ -131,7 +140,7 @@ SEQUENCE_BLOCK = {              # a block maps (B, T/tp, D) to (B, T/tp, D)     
 }
 SEQUENCE_ENDS = {
     "model.embed_tokens":       (EMBED_SCATTER, "S(0)", "(B, T) -> (B, T/tp, D)",         "reduce-scatter", "all-gather"),
-    "model.norm":               (NORM_SHARE,    "R",    "(B, T/tp, D), as it was",        "", ""),
+    "model.norm":               (NORM_SHARE,    "R",    "(B, T/tp, D), as it was",        "", "all-reduce"),
     "lm_head":                  (HEAD_GATHER,   "S(0)", "(B, T/tp, D) -> (B, T, V)",      "2 all-gather", "reduce-scatter"),
     "cross_entropy":            (None,          "",     "(B, T/tp, D) -> scalar",         "all-gather, 2 all-reduce",
                                                                                           "reduce-scatter"),
@@ -160,7 +169,7 @@ WHOLE_ENDS = {
 def shared_heads(n_heads: int) -> dict[str, tuple]:
     """The rows of k_proj and v_proj when tp exceeds the number of key/value heads."""
     one_head = Local(Replicate(), partial(project_to_one_head, n_heads=n_heads))
-    row = (one_head, "R", "(B, T, D) -> (B, T, E)", "", "")
+    row = (one_head, "R", "(B, T, D) -> (B, T, E)", "", "all-reduce")
     return {"self_attn.k_proj": row, "self_attn.v_proj": row}
 
 

@@ -220,14 +220,16 @@ def planned(config, sequence_parallel, modules: dict[str, int]) -> list[dict[str
     return [{collective: n for collective, n in total.items() if n} for total in totals]
 
 
-@pytest.mark.parametrize("sequence_parallel,a_block", [
-    (True, [{"all-gather": 2, "reduce-scatter": 2}] * 2), (False, [{"all-reduce": 2}] * 2)])
-def test_a_block_and_a_whole_step_cost_the_collectives_of_the_plan(sequence_parallel, a_block):
-    for config in (GQA, replace(GQA, num_key_value_heads=1)):
-        block, step = run_on(2, count_collectives, config, sequence_parallel)[0]
-        assert block == planned(config, sequence_parallel, {"model.layers*": 1}) == a_block
-        parts = {"model.layers*": 2, "model.embed_tokens": 1, "model.norm": 1, "cross_entropy": 1}
-        assert step == planned(config, sequence_parallel, parts)
+@pytest.mark.parametrize("sequence_parallel,n_kv_heads,a_block", [
+    (True, 2, [{"all-gather": 2, "reduce-scatter": 2}, {"all-gather": 2, "reduce-scatter": 2, "all-reduce": 2}]),  # norms
+    (True, 1, [{"all-gather": 2, "reduce-scatter": 2}, {"all-gather": 2, "reduce-scatter": 2, "all-reduce": 4}]),  # and k, v
+    (False, 2, [{"all-reduce": 2}] * 2), (False, 1, [{"all-reduce": 2}, {"all-reduce": 4}])])
+def test_a_block_and_a_whole_step_cost_the_collectives_of_the_plan(sequence_parallel, n_kv_heads, a_block):
+    config = replace(GQA, num_key_value_heads=n_kv_heads)
+    block, step = run_on(2, count_collectives, config, sequence_parallel)[0]
+    assert block == planned(config, sequence_parallel, {"model.layers*": 1}) == a_block
+    parts = {"model.layers*": 2, "model.embed_tokens": 1, "model.norm": 1, "cross_entropy": 1}
+    assert step == planned(config, sequence_parallel, parts)
 
 
 class Widths(TorchDispatchMode):
