@@ -11,6 +11,8 @@ _HOME = {
     "prepare_corpus": "dtensor_llama.data.tokenize",
     "TokenCorpus": "dtensor_llama.data.rows",
     "PackedRows": "dtensor_llama.data.rows",
+    "MixedRows": "dtensor_llama.data.mix",
+    "open_rows": "dtensor_llama.data.mix",
     "Batch": "dtensor_llama.data.reader",
     "RowReader": "dtensor_llama.data.reader",
     "validation_batches": "dtensor_llama.data.reader",
