@@ -17,8 +17,6 @@ import pytest
 from recipe import ROOT, metrics, recipe
 from recipe import pretrain_flags as flags
 
-PORT = 29400
-
 
 class Host(NamedTuple):
     name: str         # of its namespace
@@ -66,18 +64,20 @@ def remove(hosts: list[Host]) -> None:
             ip("netns", "delete", host.name)
 
 
-def torchrun(hosts: list[Host], arguments: list, *options: str) -> list[subprocess.Popen]:
-    """One torchrun on each host, one process each, as recipes/launch does it. `is_host` and `local-addr` only because a
-    namespace shares the machine's host name, by which torchrun would tell who it is."""
+def many_nodes(hosts: list[Host], arguments: list, restarts: int = 0) -> list[subprocess.Popen]:
+    """recipes/launch/many_nodes.sh on each host, one process each. `is_host` and `local-addr` only because a namespace
+    shares the machine's host name, by which torchrun would tell who it is."""
     jobs = []
     for host in hosts:
-        command = ["ip", "netns", "exec", host.name, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2",
-                   "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "test", "--rdzv-endpoint",
-                   f"{hosts[0].address}:{PORT}", "--rdzv-conf", f"is_host={int(host is hosts[0])}", "--local-addr",
-                   host.address, *options, ROOT / "recipes/pretrain.py", *arguments]
-        settings = {"GLOO_SOCKET_IFNAME": "eth0", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        jobs.append(subprocess.Popen(list(map(str, command)), env=os.environ | settings, text=True,
-                                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+        command = ["ip", "netns", "exec", host.name, ROOT / "recipes/launch/many_nodes.sh", "pretrain", "own", "cpu",
+                   *arguments]
+        settings = {"NNODES": 2, "GPUS_PER_NODE": 1, "HEAD": hosts[0].address, "MAX_RESTARTS": restarts,
+                    "PYTHON": sys.executable,
+                    "TORCHRUN_OPTIONS": f"--rdzv-conf is_host={int(host is hosts[0])} --local-addr {host.address}",
+                    "GLOO_SOCKET_IFNAME": "eth0"}
+        environment = os.environ | {name: str(value) for name, value in settings.items()}
+        jobs.append(subprocess.Popen(list(map(str, command)), env=environment, text=True, stdout=subprocess.PIPE,
+                                     stderr=subprocess.STDOUT))
     return jobs
 
 
@@ -97,7 +97,7 @@ def losses(run_dir) -> list[tuple[int, float, float]]:
 
 def test_two_hosts_of_one_process_give_what_one_host_of_two_gives(hosts, inputs, tmp_path):
     assert recipe("pretrain", *flags(inputs, tmp_path / "one", steps=4), ranks=2).status == 0
-    jobs = torchrun(hosts, flags(inputs, tmp_path / "two", steps=4))
+    jobs = many_nodes(hosts, flags(inputs, tmp_path / "two", steps=4))
     said = [job.communicate(timeout=90)[0] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], said
     assert losses(tmp_path / "two") == losses(tmp_path / "one")
@@ -106,7 +106,7 @@ def test_two_hosts_of_one_process_give_what_one_host_of_two_gives(hosts, inputs,
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_worker_killed_on_one_host_ends_the_job_on_both_within_30_seconds(hosts, inputs, tmp_path, victim):
-    jobs = torchrun(hosts, flags(inputs, tmp_path / "run", steps=100_000))
+    jobs = many_nodes(hosts, flags(inputs, tmp_path / "run", steps=100_000))
     wait_for_rows(tmp_path / "run", 3, jobs)
     hosts[victim].ranks()[0].kill()
     began = time.monotonic()
@@ -119,7 +119,7 @@ def test_a_worker_killed_on_one_host_ends_the_job_on_both_within_30_seconds(host
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_worker_killed_on_one_host_restarts_both_from_the_newest_checkpoint(hosts, inputs, reference, tmp_path, victim):
     run_dir = tmp_path / "run"
-    jobs = torchrun(hosts, flags(inputs, run_dir, "--data.document-mask", "--checkpoint.every", 1), "--max-restarts", "2")
+    jobs = many_nodes(hosts, flags(inputs, run_dir, "--data.document-mask", "--checkpoint.every", 1), restarts=2)
     wait_for_rows(run_dir, 4, jobs)
     hosts[victim].ranks()[0].kill()
     said = [job.communicate(timeout=120)[0] for job in jobs]
