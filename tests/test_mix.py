@@ -32,7 +32,7 @@ def test_any_stretch_of_rows_has_the_shares_asked_for(mixed):
         dealt = np.cumsum(source == k)
         for first, n in ((0, 20), (1, 20), (777, 100), (1500, 2000)):
             assert abs(dealt[first + n] - dealt[first] - n * weight) < 3
-        assert dealt[-1] == mixed.n_dealt(4000)[k] == pytest.approx(4000 * weight, abs=2)
+        assert dealt[-1] == mixed.parts(4000)[k][2] == pytest.approx(4000 * weight, abs=2)
 
 
 def test_each_source_comes_in_its_own_order_whole_before_it_comes_again(mixed):

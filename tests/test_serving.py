@@ -1,4 +1,4 @@
-"""The exported folder is served as it is by another engine: transformers' OpenAI-compatible server says what generate.py does."""
+"""The exported folder is served by another engine: transformers' OpenAI-compatible server says what generate.py says."""
 
 import json
 import os

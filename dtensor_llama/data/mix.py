@@ -100,13 +100,13 @@ class MixedRows:
             undecided &= ~mine
         return source, index
 
-    def n_dealt(self, n_rows: int) -> list[int]:
-        """How many of the first n rows of the global order come from each source."""
+    def parts(self, n_rows: int) -> list[tuple[str, PackedRows, int]]:
+        """As PackedRows.parts."""
         dealt, left = [], n_rows
         for before in reversed(self._before[1:]):
             dealt.append(left - left * before // UNITS)
             left = left * before // UNITS
-        return [left, *reversed(dealt)]
+        return list(zip(self.names, self.sources, [left, *reversed(dealt)], strict=True))
 
     def rows_at(self, positions: np.ndarray) -> np.ndarray:
         """As PackedRows.rows_at."""

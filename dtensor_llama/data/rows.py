@@ -61,6 +61,10 @@ class PackedRows:
         """What is read, in words: the same for the same tokens."""
         return f"{self.corpus.n_tokens} tokens in {self.corpus.n_documents} documents"
 
+    def parts(self, n_rows: int) -> list[tuple[str, "PackedRows", int]]:
+        """(name, rows, how many of the first n of the training order are of them): here of all, of MixedRows of each source."""
+        return [("", self, n_rows)]
+
     def row_at(self, position: int) -> int:
         """The row that stands at `position` of the global training order."""
         return int(self.rows_at(np.array([position]))[0])
