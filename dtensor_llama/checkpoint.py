@@ -177,6 +177,46 @@ class Checkpointer:
             shutil.rmtree(waste)
 
 
+class SavedWeights:
+    """The weights in a complete checkpoint of any layout, for one process without the ranks, the model or the GPU that
+    wrote it. Verified when opened; raises UsageError as Checkpointer.load does.
+
+    step: of the checkpoint; meta: as given to training_state."""
+
+    def __init__(self, path: str | Path):
+        self.path, sums = Path(path), _checksums(Path(path))
+        with ThreadPoolExecutor() as threads:           # zlib lets go of the interpreter
+            damage = [bad for bad in threads.map(lambda name: _damage(self.path / name, *sums[name]), sums) if bad]
+        if damage:
+            raise UsageError(f"{path}: damaged checkpoint: {'; '.join(damage)}. {_older(self.path)}")
+        self.stored = _Reader(self.path).read_metadata().state_dict_metadata
+        state = {"progress": ""}
+        self._load(state)
+        progress = json.loads(state["progress"])
+        self.step, self.meta = progress["step"], progress["meta"]
+
+    def check(self, shapes: dict[str, tuple], derived: tuple[str, ...] = ()) -> None:
+        """UsageError unless these, by Hugging Face name, are the weights it holds; `derived` ones may be there too."""
+        held = {name.removeprefix("model."): tuple(where.size) for name, where in self.stored.items()
+                if name.startswith("model.")}
+        problems = [f"{name}: {held.get(name, 'not')} in the checkpoint, {shapes.get(name, 'not')} in the model"
+                    for name in sorted(held | shapes) if held.get(name) != shapes.get(name) and name not in derived]
+        if problems:
+            raise UsageError(f"{self.path}: checkpoint of other weights: {'; '.join(problems[:5])}"
+                             f"{f'; and {len(problems) - 5} more' if len(problems) > 5 else ''}")
+
+    def read(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Fill these, by Hugging Face name, converting to their dtype; returns them."""
+        self._load({"model": tensors})
+        return tensors
+
+    def _load(self, state: dict[str, Any]) -> None:
+        try:
+            dcp.load(state, storage_reader=_Reader(self.path), planner=_Planner(), no_dist=True)
+        except CheckpointException as error:
+            raise RuntimeError(f"checkpoint {self.path} was not read: {_cause(error)}") from error
+
+
 def training_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, step: int = 0, position: int = 0, meta: dict | None = None
 ) -> dict[str, Any]:

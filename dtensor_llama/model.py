@@ -42,10 +42,12 @@ def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of the tokens already seen, per layer (B, max_tokens, K, E); filled in order."""
+    """Keys and values of the tokens already seen, per layer (B, max_tokens, K, E); filled in order.
 
-    def __init__(self, max_tokens: int):
-        self.max_tokens, self.n_seen = max_tokens, 0
+    padding: (B,) how many tokens at the start of each row are no tokens, so that rows of unequal length end together."""
+
+    def __init__(self, max_tokens: int, padding: Tensor | None = None):
+        self.max_tokens, self.n_seen, self.padding = max_tokens, 0, padding
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,7 +136,13 @@ class LlamaModel(nn.Module):
         """The positions of `tokens` (B or 1, T) on their device, for RoPE, and the documents of packed rows, if any."""
         if positions is None:                                             # one document a row
             first = cache.n_seen if cache is not None else 0
-            return torch.arange(first, first + tokens.shape[1], device=tokens.device)[None], None
+            at = torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]                # (1, T)
+            if cache is None or cache.padding is None:
+                return at, None
+            key, padding = torch.arange(first + tokens.shape[1], device=tokens.device), cache.padding[:, None]
+            seen = (key >= padding)[:, None] & (key <= at[..., None])                                    # (B, T, S)
+            seen = seen | (key == at[..., None])          # a row of the softmax without any key would be nan
+            return (at - padding).clamp(min=0), Documents(mask=seen[:, None])
         documents = Documents.from_positions(positions, self.attention_kernel, tokens.device)
         return positions.to(tokens.device, non_blocking=True), documents
 

@@ -120,6 +120,32 @@ def save_hf(
             shutil.rmtree(staged, ignore_errors=True)   # there still only after a failure
 
 
+def save_hf_in_parts(folder: str | Path, config: Any, shapes: dict[str, tuple], dtype: torch.dtype,
+                     read: Callable[[list[str]], dict[str, Tensor]], max_shard_bytes: int = 5_000_000_000) -> None:
+    """As save_hf writes a model of these parameters (name -> shape), byte for byte, in one process that never holds all of
+    it: `read(names)` makes the tensors of one file, at most max_shard_bytes of `dtype` (or one tensor that is larger)."""
+    folder = Path(os.path.realpath(folder))
+    headers, stored = plan_files({name: (DTYPE_NAMES[dtype], tuple(shape)) for name, shape in shapes.items()}, max_shard_bytes)
+    staged = folder.with_name(f".{folder.name}.being-written")
+
+    def write():
+        _create(folder, staged, headers, stored, config)
+        staging = torch.empty(STAGING_BYTES, dtype=torch.uint8)
+        for file in headers:
+            tensors = read([name for name in shapes if stored[name].file == file])
+            with open(staged / file, "r+b", buffering=0) as opened:
+                for name, tensor in tensors.items():
+                    for box in local_boxes(tensor):
+                        _move(opened.fileno(), stored[name], box, staging, to_file=True)
+                os.fsync(opened.fileno())
+        _publish(staged, folder)
+
+    try:
+        on_all_ranks(f"saving {folder}", write)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)       # there still only after a failure
+
+
 def hf_parameters(model: nn.Module, adapters: bool = False) -> dict[str, nn.Parameter]:
     """Parameters by Hugging Face name, tied ones once, without what compiling or recomputing puts into names.
 

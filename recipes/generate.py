@@ -1,50 +1,80 @@
-"""Continue a prompt with a trained model, token by token.
+"""Text from a trained model: continue prompts, many at once, or chat. On one process, or split over several by tp.
 
     python recipes/generate.py --model runs/pretrain/hf --prompt 'Once upon a time' --max-new-tokens 100
+    python recipes/generate.py --model runs/pretrain/hf --prompts-file prompts.txt --json > answers.jsonl
+    torchrun --nproc-per-node 2 recipes/generate.py --model runs/sft/hf --chat --parallel.tp 2
+
+The text of a single prompt, and of an answer in a chat, is printed as it is produced.
 """
 
+import json
+import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone works without being installed
 
 import torch
+import torch.distributed as dist
+from tyro.conf import UseAppendAction
 
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf
 from dtensor_llama.attention import choose_attention
 from dtensor_llama.cli import run_recipe
 from dtensor_llama.data.tokenizer import load_tokenizer
-from dtensor_llama.generate import generate
+from dtensor_llama.generate import TextStream, generate_batch
 from dtensor_llama.weights import check_hf
+from parallel import ParallelConfig, build_mesh
+from parallel.mesh import start_process_group, stop_process_group
+from parallel.tensor import apply_tensor_parallel, check_tensor_parallel
+
+WAIT_FOR_A_PERSON_S = 7 * 24 * 3600    # other tp ranks wait in a collective while somebody types
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    tp: int = 1                   # processes that share each matrix and the cache of keys and values
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Continue a prompt with the model in a Hugging Face folder."""
+    """Continue prompts with the model in a Hugging Face folder, or chat with it."""
 
     model: str                    # Hugging Face folder with config.json, safetensors and tokenizer
-    prompt: str                   # text to continue
+    prompt: UseAppendAction[tuple[str, ...]] = ()    # text to continue; with --chat a question; may be given several times
+    prompts_file: str | None = None    # more of them, one a line
+    chat: bool = False            # write prompts as the tokenizer's chat template does; without a prompt: talk, Ctrl-D ends
+    system: str | None = None     # with --chat: the system prompt
+    json: bool = False            # print a line {"prompt", "text"} for each prompt
     max_new_tokens: int = 128
     temperature: float = 0.0      # 0: always the likeliest token (greedy); 1: as the model believes
     top_p: float = 1.0            # draw only from the likeliest tokens that together have this probability
     seed: int = 0                 # of the draws, at a temperature above 0
+    batch_size: int = 16          # prompts at once: memory for speed
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["auto", "flash", "sdpa", "math"] = "auto"
+    parallel: SplitConfig = field(default_factory=SplitConfig)
 
 
 def main(cfg: GenerateConfig) -> None:
+    rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
+                                    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    dtype, tp = getattr(torch, cfg.dtype), cfg.parallel.tp
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
     # ---- 1. What is refused -----------------------------------------------------------------------------------------
     for flag, value, rule, fine in (
         ("--max-new-tokens", cfg.max_new_tokens, "at least 1", cfg.max_new_tokens >= 1),
         ("--temperature", cfg.temperature, "0 (greedy) or more", 0 <= cfg.temperature < float("inf")),
         ("--top-p", cfg.top_p, "above 0 and at most 1", 0 < cfg.top_p <= 1),
+        ("--batch-size", cfg.batch_size, "at least 1", cfg.batch_size >= 1),
     ):
         if not fine:
             raise UsageError(f"{flag} {value} is not possible; it must be {rule}.")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, cfg.dtype)
     if not Path(cfg.model).is_dir():
         raise UsageError(f"--model {cfg.model} is not a folder; text comes from trained weights, e.g. runs/pretrain/hf.")
     config = LlamaConfig.from_hf(cfg.model)
@@ -52,34 +82,139 @@ def main(cfg: GenerateConfig) -> None:
     if tokenizer.vocab_size > config.vocab_size:
         raise UsageError(f"--model {cfg.model}: its tokenizer has {tokenizer.vocab_size} tokens and its config.json a "
                          f"vocabulary of {config.vocab_size}; they do not belong together.")
+    check_tensor_parallel(config, tp, 1, sequence_parallel=False)
+    if world_size != tp:
+        launch = f"torchrun --nproc-per-node {tp}" if tp > 1 else "plain python"
+        raise UsageError(f"--parallel.tp {tp} is for {tp} process(es) and torchrun started {world_size}; launch with {launch}.")
+    if cfg.system is not None and not cfg.chat:
+        raise UsageError("--system is for --chat; a prompt to continue has no system prompt.")
+    texts = read_prompts(cfg)
+    if not texts and not cfg.chat:
+        raise UsageError("--prompt is missing; give texts to continue, a --prompts-file, or --chat.")
+    template = chat_template(tokenizer) if cfg.chat else None
+    prompts = [encode(cfg, text, tokenizer, config, template) for text in texts]
+    longest = max(map(len, prompts), default=0) + cfg.max_new_tokens
+    if longest > config.max_position_embeddings and rank == 0:
+        print(f"note: up to {longest} tokens with --max-new-tokens, and the model was trained on at most "
+              f"{config.max_position_embeddings}; what comes after those may make no sense", file=sys.stderr)
     kernel, _ = choose_attention(cfg.attention, device, dtype)
+    if kernel == "flash" and len(set(map(len, prompts))) > 1:      # it takes no mask for the padding
+        if cfg.attention == "flash":
+            raise UsageError("--attention flash cannot continue prompts of unequal lengths at once; use --batch-size 1 or "
+                             "--attention sdpa.")
+        kernel = "sdpa"
     with torch.device("meta"):
         model = Llama(config)
     check_hf(model, cfg.model)
 
-    # ---- 2. Model, prompt, text --------------------------------------------------------------------------------------
-    model.to(dtype).to_empty(device=device)
+    # ---- 2. The model: whole, or this rank's heads and columns ---------------------------------------------------------
+    model.to(dtype)
+    if tp > 1:
+        start_process_group(device, world_size, timeout_s=WAIT_FOR_A_PERSON_S if cfg.chat else 600)
+        mesh = build_mesh(ParallelConfig(tp=tp, dp_shard=1), device.type)
+        apply_tensor_parallel(model, mesh["tp"], sequence_parallel=False)     # a step has one token: no sequence to share
+    model.to_empty(device=device)
     load_hf(model, cfg.model)
     model.set_attention(kernel)
-    tokens = tokenizer.encode(cfg.prompt)
+    randomness = torch.Generator(device).manual_seed(cfg.seed)                # the same draws on every rank
+    stop_ids = find_stop_ids(cfg, config, template)
+
+    def continue_all(prompts: list[list[int]], show=None) -> list[str]:
+        """The text that follows each prompt; `show` gets that of a single one, prompt included unless a chat, as it comes."""
+        ids, streams = [[] for _ in prompts], [TextStream(tokenizer, [] if template else tokens) for tokens in prompts]
+        for step in generate_batch(model, prompts, cfg.max_new_tokens, cfg.temperature, cfg.top_p, stop_ids, randomness):
+            for own, stream, token in zip(ids, streams, step, strict=True):
+                if token is not None and token not in stop_ids:
+                    own.append(token)
+                    if show:
+                        show(stream.put(token))
+        if show:
+            show(streams[0].end() + "\n")
+        return [tokenizer.decode(own) if template else tokenizer.decode(tokens + own)[len(tokenizer.decode(tokens)):]
+                for tokens, own in zip(prompts, ids, strict=True)]
+
+    def say(text: str) -> None:
+        if rank == 0:
+            print(text, end="", flush=True)
+
+    # ---- 3. Text -----------------------------------------------------------------------------------------------------
+    if not texts:
+        talk(cfg, config, template, continue_all, say, rank, tp)
+    elif len(texts) == 1 and not cfg.json:
+        continue_all(prompts, say)
+    for first in range(0, len(texts), cfg.batch_size) if len(texts) > 1 or cfg.json else ():
+        batch = slice(first, first + cfg.batch_size)
+        for number, (text, more) in enumerate(zip(texts[batch], continue_all(prompts[batch]), strict=True), first + 1):
+            say(json.dumps({"prompt": text, "text": more}, ensure_ascii=False) + "\n" if cfg.json else
+                f"==== {number} of {len(texts)}: {text}\n{more}\n")
+    stop_process_group()
+
+
+def talk(cfg: GenerateConfig, config: LlamaConfig, template, continue_all, say, rank: int, tp: int) -> None:
+    """A conversation with whoever is at the terminal of rank 0, until the end of its input."""
+    system = [{"role": "system", "content": cfg.system}] if cfg.system else []
+    turns = []
+    while True:
+        asked = [None]
+        if rank == 0:
+            try:
+                asked = [input("> " if sys.stdin.isatty() else "")]
+            except EOFError:
+                pass
+        if tp > 1:
+            dist.broadcast_object_list(asked, src=0)
+        if asked[0] is None:
+            return
+        if not asked[0].strip():
+            continue
+        turns.append({"role": "user", "content": asked[0]})
+        tokens = template.encode_prompt(system + turns)
+        while len(tokens) + cfg.max_new_tokens > config.max_position_embeddings and len(turns) > 1:
+            del turns[:2]
+            tokens = template.encode_prompt(system + turns)
+            say("(the oldest question and answer are forgotten: the model's context is full)\n")
+        turns.append({"role": "assistant", "content": continue_all([tokens], say)[0].strip()})
+
+
+def read_prompts(cfg: GenerateConfig) -> list[str]:
+    if cfg.prompts_file is None:
+        return list(cfg.prompt)
+    try:
+        lines = Path(cfg.prompts_file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--prompts-file {cfg.prompts_file} cannot be read as text ({error}).") from None
+    return [*cfg.prompt, *(line for line in lines if line.strip())]
+
+
+def encode(cfg: GenerateConfig, text: str, tokenizer, config: LlamaConfig, template) -> list[int]:
+    """The ids that the model shall continue."""
+    if template:
+        system = [{"role": "system", "content": cfg.system}] if cfg.system else []
+        return template.encode_prompt([*system, {"role": "user", "content": text}])
+    tokens = tokenizer.encode(text)
     if config.bos_token_id is not None:
         tokens = [config.bos_token_id, *tokens]
     if not tokens:
         raise UsageError("--prompt is empty, and the tokenizer has no token for the beginning of a text; give some text.")
-    eos = config.eos_token_id
-    stop_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    randomness = torch.Generator(device).manual_seed(cfg.seed)
-    shown, ids = "", []
-    for token in generate(model, tokens, cfg.max_new_tokens, cfg.temperature, cfg.top_p, stop_ids, randomness):
-        if token in stop_ids:
-            break
-        ids.append(token)
-        # The whole is decoded each time: one token may be half a character, or a space that depends on what comes before.
-        text = tokenizer.decode(tokens + ids)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            print(text[len(shown):], end="", flush=True)
-            shown = text
-    print(tokenizer.decode(tokens + ids)[len(shown):])
+    return tokens
+
+
+def chat_template(tokenizer):
+    from dtensor_llama.data.template import ChatTemplate
+
+    return ChatTemplate(tokenizer)
+
+
+def find_stop_ids(cfg: GenerateConfig, config: LlamaConfig, template) -> tuple[int, ...]:
+    """What ends a text: config.json's and generation_config.json's EOS (one or several), and what ends a turn in a chat."""
+    named, file = [config.eos_token_id], Path(cfg.model, "generation_config.json")
+    if file.is_file():
+        named.append(json.loads(file.read_text(encoding="utf-8")).get("eos_token_id"))
+    ids = {i for one in named for i in (one if isinstance(one, list) else [one]) if i is not None}
+    if template:
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        ids.add([i for i, trained in zip(*template.encode(turns, "--chat"), strict=True) if trained][-1])
+    return tuple(ids)
 
 
 if __name__ == "__main__":

@@ -50,8 +50,8 @@ def pretrain_flags(inputs: Path, run_dir: Path, *more, steps: int = 8) -> list:
 def _run(name: str, flags: list[str], stop_at_step: int | None) -> Ended:
     sys.path.insert(0, str(ROOT / "recipes"))
     module = importlib.import_module(name)
-    config = next(value for key, value in vars(module).items() if key.endswith("Config")
-                  and getattr(value, "__module__", "") == name and "model" in getattr(value, "__dataclass_fields__", ()))
+    *_, config = (value for key, value in vars(module).items() if key.endswith("Config")
+                  and getattr(value, "__module__", "") == name)        # the last one has the others as fields
     from dtensor_llama.cli import run_recipe
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}

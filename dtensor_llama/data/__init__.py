@@ -15,6 +15,8 @@ _HOME = {
     "PackedExamples": "dtensor_llama.data.rows",
     "TokenCorpus": "dtensor_llama.data.rows",
     "PackedRows": "dtensor_llama.data.rows",
+    "MixedRows": "dtensor_llama.data.mix",
+    "open_rows": "dtensor_llama.data.mix",
     "Batch": "dtensor_llama.data.reader",
     "RowReader": "dtensor_llama.data.reader",
     "validation_batches": "dtensor_llama.data.reader",

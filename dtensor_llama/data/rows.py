@@ -71,6 +71,15 @@ class PackedRows:
             raise UsageError(f"--data.seq-len {seq_len}: the data has {corpus.n_tokens} tokens, {self.n_rows} rows of "
                              f"{seq_len} + 1; with {self.n_validation} held out none is left to train on: {advice}.")
 
+    @property
+    def contents(self) -> str:
+        """What is read, in words: the same for the same tokens."""
+        return f"{self.corpus.n_tokens} tokens in {self.corpus.n_documents} documents"
+
+    def parts(self, n_rows: int) -> list[tuple[str, "PackedRows", int]]:
+        """(name, rows, how many of the first n of the training order are of them): here of all, of MixedRows of each source."""
+        return [("", self, n_rows)]
+
     def row_at(self, position: int) -> int:
         """The row that stands at `position` of the global training order."""
         return int(self.rows_at(np.array([position]))[0])

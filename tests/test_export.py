@@ -1,0 +1,81 @@
+"""A checkpoint of any layout becomes the folder that the run itself would have written, without the ranks that wrote it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from recipe import pretrain_flags as flags
+from recipe import recipe
+from safetensors.torch import load_file
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def same_folders(ours: Path, theirs: Path) -> bool:
+    return contents(ours) == contents(theirs)
+
+
+def test_export_equals_the_folder_the_run_wrote_byte_for_byte(reference, tmp_path):
+    ended = recipe("export", reference / "checkpoints/step-00000008", tmp_path / "hf")
+    assert ended.status == 0, ended
+    assert same_folders(tmp_path / "hf", reference / "hf")
+    earlier = recipe("export", reference / "checkpoints/step-00000003", tmp_path / "hf")        # over the one before
+    assert earlier.status == 0 and not same_folders(tmp_path / "hf", reference / "hf")
+
+
+@pytest.mark.parametrize("layout", [
+    ["--parallel.tp", 2, "--train.dtype", "bfloat16"],
+    pytest.param(["--parallel.pp", 2, "--parallel.tp", 2, "--train.dtype", "bfloat16"], marks=pytest.mark.slow),
+    pytest.param(["--parallel.dp-replicate", 2, "--parallel.dp-shard", 2], marks=pytest.mark.slow),
+])
+def test_what_many_ranks_wrote_one_process_exports(inputs, tmp_path, layout):
+    ranks = 4 if "--parallel.pp" in layout or "--parallel.dp-shard" in layout else 2
+    assert recipe("pretrain", *flags(inputs, tmp_path / "run", *layout, steps=2), ranks=ranks).status == 0
+    ended = recipe("export", tmp_path / "run/checkpoints/step-00000002", tmp_path / "hf")
+    assert ended.status == 0, ended
+    assert same_folders(tmp_path / "hf", tmp_path / "run/hf")
+
+
+def test_it_never_holds_more_than_one_file_and_writes_the_dtype_asked_for(reference, tmp_path):
+    ended = recipe("export", reference / "checkpoints/step-00000008", tmp_path / "hf", "--max-shard-gb", 1e-4,
+                   "--dtype", "bfloat16")
+    assert ended.status == 0, ended
+    index = json.loads((tmp_path / "hf/model.safetensors.index.json").read_text())["weight_map"]
+    whole = load_file(reference / "hf/model.safetensors")
+    assert len(set(index.values())) > 2 and set(index) == set(whole)
+    for name, file in index.items():
+        assert torch.equal(load_file(tmp_path / "hf" / file)[name], whole[name].bfloat16())
+    assert json.loads((tmp_path / "hf/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_checkpoint_alone_needs_only_a_tokenizer_and_a_dtype(inputs, reference, tmp_path):
+    alone = shutil.copytree(reference / "checkpoints/step-00000008", tmp_path / "a/b/moved")
+    for more, said in (((), "--dtype is missing"), (("--dtype", "float32"), "name it with --tokenizer")):
+        ended = recipe("export", alone, tmp_path / "hf", *more)
+        assert ended.status == 2 and said in ended.err and ended.err.count("\n") == 1, ended
+    ended = recipe("export", alone, tmp_path / "hf", "--dtype", "float32", "--tokenizer", inputs / "tokenizer")
+    assert ended.status == 0 and same_folders(tmp_path / "hf", reference / "hf")
+
+
+def test_what_cannot_be_exported_is_said_in_a_line(reference, tmp_path):
+    run_dir = shutil.copytree(reference, tmp_path / "run")
+    checkpoint, out = run_dir / "checkpoints/step-00000008", tmp_path / "out"
+    damaged = next((run_dir / "checkpoints/step-00000006").glob("*.distcp"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    for arguments, said in (
+        ((tmp_path / "none", out), "no such folder"),
+        ((run_dir, out), "not a checkpoint"),
+        ((run_dir / "checkpoints", out), "name one inside it"),
+        ((damaged.parent, out), "An older one: "),
+        ((checkpoint, run_dir), "holds the checkpoint itself"),
+        ((checkpoint, out, "--max-shard-gb", 0), "--max-shard-gb 0"),
+        ((checkpoint, out, "--tokenizer", tmp_path / "none"), "name it with --tokenizer"),
+        ((checkpoint, checkpoint / ".metadata" / "hf"), "Not a directory"),
+    ):
+        ended = recipe("export", *arguments)
+        assert ended.status == 2 and said in ended.err and ended.err.count("\n") == 1, ended
+    assert not out.exists()

@@ -1,0 +1,110 @@
+"""Several corpora mixed by weight: exact shares in every stretch, one order on any number of ranks, each source whole."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from test_data import make_corpus
+
+from dtensor_llama import UsageError
+from dtensor_llama.data import MixedRows, PackedRows, RowReader, load_tokenizer, open_rows, validation_batches
+from dtensor_llama.data.mix import parse_mixture
+
+WEIGHTS = (0.55, 0.3, 0.15)
+T = 8
+
+
+@pytest.fixture
+def mixed(tmp_path) -> MixedRows:
+    """Three sources whose tokens tell which they are: 0 .., 10_000 .., 20_000 .."""
+    corpora = [make_corpus(tmp_path / str(k), 10_000 * k + np.arange(1000 + 400 * k), [0, 500]) for k in range(len(WEIGHTS))]
+    return MixedRows({f"source-{k}": (PackedRows(corpora[k], T, 0.1, seed=5), weight) for k, weight in enumerate(WEIGHTS)})
+
+
+def sources_of(rows: MixedRows, indices) -> np.ndarray:
+    return rows.tokens_of(indices)[:, 0] // 10_000
+
+
+def test_any_stretch_of_rows_has_the_shares_asked_for(mixed):
+    source = sources_of(mixed, mixed.rows_at(np.arange(4000)))
+    for k, weight in enumerate(WEIGHTS):
+        dealt = np.cumsum(source == k)
+        for first, n in ((0, 20), (1, 20), (777, 100), (1500, 2000)):
+            assert abs(dealt[first + n] - dealt[first] - n * weight) < 3
+        assert dealt[-1] == mixed.parts(4000)[k][2] == pytest.approx(4000 * weight, abs=2)
+
+
+def test_each_source_comes_in_its_own_order_whole_before_it_comes_again(mixed):
+    indices = mixed.rows_at(np.arange(2000))
+    source = sources_of(mixed, indices)
+    for k, own in enumerate(mixed.sources):
+        mine = indices[source == k]
+        assert (mine == mixed._first[k] + own.rows_at(np.arange(len(mine)))).all()
+        assert len(set(mine[: own.n_train])) == min(own.n_train, len(mine))
+    assert not set(indices) & set(mixed.validation_rows())
+
+
+def test_held_out_rows_have_the_shares_too_and_none_comes_twice(mixed):
+    held_out = mixed.validation_rows()
+    assert len(held_out) == mixed.n_validation == len(set(held_out)) > 20
+    counts = Counter(sources_of(mixed, held_out).tolist())
+    assert all(counts[k] == pytest.approx(mixed.n_validation * weight, abs=2) for k, weight in enumerate(WEIGHTS))
+    assert sum(len(batch.tokens) for batch in validation_batches(mixed, 4, 0, 1)) >= mixed.n_validation
+
+
+def test_rows_and_position_do_not_depend_on_ranks_or_stops(mixed):
+    def read(ranks: int, first: int, steps: int) -> torch.Tensor:
+        readers = [RowReader(mixed, 12, 12 // ranks, rank, ranks, document_mask=True, position=first) for rank in range(ranks)]
+        taken = [torch.cat([torch.cat([micro.tokens for micro in next(reader)]) for reader in readers]) for _ in range(steps)]
+        assert {reader.position for reader in readers} == {first + 12 * steps}
+        for reader in readers:
+            reader.close()
+        return torch.cat(taken)
+
+    whole = read(1, 0, 6)
+    assert torch.equal(whole, read(3, 0, 6))
+    assert torch.equal(whole[36:], read(2, 36, 3))
+
+
+def test_a_document_boundary_is_that_of_the_source(mixed):
+    row = mixed._first[2] + 500 // T
+    assert mixed.document_starts_of(int(row)).tolist() == [500 % T]
+
+
+def test_paths_with_weights_are_a_mixture_and_others_are_what_they_were(inputs, tmp_path):
+    one, two = tmp_path / "a.txt", tmp_path / "b:0.5.txt"
+    one.write_text("alpha beta " * 400)
+    two.write_text("gamma delta " * 400)
+    arguments = tmp_path / "cache", "text", 16, 0.1, 0
+    tokenizer = load_tokenizer(inputs / "tokenizer")
+    rows = open_rows([f"{one}:7", f"{tmp_path}/b*:3"], tokenizer, *arguments)
+    assert rows.shares == [0.7, 0.3] and rows.contents.startswith("0.7 x (")
+    both = open_rows([str(one), str(two)], tokenizer, *arguments)
+    assert isinstance(both, PackedRows) and both.n_rows > rows.sources[0].n_rows
+    tmp_path.joinpath("a.txt:0.5").write_text("a file may be called so")
+    assert parse_mixture([f"{one}:0.5"]) is None
+
+
+@pytest.mark.parametrize("paths,said", [
+    (["a.txt:0", "b.txt:1"], "the weight 0 is not possible"),
+    (["a.txt:-1", "b.txt:1"], "the weight -1"),
+    (["a.txt:nan", "b.txt:1"], "the weight nan"),
+    (["a.txt:inf", "b.txt:1"], "the weight inf"),
+    (["a.txt:0.5", "b.txt"], "b.txt has no weight and a.txt has one"),
+    (["a.txt:0.5", "a.txt:0.5"], "a.txt is there twice"),
+    ([f"{__file__}:0,5"], "'0,5' is no weight"),
+])
+def test_weights_that_cannot_be_are_refused_in_words(paths, said):
+    with pytest.raises(UsageError, match="--data.path") as refused:
+        parse_mixture(paths)
+    assert said in str(refused.value)
+
+
+def test_a_source_that_cannot_be_read_is_named(inputs, tmp_path):
+    (tmp_path / "a.txt").write_text("too short")
+    with pytest.raises(UsageError, match="a.txt: --data.seq-len 16"):
+        open_rows([f"{tmp_path}/a.txt:1"], load_tokenizer(inputs / "tokenizer"), tmp_path / "cache", "text", 16, 0.1, 0)
+    source = PackedRows(make_corpus(tmp_path / "c", range(1000)), T, 0.1, seed=0)
+    with pytest.raises(UsageError, match="too small"):
+        MixedRows({"much": (source, 1.0), "hardly": (source, 1e-12)})
