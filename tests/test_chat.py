@@ -155,7 +155,7 @@ def test_the_exported_llama2_template_is_the_one_trained_on(tmp_path):
     (CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\nWell, '"), "generation prompt"),
     (MARKED.replace("{% generation %}", "{% if loop.last %}{% generation %}").replace(
         "{% endgeneration %}", "{% endgeneration %}{% endif %}"), "marks 1 of them and there are 2"),
-    (CHATML.replace("m['content']", "(m['content'] if loop.last else 'earlier')"), "otherwise when another"),
+    (CHATML.replace("m['content']", "(m['content'] if loop.last else 'earlier')"), "otherwise when another|cannot be told"),
     ("{% if", "not Jinja"), ("{{ raise_exception('no systems here') }}", "no systems here"),
 ])
 def test_a_template_whose_mask_cannot_be_told_is_refused(chatml, template, why):

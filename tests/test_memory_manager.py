@@ -14,6 +14,7 @@ from dtensor_llama import UsageError
 from memory import ChunkManager, MemoryConfig, Placement
 from memory.chunk import GIB, LEGAL_MOVES, State
 from memory.kernel import Hyper, Kernel, join_master, split_master
+from memory.tracer import Rates
 
 RESIDENT, STREAM, CPU = Placement
 BF16 = torch.bfloat16
@@ -170,11 +171,13 @@ def test_passing_a_budget_raises_at_once():
 
 def test_auto_starts_with_as_much_on_the_host_as_its_budget_allows():
     model = tiny()
-    manager = ChunkManager(model, adamw(model), ON, chunk_elements=64)
+    auto = MemoryConfig("auto", kernel="blocks")
+    rates = Rates(1e9, 1e9, 1e9, 1e9, 1e9, {1: 1e9}, 1e9)        # given: nothing has to be measured
+    manager = ChunkManager(model, adamw(model), auto, chunk_elements=64, rates=rates)
     assert {chunk.placement for chunk in manager.chunks} == {CPU}
     half = manager.needed(manager.plan)["host"] / 2
     manager.close()
-    manager = ChunkManager(model, adamw(model), replace(ON, host_budget_gib=half / GIB), chunk_elements=64)
+    manager = ChunkManager(model, adamw(model), replace(auto, host_budget_gib=half / GIB), chunk_elements=64, rates=rates)
     assert manager.chunks[0].placement is RESIDENT and manager.chunks[-1].placement is CPU
     assert 0.9 * half < manager.needed(manager.plan)["host"] <= half
     manager.close()
