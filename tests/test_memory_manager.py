@@ -297,6 +297,26 @@ def test_frozen_parameters_have_no_chunks_and_stay_and_unused_ones_are_left_alon
     torch.testing.assert_close(*finals, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_parameter_that_is_used_now_and_then_has_its_own_step_count(plan):
+    finals = []
+    for manage in (False, True):
+        model = tiny()
+        model.now_and_then = torch.nn.Parameter(torch.ones(7, 10))
+        optimizer = adamw(model)
+        if manage:
+            optimizer = ChunkManager(model, optimizer, ON, chunk_elements=64,
+                                     plan=plan_of(chunk_sizes(model, optimizer, 64), PLANS[plan])).optimizer
+        for i in range(5):
+            (model(torch.ones(1, 7)) + (model.now_and_then.square().sum() if i in (1, 4) else 0)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if manage:
+            optimizer.manager.close()
+        finals.append(weights(model))
+    torch.testing.assert_close(*finals, rtol=1e-6, atol=1e-8)
+
+
 def test_schedulers_and_state_dicts_work_as_with_adamw():
     model, manager = managed(PLANS["all three"])
     plain = tiny()
