@@ -146,6 +146,10 @@ def main(cfg: SftConfig) -> None:
         raise UsageError("--train.compile needs a C++ compiler on a CPU and there is none; install g++, or leave it out.")
     template = ChatTemplate(tokenizer)
     corpus = prepare_chat(cfg.data.path, tokenizer, Path(cfg.data.cache_dir).expanduser())
+    # A base model's config.json may know another end than the chat template has; what is exported must stop at both.
+    ends = model_config.eos_token_id if isinstance(model_config.eos_token_id, list) else [model_config.eos_token_id]
+    ends = [end for end in dict.fromkeys([*ends, *corpus.end_ids()]) if end is not None]
+    model.config = model_config = replace(model_config, eos_token_id=ends if len(ends) > 1 else ends[0])
     cfg, layout, rows, reasons = settle(cfg, model_config, corpus, tokenizer, device, world_size)
     if cfg.preview or cfg.preview_json:
         if is_main:
@@ -231,7 +235,7 @@ def main(cfg: SftConfig) -> None:
         validation_loss = None
         if cfg.train.validate_every and (step % cfg.train.validate_every == 0 or step == cfg.train.steps) and rows.n_validation:
             validation_loss = evaluate(runner, rows, cfg, mesh, layout, device)
-            answers = answer(model, asked, cfg.train.answer_tokens, tokenizer, layout.tp, device)
+            answers = answer(model, asked, cfg.train.answer_tokens, ends, tokenizer, layout.tp, device)
         peaks = torch.tensor(memory.take(), dtype=torch.float64)
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
         if is_main:
