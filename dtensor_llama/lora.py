@@ -57,7 +57,7 @@ def apply_lora(model: Llama, config: LoraConfig, frozen_dtype: torch.dtype | Non
 
     frozen_dtype: what the frozen weights become (bfloat16: 2 bytes each); adapters are fp32. Call init_lora once they have
     memory. Raises UsageError for a rank below 1 and for targets that are not there."""
-    if config.rank < 1 or not 0 < config.scale < math.inf:
+    if config.rank < 1 or not 0 < config.scale < math.inf:      # in this order: scale divides by the rank
         raise UsageError(f"--lora.rank {config.rank} --lora.alpha {config.alpha} is not possible; use a rank of at least 1 and "
                          "an alpha above 0.")
     # The head is a linear too, but the loss multiplies by its weight itself: an adapter there would not be heard.

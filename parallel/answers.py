@@ -21,7 +21,7 @@ def held_out_prompts(rows: PackedExamples, n_prompts: int, n_new: int) -> list[l
 
 
 @torch.no_grad()
-def answer(model: Llama, prompts: list[list[int]], n_new: int, tokenizer: Tokenizer, tp: int,
+def answer(model: Llama, prompts: list[list[int]], n_new: int, stop_ids: list[int], tokenizer: Tokenizer, tp: int,
            device: torch.device) -> list[tuple[str, str]]:
     """The likeliest (prompt, answer) texts. All ranks enter and do the same: a sharded forward gathers weights. Whole rows
     anew for each token: no cache to be split, and few enough of them not to matter."""
@@ -38,7 +38,7 @@ def answer(model: Llama, prompts: list[list[int]], n_new: int, tokenizer: Tokeni
             if i in open_rows:
                 tokens[i, ends[i]] = token
                 ends[i] += 1
-                open_rows -= {i} if token == tokenizer.eos_id else set()
+                open_rows -= {i} if token in stop_ids else set()
         if not open_rows:
             break
     for module in model.modules():

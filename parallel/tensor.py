@@ -190,8 +190,7 @@ def shared_heads(n_heads: int) -> dict[str, tuple]:
 WHOLE_A, SPLIT_A = (Local(layout, partial(project_addend, output=None)) for layout in (Replicate(), Shard(1)))
 WHOLE_B, SPLIT_B = (Local(layout, partial(project_addend, output=output)) for layout, output in
                     ((Replicate(), Partial()), (Shard(0), Shard(-1))))
-# The adapter of a layer, by how the weight of the layer lies; r: its rank. All-reduces: of gradients of whole matrices.
-LORA = {
+LORA = {                        # the adapter of a layer, by how its weight lies; r: the rank. All-reduces: of weight gradients
     "S(0)": {"lora_A":         (WHOLE_A,       "R",    "(B, T, D) -> (B, T, r)",          "", "all-reduce"),
              "lora_B":         (SPLIT_B,       "S(0)", "(B, T, r) -> (B, T, F/tp)",       "", "")},
     "S(1)": {"lora_A":         (SPLIT_A,       "S(1)", "(B, T, F/tp) -> (B, T, r) sum:tp", "", ""),

@@ -126,6 +126,9 @@ def main(cfg: SftConfig) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
+    dtype = cfg.train.dtype or ("bfloat16" if device.type == "cuda" else "float32")      # few CPUs are fast at bfloat16
+    compute_dtype, cfg = getattr(torch, dtype), replace(cfg, train=replace(cfg.train, dtype=dtype))
+
     # ---- 2. What is refused, before anything starts; and what was left open -----------------------------------------
     check_numbers(cfg)
     if not cfg.data.path:
@@ -138,18 +141,22 @@ def main(cfg: SftConfig) -> None:
     if weights:
         check_hf(model, weights)                          # reads the headers of the files
     if cfg.lora.rank:
-        apply_lora(model, cfg.lora)                       # refuses targets that are not there
+        apply_lora(model, cfg.lora, frozen_dtype=compute_dtype)      # before the passes, which find adapters like any module
     if cfg.train.compile and device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise UsageError("--train.compile needs a C++ compiler on a CPU and there is none; install g++, or leave it out.")
     template = ChatTemplate(tokenizer)
     corpus = prepare_chat(cfg.data.path, tokenizer, Path(cfg.data.cache_dir).expanduser())
+    # A base model's config.json may know another end than the chat template has; what is exported must stop at both.
+    ends = model_config.eos_token_id if isinstance(model_config.eos_token_id, list) else [model_config.eos_token_id]
+    ends = [end for end in dict.fromkeys([*ends, *corpus.end_ids()]) if end is not None]
+    model.config = model_config = replace(model_config, eos_token_id=ends if len(ends) > 1 else ends[0])
     cfg, layout, rows, reasons = settle(cfg, model_config, corpus, tokenizer, device, world_size)
     if cfg.preview or cfg.preview_json:
         if is_main:
             say_data(rows, template.name, print)
             preview(rows, tokenizer, cfg.preview, cfg.preview_json)
         return
-    seq_len, compute_dtype = rows.seq_len, getattr(torch, cfg.train.dtype)
+    seq_len = rows.seq_len
     ring = layout.cp > 1 and layout.cp_method == "ring"
     kernel, why = choose_attention(cfg.train.attention, device, compute_dtype, merges_blocks=ring)
     n_micros = check_parallel(layout, model_config, seq_len, cfg.train.global_batch_size, cfg.train.micro_batch_size,
@@ -163,10 +170,6 @@ def main(cfg: SftConfig) -> None:
     mesh = build_mesh(layout, device.type)
     dp_rank = mesh["dp"].get_local_rank()
 
-    if cfg.lora.rank:                                     # before the passes, which find the adapters like any module
-        with torch.device("meta"):
-            model = Llama(model_config)
-        apply_lora(model, cfg.lora, frozen_dtype=compute_dtype)
     parts = parallelize(model, mesh, layout, compute_dtype=compute_dtype, recompute=cfg.train.recompute,
                         compile=cfg.train.compile, attention=kernel)
     for part in parts:                                    # without pp: the model itself
@@ -232,7 +235,7 @@ def main(cfg: SftConfig) -> None:
         validation_loss = None
         if cfg.train.validate_every and (step % cfg.train.validate_every == 0 or step == cfg.train.steps) and rows.n_validation:
             validation_loss = evaluate(runner, rows, cfg, mesh, layout, device)
-            answers = answer(model, asked, cfg.train.answer_tokens, tokenizer, layout.tp, device)
+            answers = answer(model, asked, cfg.train.answer_tokens, ends, tokenizer, layout.tp, device)
         peaks = torch.tensor(memory.take(), dtype=torch.float64)
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
         if is_main:
@@ -347,7 +350,6 @@ def settle(cfg: SftConfig, model: LlamaConfig, corpus: ChatCorpus, tokenizer: To
                        f"{model.max_position_embeddings:,}")
     rows = PackedExamples(corpus, seq_len, cfg.data.validation_share, train.seed, pad_id=tokenizer.eos_id or 0,
                           overlong=cfg.data.overlong, packing=cfg.data.packing)
-    dtype = train.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if device.type == "cuda":
         device_bytes = torch.cuda.get_device_properties(device).total_memory
     else:
@@ -360,13 +362,13 @@ def settle(cfg: SftConfig, model: LlamaConfig, corpus: ChatCorpus, tokenizer: To
     open_layout = replace(cfg.parallel, dp_shard=-1) == ParallelConfig() and world_size > 1
     layout, recompute, micro, why = fit(
         model, layout, device_bytes, seq_len, max(1, batch // layout.pp), tries_tp=open_layout, recompute=train.recompute,
-        micro_batch_size=train.micro_batch_size, itemsize=getattr(torch, dtype).itemsize,
+        micro_batch_size=train.micro_batch_size, itemsize=getattr(torch, train.dtype).itemsize,
         n_adapter=n_adapter_parameters(model, cfg.lora) if cfg.lora.rank else 0)
     if train.recompute is None or train.micro_batch_size is None or open_layout:
         reasons.append(f"memory    {why}")
     steps = train.steps or max(1, math.ceil(train.epochs * rows.n_train / batch))
     every = max(1, steps // 10) if train.validate_every is None else train.validate_every
-    train = replace(train, steps=steps, global_batch_size=batch, micro_batch_size=micro, recompute=recompute, dtype=dtype,
+    train = replace(train, steps=steps, global_batch_size=batch, micro_batch_size=micro, recompute=recompute,
                     lr=train.lr or (2e-4 if cfg.lora.rank else 2e-5), validate_every=every)
     if train.min_lr is not None and train.min_lr > train.lr:
         raise UsageError(f"--train.min-lr {train.min_lr} is above the peak of {train.lr}; the cosine ends at the lower.")

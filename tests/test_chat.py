@@ -72,13 +72,12 @@ def by_hand(pieces, turns: list[dict]) -> tuple[list[int], list[int]]:
 
 
 @needs_shared
-@pytest.mark.parametrize("file", ["chatterbot_en.jsonl", "gsm8k_train.jsonl"])
-def test_every_shared_conversation_has_the_mask_that_another_implementation_makes(file, tmp_path):
+@pytest.mark.parametrize("file,every", [("chatterbot_en.jsonl", 1), ("gsm8k_train.jsonl", 5),
+                                        pytest.param("gsm8k_train.jsonl", 1, marks=pytest.mark.slow)])
+def test_every_shared_conversation_has_the_mask_that_another_implementation_makes(file, every, tmp_path):
     folder = SHARED / "llama2_tokenizer"
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    lines = [json.loads(line) for line in (SHARED / "sft" / file).read_text().splitlines()]
-    if "gsm8k" in file:
-        lines = lines[::5]                                 # of one kind: 1,500 of them say as much as all
+    lines = [json.loads(line) for line in (SHARED / "sft" / file).read_text().splitlines()][::every]
     corpus = prepare_chat([write(tmp_path / file, lines)], load_tokenizer(folder), tmp_path / "cache")
     rows = PackedExamples(corpus, 512, validation_share=0, seed=0)
     expected = set()
@@ -155,7 +154,7 @@ def test_the_exported_llama2_template_is_the_one_trained_on(tmp_path):
     (CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\nWell, '"), "generation prompt"),
     (MARKED.replace("{% generation %}", "{% if loop.last %}{% generation %}").replace(
         "{% endgeneration %}", "{% endgeneration %}{% endif %}"), "marks 1 of them and there are 2"),
-    (CHATML.replace("m['content']", "(m['content'] if loop.last else 'earlier')"), "otherwise when another|cannot be told"),
+    (CHATML.replace("m['content']", "(m['content'] if loop.last or loop.index0 % 2 else 'earlier')"), "otherwise when another"),
     ("{% if", "not Jinja"), ("{{ raise_exception('no systems here') }}", "no systems here"),
 ])
 def test_a_template_whose_mask_cannot_be_told_is_refused(chatml, template, why):

@@ -7,12 +7,21 @@ import pytest
 import torch
 import torch.distributed as dist
 from pool import run_on
+from safetensors.torch import load_file
 from test_one_answer import GQA, ROWS, rows_of, whole_weights
 from torch.testing import assert_close
 
-from dtensor_llama import Llama, save_hf
+from dtensor_llama import Llama, UsageError, save_hf
 from dtensor_llama.data.reader import Batch
-from dtensor_llama.lora import LoraConfig, apply_lora, init_lora, merge_lora, save_adapter
+from dtensor_llama.lora import (
+    LoraConfig,
+    adapter_parameters,
+    apply_lora,
+    init_lora,
+    merge_lora,
+    n_adapter_parameters,
+    save_adapter,
+)
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
 from parallel import ParallelConfig, build_mesh, parallelize
@@ -77,11 +86,12 @@ def case(ranks: int, shape: str = "gqa", micro: int = 1, recompute: str = "none"
 
 
 @pytest.mark.parametrize("ranks,shape,micro,recompute,layout", [
-    case(2), case(2, tp=2), case(2, pp=2, shape="tied"), case(4, tp=4, shape="mqa"), case(4, pp=2, tp=2, recompute="full"),
-    case(2, zero_stage=0, slow=True), case(2, tp=2, sequence_parallel=False, shape="tied", slow=True),
-    case(4, tp=2, zero_stage=1, slow=True), case(4, tp=2, cp=2, slow=True), case(2, cp=2, cp_method="ring", slow=True),
-    case(2, pp=2, schedule="zero-bubble", slow=True), case(4, dp_replicate=2, slow=True), case(4, tp=4, slow=True),
-    case(8, pp=2, tp=2, slow=True), case(2, recompute="selective", micro=2, slow=True),
+    case(2, tp=2), case(2, pp=2, shape="tied"),
+    *(functools.partial(case, slow=True)(ranks, **layout) for ranks, layout in [
+        (2, {}), (2, {"zero_stage": 0}), (4, {"dp_replicate": 2}), (2, {"recompute": "selective", "micro": 2}),
+        (4, {"tp": 4}), (4, {"tp": 4, "shape": "mqa"}), (4, {"tp": 2, "zero_stage": 1}), (4, {"tp": 2, "cp": 2}),
+        (2, {"tp": 2, "sequence_parallel": False, "shape": "tied"}), (2, {"cp": 2, "cp_method": "ring"}),
+        (2, {"pp": 2, "schedule": "zero-bubble"}), (8, {"pp": 2, "tp": 2}), (4, {"pp": 2, "tp": 2, "recompute": "full"})]),
 ])
 def test_adapters_train_alike_on_every_layout_and_frozen_weights_stay(ranks, shape, micro, recompute, layout):
     ours, expected = run_on(ranks, three_steps, shape, layout, micro, torch.float32, recompute)[0], one_process(shape)
@@ -95,3 +105,49 @@ def test_adapters_train_alike_on_every_layout_and_frozen_weights_stay(ranks, sha
         else:
             assert torch.equal(weight, ours["initial"][name]), name
     assert expected["losses"][0] != expected["losses"][-1]
+
+
+def test_frozen_weights_are_bfloat16_beside_float32_adapters_and_merge_into_what_peft_reads(tmp_path):
+    ours = run_on(2, three_steps, "gqa", ParallelConfig(tp=2), 1, torch.bfloat16, "none", tmp_path)[0]
+    expected = run_on(1, three_steps, "gqa", ParallelConfig(), ROWS, torch.float32)[0]
+    assert max(abs(a - b) for a, b in zip(ours["losses"], expected["losses"], strict=True)) < 0.02
+    assert {("_lora." in name, weight.dtype) for name, weight in ours["final"].items()} == {
+        (True, torch.float32), (False, torch.bfloat16)}
+    adapter = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    a, b = (adapter[f"base_model.model.model.layers.3.mlp.down_proj.lora_{one}.weight"] for one in "AB")
+    merged = load_file(tmp_path / "merged/model.safetensors")["model.layers.3.mlp.down_proj.weight"]
+    whole = ours["final"]["model.layers.3.mlp.down_proj.weight"].float() + LORA.scale * b @ a
+    assert merged.dtype == torch.bfloat16 and torch.equal(merged, whole.bfloat16())
+
+
+def test_a_model_with_adapters_is_not_saved_as_if_it_had_none(tmp_path):
+    model = Llama(GQA)
+    apply_lora(model, LORA)
+    init_lora(model, seed=0)
+    tokens = torch.arange(20)[None]
+    with pytest.raises(ValueError, match="merge_lora"):
+        save_hf(model, tmp_path)
+    for name, parameter in adapter_parameters(model).items():
+        assert name.endswith(("lora_A.weight", "lora_B.weight")) and parameter.requires_grad
+        parameter.data += 0.1
+    unmerged = model(tokens)
+    merge_lora(model)
+    assert not adapter_parameters(model)
+    assert_close(model(tokens), unmerged, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("config,said", [
+    (LoraConfig(rank=4, targets=("q_proj", "lm_head")), "--lora.targets lm_head: .* q_proj, k_proj"),
+    (LoraConfig(rank=4, targets=("query_key_value",)), "query_key_value"), (LoraConfig(rank=4, targets=()), "there are q_proj"),
+    (LoraConfig(rank=0), "--lora.rank 0"), (LoraConfig(rank=4, alpha=-1), "--lora.alpha -1"),
+])
+def test_adapters_that_cannot_be_are_refused(config, said):
+    with torch.device("meta"), pytest.raises(UsageError, match=said):
+        apply_lora(Llama(GQA), config)
+
+
+def test_the_count_of_adapter_parameters_is_what_there_is():
+    with torch.device("meta"):
+        model = Llama(GQA)
+    apply_lora(model, LORA)
+    assert n_adapter_parameters(GQA, LORA) == sum(p.numel() for p in adapter_parameters(model).values())

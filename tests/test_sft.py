@@ -121,6 +121,17 @@ def test_the_export_opens_in_transformers_with_its_template(full):
     assert tokenizer.decode(asked["input_ids"][0]).endswith("[INST] Hi [/INST]") and model(**asked).logits.isfinite().all()
 
 
+def test_the_export_stops_where_the_template_ends_an_answer_too(inputs, chat, tmp_path):
+    shutil.copytree(inputs / "model", tmp_path / "model")                  # its config.json ends with 1, this template with 0
+    (tmp_path / "model/chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['role'] + ':' + m['content'] + bos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}")
+    ended = recipe("sft", *flags(inputs, chat, tmp_path / "run", "--model", tmp_path / "model", steps=1))
+    assert ended.status == 0, ended
+    assert LlamaConfig.from_hf(tmp_path / "run/hf").eos_token_id == [1, 0]
+    assert json.loads((tmp_path / "run/hf/generation_config.json").read_text())["eos_token_id"] == [1, 0]
+
+
 def test_lora_merged_equals_base_and_adapter(inputs, lora):
     """Merged by hand, from the adapter's file; and by peft, where it is installed."""
     config = LlamaConfig.from_hf(inputs / "model")

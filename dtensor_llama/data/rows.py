@@ -50,6 +50,11 @@ class ChatCorpus(TokenCorpus):
         self.counts = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))["counts"]
         self.trained = np.memmap(self.folder / "trained.bin", np.uint8, mode="r")
 
+    def end_ids(self) -> list[int]:
+        """The tokens that end a turn of the assistant: generation has to stop at them."""
+        ends = np.diff(self.trained.astype(np.int8), append=0) == -1
+        return np.unique(self.tokens[ends]).tolist()
+
 
 class PackedRows:
     """Rows of `seq_len` tokens, split by `seed` into training rows and a held-out share.
