@@ -221,12 +221,14 @@ def training_state(
     """All that a run needs to go on bit for bit, for Checkpointer.save, or (with a new model and optimizer) .load.
 
     step: optimizer steps done; position: rows the data reader has dealt; meta: anything JSON can hold. Tensors are the
-    live ones, not copies. The random states are this rank's own; a rank that has none in the checkpoint (it was
-    written by fewer ranks) keeps its present ones. Gradients are not state: call it between steps."""
+    live ones, not copies; of a chunk manager they are host copies, of fp32 masters, as if there were none. The random
+    states are this rank's own; a rank that has none in the checkpoint (it was written by fewer ranks) keeps its present
+    ones. Gradients are not state: call it between steps."""
+    weights = optimizer.masters() if hasattr(optimizer, "masters") else model      # a chunk manager's fp32 ones
     never_stepped = not optimizer.state
     optimizer.zero_grad() if never_stepped else None    # with gradients around DCP would not make the moments
     state = {
-        "model": get_model_state_dict(model),
+        "model": get_model_state_dict(weights),
         "optimizer": get_optimizer_state_dict(model, optimizer, options=FLAT),
         "rng": {f"{_rank()}.{device}": generator.get_rng_state() for device, generator in _generators()},
         "progress": json.dumps({"step": step, "position": position, "meta": meta or {}}),
@@ -242,7 +244,10 @@ def restore_training_state(state: dict[str, Any], model: nn.Module, optimizer: t
     """Put a loaded training_state into effect; returns {"step": int, "position": int, "meta": dict}.
 
     Learning rate, betas and decay of the optimizer's groups become the saved ones, as in optimizer.load_state_dict."""
-    set_model_state_dict(model, state["model"])
+    weights = optimizer.masters() if hasattr(optimizer, "masters") else model
+    set_model_state_dict(weights, state["model"])
+    if weights is not model:
+        optimizer.take_masters(weights)
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=FLAT)
     for device, generator in _generators():
         generator.set_rng_state(state["rng"][f"{_rank()}.{device}"])

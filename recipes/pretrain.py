@@ -14,6 +14,8 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -24,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
 
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf, save_hf
 from dtensor_llama.attention import choose_attention
@@ -40,12 +43,17 @@ from dtensor_llama.optim import build_adamw
 from dtensor_llama.run import StopSignal, claim_run_dir, made_with, refuse_below, refuse_other_run, say_where_things_are
 from dtensor_llama.schedule import cosine_lr
 from dtensor_llama.weights import check_hf
+from memory import ChunkManager, MemoryConfig
+from memory.activations import offload_block_inputs
+from memory.optimizer import ChunkOptimizer
+from memory.timeline import draw_timeline
+from memory.tracer import load_rates
 from parallel import ParallelConfig, build_mesh, parallelize
 from parallel.clip import clip_grad_norm
 from parallel.config import AXES, check_parallel
 from parallel.context import shard_batch
 from parallel.mesh import reads_alone, start_process_group, stop_process_group
-from parallel.pipeline import make_step_runner
+from parallel.pipeline import Accumulation, Pipeline, make_step_runner
 from parallel.schedule_picture import Recorder, bubble_share, draw_schedule
 
 # ---- 1. What can be asked for: each field is a flag -------------------------------------------------------------------
@@ -98,6 +106,7 @@ class PretrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)      # where optimizer states and block inputs live
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run_dir: str = "runs/pretrain"      # everything this run writes
 
@@ -115,6 +124,7 @@ def main(cfg: PretrainConfig) -> None:
     check_numbers(cfg)
     if not cfg.data.path:
         raise UsageError("--data.path is missing; name the files to train on, e.g. --data.path 'text/*.txt'.")
+    cfg.memory.check()
     tokenizer = load_tokenizer(tokenizer_path(cfg))
     model_config = read_model_config(cfg, tokenizer)
     seq_len = cfg.data.seq_len or model_config.max_position_embeddings
@@ -138,21 +148,14 @@ def main(cfg: PretrainConfig) -> None:
     corpus = prepare_corpus(cfg.data.path, tokenizer, Path(cfg.data.cache_dir).expanduser(), cfg.data.text_field)
     rows = PackedRows(corpus, seq_len, cfg.data.validation_share, cfg.train.seed)
     start_process_group(device, world_size, attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
-    mesh = build_mesh(layout, device.type)
-    dp_rank = mesh["dp"].get_local_rank()
-
-    parts = parallelize(model, mesh, layout, compute_dtype=compute_dtype, recompute=cfg.train.recompute,
-                        compile=cfg.train.compile, attention=kernel)
-    for part in parts:                                    # without pp: the model itself
-        part.to_empty(device=device)                      # this rank's shards, still without values
-    runner = make_step_runner(parts, mesh["pp"], layout.schedule, n_micros, device, compute_dtype, layout.sequence_shards,
-                              layout.zero_stage)
-    optimizer = build_adamw(model, cfg.train.lr, cfg.train.weight_decay)
+    mesh, runner, optimizer = set_up(cfg, model, layout, n_micros, kernel, device, seq_len, say=print if is_main else None)
     checkpoints = Checkpointer(Path(cfg.run_dir, "checkpoints"), keep=cfg.checkpoint.keep)
     step, position = resume(cfg, model, optimizer, checkpoints, model_config, corpus, seq_len, is_main)
     if step == 0:
-        load_hf(model, weights) if weights else init_weights(model, cfg.train.seed)
+        with fp32_weights(model, optimizer) as whole:
+            load_hf(whole, weights) if weights else init_weights(whole, cfg.train.seed)
 
+    dp_rank = mesh["dp"].get_local_rank()
     reader = RowReader(rows, cfg.train.global_batch_size, cfg.train.micro_batch_size, dp_rank, layout.dp,
                        cfg.data.document_mask, position, pin_memory=device.type == "cuda")
     step_tokens = cfg.train.global_batch_size * seq_len
@@ -176,6 +179,9 @@ def main(cfg: PretrainConfig) -> None:
         n_scored, stopped = counts[0], bool(counts[1])
         draws = layout.draw_schedule and step == min(first_step + 2, cfg.train.steps - 1)      # the first steps are not typical
         recorder = Recorder(mesh["pp"], device) if draws else None
+        draws_memory = cfg.memory.draw and step == min(first_step + 6, cfg.train.steps - 1)     # after the plan of `auto`
+        if draws_memory:
+            optimizer.manager.record = True
         loss, grad_norm = train_step(runner, model, optimizer, micros, n_scored, lr, mesh, layout, cfg.train.max_grad_norm,
                                      recorder)
         step += 1
@@ -186,6 +192,11 @@ def main(cfg: PretrainConfig) -> None:
         if is_main and events:
             draw_schedule(events, Path(cfg.run_dir, "schedule.png"), layout.schedule)
             log.say(f"step {step}: drawn in {cfg.run_dir}/schedule.png; {bubble_share(events):.0%} of the time is bubbles")
+        if draws_memory:
+            optimizer.manager.record = False
+            if is_main:
+                draw_timeline(optimizer.manager.events, Path(cfg.run_dir, "memory.png"), f"step {step}")
+                log.say(f"step {step}: drawn in {cfg.run_dir}/memory.png")
         if not loss < float("inf"):                       # also nan; all ranks see the same number and stop together
             raise RuntimeError(f"the loss of step {step} is {loss}; the last checkpoint is from before. Lower --train.lr.")
         validation_loss = None
@@ -215,7 +226,8 @@ def main(cfg: PretrainConfig) -> None:
     reader.close()
     checkpoints.close()
     if cfg.checkpoint.export_hf and not stopped:
-        export(model, tokenizer, Path(cfg.run_dir, "hf"), compute_dtype, is_main)
+        with fp32_weights(model, optimizer) as whole:
+            export(whole, tokenizer, Path(cfg.run_dir, "hf"), compute_dtype, is_main)
     if is_main:
         log.close()
         if log.rows:
@@ -225,10 +237,57 @@ def main(cfg: PretrainConfig) -> None:
     stop_process_group()
 
 
+# ---- The parts that benchmark.py and sft.py need too ---------------------------------------------------------------------
+
+
+def set_up(cfg: "PretrainConfig", model: Llama, layout: ParallelConfig, n_micros: int, kernel: str, device: torch.device,
+           seq_len: int, say: Callable[[str], None] | None = None) -> tuple[DeviceMesh, Pipeline | Accumulation, Optimizer]:
+    """Spread `model` (on meta) over the mesh, this rank's shards still without values; returns (mesh, runner, optimizer).
+
+    With a memory placement the parameters are what computes, in --train.dtype, and the float32 masters are the chunk
+    manager's: see fp32_weights. say: prints plans, on one rank."""
+    dtype, memory = getattr(torch, cfg.train.dtype), cfg.memory
+    mesh = build_mesh(layout, device.type)
+    if memory.is_on:
+        model.to(dtype)
+    parts = parallelize(model, mesh, layout, compute_dtype=dtype, recompute=cfg.train.recompute, compile=cfg.train.compile,
+                        attention=kernel)
+    for part in parts:                                    # without pp: the model itself
+        part.to_empty(device=device)
+        if memory.activations:
+            input_bytes = cfg.train.micro_batch_size * seq_len // (layout.cp * layout.sequence_shards) * dtype.itemsize
+            offload_block_inputs([block for block in part.model.layers if block is not None], device,
+                                 input_bytes * model.config.hidden_size, n_micros if layout.pp > 1 else 1)
+    runner = make_step_runner(parts, mesh["pp"], layout.schedule, n_micros, device, dtype, layout.sequence_shards,
+                              layout.zero_stage)
+    optimizer = build_adamw(model, cfg.train.lr, cfg.train.weight_decay)
+    if memory.is_on:
+        embedding = model.model.embed_tokens
+        tied_over_stages = model.config.tie_word_embeddings and layout.pp > 1 and embedding is not None
+        rates_file = Path(cfg.data.cache_dir).expanduser() / "rates.json"                # measured once per machine
+        optimizer = ChunkManager(
+            model, optimizer, memory, parts=parts, outside=[embedding.weight] if tied_over_stages else [],
+            arrivals=n_micros if layout.zero_stage >= 2 and layout.pp == 1 else 1,
+            rates=load_rates(rates_file, device) if memory.placement == "auto" else None,
+            say=say or (lambda text: None), ranks_per_host=int(os.environ.get("LOCAL_WORLD_SIZE", 1))).optimizer
+    return mesh, runner, optimizer
+
+
+@contextmanager
+def fp32_weights(model: nn.Module, optimizer: Optimizer) -> Iterator[nn.Module]:
+    """What to load, initialize or save as float32: the model or, with a chunk manager, its masters, changes kept."""
+    if not isinstance(optimizer, ChunkOptimizer):
+        yield model
+        return
+    masters = optimizer.masters()
+    yield masters
+    optimizer.take_masters(masters)
+
+
 # ---- The step: one global batch ---------------------------------------------------------------------------------------
 
 
-def train_step(runner, model: nn.Module, optimizer: torch.optim.Optimizer, micros: list[Batch], n_scored: Tensor, lr: float,
+def train_step(runner, model: nn.Module, optimizer: Optimizer, micros: list[Batch], n_scored: Tensor, lr: float,
                mesh: DeviceMesh, layout: ParallelConfig, max_grad_norm: float, recorder: Recorder | None = None,
                ) -> tuple[Tensor, Tensor]:
     """Forward and backward of one global batch, clip, step. Returns (loss, gradient norm), the same on every rank.
@@ -239,7 +298,10 @@ def train_step(runner, model: nn.Module, optimizer: torch.optim.Optimizer, micro
     # FSDP averages gradients over the ranks that saw other tokens; we want their sum.
     loss = runner.step(micros, n_scored, grad_scale=layout.grad_ranks, **({"recorder": recorder} if recorder else {}))
     dist.all_reduce(loss, group=mesh["loss"].get_group())             # each rank has its own tokens' share
-    grad_norm = clip_grad_norm(model.parameters(), max_grad_norm)     # one norm over all ranks and axes
+    if isinstance(optimizer, ChunkOptimizer):                         # one norm over all ranks and axes
+        grad_norm = optimizer.clip_grad_norm(max_grad_norm)
+    else:
+        grad_norm = clip_grad_norm(model.parameters(), max_grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

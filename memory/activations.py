@@ -1,0 +1,240 @@
+"""Block inputs wait on the host from forward to backward: with recompute `full` nothing else of a block is kept.
+
+input    what a block gets, (rows, tokens, width) on this rank, if its backward or its recomputation needs it
+slot     room for one input in a pinned host slab; an input has one from its block's forward until its backward is over
+kept     the last block's input stays on the device: backward needs it at once
+
+    compute        F0   F1    F2    F3    | B3     B2     B1     B0
+    to the host         x0    x1    x2    |                             while the next block computes
+    to the device                         | x2     x1     x0            one block ahead
+    on the device  x0   x0 x1 x1 x2 x2 x3 | x3 x2  x2 x1  x1 x0  x0     never more than two
+
+Autograd itself says what it needs: `saved_tensors_hooks` around a block's forward see each tensor it saves, and give it back.
+What the block computes does not change. One object per pipeline stage; torch's pipelining holds a stage's own input besides.
+"""
+
+import gc
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
+
+SLOTS_PER_SLAB = 8      # torch rounds pinned memory up to 2^k bytes a slab: of slots of any size at most an eighth is wasted
+ALIGNMENT = 512         # bytes; a slot may hold any dtype
+
+
+class _Input:
+    """One block's input in one forward. Autograd owns it; when the block's backward is over it dies and frees its slot."""
+
+    def __init__(self, owner: "ActivationOffload", flat: Tensor, kept: bool, before: Callable):
+        self.owner, self.kept, self.before = owner, kept, before     # before: () -> input of the block before, or None
+        self.n_bytes, self.dtype = flat.nbytes, flat.dtype
+        self.slot: Tensor | None = None                              # bytes on the host
+        self.moved: torch.cuda.Event | None = None                   # the last copy, either way
+        self.flat: Tensor | None = None                              # 1-d on the device: on its way out, or fetched, or kept
+        self.hold(flat)
+
+    def hold(self, flat: Tensor) -> None:
+        self.flat = flat
+        self.owner.count(self.n_bytes)
+
+    def let_go(self) -> None:
+        """Forget the device's copy; compute that is queued from here on may use its memory once the last copy is done."""
+        if self.flat is not None:
+            self.owner.await_copy(self)
+            self.flat = None
+            self.owner.count(-self.n_bytes)
+
+    def __del__(self):
+        self.let_go()
+        if self.slot is not None:
+            self.owner.free.append((self.slot, self.moved))
+
+
+class _Saved(NamedTuple):
+    """What autograd keeps instead of a tensor: a view of an input, and the DTensor's layout if it was one."""
+
+    input: _Input
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    layout: tuple | None
+
+
+class ActivationOffload:
+    """See `offload_block_inputs`. device_bytes, peak_device_bytes: block inputs on the device; host_bytes: the slab."""
+
+    def __init__(self, blocks: Sequence[nn.Module], device: torch.device, input_bytes: int, in_flight: int):
+        self.device, self.blocks = device, list(blocks)
+        self.slot_bytes = -(-input_bytes // ALIGNMENT) * ALIGNMENT
+        self.n_slots = (len(self.blocks) - 1) * in_flight
+        self.device_bytes = self.peak_device_bytes = 0
+        self.free: list[tuple[Tensor, torch.cuda.Event | None]] = []
+        self.host_bytes = self._make_slots()
+        self.streams = [torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else None    # out, in
+        self._nobody = lambda: None
+        self._leaving = self._newest = self._in_use = self._nobody           # weak references to inputs
+        self._entering: tuple[Tensor, bool] | None = None                    # the input of the block that computes, kept
+        self._entered: _Input | None = None                                  # the same, once autograd has asked for it
+        self._hooks = (self._pack, self._unpack)      # one pair for all blocks: a compiled block is guarded on which they are
+        self._inner = [block.forward for block in self.blocks]
+        for i, (block, inner) in enumerate(zip(self.blocks, self._inner, strict=True)):
+            block.forward = partial(self._forward, i, inner)
+
+    def close(self) -> None:
+        """Give the blocks their own forward back."""
+        for block, inner in zip(self.blocks, self._inner, strict=True):
+            block.forward = inner
+
+    def count(self, n_bytes: int) -> None:
+        self.device_bytes += n_bytes
+        self.peak_device_bytes = max(self.peak_device_bytes, self.device_bytes)
+
+    def await_copy(self, input: _Input) -> None:
+        if input.moved is not None:
+            torch.cuda.current_stream(self.device).wait_event(input.moved)
+
+    # ---- forward ----
+
+    def _forward(self, i: int, inner: Callable, x: Tensor, *args, **kwargs):
+        if not torch.is_grad_enabled():
+            return inner(x, *args, **kwargs)
+        if not _is_dense(_local(x)):
+            x = x.contiguous()
+        if i == 0:
+            self._newest = self._nobody
+        self._entering, self._entered = (_local(x), i == len(self.blocks) - 1), None
+        try:
+            with saved_tensors_hooks(*self._hooks):
+                return inner(x, *args, **kwargs)
+        finally:
+            self._entering = self._entered = None
+
+    def _pack(self, tensor: Tensor):
+        """Called with each tensor that autograd saves in a block."""
+        x, kept = self._entering
+        local = _local(tensor)
+        offset = local.storage_offset() - x.storage_offset()
+        if (local.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() or local.dtype != x.dtype or not local.numel()
+                or offset < 0 or offset + _extent(local) > x.numel()):
+            return tensor.detach() if tensor.grad_fn is not None else tensor      # an output itself would be a cycle: a leak
+        if self._entered is None:
+            self._entered = self._leave(x.detach().as_strided((x.numel(),), (1,)), kept)
+        layout = (tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride()) if isinstance(tensor, DTensor) else None
+        return _Saved(self._entered, local.shape, local.stride(), offset, layout)
+
+    def _leave(self, flat: Tensor, kept: bool) -> _Input:
+        if (gone := self._leaving()) is not None:      # its copy had a whole block's time; if that was too short compute waits
+            gone.let_go()
+        self._leaving = self._nobody
+        input = _Input(self, flat, kept, self._newest)
+        self._newest = weakref.ref(input)
+        if not kept:
+            input.slot, last_read = self._take_slot(flat.nbytes)
+            host = input.slot[:flat.nbytes].view(flat.dtype)
+            if self.streams is None:
+                host.copy_(flat)
+            else:
+                out = self.streams[0]
+                out.wait_stream(torch.cuda.current_stream(self.device))           # the block before has computed it
+                if last_read is not None:
+                    out.wait_event(last_read)
+                with torch.cuda.stream(out):
+                    host.copy_(flat, non_blocking=True)
+                input.moved = out.record_event()
+            self._leaving = weakref.ref(input)
+        return input
+
+    def _take_slot(self, n_bytes: int):
+        if n_bytes > self.slot_bytes:
+            raise RuntimeError(f"a block's input has {n_bytes:,} bytes and the activation slab's slots {self.slot_bytes:,}; "
+                               "make the offload with the largest input_bytes")
+        if not self.free:
+            gc.collect()       # graphs in a reference cycle hold slots whose backward is over
+        if not self.free:
+            raise RuntimeError(f"all {self.n_slots} slots of the activation slab hold inputs that wait for backward: more "
+                               "forwards are in flight than in_flight says")
+        return self.free.pop()
+
+    # ---- backward ----
+
+    def _unpack(self, saved):
+        if isinstance(saved, Tensor):
+            return saved
+        input = saved.input
+        if input.flat is None:
+            self._fetch(input)
+        self.await_copy(input)
+        if (done := self._in_use()) is not input:      # a block's backward begins, so that of the block after is over
+            if done is not None and not done.kept:
+                done.let_go()
+            self._in_use = weakref.ref(input)
+            before = input.before()
+            if before is not None and before.flat is None:
+                self._fetch(before)
+        view = input.flat.as_strided(saved.shape, saved.stride, saved.offset)
+        if saved.layout is None:
+            return view
+        mesh, placements, shape, stride = saved.layout
+        return DTensor.from_local(view, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+    def _fetch(self, input: _Input) -> None:
+        host = input.slot[:input.n_bytes].view(input.dtype)
+        flat = torch.empty(host.shape, dtype=input.dtype, device=self.device)
+        if self.streams is None:
+            flat.copy_(host)
+        else:
+            back = self.streams[1]
+            back.wait_stream(torch.cuda.current_stream(self.device))              # whose memory `flat` may have been
+            back.wait_event(input.moved)
+            with torch.cuda.stream(back):
+                flat.copy_(host, non_blocking=True)
+            input.moved = back.record_event()
+        input.hold(flat)
+
+    def _make_slots(self) -> int:
+        """Fill `free`; returns the bytes taken."""
+        if self.n_slots == 0:
+            return 0
+        if self.device.type != "cuda":
+            slabs = [torch.empty(self.n_slots * self.slot_bytes, dtype=torch.uint8)]
+        else:
+            slab_bytes = 1 << (SLOTS_PER_SLAB * self.slot_bytes - 1).bit_length()
+            n_slabs = -(-self.n_slots // (slab_bytes // self.slot_bytes))
+            slabs = [torch.empty(slab_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(n_slabs)]
+        for slab in slabs:
+            n_fit = slab.numel() // self.slot_bytes
+            self.free += [(slot, None) for slot in slab[:n_fit * self.slot_bytes].split(self.slot_bytes)]
+        del self.free[self.n_slots:]
+        return sum(slab.numel() for slab in slabs)
+
+
+def offload_block_inputs(blocks: Sequence[nn.Module], device: torch.device, input_bytes: int,
+                         in_flight: int = 1) -> ActivationOffload:
+    """Keep the inputs of `blocks` on the host between forward and backward; at most two are on the device at a time.
+
+    blocks: of one pipeline stage, in forward order, each called with its input first; after recompute and compile were applied
+    input_bytes: the largest input on this rank (rows x tokens x width x bytes, tokens / tp with sequence parallelism)
+    in_flight: forwards whose backward is not over: 1, under pp up to all microbatches; each keeps the last block's input
+    Pins host memory: call it before the first collective. Results are bitwise those without.
+    """
+    return ActivationOffload(blocks, device, input_bytes, in_flight)
+
+
+@torch.no_grad()
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _extent(tensor: Tensor) -> int:
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Every element of its piece of the storage is its own: it can be copied as one run of bytes."""
+    return tensor.numel() == 0 or _extent(tensor) == tensor.numel()

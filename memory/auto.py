@@ -1,0 +1,127 @@
+"""The policy `auto`: trace some steps with the device as empty as can be, plan from what was measured, and keep watch.
+
+    steps 1 to 3   all states on the host; a Tracer notes times and peaks              nothing can run out of memory that fits
+    after step 3   ranks agree on the slowest times and highest peaks; every rank makes its plan of them, and moves its chunks
+    later          a peak close to the budget, or an update far from its prediction: planned again, between two steps
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from memory.chunk import GIB
+from memory.placement import auto_plan, describe, replan
+from memory.tracer import Counters, Rates, Traced, Tracer
+
+if TYPE_CHECKING:
+    from memory.manager import ChunkManager
+
+WARM_UP_STEPS = 3       # the first compiles and makes communicators, the second is typical, the third confirms it
+MOST_PLANS = 4          # a machine whose rates keep changing is not planned for ever
+HOST_SHARE = 0.9        # of the host memory that is free: the page cache and the data reader want some
+
+
+class AutoPolicy:
+    """Told by a ChunkManager where its steps begin and end. rates: of the machine; say: called with each plan in words on
+    one rank; ranks_per_host: that share its memory; counters: how memory is read (tests give their own)."""
+
+    def __init__(self, manager: "ChunkManager", rates: Rates, say: Callable[[str], None], ranks_per_host: int,
+                 counters: Counters | None = None):
+        self.manager, self.rates, self.say, self.n_steps, self.n_plans = manager, rates, say, 0, 0
+        self.counters = counters or Counters.of(manager.device)
+        self.tracer: Tracer | None = Tracer(manager.gated_modules(), manager.device, self.counters)
+        self.traced: Traced | None = None
+        config, on_gpu = manager.config, manager.is_cuda
+        device = config.device_budget_gib and int(config.device_budget_gib * GIB)
+        host = config.host_budget_gib and int(config.host_budget_gib * GIB)
+        share = int(HOST_SHARE * free_host_bytes() / ranks_per_host)
+        if not on_gpu:
+            share //= 2                        # the two accounts are of one RAM
+        self.device_budget = device or (torch.cuda.get_device_properties(manager.device).total_memory if on_gpu else share)
+        self.host_budget = host or share
+
+    @property
+    def is_tracing(self) -> bool:
+        return self.tracer is not None
+
+    def forward_begins(self) -> None:
+        if self.tracer and not self.tracer.tracing:
+            self.tracer.start_step()
+
+    def backward_ended(self) -> None:
+        if self.tracer and self.tracer.tracing:
+            self.tracer.end_step()
+
+    def step_ended(self) -> None:
+        """Between two steps; all ranks enter."""
+        self.n_steps += 1
+        if self.tracer:
+            if self.n_steps == WARM_UP_STEPS:
+                # Without a GPU what is counted is what came since the tracer was made: the weights are not in it.
+                self.traced = _agreed(self.tracer.result(self.manager.weight_bytes if self.manager.is_cuda else 0))
+                self.tracer.close()
+                self.tracer = None
+                self._plan()
+            return
+        why = self._why_again()
+        if why:
+            self.say(f"memory    planned again: {why}")
+            self._plan()
+
+    def _plan(self) -> None:
+        manager = self.manager
+        plan = auto_plan([chunk.n for chunk in manager.chunks], device_budget_bytes=self.device_budget,
+                         host_budget_bytes=self.host_budget, rates=self.rates, traced=self.traced,
+                         widths=manager.widths, layers=[chunk.covers for chunk in manager.chunks])
+        self.n_plans += 1
+        manager.replan(plan)
+        self.say(describe(plan))
+
+    def _why_again(self) -> str | None:
+        """The same answer on every rank: the plan changes when it has to on any."""
+        manager, why = self.manager, None
+        update_s = manager.host_update_seconds()
+        peak = self.counters.peak() if manager.is_cuda else manager.ledger.peak["device"] + self.traced.non_model_peak_bytes
+        if self.n_plans < MOST_PLANS:
+            expected = manager.plan.seconds.get("update", 0.0)
+            why = replan(manager.plan, peak_device_bytes=peak, update_seconds=update_s or expected)
+        asked = torch.tensor([why is not None], dtype=torch.uint8, device=manager.device)
+        if dist.is_initialized():
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+        if not asked.item():
+            return None
+        if why and peak > self.traced.non_model_peak_bytes + manager.needed(manager.plan)["device"]:
+            grown = peak - manager.needed(manager.plan)["device"]
+            self.traced = replace(self.traced, non_model_peak_bytes=grown)
+        elif why and update_s:
+            self.rates = self.rates.scaled(manager.plan.seconds["update"] / update_s)
+        return why or "another rank asked for it"
+
+
+def _agreed(traced: Traced) -> Traced:
+    """The slowest times and the highest peaks of all ranks: those that hold others up, or run out first."""
+    numbers = torch.tensor([traced.forward_seconds, traced.backward_seconds, traced.non_model_peak_bytes, traced.host_bytes],
+                           dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    forward, backward, peak, host = numbers.tolist()
+    return replace(traced, forward_seconds=forward, backward_seconds=backward, non_model_peak_bytes=int(peak),
+                   host_bytes=int(host))
+
+
+def free_host_bytes() -> int:
+    """Memory that this machine, or the container around this process, has left."""
+    free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
+    try:
+        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
+        if limit != "max":
+            free = min(free, max(0, int(limit) - used))
+    except (OSError, ValueError):
+        pass                                   # no control group of the second version: nothing limits us
+    return free
+

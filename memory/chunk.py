@@ -1,0 +1,243 @@
+"""Chunks: the unit in which optimizer state is placed, moved and stepped.
+
+shard       this rank's elements of one parameter, flat: DTensor.to_local(), or a plain parameter
+piece       a run of a shard that lies in one chunk; a large shard is cut into several
+chunk       pieces in forward order, of one parameter group and dtype, 16 Mi elements together
+master      the float32 weight. RESIDENT and STREAM keep of it only what the weight lacks: nothing if weights are float32,
+            `low`, its lower 16 bits, if they are bfloat16. CPU keeps all of it, on the host
+slab        host memory of a CPU chunk in the weights' dtype, pinned: gradients arrive in it, new weights leave from it
+total       float32 sum of gradients that arrive several times a step
+account     "device" or "host": where bytes are counted. On a machine without a device both are the same RAM
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+from memory.kernel import join_master, split_master
+from memory.placement import Placement
+
+CHUNK_ELEMENTS = 16 * 2**20   # 64 MiB of each float32 tensor: a copy of it runs at the wire's speed, a ring of 4 is 0.6 GiB
+ALIGN = 64                    # elements: pieces begin at a vector register's and a cache line's boundary
+GIB = 2**30
+
+
+class State(Enum):
+    READY = "ready"               # the update is issued; once `weights_done` says so the weights are new
+    COLLECTING = "collecting"     # gradients of the next update have begun to arrive
+    QUEUED = "queued"             # an engine was told to step it
+    STEPPING = "stepping"         # an engine is at it
+
+
+LEGAL_MOVES = {State.READY: {State.COLLECTING}, State.COLLECTING: {State.QUEUED, State.READY},
+               State.QUEUED: {State.STEPPING}, State.STEPPING: {State.READY}}
+
+
+class Ledger:
+    """Bytes held by account, and the budgets they must never pass."""
+
+    def __init__(self, device: torch.device, budgets: dict[str, int | None]):
+        self.device, self.budgets = device, budgets
+        self.held, self.peak = {"device": 0, "host": 0}, {"device": 0, "host": 0}
+
+    def take(self, account: str, n_bytes: int, what: str) -> None:
+        """RuntimeError if the budget is passed: plans are checked before, so it is a defect of ours."""
+        held, budget = self.held[account] + n_bytes, self.budgets[account]
+        if budget is not None and held > budget:
+            raise RuntimeError(f"{what} takes {n_bytes / GIB:.6f} GiB on the {account}, which would hold {held / GIB:.6f} GiB; "
+                               f"its budget is {budget / GIB:.6f} GiB")
+        self.held[account] = held
+        self.peak[account] = max(self.peak[account], held)
+
+    def give(self, account: str, n_bytes: int) -> None:
+        self.held[account] -= n_bytes
+        assert self.held[account] >= 0, (account, self.held)
+
+    def zeros(self, account: str, n: int, dtype: torch.dtype, what: str, pin: bool = False) -> Tensor:
+        """(n,) zeros; pages of unpinned host memory are real only once they are written."""
+        self.take(account, n * dtype.itemsize, what)
+        if account == "device":
+            return torch.zeros(n, dtype=dtype, device=self.device)
+        return torch.zeros(n, dtype=dtype, pin_memory=pin and self.device.type == "cuda")
+
+
+@dataclass(eq=False)
+class Managed:
+    """A parameter that trains, and what happened to its gradient in this step."""
+
+    name: str
+    parameter: nn.Parameter
+    group: dict[str, Any]          # of the optimizer: its lr, weight_decay ... as they are at the step
+    copies: int                    # ranks that hold the same elements
+    outside: bool                  # its gradient is changed after backward, its weight read outside forward
+    pieces: list["Piece"] = field(default_factory=list)
+    step: int = 0                  # updates made
+    arrivals: int = 0              # of a gradient since the last update
+
+    @property
+    def weight(self) -> Tensor:
+        """This rank's elements, flat, as they lie (FSDP may move a padded shard when it first runs, so ask anew)."""
+        return flat(self.parameter)
+
+
+@dataclass(eq=False)
+class Piece:
+    """`shard[in_shard]` is `chunk[in_chunk]`."""
+
+    managed: Managed
+    chunk: "Chunk"
+    index: int                     # among all pieces
+    in_shard: slice
+    in_chunk: slice
+    adding: Any = None             # future: the gradient of an earlier microbatch is being added to the total
+
+
+class Chunk:
+    """State of the pieces of one chunk. `state` is changed by move_to alone."""
+
+    def __init__(self, index: int, group: dict[str, Any], dtype: torch.dtype):
+        self.index, self.group, self.dtype, self.n = index, group, dtype, 0
+        self.pieces: list[Piece] = []
+        self.placement: Placement | None = None
+        self.tensors: dict[str, Tensor] = {}
+        self.state = State.READY
+        self.job = None                  # future of the host's step
+        self.weights_done = self.done = DONE
+        self.arrived: list = []          # events: copies of gradients to the slab
+
+    def __repr__(self) -> str:
+        return f"chunk {self.index} ({self.placement.value}, {self.n} elements from {self.pieces[0].managed.name})"
+
+    @property
+    def covers(self) -> str:
+        """The parameters in it, in words."""
+        first, last = self.pieces[0].managed.name, self.pieces[-1].managed.name
+        return first if first == last else f"{first} to {last}"
+
+    def move_to(self, state: State) -> None:
+        if state not in LEGAL_MOVES[self.state]:
+            raise RuntimeError(f"{self} cannot move from {self.state.value} to {state.value}")
+        self.state = state
+
+    def wait(self) -> None:
+        """Until its weights are new; raises what went wrong in the host's step."""
+        if self.job is not None:
+            self.job.result()
+            self.job = None
+        self.weights_done.synchronize()
+
+    # ---- where it lives ----
+
+    def allocate(self, ledger: Ledger, placement: Placement, sums: bool) -> None:
+        """Memory for a placement: moments 0, and `low` 0, with which the weight is the master."""
+        for name, (account, dtype, pin) in layout(placement, self.dtype, sums).items():
+            self.tensors[name] = ledger.zeros(account, self.n, dtype, f"{name} of chunk {self.index}", pin)
+        self.placement = placement
+        if placement is Placement.CPU:
+            for piece in self.pieces:
+                self.tensors["master"][piece.in_chunk] = piece.managed.weight[piece.in_shard]
+
+    def release(self, ledger: Ledger, sums: bool) -> None:
+        for name, (account, _, _) in layout(self.placement, self.dtype, sums).items():
+            ledger.give(account, self.tensors.pop(name).nbytes)
+        self.placement = None
+
+    def read(self, name: str, piece: Piece) -> Tensor:
+        """`master`, `exp_avg` or `exp_avg_sq` of a piece, float32, where it is; may be a view."""
+        if name in self.tensors:
+            return self.tensors[name][piece.in_chunk]
+        weight = piece.managed.weight[piece.in_shard]
+        return join_master(weight, self.tensors["low"][piece.in_chunk].to(weight.device)) if "low" in self.tensors else weight
+
+    def write(self, name: str, piece: Piece, value: Tensor) -> None:
+        """As read; a new master is rounded into the weight too."""
+        if name in self.tensors:
+            self.tensors[name][piece.in_chunk] = value
+        if name == "master":
+            weight = piece.managed.weight[piece.in_shard]
+            if "low" in self.tensors:
+                weight_value, low = split_master(value.contiguous())
+                self.tensors["low"][piece.in_chunk] = low
+                value = weight_value
+            weight.copy_(value)
+
+
+def layout(placement: Placement, dtype: torch.dtype, sums: bool) -> dict[str, tuple[str, torch.dtype, bool]]:
+    """Tensors of a chunk's elements: name -> (account, dtype, pinned). sums: gradients arrive several times a step."""
+    f32, narrow = torch.float32, dtype != torch.float32
+    if placement is Placement.CPU:
+        pageable = {name: ("host", f32, False) for name in ("master", "exp_avg", "exp_avg_sq", *["total"] * sums)}
+        return pageable | {"slab": ("host", dtype, True)}
+    home = ("host", True) if placement is Placement.STREAM else ("device", False)
+    states = {name: (home[0], f32, home[1]) for name in ("exp_avg", "exp_avg_sq")}
+    states |= {"low": (home[0], torch.int16, home[1])} if narrow else {}
+    return states | ({"total": ("device", f32, False)} if sums and narrow else {})
+
+
+def bytes_per_element(placement: Placement, dtype: torch.dtype, sums: bool) -> dict[str, int]:
+    """By account, without the weights; the gradients of RESIDENT and STREAM wait on the device for their step."""
+    need = {"device": 0 if placement is Placement.CPU or (sums and dtype != torch.float32) else dtype.itemsize, "host": 0}
+    for account, one, _ in layout(placement, dtype, sums).values():
+        need[account] += one.itemsize
+    return need
+
+
+def cut(managed: list[Managed], chunk_elements: int = CHUNK_ELEMENTS) -> list[Chunk]:
+    """Chunks of the shards in the order given, one open chunk per (group, dtype); in the order of their first pieces."""
+    assert chunk_elements % ALIGN == 0, chunk_elements
+    chunks: list[Chunk] = []
+    open_chunks: dict[tuple, Chunk] = {}
+    n_pieces = 0
+    for one in managed:
+        key, done, n = (id(one.group), one.parameter.dtype), 0, local(one.parameter).numel()
+        while done < n:
+            chunk = open_chunks.get(key)
+            if chunk is None or chunk.n == chunk_elements:
+                chunk = open_chunks[key] = Chunk(len(chunks), one.group, one.parameter.dtype)
+                chunks.append(chunk)
+            run = min(n - done, chunk_elements - chunk.n)
+            piece = Piece(one, chunk, n_pieces, slice(done, done + run), slice(chunk.n, chunk.n + run))
+            one.pieces.append(piece)
+            chunk.pieces.append(piece)
+            chunk.n = min(chunk_elements, -(-(chunk.n + run) // ALIGN) * ALIGN)
+            done, n_pieces = done + run, n_pieces + 1
+    return chunks
+
+
+class _Done:
+    """An event of the past, as on a CPU all are."""
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+
+DONE = _Done()
+
+
+def local(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def flat(tensor: Tensor) -> Tensor:
+    return local(tensor).view(-1)      # raises if it is not contiguous: nothing could be written through a copy
+
+
+def like(parameter: nn.Parameter, shard: Tensor) -> Tensor:
+    """A tensor spread as the parameter is, with `shard` (any dtype, host or device) as this rank's part.
+
+    DTensor.from_local would move a host tensor to the mesh's device; what it calls does not. Not public in torch 2.11 to
+    2.13; FSDP2's CPU offload makes its parameters in this way."""
+    shard = shard.view(local(parameter).shape)
+    if not isinstance(parameter, DTensor):
+        return shard
+    meta = TensorMeta(parameter.shape, parameter.stride(), shard.dtype)
+    return DTensor(shard, DTensorSpec(parameter.device_mesh, parameter.placements, tensor_meta=meta), requires_grad=False)

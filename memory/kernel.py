@@ -1,0 +1,167 @@
+"""AdamW over one chunk: one source for host and device, torch.compile's or, without a compiler, torch's fused kernel in blocks.
+
+host_step       a CPU chunk: fp32 master on the host; the new weight takes the place of the gradient, in the gradient's dtype
+device_step     RESIDENT and STREAM: the weight is (part of) the master, so that those bytes exist once
+    float32 weights    the weight is the master
+    bfloat16 weights   the weight is the high half of the master, `low` its low 16 bits; the two are bit for bit the master.
+                       High is rounded half up in magnitude, so it differs from torch's half-to-even on exact ties only
+Bytes read and written per parameter: compiled 28 on the host (bfloat16 gradient and weight), 26 on the device; one pass.
+"""
+
+import functools
+import importlib.util
+import shutil
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from dtensor_llama.errors import UsageError
+
+BLOCK = 256 * 1024        # elements: 1 MiB of fp32 each for gradient, master and both moments stays in a core's cache
+
+
+class Hyper(NamedTuple):
+    """What AdamW needs beside tensors; `step` counts from 1."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    step: int
+
+    @functools.lru_cache(maxsize=64)       # noqa: B019  a step has a handful
+    def tensors(self) -> tuple[Tensor, ...]:
+        """As 0-dim float32 host tensors, which a compiled kernel takes without compiling anew when they change. The
+        differences from 1 are taken in float64: in float32, 1 - 0.999 is wrong in the fifth digit."""
+        correction1, correction2 = 1 - self.beta1**self.step, 1 - self.beta2**self.step
+        numbers = (1 - self.lr * self.weight_decay, 1 - self.beta1, self.beta2, 1 - self.beta2, self.lr / correction1,
+                   correction2**0.5, self.eps)
+        return tuple(torch.tensor(number, dtype=torch.float32) for number in numbers)
+
+
+def adamw_chunk(master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, clip: Tensor, decay: Tensor,
+                one_minus_beta1: Tensor, beta2: Tensor, one_minus_beta2: Tensor, step_size: Tensor, root_correction: Tensor,
+                eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """New (master, exp_avg, exp_avg_sq). Source: Loshchilov & Hutter 2017, arXiv:1711.05101, as torch.optim.AdamW has it."""
+    grad = grad.float() * clip
+    exp_avg = exp_avg + (grad - exp_avg) * one_minus_beta1
+    exp_avg_sq = exp_avg_sq * beta2 + grad * grad * one_minus_beta2
+    return master * decay - step_size * exp_avg / (exp_avg_sq.sqrt() / root_correction + eps), exp_avg, exp_avg_sq
+
+
+def join_master(weight: Tensor, low: Tensor) -> Tensor:
+    """bfloat16 weight and int16 low half -> the float32 master they were split from."""
+    high = weight.view(torch.int16).int() - (low < 0).int()      # rounding went up where the low half is a half or more
+    return ((high << 16) | (low.int() & 0xFFFF)).view(torch.float32)
+
+
+def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 -> (bfloat16 weight, int16 low half), both from the same bits."""
+    bits = master.view(torch.int32)
+    return ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16), bits.to(torch.int16)
+
+
+def _host_step(master, exp_avg, exp_avg_sq, grad, clip, *hyper):
+    new = adamw_chunk(master, exp_avg, exp_avg_sq, grad, clip, *hyper)
+    for old, value in zip((master, exp_avg, exp_avg_sq), new, strict=True):
+        old.copy_(value)
+    grad.copy_(new[0])
+
+
+def _device_step(weight, low, exp_avg, exp_avg_sq, grad, clip, *hyper):
+    master = weight if low is None else join_master(weight, low)
+    master, new_avg, new_avg_sq = adamw_chunk(master, exp_avg, exp_avg_sq, grad, clip, *hyper)
+    exp_avg.copy_(new_avg)
+    exp_avg_sq.copy_(new_avg_sq)
+    if low is None:
+        weight.copy_(master)
+    else:
+        high, new_low = split_master(master)
+        weight.copy_(high)
+        low.copy_(new_low)
+
+
+class Kernel:
+    """kind: `compiled`, `blocks`, or `auto`: compiled where there is a compiler. `kind` and `why` say what it became."""
+
+    def __init__(self, kind: str, device: torch.device):
+        self.kind, self.why = _choose(kind, device)
+        compiled = functools.partial(torch.compile, fullgraph=True, dynamic=True)
+        self._host, self._device = map(compiled, (_host_step, _device_step)) if self.kind == "compiled" else (None, None)
+
+    def warm_up(self, device: torch.device, dtype: torch.dtype, grad_dtypes: set[torch.dtype]) -> None:
+        """Compile now what will run later, in a worker thread and between collectives that other ranks wait in."""
+        for n in (2 * BLOCK, BLOCK) if self.kind == "compiled" else ():
+            for grad_dtype in grad_dtypes:
+                def zeros(where, dtype=torch.float32, n=n):
+                    return torch.zeros(n, dtype=dtype, device=where)
+                hyper = Hyper(0.0, 0.9, 0.95, 1e-5, 0.0, 1)
+                host = torch.device("cpu")
+                self.host_step(zeros(host), zeros(host), zeros(host), zeros(host, grad_dtype), None, hyper)
+                low = zeros(device, torch.int16) if dtype == torch.bfloat16 else None
+                states = low, zeros(device), zeros(device), zeros(device, grad_dtype)
+                self.device_step(zeros(device, dtype), *states, None, hyper)
+
+    @torch.no_grad()
+    def host_step(self, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, clip: Tensor | None,
+                  hyper: Hyper) -> None:
+        """All 1-D of one length on the host, changed in place; afterwards `grad` holds the new weight. clip: factor on the
+        gradient, a 0-dim float32 tensor of the same device; None is 1."""
+        if self.kind == "compiled":
+            self._host(master, exp_avg, exp_avg_sq, grad, _one(grad) if clip is None else clip, *hyper.tensors())
+            return
+        for block in _blocks(len(grad)):
+            g = grad[block]
+            _fused(master[block], exp_avg[block], exp_avg_sq[block], g.float(), clip, hyper)
+            g.copy_(master[block])
+
+    @torch.no_grad()
+    def device_step(self, weight: Tensor, low: Tensor | None, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor,
+                    clip: Tensor | None, hyper: Hyper) -> None:
+        """All 1-D of one length on one device, changed in place; `grad` may be scaled. low: None if weights are float32."""
+        if self.kind == "compiled":
+            self._device(weight, low, exp_avg, exp_avg_sq, grad, _one(grad) if clip is None else clip, *hyper.tensors())
+            return
+        for block in _blocks(len(grad)):
+            master = weight[block] if low is None else join_master(weight[block], low[block])
+            _fused(master, exp_avg[block], exp_avg_sq[block], grad[block].float(), clip, hyper)
+            if low is not None:
+                high, new_low = split_master(master)
+                weight[block].copy_(high)
+                low[block].copy_(new_low)
+
+
+@functools.cache
+def _one_on(device: torch.device) -> Tensor:
+    return torch.ones((), device=device)
+
+
+def _one(like: Tensor) -> Tensor:
+    return _one_on(like.device)
+
+
+def _blocks(n: int) -> list[slice]:
+    return [slice(start, start + BLOCK) for start in range(0, n, BLOCK)]
+
+
+def _fused(master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, clip: Tensor | None, hyper: Hyper) -> None:
+    """torch's AdamW(fused=True) on one block; `grad` is scaled in place."""
+    if clip is not None:
+        grad.mul_(clip)
+    done = torch.full((), hyper.step - 1, dtype=torch.float32, device=master.device)      # it adds the one being made
+    adamw([master], [grad], [exp_avg], [exp_avg_sq], [], [done], fused=True, amsgrad=False, beta1=hyper.beta1,
+          beta2=hyper.beta2, lr=hyper.lr, weight_decay=hyper.weight_decay, eps=hyper.eps, maximize=False)
+
+
+def _choose(kind: str, device: torch.device) -> tuple[str, str]:
+    missing = [] if any(map(shutil.which, ("g++", "clang++"))) else ["a C++ compiler"]
+    missing += ["triton"] if device.type == "cuda" and importlib.util.find_spec("triton") is None else []
+    if kind == "compiled" and missing:
+        raise UsageError(f"--memory.kernel compiled needs {' and '.join(missing)}; install it, or use --memory.kernel blocks.")
+    if kind == "blocks" or missing:
+        because = f", as there is no {' and no '.join(missing)}" if kind == "auto" else ""
+        return "blocks", f"torch's fused AdamW in blocks of {BLOCK // 1024}k elements{because}"
+    return "compiled", "torch.compile, one pass over gradient, states and weight"

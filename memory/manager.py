@@ -1,0 +1,623 @@
+"""ChunkManager: the engine that collects gradients, clips, and steps chunks on the device and on the host at once.
+
+    phase        what happens                                                                       on lane
+    backward     hook per parameter: square sum; CPU pieces -> slab, the device's gradient dropped  d2h
+    clip         one all-reduce of the square sum; the factor stays on the device, for Adam
+    step         RESIDENT  Adam where it lies                                                       device adam
+                 STREAM    home -> ring slot -> Adam -> home, three chunks in flight                h2d, device adam, d2h
+                 CPU       Adam by host threads while the caller goes on; slab -> weights           host adam, h2d
+    forward      each layer waits for the chunks that cover it, no other
+
+On a CUDA device lanes are streams; without one they are the calling thread, and only CPU chunks run beside it.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from dtensor_llama.errors import UsageError
+from memory.auto import AutoPolicy
+from memory.chunk import CHUNK_ELEMENTS, DONE, GIB, Chunk, Ledger, Managed, Piece, State, bytes_per_element, cut, like, local
+from memory.config import MemoryConfig
+from memory.kernel import Hyper, Kernel
+from memory.optimizer import ChunkOptimizer, check_adamw
+from memory.placement import Placement, Plan, Widths, describe, static_plan
+from memory.tracer import Rates, measure_rates
+
+RING_SLOTS = 4        # one being filled, one being stepped, one being emptied, and one for when they are not in step
+MASTER_AND_MOMENTS = ("master", "exp_avg", "exp_avg_sq")
+LANES = ("compute", "d2h", "h2d", "host adam", "device adam")
+
+
+class Lane:
+    """Work in order on one CUDA stream, or in the calling thread; noted with its times while `manager.record` is on."""
+
+    def __init__(self, name: str, manager: "ChunkManager", stream: "torch.cuda.Stream | None" = None):
+        self.name, self.manager, self.stream = name, manager, stream
+
+    @contextmanager
+    def work(self, what: str, after: Iterable = ()) -> Iterator[list]:
+        """Run the body once the events `after` have happened; the list yielded gets the event of its end."""
+        end, record = [], self.manager.record
+        if not self.manager.is_cuda or self.name == "host adam":
+            start_s = time.perf_counter()
+            yield end
+            end.append(DONE)
+            self.manager.note(what, self.name, start_s, time.perf_counter())
+            return
+        stream = self.stream or torch.cuda.current_stream(self.manager.device)
+        with torch.cuda.stream(stream):
+            for event in after:
+                if event is not DONE:
+                    stream.wait_event(event)
+            start = stream.record_event(torch.cuda.Event(enable_timing=True)) if record else None
+            yield end
+            end.append(stream.record_event(torch.cuda.Event(enable_timing=record)))
+        self.manager.note(what, self.name, start, end[0])
+
+
+class ChunkManager:
+    """Owns master weights and moments of a model's trainable parameters; `manager.optimizer` is its face.
+
+    model: what `parameters()` of names; its parameters, plain or DTensor, float32 or bfloat16, hold values or will get them
+        by `take_masters`. Made after parallelize and to_empty.
+    optimizer: an AdamW on them that never stepped. Its groups (the dicts themselves: schedulers go on) become those of
+        `manager.optimizer`, which takes its place.
+    parts: the modules that run, in forward order, if they are not `model`: pipeline stages.
+    arrivals: how often a gradient arrives between two steps: 1, or where each microbatch is reduced (ZeRO 2 and 3 without
+        pp), or without FSDP, the microbatches of a step.
+    outside: parameters with gradients that change after backward, or weights that are read outside forward (a matrix tied
+        over pipeline stages). `step` returns when they are new.
+    plan: instead of the configuration's; placements of as many chunks as there are.
+    rates: of the machine, for placement auto; say: called with plans in words; ranks_per_host: that share its memory.
+    UsageError, before anything is allocated, if the optimizer or the budgets do not allow it.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.AdamW, config: MemoryConfig, *,
+                 parts: Sequence[nn.Module] | None = None, arrivals: int = 1, outside: Iterable[nn.Parameter] = (),
+                 plan: Plan | None = None, rates: Rates | None = None, say: Callable[[str], None] = print,
+                 ranks_per_host: int = 1, chunk_elements: int = CHUNK_ELEMENTS, host_threads: int | None = None):
+        config.check()
+        check_adamw(optimizer)
+        self.model, self.config, self.arrivals = model, config, arrivals
+        self.parts = [model] if parts is None else list(parts)
+        self.managed = find_managed(model, self.parts, optimizer, set(outside))
+        self.of = {one.parameter: one for one in self.managed}
+        self.chunks = cut(self.managed, chunk_elements)
+        self.device = local(self.managed[0].parameter).device if self.managed else torch.device("cpu")
+        self.is_cuda = self.device.type == "cuda"
+        self.sums = arrivals > 1
+        self.weight_bytes = sum(local(one).nbytes for one in {p for part in self.parts for p in part.parameters()})
+        self.plan = plan or self._first_plan()
+        budgets = {account: None if gib is None else int(gib * GIB) for account, gib in
+                   (("device", config.device_budget_gib), ("host", config.host_budget_gib))}
+        self._refuse_what_does_not_fit(budgets)
+
+        self.kernel = Kernel(config.kernel, self.device)
+        self.record, self._events = False, []
+        self.ledger = Ledger(self.device, budgets)
+        self.ledger.take("device", self.weight_bytes, "weights")
+        for chunk, placement in zip(self.chunks, self.plan.placements, strict=True):
+            chunk.allocate(self.ledger, placement, self.sums)
+        self.ring: list[dict[str, Tensor]] = []
+        self._fit_ring()
+        n_pieces = sum(len(chunk.pieces) for chunk in self.chunks)
+        self.squares = torch.zeros(n_pieces, dtype=torch.float64, device=self.device)     # of each piece's whole gradient
+        self.host_squares = [0.0] * n_pieces                                              # of those summed on the host
+        self.clip: Tensor | None = None                                                   # factor of the next step
+        self._host_clip = torch.ones((), pin_memory=self.is_cuda)
+        streams = [torch.cuda.Stream(self.device) if self.is_cuda else None for _ in range(3)]
+        self.d2h, self.h2d, self.adam = (Lane(name, self, stream) for name, stream in
+                                         zip(("d2h", "h2d", "device adam"), streams, strict=True))
+        self.resident, self.host = Lane("device adam", self), Lane("host adam", self)      # resident: the caller's stream
+        self._in_flight: list[tuple[Any, Any]] = []      # (event, tensors that must live until then)
+        self._phase: tuple[str | None, Any] = None, None
+        self._stepped_s, self._host_done_s, self._host_update_s = 0.0, 0.0, None
+        threads = host_threads or _host_threads(self.is_cuda)
+        self.worker = ThreadPoolExecutor(1, "host-adam", initializer=torch.set_num_threads, initargs=(threads,))
+        for dtype in {chunk.dtype for chunk in self.chunks}:
+            self.kernel.warm_up(self.device, dtype, {dtype, *[torch.float32] * self.sums})
+        self._gates = _gates(self.parts, self.of)
+        self._install_hooks()
+        self.optimizer = ChunkOptimizer(self, optimizer)
+        say(f"memory    {len(self.chunks)} chunks on this rank; AdamW by {self.kernel.why}")
+        if config.placement == "static":
+            say(describe(self.plan))
+        self.auto = None
+        if config.placement == "auto" and plan is None:
+            self.auto = AutoPolicy(self, rates or measure_rates(self.device), say, ranks_per_host)
+
+    # ---- the plan -----------------------------------------------------------------------------------------------------
+
+    def _first_plan(self) -> Plan:
+        sizes = [chunk.n for chunk in self.chunks]
+        if self.config.placement == "static":
+            return static_plan(sizes, self.config.resident, self.config.stream, self.config.cpu, widths=self.widths,
+                               layers=[chunk.covers for chunk in self.chunks])
+        # auto: the first steps are traced with the device as empty as the host can make it
+        plan, n_resident = static_plan(sizes, 0, 0, 1), 0
+        budget = self.config.host_budget_gib
+        while budget is not None and n_resident < len(sizes) and self.needed(plan)["host"] > budget * GIB:
+            n_resident += 1
+            rest = (Placement.CPU,) * (len(sizes) - n_resident)
+            plan = replace(plan, placements=(Placement.RESIDENT,) * n_resident + rest)
+        return plan
+
+    @property
+    def widths(self) -> Widths:
+        return Widths.of(max((chunk.dtype.itemsize for chunk in self.chunks), default=4), self.sums)
+
+    def needed(self, plan: Plan) -> dict[str, int]:
+        """Bytes by account that a plan holds at most: weights, states, ring, gradients that wait for their step."""
+        total, slot = {"device": self.weight_bytes, "host": 0}, 0
+        for chunk, placement in zip(self.chunks, plan.placements, strict=True):
+            each = bytes_per_element(placement, chunk.dtype, self.sums)
+            for account in total:
+                total[account] += each[account] * chunk.n
+            if placement is Placement.STREAM:
+                slot = max(slot, chunk.n * _slot_bytes(chunk.dtype))
+        return total | {"device": total["device"] + slot * min(RING_SLOTS, plan.placements.count(Placement.STREAM))}
+
+    def _refuse_what_does_not_fit(self, budgets: dict[str, int | None]) -> None:
+        other = {"device": "more of --memory.cpu or --memory.stream", "host": "more of --memory.resident"}
+        for account, n_bytes in self.needed(self.plan).items():
+            if budgets[account] is not None and n_bytes > budgets[account]:
+                raise UsageError(f"--memory.{account}-budget-gib {budgets[account] / GIB:.6g} is not enough for this plan, "
+                                 f"which holds {n_bytes / GIB:.6g} GiB on the {account} besides activations; use that much, "
+                                 f"or {other[account]}.")
+
+    def replan(self, plan: Plan) -> None:
+        """Move chunks to their places in another plan, between steps; values do not change. UsageError if it cannot fit."""
+        self.wait()
+        assert all(one.arrivals == 0 for one in self.managed), "gradients have arrived; replan between steps"
+        before, self.plan = self.plan, plan
+        try:
+            self._refuse_what_does_not_fit(self.ledger.budgets)
+        except UsageError:
+            self.plan = before
+            raise
+        moving = [(chunk, placement) for chunk, placement in zip(self.chunks, plan.placements, strict=True)
+                  if placement is not chunk.placement]
+        moving.sort(key=lambda move: move[1] is Placement.RESIDENT)      # make room on the device first
+        self._free_ring()
+        for chunk, placement in moving:
+            kept = [(piece, {name: chunk.read(name, piece).to("cpu", copy=True) for name in MASTER_AND_MOMENTS})
+                    for piece in chunk.pieces]
+            chunk.release(self.ledger, self.sums)
+            chunk.allocate(self.ledger, placement, self.sums)
+            for piece, values in kept:
+                for name, value in values.items():
+                    chunk.write(name, piece, value.to(self.device) if name == "master" else value)
+        self._fit_ring()
+
+    def _fit_ring(self) -> None:
+        streaming = [chunk for chunk in self.chunks if chunk.placement is Placement.STREAM]
+        for i in range(min(RING_SLOTS, len(streaming))):
+            n, narrow = max(chunk.n for chunk in streaming), any(chunk.dtype != torch.float32 for chunk in streaming)
+            dtypes = {"exp_avg": torch.float32, "exp_avg_sq": torch.float32} | ({"low": torch.int16} if narrow else {})
+            self.ring.append({name: self.ledger.zeros("device", n, dtype, f"ring slot {i}") for name, dtype in dtypes.items()})
+        self._slot_free = [DONE] * len(self.ring)
+
+    def _free_ring(self) -> None:
+        for slot in self.ring:
+            self.ledger.give("device", sum(tensor.nbytes for tensor in slot.values()))
+        self.ring = []
+
+    # ---- backward: gradients arrive -----------------------------------------------------------------------------------
+
+    def _install_hooks(self) -> None:
+        self._handles = []
+        for one in self.managed:
+            if not one.outside:
+                hook = lambda _, one=one: self._arrive(one)
+                self._handles.append(one.parameter.register_post_accumulate_grad_hook(hook))
+        for module, chunks in self._gates.items():
+            # after fully_shard and prepended: it comes before FSDP gathers the weights
+            hook = lambda _module, _args, chunks=chunks: self._enter(chunks)
+            self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
+
+    @torch.no_grad()
+    def _arrive(self, one: Managed) -> None:
+        """A gradient, or with kept gradients their sum so far, is in `parameter.grad`."""
+        self._mark("backward")
+        grad = one.parameter.grad
+        if isinstance(grad, DTensor) and grad.placements != one.parameter.placements:
+            grad = grad.redistribute(placements=one.parameter.placements)      # Partial, where no FSDP has reduced it
+        grad = local(grad).reshape(-1)
+        dropped = all(piece.chunk.placement is Placement.CPU or "total" in piece.chunk.tensors for piece in one.pieces)
+        if one.arrivals and not self.sums and (dropped or grad.dtype != torch.float32):
+            raise RuntimeError(f"the gradient of {one.name} arrived twice before one step, and there is no place to sum it in "
+                               "float32; pass arrivals=2 or more to ChunkManager.")
+        adds = dropped and one.arrivals > 0      # a kept gradient is the sum already
+        for piece in one.pieces:
+            self._collect(piece, grad[piece.in_shard], adds)
+        if dropped:
+            one.parameter.grad = None
+        elif one.arrivals == 0:
+            self.ledger.take("device", _waiting_bytes(one), f"gradient of {one.name}")
+        one.arrivals += 1
+        self._in_flight = [entry for entry in self._in_flight if not entry[0].query()]
+
+    def _collect(self, piece: Piece, grad: Tensor, adds: bool) -> None:
+        chunk = piece.chunk
+        if chunk.state is not State.COLLECTING:
+            chunk.wait()
+            chunk.arrived.clear()
+            chunk.move_to(State.COLLECTING)
+        if chunk.placement is Placement.CPU:
+            if piece.adding is not None:
+                piece.adding.result()            # the slab still holds the gradient of the microbatch before
+            ready = self._now()
+            with self.d2h.work(f"gradient of {piece.managed.name}", after=[ready]) as end:
+                chunk.tensors["slab"][piece.in_chunk].copy_(grad, non_blocking=True)
+            self._in_flight.append((end[0], grad))
+            if "total" in chunk.tensors:
+                piece.adding = self.worker.submit(self._add, piece, end[0], adds)
+                return
+            chunk.arrived.append(end[0])
+        elif "total" in chunk.tensors:
+            total = chunk.tensors["total"][piece.in_chunk]
+            grad = total.add_(grad) if adds else total.copy_(grad)
+        self.squares[piece.index] = _square_sum(grad, piece.managed.copies)
+
+    @torch.no_grad()
+    def _add(self, piece: Piece, arrived, adds: bool) -> None:
+        """On the host's thread: slab into total."""
+        arrived.synchronize()
+        total, slab = (piece.chunk.tensors[name][piece.in_chunk] for name in ("total", "slab"))
+        total.add_(slab) if adds else total.copy_(slab)
+        self.host_squares[piece.index] = _square_sum(total, piece.managed.copies).item()
+
+    def finish_backward(self) -> None:
+        """Take in gradients that no hook has seen: those from outside backward, or set by hand."""
+        if self.auto:
+            self.auto.backward_ended()
+        for one in self.managed:
+            if one.parameter.grad is not None and one.arrivals == 0:
+                self._arrive(one)
+
+    def discard_gradients(self) -> None:
+        for one in self.managed:
+            if one.arrivals:
+                self._forget(one)
+        for chunk in self.chunks:
+            if chunk.state is State.COLLECTING:
+                chunk.move_to(State.READY)
+        self._clear_squares()
+
+    def _forget(self, one: Managed) -> None:
+        if one.parameter.grad is not None:
+            self.ledger.give("device", _waiting_bytes(one))
+            one.parameter.grad = None
+        for piece in one.pieces:
+            piece.adding = piece.adding and piece.adding.result()
+        one.arrivals = 0
+
+    def _clear_squares(self) -> None:
+        self.squares.zero_()
+        self.host_squares = [0.0] * len(self.host_squares)
+
+    # ---- the norm -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def clip_grad_norm(self, max_norm: float) -> Tensor:
+        """Make the next step scale all gradients so that their 2-norm over all ranks is at most `max_norm`; returns what it
+        is before, a float64 scalar, the same on every rank. Gradients stay as they are: the factor is an argument of Adam."""
+        self.finish_backward()
+        for chunk in self.chunks if self.sums else ():
+            for piece in chunk.pieces:
+                piece.adding = piece.adding and piece.adding.result()
+        squares = self.squares.sum() + sum(self.host_squares)
+        if dist.is_initialized():
+            dist.all_reduce(squares)
+        norm = squares.sqrt()
+        self.clip = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()       # as in parallel/clip.py
+        return norm
+
+    # ---- the update ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One AdamW update of every parameter whose gradient arrived; gradients are used up. Returns at once: what reads
+        weights or states waits for what it reads."""
+        self.finish_backward()
+        self._mark(None)
+        if self._stepped_s:
+            self._host_update_s = self._host_done_s - self._stepped_s if self._host_done_s > self._stepped_s else None
+        self._stepped_s = time.perf_counter()
+        clip_arrived = DONE
+        if self.clip is not None:
+            with self.d2h.work("clip", after=[self._now()]) as end:
+                self._host_clip.copy_(self.clip, non_blocking=True)
+            clip_arrived = end[0]
+        hypers: dict[tuple, Hyper] = {}
+        for one in self.managed:
+            one.step += one.arrivals > 0
+        now = self._now()
+        for placement, engine in ((Placement.CPU, self._queue), (Placement.RESIDENT, self._step_resident),
+                                  (Placement.STREAM, self._step_stream)):
+            turn = 0
+            for chunk in self.chunks:
+                pieces = [(piece, _hyper(hypers, piece.managed)) for piece in chunk.pieces if piece.managed.arrivals]
+                if chunk.placement is placement and pieces:
+                    chunk.move_to(State.QUEUED)
+                    engine(chunk, pieces, now, clip_arrived, turn)
+                    turn += 1
+        kept = [one.parameter.grad for one in self.managed if one.parameter.grad is not None]
+        self._in_flight.append((self._now(self.adam), (kept, self.clip)))
+        for one in self.managed:
+            self._forget(one)
+        self._clear_squares()
+        self.clip = None
+        for one in self.managed:
+            for piece in one.pieces if one.outside else ():
+                piece.chunk.wait()
+        if self.auto:
+            self.auto.step_ended()
+
+    def host_update_seconds(self) -> float | None:
+        """From `step` until the host's last weight was sent, in the step before the latest; None: the host has no chunk."""
+        return self._host_update_s
+
+    def _step_resident(self, chunk: Chunk, pieces: list, now, clip_arrived, turn: int) -> None:
+        chunk.move_to(State.STEPPING)
+        with self.resident.work(f"chunk {chunk.index}") as end:
+            self._adam_on_device(chunk.tensors, pieces)
+        chunk.weights_done = chunk.done = end[0]
+        chunk.move_to(State.READY)
+
+    def _step_stream(self, chunk: Chunk, pieces: list, now, clip_arrived, turn: int) -> None:
+        """Through a ring slot; the three copies and the step of different chunks overlap, each on its own lane."""
+        slot_index = turn % len(self.ring)
+        slot = {name: self.ring[slot_index][name][:chunk.n] for name in chunk.tensors if name != "total"}
+        chunk.move_to(State.STEPPING)
+        with self.h2d.work(f"chunk {chunk.index}", after=[self._slot_free[slot_index], chunk.done]) as loaded:
+            for name, tensor in slot.items():
+                tensor.copy_(chunk.tensors[name], non_blocking=True)
+        with self.adam.work(f"chunk {chunk.index}", after=[loaded[0], now]) as stepped:
+            self._adam_on_device(slot, pieces)
+        with self.d2h.work(f"chunk {chunk.index}", after=stepped) as stored:
+            for name, tensor in slot.items():
+                chunk.tensors[name].copy_(tensor, non_blocking=True)
+        chunk.weights_done, chunk.done = stepped[0], stored[0]
+        self._slot_free[slot_index] = stored[0]
+        chunk.move_to(State.READY)
+
+    def _adam_on_device(self, states: dict[str, Tensor], pieces: list) -> None:
+        for piece, hyper in pieces:
+            total = piece.chunk.tensors.get("total")
+            grad = flat_grad(piece.managed)[piece.in_shard] if total is None else total[piece.in_chunk]
+            low = states["low"][piece.in_chunk] if "low" in states else None
+            self.kernel.device_step(piece.managed.weight[piece.in_shard], low, states["exp_avg"][piece.in_chunk],
+                                    states["exp_avg_sq"][piece.in_chunk], grad, self.clip, hyper)
+
+    def _queue(self, chunk: Chunk, pieces: list, now, clip_arrived, turn: int) -> None:
+        weights = [(piece, piece.managed.weight[piece.in_shard]) for piece, _ in pieces]
+        whole = len(pieces) == len(chunk.pieces) and len({hyper for _, hyper in pieces}) == 1
+        runs = [(slice(0, chunk.n), pieces[0][1])] if whole else [(piece.in_chunk, hyper) for piece, hyper in pieces]
+        clip = None if self.clip is None else self._host_clip
+        chunk.weights_done = DONE
+        chunk.job = self.worker.submit(self._step_host, chunk, runs, weights, clip, clip_arrived)
+
+    @torch.no_grad()
+    def _step_host(self, chunk: Chunk, runs: list, weights: list, clip: Tensor | None, clip_arrived) -> None:
+        """On the host's thread, chunk after chunk in forward order."""
+        chunk.move_to(State.STEPPING)
+        for event in (clip_arrived, *chunk.arrived):
+            event.synchronize()
+        states = [chunk.tensors[name] for name in MASTER_AND_MOMENTS]
+        slab, grad = chunk.tensors["slab"], chunk.tensors.get("total", chunk.tensors["slab"])
+        with self.host.work(f"chunk {chunk.index}"):
+            for run, hyper in runs:
+                self.kernel.host_step(*(state[run] for state in states), grad[run], clip, hyper)
+            if grad is not slab:
+                slab.copy_(grad)                 # the weights, rounded: they leave from pinned memory
+        with self.h2d.work(f"weights of chunk {chunk.index}") as end:
+            for piece, weight in weights:
+                weight.copy_(slab[piece.in_chunk], non_blocking=True)
+        chunk.weights_done = chunk.done = end[0]
+        chunk.move_to(State.READY)
+        self._host_done_s = time.perf_counter()
+
+    # ---- forward and readers ------------------------------------------------------------------------------------------
+
+    def _enter(self, chunks: list[Chunk]) -> None:
+        for chunk in chunks:
+            chunk.wait()
+        self._mark("forward")
+        if self.auto and torch.is_grad_enabled():
+            self.auto.forward_begins()
+
+    def gated_modules(self) -> dict[str, nn.Module]:
+        """What waits for weights as one, in forward order, by name: blocks, and each part for the rest of it."""
+        names = {module: name or f"part {i}" for i, part in enumerate(self.parts) for name, module in part.named_modules()}
+        return {names[module]: module for module in self._gates}
+
+    def wait(self) -> None:
+        """Until all weights and states are new: before anything but a forward of the model reads them."""
+        for chunk in self.chunks:
+            chunk.wait()
+            chunk.done.synchronize()
+
+    def masters(self) -> nn.Module:
+        """A stand-in for the model: the same names and `config`, trainable parameters replaced by copies of their float32
+        masters on the host, spread alike. For init_weights, load_hf, save_hf and checkpoints; see take_masters."""
+        self.wait()
+        stand_in, seen = nn.Module(), {}
+        stand_in.config = getattr(self.model, "config", None)
+        for name, value in self.model.state_dict(keep_vars=True).items():
+            if value in self.of and value not in seen:
+                master = like(value, self.gather("master", self.of[value]))
+                seen[value] = nn.Parameter(master, requires_grad=False)
+            *path, last = _plain(name).split(".")
+            module = stand_in
+            for step in path:
+                if step not in module._modules:
+                    module.add_module(step, nn.Module())
+                module = module._modules[step]
+            value = seen.get(value, value)
+            module.register_parameter(last, value) if isinstance(value, nn.Parameter) else module.register_buffer(last, value)
+        return stand_in
+
+    @torch.no_grad()
+    def take_masters(self, stand_in: nn.Module) -> None:
+        """Values of `masters()`, changed since, become the master weights, and rounded the weights."""
+        self.wait()
+        values = dict(stand_in.named_parameters())
+        for one in self.managed:
+            self.scatter("master", one, local(values[one.name]))
+
+    @torch.no_grad()
+    def gather(self, name: str, one: Managed) -> Tensor:
+        """`master`, `exp_avg` or `exp_avg_sq` of this rank's shard, float32, flat, on the host, copied. After `wait`."""
+        gathered = torch.empty(local(one.parameter).numel())
+        for piece in one.pieces:
+            gathered[piece.in_shard] = piece.chunk.read(name, piece)
+        return gathered
+
+    @torch.no_grad()
+    def scatter(self, name: str, one: Managed, shard: Tensor) -> None:
+        """The reverse of gather, from any shape of as many elements."""
+        values = shard.reshape(-1).float().to(self.device)
+        for piece in one.pieces:
+            piece.chunk.write(name, piece, values[piece.in_shard])
+
+    def close(self) -> None:
+        """Finish, take the hooks off and end the host's thread."""
+        self.wait()
+        for handle in self._handles:
+            handle.remove()
+        self.worker.shutdown()
+
+    # ---- what happened when ---------------------------------------------------------------------------------------------
+
+    def note(self, what: str, lane: str, start, end) -> None:
+        if self.record:
+            self._events.append((what, lane, start, end))
+
+    def _mark(self, phase: str | None) -> None:
+        """The caller computes `phase` from now on. Backward is seen when its first gradient is there."""
+        if not self.record or phase == self._phase[0]:
+            return
+        now = self._now(timing=True) if self.is_cuda else time.perf_counter()
+        if self._phase[0]:
+            self.note(self._phase[0], "compute", self._phase[1], now)
+        self._phase = phase, now
+
+    def _now(self, lane: Lane | None = None, timing: bool = False):
+        """An event of this instant on the lane's stream, or the caller's."""
+        if not self.is_cuda:
+            return DONE
+        stream = (lane and lane.stream) or torch.cuda.current_stream(self.device)
+        return stream.record_event(torch.cuda.Event(enable_timing=timing))
+
+    @property
+    def events(self) -> list[tuple[str, str, float, float]]:
+        """(what, lane, start, end) in seconds of time.perf_counter, of what ran since `record` was set; waits for it all."""
+        self.wait()
+        if not self.is_cuda:
+            return list(self._events)
+        zero = self._now(timing=True)
+        zero.synchronize()
+        zero_s = time.perf_counter()
+
+        def seconds(when) -> float:
+            return when if isinstance(when, float) else zero_s - when.elapsed_time(zero) / 1e3
+
+        return [(what, lane, seconds(start), seconds(end)) for what, lane, start, end in self._events]
+
+
+def flat_grad(one: Managed) -> Tensor:
+    grad = one.parameter.grad
+    if isinstance(grad, DTensor) and grad.placements != one.parameter.placements:
+        grad = one.parameter.grad = grad.redistribute(placements=one.parameter.placements)
+    return local(grad).reshape(-1)
+
+
+def find_managed(model: nn.Module, parts: list[nn.Module], optimizer: torch.optim.AdamW,
+                 outside: set[nn.Parameter] = frozenset()) -> list[Managed]:
+    """The optimizer's trainable parameters, in forward order."""
+    group_of = {p: group for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    names = {parameter: _plain(name) for name, parameter in model.named_parameters()}
+    order = dict.fromkeys(parameter for part in parts for parameter in part.parameters() if parameter in group_of)
+    strange = [tuple(parameter.shape) for parameter in group_of if parameter not in order or parameter not in names]
+    if strange:
+        raise UsageError(f"the optimizer has {len(strange)} parameters that are not the model's (the first: {strange[0]}); "
+                         "build it on model.parameters().")
+    wrong = [names[parameter] for parameter in order if parameter.dtype not in (torch.float32, torch.bfloat16)]
+    if wrong:
+        raise UsageError(f"{wrong[0]} is neither float32 nor bfloat16; use --train.dtype float32 or bfloat16.")
+    return [Managed(names[parameter], parameter, group_of[parameter], _copies(parameter), parameter in outside)
+            for parameter in order]
+
+
+def _plain(name: str) -> str:
+    """Without what compiling or recomputing puts into names."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def _copies(parameter: nn.Parameter) -> int:
+    """Ranks that hold the same elements; a plain tensor is held alike by every rank."""
+    if not isinstance(parameter, DTensor):
+        return dist.get_world_size() if dist.is_initialized() else 1
+    copies = 1
+    for size, placement in zip(parameter.device_mesh.shape, parameter.placements, strict=True):
+        copies *= size if placement.is_replicate() else 1
+    return copies
+
+
+def _gates(parts: list[nn.Module], of: dict[nn.Parameter, Managed]) -> dict[nn.Module, list[Chunk]]:
+    """Module -> chunks that must be ready before its forward: those of parameters that it is the first to use. FSDP gathers
+    a module's weights as one; without it, the elements of lists (the blocks) wait for theirs and the whole for the rest."""
+    gates: dict[nn.Module, list[Chunk]] = {}
+    for part in parts:
+        wrapped = [module for module in part.modules() if isinstance(module, FSDPModule)]
+        listed = [block for module in part.modules() if isinstance(module, nn.ModuleList) for block in module]
+        owner = {}
+        for module in [part, *(wrapped or listed)]:          # inner ones come after outer ones
+            owner |= dict.fromkeys(module.parameters(), module)
+        for parameter, module in owner.items():
+            mine = gates.setdefault(module, [])
+            if parameter in of:
+                mine += [piece.chunk for piece in of[parameter].pieces if piece.chunk not in mine]
+    return gates
+
+
+def _hyper(known: dict[tuple, Hyper], one: Managed) -> Hyper:
+    key = id(one.group), one.step
+    if key not in known:
+        lr, betas, eps, decay = (one.group[name] for name in ("lr", "betas", "eps", "weight_decay"))
+        known[key] = Hyper(float(lr), *map(float, betas), float(eps), float(decay), one.step)
+    return known[key]
+
+
+def _square_sum(grad: Tensor, copies: int) -> Tensor:
+    return torch.linalg.vector_norm(grad, dtype=torch.float32).double() ** 2 / copies
+
+
+def _waiting_bytes(one: Managed) -> int:
+    """Of a gradient that stays on the device until its step, the part that counts there: of CPU pieces it is a copy."""
+    return sum((piece.in_chunk.stop - piece.in_chunk.start) * one.parameter.dtype.itemsize for piece in one.pieces
+               if piece.chunk.placement is not Placement.CPU)
+
+
+def _slot_bytes(dtype: torch.dtype) -> int:
+    return 8 if dtype == torch.float32 else 10
+
+
+def _host_threads(is_cuda: bool) -> int:
+    """Beside a GPU: this rank's share of the cores, less those that launch, differentiate and communicate. torchrun tells
+    torch to use one, so torch's own number does not serve."""
+    if not is_cuda:
+        return torch.get_num_threads()
+    return max(1, len(os.sched_getaffinity(0)) // torch.cuda.device_count() - 3)

@@ -1,0 +1,122 @@
+"""ChunkOptimizer: the chunk manager as a torch Optimizer, so that schedulers, zero_grad and checkpoints work as with AdamW.
+
+A checkpoint holds what it would hold without the manager: as the model's weights the float32 masters, per parameter `step`,
+`exp_avg`, `exp_avg_sq`, and the groups' settings. So it can be loaded under any plan, on any layout, and by torch's AdamW.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dtensor_llama.errors import UsageError
+from memory.chunk import Managed, like, local
+
+if TYPE_CHECKING:
+    from memory.manager import ChunkManager
+
+STATES = ("step", "exp_avg", "exp_avg_sq")
+REFUSED = ("amsgrad", "maximize", "capturable", "differentiable", "foreach")      # fused: the chunk kernel is
+
+
+def check_adamw(optimizer: torch.optim.Optimizer) -> None:
+    """UsageError if it asks for anything but plain AdamW, or has state that would be lost."""
+    if type(optimizer) is not torch.optim.AdamW:
+        raise UsageError(f"the chunk manager steps torch.optim.AdamW, and was given {type(optimizer).__name__}; use AdamW, or "
+                         "--memory.placement off.")
+    for group in optimizer.param_groups:
+        asked = [name for name in REFUSED if group.get(name)]
+        if asked:
+            raise UsageError(f"AdamW({asked[0]}=True) is not possible with the chunk manager; leave it out, or use "
+                             "--memory.placement off.")
+    if optimizer.state:
+        raise UsageError("the optimizer has stepped already; give the chunk manager a new one, and load a checkpoint into "
+                         "manager.optimizer.")
+
+
+class ChunkOptimizer(torch.optim.Optimizer):
+    """The face of a ChunkManager. Hyper-parameters are read from param_groups at each step."""
+
+    def __init__(self, manager: "ChunkManager", adamw: torch.optim.AdamW):
+        super().__init__(adamw.param_groups, adamw.defaults)
+        self.manager = manager
+        self.state = {one.parameter: ParameterState(manager, one) for one in manager.managed}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if hasattr(self, "manager"):
+            raise UsageError("chunks are cut; give all parameters to AdamW before the chunk manager is made.")
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure=None) -> Tensor | None:
+        """As AdamW.step, with the factor of the last clip_grad_norm; gradients are used up. Returns before all is done."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.manager.step()
+        return loss
+
+    def clip_grad_norm(self, max_norm: float) -> Tensor:
+        """ChunkManager.clip_grad_norm."""
+        return self.manager.clip_grad_norm(max_norm)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.manager.discard_gradients()
+        super().zero_grad(set_to_none)
+
+    def masters(self) -> nn.Module:
+        """ChunkManager.masters: what a checkpoint holds as the model's weights."""
+        return self.manager.masters()
+
+    def take_masters(self, stand_in: nn.Module) -> None:
+        self.manager.take_masters(stand_in)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As AdamW's; tensors are copies on the host, spread as their parameters."""
+        self.manager.wait()
+        index = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        state = {index[p]: {name: of_one[name] for name in STATES} for p, of_one in self.state.items()}
+        groups = [{**group, "params": [index[p] for p in group["params"]]} for group in self.param_groups]
+        return {"state": state, "param_groups": groups}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Copy moments and settings in; written by this, or by AdamW, under any plan. Master weights: take_masters."""
+        self.manager.wait()
+        both = state_dict["param_groups"], self.param_groups
+        theirs, ours = ([len(group["params"]) for group in groups] for groups in both)
+        if theirs != ours:
+            raise ValueError("the state dict has other parameter groups than the optimizer")
+        for saved, group in zip(*both, strict=True):
+            group.update({name: value for name, value in saved.items() if name != "params"})
+            for parameter, key in zip(group["params"], saved["params"], strict=True):
+                one, state = self.manager.of.get(parameter), state_dict["state"].get(key)
+                if one is None:
+                    continue
+                one.step = int(state["step"]) if state else 0
+                for name in ("exp_avg", "exp_avg_sq"):
+                    shard = local(state[name]) if state else torch.zeros(local(parameter).numel())
+                    self.manager.scatter(name, one, shard)
+
+
+class ParameterState(Mapping):
+    """step, exp_avg and exp_avg_sq of one parameter, gathered from its chunks when they are read."""
+
+    def __init__(self, manager: "ChunkManager", one: Managed):
+        self.manager, self.one = manager, one
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in STATES:
+            raise KeyError(name)
+        self.manager.wait()
+        if name == "step":
+            return torch.tensor(float(self.one.step))
+        return like(self.one.parameter, self.manager.gather(name, self.one))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(STATES)
+
+    def __len__(self) -> int:
+        return len(STATES)

@@ -1,0 +1,175 @@
+"""Is the host's AdamW as fast as its memory, and what does the chunk manager cost where it has nothing to do?
+
+    OMP_NUM_THREADS=$(nproc) python recipes/bench/host_adam.py       # a quiet machine, a minute; one JSON line
+
+1. Parameters/s of one AdamW update from bfloat16 gradients to bfloat16 weights, float32 states on the host: our compiled
+   kernel and our fallback; torch's fused and foreach AdamW with the casts they need; DeepSpeed's CPUAdam if it is installed.
+   They take turns, round after round, with a plain in-place stream over as many bytes; 28 bytes a parameter move at least.
+2. A step of a small model, everything RESIDENT, with the chunk manager and with torch.optim.AdamW(fused=True), taking turns.
+3. The time to plan 70B on 512 ranks and on 8.
+Medians of the rounds; `share_of_stream` is bytes/s over those of the stream in the same rounds.
+"""
+
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))      # a clone works without being installed
+from dtensor_llama import Llama, LlamaConfig, UsageError
+from dtensor_llama.cli import run_recipe
+from memory import ChunkManager, MemoryConfig
+from memory.chunk import CHUNK_ELEMENTS
+from memory.kernel import Hyper, Kernel
+from memory.placement import GIB, auto_plan
+from memory.tracer import DramStream, Rates, Traced, machine_key
+
+BYTES = 28       # per parameter: gradient 2 and three states 12 read, three states 12 and weight 2 written
+
+
+@dataclass(frozen=True)
+class Config:
+    mi_elements: int = 64        # parameters, in 2^20; 14 bytes each for every contender
+    rounds: int = 9
+    threads: int = 0             # 0: as many as torch takes (OMP_NUM_THREADS)
+    model: str = "tiny-10m"      # for the manager's overhead
+    rows: int = 4                # of a step there
+    tokens: int = 256
+
+
+def main(cfg: Config) -> None:
+    if min(cfg.mi_elements, cfg.rounds, cfg.rows, cfg.tokens) < 1 or cfg.threads < 0:
+        raise UsageError("--mi-elements, --rounds, --rows and --tokens must be at least 1, --threads at least 0.")
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    n = cfg.mi_elements * 2**20
+    contenders = {"stream": stream(n), "ours_compiled": ours("compiled", n), "ours_blocks": ours("blocks", n),
+                  "torch_fused": torchs(n, fused=True), "torch_foreach": torchs(n, foreach=True),
+                  "deepspeed_cpu_adam": deepspeeds(n)}
+    seconds = take_turns({name: step for name, step in contenders.items() if step}, cfg.rounds)
+    result = {"machine": machine_key(torch.device("cpu")), "threads": torch.get_num_threads(), "parameters": n,
+              "rounds": cfg.rounds, "stream_gb_s": round(BYTES * n / statistics.median(seconds["stream"]) / 1e9, 2)}
+    for name in list(contenders)[1:]:
+        times = seconds.get(name)
+        result[name] = times and {
+            "g_parameters_s": round(n / statistics.median(times) / 1e9, 3),
+            "gb_s": round(BYTES * n / statistics.median(times) / 1e9, 2),
+            "share_of_stream": round(statistics.median(a / b for a, b in zip(seconds["stream"], times, strict=True)), 3)}
+    print(json.dumps(result | {"manager_all_resident": manager_overhead(cfg), "plan_70b_seconds": plan_seconds()}), flush=True)
+
+
+def take_turns(steps: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each, once per round, all in every round: what disturbs the machine disturbs all alike."""
+    seconds = {name: [] for name in steps}
+    for i in range(rounds + 1):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if i:                                                # the first round touches pages and compiles
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+# ---- the update -------------------------------------------------------------------------------------------------------
+
+
+def stream(n: int) -> Callable:
+    return DramStream(BYTES // 2 * n).once                       # read and written: as many bytes as an update moves
+
+
+def state(n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Master, two moments, and a bfloat16 gradient."""
+    return *(torch.full((n,), 0.01) for _ in range(3)), torch.full((n,), 0.01, dtype=torch.bfloat16)
+
+
+def ours(kind: str, n: int) -> Callable:
+    """As the engine calls it, chunk by chunk."""
+    kernel, hyper, tensors = Kernel(kind, torch.device("cpu")), Hyper(1e-3, 0.9, 0.95, 1e-8, 0.1, 1), state(n)
+    chunks = list(zip(*(tensor.split(CHUNK_ELEMENTS) for tensor in tensors), strict=True))
+
+    def step():
+        for chunk in chunks:
+            kernel.host_step(*chunk, None, hyper)
+    return step
+
+
+def torchs(n: int, **which) -> Callable:
+    """torch.optim.AdamW on float32 masters; gradient and weight cast in a pass each, as it has no other way."""
+    master, _, _, grad = state(n)
+    weight, master = torch.empty_like(grad), nn.Parameter(master)
+    master.grad = torch.empty_like(master)
+    optimizer = torch.optim.AdamW([master], lr=1e-3, **which)
+
+    def step():
+        master.grad.copy_(grad)
+        optimizer.step()
+        weight.copy_(master.detach())
+    return step
+
+
+def deepspeeds(n: int) -> Callable | None:
+    """DeepSpeed's vectorised CPUAdam, given what it wants: a float32 gradient; None where it is not installed or built."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return None
+    try:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+        master, _, _, grad = state(n)
+        weight, master = torch.empty_like(grad), nn.Parameter(master)
+        master.grad = torch.empty_like(master)
+        optimizer = DeepSpeedCPUAdam([master], lr=1e-3, adamw_mode=True)
+    except Exception as error:           # it compiles itself on first use, and says in many ways that it could not
+        print(f"DeepSpeed's CPUAdam is installed and does not run: {error}", file=sys.stderr)
+        return None
+
+    def step():
+        master.grad.copy_(grad)
+        optimizer.step()
+        weight.copy_(master.detach())
+    return step
+
+
+# ---- the manager with nothing to do ---------------------------------------------------------------------------------------
+
+
+def manager_overhead(cfg: Config) -> dict:
+    """Seconds of whole steps: forward, backward, update. Share: how much longer with the manager."""
+    tokens = torch.randint(1000, (cfg.rows, cfg.tokens))
+    steps = {}
+    for name in ("adamw_fused", "manager"):
+        model = Llama(LlamaConfig.preset(cfg.model))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        if name == "manager":
+            optimizer = ChunkManager(model, optimizer, MemoryConfig("static", 1.0, 0.0, 0.0)).optimizer
+
+        def step(model=model, optimizer=optimizer):
+            model(tokens, tokens).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        steps[name] = step
+    seconds = take_turns(steps, 3 * cfg.rounds)
+    ratio = statistics.median(a / b for a, b in zip(seconds["manager"], seconds["adamw_fused"], strict=True))
+    return {"model": cfg.model, "overhead": round(ratio - 1, 4)} | {
+        f"{name}_ms": round(1e3 * statistics.median(times), 2) for name, times in seconds.items()}
+
+
+def plan_seconds() -> dict[str, float]:
+    n, seconds = LlamaConfig.preset("llama2-70b").n_parameters, {}
+    rates = Rates(50e9, 50e9, 100e9, 200e9, 200e9, {16: 12.8e9}, 170e9)
+    for ranks, budget_gib in ((512, 4), (8, 80)):
+        sizes = [CHUNK_ELEMENTS] * (n // ranks // CHUNK_ELEMENTS) + [n // ranks % CHUNK_ELEMENTS]
+        start = time.perf_counter()
+        auto_plan(sizes, device_budget_bytes=budget_gib * GIB, host_budget_bytes=200 * GIB, rates=rates,
+                  traced=Traced(2 * GIB, 0.5, 1.5))
+        seconds[f"{ranks} ranks, {len(sizes)} chunks"] = round(time.perf_counter() - start, 4)
+    return seconds
+
+
+if __name__ == "__main__":
+    run_recipe(main, Config)

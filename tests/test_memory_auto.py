@@ -1,0 +1,104 @@
+"""Placement auto: traced, planned within the budgets, planned again when it was wrong; the numbers stay torch's AdamW's."""
+
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from pool import RankFailed, run_on
+from test_memory_parity import adamw as torchs_adamw
+from test_memory_parity import of_torch, tiny, train, weights
+
+from memory import ChunkManager, MemoryConfig, Placement
+from memory.auto import WARM_UP_STEPS
+from memory.chunk import GIB
+from memory.tracer import Counters, Rates
+
+RATES = Rates(h2d=1e9, d2h=1e9, duplex=2e9, dram=1e10, dram_under_dma=1e10, host_adam={1: 1e8}, device_adam=1e9)
+NOTHING_ELSE = Counters(lambda: 0, lambda: 0, lambda: 0, lambda: 0, lambda: None)
+
+
+def managed(counters=NOTHING_ELSE, said=None, **config):
+    model = tiny()
+    with mock.patch.object(Counters, "of", lambda device: counters):
+        manager = ChunkManager(model, torchs_adamw(model), MemoryConfig("auto", kernel="blocks", **config), rates=RATES,
+                               say=(said if said is not None else []).append, chunk_elements=64)
+    return model, manager
+
+
+def bytes_of(model) -> int:
+    return sum(p.nbytes for p in model.parameters())
+
+
+def trained(device_share: float) -> tuple:
+    """20 steps with a device budget of a share of what all-resident takes."""
+    said: list[str] = []
+    whole = bytes_of(tiny()) * 4 / 0.97
+    model, manager = managed(said=said, device_budget_gib=whole * device_share / GIB, host_budget_gib=0.1)
+    train(model, manager.optimizer, WARM_UP_STEPS, max_norm=0.1)
+    placements = manager.plan.placements
+    train_rest(model, manager.optimizer)
+    manager.close()
+    return weights(model), placements, manager.ledger.peak, int(whole * device_share), said
+
+
+def train_rest(model, optimizer):
+    for step in range(WARM_UP_STEPS, 20):
+        x = torch.randn(4, 7, generator=torch.Generator().manual_seed(step * 10))
+        (model(x) * 10).backward()
+        optimizer.clip_grad_norm(0.1)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 / (step + 1)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("share,kinds", [(2.0, {Placement.RESIDENT}), (0.75, {Placement.RESIDENT, Placement.CPU})])
+def test_after_the_warm_up_chunks_are_where_the_budget_lets_them_and_nothing_else_changes(share, kinds):
+    ((ours, placements, peak, budget, said),) = run_on(1, trained, share)
+    assert set(placements) - {Placement.STREAM} == kinds and said[1].startswith("memory plan, auto")
+    assert peak["device"] <= budget
+    torch.testing.assert_close(ours, of_torch(20, max_norm=0.1), rtol=1e-6, atol=1e-7)
+
+
+def drifting() -> list[str]:
+    """An update 100 times slower than predicted, as the host's clock has it."""
+    said: list[str] = []
+    model, manager = managed(said=said, device_budget_gib=bytes_of(tiny()) * 2.5 / GIB, host_budget_gib=0.1)
+    train(model, manager.optimizer, WARM_UP_STEPS)
+    manager.host_update_seconds = lambda: 100 * manager.plan.seconds["update"]
+    train(model, manager.optimizer, 1)
+    del manager.host_update_seconds
+    manager.host_update_seconds = lambda: manager.plan.seconds["update"]
+    train(model, manager.optimizer, 3)
+    manager.close()
+    return said
+
+
+def test_an_update_far_from_its_prediction_is_planned_again_once():
+    (said,) = run_on(1, drifting)
+    assert len(said) == 4 and "planned again: the update took" in said[2] and said[3].startswith("memory plan, auto"), said
+
+
+def one_rank_has_less_room():
+    peak = 1000 if dist.get_rank() else 0
+    model, manager = managed(Counters(lambda: 0, lambda: peak, lambda: 0, lambda: 0, lambda: None), host_budget_gib=0.1,
+                             device_budget_gib=bytes_of(tiny()) * 3 / GIB)
+    train(model, manager.optimizer, WARM_UP_STEPS)
+    manager.close()
+    return [placement.value for placement in manager.plan.placements], manager.plan.other_device_bytes
+
+
+def test_ranks_agree_on_the_highest_peak():
+    (one, one_peak), (other, other_peak) = run_on(2, one_rank_has_less_room)
+    assert one == other and one_peak == other_peak == 1000
+
+
+def cannot_fit():
+    model, manager = managed(device_budget_gib=bytes_of(tiny()) * 1.2 / GIB, host_budget_gib=1e-6)
+    train(model, manager.optimizer, WARM_UP_STEPS)
+
+
+def test_what_cannot_fit_is_refused_with_the_nearest_budget_that_does():
+    with pytest.raises(RankFailed, match="UsageError: --memory.*budget-gib"):
+        run_on(1, cannot_fit)

@@ -1,0 +1,94 @@
+"""The chunk manager under every kind of layout: the numbers of one process with torch's AdamW."""
+
+import functools
+import random
+
+import pytest
+import torch
+import torch.distributed as dist
+from pool import run_on
+from test_memory_parity import chunk_sizes, plan_of
+from test_one_answer import ROWS, SHAPES, STEPS, five_steps, rows_of, whole_weights
+
+from dtensor_llama import Llama
+from dtensor_llama.data.reader import Batch
+from dtensor_llama.model import init_weights
+from dtensor_llama.optim import build_adamw
+from memory import ChunkManager, MemoryConfig, Placement
+from parallel import ParallelConfig, build_mesh, parallelize
+from parallel.pipeline import make_step_runner
+
+CHUNK = 1024          # elements: tens of chunks on each rank, most matrices in several
+
+
+def start(shape: str, layout: ParallelConfig, micro: int, plan_seed: int | None, dtype=torch.float32, **config):
+    """What a recipe does: meta, parallelize, to_empty, manager, initial weights through the masters."""
+    layout = layout.resolve(dist.get_world_size())
+    mesh = build_mesh(layout, "cpu")
+    with torch.device("meta"):
+        model = Llama(SHAPES[shape]).to(dtype)
+    parts = parallelize(model, mesh, layout, compute_dtype=dtype)
+    for part in parts:
+        part.to_empty(device="cpu")
+    n_micros = ROWS // layout.dp // micro
+    adamw = build_adamw(model, lr=1e-3, weight_decay=0.1)
+    draw = random.Random(f"{plan_seed} {dist.get_rank()}")           # ranks need not agree where their chunks live
+    sizes = chunk_sizes(model, adamw, CHUNK, parts)
+    plan = plan_of(sizes, [draw.choice(list(Placement)) for _ in sizes])
+    tied_over_stages = SHAPES[shape].tie_word_embeddings and layout.pp > 1 and model.model.embed_tokens is not None
+    manager = ChunkManager(
+        model, adamw, MemoryConfig("static", 1, 0, 0, kernel="blocks", **config), parts=parts, plan=plan, chunk_elements=CHUNK,
+        arrivals=n_micros if layout.zero_stage >= 2 and layout.pp == 1 else 1,
+        outside=[model.model.embed_tokens.weight] if tied_over_stages else [])
+    weights = manager.masters()
+    init_weights(weights, seed=0)
+    manager.take_masters(weights)
+    runner = make_step_runner(parts, mesh["pp"], layout.schedule, n_micros, torch.device("cpu"), dtype,
+                              layout.sequence_shards, layout.zero_stage)
+    return layout, mesh, model, manager, runner
+
+
+def step(number: int, layout, mesh, optimizer, runner, micro: int) -> tuple[float, float]:
+    batch = rows_of(number, masked=True)
+    mine = [x.chunk(layout.dp)[mesh["dp"].get_local_rank()] for x in batch]
+    micros = [Batch(*(x[i:i + micro] for x in mine)) for i in range(0, ROWS // layout.dp, micro)]
+    loss = runner.step(micros, (batch.labels != -100).sum(), grad_scale=layout.grad_ranks)
+    dist.all_reduce(loss, group=mesh["loss"].get_group())
+    norm = optimizer.clip_grad_norm(0.5)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item(), norm.item()
+
+
+def managed_steps(shape: str, layout: ParallelConfig, micro: int, plan_seed: int) -> dict:
+    layout, mesh, model, manager, runner = start(shape, layout, micro, plan_seed)
+    initial = whole_weights(model)
+    losses, norms = zip(*(step(i, layout, mesh, manager.optimizer, runner, micro) for i in range(STEPS)), strict=True)
+    manager.close()
+    return {"losses": losses, "norms": norms, "initial": initial, "final": whole_weights(model)}
+
+
+@functools.cache
+def one_process(shape: str) -> dict:
+    return run_on(1, five_steps, shape, ParallelConfig(), ROWS, True)[0]
+
+
+@pytest.mark.parametrize("ranks,shape,micro,layout", [
+    pytest.param(2, "gqa", 4, dict(zero_stage=3), id="ZeRO 3"),
+    pytest.param(2, "gqa", 1, dict(zero_stage=3), id="ZeRO 3, 4 microbatches"),
+    pytest.param(2, "tied", 2, dict(zero_stage=2), id="ZeRO 2, 2 microbatches"),
+    pytest.param(2, "gqa", 2, dict(zero_stage=1), id="ZeRO 1, 2 microbatches"),
+    pytest.param(2, "gqa", 4, dict(zero_stage=0), id="ZeRO 0"),
+    pytest.param(2, "tied", 4, dict(tp=2), id="tp"),
+    pytest.param(2, "tied", 2, dict(pp=2), id="pp, tied matrix"),
+    pytest.param(2, "gqa", 2, dict(pp=2, schedule="zbv"), id="pp, two stages a rank, split backward"),
+    pytest.param(4, "gqa", 2, dict(pp=2, tp=2), id="pp tp"),
+    pytest.param(4, "gqa", 2, dict(dp_replicate=2, dp_shard=2), id="HSDP"),
+    pytest.param(8, "gqa", 2, dict(pp=2, tp=2, zero_stage=1), id="pp tp ZeRO 1"),
+])
+def test_a_layout_with_chunks_in_random_places_equals_one_process(ranks, shape, micro, layout):
+    ours, theirs = run_on(ranks, managed_steps, shape, ParallelConfig(**layout), micro, 1, timeout=180)[0], one_process(shape)
+    assert all(torch.equal(ours["initial"][name], value) for name, value in theirs["initial"].items())
+    assert max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True)) < 2e-5
+    assert max(abs(a / b - 1) for a, b in zip(ours["norms"], theirs["norms"], strict=True)) < 1e-4
+    assert max((ours["final"][name] - value).abs().max().item() for name, value in theirs["final"].items()) < 1e-5

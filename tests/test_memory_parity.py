@@ -1,0 +1,136 @@
+"""The chunk manager changes where bytes live and nothing else: every plan equals torch's AdamW."""
+
+import functools
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from memory import ChunkManager, MemoryConfig, Placement
+from memory.chunk import cut
+from memory.manager import find_managed
+from memory.placement import static_plan
+
+RESIDENT, STREAM, CPU = Placement
+ON = MemoryConfig("static", 1, 0, 0, kernel="blocks")       # the compiler takes 10 s to start; one test pays for it
+
+
+class Tiny(nn.Module):
+    """A few shapes, odd sizes, vectors and matrices; the loss uses all of them."""
+
+    def __init__(self, sizes=(7, 33, 20, 5)):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(sizes))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return x.square().sum()
+
+
+def tiny(seed=0, dtype=torch.float32, sizes=(7, 33, 20, 5)) -> Tiny:
+    torch.manual_seed(seed)
+    return Tiny(sizes).to(dtype)
+
+
+def adamw(model) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() == 1]
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+                             lr=1e-2, betas=(0.9, 0.95), eps=1e-5, fused=True)
+
+
+def chunk_sizes(model, optimizer, chunk_elements, parts=None) -> list[int]:
+    return [chunk.n for chunk in cut(find_managed(model, parts or [model], optimizer), chunk_elements)]
+
+
+def plan_of(sizes, placements):
+    return replace(static_plan(sizes, 1, 0, 0), placements=tuple(placements[:len(sizes)]))
+
+
+def train(model, optimizer, steps, max_norm=None, micros=1) -> None:
+    for step in range(steps):
+        for micro in range(micros):
+            x = torch.randn(4, 7, generator=torch.Generator().manual_seed(step * 10 + micro)).to(next(model.parameters()).dtype)
+            (model(x) * 10).backward()
+        if max_norm:
+            if hasattr(optimizer, "manager"):
+                optimizer.clip_grad_norm(max_norm)
+            else:
+                nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 / (step + 1)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def managed(placements, chunk_elements=64, dtype=torch.float32, config=ON, **kwargs):
+    model = tiny(dtype=dtype)
+    optimizer = adamw(model)
+    plan = plan_of(chunk_sizes(model, optimizer, chunk_elements), placements)
+    return model, ChunkManager(model, optimizer, config, plan=plan, chunk_elements=chunk_elements, **kwargs)
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def of_torch(steps=20, **kwargs) -> torch.Tensor:
+    model = tiny()
+    train(model, adamw(model), steps, **kwargs)
+    return weights(model)
+
+
+def of_manager(placements, steps=20, chunk_elements=64, arrivals=1, **kwargs) -> torch.Tensor:
+    model, manager = managed(placements, chunk_elements, arrivals=arrivals)
+    train(model, manager.optimizer, steps, **kwargs)
+    manager.close()
+    return weights(model)
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+
+
+N = len(chunk_sizes(model := tiny(), adamw(model), 64))
+PLANS = {"resident": [RESIDENT] * N, "stream": [STREAM] * N, "cpu": [CPU] * N,
+         "all three": [RESIDENT] * (N // 3) + [STREAM, CPU] * N, "upside down": [CPU, STREAM] * (N // 3) + [RESIDENT] * N}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_placement_equals_torchs_adamw(plan):
+    assert_close(of_manager(PLANS[plan]), of_torch())
+
+
+@pytest.mark.parametrize("plan", ["resident", "stream"])
+def test_stepped_on_the_device_it_is_bitwise_torchs_adamw_with_the_same_kernel(plan):
+    assert torch.equal(of_manager(PLANS[plan]), of_torch())      # CPU steps a whole chunk: other vector tails
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_clipping_every_step_equals_torch(plan):
+    clipped = of_torch(max_norm=0.01)
+    assert_close(of_manager(PLANS[plan], max_norm=0.01), clipped)
+    assert (clipped - of_torch()).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_gradients_of_microbatches_are_summed_exactly(plan):
+    several = of_torch(micros=3, max_norm=0.5)
+    assert_close(of_manager(PLANS[plan], micros=3, max_norm=0.5, arrivals=3), several)
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(st.lists(st.sampled_from(list(Placement)), min_size=N, max_size=N), st.sampled_from([64, 128, 1024]), st.integers(1, 3))
+def test_any_plan_equals_torch(placements, chunk_elements, micros):
+    ours = of_manager(placements, 2, chunk_elements, micros, micros=micros, max_norm=0.5)
+    assert_close(ours, two_steps(micros))
+
+
+@functools.cache
+def two_steps(micros: int) -> torch.Tensor:
+    return of_torch(2, micros=micros, max_norm=0.5)

@@ -1,0 +1,165 @@
+"""Rates are measured once per machine and kept; the tracer says when what ran and what it took; the timeline is a picture."""
+
+import json
+import runpy
+
+import pytest
+import torch
+from recipe import ROOT
+from torch import nn
+
+from memory.timeline import LANES, busy_seconds, draw_timeline
+from memory.tracer import MIB, Counters, DramStream, Link, Rates, Tracer, load_rates, machine_key, per_second, thread_counts
+from parallel.recompute import apply_recompute
+
+CPU = torch.device("cpu")
+RATES = Rates(1e9, 2e9, 3e9, 4e9, 5e9, {1: 6e8, 2: 7e8}, 8e9)
+
+
+def test_rates_are_measured_once_per_machine_and_kept(tmp_path):
+    path, measured = tmp_path / "deep" / "rates.json", []
+    measure = lambda device: measured.append(device) or RATES
+    assert load_rates(path, CPU, measure) == load_rates(path, CPU, measure) == RATES
+    assert measured == [CPU]
+    kept = json.loads(path.read_text())
+    assert list(kept) == [machine_key(CPU)] and f"torch {torch.__version__}" in machine_key(CPU)
+    kept = {"another machine": kept[machine_key(CPU)]}
+    path.write_text(json.dumps(kept))
+    assert load_rates(path, CPU, measure) == RATES and len(measured) == 2
+    assert set(json.loads(path.read_text())) == {"another machine", machine_key(CPU)}      # nobody's rates are lost
+
+
+def test_a_link_copies_what_it_says():
+    link = Link(CPU, 4096)
+    link.host[0].fill_(7)
+    link.on_device[1].fill_(9)
+    assert link.copy("h2d", 1000) == 1000
+    assert (link.on_device[0] == 7).sum() == 1000 and (link.host[1] == 1).all()
+    assert link.copy("duplex") == 2 * 4096
+    assert (link.on_device[0] == 7).all() and (link.host[1] == 9).all()
+    assert all(link.rate(direction, 0.01) > 0 for direction in ("h2d", "d2h", "duplex"))
+
+
+def test_the_stream_counts_what_it_reads_and_writes_and_the_links_share():
+    stream = DramStream(4 * MIB)
+    assert stream.once() == 8 * MIB and stream.array[0] == 1
+    assert stream.rate(0.01) > 0 and stream.rate_under(Link(CPU, MIB), 0.01) > 0
+
+
+def test_a_rate_is_the_best_of_several_goes():
+    amounts = iter([1e9, 5, 1, 2, 3])                # the first is the warm-up's
+    assert per_second(lambda: next(amounts) / 1e9, 0) < 1
+    assert next(amounts) == 3
+    assert thread_counts()[0] == 1 and sorted(set(thread_counts())) == thread_counts()
+
+
+def run_bench(name: str, monkeypatch, capsys, *flags) -> dict:
+    monkeypatch.setattr("sys.argv", [name, *map(str, flags)])
+    runpy.run_path(str(ROOT / "recipes" / "bench" / f"{name}.py"), run_name="__main__")
+    (line,) = capsys.readouterr().out.splitlines()
+    return json.loads(line)
+
+
+def test_the_benchmark_of_rates_prints_one_json_line(monkeypatch, capsys):
+    result = run_bench("memory_rates", monkeypatch, capsys, "--sizes-mib", 1, 2, "--dram-mib", 4, "--adam-mi-elements", 1,
+                       "--seconds", 0.01, "--kernel", "blocks")
+    assert set(result["duplex_gb_s_by_mib"]) == {"1", "2"}
+    if not torch.cuda.is_available():
+        assert result["link_is_a_wire"] is False and result["device_adam_gb_s"] is None
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_host_adam_prints_one_json_line(monkeypatch, capsys):
+    result = run_bench("host_adam", monkeypatch, capsys, "--mi-elements", 1, "--rounds", 1, "--model", "tiny-1m", "--rows", 1,
+                       "--tokens", 32)
+    assert result["stream_gb_s"] > 0 and result["manager_all_resident"]["model"] == "tiny-1m"
+    assert all(result[name]["share_of_stream"] > 0 for name in ("ours_compiled", "ours_blocks", "torch_fused", "torch_foreach"))
+
+
+# ---- the tracer ---------------------------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return x.sum()
+
+
+class Clock:
+    """Bytes that the test decides; each reading is noted."""
+
+    def __init__(self):
+        self.now = self.high = 0
+
+    def counters(self) -> Counters:
+        def reset():
+            self.high = self.now
+        return Counters(lambda: self.now, lambda: self.high, lambda: 2 * self.high, lambda: 50, reset)
+
+    def set(self, now: int) -> None:
+        self.now = now
+        self.high = max(self.high, now)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_the_tracer_sees_each_group_forward_and_backward_and_its_peak(recompute):
+    model, clock = Net(), Clock()
+    apply_recompute(list(model.layers), recompute)
+    for i, layer in enumerate(model.layers):
+        layer.register_forward_pre_hook(lambda *_, i=i: clock.set(100 * (i + 1)))       # after the tracer's would be noted
+    tracer = Tracer({f"layer {i}": layer for i, layer in enumerate(model.layers)}, CPU, clock.counters())
+    x = torch.randn(2, 4)
+    model(x).backward()                                  # outside a step: not traced
+    for _ in range(3):
+        tracer.start_step()
+        for _ in range(2):
+            model(x).backward()
+            clock.set(1000)
+            clock.set(0)
+        tracer.end_step()
+    with torch.no_grad():
+        model(x)
+    traced = tracer.result(model_bytes=30, host_bytes=7)
+    assert list(traced.groups) == ["layer 0", "layer 1", "layer 2"]
+    assert all(group.forward_seconds > 0 and group.backward_seconds > 0 for group in traced.groups.values())
+    assert traced.forward_seconds == pytest.approx(sum(g.forward_seconds for g in traced.groups.values()))
+    assert traced.backward_seconds == pytest.approx(sum(g.backward_seconds for g in traced.groups.values()))
+    assert traced.groups["layer 0"].backward_peak_bytes == 1000          # of what comes after the last gradient's arrival
+    assert traced.groups["layer 1"].forward_peak_bytes <= 300
+    assert (traced.peak_allocated_bytes, traced.non_torch_bytes, traced.peak_reserved_bytes) == (1000, 50, 2000)
+    assert traced.non_model_peak_bytes == 1000 + 50 - 30 and traced.host_bytes == 7
+    names = [name for name, _ in traced.curve]
+    once = [f"layer {i} forward" for i in (0, 0, 1, 1, 2, 2)] + [f"layer {i} backward" for i in (2, 1, 0)]
+    assert names == ["between", *once, *once, "between"]
+    n_hooks = sum(len(layer._forward_hooks) for layer in model.layers)
+    tracer.close()
+    assert n_hooks == 3 and not any(layer._forward_hooks for layer in model.layers)
+
+
+def test_the_tracer_on_a_cpu_reads_the_resident_memory_of_the_process():
+    counters = Counters.of(CPU)
+    before = counters.allocated()
+    held = torch.ones(64 * MIB, dtype=torch.uint8)
+    assert counters.allocated() - before > 60 * MIB
+    del held
+
+
+# ---- the timeline -------------------------------------------------------------------------------------------------------
+
+
+def test_a_timeline_is_drawn_and_overlapping_work_counts_once(tmp_path):
+    events = [("F0 layer", "compute", 5.0, 5.1), ("a", "d2h", 5.0, 5.06), ("b", "d2h", 5.04, 5.1), ("c", "d2h", 5.2, 5.3),
+              ("d", "host adam", 5.1, 5.1)]
+    assert busy_seconds(events, "d2h") == pytest.approx(0.2) and busy_seconds(events, "h2d") == 0
+    for case in (events, events[4:], [(lane, lane, 0.0, 20.0) for lane in LANES]):
+        draw_timeline(case, tmp_path / "step.png", "a step")
+        assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no events"):
+        draw_timeline([], tmp_path / "none.png")
+    with pytest.raises(ValueError, match="elsewhere"):
+        draw_timeline([("a", "elsewhere", 0, 1)], tmp_path / "none.png")
