@@ -56,7 +56,8 @@ def main(cfg: ExportConfig) -> None:
         raise UsageError(f"{checkpoint} does not say what model it is of; only checkpoints of the recipes can be exported.")
     config = LlamaConfig(**saved.meta["--model"])
     if saved.meta.get("--lora", {}).get("rank"):
-        merge_and_save(saved, config, Path(cfg.base or run.get("model", "")), run.get("train", {}).get("dtype"), dtype, out)
+        base = Path(cfg.base or run.get("model", "(unknown)"))
+        merge_and_save(saved, config, base, run.get("train", {}).get("dtype"), dtype, out)
     else:
         save(saved, config, dtype, out, int(cfg.max_shard_gb * 1e9))
     if "--lora" in saved.meta:                            # of sft.py, which trains with LLaMA-2's template if there is none
@@ -86,8 +87,8 @@ def merge_and_save(saved: SavedWeights, config: LlamaConfig, base: Path, frozen_
     from dtensor_llama.lora import LoraConfig, adapter_parameters, apply_lora, merge_lora
 
     if not base.is_dir():
-        raise UsageError(f"{saved.path} holds LoRA adapters, and the model they belong to is not at {base}; name its folder with "
-                         "--base.")
+        raise UsageError(f"{saved.path} holds LoRA adapters, and the model they belong to is not at {base}; name its folder "
+                         "with --base.")
     with torch.device("meta"):
         model = Llama(config)
     check_hf(model, base)

@@ -89,8 +89,9 @@ def chat_run(inputs, tmp_path, *more) -> Path:
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
     ended = recipe("sft", "--model", inputs / "model", "--data.path", tmp_path / "chat.jsonl", "--data.cache-dir",
                    tmp_path / "cache", "--data.seq-len", 64, "--train.steps", 2, "--train.global-batch-size", 2,
-                   "--train.micro-batch-size", 1, "--train.lr", "1e-2", "--train.dtype", "bfloat16", "--train.recompute", "none",
-                   "--train.validate-every", 0, "--checkpoint.every", 1, "--run-dir", tmp_path / "run", *more, ranks=2)
+                   "--train.micro-batch-size", 1, "--train.lr", "1e-2", "--train.dtype", "bfloat16",
+                   "--train.validate-every", 0, "--train.recompute", "none", "--checkpoint.every", 1,
+                   "--run-dir", tmp_path / "run", *more, ranks=2)
     assert ended.status == 0, ended
     return tmp_path / "run"
 
