@@ -142,7 +142,7 @@ class LlamaModel(nn.Module):
             key, padding = torch.arange(first + tokens.shape[1], device=tokens.device), cache.padding[:, None]
             seen = (key >= padding)[:, None] & (key <= at[..., None])                                    # (B, T, S)
             seen = seen | (key == at[..., None])          # a row of the softmax without any key would be nan
-            return (at - padding).clamp(min=0), Documents(mask=seen[:, None])
+            return at, Documents(mask=seen[:, None])      # RoPE is relative: padding moves all positions of a row alike
         documents = Documents.from_positions(positions, self.attention_kernel, tokens.device)
         return positions.to(tokens.device, non_blocking=True), documents
 

@@ -1,9 +1,10 @@
-"""Export a checkpoint of any layout to a Hugging Face folder: in one process, without a GPU, never the whole model in memory.
+"""Export a checkpoint of any layout to a Hugging Face folder: in one process, without a GPU, without the ranks that wrote it.
 
     python recipes/export.py runs/pretrain/checkpoints/step-00001000 exported
     python recipes/export.py runs/pretrain/checkpoints/step-00001000 exported --dtype float32
 
-The shape of the model is in the checkpoint; tokenizer and dtype come from the run folder that it lies in, or from flags.
+The shape of the model is in the checkpoint; tokenizer and dtype come from the run folder that it lies in, or from flags. The
+weights pass through memory a file at a time; only LoRA adapters need all of the model they are merged into.
 """
 
 import json
@@ -17,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone work
 import torch
 from tyro.conf import Positional
 
-from dtensor_llama import Llama, LlamaConfig, UsageError
+from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf, save_hf
 from dtensor_llama.checkpoint import SavedWeights
 from dtensor_llama.cli import run_recipe
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
-from dtensor_llama.weights import hf_parameters, save_hf_in_parts
+from dtensor_llama.weights import check_hf, hf_parameters, save_hf_in_parts
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class ExportConfig:
     out: Positional[str]          # folder to write; what another export left there is replaced
     dtype: Literal["float32", "bfloat16", "float16"] | None = None    # of the weights in it; None: the run's --train.dtype
     tokenizer: str | None = None  # Hugging Face folder, tokenizer.json or .model; None: the run's
+    base: str | None = None       # LoRA: Hugging Face folder of the frozen weights; None: the run's --model
     max_shard_gb: float = 5.0     # of one safetensors file, and about what this process needs of memory
 
 
@@ -53,6 +55,22 @@ def main(cfg: ExportConfig) -> None:
     if "--model" not in saved.meta:
         raise UsageError(f"{checkpoint} does not say what model it is of; only checkpoints of the recipes can be exported.")
     config = LlamaConfig(**saved.meta["--model"])
+    if saved.meta.get("--lora", {}).get("rank"):
+        base = Path(cfg.base or run.get("model", "(unknown)"))
+        merge_and_save(saved, config, base, run.get("train", {}).get("dtype"), dtype, out)
+    else:
+        save(saved, config, dtype, out, int(cfg.max_shard_gb * 1e9))
+    if "--lora" in saved.meta:                            # of sft.py, which trains with LLaMA-2's template if there is none
+        from dtensor_llama.data.template import ChatTemplate
+
+        tokenizer.save(out, chat_template=ChatTemplate(tokenizer).source)
+    else:
+        tokenizer.save(out)
+    print(f"step {saved.step} of {checkpoint.parents[1]}: {config.n_parameters / 1e6:,.1f}M parameters in {dtype_name}, "
+          f"tokenizer {tokenizer.path}\nmodel         {out}   (Hugging Face format)")
+
+
+def save(saved: SavedWeights, config: LlamaConfig, dtype: torch.dtype, out: Path, max_shard_bytes: int) -> None:
     with torch.device("meta"):
         shapes = {name: tuple(parameter.shape) for name, parameter in hf_parameters(Llama(config)).items()}
     saved.check(shapes, derived=("lm_head.weight",) if config.tie_word_embeddings else ())
@@ -60,10 +78,27 @@ def main(cfg: ExportConfig) -> None:
     def read(names: list[str]) -> dict[str, torch.Tensor]:
         return saved.read({name: torch.empty(shapes[name], dtype=dtype) for name in names})
 
-    save_hf_in_parts(out, config, shapes, dtype, read, int(cfg.max_shard_gb * 1e9))
-    tokenizer.save(out)
-    print(f"step {saved.step} of {checkpoint.parents[1]}: {config.n_parameters / 1e6:,.1f}M parameters in {dtype_name}, "
-          f"tokenizer {tokenizer.path}\nmodel         {out}   (Hugging Face format)")
+    save_hf_in_parts(out, config, shapes, dtype, read, max_shard_bytes)
+
+
+def merge_and_save(saved: SavedWeights, config: LlamaConfig, base: Path, frozen_dtype: str | None, dtype: torch.dtype,
+                   out: Path) -> None:
+    """The adapters of a LoRA checkpoint, merged into the weights they were trained beside, held as they were held there."""
+    from dtensor_llama.lora import LoraConfig, adapter_parameters, apply_lora, merge_lora
+
+    if not base.is_dir():
+        raise UsageError(f"{saved.path} holds LoRA adapters, and the model they belong to is not at {base}; name its folder "
+                         "with --base.")
+    with torch.device("meta"):
+        model = Llama(config)
+    check_hf(model, base)
+    apply_lora(model, LoraConfig(**saved.meta["--lora"]), getattr(torch, frozen_dtype) if frozen_dtype else dtype)
+    saved.check({name: tuple(parameter.shape) for name, parameter in adapter_parameters(model).items()})
+    model.to_empty(device="cpu")
+    load_hf(model, base)
+    saved.read({name: parameter.detach() for name, parameter in adapter_parameters(model).items()})
+    merge_lora(model)
+    save_hf(model, out, dtype=dtype)
 
 
 def read_run(run_dir: Path) -> dict:

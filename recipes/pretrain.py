@@ -32,9 +32,9 @@ from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf, save_hf
 from dtensor_llama.attention import choose_attention
 from dtensor_llama.checkpoint import Checkpointer, restore_training_state, training_state
 from dtensor_llama.cli import run_recipe
+from dtensor_llama.data.mix import open_rows
 from dtensor_llama.data.reader import Batch, RowReader, validation_batches
-from dtensor_llama.data.rows import PackedRows, TokenCorpus
-from dtensor_llama.data.tokenize import prepare_corpus
+from dtensor_llama.data.rows import PackedRows
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
 from dtensor_llama.flops import hardware_flops_per_token, model_flops_per_token, peak_flops
 from dtensor_llama.metrics import GIB, PeakMemory, RunLog, draw_loss_curve
@@ -61,7 +61,7 @@ from parallel.schedule_picture import Recorder, bubble_share, draw_schedule
 
 @dataclass(frozen=True)
 class DataConfig:
-    path: tuple[str, ...] = ()          # files and globs: .txt .jsonl .parquet, and .gz and .zst of them
+    path: tuple[str, ...] = ()          # files and globs: .txt .jsonl .parquet, .gz and .zst of them; mixed if a:0.7 b:0.3
     tokenizer: str | None = None        # Hugging Face folder, tokenizer.json or SentencePiece .model; None: --model's
     seq_len: int | None = None          # tokens per row; None: the context of the model
     document_mask: bool = False         # no token sees another document of its packed row
@@ -145,12 +145,14 @@ def main(cfg: PretrainConfig) -> None:
         run_lock = claim_run_dir(Path(cfg.run_dir), fresh=cfg.checkpoint.resume == "never")
 
     # ---- 3. The parts ----------------------------------------------------------------------------------------------
-    corpus = prepare_corpus(cfg.data.path, tokenizer, Path(cfg.data.cache_dir).expanduser(), cfg.data.text_field)
-    rows = PackedRows(corpus, seq_len, cfg.data.validation_share, cfg.train.seed)
-    start_process_group(device, world_size, attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    rows = open_rows(cfg.data.path, tokenizer, Path(cfg.data.cache_dir).expanduser(), cfg.data.text_field, seq_len,
+                     cfg.data.validation_share, cfg.train.seed)
+    # Where torchrun makes a new store for each start, nodes may count their starts differently, and need no count.
+    shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    start_process_group(device, world_size, attempt=int(os.environ["TORCHELASTIC_RESTART_COUNT"]) if shares_store else 0)
     mesh, runner, optimizer = set_up(cfg, model, layout, n_micros, kernel, device, seq_len, say=print if is_main else None)
     checkpoints = Checkpointer(Path(cfg.run_dir, "checkpoints"), keep=cfg.checkpoint.keep)
-    step, position = resume(cfg, model, optimizer, checkpoints, model_config, corpus, seq_len, is_main)
+    step, position = resume(cfg, model, optimizer, checkpoints, model_config, rows, is_main)
     if step == 0:
         with fp32_weights(model, optimizer) as whole:
             load_hf(whole, weights) if weights else init_weights(whole, cfg.train.seed)
@@ -202,6 +204,7 @@ def main(cfg: PretrainConfig) -> None:
         validation_loss = None
         if cfg.train.validate_every and (step % cfg.train.validate_every == 0 or step == cfg.train.steps) and rows.n_validation:
             validation_loss = evaluate(runner, rows, cfg, mesh, layout, device)
+            source_losses = {name: evaluate(runner, own, cfg, mesh, layout, device) for name, own, _ in rows.parts(0) if name}
         peaks = torch.tensor(memory.take(), dtype=torch.float64)
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
         if is_main:
@@ -213,11 +216,13 @@ def main(cfg: PretrainConfig) -> None:
                    "step_seconds": step_s, "device_memory_gib": peaks[0].item() / GIB, "host_memory_gib": peaks[1].item() / GIB}
             if validation_loss is not None:
                 row["validation_loss"] = validation_loss
-                log.say(f"step {step}: validation loss {validation_loss:.4f}")
+                row |= {f"validation_loss/{name}": source_loss for name, source_loss in source_losses.items()}
+                log.say(f"step {step}: validation loss {validation_loss:.4f}"
+                        + "".join(f", {name} {source_loss:.4f}" for name, source_loss in source_losses.items()))
             log.step(row)
         last = stopped or step == cfg.train.steps
         if cfg.checkpoint.every and (step % cfg.checkpoint.every == 0 or last):
-            meta = checkpoint_meta(cfg, model_config, corpus, seq_len)
+            meta = checkpoint_meta(cfg, model_config, rows)
             stall_s = checkpoints.save(step, training_state(model, optimizer, step, reader.position, meta), wait=last)
             if is_main:
                 log.say(f"step {step}: checkpoint {'written' if last else 'under way'}; training waited {stall_s:.2f} s")
@@ -378,14 +383,14 @@ def read_model_config(cfg: PretrainConfig, tokenizer: Tokenizer) -> LlamaConfig:
 # ---- Resuming ---------------------------------------------------------------------------------------------------------
 
 
-def checkpoint_meta(cfg: PretrainConfig, model_config: LlamaConfig, corpus: TokenCorpus, seq_len: int) -> dict:
+def checkpoint_meta(cfg: PretrainConfig, model_config: LlamaConfig, rows: PackedRows) -> dict:
     """What must be the same for a checkpoint's data position and weights to mean the same: {flag: value}."""
-    return {"--model": asdict(model_config), "--data.seq-len": seq_len, "--train.seed": cfg.train.seed,
+    return {"--model": asdict(model_config), "--data.seq-len": rows.seq_len, "--train.seed": cfg.train.seed,
             "--data.validation-share": cfg.data.validation_share,
-            "--data.path and --data.tokenizer": f"{corpus.n_tokens} tokens in {corpus.n_documents} documents"}
+            "--data.path and --data.tokenizer": rows.contents}
 
 
-def resume(cfg: PretrainConfig, model, optimizer, checkpoints: Checkpointer, model_config, corpus, seq_len,
+def resume(cfg: PretrainConfig, model, optimizer, checkpoints: Checkpointer, model_config, rows,
            is_main: bool) -> tuple[int, int]:
     """Load what --checkpoint.resume says; returns (steps done, rows read), zeros for a fresh start."""
     asked = cfg.checkpoint.resume
@@ -396,7 +401,7 @@ def resume(cfg: PretrainConfig, model, optimizer, checkpoints: Checkpointer, mod
     state = training_state(model, optimizer)
     checkpoints.load(path, state)
     progress = restore_training_state(state, model, optimizer)
-    refuse_other_run(path, progress["meta"], checkpoint_meta(cfg, model_config, corpus, seq_len))
+    refuse_other_run(path, progress["meta"], checkpoint_meta(cfg, model_config, rows))
     for group, setting in zip(optimizer.param_groups, settings, strict=True):
         group.update(setting)                  # decay and the like are what was asked for now, not what was saved
     if is_main:
@@ -413,12 +418,12 @@ def describe_run(cfg, model_config, layout, rows: PackedRows, n_micros: int, att
     record = {**asdict(cfg), "model_config": model_config.to_hf(), "layout": asdict(layout), "device": str(device),
               "attention_kernel": attention, "n_parameters": model_config.n_parameters, **made_with(),
               "peak_flops_per_device": peak, "peak_flops_source": peak_source,
-              "n_training_rows": rows.n_train, "n_validation_rows": rows.n_validation, "corpus": str(rows.corpus.folder)}
+              "n_training_rows": rows.n_train, "n_validation_rows": rows.n_validation, "corpus": rows.contents}
     Path(cfg.run_dir, "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    epochs = cfg.train.steps * cfg.train.global_batch_size / rows.n_train
     log.say(f"model     {cfg.model}: {model_config.n_parameters / 1e6:,.1f}M parameters, attention {attention}")
-    log.say(f"data      {rows.corpus.n_tokens:,} tokens: {rows.n_train:,} rows of {rows.seq_len} to train on, "
-            f"{rows.n_validation:,} held out; this run reads them {epochs:.2f} times")
+    for name, own, n_read in rows.parts(cfg.train.steps * cfg.train.global_batch_size):
+        log.say(f"data      {name and name + ': '}{own.corpus.n_tokens:,} tokens: {own.n_train:,} rows of {rows.seq_len} to "
+                f"train on, {own.n_validation:,} held out; this run reads them {n_read / own.n_train:.2f} times")
     axes = " x ".join(f"{axis} {getattr(layout, axis)}" for axis in AXES if getattr(layout, axis) > 1) or "one process"
     log.say(f"layout    {axes} on {device.type}, ZeRO stage {layout.zero_stage}; {n_micros} micro-batches of "
             f"{cfg.train.micro_batch_size} rows per rank and step")

@@ -79,3 +79,33 @@ def test_what_cannot_be_exported_is_said_in_a_line(reference, tmp_path):
         ended = recipe("export", *arguments)
         assert ended.status == 2 and said in ended.err and ended.err.count("\n") == 1, ended
     assert not out.exists()
+
+
+def chat_run(inputs, tmp_path, *more) -> Path:
+    """A short run of sft.py on a few conversations."""
+    pytest.importorskip("dtensor_llama.lora")
+    talks = [{"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"self.{i}"}]}
+             for i in range(40)]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    ended = recipe("sft", "--model", inputs / "model", "--data.path", tmp_path / "chat.jsonl", "--data.cache-dir",
+                   tmp_path / "cache", "--data.seq-len", 64, "--train.steps", 2, "--train.global-batch-size", 2,
+                   "--train.micro-batch-size", 1, "--train.lr", "1e-2", "--train.dtype", "bfloat16",
+                   "--train.validate-every", 0, "--train.recompute", "none", "--checkpoint.every", 1,
+                   "--run-dir", tmp_path / "run", *more, ranks=2)
+    assert ended.status == 0, ended
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("more", [[], ["--lora.rank", 4]])
+def test_fine_tuned_and_merged_weights_are_exported_with_their_template(inputs, tmp_path, more):
+    run_dir = chat_run(inputs, tmp_path, *more)
+    for number in range(2):                     # the second time without hf/: the tokenizer is that of --model
+        ended = recipe("export", run_dir / "checkpoints/step-00000002", tmp_path / f"hf-{number}")
+        assert ended.status == 0, ended
+        (run_dir / "hf").rename(tmp_path / "kept") if number == 0 else None
+        assert same_folders(tmp_path / f"hf-{number}", tmp_path / "kept")
+    if more:
+        settings = json.loads((run_dir / "config.json").read_text()) | {"model": "gone"}
+        (run_dir / "config.json").write_text(json.dumps(settings))
+        ended = recipe("export", run_dir / "checkpoints/step-00000002", tmp_path / "out", "--tokenizer", inputs / "tokenizer")
+        assert ended.status == 2 and "holds LoRA adapters" in ended.err and "--base" in ended.err

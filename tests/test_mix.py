@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from recipe import metrics, pretrain_flags, recipe
 from test_data import make_corpus
 
 from dtensor_llama import UsageError
@@ -108,3 +109,20 @@ def test_a_source_that_cannot_be_read_is_named(inputs, tmp_path):
     source = PackedRows(make_corpus(tmp_path / "c", range(1000)), T, 0.1, seed=0)
     with pytest.raises(UsageError, match="too small"):
         MixedRows({"much": (source, 1.0), "hardly": (source, 1e-12)})
+
+
+def test_a_mixed_run_says_each_source_s_loss_and_does_not_depend_on_ranks(inputs, tmp_path):
+    text = (inputs / "data.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_text("".join(text[::2]))
+    (tmp_path / "b.jsonl").write_text("".join(text[1::2]))
+    sources = [f"{tmp_path}/a.jsonl:0.75", f"{tmp_path}/b.jsonl:0.25"]
+    for ranks in (1, 2):
+        flags = pretrain_flags(inputs, tmp_path / str(ranks), "--checkpoint.every", 0, steps=4)
+        at = flags.index("--data.path") + 1
+        ended = recipe("pretrain", *flags[:at], *sources, *flags[at + 1:], ranks=ranks)
+        assert ended.status == 0 and "a.jsonl: " in ended.out, ended
+    for one, two in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2"), strict=True):
+        assert abs(one["loss"] - two["loss"]) < 2e-5
+    last = metrics(tmp_path / "2")[-1]
+    own = [last[f"validation_loss/{tmp_path}/{name}.jsonl"] for name in "ab"]
+    assert own[0] != own[1] and last["validation_loss"] == pytest.approx(sum(own) / 2, abs=0.5)      # of other held-out rows

@@ -126,6 +126,9 @@ class MixedRows:
         """(N, T + 1) int64 token ids of (N,) rows."""
         return np.concatenate([source.tokens_of(np.array([row])) for source, row in map(self._find, rows)])
 
+    def trained_of(self, rows: np.ndarray) -> None:
+        """Every token counts, as in PackedRows of plain text."""
+
     def document_starts_of(self, row: int) -> np.ndarray:
         """As PackedRows.document_starts_of."""
         source, own = self._find(row)
