@@ -235,6 +235,8 @@ def training_state(
         "rng": {f"{_rank()}.{device}": generator.get_rng_state() for device, generator in _generators()},
         "progress": json.dumps({"step": step, "position": position, "meta": meta or {}}),
     }
+    if hasattr(optimizer, "saved_plan"):    # of a chunk manager, this rank's own: only the same plan gives the same bits
+        state["plan"] = {str(_rank()): optimizer.saved_plan()}
     if never_stepped:       # DCP made the moments by a step with lr 0; it must not count in Adam's bias correction
         for moments in optimizer.state.values():
             if isinstance(moments.get("step"), torch.Tensor):
@@ -251,6 +253,8 @@ def restore_training_state(state: dict[str, Any], model: nn.Module, optimizer: t
     if weights is not model:
         optimizer.take_masters(weights)
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=FLAT)
+    if hasattr(optimizer, "take_plan"):
+        optimizer.take_plan(*state["plan"].values())
     for device, generator in _generators():
         generator.set_rng_state(state["rng"][f"{_rank()}.{device}"])
     return json.loads(state["progress"])

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 
+from dtensor_llama.shards import local
+
 SLOTS_PER_SLAB = 8      # torch rounds pinned memory up to 2^k bytes a slab: of slots of any size at most an eighth is wasted
 ALIGNMENT = 512         # bytes; a slot may hold any dtype
 
@@ -104,11 +106,11 @@ class ActivationOffload:
     def _forward(self, i: int, inner: Callable, x: Tensor, *args, **kwargs):
         if not torch.is_grad_enabled():
             return inner(x, *args, **kwargs)
-        if not _is_dense(_local(x)):
+        if not _is_dense(local(x)):
             x = x.contiguous()
         if i == 0:
             self._newest = self._nobody
-        self._entering, self._entered = (_local(x), i == len(self.blocks) - 1), None
+        self._entering, self._entered = (local(x), i == len(self.blocks) - 1), None
         try:
             with saved_tensors_hooks(*self._hooks):
                 return inner(x, *args, **kwargs)
@@ -118,15 +120,15 @@ class ActivationOffload:
     def _pack(self, tensor: Tensor):
         """Called with each tensor that autograd saves in a block."""
         x, kept = self._entering
-        local = _local(tensor)
-        offset = local.storage_offset() - x.storage_offset()
-        if (local.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() or local.dtype != x.dtype or not local.numel()
-                or offset < 0 or offset + _extent(local) > x.numel()):
+        here = local(tensor)
+        offset = here.storage_offset() - x.storage_offset()
+        if (here.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() or here.dtype != x.dtype or not here.numel()
+                or offset < 0 or offset + _extent(here) > x.numel()):
             return tensor.detach() if tensor.grad_fn is not None else tensor      # an output itself would be a cycle: a leak
         if self._entered is None:
             self._entered = self._leave(x.detach().as_strided((x.numel(),), (1,)), kept)
         layout = (tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride()) if isinstance(tensor, DTensor) else None
-        return _Saved(self._entered, local.shape, local.stride(), offset, layout)
+        return _Saved(self._entered, here.shape, here.stride(), offset, layout)
 
     def _leave(self, flat: Tensor, kept: bool) -> _Input:
         if (gone := self._leaving()) is not None:      # its copy had a whole block's time; if that was too short compute waits
@@ -181,7 +183,7 @@ class ActivationOffload:
         if saved.layout is None:
             return view
         mesh, placements, shape, stride = saved.layout
-        return DTensor.from_local(view, mesh, placements, run_check=False, shape=shape, stride=stride)
+        return DTensor.fromlocal(view, mesh, placements, run_check=False, shape=shape, stride=stride)
 
     def _fetch(self, input: _Input) -> None:
         host = input.slot[:input.n_bytes].view(input.dtype)
@@ -221,14 +223,9 @@ def offload_block_inputs(blocks: Sequence[nn.Module], device: torch.device, inpu
     blocks: of one pipeline stage, in forward order, each called with its input first; after recompute and compile were applied
     input_bytes: the largest input on this rank (rows x tokens x width x bytes, tokens / tp with sequence parallelism)
     in_flight: forwards whose backward is not over: 1, under pp up to all microbatches; each keeps the last block's input
-    Pins host memory: call it before the first collective. Results are bitwise those without.
+    Pins host memory: call it before training; a pin within a step can hold up other ranks. Results are bitwise those without.
     """
     return ActivationOffload(blocks, device, input_bytes, in_flight)
-
-
-@torch.no_grad()
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _extent(tensor: Tensor) -> int:

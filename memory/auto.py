@@ -15,13 +15,14 @@ import torch
 import torch.distributed as dist
 
 from memory.chunk import GIB
-from memory.placement import auto_plan, describe, replan
+from memory.placement import Plan, auto_plan, describe, replan
 from memory.tracer import Counters, Rates, Traced, Tracer
 
 if TYPE_CHECKING:
     from memory.manager import ChunkManager
 
 WARM_UP_STEPS = 3       # the first compiles and makes communicators, the second is typical, the third confirms it
+WATCH_EVERY = 10        # steps; a watch is a reduction over all ranks
 MOST_PLANS = 4          # a machine whose rates keep changing is not planned for ever
 HOST_SHARE = 0.9        # of the host memory that is free: the page cache and the data reader want some
 
@@ -45,6 +46,27 @@ class AutoPolicy:
         self.device_budget = device or (torch.cuda.get_device_properties(manager.device).total_memory if on_gpu else share)
         self.host_budget = host or share
 
+    def take_plan(self, plan: Plan | None) -> None:
+        """Go on with a plan from before this process was started, if all ranks can. It is not watched: what it was made from
+        is not known."""
+        asked = self.manager.config.device_budget_gib, self.manager.config.host_budget_gib
+        usable = plan is not None and list(plan.n_elements) == [chunk.n for chunk in self.manager.chunks] and all(
+            gib is None or then is not None and then <= now for gib, then, now in zip(
+                asked, (plan.device_budget_bytes, plan.host_budget_bytes), (self.device_budget, self.host_budget), strict=True))
+        if not self._all_ranks(usable):
+            return
+        if self.tracer:
+            self.tracer.close()
+        self.tracer, self.n_plans = None, MOST_PLANS
+        self.manager.replan(plan)
+        self.say("memory    with the plan of the checkpoint\n" + describe(plan))
+
+    def _all_ranks(self, yes: bool) -> bool:
+        answer = torch.tensor([yes], dtype=torch.uint8)        # on the host: nobody waits for the device
+        if dist.is_initialized():
+            dist.all_reduce(answer, dist.ReduceOp.MIN)
+        return bool(answer.item())
+
     @property
     def is_tracing(self) -> bool:
         return self.tracer is not None
@@ -60,6 +82,8 @@ class AutoPolicy:
     def step_ended(self) -> None:
         """Between two steps; all ranks enter."""
         self.n_steps += 1
+        if self.n_plans >= MOST_PLANS:
+            return
         if self.tracer:
             if self.n_steps == WARM_UP_STEPS:
                 # Without a GPU what is counted is what came since the tracer was made: the weights are not in it.
@@ -68,7 +92,7 @@ class AutoPolicy:
                 self.tracer = None
                 self._plan()
             return
-        why = self._why_again()
+        why = self._why_again() if self.n_steps % WATCH_EVERY == 0 else None
         if why:
             self.say(f"memory    planned again: {why}")
             self._plan()
@@ -87,13 +111,9 @@ class AutoPolicy:
         manager, why = self.manager, None
         update_s = manager.host_update_seconds()
         peak = self.counters.peak() if manager.is_cuda else manager.ledger.peak["device"] + self.traced.non_model_peak_bytes
-        if self.n_plans < MOST_PLANS:
-            expected = manager.plan.seconds.get("update", 0.0)
-            why = replan(manager.plan, peak_device_bytes=peak, update_seconds=update_s or expected)
-        asked = torch.tensor([why is not None], dtype=torch.uint8, device=manager.device)
-        if dist.is_initialized():
-            dist.all_reduce(asked, dist.ReduceOp.MAX)
-        if not asked.item():
+        expected = manager.plan.seconds.get("update", 0.0)
+        why = replan(manager.plan, peak_device_bytes=peak, update_seconds=update_s or expected)
+        if self._all_ranks(why is None):
             return None
         if why and peak > self.traced.non_model_peak_bytes + manager.needed(manager.plan)["device"]:
             grown = peak - manager.needed(manager.plan)["device"]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
+from dtensor_llama.shards import local
 from memory.kernel import join_master, split_master
 from memory.placement import Placement
 
@@ -220,11 +221,6 @@ class _Done:
 
 
 DONE = _Done()
-
-
-@torch.no_grad()         # without autograd to_local is a mere look-up: a step asks for hundreds
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -26,8 +26,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dtensor_llama.errors import UsageError
+from dtensor_llama.shards import copies, local
 from memory.auto import AutoPolicy
-from memory.chunk import CHUNK_ELEMENTS, DONE, GIB, Chunk, Ledger, Managed, Piece, State, bytes_per_element, cut, like, local
+from memory.chunk import CHUNK_ELEMENTS, DONE, GIB, Chunk, Ledger, Managed, Piece, State, bytes_per_element, cut, like
 from memory.config import MemoryConfig
 from memory.kernel import Hyper, Kernel
 from memory.optimizer import ChunkOptimizer, check_adamw
@@ -204,6 +205,12 @@ class ChunkManager:
                 for name, value in values.items():
                     chunk.write(name, piece, value.to(self.device) if name == "master" else value)
         self._fit_ring()
+
+    def take_plan(self, saved: str) -> None:
+        """Under placement auto: go on with this rank's plan of a checkpoint (Plan.to_json, or ""), without tracing again, if
+        on every rank it is one for the chunks and budgets of now. All ranks enter."""
+        if self.auto:
+            self.auto.take_plan(Plan.from_json(saved) if saved else None)
 
     def _fit_ring(self) -> None:
         streaming = [chunk for chunk in self.chunks if chunk.placement is Placement.STREAM]
@@ -573,23 +580,13 @@ def find_managed(model: nn.Module, parts: list[nn.Module], optimizer: torch.opti
     wrong = [names[parameter] for parameter in order if parameter.dtype not in (torch.float32, torch.bfloat16)]
     if wrong:
         raise UsageError(f"{wrong[0]} is neither float32 nor bfloat16; use --train.dtype float32 or bfloat16.")
-    return [Managed(names[parameter], parameter, group_of[parameter], _copies(parameter), parameter in outside)
+    return [Managed(names[parameter], parameter, group_of[parameter], copies(parameter), parameter in outside)
             for parameter in order]
 
 
 def _plain(name: str) -> str:
     """Without what compiling or recomputing puts into names."""
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
-
-
-def _copies(parameter: nn.Parameter) -> int:
-    """Ranks that hold the same elements; a plain tensor is held alike by every rank."""
-    if not isinstance(parameter, DTensor):
-        return dist.get_world_size() if dist.is_initialized() else 1
-    copies = 1
-    for size, placement in zip(parameter.device_mesh.shape, parameter.placements, strict=True):
-        copies *= size if placement.is_replicate() else 1
-    return copies
 
 
 def _gates(parts: list[nn.Module], of: dict[nn.Parameter, Managed]) -> dict[nn.Module, list[Chunk]]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dtensor_llama.errors import UsageError
-from memory.chunk import Managed, like, local
+from dtensor_llama.shards import local
+from memory.chunk import Managed, like
 
 if TYPE_CHECKING:
     from memory.manager import ChunkManager
@@ -72,6 +73,14 @@ class ChunkOptimizer(torch.optim.Optimizer):
 
     def take_masters(self, stand_in: nn.Module) -> None:
         self.manager.take_masters(stand_in)
+
+    def saved_plan(self) -> str:
+        """For the checkpoint: JSON, empty before placement auto has made its plan."""
+        return "" if self.manager.auto and self.manager.auto.is_tracing else self.manager.plan.to_json()
+
+    def take_plan(self, saved: str) -> None:
+        """ChunkManager.take_plan."""
+        self.manager.take_plan(saved)
 
     def state_dict(self) -> dict[str, Any]:
         """As AdamW's; tensors are copies on the host, spread as their parameters."""

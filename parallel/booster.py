@@ -50,9 +50,9 @@ class Booster:
     """One layout, and what runs a model under it. Every rank makes one and calls the same methods in step.
 
     config: -1 is what the processes leave over. config.microbatches: parts that `step` cuts a dp rank's rows into; None: 1,
-    or with pp two per pp rank. memory: None; offload is not built yet. dtype: of the computation; weights, moments and
-    reductions are fp32. recompute, compile, attention: as in pretrain.py. seed: of the initial weights of a model on `meta`.
-    device: None: this process's accelerator, or the CPU.
+    or with pp two per pp rank. memory: a memory.MemoryConfig, or None for all states on the device. dtype: of the
+    computation; masters, moments and reductions are fp32. recompute, compile, attention: as in pretrain.py. seed: of the
+    initial weights of a model on `meta`. device: None: this process's accelerator, or the CPU.
 
     The process group is the one that is there; else it is made from what torchrun set (in a process started without a
     launcher: a group of one) and left when the program ends well. UsageError says what cannot be done.
@@ -60,9 +60,11 @@ class Booster:
 
     def __init__(self, config: ParallelConfig, memory=None, *, dtype: torch.dtype = torch.float32, recompute: str = "none",
                  compile: bool = False, attention: str = "auto", seed: int = 0, device: torch.device | None = None):
+        if memory is not None and not hasattr(memory, "manage"):
+            raise UsageError(f"Booster was given {type(memory).__name__} for memory; pass memory.MemoryConfig(...) or None.")
         if memory is not None:
-            raise UsageError(f"Booster was given {type(memory).__name__} for memory, and offload is not built yet; pass None "
-                             "and lower the bytes per rank with ParallelConfig(dp_shard=..., tp=..., pp=...) or recompute.")
+            memory.check()
+        self.memory = memory if memory is not None and memory.is_on else None
         if dtype not in (torch.float32, torch.bfloat16):
             raise UsageError(f"Booster(dtype={dtype}) is not possible; use torch.bfloat16 or torch.float32.")
         local_rank = dist.get_node_local_rank(fallback_rank=-1)                   # -1: no launcher
@@ -91,7 +93,8 @@ class Booster:
             returned is always our Llama of that shape, with this rank's slices of your weights in fp32 under the same names;
             your model is left as it was (drop it to free its memory). On `meta`: initial weights of `seed`, no memory at all.
         optimizer: any of torch.optim's interface, on all parameters of `model`, that has not stepped yet. It stays the same
-            object with its groups and settings (so a scheduler on it goes on), but steps this rank's parameters.
+            object with its groups and settings (so a scheduler on it goes on), but steps this rank's parameters. With
+            memory: a torch AdamW; the chunk manager's optimizer takes its place, with the very same groups.
         dataloader: any iterable of global batches, the same on every rank (checked at each batch). Iterating over the one
             returned gives this dp rank's rows of each. None if you cut batches yourself.
         criterion: None: causal-LM loss, the mean over the scored tokens of the global batch. Yours is called with the whole
@@ -105,7 +108,7 @@ class Booster:
         least = self.n_micros * self.layout.dp
         self._check(config, self._token_stride, least)                            # what does not depend on the batch
         with torch.device("meta"):
-            boosted = Llama(config).float()
+            boosted = Llama(config).to(torch.float32 if self.memory is None else self.dtype)     # masters are the manager's
         whole = _matching_parameters(model, boosted)
         names = _names_in(optimizer, whole)
         self.mesh = build_mesh(self.layout, self.device.type)
@@ -115,13 +118,22 @@ class Booster:
             part.to_empty(device=self.device)
             if criterion is not None:
                 part.cross_entropy = _summed(criterion, part)
-        if next(iter(whole.values())).is_meta:
-            init_weights(boosted, self.seed)
-        else:
-            copy_weights(whole, boosted)
         here = hf_parameters(boosted)
         for group, names_of_group in zip(optimizer.param_groups, names, strict=True):
             group["params"] = [here[name] for name in names_of_group if name in here]     # with pp, of this rank's stages
+        if self.memory is not None:
+            embedding, over_stages = boosted.model.embed_tokens, config.tie_word_embeddings and self.layout.pp > 1
+            optimizer = self.memory.manage(
+                boosted, optimizer, parts=parts, outside=[embedding.weight] if over_stages and embedding is not None else [],
+                arrivals=self.n_micros if self.layout.zero_stage >= 2 and self.layout.pp == 1 else 1,
+                say=print if dist.get_rank() == 0 else lambda text: None).optimizer
+        masters = boosted if self.memory is None else optimizer.masters()
+        if next(iter(whole.values())).is_meta:
+            init_weights(masters, self.seed)
+        else:
+            copy_weights(whole, masters)
+        if self.memory is not None:
+            optimizer.take_masters(masters)
         self.runner = make_step_runner(parts, self.mesh["pp"], self.layout.schedule, self.n_micros, self.device, self.dtype,
                                        self.layout.sequence_shards, self.layout.zero_stage)
         self.model, self.optimizer, self.criterion, self._checked_shape = boosted, optimizer, criterion, None
@@ -156,11 +168,13 @@ class Booster:
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """Scale all gradients down to this norm over all ranks and axes; returns what it was, a scalar on every rank."""
+        if self.memory is not None:
+            return self.optimizer.clip_grad_norm(max_norm)
         return clip_grad_norm(self.model.parameters(), max_norm)
 
     def save_hf(self, model: Llama, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a folder that transformers opens (save your tokenizer beside it); dtype None: fp32."""
-        save_hf(model, folder, dtype)
+        save_hf(model if self.memory is None else self.optimizer.masters(), folder, dtype)
 
     def save(self, folder: str | Path) -> None:
         """Write all that training needs to go on, as folder/step-00000042 after 42 calls of `step`. Between steps."""

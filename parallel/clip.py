@@ -6,7 +6,8 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from dtensor_llama.shards import copies, local
 
 
 @torch.no_grad()
@@ -21,30 +22,16 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     alike = defaultdict(list)                    # how many ranks hold the same numbers -> this rank's local gradients
     for grad in grads:
-        alike[_copies(grad)].append(_local(grad))
-    device = _local(grads[0]).device if grads else torch.device("cpu")
+        alike[copies(grad)].append(local(grad))
+    device = local(grads[0]).device if grads else torch.device("cpu")
     squares = torch.zeros((), dtype=torch.float64, device=device)
-    for copies, tensors in alike.items():
+    for n_copies, tensors in alike.items():
         norm = nn.utils.get_total_norm(tensors)  # a few fused launches, however many tensors
-        squares += norm.double() ** 2 / copies
+        squares += norm.double() ** 2 / n_copies
     if dist.is_initialized():
         dist.all_reduce(squares)
     norm = squares.sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()      # 1e-6 as in torch: no division by zero
     for grad in grads:
-        _local(grad).mul_(scale)                 # times exactly 1.0 when nothing is to clip: no host has to look
+        local(grad).mul_(scale)                 # times exactly 1.0 when nothing is to clip: no host has to look
     return norm
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _copies(tensor: Tensor) -> int:
-    """Ranks of the tensor's mesh that hold the same elements; a plain tensor is held alike by every rank."""
-    if not isinstance(tensor, DTensor):
-        return dist.get_world_size() if dist.is_initialized() else 1
-    copies = 1
-    for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
-        copies *= size if placement.is_replicate() else 1
-    return copies

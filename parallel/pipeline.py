@@ -35,13 +35,13 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 from torch.distributed.pipelining.schedules import RESHARD, UNSHARD
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import GraphExecGroup
 
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.errors import UsageError
 from dtensor_llama.model import Llama
+from dtensor_llama.shards import local
 from parallel.schedule_picture import Recorder
 from parallel.zero import set_gradient_sync
 
@@ -326,13 +326,13 @@ class Pipeline:
     def _renew_tied_copy(self) -> None:
         owner, copy = self._tied()
         if owner is not None and copy is not None:           # V: one rank has both ends
-            _local(copy).copy_(_local(owner))
+            local(copy).copy_(local(owner))
         elif owner is not None:
-            dist.send(_local(owner).contiguous(), group=self.group, group_dst=self.rank_of[self.last])
+            dist.send(local(owner).contiguous(), group=self.group, group_dst=self.rank_of[self.last])
         elif copy is not None:
-            received = torch.empty_like(_local(copy), memory_format=torch.contiguous_format)
+            received = torch.empty_like(local(copy), memory_format=torch.contiguous_format)
             dist.recv(received, group=self.group, group_src=self.rank_of[0])
-            _local(copy).copy_(received)
+            local(copy).copy_(received)
 
     @torch.no_grad()
     def sync_tied_gradients(self) -> None:
@@ -341,13 +341,13 @@ class Pipeline:
         if not any(end is not None and end.requires_grad for end in (owner, copy)):      # frozen, or no end of it here
             return
         if owner is not None and copy is not None:
-            _local(owner.grad).add_(_local(copy.grad))
+            local(owner.grad).add_(local(copy.grad))
         elif copy is not None:
-            dist.send(_local(copy.grad).contiguous(), group=self.group, group_dst=self.rank_of[0])
+            dist.send(local(copy.grad).contiguous(), group=self.group, group_dst=self.rank_of[0])
         elif owner is not None:
-            received = torch.empty_like(_local(owner.grad), memory_format=torch.contiguous_format)
+            received = torch.empty_like(local(owner.grad), memory_format=torch.contiguous_format)
             dist.recv(received, group=self.group, group_src=self.rank_of[self.last])
-            _local(owner.grad).add_(received)
+            local(owner.grad).add_(received)
         if copy is not None:
             copy.grad = None
 
@@ -396,8 +396,3 @@ def make_step_runner(parts: list[nn.Module], pp_mesh: DeviceMesh | None, schedul
 
 def _fsdp_modules(parts: list[nn.Module]) -> list[FSDPModule]:
     return [module for part in parts for module in part.modules() if isinstance(module, FSDPModule)]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

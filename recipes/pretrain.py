@@ -152,7 +152,8 @@ def main(cfg: PretrainConfig) -> None:
     start_process_group(device, world_size, attempt=int(os.environ["TORCHELASTIC_RESTART_COUNT"]) if shares_store else 0)
     mesh, runner, optimizer = set_up(cfg, model, layout, n_micros, kernel, device, seq_len, say=print if is_main else None)
     checkpoints = Checkpointer(Path(cfg.run_dir, "checkpoints"), keep=cfg.checkpoint.keep)
-    step, position = resume(cfg, model, optimizer, checkpoints, model_config, rows, is_main)
+    meta = checkpoint_meta(cfg, model_config, rows)
+    step, position = resume(cfg.checkpoint.resume, model, optimizer, checkpoints, meta, is_main)
     if step == 0:
         with fp32_weights(model, optimizer) as whole:
             load_hf(whole, weights) if weights else init_weights(whole, cfg.train.seed)
@@ -169,8 +170,8 @@ def main(cfg: PretrainConfig) -> None:
         describe_run(cfg, model_config, layout, rows, n_micros, f"{kernel} ({why})", peak, peak_source, device, log)
 
     # ---- 4. The loop -----------------------------------------------------------------------------------------------
-    stop = StopSignal()
-    stopped, first_step = False, step
+    stop, stopped = StopSignal(), False
+    pictures = StepPictures(cfg, layout, mesh, optimizer, device, first_step=step)
     while step < cfg.train.steps and not stopped:
         began = time.perf_counter()
         lr = learning_rate(cfg.train, step)
@@ -179,32 +180,21 @@ def main(cfg: PretrainConfig) -> None:
         counts = torch.tensor([count_scored(micros) * reads_alone(mesh), int(stop.asked)], device=device)
         dist.all_reduce(counts)
         n_scored, stopped = counts[0], bool(counts[1])
-        draws = layout.draw_schedule and step == min(first_step + 2, cfg.train.steps - 1)      # the first steps are not typical
-        recorder = Recorder(mesh["pp"], device) if draws else None
-        draws_memory = cfg.memory.draw and step == min(first_step + 6, cfg.train.steps - 1)     # after the plan of `auto`
-        if draws_memory:
-            optimizer.manager.record = True
         loss, grad_norm = train_step(runner, model, optimizer, micros, n_scored, lr, mesh, layout, cfg.train.max_grad_norm,
-                                     recorder)
+                                     pictures.before(step))
         step += 1
         # ---- below here nothing changes the weights ----
         loss, grad_norm = loss.item(), grad_norm.item()   # waits for the device
         step_s = time.perf_counter() - began
-        events = recorder.gather() if recorder else None
-        if is_main and events:
-            draw_schedule(events, Path(cfg.run_dir, "schedule.png"), layout.schedule)
-            log.say(f"step {step}: drawn in {cfg.run_dir}/schedule.png; {bubble_share(events):.0%} of the time is bubbles")
-        if draws_memory:
-            optimizer.manager.record = False
-            if is_main:
-                draw_timeline(optimizer.manager.events, Path(cfg.run_dir, "memory.png"), f"step {step}")
-                log.say(f"step {step}: drawn in {cfg.run_dir}/memory.png")
+        pictures.after(step, log)
         if not loss < float("inf"):                       # also nan; all ranks see the same number and stop together
             raise RuntimeError(f"the loss of step {step} is {loss}; the last checkpoint is from before. Lower --train.lr.")
         validation_loss = None
         if cfg.train.validate_every and (step % cfg.train.validate_every == 0 or step == cfg.train.steps) and rows.n_validation:
-            validation_loss = evaluate(runner, rows, cfg, mesh, layout, device)
-            source_losses = {name: evaluate(runner, own, cfg, mesh, layout, device) for name, own, _ in rows.parts(0) if name}
+            validation_loss, *source_losses = (
+                evaluate(runner, held_out, cfg.train, cfg.data.document_mask, mesh, layout, device)
+                for held_out in [rows, *(own for name, own, _ in rows.parts(0) if name)])
+            source_losses = dict(zip((name for name, *_ in rows.parts(0) if name), source_losses, strict=True))
         peaks = torch.tensor(memory.take(), dtype=torch.float64)
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
         if is_main:
@@ -222,7 +212,6 @@ def main(cfg: PretrainConfig) -> None:
             log.step(row)
         last = stopped or step == cfg.train.steps
         if cfg.checkpoint.every and (step % cfg.checkpoint.every == 0 or last):
-            meta = checkpoint_meta(cfg, model_config, rows)
             stall_s = checkpoints.save(step, training_state(model, optimizer, step, reader.position, meta), wait=last)
             if is_main:
                 log.say(f"step {step}: checkpoint {'written' if last else 'under way'}; training waited {stall_s:.2f} s")
@@ -289,6 +278,37 @@ def fp32_weights(model: nn.Module, optimizer: Optimizer) -> Iterator[nn.Module]:
     optimizer.take_masters(masters)
 
 
+class StepPictures:
+    """--parallel.draw-schedule and --memory.draw: each watches one step and draws it. All ranks enter both methods."""
+
+    def __init__(self, cfg: "PretrainConfig", layout: ParallelConfig, mesh: DeviceMesh, optimizer: Optimizer,
+                 device: torch.device, first_step: int):
+        self.run_dir, self.layout, self.mesh, self.device = Path(cfg.run_dir), layout, mesh, device
+        self.manager = optimizer.manager if cfg.memory.draw else None
+        last = cfg.train.steps - 1                # the first steps are not typical, and placement auto plans after three
+        self.schedule_step = min(first_step + 2, last) if layout.draw_schedule else None
+        self.memory_step = min(first_step + 6, last) if cfg.memory.draw else None
+        self.recorder = None
+
+    def before(self, step: int) -> Recorder | None:
+        """What the step of this number, from 0, notes its pipeline in."""
+        self.recorder = Recorder(self.mesh["pp"], self.device) if step == self.schedule_step else None
+        if step == self.memory_step:
+            self.manager.record = True
+        return self.recorder
+
+    def after(self, steps_done: int, log: RunLog | None) -> None:
+        events = self.recorder.gather() if self.recorder else None
+        if log and events:
+            draw_schedule(events, self.run_dir / "schedule.png", self.layout.schedule)
+            log.say(f"step {steps_done}: drawn in {self.run_dir}/schedule.png; {bubble_share(events):.0%} of it is bubbles")
+        if self.manager and self.manager.record:
+            self.manager.record = False
+            if log:
+                draw_timeline(self.manager.events, self.run_dir / "memory.png", f"step {steps_done}")
+                log.say(f"step {steps_done}: drawn in {self.run_dir}/memory.png")
+
+
 # ---- The step: one global batch ---------------------------------------------------------------------------------------
 
 
@@ -318,10 +338,11 @@ def count_scored(micros: list[Batch]) -> int:
     return sum(int((micro.labels != -100).sum()) for micro in micros)
 
 
-def evaluate(runner, rows: PackedRows, cfg: PretrainConfig, mesh: DeviceMesh, layout: ParallelConfig, device) -> float:
+def evaluate(runner, rows: PackedRows, train: TrainConfig, document_mask: bool, mesh: DeviceMesh, layout: ParallelConfig,
+             device: torch.device) -> float:
     """Mean loss over the first held-out rows. All ranks enter: a sharded forward gathers weights."""
-    batches = list(validation_batches(rows, cfg.train.micro_batch_size, mesh["dp"].get_local_rank(), layout.dp,
-                                      cfg.data.document_mask, cfg.train.validation_rows))
+    batches = list(validation_batches(rows, train.micro_batch_size, mesh["dp"].get_local_rank(), layout.dp, document_mask,
+                                      train.validation_rows))
     nats = runner.evaluate_step([shard_batch(batch, mesh["cp"], layout.cp_method) for batch in batches])
     dist.all_reduce(nats, group=mesh["loss"].get_group())
     n_scored = torch.tensor(count_scored(batches), device=device)
@@ -348,7 +369,7 @@ def check_numbers(cfg: PretrainConfig) -> None:
                      "--train.min-lr": train.min_lr, "--train.validate-every": train.validate_every,
                      "--train.seed": train.seed, "--checkpoint.every": cfg.checkpoint.every,
                      "--checkpoint.keep": cfg.checkpoint.keep})
-    if train.min_lr is not None and train.min_lr > train.lr:
+    if train.min_lr is not None and train.lr is not None and train.min_lr > train.lr:
         raise UsageError(f"--train.min-lr {train.min_lr} is above --train.lr {train.lr}; the cosine ends at the lower.")
     if not 0 <= data.validation_share < 1:
         raise UsageError(f"--data.validation-share {data.validation_share} is not a share; use 0 (none) to below 1.")
@@ -390,10 +411,10 @@ def checkpoint_meta(cfg: PretrainConfig, model_config: LlamaConfig, rows: Packed
             "--data.path and --data.tokenizer": rows.contents}
 
 
-def resume(cfg: PretrainConfig, model, optimizer, checkpoints: Checkpointer, model_config, rows,
+def resume(asked: str, model: nn.Module, optimizer: Optimizer, checkpoints: Checkpointer, meta: dict,
            is_main: bool) -> tuple[int, int]:
-    """Load what --checkpoint.resume says; returns (steps done, rows read), zeros for a fresh start."""
-    asked = cfg.checkpoint.resume
+    """Load what --checkpoint.resume says; returns (steps done, rows read), zeros for a fresh start. meta: of this run, which
+    must be the checkpoint's."""
     path = checkpoints.latest() if asked == "auto" else None if asked == "never" else Path(asked)
     if path is None:
         return 0, 0
@@ -401,7 +422,7 @@ def resume(cfg: PretrainConfig, model, optimizer, checkpoints: Checkpointer, mod
     state = training_state(model, optimizer)
     checkpoints.load(path, state)
     progress = restore_training_state(state, model, optimizer)
-    refuse_other_run(path, progress["meta"], checkpoint_meta(cfg, model_config, rows))
+    refuse_other_run(path, progress["meta"], meta)
     for group, setting in zip(optimizer.param_groups, settings, strict=True):
         group.update(setting)                  # decay and the like are what was asked for now, not what was saved
     if is_main:

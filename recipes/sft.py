@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 8 recipes/sft.py --model llama2-7b/ --data.path 'chats/*.parquet' --lora.rank 16
     python recipes/sft.py --model llama2-7b/ --data.path chat.jsonl --preview 3        # what would be trained, in colour
 
-pretrain.py with other data; where the two files differ, fine-tuning differs. Rows are whole conversations, only what the
-assistant says is scored, and what the user leaves open (None below) is chosen from the data and the hardware, and said.
+pretrain.py with other data: it imports the step, the evaluation and the set-up from there; where the two differ,
+fine-tuning differs. Rows are whole conversations, only what the assistant says is scored, and what the user leaves open
+(None below) is chosen from the data and the hardware, and said.
 The run folder holds what pretrain's does and, with LoRA, hf-adapter/ beside the merged hf/.
 """
 
@@ -25,15 +26,27 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from pretrain import (
+    CheckpointConfig,
+    StepPictures,
+    check_numbers,
+    count_scored,
+    evaluate,
+    fp32_weights,
+    learning_rate,
+    read_model_config,
+    resume,
+    set_up,
+    tokenizer_path,
+    train_step,
+)
 
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf, save_hf
 from dtensor_llama.attention import choose_attention
-from dtensor_llama.checkpoint import Checkpointer, restore_training_state, training_state
+from dtensor_llama.checkpoint import Checkpointer, training_state
 from dtensor_llama.cli import run_recipe
 from dtensor_llama.data.preview import preview, say_data
-from dtensor_llama.data.reader import Batch, RowReader, validation_batches
+from dtensor_llama.data.reader import RowReader
 from dtensor_llama.data.rows import ChatCorpus, PackedExamples
 from dtensor_llama.data.template import ChatTemplate
 from dtensor_llama.data.tokenize import prepare_chat
@@ -43,19 +56,15 @@ from dtensor_llama.lora import LoraConfig, apply_lora, init_lora, merge_lora, n_
 from dtensor_llama.metrics import GIB, PeakMemory, RunLog, draw_loss_curve
 from dtensor_llama.model import init_weights
 from dtensor_llama.neftune import Neftune
-from dtensor_llama.optim import build_adamw
-from dtensor_llama.run import StopSignal, claim_run_dir, made_with, refuse_below, refuse_other_run, say_where_things_are
-from dtensor_llama.schedule import cosine_lr
+from dtensor_llama.run import StopSignal, claim_run_dir, made_with, refuse_below, say_where_things_are
 from dtensor_llama.weights import check_hf
-from parallel import ParallelConfig, build_mesh, parallelize
+from memory import MemoryConfig
+from parallel import ParallelConfig
 from parallel.answers import answer, held_out_prompts
-from parallel.clip import clip_grad_norm
 from parallel.config import AXES, check_parallel
-from parallel.context import embedded_here, shard_batch
+from parallel.context import embedded_here
 from parallel.fit import fit
 from parallel.mesh import reads_alone, start_process_group, stop_process_group
-from parallel.pipeline import make_step_runner
-from parallel.schedule_picture import Recorder, bubble_share, draw_schedule
 
 # ---- 1. What can be asked for: each field is a flag -------------------------------------------------------------------
 
@@ -95,14 +104,6 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
-    every: int = 500                    # steps between checkpoints; 0: none
-    keep: int = 3                       # newest ones to keep; 0: all
-    export_hf: bool = True              # write hf/ at the end, in --train.dtype
-    resume: str = "auto"                # auto: go on where this run folder stands, else start; never; or a checkpoint
-
-
-@dataclass(frozen=True)
 class SftConfig:
     """Fine-tune the model in a Hugging Face folder on conversations."""
 
@@ -111,6 +112,7 @@ class SftConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)      # where optimizer states and block inputs live
     lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     preview: int = 0                    # print so many rows, trained tokens bright, and end
@@ -131,6 +133,8 @@ def main(cfg: SftConfig) -> None:
 
     # ---- 2. What is refused, before anything starts; and what was left open -----------------------------------------
     check_numbers(cfg)
+    check_more_numbers(cfg)
+    cfg.memory.check()
     if not cfg.data.path:
         raise UsageError("--data.path is missing; name the conversations to train on, e.g. --data.path chat.jsonl.")
     tokenizer = load_tokenizer(tokenizer_path(cfg))
@@ -166,26 +170,21 @@ def main(cfg: SftConfig) -> None:
         run_lock = claim_run_dir(Path(cfg.run_dir), fresh=cfg.checkpoint.resume == "never")
 
     # ---- 3. The parts ----------------------------------------------------------------------------------------------
-    start_process_group(device, world_size, attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
-    mesh = build_mesh(layout, device.type)
-    dp_rank = mesh["dp"].get_local_rank()
-
-    parts = parallelize(model, mesh, layout, compute_dtype=compute_dtype, recompute=cfg.train.recompute,
-                        compile=cfg.train.compile, attention=kernel)
-    for part in parts:                                    # without pp: the model itself
-        part.to_empty(device=device)                      # this rank's shards, still without values
-    runner = make_step_runner(parts, mesh["pp"], layout.schedule, n_micros, device, compute_dtype, layout.sequence_shards,
-                              layout.zero_stage)
-    noise = None
-    if cfg.train.neftune_alpha and parts[0].model.embed_tokens is not None:
+    # Where torchrun makes a new store for each start, nodes may count their starts differently, and need no count.
+    shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    start_process_group(device, world_size, attempt=int(os.environ["TORCHELASTIC_RESTART_COUNT"]) if shares_store else 0)
+    mesh, runner, optimizer = set_up(cfg, model, layout, n_micros, kernel, device, seq_len, say=print if is_main else None)
+    dp_rank, noise = mesh["dp"].get_local_rank(), None
+    if cfg.train.neftune_alpha and model.model.embed_tokens is not None:
         noise = Neftune(cfg.train.neftune_alpha, cfg.train.seed, share=lambda per_token: embedded_here(
             per_token, mesh, layout.cp_method, layout.sequence_shards))
-        noise.add_to(parts[0].model.embed_tokens)
-    optimizer = build_adamw(model, cfg.train.lr, cfg.train.weight_decay)
+        noise.add_to(model.model.embed_tokens)
     checkpoints = Checkpointer(Path(cfg.run_dir, "checkpoints"), keep=cfg.checkpoint.keep)
-    load_hf(model, weights) if weights else init_weights(model, cfg.train.seed)      # a LoRA checkpoint has no frozen weights
-    init_lora(model, cfg.train.seed)
-    step, position = resume(cfg, model, optimizer, checkpoints, model_config, corpus, seq_len, is_main)
+    with fp32_weights(model, optimizer) as whole:         # also before a resumption: a LoRA checkpoint has no frozen weights
+        load_hf(whole, weights) if weights else init_weights(whole, cfg.train.seed)
+        init_lora(whole, cfg.train.seed)
+    meta = checkpoint_meta(cfg, model_config, corpus, seq_len)
+    step, position = resume(cfg.checkpoint.resume, model, optimizer, checkpoints, meta, is_main)
 
     reader = RowReader(rows, cfg.train.global_batch_size, cfg.train.micro_batch_size, dp_rank, layout.dp,
                        document_mask=True, position=position, pin_memory=device.type == "cuda")
@@ -206,8 +205,8 @@ def main(cfg: SftConfig) -> None:
             log.say("answers   none are sampled in training: no rank of a pipeline or of cp sees whole rows in a whole model")
 
     # ---- 4. The loop -----------------------------------------------------------------------------------------------
-    stop = StopSignal()
-    stopped, first_step = False, step
+    stop, stopped = StopSignal(), False
+    pictures = StepPictures(cfg, layout, mesh, optimizer, device, first_step=step)
     while step < cfg.train.steps and not stopped:
         began = time.perf_counter()
         lr = learning_rate(cfg.train, step)
@@ -216,25 +215,20 @@ def main(cfg: SftConfig) -> None:
         counts = torch.tensor([count_scored(micros) * reads_alone(mesh), int(stop.asked)], device=device)
         dist.all_reduce(counts)
         n_scored, stopped = counts[0], bool(counts[1])
-        draws = layout.draw_schedule and step == min(first_step + 2, cfg.train.steps - 1)      # the first steps are not typical
-        recorder = Recorder(mesh["pp"], device) if draws else None
         if noise:
             noise.next_step(step, dp_rank * cfg.train.global_batch_size // layout.dp, micros)
         loss, grad_norm = train_step(runner, model, optimizer, micros, n_scored, lr, mesh, layout, cfg.train.max_grad_norm,
-                                     recorder)
+                                     pictures.before(step))
         step += 1
         # ---- below here nothing changes the weights ----
         loss, grad_norm = loss.item(), grad_norm.item()   # waits for the device
         step_s = time.perf_counter() - began
-        events = recorder.gather() if recorder else None
-        if is_main and events:
-            draw_schedule(events, Path(cfg.run_dir, "schedule.png"), layout.schedule)
-            log.say(f"step {step}: drawn in {cfg.run_dir}/schedule.png; {bubble_share(events):.0%} of the time is bubbles")
+        pictures.after(step, log)
         if not loss < float("inf"):                       # also nan; all ranks see the same number and stop together
             raise RuntimeError(f"the loss of step {step} is {loss}; the last checkpoint is from before. Lower --train.lr.")
         validation_loss = None
         if cfg.train.validate_every and (step % cfg.train.validate_every == 0 or step == cfg.train.steps) and rows.n_validation:
-            validation_loss = evaluate(runner, rows, cfg, mesh, layout, device)
+            validation_loss = evaluate(runner, rows, cfg.train, True, mesh, layout, device)
             answers = answer(model, asked, cfg.train.answer_tokens, ends, tokenizer, layout.tp, device)
         peaks = torch.tensor(memory.take(), dtype=torch.float64)
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
@@ -252,7 +246,6 @@ def main(cfg: SftConfig) -> None:
             log.step(row)
         last = stopped or step == cfg.train.steps
         if cfg.checkpoint.every and (step % cfg.checkpoint.every == 0 or last):
-            meta = checkpoint_meta(cfg, model_config, corpus, seq_len)
             stall_s = checkpoints.save(step, training_state(model, optimizer, step, reader.position, meta), wait=last)
             if is_main:
                 log.say(f"step {step}: checkpoint {'written' if last else 'under way'}; training waited {stall_s:.2f} s")
@@ -261,7 +254,8 @@ def main(cfg: SftConfig) -> None:
     reader.close()
     checkpoints.close()
     if cfg.checkpoint.export_hf and not stopped:
-        export(model, cfg, tokenizer, template, compute_dtype, is_main)
+        with fp32_weights(model, optimizer) as whole:
+            export(model if cfg.lora.rank else whole, cfg, tokenizer, template, compute_dtype, is_main)
     if is_main:
         log.close()
         if log.rows:
@@ -271,71 +265,16 @@ def main(cfg: SftConfig) -> None:
     stop_process_group()
 
 
-# ---- The step: one global batch ---------------------------------------------------------------------------------------
-
-
-def train_step(runner, model: nn.Module, optimizer: torch.optim.Optimizer, micros: list[Batch], n_scored: Tensor, lr: float,
-               mesh: DeviceMesh, layout: ParallelConfig, max_grad_norm: float, recorder: Recorder | None = None,
-               ) -> tuple[Tensor, Tensor]:
-    """Forward and backward of one global batch, clip, step. Returns (loss, gradient norm), the same on every rank.
-
-    n_scored: scored labels of the whole global batch, so that sums over micro-batches and ranks give the mean.
-    """
-    micros = [shard_batch(micro, mesh["cp"], layout.cp_method) for micro in micros]
-    # FSDP averages gradients over the ranks that saw other tokens; we want their sum.
-    loss = runner.step(micros, n_scored, grad_scale=layout.grad_ranks, **({"recorder": recorder} if recorder else {}))
-    dist.all_reduce(loss, group=mesh["loss"].get_group())             # each rank has its own tokens' share
-    grad_norm = clip_grad_norm(model.parameters(), max_grad_norm)     # one norm over all ranks and axes
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss, grad_norm
-
-
-def count_scored(micros: list[Batch]) -> int:
-    return sum(int((micro.labels != -100).sum()) for micro in micros)
-
-
-def evaluate(runner, rows: PackedExamples, cfg: SftConfig, mesh: DeviceMesh, layout: ParallelConfig, device) -> float:
-    """Mean loss over the first held-out rows. All ranks enter: a sharded forward gathers weights."""
-    batches = list(validation_batches(rows, cfg.train.micro_batch_size, mesh["dp"].get_local_rank(), layout.dp,
-                                      document_mask=True, max_rows=cfg.train.validation_rows))
-    nats = runner.evaluate_step([shard_batch(batch, mesh["cp"], layout.cp_method) for batch in batches])
-    dist.all_reduce(nats, group=mesh["loss"].get_group())
-    n_scored = torch.tensor(count_scored(batches), device=device)
-    dist.all_reduce(n_scored, group=mesh["dp"].get_group())
-    return (nats / n_scored).item()
-
-
-def learning_rate(train: TrainConfig, step: int) -> float:
-    warmup = min(2000, train.steps // 50) if train.warmup_steps is None else train.warmup_steps
-    return cosine_lr(step, train.steps, warmup, train.lr, train.lr / 10 if train.min_lr is None else train.min_lr)
-
-
 # ---- What is refused --------------------------------------------------------------------------------------------------
 
 
-def check_numbers(cfg: SftConfig) -> None:
-    """Refuse numbers that no run can have."""
-    train, data = cfg.train, cfg.data
-    refuse_below(1, {"--train.steps": train.steps, "--train.global-batch-size": train.global_batch_size,
-                     "--train.micro-batch-size": train.micro_batch_size, "--train.validation-rows": train.validation_rows,
-                     "--train.answer-tokens": train.answer_tokens, "--data.seq-len": data.seq_len})
-    refuse_below(0, {"--train.lr": train.lr, "--train.max-grad-norm": train.max_grad_norm, "--train.epochs": train.epochs},
-                 exclusive=True)
-    refuse_below(0, {"--train.warmup-steps": train.warmup_steps, "--train.weight-decay": train.weight_decay,
-                     "--train.min-lr": train.min_lr, "--train.validate-every": train.validate_every,
-                     "--train.seed": train.seed, "--train.neftune-alpha": train.neftune_alpha, "--lora.rank": cfg.lora.rank,
-                     "--train.answers": train.answers, "--preview": cfg.preview, "--checkpoint.every": cfg.checkpoint.every,
-                     "--checkpoint.keep": cfg.checkpoint.keep})
-    if train.min_lr is not None and train.lr is not None and train.min_lr > train.lr:
-        raise UsageError(f"--train.min-lr {train.min_lr} is above --train.lr {train.lr}; the cosine ends at the lower.")
-    if not 0 <= data.validation_share < 1:
-        raise UsageError(f"--data.validation-share {data.validation_share} is not a share; use 0 (none) to below 1.")
-    if cfg.random_init and not Path(cfg.model).is_dir():
-        raise UsageError(f"--random-init takes the shape of a Hugging Face folder, and --model {cfg.model} is none; a "
-                         "preset starts from random weights anyway.")
+def check_more_numbers(cfg: SftConfig) -> None:
+    """As pretrain's check_numbers, of what only fine-tuning has."""
+    train = cfg.train
+    refuse_below(0, {"--train.epochs": train.epochs}, exclusive=True)
+    refuse_below(1, {"--train.answer-tokens": train.answer_tokens})
+    refuse_below(0, {"--train.neftune-alpha": train.neftune_alpha, "--lora.rank": cfg.lora.rank,
+                     "--train.answers": train.answers, "--preview": cfg.preview})
 
 
 def settle(cfg: SftConfig, model: LlamaConfig, corpus: ChatCorpus, tokenizer: Tokenizer, device: torch.device,
@@ -375,29 +314,6 @@ def settle(cfg: SftConfig, model: LlamaConfig, corpus: ChatCorpus, tokenizer: To
     return replace(cfg, train=train, data=replace(cfg.data, seq_len=seq_len)), layout, rows, reasons
 
 
-def tokenizer_path(cfg: SftConfig) -> Path:
-    if cfg.data.tokenizer is not None:
-        return Path(cfg.data.tokenizer)
-    if Path(cfg.model).is_dir():
-        return Path(cfg.model)
-    LlamaConfig.preset(cfg.model)              # an unknown name is the first thing to say
-    raise UsageError(f"--data.tokenizer is missing, and the preset --model {cfg.model} has none of its own; give a Hugging "
-                     "Face folder, a tokenizer.json or a SentencePiece .model.")
-
-
-def read_model_config(cfg: SftConfig, tokenizer: Tokenizer) -> LlamaConfig:
-    """The shape to train, with the tokenizer's ids of begin and end."""
-    looks_like_path = os.sep in cfg.model or Path(cfg.model).exists()
-    config = LlamaConfig.from_hf(cfg.model) if looks_like_path else LlamaConfig.preset(cfg.model)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UsageError(f"--data.tokenizer has {tokenizer.vocab_size} tokens and --model {cfg.model} a vocabulary of "
-                         f"{config.vocab_size}; use the tokenizer the model was made for, or a model with a vocabulary of "
-                         f"at least {tokenizer.vocab_size}.")
-    if Path(cfg.model).is_dir() and cfg.data.tokenizer is None:
-        return config                          # the folder's own: its config.json says it already, and may list several
-    return replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
-
-
 # ---- Resuming ---------------------------------------------------------------------------------------------------------
 
 
@@ -408,25 +324,6 @@ def checkpoint_meta(cfg: SftConfig, model_config: LlamaConfig, corpus: ChatCorpu
             "--lora": {**asdict(cfg.lora), "targets": list(cfg.lora.targets)},           # a list, as JSON gives it back
             "--data.overlong and --data.packing": f"{cfg.data.overlong}, {'packed' if cfg.data.packing else 'not packed'}",
             "--data.path and --data.tokenizer": f"{corpus.n_tokens} tokens in {corpus.n_documents} conversations"}
-
-
-def resume(cfg: SftConfig, model, optimizer, checkpoints: Checkpointer, model_config, corpus, seq_len,
-           is_main: bool) -> tuple[int, int]:
-    """Load what --checkpoint.resume says; returns (steps done, rows read), zeros for a fresh start."""
-    asked = cfg.checkpoint.resume
-    path = checkpoints.latest() if asked == "auto" else None if asked == "never" else Path(asked)
-    if path is None:
-        return 0, 0
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    state = training_state(model, optimizer)
-    checkpoints.load(path, state)
-    progress = restore_training_state(state, model, optimizer)
-    refuse_other_run(path, progress["meta"], checkpoint_meta(cfg, model_config, corpus, seq_len))
-    for group, setting in zip(optimizer.param_groups, settings, strict=True):
-        group.update(setting)                  # decay and the like are what was asked for now, not what was saved
-    if is_main:
-        print(f"resuming from {path}: {progress['step']} steps done", flush=True)
-    return progress["step"], progress["position"]
 
 
 # ---- Telling ----------------------------------------------------------------------------------------------------------

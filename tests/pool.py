@@ -66,10 +66,13 @@ def _collect(workers, timeout: float, folder: str):
         if not ready:
             if not failures:
                 for rank in pending.values():
-                    os.kill(workers[rank].process.pid, signal.SIGUSR1)      # it writes down where each of its threads stands
+                    if _stack_file(folder, rank).exists():                  # it begins with that: else the signal would end it
+                        os.kill(workers[rank].process.pid, signal.SIGUSR1)  # it writes down where each of its threads stands
                 time.sleep(0.5)
-                failures += [f"rank {rank} did not answer in {timeout:.0f} s\n{_stack_file(folder, rank).read_text()}"
-                             for rank in pending.values()]
+                for rank in pending.values():
+                    stack = _stack_file(folder, rank)
+                    stood = stack.read_text() if stack.exists() else "it had not begun"
+                    failures.append(f"rank {rank} did not answer in {timeout:.0f} s\n{stood}")
             break
         for pipe in ready:
             rank = pending.pop(pipe)

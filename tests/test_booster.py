@@ -13,6 +13,7 @@ from recipe import ROOT
 from torch.testing import assert_close
 
 from dtensor_llama import Llama, LlamaConfig, UsageError
+from memory import MemoryConfig
 from parallel import ParallelConfig
 from parallel.booster import Booster, copy_weights
 
@@ -85,8 +86,8 @@ def plain(tied=False, criterion=None, size=(5, 8, 16)):
     return losses, norms, dict(model.named_parameters())
 
 
-def boosted(make, layout, folder, tied=False, criterion=None, size=(5, 8, 16)):
-    booster = Booster(ParallelConfig(**layout))
+def boosted(make, layout, folder, tied=False, criterion=None, size=(5, 8, 16), memory=None):
+    booster = Booster(ParallelConfig(**layout), memory)
     model = make(tied)
     model, optimizer, dataloader, criterion = booster.boost(model, adamw(model), batches(*size), criterion)
     losses, norms = [], []
@@ -121,6 +122,13 @@ def test_transformers_model_trains_as_in_one_process(tmp_path, layout):
 def test_our_model_trains_as_transformers_does(tmp_path, layout, tied):
     ranks, config = LAYOUTS[layout]
     assert_same_training(ranks, plain(tied), ours, config, tmp_path / "hf", tied)
+
+
+@pytest.mark.parametrize("layout", ["dp2", "pp2"])
+def test_with_a_memory_plan_it_trains_alike(tmp_path, layout):
+    ranks, config = LAYOUTS[layout]
+    memory = MemoryConfig("static", 0.4, 0.3, 0.3, kernel="blocks")
+    assert_same_training(ranks, plain(True), theirs, config, tmp_path / "hf", True, None, (5, 8, 16), memory)
 
 
 @pytest.mark.parametrize("layout", ["dp2", "tp2-pp2"])
@@ -238,7 +246,7 @@ def refused(what):
 
 
 @pytest.mark.parametrize("what,said", {
-    "memory": "offload is not built yet", "attention_bias": "attention_bias=True", "strange model": "model is a Linear",
+    "memory": "pass memory.MemoryConfig", "attention_bias": "attention_bias=True", "strange model": "model is a Linear",
     "adapter": "adapter.weight: only in it", "frozen": "lm_head.weight: requires_grad is False",
     "stepped": "already stepped", "part": "leaves out 1 parameters", "another's": "not the model's", "cp criterion": "cp=2",
     "layers": "4 stages", "heads": "--parallel.tp 2 does not divide the 1 query heads", "positions": "position_ids",

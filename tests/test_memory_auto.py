@@ -66,11 +66,11 @@ def drifting() -> list[str]:
     said: list[str] = []
     model, manager = managed(said=said, device_budget_gib=bytes_of(tiny()) * 2.5 / GIB, host_budget_gib=0.1)
     train(model, manager.optimizer, WARM_UP_STEPS)
-    manager.host_update_seconds = lambda: 100 * manager.plan.seconds["update"]
-    train(model, manager.optimizer, 1)
-    del manager.host_update_seconds
-    manager.host_update_seconds = lambda: manager.plan.seconds["update"]
-    train(model, manager.optimizer, 3)
+    with mock.patch("memory.auto.WATCH_EVERY", 1):
+        manager.host_update_seconds = lambda: 100 * manager.plan.seconds["update"]
+        train(model, manager.optimizer, 1)
+        manager.host_update_seconds = lambda: manager.plan.seconds["update"]
+        train(model, manager.optimizer, 3)
     manager.close()
     return said
 

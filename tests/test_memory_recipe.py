@@ -50,6 +50,16 @@ def test_auto_plans_after_the_warm_up_and_draws_a_step(inputs, reference, tmp_pa
     assert (tmp_path / "run" / "memory.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_resumed_under_auto_has_the_plan_of_its_checkpoint_and_the_same_bits(inputs, tmp_path):
+    more = ["--memory.placement", "auto", "--memory.kernel", "blocks", "--memory.device-budget-gib", 0.0012]
+    stopped = flags(inputs, tmp_path / "stopped", *more)
+    assert recipe("pretrain", *stopped, ranks=2, stop_at_step=5).status == 0
+    n_before = len(metrics(tmp_path / "stopped"))
+    resumed = recipe("pretrain", *stopped, ranks=2)
+    assert resumed.status == 0 and 5 <= n_before < 8, resumed
+    assert "with the plan of the checkpoint\nmemory plan, auto" in resumed.out and len(metrics(tmp_path / "stopped")) == 8
+
+
 @pytest.mark.parametrize("more,said", [
     (["--memory.placement", "static", "--memory.resident", 0.5], ["--memory.stream", "--memory.cpu", "sum to 1"]),
     (["--memory.placement", "static", "--memory.resident", 0.5, "--memory.stream", 0.2, "--memory.cpu", 0.2],
