@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/first
 
-.PHONY: setup train test test-all lint
+.PHONY: setup train finetune test test-all lint
 
 setup: .venv/ready
 
@@ -24,6 +24,13 @@ train: setup
 		--train.steps 700 --train.global-batch-size $$((4 * processes)) --train.micro-batch-size 4 --train.lr 3e-3 \
 		--train.dtype $$dtype --train.validate-every 100 --checkpoint.every 200 --run-dir $(RUN)
 	$(BIN)/python recipes/generate.py --model $(RUN)/hf --prompt 'def __init__' --max-new-tokens 120 --temperature 0.7 --top-p 0.9
+
+# Your conversations, your model: make finetune MODEL=folder DATA=chat.jsonl. What is not said here sft.py picks, and says.
+finetune: setup
+	@test -n "$(MODEL)" && test -n "$(DATA)" || { echo 'error: say which: make finetune MODEL=folder DATA=chat.jsonl'; exit 2; }
+	n_gpus=$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count())'); \
+	$(BIN)/torchrun --nproc-per-node $$(if [ $$n_gpus -gt 0 ]; then echo $$n_gpus; else echo 1; fi) recipes/sft.py \
+		--model $(MODEL) --data.path $(DATA) --run-dir runs/finetune $(FLAGS)
 
 test: setup
 	$(BIN)/python -m pytest -q

@@ -78,8 +78,9 @@ def made_with() -> dict:
             "git_revision": git.stdout.strip() or None}
 
 
-def say_where_things_are(run_dir: Path, rows: list[dict], step: int, steps: int, stopped: bool) -> None:
-    """The closing words of a run. rows: of metrics.jsonl; stopped: asked to, before all `steps` were done."""
+def say_where_things_are(run_dir: Path, rows: list[dict], step: int, steps: int, stopped: bool, chat: bool = False) -> None:
+    """The closing words of a run. rows: of metrics.jsonl; stopped: asked to, before all `steps` were done; chat: what it
+    trained answers conversations."""
     if not rows:
         print(f"nothing to train: {step} steps are done already, and this run folder has no rows")
         return
@@ -90,5 +91,9 @@ def say_where_things_are(run_dir: Path, rows: list[dict], step: int, steps: int,
     print(f"run folder    {run_dir}\ntensorboard   tensorboard --logdir {run_dir / 'tensorboard'}\n"
           f"loss curve    {run_dir / 'loss.png'}")
     if (run_dir / "hf").is_dir() and not stopped:
+        asking = "--chat" if chat else "--prompt 'Once upon a time'"
         print(f"model         {run_dir / 'hf'}   (Hugging Face format)\n"
-              f"try           python recipes/generate.py --model {run_dir / 'hf'} --prompt 'Once upon a time'", flush=True)
+              f"try           python recipes/generate.py --model {run_dir / 'hf'} {asking}", flush=True)
+    if chat and (run_dir / "hf").is_dir() and not stopped:
+        print(f"serve         transformers serve {run_dir / 'hf'}   (pip install 'transformers[serving]'), or\n"
+              f"              vllm serve {run_dir / 'hf'}", flush=True)

@@ -26,8 +26,9 @@ def start_process_group(device: torch.device, world_size: int, attempt: int = 0,
     `timeout_s` seconds, or a collective that lasts longer, is an error on all others.
 
     attempt: how often torchrun has restarted the processes. They find the store of the attempt before, with the addresses
-    of the dead in it, so each attempt has names of its own (pytorch issue 135712). Nodes count their own restarts only;
-    on several nodes set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, which then makes a new store each time.
+    of the dead in it, so each attempt has names of its own (pytorch issue 135712). Nodes may count their restarts
+    differently: on several nodes set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, which then makes a new store each
+    time, and leave the attempt 0.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     options = {"timeout": timedelta(seconds=timeout_s)}

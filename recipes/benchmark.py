@@ -68,7 +68,7 @@ def main(cfg: BenchmarkConfig) -> None:
                                 cfg.data.text_field)
         rows = PackedRows(corpus, seq_len, cfg.data.validation_share, cfg.train.seed)
 
-    start_process_group(device, world_size, attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    start_process_group(device, world_size)
     mesh = build_mesh(layout, device.type)
     dp_rank = mesh["dp"].get_local_rank()
     with torch.device("meta"):

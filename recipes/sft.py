@@ -260,7 +260,7 @@ def main(cfg: SftConfig) -> None:
         log.close()
         if log.rows:
             draw_loss_curve(log.rows, Path(cfg.run_dir, "loss.png"))
-        say_where_things_are(Path(cfg.run_dir), log.rows, step, cfg.train.steps, stopped)
+        say_where_things_are(Path(cfg.run_dir), log.rows, step, cfg.train.steps, stopped, chat=True)
         run_lock.close()
     stop_process_group()
 

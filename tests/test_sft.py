@@ -65,16 +65,18 @@ def assert_same_losses(ours: Path, expected: Path) -> None:
 
 
 LAYOUTS = [(2, []), (2, ["--parallel.tp", 2]), (2, ["--parallel.pp", 2])]
+OFFLOAD = ["--memory.placement", "static", "--memory.resident", 0.4, "--memory.stream", 0.3, "--memory.cpu", 0.3,
+           "--memory.kernel", "blocks"]
 
 
-@pytest.mark.parametrize("ranks,more", LAYOUTS)
+@pytest.mark.parametrize("ranks,more", [*LAYOUTS, (1, OFFLOAD)])
 def test_full_fine_tuning_has_one_loss(inputs, chat, full, tmp_path, ranks, more):
     ended = recipe("sft", *flags(inputs, chat, tmp_path / "run", *more), ranks=ranks)
     assert ended.status == 0, ended
     assert_same_losses(tmp_path / "run", full)
 
 
-@pytest.mark.parametrize("ranks,more", [pytest.param(*one, marks=pytest.mark.slow) for one in LAYOUTS])
+@pytest.mark.parametrize("ranks,more", [pytest.param(*one, marks=pytest.mark.slow) for one in [*LAYOUTS, (2, OFFLOAD)]])
 def test_lora_has_one_loss(inputs, chat, lora, tmp_path, ranks, more):
     ended = recipe("sft", *flags(inputs, chat, tmp_path / "run", *more, "--lora.rank", 4), ranks=ranks)
     assert ended.status == 0, ended
