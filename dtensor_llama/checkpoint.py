@@ -330,7 +330,7 @@ def _refuse_other_model(path: Path, state: dict, wanted: set[str], stored: dict[
                                         "--model." if adapters_there else "a checkpoint of a whole model, and this run trains "
                                         "LoRA adapters; leave --lora.rank out, or start anew from its hf/ as --model."))
     problems = [f"{name}: {'only' if name in stored else 'not'} in the checkpoint"
-                for name in wanted ^ set(stored) if not name.startswith("rng.")]
+                for name in wanted ^ set(stored) if not name.startswith(("rng.", "plan."))]
     problems += [f"{name}: is {list(stored[name].size)}, this run needs {list(value.shape)}"
                  for name, value in _leaves(state) if isinstance(value, torch.Tensor)
                  and name in stored and tuple(getattr(stored[name], "size", ())) != tuple(value.shape)]

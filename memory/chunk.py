@@ -2,7 +2,7 @@
 
 shard       this rank's elements of one parameter, flat: DTensor.to_local(), or a plain parameter
 piece       a run of a shard that lies in one chunk; a large shard is cut into several
-chunk       pieces in forward order, of one parameter group and dtype, 16 Mi elements together
+chunk       pieces in forward order, of one parameter group and dtype, 16 Mi elements, fewer on a small shard
 master      the float32 weight. RESIDENT and STREAM keep of it only what the weight lacks: nothing if weights are float32,
             `low`, its lower 16 bits, if they are bfloat16. CPU keeps all of it, on the host
 slab        host memory of a CPU chunk in the weights' dtype, pinned: gradients arrive in it, new weights leave from it
@@ -24,6 +24,8 @@ from memory.kernel import join_master, split_master
 from memory.placement import Placement
 
 CHUNK_ELEMENTS = 16 * 2**20   # 64 MiB of each float32 tensor: a copy of it runs at the wire's speed, a ring of 4 is 0.6 GiB
+MIN_CHUNKS = 32               # of a rank, if they have LEAST_CHUNK_ELEMENTS
+LEAST_CHUNK_ELEMENTS = 4096
 ALIGN = 64                    # elements: pieces begin at a vector register's and a cache line's boundary
 GIB = 2**30
 
@@ -115,10 +117,11 @@ class Chunk:
         return f"chunk {self.index} ({self.placement.value}, {self.n} elements from {self.pieces[0].managed.name})"
 
     @property
-    def covers(self) -> str:
-        """The parameters in it, in words."""
-        first, last = self.pieces[0].managed.name, self.pieces[-1].managed.name
-        return first if first == last else f"{first} to {last}"
+    def covers(self) -> tuple[str, str]:
+        """Its first and its last parameter, without what all names have."""
+        first, last = (piece.managed.name.removeprefix("model.").removesuffix(".weight")
+                       for piece in (self.pieces[0], self.pieces[-1]))
+        return first, last
 
     def move_to(self, state: State) -> None:
         if state not in LEGAL_MOVES[self.state]:
@@ -188,7 +191,16 @@ def bytes_per_element(placement: Placement, dtype: torch.dtype, sums: bool) -> d
     return need
 
 
-def cut(managed: list[Managed], chunk_elements: int = CHUNK_ELEMENTS) -> list[Chunk]:
+def chunk_size(n_elements: int) -> int:
+    """Elements of a chunk for a rank with so many: CHUNK_ELEMENTS, or halved until it has MIN_CHUNKS, so that fractions and
+    budgets are met closely; on small shards a chunk that takes a launch or two is as quick as a large one."""
+    size = CHUNK_ELEMENTS
+    while size > LEAST_CHUNK_ELEMENTS and n_elements < MIN_CHUNKS * size:
+        size //= 2
+    return size
+
+
+def cut(managed: list[Managed], chunk_elements: int) -> list[Chunk]:
     """Chunks of the shards in the order given, one open chunk per (group, dtype); in the order of their first pieces."""
     assert chunk_elements % ALIGN == 0, chunk_elements
     chunks: list[Chunk] = []

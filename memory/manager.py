@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from dtensor_llama.errors import UsageError
 from dtensor_llama.shards import copies, local
 from memory.auto import AutoPolicy
-from memory.chunk import CHUNK_ELEMENTS, DONE, GIB, Chunk, Ledger, Managed, Piece, State, bytes_per_element, cut, like
+from memory.chunk import DONE, GIB, Chunk, Ledger, Managed, Piece, State, bytes_per_element, chunk_size, cut, like
 from memory.config import MemoryConfig
 from memory.kernel import Hyper, Kernel
 from memory.optimizer import ChunkOptimizer, check_adamw
@@ -88,14 +88,15 @@ class ChunkManager:
     def __init__(self, model: nn.Module, optimizer: torch.optim.AdamW, config: MemoryConfig, *,
                  parts: Sequence[nn.Module] | None = None, arrivals: int = 1, outside: Iterable[nn.Parameter] = (),
                  plan: Plan | None = None, rates: Rates | None = None, say: Callable[[str], None] = print,
-                 ranks_per_host: int = 1, chunk_elements: int = CHUNK_ELEMENTS, host_threads: int | None = None):
+                 ranks_per_host: int = 1, chunk_elements: int | None = None, host_threads: int | None = None):
         config.check()
         check_adamw(optimizer)
         self.model, self.config, self.arrivals = model, config, arrivals
         self.parts = [model] if parts is None else list(parts)
         self.managed = find_managed(model, self.parts, optimizer, set(outside))
         self.of = {one.parameter: one for one in self.managed}
-        self.chunks = cut(self.managed, chunk_elements)
+        n_here = sum(local(one.parameter).numel() for one in self.managed)
+        self.chunks = cut(self.managed, chunk_elements or chunk_size(n_here))
         self.device = local(self.managed[0].parameter).device if self.managed else torch.device("cpu")
         self.is_cuda = self.device.type == "cuda"
         self.sums = arrivals > 1

@@ -86,7 +86,7 @@ class Plan:
     policy: str = "given"                    # static, auto
     why: str = "placements as given"
     widths: Widths = Widths()
-    layers: tuple[str, ...] = ()             # what each chunk covers, in words; may be empty
+    layers: tuple[tuple[str, str], ...] = ()    # first and last parameter of each chunk; may be empty
     other_device_bytes: int = 0              # activations, buffers, other libraries: traced
     other_host_bytes: int = 0
     device_budget_bytes: int | None = None
@@ -116,7 +116,7 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> "Plan":
         stored = json.loads(text)
-        tuples = {name: tuple(stored[name]) for name in ("n_elements", "layers")}
+        tuples = {"n_elements": tuple(stored["n_elements"]), "layers": tuple(map(tuple, stored["layers"]))}
         return cls(**stored | tuples | {"placements": tuple(map(Placement, stored["placements"])),
                                         "widths": Widths(**stored["widths"])})
 
@@ -159,7 +159,7 @@ def splits(n_elements: Sequence[int]) -> Iterator[tuple[int, int, np.ndarray]]:
 
 
 def static_plan(n_elements: Sequence[int], resident: float, stream: float, cpu: float, *, widths: Widths = Widths(),
-                layers: Sequence[str] = ()) -> Plan:
+                layers: Sequence[tuple[str, str]] = ()) -> Plan:
     """Fractions of the parameters by layer order, as closely as whole chunks allow (least sum of the three deviations)."""
     fractions = {"resident": resident, "stream": stream, "cpu": cpu}
     said = " ".join(f"--memory.{name} {value:g}" for name, value in fractions.items())
@@ -178,7 +178,7 @@ def static_plan(n_elements: Sequence[int], resident: float, stream: float, cpu: 
 
 
 def auto_plan(n_elements: Sequence[int], *, device_budget_bytes: int, host_budget_bytes: int, rates: Rates, traced: Traced,
-              widths: Widths = Widths(), layers: Sequence[str] = ()) -> Plan:
+              widths: Widths = Widths(), layers: Sequence[tuple[str, str]] = ()) -> Plan:
     """The fastest predicted step within both budgets, by a scan of all layouts.
 
     n_elements: this rank's chunks in forward order. If all fits, all is RESIDENT. Of plans within CLOSE_ENOUGH of the fastest
@@ -279,7 +279,7 @@ def describe(plan: Plan) -> str:
         chosen = [i for i, placement in enumerate(plan.placements) if placement is where]
         if not chosen:
             continue
-        covers = f"{plan.layers[chosen[0]]} .. {plan.layers[chosen[-1]]}: " if plan.layers else ""
+        covers = f"{plan.layers[chosen[0]][0]} .. {plan.layers[chosen[-1]][1]}: " if plan.layers else ""
         rows.append((where.value, str(len(chosen)), _count(plan.n_parameters(where)), _gib(device.get(where.value, 0)),
                      _gib(host.get(where.value, 0)), covers + WHY[where]))
     if device["ring"]:

@@ -279,15 +279,16 @@ def fp32_weights(model: nn.Module, optimizer: Optimizer) -> Iterator[nn.Module]:
 
 
 class StepPictures:
-    """--parallel.draw-schedule and --memory.draw: each watches one step and draws it. All ranks enter both methods."""
+    """--parallel.draw-schedule draws one step; --memory.draw two, as an update hides behind the next forward. All ranks enter
+    both methods."""
 
     def __init__(self, cfg: "PretrainConfig", layout: ParallelConfig, mesh: DeviceMesh, optimizer: Optimizer,
                  device: torch.device, first_step: int):
         self.run_dir, self.layout, self.mesh, self.device = Path(cfg.run_dir), layout, mesh, device
         self.manager = optimizer.manager if cfg.memory.draw else None
-        last = cfg.train.steps - 1                # the first steps are not typical, and placement auto plans after three
+        last = self.last = cfg.train.steps - 1    # the first steps are not typical, and placement auto plans after three
         self.schedule_step = min(first_step + 2, last) if layout.draw_schedule else None
-        self.memory_step = min(first_step + 6, last) if cfg.memory.draw else None
+        self.memory_step = max(first_step, min(first_step + 6, last - 1)) if cfg.memory.draw else None
         self.recorder = None
 
     def before(self, step: int) -> Recorder | None:
@@ -302,10 +303,10 @@ class StepPictures:
         if log and events:
             draw_schedule(events, self.run_dir / "schedule.png", self.layout.schedule)
             log.say(f"step {steps_done}: drawn in {self.run_dir}/schedule.png; {bubble_share(events):.0%} of it is bubbles")
-        if self.manager and self.manager.record:
+        if self.manager and self.manager.record and steps_done > min(self.memory_step + 1, self.last):
             self.manager.record = False
             if log:
-                draw_timeline(self.manager.events, self.run_dir / "memory.png", f"step {steps_done}")
+                draw_timeline(self.manager.events, self.run_dir / "memory.png", f"steps {self.memory_step + 1} to {steps_done}")
                 log.say(f"step {steps_done}: drawn in {self.run_dir}/memory.png")
 
 

@@ -243,7 +243,7 @@ def test_a_plan_of_70b_on_512_ranks_and_on_8_takes_less_than_a_second():
 
 
 def mixed_plan() -> Plan:
-    layers = ["embedding", *(f"layer {i // 2}" for i in range(254)), "head"]
+    layers = [(name, name) for name in ("embedding", *(f"layer {i // 2}" for i in range(254)), "head")]
     return auto_plan([CHUNK] * 256, device_budget_bytes=24 * GIB, host_budget_bytes=100 * GIB, rates=RATES,
                      traced=Traced(GIB, 0.02, 0.04, host_bytes=GIB // 2), layers=layers)
 
@@ -283,5 +283,6 @@ def test_the_table_says_what_lives_where_why_how_much_and_how_long():
 
 
 def test_plans_survive_json():
-    for plan in (mixed_plan(), static_plan([8] * 4, 0.5, 0.25, 0.25, widths=Widths(4, 4, 4), layers=list("abcd"))):
+    by_hand = static_plan([8] * 4, 0.5, 0.25, 0.25, widths=Widths(4, 4, 4), layers=list(zip("abcd", "bcde", strict=True)))
+    for plan in (mixed_plan(), by_hand):
         assert Plan.from_json(plan.to_json()) == plan
