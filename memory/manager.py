@@ -87,7 +87,7 @@ class ChunkManager:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.AdamW, config: MemoryConfig, *,
                  parts: Sequence[nn.Module] | None = None, arrivals: int = 1, outside: Iterable[nn.Parameter] = (),
-                 plan: Plan | None = None, rates: Rates | None = None, say: Callable[[str], None] = print,
+                 plan: Plan | None = None, rates: Rates | None = None, say: Callable[[str], None] = lambda text: None,
                  ranks_per_host: int = 1, chunk_elements: int | None = None, host_threads: int | None = None):
         config.check()
         check_adamw(optimizer)

@@ -84,7 +84,7 @@ def one_process(shape: str) -> dict:
     pytest.param(2, "gqa", 2, dict(pp=2, schedule="zbv"), id="pp, two stages a rank, split backward"),
     pytest.param(4, "gqa", 2, dict(pp=2, tp=2), id="pp tp"),
     pytest.param(4, "gqa", 2, dict(dp_replicate=2, dp_shard=2), id="HSDP"),
-    pytest.param(8, "gqa", 2, dict(pp=2, tp=2, zero_stage=1), id="pp tp ZeRO 1"),
+    pytest.param(8, "gqa", 2, dict(pp=2, tp=2, zero_stage=1), id="pp tp ZeRO 1", marks=pytest.mark.slow),
 ])
 def test_a_layout_with_chunks_in_random_places_equals_one_process(ranks, shape, micro, layout):
     ours, theirs = run_on(ranks, managed_steps, shape, ParallelConfig(**layout), micro, 1, timeout=180)[0], one_process(shape)

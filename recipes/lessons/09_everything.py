@@ -105,14 +105,14 @@ def lesson() -> None:
 
     say("To add an axis of your own, e.g. ep for experts:")
     for file, start, what in (
-            ("config.py", "AXES =", "its name, beside the ranks it shall have as neighbours; and a field"),
-            ("config.py", "def check_parallel", "what it cannot do, refused with numbers and a remedy"),
-            ("mesh.py", "def build_mesh", "derived axes: do its ranks read other rows (dp, loss), or share weights (fsdp)?"),
-            ("apply.py", "def parallelize", "its pass, after those whose result it needs"),
-            ("clip.py", "def _copies", "nothing: it counts by placements, so leave DTensors that tell the truth")):
-        lines = Path(__file__).parents[2].joinpath("parallel", file).read_text().splitlines()
+            ("parallel/config.py", "AXES =", "its name, beside the ranks it shall have as neighbours; a field"),
+            ("parallel/config.py", "def check_parallel", "what it cannot do, refused with a remedy"),
+            ("parallel/mesh.py", "def build_mesh", "its derived axes: read other rows (dp, loss)? share weights (fsdp)?"),
+            ("parallel/apply.py", "def parallelize", "its pass, after those whose result it needs"),
+            ("dtensor_llama/shards.py", "def copies", "nothing: it counts by the DTensors' placements")):
+        lines = Path(__file__).parents[2].joinpath(file).read_text().splitlines()
         line = 1 + next(i for i, text in enumerate(lines) if text.startswith(start))
-        say(f"  {f'parallel/{file}:{line}':23} {start:20} {what}")
+        say(f"  {f'{file}:{line}':26} {start:20} {what}")
     say(f"\nproven: {len(LAYOUTS)} layouts of 4 processes give one process's loss, gradient norm and gradients")
 
 
