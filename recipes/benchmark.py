@@ -19,7 +19,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone work
 
 import torch
 import torch.distributed as dist
-from pretrain import PretrainConfig, TrainConfig, check_numbers, count_scored, tokenizer_path, train_step
+from pretrain import (
+    PretrainConfig,
+    TrainConfig,
+    check_numbers,
+    count_scored,
+    fp32_weights,
+    set_up,
+    tokenizer_path,
+    train_step,
+)
 
 from dtensor_llama import Llama, LlamaConfig
 from dtensor_llama.attention import choose_attention
@@ -31,11 +40,8 @@ from dtensor_llama.data.tokenizer import load_tokenizer
 from dtensor_llama.flops import hardware_flops_per_token, model_flops_per_token, peak_flops
 from dtensor_llama.metrics import GIB, PeakMemory
 from dtensor_llama.model import init_weights
-from dtensor_llama.optim import build_adamw
-from parallel import build_mesh, parallelize
 from parallel.config import check_parallel
 from parallel.mesh import reads_alone, start_process_group, stop_process_group
-from parallel.pipeline import make_step_runner
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ def main(cfg: BenchmarkConfig) -> None:
         torch.cuda.set_device(device)
     dtype = getattr(torch, cfg.train.dtype)
     check_numbers(cfg)
+    cfg.memory.check()
     config = LlamaConfig.from_hf(cfg.model) if Path(cfg.model).exists() else LlamaConfig.preset(cfg.model)
     seq_len = cfg.data.seq_len or config.max_position_embeddings
     ring = cfg.parallel.cp > 1 and cfg.parallel.cp_method == "ring"
@@ -69,18 +76,12 @@ def main(cfg: BenchmarkConfig) -> None:
         rows = PackedRows(corpus, seq_len, cfg.data.validation_share, cfg.train.seed)
 
     start_process_group(device, world_size)
-    mesh = build_mesh(layout, device.type)
-    dp_rank = mesh["dp"].get_local_rank()
     with torch.device("meta"):
         model = Llama(config)
-    parts = parallelize(model, mesh, layout, compute_dtype=dtype, recompute=cfg.train.recompute, compile=cfg.train.compile,
-                        attention=kernel)
-    for part in parts:
-        part.to_empty(device=device)
-    runner = make_step_runner(parts, mesh["pp"], layout.schedule, n_micros, device, dtype, layout.sequence_shards,
-                              layout.zero_stage)
-    init_weights(model, cfg.train.seed)
-    optimizer = build_adamw(model, cfg.train.lr, cfg.train.weight_decay)
+    mesh, runner, optimizer = set_up(cfg, model, layout, n_micros, kernel, device, seq_len, say=print if rank == 0 else None)
+    dp_rank = mesh["dp"].get_local_rank()
+    with fp32_weights(model, optimizer) as whole:
+        init_weights(whole, cfg.train.seed)
 
     synthetic = torch.randint(config.vocab_size, (n_micros, cfg.train.micro_batch_size, seq_len + 1),
                               generator=torch.Generator().manual_seed(dp_rank))
@@ -116,7 +117,8 @@ def main(cfg: BenchmarkConfig) -> None:
         result = {
             "model": cfg.model, "n_parameters": config.n_parameters, "world_size": world_size, "device": _device_name(device),
             "torch": torch.__version__, "dtype": cfg.train.dtype, "attention": kernel, "compile": cfg.train.compile,
-            "recompute": cfg.train.recompute, "seq_len": seq_len, "global_batch_size": cfg.train.global_batch_size,
+            "recompute": cfg.train.recompute, "memory": cfg.memory.placement, "seq_len": seq_len,
+            "global_batch_size": cfg.train.global_batch_size,
             "micro_batch_size": cfg.train.micro_batch_size, "step_seconds": median_s,
             "step_seconds_min": min(step_s["synthetic"]), "tokens_per_second": tokens_per_s,
             "tokens_per_second_per_device": tokens_per_s / world_size,

@@ -33,6 +33,9 @@ class ExplainConfig(PretrainConfig):
 
 def main(cfg: ExplainConfig) -> None:
     check_numbers(cfg)
+    if cfg.memory.is_on or cfg.memory.activations:
+        raise UsageError(f"--memory.placement {cfg.memory.placement} with --memory.activations {cfg.memory.activations} is not "
+                         "explained here: these bytes are all on the device. The plan is printed where training starts.")
     if cfg.gpus < 1:
         raise UsageError(f"--gpus {cfg.gpus} is not possible; use a whole number of at least 1.")
     if not 0 <= cfg.rank < cfg.gpus:
