@@ -31,6 +31,8 @@ def apply_zero(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, stag
     FSDP averages gradients over these ranks; scale the loss by their number to get the sum.
     (`set_gradient_divide_factor(1)` would do it too, but gloo has no such reduction.)
     """
+    if mesh.size() == 1 and compute_dtype == torch.float32:
+        return                  # one process, nothing to cast: FSDP would copy every weight for nothing, 4 % of a step
     if stage == 0:
         over = mesh["dp_cp", "solo"]              # HSDP with all ranks as replicas of shards that are whole
     elif mesh["dp_replicate"].size() > 1:
