@@ -56,7 +56,7 @@ from dtensor_llama.lora import LoraConfig, apply_lora, init_lora, merge_lora, n_
 from dtensor_llama.metrics import GIB, PeakMemory, RunLog, draw_loss_curve
 from dtensor_llama.model import init_weights
 from dtensor_llama.neftune import Neftune
-from dtensor_llama.run import StopSignal, claim_run_dir, made_with, refuse_below, say_where_things_are
+from dtensor_llama.run import StopSignal, claim_run_dir, keep_tokenizer, made_with, refuse_below, say_where_things_are
 from dtensor_llama.weights import check_hf
 from memory import MemoryConfig
 from parallel import ParallelConfig
@@ -194,6 +194,7 @@ def main(cfg: SftConfig) -> None:
     log = None
     if is_main:
         log = RunLog(Path(cfg.run_dir), step, cfg.train.steps)
+        keep_tokenizer(Path(cfg.run_dir), tokenizer, template.source)
         describe_run(cfg, model_config, layout, rows, n_micros, f"{kernel} ({why})", template.name, peak,
                      peak_source, device, log)
         for reason in reasons:
