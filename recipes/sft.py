@@ -303,7 +303,7 @@ def settle(cfg: SftConfig, model: LlamaConfig, corpus: ChatCorpus, tokenizer: To
     layout, recompute, micro, why = fit(
         model, layout, device_bytes, seq_len, max(1, batch // layout.pp), tries_tp=open_layout, recompute=train.recompute,
         micro_batch_size=train.micro_batch_size, itemsize=getattr(torch, train.dtype).itemsize,
-        n_adapter=n_adapter_parameters(model, cfg.lora) if cfg.lora.rank else 0)
+        n_adapter=n_adapter_parameters(model, cfg.lora) if cfg.lora.rank else 0, offloads=cfg.memory.is_on)
     if train.recompute is None or train.micro_batch_size is None or open_layout:
         reasons.append(f"memory    {why}")
     steps = train.steps or max(1, math.ceil(train.epochs * rows.n_train / batch))
