@@ -1,7 +1,8 @@
 """LoRA: frozen weights W, and beside some of them a trained product of two thin matrices: y = W x + (alpha / rank) B A x.
 
 A (rank, inputs) starts random, B (outputs, rank) at zero, so that training starts from the model as it was.
-Source: Hu et al. 2021, arXiv:2106.09685. Files and initial values as in the peft package.
+Source: Hu et al. 2021, arXiv:2106.09685. Files and initial values as in the peft package. No dropout on x before A, as the
+model has none either: adapter_config.json says lora_dropout 0.
 
 The adapter of `q_proj` is its neighbour `q_proj_lora` (lora_A, lora_B), added to its output by a hook: q_proj stays what
 it was, so weights load, split and save under their own names. Apply it first, before any parallelism: the passes of
@@ -30,7 +31,7 @@ from dtensor_llama.weights import ADAPTER, hf_parameters, local_boxes, on_all_ra
 
 @dataclass(frozen=True)
 class LoraConfig:
-    rank: int = 0                       # of the trained product; 0: no LoRA, all weights train
+    rank: int = 0                       # of the trained product, which has no dropout; 0: no LoRA, all weights train
     alpha: float | None = None          # the product counts alpha / rank; None: twice the rank
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

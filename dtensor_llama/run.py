@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from dtensor_llama.data.tokenizer import Tokenizer
 from dtensor_llama.errors import UsageError
 
 
@@ -71,6 +72,14 @@ def _difference(saved, value) -> str:
     return f"{saved} -> {value}"
 
 
+def keep_tokenizer(run_dir: Path, tokenizer: Tokenizer, chat_template: str | None = None) -> None:
+    """Save it in RUN/tokenizer as training begins: a checkpoint can then be exported though the run never came to its end,
+    and though what its flags named is gone. A tokenizer that lies there already is not written over itself."""
+    home = tokenizer.path if tokenizer.path.is_dir() else tokenizer.path.parent
+    if home.resolve() != (run_dir / "tokenizer").resolve():
+        tokenizer.save(run_dir / "tokenizer", chat_template)
+
+
 def made_with() -> dict:
     """What a run was made with, for its config.json; git_revision is None outside a checkout."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
@@ -95,5 +104,5 @@ def say_where_things_are(run_dir: Path, rows: list[dict], step: int, steps: int,
         print(f"model         {run_dir / 'hf'}   (Hugging Face format)\n"
               f"try           python recipes/generate.py --model {run_dir / 'hf'} {asking}", flush=True)
     if chat and (run_dir / "hf").is_dir() and not stopped:
-        print(f"serve         transformers serve {run_dir / 'hf'}   (pip install 'transformers[serving]'), or\n"
+        print(f"serve         transformers serve {run_dir / 'hf'}   (pip install '.[serve]'), or\n"
               f"              vllm serve {run_dir / 'hf'}", flush=True)

@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 8 recipes/pretrain.py --model llama2-7b --data.path 'corpus/*.parquet' \
         --data.tokenizer llama2/tokenizer.model --train.global-batch-size 1024 --train.compile
 
-One file, in the order things happen: what can be asked for, what is refused, the parts, the loop. The run folder then
-holds config.json, metrics.jsonl, tensorboard/, loss.png, checkpoints/ and hf/, which transformers opens as it is.
+One file, in the order things happen: what can be asked for, what is refused, the parts, the loop. The run folder then holds
+config.json, metrics.jsonl, tensorboard/, loss.png, tokenizer/, checkpoints/ and hf/, which transformers opens as it is.
 """
 
 import dataclasses
@@ -40,7 +40,15 @@ from dtensor_llama.flops import hardware_flops_per_token, model_flops_per_token,
 from dtensor_llama.metrics import GIB, PeakMemory, RunLog, draw_loss_curve
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
-from dtensor_llama.run import StopSignal, claim_run_dir, made_with, refuse_below, refuse_other_run, say_where_things_are
+from dtensor_llama.run import (
+    StopSignal,
+    claim_run_dir,
+    keep_tokenizer,
+    made_with,
+    refuse_below,
+    refuse_other_run,
+    say_where_things_are,
+)
 from dtensor_llama.schedule import cosine_lr
 from dtensor_llama.weights import check_hf
 from memory import ChunkManager, MemoryConfig
@@ -167,6 +175,7 @@ def main(cfg: PretrainConfig) -> None:
     log = None
     if is_main:
         log = RunLog(Path(cfg.run_dir), step, cfg.train.steps)
+        keep_tokenizer(Path(cfg.run_dir), tokenizer)
         describe_run(cfg, model_config, layout, rows, n_micros, f"{kernel} ({why})", peak, peak_source, device, log)
 
     # ---- 4. The loop -----------------------------------------------------------------------------------------------

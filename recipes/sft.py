@@ -56,7 +56,7 @@ from dtensor_llama.lora import LoraConfig, apply_lora, init_lora, merge_lora, n_
 from dtensor_llama.metrics import GIB, PeakMemory, RunLog, draw_loss_curve
 from dtensor_llama.model import init_weights
 from dtensor_llama.neftune import Neftune
-from dtensor_llama.run import StopSignal, claim_run_dir, made_with, refuse_below, say_where_things_are
+from dtensor_llama.run import StopSignal, claim_run_dir, keep_tokenizer, made_with, refuse_below, say_where_things_are
 from dtensor_llama.weights import check_hf
 from memory import MemoryConfig
 from parallel import ParallelConfig
@@ -194,6 +194,7 @@ def main(cfg: SftConfig) -> None:
     log = None
     if is_main:
         log = RunLog(Path(cfg.run_dir), step, cfg.train.steps)
+        keep_tokenizer(Path(cfg.run_dir), tokenizer, template.source)
         describe_run(cfg, model_config, layout, rows, n_micros, f"{kernel} ({why})", template.name, peak,
                      peak_source, device, log)
         for reason in reasons:
@@ -302,7 +303,7 @@ def settle(cfg: SftConfig, model: LlamaConfig, corpus: ChatCorpus, tokenizer: To
     layout, recompute, micro, why = fit(
         model, layout, device_bytes, seq_len, max(1, batch // layout.pp), tries_tp=open_layout, recompute=train.recompute,
         micro_batch_size=train.micro_batch_size, itemsize=getattr(torch, train.dtype).itemsize,
-        n_adapter=n_adapter_parameters(model, cfg.lora) if cfg.lora.rank else 0)
+        n_adapter=n_adapter_parameters(model, cfg.lora) if cfg.lora.rank else 0, offloads=cfg.memory.is_on)
     if train.recompute is None or train.micro_batch_size is None or open_layout:
         reasons.append(f"memory    {why}")
     steps = train.steps or max(1, math.ceil(train.epochs * rows.n_train / batch))

@@ -24,13 +24,14 @@ class Ended(NamedTuple):
     err: str
 
 
-def recipe(name: str, *flags, ranks: int = 1, stop_at_step: int | None = None, timeout: float = 180) -> Ended:
+def recipe(name: str, *flags, ranks: int = 1, stop_at_step: int | None = None, typed: str = "", timeout: float = 180) -> Ended:
     """`torchrun --nproc-per-node RANKS recipes/NAME.py FLAGS`; returns rank 0's exit status and output.
 
-    stop_at_step: rank 0 gets a SIGTERM as soon as metrics.jsonl of --run-dir has that many rows.
+    stop_at_step: rank 0 gets a SIGTERM as soon as metrics.jsonl of --run-dir has that many rows. typed: what rank 0 reads
+    from its standard input; nobody else has one.
     """
     flags = [str(flag) for flag in flags]
-    every = run_on(ranks, _run, name, flags, stop_at_step, timeout=timeout, group=False)
+    every = run_on(ranks, _run, name, flags, stop_at_step, typed, timeout=timeout, group=False)
     assert len({ended.status for ended in every}) == 1, every
     return every[0]
 
@@ -47,7 +48,7 @@ def pretrain_flags(inputs: Path, run_dir: Path, *more, steps: int = 8) -> list:
             "--run-dir", run_dir, *more]
 
 
-def _run(name: str, flags: list[str], stop_at_step: int | None) -> Ended:
+def _run(name: str, flags: list[str], stop_at_step: int | None, typed: str) -> Ended:
     sys.path.insert(0, str(ROOT / "recipes"))
     module = importlib.import_module(name)
     *_, config = (value for key, value in vars(module).items() if key.endswith("Config")
@@ -56,6 +57,7 @@ def _run(name: str, flags: list[str], stop_at_step: int | None) -> Ended:
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     argv, sys.argv = sys.argv, [f"recipes/{name}.py", *flags]
+    stdin, sys.stdin = sys.stdin, io.StringIO(typed) if os.environ["RANK"] == "0" else None
     if stop_at_step is not None and os.environ["RANK"] == "0":
         folder = Path(flags[flags.index("--run-dir") + 1])
         threading.Thread(target=_stop_soon, args=(folder, stop_at_step), daemon=True).start()
@@ -66,7 +68,7 @@ def _run(name: str, flags: list[str], stop_at_step: int | None) -> Ended:
     except SystemExit as ended:
         status = ended.code or 0
     finally:
-        sys.argv = argv
+        sys.argv, sys.stdin = argv, stdin
         for number, handler in handlers.items():
             signal.signal(number, handler)
     gc.collect()                       # as at the end of a process: locks and memory maps go

@@ -78,7 +78,7 @@ def write_gguf(file, template: str = "{{ messages }}") -> None:
 
     n_layers, dim, n_heads, n_kv_heads, hidden = 2, 32, 4, 2, 64
     alphabet = sorted(ByteLevel.alphabet())
-    pieces = ["<unk>", "<s>", "</s>", *alphabet, "ab", "cd"]
+    pieces = ["<|endoftext|>", "<s>", "</s>", *alphabet, "ab", "cd"]
     pieces += [f"<extra{i}>" for i in range(304 - len(pieces))]
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_context_length(512)

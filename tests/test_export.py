@@ -81,6 +81,28 @@ def test_what_cannot_be_exported_is_said_in_a_line(reference, tmp_path):
     assert not out.exists()
 
 
+def test_a_run_that_never_ended_is_exported_with_its_tokenizer_though_what_it_was_given_is_gone(inputs, reference, tmp_path):
+    given = shutil.copytree(inputs / "model", tmp_path / "model")
+    own = flags(inputs, tmp_path / "run", "--data.document-mask", "--checkpoint.every", 1, steps=10_000)
+    own[own.index("--model") + 1] = given
+    assert recipe("pretrain", *own, stop_at_step=1).status == 0
+    run_dir = (tmp_path / "run").rename(tmp_path / "kept")
+    shutil.rmtree(given)
+    assert not (run_dir / "hf").exists()
+    ended = recipe("export", next((run_dir / "checkpoints").glob("step-*")), tmp_path / "hf")
+    assert ended.status == 0, ended
+    ours, theirs = contents(tmp_path / "hf"), contents(reference / "hf")
+    assert ours.keys() == theirs.keys() and all(ours[name] == theirs[name] for name in ours if name.startswith("tokenizer"))
+
+
+def test_a_tokenizer_in_the_run_folder_is_left_as_it_is(inputs, tmp_path):
+    tokenizer = shutil.copytree(inputs / "tokenizer", tmp_path / "run/tokenizer")
+    before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in tokenizer.iterdir()}
+    ended = recipe("pretrain", *flags(inputs, tmp_path / "run", "--data.tokenizer", tokenizer, steps=1))
+    assert ended.status == 0, ended
+    assert {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in tokenizer.iterdir()} == before
+
+
 def chat_run(inputs, tmp_path, *more) -> Path:
     """A short run of sft.py on a few conversations."""
     pytest.importorskip("dtensor_llama.lora")
@@ -99,10 +121,10 @@ def chat_run(inputs, tmp_path, *more) -> Path:
 @pytest.mark.parametrize("more", [[], ["--lora.rank", 4]])
 def test_fine_tuned_and_merged_weights_are_exported_with_their_template(inputs, tmp_path, more):
     run_dir = chat_run(inputs, tmp_path, *more)
-    for number in range(2):                     # the second time without hf/: the tokenizer is that of --model
+    for number in range(3):                     # without hf/, as of a run that died; then the tokenizer is that of --model
         ended = recipe("export", run_dir / "checkpoints/step-00000002", tmp_path / f"hf-{number}")
         assert ended.status == 0, ended
-        (run_dir / "hf").rename(tmp_path / "kept") if number == 0 else None
+        (run_dir / "hf").rename(tmp_path / "kept") if number == 0 else shutil.rmtree(run_dir / "tokenizer", number == 2)
         assert same_folders(tmp_path / f"hf-{number}", tmp_path / "kept")
     if more:
         settings = json.loads((run_dir / "config.json").read_text()) | {"model": "gone"}

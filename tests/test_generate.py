@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -122,23 +120,27 @@ def test_trained_weights_tell_the_known_story_on_two_ranks():
                                 "One day, she saw a big, red ball. She wanted to play with it, but it was too high.")
 
 
-def test_a_chat_remembers_and_an_answer_is_what_the_template_asks_for(inputs, tmp_path):
+def test_a_chat_remembers_and_an_answer_is_what_the_template_asks_for_on_two_ranks_too(inputs, tmp_path):
     pytest.importorskip("dtensor_llama.data.template")
     folder = shutil.copytree(inputs / "model", tmp_path / "model")
-    command = [sys.executable, ROOT / "recipes/generate.py", "--model", folder, "--chat", "--max-new-tokens", "8"]
+    flags = ["--model", folder, "--chat", "--max-new-tokens", 8]
 
-    def chat(context: int) -> str:
+    def chat(context: int, *more, ranks: int = 1) -> str:
         config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": context}
         (folder / "config.json").write_text(json.dumps(config))
-        return subprocess.run(list(map(str, command)), input="Hello\n\nAnd you?\n", capture_output=True, text=True,
-                              check=True).stdout
+        ended = recipe("generate", *flags, *more, ranks=ranks, typed="Hello\n\nAnd you?\n")
+        assert ended.status == 0, ended
+        return ended.out
 
     first, second = chat_alone(folder, ["Hello", "And you?"])
     assert chat(512) == f"{first}\n{second}\n"
-    once = recipe("generate", *command[2:], "--prompt", "Hello", "--json")
-    assert json.loads(once.out)["text"] == first
-    (alone,) = chat_alone(folder, ["And you?"])
-    assert chat(64) == f"{first}\n(the oldest question and answer are forgotten: the model's context is full)\n{alone}\n"
+    assert chat(512, "--parallel.tp", 2, ranks=2) == f"{first}\n{second}\n"            # only rank 0 has a terminal
+    for split, ranks in ([], 1), (["--parallel.tp", 2], 2):
+        once = recipe("generate", *flags, *split, "--prompt", "Hello", "--prompt", "And you?", "--json", ranks=ranks)
+        (alone,) = chat_alone(folder, ["And you?"])
+        assert [json.loads(line)["text"] for line in once.out.splitlines()] == [first, alone]
+    forgetful = f"{first}\n(the oldest question and answer are forgotten: the model's context is full)\n{alone}\n"
+    assert chat(64) == chat(64, "--parallel.tp", 2, ranks=2) == forgetful
 
 
 def chat_alone(folder: Path, questions: list[str]) -> list[str]:

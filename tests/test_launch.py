@@ -6,26 +6,33 @@ import string
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
 from recipe import ROOT, metrics
 from recipe import pretrain_flags as own_flags
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
 LAUNCH = ROOT / "recipes/launch"
 sys.path[:0] = [str(LAUNCH), str(ROOT / "recipes")]
 
 import pretrain  # noqa: E402
-from sizes import GPUS, TABLE, T, flags, memory_gib  # noqa: E402
+from sizes import GPUS, HOST, RATES, TABLE, T, flags, memory_gib  # noqa: E402
 
 from dtensor_llama import Llama, LlamaConfig, UsageError  # noqa: E402
 from dtensor_llama.cli import parse_cli  # noqa: E402
+from dtensor_llama.lora import apply_lora, n_adapter_parameters  # noqa: E402
 from dtensor_llama.optim import build_adamw  # noqa: E402
+from memory import ChunkManager  # noqa: E402
+from memory.chunk import GIB  # noqa: E402
+from memory.tracer import Rates  # noqa: E402
 from parallel import build_mesh, parallelize  # noqa: E402
 from parallel.config import check_parallel  # noqa: E402
 from parallel.explain import pretend  # noqa: E402
+from parallel.fit import fit  # noqa: E402
 
 RECIPES = {"pretrain": pretrain.PretrainConfig}
 if (ROOT / "recipes/sft.py").exists():
@@ -40,31 +47,37 @@ def words(chosen: dict) -> list[str]:
 
 def parsed(recipe: str, size: str, gpu: str, gpus: int):
     """(settings, layout, microbatches), past every check that the recipe makes before a process group starts."""
-    cfg = parse_cli(RECIPES[recipe], ["--model", f"llama2-{size}", *words(flags(recipe, size, gpu, gpus))])
-    layout = cfg.parallel.resolve(gpus)
-    if recipe == "pretrain":
-        pretrain.check_numbers(cfg)
-    n_micros = check_parallel(layout, LlamaConfig.preset(cfg.model), cfg.data.seq_len, cfg.train.global_batch_size,
-                              cfg.train.micro_batch_size, attention="flash", recompute=cfg.train.recompute,
-                              compile=cfg.train.compile, device_type="cuda")
+    cfg = parse_cli(RECIPES[recipe], ["--model", f"llama2-{size.partition('-')[0]}", *words(flags(recipe, size, gpu, gpus))])
+    layout, config = cfg.parallel.resolve(gpus), LlamaConfig.preset(cfg.model)
+    pretrain.check_numbers(cfg)
+    cfg.memory.check()
+    if recipe == "sft":                                              # refuses what it does not think fits
+        fit(config, layout, GPUS[gpu] * GIB, T, cfg.train.global_batch_size // layout.pp, tries_tp=False,
+            recompute=cfg.train.recompute, micro_batch_size=cfg.train.micro_batch_size, itemsize=2,
+            n_adapter=n_adapter_parameters(config, cfg.lora) if cfg.lora.rank else 0, offloads=cfg.memory.is_on)
+    n_micros = check_parallel(layout, config, cfg.data.seq_len, cfg.train.global_batch_size, cfg.train.micro_batch_size,
+                              attention="flash", recompute=cfg.train.recompute, compile=cfg.train.compile, device_type="cuda")
     return cfg, layout, n_micros
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("size,gpu", TABLE)
+@pytest.mark.parametrize("size,gpu,recipe", [(*key, recipe) for key in TABLE for recipe in RECIPES
+                                             if recipe == "sft" or "-" not in key[0]])
 def test_every_size_from_the_least_to_512_gpus_passes_the_checks_of_its_recipe(recipe, size, gpu):
-    for gpus in (n for n in (8, 16, 32, 64, 128, 256, 512) if n >= TABLE[size, gpu].least):
+    for gpus in (n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if n >= TABLE[size, gpu].least):
         cfg, layout, n_micros = parsed(recipe, size, gpu, gpus)
         assert n_micros * layout.dp * cfg.train.micro_batch_size == cfg.train.global_batch_size
         assert layout.tp * (layout.dp_shard if layout.pp == 1 else 1) <= 16          # what talks in every layer: a node or two
         if recipe == "pretrain":
             assert cfg.train.global_batch_size * T == 2**22                          # LLaMA-2's 4M tokens
+        else:
+            assert bool(cfg.lora.rank) == size.endswith("-lora") and cfg.memory.is_on == size.endswith("-offload")
 
 
 @pytest.mark.parametrize("arguments,said", [
-    (("70b", "a100-40gb", 32), "at least 64 GPUs"), (("70b", "h100-80gb", 16), "or h200-141gb"),
+    (("70b", "a100-40gb", 32), "at least 64 GPUs"), (("70b", "h100-80gb", 16), "or h200-141gb, or for sft the size 70b-lora"),
     (("7b", "h100-80gb", 4), "at least 8 GPUs"), (("7b", "h100-80gb", 24), "power of 2"),
-    (("7b", "v100", 8), "not a GPU in the"),
+    (("7b", "v100", 8), "not a GPU in the"), (("8b", "h100-80gb", 8), "8b is not in the table"),
+    (("70b-lora", "h100-80gb", 8), "is for sft"), (("13b-offload", "a100-40gb", 1), "is for sft"),
 ])
 def test_what_does_not_fit_is_refused_with_what_would(arguments, said):
     with pytest.raises(UsageError, match=said):
@@ -72,23 +85,44 @@ def test_what_does_not_fit_is_refused_with_what_would(arguments, said):
 
 
 CORNERS = [(size, gpu, gpus) for (size, gpu), plan in TABLE.items() for gpus in (plan.least, 512)]
+QUICK = [("70b", "h100-80gb", 512), ("70b-lora", "a100-40gb", 8), ("13b-offload", "a100-40gb", 2),
+         ("70b-offload", "a100-40gb", 8)]
 
 
-@pytest.mark.parametrize("size,gpu,gpus", [pytest.param(*corner, marks=() if corner == ("70b", "h100-80gb", 512)
-                                                        else pytest.mark.slow) for corner in CORNERS])
+@pytest.mark.parametrize("size,gpu,gpus", [pytest.param(*corner, marks=() if corner in QUICK else pytest.mark.slow)
+                                           for corner in CORNERS])
 def test_model_mesh_and_optimizer_are_built_at_full_size_and_a_rank_fits_its_gpu(size, gpu, gpus):
-    cfg, layout, n_micros = parsed("pretrain", size, gpu, gpus)
+    recipe = "sft" if "-" in size else "pretrain"
+    cfg, layout, n_micros = parsed(recipe, size, gpu, gpus)
+    config, lora = LlamaConfig.preset(cfg.model), size.endswith("-lora")
     with pretend(gpus - 1, gpus):
         mesh = build_mesh(layout, "cpu")
         with torch.device("meta"):
-            model = Llama(LlamaConfig.preset(cfg.model))
-        parallelize(model, mesh, layout, compute_dtype=torch.bfloat16, recompute=cfg.train.recompute)
+            model = Llama(config)
+        if lora:
+            apply_lora(model, cfg.lora, frozen_dtype=torch.bfloat16)
+        if cfg.memory.is_on:
+            model.to(torch.bfloat16)
+        parts = parallelize(model, mesh, layout, compute_dtype=torch.bfloat16, recompute=cfg.train.recompute)
         optimizer = build_adamw(model, cfg.train.lr, cfg.train.weight_decay)
+        if cfg.memory.is_on:                                     # it refuses at once what its budgets cannot hold
+            config_here = replace(cfg.memory, kernel="blocks")   # a compiled one would run, to be warm
+            with FakeTensorMode(allow_non_fake_inputs=True):     # what it allocates has sizes, no memory
+                manager = ChunkManager(model, optimizer, config_here, parts=parts, arrivals=n_micros, rates=Rates(*RATES))
+            manager.worker.shutdown()
+            optimizer = manager.optimizer
+            assert sum(chunk.n for chunk in manager.chunks) * layout.tp * layout.dp_shard > 0.99 * config.n_parameters
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        assert len(held) == len(list(model.parameters())) and all(isinstance(parameter, DTensor) for parameter in held)
-        assert sum(p.numel() for p in held) * layout.pp > 0.9 * LlamaConfig.preset(cfg.model).n_parameters
-    gib = memory_gib(size, gpu, gpus, flags("pretrain", size, gpu, gpus))
-    assert gib["total"] < 0.93 * GPUS[gpu], gib
+        assert len(held) == len([one for one in model.parameters() if one.requires_grad])
+        assert all(isinstance(parameter, DTensor) for parameter in held)
+        n = n_adapter_parameters(config, cfg.lora) if lora else config.n_parameters
+        assert sum(p.numel() for p in held) * layout.pp > 0.9 * n
+    gib = memory_gib(size, gpu, gpus, flags(recipe, size, gpu, gpus))
+    if size.endswith("-offload"):
+        rounding = 0.2                                           # of the parts
+        assert gib["total"] <= cfg.memory.device_budget_gib + rounding and gib["of the host"] <= HOST[gpu], gib
+    else:
+        assert gib["total"] < 0.93 * GPUS[gpu], gib
 
 
 # ---- the launchers ----

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 from recipe import ROOT, recipe
 
-pytestmark = pytest.mark.slow
-for package in ("fastapi", "uvicorn", "openai", "accelerate"):          # of the extra `transformers[serving]`
-    pytest.importorskip(package)
+for package in ("fastapi", "uvicorn", "openai", "accelerate"):
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[serve]'")
 
 SHARED = Path(os.environ.get("DTENSOR_LLAMA_SHARED_DATA", ROOT.parent / "shared" / "data"))
 TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"     # a text to be continued
@@ -29,24 +28,24 @@ def ask(url: str, body: dict | None = None) -> dict:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """(folder, address): a run's export, served on loopback."""
-    if not (SHARED / "stories260K").exists():
-        pytest.skip("the trained weights stories260K are not on this machine")
-    run_dir = tmp_path_factory.mktemp("served")
-    ended = recipe("pretrain", "--model", SHARED / "stories260K", "--data.path", SHARED / "corpus/tinyshakespeare.txt",
-                   "--data.cache-dir", run_dir / "cache", "--data.seq-len", 64, "--train.steps", 1, "--train.lr", "1e-5",
-                   "--train.global-batch-size", 2, "--train.dtype", "float32", "--train.validate-every", 0,
-                   "--run-dir", run_dir)
+def served(inputs, tmp_path_factory):
+    """(folder, address): a run's export, served on loopback. The run goes on from trained weights where there are any."""
+    run_dir, steps, lr = tmp_path_factory.mktemp("served"), 1, "1e-5"
+    weights, text = SHARED / "stories260K", SHARED / "corpus/tinyshakespeare.txt"
+    if not weights.exists():
+        weights, text, steps, lr = inputs / "model", inputs / "data.jsonl", 40, "1e-2"      # until it is sure of its next token
+    ended = recipe("pretrain", "--model", weights, "--data.path", text, "--data.cache-dir", run_dir / "cache",
+                   "--data.seq-len", 64, "--train.steps", steps, "--train.lr", lr, "--train.global-batch-size", 2,
+                   "--train.dtype", "float32", "--train.validate-every", 0, "--run-dir", run_dir)
     assert ended.status == 0, ended
     folder = run_dir / "exported"
-    assert recipe("export", run_dir / "checkpoints/step-00000001", folder).status == 0
+    assert recipe("export", run_dir / f"checkpoints/step-{steps:08}", folder).status == 0
     settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", folder, "--host", "127.0.0.1", "--port", port,
+    command = [Path(sys.executable).with_name("transformers"), "serve", folder, "--host", "127.0.0.1", "--port", port,
                "--device", "cpu"]
     with open(run_dir / "said.txt", "w") as said:
         server = subprocess.Popen(list(map(str, command)), stdout=said, stderr=subprocess.STDOUT)

@@ -2,19 +2,30 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from recipe import metrics, recipe
+from recipe import ROOT, metrics, recipe
 from safetensors.torch import load_file
 from test_bad_input import refused
 from test_chat import CHATML, HELLO, TALK, write
 from torch.testing import assert_close
 
-from dtensor_llama import Llama, LlamaConfig, load_hf
+from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf
+from dtensor_llama.cli import parse_cli
+from dtensor_llama.data.tokenize import prepare_chat
+from dtensor_llama.data.tokenizer import load_tokenizer
 from dtensor_llama.neftune import lengths_of, uniform
+from parallel import ParallelConfig
+from parallel.fit import bytes_needed
+
+sys.path.append(str(ROOT / "recipes"))
+
+import sft  # noqa: E402
 
 QUESTIONS = ["add", "remove", "find the first of", "count", "sort", "reverse", "print"]
 
@@ -191,6 +202,24 @@ def test_with_only_model_and_data_it_chooses_and_says_why(inputs, chat, tmp_path
     assert ended.status == 0, ended
     for said in ("rows      of 64 tokens", "batch", "memory    tp 1 x dp 2, recompute none", "epochs    2", "CUT"):
         assert said in ended.out, (said, ended.out)
+
+
+def test_what_fits_only_with_its_states_on_the_host_is_not_refused_where_they_go_there(inputs, chat, monkeypatch):
+    """Between what weights take (4 bytes here) and what all states take (16) lies a memory that only offload fits."""
+    tokenizer, config = load_tokenizer(inputs / "model"), LlamaConfig.from_hf(inputs / "model")
+    corpus = prepare_chat([str(chat / "chat.jsonl")], tokenizer, inputs / "cache")
+    layout = ParallelConfig().resolve(1)
+    light, whole = (bytes_needed(config, layout, 256, "none", 0, 4, offloads) for offloads in (True, False))
+    available = (light + whole) / 2 / 0.9
+    monkeypatch.setattr(sft.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(available)))
+
+    def settle(*more):
+        cfg = parse_cli(sft.SftConfig, list(map(str, flags(inputs, chat, "none", *more))))
+        return sft.settle(cfg, config, corpus, tokenizer, torch.device("cpu"), world_size=1)
+
+    settle("--memory.placement", "auto")
+    with pytest.raises(UsageError, match="--memory.placement auto, or --lora.rank 16"):
+        settle()
 
 
 # ---- refusals ----
