@@ -41,6 +41,7 @@ from parallel.config import ParallelConfig, check_parallel
 from parallel.context import n_slices, shard_batch
 from parallel.mesh import build_mesh, reads_alone, start_process_group
 from parallel.pipeline import make_step_runner
+from parallel.zero import gradient_arrivals
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 EXIT_WAIT = timedelta(seconds=20)
@@ -125,7 +126,7 @@ class Booster:
             embedding, over_stages = boosted.model.embed_tokens, config.tie_word_embeddings and self.layout.pp > 1
             optimizer = self.memory.manage(
                 boosted, optimizer, parts=parts, outside=[embedding.weight] if over_stages and embedding is not None else [],
-                arrivals=self.n_micros if self.layout.zero_stage >= 2 and self.layout.pp == 1 else 1,
+                arrivals=gradient_arrivals(boosted, self.layout.zero_stage, self.layout.pp > 1, self.n_micros),
                 say=print if dist.get_rank() == 0 else lambda text: None).optimizer
         masters = boosted if self.memory is None else optimizer.masters()
         if next(iter(whole.values())).is_meta:

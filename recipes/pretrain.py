@@ -63,6 +63,7 @@ from parallel.context import shard_batch
 from parallel.mesh import reads_alone, start_process_group, stop_process_group
 from parallel.pipeline import Accumulation, Pipeline, make_step_runner
 from parallel.schedule_picture import Recorder, bubble_share, draw_schedule
+from parallel.zero import gradient_arrivals
 
 # ---- 1. What can be asked for: each field is a flag -------------------------------------------------------------------
 
@@ -270,7 +271,7 @@ def set_up(cfg: "PretrainConfig", model: Llama, layout: ParallelConfig, n_micros
         rates_file = Path(cfg.data.cache_dir).expanduser() / "rates.json"                # measured once per machine
         optimizer = ChunkManager(
             model, optimizer, memory, parts=parts, outside=[embedding.weight] if tied_over_stages else [],
-            arrivals=n_micros if layout.zero_stage >= 2 and layout.pp == 1 else 1,
+            arrivals=gradient_arrivals(model, layout.zero_stage, layout.pp > 1, n_micros),
             rates=load_rates(rates_file, device) if memory.placement == "auto" else None,
             say=say or (lambda text: None), ranks_per_host=int(os.environ.get("LOCAL_WORLD_SIZE", 1))).optimizer
     return mesh, runner, optimizer

@@ -134,10 +134,12 @@ def _forget_meshes() -> None:
     the shapes seen: a rank that compiled before, alone, would make a graph with dynamic shapes where its new peers make a
     static one, and each would wait in another collective."""
     import torch
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
+    if "torch.distributed.tensor" not in sys.modules:
+        return                               # importing it only to empty it would keep the next call waiting for seconds
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     _clear_sharding_prop_cache()
     getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", lambda: None)()

@@ -17,8 +17,9 @@ def assert_same_training(run_dir, reference):
         assert row.get("validation_loss") == pytest.approx(expected.get("validation_loss"), abs=2e-5)
 
 
-@pytest.mark.parametrize("ranks,more", [(1, []), (2, []), (2, ["--parallel.tp", 2, "--memory.activations"]),
-                                        (2, ["--parallel.pp", 2, "--train.recompute", "full", "--memory.activations"])])
+@pytest.mark.parametrize("ranks,more", [
+    (1, []), (1, ["--parallel.zero-stage", 1]), (2, []), (2, ["--parallel.tp", 2, "--memory.activations"]),
+    (2, ["--parallel.pp", 2, "--train.recompute", "full", "--memory.activations"])])
 def test_placements_do_not_change_the_training(inputs, reference, tmp_path, ranks, more):
     ended = recipe("pretrain", *flags(inputs, tmp_path / "run", "--data.document-mask", *STATIC, *more), ranks=ranks)
     assert ended.status == 0, ended

@@ -29,8 +29,8 @@ def test_a_bad_rank_fails_its_test_in_seconds_and_the_next_test_runs(how, said):
     run_on(2, sum_of_ranks)
     began = time.monotonic()
     with pytest.raises(RankFailed, match=f"(?s){said}"):
-        run_on(2, misbehave, how, timeout=8)        # a busy machine takes a few to begin
-    assert time.monotonic() - began < 16
+        run_on(2, misbehave, how, timeout=3)
+    assert time.monotonic() - began < 8
     assert [total for _, total in run_on(2, sum_of_ranks)] == [3.0, 3.0]
 
 
