@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone work
 
 import torch
 import torch.distributed as dist
+from step_pictures import StepPictures
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
@@ -54,7 +55,6 @@ from dtensor_llama.weights import check_hf
 from memory import ChunkManager, MemoryConfig
 from memory.activations import offload_block_inputs
 from memory.optimizer import ChunkOptimizer
-from memory.timeline import draw_timeline
 from memory.tracer import load_rates
 from parallel import ParallelConfig, build_mesh, parallelize
 from parallel.clip import clip_grad_norm
@@ -62,7 +62,7 @@ from parallel.config import AXES, check_parallel
 from parallel.context import shard_batch
 from parallel.mesh import reads_alone, start_process_group, stop_process_group
 from parallel.pipeline import Accumulation, Pipeline, make_step_runner
-from parallel.schedule_picture import Recorder, bubble_share, draw_schedule
+from parallel.schedule_picture import Recorder
 from parallel.zero import gradient_arrivals
 
 # ---- 1. What can be asked for: each field is a flag -------------------------------------------------------------------
@@ -286,38 +286,6 @@ def fp32_weights(model: nn.Module, optimizer: Optimizer) -> Iterator[nn.Module]:
     masters = optimizer.masters()
     yield masters
     optimizer.take_masters(masters)
-
-
-class StepPictures:
-    """--parallel.draw-schedule draws one step; --memory.draw two, as an update hides behind the next forward. All ranks enter
-    both methods."""
-
-    def __init__(self, cfg: "PretrainConfig", layout: ParallelConfig, mesh: DeviceMesh, optimizer: Optimizer,
-                 device: torch.device, first_step: int):
-        self.run_dir, self.layout, self.mesh, self.device = Path(cfg.run_dir), layout, mesh, device
-        self.manager = optimizer.manager if cfg.memory.draw else None
-        last = self.last = cfg.train.steps - 1    # the first steps are not typical, and placement auto plans after three
-        self.schedule_step = min(first_step + 2, last) if layout.draw_schedule else None
-        self.memory_step = max(first_step, min(first_step + 6, last - 1)) if cfg.memory.draw else None
-        self.recorder = None
-
-    def before(self, step: int) -> Recorder | None:
-        """What the step of this number, from 0, notes its pipeline in."""
-        self.recorder = Recorder(self.mesh["pp"], self.device) if step == self.schedule_step else None
-        if step == self.memory_step:
-            self.manager.record = True
-        return self.recorder
-
-    def after(self, steps_done: int, log: RunLog | None) -> None:
-        events = self.recorder.gather() if self.recorder else None
-        if log and events:
-            draw_schedule(events, self.run_dir / "schedule.png", self.layout.schedule)
-            log.say(f"step {steps_done}: drawn in {self.run_dir}/schedule.png; {bubble_share(events):.0%} of it is bubbles")
-        if self.manager and self.manager.record and steps_done > min(self.memory_step + 1, self.last):
-            self.manager.record = False
-            if log:
-                draw_timeline(self.manager.events, self.run_dir / "memory.png", f"steps {self.memory_step + 1} to {steps_done}")
-                log.say(f"step {steps_done}: drawn in {self.run_dir}/memory.png")
 
 
 # ---- The step: one global batch ---------------------------------------------------------------------------------------

@@ -28,7 +28,6 @@ import torch
 import torch.distributed as dist
 from pretrain import (
     CheckpointConfig,
-    StepPictures,
     check_numbers,
     count_scored,
     evaluate,
@@ -40,6 +39,7 @@ from pretrain import (
     tokenizer_path,
     train_step,
 )
+from step_pictures import StepPictures
 
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf, save_hf
 from dtensor_llama.attention import choose_attention

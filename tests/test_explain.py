@@ -187,7 +187,8 @@ BLOCK = 128 * 128 * 3 + 128 * 352 * 3 + 2 * 128     # parameters of a block of
 WIDE = replace(SMALL, hidden_size=128, intermediate_size=352, vocab_size=128, num_hidden_layers=6)
 
 
-@pytest.mark.parametrize("ranks,layout", [(1, {}), *((2, {"zero_stage": stage}) for stage in range(4)), (2, {"tp": 2}), (4, {"pp": 2})])
+@pytest.mark.parametrize("ranks,layout", [(1, {}), *((2, {"zero_stage": stage}) for stage in range(4)), (2, {"tp": 2}),
+                                          (4, {"pp": 2})])
 def test_bytes_and_shards_of_a_rank_are_those_explained(ranks, layout):
     run = replace(small(ranks, layout), config=WIDE, seq_len=4,             # few tokens: activations are not explained
                   **({"compute_dtype": torch.float32} if ranks == 1 else {}))                 # what stays plain
