@@ -101,7 +101,8 @@ class AutoPolicy:
         manager = self.manager
         plan = auto_plan([chunk.n for chunk in manager.chunks], device_budget_bytes=self.device_budget,
                          host_budget_bytes=self.host_budget, rates=self.rates, traced=self.traced,
-                         widths=manager.widths, layers=[chunk.covers for chunk in manager.chunks])
+                         widths=manager.widths, layers=[chunk.covers for chunk in manager.chunks],
+                         clips=manager.clips)
         self.n_plans += 1
         manager.replan(plan)
         self.say(describe(plan))

@@ -5,7 +5,7 @@ piece       a run of a shard that lies in one chunk; a large shard is cut into s
 chunk       pieces in forward order, of one parameter group and dtype, 16 Mi elements, fewer on a small shard
 master      the float32 weight. RESIDENT and STREAM keep of it only what the weight lacks: nothing if weights are float32,
             `low`, its lower 16 bits, if they are bfloat16. CPU keeps all of it, on the host
-slab        host memory of a CPU chunk in the weights' dtype, pinned: gradients arrive in it, new weights leave from it
+slab        host memory of a CPU chunk in the weights' dtype, pinned: gradients arrive in it
 total       float32 sum of gradients that arrive several times a step
 account     "device" or "host": where bytes are counted. On a machine without a device both are the same RAM
 """
@@ -115,6 +115,10 @@ class Chunk:
 
     def __repr__(self) -> str:
         return f"chunk {self.index} ({self.placement.value}, {self.n} elements from {self.pieces[0].managed.name})"
+
+    @property
+    def managed(self) -> list[Managed]:
+        return [piece.managed for piece in self.pieces]
 
     @property
     def covers(self) -> tuple[str, str]:

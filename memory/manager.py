@@ -5,12 +5,13 @@
     clip         one all-reduce of the square sum; the factor stays on the device, for Adam
     step         RESIDENT  Adam where it lies                                                       device adam
                  STREAM    home -> ring slot -> Adam -> home, three chunks in flight                h2d, device adam, d2h
-                 CPU       Adam by host threads while the caller goes on; slab -> weights           host adam, h2d
+                 CPU       Adam by host threads while the caller goes on; outbox -> weights         host adam, h2d
     forward      each layer waits for the chunks that cover it, no other
 
 On a CUDA device lanes are streams; without one they are the calling thread, and only CPU chunks run beside it.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,7 +37,6 @@ from memory.placement import Placement, Plan, Widths, describe, static_plan
 from memory.tracer import Rates, measure_rates
 
 IN_FLIGHT_BYTES = 512 * 2**20      # of gradients on their way to the host: else a slow link would fill the device with them
-RING_SLOTS = 4        # one being filled, one being stepped, one being emptied, and one for when they are not in step
 MASTER_AND_MOMENTS = ("master", "exp_avg", "exp_avg_sq")
 LANES = ("compute", "d2h", "h2d", "host adam", "device adam")
 
@@ -78,6 +78,8 @@ class ChunkManager:
     parts: the modules that run, in forward order, if they are not `model`: pipeline stages.
     arrivals: how often a gradient arrives between two steps: 1, or where each microbatch is reduced (ZeRO 2 and 3 without
         pp), or without FSDP, the microbatches of a step.
+    clips: False: there is no bound on the gradient norm, so a chunk is stepped as soon as its last gradient has arrived, in
+        backward, with the learning rate of then; `step` does the rest.
     outside: parameters with gradients that change after backward, or weights that are read outside forward (a matrix tied
         over pipeline stages). `step` returns when they are new.
     plan: instead of the configuration's; placements of as many chunks as there are.
@@ -86,12 +88,13 @@ class ChunkManager:
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.AdamW, config: MemoryConfig, *,
-                 parts: Sequence[nn.Module] | None = None, arrivals: int = 1, outside: Iterable[nn.Parameter] = (),
-                 plan: Plan | None = None, rates: Rates | None = None, say: Callable[[str], None] = lambda text: None,
-                 ranks_per_host: int = 1, chunk_elements: int | None = None, host_threads: int | None = None):
+                 parts: Sequence[nn.Module] | None = None, arrivals: int = 1, clips: bool = True,
+                 outside: Iterable[nn.Parameter] = (), plan: Plan | None = None, rates: Rates | None = None,
+                 say: Callable[[str], None] = lambda text: None, ranks_per_host: int = 1,
+                 chunk_elements: int | None = None, host_threads: int | None = None):
         config.check()
         check_adamw(optimizer)
-        self.model, self.config, self.arrivals = model, config, arrivals
+        self.model, self.config, self.arrivals, self.clips = model, config, arrivals, clips
         self.parts = [model] if parts is None else list(parts)
         self.managed = find_managed(model, self.parts, optimizer, set(outside))
         self.of = {one.parameter: one for one in self.managed}
@@ -112,8 +115,9 @@ class ChunkManager:
         self.ledger.take("device", self.weight_bytes, "weights")
         for chunk, placement in zip(self.chunks, self.plan.placements, strict=True):
             chunk.allocate(self.ledger, placement, self.sums)
-        self.ring: list[dict[str, Tensor]] = []
-        self._fit_ring()
+        self.ring: list[dict[str, Tensor]] = []      # slots on the device that STREAM passes through
+        self.outbox: list[Tensor] = []               # pinned, on the host: new weights of CPU leave from it
+        self._fit_buffers()
         n_pieces = sum(len(chunk.pieces) for chunk in self.chunks)
         self.squares = torch.zeros(n_pieces, dtype=torch.float64, device=self.device)     # of each piece's whole gradient
         self.host_squares = [0.0] * n_pieces                                              # of those summed on the host
@@ -124,6 +128,8 @@ class ChunkManager:
                                          zip(("d2h", "h2d", "device adam"), streams, strict=True))
         self.resident, self.host = Lane("device adam", self), Lane("host adam", self)      # resident: the caller's stream
         self._in_flight: list[tuple[Any, list[Tensor]]] = []      # (event, what must live until then)
+        self._issued: set[Chunk] = set()                         # told to step since the last `step`
+        self._turns = dict.fromkeys(Placement, 0)                 # chunks stepped: whose turn it is in ring and outbox
         self._phase: tuple[str | None, Any] = None, None
         self._stepped_s, self._host_done_s, self._host_update_s = 0.0, 0.0, None
         threads = host_threads or _host_threads(self.is_cuda)
@@ -162,7 +168,7 @@ class ChunkManager:
 
     def needed(self, plan: Plan) -> dict[str, int]:
         """Bytes by account that a plan holds at most: weights, states, ring, gradients that wait for their step or travel."""
-        total, slot = {"device": self.weight_bytes, "host": 0}, 0
+        total, slot, box = {"device": self.weight_bytes, "host": 0}, 0, 0
         if self.is_cuda:
             on_cpu = (chunk.n * chunk.dtype.itemsize for chunk, placement in zip(self.chunks, plan.placements, strict=True)
                       if placement is Placement.CPU)
@@ -173,7 +179,11 @@ class ChunkManager:
                 total[account] += each[account] * chunk.n
             if placement is Placement.STREAM:
                 slot = max(slot, chunk.n * _slot_bytes(chunk.dtype))
-        return total | {"device": total["device"] + slot * min(RING_SLOTS, plan.placements.count(Placement.STREAM))}
+            if placement is Placement.CPU:
+                box = max(box, chunk.n * chunk.dtype.itemsize)
+        total["device"] += slot * min(self.widths.ring_slots, plan.placements.count(Placement.STREAM))
+        total["host"] += box * min(self.widths.outbox_slots, plan.placements.count(Placement.CPU))
+        return total
 
     def _refuse_what_does_not_fit(self, budgets: dict[str, int | None]) -> None:
         other = {"device": "more of --memory.cpu or --memory.stream", "host": "more of --memory.resident"}
@@ -196,7 +206,7 @@ class ChunkManager:
         moving = [(chunk, placement) for chunk, placement in zip(self.chunks, plan.placements, strict=True)
                   if placement is not chunk.placement]
         moving.sort(key=lambda move: move[1] is Placement.RESIDENT)      # make room on the device first
-        self._free_ring()
+        self._free_buffers()
         for chunk, placement in moving:
             kept = [(piece, {name: chunk.read(name, piece).to("cpu", copy=True) for name in MASTER_AND_MOMENTS})
                     for piece in chunk.pieces]
@@ -205,7 +215,7 @@ class ChunkManager:
             for piece, values in kept:
                 for name, value in values.items():
                     chunk.write(name, piece, value.to(self.device) if name == "master" else value)
-        self._fit_ring()
+        self._fit_buffers()
 
     def take_plan(self, saved: str) -> None:
         """Under placement auto: go on with this rank's plan of a checkpoint (Plan.to_json, or ""), without tracing again, if
@@ -213,18 +223,24 @@ class ChunkManager:
         if self.auto:
             self.auto.take_plan(Plan.from_json(saved) if saved else None)
 
-    def _fit_ring(self) -> None:
+    def _fit_buffers(self) -> None:
         streaming = [chunk for chunk in self.chunks if chunk.placement is Placement.STREAM]
-        for i in range(min(RING_SLOTS, len(streaming))):
+        for i in range(min(self.widths.ring_slots, len(streaming))):
             n, narrow = max(chunk.n for chunk in streaming), any(chunk.dtype != torch.float32 for chunk in streaming)
             dtypes = {"exp_avg": torch.float32, "exp_avg_sq": torch.float32} | ({"low": torch.int16} if narrow else {})
             self.ring.append({name: self.ledger.zeros("device", n, dtype, f"ring slot {i}") for name, dtype in dtypes.items()})
         self._slot_free = [DONE] * len(self.ring)
+        on_cpu = [chunk.n * chunk.dtype.itemsize for chunk in self.chunks if chunk.placement is Placement.CPU]
+        for i in range(min(self.widths.outbox_slots, len(on_cpu))):
+            self.outbox.append(self.ledger.zeros("host", max(on_cpu), torch.uint8, f"outbox {i}", pin=True))
+        self._sent = [DONE] * len(self.outbox)       # events: the weights that were in it have left
 
-    def _free_ring(self) -> None:
+    def _free_buffers(self) -> None:
         for slot in self.ring:
             self.ledger.give("device", sum(tensor.nbytes for tensor in slot.values()))
-        self.ring = []
+        for box in self.outbox:
+            self.ledger.give("host", box.nbytes)
+        self.ring, self.outbox = [], []
 
     # ---- backward: gradients arrive -----------------------------------------------------------------------------------
 
@@ -259,6 +275,10 @@ class ChunkManager:
         elif one.arrivals == 0:
             self.ledger.take("device", _waiting_bytes(one), f"gradient of {one.name}")
         one.arrivals += 1
+        if not self.clips and one.arrivals == self.arrivals:
+            for chunk in dict.fromkeys(piece.chunk for piece in one.pieces):
+                if all(other.arrivals == self.arrivals and not other.outside for other in chunk.managed):
+                    self._issue(chunk, DONE)
         self._let_go()
 
     def _collect(self, piece: Piece, grad: Tensor, adds: bool) -> None:
@@ -334,7 +354,11 @@ class ChunkManager:
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """Make the next step scale all gradients so that their 2-norm over all ranks is at most `max_norm`; returns what it
-        is before, a float64 scalar, the same on every rank. Gradients stay as they are: the factor is an argument of Adam."""
+        is before, a float64 scalar, the same on every rank. Gradients stay as they are: the factor is an argument of Adam.
+        max_norm: inf only asks for the norm, and is all that a manager with clips=False can do."""
+        if max_norm < math.inf and not self.clips:
+            raise RuntimeError(f"gradients cannot be clipped to {max_norm} any more: with clips=False chunks are stepped as "
+                               "their gradients arrive; pass clips=True to ChunkManager.")
         self.finish_backward()
         for chunk in self.chunks if self.sums else ():
             for piece in chunk.pieces:
@@ -343,7 +367,8 @@ class ChunkManager:
         if dist.is_initialized():
             dist.all_reduce(squares)
         norm = squares.sqrt()
-        self.clip = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()       # as in parallel/clip.py
+        if max_norm < math.inf:
+            self.clip = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()       # as in parallel/clip.py
         return norm
 
     # ---- the update ---------------------------------------------------------------------------------------------------
@@ -354,34 +379,23 @@ class ChunkManager:
         weights or states waits for what it reads."""
         self.finish_backward()
         self._mark(None)
-        for chunk in self.chunks:
-            chunk.wait()                         # long done, but for one whose layers did not run since the last step
-        if self._stepped_s:
-            self._host_update_s = self._host_done_s - self._stepped_s if self._host_done_s > self._stepped_s else None
-        self._stepped_s = time.perf_counter()
+        self._begin_update()
         clip_arrived = DONE
         if self.clip is not None:
             with self.d2h.work("clip", after=[self._now()]) as end:
                 self._host_clip.copy_(self.clip, non_blocking=True)
             clip_arrived = end[0]
-        hypers: dict[tuple, Hyper] = {}
-        for one in self.managed:
-            one.step += one.arrivals > 0
-        now = self._now()
-        for placement, engine in ((Placement.CPU, self._queue), (Placement.RESIDENT, self._step_resident),
-                                  (Placement.STREAM, self._step_stream)):
-            turn = 0
+        for placement in (Placement.CPU, Placement.RESIDENT, Placement.STREAM):
             for chunk in self.chunks:
-                pieces = [(piece, _hyper(hypers, piece.managed)) for piece in chunk.pieces if piece.managed.arrivals]
-                if chunk.placement is placement and pieces:
-                    chunk.move_to(State.QUEUED)
-                    engine(chunk, pieces, now, clip_arrived, turn)
-                    turn += 1
+                if chunk.placement is placement and chunk not in self._issued and any(one.arrivals for one in chunk.managed):
+                    self._issue(chunk, clip_arrived)
         kept = [one.parameter.grad for one in self.managed if one.parameter.grad is not None]
         self._in_flight.append((self._now(self.adam), kept if self.clip is None else [*kept, self.clip]))
         for one in self.managed:
+            one.step += one.arrivals > 0
             self._forget(one)
         self._clear_squares()
+        self._issued.clear()
         self.clip = None
         for one in self.managed:
             for piece in one.pieces if one.outside else ():
@@ -389,20 +403,42 @@ class ChunkManager:
         if self.auto:
             self.auto.step_ended()
 
+    def _begin_update(self) -> None:
+        """Before the first chunk of an update is stepped: what the last one left behind is waited for, and timed."""
+        if self._issued:
+            return
+        for chunk in self.chunks:
+            if chunk.state is not State.COLLECTING:
+                chunk.wait()                     # long done, but for one whose layers did not run since the last step
+        if self._stepped_s:
+            self._host_update_s = self._host_done_s - self._stepped_s if self._host_done_s > self._stepped_s else None
+        self._stepped_s = time.perf_counter()
+
+    def _issue(self, chunk: Chunk, clip_arrived) -> None:
+        """Have its engine step the pieces of a chunk whose gradients are there."""
+        self._begin_update()
+        self._issued.add(chunk)
+        engine = {Placement.CPU: self._queue, Placement.RESIDENT: self._step_resident,
+                  Placement.STREAM: self._step_stream}[chunk.placement]
+        chunk.move_to(State.QUEUED)
+        engine(chunk, [(piece, _hyper(piece.managed)) for piece in chunk.pieces if piece.managed.arrivals], clip_arrived,
+               self._turns[chunk.placement])
+        self._turns[chunk.placement] += 1
+
     def host_update_seconds(self) -> float | None:
-        """From `step` until the host's last weight was sent, in the step before the latest; None: the host has no chunk."""
+        """From the start of an update until the host's last weight was sent, before the latest; None: the host has no chunk."""
         return self._host_update_s
 
-    def _step_resident(self, chunk: Chunk, pieces: list, now, clip_arrived, turn: int) -> None:
+    def _step_resident(self, chunk: Chunk, pieces: list, clip_arrived, turn: int) -> None:
         chunk.move_to(State.STEPPING)
         with self.resident.work(f"chunk {chunk.index}") as end:
             self._adam_on_device(chunk.tensors, pieces)
         chunk.weights_done = chunk.done = end[0]
         chunk.move_to(State.READY)
 
-    def _step_stream(self, chunk: Chunk, pieces: list, now, clip_arrived, turn: int) -> None:
+    def _step_stream(self, chunk: Chunk, pieces: list, clip_arrived, turn: int) -> None:
         """Through a ring slot; the three copies and the step of different chunks overlap, each on its own lane."""
-        slot_index = turn % len(self.ring)
+        slot_index, now = turn % len(self.ring), self._now()
         slot = {name: self.ring[slot_index][name][:chunk.n] for name in chunk.tensors if name != "total"}
         chunk.move_to(State.STEPPING)
         with self.h2d.work(f"chunk {chunk.index}", after=[self._slot_free[slot_index], chunk.done]) as loaded:
@@ -425,31 +461,30 @@ class ChunkManager:
             self.kernel.device_step(piece.managed.weight[piece.in_shard], low, states["exp_avg"][piece.in_chunk],
                                     states["exp_avg_sq"][piece.in_chunk], grad, self.clip, hyper)
 
-    def _queue(self, chunk: Chunk, pieces: list, now, clip_arrived, turn: int) -> None:
+    def _queue(self, chunk: Chunk, pieces: list, clip_arrived, turn: int) -> None:
         weights = [(piece, piece.managed.weight[piece.in_shard]) for piece, _ in pieces]
         whole = len(pieces) == len(chunk.pieces) and len({hyper for _, hyper in pieces}) == 1
         runs = [(slice(0, chunk.n), pieces[0][1])] if whole else [(piece.in_chunk, hyper) for piece, hyper in pieces]
         clip = None if self.clip is None else self._host_clip
         chunk.weights_done = DONE
-        chunk.job = self.worker.submit(self._step_host, chunk, runs, weights, clip, clip_arrived)
+        chunk.job = self.worker.submit(self._step_host, chunk, runs, weights, clip, clip_arrived, turn)
 
     @torch.no_grad()
-    def _step_host(self, chunk: Chunk, runs: list, weights: list, clip: Tensor | None, clip_arrived) -> None:
+    def _step_host(self, chunk: Chunk, runs: list, weights: list, clip: Tensor | None, clip_arrived, turn: int) -> None:
         """On the host's thread, chunk after chunk in forward order."""
         chunk.move_to(State.STEPPING)
-        for event in (clip_arrived, *chunk.arrived):
+        i = turn % len(self.outbox)
+        for event in (clip_arrived, *chunk.arrived, self._sent[i]):
             event.synchronize()
         states = [chunk.tensors[name] for name in MASTER_AND_MOMENTS]
-        slab, grad = chunk.tensors["slab"], chunk.tensors.get("total", chunk.tensors["slab"])
+        grad, new = chunk.tensors.get("total", chunk.tensors["slab"]), self.outbox[i].view(chunk.dtype)
         with self.host.work(f"chunk {chunk.index}"):
             for run, hyper in runs:
-                self.kernel.host_step(*(state[run] for state in states), grad[run], clip, hyper)
-            if grad is not slab:
-                slab.copy_(grad)                 # the weights, rounded: they leave from pinned memory
+                self.kernel.host_step(*(state[run] for state in states), grad[run], new[run], clip, hyper)
         with self.h2d.work(f"weights of chunk {chunk.index}") as end:
             for piece, weight in weights:
-                weight.copy_(slab[piece.in_chunk], non_blocking=True)
-        chunk.weights_done = chunk.done = end[0]
+                weight.copy_(new[piece.in_chunk], non_blocking=True)
+        chunk.weights_done = chunk.done = self._sent[i] = end[0]
         chunk.move_to(State.READY)
         self._host_done_s = time.perf_counter()
 
@@ -607,12 +642,10 @@ def _gates(parts: list[nn.Module], of: dict[nn.Parameter, Managed]) -> dict[nn.M
     return gates
 
 
-def _hyper(known: dict[tuple, Hyper], one: Managed) -> Hyper:
-    key = id(one.group), one.step
-    if key not in known:
-        lr, betas, eps, decay = (one.group[name] for name in ("lr", "betas", "eps", "weight_decay"))
-        known[key] = Hyper(float(lr), *map(float, betas), float(eps), float(decay), one.step)
-    return known[key]
+def _hyper(one: Managed) -> Hyper:
+    """Of the update to come."""
+    lr, betas, eps, decay = (one.group[name] for name in ("lr", "betas", "eps", "weight_decay"))
+    return Hyper(float(lr), *map(float, betas), float(eps), float(decay), one.step + 1)
 
 
 def _square_sum(grad: Tensor, copies: int) -> Tensor:

@@ -3,9 +3,10 @@
 x_r, x_s, x_c   parameters of this rank whose chunks are RESIDENT, STREAM, CPU; they sum to N
 update U        from the last gradient until the last weight is new, both engines at work; hidden behind the next forward
     device      weight N + (states + grad) x_r + grad x_s + ring + what was traced + reserve  <=  device budget
-    host        cpu_states x_c + states x_s + what was traced  <=  host budget
+    host        cpu_states x_c + states x_s + outbox + what was traced  <=  host budget
     U           the slowest of: the link each way and both ways, host DRAM, host Adam
     step        backward + max(next forward, U) + resident Adam                     (the clip is exact: no update in backward)
+                max(backward + next forward, U) + resident Adam                     (without a clip: as gradients arrive)
 """
 
 import json
@@ -46,10 +47,11 @@ class Widths:
 
     weight: int = 2                # 2: bfloat16, beside a float32 master; 4: float32, and on the device it is the master
     grad: int = 2                  # as it waits on the device for RESIDENT and STREAM; 4 where microbatches are summed
-    slab: int = 2                  # of CPU: as gradients arrive on the host and weights leave it
+    slab: int = 2                  # of CPU: as gradients arrive on the host, and as weights leave it through the outbox
     host_sum: int = 0              # of CPU: 4 where gradients arrive several times a step and are summed on the host
     split_master: bool = False     # RESIDENT and STREAM keep the low half of the master only: the weight is its high half
     ring_slots: int = 4            # chunks that STREAM has on the device at once
+    outbox_slots: int = 2          # chunks of new weights that CPU has on their way from the host: one written, one sent
 
     def __post_init__(self):
         if self.split_master and self.weight != 2:
@@ -93,6 +95,7 @@ class Plan:
     host_budget_bytes: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)   # forward, backward, update, resident_adam, step; {}: unknown
     bound: str = ""                          # what the predicted step waits for
+    clips: bool = True                       # False: the update begins in backward
 
     def n_parameters(self, placement: Placement) -> int:
         return sum(n for n, where in zip(self.n_elements, self.placements, strict=True) if where is placement)
@@ -107,7 +110,8 @@ class Plan:
 
     @property
     def host_bytes(self) -> dict[str, int]:
-        return {"cpu": self.widths.cpu_states * self.n_parameters(Placement.CPU),
+        x_c = self.n_parameters(Placement.CPU)
+        return {"cpu": self.widths.cpu_states * x_c + (outbox_bytes(self.n_elements, self.widths) if x_c else 0),
                 "stream": self.widths.states * self.n_parameters(Placement.STREAM), "other": self.other_host_bytes}
 
     def to_json(self) -> str:
@@ -123,6 +127,10 @@ class Plan:
 
 def ring_bytes(n_elements: Sequence[int], widths: Widths) -> int:
     return widths.ring_slots * widths.states * max(n_elements, default=0)
+
+
+def outbox_bytes(n_elements: Sequence[int], widths: Widths) -> int:
+    return widths.outbox_slots * widths.slab * max(n_elements, default=0)
 
 
 def _reserve(budget_bytes: int | None) -> int:
@@ -178,7 +186,7 @@ def static_plan(n_elements: Sequence[int], resident: float, stream: float, cpu: 
 
 
 def auto_plan(n_elements: Sequence[int], *, device_budget_bytes: int, host_budget_bytes: int, rates: Rates, traced: Traced,
-              widths: Widths = Widths(), layers: Sequence[tuple[str, str]] = ()) -> Plan:
+              widths: Widths = Widths(), layers: Sequence[tuple[str, str]] = (), clips: bool = True) -> Plan:
     """The fastest predicted step within both budgets, by a scan of all layouts.
 
     n_elements: this rank's chunks in forward order. If all fits, all is RESIDENT. Of plans within CLOSE_ENOUGH of the fastest
@@ -187,24 +195,24 @@ def auto_plan(n_elements: Sequence[int], *, device_budget_bytes: int, host_budge
     n_total, other = sum(n_elements), traced.non_model_peak_bytes
     fixed = widths.weight * n_total + other
     spare = device_budget_bytes - _reserve(device_budget_bytes) - fixed
-    ring = ring_bytes(n_elements, widths)
+    ring, outbox = ring_bytes(n_elements, widths), outbox_bytes(n_elements, widths)
     least_device = least_host = NEVER                  # of the layouts that the other budget allows
     found: list[tuple[float, int, int]] = []           # per number of residents: step seconds, n_resident, n_stream
     for n_resident, x_r, x_s in splits(n_elements):
         x_c = n_total - x_r - x_s
         device = (widths.states + widths.grad) * x_r + widths.grad * x_s + np.where(x_s > 0, ring, 0)
-        host = widths.cpu_states * x_c + widths.states * x_s + traced.host_bytes
+        host = widths.cpu_states * x_c + widths.states * x_s + np.where(x_c > 0, outbox, 0) + traced.host_bytes
         fits_device, fits_host = device <= spare, host <= host_budget_bytes
         least_host = min(least_host, int(np.where(fits_device, host, NEVER).min()))
         least_device = min(least_device, int(np.where(fits_host, device, NEVER).min()))
         if (fits := fits_device & fits_host).any():
-            step = np.where(fits, predict(x_r, x_s, x_c, rates, traced, widths)["step"], np.inf)
+            step = np.where(fits, predict(x_r, x_s, x_c, rates, traced, widths, clips)["step"], np.inf)
             found.append((float(step.min()), n_resident, int(step.argmin())))
     if not found:
         ways = [f"--memory.device-budget-gib {_gib_up((fixed + least_device + 1) / (1 - RESERVE))}"] * (least_device < NEVER)
         ways += [f"--memory.host-budget-gib {_gib_up(least_host)}"] * (least_host < NEVER)
         both = (f"--memory.device-budget-gib {_gib_up((fixed + 1) / (1 - RESERVE))} with --memory.host-budget-gib "
-                f"{_gib_up(widths.cpu_states * n_total + traced.host_bytes)}")
+                f"{_gib_up(widths.cpu_states * n_total + outbox + traced.host_bytes)}")
         raise UsageError(
             f"--memory.device-budget-gib {device_budget_bytes / GIB:.4g} and --memory.host-budget-gib "
             f"{host_budget_bytes / GIB:.4g} (per rank) cannot hold {n_total:,} parameters: before any optimizer state the "
@@ -217,7 +225,7 @@ def auto_plan(n_elements: Sequence[int], *, device_budget_bytes: int, host_budge
     if found[-1][1] == len(n_elements):
         n_resident, n_stream, why = len(n_elements), 0, "everything fits the device"
     plan = Plan(lay_out(len(n_elements), n_resident, n_stream), tuple(n_elements), "auto", why, widths, tuple(layers), other,
-                traced.host_bytes, device_budget_bytes, host_budget_bytes)
+                traced.host_bytes, device_budget_bytes, host_budget_bytes, clips=clips)
     return with_prediction(plan, rates, traced)
 
 
@@ -241,20 +249,24 @@ def update_terms(x_s, x_c, rates: Rates, widths: Widths) -> dict[str, np.ndarray
     }
 
 
-def predict(x_r, x_s, x_c, rates: Rates, traced: Traced, widths: Widths) -> dict[str, np.ndarray]:
-    """Seconds of a step's parts and of the step: MEMORY.md's T_exact, clipping exact, update behind the next forward."""
+def predict(x_r, x_s, x_c, rates: Rates, traced: Traced, widths: Widths, clips: bool = True) -> dict[str, np.ndarray]:
+    """Seconds of a step's parts, of the step, and of what the update can hide behind: the next forward and, where nothing has
+    to be known of all gradients before the first chunk is stepped, backward."""
     update = np.maximum.reduce(list(update_terms(x_s, x_c, rates, widths).values()))
     resident_adam = x_r / rates.device_adam
-    step = traced.backward_seconds + np.maximum(traced.forward_seconds, update) + resident_adam
-    return {"forward": traced.forward_seconds, "backward": traced.backward_seconds, "update": update,
+    alone, beside = (traced.backward_seconds, traced.forward_seconds) if clips else (
+        0.0, traced.backward_seconds + traced.forward_seconds)
+    step = alone + np.maximum(beside, update) + resident_adam
+    return {"forward": traced.forward_seconds, "backward": traced.backward_seconds, "beside_update": beside, "update": update,
             "resident_adam": resident_adam, "step": step}
 
 
 def with_prediction(plan: Plan, rates: Rates, traced: Traced) -> Plan:
     x_r, x_s, x_c = (plan.n_parameters(where) for where in Placement)
-    seconds = {name: float(value) for name, value in predict(x_r, x_s, x_c, rates, traced, plan.widths).items()}
+    seconds = {name: float(value) for name, value in predict(x_r, x_s, x_c, rates, traced, plan.widths,
+                                                                 plan.clips).items()}
     terms = update_terms(x_s, x_c, rates, plan.widths)
-    bound = max(terms, key=terms.get) if seconds["update"] > seconds["forward"] else "forward and backward"
+    bound = max(terms, key=terms.get) if seconds["update"] > seconds["beside_update"] else "forward and backward"
     return replace(plan, seconds=seconds, bound=bound)
 
 
@@ -297,10 +309,10 @@ def describe(plan: Plan) -> str:
         cells = [f"{number:>{width}}" for number, width in zip(numbers, widths[1:], strict=True)]
         lines.append(f"  {name:{widths[0]}}  {'  '.join(cells)}  {words}".rstrip())
     if t := plan.seconds:
-        hidden = min(t["update"], t["forward"])
+        hidden, behind = min(t["update"], t["beside_update"]), "it" if plan.clips else "both"
         lines.append(f"  predicted step {t['step']:.3g} s: backward {t['backward']:.3g}, next forward {t['forward']:.3g}, "
-                     f"update {t['update']:.3g} of which {hidden:.3g} hide behind it, resident Adam {t['resident_adam']:.3g}; "
-                     f"bound by {plan.bound}")
+                     f"update {t['update']:.3g} of which {hidden:.3g} hide behind {behind}, "
+                     f"resident Adam {t['resident_adam']:.3g}; bound by {plan.bound}")
     return "\n".join(lines)
 
 

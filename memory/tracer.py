@@ -205,7 +205,7 @@ def _adam_step(device: torch.device, n_parameters: int, kind: str) -> Callable[[
     kernel, hyper = Kernel(kind, device), Hyper(1e-3, 0.9, 0.95, 1e-8, 0.1, 1)
     zeros = lambda dtype=torch.float32: torch.zeros(n_parameters, dtype=dtype, device=device)
     if device.type == "cpu":
-        tensors, step = (zeros(), zeros(), zeros(), zeros(torch.bfloat16)), kernel.host_step
+        tensors, step = (zeros(), zeros(), zeros(), zeros(torch.bfloat16), zeros(torch.bfloat16)), kernel.host_step
     else:
         tensors, step = (zeros(torch.bfloat16), zeros(torch.int16), zeros(), zeros(), zeros(torch.bfloat16)), kernel.device_step
 

@@ -10,6 +10,7 @@ config.json, metrics.jsonl, tensorboard/, loss.png, tokenizer/, checkpoints/ and
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import sys
@@ -89,7 +90,7 @@ class TrainConfig:
     min_lr: float | None = None         # where the cosine ends; None: a tenth of lr
     warmup_steps: int | None = None     # None: 2 % of the steps, at most LLaMA-2's 2,000
     weight_decay: float = 0.1
-    max_grad_norm: float = 1.0          # gradients longer than this, over all parameters together, are scaled down to it
+    max_grad_norm: float = 1.0          # gradients longer than this, over all parameters together, are scaled to it; inf: none
     dtype: Literal["float32", "bfloat16"] = "bfloat16"    # of the computation; masters, moments and reductions are fp32
     compile: bool = False               # torch.compile each block: a minute at the start, faster steps after
     recompute: Literal["none", "selective", "full"] = "none"    # activations computed again in backward: memory for time
@@ -272,6 +273,7 @@ def set_up(cfg: "PretrainConfig", model: Llama, layout: ParallelConfig, n_micros
         optimizer = ChunkManager(
             model, optimizer, memory, parts=parts, outside=[embedding.weight] if tied_over_stages else [],
             arrivals=gradient_arrivals(model, layout.zero_stage, layout.pp > 1, n_micros),
+            clips=cfg.train.max_grad_norm < math.inf,
             rates=load_rates(rates_file, device) if memory.placement == "auto" else None,
             say=say or (lambda text: None), ranks_per_host=int(os.environ.get("LOCAL_WORLD_SIZE", 1))).optimizer
     return mesh, runner, optimizer
@@ -299,6 +301,8 @@ def train_step(runner, model: nn.Module, optimizer: Optimizer, micros: list[Batc
     n_scored: scored labels of the whole global batch, so that sums over micro-batches and ranks give the mean.
     """
     micros = [shard_batch(micro, mesh["cp"], layout.cp_method) for micro in micros]
+    for group in optimizer.param_groups:
+        group["lr"] = lr                   # before backward: without clipping the chunk manager steps as gradients arrive
     # FSDP averages gradients over the ranks that saw other tokens; we want their sum.
     loss = runner.step(micros, n_scored, grad_scale=layout.grad_ranks, **({"recorder": recorder} if recorder else {}))
     dist.all_reduce(loss, group=mesh["loss"].get_group())             # each rank has its own tokens' share
@@ -306,8 +310,6 @@ def train_step(runner, model: nn.Module, optimizer: Optimizer, micros: list[Batc
         grad_norm = optimizer.clip_grad_norm(max_grad_norm)
     else:
         grad_norm = clip_grad_norm(model.parameters(), max_grad_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
     return loss, grad_norm
@@ -343,7 +345,8 @@ def check_numbers(cfg: PretrainConfig) -> None:
     refuse_below(1, {"--train.steps": train.steps, "--train.global-batch-size": train.global_batch_size,
                      "--train.micro-batch-size": train.micro_batch_size, "--train.validation-rows": train.validation_rows,
                      "--data.seq-len": data.seq_len})
-    refuse_below(0, {"--train.lr": train.lr, "--train.max-grad-norm": train.max_grad_norm}, exclusive=True)
+    clip = {} if train.max_grad_norm == math.inf else {"--train.max-grad-norm": train.max_grad_norm}
+    refuse_below(0, {"--train.lr": train.lr, **clip}, exclusive=True)
     refuse_below(0, {"--train.warmup-steps": train.warmup_steps, "--train.weight-decay": train.weight_decay,
                      "--train.min-lr": train.min_lr, "--train.validate-every": train.validate_every,
                      "--train.seed": train.seed, "--checkpoint.every": cfg.checkpoint.every,

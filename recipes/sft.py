@@ -91,7 +91,7 @@ class TrainConfig:
     min_lr: float | None = None         # where the cosine ends; None: a tenth of lr
     warmup_steps: int | None = None     # None: 2 % of the steps, at most LLaMA-2's 2,000
     weight_decay: float = 0.1
-    max_grad_norm: float = 1.0          # gradients longer than this, over all parameters together, are scaled down to it
+    max_grad_norm: float = 1.0          # gradients longer than this, over all parameters together, are scaled to it; inf: none
     neftune_alpha: float = 0.0          # noise on the embeddings in training (NEFTune): 5 is usual; 0: none
     dtype: Literal["float32", "bfloat16"] | None = None   # of the computation; None: bfloat16 on a GPU, float32 without
     compile: bool = False               # torch.compile each block: a minute at the start, faster steps after

@@ -34,7 +34,7 @@ def refused(*arguments, name: str = "pretrain", ranks: int = 1) -> str:
     (["--train.lr", "nan"], ["--train.lr nan"]),
     (["--train.lr", "-1e-3"], ["--train.lr"]),
     (["--train.min-lr", 1], ["--train.min-lr", "--train.lr"]),
-    (["--train.max-grad-norm", 0], ["--train.max-grad-norm"]),
+    (["--train.max-grad-norm", 0], ["--train.max-grad-norm"]), (["--train.max-grad-norm", "nan"], ["--train.max-grad-norm"]),
     (["--train.weight-decay", -1], ["--train.weight-decay"]),
     (["--data.validation-share", 1.5], ["--data.validation-share"]),
     (["--data.seq-len", 0], ["--data.seq-len 0"]),

@@ -285,7 +285,7 @@ def test_a_plain_script_starts_and_ends_its_own_process_group(tmp_path, ranks, l
     body += ["run(booster, data)"] if fails else []
     Path(tmp_path, "train.py").write_text("\n".join(body))
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    ended = subprocess.run([sys.executable, *launcher, tmp_path / "train.py"], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([sys.executable, *launcher, tmp_path / "train.py"], capture_output=True, text=True, timeout=180)
     assert bool(ended.returncode) == bool(fails), ended.stderr
     losses = [float(line) for line in ended.stdout.splitlines()]
     assert len(losses) == ranks and all(abs(loss - plain()[0][0]) < 2e-5 for loss in losses)

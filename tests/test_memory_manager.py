@@ -68,11 +68,12 @@ def test_both_kernels_step_host_and_device_chunks_as_exact_arithmetic_does(kind)
             states, device_grad = (m.clone(), v.clone()), grad.clone()
             kernel.device_step(weight, low, *states, device_grad, CLIP, HYPER)
             new_master = weight if low is None else join_master(weight, low)
-            kernel.host_step(master, m, v, grad, CLIP, HYPER)
+            new_weight = torch.empty(n, dtype=weight_dtype)
+            kernel.host_step(master, m, v, grad, new_weight, CLIP, HYPER)
             for ours in ((new_master, *states), (master, m, v)):
                 for one, right in zip(ours, expected, strict=True):
                     torch.testing.assert_close(one.double(), right, rtol=2e-6, atol=1e-7)
-            assert torch.equal(grad, master.to(grad_dtype))                       # the weight, where the gradient was
+            assert torch.equal(new_weight, master.to(weight_dtype))
 
 
 @pytest.mark.slow
@@ -83,7 +84,8 @@ def test_a_compiled_kernel_is_compiled_once_for_all_steps_and_sizes():
         for step in range(1, 4):
             for n in (64, 1000, 2**20):
                 master, m, v, grad = chunk_of(n, BF16, BF16)
-                kernel.host_step(master, m, v, grad, torch.tensor(1 / step), Hyper(1e-3 * step, 0.9, 0.95, 1e-5, 0.1, step))
+                hyper = Hyper(1e-3 * step, 0.9, 0.95, 1e-5, 0.1, step)
+                kernel.host_step(master, m, v, grad, grad.clone(), torch.tensor(1 / step), hyper)
 
 
 # ---- bfloat16 weights ----
@@ -142,7 +144,7 @@ def test_the_ledger_peaks_at_what_the_plan_said_and_counts_every_tensor(plan, ar
     train(model, manager.optimizer, 2, max_norm=0.5, micros=arrivals)
     tensors = [tensor for chunk in manager.chunks for tensor in chunk.tensors.values()]
     slots = [tensor for slot in manager.ring for tensor in slot.values()]
-    assert sum(manager.ledger.held.values()) == sum(t.nbytes for t in [*tensors, *slots, *model.parameters()])
+    assert sum(manager.ledger.held.values()) == sum(t.nbytes for t in [*tensors, *slots, *manager.outbox, *model.parameters()])
     for account, n_bytes in said.items():
         assert 0.9 * n_bytes <= manager.ledger.peak[account] <= n_bytes      # gradients lack the gaps between pieces
     manager.close()
@@ -194,8 +196,8 @@ def test_replanning_between_steps_changes_no_value(plans, dtype):
         manager.replan(plan_of(sizes, PLANS[plan]))
         after = [manager.gather(name, one) for one in manager.managed for name in ("master", "exp_avg", "exp_avg_sq")]
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-        assert manager.ledger.held["host"] == sum(t.nbytes for c in manager.chunks for t in c.tensors.values()
-                                                  if c.placement is not RESIDENT)
+        of_chunks = sum(t.nbytes for c in manager.chunks for t in c.tensors.values() if c.placement is not RESIDENT)
+        assert manager.ledger.held["host"] == of_chunks + sum(box.nbytes for box in manager.outbox)
     manager.close()
 
 
@@ -228,6 +230,29 @@ def test_cpu_chunks_are_stepped_behind_the_caller_in_forward_order_and_a_layer_w
     may_step.set()
     forward.join(30)
     assert ran == [0, 1, 2] and order == sorted(order) and len(order) == len(manager.chunks)
+    manager.close()
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_without_clipping_a_chunk_is_stepped_in_backward_when_its_last_gradient_has_arrived(plan):
+    model, manager = managed(PLANS[plan], clips=False, arrivals=2)
+    before = weights(model)
+    model(torch.ones(1, 7)).backward()
+    manager.wait()
+    assert torch.equal(weights(model), before) and not manager._issued        # the second micro-batch is to come
+    seen = []
+    model.layers[1].weight.register_post_accumulate_grad_hook(lambda _: seen.append(len(manager._issued)))
+    model(torch.ones(1, 7)).backward()
+    assert 0 < seen[0] < len(manager.chunks) == len(manager._issued)          # the last layers' went first
+    manager.wait()
+    after = weights(model)
+    assert (after != before).any() and (plan != "cpu" or all(p.grad is None for p in model.parameters()))
+    assert manager.optimizer.clip_grad_norm(math.inf) > 0
+    manager.optimizer.step()
+    manager.wait()
+    assert torch.equal(weights(model), after) and all(one.step == 1 for one in manager.managed)
+    with pytest.raises(RuntimeError, match="clips=True"):
+        manager.optimizer.clip_grad_norm(1.0)
     manager.close()
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -54,6 +55,8 @@ def plan_of(sizes, placements):
 
 def train(model, optimizer, steps, max_norm=None, micros=1) -> None:
     for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 / (step + 1)
         for micro in range(micros):
             x = torch.randn(4, 7, generator=torch.Generator().manual_seed(step * 10 + micro)).to(next(model.parameters()).dtype)
             (model(x) * 10).backward()
@@ -62,8 +65,6 @@ def train(model, optimizer, steps, max_norm=None, micros=1) -> None:
                 optimizer.clip_grad_norm(max_norm)
             else:
                 nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-2 / (step + 1)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -85,8 +86,8 @@ def of_torch(steps=20, **kwargs) -> torch.Tensor:
     return weights(model)
 
 
-def of_manager(placements, steps=20, chunk_elements=64, arrivals=1, **kwargs) -> torch.Tensor:
-    model, manager = managed(placements, chunk_elements, arrivals=arrivals)
+def of_manager(placements, steps=20, chunk_elements=64, arrivals=1, clips=True, **kwargs) -> torch.Tensor:
+    model, manager = managed(placements, chunk_elements, arrivals=arrivals, clips=clips)
     train(model, manager.optimizer, steps, **kwargs)
     manager.close()
     return weights(model)
@@ -109,6 +110,14 @@ def test_every_placement_equals_torchs_adamw(plan):
 @pytest.mark.parametrize("plan", ["resident", "stream"])
 def test_stepped_on_the_device_it_is_bitwise_torchs_adamw_with_the_same_kernel(plan):
     assert torch.equal(of_manager(PLANS[plan]), of_torch())      # CPU steps a whole chunk: other vector tails
+
+
+@pytest.mark.parametrize("micros", [1, 3])
+@pytest.mark.parametrize("plan", PLANS)
+def test_stepped_as_gradients_arrive_it_equals_torchs_adamw_without_clipping(plan, micros):
+    ours = functools.partial(of_manager, PLANS[plan], arrivals=micros, micros=micros, clips=False)
+    assert_close(ours(), of_torch(micros=micros))
+    assert torch.equal(ours(), ours(max_norm=math.inf))
 
 
 @pytest.mark.parametrize("plan", PLANS)

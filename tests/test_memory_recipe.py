@@ -28,6 +28,15 @@ def test_placements_do_not_change_the_training(inputs, reference, tmp_path, rank
     assert all(f"\n  {placement}" in plan for placement in ("resident", "stream", "cpu")), plan
 
 
+@pytest.mark.parametrize("more", [["--parallel.zero-stage", 2], ["--parallel.pp", 2, "--parallel.schedule", "zero-bubble"]])
+def test_without_clipping_chunks_are_stepped_in_backward_and_the_training_is_the_same(inputs, tmp_path, more):
+    unclipped = ["--train.max-grad-norm", "inf", "--train.micro-batch-size", 2]
+    assert recipe("pretrain", *flags(inputs, tmp_path / "off", *unclipped)).status == 0
+    ended = recipe("pretrain", *flags(inputs, tmp_path / "run", *unclipped, *STATIC, *more), ranks=2)
+    assert ended.status == 0, ended
+    assert_same_training(tmp_path / "run", tmp_path / "off")
+
+
 def test_a_stopped_run_goes_on_bit_for_bit_and_then_without_the_manager(inputs, tmp_path):
     never = flags(inputs, tmp_path / "never", *STATIC)
     stopped = flags(inputs, tmp_path / "stopped", *STATIC)
