@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtensor_llama import Llama, LlamaConfig, loss
 from dtensor_llama.errors import UsageError
+from dtensor_llama.lora import LoraConfig, apply_lora
 from dtensor_llama.model import KVCache, init_weights
 from parallel.recompute import apply_recompute
-from parallel.tensor import apply_tensor_parallel, check_tensor_parallel, describe
+from parallel.tensor import apply_tensor_parallel, check_tensor_parallel, describe, lora_plan, tensor_plan
 
 # 97 tokens: 49 + 48 over tp 2, 25 + 25 + 25 + 22 over tp 4
 MHA = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
@@ -208,6 +209,20 @@ def count_collectives(config, sequence_parallel):
     return block_counts, whole_counts
 
 
+def count_lora_collectives(config, sequence_parallel, targets):
+    """Of a block whose own weights are frozen and whose `targets` have adapters: forward, backward."""
+    model = Llama(config)
+    apply_lora(model, LoraConfig(rank=2, targets=targets))
+    apply_tensor_parallel(model, tp_mesh(2), sequence_parallel)
+    x = torch.randn(2, T // 2 if sequence_parallel else T, config.hidden_size, requires_grad=True)
+    rope = tuple(torch.ones(1, T, 1, config.head_dim // 2) for _ in range(2))
+    with CommDebugMode() as forward:
+        out = model.model.layers[0](x, rope)
+    with CommDebugMode() as backward:
+        out.sum().backward()
+    return count(forward), count(backward)
+
+
 def planned(config, sequence_parallel, modules: dict[str, int]) -> list[dict[str, int]]:
     """Collectives of forward and of backward that the plan's rows state, for {pattern of modules: how many of each}."""
     totals = [{}, {}]
@@ -230,6 +245,21 @@ def test_a_block_and_a_whole_step_cost_the_collectives_of_the_plan(sequence_para
     assert block == planned(config, sequence_parallel, {"model.layers*": 1}) == a_block
     parts = {"model.layers*": 2, "model.embed_tokens": 1, "model.norm": 1, "cross_entropy": 1}
     assert step == planned(config, sequence_parallel, parts)
+
+
+@pytest.mark.parametrize("targets", [LoraConfig.targets, ("q_proj", "v_proj"), ("o_proj",)])
+@pytest.mark.parametrize("sequence_parallel,n_kv_heads", [(True, 2), (True, 1), (False, 2), (False, 1)])
+def test_adapters_cost_nothing_in_forward_and_in_backward_the_sums_of_their_rows(sequence_parallel, n_kv_heads, targets):
+    config = replace(GQA, num_key_value_heads=n_kv_heads)
+    plan = tensor_plan(config, 2, sequence_parallel)
+    of = lambda name: name.split(".")[-2].removesuffix("_lora")
+    adapters = [row for name, row in lora_plan(plan, n_kv_heads).items() if of(name) in targets]
+    assert len(adapters) == 2 * len(targets) and not any(row.forward for row in adapters)
+    # A frozen block has no sums of its own weights' gradients: those of norms, and of heads that ranks share.
+    activations = {"all-gather": 2, "reduce-scatter": 2} if sequence_parallel else {"all-reduce": 2}
+    forward, backward = run_on(2, count_lora_collectives, config, sequence_parallel, targets)[0]
+    assert forward == activations
+    assert backward == Counter(activations) + Counter(row.backward for row in adapters if row.backward)
 
 
 class Widths(TorchDispatchMode):
