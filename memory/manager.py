@@ -29,7 +29,20 @@ from torch.distributed.tensor import DTensor
 from dtensor_llama.errors import UsageError
 from dtensor_llama.shards import copies, local
 from memory.auto import AutoPolicy
-from memory.chunk import DONE, GIB, Chunk, Ledger, Managed, Piece, State, bytes_per_element, chunk_size, cut, like
+from memory.chunk import (
+    CHUNK_ELEMENTS,
+    DONE,
+    GIB,
+    Chunk,
+    Ledger,
+    Managed,
+    Piece,
+    State,
+    bytes_per_element,
+    chunk_size,
+    cut,
+    like,
+)
 from memory.config import MemoryConfig
 from memory.kernel import Hyper, Kernel
 from memory.optimizer import ChunkOptimizer, check_adamw
@@ -99,7 +112,8 @@ class ChunkManager:
         self.managed = find_managed(model, self.parts, optimizer, set(outside))
         self.of = {one.parameter: one for one in self.managed}
         n_here = sum(local(one.parameter).numel() for one in self.managed)
-        self.chunks = cut(self.managed, chunk_elements or chunk_size(n_here))
+        largest = CHUNK_ELEMENTS if config.resident == 1 else chunk_size(n_here)      # nothing to divide or to overlap
+        self.chunks = cut(self.managed, chunk_elements or largest)
         self.device = local(self.managed[0].parameter).device if self.managed else torch.device("cpu")
         self.is_cuda = self.device.type == "cuda"
         self.sums = arrivals > 1
@@ -119,8 +133,11 @@ class ChunkManager:
         self.outbox: list[Tensor] = []               # pinned, on the host: new weights of CPU leave from it
         self._fit_buffers()
         n_pieces = sum(len(chunk.pieces) for chunk in self.chunks)
-        self.squares = torch.zeros(n_pieces, dtype=torch.float64, device=self.device)     # of each piece's whole gradient
-        self.host_squares = [0.0] * n_pieces                                              # of those summed on the host
+        self._zero = torch.zeros((), device=self.device)
+        self.norms = [self._zero] * n_pieces                          # of each piece's whole gradient, float32
+        self.host_squares = [0.0] * n_pieces                          # of those summed on the host
+        self.shares = torch.tensor([1 / one.copies for one in self.managed for _ in one.pieces],
+                                   dtype=torch.float64, device=self.device)       # of a square in the world's sum
         self.clip: Tensor | None = None                                                   # factor of the next step
         self._host_clip = torch.ones((), pin_memory=self.is_cuda)
         streams = [torch.cuda.Stream(self.device) if self.is_cuda else None for _ in range(3)]
@@ -301,7 +318,7 @@ class ChunkManager:
         elif "total" in chunk.tensors:
             total = chunk.tensors["total"][piece.in_chunk]
             grad = total.add_(grad) if adds else total.copy_(grad)
-        self.squares[piece.index] = _square_sum(grad, piece.managed.copies)
+        self.norms[piece.index] = torch.linalg.vector_norm(grad, dtype=torch.float32)
 
     @torch.no_grad()
     def _add(self, piece: Piece, arrived, adds: bool) -> None:
@@ -309,7 +326,7 @@ class ChunkManager:
         arrived.synchronize()
         total, slab = (piece.chunk.tensors[name][piece.in_chunk] for name in ("total", "slab"))
         total.add_(slab) if adds else total.copy_(slab)
-        self.host_squares[piece.index] = _square_sum(total, piece.managed.copies).item()
+        self.host_squares[piece.index] = torch.linalg.vector_norm(total).item() ** 2 / piece.managed.copies
 
     def _let_go(self) -> None:
         """Of gradients whose copy has ended; where the link is slower than backward, backward waits for it here."""
@@ -346,7 +363,7 @@ class ChunkManager:
         one.arrivals = 0
 
     def _clear_squares(self) -> None:
-        self.squares.zero_()
+        self.norms = [self._zero] * len(self.norms)
         self.host_squares = [0.0] * len(self.host_squares)
 
     # ---- the norm -----------------------------------------------------------------------------------------------------
@@ -363,7 +380,9 @@ class ChunkManager:
         for chunk in self.chunks if self.sums else ():
             for piece in chunk.pieces:
                 piece.adding = piece.adding and piece.adding.result()
-        squares = self.squares.sum() + sum(self.host_squares)
+        squares = self._zero.double()
+        if self.norms:
+            squares = (torch.stack(self.norms).double() ** 2 * self.shares).sum() + sum(self.host_squares)
         if dist.is_initialized():
             dist.all_reduce(squares)
         norm = squares.sqrt()
@@ -646,10 +665,6 @@ def _hyper(one: Managed) -> Hyper:
     """Of the update to come."""
     lr, betas, eps, decay = (one.group[name] for name in ("lr", "betas", "eps", "weight_decay"))
     return Hyper(float(lr), *map(float, betas), float(eps), float(decay), one.step + 1)
-
-
-def _square_sum(grad: Tensor, copies: int) -> Tensor:
-    return torch.linalg.vector_norm(grad, dtype=torch.float32).double() ** 2 / copies
 
 
 def _waiting_bytes(one: Managed) -> int:

@@ -114,7 +114,7 @@ def test_model_mesh_and_optimizer_are_built_at_full_size_and_a_rank_fits_its_gpu
             assert sum(chunk.n for chunk in manager.chunks) * layout.tp * layout.dp_shard > 0.99 * config.n_parameters
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         assert len(held) == len([one for one in model.parameters() if one.requires_grad])
-        assert all(isinstance(parameter, DTensor) for parameter in held)
+        assert all(isinstance(parameter, DTensor) for parameter in held) or gpus == 1      # one process has nothing to spread
         n = n_adapter_parameters(config, cfg.lora) if lora else config.n_parameters
         assert sum(p.numel() for p in held) * layout.pp > 0.9 * n
     gib = memory_gib(size, gpu, gpus, flags(recipe, size, gpu, gpus))
