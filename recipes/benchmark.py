@@ -40,6 +40,7 @@ from dtensor_llama.data.tokenizer import load_tokenizer
 from dtensor_llama.flops import hardware_flops_per_token, model_flops_per_token, peak_flops
 from dtensor_llama.metrics import GIB, PeakMemory
 from dtensor_llama.model import init_weights
+from memory import ChunkManager, Placement
 from parallel.config import check_parallel
 from parallel.mesh import reads_alone, start_process_group, stop_process_group
 
@@ -127,8 +128,10 @@ def main(cfg: BenchmarkConfig) -> None:
             "mfu_causal": share * model_flops_per_token(config, seq_len, "causal"),
             "hfu": share * hardware_flops_per_token(config, seq_len, cfg.train.recompute),
             "peak_flops": peak, "peak_flops_source": peak_source,
-            "device_memory_gib": peaks[0].item() / GIB, "host_memory_gib": peaks[1].item() / GIB,
+            "device_memory_gib": peaks[0].item() / GIB, "host_memory_gib": peaks[1].item() / GIB, "loss": loss.item(),
         }
+        if cfg.memory.placement == "auto":
+            result["memory_plan"] = plan_facts(optimizer.manager)
         if reader:
             result["real_over_synthetic"] = statistics.median(step_s["real"]) / median_s
             result["data_wait_seconds_per_step"] = statistics.median(wait_s)
@@ -136,6 +139,15 @@ def main(cfg: BenchmarkConfig) -> None:
     if reader:
         reader.close()
     stop_process_group()
+
+
+def plan_facts(manager: ChunkManager) -> dict:
+    """What placement auto decided and predicted, and what the host's update took and moved."""
+    plan = manager.plan
+    x_r, x_s, x_c = (plan.n_parameters(placement) for placement in Placement)
+    return {"parameters": {"resident": x_r, "stream": x_s, "cpu": x_c}, "seconds": plan.seconds, "bound": plan.bound,
+            "host_update_seconds": manager.host_update_seconds(), "rates": manager.auto.rates.to_json(),
+            "host_dram_bytes": plan.widths.cpu_dram * x_c + 2 * plan.widths.states * x_s}
 
 
 def _device_name(device: torch.device) -> str:

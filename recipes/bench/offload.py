@@ -1,0 +1,279 @@
+"""Training under a memory budget: our chunk manager against everything resident and against those who offload too.
+
+    python recipes/bench/offload.py --model llama2-7b --layers 16 --device-budget-gib 24      # 3.5B, one GPU, about 8 minutes
+    python recipes/bench/offload.py --model llama2-13b --tokens 16384 --contenders ours fsdp2_offload
+
+    ours             recipes/benchmark.py --memory.placement auto, with the budget
+    all_resident     the same without a manager: AdamW(fused) on fp32 masters on the device; the ceiling, and needs 16 bytes
+                     a parameter whatever the budget says
+    fsdp2_offload    fully_shard per block with CPUOffloadPolicy, AdamW(fused) on the host
+    deepspeed_zero3  DeepSpeed ZeRO-3 with its optimizer on the host (CPUAdam), where it is installed
+
+Same model, seed, rows, clipping and recompute. Two of them do not fit one device, so each turn is a process of its own, and
+the turns go round: all contenders once, then all again. A peer cannot be told a budget; torch's allocator is held to it.
+One JSON line per contender and tokens a step, with the median of its rounds or the error that ended it; then a table.
+
+    exposed update   step less forward and backward alone: of ours and all_resident those that our tracer saw, of peers measured
+    DRAM share       bytes that the host's update must move, over its time, over the rate of an in-place stream
+    predicted        ours: the plan's; others: `predict_peer`, from the same rates and the same forward and backward
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))      # a clone works without being installed
+
+import torch
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+from dtensor_llama import Llama, LlamaConfig
+from dtensor_llama.cli import run_recipe
+from dtensor_llama.errors import UsageError
+from dtensor_llama.metrics import GIB, PeakMemory
+from dtensor_llama.model import init_weights
+from dtensor_llama.optim import build_adamw
+from memory.tracer import Rates
+from parallel.mesh import start_process_group, stop_process_group
+from parallel.recompute import apply_recompute
+
+ROOT = Path(__file__).resolve().parents[2]
+CONTENDERS = ("ours", "all_resident", "fsdp2_offload", "deepspeed_zero3")
+LR, WEIGHT_DECAY, MAX_NORM = 3e-4, 0.1, 1.0       # as pretrain.py has them
+
+
+@dataclass(frozen=True)
+class Config:
+    """Offload under a budget against its peers, taking turns."""
+
+    model: str = "llama2-7b"                       # a preset
+    layers: int | None = None                      # of the model; 16 of llama2-7b are 3.5B
+    device_budget_gib: float | None = None         # None: the whole device
+    tokens: tuple[int, ...] = (4096, 16384, 65536)     # a step
+    seq_len: int = 4096
+    micro_batch_size: int = 4                      # rows of a forward, at most
+    contenders: tuple[str, ...] = CONTENDERS
+    rounds: int = 2
+    steps: int = 3                                 # timed in each turn
+    warmup: int = 5                                # ours traces three, plans, and does one with the plan
+    dtype: str = "bfloat16"
+    compile: bool = False                          # each block, of all contenders
+    timeout_s: int = 240                           # of a turn
+    turn: str | None = None                        # internal: be this contender, in this process
+
+
+def main(cfg: Config) -> None:
+    unknown = [name for name in cfg.contenders if name not in CONTENDERS]
+    if unknown or not cfg.contenders:
+        raise UsageError(f"--contenders {' '.join(cfg.contenders)}: there are {', '.join(CONTENDERS)}.")
+    wrong = [n for n in cfg.tokens if n < cfg.seq_len or n % cfg.seq_len]
+    if wrong or min(cfg.rounds, cfg.steps, cfg.micro_batch_size) < 1:
+        raise UsageError(f"--tokens {wrong} must be multiples of --seq-len {cfg.seq_len}; --rounds, --steps and "
+                         "--micro-batch-size at least 1.")
+    preset = LlamaConfig.preset(cfg.model)
+    config = replace(preset, num_hidden_layers=cfg.layers or preset.num_hidden_layers)
+    if cfg.turn:
+        print(json.dumps(peer(cfg, config)), flush=True)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(config.to_hf()))
+        results = [line for n_tokens in cfg.tokens for line in at(cfg, config, folder, n_tokens)]
+    print(table(results), flush=True)
+
+
+def at(cfg: Config, config: LlamaConfig, folder: str, n_tokens: int) -> list[dict]:
+    """All contenders with so many tokens a step, round after round; one who fails is not asked again."""
+    turns = {name: [] for name in cfg.contenders}
+    failed = {}
+    for _ in range(cfg.rounds):
+        for name in [name for name in cfg.contenders if name not in failed]:
+            try:
+                turns[name].append(take_turn(cfg, name, folder, n_tokens))
+            except RuntimeError as error:
+                failed[name] = str(error)
+    ours = turns.get("ours") or [{}]
+    plan = ours[-1].get("memory_plan", {})
+    lines = []
+    for name in cfg.contenders:
+        line = {"contender": name, "model": cfg.model, "layers": config.num_hidden_layers, "n_parameters": config.n_parameters,
+                "tokens_per_step": n_tokens, "device_budget_gib": cfg.device_budget_gib, "rounds": len(turns[name])}
+        lines.append(line | ({"error": failed[name]} if name in failed else judge(name, turns[name], plan, n_tokens, config)))
+        if "step_seconds" in lines[-1] and "step_seconds" in ours[0]:
+            lines[-1]["ours_over_it"] = lines[-1]["step_seconds"] / statistics.median(one["step_seconds"] for one in ours)
+            lines[-1]["loss_difference"] = abs(turns[name][0]["loss"] - ours[0]["loss"])
+        print(json.dumps(lines[-1]), flush=True)
+    return lines
+
+
+def take_turn(cfg: Config, name: str, folder: str, n_tokens: int) -> dict:
+    """One contender in a process of its own; the JSON line it ends with. RuntimeError with its last words if there is none."""
+    rows = n_tokens // cfg.seq_len
+    micro = min(rows, cfg.micro_batch_size)
+    if name in ("ours", "all_resident"):
+        command = ["recipes/benchmark.py", "--model", folder, "--data.seq-len", cfg.seq_len, "--train.global-batch-size", rows,
+                   "--train.micro-batch-size", micro, "--train.recompute", "full", "--train.steps", cfg.steps, "--warmup",
+                   cfg.warmup, "--train.dtype", cfg.dtype, "--train.lr", LR, *["--train.compile"] * cfg.compile]
+        if name == "ours":
+            command += ["--memory.placement", "auto"]
+            command += ["--memory.device-budget-gib", cfg.device_budget_gib] if cfg.device_budget_gib else []
+    else:
+        own = asdict(cfg) | {"tokens": (n_tokens,), "micro_batch_size": micro, "turn": name, "contenders": (name,)}
+        command = ["recipes/bench/offload.py"]
+        for key, value in own.items():
+            if isinstance(value, bool):
+                command += [f"--{'' if value else 'no-'}{key.replace('_', '-')}"]
+            elif value is not None:
+                command += [f"--{key.replace('_', '-')}", *(value if isinstance(value, tuple) else (value,))]
+    try:
+        ended = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
+                               timeout=cfg.timeout_s)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"was not done after {cfg.timeout_s} s") from None
+    if ended.returncode:
+        said = [line for line in ended.stderr.splitlines() if line.strip()]
+        raise RuntimeError(next((line for line in reversed(said) if "rror" in line), (said or ["ended without a word"])[-1]))
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+# ---- what a turn means -----------------------------------------------------------------------------------------------------
+
+
+def judge(name: str, turns: list[dict], plan: dict, n_tokens: int, config: LlamaConfig) -> dict:
+    step_s = statistics.median(turn["step_seconds"] for turn in turns)
+    facts = {"tokens_per_second": n_tokens / step_s, "step_seconds": step_s, "loss": turns[0]["loss"],
+             "device_memory_gib": max(turn["device_memory_gib"] for turn in turns),
+             "host_memory_gib": max(turn["host_memory_gib"] for turn in turns)}
+    alone = plan["seconds"]["forward"] + plan["seconds"]["backward"] if plan else None
+    update_s, moved = turns[-1].get("update_seconds"), 40 * config.n_parameters     # fsdp2: see predict_peer
+    if name == "ours" and plan:
+        facts |= {"plan": plan["parameters"], "bound": plan["bound"], "predicted_step_seconds": plan["seconds"]["step"]}
+        update_s, moved = plan["host_update_seconds"], plan["host_dram_bytes"]
+    elif plan:
+        facts["predicted_step_seconds"] = predict_peer(name, config.n_parameters, alone, Rates.from_json(plan["rates"]),
+                                                       turns[-1].get("n_micros", 1))
+    alone = turns[-1].get("forward_backward_seconds", alone)
+    facts["exposed_update_seconds"] = alone and max(0.0, step_s - alone)
+    if name != "all_resident" and update_s and plan:
+        facts["dram_share"] = moved / update_s / plan["rates"]["dram"]
+    return facts
+
+
+def predict_peer(name: str, n: int, forward_backward_s: float, rates: Rates, n_micros: int) -> float:
+    """Seconds of a step of n parameters (formulas of the plan's kind: bytes over rates)."""
+    if name == "all_resident":
+        return forward_backward_s + n / rates.device_adam
+    if name == "fsdp2_offload":       # fp32 weights come for each forward and backward, fp32 gradients leave, beside the work;
+        link = n_micros * (2 * 4 * n / rates.h2d + 4 * n / rates.d2h)                        # then, alone on the host: the norm
+        return max(forward_backward_s, link) + 40 * n / rates.dram     # reads 4, the clip moves 8, AdamW 28 bytes a parameter
+    # DeepSpeed: bf16 gradients down, CPUAdam (12 + 12 of states, 4 of gradient, 2 of weight), bf16 weights up, one by one
+    return forward_backward_s + 2 * n / rates.d2h + 30 * n / rates.dram + 2 * n / rates.h2d
+
+
+def table(results: list[dict]) -> str:
+    cell = lambda line, key, form: format(line[key], form) if line.get(key) is not None else "-"
+    rows = [("tokens", "contender", "tokens/s", "step s", "predicted", "exposed s", "DRAM", "device GiB", "host GiB",
+             "step / ours")]
+    for line in results:
+        rows.append((str(line["tokens_per_step"]), line["contender"], *(
+            (cell(line, key, form) for key, form in (
+                ("tokens_per_second", ",.0f"), ("step_seconds", ".3f"), ("predicted_step_seconds", ".3f"),
+                ("exposed_update_seconds", ".3f"), ("dram_share", ".0%"), ("device_memory_gib", ".1f"),
+                ("host_memory_gib", ".1f"), ("ours_over_it", ".2f"))) if "error" not in line else (line["error"][:90],))))
+    widths = [max(len(row[i]) for row in rows if len(row) > 3) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(f"{text:>{width}}" for text, width in zip(row, widths, strict=False)) for row in rows)
+
+
+# ---- the peers, each in its own process --------------------------------------------------------------------------------------
+
+
+def peer(cfg: Config, config: LlamaConfig) -> dict:
+    if not torch.cuda.is_available():
+        raise UsageError(f"--contenders {cfg.turn} offloads from a GPU, and there is none; use --contenders ours all_resident.")
+    device, dtype = torch.device("cuda", 0), getattr(torch, cfg.dtype)
+    if cfg.device_budget_gib:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cfg.device_budget_gib * GIB / total), device)
+    start_process_group(device, 1)
+    n_micros = cfg.tokens[0] // cfg.seq_len // cfg.micro_batch_size
+    rows = torch.randint(config.vocab_size, (n_micros, cfg.micro_batch_size, cfg.seq_len + 1),
+                         generator=torch.Generator().manual_seed(0)).to(device)
+    n_scored = rows[:, :, 1:].numel()
+    with torch.device("meta"):
+        model = Llama(config)
+    step = (fsdp2_offload if cfg.turn == "fsdp2_offload" else deepspeed_zero3)(cfg, model, dtype, device)
+    memory, times = PeakMemory(device), []
+    for _ in range(cfg.warmup + cfg.steps):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        loss, forward_backward_s = step(rows, n_scored)
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - began, forward_backward_s))
+    device_bytes, host_bytes = memory.take()
+    stop_process_group()
+    step_s, alone_s = map(statistics.median, zip(*times[cfg.warmup:], strict=True))
+    return {"step_seconds": step_s, "forward_backward_seconds": alone_s, "update_seconds": step_s - alone_s, "loss": loss,
+            "n_micros": n_micros, "device_memory_gib": device_bytes / GIB, "host_memory_gib": host_bytes / GIB}
+
+
+def fsdp2_offload(cfg: Config, model: Llama, dtype: torch.dtype, device: torch.device):
+    apply_recompute(list(model.model.layers), "full")
+    for block in model.model.layers if cfg.compile else ():
+        block.compile()
+    how = {"mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+           "offload_policy": CPUOffloadPolicy(pin_memory=True)}
+    for block in model.model.layers:
+        fully_shard(block, **how)
+    fully_shard(model, reshard_after_forward=False, **how)
+    model.to_empty(device="cpu")
+    init_weights(model, 0)
+    optimizer = build_adamw(model, LR, WEIGHT_DECAY)
+
+    def step(rows: torch.Tensor, n_scored: int) -> tuple[float, float]:
+        began, total = time.perf_counter(), torch.zeros((), device=device)
+        for i, micro in enumerate(rows):
+            model.set_requires_gradient_sync(i == len(rows) - 1)
+            loss = model(micro[:, :-1], labels=micro[:, 1:]) / n_scored
+            loss.backward()
+            total += loss.detach()
+        torch.cuda.synchronize()
+        alone_s = time.perf_counter() - began
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        return total.item(), alone_s
+    return step
+
+
+def deepspeed_zero3(cfg: Config, model: Llama, dtype: torch.dtype, device: torch.device):
+    import deepspeed  # an ImportError is this contender's result
+
+    model.to_empty(device="cpu")
+    init_weights(model, 0)
+    apply_recompute(list(model.model.layers), "full")
+    n_micros = cfg.tokens[0] // cfg.seq_len // cfg.micro_batch_size
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config={
+        "train_micro_batch_size_per_gpu": cfg.micro_batch_size, "gradient_accumulation_steps": n_micros,
+        "gradient_clipping": MAX_NORM, "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": True}},
+        "optimizer": {"type": "AdamW", "params": {"lr": LR, "betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": WEIGHT_DECAY}}})
+
+    def step(rows: torch.Tensor, n_scored: int) -> tuple[float, float]:
+        began, alone_s, total = time.perf_counter(), 0.0, torch.zeros((), device=device)
+        for micro in rows:
+            loss = engine(micro[:, :-1], labels=micro[:, 1:]) / n_scored * len(rows)      # it averages over micro-batches
+            engine.backward(loss)
+            total += loss.detach() / len(rows)
+            torch.cuda.synchronize()
+            alone_s = time.perf_counter() - began
+            engine.step()                                             # updates after the last one only
+        return total.item(), alone_s
+    return step
+
+
+if __name__ == "__main__":
+    run_recipe(main, Config)
