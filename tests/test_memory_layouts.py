@@ -16,18 +16,19 @@ from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
 from memory import ChunkManager, MemoryConfig, Placement
 from parallel import ParallelConfig, build_mesh, parallelize
+from parallel.context import shard_batch
 from parallel.pipeline import make_step_runner
 
 CHUNK = 1024          # elements: tens of chunks on each rank, most matrices in several
 
 
-def start(shape: str, layout: ParallelConfig, micro: int, plan_seed: int | None, dtype=torch.float32, **config):
+def start(shape: str, layout: ParallelConfig, micro: int, plan_seed: int | None, dtype=torch.float32, passes=None, **config):
     """What a recipe does: meta, parallelize, to_empty, manager, initial weights through the masters."""
     layout = layout.resolve(dist.get_world_size())
     mesh = build_mesh(layout, "cpu")
     with torch.device("meta"):
         model = Llama(SHAPES[shape]).to(dtype)
-    parts = parallelize(model, mesh, layout, compute_dtype=dtype)
+    parts = parallelize(model, mesh, layout, compute_dtype=dtype, **passes or {})
     for part in parts:
         part.to_empty(device="cpu")
     n_micros = ROWS // layout.dp // micro
@@ -52,6 +53,7 @@ def step(number: int, layout, mesh, optimizer, runner, micro: int) -> tuple[floa
     batch = rows_of(number, masked=True)
     mine = [x.chunk(layout.dp)[mesh["dp"].get_local_rank()] for x in batch]
     micros = [Batch(*(x[i:i + micro] for x in mine)) for i in range(0, ROWS // layout.dp, micro)]
+    micros = [shard_batch(one, mesh["cp"], layout.cp_method) for one in micros]
     loss = runner.step(micros, (batch.labels != -100).sum(), grad_scale=layout.grad_ranks)
     dist.all_reduce(loss, group=mesh["loss"].get_group())
     norm = optimizer.clip_grad_norm(0.5)
@@ -60,8 +62,8 @@ def step(number: int, layout, mesh, optimizer, runner, micro: int) -> tuple[floa
     return loss.item(), norm.item()
 
 
-def managed_steps(shape: str, layout: ParallelConfig, micro: int, plan_seed: int) -> dict:
-    layout, mesh, model, manager, runner = start(shape, layout, micro, plan_seed)
+def managed_steps(shape: str, layout: ParallelConfig, micro: int, plan_seed: int, passes: dict) -> dict:
+    layout, mesh, model, manager, runner = start(shape, layout, micro, plan_seed, passes=passes)
     initial = whole_weights(model)
     losses, norms = zip(*(step(i, layout, mesh, manager.optimizer, runner, micro) for i in range(STEPS)), strict=True)
     manager.close()
@@ -84,10 +86,19 @@ def one_process(shape: str) -> dict:
     pytest.param(2, "gqa", 2, dict(pp=2, schedule="zbv"), id="pp, two stages a rank, split backward"),
     pytest.param(4, "gqa", 2, dict(pp=2, tp=2), id="pp tp"),
     pytest.param(4, "gqa", 2, dict(dp_replicate=2, dp_shard=2), id="HSDP"),
+    pytest.param(2, "gqa", 2, dict(cp=2, recompute="full"), id="cp Ulysses, recompute"),
+    pytest.param(2, "gqa", 2, dict(cp=2, cp_method="ring", zero_stage=2, recompute="selective"), id="cp ring, selective"),
+    pytest.param(4, "gqa", 2, dict(cp=2, tp=2), id="cp tp"),
+    pytest.param(2, "gqa", 2, dict(compile=True), id="ZeRO 3, compiled", marks=pytest.mark.slow),
+    pytest.param(2, "gqa", 2, dict(tp=2, compile=True, recompute="selective"), id="tp, compiled, selective",
+                 marks=pytest.mark.slow),
+    pytest.param(2, "tied", 2, dict(pp=2, compile=True), id="pp, compiled", marks=pytest.mark.slow),
     pytest.param(8, "gqa", 2, dict(pp=2, tp=2, zero_stage=1), id="pp tp ZeRO 1", marks=pytest.mark.slow),
 ])
 def test_a_layout_with_chunks_in_random_places_equals_one_process(ranks, shape, micro, layout):
-    ours, theirs = run_on(ranks, managed_steps, shape, ParallelConfig(**layout), micro, 1, timeout=180)[0], one_process(shape)
+    passes = {name: layout[name] for name in ("recompute", "compile") if name in layout}
+    layout = ParallelConfig(**{name: value for name, value in layout.items() if name not in passes})
+    ours, theirs = run_on(ranks, managed_steps, shape, layout, micro, 1, passes, timeout=180)[0], one_process(shape)
     assert all(torch.equal(ours["initial"][name], value) for name, value in theirs["initial"].items())
     assert max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True)) < 2e-5
     assert max(abs(a / b - 1) for a, b in zip(ours["norms"], theirs["norms"], strict=True)) < 1e-4
