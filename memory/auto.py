@@ -29,10 +29,9 @@ HOST_SHARE = 0.9        # of the host memory that is free: the page cache and th
 
 class AutoPolicy:
     """Told by a ChunkManager where its steps begin and end. rates: of the machine; say: called with each plan in words on
-    one rank; ranks_per_host: that share its memory; counters: how memory is read (tests give their own)."""
+    one rank; counters: how memory is read (tests give their own)."""
 
-    def __init__(self, manager: "ChunkManager", rates: Rates, say: Callable[[str], None], ranks_per_host: int,
-                 counters: Counters | None = None):
+    def __init__(self, manager: "ChunkManager", rates: Rates, say: Callable[[str], None], counters: Counters | None = None):
         self.manager, self.rates, self.say, self.n_steps, self.n_plans = manager, rates, say, 0, 0
         self.counters = counters or Counters.of(manager.device)
         self.tracer: Tracer | None = Tracer(manager.gated_modules(), manager.device, self.counters)
@@ -40,11 +39,8 @@ class AutoPolicy:
         config, on_gpu = manager.config, manager.is_cuda
         device = config.device_budget_gib and int(config.device_budget_gib * GIB)
         host = config.host_budget_gib and int(config.host_budget_gib * GIB)
-        share = int(HOST_SHARE * free_host_bytes() / ranks_per_host)
-        if not on_gpu:
-            share //= 2                        # the two accounts are of one RAM
-        self.device_budget = device or (torch.cuda.get_device_properties(manager.device).total_memory if on_gpu else share)
-        self.host_budget = host or share
+        total = torch.cuda.get_device_properties(manager.device).total_memory if on_gpu else manager.host_share
+        self.device_budget, self.host_budget = device or total, host or manager.host_share
 
     def take_plan(self, plan: Plan | None) -> None:
         """Go on with a plan from before this process was started, if all ranks can. It is not watched: what it was made from
@@ -133,6 +129,11 @@ def _agreed(traced: Traced) -> Traced:
     forward, backward, peak, host = numbers.tolist()
     return replace(traced, forward_seconds=forward, backward_seconds=backward, non_model_peak_bytes=int(peak),
                    host_bytes=int(host))
+
+
+def host_share(ranks_per_host: int, is_cuda: bool) -> int:
+    """Bytes that one rank may take of what its host has free now; without a GPU the two accounts are of one RAM."""
+    return int(HOST_SHARE * free_host_bytes() / ranks_per_host) // (1 if is_cuda else 2)
 
 
 def free_host_bytes() -> int:

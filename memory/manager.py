@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from dtensor_llama.errors import UsageError
 from dtensor_llama.shards import copies, local
-from memory.auto import AutoPolicy
+from memory.auto import AutoPolicy, host_share
 from memory.chunk import (
     CHUNK_ELEMENTS,
     DONE,
@@ -96,7 +96,8 @@ class ChunkManager:
     outside: parameters with gradients that change after backward, or weights that are read outside forward (a matrix tied
         over pipeline stages). `step` returns when they are new.
     plan: instead of the configuration's; placements of as many chunks as there are.
-    rates: of the machine, for placement auto; say: called with plans in words; ranks_per_host: that share its memory.
+    rates: of the machine, for placement auto; say: called with plans in words; ranks_per_host: that share its memory, of which
+        plans take a rank's part of what is free, or what --memory.host-budget-gib says.
     UsageError, before anything is allocated, if the optimizer or the budgets do not allow it.
     """
 
@@ -118,10 +119,12 @@ class ChunkManager:
         self.is_cuda = self.device.type == "cuda"
         self.sums = arrivals > 1
         self.weight_bytes = sum(local(one).nbytes for one in {p for part in self.parts for p in part.parameters()})
+        self.host_share = host_share(ranks_per_host, self.is_cuda)
         self.plan = plan or self._first_plan()
         budgets = {account: None if gib is None else int(gib * GIB) for account, gib in
                    (("device", config.device_budget_gib), ("host", config.host_budget_gib))}
         self._refuse_what_does_not_fit(budgets)
+        self._refuse_what_the_host_lacks()
 
         self.kernel = Kernel(config.kernel, self.device)
         self.record, self._events = False, []
@@ -161,7 +164,7 @@ class ChunkManager:
             say(describe(self.plan))
         self.auto = None
         if config.placement == "auto" and plan is None:
-            self.auto = AutoPolicy(self, rates or measure_rates(self.device), say, ranks_per_host)
+            self.auto = AutoPolicy(self, rates or measure_rates(self.device), say)
 
     # ---- the plan -----------------------------------------------------------------------------------------------------
 
@@ -172,8 +175,8 @@ class ChunkManager:
                                layers=[chunk.covers for chunk in self.chunks])
         # auto: the first steps are traced with the device as empty as the host can make it
         plan, n_resident = static_plan(sizes, 0, 0, 1), 0
-        budget = self.config.host_budget_gib
-        while budget is not None and n_resident < len(sizes) and self.needed(plan)["host"] > budget * GIB:
+        room = self.host_share if self.config.host_budget_gib is None else self.config.host_budget_gib * GIB
+        while n_resident < len(sizes) and self.needed(plan)["host"] > room:
             n_resident += 1
             rest = (Placement.CPU,) * (len(sizes) - n_resident)
             plan = replace(plan, placements=(Placement.RESIDENT,) * n_resident + rest)
@@ -209,6 +212,16 @@ class ChunkManager:
                 raise UsageError(f"--memory.{account}-budget-gib {budgets[account] / GIB:.6g} is not enough for this plan, "
                                  f"which holds {n_bytes / GIB:.6g} GiB on the {account} besides activations; use that much, "
                                  f"or {other[account]}.")
+
+    def _refuse_what_the_host_lacks(self) -> None:
+        """Without a budget the host's free memory is one; the states' pages are taken as they are written, too late to say."""
+        needed, both = self.needed(self.plan), "" if self.is_cuda else " and, without a GPU, the device"
+        n_bytes = needed["host"] + (0 if self.is_cuda else needed["device"] - self.weight_bytes)
+        room = self.host_share if self.is_cuda else 2 * self.host_share
+        if self.config.host_budget_gib is None and n_bytes > room:
+            raise UsageError(f"the plan holds {n_bytes / GIB:.2f} GiB on the host{both}, and this rank's share of the memory "
+                             f"that is free there is {room / GIB:.2f} GiB; use more of --memory.resident, more ranks on more "
+                             "hosts, or say --memory.host-budget-gib if more may be taken.")
 
     def replan(self, plan: Plan) -> None:
         """Move chunks to their places in another plan, between steps; values do not change. UsageError if it cannot fit."""

@@ -185,6 +185,23 @@ def test_auto_starts_with_as_much_on_the_host_as_its_budget_allows():
     manager.close()
 
 
+def test_a_plan_that_the_hosts_free_memory_cannot_hold_is_refused_and_auto_starts_within_it(monkeypatch):
+    model = tiny()
+    everything = ChunkManager(model, adamw(model), replace(ON, resident=0, cpu=1), chunk_elements=64)
+    needed = everything.needed(everything.plan)
+    everything.close()
+    free = 1.01 * (needed["host"] + needed["device"] - sum(p.nbytes for p in model.parameters())) / 0.9
+    monkeypatch.setattr("memory.auto.free_host_bytes", lambda: free)
+    fits = ChunkManager(model := tiny(), adamw(model), replace(ON, resident=0, cpu=1), chunk_elements=64)
+    fits.close()
+    with pytest.raises(UsageError, match=r"share of the memory that is free there is .* --memory.resident"):
+        ChunkManager(model := tiny(), adamw(model), replace(ON, resident=0, cpu=1), chunk_elements=64, ranks_per_host=2)
+    rates = Rates(1e9, 1e9, 1e9, 1e9, 1e9, {1: 1e9}, 1e9)
+    auto = ChunkManager(model := tiny(), adamw(model), MemoryConfig("auto", kernel="blocks"), chunk_elements=64, rates=rates)
+    assert auto.chunks[0].placement is RESIDENT and auto.chunks[-1].placement is CPU      # the host's half of one RAM
+    auto.close()
+
+
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.lists(st.sampled_from(sorted(PLANS)), min_size=1, max_size=3), st.sampled_from([torch.float32, BF16]))
 def test_replanning_between_steps_changes_no_value(plans, dtype):
