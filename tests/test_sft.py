@@ -87,7 +87,9 @@ def test_full_fine_tuning_has_one_loss(inputs, chat, full, tmp_path, ranks, more
     assert_same_losses(tmp_path / "run", full)
 
 
-@pytest.mark.parametrize("ranks,more", [pytest.param(*one, marks=pytest.mark.slow) for one in [*LAYOUTS, (2, OFFLOAD)]])
+@pytest.mark.parametrize("ranks,more", [pytest.param(*one, marks=pytest.mark.slow) for one in [
+    *LAYOUTS, (2, OFFLOAD), (1, ["--train.compile"]), (2, ["--train.compile", "--parallel.tp", 2]),
+    (2, ["--train.compile", *OFFLOAD])]])
 def test_lora_has_one_loss(inputs, chat, lora, tmp_path, ranks, more):
     ended = recipe("sft", *flags(inputs, chat, tmp_path / "run", *more, "--lora.rank", 4), ranks=ranks)
     assert ended.status == 0, ended
