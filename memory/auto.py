@@ -106,7 +106,7 @@ class AutoPolicy:
     def _why_again(self) -> str | None:
         """The same answer on every rank: the plan changes when it has to on any."""
         manager, why = self.manager, None
-        update_s = manager.host_update_seconds()
+        update_s = manager.host_update_seconds() if manager.clips else None      # in backward it waits for gradients too
         peak = self.counters.peak() if manager.is_cuda else manager.ledger.peak["device"] + self.traced.non_model_peak_bytes
         expected = manager.plan.seconds.get("update", 0.0)
         why = replan(manager.plan, peak_device_bytes=peak, update_seconds=update_s or expected)

@@ -93,7 +93,7 @@ class Plan:
     other_host_bytes: int = 0
     device_budget_bytes: int | None = None
     host_budget_bytes: int | None = None
-    seconds: dict[str, float] = field(default_factory=dict)   # forward, backward, update, resident_adam, step; {}: unknown
+    seconds: dict[str, float] = field(default_factory=dict)   # of `predict`; {}: unknown
     bound: str = ""                          # what the predicted step waits for
     clips: bool = True                       # False: the update begins in backward
 

@@ -16,6 +16,7 @@ to see the steps; use this when your own program has a model, an optimizer and a
 import atexit
 import dataclasses
 import gc
+import socket
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -127,7 +128,7 @@ class Booster:
             optimizer = self.memory.manage(
                 boosted, optimizer, parts=parts, outside=[embedding.weight] if over_stages and embedding is not None else [],
                 arrivals=gradient_arrivals(boosted, self.layout.zero_stage, self.layout.pp > 1, self.n_micros),
-                say=print if dist.get_rank() == 0 else lambda text: None).optimizer
+                ranks_per_host=_ranks_of_this_host(), say=print if dist.get_rank() == 0 else lambda text: None).optimizer
         masters = boosted if self.memory is None else optimizer.masters()
         if next(iter(whole.values())).is_meta:
             init_weights(masters, self.seed)
@@ -325,6 +326,13 @@ def _columns(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     if mask is not None and (labels[:, 1:][mask[:, :-1] == 0] != IGNORE).any():
         raise UsageError("labels are scored where attention_mask hides the token before; set labels of padding to -100.")
     return tokens, labels
+
+
+def _ranks_of_this_host() -> int:
+    """How many ranks share this machine's memory. All ranks enter."""
+    names = [None] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    return names.count(socket.gethostname())
 
 
 def _summed(criterion: Criterion, part: Llama):

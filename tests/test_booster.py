@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from dtensor_llama import Llama, LlamaConfig, UsageError
 from memory import MemoryConfig
 from parallel import ParallelConfig
-from parallel.booster import Booster, copy_weights
+from parallel.booster import Booster, _ranks_of_this_host, copy_weights
 
 SHAPE = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -129,6 +129,10 @@ def test_with_a_memory_plan_it_trains_alike(tmp_path, layout):
     ranks, config = LAYOUTS[layout]
     memory = MemoryConfig("static", 0.4, 0.3, 0.3, kernel="blocks")
     assert_same_training(ranks, plain(True), theirs, config, tmp_path / "hf", True, None, (5, 8, 16), memory)
+
+
+def test_ranks_that_share_a_hosts_memory_are_counted():
+    assert run_on(2, _ranks_of_this_host) == [2, 2]
 
 
 @pytest.mark.parametrize("layout", ["dp2", "tp2-pp2"])
