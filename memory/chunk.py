@@ -21,13 +21,12 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from dtensor_llama.shards import local
 from memory.kernel import join_master, split_master
-from memory.placement import Placement
+from memory.placement import GIB, Placement
 
 CHUNK_ELEMENTS = 16 * 2**20   # 64 MiB of each float32 tensor: a copy of it runs at the wire's speed, a ring of 4 is 0.6 GiB
 MIN_CHUNKS = 32               # of a rank, if they have LEAST_CHUNK_ELEMENTS
 LEAST_CHUNK_ELEMENTS = 4096
 ALIGN = 64                    # elements: pieces begin at a vector register's and a cache line's boundary
-GIB = 2**30
 
 
 class State(Enum):

@@ -1,16 +1,26 @@
 """What can only be checked on an accelerator; asked for with `pytest -m gpu` (recipes/bench/gpu.sh does)."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from recipe import metrics, recipe
 from recipe import pretrain_flags as flags
+from test_memory_parity import ON, PLANS, adamw, chunk_sizes, plan_of, tiny, train, weights
 from torch.testing import assert_close
 
 from dtensor_llama import Llama, LlamaConfig
 from dtensor_llama.attention import Documents, attention, choose_attention
 from dtensor_llama.model import init_weights
+from memory import ChunkManager
+from parallel import ParallelConfig, build_mesh
+from parallel.clip import clip_grad_norm
+from parallel.context import apply_context_parallel
+from parallel.mesh import start_process_group, stop_process_group
+from parallel.recompute import apply_recompute
+from parallel.tensor import apply_tensor_parallel
+from parallel.zero import apply_zero
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -58,8 +68,59 @@ def test_auto_takes_a_fused_kernel():
     assert choose_attention("auto", torch.device("cuda"), torch.bfloat16)[0] in ("flash", "sdpa")
 
 
+@pytest.mark.parametrize("kernel", ["blocks", "compiled"])
+@pytest.mark.parametrize("max_norm", [None, 0.01])
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_placement_on_a_gpu_equals_torchs_adamw(plan, max_norm, kernel):
+    of = {}
+    for who in ("torch", "manager"):
+        model = tiny().cuda()
+        optimizer = adamw(model)
+        if who == "manager":
+            placements = plan_of(chunk_sizes(model, optimizer, 64), PLANS[plan])
+            manager = ChunkManager(model, optimizer, replace(ON, kernel=kernel), plan=placements, chunk_elements=64,
+                                   clips=max_norm is not None)
+            optimizer = manager.optimizer
+        train(model, optimizer, 20, max_norm=max_norm)
+        if who == "manager":
+            manager.close()
+        of[who] = weights(model)
+    assert_close(of["manager"], of["torch"], rtol=1e-5, atol=1e-7)      # host and device round differently in the last place
+
+
+@pytest.mark.parametrize("cp_method", ["ulysses", "ring"])
+def test_every_pass_runs_on_nccl_with_one_rank_and_changes_nothing(cp_method, device=torch.device("cuda", 0)):
+    config = replace(LlamaConfig.preset("tiny-1m"), num_key_value_heads=2)
+    tokens, labels = torch.randint(config.vocab_size, (2, 2, 32), generator=torch.Generator().manual_seed(0)).to(device)
+    results = []
+    start_process_group(device, 1)
+    try:
+        for layout in (None, ParallelConfig(zero_stage=3)):
+            with torch.device("meta"):
+                model = Llama(config)
+            if layout:
+                mesh = build_mesh(layout.resolve(1), device.type)
+                apply_context_parallel(model, mesh["cp"], cp_method, "math")
+                apply_tensor_parallel(model, mesh["tp"], sequence_parallel=True)
+                apply_recompute(list(model.model.layers), "full")
+                apply_zero(model, list(model.model.layers), mesh, 3, torch.float32)
+            else:
+                model.set_attention("math")
+            model.to_empty(device=device)
+            init_weights(model, seed=0)
+            loss = model(tokens, labels=labels)
+            loss.backward()
+            results.append([loss.detach(), clip_grad_norm(model.parameters(), 1.0)])
+    finally:
+        stop_process_group()
+    assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("more", [[], ["--train.compile"], ["--train.recompute", "selective"], ["--train.recompute", "full"],
-                                  ["--parallel.zero-stage", 0], ["--parallel.zero-stage", 1], ["--parallel.zero-stage", 2]])
+                                  ["--parallel.zero-stage", 0], ["--parallel.zero-stage", 1], ["--parallel.zero-stage", 2],
+                                  ["--memory.placement", "static", "--memory.resident", 0.4, "--memory.stream", 0.3,
+                                   "--memory.cpu", 0.3, "--memory.activations"],
+                                  ["--memory.placement", "auto", "--memory.device-budget-gib", 4, "--memory.draw"]])
 def test_a_run_on_one_gpu_learns_resumes_and_reports_its_memory(inputs, tmp_path, more):
     run_dir = tmp_path / "run"
     arguments = flags(inputs, run_dir, "--data.document-mask", "--train.dtype", "bfloat16", *more)

@@ -58,7 +58,7 @@ def train(model, optimizer, steps, max_norm=None, micros=1) -> None:
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 / (step + 1)
         for micro in range(micros):
-            x = torch.randn(4, 7, generator=torch.Generator().manual_seed(step * 10 + micro)).to(next(model.parameters()).dtype)
+            x = torch.randn(4, 7, generator=torch.Generator().manual_seed(step * 10 + micro)).to(next(model.parameters()))
             (model(x) * 10).backward()
         if max_norm:
             if hasattr(optimizer, "manager"):
