@@ -18,7 +18,8 @@ LAYOUTS = {    # name -> (ranks, flags); test_one_answer.py has many more, witho
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=[pytest.mark.slow] if ranks == 8 else [])
+                                    for name, (ranks, _) in LAYOUTS.items()])
 def test_a_layout_gives_the_answer_of_one_process(inputs, reference, tmp_path, layout):
     from test_pretrain import weights
 

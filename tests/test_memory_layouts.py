@@ -88,7 +88,7 @@ def one_process(shape: str) -> dict:
     pytest.param(4, "gqa", 2, dict(dp_replicate=2, dp_shard=2), id="HSDP"),
     pytest.param(2, "gqa", 2, dict(cp=2, recompute="full"), id="cp Ulysses, recompute"),
     pytest.param(2, "gqa", 2, dict(cp=2, cp_method="ring", zero_stage=2, recompute="selective"), id="cp ring, selective"),
-    pytest.param(4, "gqa", 2, dict(cp=2, tp=2), id="cp tp"),
+    pytest.param(4, "gqa", 2, dict(cp=2, tp=2), id="cp tp", marks=pytest.mark.slow),
     pytest.param(2, "gqa", 2, dict(compile=True), id="ZeRO 3, compiled", marks=pytest.mark.slow),
     pytest.param(2, "gqa", 2, dict(tp=2, compile=True, recompute="selective"), id="tp, compiled, selective",
                  marks=pytest.mark.slow),

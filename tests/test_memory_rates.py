@@ -77,18 +77,18 @@ def test_the_benchmark_of_host_adam_prints_one_json_line(monkeypatch, capsys):
 
 
 def test_the_benchmark_of_offload_lets_contenders_take_turns_and_says_who_could_not(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["offload", *"--model tiny-1m --layers 2 --tokens 64 128 --seq-len 32 --micro-batch-size 1 "
+    monkeypatch.setattr("sys.argv", ["offload", *"--model tiny-1m --layers 2 --tokens 64 --seq-len 32 --micro-batch-size 1 "
                                      "--rounds 1 --steps 2 --dtype float32 --device-budget-gib 1".split()])
     runpy.run_path(str(ROOT / "recipes" / "bench" / "offload.py"), run_name="__main__")
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [(line["tokens_per_step"], line["contender"]) for line in lines] == [
-        (n, name) for n in (64, 128) for name in ("ours", "all_resident", "fsdp2_offload", "deepspeed_zero3")]
-    for line in lines[:2] + lines[4:6]:
+        (64, name) for name in ("ours", "all_resident", "fsdp2_offload", "deepspeed_zero3")]
+    for line in lines[:2]:
         assert line["layers"] == 2 and line["predicted_step_seconds"] > 0 and line["exposed_update_seconds"] >= 0
         assert line["loss_difference"] < 2e-5 and line["tokens_per_second"] * line["step_seconds"] == pytest.approx(
             line["tokens_per_step"])
     if not torch.cuda.is_available():
-        assert all("there is none" in line["error"] for line in lines[2:4] + lines[6:])
+        assert all("there is none" in line["error"] for line in lines[2:])
 
 
 # ---- the tracer ---------------------------------------------------------------------------------------------------------
