@@ -183,7 +183,7 @@ class ActivationOffload:
         if saved.layout is None:
             return view
         mesh, placements, shape, stride = saved.layout
-        return DTensor.fromlocal(view, mesh, placements, run_check=False, shape=shape, stride=stride)
+        return DTensor.from_local(view, mesh, placements, run_check=False, shape=shape, stride=stride)
 
     def _fetch(self, input: _Input) -> None:
         host = input.slot[:input.n_bytes].view(input.dtype)

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-from dtensor_llama.shards import local
+from dtensor_llama.errors import UsageError
+from dtensor_llama.shards import copies, local
 from memory.kernel import join_master, split_master
+from memory.lanes import DONE
 from memory.placement import GIB, Placement
 
 CHUNK_ELEMENTS = 16 * 2**20   # 64 MiB of each float32 tensor: a copy of it runs at the wire's speed, a ring of 4 is 0.6 GiB
@@ -203,6 +205,28 @@ def chunk_size(n_elements: int) -> int:
     return size
 
 
+def find_managed(model: nn.Module, parts: list[nn.Module], optimizer: torch.optim.AdamW,
+                 outside: set[nn.Parameter] = frozenset()) -> list[Managed]:
+    """The optimizer's trainable parameters, in forward order."""
+    group_of = {p: group for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    names = {parameter: plain_name(name) for name, parameter in model.named_parameters()}
+    order = dict.fromkeys(parameter for part in parts for parameter in part.parameters() if parameter in group_of)
+    strange = [tuple(parameter.shape) for parameter in group_of if parameter not in order or parameter not in names]
+    if strange:
+        raise UsageError(f"the optimizer has {len(strange)} parameters that are not the model's (the first: {strange[0]}); "
+                         "build it on model.parameters().")
+    wrong = [names[parameter] for parameter in order if parameter.dtype not in (torch.float32, torch.bfloat16)]
+    if wrong:
+        raise UsageError(f"{wrong[0]} is neither float32 nor bfloat16; use --train.dtype float32 or bfloat16.")
+    return [Managed(names[parameter], parameter, group_of[parameter], copies(parameter), parameter in outside)
+            for parameter in order]
+
+
+def plain_name(name: str) -> str:
+    """Without what compiling or recomputing puts into names."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
 def cut(managed: list[Managed], chunk_elements: int) -> list[Chunk]:
     """Chunks of the shards in the order given, one open chunk per (group, dtype); in the order of their first pieces."""
     assert chunk_elements % ALIGN == 0, chunk_elements
@@ -223,19 +247,6 @@ def cut(managed: list[Managed], chunk_elements: int) -> list[Chunk]:
             chunk.n = min(chunk_elements, -(-(chunk.n + run) // ALIGN) * ALIGN)
             done, n_pieces = done + run, n_pieces + 1
     return chunks
-
-
-class _Done:
-    """An event of the past, as on a CPU all are."""
-
-    def synchronize(self) -> None:
-        pass
-
-    def query(self) -> bool:
-        return True
-
-
-DONE = _Done()
 
 
 def flat(tensor: Tensor) -> Tensor:

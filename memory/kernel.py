@@ -39,19 +39,21 @@ class Hyper(NamedTuple):
         """As 0-dim float32 host tensors, which a compiled kernel takes without compiling anew when they change. The
         differences from 1 are taken in float64: in float32, 1 - 0.999 is wrong in the fifth digit."""
         correction1, correction2 = 1 - self.beta1**self.step, 1 - self.beta2**self.step
-        numbers = (1 - self.lr * self.weight_decay, 1 - self.beta1, self.beta2, 1 - self.beta2, self.lr / correction1,
-                   correction2**0.5, self.eps)
+        root = correction2**0.5
+        numbers = (1 - self.lr * self.weight_decay, 1 - self.beta1, self.beta2, 1 - self.beta2, self.lr * root / correction1,
+                   self.eps * root)
         return tuple(torch.tensor(number, dtype=torch.float32) for number in numbers)
 
 
 def adamw_chunk(master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, clip: Tensor, decay: Tensor,
-                one_minus_beta1: Tensor, beta2: Tensor, one_minus_beta2: Tensor, step_size: Tensor, root_correction: Tensor,
-                eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """New (master, exp_avg, exp_avg_sq). Source: Loshchilov & Hutter 2017, arXiv:1711.05101, as torch.optim.AdamW has it."""
+                one_minus_beta1: Tensor, beta2: Tensor, one_minus_beta2: Tensor, step_size: Tensor, eps: Tensor,
+                ) -> tuple[Tensor, Tensor, Tensor]:
+    """New (master, exp_avg, exp_avg_sq). Source: Loshchilov & Hutter 2017, arXiv:1711.05101, as torch.optim.AdamW has it, but
+    that step_size and eps carry the correction of exp_avg_sq, which saves a division per parameter."""
     grad = grad.float() * clip
     exp_avg = exp_avg + (grad - exp_avg) * one_minus_beta1
     exp_avg_sq = exp_avg_sq * beta2 + grad * grad * one_minus_beta2
-    return master * decay - step_size * exp_avg / (exp_avg_sq.sqrt() / root_correction + eps), exp_avg, exp_avg_sq
+    return master * decay - step_size * (exp_avg / (exp_avg_sq.sqrt() + eps)), exp_avg, exp_avg_sq
 
 
 def join_master(weight: Tensor, low: Tensor) -> Tensor:
@@ -92,11 +94,14 @@ class Kernel:
     def __init__(self, kind: str, device: torch.device):
         self.kind, self.why = _choose(kind, device)
         compiled = functools.partial(torch.compile, fullgraph=True, dynamic=True)
-        self._host, self._device = map(compiled, (_host_step, _device_step)) if self.kind == "compiled" else (None, None)
+        if self.kind == "compiled":
+            # A wrapper in C++ lets go of the interpreter while the loop runs; the default one in Python does not, and the
+            # forward beside it could launch nothing.
+            self._host, self._device = compiled(_host_step, options={"cpp_wrapper": True}), compiled(_device_step)
 
     def warm_up(self, device: torch.device, dtype: torch.dtype, grad_dtypes: set[torch.dtype]) -> None:
-        """Compile now what will run later, in a worker thread and between collectives that other ranks wait in. dtype: of
-        the weights."""
+        """Compile now what will run later, between collectives that other ranks wait in. Enter it in the thread that will
+        run the host's steps: a loop is compiled for the number of threads that torch has there. dtype: of the weights."""
         for n in (2 * BLOCK, BLOCK) if self.kind == "compiled" else ():
             for grad_dtype in grad_dtypes:
                 def zeros(where, dtype=torch.float32, n=n):

@@ -5,19 +5,16 @@
     clip         one all-reduce of the square sum; the factor stays on the device, for Adam
     step         RESIDENT  Adam where it lies                                                       device adam
                  STREAM    home -> ring slot -> Adam -> home, three chunks in flight                h2d, device adam, d2h
-                 CPU       Adam by host threads while the caller goes on; outbox -> weights         host adam, h2d
+                 CPU       Adam by host threads while the caller goes on; outbox -> weights         host adam, weights
     forward      each layer waits for the chunks that cover it, no other
 
-On a CUDA device lanes are streams; without one they are the calling thread, and only CPU chunks run beside it.
+On a CUDA device lanes are streams; without one they are the calling thread, and only CPU chunks run beside it (lanes.py).
 """
 
 import math
-import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,11 +24,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dtensor_llama.errors import UsageError
-from dtensor_llama.shards import copies, local
+from dtensor_llama.shards import local
 from memory.auto import AutoPolicy, host_share
 from memory.chunk import (
     CHUNK_ELEMENTS,
-    DONE,
     GIB,
     Chunk,
     Ledger,
@@ -41,44 +37,19 @@ from memory.chunk import (
     bytes_per_element,
     chunk_size,
     cut,
+    find_managed,
     like,
+    plain_name,
 )
 from memory.config import MemoryConfig
 from memory.kernel import Hyper, Kernel
+from memory.lanes import DONE, Lanes, host_threads
 from memory.optimizer import ChunkOptimizer, check_adamw
 from memory.placement import Placement, Plan, Widths, describe, static_plan
 from memory.tracer import Rates, measure_rates
 
 IN_FLIGHT_BYTES = 512 * 2**20      # of gradients on their way to the host: else a slow link would fill the device with them
 MASTER_AND_MOMENTS = ("master", "exp_avg", "exp_avg_sq")
-LANES = ("compute", "d2h", "h2d", "host adam", "device adam")
-
-
-class Lane:
-    """Work in order on one CUDA stream, or in the calling thread; noted with its times while `manager.record` is on."""
-
-    def __init__(self, name: str, manager: "ChunkManager", stream: "torch.cuda.Stream | None" = None):
-        self.name, self.manager, self.stream = name, manager, stream
-
-    @contextmanager
-    def work(self, what: str, after: Iterable = ()) -> Iterator[list]:
-        """Run the body once the events `after` have happened; the list yielded gets the event of its end."""
-        end, record = [], self.manager.record
-        if not self.manager.is_cuda or self.name == "host adam":
-            start_s = time.perf_counter()
-            yield end
-            end.append(DONE)
-            self.manager.note(what, self.name, start_s, time.perf_counter())
-            return
-        stream = self.stream or torch.cuda.current_stream(self.manager.device)
-        with torch.cuda.stream(stream):
-            for event in after:
-                if event is not DONE:
-                    stream.wait_event(event)
-            start = stream.record_event(torch.cuda.Event(enable_timing=True)) if record else None
-            yield end
-            end.append(stream.record_event(torch.cuda.Event(enable_timing=record)))
-        self.manager.note(what, self.name, start, end[0])
 
 
 class ChunkManager:
@@ -105,7 +76,7 @@ class ChunkManager:
                  parts: Sequence[nn.Module] | None = None, arrivals: int = 1, clips: bool = True,
                  outside: Iterable[nn.Parameter] = (), plan: Plan | None = None, rates: Rates | None = None,
                  say: Callable[[str], None] = lambda text: None, ranks_per_host: int = 1,
-                 chunk_elements: int | None = None, host_threads: int | None = None):
+                 chunk_elements: int | None = None, lanes: Lanes | None = None):
         config.check()
         check_adamw(optimizer)
         self.model, self.config, self.arrivals, self.clips = model, config, arrivals, clips
@@ -116,7 +87,8 @@ class ChunkManager:
         largest = CHUNK_ELEMENTS if config.resident == 1 else chunk_size(n_here)      # nothing to divide or to overlap
         self.chunks = cut(self.managed, chunk_elements or largest)
         self.device = local(self.managed[0].parameter).device if self.managed else torch.device("cpu")
-        self.is_cuda = self.device.type == "cuda"
+        self.lanes = lanes or Lanes(self.device, host_threads(self.device, ranks_per_host))
+        self.is_cuda = self.lanes.is_cuda
         self.sums = arrivals > 1
         self.weight_bytes = sum(local(one).nbytes for one in {p for part in self.parts for p in part.parameters()})
         self.host_share = host_share(ranks_per_host, self.is_cuda)
@@ -127,7 +99,6 @@ class ChunkManager:
         self._refuse_what_the_host_lacks()
 
         self.kernel = Kernel(config.kernel, self.device)
-        self.record, self._events = False, []
         self.ledger = Ledger(self.device, budgets)
         self.ledger.take("device", self.weight_bytes, "weights")
         for chunk, placement in zip(self.chunks, self.plan.placements, strict=True):
@@ -143,19 +114,13 @@ class ChunkManager:
                                    dtype=torch.float64, device=self.device)       # of a square in the world's sum
         self.clip: Tensor | None = None                                                   # factor of the next step
         self._host_clip = torch.ones((), pin_memory=self.is_cuda)
-        streams = [torch.cuda.Stream(self.device) if self.is_cuda else None for _ in range(3)]
-        self.d2h, self.h2d, self.adam = (Lane(name, self, stream) for name, stream in
-                                         zip(("d2h", "h2d", "device adam"), streams, strict=True))
-        self.resident, self.host = Lane("device adam", self), Lane("host adam", self)      # resident: the caller's stream
         self._in_flight: list[tuple[Any, list[Tensor]]] = []      # (event, what must live until then)
         self._issued: set[Chunk] = set()                         # told to step since the last `step`
         self._turns = dict.fromkeys(Placement, 0)                 # chunks stepped: whose turn it is in ring and outbox
         self._phase: tuple[str | None, Any] = None, None
         self._stepped_s, self._host_done_s, self._host_update_s = 0.0, 0.0, None
-        threads = host_threads or _host_threads(self.is_cuda)
-        self.worker = ThreadPoolExecutor(1, "host-adam", initializer=torch.set_num_threads, initargs=(threads,))
         for dtype in {chunk.dtype for chunk in self.chunks}:
-            self.kernel.warm_up(self.device, dtype, {dtype, *[torch.float32] * self.sums})
+            self.lanes.thread.submit(self.kernel.warm_up, self.device, dtype, {dtype, *[torch.float32] * self.sums}).result()
         self._gates = _gates(self.parts, self.of)
         self._install_hooks()
         self.optimizer = ChunkOptimizer(self, optimizer)
@@ -189,7 +154,7 @@ class ChunkManager:
     def needed(self, plan: Plan) -> dict[str, int]:
         """Bytes by account that a plan holds at most: weights, states, ring, gradients that wait for their step or travel."""
         total, slot, box = {"device": self.weight_bytes, "host": 0}, 0, 0
-        if self.is_cuda:
+        if self.lanes.has_queues:
             on_cpu = (chunk.n * chunk.dtype.itemsize for chunk, placement in zip(self.chunks, plan.placements, strict=True)
                       if placement is Placement.CPU)
             total["device"] += min(IN_FLIGHT_BYTES, sum(on_cpu))
@@ -320,14 +285,14 @@ class ChunkManager:
         if chunk.placement is Placement.CPU:
             if piece.adding is not None:
                 piece.adding.result()            # the slab still holds the gradient of the microbatch before
-            ready = self._now()
-            with self.d2h.work(f"gradient of {piece.managed.name}", after=[ready]) as end:
-                chunk.tensors["slab"][piece.in_chunk].copy_(grad, non_blocking=True)
-            self._in_flight.append((end[0], [grad]))
+            slab = chunk.tensors["slab"][piece.in_chunk]
+            copied = self.lanes.d2h.run(f"gradient of {piece.managed.name}", lambda: slab.copy_(grad, non_blocking=True),
+                                        after=[self.lanes.compute.now()])
+            self._in_flight.append((copied, [grad]))
             if "total" in chunk.tensors:
-                piece.adding = self.worker.submit(self._add, piece, end[0], adds)
+                piece.adding = self.lanes.thread.submit(self._add, piece, copied, adds)
                 return
-            chunk.arrived.append(end[0])
+            chunk.arrived.append(copied)
         elif "total" in chunk.tensors:
             total = chunk.tensors["total"][piece.in_chunk]
             grad = total.add_(grad) if adds else total.copy_(grad)
@@ -414,15 +379,14 @@ class ChunkManager:
         self._begin_update()
         clip_arrived = DONE
         if self.clip is not None:
-            with self.d2h.work("clip", after=[self._now()]) as end:
-                self._host_clip.copy_(self.clip, non_blocking=True)
-            clip_arrived = end[0]
+            clip_arrived = self.lanes.d2h.run("clip", partial(self._host_clip.copy_, self.clip, non_blocking=True),
+                                              after=[self.lanes.compute.now()])
         for placement in (Placement.CPU, Placement.RESIDENT, Placement.STREAM):
             for chunk in self.chunks:
                 if chunk.placement is placement and chunk not in self._issued and any(one.arrivals for one in chunk.managed):
                     self._issue(chunk, clip_arrived)
         kept = [one.parameter.grad for one in self.managed if one.parameter.grad is not None]
-        self._in_flight.append((self._now(self.adam), kept if self.clip is None else [*kept, self.clip]))
+        self._in_flight.append((self.lanes.adam.now(), kept if self.clip is None else [*kept, self.clip]))
         for one in self.managed:
             one.step += one.arrivals > 0
             self._forget(one)
@@ -444,7 +408,7 @@ class ChunkManager:
                 chunk.wait()                     # long done, but for one whose layers did not run since the last step
         if self._stepped_s:
             self._host_update_s = self._host_done_s - self._stepped_s if self._host_done_s > self._stepped_s else None
-        self._stepped_s = time.perf_counter()
+        self._stepped_s = self.lanes.clock()
 
     def _issue(self, chunk: Chunk, clip_arrived) -> None:
         """Have its engine step the pieces of a chunk whose gradients are there."""
@@ -463,35 +427,43 @@ class ChunkManager:
 
     def _step_resident(self, chunk: Chunk, pieces: list, clip_arrived, turn: int) -> None:
         chunk.move_to(State.STEPPING)
-        with self.resident.work(f"chunk {chunk.index}") as end:
-            self._adam_on_device(chunk.tensors, pieces)
-        chunk.weights_done = chunk.done = end[0]
+        chunk.weights_done = chunk.done = self.lanes.resident.run(
+            f"chunk {chunk.index}", self._adam_on_device(chunk.tensors, pieces))
         chunk.move_to(State.READY)
 
     def _step_stream(self, chunk: Chunk, pieces: list, clip_arrived, turn: int) -> None:
         """Through a ring slot; the three copies and the step of different chunks overlap, each on its own lane."""
-        slot_index, now = turn % len(self.ring), self._now()
-        slot = {name: self.ring[slot_index][name][:chunk.n] for name in chunk.tensors if name != "total"}
+        i, what = turn % len(self.ring), f"chunk {chunk.index}"
+        home = {name: tensor for name, tensor in chunk.tensors.items() if name != "total"}
+        slot = {name: self.ring[i][name][:chunk.n] for name in home}
+
+        def copy(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:
+            for name, target in targets.items():
+                target.copy_(sources[name], non_blocking=True)
+
         chunk.move_to(State.STEPPING)
-        with self.h2d.work(f"chunk {chunk.index}", after=[self._slot_free[slot_index], chunk.done]) as loaded:
-            for name, tensor in slot.items():
-                tensor.copy_(chunk.tensors[name], non_blocking=True)
-        with self.adam.work(f"chunk {chunk.index}", after=[loaded[0], now]) as stepped:
-            self._adam_on_device(slot, pieces)
-        with self.d2h.work(f"chunk {chunk.index}", after=stepped) as stored:
-            for name, tensor in slot.items():
-                chunk.tensors[name].copy_(tensor, non_blocking=True)
-        chunk.weights_done, chunk.done = stepped[0], stored[0]
-        self._slot_free[slot_index] = stored[0]
+        ready = self.lanes.compute.now()
+        loaded = self.lanes.h2d.run(what, partial(copy, slot, home), after=[self._slot_free[i], chunk.done])
+        stepped = self.lanes.adam.run(what, self._adam_on_device(slot, pieces), after=[loaded, ready])
+        stored = self.lanes.d2h.run(what, partial(copy, home, slot), after=[stepped])
+        chunk.weights_done, chunk.done = stepped, stored
+        self._slot_free[i] = stored
         chunk.move_to(State.READY)
 
-    def _adam_on_device(self, states: dict[str, Tensor], pieces: list) -> None:
+    def _adam_on_device(self, states: dict[str, Tensor], pieces: list) -> Callable[[], None]:
+        """What steps the pieces, once it is called; gradients and clip factor are those of now."""
+        steps = []
         for piece, hyper in pieces:
             total = piece.chunk.tensors.get("total")
             grad = flat_grad(piece.managed)[piece.in_shard] if total is None else total[piece.in_chunk]
-            low = states["low"][piece.in_chunk] if "low" in states else None
-            self.kernel.device_step(piece.managed.weight[piece.in_shard], low, states["exp_avg"][piece.in_chunk],
-                                    states["exp_avg_sq"][piece.in_chunk], grad, self.clip, hyper)
+            of_piece = (states[name][piece.in_chunk] if name in states else None for name in ("low", "exp_avg", "exp_avg_sq"))
+            steps.append((piece.managed.weight[piece.in_shard], *of_piece, grad, self.clip, hyper))
+
+        def run() -> None:
+            for step in steps:
+                self.kernel.device_step(*step)
+
+        return run
 
     def _queue(self, chunk: Chunk, pieces: list, clip_arrived, turn: int) -> None:
         weights = [(piece, piece.managed.weight[piece.in_shard]) for piece, _ in pieces]
@@ -499,7 +471,7 @@ class ChunkManager:
         runs = [(slice(0, chunk.n), pieces[0][1])] if whole else [(piece.in_chunk, hyper) for piece, hyper in pieces]
         clip = None if self.clip is None else self._host_clip
         chunk.weights_done = DONE
-        chunk.job = self.worker.submit(self._step_host, chunk, runs, weights, clip, clip_arrived, turn)
+        chunk.job = self.lanes.thread.submit(self._step_host, chunk, runs, weights, clip, clip_arrived, turn)
 
     @torch.no_grad()
     def _step_host(self, chunk: Chunk, runs: list, weights: list, clip: Tensor | None, clip_arrived, turn: int) -> None:
@@ -510,15 +482,19 @@ class ChunkManager:
             event.synchronize()
         states = [chunk.tensors[name] for name in MASTER_AND_MOMENTS]
         grad, new = chunk.tensors.get("total", chunk.tensors["slab"]), self.outbox[i].view(chunk.dtype)
-        with self.host.work(f"chunk {chunk.index}"):
+
+        def step() -> None:
             for run, hyper in runs:
                 self.kernel.host_step(*(state[run] for state in states), grad[run], new[run], clip, hyper)
-        with self.h2d.work(f"weights of chunk {chunk.index}") as end:
+
+        def send() -> None:
             for piece, weight in weights:
                 weight.copy_(new[piece.in_chunk], non_blocking=True)
-        chunk.weights_done = chunk.done = self._sent[i] = end[0]
+
+        self.lanes.host.run(f"chunk {chunk.index}", step)
+        chunk.weights_done = chunk.done = self._sent[i] = self.lanes.weights.run(f"weights of chunk {chunk.index}", send)
         chunk.move_to(State.READY)
-        self._host_done_s = time.perf_counter()
+        self._host_done_s = self.lanes.clock()
 
     # ---- forward and readers ------------------------------------------------------------------------------------------
 
@@ -549,7 +525,7 @@ class ChunkManager:
             if value in self.of and value not in seen:
                 master = like(value, self.gather("master", self.of[value]))
                 seen[value] = nn.Parameter(master)
-            *path, last = _plain(name).split(".")
+            *path, last = plain_name(name).split(".")
             module = stand_in
             for step in path:
                 if step not in module._modules:
@@ -588,44 +564,33 @@ class ChunkManager:
         self.wait()
         for handle in self._handles:
             handle.remove()
-        self.worker.shutdown()
+        self.lanes.thread.shutdown()
 
     # ---- what happened when ---------------------------------------------------------------------------------------------
 
-    def note(self, what: str, lane: str, start, end) -> None:
-        if self.record:
-            self._events.append((what, lane, start, end))
+    @property
+    def record(self) -> bool:
+        """Whether what happens is noted, for `events`."""
+        return self.lanes.recording
+
+    @record.setter
+    def record(self, on: bool) -> None:
+        self.lanes.recording = on
 
     def _mark(self, phase: str | None) -> None:
         """The caller computes `phase` from now on. Backward is seen when its first gradient is there."""
         if not self.record or phase == self._phase[0]:
             return
-        now = self._now(timing=True) if self.is_cuda else time.perf_counter()
+        now = self.lanes.compute.now(timing=True) if self.is_cuda else self.lanes.clock()
         if self._phase[0]:
-            self.note(self._phase[0], "compute", self._phase[1], now)
+            self.lanes.note(self._phase[0], "compute", self._phase[1], now)
         self._phase = phase, now
-
-    def _now(self, lane: Lane | None = None, timing: bool = False):
-        """An event of this instant on the lane's stream, or the caller's."""
-        if not self.is_cuda:
-            return DONE
-        stream = (lane and lane.stream) or torch.cuda.current_stream(self.device)
-        return stream.record_event(torch.cuda.Event(enable_timing=timing))
 
     @property
     def events(self) -> list[tuple[str, str, float, float]]:
-        """(what, lane, start, end) in seconds of time.perf_counter, of what ran since `record` was set; waits for it all."""
+        """Lanes.events, once all is over."""
         self.wait()
-        if not self.is_cuda:
-            return list(self._events)
-        zero = self._now(timing=True)
-        zero.synchronize()
-        zero_s = time.perf_counter()
-
-        def seconds(when) -> float:
-            return when if isinstance(when, float) else zero_s - when.elapsed_time(zero) / 1e3
-
-        return [(what, lane, seconds(start), seconds(end)) for what, lane, start, end in self._events]
+        return self.lanes.events()
 
 
 def flat_grad(one: Managed) -> Tensor:
@@ -633,28 +598,6 @@ def flat_grad(one: Managed) -> Tensor:
     if isinstance(grad, DTensor) and grad.placements != one.parameter.placements:
         grad = one.parameter.grad = grad.redistribute(placements=one.parameter.placements)
     return local(grad).reshape(-1)
-
-
-def find_managed(model: nn.Module, parts: list[nn.Module], optimizer: torch.optim.AdamW,
-                 outside: set[nn.Parameter] = frozenset()) -> list[Managed]:
-    """The optimizer's trainable parameters, in forward order."""
-    group_of = {p: group for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-    names = {parameter: _plain(name) for name, parameter in model.named_parameters()}
-    order = dict.fromkeys(parameter for part in parts for parameter in part.parameters() if parameter in group_of)
-    strange = [tuple(parameter.shape) for parameter in group_of if parameter not in order or parameter not in names]
-    if strange:
-        raise UsageError(f"the optimizer has {len(strange)} parameters that are not the model's (the first: {strange[0]}); "
-                         "build it on model.parameters().")
-    wrong = [names[parameter] for parameter in order if parameter.dtype not in (torch.float32, torch.bfloat16)]
-    if wrong:
-        raise UsageError(f"{wrong[0]} is neither float32 nor bfloat16; use --train.dtype float32 or bfloat16.")
-    return [Managed(names[parameter], parameter, group_of[parameter], copies(parameter), parameter in outside)
-            for parameter in order]
-
-
-def _plain(name: str) -> str:
-    """Without what compiling or recomputing puts into names."""
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def _gates(parts: list[nn.Module], of: dict[nn.Parameter, Managed]) -> dict[nn.Module, list[Chunk]]:
@@ -688,11 +631,3 @@ def _waiting_bytes(one: Managed) -> int:
 
 def _slot_bytes(dtype: torch.dtype) -> int:
     return 8 if dtype == torch.float32 else 10
-
-
-def _host_threads(is_cuda: bool) -> int:
-    """Beside a GPU: this rank's share of the cores, less those that launch, differentiate and communicate. torchrun tells
-    torch to use one, so torch's own number does not serve."""
-    if not is_cuda:
-        return torch.get_num_threads()
-    return max(1, len(os.sched_getaffinity(0)) // torch.cuda.device_count() - 3)

@@ -109,7 +109,7 @@ def test_model_mesh_and_optimizer_are_built_at_full_size_and_a_rank_fits_its_gpu
             config_here = replace(cfg.memory, kernel="blocks")   # a compiled one would run, to be warm
             with FakeTensorMode(allow_non_fake_inputs=True):     # what it allocates has sizes, no memory
                 manager = ChunkManager(model, optimizer, config_here, parts=parts, arrivals=n_micros, rates=Rates(*RATES))
-            manager.worker.shutdown()
+            manager.lanes.thread.shutdown()
             optimizer = manager.optimizer
             assert sum(chunk.n for chunk in manager.chunks) * layout.tp * layout.dp_shard > 0.99 * config.n_parameters
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from memory import ChunkManager, MemoryConfig, Placement
-from memory.chunk import cut
-from memory.manager import find_managed
+from memory.chunk import cut, find_managed
 from memory.placement import static_plan
 
 RESIDENT, STREAM, CPU = Placement
