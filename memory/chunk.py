@@ -2,7 +2,8 @@
 
 shard       this rank's elements of one parameter, flat: DTensor.to_local(), or a plain parameter
 piece       a run of a shard that lies in one chunk; a large shard is cut into several
-chunk       pieces in forward order, of one parameter group and dtype, 16 Mi elements, fewer on a small shard
+chunk       pieces, in the order in which forward waits for them, of one parameter group and dtype; 16 Mi elements, fewer on a
+            small shard
 master      the float32 weight. RESIDENT and STREAM keep of it only what the weight lacks: nothing if weights are float32,
             `low`, its lower 16 bits, if they are bfloat16. CPU keeps all of it, on the host
 slab        host memory of a CPU chunk in the weights' dtype, pinned: gradients arrive in it
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
@@ -79,7 +81,9 @@ class Managed:
     group: dict[str, Any]          # of the optimizer: its lr, weight_decay ... as they are at the step
     copies: int                    # ranks that hold the same elements
     outside: bool                  # its gradient is changed after backward, its weight read outside forward
+    gate: nn.Module                # whose forward waits for its weight
     pieces: list["Piece"] = field(default_factory=list)
+    keeps_grad: bool = False       # its gradient waits for the step where autograd or FSDP left it
     step: int = 0                  # updates made
     arrivals: int = 0              # of a gradient since the last update
 
@@ -98,6 +102,7 @@ class Piece:
     index: int                     # among all pieces
     in_shard: slice
     in_chunk: slice
+    waiting: Tensor | None = None  # the gradient until the step, where it cannot stay where it came
     adding: Any = None             # future: the gradient of an earlier microbatch is being added to the total
 
 
@@ -205,21 +210,37 @@ def chunk_size(n_elements: int) -> int:
     return size
 
 
+def gated(part: nn.Module) -> dict[nn.Parameter, nn.Module]:
+    """Parameter -> the module whose forward waits for it, in the order in which they are waited for: the whole, then blocks.
+
+    FSDP gathers the weights of a module as one. Without it the elements of lists, the blocks, wait for their own. The rest, an
+    embedding, a head, is the whole's in both: it is gathered before the first block, and may be read from anywhere."""
+    wrapped = [module for module in part.modules() if isinstance(module, FSDPModule)]
+    listed = [block for module in part.modules() if isinstance(module, nn.ModuleList) for block in module]
+    modules = dict.fromkeys([part, *(wrapped or listed)])
+    gate = {}
+    for module in modules:                                     # inner ones come after outer ones
+        gate |= dict.fromkeys(module.parameters(), module)
+    return {parameter: module for module in modules for parameter in module.parameters() if gate[parameter] is module}
+
+
 def find_managed(model: nn.Module, parts: list[nn.Module], optimizer: torch.optim.AdamW,
                  outside: set[nn.Parameter] = frozenset()) -> list[Managed]:
-    """The optimizer's trainable parameters, in forward order."""
+    """The optimizer's trainable parameters, in the order in which the next forward waits for them."""
     group_of = {p: group for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
     names = {parameter: plain_name(name) for name, parameter in model.named_parameters()}
-    order = dict.fromkeys(parameter for part in parts for parameter in part.parameters() if parameter in group_of)
-    strange = [tuple(parameter.shape) for parameter in group_of if parameter not in order or parameter not in names]
+    gates: dict[nn.Parameter, nn.Module] = {}
+    for part in parts:
+        gates = {parameter: module for parameter, module in gated(part).items() if parameter in group_of} | gates
+    strange = [tuple(parameter.shape) for parameter in group_of if parameter not in gates or parameter not in names]
     if strange:
         raise UsageError(f"the optimizer has {len(strange)} parameters that are not the model's (the first: {strange[0]}); "
                          "build it on model.parameters().")
-    wrong = [names[parameter] for parameter in order if parameter.dtype not in (torch.float32, torch.bfloat16)]
+    wrong = [names[parameter] for parameter in gates if parameter.dtype not in (torch.float32, torch.bfloat16)]
     if wrong:
         raise UsageError(f"{wrong[0]} is neither float32 nor bfloat16; use --train.dtype float32 or bfloat16.")
-    return [Managed(names[parameter], parameter, group_of[parameter], copies(parameter), parameter in outside)
-            for parameter in order]
+    return [Managed(names[parameter], parameter, group_of[parameter], copies(parameter), parameter in outside, module)
+            for parameter, module in gates.items()]
 
 
 def plain_name(name: str) -> str:

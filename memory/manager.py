@@ -38,6 +38,8 @@ from memory.chunk import (
     chunk_size,
     cut,
     find_managed,
+    flat,
+    gated,
     like,
     plain_name,
 )
@@ -224,11 +226,21 @@ class ChunkManager:
             n, narrow = max(chunk.n for chunk in streaming), any(chunk.dtype != torch.float32 for chunk in streaming)
             dtypes = {"exp_avg": torch.float32, "exp_avg_sq": torch.float32} | ({"low": torch.int16} if narrow else {})
             self.ring.append({name: self.ledger.zeros("device", n, dtype, f"ring slot {i}") for name, dtype in dtypes.items()})
-        self._slot_free = [DONE] * len(self.ring)
+        self._slot_free = [self.lanes.compute.now()] * len(self.ring)        # its zeros are written by then
         on_cpu = [chunk.n * chunk.dtype.itemsize for chunk in self.chunks if chunk.placement is Placement.CPU]
         for i in range(min(self.widths.outbox_slots, len(on_cpu))):
             self.outbox.append(self.ledger.zeros("host", max(on_cpu), torch.uint8, f"outbox {i}", pin=True))
         self._sent = [DONE] * len(self.outbox)       # events: the weights that were in it have left
+        self._keep_gradients()
+
+    def _keep_gradients(self) -> None:
+        """Say which gradients may wait for the step where they came. FSDP's are views of one buffer a module, so that one
+        of them keeps all; so does a part of a parameter's the whole. Where some of it leaves, what waits is copied."""
+        waits = lambda one: all(piece.chunk.placement is not Placement.CPU and "total" not in piece.chunk.tensors
+                                for piece in one.pieces)
+        flat_and_mixed = {one.gate for one in self.managed if isinstance(one.gate, FSDPModule) and not waits(one)}
+        for one in self.managed:
+            one.keeps_grad = waits(one) and one.gate not in flat_and_mixed
 
     def _free_buffers(self) -> None:
         for slot in self.ring:
@@ -257,26 +269,28 @@ class ChunkManager:
         grad = one.parameter.grad
         if isinstance(grad, DTensor) and grad.placements != one.parameter.placements:
             grad = grad.redistribute(placements=one.parameter.placements)      # Partial, where no FSDP has reduced it
+            if one.keeps_grad and one.arrivals + 1 == self.arrivals:
+                one.parameter.grad = grad
         grad = local(grad).reshape(-1)
-        dropped = all(piece.chunk.placement is Placement.CPU or "total" in piece.chunk.tensors for piece in one.pieces)
-        if one.arrivals and not self.sums and (dropped or grad.dtype != torch.float32):
+        if one.arrivals and not self.sums and not (one.keeps_grad and grad.dtype == torch.float32):
             raise RuntimeError(f"the gradient of {one.name} arrived twice before one step, and there is no place to sum it in "
                                "float32; pass arrivals=2 or more to ChunkManager.")
-        adds = dropped and one.arrivals > 0      # a kept gradient is the sum already
         for piece in one.pieces:
-            self._collect(piece, grad[piece.in_shard], adds)
-        if dropped:
-            one.parameter.grad = None
-        elif one.arrivals == 0:
+            self._collect(piece, grad[piece.in_shard], adds=one.arrivals > 0 and not one.keeps_grad)
+        if one.arrivals == 0:
             self.ledger.take("device", _waiting_bytes(one), f"gradient of {one.name}")
+        if not one.keeps_grad:
+            one.parameter.grad = None
         one.arrivals += 1
         if not self.clips and one.arrivals == self.arrivals:
+            ready = self.lanes.compute.now()
             for chunk in dict.fromkeys(piece.chunk for piece in one.pieces):
                 if all(other.arrivals == self.arrivals and not other.outside for other in chunk.managed):
-                    self._issue(chunk, DONE)
+                    self._issue(chunk, ready, DONE)
         self._let_go()
 
     def _collect(self, piece: Piece, grad: Tensor, adds: bool) -> None:
+        """adds: to those of microbatches before; else it is the first, or, where it is kept, their sum."""
         chunk = piece.chunk
         if chunk.state is not State.COLLECTING:
             chunk.wait()
@@ -296,6 +310,8 @@ class ChunkManager:
         elif "total" in chunk.tensors:
             total = chunk.tensors["total"][piece.in_chunk]
             grad = total.add_(grad) if adds else total.copy_(grad)
+        elif not piece.managed.keeps_grad:
+            grad = piece.waiting = piece.waiting.add_(grad) if adds else grad.clone()
         self.norms[piece.index] = torch.linalg.vector_norm(grad, dtype=torch.float32)
 
     @torch.no_grad()
@@ -333,11 +349,11 @@ class ChunkManager:
         self._clear_squares()
 
     def _forget(self, one: Managed) -> None:
-        if one.parameter.grad is not None:
+        if one.arrivals:
             self.ledger.give("device", _waiting_bytes(one))
-            one.parameter.grad = None
+        one.parameter.grad = None
         for piece in one.pieces:
-            piece.adding = piece.adding and piece.adding.result()
+            piece.adding, piece.waiting = piece.adding and piece.adding.result(), None
         one.arrivals = 0
 
     def _clear_squares(self) -> None:
@@ -377,16 +393,16 @@ class ChunkManager:
         self.finish_backward()
         self._mark(None)
         self._begin_update()
-        clip_arrived = DONE
+        ready, clip_arrived = self.lanes.compute.now(), DONE      # STREAM need not wait for the residents' Adam, given below
         if self.clip is not None:
             clip_arrived = self.lanes.d2h.run("clip", partial(self._host_clip.copy_, self.clip, non_blocking=True),
-                                              after=[self.lanes.compute.now()])
+                                              after=[ready])
         for placement in (Placement.CPU, Placement.RESIDENT, Placement.STREAM):
             for chunk in self.chunks:
                 if chunk.placement is placement and chunk not in self._issued and any(one.arrivals for one in chunk.managed):
-                    self._issue(chunk, clip_arrived)
-        kept = [one.parameter.grad for one in self.managed if one.parameter.grad is not None]
-        self._in_flight.append((self.lanes.adam.now(), kept if self.clip is None else [*kept, self.clip]))
+                    self._issue(chunk, ready, clip_arrived)
+        read = [piece.waiting for one in self.managed for piece in one.pieces] + [one.parameter.grad for one in self.managed]
+        self._in_flight.append((self.lanes.adam.now(), [tensor for tensor in [*read, self.clip] if tensor is not None]))
         for one in self.managed:
             one.step += one.arrivals > 0
             self._forget(one)
@@ -410,14 +426,14 @@ class ChunkManager:
             self._host_update_s = self._host_done_s - self._stepped_s if self._host_done_s > self._stepped_s else None
         self._stepped_s = self.lanes.clock()
 
-    def _issue(self, chunk: Chunk, clip_arrived) -> None:
-        """Have its engine step the pieces of a chunk whose gradients are there."""
+    def _issue(self, chunk: Chunk, ready, clip_arrived) -> None:
+        """Have its engine step the pieces of a chunk whose gradients are there, once the event `ready` has happened."""
         self._begin_update()
         self._issued.add(chunk)
         engine = {Placement.CPU: self._queue, Placement.RESIDENT: self._step_resident,
                   Placement.STREAM: self._step_stream}[chunk.placement]
         chunk.move_to(State.QUEUED)
-        engine(chunk, [(piece, _hyper(piece.managed)) for piece in chunk.pieces if piece.managed.arrivals], clip_arrived,
+        engine(chunk, [(piece, _hyper(piece.managed)) for piece in chunk.pieces if piece.managed.arrivals], ready, clip_arrived,
                self._turns[chunk.placement])
         self._turns[chunk.placement] += 1
 
@@ -425,13 +441,14 @@ class ChunkManager:
         """From the start of an update until the host's last weight was sent, before the latest; None: the host has no chunk."""
         return self._host_update_s
 
-    def _step_resident(self, chunk: Chunk, pieces: list, clip_arrived, turn: int) -> None:
+    def _step_resident(self, chunk: Chunk, pieces: list, ready, clip_arrived, turn: int) -> None:
+        """Where it lies, on the caller's stream: what the caller computes from now on is after it without a wait."""
         chunk.move_to(State.STEPPING)
-        chunk.weights_done = chunk.done = self.lanes.resident.run(
-            f"chunk {chunk.index}", self._adam_on_device(chunk.tensors, pieces))
+        self.lanes.resident.run(f"chunk {chunk.index}", self._adam_on_device(chunk.tensors, pieces))
+        chunk.weights_done = chunk.done = DONE
         chunk.move_to(State.READY)
 
-    def _step_stream(self, chunk: Chunk, pieces: list, clip_arrived, turn: int) -> None:
+    def _step_stream(self, chunk: Chunk, pieces: list, ready, clip_arrived, turn: int) -> None:
         """Through a ring slot; the three copies and the step of different chunks overlap, each on its own lane."""
         i, what = turn % len(self.ring), f"chunk {chunk.index}"
         home = {name: tensor for name, tensor in chunk.tensors.items() if name != "total"}
@@ -442,7 +459,6 @@ class ChunkManager:
                 target.copy_(sources[name], non_blocking=True)
 
         chunk.move_to(State.STEPPING)
-        ready = self.lanes.compute.now()
         loaded = self.lanes.h2d.run(what, partial(copy, slot, home), after=[self._slot_free[i], chunk.done])
         stepped = self.lanes.adam.run(what, self._adam_on_device(slot, pieces), after=[loaded, ready])
         stored = self.lanes.d2h.run(what, partial(copy, home, slot), after=[stepped])
@@ -455,7 +471,10 @@ class ChunkManager:
         steps = []
         for piece, hyper in pieces:
             total = piece.chunk.tensors.get("total")
-            grad = flat_grad(piece.managed)[piece.in_shard] if total is None else total[piece.in_chunk]
+            if total is not None:
+                grad = total[piece.in_chunk]
+            else:
+                grad = flat(piece.managed.parameter.grad)[piece.in_shard] if piece.managed.keeps_grad else piece.waiting
             of_piece = (states[name][piece.in_chunk] if name in states else None for name in ("low", "exp_avg", "exp_avg_sq"))
             steps.append((piece.managed.weight[piece.in_shard], *of_piece, grad, self.clip, hyper))
 
@@ -465,7 +484,7 @@ class ChunkManager:
 
         return run
 
-    def _queue(self, chunk: Chunk, pieces: list, clip_arrived, turn: int) -> None:
+    def _queue(self, chunk: Chunk, pieces: list, ready, clip_arrived, turn: int) -> None:
         weights = [(piece, piece.managed.weight[piece.in_shard]) for piece, _ in pieces]
         whole = len(pieces) == len(chunk.pieces) and len({hyper for _, hyper in pieces}) == 1
         runs = [(slice(0, chunk.n), pieces[0][1])] if whole else [(piece.in_chunk, hyper) for piece, hyper in pieces]
@@ -501,6 +520,7 @@ class ChunkManager:
     def _enter(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
             chunk.wait()
+        self._let_go()
         self._mark("forward")
         if self.auto and torch.is_grad_enabled():
             self.auto.forward_begins()
@@ -593,24 +613,11 @@ class ChunkManager:
         return self.lanes.events()
 
 
-def flat_grad(one: Managed) -> Tensor:
-    grad = one.parameter.grad
-    if isinstance(grad, DTensor) and grad.placements != one.parameter.placements:
-        grad = one.parameter.grad = grad.redistribute(placements=one.parameter.placements)
-    return local(grad).reshape(-1)
-
-
 def _gates(parts: list[nn.Module], of: dict[nn.Parameter, Managed]) -> dict[nn.Module, list[Chunk]]:
-    """Module -> chunks that must be ready before its forward: those of parameters that it is the first to use. FSDP gathers
-    a module's weights as one; without it, the elements of lists (the blocks) wait for theirs and the whole for the rest."""
+    """Module -> chunks that must be ready before its forward; in forward order, modules without a chunk too."""
     gates: dict[nn.Module, list[Chunk]] = {}
     for part in parts:
-        wrapped = [module for module in part.modules() if isinstance(module, FSDPModule)]
-        listed = [block for module in part.modules() if isinstance(module, nn.ModuleList) for block in module]
-        owner = {}
-        for module in [part, *(wrapped or listed)]:          # inner ones come after outer ones
-            owner |= dict.fromkeys(module.parameters(), module)
-        for parameter, module in owner.items():
+        for parameter, module in gated(part).items():
             mine = gates.setdefault(module, [])
             if parameter in of:
                 mine += [piece.chunk for piece in of[parameter].pieces if piece.chunk not in mine]
@@ -624,9 +631,9 @@ def _hyper(one: Managed) -> Hyper:
 
 
 def _waiting_bytes(one: Managed) -> int:
-    """Of a gradient that stays on the device until its step, the part that counts there: of CPU pieces it is a copy."""
+    """Of a gradient, what stays on the device until its step."""
     return sum((piece.in_chunk.stop - piece.in_chunk.start) * one.parameter.dtype.itemsize for piece in one.pieces
-               if piece.chunk.placement is not Placement.CPU)
+               if piece.chunk.placement is not Placement.CPU and "total" not in piece.chunk.tensors)
 
 
 def _slot_bytes(dtype: torch.dtype) -> int:

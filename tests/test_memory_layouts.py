@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 import torch.distributed as dist
+from emulated_lanes import QueuedLanes
 from pool import run_on
 from test_memory_parity import chunk_sizes, plan_of
 from test_one_answer import ROWS, SHAPES, STEPS, five_steps, rows_of, whole_weights
@@ -14,6 +15,7 @@ from dtensor_llama import Llama
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
+from dtensor_llama.shards import local
 from memory import ChunkManager, MemoryConfig, Placement
 from parallel import ParallelConfig, build_mesh, parallelize
 from parallel.context import shard_batch
@@ -22,8 +24,10 @@ from parallel.pipeline import make_step_runner
 CHUNK = 1024          # elements: tens of chunks on each rank, most matrices in several
 
 
-def start(shape: str, layout: ParallelConfig, micro: int, plan_seed: int | None, dtype=torch.float32, passes=None, **config):
-    """What a recipe does: meta, parallelize, to_empty, manager, initial weights through the masters."""
+def start(shape: str, layout: ParallelConfig, micro: int, plan_seed: int | None, dtype=torch.float32, passes=None, lanes=None,
+          **config):
+    """What a recipe does: meta, parallelize, to_empty, manager, initial weights through the masters. plan_seed: of random
+    places; None: all on the host."""
     layout = layout.resolve(dist.get_world_size())
     mesh = build_mesh(layout, "cpu")
     with torch.device("meta"):
@@ -35,11 +39,11 @@ def start(shape: str, layout: ParallelConfig, micro: int, plan_seed: int | None,
     adamw = build_adamw(model, lr=1e-3, weight_decay=0.1)
     draw = random.Random(f"{plan_seed} {dist.get_rank()}")           # ranks need not agree where their chunks live
     sizes = chunk_sizes(model, adamw, CHUNK, parts)
-    plan = plan_of(sizes, [draw.choice(list(Placement)) for _ in sizes])
+    plan = plan_of(sizes, [Placement.CPU if plan_seed is None else draw.choice(list(Placement)) for _ in sizes])
     tied_over_stages = SHAPES[shape].tie_word_embeddings and layout.pp > 1 and model.model.embed_tokens is not None
     manager = ChunkManager(
         model, adamw, MemoryConfig("static", 1, 0, 0, kernel="blocks", **config), parts=parts, plan=plan, chunk_elements=CHUNK,
-        arrivals=n_micros if layout.zero_stage >= 2 and layout.pp == 1 else 1,
+        lanes=lanes, arrivals=n_micros if layout.zero_stage >= 2 and layout.pp == 1 else 1,
         outside=[model.model.embed_tokens.weight] if tied_over_stages else [])
     weights = manager.masters()
     init_weights(weights, seed=0)
@@ -103,3 +107,59 @@ def test_a_layout_with_chunks_in_random_places_equals_one_process(ranks, shape, 
     assert max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True)) < 2e-5
     assert max(abs(a / b - 1) for a, b in zip(ours["norms"], theirs["norms"], strict=True)) < 1e-4
     assert max((ours["final"][name] - value).abs().max().item() for name, value in theirs["final"].items()) < 1e-5
+
+
+# ---- what only a whole model shows ----
+
+
+def jobs_left_as_blocks_begin(layout: ParallelConfig) -> tuple[list[int], int, list[int]]:
+    """In the forward after an update of which the host does nothing until it is waited for: jobs left for it when each block
+    begins; how many there were; and how many of them cover later blocks alone."""
+    lanes, micro = QueuedLanes(), ROWS // dist.get_world_size()
+    layout, mesh, model, manager, runner = start("gqa", layout, micro, None, lanes=lanes)
+    blocks, left, later = list(model.model.layers), [], []
+    for number, block in enumerate(blocks):
+        after = {p for other in blocks[number + 1:] for p in other.parameters()}
+        later.append(sum(all(one.parameter in after for one in chunk.managed) for chunk in manager.chunks))
+        block.register_forward_pre_hook(lambda *_: left.append(len(lanes.thread.queue.jobs)))
+    step(0, layout, mesh, manager.optimizer, runner, micro)
+    manager.wait()
+    left.clear()
+    step(1, layout, mesh, manager.optimizer, runner, micro)
+    n_jobs = len(lanes.thread.queue.jobs)
+    left.clear()
+    with torch.no_grad():
+        model(torch.zeros(1, 8, dtype=torch.int64))
+    manager.close()
+    return left, n_jobs, later
+
+
+@pytest.mark.parametrize("ranks,stage", [(1, 0), (2, 3), (2, 1)])
+def test_blocks_begin_while_the_host_still_steps_later_ones(ranks, stage):
+    """Embedding, norms and head are waited for before all blocks, so they are stepped first: else no update could hide."""
+    left, n_jobs, later = run_on(ranks, jobs_left_as_blocks_begin, ParallelConfig(zero_stage=stage))[0]
+    assert left == later and n_jobs > left[0] > n_jobs // 4, (left, later, n_jobs)
+
+
+def gradients_that_wait(layout: ParallelConfig, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of the storages that gradients keep alive until the step, and what the ledger counts of them."""
+    layout, mesh, model, manager, runner = start("gqa", layout, ROWS // dist.get_world_size(), 1, dtype)
+    before = manager.ledger.held["device"]
+    batch = rows_of(0, masked=True)
+    mine = Batch(*(x.chunk(layout.dp)[mesh["dp"].get_local_rank()] for x in batch))
+    runner.step([mine], (batch.labels != -100).sum(), grad_scale=layout.grad_ranks)
+    kept = [p.grad for p in model.parameters()] + [piece.waiting for one in manager.managed for piece in one.pieces]
+    storages = {local(one).untyped_storage() for one in kept if one is not None}
+    counted = manager.ledger.held["device"] - before
+    manager.optimizer.zero_grad()
+    assert manager.ledger.held["device"] == before
+    manager.close()
+    return sum({one.data_ptr(): one.nbytes() for one in storages}.values()), counted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ranks,stage", [(1, 0), (2, 0), (2, 3)])
+def test_gradients_that_leave_are_kept_alive_by_none_that_waits(ranks, stage, dtype):
+    """FSDP's are views of one buffer a block, and a plain one is whole although only some of it waits."""
+    for held, counted in run_on(ranks, gradients_that_wait, ParallelConfig(zero_stage=stage), dtype):
+        assert 0 < held <= counted, (held, counted)
