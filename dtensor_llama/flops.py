@@ -39,10 +39,12 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         known = [key for key in PEAK_FLOPS if key in name]
         if known and dtype == torch.bfloat16:
             return PEAK_FLOPS[max(known, key=len)], f"data sheet of {name}"
-    return _timed_matmul(device, dtype), f"timed {str(dtype).removeprefix('torch.')} matmul on this {device.type}"
+    return matmul_flops(device, dtype), f"timed {str(dtype).removeprefix('torch.')} matmul on this {device.type}"
 
 
-def _timed_matmul(device: torch.device, dtype: torch.dtype, n: int = 1024, seconds: float = 0.3) -> float:
+def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """FLOP/s of a large matrix product, measured: what this device can do, as a data sheet says what it could."""
+    n = 8192 if device.type == "cuda" else 1024
     a, b = torch.ones(n, n, device=device, dtype=dtype), torch.ones(n, n, device=device, dtype=dtype)
     best, began = float("inf"), time.perf_counter()
     while time.perf_counter() - began < seconds:

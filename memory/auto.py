@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from memory.chunk import GIB
-from memory.placement import Plan, auto_plan, describe, replan
+from memory.placement import Placement, Plan, auto_plan, describe, replan
 from memory.tracer import Counters, Rates, Traced, Tracer
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class AutoPolicy:
 
     def forward_begins(self) -> None:
         if self.tracer and not self.tracer.tracing:
+            self.manager.wait()                  # for all of the update, so that no layer's forward is traced with a wait in it
             self.tracer.start_step()
 
     def backward_ended(self) -> None:
@@ -82,8 +83,7 @@ class AutoPolicy:
             return
         if self.tracer:
             if self.n_steps == WARM_UP_STEPS:
-                # Without a GPU what is counted is what came since the tracer was made: the weights are not in it.
-                self.traced = _agreed(self.tracer.result(self.manager.weight_bytes if self.manager.is_cuda else 0))
+                self.traced = _agreed(self.tracer.result(self._held_while_traced()))
                 self.tracer.close()
                 self.tracer = None
                 self._plan()
@@ -93,6 +93,14 @@ class AutoPolicy:
             self.say(f"memory    planned again: {why}")
             self._plan()
 
+    def _held_while_traced(self) -> int:
+        """Bytes on the device that plans count themselves. Without a GPU the tracer saw what came since its first step began:
+        of these, only gradients that wait."""
+        manager = self.manager
+        if manager.is_cuda:
+            return manager.needed(manager.plan, traced=True)["device"]
+        return manager.plan.widths.grad * manager.plan.n_parameters(Placement.RESIDENT)
+
     def _plan(self) -> None:
         manager = self.manager
         plan = auto_plan([chunk.n for chunk in manager.chunks], device_budget_bytes=self.device_budget,
@@ -101,20 +109,21 @@ class AutoPolicy:
                          clips=manager.clips)
         self.n_plans += 1
         manager.replan(plan)
+        self.counters.reset()                    # a peak from before this plan is not of it
         self.say(describe(plan))
 
     def _why_again(self) -> str | None:
         """The same answer on every rank: the plan changes when it has to on any."""
         manager, why = self.manager, None
         update_s = manager.host_update_seconds() if manager.clips else None      # in backward it waits for gradients too
-        peak = self.counters.peak() if manager.is_cuda else manager.ledger.peak["device"] + self.traced.non_model_peak_bytes
+        usage, held = self.counters.read(), manager.needed(manager.plan, traced=True)["device"]
+        peak = usage.peak + usage.non_torch if manager.is_cuda else held + self.traced.non_model_peak_bytes
         expected = manager.plan.seconds.get("update", 0.0)
         why = replan(manager.plan, peak_device_bytes=peak, update_seconds=update_s or expected)
         if self._all_ranks(why is None):
             return None
-        if why and peak > self.traced.non_model_peak_bytes + manager.needed(manager.plan)["device"]:
-            grown = peak - manager.needed(manager.plan)["device"]
-            self.traced = replace(self.traced, non_model_peak_bytes=grown)
+        if why and peak > self.traced.non_model_peak_bytes + held:
+            self.traced = replace(self.traced, non_model_peak_bytes=peak - held)
         elif why and update_s:
             self.rates = self.rates.scaled(manager.plan.seconds["update"] / update_s)
         return why or "another rank asked for it"

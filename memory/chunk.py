@@ -11,6 +11,7 @@ total       float32 sum of gradients that arrive several times a step
 account     "device" or "host": where bytes are counted. On a machine without a device both are the same RAM
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -45,10 +46,11 @@ LEGAL_MOVES = {State.READY: {State.COLLECTING}, State.COLLECTING: {State.QUEUED,
 
 
 class Ledger:
-    """Bytes held by account, and the budgets they must never pass."""
+    """Bytes held by account, and the budgets they must never pass. fill: writes zeros, so that pages are real from the start
+    and, written by the threads that will step them, lie near those."""
 
-    def __init__(self, device: torch.device, budgets: dict[str, int | None]):
-        self.device, self.budgets = device, budgets
+    def __init__(self, device: torch.device, budgets: dict[str, int | None], fill: Callable[[Tensor], None] = Tensor.zero_):
+        self.device, self.budgets, self.fill = device, budgets, fill
         self.held, self.peak = {"device": 0, "host": 0}, {"device": 0, "host": 0}
 
     def take(self, account: str, n_bytes: int, what: str) -> None:
@@ -65,11 +67,13 @@ class Ledger:
         assert self.held[account] >= 0, (account, self.held)
 
     def zeros(self, account: str, n: int, dtype: torch.dtype, what: str, pin: bool = False) -> Tensor:
-        """(n,) zeros; pages of unpinned host memory are real only once they are written."""
+        """(n,) zeros."""
         self.take(account, n * dtype.itemsize, what)
-        if account == "device":
+        if account == "device" and self.device.type == "cuda":
             return torch.zeros(n, dtype=dtype, device=self.device)
-        return torch.zeros(n, dtype=dtype, pin_memory=pin and self.device.type == "cuda")
+        tensor = torch.empty(n, dtype=dtype, pin_memory=pin and self.device.type == "cuda")
+        self.fill(tensor)
+        return tensor
 
 
 @dataclass(eq=False)

@@ -13,6 +13,9 @@ Bytes read and written per parameter: compiled 28 on the host (bfloat16 gradient
 import functools
 import importlib.util
 import shutil
+import types
+from collections.abc import Callable
+from concurrent.futures import Executor
 from typing import NamedTuple
 
 import torch
@@ -93,25 +96,24 @@ class Kernel:
 
     def __init__(self, kind: str, device: torch.device):
         self.kind, self.why = _choose(kind, device)
-        compiled = functools.partial(torch.compile, fullgraph=True, dynamic=True)
         if self.kind == "compiled":
             # A wrapper in C++ lets go of the interpreter while the loop runs; the default one in Python does not, and the
             # forward beside it could launch nothing.
-            self._host, self._device = compiled(_host_step, options={"cpp_wrapper": True}), compiled(_device_step)
+            self._host, self._device = _compiled(_host_step, options={"cpp_wrapper": True}), _compiled(_device_step)
 
-    def warm_up(self, device: torch.device, dtype: torch.dtype, grad_dtypes: set[torch.dtype]) -> None:
-        """Compile now what will run later, between collectives that other ranks wait in. Enter it in the thread that will
-        run the host's steps: a loop is compiled for the number of threads that torch has there. dtype: of the weights."""
+    def warm_up(self, device: torch.device, dtype: torch.dtype, grad_dtypes: set[torch.dtype], host: Executor) -> None:
+        """Compile now what will run later, between collectives that other ranks wait in. dtype: of the weights. host: the
+        thread of the host's steps; a loop is compiled for as many threads as torch has in the one that calls it."""
         for n in (2 * BLOCK, BLOCK) if self.kind == "compiled" else ():
             for grad_dtype in grad_dtypes:
                 def zeros(where, dtype=torch.float32, n=n):
                     return torch.zeros(n, dtype=dtype, device=where)
-                hyper = Hyper(0.0, 0.9, 0.95, 1e-5, 0.0, 1)
-                host = torch.device("cpu")
-                self.host_step(zeros(host), zeros(host), zeros(host), zeros(host, grad_dtype), zeros(host, dtype), None, hyper)
+                hyper, cpu = Hyper(0.0, 0.9, 0.95, 1e-5, 0.0, 1), torch.device("cpu")
+                states = zeros(cpu), zeros(cpu), zeros(cpu), zeros(cpu, grad_dtype), zeros(cpu, dtype)
+                host.submit(self.host_step, *states, None, hyper).result()
                 low = zeros(device, torch.int16) if dtype == torch.bfloat16 else None
-                states = low, zeros(device), zeros(device), zeros(device, grad_dtype)
-                self.device_step(zeros(device, dtype), *states, None, hyper)
+                states = zeros(device, dtype), low, zeros(device), zeros(device), zeros(device, grad_dtype)
+                self.device_step(*states, None, hyper)
 
     @torch.no_grad()
     def host_step(self, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, weight: Tensor,
@@ -139,6 +141,12 @@ class Kernel:
                 high, new_low = split_master(master)
                 weight[block].copy_(high)
                 low[block].copy_(new_low)
+
+
+def _compiled(step: Callable, **how) -> Callable:
+    """Of a copy of its code: dynamo has a limit a code, and other numbers of threads, in other kernels, would count for it."""
+    own = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
+    return torch.compile(own, fullgraph=True, dynamic=True, **how)
 
 
 @functools.cache

@@ -130,3 +130,20 @@ def host_threads(device: torch.device, ranks_per_host: int) -> int:
     if device.type != "cuda":
         return torch.get_num_threads()
     return max(1, len(os.sched_getaffinity(0)) // ranks_per_host - LEFT_FOR_LAUNCHES)
+
+
+def empty_caches(device: torch.device) -> None:
+    """Have torch give back device and pinned memory that it only keeps for later, once nothing uses it. State that is there
+    to stay would be cut out of the blocks that activations come and go in, and pinned memory is no budget's any more."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        (getattr(torch.accelerator, "empty_host_cache", None) or torch._C._host_emptyCache)()      # public from torch 2.13 on
+
+
+def hold_to_budget(device: torch.device, budget_bytes: int | None) -> None:
+    """Have torch's allocator refuse what would pass a budget for the whole process, what is not torch's included."""
+    if device.type == "cuda" and budget_bytes is not None:
+        free, total = torch.cuda.mem_get_info(device)
+        others = total - free - torch.cuda.memory_reserved(device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, budget_bytes - others) / total), device)

@@ -12,9 +12,11 @@ On a CUDA device lanes are streams; without one they are the calling thread, and
 """
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,11 +47,12 @@ from memory.chunk import (
 )
 from memory.config import MemoryConfig
 from memory.kernel import Hyper, Kernel
-from memory.lanes import DONE, Lanes, host_threads
+from memory.lanes import DONE, Lanes, empty_caches, hold_to_budget, host_threads
 from memory.optimizer import ChunkOptimizer, check_adamw
-from memory.placement import Placement, Plan, Widths, describe, static_plan
-from memory.tracer import Rates, measure_rates
+from memory.placement import Placement, Plan, Widths, describe, describe_measured, static_plan, with_prediction
+from memory.tracer import Rates, Traced, measure_rates
 
+MEASURED_STEPS = 5                 # with a plan, of which the median is told
 IN_FLIGHT_BYTES = 512 * 2**20      # of gradients on their way to the host: else a slow link would fill the device with them
 MASTER_AND_MOMENTS = ("master", "exp_avg", "exp_avg_sq")
 
@@ -69,14 +72,17 @@ class ChunkManager:
     outside: parameters with gradients that change after backward, or weights that are read outside forward (a matrix tied
         over pipeline stages). `step` returns when they are new.
     plan: instead of the configuration's; placements of as many chunks as there are.
-    rates: of the machine, for placement auto; say: called with plans in words; ranks_per_host: that share its memory, of which
-        plans take a rank's part of what is free, or what --memory.host-budget-gib says.
+    rates: of the machine, measured here if placement auto needs them; compute_seconds: what a step's forward and backward will
+        take, as far as is known before the first: with both a static plan is told with the step it predicts.
+    say: called with plans in words. ranks_per_host: that share its memory, of which plans take a rank's part of what is free,
+        or what --memory.host-budget-gib says.
     UsageError, before anything is allocated, if the optimizer or the budgets do not allow it.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.AdamW, config: MemoryConfig, *,
                  parts: Sequence[nn.Module] | None = None, arrivals: int = 1, clips: bool = True,
                  outside: Iterable[nn.Parameter] = (), plan: Plan | None = None, rates: Rates | None = None,
+                 compute_seconds: tuple[float, float] | None = None,
                  say: Callable[[str], None] = lambda text: None, ranks_per_host: int = 1,
                  chunk_elements: int | None = None, lanes: Lanes | None = None):
         config.check()
@@ -101,7 +107,8 @@ class ChunkManager:
         self._refuse_what_the_host_lacks()
 
         self.kernel = Kernel(config.kernel, self.device)
-        self.ledger = Ledger(self.device, budgets)
+        hold_to_budget(self.device, budgets["device"])
+        self.ledger = Ledger(self.device, budgets, lambda tensor: self.lanes.thread.submit(tensor.zero_).result())
         self.ledger.take("device", self.weight_bytes, "weights")
         for chunk, placement in zip(self.chunks, self.plan.placements, strict=True):
             chunk.allocate(self.ledger, placement, self.sums)
@@ -118,20 +125,24 @@ class ChunkManager:
         self._host_clip = torch.ones((), pin_memory=self.is_cuda)
         self._in_flight: list[tuple[Any, list[Tensor]]] = []      # (event, what must live until then)
         self._issued: set[Chunk] = set()                         # told to step since the last `step`
+        self._is_updating = False                                # an update has begun: in backward, or in `step`
         self._turns = dict.fromkeys(Placement, 0)                 # chunks stepped: whose turn it is in ring and outbox
         self._phase: tuple[str | None, Any] = None, None
-        self._stepped_s, self._host_done_s, self._host_update_s = 0.0, 0.0, None
+        self._host_began_s = self._host_done_s = self._host_update_s = None
+        self._steps_s: list[float] | None = []                    # when steps ended, until they are told; None: they were
         for dtype in {chunk.dtype for chunk in self.chunks}:
-            self.lanes.thread.submit(self.kernel.warm_up, self.device, dtype, {dtype, *[torch.float32] * self.sums}).result()
+            self.kernel.warm_up(self.device, dtype, {dtype, *[torch.float32] * self.sums}, self.lanes.thread)
         self._gates = _gates(self.parts, self.of)
         self._install_hooks()
         self.optimizer = ChunkOptimizer(self, optimizer)
+        self.say, self.auto = say, None
         say(f"memory    {len(self.chunks)} chunks on this rank; AdamW by {self.kernel.why}")
         if config.placement == "static":
+            if rates and compute_seconds:
+                self.plan = with_prediction(self.plan, rates, Traced(0, *compute_seconds))
             say(describe(self.plan))
-        self.auto = None
         if config.placement == "auto" and plan is None:
-            self.auto = AutoPolicy(self, rates or measure_rates(self.device), say)
+            self.auto = AutoPolicy(self, rates or measure_rates(self.device, config.kernel, ranks_per_host), say)
 
     # ---- the plan -----------------------------------------------------------------------------------------------------
 
@@ -153,13 +164,10 @@ class ChunkManager:
     def widths(self) -> Widths:
         return Widths.of(max((chunk.dtype.itemsize for chunk in self.chunks), default=4), self.sums)
 
-    def needed(self, plan: Plan) -> dict[str, int]:
-        """Bytes by account that a plan holds at most: weights, states, ring, gradients that wait for their step or travel."""
-        total, slot, box = {"device": self.weight_bytes, "host": 0}, 0, 0
-        if self.lanes.has_queues:
-            on_cpu = (chunk.n * chunk.dtype.itemsize for chunk, placement in zip(self.chunks, plan.placements, strict=True)
-                      if placement is Placement.CPU)
-            total["device"] += min(IN_FLIGHT_BYTES, sum(on_cpu))
+    def needed(self, plan: Plan, traced: bool = False) -> dict[str, int]:
+        """Bytes by account that a plan holds at most: weights, states, ring, gradients that wait for their step or travel.
+        traced: those that travel are in what was traced."""
+        total, slot, box, on_cpu = {"device": self.weight_bytes, "host": 0}, 0, 0, 0
         for chunk, placement in zip(self.chunks, plan.placements, strict=True):
             each = bytes_per_element(placement, chunk.dtype, self.sums)
             for account in total:
@@ -167,9 +175,11 @@ class ChunkManager:
             if placement is Placement.STREAM:
                 slot = max(slot, chunk.n * _slot_bytes(chunk.dtype))
             if placement is Placement.CPU:
-                box = max(box, chunk.n * chunk.dtype.itemsize)
+                box, on_cpu = max(box, chunk.n * chunk.dtype.itemsize), on_cpu + chunk.n * chunk.dtype.itemsize
         total["device"] += slot * min(self.widths.ring_slots, plan.placements.count(Placement.STREAM))
         total["host"] += box * min(self.widths.outbox_slots, plan.placements.count(Placement.CPU))
+        if self.lanes.has_queues and not traced:
+            total["device"] += min(IN_FLIGHT_BYTES, on_cpu)
         return total
 
     def _refuse_what_does_not_fit(self, budgets: dict[str, int | None]) -> None:
@@ -204,6 +214,8 @@ class ChunkManager:
                   if placement is not chunk.placement]
         moving.sort(key=lambda move: move[1] is Placement.RESIDENT)      # make room on the device first
         self._free_buffers()
+        self._in_flight.clear()                                          # all of it is over
+        empty_caches(self.device)
         for chunk, placement in moving:
             kept = [(piece, {name: chunk.read(name, piece).to("cpu", copy=True) for name in MASTER_AND_MOMENTS})
                     for piece in chunk.pieces]
@@ -213,6 +225,8 @@ class ChunkManager:
                 for name, value in values.items():
                     chunk.write(name, piece, value.to(self.device) if name == "master" else value)
         self._fit_buffers()
+        empty_caches(self.device)
+        self._steps_s = []
 
     def take_plan(self, saved: str) -> None:
         """Under placement auto: go on with this rank's plan of a checkpoint (Plan.to_json, or ""), without tracing again, if
@@ -408,23 +422,34 @@ class ChunkManager:
             self._forget(one)
         self._clear_squares()
         self._issued.clear()
-        self.clip = None
+        self._is_updating, self.clip = False, None
         for one in self.managed:
             for piece in one.pieces if one.outside else ():
                 piece.chunk.wait()
         if self.auto:
             self.auto.step_ended()
+        self._measure()
+
+    def _measure(self) -> None:
+        """Hold the plan against steps that were made with it, once; the first follows the move to it."""
+        if self._steps_s is None or self.auto and self.auto.is_tracing:
+            return
+        self._steps_s.append(self.lanes.clock())
+        if len(self._steps_s) == MEASURED_STEPS + 2:
+            times = [end - start for start, end in pairwise(self._steps_s[1:])]
+            self.say(describe_measured(self.plan, statistics.median(times), self.host_update_seconds(), self.ledger.peak))
+            self._steps_s = None
 
     def _begin_update(self) -> None:
         """Before the first chunk of an update is stepped: what the last one left behind is waited for, and timed."""
-        if self._issued:
+        if self._is_updating:
             return
+        self._is_updating = True
         for chunk in self.chunks:
             if chunk.state is not State.COLLECTING:
                 chunk.wait()                     # long done, but for one whose layers did not run since the last step
-        if self._stepped_s:
-            self._host_update_s = self._host_done_s - self._stepped_s if self._host_done_s > self._stepped_s else None
-        self._stepped_s = self.lanes.clock()
+        self._host_update_s = self._host_began_s and self._host_done_s - self._host_began_s
+        self._host_began_s = None
 
     def _issue(self, chunk: Chunk, ready, clip_arrived) -> None:
         """Have its engine step the pieces of a chunk whose gradients are there, once the event `ready` has happened."""
@@ -438,7 +463,8 @@ class ChunkManager:
         self._turns[chunk.placement] += 1
 
     def host_update_seconds(self) -> float | None:
-        """From the start of an update until the host's last weight was sent, before the latest; None: the host has no chunk."""
+        """From when the host could begin an update until its last weight was sent, of the one before the latest; None: the
+        host had no chunk in it."""
         return self._host_update_s
 
     def _step_resident(self, chunk: Chunk, pieces: list, ready, clip_arrived, turn: int) -> None:
@@ -499,6 +525,8 @@ class ChunkManager:
         i = turn % len(self.outbox)
         for event in (clip_arrived, *chunk.arrived, self._sent[i]):
             event.synchronize()
+        if self._host_began_s is None:
+            self._host_began_s = self.lanes.clock()
         states = [chunk.tensors[name] for name in MASTER_AND_MOMENTS]
         grad, new = chunk.tensors.get("total", chunk.tensors["slab"]), self.outbox[i].view(chunk.dtype)
 

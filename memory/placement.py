@@ -310,10 +310,23 @@ def describe(plan: Plan) -> str:
         lines.append(f"  {name:{widths[0]}}  {'  '.join(cells)}  {words}".rstrip())
     if t := plan.seconds:
         hidden, behind = min(t["update"], t["beside_update"]), "it" if plan.clips else "both"
-        lines.append(f"  predicted step {t['step']:.3g} s: backward {t['backward']:.3g}, next forward {t['forward']:.3g}, "
-                     f"update {t['update']:.3g} of which {hidden:.3g} hide behind {behind}, "
+        lines.append(f"  predicted step {_least(plan)}{t['step']:.3g} s: backward {t['backward']:.3g}, "
+                     f"next forward {t['forward']:.3g}, update {t['update']:.3g} of which {hidden:.3g} hide behind {behind}, "
                      f"resident Adam {t['resident_adam']:.3g}; bound by {plan.bound}")
     return "\n".join(lines)
+
+
+def describe_measured(plan: Plan, step_seconds: float, host_update_seconds: float | None, peak_bytes: dict[str, int]) -> str:
+    """What came of a plan, beside what was predicted. peak_bytes: by account, of what the manager holds."""
+    beside = lambda name: f" (predicted {_least(plan)}{plan.seconds[name]:.3g})" if plan.seconds else ""
+    update = f"the host's update {host_update_seconds:.3g} s{beside('update')}, " if host_update_seconds is not None else ""
+    return (f"memory    measured: a step {step_seconds:.3g} s{beside('step')}, {update}at most {_gib(peak_bytes['device'])} "
+            f"GiB of weights, gradients and states on the device and {_gib(peak_bytes['host'])} on the host")
+
+
+def _least(plan: Plan) -> str:
+    """Of a static plan forward and backward have not been seen; they were taken for matrix products alone."""
+    return "" if plan.policy == "auto" else "at least "
 
 
 def _gib(n_bytes: int) -> str:

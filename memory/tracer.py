@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
 from torch import Tensor, nn
 
 from memory.kernel import Hyper, Kernel
+from memory.lanes import host_threads
 
 MIB = 2**20
 
@@ -34,7 +36,7 @@ class Rates:
     duplex: float                    # both directions at once, summed
     dram: float                      # the host's cores streaming in place (read and write), alone
     dram_under_dma: float            # the same while the link is busy both ways, the link's share of DRAM included
-    host_adam: dict[int, float]      # by threads
+    host_adam: dict[int, float]      # by threads, up to those that step
     device_adam: float
 
     def scaled(self, factor: float) -> "Rates":
@@ -50,10 +52,11 @@ class Rates:
         return cls(**stored | {"host_adam": {int(n): rate for n, rate in stored["host_adam"].items()}})
 
 
-def machine_key(device: torch.device) -> str:
-    """What rates depend on, in words."""
+def machine_key(device: torch.device, ranks_per_host: int = 1) -> str:
+    """What rates depend on, in words; the threads are those that step on the host."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no accelerator"
-    return f"{name}; {_cpu_name()}, {len(os.sched_getaffinity(0))} cores; torch {torch.__version__}"
+    n_cores, n_threads = len(os.sched_getaffinity(0)), host_threads(device, ranks_per_host)
+    return f"{name}; {_cpu_name()}, {n_cores} cores, {n_threads} threads of {ranks_per_host} ranks; torch {torch.__version__}"
 
 
 def _cpu_name() -> str:
@@ -63,12 +66,14 @@ def _cpu_name() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def load_rates(path: Path, device: torch.device, measure: Callable[[torch.device], Rates] | None = None) -> Rates:
-    """Of this machine as kept in the JSON file `path`; measured (some seconds) and added to it if they are not there."""
+def load_rates(path: Path, device: torch.device, kernel: str = "auto", ranks_per_host: int = 1,
+               measure: Callable[..., Rates] | None = None) -> Rates:
+    """Of this machine as kept in the JSON file `path`; measured (some seconds) and added to it if they are not there.
+    kernel: of AdamW, as --memory.kernel; ranks_per_host: that share the host, and all measure now."""
     kept = json.loads(path.read_text()) if path.exists() else {}
-    key = machine_key(device)
+    key = f"{machine_key(device, ranks_per_host)}; AdamW {Kernel(kernel, device).kind}"
     if key not in kept:
-        kept[key] = (measure or measure_rates)(device).to_json()
+        kept[key] = (measure or measure_rates)(device, kernel, ranks_per_host).to_json()
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")          # ranks may measure at once: the last whole file stands
         partial.write_text(json.dumps(kept, indent=1) + "\n")
@@ -76,21 +81,23 @@ def load_rates(path: Path, device: torch.device, measure: Callable[[torch.device
     return Rates.from_json(kept[key])
 
 
-def measure_rates(device: torch.device, n_bytes: int = 256 * MIB, seconds: float = 0.5) -> Rates:
+def measure_rates(device: torch.device, kernel: str = "auto", ranks_per_host: int = 1, n_bytes: int = 256 * MIB,
+                  seconds: float = 0.5) -> Rates:
     """All of it, `seconds` each. With a GPU it must be idle; several ranks of a host measure at the same time, so that each
     gets its share."""
     link, stream = Link(device, n_bytes), DramStream(4 * n_bytes)
     wires = {direction: link.rate(direction, seconds) for direction in ("h2d", "d2h", "duplex")}
     dram, under_dma = stream.rate(seconds), stream.rate_under(link, seconds)
-    host_adam = {n: host_adam_rate(n, seconds=seconds) for n in thread_counts()}
-    device_adam = device_adam_rate(device, seconds=seconds) if device.type == "cuda" else max(host_adam.values())
+    counts = thread_counts(host_threads(device, ranks_per_host))
+    host_adam = {n: host_adam_rate(n, seconds=seconds, kernel=kernel) for n in counts}
+    on_gpu = device.type == "cuda"
+    device_adam = device_adam_rate(device, seconds=seconds, kernel=kernel) if on_gpu else max(host_adam.values())
     return Rates(**wires, dram=dram, dram_under_dma=under_dma, host_adam=host_adam, device_adam=device_adam)
 
 
-def thread_counts() -> list[int]:
-    """1, 2, 4 ... and all cores this process may use."""
-    n_cores = len(os.sched_getaffinity(0))
-    return sorted({n_cores, *(2**i for i in range(n_cores.bit_length()) if 2**i <= n_cores)})
+def thread_counts(most: int) -> list[int]:
+    """1, 2, 4 ... and `most`."""
+    return sorted({most, *(2**i for i in range(most.bit_length()) if 2**i <= most)})
 
 
 def per_second(work: Callable[[], float], seconds: float) -> float:
@@ -244,32 +251,44 @@ class Traced:
     curve: tuple[tuple[str, int], ...] = ()   # (what began, bytes allocated then), one step in order
 
 
+class Usage(NamedTuple):
+    """Bytes on the device: allocated now, the peak of that and of what torch has reserved since the last reset, and what is
+    not torch's: NCCL, kernels, other libraries."""
+
+    allocated: int = 0
+    peak: int = 0
+    peak_reserved: int = 0
+    non_torch: int = 0
+
+
 @dataclass
 class Counters:
-    """How bytes on the device are read: now allocated, peak allocated and reserved since the last reset, not torch's."""
+    """How they are read, and how a peak begins anew."""
 
-    allocated: Callable[[], int]
-    peak: Callable[[], int]
-    peak_reserved: Callable[[], int]
-    non_torch: Callable[[], int]
+    read: Callable[[], Usage]
     reset: Callable[[], None]
 
     @classmethod
     def of(cls, device: torch.device) -> "Counters":
-        """Of a GPU the allocator's own, which wait for nothing; of a CPU the process's resident memory, above that of now."""
+        """Of a GPU the allocator's own, which wait for nothing; of a CPU the process's resident memory, above that of the first
+        reading."""
         if device.type != "cuda":
-            process = psutil.Process()
-            baseline = process.memory_info().rss
-            now = lambda: max(0, process.memory_info().rss - baseline)
-            return cls(now, now, now, lambda: 0, lambda: None)
+            process, baseline = psutil.Process(), []
 
-        def non_torch() -> int:
-            free, total = torch.cuda.mem_get_info(device)
-            return max(0, total - free - torch.cuda.memory_reserved(device))
+            def resident() -> Usage:
+                now = process.memory_info().rss
+                baseline[:] = baseline or [now]
+                return Usage(*[max(0, now - baseline[0])] * 3)
 
-        return cls(lambda: torch.cuda.memory_allocated(device), lambda: torch.cuda.max_memory_allocated(device),
-                   lambda: torch.cuda.max_memory_reserved(device), non_torch,
-                   lambda: torch.cuda.reset_peak_memory_stats(device))
+            return cls(resident, lambda: None)
+
+        def allocators() -> Usage:
+            stats, (free, total) = torch.cuda.memory_stats(device), torch.cuda.mem_get_info(device)
+            peak, reserved = stats["allocated_bytes.all.peak"], stats["reserved_bytes.all.current"]
+            return Usage(stats["allocated_bytes.all.current"], peak, stats["reserved_bytes.all.peak"],
+                         max(0, total - free - reserved))
+
+        return cls(allocators, lambda: torch.cuda.reset_peak_memory_stats(device))
 
 
 class Tracer:
@@ -316,9 +335,9 @@ class Tracer:
     def _note(self, name: str, phase: str) -> None:
         if not self.tracing:
             return
-        self.steps[-1].append((name, phase, self._now(), self.counters.allocated(), self.counters.peak()))
-        self.peak_reserved = max(self.peak_reserved, self.counters.peak_reserved())
-        self.non_torch = max(self.non_torch, self.counters.non_torch())
+        usage = self.counters.read()
+        self.steps[-1].append((name, phase, self._now(), usage.allocated, usage.peak))
+        self.peak_reserved, self.non_torch = max(self.peak_reserved, usage.peak_reserved), max(self.non_torch, usage.non_torch)
         self.counters.reset()
 
     def _now(self):
@@ -335,7 +354,7 @@ class Tracer:
         return start.elapsed_time(end) / 1e3
 
     def result(self, model_bytes: int, host_bytes: int = 0) -> Traced:
-        """model_bytes: what of the peak the plan counts itself (this rank's weights); waits for the device."""
+        """model_bytes: what of the peak the plan counts itself: weights, and what is resident; waits for the device."""
         steps = [self._of_step(notes) for notes in self.steps]
         best = min(steps, key=lambda step: sum(g.forward_seconds + g.backward_seconds for g in step.values()))
         forward, backward = (sum(getattr(g, f"{phase}_seconds") for g in best.values()) for phase in ("forward", "backward"))

@@ -38,7 +38,7 @@ from dtensor_llama.data.mix import open_rows
 from dtensor_llama.data.reader import Batch, RowReader, validation_batches
 from dtensor_llama.data.rows import PackedRows
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
-from dtensor_llama.flops import hardware_flops_per_token, model_flops_per_token, peak_flops
+from dtensor_llama.flops import hardware_flops_per_token, matmul_flops, model_flops_per_token, peak_flops
 from dtensor_llama.metrics import GIB, PeakMemory, RunLog, draw_loss_curve
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
@@ -269,13 +269,19 @@ def set_up(cfg: "PretrainConfig", model: Llama, layout: ParallelConfig, n_micros
     if memory.is_on:
         embedding = model.model.embed_tokens
         tied_over_stages = model.config.tie_word_embeddings and layout.pp > 1 and embedding is not None
+        ranks_per_host = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         rates_file = Path(cfg.data.cache_dir).expanduser() / "rates.json"                # measured once per machine
+        # What a step will compute, as if at the speed of matrix products all through: placement auto measures it later.
+        seconds_per_flop = cfg.train.global_batch_size * seq_len / dist.get_world_size() / matmul_flops(device, dtype)
+        forward_s = seconds_per_flop * model_flops_per_token(model.config, seq_len) / 3
+        both_s = seconds_per_flop * hardware_flops_per_token(model.config, seq_len, cfg.train.recompute)
         optimizer = ChunkManager(
             model, optimizer, memory, parts=parts, outside=[embedding.weight] if tied_over_stages else [],
             arrivals=gradient_arrivals(model, layout.zero_stage, layout.pp > 1, n_micros),
             clips=cfg.train.max_grad_norm < math.inf,
-            rates=load_rates(rates_file, device) if memory.placement == "auto" else None,
-            say=say or (lambda text: None), ranks_per_host=int(os.environ.get("LOCAL_WORLD_SIZE", 1))).optimizer
+            rates=load_rates(rates_file, device, memory.kernel, ranks_per_host),
+            compute_seconds=(forward_s, both_s - forward_s),
+            say=say or (lambda text: None), ranks_per_host=ranks_per_host).optimizer
     return mesh, runner, optimizer
 
 

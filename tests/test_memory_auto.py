@@ -12,10 +12,10 @@ from test_memory_parity import of_torch, tiny, train, weights
 from memory import ChunkManager, MemoryConfig, Placement
 from memory.auto import WARM_UP_STEPS
 from memory.chunk import GIB
-from memory.tracer import Counters, Rates
+from memory.tracer import Counters, Rates, Usage
 
 RATES = Rates(h2d=1e9, d2h=1e9, duplex=2e9, dram=1e10, dram_under_dma=1e10, host_adam={1: 1e8}, device_adam=1e9)
-NOTHING_ELSE = Counters(lambda: 0, lambda: 0, lambda: 0, lambda: 0, lambda: None)
+NOTHING_ELSE = Counters(Usage, lambda: None)
 
 
 def managed(counters=NOTHING_ELSE, said=None, **config):
@@ -82,7 +82,7 @@ def test_an_update_far_from_its_prediction_is_planned_again_once():
 
 def one_rank_has_less_room():
     peak = 1000 if dist.get_rank() else 0
-    model, manager = managed(Counters(lambda: 0, lambda: peak, lambda: 0, lambda: 0, lambda: None), host_budget_gib=0.1,
+    model, manager = managed(Counters(lambda: Usage(peak=peak), lambda: None), host_budget_gib=0.1,
                              device_budget_gib=bytes_of(tiny()) * 3 / GIB)
     train(model, manager.optimizer, WARM_UP_STEPS)
     manager.close()

@@ -9,7 +9,19 @@ from recipe import ROOT
 from torch import nn
 
 from memory.timeline import LANES, busy_seconds, draw_timeline
-from memory.tracer import MIB, Counters, DramStream, Link, Rates, Tracer, load_rates, machine_key, per_second, thread_counts
+from memory.tracer import (
+    MIB,
+    Counters,
+    DramStream,
+    Link,
+    Rates,
+    Tracer,
+    Usage,
+    load_rates,
+    machine_key,
+    per_second,
+    thread_counts,
+)
 from parallel.recompute import apply_recompute
 
 CPU = torch.device("cpu")
@@ -18,15 +30,18 @@ RATES = Rates(1e9, 2e9, 3e9, 4e9, 5e9, {1: 6e8, 2: 7e8}, 8e9)
 
 def test_rates_are_measured_once_per_machine_and_kept(tmp_path):
     path, measured = tmp_path / "deep" / "rates.json", []
-    measure = lambda device: measured.append(device) or RATES
-    assert load_rates(path, CPU, measure) == load_rates(path, CPU, measure) == RATES
-    assert measured == [CPU]
+    measure = lambda *asked: measured.append(asked) or RATES
+    load = lambda kernel="blocks", ranks=1: load_rates(path, CPU, kernel, ranks, measure)
+    assert load() == load() == RATES
+    assert measured == [(CPU, "blocks", 1)]
     kept = json.loads(path.read_text())
-    assert list(kept) == [machine_key(CPU)] and f"torch {torch.__version__}" in machine_key(CPU)
-    kept = {"another machine": kept[machine_key(CPU)]}
-    path.write_text(json.dumps(kept))
-    assert load_rates(path, CPU, measure) == RATES and len(measured) == 2
-    assert set(json.loads(path.read_text())) == {"another machine", machine_key(CPU)}      # nobody's rates are lost
+    key = f"{machine_key(CPU)}; AdamW blocks"
+    assert list(kept) == [key] and f"torch {torch.__version__}" in key
+    path.write_text(json.dumps({"another machine": kept[key]}))
+    assert load() == RATES and len(measured) == 2
+    assert set(json.loads(path.read_text())) == {"another machine", key}      # nobody's rates are lost
+    load("compiled"), load("blocks", 8), load("compiled")                     # nor are they another kernel's
+    assert measured[2:] == [(CPU, "compiled", 1), (CPU, "blocks", 8)]
 
 
 def test_a_link_copies_what_it_says():
@@ -50,7 +65,7 @@ def test_a_rate_is_the_best_of_several_goes():
     amounts = iter([1e9, 5, 1, 2, 3])                # the first is the warm-up's
     assert per_second(lambda: next(amounts) / 1e9, 0) < 1
     assert next(amounts) == 3
-    assert thread_counts()[0] == 1 and sorted(set(thread_counts())) == thread_counts()
+    assert thread_counts(13) == [1, 2, 4, 8, 13] and thread_counts(1) == [1]
 
 
 def run_bench(name: str, monkeypatch, capsys, *flags) -> dict:
@@ -114,7 +129,7 @@ class Clock:
     def counters(self) -> Counters:
         def reset():
             self.high = self.now
-        return Counters(lambda: self.now, lambda: self.high, lambda: 2 * self.high, lambda: 50, reset)
+        return Counters(lambda: Usage(self.now, self.high, 2 * self.high, 50), reset)
 
     def set(self, now: int) -> None:
         self.now = now
@@ -158,9 +173,9 @@ def test_the_tracer_sees_each_group_forward_and_backward_and_its_peak(recompute)
 
 def test_the_tracer_on_a_cpu_reads_the_resident_memory_of_the_process():
     counters = Counters.of(CPU)
-    before = counters.allocated()
+    before = counters.read().allocated
     held = torch.ones(64 * MIB, dtype=torch.uint8)
-    assert counters.allocated() - before > 60 * MIB
+    assert counters.read().allocated - before > 60 * MIB
     del held
 
 

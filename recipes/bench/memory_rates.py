@@ -10,6 +10,7 @@ null. Without a GPU the link is a copy between two accounts of the same RAM: of 
 """
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +50,9 @@ def main(cfg: Config) -> None:
         raise UsageError("--sizes-mib, --dram-mib, --adam-mi-elements and --seconds must be above 0.")
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     link, stream = Link(device, max(cfg.sizes_mib) * MIB), DramStream(cfg.dram_mib * MIB)
+    counts = thread_counts(len(os.sched_getaffinity(0)))
     gb_s = lambda rate: round(rate / 1e9, 3)
-    host_adam = {n: host_adam_rate(n, cfg.adam_mi_elements * MIB, cfg.seconds, cfg.kernel) for n in thread_counts()}
+    host_adam = {n: host_adam_rate(n, cfg.adam_mi_elements * MIB, cfg.seconds, cfg.kernel) for n in counts}
     device_adam = device_adam_rate(device, 256 * MIB, cfg.seconds, cfg.kernel) if device.type == "cuda" else None
     print(json.dumps({
         "machine": machine_key(device), "link_is_a_wire": device.type == "cuda",
@@ -62,7 +64,7 @@ def main(cfg: Config) -> None:
         "device_adam_g_parameters_s": device_adam and gb_s(device_adam),
         "device_adam_gb_s": device_adam and gb_s(DEVICE_BYTES * device_adam)}), flush=True)
     if cfg.keep:
-        print(json.dumps({"kept_in": cfg.keep, "rates": load_rates(Path(cfg.keep), device).to_json()}), flush=True)
+        print(json.dumps({"kept_in": cfg.keep, "rates": load_rates(Path(cfg.keep), device, cfg.kernel).to_json()}), flush=True)
 
 
 if __name__ == "__main__":
