@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 import tyro
 
 from dtensor_llama.errors import UsageError
@@ -19,8 +20,9 @@ Config = TypeVar("Config")
 def run_recipe(main: Callable[[Config], None], config_class: type[Config]) -> None:
     """Parse the command line into `config_class`, call `main`, and end the process as a shell expects it.
 
-    Exit status 0 when main returns, 2 after a UsageError (printed as one line), 130 after Ctrl-C; anything else is our
-    defect and keeps its traceback. Of several ranks that make the same mistake the first on a machine speaks.
+    Exit status 0 when main returns, 2 after a UsageError or where the device has no more memory (one line), 130 after Ctrl-C;
+    anything else is our defect and keeps its traceback. Of several ranks that make the same mistake the first on a machine
+    speaks.
     """
     try:
         main(parse_cli(config_class))
@@ -28,6 +30,12 @@ def run_recipe(main: Callable[[Config], None], config_class: type[Config]) -> No
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(3)               # torchrun ends us as soon as rank 0, which printed the same, is gone
         print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        rank, said = os.environ.get("RANK", "0"), str(error).partition(" If reserved but unallocated")[0]
+        print(f"error: rank {rank} has no more memory on its device, or in --memory.device-budget-gib. Lower "
+              "--train.micro-batch-size or --data.seq-len, use --train.recompute full, --memory.activations, --memory.placement "
+              f"auto or more ranks, or raise the budget. torch says: {said}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -7,10 +7,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from recipe import ROOT, recipe
 from recipe import pretrain_flags as flags
 
 from dtensor_llama import LlamaConfig
+from dtensor_llama.cli import run_recipe
+from memory import MemoryConfig
 
 
 def refused(*arguments, name: str = "pretrain", ranks: int = 1) -> str:
@@ -162,3 +165,16 @@ def test_generate_refuses_in_words(inputs, arguments, said):
 def test_a_typed_command_ends_with_status_2_and_one_line():
     ended = subprocess.run([sys.executable, ROOT / "recipes/pretrain.py", "--model", "llama9"], capture_output=True, text=True)
     assert ended.returncode == 2 and ended.stdout == "" and ended.stderr.count("\n") == 1, ended
+
+
+def test_a_device_without_more_memory_is_one_line_with_what_would_help(monkeypatch, capsys):
+    def main(cfg: MemoryConfig):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. If reserved but unallocated memory is ...")
+
+    monkeypatch.setattr("sys.argv", ["recipe.py"])
+    with pytest.raises(SystemExit) as ended:
+        run_recipe(main, MemoryConfig)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("error: rank 0 has no more memory") and said.count("\n") == 1
+    assert all(flag in said for flag in ("--train.micro-batch-size", "--memory.device-budget-gib", "Tried to allocate 2.00 GiB"))
+    assert "If reserved" not in said

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 L, D, ROWS, STEPS, CHUNK, MAX_NORM = 3, 64, 8, 10, 1024, 0.1      # layers, width, rows per rank; elements; of the gradient
-LR, BETA1, BETA2, EPS, DECAY = 1e-2, 0.9, 0.95, 1e-8, 0.1
+LR, BETA1, BETA2, EPS, DECAY = 1e-2, 0.9, 0.95, 1e-5, 0.1      # LLaMA-2's but for LR
 PLANS = {"all resident": "R", "all streamed": "S", "all on the CPU": "C", "two of each": "RRSCSC"}
 draw = lambda *shape, seed: torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 now, peak, sent = Counter(), Counter(), Counter()                 # bytes on device and host, now and at most; over the wire
