@@ -17,7 +17,7 @@ import gc
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 
 from dtensor_llama.shards import local
+from memory.lanes import DONE, Lanes
 
 SLOTS_PER_SLAB = 8      # torch rounds pinned memory up to 2^k bytes a slab: of slots of any size at most an eighth is wasted
 ALIGNMENT = 512         # bytes; a slot may hold any dtype
@@ -37,7 +38,7 @@ class _Input:
         self.owner, self.kept, self.before = owner, kept, before     # before: () -> input of the block before, or None
         self.n_bytes, self.dtype = flat.nbytes, flat.dtype
         self.slot: Tensor | None = None                              # bytes on the host
-        self.moved: torch.cuda.Event | None = None                   # the last copy, either way
+        self.moved = DONE                                            # event: the last copy, either way
         self.flat: Tensor | None = None                              # 1-d on the device: on its way out, or fetched, or kept
         self.hold(flat)
 
@@ -48,7 +49,7 @@ class _Input:
     def let_go(self) -> None:
         """Forget the device's copy; compute that is queued from here on may use its memory once the last copy is done."""
         if self.flat is not None:
-            self.owner.await_copy(self)
+            self.owner.lanes.compute.wait(self.moved)
             self.flat = None
             self.owner.count(-self.n_bytes)
 
@@ -71,14 +72,13 @@ class _Saved(NamedTuple):
 class ActivationOffload:
     """See `offload_block_inputs`. device_bytes, peak_device_bytes: block inputs on the device; host_bytes: the slab."""
 
-    def __init__(self, blocks: Sequence[nn.Module], device: torch.device, input_bytes: int, in_flight: int):
-        self.device, self.blocks = device, list(blocks)
+    def __init__(self, blocks: Sequence[nn.Module], device: torch.device, input_bytes: int, in_flight: int, lanes: Lanes):
+        self.device, self.blocks, self.lanes = device, list(blocks), lanes
         self.slot_bytes = -(-input_bytes // ALIGNMENT) * ALIGNMENT
         self.n_slots = (len(self.blocks) - 1) * in_flight
         self.device_bytes = self.peak_device_bytes = 0
-        self.free: list[tuple[Tensor, torch.cuda.Event | None]] = []
+        self.free: list[tuple[Tensor, Any]] = []                             # slots, each with the event of its last copy
         self.host_bytes = self._make_slots()
-        self.streams = [torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else None    # out, in
         self._nobody = lambda: None
         self._leaving = self._newest = self._in_use = self._nobody           # weak references to inputs
         self._entering: tuple[Tensor, bool] | None = None                    # the input of the block that computes, kept
@@ -96,10 +96,6 @@ class ActivationOffload:
     def count(self, n_bytes: int) -> None:
         self.device_bytes += n_bytes
         self.peak_device_bytes = max(self.peak_device_bytes, self.device_bytes)
-
-    def await_copy(self, input: _Input) -> None:
-        if input.moved is not None:
-            torch.cuda.current_stream(self.device).wait_event(input.moved)
 
     # ---- forward ----
 
@@ -139,16 +135,8 @@ class ActivationOffload:
         if not kept:
             input.slot, last_read = self._take_slot(flat.nbytes)
             host = input.slot[:flat.nbytes].view(flat.dtype)
-            if self.streams is None:
-                host.copy_(flat)
-            else:
-                out = self.streams[0]
-                out.wait_stream(torch.cuda.current_stream(self.device))           # the block before has computed it
-                if last_read is not None:
-                    out.wait_event(last_read)
-                with torch.cuda.stream(out):
-                    host.copy_(flat, non_blocking=True)
-                input.moved = out.record_event()
+            input.moved = self.lanes.d2h.run("input of a block", partial(host.copy_, flat, non_blocking=True),
+                                             after=[self.lanes.compute.now(), last_read])      # the block before computed it
             self._leaving = weakref.ref(input)
         return input
 
@@ -171,7 +159,7 @@ class ActivationOffload:
         input = saved.input
         if input.flat is None:
             self._fetch(input)
-        self.await_copy(input)
+        self.lanes.compute.wait(input.moved)
         if (done := self._in_use()) is not input:      # a block's backward begins, so that of the block after is over
             if done is not None and not done.kept:
                 done.let_go()
@@ -188,15 +176,9 @@ class ActivationOffload:
     def _fetch(self, input: _Input) -> None:
         host = input.slot[:input.n_bytes].view(input.dtype)
         flat = torch.empty(host.shape, dtype=input.dtype, device=self.device)
-        if self.streams is None:
-            flat.copy_(host)
-        else:
-            back = self.streams[1]
-            back.wait_stream(torch.cuda.current_stream(self.device))              # whose memory `flat` may have been
-            back.wait_event(input.moved)
-            with torch.cuda.stream(back):
-                flat.copy_(host, non_blocking=True)
-            input.moved = back.record_event()
+        # What computed until now may have had the memory that `flat` has.
+        input.moved = self.lanes.h2d.run("input of a block", partial(flat.copy_, host, non_blocking=True),
+                                         after=[self.lanes.compute.now(), input.moved])
         input.hold(flat)
 
     def _make_slots(self) -> int:
@@ -211,21 +193,22 @@ class ActivationOffload:
             slabs = [torch.empty(slab_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(n_slabs)]
         for slab in slabs:
             n_fit = slab.numel() // self.slot_bytes
-            self.free += [(slot, None) for slot in slab[:n_fit * self.slot_bytes].split(self.slot_bytes)]
+            self.free += [(slot, DONE) for slot in slab[:n_fit * self.slot_bytes].split(self.slot_bytes)]
         del self.free[self.n_slots:]
         return sum(slab.numel() for slab in slabs)
 
 
 def offload_block_inputs(blocks: Sequence[nn.Module], device: torch.device, input_bytes: int,
-                         in_flight: int = 1) -> ActivationOffload:
+                         in_flight: int = 1, lanes: Lanes | None = None) -> ActivationOffload:
     """Keep the inputs of `blocks` on the host between forward and backward; at most two are on the device at a time.
 
     blocks: of one pipeline stage, in forward order, each called with its input first; after recompute and compile were applied
     input_bytes: the largest input on this rank (rows x tokens x width x bytes, tokens / tp with sequence parallelism)
     in_flight: forwards whose backward is not over: 1, under pp up to all microbatches; each keeps the last block's input
+    lanes: what copies run on, `recording` if they shall be drawn; not the chunk manager's, whose queues hold other work
     Pins host memory: call it before training; a pin within a step can hold up other ranks. Results are bitwise those without.
     """
-    return ActivationOffload(blocks, device, input_bytes, in_flight)
+    return ActivationOffload(blocks, device, input_bytes, in_flight, lanes or Lanes(device, n_threads=1))
 
 
 def _extent(tensor: Tensor) -> int:

@@ -55,6 +55,9 @@ class Lane:
         """The event of all that was given to this lane so far."""
         return DONE
 
+    def wait(self, event) -> None:
+        """What is given to this lane from now on comes after the event; the caller goes on."""
+
 
 class StreamLane(Lane):
     """Work on a CUDA stream."""
@@ -67,8 +70,7 @@ class StreamLane(Lane):
         stream, timing = self._stream(), self.lanes.recording
         with torch.cuda.stream(stream):
             for event in after:
-                if event is not DONE:
-                    stream.wait_event(event)
+                self.wait(event)
             start = self.now(timing) if timing else None
             work()
             end = self.now(timing)
@@ -77,6 +79,10 @@ class StreamLane(Lane):
 
     def now(self, timing: bool = False) -> torch.cuda.Event:
         return self._stream().record_event(torch.cuda.Event(enable_timing=timing))
+
+    def wait(self, event) -> None:
+        if event is not DONE:
+            self._stream().wait_event(event)
 
     def _stream(self) -> torch.cuda.Stream:
         return self.stream or torch.cuda.current_stream(self.lanes.device)

@@ -243,7 +243,7 @@ class ChunkManager:
         self._slot_free = [self.lanes.compute.now()] * len(self.ring)        # its zeros are written by then
         on_cpu = [chunk.n * chunk.dtype.itemsize for chunk in self.chunks if chunk.placement is Placement.CPU]
         for i in range(min(self.widths.outbox_slots, len(on_cpu))):
-            self.outbox.append(self.ledger.zeros("host", max(on_cpu), torch.uint8, f"outbox {i}", pin=True))
+            self.outbox.append(self.ledger.zeros("host", max(on_cpu), torch.uint8, f"outbox {i}", pin=True, nth=4 + i))
         self._sent = [DONE] * len(self.outbox)       # events: the weights that were in it have left
         self._keep_gradients()
 

@@ -83,6 +83,11 @@ class _QueuedLane(Lane):
     def now(self, timing: bool = False):
         return self.queue.jobs[-1] if self.queue.jobs else DONE
 
+    def wait(self, event) -> None:
+        assert not self.own
+        for one in self.lanes.waits(self, [event]):
+            one.synchronize()
+
 
 class QueuedLanes(Lanes):
     """seed: of the moments at which work runs; None: as late as can be. waits: what of (lane, its `after`) is heeded."""

@@ -6,13 +6,18 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
+from emulated_lanes import QueuedLanes
 from pool import run_on
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dtensor_llama import Llama, LlamaConfig
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import init_weights
 from memory.activations import offload_block_inputs
+from memory.lanes import DONE
 from parallel import ParallelConfig, build_mesh, parallelize
 from parallel.pipeline import make_step_runner
 from parallel.recompute import MODES, apply_recompute
@@ -29,13 +34,13 @@ def batches(n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [tuple(pair) for pair in tokens]
 
 
-def train(recompute: str, offload: bool, compiler: str | None = None, n_micros: int = 2):
+def train(recompute: str, offload: bool, compiler: str | None = None, n_micros: int = 2, lanes=None):
     """Two steps of `n_micros` microbatches each: (losses, gradients by name, the offload or None)."""
     model = Llama(CONFIG)
     apply_recompute(list(model.model.layers), recompute)
     for block in model.model.layers if compiler else ():
         block.forward = torch.compile(block.forward, backend=compiler)         # as parallel/apply.py does
-    offloading = offload_block_inputs(model.model.layers, CPU, INPUT_BYTES) if offload else None
+    offloading = offload_block_inputs(model.model.layers, CPU, INPUT_BYTES, lanes=lanes) if offload else None
     losses = []
     for _ in range(2):
         model.zero_grad()
@@ -61,6 +66,20 @@ def test_results_are_bitwise_those_without_and_two_inputs_are_on_the_device(reco
     gc.collect()
     assert ours[2].device_bytes == 0 and len(ours[2].free) == ours[2].n_slots == 5
     assert ours[2].host_bytes == 5 * INPUT_BYTES
+
+
+@pytest.mark.parametrize("recompute", MODES)
+def test_copies_that_run_late_or_at_random_moments_change_no_bit(recompute):
+    expected = train(recompute, False)
+    for seed in (None, *range(5)):
+        assert_bitwise(train(recompute, True, lanes=QueuedLanes(seed)), expected)
+
+
+def test_where_backward_does_not_wait_for_a_copy_numbers_are_wrong():
+    """That the emulated queues see a missing wait."""
+    careless = lambda lane, after: [event if lane.own else DONE for event in after]
+    ours, expected = train("full", True, lanes=QueuedLanes(waits=careless)), train("full", False)
+    assert any(not torch.equal(ours[1][name], grad) for name, grad in expected[1].items())
 
 
 def test_the_block_inputs_are_really_gone_from_the_device():
@@ -241,3 +260,33 @@ def test_every_layout_gives_the_same_bits_with_block_inputs_offloaded(name, reco
         assert all(torch.equal(grads[key], grad) for key, grad in expected_grads.items())
         most = 1 + in_flight + ("zero-bubble" in name)     # one kept per forward in flight; one whose W is to come
         assert peaks and all(2 <= peak <= most for peak in peaks), peaks
+
+
+class OfDTensors(nn.Module):
+    """A block that computes with its input as a DTensor, as others' tensor-parallel plans do: autograd saves that."""
+
+    def __init__(self, mesh):
+        super().__init__()
+        self.mesh, self.weight = mesh, nn.Parameter(torch.linspace(0.5, 1.5, 8))
+
+    def forward(self, x):
+        spread = DTensor.from_local(x, self.mesh, [Shard(1)], run_check=False)
+        weight = DTensor.from_local(self.weight, self.mesh, [Replicate()], run_check=False)
+        return (spread * weight + spread.square()).to_local().tanh()
+
+
+def of_dtensors(offload: bool):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    blocks = nn.ModuleList(OfDTensors(mesh) for _ in range(4))
+    offloading = offload_block_inputs(blocks, CPU, 2 * 3 * 8 * 4) if offload else None
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(dist.get_rank())).requires_grad_()
+    y = x
+    for block in blocks:
+        y = block(y)
+    y.sum().backward()
+    return [x.grad, *(p.grad for p in blocks.parameters())], offloading and offloading.peak_device_bytes
+
+
+def test_inputs_that_are_saved_as_dtensors_leave_and_come_back_as_such():
+    for (ours, peak), (expected, _) in zip(run_on(2, of_dtensors, True), run_on(2, of_dtensors, False), strict=True):
+        assert all(map(torch.equal, ours, expected)) and peak == 2 * (2 * 3 * 8 * 4)

@@ -169,12 +169,12 @@ def test_a_typed_command_ends_with_status_2_and_one_line():
 
 def test_a_device_without_more_memory_is_one_line_with_what_would_help(monkeypatch, capsys):
     def main(cfg: MemoryConfig):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. If reserved but unallocated memory is ...")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. If reserved but unallocated memory")
 
     monkeypatch.setattr("sys.argv", ["recipe.py"])
     with pytest.raises(SystemExit) as ended:
         run_recipe(main, MemoryConfig)
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.startswith("error: rank 0 has no more memory") and said.count("\n") == 1
-    assert all(flag in said for flag in ("--train.micro-batch-size", "--memory.device-budget-gib", "Tried to allocate 2.00 GiB"))
+    assert all(part in said for part in ("--train.micro-batch-size", "--memory.device-budget-gib", "to allocate 2.00 GiB"))
     assert "If reserved" not in said

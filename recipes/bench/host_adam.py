@@ -27,12 +27,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))      # a clone works without being installed
 from dtensor_llama import Llama, LlamaConfig, UsageError
 from dtensor_llama.cli import run_recipe
-from memory import ChunkManager, MemoryConfig
-from memory.chunk import CHUNK_ELEMENTS
+from memory import ChunkManager, MemoryConfig, Placement
+from memory.chunk import CHUNK_ELEMENTS, Chunk, Ledger
 from memory.kernel import Hyper, Kernel
 from memory.placement import GIB, auto_plan
 from memory.tracer import DramStream, Rates, Traced, machine_key
 
+CPU = torch.device("cpu")
 BYTES = 28       # per parameter: gradient 2 and three states 12 read, three states 12 and weight 2 written
 
 
@@ -56,7 +57,7 @@ def main(cfg: Config) -> None:
                   "torch_fused": torchs(n, fused=True), "torch_foreach": torchs(n, foreach=True),
                   "deepspeed_cpu_adam": deepspeeds(n)}
     seconds = take_turns({name: step for name, step in contenders.items() if step}, cfg.rounds)
-    result = {"machine": machine_key(torch.device("cpu")), "threads": torch.get_num_threads(), "parameters": n,
+    result = {"machine": machine_key(CPU), "threads": torch.get_num_threads(), "parameters": n,
               "rounds": cfg.rounds, "stream_gb_s": round(BYTES * n / statistics.median(seconds["stream"]) / 1e9, 2)}
     for name in list(contenders)[1:]:
         times = seconds.get(name)
@@ -92,14 +93,21 @@ def state(n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def ours(kind: str, n: int) -> Callable:
-    """As the engine calls it, chunk by chunk."""
-    kernel, hyper, tensors = Kernel(kind, torch.device("cpu")), Hyper(1e-3, 0.9, 0.95, 1e-8, 0.1, 1), state(n)
-    chunks = list(zip(*(tensor.split(CHUNK_ELEMENTS) for tensor in tensors), strict=True))
-    outbox = [torch.empty(min(n, CHUNK_ELEMENTS), dtype=torch.bfloat16) for _ in range(2)]
+    """As the engine lays chunks out and steps them, one by one."""
+    kernel, hyper, ledger = Kernel(kind, CPU), Hyper(1e-3, 0.9, 0.95, 1e-8, 0.1, 1), Ledger(CPU, {"device": None, "host": None})
+    chunks = []
+    for start in range(0, n, CHUNK_ELEMENTS):
+        chunks.append(Chunk(len(chunks), {}, torch.bfloat16))
+        chunks[-1].n = min(CHUNK_ELEMENTS, n - start)
+        chunks[-1].allocate(ledger, Placement.CPU, sums=False)
+        for tensor in chunks[-1].tensors.values():
+            tensor.fill_(0.01)
+    outbox = [ledger.zeros("host", chunks[0].n, torch.bfloat16, "outbox", nth=4 + i) for i in range(2)]
 
     def step():
         for i, chunk in enumerate(chunks):
-            kernel.host_step(*chunk, outbox[i % 2][:len(chunk[0])], None, hyper)
+            states = (chunk.tensors[name] for name in ("master", "exp_avg", "exp_avg_sq", "slab"))
+            kernel.host_step(*states, outbox[i % 2][:chunk.n], None, hyper)
     return step
 
 
