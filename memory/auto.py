@@ -40,7 +40,7 @@ class AutoPolicy:
         device = config.device_budget_gib and int(config.device_budget_gib * GIB)
         host = config.host_budget_gib and int(config.host_budget_gib * GIB)
         total = torch.cuda.get_device_properties(manager.device).total_memory if on_gpu else manager.host_share
-        self.device_budget, self.host_budget = device or total, host or manager.host_share
+        self.device_budget, self.host_budget = device or total, host or manager.host_share + manager.slab_bytes
 
     def take_plan(self, plan: Plan | None) -> None:
         """Go on with a plan from before this process was started, if all ranks can. It is not watched: what it was made from
@@ -83,7 +83,7 @@ class AutoPolicy:
             return
         if self.tracer:
             if self.n_steps == WARM_UP_STEPS:
-                self.traced = _agreed(self.tracer.result(self._held_while_traced()))
+                self.traced = _agreed(self.tracer.result(self._held_while_traced(), self.manager.slab_bytes))
                 self.tracer.close()
                 self.tracer = None
                 self._plan()

@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from dtensor_llama.errors import UsageError
 from dtensor_llama.shards import local
+from memory.activations import ActivationOffload
 from memory.auto import AutoPolicy, host_share
 from memory.chunk import (
     CHUNK_ELEMENTS,
@@ -74,6 +75,7 @@ class ChunkManager:
     plan: instead of the configuration's; placements of as many chunks as there are.
     rates: of the machine, measured here if placement auto needs them; compute_seconds: what a step's forward and backward will
         take, as far as is known before the first: with both a static plan is told with the step it predicts.
+    activations: offloads of block inputs, whose slabs count on the host and whose copies are drawn with the rest.
     say: called with plans in words. ranks_per_host: that share its memory, of which plans take a rank's part of what is free,
         or what --memory.host-budget-gib says.
     UsageError, before anything is allocated, if the optimizer or the budgets do not allow it.
@@ -82,13 +84,14 @@ class ChunkManager:
     def __init__(self, model: nn.Module, optimizer: torch.optim.AdamW, config: MemoryConfig, *,
                  parts: Sequence[nn.Module] | None = None, arrivals: int = 1, clips: bool = True,
                  outside: Iterable[nn.Parameter] = (), plan: Plan | None = None, rates: Rates | None = None,
-                 compute_seconds: tuple[float, float] | None = None,
+                 compute_seconds: tuple[float, float] | None = None, activations: Sequence[ActivationOffload] = (),
                  say: Callable[[str], None] = lambda text: None, ranks_per_host: int = 1,
                  chunk_elements: int | None = None, lanes: Lanes | None = None):
         config.check()
         check_adamw(optimizer)
         self.model, self.config, self.arrivals, self.clips = model, config, arrivals, clips
         self.parts = [model] if parts is None else list(parts)
+        self.activations, self.slab_bytes = activations, sum(one.host_bytes for one in activations)
         self.managed = find_managed(model, self.parts, optimizer, set(outside))
         self.of = {one.parameter: one for one in self.managed}
         n_here = sum(local(one.parameter).numel() for one in self.managed)
@@ -110,6 +113,7 @@ class ChunkManager:
         hold_to_budget(self.device, budgets["device"])
         self.ledger = Ledger(self.device, budgets, lambda tensor: self.lanes.thread.submit(tensor.zero_).result())
         self.ledger.take("device", self.weight_bytes, "weights")
+        self.ledger.take("host", self.slab_bytes, "offloaded block inputs")
         for chunk, placement in zip(self.chunks, self.plan.placements, strict=True):
             chunk.allocate(self.ledger, placement, self.sums)
         self.ring: list[dict[str, Tensor]] = []      # slots on the device that STREAM passes through
@@ -138,6 +142,7 @@ class ChunkManager:
         self.say, self.auto = say, None
         say(f"memory    {len(self.chunks)} chunks on this rank; AdamW by {self.kernel.why}")
         if config.placement == "static":
+            self.plan = replace(self.plan, other_host_bytes=self.slab_bytes)
             if rates and compute_seconds:
                 self.plan = with_prediction(self.plan, rates, Traced(0, *compute_seconds))
             say(describe(self.plan))
@@ -153,7 +158,8 @@ class ChunkManager:
                                layers=[chunk.covers for chunk in self.chunks])
         # auto: the first steps are traced with the device as empty as the host can make it
         plan, n_resident = static_plan(sizes, 0, 0, 1), 0
-        room = self.host_share if self.config.host_budget_gib is None else self.config.host_budget_gib * GIB
+        gib = self.config.host_budget_gib
+        room = self.host_share + self.slab_bytes if gib is None else gib * GIB       # the slab is there: no longer free
         while n_resident < len(sizes) and self.needed(plan)["host"] > room:
             n_resident += 1
             rest = (Placement.CPU,) * (len(sizes) - n_resident)
@@ -167,7 +173,7 @@ class ChunkManager:
     def needed(self, plan: Plan, traced: bool = False) -> dict[str, int]:
         """Bytes by account that a plan holds at most: weights, states, ring, gradients that wait for their step or travel.
         traced: those that travel are in what was traced."""
-        total, slot, box, on_cpu = {"device": self.weight_bytes, "host": 0}, 0, 0, 0
+        total, slot, box, on_cpu = {"device": self.weight_bytes, "host": self.slab_bytes}, 0, 0, 0
         for chunk, placement in zip(self.chunks, plan.placements, strict=True):
             each = bytes_per_element(placement, chunk.dtype, self.sums)
             for account in total:
@@ -193,7 +199,7 @@ class ChunkManager:
     def _refuse_what_the_host_lacks(self) -> None:
         """Without a budget the host's free memory is one; the states' pages are taken as they are written, too late to say."""
         needed, both = self.needed(self.plan), "" if self.is_cuda else " and, without a GPU, the device"
-        n_bytes = needed["host"] + (0 if self.is_cuda else needed["device"] - self.weight_bytes)
+        n_bytes = needed["host"] - self.slab_bytes + (0 if self.is_cuda else needed["device"] - self.weight_bytes)
         room = self.host_share if self.is_cuda else 2 * self.host_share
         if self.config.host_budget_gib is None and n_bytes > room:
             raise UsageError(f"the plan holds {n_bytes / GIB:.2f} GiB on the host{both}, and this rank's share of the memory "
@@ -623,7 +629,8 @@ class ChunkManager:
 
     @record.setter
     def record(self, on: bool) -> None:
-        self.lanes.recording = on
+        for lanes in self._all_lanes():
+            lanes.recording = on
 
     def _mark(self, phase: str | None) -> None:
         """The caller computes `phase` from now on. Backward is seen when its first gradient is there."""
@@ -636,9 +643,12 @@ class ChunkManager:
 
     @property
     def events(self) -> list[tuple[str, str, float, float]]:
-        """Lanes.events, once all is over."""
+        """Lanes.events, once all is over, in the order of their starts."""
         self.wait()
-        return self.lanes.events()
+        return sorted((event for lanes in self._all_lanes() for event in lanes.events()), key=lambda event: event[2])
+
+    def _all_lanes(self) -> list[Lanes]:
+        return [self.lanes, *(one.lanes for one in self.activations)]
 
 
 def _gates(parts: list[nn.Module], of: dict[nn.Parameter, Managed]) -> dict[nn.Module, list[Chunk]]:

@@ -257,12 +257,14 @@ def set_up(cfg: "PretrainConfig", model: Llama, layout: ParallelConfig, n_micros
         model.to(dtype)
     parts = parallelize(model, mesh, layout, compute_dtype=dtype, recompute=cfg.train.recompute, compile=cfg.train.compile,
                         attention=kernel)
+    activations = []
     for part in parts:                                    # without pp: the model itself
         part.to_empty(device=device)
         if memory.activations:
             input_bytes = cfg.train.micro_batch_size * seq_len // (layout.cp * layout.sequence_shards) * dtype.itemsize
-            offload_block_inputs([block for block in part.model.layers if block is not None], device,
-                                 input_bytes * model.config.hidden_size, n_micros if layout.pp > 1 else 1)
+            blocks = [block for block in part.model.layers if block is not None]
+            activations.append(offload_block_inputs(blocks, device, input_bytes * model.config.hidden_size,
+                                                    n_micros if layout.pp > 1 else 1))
     runner = make_step_runner(parts, mesh["pp"], layout.schedule, n_micros, device, dtype, layout.sequence_shards,
                               layout.zero_stage)
     optimizer = build_adamw(model, cfg.train.lr, cfg.train.weight_decay)
@@ -280,7 +282,7 @@ def set_up(cfg: "PretrainConfig", model: Llama, layout: ParallelConfig, n_micros
             arrivals=gradient_arrivals(model, layout.zero_stage, layout.pp > 1, n_micros),
             clips=cfg.train.max_grad_norm < math.inf,
             rates=load_rates(rates_file, device, memory.kernel, ranks_per_host),
-            compute_seconds=(forward_s, both_s - forward_s),
+            compute_seconds=(forward_s, both_s - forward_s), activations=activations,
             say=say or (lambda text: None), ranks_per_host=ranks_per_host).optimizer
     return mesh, runner, optimizer
 

@@ -14,6 +14,7 @@ from test_memory_parity import ON, PLANS, adamw, chunk_sizes, managed, of_torch,
 
 from dtensor_llama import UsageError
 from memory import ChunkManager, MemoryConfig, Placement
+from memory.activations import offload_block_inputs
 from memory.chunk import GIB, LEGAL_MOVES, State
 from memory.kernel import Hyper, Kernel, join_master, split_master
 from memory.tracer import Rates
@@ -333,6 +334,22 @@ def test_a_recorded_step_shows_each_lane_in_its_order():
         if chunk.placement is STREAM:
             assert at["h2d"][1] <= at["device adam"][0] and at["device adam"][1] <= at["d2h"][0]
     manager.close()
+
+
+def test_offloaded_block_inputs_count_on_the_host_and_are_drawn_with_the_rest():
+    model = tiny(sizes=(7, 7, 7, 7))
+    inputs = offload_block_inputs(model.layers, torch.device("cpu"), 4 * 7 * 4)
+    manager = ChunkManager(model, adamw(model), ON, chunk_elements=64, activations=[inputs])
+    assert manager.ledger.held["host"] == manager.needed(manager.plan)["host"] == inputs.host_bytes > 0
+    manager.record = True
+    model(torch.ones(4, 7)).backward()
+    manager.optimizer.step()
+    lanes = [lane for what, lane, _, _ in manager.events if what == "input of a block"]
+    assert lanes == ["d2h", "d2h", "h2d", "h2d"] and "device adam" in {lane for _, lane, _, _ in manager.events}
+    manager.close()
+    too_little = replace(ON, host_budget_gib=(inputs.host_bytes - 1) / GIB)
+    with pytest.raises(UsageError, match="--memory.host-budget-gib"):
+        ChunkManager(model, adamw(model), too_little, chunk_elements=64, activations=[inputs])
 
 
 def test_states_move_only_as_the_table_allows():
