@@ -1,6 +1,7 @@
 """The policy `auto`: trace some steps with the device as empty as can be, plan from what was measured, and keep watch.
 
     steps 1 to 3   all states on the host; a Tracer notes times and peaks              nothing can run out of memory that fits
+    in step 1      what no plan can hold is refused, before any weight has changed
     after step 3   ranks agree on the slowest times and highest peaks; every rank makes its plan of them, and moves its chunks
     later          a peak close to the budget, or an update far from its prediction: planned again, between two steps
 """
@@ -33,6 +34,7 @@ class AutoPolicy:
 
     def __init__(self, manager: "ChunkManager", rates: Rates, say: Callable[[str], None], counters: Counters | None = None):
         self.manager, self.rates, self.say, self.n_steps, self.n_plans = manager, rates, say, 0, 0
+        self.n_traced = 0                        # steps, those before a checkpoint included
         self.counters = counters or Counters.of(manager.device)
         self.tracer: Tracer | None = Tracer(manager.gated_modules(), manager.device, self.counters)
         self.traced: Traced | None = None
@@ -51,11 +53,15 @@ class AutoPolicy:
                 asked, (plan.device_budget_bytes, plan.host_budget_bytes), (self.device_budget, self.host_budget), strict=True))
         if not self._all_ranks(usable):
             return
-        if self.tracer:
-            self.tracer.close()
-        self.tracer, self.n_plans = None, MOST_PLANS
+        self.close()
+        self.n_plans = MOST_PLANS
         self.manager.replan(plan)
         self.say("memory    with the plan of the checkpoint\n" + describe(plan))
+
+    def close(self) -> None:
+        if self.tracer:
+            self.tracer.close()
+        self.tracer = None
 
     def _all_ranks(self, yes: bool) -> bool:
         answer = torch.tensor([yes], dtype=torch.uint8)        # on the host: nobody waits for the device
@@ -73,8 +79,12 @@ class AutoPolicy:
             self.tracer.start_step()
 
     def backward_ended(self) -> None:
+        """Before anything is stepped; all ranks enter. The first step shows whether any plan can hold what the model needs."""
         if self.tracer and self.tracer.tracing:
             self.tracer.end_step()
+            self.n_traced += 1
+            if len(self.tracer.steps) == 1:
+                self._best_plan(self._trace())
 
     def step_ended(self) -> None:
         """Between two steps; all ranks enter."""
@@ -82,10 +92,9 @@ class AutoPolicy:
         if self.n_plans >= MOST_PLANS:
             return
         if self.tracer:
-            if self.n_steps == WARM_UP_STEPS:
-                self.traced = _agreed(self.tracer.result(self._held_while_traced(), self.manager.slab_bytes))
-                self.tracer.close()
-                self.tracer = None
+            if self.n_traced >= WARM_UP_STEPS:
+                self.traced = self._trace()
+                self.close()
                 self._plan()
             return
         why = self._why_again() if self.n_steps % WATCH_EVERY == 0 else None
@@ -101,14 +110,19 @@ class AutoPolicy:
             return manager.needed(manager.plan, traced=True)["device"]
         return manager.plan.widths.grad * manager.plan.n_parameters(Placement.RESIDENT)
 
-    def _plan(self) -> None:
+    def _trace(self) -> Traced:
+        return _agreed(self.tracer.result(self._held_while_traced(), self.manager.slab_bytes))
+
+    def _best_plan(self, traced: Traced) -> Plan:
         manager = self.manager
-        plan = auto_plan([chunk.n for chunk in manager.chunks], device_budget_bytes=self.device_budget,
-                         host_budget_bytes=self.host_budget, rates=self.rates, traced=self.traced,
-                         widths=manager.widths, layers=[chunk.covers for chunk in manager.chunks],
-                         clips=manager.clips)
+        return auto_plan([chunk.n for chunk in manager.chunks], device_budget_bytes=self.device_budget,
+                         host_budget_bytes=self.host_budget, rates=self.rates, traced=traced, widths=manager.widths,
+                         layers=[chunk.covers for chunk in manager.chunks], clips=manager.clips)
+
+    def _plan(self) -> None:
+        plan = self._best_plan(self.traced)
         self.n_plans += 1
-        manager.replan(plan)
+        self.manager.replan(plan)
         self.counters.reset()                    # a peak from before this plan is not of it
         self.say(describe(plan))
 

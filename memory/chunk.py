@@ -92,6 +92,7 @@ class Managed:
     gate: nn.Module                # whose forward waits for its weight
     pieces: list["Piece"] = field(default_factory=list)
     keeps_grad: bool = False       # its gradient waits for the step where autograd or FSDP left it
+    weight_seen: tuple | None = None    # what `seen` said of its weight after our last update; None: one may be under way
     step: int = 0                  # updates made
     arrivals: int = 0              # of a gradient since the last update
 
@@ -244,6 +245,9 @@ def find_managed(model: nn.Module, parts: list[nn.Module], optimizer: torch.opti
     if strange:
         raise UsageError(f"the optimizer has {len(strange)} parameters that are not the model's (the first: {strange[0]}); "
                          "build it on model.parameters().")
+    torn = [names[parameter] for parameter in gates if not local(parameter).is_contiguous()]
+    if torn:
+        raise UsageError(f"{torn[0]} is not contiguous, so no run of its memory can be a chunk's; make it contiguous().")
     wrong = [names[parameter] for parameter in gates if parameter.dtype not in (torch.float32, torch.bfloat16)]
     if wrong:
         raise UsageError(f"{wrong[0]} is neither float32 nor bfloat16; use --train.dtype float32 or bfloat16.")
@@ -276,6 +280,12 @@ def cut(managed: list[Managed], chunk_elements: int) -> list[Chunk]:
             chunk.n = min(chunk_elements, -(-(chunk.n + run) // ALIGN) * ALIGN)
             done, n_pieces = done + run, n_pieces + 1
     return chunks
+
+
+def seen(tensor: Tensor) -> tuple[int, int]:
+    """Which memory and which writing of it: the second part grows with each in-place change."""
+    shard = local(tensor)
+    return shard.data_ptr(), shard._version
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -33,7 +33,8 @@ class MemoryConfig:
         budgets = {f"--memory.{name.replace('_', '-')} {value:g}": value
                    for name in ("device_budget_gib", "host_budget_gib") if (value := getattr(self, name)) is not None}
         if self.placement == "off":
-            idle = [*given, *budgets, *["--memory.draw"] * self.draw]
+            kernel = [] if self.kernel == "auto" else [f"--memory.kernel {self.kernel}"]
+            idle = [*given, *budgets, *["--memory.draw"] * self.draw, *kernel]
             if idle:
                 raise UsageError(f"{' '.join(idle)} would do nothing, as --memory.placement is off; use --memory.placement "
                                  f"{'static' if given and not budgets else 'auto'}, or leave it out.")

@@ -74,7 +74,8 @@ class StreamLane(Lane):
             start = self.now(timing) if timing else None
             work()
             end = self.now(timing)
-        self.lanes.note(what, self.name, start, end)
+        if timing:                       # it may have been switched on meanwhile, by another thread
+            self.lanes.note(what, self.name, start, end)
         return end
 
     def now(self, timing: bool = False) -> torch.cuda.Event:

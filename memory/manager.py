@@ -11,6 +11,7 @@
 On a CUDA device lanes are streams; without one they are the calling thread, and only CPU chunks run beside it (lanes.py).
 """
 
+import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -45,12 +46,23 @@ from memory.chunk import (
     gated,
     like,
     plain_name,
+    seen,
 )
 from memory.config import MemoryConfig
 from memory.kernel import Hyper, Kernel
 from memory.lanes import DONE, Lanes, empty_caches, hold_to_budget, host_threads
 from memory.optimizer import ChunkOptimizer, check_adamw
-from memory.placement import Placement, Plan, Widths, describe, describe_measured, static_plan, with_prediction
+from memory.placement import (
+    RESERVE,
+    Placement,
+    Plan,
+    Widths,
+    describe,
+    describe_measured,
+    gib_up,
+    static_plan,
+    with_prediction,
+)
 from memory.tracer import Rates, Traced, measure_rates
 
 MEASURED_STEPS = 5                 # with a plan, of which the median is told
@@ -94,6 +106,8 @@ class ChunkManager:
         self.activations, self.slab_bytes = activations, sum(one.host_bytes for one in activations)
         self.managed = find_managed(model, self.parts, optimizer, set(outside))
         self.of = {one.parameter: one for one in self.managed}
+        if any(hasattr(one.parameter, "_chunk_manager") for one in self.managed):
+            raise UsageError("these parameters have a chunk manager already; close() it before they get another.")
         n_here = sum(local(one.parameter).numel() for one in self.managed)
         largest = CHUNK_ELEMENTS if config.resident == 1 else chunk_size(n_here)      # nothing to divide or to overlap
         self.chunks = cut(self.managed, chunk_elements or largest)
@@ -127,7 +141,8 @@ class ChunkManager:
                                    dtype=torch.float64, device=self.device)       # of a square in the world's sum
         self.clip: Tensor | None = None                                                   # factor of the next step
         self._host_clip = torch.ones((), pin_memory=self.is_cuda)
-        self._in_flight: list[tuple[Any, list[Tensor]]] = []      # (event, what must live until then)
+        self._in_flight: list[tuple[Any, Tensor]] = []            # (event, gradient that lives until then): on its way
+        self._in_use: list[tuple[Any, list[Tensor]]] = []         # likewise, what the latest update reads
         self._issued: set[Chunk] = set()                         # told to step since the last `step`
         self._is_updating = False                                # an update has begun: in backward, or in `step`
         self._turns = dict.fromkeys(Placement, 0)                 # chunks stepped: whose turn it is in ring and outbox
@@ -136,6 +151,7 @@ class ChunkManager:
         self._steps_s: list[float] | None = []                    # when steps ended, until they are told; None: they were
         for dtype in {chunk.dtype for chunk in self.chunks}:
             self.kernel.warm_up(self.device, dtype, {dtype, *[torch.float32] * self.sums}, self.lanes.thread)
+        self._frozen = [p for group in optimizer.param_groups for p in group["params"] if p not in self.of]
         self._gates = _gates(self.parts, self.of)
         self._install_hooks()
         self.optimizer = ChunkOptimizer(self, optimizer)
@@ -189,12 +205,14 @@ class ChunkManager:
         return total
 
     def _refuse_what_does_not_fit(self, budgets: dict[str, int | None]) -> None:
-        other = {"device": "more of --memory.cpu or --memory.stream", "host": "more of --memory.resident"}
+        other = {"device": ", or more of --memory.cpu or --memory.stream", "host": ", or more of --memory.resident"}
         for account, n_bytes in self.needed(self.plan).items():
             if budgets[account] is not None and n_bytes > budgets[account]:
+                if self.config.placement == "auto":
+                    other = {"device": f" and what activations need, and {RESERVE:.0%} in reserve", "host": ""}
                 raise UsageError(f"--memory.{account}-budget-gib {budgets[account] / GIB:.6g} is not enough for this plan, "
-                                 f"which holds {n_bytes / GIB:.6g} GiB on the {account} besides activations; use that much, "
-                                 f"or {other[account]}.")
+                                 f"which holds {gib_up(n_bytes)} GiB on the {account} besides activations; use that "
+                                 f"much{other[account]}.")
 
     def _refuse_what_the_host_lacks(self) -> None:
         """Without a budget the host's free memory is one; the states' pages are taken as they are written, too late to say."""
@@ -220,7 +238,7 @@ class ChunkManager:
                   if placement is not chunk.placement]
         moving.sort(key=lambda move: move[1] is Placement.RESIDENT)      # make room on the device first
         self._free_buffers()
-        self._in_flight.clear()                                          # all of it is over
+        self._let_go()                                                   # all of it is over
         empty_caches(self.device)
         for chunk, placement in moving:
             kept = [(piece, {name: chunk.read(name, piece).to("cpu", copy=True) for name in MASTER_AND_MOMENTS})
@@ -232,13 +250,16 @@ class ChunkManager:
                     chunk.write(name, piece, value.to(self.device) if name == "master" else value)
         self._fit_buffers()
         empty_caches(self.device)
+        for one in self.managed:
+            one.weight_seen = None               # a master was split anew, and its high half written
         self._steps_s = []
 
     def take_plan(self, saved: str) -> None:
-        """Under placement auto: go on with this rank's plan of a checkpoint (Plan.to_json, or ""), without tracing again, if
-        on every rank it is one for the chunks and budgets of now. All ranks enter."""
+        """Under placement auto: go on with this rank's plan of a checkpoint (ChunkOptimizer.saved_plan, or ""), without tracing
+        again, if on every rank it is one for the chunks and budgets of now; or with as many steps traced. All ranks enter."""
         if self.auto:
-            self.auto.take_plan(Plan.from_json(saved) if saved else None)
+            self.auto.n_traced = json.loads(saved or "{}").get("traced", 0)
+            self.auto.take_plan(Plan.from_json(saved) if saved and not self.auto.n_traced else None)
 
     def _fit_buffers(self) -> None:
         streaming = [chunk for chunk in self.chunks if chunk.placement is Placement.STREAM]
@@ -273,13 +294,18 @@ class ChunkManager:
 
     def _install_hooks(self) -> None:
         self._handles = []
+        for module in {self.model, *self.parts}:          # what reads or writes all weights comes after the update
+            self._handles += [module.register_state_dict_pre_hook(lambda *_: self.wait()),
+                              module.register_load_state_dict_pre_hook(lambda *_: self.wait())]
         for one in self.managed:
+            one.parameter._chunk_manager = self
             if not one.outside:
                 hook = lambda _, one=one: self._arrive(one)
                 self._handles.append(one.parameter.register_post_accumulate_grad_hook(hook))
         for module, chunks in self._gates.items():
             # after fully_shard and prepended: it comes before FSDP gathers the weights
-            hook = lambda _module, _args, chunks=chunks: self._enter(chunks)
+            ones = [one for one in self.managed if one.gate is module]
+            hook = lambda _module, _args, chunks=chunks, ones=ones: self._enter(chunks, ones)
             self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
 
     @torch.no_grad()
@@ -292,15 +318,20 @@ class ChunkManager:
             if one.keeps_grad and one.arrivals + 1 == self.arrivals:
                 one.parameter.grad = grad
         grad = local(grad).reshape(-1)
-        if one.arrivals and not self.sums and not (one.keeps_grad and grad.dtype == torch.float32):
-            raise RuntimeError(f"the gradient of {one.name} arrived twice before one step, and there is no place to sum it in "
-                               "float32; pass arrivals=2 or more to ChunkManager.")
+        can_sum = self.sums or self.clips and one.keeps_grad and grad.dtype == torch.float32
+        if one.arrivals and (not can_sum or not self.clips and one.arrivals >= self.arrivals):
+            n = one.arrivals + 1
+            raise RuntimeError(f"the gradient of {one.name} arrived {n} times before one step, and there is no place to sum it "
+                               f"in float32, or it was stepped with; pass arrivals={n} or more to ChunkManager, or throw the "
+                               "first away by optimizer.zero_grad().")
         for piece in one.pieces:
             self._collect(piece, grad[piece.in_shard], adds=one.arrivals > 0 and not one.keeps_grad)
         if one.arrivals == 0:
             self.ledger.take("device", _waiting_bytes(one), f"gradient of {one.name}")
         if not one.keeps_grad:
             one.parameter.grad = None
+        if one.arrivals == 0 and not self.clips:
+            self._take_over(one)
         one.arrivals += 1
         if not self.clips and one.arrivals == self.arrivals:
             ready = self.lanes.compute.now()
@@ -308,6 +339,7 @@ class ChunkManager:
                 if all(other.arrivals == self.arrivals and not other.outside for other in chunk.managed):
                     self._issue(chunk, ready, DONE)
         self._let_go()
+        self._bound_in_flight()
 
     def _collect(self, piece: Piece, grad: Tensor, adds: bool) -> None:
         """adds: to those of microbatches before; else it is the first, or, where it is kept, their sum."""
@@ -322,7 +354,7 @@ class ChunkManager:
             slab = chunk.tensors["slab"][piece.in_chunk]
             copied = self.lanes.d2h.run(f"gradient of {piece.managed.name}", lambda: slab.copy_(grad, non_blocking=True),
                                         after=[self.lanes.compute.now()])
-            self._in_flight.append((copied, [grad]))
+            self._in_flight.append((copied, grad))
             if "total" in chunk.tensors:
                 piece.adding = self.lanes.thread.submit(self._add, piece, copied, adds)
                 return
@@ -343,21 +375,31 @@ class ChunkManager:
         self.host_squares[piece.index] = torch.linalg.vector_norm(total).item() ** 2 / piece.managed.copies
 
     def _let_go(self) -> None:
-        """Of gradients whose copy has ended; where the link is slower than backward, backward waits for it here."""
-        self._in_flight = [entry for entry in self._in_flight if not entry[0].query()]
-        n_bytes = sum(tensor.nbytes for _, tensors in self._in_flight for tensor in tensors)
+        """Of gradients that have been copied, or stepped with."""
+        for entries in (self._in_flight, self._in_use):
+            entries[:] = [entry for entry in entries if not entry[0].query()]
+
+    def _bound_in_flight(self) -> None:
+        """Where the link is slower than backward, backward waits for it here."""
+        n_bytes = sum(grad.nbytes for _, grad in self._in_flight)
         while n_bytes > IN_FLIGHT_BYTES:
-            event, tensors = self._in_flight.pop(0)
+            event, grad = self._in_flight.pop(0)
             event.synchronize()
-            n_bytes -= sum(tensor.nbytes for tensor in tensors)
+            n_bytes -= grad.nbytes
 
     def finish_backward(self) -> None:
         """Take in gradients that no hook has seen: those from outside backward, or set by hand."""
         if self.auto:
             self.auto.backward_ended()
         for one in self.managed:
-            if one.parameter.grad is not None and one.arrivals == 0:
+            if one.arrivals == 0 and one.parameter.grad is not None:
                 self._arrive(one)
+            elif one.arrivals and one.keeps_grad and one.parameter.grad is None:       # by the model's zero_grad
+                self._forget(one)
+        strange = next((p for p in self._frozen if p.grad is not None), None)
+        if strange is not None:
+            raise RuntimeError(f"a parameter of shape {tuple(strange.shape)} has a gradient and was frozen when chunks were "
+                               "cut; unfreeze what shall train before ChunkManager is made.")
 
     def discard_gradients(self) -> None:
         for one in self.managed:
@@ -367,6 +409,7 @@ class ChunkManager:
             if chunk.state is State.COLLECTING:
                 chunk.move_to(State.READY)
         self._clear_squares()
+        self.clip = None                         # it was of these gradients
 
     def _forget(self, one: Managed) -> None:
         if one.arrivals:
@@ -400,8 +443,8 @@ class ChunkManager:
         if dist.is_initialized():
             dist.all_reduce(squares)
         norm = squares.sqrt()
-        if max_norm < math.inf:
-            self.clip = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()       # as in parallel/clip.py
+        clips = max_norm < math.inf
+        self.clip = (max_norm / (norm + 1e-6)).clamp(max=1.0).float() if clips else None       # as in parallel/clip.py
         return norm
 
     # ---- the update ---------------------------------------------------------------------------------------------------
@@ -413,6 +456,9 @@ class ChunkManager:
         self.finish_backward()
         self._mark(None)
         self._begin_update()
+        for one in self.managed if self.clips else ():
+            if one.arrivals:
+                self._take_over(one)
         ready, clip_arrived = self.lanes.compute.now(), DONE      # STREAM need not wait for the residents' Adam, given below
         if self.clip is not None:
             clip_arrived = self.lanes.d2h.run("clip", partial(self._host_clip.copy_, self.clip, non_blocking=True),
@@ -422,7 +468,7 @@ class ChunkManager:
                 if chunk.placement is placement and chunk not in self._issued and any(one.arrivals for one in chunk.managed):
                     self._issue(chunk, ready, clip_arrived)
         read = [piece.waiting for one in self.managed for piece in one.pieces] + [one.parameter.grad for one in self.managed]
-        self._in_flight.append((self.lanes.adam.now(), [tensor for tensor in [*read, self.clip] if tensor is not None]))
+        self._in_use.append((self.lanes.adam.now(), [tensor for tensor in [*read, self.clip] if tensor is not None]))
         for one in self.managed:
             one.step += one.arrivals > 0
             self._forget(one)
@@ -464,6 +510,8 @@ class ChunkManager:
         engine = {Placement.CPU: self._queue, Placement.RESIDENT: self._step_resident,
                   Placement.STREAM: self._step_stream}[chunk.placement]
         chunk.move_to(State.QUEUED)
+        for one in chunk.managed:
+            one.weight_seen = None
         engine(chunk, [(piece, _hyper(piece.managed)) for piece in chunk.pieces if piece.managed.arrivals], ready, clip_arrived,
                self._turns[chunk.placement])
         self._turns[chunk.placement] += 1
@@ -551,9 +599,11 @@ class ChunkManager:
 
     # ---- forward and readers ------------------------------------------------------------------------------------------
 
-    def _enter(self, chunks: list[Chunk]) -> None:
+    def _enter(self, chunks: list[Chunk], ones: list[Managed]) -> None:
+        """Before the forward of a module that waits for `chunks`, all of its parameters `ones`."""
         for chunk in chunks:
             chunk.wait()
+        self._see_weights(ones)
         self._let_go()
         self._mark("forward")
         if self.auto and torch.is_grad_enabled():
@@ -569,6 +619,24 @@ class ChunkManager:
         for chunk in self.chunks:
             chunk.wait()
             chunk.done.synchronize()
+        self._see_weights(self.managed)
+
+    def _see_weights(self, ones: list[Managed]) -> None:
+        """Note how the update left them: what changes from now on until the next is not ours."""
+        for one in ones:
+            if one.weight_seen is None and one.arrivals == 0:
+                one.weight_seen = seen(one.parameter)
+
+    @torch.no_grad()
+    def _take_over(self, one: Managed) -> None:
+        """A weight that somebody changed since the last update becomes the master: a load_state_dict, a clamp."""
+        if one.weight_seen is None or (now := seen(one.parameter)) == one.weight_seen or now[0] != one.weight_seen[0]:
+            return                               # in other memory: FSDP moves a padded shard when it first runs
+        for piece in one.pieces:
+            piece.chunk.done.synchronize()
+            piece.chunk.write("master", piece, one.weight[piece.in_shard].float())
+        one.weight_seen = None
+        self.say(f"memory    the weight of {one.name} was changed by hand; it is the master now")
 
     def masters(self) -> nn.Module:
         """A stand-in for the model: the same names and `config`, trainable parameters replaced by copies of their float32
@@ -612,12 +680,17 @@ class ChunkManager:
         values = shard.reshape(-1).float().to(self.device)
         for piece in one.pieces:
             piece.chunk.write(name, piece, values[piece.in_shard])
+        one.weight_seen = None
 
     def close(self) -> None:
         """Finish, take the hooks off and end the host's thread."""
         self.wait()
         for handle in self._handles:
             handle.remove()
+        for one in self.managed:
+            del one.parameter._chunk_manager
+        if self.auto:
+            self.auto.close()
         self.lanes.thread.shutdown()
 
     # ---- what happened when ---------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ A checkpoint holds what it would hold without the manager: as the model's weight
 `exp_avg`, `exp_avg_sq`, and the groups' settings. So it can be loaded under any plan, on any layout, and by torch's AdamW.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -26,14 +27,19 @@ def check_adamw(optimizer: torch.optim.Optimizer) -> None:
     if type(optimizer) is not torch.optim.AdamW:
         raise UsageError(f"the chunk manager steps torch.optim.AdamW, and was given {type(optimizer).__name__}; use AdamW, or "
                          "--memory.placement off.")
-    for group in optimizer.param_groups:
+    check_options(optimizer.param_groups)
+    if optimizer.state:
+        raise UsageError("the optimizer has stepped already; give the chunk manager a new one, and load a checkpoint into "
+                         "manager.optimizer.")
+
+
+def check_options(groups: list[dict[str, Any]]) -> None:
+    """UsageError for an option that the kernel does not have."""
+    for group in groups:
         asked = [name for name in REFUSED if group.get(name)]
         if asked:
             raise UsageError(f"AdamW({asked[0]}=True) is not possible with the chunk manager; leave it out, or use "
                              "--memory.placement off.")
-    if optimizer.state:
-        raise UsageError("the optimizer has stepped already; give the chunk manager a new one, and load a checkpoint into "
-                         "manager.optimizer.")
 
 
 class ChunkOptimizer(torch.optim.Optimizer):
@@ -52,6 +58,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None) -> Tensor | None:
         """As AdamW.step, with the factor of the last clip_grad_norm; gradients are used up. Returns before all is done."""
+        check_options(self.param_groups)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -75,8 +82,9 @@ class ChunkOptimizer(torch.optim.Optimizer):
         self.manager.take_masters(stand_in)
 
     def saved_plan(self) -> str:
-        """For the checkpoint: JSON, empty before placement auto has made its plan."""
-        return "" if self.manager.auto and self.manager.auto.is_tracing else self.manager.plan.to_json()
+        """For the checkpoint: JSON; before placement auto has made its plan, how many steps it has traced."""
+        auto = self.manager.auto
+        return json.dumps({"traced": auto.n_traced}) if auto and auto.is_tracing else self.manager.plan.to_json()
 
     def take_plan(self, saved: str) -> None:
         """ChunkManager.take_plan."""
@@ -94,6 +102,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copy moments and settings in; written by this, or by AdamW, under any plan. Master weights: take_masters."""
         self.manager.wait()
+        check_options(state_dict["param_groups"])
         both = state_dict["param_groups"], self.param_groups
         theirs, ours = ([len(group["params"]) for group in groups] for groups in both)
         if theirs != ours:

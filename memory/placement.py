@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
-from math import ceil
+from math import ceil, floor, log10
 
 import numpy as np
 
@@ -209,10 +209,10 @@ def auto_plan(n_elements: Sequence[int], *, device_budget_bytes: int, host_budge
             step = np.where(fits, predict(x_r, x_s, x_c, rates, traced, widths, clips)["step"], np.inf)
             found.append((float(step.min()), n_resident, int(step.argmin())))
     if not found:
-        ways = [f"--memory.device-budget-gib {_gib_up((fixed + least_device + 1) / (1 - RESERVE))}"] * (least_device < NEVER)
-        ways += [f"--memory.host-budget-gib {_gib_up(least_host)}"] * (least_host < NEVER)
-        both = (f"--memory.device-budget-gib {_gib_up((fixed + 1) / (1 - RESERVE))} with --memory.host-budget-gib "
-                f"{_gib_up(widths.cpu_states * n_total + outbox + traced.host_bytes)}")
+        ways = [f"--memory.device-budget-gib {gib_up((fixed + least_device + 1) / (1 - RESERVE))}"] * (least_device < NEVER)
+        ways += [f"--memory.host-budget-gib {gib_up(least_host)}"] * (least_host < NEVER)
+        both = (f"--memory.device-budget-gib {gib_up((fixed + 1) / (1 - RESERVE))} with --memory.host-budget-gib "
+                f"{gib_up(widths.cpu_states * n_total + outbox + traced.host_bytes)}")
         raise UsageError(
             f"--memory.device-budget-gib {device_budget_bytes / GIB:.4g} and --memory.host-budget-gib "
             f"{host_budget_bytes / GIB:.4g} (per rank) cannot hold {n_total:,} parameters: before any optimizer state the "
@@ -229,9 +229,11 @@ def auto_plan(n_elements: Sequence[int], *, device_budget_bytes: int, host_budge
     return with_prediction(plan, rates, traced)
 
 
-def _gib_up(n_bytes: float) -> str:
+def gib_up(n_bytes: float) -> str:
     """GiB as one types them, rounded up so that the setting works."""
-    return f"{ceil(n_bytes / GIB * 100) / 100:.2f}"
+    gib = n_bytes / GIB
+    digits = max(2, 2 - floor(log10(gib))) if gib > 0 else 2
+    return f"{ceil(gib * 10**digits) / 10**digits:.{digits}f}"
 
 
 # ---- time ---------------------------------------------------------------------------------------------------------------

@@ -1,14 +1,16 @@
 """Placement auto: traced, planned within the budgets, planned again when it was wrong; the numbers stay torch's AdamW's."""
 
+import json
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from pool import RankFailed, run_on
+from pool import run_on
 from test_memory_parity import adamw as torchs_adamw
 from test_memory_parity import of_torch, tiny, train, weights
 
+from dtensor_llama import UsageError
 from memory import ChunkManager, MemoryConfig, Placement
 from memory.auto import WARM_UP_STEPS
 from memory.chunk import GIB
@@ -94,11 +96,45 @@ def test_ranks_agree_on_the_highest_peak():
     assert one == other and one_peak == other_peak == 1000
 
 
-def cannot_fit():
-    model, manager = managed(device_budget_gib=bytes_of(tiny()) * 1.2 / GIB, host_budget_gib=1e-6)
-    train(model, manager.optimizer, WARM_UP_STEPS)
+def too_many_activations() -> tuple[str, float, list[str]]:
+    """What is said, how far weights moved, and which hooks of the tracer are left."""
+    activations = Counters(lambda: Usage(peak=100_000), lambda: None)
+    model, manager = managed(activations, device_budget_gib=50_000 / GIB)
+    before = weights(model)
+    with pytest.raises(UsageError) as refusal:
+        train(model, manager.optimizer, 1, max_norm=1.0)
+    moved = (weights(model) - before).abs().max().item()
+    manager.close()
+    return str(refusal.value), moved, [hook for layer in model.layers for hook in layer._forward_hooks]
 
 
-def test_what_cannot_fit_is_refused_with_the_nearest_budget_that_does():
-    with pytest.raises(RankFailed, match="UsageError: --memory.*budget-gib"):
-        run_on(1, cannot_fit)
+def test_what_cannot_fit_is_refused_with_the_nearest_budget_before_any_weight_has_changed():
+    ((said, moved, hooks),) = run_on(1, too_many_activations)
+    assert said.startswith("--memory.device-budget-gib") and "nearest that works is --memory.device-budget-gib 0.0001" in said
+    assert moved == 0 and hooks == []
+    with pytest.raises(UsageError, match="besides activations; use that much and what activations need"):
+        managed(device_budget_gib=bytes_of(tiny()) * 0.9 / GIB)
+
+
+def steps_without_a_forward() -> list[str]:
+    said: list[str] = []
+    model, manager = managed(said=said, host_budget_gib=0.1)
+    for _ in range(WARM_UP_STEPS + 1):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        manager.optimizer.step()
+        manager.optimizer.zero_grad()
+    assert manager.auto.is_tracing and json.loads(manager.optimizer.saved_plan()) == {"traced": 0}
+    train(model, manager.optimizer, 1)
+    assert json.loads(manager.optimizer.saved_plan()) == {"traced": 1}
+    again, other = managed(said=said, host_budget_gib=0.1)
+    other.take_plan(manager.optimizer.saved_plan())                  # a run that was stopped within its warm-up ends it
+    train(again, other.optimizer, WARM_UP_STEPS - 1)
+    manager.close()
+    other.close()
+    return said
+
+
+def test_only_steps_with_a_forward_are_traced_and_a_resumed_run_traces_those_that_are_left():
+    (said,) = run_on(1, steps_without_a_forward)
+    assert [line.split(":")[0] for line in said if line.startswith("memory plan")] == ["memory plan, auto"]

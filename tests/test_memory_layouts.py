@@ -68,9 +68,11 @@ def step(number: int, layout, mesh, optimizer, runner, micro: int) -> tuple[floa
 
 def managed_steps(shape: str, layout: ParallelConfig, micro: int, plan_seed: int, passes: dict) -> dict:
     layout, mesh, model, manager, runner = start(shape, layout, micro, plan_seed, passes=passes)
-    initial = whole_weights(model)
+    initial, said = whole_weights(model), []
+    manager.say = said.append
     losses, norms = zip(*(step(i, layout, mesh, manager.optimizer, runner, micro) for i in range(STEPS)), strict=True)
     manager.close()
+    assert said == [], said                                          # nobody but the manager has changed a weight
     return {"losses": losses, "norms": norms, "initial": initial, "final": whole_weights(model)}
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 import threading
 import time
 from dataclasses import replace
@@ -187,8 +188,10 @@ def test_a_plan_just_within_its_budgets_runs_and_one_byte_less_is_refused():
     train(model, manager.optimizer, 2)
     manager.close()
     for account in ("device", "host"):
-        with pytest.raises(UsageError, match=f"--memory.{account}-budget-gib"):
+        with pytest.raises(UsageError, match=f"--memory.{account}-budget-gib") as refusal:
             managed(PLANS["all three"], config=replace(tight, **{f"{account}_budget_gib": (said[account] - 1) / GIB}))
+        works = float(re.search(r"which holds ([\d.]+) GiB", str(refusal.value))[1])
+        managed(PLANS["all three"], config=replace(tight, **{f"{account}_budget_gib": works}))[1].close()
 
 
 def test_passing_a_budget_raises_at_once():
@@ -441,7 +444,125 @@ def test_masters_are_a_model_to_load_and_a_tied_matrix_stays_one():
     manager.close()
 
 
+@pytest.mark.parametrize("how", ["load_state_dict", "by hand", "by hand, stepped in backward"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_weights_that_somebody_changes_between_steps_become_the_masters(plan, how):
+    clips = "backward" not in how
+    model, manager = managed(PLANS[plan], clips=clips)
+    plain = tiny()
+    for net, optimizer in ((model, manager.optimizer), (plain, adamw(plain))):
+        train(net, optimizer, 2)
+        if how == "load_state_dict":                       # while the host still steps: it waits by itself
+            net.load_state_dict({name: value + 0.1 for name, value in net.state_dict().items()})
+        else:
+            manager.wait()
+            with torch.no_grad():
+                for p in net.parameters():
+                    p.clamp_(-0.05, 0.05)
+        train(net, optimizer, 2)
+    manager.close()
+    torch.testing.assert_close(weights(model), weights(plain), rtol=1e-6, atol=1e-8)
+
+
+def test_changed_bfloat16_weights_are_the_masters_whole():
+    for placements in PLANS.values():
+        model, manager = managed(placements, dtype=BF16)
+        train(model, manager.optimizer, 2)
+        model.load_state_dict({name: torch.full_like(value, 0.3) for name, value in model.state_dict().items()})
+        for group in manager.optimizer.param_groups:
+            group["lr"] = 0.0
+        model(torch.ones(1, 7, dtype=BF16)).backward()
+        manager.optimizer.step()
+        assert all((p == torch.tensor(0.3, dtype=BF16).float()).all() for p in manager.masters().parameters())
+        manager.close()
+
+
+def test_a_state_dict_right_after_a_step_has_the_new_weights():
+    model, manager = managed([CPU] * 99)
+    inner = manager.kernel.host_step
+    manager.kernel.host_step = lambda *args: (time.sleep(0.02), inner(*args))
+    train(model, manager.optimizer, 1)
+    after = {name: value.clone() for name, value in model.state_dict().items()}
+    manager.wait()
+    assert all(torch.equal(value, after[name]) for name, value in model.state_dict().items())
+    manager.close()
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_skipped_step_leaves_nothing_behind(plan):
+    """A loss that is nan: its gradients and their clip factor are thrown away, by the optimizer or the model."""
+    model, manager = managed(PLANS[plan])
+    train(model, manager.optimizer, 2)
+    (model(torch.ones(1, 7)) * math.nan).backward()
+    assert manager.optimizer.clip_grad_norm(1.0).isnan()
+    manager.optimizer.zero_grad()
+    model(torch.ones(1, 7)).backward()
+    manager.optimizer.clip_grad_norm(1e-9)
+    assert manager.optimizer.clip_grad_norm(math.inf) > 0          # the last word counts: not scaled
+    manager.optimizer.step()
+    manager.optimizer.zero_grad()
+    manager.close()
+    plain = tiny()
+    optimizer = adamw(plain)
+    train(plain, optimizer, 2)
+    plain(torch.ones(1, 7)).backward()
+    optimizer.step()
+    torch.testing.assert_close(weights(model), weights(plain), rtol=1e-6, atol=1e-8)
+
+
+def test_resident_gradients_that_the_model_threw_away_are_not_stepped_with():
+    model, manager = managed([RESIDENT] * 99)
+    before, held = weights(model), manager.ledger.held["device"]
+    model(torch.ones(1, 7)).backward()
+    model.zero_grad()
+    manager.optimizer.step()
+    assert torch.equal(weights(model), before) and manager.ledger.held["device"] == held
+    manager.close()
+
+
 # ---- refusals ----
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_without_clipping_more_gradients_than_were_announced_are_an_error(plan):
+    model, manager = managed(PLANS[plan], clips=False)
+    model(torch.ones(1, 7)).backward()
+    with pytest.raises(RuntimeError, match="arrivals=2"):
+        model(torch.ones(1, 7)).backward()
+    manager.close()
+
+
+def test_a_parameter_that_trains_since_chunks_were_cut_is_an_error():
+    model = tiny()
+    model.layers[0].weight.requires_grad_(False)
+    manager = ChunkManager(model, torch.optim.AdamW(model.parameters()), ON, chunk_elements=64)
+    model.layers[0].weight.requires_grad_(True)
+    model(torch.ones(1, 7)).backward()
+    with pytest.raises(RuntimeError, match=r"shape \(33, 7\) .* unfreeze"):
+        manager.optimizer.step()
+    manager.close()
+
+
+def test_options_that_come_later_are_refused_too():
+    model, manager = managed([RESIDENT] * 99)
+    manager.optimizer.param_groups[0]["maximize"] = True
+    with pytest.raises(UsageError, match="maximize"):
+        manager.optimizer.step()
+    other = torch.optim.AdamW(tiny().parameters(), amsgrad=True)
+    with pytest.raises(UsageError, match="amsgrad"):
+        manager.optimizer.load_state_dict(other.state_dict())
+    manager.close()
+
+
+def test_a_second_manager_and_torn_memory_are_refused():
+    model, manager = managed([CPU] * 99)
+    with pytest.raises(UsageError, match="close"):
+        ChunkManager(model, adamw(model), ON)
+    manager.close()
+    ChunkManager(model, adamw(model), ON).close()
+    model.layers[0].weight = torch.nn.Parameter(torch.ones(7, 33).t())
+    with pytest.raises(UsageError, match=r"layers.0.weight is not contiguous"):
+        ChunkManager(model, adamw(model), ON)
 
 
 @pytest.mark.parametrize("option", ["amsgrad", "maximize", "capturable", "differentiable", "foreach"])
@@ -467,6 +588,7 @@ def test_other_optimizers_and_used_ones_are_refused():
     (dict(device_budget_gib=4.0), "--memory.device-budget-gib 4 would do nothing"),
     (dict(resident=1.0), "--memory.resident 1 would do nothing"),
     (dict(draw=True), "--memory.draw would do nothing"),
+    (dict(kernel="blocks"), "--memory.kernel blocks would do nothing"),
     (dict(placement="static"), "needs --memory.resident and --memory.stream and --memory.cpu"),
     (dict(placement="static", resident=0.5, stream=0.2, cpu=0.2), "sum to 0.9 and must sum to 1; use --memory.cpu 0.3"),
     (dict(placement="static", resident=0.9, stream=0.2, cpu=0.2), "use --memory.stream 0.1 --memory.cpu 0"),
