@@ -14,7 +14,7 @@ import functools
 import importlib.util
 import shutil
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import NamedTuple
 
@@ -124,8 +124,21 @@ class Kernel:
             self._host(master, exp_avg, exp_avg_sq, grad, weight, _one(grad) if clip is None else clip, *hyper.tensors())
             return
         for block in _blocks(len(grad)):
-            _fused(master[block], exp_avg[block], exp_avg_sq[block], grad[block].float(), clip, hyper)
+            _fused([master[block]], [exp_avg[block]], [exp_avg_sq[block]], [grad[block].float()], clip, hyper)
             weight[block].copy_(master[block])
+
+    def device_steps(self, steps: list[tuple]) -> None:
+        """device_step with each of these arguments. Where nothing is to be cast torch's own fused kernel takes all at once."""
+        alike: dict[Hyper, list[tuple]] = {}
+        for step in steps:
+            _, low, _, _, grad, _, hyper = step
+            if low is None and grad.dtype == torch.float32:
+                alike.setdefault(hyper, []).append(step)
+            else:
+                self.device_step(*step)
+        for hyper, same in alike.items():
+            weights, _, exp_avgs, exp_avg_sqs, grads, (clip, *_), _ = zip(*same, strict=True)
+            _fused(weights, exp_avgs, exp_avg_sqs, grads, clip, hyper)
 
     @torch.no_grad()
     def device_step(self, weight: Tensor, low: Tensor | None, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor,
@@ -136,7 +149,7 @@ class Kernel:
             return
         for block in _blocks(len(grad)):
             master = weight[block] if low is None else join_master(weight[block], low[block])
-            _fused(master, exp_avg[block], exp_avg_sq[block], grad[block].float(), clip, hyper)
+            _fused([master], [exp_avg[block]], [exp_avg_sq[block]], [grad[block].float()], clip, hyper)
             if low is not None:
                 high, new_low = split_master(master)
                 weight[block].copy_(high)
@@ -162,13 +175,16 @@ def _blocks(n: int) -> list[slice]:
     return [slice(start, start + BLOCK) for start in range(0, n, BLOCK)]
 
 
-def _fused(master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, clip: Tensor | None, hyper: Hyper) -> None:
-    """torch's AdamW(fused=True) on one block; `grad` is scaled in place."""
-    if clip is not None:
-        grad.mul_(clip)
-    done = torch.full((), hyper.step - 1, dtype=torch.float32, device=master.device)      # it adds the one being made
-    adamw([master], [grad], [exp_avg], [exp_avg_sq], [], [done], fused=True, amsgrad=False, beta1=hyper.beta1,
-          beta2=hyper.beta2, lr=hyper.lr, weight_decay=hyper.weight_decay, eps=hyper.eps, maximize=False)
+@torch.no_grad()
+def _fused(masters: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor], grads: Sequence[Tensor],
+           clip: Tensor | None, hyper: Hyper) -> None:
+    """torch's AdamW(fused=True), all float32; gradients are scaled in place."""
+    device = masters[0].device
+    done = torch.full((len(masters),), hyper.step - 1, dtype=torch.float32, device=device)      # it adds the one being made
+    adamw(list(masters), list(grads), list(exp_avgs), list(exp_avg_sqs), [], list(done.unbind()), fused=True,
+          grad_scale=None if clip is None else clip.reciprocal(), found_inf=None if clip is None else torch.zeros_like(clip),
+          amsgrad=False, beta1=hyper.beta1, beta2=hyper.beta2, lr=hyper.lr, weight_decay=hyper.weight_decay, eps=hyper.eps,
+          maximize=False)
 
 
 def _choose(kind: str, device: torch.device) -> tuple[str, str]:

@@ -1,8 +1,8 @@
 """ChunkManager: the engine that collects gradients, clips, and steps chunks on the device and on the host at once.
 
     phase        what happens                                                                       on lane
-    backward     hook per parameter: square sum; CPU pieces -> slab, the device's gradient dropped  d2h
-    clip         one all-reduce of the square sum; the factor stays on the device, for Adam
+    backward     hook per parameter: CPU pieces' norms; they -> slab, the device's gradient dropped d2h
+    clip         the others' norms; one all-reduce of the square sum; the factor stays on the device, for Adam
     step         RESIDENT  Adam where it lies                                                       device adam
                  STREAM    home -> ring slot -> Adam -> home, three chunks in flight                h2d, device adam, d2h
                  CPU       Adam by host threads while the caller goes on; outbox -> weights         host adam, weights
@@ -300,7 +300,7 @@ class ChunkManager:
         for one in self.managed:
             one.parameter._chunk_manager = self
             if not one.outside:
-                hook = lambda _, one=one: self._arrive(one)
+                hook = lambda _, one=one: self._arrive_in_backward(one)
                 self._handles.append(one.parameter.register_post_accumulate_grad_hook(hook))
         for module, chunks in self._gates.items():
             # after fully_shard and prepended: it comes before FSDP gathers the weights
@@ -308,10 +308,14 @@ class ChunkManager:
             hook = lambda _module, _args, chunks=chunks, ones=ones: self._enter(chunks, ones)
             self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
 
+    def _arrive_in_backward(self, one: Managed) -> None:
+        self._mark("backward")
+        if not (one.keeps_grad and self.clips):      # else it is taken in with all others like it, by finish_backward
+            self._arrive(one)
+
     @torch.no_grad()
     def _arrive(self, one: Managed) -> None:
         """A gradient, or with kept gradients their sum so far, is in `parameter.grad`."""
-        self._mark("backward")
         grad = one.parameter.grad
         if isinstance(grad, DTensor) and grad.placements != one.parameter.placements:
             grad = grad.redistribute(placements=one.parameter.placements)      # Partial, where no FSDP has reduced it
@@ -359,12 +363,12 @@ class ChunkManager:
                 piece.adding = self.lanes.thread.submit(self._add, piece, copied, adds)
                 return
             chunk.arrived.append(copied)
+            self.norms[piece.index] = torch.linalg.vector_norm(grad, dtype=torch.float32)
         elif "total" in chunk.tensors:
             total = chunk.tensors["total"][piece.in_chunk]
-            grad = total.add_(grad) if adds else total.copy_(grad)
+            total.add_(grad) if adds else total.copy_(grad)
         elif not piece.managed.keeps_grad:
-            grad = piece.waiting = piece.waiting.add_(grad) if adds else grad.clone()
-        self.norms[piece.index] = torch.linalg.vector_norm(grad, dtype=torch.float32)
+            piece.waiting = piece.waiting.add_(grad) if adds else grad.clone()
 
     @torch.no_grad()
     def _add(self, piece: Piece, arrived, adds: bool) -> None:
@@ -437,7 +441,10 @@ class ChunkManager:
         for chunk in self.chunks if self.sums else ():
             for piece in chunk.pieces:
                 piece.adding = piece.adding and piece.adding.result()
-        squares = self._zero.double()
+        squares, on_device = self._zero.double(), [piece for one in self.managed if one.arrivals for piece in one.pieces
+                                                   if piece.chunk.placement is not Placement.CPU]
+        for piece, norm in zip(on_device, norms([self._grad_of(piece) for piece in on_device]), strict=True):
+            self.norms[piece.index] = norm
         if self.norms:
             squares = (torch.stack(self.norms).double() ** 2 * self.shares).sum() + sum(self.host_squares)
         if dist.is_initialized():
@@ -550,19 +557,17 @@ class ChunkManager:
         """What steps the pieces, once it is called; gradients and clip factor are those of now."""
         steps = []
         for piece, hyper in pieces:
-            total = piece.chunk.tensors.get("total")
-            if total is not None:
-                grad = total[piece.in_chunk]
-            else:
-                grad = flat(piece.managed.parameter.grad)[piece.in_shard] if piece.managed.keeps_grad else piece.waiting
             of_piece = (states[name][piece.in_chunk] if name in states else None for name in ("low", "exp_avg", "exp_avg_sq"))
-            steps.append((piece.managed.weight[piece.in_shard], *of_piece, grad, self.clip, hyper))
+            steps.append((piece.managed.weight[piece.in_shard], *of_piece, self._grad_of(piece), self.clip, hyper))
 
-        def run() -> None:
-            for step in steps:
-                self.kernel.device_step(*step)
+        return partial(self.kernel.device_steps, steps)
 
-        return run
+    @staticmethod
+    def _grad_of(piece: Piece) -> Tensor:
+        """Of a piece on the device, whole since backward ended."""
+        if "total" in piece.chunk.tensors:
+            return piece.chunk.tensors["total"][piece.in_chunk]
+        return flat(piece.managed.parameter.grad)[piece.in_shard] if piece.managed.keeps_grad else piece.waiting
 
     def _queue(self, chunk: Chunk, pieces: list, ready, clip_arrived, turn: int) -> None:
         weights = [(piece, piece.managed.weight[piece.in_shard]) for piece, _ in pieces]
@@ -733,6 +738,11 @@ def _gates(parts: list[nn.Module], of: dict[nn.Parameter, Managed]) -> dict[nn.M
             if parameter in of:
                 mine += [piece.chunk for piece in of[parameter].pieces if piece.chunk not in mine]
     return gates
+
+
+def norms(tensors: list[Tensor]) -> Sequence[Tensor]:
+    """2-norm of each in float32, 0-dim, in one call. torch.nn.utils.get_total_norm has no dtype, and squares bfloat16."""
+    return torch._foreach_norm(tensors, 2, dtype=torch.float32) if tensors else ()
 
 
 def _hyper(one: Managed) -> Hyper:

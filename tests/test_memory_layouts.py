@@ -150,6 +150,7 @@ def gradients_that_wait(layout: ParallelConfig, dtype: torch.dtype) -> tuple[int
     batch = rows_of(0, masked=True)
     mine = Batch(*(x.chunk(layout.dp)[mesh["dp"].get_local_rank()] for x in batch))
     runner.step([mine], (batch.labels != -100).sum(), grad_scale=layout.grad_ranks)
+    manager.finish_backward()
     kept = [p.grad for p in model.parameters()] + [piece.waiting for one in manager.managed for piece in one.pieces]
     storages = {local(one).untyped_storage() for one in kept if one is not None}
     counted = manager.ledger.held["device"] - before

@@ -195,11 +195,13 @@ def test_a_plan_just_within_its_budgets_runs_and_one_byte_less_is_refused():
 
 
 def test_passing_a_budget_raises_at_once():
-    model, manager = managed([RESIDENT] * 99)
-    manager.ledger.budgets["device"] = manager.ledger.held["device"] + 16
-    with pytest.raises(RuntimeError, match="gradient of .* on the device.*budget"):
-        model(torch.ones(1, 7)).backward()
-    manager.close()
+    for clips in (True, False):                      # taken in all at once after backward, and as they arrive
+        model, manager = managed([RESIDENT] * 99, clips=clips)
+        manager.ledger.budgets["device"] = manager.ledger.held["device"] + 16
+        with pytest.raises(RuntimeError, match="gradient of .* on the device.*budget"):
+            model(torch.ones(1, 7)).backward()
+            manager.optimizer.clip_grad_norm(1.0)
+        manager.close()
 
 
 def test_auto_starts_with_as_much_on_the_host_as_its_budget_allows():
