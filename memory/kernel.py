@@ -15,7 +15,6 @@ import importlib.util
 import shutil
 import types
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
 from typing import NamedTuple
 
 import torch
@@ -101,19 +100,25 @@ class Kernel:
             # forward beside it could launch nothing.
             self._host, self._device = _compiled(_host_step, options={"cpp_wrapper": True}), _compiled(_device_step)
 
-    def warm_up(self, device: torch.device, dtype: torch.dtype, grad_dtypes: set[torch.dtype], host: Executor) -> None:
-        """Compile now what will run later, between collectives that other ranks wait in. dtype: of the weights. host: the
-        thread of the host's steps; a loop is compiled for as many threads as torch has in the one that calls it."""
+    def warm_up(self, device: torch.device, dtype: torch.dtype, grad_dtypes: set[torch.dtype], n_threads: int) -> None:
+        """Compile now what will run later, between collectives that other ranks wait in. dtype: of the weights.
+
+        Here, in the caller's thread, and as if it had n_threads, for which the thread of the host's steps takes it then: with
+        torch 2.11 the next backward may crash once another thread has compiled."""
+        before = torch.get_num_threads()
         for n in (2 * BLOCK, BLOCK) if self.kind == "compiled" else ():
             for grad_dtype in grad_dtypes:
                 def zeros(where, dtype=torch.float32, n=n):
                     return torch.zeros(n, dtype=dtype, device=where)
                 hyper, cpu = Hyper(0.0, 0.9, 0.95, 1e-5, 0.0, 1), torch.device("cpu")
                 states = zeros(cpu), zeros(cpu), zeros(cpu), zeros(cpu, grad_dtype), zeros(cpu, dtype)
-                host.submit(self.host_step, *states, None, hyper).result()
+                torch.set_num_threads(n_threads)
+                self.host_step(*states, None, hyper)
+                torch.set_num_threads(before)
                 low = zeros(device, torch.int16) if dtype == torch.bfloat16 else None
                 states = zeros(device, dtype), low, zeros(device), zeros(device), zeros(device, grad_dtype)
                 self.device_step(*states, None, hyper)
+        torch.set_num_threads(before)            # of threads that begin from now on too, after the host's has set its own
 
     @torch.no_grad()
     def host_step(self, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, weight: Tensor,

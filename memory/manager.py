@@ -150,7 +150,7 @@ class ChunkManager:
         self._host_began_s = self._host_done_s = self._host_update_s = None
         self._steps_s: list[float] | None = []                    # when steps ended, until they are told; None: they were
         for dtype in {chunk.dtype for chunk in self.chunks}:
-            self.kernel.warm_up(self.device, dtype, {dtype, *[torch.float32] * self.sums}, self.lanes.thread)
+            self.kernel.warm_up(self.device, dtype, {dtype, *[torch.float32] * self.sums}, self.lanes.n_threads)
         self._frozen = [p for group in optimizer.param_groups for p in group["params"] if p not in self.of]
         self._gates = _gates(self.parts, self.of)
         self._install_hooks()
