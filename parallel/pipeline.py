@@ -127,6 +127,10 @@ def check_pipeline(config: LlamaConfig, pp: int, schedule: str, virtual_stages: 
         lower = n_microbatches // pp * pp
         raise UsageError(f"{flag} sends microbatches in rounds of about --parallel.pp {pp}, all of one size, and {counted}, "
                          f"which {rounds} rounds do not divide; use {lower} or {lower + pp} microbatches.")
+    if kind.splits_backward and torch.__version__.startswith("2.11."):
+        # There the halves cannot pass through an autograd.Function, and the loss is one.
+        raise UsageError(f"{flag} runs backward in two halves, which fails inside torch {torch.__version__}; use a newer "
+                         "torch, or --parallel.schedule 1f1b or interleaved-1f1b.")
     if kind.splits_backward and (compile or recompute == "selective"):
         # A compiled block has one graph for both gradients and would run it whole, twice; selective lets go of what it kept
         # after the first half.

@@ -81,6 +81,14 @@ def test_what_cannot_run_is_refused_with_the_flag_the_rule_and_a_way_out(asked, 
     assert "\n" not in str(error.value)
 
 
+def test_a_split_backward_is_refused_where_torch_cannot_do_it(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    check_pipeline(LLAMA, 2, "interleaved-1f1b", 2, 4)
+    for schedule, stages in (("zero-bubble", 2), ("zbv", 2), ("dualpipev", 2)):
+        with pytest.raises(UsageError, match=f"schedule {schedule} .* inside torch 2.11.0.* use a newer torch, or .*1f1b"):
+            check_pipeline(LLAMA, 2, schedule, stages, 4)
+
+
 # ---- One answer ----
 
 
