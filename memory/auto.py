@@ -99,8 +99,7 @@ class AutoPolicy:
             return
         why = self._why_again() if self.n_steps % WATCH_EVERY == 0 else None
         if why:
-            self.say(f"memory    planned again: {why}")
-            self._plan()
+            self._plan(why)
 
     def _held_while_traced(self) -> int:
         """Bytes on the device that plans count themselves. Without a GPU the tracer saw what came since its first step began:
@@ -119,12 +118,17 @@ class AutoPolicy:
                          host_budget_bytes=self.host_budget, rates=self.rates, traced=traced, widths=manager.widths,
                          layers=[chunk.covers for chunk in manager.chunks], clips=manager.clips)
 
-    def _plan(self) -> None:
-        plan = self._best_plan(self.traced)
+    def _plan(self, again: str = "") -> None:
+        plan, manager = self._best_plan(self.traced), self.manager
+        moves = plan.placements != manager.plan.placements
         self.n_plans += 1
-        self.manager.replan(plan)
-        self.counters.reset()                    # a peak from before this plan is not of it
-        self.say(describe(plan))
+        if again:
+            self.say(f"memory    planned again: {again}" + ("" if moves else "; the best plan is the one there is"))
+        if moves or not again:
+            manager.replan(plan)
+            self.say(describe(plan))
+        manager.plan = plan
+        self.counters.reset()                    # a peak from before is not of this plan
 
     def _why_again(self) -> str | None:
         """The same answer on every rank: the plan changes when it has to on any."""

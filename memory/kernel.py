@@ -6,7 +6,8 @@ host_step       a CPU chunk: fp32 master on the host; the new weight, rounded, g
 device_step     RESIDENT and STREAM: the weight is (part of) the master, so that those bytes exist once
     float32 weights    the weight is the master
     bfloat16 weights   the weight is the high half of the master, `low` its low 16 bits; the two are bit for bit the master.
-                       High is rounded half up in magnitude, so it differs from torch's half-to-even on exact ties only
+                       High is rounded half up in magnitude, so it differs from torch's half-to-even on exact ties only:
+                       of a low half that could be either, half-to-even would not say which it was
 Bytes read and written per parameter: compiled 28 on the host (bfloat16 gradient and weight), 26 on the device; one pass.
 """
 

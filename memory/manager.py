@@ -1,8 +1,9 @@
-"""ChunkManager: the engine that collects gradients, clips, and steps chunks on the device and on the host at once.
+"""ChunkManager: the engine that collects gradients, clips, and steps chunks on the device and on the host at once. Where chunks
+are, and how they move between steps, is the ChunkStore's (store.py).
 
     phase        what happens                                                                       on lane
-    backward     hook per parameter: CPU pieces' norms; they -> slab, the device's gradient dropped d2h
-    clip         the others' norms; one all-reduce of the square sum; the factor stays on the device, for Adam
+    backward     hook per parameter: CPU pieces -> slab, and the device's gradient is dropped       d2h
+    clip         one all-reduce of the square sum; the factor stays on the device, for Adam
     step         RESIDENT  Adam where it lies                                                       device adam
                  STREAM    home -> ring slot -> Adam -> home, three chunks in flight                h2d, device adam, d2h
                  CPU       Adam by host threads while the caller goes on; outbox -> weights         host adam, weights
@@ -23,54 +24,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from dtensor_llama.errors import UsageError
 from dtensor_llama.shards import local
 from memory.activations import ActivationOffload
-from memory.auto import AutoPolicy, host_share
-from memory.chunk import (
-    CHUNK_ELEMENTS,
-    GIB,
-    Chunk,
-    Ledger,
-    Managed,
-    Piece,
-    State,
-    bytes_per_element,
-    chunk_size,
-    cut,
-    find_managed,
-    flat,
-    gated,
-    like,
-    plain_name,
-    seen,
-)
+from memory.auto import AutoPolicy
+from memory.chunk import Chunk, Managed, Piece, State, flat, gated
 from memory.config import MemoryConfig
 from memory.kernel import Hyper, Kernel
-from memory.lanes import DONE, Lanes, empty_caches, hold_to_budget, host_threads
+from memory.lanes import DONE, Lanes
 from memory.optimizer import ChunkOptimizer, check_adamw
-from memory.placement import (
-    RESERVE,
-    Placement,
-    Plan,
-    Widths,
-    describe,
-    describe_measured,
-    gib_up,
-    static_plan,
-    with_prediction,
-)
+from memory.placement import Placement, Plan, describe, describe_measured, with_prediction
+from memory.store import IN_FLIGHT_BYTES, MASTER_AND_MOMENTS, ChunkStore
 from memory.tracer import Rates, Traced, measure_rates
 
 MEASURED_STEPS = 5                 # with a plan, of which the median is told
-IN_FLIGHT_BYTES = 512 * 2**20      # of gradients on their way to the host: else a slow link would fill the device with them
-MASTER_AND_MOMENTS = ("master", "exp_avg", "exp_avg_sq")
 
 
-class ChunkManager:
+class ChunkManager(ChunkStore):
     """Owns master weights and moments of a model's trainable parameters; `manager.optimizer` is its face.
 
     model: what `parameters()` of names; its parameters, plain or DTensor, float32 or bfloat16, hold values or will get them
@@ -101,38 +72,9 @@ class ChunkManager:
                  chunk_elements: int | None = None, lanes: Lanes | None = None):
         config.check()
         check_adamw(optimizer)
-        self.model, self.config, self.arrivals, self.clips = model, config, arrivals, clips
-        self.parts = [model] if parts is None else list(parts)
-        self.activations, self.slab_bytes = activations, sum(one.host_bytes for one in activations)
-        self.managed = find_managed(model, self.parts, optimizer, set(outside))
-        self.of = {one.parameter: one for one in self.managed}
-        if any(hasattr(one.parameter, "_chunk_manager") for one in self.managed):
-            raise UsageError("these parameters have a chunk manager already; close() it before they get another.")
-        n_here = sum(local(one.parameter).numel() for one in self.managed)
-        largest = CHUNK_ELEMENTS if config.resident == 1 else chunk_size(n_here)      # nothing to divide or to overlap
-        self.chunks = cut(self.managed, chunk_elements or largest)
-        self.device = local(self.managed[0].parameter).device if self.managed else torch.device("cpu")
-        self.lanes = lanes or Lanes(self.device, host_threads(self.device, ranks_per_host))
-        self.is_cuda = self.lanes.is_cuda
-        self.sums = arrivals > 1
-        self.weight_bytes = sum(local(one).nbytes for one in {p for part in self.parts for p in part.parameters()})
-        self.host_share = host_share(ranks_per_host, self.is_cuda)
-        self.plan = plan or self._first_plan()
-        budgets = {account: None if gib is None else int(gib * GIB) for account, gib in
-                   (("device", config.device_budget_gib), ("host", config.host_budget_gib))}
-        self._refuse_what_does_not_fit(budgets)
-        self._refuse_what_the_host_lacks()
-
-        self.kernel = Kernel(config.kernel, self.device)
-        hold_to_budget(self.device, budgets["device"])
-        self.ledger = Ledger(self.device, budgets, lambda tensor: self.lanes.thread.submit(tensor.zero_).result())
-        self.ledger.take("device", self.weight_bytes, "weights")
-        self.ledger.take("host", self.slab_bytes, "offloaded block inputs")
-        for chunk, placement in zip(self.chunks, self.plan.placements, strict=True):
-            chunk.allocate(self.ledger, placement, self.sums)
-        self.ring: list[dict[str, Tensor]] = []      # slots on the device that STREAM passes through
-        self.outbox: list[Tensor] = []               # pinned, on the host: new weights of CPU leave from it
-        self._fit_buffers()
+        super().__init__(model, optimizer, config, parts, outside, arrivals, plan, activations, say, ranks_per_host,
+                         chunk_elements, lanes)
+        self.arrivals, self.clips, self.kernel = arrivals, clips, Kernel(config.kernel, self.device)
         n_pieces = sum(len(chunk.pieces) for chunk in self.chunks)
         self._zero = torch.zeros((), device=self.device)
         self.norms = [self._zero] * n_pieces                          # of each piece's whole gradient, float32
@@ -155,7 +97,7 @@ class ChunkManager:
         self._gates = _gates(self.parts, self.of)
         self._install_hooks()
         self.optimizer = ChunkOptimizer(self, optimizer)
-        self.say, self.auto = say, None
+        self.auto = None
         say(f"memory    {len(self.chunks)} chunks on this rank; AdamW by {self.kernel.why}")
         if config.placement == "static":
             self.plan = replace(self.plan, other_host_bytes=self.slab_bytes)
@@ -165,95 +107,6 @@ class ChunkManager:
         if config.placement == "auto" and plan is None:
             self.auto = AutoPolicy(self, rates or measure_rates(self.device, config.kernel, ranks_per_host), say)
 
-    # ---- the plan -----------------------------------------------------------------------------------------------------
-
-    def _first_plan(self) -> Plan:
-        sizes = [chunk.n for chunk in self.chunks]
-        if self.config.placement == "static":
-            return static_plan(sizes, self.config.resident, self.config.stream, self.config.cpu, widths=self.widths,
-                               layers=[chunk.covers for chunk in self.chunks])
-        # auto: the first steps are traced with the device as empty as the host can make it
-        plan, n_resident = static_plan(sizes, 0, 0, 1), 0
-        gib = self.config.host_budget_gib
-        room = self.host_share + self.slab_bytes if gib is None else gib * GIB       # the slab is there: no longer free
-        while n_resident < len(sizes) and self.needed(plan)["host"] > room:
-            n_resident += 1
-            rest = (Placement.CPU,) * (len(sizes) - n_resident)
-            plan = replace(plan, placements=(Placement.RESIDENT,) * n_resident + rest)
-        return plan
-
-    @property
-    def widths(self) -> Widths:
-        return Widths.of(max((chunk.dtype.itemsize for chunk in self.chunks), default=4), self.sums)
-
-    def needed(self, plan: Plan, traced: bool = False) -> dict[str, int]:
-        """Bytes by account that a plan holds at most: weights, states, ring, gradients that wait for their step or travel.
-        traced: those that travel are in what was traced."""
-        total, slot, box, on_cpu = {"device": self.weight_bytes, "host": self.slab_bytes}, 0, 0, 0
-        for chunk, placement in zip(self.chunks, plan.placements, strict=True):
-            each = bytes_per_element(placement, chunk.dtype, self.sums)
-            for account in total:
-                total[account] += each[account] * chunk.n
-            if placement is Placement.STREAM:
-                slot = max(slot, chunk.n * _slot_bytes(chunk.dtype))
-            if placement is Placement.CPU:
-                box, on_cpu = max(box, chunk.n * chunk.dtype.itemsize), on_cpu + chunk.n * chunk.dtype.itemsize
-        total["device"] += slot * min(self.widths.ring_slots, plan.placements.count(Placement.STREAM))
-        total["host"] += box * min(self.widths.outbox_slots, plan.placements.count(Placement.CPU))
-        if self.lanes.has_queues and not traced:
-            total["device"] += min(IN_FLIGHT_BYTES, on_cpu)
-        return total
-
-    def _refuse_what_does_not_fit(self, budgets: dict[str, int | None]) -> None:
-        other = {"device": ", or more of --memory.cpu or --memory.stream", "host": ", or more of --memory.resident"}
-        for account, n_bytes in self.needed(self.plan).items():
-            if budgets[account] is not None and n_bytes > budgets[account]:
-                if self.config.placement == "auto":
-                    other = {"device": f" and what activations need, and {RESERVE:.0%} in reserve", "host": ""}
-                raise UsageError(f"--memory.{account}-budget-gib {budgets[account] / GIB:.6g} is not enough for this plan, "
-                                 f"which holds {gib_up(n_bytes)} GiB on the {account} besides activations; use that "
-                                 f"much{other[account]}.")
-
-    def _refuse_what_the_host_lacks(self) -> None:
-        """Without a budget the host's free memory is one; the states' pages are taken as they are written, too late to say."""
-        needed, both = self.needed(self.plan), "" if self.is_cuda else " and, without a GPU, the device"
-        n_bytes = needed["host"] - self.slab_bytes + (0 if self.is_cuda else needed["device"] - self.weight_bytes)
-        room = self.host_share if self.is_cuda else 2 * self.host_share
-        if self.config.host_budget_gib is None and n_bytes > room:
-            raise UsageError(f"the plan holds {n_bytes / GIB:.2f} GiB on the host{both}, and this rank's share of the memory "
-                             f"that is free there is {room / GIB:.2f} GiB; use more of --memory.resident, more ranks on more "
-                             "hosts, or say --memory.host-budget-gib if more may be taken.")
-
-    def replan(self, plan: Plan) -> None:
-        """Move chunks to their places in another plan, between steps; values do not change. UsageError if it cannot fit."""
-        self.wait()
-        assert all(one.arrivals == 0 for one in self.managed), "gradients have arrived; replan between steps"
-        before, self.plan = self.plan, plan
-        try:
-            self._refuse_what_does_not_fit(self.ledger.budgets)
-        except UsageError:
-            self.plan = before
-            raise
-        moving = [(chunk, placement) for chunk, placement in zip(self.chunks, plan.placements, strict=True)
-                  if placement is not chunk.placement]
-        moving.sort(key=lambda move: move[1] is Placement.RESIDENT)      # make room on the device first
-        self._free_buffers()
-        self._let_go()                                                   # all of it is over
-        empty_caches(self.device)
-        for chunk, placement in moving:
-            kept = [(piece, {name: chunk.read(name, piece).to("cpu", copy=True) for name in MASTER_AND_MOMENTS})
-                    for piece in chunk.pieces]
-            chunk.release(self.ledger, self.sums)
-            chunk.allocate(self.ledger, placement, self.sums)
-            for piece, values in kept:
-                for name, value in values.items():
-                    chunk.write(name, piece, value.to(self.device) if name == "master" else value)
-        self._fit_buffers()
-        empty_caches(self.device)
-        for one in self.managed:
-            one.weight_seen = None               # a master was split anew, and its high half written
-        self._steps_s = []
-
     def take_plan(self, saved: str) -> None:
         """Under placement auto: go on with this rank's plan of a checkpoint (ChunkOptimizer.saved_plan, or ""), without tracing
         again, if on every rank it is one for the chunks and budgets of now; or with as many steps traced. All ranks enter."""
@@ -261,34 +114,12 @@ class ChunkManager:
             self.auto.n_traced = json.loads(saved or "{}").get("traced", 0)
             self.auto.take_plan(Plan.from_json(saved) if saved and not self.auto.n_traced else None)
 
-    def _fit_buffers(self) -> None:
-        streaming = [chunk for chunk in self.chunks if chunk.placement is Placement.STREAM]
-        for i in range(min(self.widths.ring_slots, len(streaming))):
-            n, narrow = max(chunk.n for chunk in streaming), any(chunk.dtype != torch.float32 for chunk in streaming)
-            dtypes = {"exp_avg": torch.float32, "exp_avg_sq": torch.float32} | ({"low": torch.int16} if narrow else {})
-            self.ring.append({name: self.ledger.zeros("device", n, dtype, f"ring slot {i}") for name, dtype in dtypes.items()})
-        self._slot_free = [self.lanes.compute.now()] * len(self.ring)        # its zeros are written by then
-        on_cpu = [chunk.n * chunk.dtype.itemsize for chunk in self.chunks if chunk.placement is Placement.CPU]
-        for i in range(min(self.widths.outbox_slots, len(on_cpu))):
-            self.outbox.append(self.ledger.zeros("host", max(on_cpu), torch.uint8, f"outbox {i}", pin=True, nth=4 + i))
-        self._sent = [DONE] * len(self.outbox)       # events: the weights that were in it have left
-        self._keep_gradients()
-
-    def _keep_gradients(self) -> None:
-        """Say which gradients may wait for the step where they came. FSDP's are views of one buffer a module, so that one
-        of them keeps all; so does a part of a parameter's the whole. Where some of it leaves, what waits is copied."""
-        waits = lambda one: all(piece.chunk.placement is not Placement.CPU and "total" not in piece.chunk.tensors
-                                for piece in one.pieces)
-        flat_and_mixed = {one.gate for one in self.managed if isinstance(one.gate, FSDPModule) and not waits(one)}
-        for one in self.managed:
-            one.keeps_grad = waits(one) and one.gate not in flat_and_mixed
-
-    def _free_buffers(self) -> None:
-        for slot in self.ring:
-            self.ledger.give("device", sum(tensor.nbytes for tensor in slot.values()))
-        for box in self.outbox:
-            self.ledger.give("host", box.nbytes)
-        self.ring, self.outbox = [], []
+    def replan(self, plan: Plan) -> None:
+        """ChunkStore.replan, when all of the last update is over."""
+        self.wait()
+        self._let_go()
+        super().replan(plan)
+        self._steps_s = []
 
     # ---- backward: gradients arrive -----------------------------------------------------------------------------------
 
@@ -298,7 +129,7 @@ class ChunkManager:
             self._handles += [module.register_state_dict_pre_hook(lambda *_: self.wait()),
                               module.register_load_state_dict_pre_hook(lambda *_: self.wait())]
         for one in self.managed:
-            one.parameter._chunk_manager = self
+            one.parameter._has_chunks = True
             if not one.outside:
                 hook = lambda _, one=one: self._arrive_in_backward(one)
                 self._handles.append(one.parameter.register_post_accumulate_grad_hook(hook))
@@ -619,81 +450,13 @@ class ChunkManager:
         names = {module: name or f"part {i}" for i, part in enumerate(self.parts) for name, module in part.named_modules()}
         return {names[module]: module for module in self._gates}
 
-    def wait(self) -> None:
-        """Until all weights and states are new: before anything but a forward of the model reads them."""
-        for chunk in self.chunks:
-            chunk.wait()
-            chunk.done.synchronize()
-        self._see_weights(self.managed)
-
-    def _see_weights(self, ones: list[Managed]) -> None:
-        """Note how the update left them: what changes from now on until the next is not ours."""
-        for one in ones:
-            if one.weight_seen is None and one.arrivals == 0:
-                one.weight_seen = seen(one.parameter)
-
-    @torch.no_grad()
-    def _take_over(self, one: Managed) -> None:
-        """A weight that somebody changed since the last update becomes the master: a load_state_dict, a clamp."""
-        if one.weight_seen is None or (now := seen(one.parameter)) == one.weight_seen or now[0] != one.weight_seen[0]:
-            return                               # in other memory: FSDP moves a padded shard when it first runs
-        for piece in one.pieces:
-            piece.chunk.done.synchronize()
-            piece.chunk.write("master", piece, one.weight[piece.in_shard].float())
-        one.weight_seen = None
-        self.say(f"memory    the weight of {one.name} was changed by hand; it is the master now")
-
-    def masters(self) -> nn.Module:
-        """A stand-in for the model: the same names and `config`, trainable parameters replaced by copies of their float32
-        masters on the host, spread alike. For init_weights, load_hf, save_hf and checkpoints; see take_masters."""
-        stand_in, seen = nn.Module(), {}
-        stand_in.config = getattr(self.model, "config", None)
-        for name, value in self.model.state_dict(keep_vars=True).items():
-            if value in self.of and value not in seen:
-                master = like(value, self.gather("master", self.of[value]))
-                seen[value] = nn.Parameter(master)
-            *path, last = plain_name(name).split(".")
-            module = stand_in
-            for step in path:
-                if step not in module._modules:
-                    module.add_module(step, nn.Module())
-                module = module._modules[step]
-            value = seen.get(value, value)
-            module.register_parameter(last, value) if isinstance(value, nn.Parameter) else module.register_buffer(last, value)
-        return stand_in
-
-    @torch.no_grad()
-    def take_masters(self, stand_in: nn.Module) -> None:
-        """Values of `masters()`, changed since, become the master weights, and rounded the weights."""
-        values = dict(stand_in.named_parameters())
-        for one in self.managed:
-            self.scatter("master", one, local(values[one.name]))
-
-    @torch.no_grad()
-    def gather(self, name: str, one: Managed) -> Tensor:
-        """`master`, `exp_avg` or `exp_avg_sq` of this rank's shard, float32, flat, on the host, copied."""
-        self.wait()
-        gathered = torch.empty(local(one.parameter).numel())
-        for piece in one.pieces:
-            gathered[piece.in_shard] = piece.chunk.read(name, piece)
-        return gathered
-
-    @torch.no_grad()
-    def scatter(self, name: str, one: Managed, shard: Tensor) -> None:
-        """The reverse of gather, from any shape of as many elements."""
-        self.wait()
-        values = shard.reshape(-1).float().to(self.device)
-        for piece in one.pieces:
-            piece.chunk.write(name, piece, values[piece.in_shard])
-        one.weight_seen = None
-
     def close(self) -> None:
         """Finish, take the hooks off and end the host's thread."""
         self.wait()
         for handle in self._handles:
             handle.remove()
         for one in self.managed:
-            del one.parameter._chunk_manager
+            del one.parameter._has_chunks
         if self.auto:
             self.auto.close()
         self.lanes.thread.shutdown()
@@ -755,7 +518,3 @@ def _waiting_bytes(one: Managed) -> int:
     """Of a gradient, what stays on the device until its step."""
     return sum((piece.in_chunk.stop - piece.in_chunk.start) * one.parameter.dtype.itemsize for piece in one.pieces
                if piece.chunk.placement is not Placement.CPU and "total" not in piece.chunk.tensors)
-
-
-def _slot_bytes(dtype: torch.dtype) -> int:
-    return 8 if dtype == torch.float32 else 10

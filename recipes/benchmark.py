@@ -12,7 +12,7 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone works without being installed
@@ -29,6 +29,7 @@ from pretrain import (
     tokenizer_path,
     train_step,
 )
+from step_pictures import StepPictures
 
 from dtensor_llama import Llama, LlamaConfig
 from dtensor_llama.attention import choose_attention
@@ -92,6 +93,10 @@ def main(cfg: BenchmarkConfig) -> None:
         reader = RowReader(rows, cfg.train.global_batch_size, cfg.train.micro_batch_size, dp_rank, layout.dp,
                            cfg.data.document_mask, pin_memory=device.type == "cuda")
         sources["real"] = lambda: next(reader)
+    all_steps = replace(cfg.train, steps=cfg.warmup + cfg.train.steps)
+    pictures = StepPictures(replace(cfg, train=all_steps), layout, mesh, optimizer, device, first_step=0)
+    if rank == 0 and (cfg.memory.draw or layout.draw_schedule):
+        Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
     peak, peak_source = peak_flops(device, dtype)
     memory, step_s, wait_s = PeakMemory(device), {name: [] for name in sources}, []
     for i in range(cfg.warmup + cfg.train.steps):
@@ -102,12 +107,15 @@ def main(cfg: BenchmarkConfig) -> None:
             waited = time.perf_counter() - began
             n_scored = torch.tensor(count_scored(micros) * reads_alone(mesh), device=device)
             dist.all_reduce(n_scored)
+            recorder = pictures.before(i) if name == "synthetic" else None
             loss, _ = train_step(runner, model, optimizer, micros, n_scored, cfg.train.lr, mesh, layout,
-                                 cfg.train.max_grad_norm)
+                                 cfg.train.max_grad_norm, recorder)
             loss.item()                                    # waits for the device
             if i >= cfg.warmup:
                 step_s[name].append(time.perf_counter() - began)
                 wait_s += [waited] if name == "real" else []
+            if name == "synthetic":
+                pictures.after(i + 1, print if rank == 0 else None)
     peaks = torch.tensor(memory.take(), dtype=torch.float64)
     dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
 

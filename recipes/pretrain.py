@@ -197,7 +197,7 @@ def main(cfg: PretrainConfig) -> None:
         # ---- below here nothing changes the weights ----
         loss, grad_norm = loss.item(), grad_norm.item()   # waits for the device
         step_s = time.perf_counter() - began
-        pictures.after(step, log)
+        pictures.after(step, log.say if log else None)
         if not loss < float("inf"):                       # also nan; all ranks see the same number and stop together
             raise RuntimeError(f"the loss of step {step} is {loss}; the last checkpoint is from before. Lower --train.lr.")
         validation_loss = None

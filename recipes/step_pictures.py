@@ -1,12 +1,12 @@
 """Pictures of measured steps: who did what when in the pipeline, and what the chunk manager moved where."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from dtensor_llama.metrics import RunLog
 from memory.timeline import draw_timeline
 from parallel import ParallelConfig
 from parallel.schedule_picture import Recorder, bubble_share, draw_schedule
@@ -32,13 +32,14 @@ class StepPictures:
             self.manager.record = True
         return self.recorder
 
-    def after(self, steps_done: int, log: RunLog | None) -> None:
+    def after(self, steps_done: int, say: Callable[[str], None] | None) -> None:
+        """say: on the rank that draws."""
         events = self.recorder.gather() if self.recorder else None
-        if log and events:
+        if say and events:
             draw_schedule(events, self.run_dir / "schedule.png", self.layout.schedule)
-            log.say(f"step {steps_done}: drawn in {self.run_dir}/schedule.png; {bubble_share(events):.0%} of it is bubbles")
+            say(f"step {steps_done}: drawn in {self.run_dir}/schedule.png; {bubble_share(events):.0%} of it is bubbles")
         if self.manager and self.manager.record and steps_done > min(self.memory_step + 1, self.last):
             self.manager.record = False
-            if log:
+            if say:
                 draw_timeline(self.manager.events, self.run_dir / "memory.png", f"steps {self.memory_step + 1} to {steps_done}")
-                log.say(f"step {steps_done}: drawn in {self.run_dir}/memory.png")
+                say(f"step {steps_done}: drawn in {self.run_dir}/memory.png")

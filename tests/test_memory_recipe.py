@@ -1,5 +1,7 @@
 """--memory.* in the recipe: the same training, other places for its states; impossible settings are refused in words."""
 
+import json
+
 import pytest
 from recipe import metrics, recipe
 from recipe import pretrain_flags as flags
@@ -88,3 +90,11 @@ def test_a_budget_below_the_weights_is_refused_before_any_memory_is_taken(inputs
     asked = ["--memory.placement", "auto", "--memory.device-budget-gib", 1e-6]
     ended = recipe("pretrain", *flags(inputs, tmp_path / "run", *asked))
     assert ended.status == 2 and "--memory.device-budget-gib" in ended.err and "Traceback" not in ended.err
+
+
+def test_the_benchmark_draws_what_it_measured(tmp_path):
+    ended = recipe("benchmark", "--model", "tiny-1m", "--data.seq-len", 32, "--train.global-batch-size", 2, "--train.steps", 4,
+                   "--train.dtype", "float32", *STATIC, "--memory.draw", "--run-dir", tmp_path / "run")
+    assert ended.status == 0, ended
+    assert (tmp_path / "run" / "memory.png").read_bytes().startswith(b"\x89PNG")
+    assert "predicted step at least" in ended.out and json.loads(ended.out.splitlines()[-1])["memory"] == "static"

@@ -1,0 +1,267 @@
+"""ChunkStore: which chunks there are, where they are, and what they hold. The part of the manager that moves between steps.
+
+    plan       a placement for each chunk, held against the budgets before anything is allocated; `replan` goes to another
+    buffers    the ring, device slots that STREAM passes through; the outbox, pinned, where new weights of CPU leave from
+    values     masters and moments by parameter, wherever they are: `gather`, `scatter`; all masters as a model: `masters`
+
+All of it waits for the update that is under way. What happens in a step is the ChunkManager's (manager.py).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from dtensor_llama.errors import UsageError
+from dtensor_llama.shards import local
+from memory.activations import ActivationOffload
+from memory.auto import host_share
+from memory.chunk import (
+    CHUNK_ELEMENTS,
+    GIB,
+    Ledger,
+    Managed,
+    bytes_per_element,
+    chunk_size,
+    cut,
+    find_managed,
+    like,
+    plain_name,
+    seen,
+)
+from memory.config import MemoryConfig
+from memory.lanes import DONE, Lanes, empty_caches, hold_to_budget, host_threads
+from memory.placement import RESERVE, Placement, Plan, Widths, gib_up, static_plan
+
+IN_FLIGHT_BYTES = 512 * 2**20      # of gradients on their way to the host: else a slow link would fill the device with them
+MASTER_AND_MOMENTS = ("master", "exp_avg", "exp_avg_sq")
+
+
+class ChunkStore:
+    """Arguments as ChunkManager's. UsageError, before anything is allocated, if a plan does not fit the budgets."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.AdamW, config: MemoryConfig, parts: Sequence[nn.Module] | None,
+                 outside: Iterable[nn.Parameter], arrivals: int, plan: Plan | None, activations: Sequence[ActivationOffload],
+                 say: Callable[[str], None], ranks_per_host: int, chunk_elements: int | None, lanes: Lanes | None):
+        self.model, self.config, self.say, self.sums = model, config, say, arrivals > 1
+        self.parts = [model] if parts is None else list(parts)
+        self.activations, self.slab_bytes = activations, sum(one.host_bytes for one in activations)
+        self.managed = find_managed(model, self.parts, optimizer, set(outside))
+        self.of = {one.parameter: one for one in self.managed}
+        if any(hasattr(one.parameter, "_has_chunks") for one in self.managed):
+            raise UsageError("these parameters have a chunk manager already; close() it before they get another.")
+        n_here = sum(local(one.parameter).numel() for one in self.managed)
+        largest = CHUNK_ELEMENTS if config.resident == 1 else chunk_size(n_here)      # nothing to divide or to overlap
+        self.chunks = cut(self.managed, chunk_elements or largest)
+        self.device = local(self.managed[0].parameter).device if self.managed else torch.device("cpu")
+        self.lanes = lanes or Lanes(self.device, host_threads(self.device, ranks_per_host))
+        self.is_cuda = self.lanes.is_cuda
+        self.weight_bytes = sum(local(one).nbytes for one in {p for part in self.parts for p in part.parameters()})
+        self.host_share = host_share(ranks_per_host, self.is_cuda)
+        self.plan = plan or self._first_plan()
+        budgets = {account: None if gib is None else int(gib * GIB) for account, gib in
+                   (("device", config.device_budget_gib), ("host", config.host_budget_gib))}
+        self._refuse_what_does_not_fit(budgets)
+        self._refuse_what_the_host_lacks()
+
+        hold_to_budget(self.device, budgets["device"])
+        self.ledger = Ledger(self.device, budgets, lambda tensor: self.lanes.thread.submit(tensor.zero_).result())
+        self.ledger.take("device", self.weight_bytes, "weights")
+        self.ledger.take("host", self.slab_bytes, "offloaded block inputs")
+        for chunk, placement in zip(self.chunks, self.plan.placements, strict=True):
+            chunk.allocate(self.ledger, placement, self.sums)
+        self.ring: list[dict[str, Tensor]] = []
+        self.outbox: list[Tensor] = []
+        self._fit_buffers()
+
+    # ---- the plan -----------------------------------------------------------------------------------------------------
+
+    def _first_plan(self) -> Plan:
+        sizes = [chunk.n for chunk in self.chunks]
+        if self.config.placement == "static":
+            return static_plan(sizes, self.config.resident, self.config.stream, self.config.cpu, widths=self.widths,
+                               layers=[chunk.covers for chunk in self.chunks])
+        # auto: the first steps are traced with the device as empty as the host can make it
+        plan, n_resident = static_plan(sizes, 0, 0, 1), 0
+        gib = self.config.host_budget_gib
+        room = self.host_share + self.slab_bytes if gib is None else gib * GIB       # the slab is there: no longer free
+        while n_resident < len(sizes) and self.needed(plan)["host"] > room:
+            n_resident += 1
+            rest = (Placement.CPU,) * (len(sizes) - n_resident)
+            plan = replace(plan, placements=(Placement.RESIDENT,) * n_resident + rest)
+        return plan
+
+    @property
+    def widths(self) -> Widths:
+        return Widths.of(max((chunk.dtype.itemsize for chunk in self.chunks), default=4), self.sums)
+
+    def needed(self, plan: Plan, traced: bool = False) -> dict[str, int]:
+        """Bytes by account that a plan holds at most: weights, states, ring, gradients that wait for their step or travel.
+        traced: those that travel are in what was traced."""
+        total, slot, box, on_cpu = {"device": self.weight_bytes, "host": self.slab_bytes}, 0, 0, 0
+        for chunk, placement in zip(self.chunks, plan.placements, strict=True):
+            each = bytes_per_element(placement, chunk.dtype, self.sums)
+            for account in total:
+                total[account] += each[account] * chunk.n
+            if placement is Placement.STREAM:
+                slot = max(slot, chunk.n * _slot_bytes(chunk.dtype))
+            if placement is Placement.CPU:
+                box, on_cpu = max(box, chunk.n * chunk.dtype.itemsize), on_cpu + chunk.n * chunk.dtype.itemsize
+        total["device"] += slot * min(self.widths.ring_slots, plan.placements.count(Placement.STREAM))
+        total["host"] += box * min(self.widths.outbox_slots, plan.placements.count(Placement.CPU))
+        if self.lanes.has_queues and not traced:
+            total["device"] += min(IN_FLIGHT_BYTES, on_cpu)
+        return total
+
+    def _refuse_what_does_not_fit(self, budgets: dict[str, int | None]) -> None:
+        other = {"device": ", or more of --memory.cpu or --memory.stream", "host": ", or more of --memory.resident"}
+        for account, n_bytes in self.needed(self.plan).items():
+            if budgets[account] is not None and n_bytes > budgets[account]:
+                if self.config.placement == "auto":
+                    other = {"device": f" and what activations need, and {RESERVE:.0%} in reserve", "host": ""}
+                raise UsageError(f"--memory.{account}-budget-gib {budgets[account] / GIB:.6g} is not enough for this plan, "
+                                 f"which holds {gib_up(n_bytes)} GiB on the {account} besides activations; use that "
+                                 f"much{other[account]}.")
+
+    def _refuse_what_the_host_lacks(self) -> None:
+        """Without a budget the host's free memory is one; the states' pages are taken as they are written, too late to say."""
+        needed, both = self.needed(self.plan), "" if self.is_cuda else " and, without a GPU, the device"
+        n_bytes = needed["host"] - self.slab_bytes + (0 if self.is_cuda else needed["device"] - self.weight_bytes)
+        room = self.host_share if self.is_cuda else 2 * self.host_share
+        if self.config.host_budget_gib is None and n_bytes > room:
+            raise UsageError(f"the plan holds {n_bytes / GIB:.2f} GiB on the host{both}, and this rank's share of the memory "
+                             f"that is free there is {room / GIB:.2f} GiB; use more of --memory.resident, more ranks on more "
+                             "hosts, or say --memory.host-budget-gib if more may be taken.")
+
+    def replan(self, plan: Plan) -> None:
+        """Move chunks to their places in another plan, between steps; values do not change. UsageError if it cannot fit."""
+        self.wait()
+        assert all(one.arrivals == 0 for one in self.managed), "gradients have arrived; replan between steps"
+        before, self.plan = self.plan, plan
+        try:
+            self._refuse_what_does_not_fit(self.ledger.budgets)
+        except UsageError:
+            self.plan = before
+            raise
+        moving = [(chunk, placement) for chunk, placement in zip(self.chunks, plan.placements, strict=True)
+                  if placement is not chunk.placement]
+        moving.sort(key=lambda move: move[1] is Placement.RESIDENT)      # make room on the device first
+        self._free_buffers()
+        empty_caches(self.device)
+        for chunk, placement in moving:
+            kept = [(piece, {name: chunk.read(name, piece).to("cpu", copy=True) for name in MASTER_AND_MOMENTS})
+                    for piece in chunk.pieces]
+            chunk.release(self.ledger, self.sums)
+            chunk.allocate(self.ledger, placement, self.sums)
+            for piece, values in kept:
+                for name, value in values.items():
+                    chunk.write(name, piece, value.to(self.device) if name == "master" else value)
+        self._fit_buffers()
+        empty_caches(self.device)
+        for one in self.managed:
+            one.weight_seen = None               # a master was split anew, and its high half written
+
+    def _fit_buffers(self) -> None:
+        streaming = [chunk for chunk in self.chunks if chunk.placement is Placement.STREAM]
+        for i in range(min(self.widths.ring_slots, len(streaming))):
+            n, narrow = max(chunk.n for chunk in streaming), any(chunk.dtype != torch.float32 for chunk in streaming)
+            dtypes = {"exp_avg": torch.float32, "exp_avg_sq": torch.float32} | ({"low": torch.int16} if narrow else {})
+            self.ring.append({name: self.ledger.zeros("device", n, dtype, f"ring slot {i}") for name, dtype in dtypes.items()})
+        self._slot_free = [self.lanes.compute.now()] * len(self.ring)        # its zeros are written by then
+        on_cpu = [chunk.n * chunk.dtype.itemsize for chunk in self.chunks if chunk.placement is Placement.CPU]
+        for i in range(min(self.widths.outbox_slots, len(on_cpu))):
+            self.outbox.append(self.ledger.zeros("host", max(on_cpu), torch.uint8, f"outbox {i}", pin=True, nth=4 + i))
+        self._sent = [DONE] * len(self.outbox)       # events: the weights that were in it have left
+        self._keep_gradients()
+
+    def _keep_gradients(self) -> None:
+        """Say which gradients may wait for the step where they came. FSDP's are views of one buffer a module, so that one
+        of them keeps all; so does a part of a parameter's the whole. Where some of it leaves, what waits is copied."""
+        waits = lambda one: all(piece.chunk.placement is not Placement.CPU and "total" not in piece.chunk.tensors
+                                for piece in one.pieces)
+        flat_and_mixed = {one.gate for one in self.managed if isinstance(one.gate, FSDPModule) and not waits(one)}
+        for one in self.managed:
+            one.keeps_grad = waits(one) and one.gate not in flat_and_mixed
+
+    def _free_buffers(self) -> None:
+        for slot in self.ring:
+            self.ledger.give("device", sum(tensor.nbytes for tensor in slot.values()))
+        for box in self.outbox:
+            self.ledger.give("host", box.nbytes)
+        self.ring, self.outbox = [], []
+
+    # ---- values -------------------------------------------------------------------------------------------------------
+
+    def wait(self) -> None:
+        """Until all weights and states are new: before anything but a forward of the model reads them."""
+        for chunk in self.chunks:
+            chunk.wait()
+            chunk.done.synchronize()
+        self._see_weights(self.managed)
+
+    def _see_weights(self, ones: list[Managed]) -> None:
+        """Note how the update left them: what changes from now on until the next is not ours."""
+        for one in ones:
+            if one.weight_seen is None and one.arrivals == 0:
+                one.weight_seen = seen(one.parameter)
+
+    @torch.no_grad()
+    def _take_over(self, one: Managed) -> None:
+        """A weight that somebody changed since the last update becomes the master: a load_state_dict, a clamp."""
+        if one.weight_seen is None or (now := seen(one.parameter)) == one.weight_seen or now[0] != one.weight_seen[0]:
+            return                               # in other memory: FSDP moves a padded shard when it first runs
+        for piece in one.pieces:
+            piece.chunk.done.synchronize()
+            piece.chunk.write("master", piece, one.weight[piece.in_shard].float())
+        one.weight_seen = None
+        self.say(f"memory    the weight of {one.name} was changed by hand; it is the master now")
+
+    def masters(self) -> nn.Module:
+        """A stand-in for the model: the same names and `config`, trainable parameters replaced by copies of their float32
+        masters on the host, spread alike. For init_weights, load_hf, save_hf and checkpoints; see take_masters."""
+        stand_in, copied = nn.Module(), {}
+        stand_in.config = getattr(self.model, "config", None)
+        for name, value in self.model.state_dict(keep_vars=True).items():
+            if value in self.of and value not in copied:
+                master = like(value, self.gather("master", self.of[value]))
+                copied[value] = nn.Parameter(master)
+            *path, last = plain_name(name).split(".")
+            module = stand_in
+            for step in path:
+                if step not in module._modules:
+                    module.add_module(step, nn.Module())
+                module = module._modules[step]
+            value = copied.get(value, value)
+            module.register_parameter(last, value) if isinstance(value, nn.Parameter) else module.register_buffer(last, value)
+        return stand_in
+
+    @torch.no_grad()
+    def take_masters(self, stand_in: nn.Module) -> None:
+        """Values of `masters()`, changed since, become the master weights, and rounded the weights."""
+        values = dict(stand_in.named_parameters())
+        for one in self.managed:
+            self.scatter("master", one, local(values[one.name]))
+
+    @torch.no_grad()
+    def gather(self, name: str, one: Managed) -> Tensor:
+        """`master`, `exp_avg` or `exp_avg_sq` of this rank's shard, float32, flat, on the host, copied."""
+        self.wait()
+        gathered = torch.empty(local(one.parameter).numel())
+        for piece in one.pieces:
+            gathered[piece.in_shard] = piece.chunk.read(name, piece)
+        return gathered
+
+    @torch.no_grad()
+    def scatter(self, name: str, one: Managed, shard: Tensor) -> None:
+        """The reverse of gather, from any shape of as many elements."""
+        self.wait()
+        values = shard.reshape(-1).float().to(self.device)
+        for piece in one.pieces:
+            piece.chunk.write(name, piece, values[piece.in_shard])
+        one.weight_seen = None
+
+
+def _slot_bytes(dtype: torch.dtype) -> int:
+    return 8 if dtype == torch.float32 else 10
