@@ -88,6 +88,7 @@ def test_the_benchmark_of_host_adam_prints_one_json_line(monkeypatch, capsys):
     result = run_bench("host_adam", monkeypatch, capsys, "--mi-elements", 1, "--rounds", 1, "--model", "tiny-1m", "--rows", 1,
                        "--tokens", 32)
     assert result["stream_gb_s"] > 0 and result["manager_all_resident"]["model"] == "tiny-1m"
+    assert result["calls_per_second"]["beside_host_adam"] > 0
     assert all(result[name]["share_of_stream"] > 0 for name in ("ours_compiled", "ours_blocks", "torch_fused", "torch_foreach"))
 
 

@@ -9,7 +9,10 @@
 #   speed   llama2-7b, 16 bytes a parameter resident = 108 GB and about 20 GB of activations with selective recompute: fits.
 #           Casting fp32 masters to bf16 once a forward moves 40 GB (10 ms); AdamW moves 28 bytes a parameter, 189 GB (44 ms);
 #           16,384 tokens at 592 TFLOP/s sustained take 1.17 s: 55 % MFU before tuning.
-#   rates   H2D and D2H 50 GB/s each, 100 both at once; DRAM 200 GB/s on 16 cores, so host Adam 7 G parameters/s at 28 bytes
+#   rates   H2D and D2H 50 GB/s each, 100 both at once; DRAM 200 GB/s on 16 cores, so host Adam 7 G parameters/s at 28 bytes;
+#           device Adam 165 G parameters/s at 26 bytes. Far below, look at the loads of its kernel: its length is a symbol, so
+#           triton may not know it for a multiple of 16, and load bfloat16 one by one
+#   host    Adam 0.95 of the stream; torch calls beside it within a half of those alone (default wrapper: near none)
 #   offload auto_plan with those rates, 592 TFLOP/s, full recompute (4 forwards), exact clip, 4 rows a forward; seconds a step:
 #           tokens a step       4k     16k    64k      all resident, where it fits
 #           3.5B, 24 GiB        0.47   0.99   3.34     0.23  0.86  3.36

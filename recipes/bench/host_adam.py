@@ -5,9 +5,11 @@
 1. Parameters/s of one AdamW update from bfloat16 gradients to bfloat16 weights, float32 states on the host: our compiled
    kernel and our fallback; torch's fused and foreach AdamW with the casts they need; DeepSpeed's CPUAdam if it is installed.
    They take turns, round after round, with a plain in-place stream over as many bytes; 28 bytes a parameter move at least.
-2. A step of a small model, everything RESIDENT, with the chunk manager and with torch.optim.AdamW(fused=True), both clipped,
+2. How many torch calls a second another thread makes beside our kernel, which then has one core less, and without it: what a
+   forward needs to be launched while the host steps.
+3. A step of a small model, everything RESIDENT, with the chunk manager and with torch.optim.AdamW(fused=True), both clipped,
    taking turns. What the manager costs goes by the number of parameters, not by their size: on a larger model it is less.
-3. The time to plan 70B on 512 ranks and on 8.
+4. The time to plan 70B on 512 ranks and on 8.
 Medians of the rounds; `share_of_stream` is bytes/s over those of the stream in the same rounds.
 """
 
@@ -15,6 +17,7 @@ import importlib.util
 import json
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,7 +68,8 @@ def main(cfg: Config) -> None:
             "g_parameters_s": round(n / statistics.median(times) / 1e9, 3),
             "gb_s": round(BYTES * n / statistics.median(times) / 1e9, 2),
             "share_of_stream": round(statistics.median(a / b for a, b in zip(seconds["stream"], times, strict=True)), 3)}
-    print(json.dumps(result | {"manager_all_resident": manager_overhead(cfg), "plan_70b_seconds": plan_seconds()}), flush=True)
+    result |= {"calls_per_second": calls_beside(n), "manager_all_resident": manager_overhead(cfg)}
+    print(json.dumps(result | {"plan_70b_seconds": plan_seconds()}), flush=True)
 
 
 def take_turns(steps: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
@@ -144,6 +148,35 @@ def deepspeeds(n: int) -> Callable | None:
         optimizer.step()
         weight.copy_(master.detach())
     return step
+
+
+def calls_beside(n: int, seconds: float = 1.0) -> dict[str, int]:
+    """Of a tiny torch operation, by this thread: alone, and while another steps with the compiled kernel."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads := max(1, before - 1))
+    step, calls, x = ours("compiled", n), {}, torch.ones(4)
+    step()                                                           # compiles, for that many threads
+    torch.set_num_threads(before)
+    stop = threading.Event()
+
+    def steps():
+        torch.set_num_threads(n_threads)
+        while not stop.is_set():
+            step()
+
+    for name, thread in (("alone", None), ("beside_host_adam", threading.Thread(target=steps))):
+        if thread:
+            thread.start()
+        n_calls, began = 0, time.perf_counter()
+        while time.perf_counter() - began < seconds:
+            x.add_(1)
+            n_calls += 1
+        calls[name] = round(n_calls / (time.perf_counter() - began))
+        if thread:
+            stop.set()
+            thread.join()
+    torch.set_num_threads(before)
+    return calls
 
 
 # ---- the manager with nothing to do ---------------------------------------------------------------------------------------
