@@ -33,9 +33,9 @@ def run_recipe(main: Callable[[Config], None], config_class: type[Config]) -> No
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         rank, said = os.environ.get("RANK", "0"), str(error).partition(" If reserved but unallocated")[0]
-        print(f"error: rank {rank} has no more memory on its device, or in --memory.device-budget-gib. Lower "
-              "--train.micro-batch-size or --data.seq-len, use --train.recompute full, --memory.activations, "
-              f"--memory.placement auto or more ranks, or raise the budget. torch says: {said}", file=sys.stderr, flush=True)
+        print(f"error: rank {rank} has no more memory on its device, or in its --memory.device-budget-gib. Training needs less "
+              "with a lower --train.micro-batch-size or --data.seq-len, --train.recompute full, --memory.activations, "
+              f"--memory.placement auto, or more ranks. torch says: {said}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

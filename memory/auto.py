@@ -1,7 +1,7 @@
 """The policy `auto`: trace some steps with the device as empty as can be, plan from what was measured, and keep watch.
 
     steps 1 to 3   all states on the host; a Tracer notes times and peaks              nothing can run out of memory that fits
-    in step 1      what no plan can hold is refused, before any weight has changed
+    in step 1      what no plan can hold is refused; where gradients are clipped, before any weight has changed
     after step 3   ranks agree on the slowest times and highest peaks; every rank makes its plan of them, and moves its chunks
     later          a peak close to the budget, or an update far from its prediction: planned again, between two steps
 """
@@ -15,6 +15,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from dtensor_llama.errors import UsageError
 from memory.chunk import GIB
 from memory.placement import Placement, Plan, auto_plan, describe, replan
 from memory.tracer import Counters, Rates, Traced, Tracer
@@ -34,7 +35,6 @@ class AutoPolicy:
 
     def __init__(self, manager: "ChunkManager", rates: Rates, say: Callable[[str], None], counters: Counters | None = None):
         self.manager, self.rates, self.say, self.n_steps, self.n_plans = manager, rates, say, 0, 0
-        self.n_traced = 0                        # steps, those before a checkpoint included
         self.counters = counters or Counters.of(manager.device)
         self.tracer: Tracer | None = Tracer(manager.gated_modules(), manager.device, self.counters)
         self.traced: Traced | None = None
@@ -79,10 +79,9 @@ class AutoPolicy:
             self.tracer.start_step()
 
     def backward_ended(self) -> None:
-        """Before anything is stepped; all ranks enter. The first step shows whether any plan can hold what the model needs."""
+        """All ranks enter. The first step shows whether any plan can hold what the model needs."""
         if self.tracer and self.tracer.tracing:
             self.tracer.end_step()
-            self.n_traced += 1
             if len(self.tracer.steps) == 1:
                 self._best_plan(self._trace())
 
@@ -92,7 +91,7 @@ class AutoPolicy:
         if self.n_plans >= MOST_PLANS:
             return
         if self.tracer:
-            if self.n_traced >= WARM_UP_STEPS:
+            if len(self.tracer.steps) >= WARM_UP_STEPS:
                 self.traced = self._trace()
                 self.close()
                 self._plan()
@@ -113,10 +112,18 @@ class AutoPolicy:
         return _agreed(self.tracer.result(self._held_while_traced(), self.manager.slab_bytes))
 
     def _best_plan(self, traced: Traced) -> Plan:
-        manager = self.manager
-        return auto_plan([chunk.n for chunk in manager.chunks], device_budget_bytes=self.device_budget,
-                         host_budget_bytes=self.host_budget, rates=self.rates, traced=traced, widths=manager.widths,
-                         layers=[chunk.covers for chunk in manager.chunks], clips=manager.clips)
+        """Of this rank. UsageError on all ranks if one of them has none: chunks and free memory of hosts may differ."""
+        manager, plan = self.manager, None
+        refusal = UsageError("another rank's budgets cannot hold its parameters, as it says.")
+        try:
+            plan = auto_plan([chunk.n for chunk in manager.chunks], device_budget_bytes=self.device_budget,
+                             host_budget_bytes=self.host_budget, rates=self.rates, traced=traced, widths=manager.widths,
+                             layers=[chunk.covers for chunk in manager.chunks], clips=manager.clips)
+        except UsageError as error:
+            refusal = error
+        if not self._all_ranks(plan is not None):
+            raise refusal
+        return plan
 
     def _plan(self, again: str = "") -> None:
         plan, manager = self._best_plan(self.traced), self.manager

@@ -94,7 +94,8 @@ class Managed:
     keeps_grad: bool = False       # its gradient waits for the step where autograd or FSDP left it
     weight_seen: tuple | None = None    # what `seen` said of its weight after our last update; None: one may be under way
     step: int = 0                  # updates made
-    arrivals: int = 0              # of a gradient since the last update
+    came: int = 0                  # backwards that gave it a gradient since the last update
+    arrivals: int = 0              # of them, or of their sum, that were taken in
 
     @property
     def weight(self) -> Tensor:
@@ -282,10 +283,10 @@ def cut(managed: list[Managed], chunk_elements: int) -> list[Chunk]:
     return chunks
 
 
-def seen(tensor: Tensor) -> tuple[int, int]:
-    """Which memory and which writing of it: the second part grows with each in-place change."""
+def seen(tensor: Tensor) -> tuple[int, int, int]:
+    """Which memory, and which writing of it: an in-place change adds to the count of the shard, or of the DTensor around it."""
     shard = local(tensor)
-    return shard.data_ptr(), shard._version
+    return shard.data_ptr(), shard._version, tensor._version
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
 """AdamW over one chunk: one source for host and device, torch.compile's or, without a compiler, torch's fused kernel in blocks.
+On the device, where nothing is to be cast (float32 weights), torch's fused kernel takes many pieces in one call in any case.
 
 host_step       a CPU chunk: fp32 master on the host; the new weight, rounded, goes to memory of its own. Written where the
                 gradient was it would halve the speed: the compiled loop's masked loads are as wide as a register and wait
@@ -116,9 +117,9 @@ class Kernel:
                 torch.set_num_threads(n_threads)
                 self.host_step(*states, None, hyper)
                 torch.set_num_threads(before)
-                low = zeros(device, torch.int16) if dtype == torch.bfloat16 else None
-                states = zeros(device, dtype), low, zeros(device), zeros(device), zeros(device, grad_dtype)
-                self.device_step(*states, None, hyper)
+                if dtype == torch.bfloat16:      # else device_steps has torch's
+                    states = zeros(device, dtype), zeros(device, torch.int16), zeros(device), zeros(device)
+                    self.device_step(*states, zeros(device, grad_dtype), None, hyper)
         torch.set_num_threads(before)            # of threads that begin from now on too, after the host's has set its own
 
     @torch.no_grad()

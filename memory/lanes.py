@@ -149,8 +149,8 @@ def empty_caches(device: torch.device) -> None:
 
 
 def hold_to_budget(device: torch.device, budget_bytes: int | None) -> None:
-    """Have torch's allocator refuse what would pass a budget for the whole process, what is not torch's included."""
-    if device.type == "cuda" and budget_bytes is not None:
-        free, total = torch.cuda.mem_get_info(device)
-        others = total - free - torch.cuda.memory_reserved(device)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, budget_bytes - others) / total), device)
+    """Have torch's allocator refuse what would pass it; None: only the device ends it. What is not torch's is not in it: CUDA's
+    own half GiB or so, NCCL's buffers; placement auto traces that and plans with it."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(1.0 if budget_bytes is None else min(1.0, budget_bytes / total), device)

@@ -12,7 +12,6 @@ are, and how they move between steps, is the ChunkStore's (store.py).
 On a CUDA device lanes are streams; without one they are the calling thread, and only CPU chunks run beside it (lanes.py).
 """
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -32,7 +31,7 @@ from memory.auto import AutoPolicy
 from memory.chunk import Chunk, Managed, Piece, State, flat, gated
 from memory.config import MemoryConfig
 from memory.kernel import Hyper, Kernel
-from memory.lanes import DONE, Lanes
+from memory.lanes import DONE, Lanes, hold_to_budget
 from memory.optimizer import ChunkOptimizer, check_adamw
 from memory.placement import Placement, Plan, describe, describe_measured, with_prediction
 from memory.store import IN_FLIGHT_BYTES, MASTER_AND_MOMENTS, ChunkStore
@@ -95,7 +94,10 @@ class ChunkManager(ChunkStore):
             self.kernel.warm_up(self.device, dtype, {dtype, *[torch.float32] * self.sums}, self.lanes.n_threads)
         self._frozen = [p for group in optimizer.param_groups for p in group["params"] if p not in self.of]
         self._gates = _gates(self.parts, self.of)
+        if config.placement == "auto" and plan is None and rates is None:
+            rates = measure_rates(self.device, config.kernel, ranks_per_host)
         self._install_hooks()
+        self._see_weights(self.managed)
         self.optimizer = ChunkOptimizer(self, optimizer)
         self.auto = None
         say(f"memory    {len(self.chunks)} chunks on this rank; AdamW by {self.kernel.why}")
@@ -105,14 +107,13 @@ class ChunkManager(ChunkStore):
                 self.plan = with_prediction(self.plan, rates, Traced(0, *compute_seconds))
             say(describe(self.plan))
         if config.placement == "auto" and plan is None:
-            self.auto = AutoPolicy(self, rates or measure_rates(self.device, config.kernel, ranks_per_host), say)
+            self.auto = AutoPolicy(self, rates, say)
 
     def take_plan(self, saved: str) -> None:
-        """Under placement auto: go on with this rank's plan of a checkpoint (ChunkOptimizer.saved_plan, or ""), without tracing
-        again, if on every rank it is one for the chunks and budgets of now; or with as many steps traced. All ranks enter."""
+        """Under placement auto: go on with this rank's plan of a checkpoint (Plan.to_json, or ""), without tracing again, if
+        on every rank it is one for the chunks and budgets of now. All ranks enter."""
         if self.auto:
-            self.auto.n_traced = json.loads(saved or "{}").get("traced", 0)
-            self.auto.take_plan(Plan.from_json(saved) if saved and not self.auto.n_traced else None)
+            self.auto.take_plan(Plan.from_json(saved) if saved else None)
 
     def replan(self, plan: Plan) -> None:
         """ChunkStore.replan, when all of the last update is over."""
@@ -141,6 +142,13 @@ class ChunkManager(ChunkStore):
 
     def _arrive_in_backward(self, one: Managed) -> None:
         self._mark("backward")
+        one.came += 1
+        can_sum = self.sums or self.clips and one.keeps_grad and one.parameter.dtype == torch.float32
+        if one.came > 1 and (not can_sum or not self.clips and one.came > self.arrivals):
+            n = one.came
+            raise RuntimeError(f"the gradient of {one.name} arrived {n} times before one step, and there is no place to sum it "
+                               f"in float32, or it was stepped with; pass arrivals={n} or more to ChunkManager, or throw the "
+                               "first away by optimizer.zero_grad().")
         if not (one.keeps_grad and self.clips):      # else it is taken in with all others like it, by finish_backward
             self._arrive(one)
 
@@ -150,23 +158,15 @@ class ChunkManager(ChunkStore):
         grad = one.parameter.grad
         if isinstance(grad, DTensor) and grad.placements != one.parameter.placements:
             grad = grad.redistribute(placements=one.parameter.placements)      # Partial, where no FSDP has reduced it
-            if one.keeps_grad and one.arrivals + 1 == self.arrivals:
+            if one.keeps_grad and (self.clips or one.arrivals + 1 == self.arrivals):      # it is the last one's sum
                 one.parameter.grad = grad
         grad = local(grad).reshape(-1)
-        can_sum = self.sums or self.clips and one.keeps_grad and grad.dtype == torch.float32
-        if one.arrivals and (not can_sum or not self.clips and one.arrivals >= self.arrivals):
-            n = one.arrivals + 1
-            raise RuntimeError(f"the gradient of {one.name} arrived {n} times before one step, and there is no place to sum it "
-                               f"in float32, or it was stepped with; pass arrivals={n} or more to ChunkManager, or throw the "
-                               "first away by optimizer.zero_grad().")
         for piece in one.pieces:
             self._collect(piece, grad[piece.in_shard], adds=one.arrivals > 0 and not one.keeps_grad)
         if one.arrivals == 0:
             self.ledger.take("device", _waiting_bytes(one), f"gradient of {one.name}")
         if not one.keeps_grad:
             one.parameter.grad = None
-        if one.arrivals == 0 and not self.clips:
-            self._take_over(one)
         one.arrivals += 1
         if not self.clips and one.arrivals == self.arrivals:
             ready = self.lanes.compute.now()
@@ -238,7 +238,7 @@ class ChunkManager(ChunkStore):
 
     def discard_gradients(self) -> None:
         for one in self.managed:
-            if one.arrivals:
+            if one.came or one.arrivals:
                 self._forget(one)
         for chunk in self.chunks:
             if chunk.state is State.COLLECTING:
@@ -252,7 +252,8 @@ class ChunkManager(ChunkStore):
         one.parameter.grad = None
         for piece in one.pieces:
             piece.adding, piece.waiting = piece.adding and piece.adding.result(), None
-        one.arrivals = 0
+            self.norms[piece.index], self.host_squares[piece.index] = self._zero, 0.0
+        one.came = one.arrivals = 0
 
     def _clear_squares(self) -> None:
         self.norms = [self._zero] * len(self.norms)
@@ -294,13 +295,11 @@ class ChunkManager(ChunkStore):
         self.finish_backward()
         self._mark(None)
         self._begin_update()
-        for one in self.managed if self.clips else ():
-            if one.arrivals:
-                self._take_over(one)
         ready, clip_arrived = self.lanes.compute.now(), DONE      # STREAM need not wait for the residents' Adam, given below
         if self.clip is not None:
             clip_arrived = self.lanes.d2h.run("clip", partial(self._host_clip.copy_, self.clip, non_blocking=True),
                                               after=[ready])
+            self._in_use.append((clip_arrived, [self.clip]))
         for placement in (Placement.CPU, Placement.RESIDENT, Placement.STREAM):
             for chunk in self.chunks:
                 if chunk.placement is placement and chunk not in self._issued and any(one.arrivals for one in chunk.managed):
@@ -349,7 +348,8 @@ class ChunkManager(ChunkStore):
                   Placement.STREAM: self._step_stream}[chunk.placement]
         chunk.move_to(State.QUEUED)
         for one in chunk.managed:
-            one.weight_seen = None
+            if one.arrivals:
+                one.weight_seen = None           # until the next forward, or wait
         engine(chunk, [(piece, _hyper(piece.managed)) for piece in chunk.pieces if piece.managed.arrivals], ready, clip_arrived,
                self._turns[chunk.placement])
         self._turns[chunk.placement] += 1
@@ -459,6 +459,7 @@ class ChunkManager(ChunkStore):
             del one.parameter._has_chunks
         if self.auto:
             self.auto.close()
+        hold_to_budget(self.device, None)
         self.lanes.thread.shutdown()
 
     # ---- what happened when ---------------------------------------------------------------------------------------------

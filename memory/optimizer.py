@@ -4,7 +4,6 @@ A checkpoint holds what it would hold without the manager: as the model's weight
 `exp_avg`, `exp_avg_sq`, and the groups' settings. So it can be loaded under any plan, on any layout, and by torch's AdamW.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -82,9 +81,8 @@ class ChunkOptimizer(torch.optim.Optimizer):
         self.manager.take_masters(stand_in)
 
     def saved_plan(self) -> str:
-        """For the checkpoint: JSON; before placement auto has made its plan, how many steps it has traced."""
-        auto = self.manager.auto
-        return json.dumps({"traced": auto.n_traced}) if auto and auto.is_tracing else self.manager.plan.to_json()
+        """For the checkpoint: JSON, empty before placement auto has made its plan."""
+        return "" if self.manager.auto and self.manager.auto.is_tracing else self.manager.plan.to_json()
 
     def take_plan(self, saved: str) -> None:
         """ChunkManager.take_plan."""

@@ -202,20 +202,22 @@ class ChunkStore:
         self._see_weights(self.managed)
 
     def _see_weights(self, ones: list[Managed]) -> None:
-        """Note how the update left them: what changes from now on until the next is not ours."""
+        """Between an update and the next backward: note how the update left them, and take over what changed since. In other
+        memory nothing has: FSDP moves a padded shard when it first runs."""
         for one in ones:
-            if one.weight_seen is None and one.arrivals == 0:
-                one.weight_seen = seen(one.parameter)
+            if one.arrivals == 0 and (now := seen(one.parameter)) != one.weight_seen:
+                if one.weight_seen is not None and now[0] == one.weight_seen[0]:
+                    self._take_over(one)
+                one.weight_seen = now
 
     @torch.no_grad()
     def _take_over(self, one: Managed) -> None:
-        """A weight that somebody changed since the last update becomes the master: a load_state_dict, a clamp."""
-        if one.weight_seen is None or (now := seen(one.parameter)) == one.weight_seen or now[0] != one.weight_seen[0]:
-            return                               # in other memory: FSDP moves a padded shard when it first runs
+        """A weight that somebody changed, by load_state_dict or a clamp, becomes the master that CPU chunks have beside it,
+        where it is not that master rounded. Elsewhere it is (the high half of) the master anyway."""
         for piece in one.pieces:
-            piece.chunk.done.synchronize()
-            piece.chunk.write("master", piece, one.weight[piece.in_shard].float())
-        one.weight_seen = None
+            if piece.chunk.placement is Placement.CPU:
+                master, weight = piece.chunk.tensors["master"][piece.in_chunk], one.weight[piece.in_shard].cpu()
+                master.copy_(torch.where(master.to(weight.dtype) == weight, master, weight.float()))
         self.say(f"memory    the weight of {one.name} was changed by hand; it is the master now")
 
     def masters(self) -> nn.Module:
@@ -260,7 +262,8 @@ class ChunkStore:
         values = shard.reshape(-1).float().to(self.device)
         for piece in one.pieces:
             piece.chunk.write(name, piece, values[piece.in_shard])
-        one.weight_seen = None
+        if name == "master":
+            one.weight_seen = None
 
 
 def _slot_bytes(dtype: torch.dtype) -> int:

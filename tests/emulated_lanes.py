@@ -4,7 +4,8 @@
                   in the order and after the events that CUDA guarantees. A wait that is missing shows as a wrong number.
     ClockLanes    everything runs at once, and takes the time it is said to take: who works when can be asserted.
 
-What the caller computes runs at once in both, as autograd does on a CPU.
+What the caller computes runs at once in both, as autograd does on a CPU: whether a lane waits for it long enough is not seen,
+nor whether a tensor lives until its last reader, as these queues keep what they were given.
 """
 
 import random

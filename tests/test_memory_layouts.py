@@ -10,6 +10,9 @@ from emulated_lanes import QueuedLanes
 from pool import run_on
 from test_memory_parity import chunk_sizes, plan_of
 from test_one_answer import ROWS, SHAPES, STEPS, five_steps, rows_of, whole_weights
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dtensor_llama import Llama
 from dtensor_llama.data.reader import Batch
@@ -166,3 +169,76 @@ def test_gradients_that_leave_are_kept_alive_by_none_that_waits(ranks, stage, dt
     """FSDP's are views of one buffer a block, and a plain one is whole although only some of it waits."""
     for held, counted in run_on(ranks, gradients_that_wait, ParallelConfig(zero_stage=stage), dtype):
         assert 0 < held <= counted, (held, counted)
+
+
+def weights_changed_by_hand(layout: ParallelConfig) -> float:
+    """The largest difference of whole weights, which rank 0 has, from torch's AdamW; chunks are in random places."""
+    with torch.device("meta"):
+        other = Llama(SHAPES["gqa"])
+    other.to_empty(device="cpu")
+    init_weights(other, seed=5)
+    ends = []
+    for manage in (True, False):
+        resolved, mesh, model, manager, runner = start("gqa", layout, ROWS // dist.get_world_size(), 1 if manage else None)
+        if not manage:
+            manager.close()
+            init_weights(model, seed=0)
+        optimizer = manager.optimizer if manage else build_adamw(model, lr=1e-3, weight_decay=0.1)
+        for i in range(3):
+            batch = rows_of(i, masked=True)
+            mine = Batch(*(x.chunk(resolved.dp)[mesh["dp"].get_local_rank()] for x in batch))
+            runner.step([mine], (batch.labels != -100).sum(), grad_scale=resolved.grad_ranks)
+            optimizer.step()
+            optimizer.zero_grad()
+            if i == 0:
+                set_model_state_dict(model, other.state_dict(), options=StateDictOptions(full_state_dict=True))
+            if i == 1:
+                _ = manager.wait() if manage else None
+                with torch.no_grad():
+                    for p in model.parameters():
+                        p.clamp_(-0.03, 0.03)
+        if manage:
+            manager.close()
+        ends.append(whole_weights(model))
+    return max(((value - ends[1][name]).abs().max().item() for name, value in ends[0].items()), default=-1.0)
+
+
+@pytest.mark.parametrize("ranks,stage", [(1, 0), (2, 3), (2, 1)])
+def test_sharded_weights_that_are_loaded_or_changed_by_hand_become_the_masters(ranks, stage):
+    assert 0 <= run_on(ranks, weights_changed_by_hand, ParallelConfig(zero_stage=stage))[0] < 1e-6
+
+
+class Spread(torch.nn.Module):
+    """A weight that all ranks hold and each uses with its own rows: autograd leaves its gradient Partial."""
+
+    def __init__(self, mesh):
+        super().__init__()
+        self.weight = torch.nn.Parameter(DTensor.from_local(torch.linspace(-1, 1, 160).view(16, 10), mesh, [Replicate()]))
+        self.mesh = mesh
+
+    def forward(self, x):
+        return (DTensor.from_local(x, self.mesh, [Shard(0)]) @ self.weight).square().sum().full_tensor()
+
+
+def partial_gradients(placement: Placement, arrivals: int) -> tuple[float, torch.Tensor]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = Spread(mesh)
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    plan = plan_of(chunk_sizes(model, adamw, 64), [placement] * 9)
+    manager = ChunkManager(model, adamw, MemoryConfig("static", 1, 0, 0, kernel="blocks"), plan=plan, chunk_elements=64,
+                           arrivals=arrivals)
+    for i in range(arrivals):
+        model(torch.randn(4, 16, generator=torch.Generator().manual_seed(10 * i + dist.get_rank()))).backward()
+    norm = manager.clip_grad_norm(1.0).item()
+    manager.optimizer.step()
+    manager.close()
+    return norm, local(model.weight).clone()
+
+
+@pytest.mark.parametrize("arrivals", [1, 3])
+def test_gradients_that_nobody_has_reduced_are_at_every_placement(arrivals):
+    (right, expected), _ = run_on(2, partial_gradients, Placement.CPU, arrivals)
+    for placement in (Placement.RESIDENT, Placement.STREAM):
+        for norm, weight in run_on(2, partial_gradients, placement, arrivals):
+            assert norm == pytest.approx(right, rel=1e-5)
+            torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-7)

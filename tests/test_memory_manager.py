@@ -159,12 +159,26 @@ def test_bfloat16_gradients_of_microbatches_are_summed_in_float32():
 
 
 def test_a_second_arrival_that_would_be_rounded_is_an_error():
-    model, manager = managed([CPU] * 99)
+    for placements, dtype in (([CPU] * 99, torch.float32), ([CPU] * 99, BF16), ([RESIDENT] * 99, BF16)):
+        model, manager = managed(placements, dtype=dtype)
+        x = torch.ones(1, 7, dtype=dtype)
+        model(x).backward()
+        with pytest.raises(RuntimeError, match="arrivals=2"):
+            model(x).backward()
+        manager.optimizer.zero_grad()
+        model(x).backward()                          # thrown away, so this one is the first
+        manager.close()
+
+
+def test_the_norm_of_a_gradient_that_was_thrown_away_is_not_counted():
+    model, manager = managed([RESIDENT] * 99)
     model(torch.ones(1, 7)).backward()
-    with pytest.raises(RuntimeError, match="arrivals=2"):
-        model(torch.ones(1, 7)).backward()
-    manager.optimizer.zero_grad()
-    model(torch.ones(1, 7)).backward()               # thrown away, so this one is the first
+    manager.optimizer.clip_grad_norm(1.0)
+    model.zero_grad()
+    model.layers[0](torch.ones(1, 7)).sum().backward()
+    ours = manager.optimizer.clip_grad_norm(1.0)
+    theirs = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
     manager.close()
 
 
@@ -453,36 +467,56 @@ def test_masters_are_a_model_to_load_and_a_tied_matrix_stays_one():
     manager.close()
 
 
-@pytest.mark.parametrize("how", ["load_state_dict", "by hand", "by hand, stepped in backward"])
+@pytest.mark.parametrize("clips", [True, False])
+@pytest.mark.parametrize("how", ["load_state_dict", "by hand", "with the optimizer's state", "before the first step"])
 @pytest.mark.parametrize("plan", PLANS)
-def test_weights_that_somebody_changes_between_steps_become_the_masters(plan, how):
-    clips = "backward" not in how
+def test_weights_that_somebody_changes_between_steps_become_the_masters(plan, how, clips):
     model, manager = managed(PLANS[plan], clips=clips)
     plain = tiny()
     for net, optimizer in ((model, manager.optimizer), (plain, adamw(plain))):
-        train(net, optimizer, 2)
-        if how == "load_state_dict":                       # while the host still steps: it waits by itself
-            net.load_state_dict({name: value + 0.1 for name, value in net.state_dict().items()})
-        else:
+        train(net, optimizer, 0 if "before" in how else 2)
+        if how == "by hand":
             manager.wait()
             with torch.no_grad():
                 for p in net.parameters():
                     p.clamp_(-0.05, 0.05)
+        else:                                              # while the host still steps: it waits by itself
+            net.load_state_dict({name: value + 0.1 for name, value in net.state_dict().items()})
+            if "optimizer" in how:
+                optimizer.load_state_dict(optimizer.state_dict())
+        if net is model:
+            masters = torch.cat([p.detach().flatten() for p in manager.masters().parameters()])
+            assert torch.equal(masters, weights(model))
         train(net, optimizer, 2)
     manager.close()
     torch.testing.assert_close(weights(model), weights(plain), rtol=1e-6, atol=1e-8)
 
 
-def test_changed_bfloat16_weights_are_the_masters_whole():
+def test_a_changed_weight_that_gets_no_gradient_in_the_next_step_is_kept():
+    model, manager = managed([CPU] * 99)
+    train(model, manager.optimizer, 1)
+    manager.wait()
+    with torch.no_grad():
+        model.layers[2].weight.fill_(0.5)
+    model.layers[0](torch.ones(1, 7)).sum().backward()
+    manager.optimizer.step()
+    manager.wait()
+    assert (model.layers[2].weight == 0.5).all()
+    manager.close()
+
+
+def test_changed_bfloat16_weights_are_the_masters_and_unchanged_ones_keep_theirs():
     for placements in PLANS.values():
         model, manager = managed(placements, dtype=BF16)
         train(model, manager.optimizer, 2)
-        model.load_state_dict({name: torch.full_like(value, 0.3) for name, value in model.state_dict().items()})
-        for group in manager.optimizer.param_groups:
-            group["lr"] = 0.0
-        model(torch.ones(1, 7, dtype=BF16)).backward()
-        manager.optimizer.step()
-        assert all((p == torch.tensor(0.3, dtype=BF16).float()).all() for p in manager.masters().parameters())
+        before = {name: p.detach().clone() for name, p in manager.masters().named_parameters()}
+        with torch.no_grad():
+            model.layers[0].weight.fill_(0.3)
+            model.layers[1].weight.clamp_(-9, 9)           # changes nothing
+        after = dict(manager.masters().named_parameters())
+        assert torch.equal(after["layers.1.weight"], before["layers.1.weight"])
+        rounded = [split_master(after["layers.0.weight"].detach().flatten())[0], after["layers.0.weight"].detach().to(BF16)]
+        assert any((one == torch.tensor(0.3, dtype=BF16)).all() for one in rounded)
         manager.close()
 
 
