@@ -243,7 +243,6 @@ class ChunkManager(ChunkStore):
         for chunk in self.chunks:
             if chunk.state is State.COLLECTING:
                 chunk.move_to(State.READY)
-        self._clear_squares()
         self.clip = None                         # it was of these gradients
 
     def _forget(self, one: Managed) -> None:
@@ -254,10 +253,6 @@ class ChunkManager(ChunkStore):
             piece.adding, piece.waiting = piece.adding and piece.adding.result(), None
             self.norms[piece.index], self.host_squares[piece.index] = self._zero, 0.0
         one.came = one.arrivals = 0
-
-    def _clear_squares(self) -> None:
-        self.norms = [self._zero] * len(self.norms)
-        self.host_squares = [0.0] * len(self.host_squares)
 
     # ---- the norm -----------------------------------------------------------------------------------------------------
 
@@ -275,7 +270,7 @@ class ChunkManager(ChunkStore):
                 piece.adding = piece.adding and piece.adding.result()
         squares, on_device = self._zero.double(), [piece for one in self.managed if one.arrivals for piece in one.pieces
                                                    if piece.chunk.placement is not Placement.CPU]
-        for piece, norm in zip(on_device, norms([self._grad_of(piece) for piece in on_device]), strict=True):
+        for piece, norm in zip(on_device, float32_norms([self._grad_of(piece) for piece in on_device]), strict=True):
             self.norms[piece.index] = norm
         if self.norms:
             squares = (torch.stack(self.norms).double() ** 2 * self.shares).sum() + sum(self.host_squares)
@@ -309,7 +304,6 @@ class ChunkManager(ChunkStore):
         for one in self.managed:
             one.step += one.arrivals > 0
             self._forget(one)
-        self._clear_squares()
         self._issued.clear()
         self._is_updating, self.clip = False, None
         for one in self.managed:
@@ -504,7 +498,7 @@ def _gates(parts: list[nn.Module], of: dict[nn.Parameter, Managed]) -> dict[nn.M
     return gates
 
 
-def norms(tensors: list[Tensor]) -> Sequence[Tensor]:
+def float32_norms(tensors: list[Tensor]) -> Sequence[Tensor]:
     """2-norm of each in float32, 0-dim, in one call. torch.nn.utils.get_total_norm has no dtype, and squares bfloat16."""
     return torch._foreach_norm(tensors, 2, dtype=torch.float32) if tensors else ()
 
