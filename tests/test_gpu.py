@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from dtensor_llama import Llama, LlamaConfig
 from dtensor_llama.attention import Documents, attention, choose_attention
 from dtensor_llama.model import init_weights
-from memory import ChunkManager
+from memory import ChunkManager, Placement
 from parallel import ParallelConfig, build_mesh
 from parallel.clip import clip_grad_norm
 from parallel.context import apply_context_parallel
@@ -86,6 +86,56 @@ def test_every_placement_on_a_gpu_equals_torchs_adamw(plan, max_norm, kernel):
             manager.close()
         of[who] = weights(model)
     assert_close(of["manager"], of["torch"], rtol=1e-5, atol=1e-7)      # host and device round differently in the last place
+
+
+def large(placements, device: str, clips: bool, one_at_a_time: bool) -> list[torch.Tensor]:
+    """Masters after 6 steps of 50M bfloat16 parameters in chunks of a Mi, with every queue emptied in between or none."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False) for _ in range(12))).to(device, torch.bfloat16)
+    optimizer = adamw(model)
+    plan = plan_of(chunk_sizes(model, optimizer, 2**20), placements)
+    manager = ChunkManager(model, optimizer, ON, plan=plan, chunk_elements=2**20, clips=clips)
+
+    def pause() -> None:
+        if one_at_a_time:
+            manager.wait()
+            torch.cuda.synchronize()
+
+    for step in range(6):
+        x = torch.randn(64, 2048, generator=torch.Generator().manual_seed(step)).to(device, torch.bfloat16)
+        loss = model(x).float().square().mean()
+        pause()
+        loss.backward()
+        pause()
+        if clips:
+            manager.clip_grad_norm(1e-3)
+        manager.optimizer.step()
+        pause()
+    masters = [p.detach().clone() for p in manager.masters().parameters()]
+    manager.close()
+    return masters
+
+
+@pytest.mark.parametrize("clips", [True, False])
+@pytest.mark.parametrize("plan", ["resident", "stream", "cpu", "all three", "upside down"])
+def test_nothing_depends_on_how_far_the_streams_have_come(plan, clips):
+    """Copies take long here, so that a stream that does not await the computation, or memory that is let go of too early, is a
+    wrong number: what queues without a GPU cannot show (tests/emulated_lanes.py)."""
+    n, (r, s, c) = 48, Placement
+    placements = {"resident": [r] * n, "stream": [s] * n, "cpu": [c] * n, "all three": [r] * (n // 3) + [s, c] * n,
+                  "upside down": [c, s] * (n // 3) + [r] * n}[plan]
+    ours, right = (large(placements, "cuda", clips, one_at_a_time) for one_at_a_time in (False, True))
+    assert all(map(torch.equal, ours, right))
+
+
+def test_a_device_budget_binds_the_allocator_until_the_manager_is_closed():
+    model = tiny().cuda()
+    optimizer = adamw(model)
+    manager = ChunkManager(model, optimizer, replace(ON, device_budget_gib=0.5), chunk_elements=64)
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    manager.close()
+    assert torch.empty(2**30, dtype=torch.uint8, device="cuda").nbytes == 2**30
 
 
 @pytest.mark.parametrize("cp_method", ["ulysses", "ring"])
