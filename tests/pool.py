@@ -9,6 +9,7 @@ starts clean.
 
 import atexit
 import faulthandler
+import gc
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,8 @@ import time
 import traceback
 from multiprocessing.connection import wait
 from pathlib import Path
+
+MOST_THREADS = 100        # of a worker; looking for garbage takes a third of a second
 
 _context = multiprocessing.get_context("spawn")
 _workers: list["_Worker"] = []
@@ -126,6 +129,8 @@ def _serve(pipe) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
         _forget_meshes()
+        if len(os.listdir("/proc/self/task")) > MOST_THREADS:
+            gc.collect()                     # groups live on in reference cycles, each with threads: thousands in a long run
 
 
 def _forget_meshes() -> None:
