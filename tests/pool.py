@@ -21,7 +21,7 @@ import traceback
 from multiprocessing.connection import wait
 from pathlib import Path
 
-MOST_THREADS = 100        # of a worker; looking for garbage takes a third of a second
+MORE_THREADS = 100        # in a worker, until it looks for garbage, which takes a third of a second
 
 _context = multiprocessing.get_context("spawn")
 _workers: list["_Worker"] = []
@@ -106,6 +106,7 @@ def _serve(pipe) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    n_threads = 0
     while True:
         try:
             function, args, rank, ranks, folder, group, port = pipe.recv()
@@ -129,8 +130,9 @@ def _serve(pipe) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
         _forget_meshes()
-        if len(os.listdir("/proc/self/task")) > MOST_THREADS:
+        if len(os.listdir("/proc/self/task")) > n_threads + MORE_THREADS:
             gc.collect()                     # groups live on in reference cycles, each with threads: thousands in a long run
+            n_threads = len(os.listdir("/proc/self/task"))
 
 
 def _forget_meshes() -> None:

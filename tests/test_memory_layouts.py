@@ -163,7 +163,7 @@ def gradients_that_wait(layout: ParallelConfig, dtype: torch.dtype) -> tuple[int
     return sum({one.data_ptr(): one.nbytes() for one in storages}.values()), counted
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("ranks,stage", [(1, 0), (2, 0), (2, 3)])
 def test_gradients_that_leave_are_kept_alive_by_none_that_waits(ranks, stage, dtype):
     """FSDP's are views of one buffer a block, and a plain one is whole although only some of it waits."""
@@ -203,7 +203,7 @@ def weights_changed_by_hand(layout: ParallelConfig) -> float:
     return max(((value - ends[1][name]).abs().max().item() for name, value in ends[0].items()), default=-1.0)
 
 
-@pytest.mark.parametrize("ranks,stage", [(1, 0), (2, 3), (2, 1)])
+@pytest.mark.parametrize("ranks,stage", [(1, 0), (2, 3), pytest.param(2, 1, marks=pytest.mark.slow)])
 def test_sharded_weights_that_are_loaded_or_changed_by_hand_become_the_masters(ranks, stage):
     assert 0 <= run_on(ranks, weights_changed_by_hand, ParallelConfig(zero_stage=stage))[0] < 1e-6
 
