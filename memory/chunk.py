@@ -240,8 +240,8 @@ def find_managed(model: nn.Module, parts: list[nn.Module], optimizer: torch.opti
     group_of = {p: group for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
     names = {parameter: plain_name(name) for name, parameter in model.named_parameters()}
     gates: dict[nn.Parameter, nn.Module] = {}
-    for part in parts:
-        gates = {parameter: module for parameter, module in gated(part).items() if parameter in group_of} | gates
+    for part in parts:                       # what several use is waited for by the first
+        gates |= {p: module for p, module in gated(part).items() if p in group_of and p not in gates}
     strange = [tuple(parameter.shape) for parameter in group_of if parameter not in gates or parameter not in names]
     if strange:
         raise UsageError(f"the optimizer has {len(strange)} parameters that are not the model's (the first: {strange[0]}); "

@@ -202,4 +202,4 @@ def _choose(kind: str, device: torch.device) -> tuple[str, str]:
     if kind == "blocks" or missing:
         because = f", as there is no {' and no '.join(missing)}" if kind == "auto" else ""
         return "blocks", f"torch's fused AdamW in blocks of {BLOCK // 1024}k elements{because}"
-    return "compiled", "torch.compile, one pass over gradient, states and weight"
+    return "compiled", "torch.compile, one pass over gradient, states and weight; of float32 weights on the device, torch's own"

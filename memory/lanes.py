@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 HOST_ADAM, DEVICE_ADAM = "host adam", "device adam"
+_empty_host_cache = getattr(torch.accelerator, "empty_host_cache", None) or torch._C._host_emptyCache     # public from 2.13 on
 LEFT_FOR_LAUNCHES = 3      # cores of a rank that launch, differentiate and communicate while the host steps
 
 
@@ -145,7 +146,7 @@ def empty_caches(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-        (getattr(torch.accelerator, "empty_host_cache", None) or torch._C._host_emptyCache)()      # public from torch 2.13 on
+        _empty_host_cache()
 
 
 def hold_to_budget(device: torch.device, budget_bytes: int | None) -> None:

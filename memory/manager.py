@@ -160,24 +160,25 @@ class ChunkManager(ChunkStore):
             grad = grad.redistribute(placements=one.parameter.placements)      # Partial, where no FSDP has reduced it
             if one.keeps_grad and (self.clips or one.arrivals + 1 == self.arrivals):      # it is the last one's sum
                 one.parameter.grad = grad
-        grad = local(grad).reshape(-1)
+        grad, ready = local(grad).reshape(-1), self.lanes.compute.now()
         for piece in one.pieces:
-            self._collect(piece, grad[piece.in_shard], adds=one.arrivals > 0 and not one.keeps_grad)
+            self._collect(piece, grad[piece.in_shard], ready, adds=one.arrivals > 0 and not one.keeps_grad)
         if one.arrivals == 0:
             self.ledger.take("device", _waiting_bytes(one), f"gradient of {one.name}")
         if not one.keeps_grad:
             one.parameter.grad = None
         one.arrivals += 1
         if not self.clips and one.arrivals == self.arrivals:
-            ready = self.lanes.compute.now()
+            ready = self.lanes.compute.now()         # what waits on the device has been copied
             for chunk in dict.fromkeys(piece.chunk for piece in one.pieces):
                 if all(other.arrivals == self.arrivals and not other.outside for other in chunk.managed):
                     self._issue(chunk, ready, DONE)
         self._let_go()
         self._bound_in_flight()
 
-    def _collect(self, piece: Piece, grad: Tensor, adds: bool) -> None:
-        """adds: to those of microbatches before; else it is the first, or, where it is kept, their sum."""
+    def _collect(self, piece: Piece, grad: Tensor, ready, adds: bool) -> None:
+        """ready: the event of the gradient. adds: to those of microbatches before; else it is the first, or, where it is
+        kept, their sum."""
         chunk = piece.chunk
         if chunk.state is not State.COLLECTING:
             chunk.wait()
@@ -188,7 +189,7 @@ class ChunkManager(ChunkStore):
                 piece.adding.result()            # the slab still holds the gradient of the microbatch before
             slab = chunk.tensors["slab"][piece.in_chunk]
             copied = self.lanes.d2h.run(f"gradient of {piece.managed.name}", lambda: slab.copy_(grad, non_blocking=True),
-                                        after=[self.lanes.compute.now()])
+                                        after=[ready])
             self._in_flight.append((copied, grad))
             if "total" in chunk.tensors:
                 piece.adding = self.lanes.thread.submit(self._add, piece, copied, adds)

@@ -4,7 +4,7 @@
     buffers    the ring, device slots that STREAM passes through; the outbox, pinned, where new weights of CPU leave from
     values     masters and moments by parameter, wherever they are: `gather`, `scatter`; all masters as a model: `masters`
 
-All of it waits for the update that is under way. What happens in a step is the ChunkManager's (manager.py).
+All of it comes after the update that is under way: `wait`. What happens in a step is the ChunkManager's (manager.py).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -117,10 +117,10 @@ class ChunkStore:
 
     def _refuse_what_does_not_fit(self, budgets: dict[str, int | None]) -> None:
         other = {"device": ", or more of --memory.cpu or --memory.stream", "host": ", or more of --memory.resident"}
+        if self.config.placement == "auto":
+            other = {"device": f" and what activations need, and {RESERVE:.0%} in reserve", "host": ""}
         for account, n_bytes in self.needed(self.plan).items():
             if budgets[account] is not None and n_bytes > budgets[account]:
-                if self.config.placement == "auto":
-                    other = {"device": f" and what activations need, and {RESERVE:.0%} in reserve", "host": ""}
                 raise UsageError(f"--memory.{account}-budget-gib {budgets[account] / GIB:.6g} is not enough for this plan, "
                                  f"which holds {gib_up(n_bytes)} GiB on the {account} besides activations; use that "
                                  f"much{other[account]}.")
@@ -223,6 +223,7 @@ class ChunkStore:
     def masters(self) -> nn.Module:
         """A stand-in for the model: the same names and `config`, trainable parameters replaced by copies of their float32
         masters on the host, spread alike. For init_weights, load_hf, save_hf and checkpoints; see take_masters."""
+        self.wait()
         stand_in, copied = nn.Module(), {}
         stand_in.config = getattr(self.model, "config", None)
         for name, value in self.model.state_dict(keep_vars=True).items():
@@ -242,14 +243,14 @@ class ChunkStore:
     @torch.no_grad()
     def take_masters(self, stand_in: nn.Module) -> None:
         """Values of `masters()`, changed since, become the master weights, and rounded the weights."""
+        self.wait()
         values = dict(stand_in.named_parameters())
         for one in self.managed:
             self.scatter("master", one, local(values[one.name]))
 
     @torch.no_grad()
     def gather(self, name: str, one: Managed) -> Tensor:
-        """`master`, `exp_avg` or `exp_avg_sq` of this rank's shard, float32, flat, on the host, copied."""
-        self.wait()
+        """`master`, `exp_avg` or `exp_avg_sq` of this rank's shard, float32, flat, on the host, copied. After `wait`."""
         gathered = torch.empty(local(one.parameter).numel())
         for piece in one.pieces:
             gathered[piece.in_shard] = piece.chunk.read(name, piece)
@@ -257,8 +258,7 @@ class ChunkStore:
 
     @torch.no_grad()
     def scatter(self, name: str, one: Managed, shard: Tensor) -> None:
-        """The reverse of gather, from any shape of as many elements."""
-        self.wait()
+        """The reverse of gather, from any shape of as many elements. After `wait`."""
         values = shard.reshape(-1).float().to(self.device)
         for piece in one.pieces:
             piece.chunk.write(name, piece, values[piece.in_shard])

@@ -67,12 +67,13 @@ def _cpu_name() -> str:
 
 
 def load_rates(path: Path, device: torch.device, kernel: str = "auto", ranks_per_host: int = 1,
-               measure: Callable[..., Rates] | None = None) -> Rates:
+               measure: Callable[..., Rates] | None = None, say: Callable[[str], None] = lambda text: None) -> Rates:
     """Of this machine as kept in the JSON file `path`; measured (some seconds) and added to it if they are not there.
-    kernel: of AdamW, as --memory.kernel; ranks_per_host: that share the host, and all measure now."""
+    kernel: of AdamW, as --memory.kernel; ranks_per_host: that share the host, and all measure now; say: told if it is."""
     kept = json.loads(path.read_text()) if path.exists() else {}
     key = f"{machine_key(device, ranks_per_host)}; AdamW {Kernel(kernel, device).kind}"
     if key not in kept:
+        say(f"memory    measuring what this machine can move and step, once, for {path}")
         kept[key] = (measure or measure_rates)(device, kernel, ranks_per_host).to_json()
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")          # ranks may measure at once: the last whole file stands

@@ -281,7 +281,7 @@ def set_up(cfg: "PretrainConfig", model: Llama, layout: ParallelConfig, n_micros
             model, optimizer, memory, parts=parts, outside=[embedding.weight] if tied_over_stages else [],
             arrivals=gradient_arrivals(model, layout.zero_stage, layout.pp > 1, n_micros),
             clips=cfg.train.max_grad_norm < math.inf,
-            rates=load_rates(rates_file, device, memory.kernel, ranks_per_host),
+            rates=load_rates(rates_file, device, memory.kernel, ranks_per_host, say=say or (lambda text: None)),
             compute_seconds=(forward_s, both_s - forward_s), activations=activations,
             say=say or (lambda text: None), ranks_per_host=ranks_per_host).optimizer
     return mesh, runner, optimizer

@@ -261,6 +261,7 @@ def test_a_plan_that_the_hosts_free_memory_cannot_hold_is_refused_and_auto_start
 def test_replanning_between_steps_changes_no_value(plans, dtype):
     model, manager = managed(PLANS["all three"], dtype=dtype)
     train(model, manager.optimizer, 2)
+    manager.wait()
     sizes = [chunk.n for chunk in manager.chunks]
     before = [manager.gather(name, one) for one in manager.managed for name in ("master", "exp_avg", "exp_avg_sq")]
     for plan in plans:
@@ -449,6 +450,18 @@ def test_schedulers_and_state_dicts_work_as_with_adamw():
     torch.testing.assert_close(other.optimizer.state_dict(), expected, rtol=0, atol=0)
     manager.close()
     other.close()
+
+
+def test_chunks_are_in_the_order_in_which_forward_waits_for_them_over_all_stages_of_a_rank():
+    model = tiny(sizes=(8, 8, 8, 8, 8))
+    stages = [torch.nn.ModuleDict({"blocks": torch.nn.ModuleList(model.layers[i:i + 2])}) for i in (0, 2)]
+    for stage in stages:
+        stage.head = torch.nn.Linear(8, 8, bias=False)
+    model.stages = torch.nn.ModuleList(stages)
+    manager = ChunkManager(model, torch.optim.AdamW(model.parameters()), ON, parts=stages, chunk_elements=64)
+    owned = [one.name.partition(".head")[0] if "head" in one.name else one.name.rpartition(".")[0] for one in manager.managed]
+    assert list(dict.fromkeys(owned)) == ["stages.0", "layers.0", "layers.1", "stages.1", "layers.2", "layers.3"]
+    manager.close()
 
 
 def test_masters_are_a_model_to_load_and_a_tied_matrix_stays_one():

@@ -31,8 +31,9 @@ RATES = Rates(1e9, 2e9, 3e9, 4e9, 5e9, {1: 6e8, 2: 7e8}, 8e9)
 def test_rates_are_measured_once_per_machine_and_kept(tmp_path):
     path, measured = tmp_path / "deep" / "rates.json", []
     measure = lambda *asked: measured.append(asked) or RATES
-    load = lambda kernel="blocks", ranks=1: load_rates(path, CPU, kernel, ranks, measure)
-    assert load() == load() == RATES
+    said = []
+    load = lambda kernel="blocks", ranks=1: load_rates(path, CPU, kernel, ranks, measure, said.append)
+    assert load() == load() == RATES and len(said) == 1 and str(path) in said[0]
     assert measured == [(CPU, "blocks", 1)]
     kept = json.loads(path.read_text())
     key = f"{machine_key(CPU)}; AdamW blocks"
