@@ -131,7 +131,7 @@ def _serve(pipe) -> None:
             dist.destroy_process_group()
         _forget_meshes()
         if len(os.listdir("/proc/self/task")) > n_threads + MORE_THREADS:
-            gc.collect()                     # groups live on in reference cycles, each with threads: thousands in a long run
+            gc.collect()                     # groups live on in reference cycles, each with two threads
             n_threads = len(os.listdir("/proc/self/task"))
 
 
@@ -146,9 +146,11 @@ def _forget_meshes() -> None:
         torch.compiler.reset()
     if "torch.distributed.tensor" not in sys.modules:
         return                               # importing it only to empty it would keep the next call waiting for seconds
+    from torch.distributed.tensor import _redistribute
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     _clear_sharding_prop_cache()
+    getattr(_redistribute, "clear_redistribute_planner_cache", lambda: None)()      # a dict: nothing below empties it
     getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", lambda: None)()
     for name, module in list(sys.modules.items()):
         if name.startswith("torch.distributed.tensor"):

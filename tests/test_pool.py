@@ -1,7 +1,9 @@
 """The pool of workers keeps its promises: a dead, failing or hung rank fails its test in seconds, and the next one runs."""
 
+import gc
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,3 +59,24 @@ def plus_one(values):
 def test_a_rank_that_compiled_alone_compiles_as_its_peers_do():
     run_on(1, graphs_made, 3)
     assert run_on(2, graphs_made, 4) == [[[]], [[]]]
+
+
+def redistribute_twice() -> None:
+    from torch.distributed.device_mesh import init_device_mesh      # seconds: not for workers that other tests here time
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("one", "other"))
+    for shard in (Shard(0), Shard(1)):
+        DTensor.from_local(torch.ones(2, 4), mesh, [shard, Replicate()]).redistribute(placements=[Replicate(), Replicate()])
+
+
+def threads_of_groups() -> int:
+    gc.collect()
+    return sum((task / "comm").read_text().startswith("pt_gloo") for task in Path("/proc/self/task").iterdir())
+
+
+def test_nothing_keeps_the_groups_of_earlier_calls():
+    before = run_on(2, threads_of_groups)
+    for _ in range(3):
+        run_on(2, redistribute_twice)
+    assert run_on(2, threads_of_groups) == before
