@@ -8,7 +8,8 @@
     checkpoints/step-00000300.superseded/   left when a run went back to an older checkpoint and passed this one again
 
 stage: copy the state to host memory, the only part training waits for. It costs this rank's bytes of state in host
-memory. The buffers are kept from save to save: filling warm ones takes 0.15 s/GB on a CPU, fresh ones 0.4 s/GB.
+memory. The buffers are kept from save to save: filling warm ones takes 0.15 s/GB on a CPU, fresh ones 0.4 s/GB. Where the
+host has no room for them (a chunk manager's plan says so) tensors are written one after another, and training waits.
 """
 
 import functools
@@ -20,8 +21,9 @@ import shutil
 import time
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,9 +31,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -42,6 +44,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from dtensor_llama.errors import UsageError
+from dtensor_llama.shards import local
 from dtensor_llama.weights import ADAPTER, fsync_folder, on_all_ranks
 
 NAME = re.compile(r"step-(\d{8,})")
@@ -50,6 +53,20 @@ FLAT = StateDictOptions(flatten_optimizer_state_dict=True)   # states by paramet
 # Frozen weights (LoRA) are those the run began with; strict would miss them, _refuse_other_model looks for all others.
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")   # one process is no accident
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """A tensor of the state that exists only while it is written or read, one at a time.
+
+    For states that live elsewhere than in tensors of their own (the chunks of memory/): gathering all of them at once
+    would take the host as much memory again as the states themselves.
+    """
+
+    like: Tensor                         # its shape, dtype and layout; this tensor needs no memory of its own
+    read: Callable[[], Tensor]           # makes this rank's values on the host, in any shape
+    write: Callable[[Tensor], None]      # takes new ones
+    stages: bool                         # the host has room for a copy of all of them, so that training need not wait
 
 
 class Checkpointer:
@@ -66,6 +83,7 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         # Its buffers are kept: fresh pages would cost more than the copy. Pageable: pinning takes longer than it saves.
         self._stager = BlockingAsyncStager(cache_staged_state_dict=True)
+        self._copies: dict[str, Tensor] = {}        # likewise, of Deferred tensors
         self._writing: tuple[Path, Future] | None = None
         self._saved: Path | None = None
         self._everywhere = functools.partial(on_all_ranks, f"checkpoints in {self.folder}", group=self._group)
@@ -76,19 +94,38 @@ class Checkpointer:
 
         Waits for the previous save, stages, and leaves the rest to the background unless `wait`. Raises what went
         wrong in the previous save (with `wait`: in this one), naming its folder. The step just saved is not saved
-        again."""
+        again. Deferred tensors for which the host has no room are written now, one after another, while the caller waits."""
         began = time.perf_counter()
         final = self.folder / f"step-{step:08d}"
         self.wait()
         if self._saved == final:
             return time.perf_counter() - began
-        if self._stager.state_dict_cache is None:
-            self._stager.state_dict_cache = BlockingAsyncStager().stage(state)
-        staged = self._stager.stage(state)      # a real copy, also of host tensors, which the next step overwrites
-        self._writing = final, self._thread.submit(self._write, final, staged)
-        if wait:
+        deferred = {name: value for name, value in _leaves(state) if isinstance(value, Deferred)}
+        staged = self._stage(state)
+        if all(one.stages for one in deferred.values()):
+            self._copy(deferred)
+            deferred = {}
+        else:
+            self._copies.clear()
+        planner = _SavePlanner(deferred, self._copies)
+        self._writing = final, self._thread.submit(self._write, final, staged, planner)
+        if wait or deferred:
             self.wait()
         return time.perf_counter() - began
+
+    def _stage(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A real copy of the state, also of host tensors, which the next step overwrites. Deferred tensors are their `like`."""
+        rest = _map_leaves(state, lambda value: None if isinstance(value, Deferred) else value)
+        if self._stager.state_dict_cache is None:
+            self._stager.state_dict_cache = BlockingAsyncStager().stage(rest)
+        staged = self._stager.stage(rest)
+        return _with_likes(staged, state)
+
+    def _copy(self, deferred: dict[str, Deferred]) -> None:
+        for name, one in deferred.items():
+            if name not in self._copies:
+                self._copies[name] = torch.empty(local(one.like).numel(), dtype=one.like.dtype)
+            self._copies[name].copy_(one.read().reshape(-1))
 
     def wait(self) -> None:
         """Until the running save, if any, is complete. Raises if it failed: UsageError if the disk did, naming it."""
@@ -126,11 +163,14 @@ class Checkpointer:
             raise UsageError(f"{path}: damaged checkpoint: {'; '.join(damage)}. {_older(path)}")
         reader = _Reader(path)
         wanted = {name for names in self._everywhere(lambda: {n for n, _ in _leaves(state)}) for name in names}
-        self._everywhere(lambda: _refuse_other_model(path, state, wanted, reader.read_metadata().state_dict_metadata))
+        deferred = {name: value for name, value in _leaves(state) if isinstance(value, Deferred)}
+        tensors = _map_leaves(state, lambda value: value.like if isinstance(value, Deferred) else value)
+        self._everywhere(lambda: _refuse_other_model(path, tensors, wanted, reader.read_metadata().state_dict_metadata))
         try:
-            dcp.load(state, storage_reader=reader, planner=_Planner(), process_group=self._group)
+            dcp.load(tensors, storage_reader=reader, planner=_Planner(deferred), process_group=self._group)
         except CheckpointException as error:
             raise RuntimeError(f"checkpoint {path} was not loaded: {_cause(error)}") from error
+        _take_values(state, tensors)
 
     def close(self) -> None:
         """Finish the running save, then end the thread and the process group, in this order. Raises as wait() does."""
@@ -148,12 +188,12 @@ class Checkpointer:
         for waste in [*self.folder.glob("step-*.partial"), *self.folder.glob("step-*.deleting")]:
             shutil.rmtree(waste)
 
-    def _write(self, final: Path, staged: dict[str, Any]) -> None:
+    def _write(self, final: Path, staged: dict[str, Any], planner: "_SavePlanner") -> None:
         """In the background, on every rank."""
         partial = final.with_name(final.name + ".partial")
         if self._rank == 0:
             shutil.rmtree(partial, ignore_errors=True)      # of a save that failed; DCP makes it before any rank writes
-        dcp.save(staged, storage_writer=dcp.FileSystemWriter(partial), process_group=self._group)
+        dcp.save(staged, storage_writer=dcp.FileSystemWriter(partial), planner=planner, process_group=self._group)
         # Read back what this rank wrote: the sums also vouch for what the file system says it has.
         mine = [*partial.glob(f"__{self._rank}_*"), *([partial / ".metadata"] if self._rank == 0 else [])]
         sums = self._everywhere(lambda: {file.name: _size_and_crc(file) for file in mine})
@@ -223,20 +263,18 @@ def training_state(
     """All that a run needs to go on bit for bit, for Checkpointer.save, or (with a new model and optimizer) .load.
 
     step: optimizer steps done; position: rows the data reader has dealt; meta: anything JSON can hold. Tensors are the
-    live ones, not copies; of a chunk manager they are host copies, of fp32 masters, as if there were none. Frozen
+    live ones, not copies; those of a chunk manager are Deferred, and the weights its fp32 masters. Frozen
     parameters are left out: load them first. The random states are this rank's own; a rank that has none in the checkpoint
     (it was written by fewer ranks) keeps its present ones. Gradients are not state: call it between steps."""
-    weights = optimizer.masters() if hasattr(optimizer, "masters") else model      # a chunk manager's fp32 ones
     never_stepped = not optimizer.state
     optimizer.zero_grad() if never_stepped else None    # with gradients around DCP would not make the moments
-    state = {
-        "model": get_model_state_dict(weights, options=TRAINED),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=FLAT),
-        "rng": {f"{_rank()}.{device}": generator.get_rng_state() for device, generator in _generators()},
-        "progress": json.dumps({"step": step, "position": position, "meta": meta or {}}),
-    }
-    if hasattr(optimizer, "saved_plan"):    # of a chunk manager, this rank's own: only the same plan gives the same bits
-        state["plan"] = {str(_rank()): optimizer.saved_plan()}
+    if hasattr(optimizer, "checkpoint_state"):          # a chunk manager's
+        state = optimizer.checkpoint_state()
+    else:
+        state = {"model": get_model_state_dict(model, options=TRAINED),
+                 "optimizer": get_optimizer_state_dict(model, optimizer, options=FLAT)}
+    state["rng"] = {f"{_rank()}.{device}": generator.get_rng_state() for device, generator in _generators()}
+    state["progress"] = json.dumps({"step": step, "position": position, "meta": meta or {}})
     if never_stepped:       # DCP made the moments by a step with lr 0; it must not count in Adam's bias correction
         for moments in optimizer.state.values():
             if isinstance(moments.get("step"), torch.Tensor):
@@ -248,13 +286,11 @@ def restore_training_state(state: dict[str, Any], model: nn.Module, optimizer: t
     """Put a loaded training_state into effect; returns {"step": int, "position": int, "meta": dict}.
 
     Learning rate, betas and decay of the optimizer's groups become the saved ones, as in optimizer.load_state_dict."""
-    weights = optimizer.masters() if hasattr(optimizer, "masters") else model
-    set_model_state_dict(weights, state["model"], options=TRAINED)
-    if weights is not model:
-        optimizer.take_masters(weights)
-    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=FLAT)
-    if hasattr(optimizer, "take_plan"):
-        optimizer.take_plan(*state["plan"].values())
+    if hasattr(optimizer, "checkpoint_state"):
+        optimizer.restore(state)
+    else:
+        set_model_state_dict(model, state["model"], options=TRAINED)
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=FLAT)
     for device, generator in _generators():
         generator.set_rng_state(state["rng"][f"{_rank()}.{device}"])
     return json.loads(state["progress"])
@@ -272,6 +308,31 @@ def _leaves(state: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
     """(dotted name, value) of every entry of nested dicts, named as DCP does."""
     for key, value in state.items():
         yield from _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+
+
+def _map_leaves(state: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """Nested dicts of the same keys, with every entry changed."""
+    return {key: _map_leaves(value, change) if isinstance(value, dict) else change(value) for key, value in state.items()}
+
+
+def _with_likes(staged: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    """The staged entries, and for what is Deferred in the state its `like`."""
+    whole = {}
+    for key, value in state.items():
+        if isinstance(value, dict):
+            whole[key] = _with_likes(staged[key], value)
+        else:
+            whole[key] = value.like if isinstance(value, Deferred) else staged[key]
+    return whole
+
+
+def _take_values(state: dict[str, Any], loaded: dict[str, Any]) -> None:
+    """Entries of the state become the loaded ones. Those that are Deferred stay: their values went where they live."""
+    for key, value in state.items():
+        if isinstance(value, dict):
+            _take_values(value, loaded[key])
+        elif not isinstance(value, Deferred):
+            state[key] = loaded[key]
 
 
 def _complete(folder: Path) -> list[Path]:
@@ -368,8 +429,30 @@ class _RecordsOnly(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+class _SavePlanner(DefaultSavePlanner):
+    """Hands out the values of Deferred tensors: copies that were made before, or made now, when DCP writes them."""
+
+    def __init__(self, deferred: dict[str, Deferred], copies: dict[str, torch.Tensor]):
+        super().__init__()
+        self.deferred, self.copies = deferred, copies
+
+    def lookup_object(self, index):
+        found = super().lookup_object(index)
+        if index.fqn in self.deferred:
+            return self.deferred[index.fqn].read().view(found.shape)
+        if index.fqn in self.copies:
+            return self.copies[index.fqn].view(found.shape)
+        return found
+
+
 class _Planner(DefaultLoadPlanner):
-    """Tensors DCP itself reads with weights_only; values it would unpickle without limits, so look first here too."""
+    """Tensors DCP itself reads with weights_only; values it would unpickle without limits, so look first here too.
+
+    Deferred tensors are filled box by box: DCP reads a box into memory made for it, and it is taken over at once."""
+
+    def __init__(self, deferred: dict[str, Deferred] | None = None):
+        super().__init__()
+        self.deferred = deferred or {}
 
     def create_local_plan(self):
         for name in [name for name in self.state_dict if name not in self.metadata.state_dict_metadata]:
@@ -380,3 +463,20 @@ class _Planner(DefaultLoadPlanner):
         torch.load(value, weights_only=True)    # raises on anything but plain values
         value.seek(0)
         super().load_bytes(read_item, value)
+
+    def resolve_tensor(self, read_item):
+        one = self.deferred.get(read_item.dest_index.fqn)
+        if one is None:
+            return super().resolve_tensor(read_item)
+        return torch.empty(read_item.lengths, dtype=one.like.dtype)
+
+    def commit_tensor(self, read_item, tensor):
+        one = self.deferred.get(read_item.dest_index.fqn)
+        if one is None:
+            return super().commit_tensor(read_item, tensor)
+        shape = local(one.like).shape
+        if tuple(read_item.lengths) != tuple(shape):      # a part of this rank's share, written by another layout
+            whole = one.read().view(shape)
+            self.transform_tensor(read_item, whole).copy_(tensor)
+            tensor = whole
+        one.write(tensor)

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.errors import UsageError
 from dtensor_llama.model import Llama
-from dtensor_llama.weights import ADAPTER, hf_parameters, local_boxes, on_all_ranks, writers
+from dtensor_llama.weights import ADAPTER, hf_parameters, local_boxes, on_all_ranks, values_to_write, writers
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,9 @@ def init_lora(model: nn.Module, seed: int) -> None:
             key = int.from_bytes(sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1
             stream, bound = torch.Generator().manual_seed(key), parameter.shape[1] ** -0.5
             whole.uniform_(-bound, bound, generator=stream)
-        for offsets, sizes, local in local_boxes(parameter):
-            local.copy_(whole[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))])
+        with values_to_write(model, name, parameter) as values:
+            for offsets, sizes, local in local_boxes(values):
+                local.copy_(whole[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))])
 
 
 def n_adapter_parameters(model: LlamaConfig, config: LoraConfig) -> int:

@@ -205,27 +205,32 @@ def init_weights(model: Llama, seed: int) -> None:
     the parameter is spread: each run of rows has a random stream of its own, made on the CPU, and a rank draws only the
     runs its shards touch. Parameters may be plain or DTensors of any placement; not on `meta`.
     """
-    from dtensor_llama.weights import local_boxes
+    from dtensor_llama.weights import local_boxes, values_to_write
 
-    def fill(name: str, shape: torch.Size, offsets, sizes, local: Tensor) -> None:
-        run = max(1, INIT_BLOCK_ELEMENTS // max(1, shape[1:].numel()))    # rows per stream
-        end = offsets[0] + sizes[0]
-        for first in range(offsets[0] // run * run, end, run):
-            key = hashlib.sha256(f"{seed}/{name}/{first}".encode()).digest()
-            stream = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
-            rows = torch.empty(min(run, shape[0] - first), *shape[1:]).normal_(
-                0, model.config.initializer_range, generator=stream)
-            low, high = max(first, offsets[0]), min(first + run, end)
-            columns = [slice(o, o + s) for o, s in zip(offsets[1:], sizes[1:], strict=True)]
-            local[low - offsets[0]:high - offsets[0]] = rows[(slice(low - first, high - first), *columns)]
+    def fill(name: str, first: int, run: int, box: tuple) -> None:
+        """Draw `run` rows of a whole parameter from row `first` on, and keep those that lie in the box."""
+        offsets, sizes, local = box
+        shape = model.get_parameter(name).shape
+        key = hashlib.sha256(f"{seed}/{name}/{first}".encode()).digest()
+        stream = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+        rows = torch.empty(min(run, shape[0] - first), *shape[1:])
+        rows.normal_(0, model.config.initializer_range, generator=stream)
+        low = max(first, offsets[0])
+        high = min(first + run, offsets[0] + sizes[0])
+        columns = [slice(o, o + s) for o, s in zip(offsets[1:], sizes[1:], strict=True)]
+        local[low - offsets[0]:high - offsets[0]] = rows[(slice(low - first, high - first), *columns)]
 
     with ThreadPoolExecutor() as threads:     # normal_ runs on one core and lets go of the interpreter while it does
-        jobs = []
         for name, parameter in model.named_parameters():                  # a tied matrix comes once, as the embedding
-            for offsets, sizes, local in local_boxes(parameter):
-                if parameter.dim() == 1:
-                    local.fill_(1.0)
-                else:
-                    jobs.append(threads.submit(fill, name, parameter.shape, offsets, sizes, local))
-        for job in jobs:
-            job.result()
+            run = max(1, INIT_BLOCK_ELEMENTS // max(1, parameter.shape[1:].numel()))    # rows per stream
+            with values_to_write(model, name, parameter) as values:
+                jobs = []
+                for box in local_boxes(values):
+                    offsets, sizes, local = box
+                    if parameter.dim() == 1:
+                        local.fill_(1.0)
+                        continue
+                    for first in range(offsets[0] // run * run, offsets[0] + sizes[0], run):
+                        jobs.append(threads.submit(fill, name, first, run, box))
+                for job in jobs:
+                    job.result()

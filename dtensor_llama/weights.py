@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +49,43 @@ class Stored(NamedTuple):
     start: int
 
 
+class StandIn(nn.Module):
+    """Stands in for a model whose float32 weights live somewhere else, for example in the chunks of memory/.
+
+    Its parameters have the model's names, shapes and layouts, but no memory of their own. Values pass through one
+    parameter at a time, so that initialising, loading or saving a model takes the memory of its largest parameter,
+    not that of a second model. `values_to_read` and `values_to_write` treat it and an ordinary model alike.
+    """
+
+    def empty(self, name: str) -> Tensor:
+        """A tensor for the values of one parameter, float32 on the host, spread as the parameter is."""
+        raise NotImplementedError
+
+    def read(self, name: str) -> Tensor:
+        """As `empty`, with a copy of the values of now."""
+        raise NotImplementedError
+
+    def write(self, name: str, values: Tensor) -> None:
+        """The values of one parameter become these, which are spread as `empty` has it."""
+        raise NotImplementedError
+
+
+def values_to_read(model: nn.Module, name: str, parameter: nn.Parameter) -> Tensor:
+    """The values of a parameter of the model: itself, or of a StandIn a copy."""
+    return model.read(name) if isinstance(model, StandIn) else parameter
+
+
+@contextmanager
+def values_to_write(model: nn.Module, name: str, parameter: nn.Parameter) -> Iterator[Tensor]:
+    """What to fill, all of it, with new values of a parameter of the model: itself, or memory that a StandIn takes from."""
+    if not isinstance(model, StandIn):
+        yield parameter
+        return
+    values = model.empty(name)
+    yield values
+    model.write(name, values)
+
+
 def load_hf(model: nn.Module, folder: str | Path) -> None:
     """Fill the parameters (plain tensors or DTensors of any placements, any floating dtype) from a Hugging Face folder.
 
@@ -69,8 +107,9 @@ def load_hf(model: nn.Module, folder: str | Path) -> None:
         for file, names in itertools.groupby(in_file_order, key=lambda name: stored[name].file):
             with open(folder / file, "rb", buffering=0) as opened:
                 for name in names:
-                    for box in local_boxes(parameters[name]):
-                        _move(opened.fileno(), stored[name], box, staging, to_file=False)
+                    with values_to_write(model, name, parameters[name]) as values:
+                        for box in local_boxes(values):
+                            _move(opened.fileno(), stored[name], box, staging, to_file=False)
 
     everywhere(read)
 
@@ -106,8 +145,9 @@ def save_hf(
         for file in headers:
             with open(staged / file, "r+b", buffering=0) as opened:
                 for name in [name for name in parameters if stored[name].file == file]:
-                    for box in local_boxes(parameters[name]):
-                        if writer[name, box[0], box[1]] == rank:
+                    mine = [box[:2] for box in local_boxes(parameters[name]) if writer[name, box[0], box[1]] == rank]
+                    for box in local_boxes(values_to_read(model, name, parameters[name])) if mine else ():
+                        if box[:2] in mine:
                             _move(opened.fileno(), stored[name], box, staging, to_file=True)
                 os.fsync(opened.fileno())
 

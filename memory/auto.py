@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from dtensor_llama.errors import UsageError
 from memory.chunk import GIB
-from memory.placement import Placement, Plan, auto_plan, describe, replan
+from memory.placement import Placement, Plan, auto_plan, replan
 from memory.tracer import Counters, Rates, Traced, Tracer
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class AutoPolicy:
         self.close()
         self.n_plans = MOST_PLANS
         self.manager.replan(plan)
-        self.say("memory    with the plan of the checkpoint\n" + describe(plan))
+        self.say("memory    with the plan of the checkpoint\n" + self.manager.in_words())
 
     def close(self) -> None:
         if self.tracer:
@@ -109,7 +109,7 @@ class AutoPolicy:
         return manager.plan.widths.grad * manager.plan.n_parameters(Placement.RESIDENT)
 
     def _trace(self) -> Traced:
-        return _agreed(self.tracer.result(self._held_while_traced(), self.manager.slab_bytes))
+        return _agreed(self.tracer.result(self._held_while_traced(), self.manager.other_host_bytes))
 
     def _best_plan(self, traced: Traced) -> Plan:
         """Of this rank. UsageError on all ranks if one of them has none: chunks and free memory of hosts may differ."""
@@ -133,8 +133,9 @@ class AutoPolicy:
             self.say(f"memory    planned again: {again}" + ("" if moves else "; the best plan is the one there is"))
         if moves or not again:
             manager.replan(plan)
-            self.say(describe(plan))
         manager.plan = plan
+        if moves or not again:
+            self.say(manager.in_words())
         self.counters.reset()                    # a peak from before is not of this plan
 
     def _why_again(self) -> str | None:

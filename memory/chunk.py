@@ -11,8 +11,8 @@ total       float32 sum of gradients that arrive several times a step
 account     "device" or "host": where bytes are counted. On a machine without a device both are the same RAM
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -114,6 +114,13 @@ class Piece:
     in_chunk: slice
     waiting: Tensor | None = None  # the gradient until the step, where it cannot stay where it came
     adding: Any = None             # future: the gradient of an earlier microbatch is being added to the total
+
+    def parts(self, n: int) -> Iterator["Piece"]:
+        """The piece in runs of at most n elements."""
+        for start in range(0, self.in_chunk.stop - self.in_chunk.start, n):
+            in_chunk = slice(self.in_chunk.start + start, min(self.in_chunk.start + start + n, self.in_chunk.stop))
+            in_shard = slice(self.in_shard.start + start, min(self.in_shard.start + start + n, self.in_shard.stop))
+            yield replace(self, in_chunk=in_chunk, in_shard=in_shard)
 
 
 class Chunk:
@@ -303,3 +310,12 @@ def like(parameter: nn.Parameter, shard: Tensor) -> Tensor:
         return shard
     meta = TensorMeta(parameter.shape, parameter.stride(), shard.dtype)
     return DTensor(shard, DTensorSpec(parameter.device_mesh, parameter.placements, tensor_meta=meta), requires_grad=False)
+
+
+_NO_MEMORY = torch.zeros(1)      # the one number that all placeholders consist of
+
+
+def placeholder(parameter: nn.Parameter) -> Tensor:
+    """A float32 tensor with the shape and layout of the parameter, on the host, that takes no memory: all its elements
+    are one number, so that copying values into it raises."""
+    return like(parameter, _NO_MEMORY.expand(local(parameter).shape))

@@ -33,7 +33,7 @@ from memory.config import MemoryConfig
 from memory.kernel import Hyper, Kernel
 from memory.lanes import DONE, Lanes, hold_to_budget
 from memory.optimizer import ChunkOptimizer, check_adamw
-from memory.placement import Placement, Plan, describe, describe_measured, with_prediction
+from memory.placement import Placement, Plan, describe_measured, with_prediction
 from memory.store import IN_FLIGHT_BYTES, MASTER_AND_MOMENTS, ChunkStore
 from memory.tracer import Rates, Traced, measure_rates
 
@@ -44,7 +44,7 @@ class ChunkManager(ChunkStore):
     """Owns master weights and moments of a model's trainable parameters; `manager.optimizer` is its face.
 
     model: what `parameters()` of names; its parameters, plain or DTensor, float32 or bfloat16, hold values or will get them
-        by `take_masters`. Made after parallelize and to_empty.
+        by `masters().write`. Made after parallelize and to_empty.
     optimizer: an AdamW on them that never stepped. Its groups (the dicts themselves: schedulers go on) become those of
         `manager.optimizer`, which takes its place.
     parts: the modules that run, in forward order, if they are not `model`: pipeline stages.
@@ -102,10 +102,10 @@ class ChunkManager(ChunkStore):
         self.auto = None
         say(f"memory    {len(self.chunks)} chunks on this rank; AdamW by {self.kernel.why}")
         if config.placement == "static":
-            self.plan = replace(self.plan, other_host_bytes=self.slab_bytes)
+            self.plan = replace(self.plan, other_host_bytes=self.other_host_bytes)
             if rates and compute_seconds:
                 self.plan = with_prediction(self.plan, rates, Traced(0, *compute_seconds))
-            say(describe(self.plan))
+            say(self.in_words())
         if config.placement == "auto" and plan is None:
             self.auto = AutoPolicy(self, rates, say)
 

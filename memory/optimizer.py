@@ -5,14 +5,18 @@ A checkpoint holds what it would hold without the manager: as the model's weight
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from dtensor_llama.checkpoint import Deferred
 from dtensor_llama.errors import UsageError
 from dtensor_llama.shards import local
-from memory.chunk import Managed, like
+from dtensor_llama.weights import StandIn
+from memory.chunk import Managed, like, placeholder, plain_name
 
 if TYPE_CHECKING:
     from memory.manager import ChunkManager
@@ -73,20 +77,57 @@ class ChunkOptimizer(torch.optim.Optimizer):
         self.manager.discard_gradients()
         super().zero_grad(set_to_none)
 
-    def masters(self) -> nn.Module:
+    def masters(self) -> StandIn:
         """ChunkManager.masters: what a checkpoint holds as the model's weights."""
         return self.manager.masters()
 
-    def take_masters(self, stand_in: nn.Module) -> None:
-        self.manager.take_masters(stand_in)
+    def checkpoint_state(self) -> dict[str, Any]:
+        """The sections of a checkpoint, dtensor_llama.checkpoint.training_state, that are the manager's to give.
+
+        Weights are the float32 masters; the optimizer's state has the names that torch's AdamW would have in a flattened
+        state dict; tensors are Deferred. `plan` is this rank's, for only the same plan gives the same bits.
+        """
+        manager, masters = self.manager, self.manager.masters()
+        stages = manager.stages_checkpoints()
+
+        def deferred(name: str, one: Managed) -> Deferred:
+            return Deferred(placeholder(one.parameter), partial(manager.gather, name, one),
+                            partial(manager.scatter, name, one), stages)
+
+        weights = {}
+        for name, value in masters.state_dict(keep_vars=True).items():
+            if one := masters.managed_of(value):
+                weights[name] = deferred("master", one)
+            elif not isinstance(value, nn.Parameter):      # a buffer; frozen parameters are no state
+                weights[name] = value
+        names = {parameter: plain_name(name) for name, parameter in manager.model.named_parameters()}
+        state = {}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                name, one = names[parameter], manager.of.get(parameter)
+                state |= {f"param_groups.{name}.{key}": value for key, value in group.items() if key != "params"}
+                if one is not None:
+                    state[f"state.{name}.step"] = torch.tensor(float(one.step))
+                    state |= {f"state.{name}.{key}": deferred(key, one) for key in ("exp_avg", "exp_avg_sq")}
+        return {"model": weights, "optimizer": state, "plan": {str(_rank()): self.saved_plan()}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put a loaded `checkpoint_state` into effect. Weights and moments are in the chunks already: they were written as
+        they were read."""
+        names = {parameter: plain_name(name) for name, parameter in self.manager.model.named_parameters()}
+        loaded = state["optimizer"]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                name, one = names[parameter], self.manager.of.get(parameter)
+                group.update({key: loaded[f"param_groups.{name}.{key}"] for key in group if key != "params"})
+                if one is not None:
+                    one.step = int(loaded[f"state.{name}.step"])
+        check_options(self.param_groups)
+        self.manager.take_plan(*state["plan"].values())
 
     def saved_plan(self) -> str:
         """For the checkpoint: JSON, empty before placement auto has made its plan."""
         return "" if self.manager.auto and self.manager.auto.is_tracing else self.manager.plan.to_json()
-
-    def take_plan(self, saved: str) -> None:
-        """ChunkManager.take_plan."""
-        self.manager.take_plan(saved)
 
     def state_dict(self) -> dict[str, Any]:
         """As AdamW's; tensors are copies on the host, spread as their parameters."""
@@ -98,7 +139,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Copy moments and settings in; written by this, or by AdamW, under any plan. Master weights: take_masters."""
+        """Copy moments and settings in; written by this, or by AdamW, under any plan. Master weights: `masters().write`."""
         self.manager.wait()
         check_options(state_dict["param_groups"])
         both = state_dict["param_groups"], self.param_groups
@@ -136,3 +177,7 @@ class ParameterState(Mapping):
 
     def __len__(self) -> int:
         return len(STATES)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0

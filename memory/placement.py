@@ -300,8 +300,9 @@ def describe(plan: Plan) -> str:
         rows.append(("ring", "", "", _gib(device["ring"]), "", f"{plan.widths.ring_slots} chunks on their way through"))
     rows.append(("weights", "", _count(sum(plan.n_elements)), _gib(device["weights"]), "", f"{plan.widths.weight} bytes each"))
     if plan.policy == "auto" or host["other"]:
-        said = "activations and the rest, as traced" if plan.policy == "auto" else "block inputs, from forward to backward"
-        rows.append(("other", "", "", _gib(device["other"]), _gib(host["other"]), said))
+        traced = "activations and the rest, as traced; " if plan.policy == "auto" else ""
+        passing = "on the host block inputs until backward, and one parameter on its way to or from a file"
+        rows.append(("other", "", "", _gib(device["other"]), _gib(host["other"]), traced + passing))
     if plan.policy == "auto":
         rows.append(("reserve", "", "", _gib(device["reserve"]), "", f"{RESERVE:.0%} of the budget"))
     rows.append(("sum", str(len(plan.placements)), "", _gib(sum(device.values())), _gib(sum(host.values())), ""))

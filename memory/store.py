@@ -2,7 +2,8 @@
 
     plan       a placement for each chunk, held against the budgets before anything is allocated; `replan` goes to another
     buffers    the ring, device slots that STREAM passes through; the outbox, pinned, where new weights of CPU leave from
-    values     masters and moments by parameter, wherever they are: `gather`, `scatter`; all masters as a model: `masters`
+    values     masters and moments by parameter, wherever they are: `gather`, `scatter`; all masters as a model: `masters`.
+               They pass through the host's memory one parameter at a time, which plans count: `passing_bytes`
 
 All of it comes after the update that is under way: `wait`. What happens in a step is the ChunkManager's (manager.py).
 """
@@ -16,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from dtensor_llama.errors import UsageError
 from dtensor_llama.shards import local
+from dtensor_llama.weights import StandIn
 from memory.activations import ActivationOffload
 from memory.auto import host_share
 from memory.chunk import (
@@ -28,13 +30,15 @@ from memory.chunk import (
     cut,
     find_managed,
     like,
+    placeholder,
     plain_name,
     seen,
 )
 from memory.config import MemoryConfig
 from memory.lanes import DONE, Lanes, empty_caches, hold_to_budget, host_threads
-from memory.placement import RESERVE, Placement, Plan, Widths, gib_up, static_plan
+from memory.placement import RESERVE, Placement, Plan, Widths, describe, gib_up, static_plan
 
+PASSING_ELEMENTS = 2**22            # of a parameter that a copy between the device and the host takes at a time
 IN_FLIGHT_BYTES = 512 * 2**20      # of gradients on their way to the host: else a slow link would fill the device with them
 MASTER_AND_MOMENTS = ("master", "exp_avg", "exp_avg_sq")
 
@@ -52,7 +56,11 @@ class ChunkStore:
         self.of = {one.parameter: one for one in self.managed}
         if any(hasattr(one.parameter, "_has_chunks") for one in self.managed):
             raise UsageError("these parameters have a chunk manager already; close() it before they get another.")
-        n_here = sum(local(one.parameter).numel() for one in self.managed)
+        shard_sizes = [local(one.parameter).numel() for one in self.managed]
+        self.n_here = n_here = sum(shard_sizes)
+        # The largest shard in float32, twice: as it passes between chunks and files, and as the file's reader has it.
+        self.passing_bytes = 2 * 4 * max(shard_sizes, default=0)
+        self.other_host_bytes = self.slab_bytes + self.passing_bytes
         largest = CHUNK_ELEMENTS if config.resident == 1 else chunk_size(n_here)      # nothing to divide or to overlap
         self.chunks = cut(self.managed, chunk_elements or largest)
         self.device = local(self.managed[0].parameter).device if self.managed else torch.device("cpu")
@@ -69,7 +77,7 @@ class ChunkStore:
         hold_to_budget(self.device, budgets["device"])
         self.ledger = Ledger(self.device, budgets, lambda tensor: self.lanes.thread.submit(tensor.zero_).result())
         self.ledger.take("device", self.weight_bytes, "weights")
-        self.ledger.take("host", self.slab_bytes, "offloaded block inputs")
+        self.ledger.take("host", self.other_host_bytes, "block inputs and a parameter on its way")
         for chunk, placement in zip(self.chunks, self.plan.placements, strict=True):
             chunk.allocate(self.ledger, placement, self.sums)
         self.ring: list[dict[str, Tensor]] = []
@@ -100,7 +108,7 @@ class ChunkStore:
     def needed(self, plan: Plan, traced: bool = False) -> dict[str, int]:
         """Bytes by account that a plan holds at most: weights, states, ring, gradients that wait for their step or travel.
         traced: those that travel are in what was traced."""
-        total, slot, box, on_cpu = {"device": self.weight_bytes, "host": self.slab_bytes}, 0, 0, 0
+        total, slot, box, on_cpu = {"device": self.weight_bytes, "host": self.other_host_bytes}, 0, 0, 0
         for chunk, placement in zip(self.chunks, plan.placements, strict=True):
             each = bytes_per_element(placement, chunk.dtype, self.sums)
             for account in total:
@@ -127,13 +135,43 @@ class ChunkStore:
 
     def _refuse_what_the_host_lacks(self) -> None:
         """Without a budget the host's free memory is one; the states' pages are taken as they are written, too late to say."""
-        needed, both = self.needed(self.plan), "" if self.is_cuda else " and, without a GPU, the device"
-        n_bytes = needed["host"] - self.slab_bytes + (0 if self.is_cuda else needed["device"] - self.weight_bytes)
-        room = self.host_share if self.is_cuda else 2 * self.host_share
+        n_bytes, room = self._host_bytes_and_room()
+        both = "" if self.is_cuda else " and, without a GPU, the device"
         if self.config.host_budget_gib is None and n_bytes > room:
             raise UsageError(f"the plan holds {n_bytes / GIB:.2f} GiB on the host{both}, and this rank's share of the memory "
                              f"that is free there is {room / GIB:.2f} GiB; use more of --memory.resident, more ranks on more "
                              "hosts, or say --memory.host-budget-gib if more may be taken.")
+
+    def _host_bytes_and_room(self) -> tuple[int, int]:
+        """What the plan adds to the host's memory, and how much may be added: the budget, or what was free."""
+        needed = self.needed(self.plan)
+        if self.config.host_budget_gib is not None:
+            return needed["host"], int(self.config.host_budget_gib * GIB)
+        if self.is_cuda:
+            return needed["host"] - self.slab_bytes, self.host_share
+        on_both = needed["host"] - self.slab_bytes + needed["device"] - self.weight_bytes
+        return on_both, 2 * self.host_share
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Host memory for a copy of masters and moments, which lets training go on while a checkpoint is written."""
+        return 3 * 4 * self.n_here
+
+    def stages_checkpoints(self) -> bool:
+        """Whether the host has room for that copy beside the plan. Else parameters are written one after another, within
+        the memory that the plan has for one, and training waits."""
+        n_bytes, room = self._host_bytes_and_room()
+        return n_bytes + self.checkpoint_bytes <= room
+
+    def in_words(self) -> str:
+        """The plan, and what a checkpoint adds to it."""
+        gib = f"{self.checkpoint_bytes / GIB:.2f} GiB"
+        if self.stages_checkpoints():
+            checkpoint = f"a checkpoint takes {gib} more of the host: a copy, so that training goes on while it is written"
+        else:
+            checkpoint = ("a checkpoint is written one parameter at a time while training waits, and takes no more of the "
+                          f"host: a copy of masters and moments, {gib}, has no room there")
+        return f"{describe(self.plan)}\n  {checkpoint}"
 
     def replan(self, plan: Plan) -> None:
         """Move chunks to their places in another plan, between steps; values do not change. UsageError if it cannot fit."""
@@ -220,50 +258,84 @@ class ChunkStore:
                 master.copy_(torch.where(master.to(weight.dtype) == weight, master, weight.float()))
         self.say(f"memory    the weight of {one.name} was changed by hand; it is the master now")
 
-    def masters(self) -> nn.Module:
-        """A stand-in for the model: the same names and `config`, trainable parameters replaced by copies of their float32
-        masters on the host, spread alike. For init_weights, load_hf, save_hf and checkpoints; see take_masters."""
+    def masters(self) -> "Masters":
+        """A stand-in for the model, for init_weights, load_hf, save_hf and checkpoints; its trainable weights are the
+        float32 masters, which come and go one parameter at a time."""
         self.wait()
-        stand_in, copied = nn.Module(), {}
-        stand_in.config = getattr(self.model, "config", None)
-        for name, value in self.model.state_dict(keep_vars=True).items():
-            if value in self.of and value not in copied:
-                master = like(value, self.gather("master", self.of[value]))
-                copied[value] = nn.Parameter(master)
-            *path, last = plain_name(name).split(".")
-            module = stand_in
-            for step in path:
-                if step not in module._modules:
-                    module.add_module(step, nn.Module())
-                module = module._modules[step]
-            value = copied.get(value, value)
-            module.register_parameter(last, value) if isinstance(value, nn.Parameter) else module.register_buffer(last, value)
-        return stand_in
-
-    @torch.no_grad()
-    def take_masters(self, stand_in: nn.Module) -> None:
-        """Values of `masters()`, changed since, become the master weights, and rounded the weights."""
-        self.wait()
-        values = dict(stand_in.named_parameters())
-        for one in self.managed:
-            self.scatter("master", one, local(values[one.name]))
+        return Masters(self)
 
     @torch.no_grad()
     def gather(self, name: str, one: Managed) -> Tensor:
-        """`master`, `exp_avg` or `exp_avg_sq` of this rank's shard, float32, flat, on the host, copied. After `wait`."""
+        """`master`, `exp_avg` or `exp_avg_sq` of this rank's shard, float32, flat, on the host, copied. Waits for the chunks
+        that hold it."""
         gathered = torch.empty(local(one.parameter).numel())
         for piece in one.pieces:
-            gathered[piece.in_shard] = piece.chunk.read(name, piece)
+            piece.chunk.wait()
+            piece.chunk.done.synchronize()
+            for part in piece.parts(PASSING_ELEMENTS):
+                gathered[part.in_shard] = part.chunk.read(name, part)
         return gathered
 
     @torch.no_grad()
     def scatter(self, name: str, one: Managed, shard: Tensor) -> None:
-        """The reverse of gather, from any shape of as many elements. After `wait`."""
-        values = shard.reshape(-1).float().to(self.device)
+        """The reverse of gather, from any shape of as many elements. Waits for the chunks that hold it."""
+        values = shard.reshape(-1)
         for piece in one.pieces:
-            piece.chunk.write(name, piece, values[piece.in_shard])
+            piece.chunk.wait()
+            piece.chunk.done.synchronize()
+            for part in piece.parts(PASSING_ELEMENTS):
+                part.chunk.write(name, part, values[part.in_shard].float().to(self.device))
         if name == "master":
             one.weight_seen = None
+
+
+class Masters(StandIn):
+    """The model as a checkpoint or an export sees it: its names, layouts and `config`, with float32 masters as weights.
+
+    Trainable parameters are placeholders; `read` and `write` move their values from and to the chunks. Frozen ones and
+    buffers are the model's own.
+    """
+
+    def __init__(self, store: ChunkStore):
+        super().__init__()
+        self.config = getattr(store.model, "config", None)
+        self._store = store
+        self._managed = {one.name: one for one in store.managed}
+        self._stands_for: dict[nn.Parameter, Managed] = {}
+        placeholders: dict[nn.Parameter, nn.Parameter] = {}
+        for name, value in store.model.state_dict(keep_vars=True).items():
+            if value in store.of and value not in placeholders:      # a tied matrix is one parameter of two names
+                placeholders[value] = nn.Parameter(placeholder(value))
+                self._stands_for[placeholders[value]] = store.of[value]
+            *path, last = plain_name(name).split(".")
+            module = self
+            for step in path:
+                if step not in module._modules:
+                    module.add_module(step, nn.Module())
+                module = module._modules[step]
+            value = placeholders.get(value, value)
+            is_parameter = isinstance(value, nn.Parameter)
+            module.register_parameter(last, value) if is_parameter else module.register_buffer(last, value)
+
+    def managed_of(self, parameter: nn.Parameter) -> Managed | None:
+        """What the manager knows of a parameter of this stand-in; None: it is none of the manager's."""
+        return self._stands_for.get(parameter)
+
+    def empty(self, name: str) -> Tensor:
+        if name not in self._managed:
+            return self.get_parameter(name)
+        parameter = self._managed[name].parameter
+        return like(parameter, torch.empty(local(parameter).numel()))
+
+    def read(self, name: str) -> Tensor:
+        if name not in self._managed:
+            return self.get_parameter(name)
+        one = self._managed[name]
+        return like(one.parameter, self._store.gather("master", one))
+
+    def write(self, name: str, values: Tensor) -> None:
+        if name in self._managed:
+            self._store.scatter("master", self._managed[name], local(values))
 
 
 def _slot_bytes(dtype: torch.dtype) -> int:

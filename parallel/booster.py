@@ -35,7 +35,7 @@ from dtensor_llama.config import config_from_fields
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.loss import IGNORE
 from dtensor_llama.model import init_weights
-from dtensor_llama.weights import hf_parameters, local_boxes
+from dtensor_llama.weights import hf_parameters, local_boxes, values_to_write
 from parallel.apply import parallelize
 from parallel.clip import clip_grad_norm
 from parallel.config import ParallelConfig, check_parallel
@@ -134,8 +134,6 @@ class Booster:
             init_weights(masters, self.seed)
         else:
             copy_weights(whole, masters)
-        if self.memory is not None:
-            optimizer.take_masters(masters)
         self.runner = make_step_runner(parts, self.mesh["pp"], self.layout.schedule, self.n_micros, self.device, self.dtype,
                                        self.layout.sequence_shards, self.layout.zero_stage)
         self.model, self.optimizer, self.criterion, self._checked_shape = boosted, optimizer, criterion, None
@@ -261,12 +259,13 @@ class OwnRows:
                              "DataLoader(..., shuffle=True, generator=torch.Generator().manual_seed(0)).")
 
 
-def copy_weights(whole: dict[str, Tensor], model: Llama) -> None:
+def copy_weights(whole: dict[str, Tensor], model: nn.Module) -> None:
     """Copy into each parameter, plain or DTensor, this rank's box of the whole tensor of its name."""
     for name, parameter in hf_parameters(model).items():
-        for offsets, sizes, local in local_boxes(parameter):
-            box = tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
-            local.copy_(whole[name].detach()[box])
+        with values_to_write(model, name, parameter) as values:
+            for offsets, sizes, local in local_boxes(values):
+                box = tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
+                local.copy_(whole[name].detach()[box])
 
 
 def _config_of(model: nn.Module) -> LlamaConfig:

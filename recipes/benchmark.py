@@ -82,8 +82,7 @@ def main(cfg: BenchmarkConfig) -> None:
         model = Llama(config)
     mesh, runner, optimizer = set_up(cfg, model, layout, n_micros, kernel, device, seq_len, say=print if rank == 0 else None)
     dp_rank = mesh["dp"].get_local_rank()
-    with fp32_weights(model, optimizer) as whole:
-        init_weights(whole, cfg.train.seed)
+    init_weights(fp32_weights(model, optimizer), cfg.train.seed)
 
     synthetic = torch.randint(config.vocab_size, (n_micros, cfg.train.micro_batch_size, seq_len + 1),
                               generator=torch.Generator().manual_seed(dp_rank))

@@ -15,8 +15,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -165,8 +164,8 @@ def main(cfg: PretrainConfig) -> None:
     meta = checkpoint_meta(cfg, model_config, rows)
     step, position = resume(cfg.checkpoint.resume, model, optimizer, checkpoints, meta, is_main)
     if step == 0:
-        with fp32_weights(model, optimizer) as whole:
-            load_hf(whole, weights) if weights else init_weights(whole, cfg.train.seed)
+        whole = fp32_weights(model, optimizer)
+        load_hf(whole, weights) if weights else init_weights(whole, cfg.train.seed)
 
     dp_rank = mesh["dp"].get_local_rank()
     reader = RowReader(rows, cfg.train.global_batch_size, cfg.train.micro_batch_size, dp_rank, layout.dp,
@@ -231,8 +230,7 @@ def main(cfg: PretrainConfig) -> None:
     reader.close()
     checkpoints.close()
     if cfg.checkpoint.export_hf and not stopped:
-        with fp32_weights(model, optimizer) as whole:
-            export(whole, tokenizer, Path(cfg.run_dir, "hf"), compute_dtype, is_main)
+        export(fp32_weights(model, optimizer), tokenizer, Path(cfg.run_dir, "hf"), compute_dtype, is_main)
     if is_main:
         log.close()
         if log.rows:
@@ -287,15 +285,9 @@ def set_up(cfg: "PretrainConfig", model: Llama, layout: ParallelConfig, n_micros
     return mesh, runner, optimizer
 
 
-@contextmanager
-def fp32_weights(model: nn.Module, optimizer: Optimizer) -> Iterator[nn.Module]:
-    """What to load, initialize or save as float32: the model or, with a chunk manager, its masters, changes kept."""
-    if not isinstance(optimizer, ChunkOptimizer):
-        yield model
-        return
-    masters = optimizer.masters()
-    yield masters
-    optimizer.take_masters(masters)
+def fp32_weights(model: nn.Module, optimizer: Optimizer) -> nn.Module:
+    """What to load, initialize or save as float32: the model or, with a chunk manager, its masters."""
+    return optimizer.masters() if isinstance(optimizer, ChunkOptimizer) else model
 
 
 # ---- The step: one global batch ---------------------------------------------------------------------------------------

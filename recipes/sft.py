@@ -180,9 +180,9 @@ def main(cfg: SftConfig) -> None:
             per_token, mesh, layout.cp_method, layout.sequence_shards))
         noise.add_to(model.model.embed_tokens)
     checkpoints = Checkpointer(Path(cfg.run_dir, "checkpoints"), keep=cfg.checkpoint.keep)
-    with fp32_weights(model, optimizer) as whole:         # also before a resumption: a LoRA checkpoint has no frozen weights
-        load_hf(whole, weights) if weights else init_weights(whole, cfg.train.seed)
-        init_lora(whole, cfg.train.seed)
+    whole = fp32_weights(model, optimizer)                # also before a resumption: a LoRA checkpoint has no frozen weights
+    load_hf(whole, weights) if weights else init_weights(whole, cfg.train.seed)
+    init_lora(whole, cfg.train.seed)
     meta = checkpoint_meta(cfg, model_config, corpus, seq_len)
     step, position = resume(cfg.checkpoint.resume, model, optimizer, checkpoints, meta, is_main)
 
@@ -255,8 +255,8 @@ def main(cfg: SftConfig) -> None:
     reader.close()
     checkpoints.close()
     if cfg.checkpoint.export_hf and not stopped:
-        with fp32_weights(model, optimizer) as whole:
-            export(model if cfg.lora.rank else whole, cfg, tokenizer, template, compute_dtype, is_main)
+        whole = fp32_weights(model, optimizer)            # waits for the last update, which adapters need too
+        export(model if cfg.lora.rank else whole, cfg, tokenizer, template, compute_dtype, is_main)
     if is_main:
         log.close()
         if log.rows:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from recipe import metrics, recipe
 from recipe import pretrain_flags as flags
-from test_memory_parity import ON, PLANS, adamw, chunk_sizes, plan_of, tiny, train, weights
+from test_memory_parity import ON, PLANS, adamw, chunk_sizes, masters_of, plan_of, tiny, train, weights
 from torch.testing import assert_close
 
 from dtensor_llama import Llama, LlamaConfig
@@ -111,7 +111,7 @@ def large(placements, device: str, clips: bool, one_at_a_time: bool) -> list[tor
             manager.clip_grad_norm(1e-3)
         manager.optimizer.step()
         pause()
-    masters = [p.detach().clone() for p in manager.masters().parameters()]
+    masters = list(masters_of(manager).values())
     manager.close()
     return masters
 

@@ -9,10 +9,11 @@ from test_one_answer import ROWS, SHAPES, rows_of
 from torch.distributed.tensor import DTensor
 
 from dtensor_llama import Llama
-from dtensor_llama.checkpoint import Checkpointer, restore_training_state, training_state
+from dtensor_llama.checkpoint import Checkpointer, Deferred, restore_training_state, training_state
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
+from memory.chunk import like
 from parallel import ParallelConfig, build_mesh, parallelize
 from parallel.clip import clip_grad_norm
 from parallel.pipeline import make_step_runner
@@ -23,8 +24,12 @@ MICRO = 2
 def whole(model, optimizer) -> dict:
     """Masters, moments, steps and settings of this rank's parameters, gathered."""
     state = training_state(model, optimizer)
-    return {f"{kind}.{name}": (value.full_tensor() if isinstance(value, DTensor) else value)
-            for kind in ("model", "optimizer") for name, value in state[kind].items()}
+    values = {f"{kind}.{name}": value for kind in ("model", "optimizer") for name, value in state[kind].items()}
+    for name, value in values.items():
+        if isinstance(value, Deferred):
+            value = like(value.like, value.read())
+        values[name] = value.full_tensor() if isinstance(value, DTensor) else value
+    return values
 
 
 def save_and_go_on(folder, layout, plan_seed, dtype=torch.float32, steps=3, more=2):

@@ -48,9 +48,7 @@ def start(shape: str, layout: ParallelConfig, micro: int, plan_seed: int | None,
         model, adamw, MemoryConfig("static", 1, 0, 0, kernel="blocks", **config), parts=parts, plan=plan, chunk_elements=CHUNK,
         lanes=lanes, arrivals=n_micros if layout.zero_stage >= 2 and layout.pp == 1 else 1,
         outside=[model.model.embed_tokens.weight] if tied_over_stages else [])
-    weights = manager.masters()
-    init_weights(weights, seed=0)
-    manager.take_masters(weights)
+    init_weights(manager.masters(), seed=0)
     runner = make_step_runner(parts, mesh["pp"], layout.schedule, n_micros, torch.device("cpu"), dtype,
                               layout.sequence_shards, layout.zero_stage)
     return layout, mesh, model, manager, runner

@@ -52,6 +52,12 @@ def plan_of(sizes, placements):
     return replace(static_plan(sizes, 1, 0, 0), placements=tuple(placements[:len(sizes)]))
 
 
+def masters_of(manager) -> dict[str, torch.Tensor]:
+    """The float32 master weights, by name."""
+    masters = manager.masters()
+    return {name: masters.read(name) for name, _ in masters.named_parameters()}
+
+
 def train(model, optimizer, steps, max_norm=None, micros=1) -> None:
     for step in range(steps):
         for group in optimizer.param_groups:
