@@ -1,11 +1,16 @@
 """What a run says of itself: metrics.jsonl, TensorBoard, a progress bar, the loss curve as PNG. One process writes it."""
 
 import json
+import math
 import sys
 import time
+from collections import deque
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+
+from dtensor_llama.errors import UsageError
 
 GIB = 2**30
 
@@ -90,6 +95,85 @@ def draw_loss_curve(rows: list[dict], path: Path) -> None:
     axes.legend(frameon=False)
     figure.savefig(path)
     pyplot.close(figure)
+
+
+class LateReader:
+    """Reads the loss and the gradient norm of a step while the device computes the next one.
+
+    `.item()` right after a step would leave the device idle from the moment it has the loss until the next step has been
+    launched: some milliseconds for the log, the data and the collectives. So their copy to the host is queued behind the
+    step that makes them, and is read when the next step has been launched, or before, if somebody has to know.
+
+        reading = LateReader(device)
+        while ...:
+            reading.begin()
+            loss, grad_norm = train_step(...)
+            reading.put(row, loss, grad_norm)
+            for row in reading.take(all=saves or validates):      # without `all` the newest step is left for the next turn
+                log.step(row)
+    """
+
+    def __init__(self, device: torch.device, late: bool | None = None):
+        """late: None: on a GPU. A CPU has computed a step when it returns; its row need not wait for the next one."""
+        self.device = device
+        self.late = device.type == "cuda" if late is None else late
+        self._waiting: deque[_Step] = deque()
+        self._from = None                 # the moment from which the step under way counts
+
+    def begin(self) -> None:
+        """A step begins. Its seconds count from the end of the step before, or, after `take(all=True)`, from here: what
+        was done in between, a validation or a checkpoint, is not the step's."""
+        if self._from is None:
+            self._from = self._now()
+
+    def put(self, row: dict, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        """loss and grad_norm are scalars on the device; the row gets them, and `step_seconds`, when they are read."""
+        values = torch.stack([loss.detach().double(), grad_norm.detach().double()])
+        if self.device.type == "cuda":
+            values = torch.empty(2, dtype=torch.float64, pin_memory=True).copy_(values, non_blocking=True)
+        end = self._now()
+        self._waiting.append(_Step(row, values, self._from, end))
+        self._from = end
+
+    def take(self, all: bool) -> list[dict]:
+        """The rows of the steps that are over, oldest first; `all`: the newest too, for which the host then waits."""
+        rows = []
+        while len(self._waiting) > (1 if self.late and not all else 0):
+            step = self._waiting.popleft()
+            if self.device.type == "cuda":
+                step.end.synchronize()
+                seconds = step.begin.elapsed_time(step.end) / 1e3
+            else:
+                seconds = step.end - step.begin
+            loss, grad_norm = step.values.tolist()
+            rows.append(step.row | {"loss": loss, "grad_norm": grad_norm, "step_seconds": seconds})
+        if all:
+            self._from = None
+        return rows
+
+    def _now(self):
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class _Step(NamedTuple):
+    row: dict
+    values: torch.Tensor      # (2,) float64 on the host, on a GPU still on its way until `end`
+    begin: Any                # moments: events of the device, or seconds where the host is the device
+    end: Any
+
+
+def refuse_not_finite(row: dict) -> None:
+    """UsageError if the loss or the gradient norm of a step is not a number; all ranks see the same and stop together."""
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(row[name]):
+            raise UsageError(f"the {name.replace('grad_norm', 'gradient norm')} of step {row['step']} is {row[name]}, so its "
+                             "gradients were not stepped with and nothing was written; the newest checkpoint is from before. "
+                             "Lower --train.lr, look at the data of that step, or let --train.skip-nonfinite N leave out up "
+                             "to N such steps in a row.")
 
 
 class PeakMemory:

@@ -25,10 +25,11 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from dtensor_llama.errors import UsageError
 from dtensor_llama.shards import copies, local
 from memory.kernel import join_master, split_master
-from memory.lanes import DONE
+from memory.lanes import DONE, Lane
 from memory.placement import GIB, Placement
 
 CHUNK_ELEMENTS = 16 * 2**20   # 64 MiB of each float32 tensor: a copy of it runs at the wire's speed, a ring of 4 is 0.6 GiB
+RESIDENT_CHUNK_ELEMENTS = 256 * 2**20   # where nothing moves: a parameter that no chunk's edge cuts is stepped in one launch
 MIN_CHUNKS = 32               # of a rank, if they have LEAST_CHUNK_ELEMENTS
 LEAST_CHUNK_ELEMENTS = 4096
 STAGGER = 1024                # bytes: large tensors all begin at one offset in their pages, and a load whose address ends as a
@@ -157,10 +158,18 @@ class Chunk:
 
     def wait(self) -> None:
         """Until its weights are new; raises what went wrong in the host's step."""
+        self._wait_for_host()
+        self.weights_done.synchronize()
+
+    def wait_on(self, lane: Lane) -> None:
+        """As `wait`, for what is given to the lane from now on: the caller goes on once the host has stepped the chunk."""
+        self._wait_for_host()
+        lane.wait(self.weights_done)
+
+    def _wait_for_host(self) -> None:
         if self.job is not None:
             self.job.result()
             self.job = None
-        self.weights_done.synchronize()
 
     # ---- where it lives ----
 

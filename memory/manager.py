@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dtensor_llama.shards import local
@@ -137,7 +138,8 @@ class ChunkManager(ChunkStore):
         for module, chunks in self._gates.items():
             # after fully_shard and prepended: it comes before FSDP gathers the weights
             ones = [one for one in self.managed if one.gate is module]
-            hook = lambda _module, _args, chunks=chunks, ones=ones: self._enter(chunks, ones)
+            enter = partial(self._enter, chunks, ones, isinstance(module, FSDPModule))
+            hook = lambda _module, _args, enter=enter: enter()
             self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
 
     def _arrive_in_backward(self, one: Managed) -> None:
@@ -430,10 +432,13 @@ class ChunkManager(ChunkStore):
 
     # ---- forward and readers ------------------------------------------------------------------------------------------
 
-    def _enter(self, chunks: list[Chunk], ones: list[Managed]) -> None:
+    def _enter(self, chunks: list[Chunk], ones: list[Managed], gathers: bool) -> None:
         """Before the forward of a module that waits for `chunks`, all of its parameters `ones`."""
         for chunk in chunks:
-            chunk.wait()
+            if gathers:
+                chunk.wait()                 # FSDP gathers on streams of its own, which wait for no lane
+            else:
+                chunk.wait_on(self.lanes.compute)
         self._see_weights(ones)
         self._let_go()
         self._mark("forward")

@@ -21,8 +21,8 @@ from dtensor_llama.weights import StandIn
 from memory.activations import ActivationOffload
 from memory.auto import host_share
 from memory.chunk import (
-    CHUNK_ELEMENTS,
     GIB,
+    RESIDENT_CHUNK_ELEMENTS,
     Ledger,
     Managed,
     bytes_per_element,
@@ -61,7 +61,8 @@ class ChunkStore:
         # The largest shard in float32, twice: as it passes between chunks and files, and as the file's reader has it.
         self.passing_bytes = 2 * 4 * max(shard_sizes, default=0)
         self.other_host_bytes = self.slab_bytes + self.passing_bytes
-        largest = CHUNK_ELEMENTS if config.resident == 1 else chunk_size(n_here)      # nothing to divide or to overlap
+        all_resident = config.placement == "static" and config.resident == 1         # nothing to divide or to overlap
+        largest = RESIDENT_CHUNK_ELEMENTS if all_resident else chunk_size(n_here)
         self.chunks = cut(self.managed, chunk_elements or largest)
         self.device = local(self.managed[0].parameter).device if self.managed else torch.device("cpu")
         self.lanes = lanes or Lanes(self.device, host_threads(self.device, ranks_per_host))

@@ -66,7 +66,7 @@ class Booster:
             raise UsageError(f"Booster was given {type(memory).__name__} for memory; pass memory.MemoryConfig(...) or None.")
         if memory is not None:
             memory.check()
-        self.memory = memory if memory is not None and memory.is_on else None
+        self.memory = memory if memory is not None and memory.is_on else None      # a placement of None is off here
         if dtype not in (torch.float32, torch.bfloat16):
             raise UsageError(f"Booster(dtype={dtype}) is not possible; use torch.bfloat16 or torch.float32.")
         local_rank = dist.get_node_local_rank(fallback_rank=-1)                   # -1: no launcher

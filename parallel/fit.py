@@ -6,6 +6,7 @@ recompute.py says. Rough on purpose: it leaves a tenth of the memory free, and w
 """
 
 from dataclasses import replace
+from math import ceil
 
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.errors import UsageError
@@ -58,3 +59,26 @@ def fit(config: LlamaConfig, layout: ParallelConfig, device_bytes: int, seq_len:
             *["--lora.rank 16"] * (not n_adapter)]
     raise UsageError(f"the model and rows of --data.seq-len {seq_len} do not fit {device_bytes / GIB:.1f} GiB a rank: at least "
                      f"{needed / GIB:.1f} are needed. Use {', or '.join(ways)}.")
+
+
+def check_states(config: LlamaConfig, layout: ParallelConfig, device_bytes: int, bytes_per_parameter: float) -> None:
+    """UsageError if weights, gradients and AdamW's states alone are more than a rank's device has.
+
+    layout: resolved. bytes_per_parameter: 16 with all in float32 on the device (4 of them gradients), fewer where a chunk
+    manager keeps states on the host. What activations need comes on top and is not known here.
+    """
+    slices = layout.tp * layout.pp
+    shards = layout.dp_shard * layout.cp
+    here = config.n_parameters / slices
+    if layout.zero_stage == 0:
+        needed = bytes_per_parameter * here
+    elif layout.zero_stage == 1:
+        needed = 4 * here + (bytes_per_parameter - 4) * here / shards
+    else:
+        needed = bytes_per_parameter * here / shards
+    if needed > device_bytes:
+        n_gpus = ceil(bytes_per_parameter * config.n_parameters / device_bytes)
+        raise UsageError(f"weights, gradients and AdamW's states of {config.n_parameters / 1e9:.1f}G parameters take "
+                         f"{needed / GIB:.1f} GiB of each device ({bytes_per_parameter:g} bytes a parameter), which has "
+                         f"{device_bytes / GIB:.1f} GiB; use --memory.placement auto, which keeps on the host what the device "
+                         f"cannot hold, or share them over more ranks: at least {n_gpus} with --parallel.zero-stage 3.")

@@ -26,6 +26,7 @@ from pretrain import (
     count_scored,
     fp32_weights,
     set_up,
+    settle_memory,
     tokenizer_path,
     train_step,
 )
@@ -39,7 +40,7 @@ from dtensor_llama.data.rows import PackedRows
 from dtensor_llama.data.tokenize import prepare_corpus
 from dtensor_llama.data.tokenizer import load_tokenizer
 from dtensor_llama.flops import hardware_flops_per_token, model_flops_per_token, peak_flops
-from dtensor_llama.metrics import GIB, PeakMemory
+from dtensor_llama.metrics import GIB, LateReader, PeakMemory
 from dtensor_llama.model import init_weights
 from memory import ChunkManager, Placement
 from parallel.config import check_parallel
@@ -71,12 +72,15 @@ def main(cfg: BenchmarkConfig) -> None:
     n_micros = check_parallel(layout, config, seq_len, cfg.train.global_batch_size, cfg.train.micro_batch_size,
                               attention=kernel, recompute=cfg.train.recompute, compile=cfg.train.compile,
                               device_type=device.type)
+    cfg, chosen = settle_memory(cfg, config, layout, n_micros, device, world_size)
     rows = None
     if cfg.data.path:
         corpus = prepare_corpus(cfg.data.path, load_tokenizer(tokenizer_path(cfg)), Path(cfg.data.cache_dir).expanduser(),
                                 cfg.data.text_field)
         rows = PackedRows(corpus, seq_len, cfg.data.validation_share, cfg.train.seed)
 
+    if rank == 0 and chosen:
+        print(f"memory    {chosen}", flush=True)
     start_process_group(device, world_size)
     with torch.device("meta"):
         model = Llama(config)
@@ -97,24 +101,32 @@ def main(cfg: BenchmarkConfig) -> None:
     if rank == 0 and (cfg.memory.draw or layout.draw_schedule):
         Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
     peak, peak_source = peak_flops(device, dtype)
-    memory, step_s, wait_s = PeakMemory(device), {name: [] for name in sources}, []
+    memory, wait_s = PeakMemory(device), []
+    reading, done = LateReader(device), []
     for i in range(cfg.warmup + cfg.train.steps):
         for name, next_step in sources.items():           # turn by turn, so that a slow minute slows both
-            dist.barrier()
+            if len(sources) > 1:
+                dist.barrier()
+            reading.begin()
             began = time.perf_counter()
             micros = next_step()
             waited = time.perf_counter() - began
-            n_scored = torch.tensor(count_scored(micros) * reads_alone(mesh), device=device)
+            n_scored = torch.tensor(count_scored(micros) * reads_alone(mesh))
             dist.all_reduce(n_scored)
             recorder = pictures.before(i) if name == "synthetic" else None
-            loss, _ = train_step(runner, model, optimizer, micros, n_scored, cfg.train.lr, mesh, layout,
-                                 cfg.train.max_grad_norm, recorder)
-            loss.item()                                    # waits for the device
-            if i >= cfg.warmup:
-                step_s[name].append(time.perf_counter() - began)
-                wait_s += [waited] if name == "real" else []
+            loss, grad_norm = train_step(runner, model, optimizer, micros, int(n_scored), cfg.train.lr, mesh, layout,
+                                         cfg.train.max_grad_norm, recorder)
+            reading.put({"source": name, "i": i}, loss, grad_norm)
+            # As in training the loss is read while the next step is computed, but for steps that take turns.
+            done += reading.take(all=len(sources) > 1 or i + 1 in (cfg.warmup, cfg.warmup + cfg.train.steps))
+            if i >= cfg.warmup and name == "real":
+                wait_s.append(waited)
             if name == "synthetic":
                 pictures.after(i + 1, print if rank == 0 else None)
+    step_s = {name: [] for name in sources}
+    for row in done:
+        if row["i"] >= cfg.warmup:
+            step_s[row["source"]].append(row["step_seconds"])
     peaks = torch.tensor(memory.take(), dtype=torch.float64)
     dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
 
@@ -135,7 +147,7 @@ def main(cfg: BenchmarkConfig) -> None:
             "mfu_causal": share * model_flops_per_token(config, seq_len, "causal"),
             "hfu": share * hardware_flops_per_token(config, seq_len, cfg.train.recompute),
             "peak_flops": peak, "peak_flops_source": peak_source,
-            "device_memory_gib": peaks[0].item() / GIB, "host_memory_gib": peaks[1].item() / GIB, "loss": loss.item(),
+            "device_memory_gib": peaks[0].item() / GIB, "host_memory_gib": peaks[1].item() / GIB, "loss": done[-1]["loss"],
         }
         if cfg.memory.placement == "auto":
             result["memory_plan"] = plan_facts(optimizer.manager)

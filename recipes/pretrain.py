@@ -14,7 +14,6 @@ import math
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,7 +37,7 @@ from dtensor_llama.data.reader import Batch, RowReader, validation_batches
 from dtensor_llama.data.rows import PackedRows
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
 from dtensor_llama.flops import hardware_flops_per_token, matmul_flops, model_flops_per_token, peak_flops
-from dtensor_llama.metrics import GIB, PeakMemory, RunLog, draw_loss_curve
+from dtensor_llama.metrics import GIB, LateReader, PeakMemory, RunLog, draw_loss_curve, refuse_not_finite
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
 from dtensor_llama.run import (
@@ -60,6 +59,7 @@ from parallel import ParallelConfig, build_mesh, parallelize
 from parallel.clip import clip_grad_norm
 from parallel.config import AXES, check_parallel
 from parallel.context import shard_batch
+from parallel.fit import check_states
 from parallel.mesh import reads_alone, start_process_group, stop_process_group
 from parallel.pipeline import Accumulation, Pipeline, make_step_runner
 from parallel.schedule_picture import Recorder
@@ -143,6 +143,7 @@ def main(cfg: PretrainConfig) -> None:
     n_micros = check_parallel(layout, model_config, seq_len, cfg.train.global_batch_size, cfg.train.micro_batch_size,
                               attention=kernel, recompute=cfg.train.recompute, compile=cfg.train.compile,
                               device_type=device.type)
+    cfg, chosen = settle_memory(cfg, model_config, layout, n_micros, device, world_size)
     with torch.device("meta"):
         model = Llama(model_config)                       # names and shapes only: no memory yet
     weights = Path(cfg.model) if Path(cfg.model).is_dir() and not cfg.random_init else None
@@ -159,6 +160,8 @@ def main(cfg: PretrainConfig) -> None:
     # Where torchrun makes a new store for each start, nodes may count their starts differently, and need no count.
     shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     start_process_group(device, world_size, attempt=int(os.environ["TORCHELASTIC_RESTART_COUNT"]) if shares_store else 0)
+    if is_main and chosen:
+        print(f"memory    {chosen}", flush=True)
     mesh, runner, optimizer = set_up(cfg, model, layout, n_micros, kernel, device, seq_len, say=print if is_main else None)
     checkpoints = Checkpointer(Path(cfg.run_dir, "checkpoints"), keep=cfg.checkpoint.keep)
     meta = checkpoint_meta(cfg, model_config, rows)
@@ -182,46 +185,49 @@ def main(cfg: PretrainConfig) -> None:
     # ---- 4. The loop -----------------------------------------------------------------------------------------------
     stop, stopped = StopSignal(), False
     pictures = StepPictures(cfg, layout, mesh, optimizer, device, first_step=step)
+    reading = LateReader(device)
     while step < cfg.train.steps and not stopped:
-        began = time.perf_counter()
+        reading.begin()
         lr = learning_rate(cfg.train, step)
         micros = next(reader)                             # n_micros batches of (micro_batch_size, T)
         # How many labels count in the whole global batch, and whether any rank was asked to stop: one reduction for both.
-        counts = torch.tensor([count_scored(micros) * reads_alone(mesh), int(stop.asked)], device=device)
+        # It goes over gloo, from host to host: nobody waits for the device.
+        counts = torch.tensor([count_scored(micros) * reads_alone(mesh), int(stop.asked)])
         dist.all_reduce(counts)
-        n_scored, stopped = counts[0], bool(counts[1])
+        n_scored, stopped = max(1, int(counts[0])), bool(counts[1])
         loss, grad_norm = train_step(runner, model, optimizer, micros, n_scored, lr, mesh, layout, cfg.train.max_grad_norm,
                                      pictures.before(step))
         step += 1
         # ---- below here nothing changes the weights ----
-        loss, grad_norm = loss.item(), grad_norm.item()   # waits for the device
-        step_s = time.perf_counter() - began
         pictures.after(step, log.say if log else None)
-        if not loss < float("inf"):                       # also nan; all ranks see the same number and stop together
-            raise RuntimeError(f"the loss of step {step} is {loss}; the last checkpoint is from before. Lower --train.lr.")
-        validation_loss = None
-        if cfg.train.validate_every and (step % cfg.train.validate_every == 0 or step == cfg.train.steps) and rows.n_validation:
-            validation_loss, *source_losses = (
-                evaluate(runner, held_out, cfg.train, cfg.data.document_mask, mesh, layout, device)
-                for held_out in [rows, *(own for name, own, _ in rows.parts(0) if name)])
-            source_losses = dict(zip((name for name, *_ in rows.parts(0) if name), source_losses, strict=True))
-        peaks = torch.tensor(memory.take(), dtype=torch.float64)
+        peaks = torch.tensor(memory.take(), dtype=torch.float64)       # of the step's launches: the allocator is the host's
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-        if is_main:
-            tokens_per_s = step_tokens / step_s
-            per_device = tokens_per_s / world_size / peak
-            row = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": reader.position * seq_len,
-                   "tokens_per_second": tokens_per_s, "mfu": per_device * model_flops_per_token(model_config, seq_len),
-                   "hfu": per_device * hardware_flops_per_token(model_config, seq_len, cfg.train.recompute),
-                   "step_seconds": step_s, "device_memory_gib": peaks[0].item() / GIB, "host_memory_gib": peaks[1].item() / GIB}
-            if validation_loss is not None:
-                row["validation_loss"] = validation_loss
-                row |= {f"validation_loss/{name}": source_loss for name, source_loss in source_losses.items()}
-                log.say(f"step {step}: validation loss {validation_loss:.4f}"
-                        + "".join(f", {name} {source_loss:.4f}" for name, source_loss in source_losses.items()))
-            log.step(row)
+        device_gib, host_gib = (peaks / GIB).tolist()
+        reading.put({"step": step, "lr": lr, "tokens": reader.position * seq_len,
+                     "device_memory_gib": device_gib, "host_memory_gib": host_gib}, loss, grad_norm)
         last = stopped or step == cfg.train.steps
-        if cfg.checkpoint.every and (step % cfg.checkpoint.every == 0 or last):
+        saves = cfg.checkpoint.every and (step % cfg.checkpoint.every == 0 or last)
+        validates = rows.n_validation and cfg.train.validate_every and (
+            step % cfg.train.validate_every == 0 or step == cfg.train.steps)
+        # The loss is read while the device computes the next step; what is saved or judged is of a step that was read.
+        done = reading.take(all=bool(last or saves or validates))
+        for row in done:
+            refuse_not_finite(row)
+        if validates:
+            held_out = {"": rows} | {name: own for name, own, _ in rows.parts(0) if name}       # all, and each corpus of a mix
+            losses = {name: evaluate(runner, own, cfg.train, cfg.data.document_mask, mesh, layout, device)
+                      for name, own in held_out.items()}
+            done[-1] |= {f"validation_loss/{name}".removesuffix("/"): loss for name, loss in losses.items()}
+            if is_main:
+                said = ", ".join(f"{name} {loss:.4f}".lstrip() for name, loss in losses.items())
+                log.say(f"step {step}: validation loss {said}")
+        for row in done if is_main else ():
+            tokens_per_s = step_tokens / row["step_seconds"]
+            per_device = tokens_per_s / world_size / peak
+            log.step({"step": row["step"], "loss": row["loss"], "grad_norm": row["grad_norm"]} | row | {
+                "tokens_per_second": tokens_per_s, "mfu": per_device * model_flops_per_token(model_config, seq_len),
+                "hfu": per_device * hardware_flops_per_token(model_config, seq_len, cfg.train.recompute)})
+        if saves:
             stall_s = checkpoints.save(step, training_state(model, optimizer, step, reader.position, meta), wait=last)
             if is_main:
                 log.say(f"step {step}: checkpoint {'written' if last else 'under way'}; training waited {stall_s:.2f} s")
@@ -241,6 +247,19 @@ def main(cfg: PretrainConfig) -> None:
 
 
 # ---- The parts that benchmark.py and sft.py need too ---------------------------------------------------------------------
+
+
+def settle_memory(cfg: "PretrainConfig", model_config: LlamaConfig, layout: ParallelConfig, n_micros: int,
+                  device: torch.device, world_size: int) -> tuple["PretrainConfig", str]:
+    """`cfg` with a memory placement, and in words what was chosen for whoever left it open.
+
+    UsageError if the states alone are more than the GPU has: before anything starts, not out of memory a minute later."""
+    dtype = getattr(torch, cfg.train.dtype)
+    memory, chosen = cfg.memory.settle(device, dtype, world_size)
+    if device.type == "cuda":
+        device_bytes = torch.cuda.get_device_properties(device).total_memory
+        check_states(model_config, layout, device_bytes, memory.device_bytes_per_parameter(dtype.itemsize, n_micros))
+    return dataclasses.replace(cfg, memory=memory), chosen
 
 
 def set_up(cfg: "PretrainConfig", model: Llama, layout: ParallelConfig, n_micros: int, kernel: str, device: torch.device,
@@ -293,7 +312,7 @@ def fp32_weights(model: nn.Module, optimizer: Optimizer) -> nn.Module:
 # ---- The step: one global batch ---------------------------------------------------------------------------------------
 
 
-def train_step(runner, model: nn.Module, optimizer: Optimizer, micros: list[Batch], n_scored: Tensor, lr: float,
+def train_step(runner, model: nn.Module, optimizer: Optimizer, micros: list[Batch], n_scored: int, lr: float,
                mesh: DeviceMesh, layout: ParallelConfig, max_grad_norm: float, recorder: Recorder | None = None,
                ) -> tuple[Tensor, Tensor]:
     """Forward and backward of one global batch, clip, step. Returns (loss, gradient norm), the same on every rank.

@@ -15,7 +15,6 @@ import math
 import os
 import shutil
 import sys
-import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -53,7 +52,7 @@ from dtensor_llama.data.tokenize import prepare_chat
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
 from dtensor_llama.flops import hardware_flops_per_token, model_flops_per_token, peak_flops
 from dtensor_llama.lora import LoraConfig, apply_lora, init_lora, merge_lora, n_adapter_parameters, save_adapter
-from dtensor_llama.metrics import GIB, PeakMemory, RunLog, draw_loss_curve
+from dtensor_llama.metrics import GIB, LateReader, PeakMemory, RunLog, draw_loss_curve, refuse_not_finite
 from dtensor_llama.model import init_weights
 from dtensor_llama.neftune import Neftune
 from dtensor_llama.run import StopSignal, claim_run_dir, keep_tokenizer, made_with, refuse_below, say_where_things_are
@@ -135,6 +134,8 @@ def main(cfg: SftConfig) -> None:
     check_numbers(cfg)
     check_more_numbers(cfg)
     cfg.memory.check()
+    memory, chosen = cfg.memory.settle(device, compute_dtype, world_size)
+    cfg = replace(cfg, memory=memory)
     if not cfg.data.path:
         raise UsageError("--data.path is missing; name the conversations to train on, e.g. --data.path chat.jsonl.")
     tokenizer = load_tokenizer(tokenizer_path(cfg))
@@ -173,6 +174,8 @@ def main(cfg: SftConfig) -> None:
     # Where torchrun makes a new store for each start, nodes may count their starts differently, and need no count.
     shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     start_process_group(device, world_size, attempt=int(os.environ["TORCHELASTIC_RESTART_COUNT"]) if shares_store else 0)
+    if is_main and chosen:
+        print(f"memory    {chosen}", flush=True)
     mesh, runner, optimizer = set_up(cfg, model, layout, n_micros, kernel, device, seq_len, say=print if is_main else None)
     dp_rank, noise = mesh["dp"].get_local_rank(), None
     if cfg.train.neftune_alpha and model.model.embed_tokens is not None:
@@ -208,45 +211,49 @@ def main(cfg: SftConfig) -> None:
     # ---- 4. The loop -----------------------------------------------------------------------------------------------
     stop, stopped = StopSignal(), False
     pictures = StepPictures(cfg, layout, mesh, optimizer, device, first_step=step)
+    reading = LateReader(device)
     while step < cfg.train.steps and not stopped:
-        began = time.perf_counter()
+        reading.begin()
         lr = learning_rate(cfg.train, step)
         micros = next(reader)                             # n_micros batches of (micro_batch_size, T)
         # How many labels count in the whole global batch, and whether any rank was asked to stop: one reduction for both.
-        counts = torch.tensor([count_scored(micros) * reads_alone(mesh), int(stop.asked)], device=device)
+        # It goes over gloo, from host to host: nobody waits for the device.
+        counts = torch.tensor([count_scored(micros) * reads_alone(mesh), int(stop.asked)])
         dist.all_reduce(counts)
-        n_scored, stopped = counts[0], bool(counts[1])
+        n_scored, stopped = max(1, int(counts[0])), bool(counts[1])
         if noise:
             noise.next_step(step, dp_rank * cfg.train.global_batch_size // layout.dp, micros)
         loss, grad_norm = train_step(runner, model, optimizer, micros, n_scored, lr, mesh, layout, cfg.train.max_grad_norm,
                                      pictures.before(step))
         step += 1
         # ---- below here nothing changes the weights ----
-        loss, grad_norm = loss.item(), grad_norm.item()   # waits for the device
-        step_s = time.perf_counter() - began
         pictures.after(step, log.say if log else None)
-        if not loss < float("inf"):                       # also nan; all ranks see the same number and stop together
-            raise RuntimeError(f"the loss of step {step} is {loss}; the last checkpoint is from before. Lower --train.lr.")
-        validation_loss = None
-        if cfg.train.validate_every and (step % cfg.train.validate_every == 0 or step == cfg.train.steps) and rows.n_validation:
-            validation_loss = evaluate(runner, rows, cfg.train, True, mesh, layout, device)
-            answers = answer(model, asked, cfg.train.answer_tokens, ends, tokenizer, layout.tp, device)
-        peaks = torch.tensor(memory.take(), dtype=torch.float64)
+        peaks = torch.tensor(memory.take(), dtype=torch.float64)       # of the step's launches: the allocator is the host's
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-        if is_main:
-            tokens_per_s = step_tokens / step_s
-            per_device = tokens_per_s / world_size / peak
-            row = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": reader.position * seq_len,
-                   "tokens_per_second": tokens_per_s, "mfu": per_device * model_flops_per_token(model_config, seq_len),
-                   "hfu": per_device * hardware_flops_per_token(model_config, seq_len, cfg.train.recompute),
-                   "step_seconds": step_s, "device_memory_gib": peaks[0].item() / GIB, "host_memory_gib": peaks[1].item() / GIB}
-            if validation_loss is not None:
-                row["validation_loss"] = validation_loss
-                log.say(f"step {step}: validation loss {validation_loss:.4f}")
-                log.text("answers", step, answers)
-            log.step(row)
+        device_gib, host_gib = (peaks / GIB).tolist()
+        reading.put({"step": step, "lr": lr, "tokens": reader.position * seq_len,
+                     "device_memory_gib": device_gib, "host_memory_gib": host_gib}, loss, grad_norm)
         last = stopped or step == cfg.train.steps
-        if cfg.checkpoint.every and (step % cfg.checkpoint.every == 0 or last):
+        saves = cfg.checkpoint.every and (step % cfg.checkpoint.every == 0 or last)
+        validates = rows.n_validation and cfg.train.validate_every and (
+            step % cfg.train.validate_every == 0 or step == cfg.train.steps)
+        # The loss is read while the device computes the next step; what is saved or judged is of a step that was read.
+        done = reading.take(all=bool(last or saves or validates))
+        for row in done:
+            refuse_not_finite(row)
+        if validates:
+            done[-1]["validation_loss"] = evaluate(runner, rows, cfg.train, True, mesh, layout, device)
+            answers = answer(model, asked, cfg.train.answer_tokens, ends, tokenizer, layout.tp, device)
+            if is_main:
+                log.say(f"step {step}: validation loss {done[-1]['validation_loss']:.4f}")
+                log.text("answers", step, answers)
+        for row in done if is_main else ():
+            tokens_per_s = step_tokens / row["step_seconds"]
+            per_device = tokens_per_s / world_size / peak
+            log.step({"step": row["step"], "loss": row["loss"], "grad_norm": row["grad_norm"]} | row | {
+                "tokens_per_second": tokens_per_s, "mfu": per_device * model_flops_per_token(model_config, seq_len),
+                "hfu": per_device * hardware_flops_per_token(model_config, seq_len, cfg.train.recompute)})
+        if saves:
             stall_s = checkpoints.save(step, training_state(model, optimizer, step, reader.position, meta), wait=last)
             if is_main:
                 log.say(f"step {step}: checkpoint {'written' if last else 'under way'}; training waited {stall_s:.2f} s")
@@ -303,7 +310,8 @@ def settle(cfg: SftConfig, model: LlamaConfig, corpus: ChatCorpus, tokenizer: To
     layout, recompute, micro, why = fit(
         model, layout, device_bytes, seq_len, max(1, batch // layout.pp), tries_tp=open_layout, recompute=train.recompute,
         micro_batch_size=train.micro_batch_size, itemsize=getattr(torch, train.dtype).itemsize,
-        n_adapter=n_adapter_parameters(model, cfg.lora) if cfg.lora.rank else 0, offloads=cfg.memory.is_on)
+        n_adapter=n_adapter_parameters(model, cfg.lora) if cfg.lora.rank else 0,
+        offloads=cfg.memory.is_on and cfg.memory.resident != 1)
     if train.recompute is None or train.micro_batch_size is None or open_layout:
         reasons.append(f"memory    {why}")
     steps = train.steps or max(1, math.ceil(train.epochs * rows.n_train / batch))

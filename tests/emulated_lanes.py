@@ -164,6 +164,10 @@ class _ClockLane(Lane):
     def now(self, timing: bool = False):
         return _Moment(self.lanes, max(self.free_s, self.lanes.clock()) if self.own else self.lanes.clock())
 
+    def wait(self, event) -> None:
+        assert not self.own
+        event.synchronize()                  # the caller computes: what it does from now on is later
+
 
 class ClockLanes(Lanes):
     """seconds: of (name of the lane, what runs). The caller computes by `spend`."""
