@@ -193,7 +193,8 @@ class Checkpointer:
         partial = final.with_name(final.name + ".partial")
         if self._rank == 0:
             shutil.rmtree(partial, ignore_errors=True)      # of a save that failed; DCP makes it before any rank writes
-        dcp.save(staged, storage_writer=dcp.FileSystemWriter(partial), planner=planner, process_group=self._group)
+        writer = dcp.FileSystemWriter(partial, per_thread_copy_ahead=planner.copies_ahead)
+        dcp.save(staged, storage_writer=writer, planner=planner, process_group=self._group)
         # Read back what this rank wrote: the sums also vouch for what the file system says it has.
         mine = [*partial.glob(f"__{self._rank}_*"), *([partial / ".metadata"] if self._rank == 0 else [])]
         sums = self._everywhere(lambda: {file.name: _size_and_crc(file) for file in mine})
@@ -430,16 +431,26 @@ class _RecordsOnly(pickle.Unpickler):
 
 
 class _SavePlanner(DefaultSavePlanner):
-    """Hands out the values of Deferred tensors: copies that were made before, or made now, when DCP writes them."""
+    """Hands out the values of Deferred tensors: copies that were made before, or made now, when DCP writes them.
 
-    def __init__(self, deferred: dict[str, Deferred], copies: dict[str, torch.Tensor]):
+    DCP keeps every tensor that it was given until the file is closed. So all of those made now lie in one buffer, which
+    is right as long as a tensor is written before the next one is asked for: `copies_ahead` is 0 then.
+    """
+
+    def __init__(self, deferred: dict[str, Deferred], copies: dict[str, Tensor]):
         super().__init__()
         self.deferred, self.copies = deferred, copies
+        self.copies_ahead = 0 if deferred else 10_000_000      # bytes; DCP's own default
+        sizes = [local(one.like).nbytes for one in deferred.values()]
+        self.buffer = torch.empty(max(sizes, default=0), dtype=torch.uint8).numpy()
 
     def lookup_object(self, index):
         found = super().lookup_object(index)
         if index.fqn in self.deferred:
-            return self.deferred[index.fqn].read().view(found.shape)
+            values = self.deferred[index.fqn].read()
+            # Through NumPy, so that its storage is as large as the tensor: DCP would clone a part of a larger one.
+            lent = torch.from_numpy(self.buffer[:values.nbytes]).view(values.dtype)
+            return lent.copy_(values.reshape(-1)).view(found.shape)
         if index.fqn in self.copies:
             return self.copies[index.fqn].view(found.shape)
         return found

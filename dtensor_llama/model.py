@@ -213,12 +213,17 @@ def init_weights(model: Llama, seed: int) -> None:
         shape = model.get_parameter(name).shape
         key = hashlib.sha256(f"{seed}/{name}/{first}".encode()).digest()
         stream = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
-        rows = torch.empty(min(run, shape[0] - first), *shape[1:])
-        rows.normal_(0, model.config.initializer_range, generator=stream)
         low = max(first, offsets[0])
         high = min(first + run, offsets[0] + sizes[0])
+        target = local[low - offsets[0]:high - offsets[0]]
+        n_rows = min(run, shape[0] - first)
+        whole_run = target.shape == (n_rows, *shape[1:]) and target.is_contiguous()
+        if whole_run and target.dtype == torch.float32 and target.device.type == "cpu":
+            target.normal_(0, model.config.initializer_range, generator=stream)      # the same numbers, without a copy
+            return
+        rows = torch.empty(n_rows, *shape[1:]).normal_(0, model.config.initializer_range, generator=stream)
         columns = [slice(o, o + s) for o, s in zip(offsets[1:], sizes[1:], strict=True)]
-        local[low - offsets[0]:high - offsets[0]] = rows[(slice(low - first, high - first), *columns)]
+        target.copy_(rows[(slice(low - first, high - first), *columns)])
 
     with ThreadPoolExecutor() as threads:     # normal_ runs on one core and lets go of the interpreter while it does
         for name, parameter in model.named_parameters():                  # a tied matrix comes once, as the embedding

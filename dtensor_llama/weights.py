@@ -479,7 +479,8 @@ def _move(fd: int, where: Stored, box: Box, staging: Tensor, to_file: bool) -> N
         first, count = batch[0][1], sum(length for _, _, length in batch)
         part, staged = flat[first:first + count], staging[:count * dtype.itemsize].view(dtype)
         if to_file:
-            staged.copy_(part.to(dtype))
+            # A copy from a device would cast on the wrong side of the link; on the host it casts without another buffer.
+            staged.copy_(part if part.device.type == "cpu" else part.to(dtype))
         for at, in_box, length in batch:
             piece = raw[(in_box - first) * dtype.itemsize:][:length * dtype.itemsize]
             position = where.start + at * dtype.itemsize

@@ -138,8 +138,11 @@ class ChunkManager(ChunkStore):
         for module, chunks in self._gates.items():
             # after fully_shard and prepended: it comes before FSDP gathers the weights
             ones = [one for one in self.managed if one.gate is module]
-            enter = partial(self._enter, chunks, ones, isinstance(module, FSDPModule))
-            hook = lambda _module, _args, enter=enter: enter()
+            gathers = isinstance(module, FSDPModule)
+
+            def hook(_module, _args, chunks=chunks, ones=ones, gathers=gathers) -> None:
+                self._enter(chunks, ones, gathers)
+
             self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
 
     def _arrive_in_backward(self, one: Managed) -> None:

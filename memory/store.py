@@ -38,7 +38,7 @@ from memory.config import MemoryConfig
 from memory.lanes import DONE, Lanes, empty_caches, hold_to_budget, host_threads
 from memory.placement import RESERVE, Placement, Plan, Widths, describe, gib_up, static_plan
 
-PASSING_ELEMENTS = 2**22            # of a parameter that a copy between the device and the host takes at a time
+PASSING_ELEMENTS = 2**18            # of a parameter that a copy between chunks and the host takes at a time: 1 MiB of float32
 IN_FLIGHT_BYTES = 512 * 2**20      # of gradients on their way to the host: else a slow link would fill the device with them
 MASTER_AND_MOMENTS = ("master", "exp_avg", "exp_avg_sq")
 
@@ -58,8 +58,9 @@ class ChunkStore:
             raise UsageError("these parameters have a chunk manager already; close() it before they get another.")
         shard_sizes = [local(one.parameter).numel() for one in self.managed]
         self.n_here = n_here = sum(shard_sizes)
-        # The largest shard in float32, twice: as it passes between chunks and files, and as the file's reader has it.
-        self.passing_bytes = 2 * 4 * max(shard_sizes, default=0)
+        # The largest shard in float32, three times: as it passes between chunks and a file, and twice as the file's reader
+        # has it, once as bytes and once as a tensor.
+        self.passing_bytes = 3 * 4 * max(shard_sizes, default=0)
         self.other_host_bytes = self.slab_bytes + self.passing_bytes
         all_resident = config.placement == "static" and config.resident == 1         # nothing to divide or to overlap
         largest = RESIDENT_CHUNK_ELEMENTS if all_resident else chunk_size(n_here)

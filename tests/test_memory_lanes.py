@@ -82,7 +82,7 @@ def test_without_one_of_the_waits_around_the_hosts_step_numbers_are_wrong(event)
 
         manager._step_host = hasty
         if event == "weights":                       # the gate lets a layer in when the host is done, before they have come
-            manager._enter = lambda chunks, ones: [chunk.job and chunk.job.result() for chunk in chunks] and None
+            manager._enter = lambda chunks, ones, gathers: [chunk.job and chunk.job.result() for chunk in chunks] and None
         try:
             for _ in range(4):
                 train(model, manager.optimizer, 1, max_norm=0.5 if clips else None)
@@ -195,3 +195,28 @@ def test_a_step_takes_as_long_as_the_plan_predicts(n_resident, n_stream, n=40):
     x_r, x_s = 64 * n_resident, 64 * n_stream
     predicted = predict(x_r, x_s, 64 * n - x_r - x_s, rates, traced, widths)["step"]
     assert predicted * 0.95 <= took <= predicted * 1.10
+
+
+@pytest.mark.parametrize("plan", ["stream", "cpu", "all three"])
+def test_plain_weights_are_awaited_by_the_lane_that_computes_and_not_by_the_caller(plan):
+    """On a GPU the caller goes on to launch the forward while the device waits for weights that are on their way."""
+    model, manager = managed(PLANS[plan], lanes=QueuedLanes())
+    train(model, manager.optimizer, 2)
+    awaited = []
+
+    class OnlyForLanes:
+        def synchronize(self):
+            raise AssertionError("the caller waits for the device")
+
+        def query(self):
+            return True
+
+    for chunk in manager.chunks:
+        chunk.wait()                                     # the host's part; what the device still does is a lane's affair
+        chunk.weights_done = OnlyForLanes()
+    manager.lanes.compute.wait = awaited.append
+    model(torch.ones(1, 7))
+    assert {id(event) for event in awaited} == {id(chunk.weights_done) for chunk in manager.chunks}
+    for chunk in manager.chunks:
+        chunk.weights_done = DONE
+    manager.close()
