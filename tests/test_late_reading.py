@@ -1,0 +1,98 @@
+"""Losses are read while the device computes the next step; what is stopped, saved and refused is what it was before."""
+
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from pool import run_on
+from recipe import Ended, _run, metrics, pretrain_flags, recipe
+
+from dtensor_llama import UsageError, metrics as of_a_run
+from dtensor_llama.metrics import LateReader, refuse_not_finite
+
+TIMES = ("step_seconds", "tokens_per_second", "mfu", "hfu", "device_memory_gib", "host_memory_gib")
+
+
+def test_the_newest_step_is_left_for_the_next_turn_unless_somebody_has_to_know():
+    reading = LateReader(torch.device("cpu"), late=True)
+    taken = []
+    for step, everything in ((1, False), (2, False), (3, True), (4, False), (5, True)):
+        reading.begin()
+        reading.put({"step": step}, torch.tensor(float(step)), torch.tensor(0.5))
+        taken.append([(row["step"], row["loss"], row["grad_norm"]) for row in reading.take(all=everything)])
+    rows = [[], [1], [2, 3], [], [4, 5]]
+    assert taken == [[(step, float(step), 0.5) for step in steps] for steps in rows]
+
+
+def test_what_comes_between_two_steps_counts_for_neither(monkeypatch):
+    clock = iter([0.0, 1.0, 7.0, 9.0, 12.0])       # begin, end; after a validation: begin, end, end of the step that follows
+    monkeypatch.setattr(of_a_run.time, "perf_counter", lambda: next(clock))
+    reading, seconds = LateReader(torch.device("cpu"), late=True), []
+    for everything in (True, False, True):
+        reading.begin()
+        reading.put({}, torch.tensor(1.0), torch.tensor(1.0))
+        seconds += [row["step_seconds"] for row in reading.take(all=everything)]
+    assert seconds == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_loss_or_norm_that_is_no_number_is_refused_by_name_and_step(name, value):
+    row = {"step": 7, "loss": 1.0, "grad_norm": 1.0}
+    refuse_not_finite(row)
+    with pytest.raises(UsageError, match=f"{name.replace('grad_norm', 'gradient norm')} of step 7 is {value}"):
+        refuse_not_finite(row | {name: value})
+
+
+def as_on_a_gpu(name: str, flags: list[str], stop_at_step: int | None = None) -> Ended:
+    """A recipe that reads losses late, in a worker of the pool."""
+    own = LateReader.__init__
+    LateReader.__init__ = functools.partialmethod(own, late=True)
+    try:
+        return _run(name, flags, stop_at_step, "")
+    finally:
+        LateReader.__init__ = own
+
+
+def late(name: str, *flags, **how) -> Ended:
+    return run_on(1, as_on_a_gpu, name, [str(flag) for flag in flags], *how.values(), group=False)[0]
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def test_rows_and_checkpoints_of_a_run_are_those_of_one_that_reads_at_once(inputs, reference, tmp_path):
+    ended = late("pretrain", *pretrain_flags(inputs, tmp_path / "late", "--data.document-mask"))
+    assert ended.status == 0, ended
+    assert without_times(metrics(tmp_path / "late")) == without_times(metrics(reference))
+    kept = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (tmp_path / "late", reference)]
+    assert kept[0] == kept[1]
+
+
+def test_a_stopped_run_has_read_every_step_that_it_saved_and_goes_on_bit_for_bit(inputs, reference, tmp_path):
+    flags = pretrain_flags(inputs, tmp_path / "late", "--data.document-mask", "--checkpoint.every", 100)
+    assert late("pretrain", *flags, stop_at_step=3).status == 0
+    (saved,) = (tmp_path / "late" / "checkpoints").iterdir()
+    rows = metrics(tmp_path / "late")
+    assert saved.name == f"step-{len(rows):08d}" and 3 <= len(rows) < 8
+    assert late("pretrain", *flags).status == 0
+    assert without_times(metrics(tmp_path / "late")) == without_times(metrics(reference))
+
+
+@pytest.mark.parametrize("reads_late", [False, True])
+def test_a_run_whose_gradient_is_not_finite_ends_with_one_line_and_saves_nothing(inputs, tmp_path, reads_late):
+    """Weights this small have a loss, and a gradient norm that is not a number."""
+    shutil.copytree(inputs / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config |= {"initializer_range": 1e-30, "rms_norm_eps": 1e-38}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    flags = pretrain_flags(inputs, tmp_path / "run", "--model", tmp_path / "model", "--checkpoint.every", 1)
+    ended = (late if reads_late else recipe)("pretrain", *flags)
+    assert ended.status == 2 and "the gradient norm of step 1 is nan" in ended.err
+    assert len(ended.err.strip().splitlines()) == 1
+    assert not list(Path(tmp_path, "run", "checkpoints").iterdir()) and not (tmp_path / "run" / "hf").exists()
+    assert metrics(tmp_path / "run") == []
