@@ -167,7 +167,7 @@ class ChunkStore:
 
     def in_words(self) -> str:
         """The plan, and what a checkpoint adds to it."""
-        gib = f"{self.checkpoint_bytes / GIB:.2f} GiB"
+        gib = f"{gib_up(self.checkpoint_bytes)} GiB"
         if self.stages_checkpoints():
             checkpoint = f"a checkpoint takes {gib} more of the host: a copy, so that training goes on while it is written"
         else:
