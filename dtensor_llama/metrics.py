@@ -79,6 +79,7 @@ def draw_loss_curve(rows: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
+    rows = [row for row in rows if row["loss"] is not None]       # of a skipped step there may be none
     tokens, losses = [row["tokens"] / 1e6 for row in rows], [row["loss"] for row in rows]
     window = max(1, len(losses) // 50)
     smooth = [sum(losses[max(0, i - window + 1):i + 1]) / len(losses[max(0, i - window + 1):i + 1])
@@ -166,14 +167,33 @@ class _Step(NamedTuple):
     end: Any
 
 
-def refuse_not_finite(row: dict) -> None:
-    """UsageError if the loss or the gradient norm of a step is not a number; all ranks see the same and stop together."""
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(row[name]):
-            raise UsageError(f"the {name.replace('grad_norm', 'gradient norm')} of step {row['step']} is {row[name]}, so its "
-                             "gradients were not stepped with and nothing was written; the newest checkpoint is from before. "
-                             "Lower --train.lr, look at the data of that step, or let --train.skip-nonfinite N leave out up "
-                             "to N such steps in a row.")
+class SkippedSteps:
+    """Counts the steps whose gradient was not finite. Such a step changed nothing: see parallel/clip.py.
+
+    allowed: how many in a row a run may have (--train.skip-nonfinite).
+    """
+
+    def __init__(self, allowed: int):
+        self.allowed = allowed
+        self.in_a_row = self.total = 0
+
+    def judge(self, row: dict) -> dict:
+        """The row of a step as it is to be written: what is not finite is None, which JSON has, and `skipped_steps` is the
+        number of such steps so far. UsageError if there were more in a row than allowed; all ranks see the same."""
+        not_finite = [name for name in ("loss", "grad_norm") if not math.isfinite(row[name])]
+        if not not_finite:
+            self.in_a_row = 0
+            return row
+        self.in_a_row += 1
+        self.total += 1
+        if self.in_a_row > self.allowed:
+            name, value = not_finite[-1].replace("grad_norm", "gradient norm"), row[not_finite[-1]]
+            before = f" after {self.allowed} others in a row" if self.allowed else ""
+            raise UsageError(f"the {name} of step {row['step']} is {value}{before}: the step changed no weight, and nothing "
+                             "was written, so the newest checkpoint is from before. Lower --train.lr, look at the data of "
+                             f"that step, or use --train.skip-nonfinite {self.allowed + 1} or more, which leaves out so many "
+                             "such steps in a row.")
+        return row | dict.fromkeys(not_finite) | {"skipped_steps": self.total}
 
 
 class PeakMemory:
@@ -218,7 +238,8 @@ class _Bar:
             self.rich.start()
 
     def step(self, row: dict) -> None:
-        text = f"loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tokens/s"
+        loss = "not finite, skipped" if row["loss"] is None else f"{row['loss']:.3f}"
+        text = f"loss {loss}  {row['tokens_per_second']:,.0f} tokens/s"
         if self.rich:
             self.rich.update(self.task, completed=row["step"], row=text)
         elif self.first_row or row["step"] == self.steps or time.monotonic() - self.last_line > self.LINE_EVERY_S:

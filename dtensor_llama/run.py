@@ -93,9 +93,10 @@ def say_where_things_are(run_dir: Path, rows: list[dict], step: int, steps: int,
     if not rows:
         print(f"nothing to train: {step} steps are done already, and this run folder has no rows")
         return
-    last = [row["loss"] for row in rows[-20:]]
+    losses = [row["loss"] for row in rows if row["loss"] is not None] or [float("nan")]      # none of a skipped step
+    last = losses[-20:]
     print(f"\nstopped as asked after step {step} of {steps}; the same command goes on from there" if stopped
-          else f"\ndone: {step} steps, loss {rows[0]['loss']:.3f} -> {sum(last) / len(last):.3f} "
+          else f"\ndone: {step} steps, loss {losses[0]:.3f} -> {sum(last) / len(last):.3f} "
                f"(mean of the last {len(last)})")
     print(f"run folder    {run_dir}\ntensorboard   tensorboard --logdir {run_dir / 'tensorboard'}\n"
           f"loss curve    {run_dir / 'loss.png'}")

@@ -37,7 +37,7 @@ from dtensor_llama.data.reader import Batch, RowReader, validation_batches
 from dtensor_llama.data.rows import PackedRows
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
 from dtensor_llama.flops import hardware_flops_per_token, matmul_flops, model_flops_per_token, peak_flops
-from dtensor_llama.metrics import GIB, LateReader, PeakMemory, RunLog, draw_loss_curve, refuse_not_finite
+from dtensor_llama.metrics import GIB, LateReader, PeakMemory, RunLog, SkippedSteps, draw_loss_curve
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
 from dtensor_llama.run import (
@@ -90,6 +90,7 @@ class TrainConfig:
     warmup_steps: int | None = None     # None: 2 % of the steps, at most LLaMA-2's 2,000
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0          # gradients longer than this, over all parameters together, are scaled to it; inf: none
+    skip_nonfinite: int = 0             # steps in a row left out for a gradient that is inf or nan; 0: stop at the first
     dtype: Literal["float32", "bfloat16"] = "bfloat16"    # of the computation; masters, moments and reductions are fp32
     compile: bool = False               # torch.compile each block: a minute at the start, faster steps after
     recompute: Literal["none", "selective", "full"] = "none"    # activations computed again in backward: memory for time
@@ -185,7 +186,7 @@ def main(cfg: PretrainConfig) -> None:
     # ---- 4. The loop -----------------------------------------------------------------------------------------------
     stop, stopped = StopSignal(), False
     pictures = StepPictures(cfg, layout, mesh, optimizer, device, first_step=step)
-    reading = LateReader(device)
+    reading, skipped = LateReader(device), SkippedSteps(cfg.train.skip_nonfinite)
     while step < cfg.train.steps and not stopped:
         reading.begin()
         lr = learning_rate(cfg.train, step)
@@ -210,9 +211,7 @@ def main(cfg: PretrainConfig) -> None:
         validates = rows.n_validation and cfg.train.validate_every and (
             step % cfg.train.validate_every == 0 or step == cfg.train.steps)
         # The loss is read while the device computes the next step; what is saved or judged is of a step that was read.
-        done = reading.take(all=bool(last or saves or validates))
-        for row in done:
-            refuse_not_finite(row)
+        done = [skipped.judge(row) for row in reading.take(all=bool(last or saves or validates))]
         if validates:
             held_out = {"": rows} | {name: own for name, own, _ in rows.parts(0) if name}       # all, and each corpus of a mix
             losses = {name: evaluate(runner, own, cfg.train, cfg.data.document_mask, mesh, layout, device)
@@ -368,6 +367,7 @@ def check_numbers(cfg: PretrainConfig) -> None:
     refuse_below(0, {"--train.lr": train.lr, **clip}, exclusive=True)
     refuse_below(0, {"--train.warmup-steps": train.warmup_steps, "--train.weight-decay": train.weight_decay,
                      "--train.min-lr": train.min_lr, "--train.validate-every": train.validate_every,
+                     "--train.skip-nonfinite": train.skip_nonfinite,
                      "--train.seed": train.seed, "--checkpoint.every": cfg.checkpoint.every,
                      "--checkpoint.keep": cfg.checkpoint.keep})
     if train.min_lr is not None and train.lr is not None and train.min_lr > train.lr:

@@ -52,7 +52,7 @@ from dtensor_llama.data.tokenize import prepare_chat
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
 from dtensor_llama.flops import hardware_flops_per_token, model_flops_per_token, peak_flops
 from dtensor_llama.lora import LoraConfig, apply_lora, init_lora, merge_lora, n_adapter_parameters, save_adapter
-from dtensor_llama.metrics import GIB, LateReader, PeakMemory, RunLog, draw_loss_curve, refuse_not_finite
+from dtensor_llama.metrics import GIB, LateReader, PeakMemory, RunLog, SkippedSteps, draw_loss_curve
 from dtensor_llama.model import init_weights
 from dtensor_llama.neftune import Neftune
 from dtensor_llama.run import StopSignal, claim_run_dir, keep_tokenizer, made_with, refuse_below, say_where_things_are
@@ -91,6 +91,7 @@ class TrainConfig:
     warmup_steps: int | None = None     # None: 2 % of the steps, at most LLaMA-2's 2,000
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0          # gradients longer than this, over all parameters together, are scaled to it; inf: none
+    skip_nonfinite: int = 0             # steps in a row left out for a gradient that is inf or nan; 0: stop at the first
     neftune_alpha: float = 0.0          # noise on the embeddings in training (NEFTune): 5 is usual; 0: none
     dtype: Literal["float32", "bfloat16"] | None = None   # of the computation; None: bfloat16 on a GPU, float32 without
     compile: bool = False               # torch.compile each block: a minute at the start, faster steps after
@@ -211,7 +212,7 @@ def main(cfg: SftConfig) -> None:
     # ---- 4. The loop -----------------------------------------------------------------------------------------------
     stop, stopped = StopSignal(), False
     pictures = StepPictures(cfg, layout, mesh, optimizer, device, first_step=step)
-    reading = LateReader(device)
+    reading, skipped = LateReader(device), SkippedSteps(cfg.train.skip_nonfinite)
     while step < cfg.train.steps and not stopped:
         reading.begin()
         lr = learning_rate(cfg.train, step)
@@ -238,9 +239,7 @@ def main(cfg: SftConfig) -> None:
         validates = rows.n_validation and cfg.train.validate_every and (
             step % cfg.train.validate_every == 0 or step == cfg.train.steps)
         # The loss is read while the device computes the next step; what is saved or judged is of a step that was read.
-        done = reading.take(all=bool(last or saves or validates))
-        for row in done:
-            refuse_not_finite(row)
+        done = [skipped.judge(row) for row in reading.take(all=bool(last or saves or validates))]
         if validates:
             done[-1]["validation_loss"] = evaluate(runner, rows, cfg.train, True, mesh, layout, device)
             answers = answer(model, asked, cfg.train.answer_tokens, ends, tokenizer, layout.tp, device)

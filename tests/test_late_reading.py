@@ -10,8 +10,9 @@ import torch
 from pool import run_on
 from recipe import Ended, _run, metrics, pretrain_flags, recipe
 
-from dtensor_llama import UsageError, metrics as of_a_run
-from dtensor_llama.metrics import LateReader, refuse_not_finite
+from dtensor_llama import UsageError
+from dtensor_llama import metrics as of_a_run
+from dtensor_llama.metrics import LateReader, SkippedSteps
 
 TIMES = ("step_seconds", "tokens_per_second", "mfu", "hfu", "device_memory_gib", "host_memory_gib")
 
@@ -42,9 +43,19 @@ def test_what_comes_between_two_steps_counts_for_neither(monkeypatch):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_loss_or_norm_that_is_no_number_is_refused_by_name_and_step(name, value):
     row = {"step": 7, "loss": 1.0, "grad_norm": 1.0}
-    refuse_not_finite(row)
+    assert SkippedSteps(0).judge(row) == row
     with pytest.raises(UsageError, match=f"{name.replace('grad_norm', 'gradient norm')} of step 7 is {value}"):
-        refuse_not_finite(row | {name: value})
+        SkippedSteps(0).judge(row | {name: value})
+
+
+def test_as_many_steps_in_a_row_as_allowed_are_left_out_and_the_rows_stay_json():
+    steps, good = SkippedSteps(2), {"step": 1, "loss": 1.0, "grad_norm": 1.0}
+    bad = good | {"loss": float("inf"), "grad_norm": float("nan")}
+    rows = [steps.judge(row) for row in (bad, bad, good, bad, bad)]      # the good one begins a new count
+    assert [row.get("skipped_steps") for row in rows] == [1, 2, None, 3, 4]
+    assert json.loads(json.dumps(rows[0], allow_nan=False)) == {**good, "loss": None, "grad_norm": None, "skipped_steps": 1}
+    with pytest.raises(UsageError, match="after 2 others in a row.*--train.skip-nonfinite 3"):
+        steps.judge(bad)
 
 
 def as_on_a_gpu(name: str, flags: list[str], stop_at_step: int | None = None) -> Ended:
