@@ -1,23 +1,31 @@
 """Causal attention: one function, several kernels.
 
     flash   the flash-attn package (extra `flash`): fastest on NVIDIA GPUs, packed documents without a mask
+    varlen  torch.nn.attention.varlen, the FlashAttention inside torch: packed documents without a mask.
+            Rows that are one document each, and decoding over a cache, go through sdpa
     sdpa    torch.nn.functional.scaled_dot_product_attention: torch's flash, cuDNN or memory-efficient kernel
     math    the formula written out: the reference to read and to test against; stores (T, S) scores
 
 B rows, T queries, S keys (S = T when training), H query heads, K key/value heads (K divides H), E head width.
-K and V are never expanded to H heads: each kernel reads a key/value head once for its group of H/K query heads.
+A kernel reads a key/value head once for its group of H/K query heads. Only torch's memory-efficient kernel
+cannot; where nothing else computes what is asked, K and V are copied for all H heads first (`plan_sdpa`).
 """
 
+import inspect
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 
 from dtensor_llama.errors import UsageError
 
-KERNELS = ("flash", "sdpa", "math")
+KERNELS = ("flash", "varlen", "sdpa", "math")
+# torch 2.11 takes fewer key/value heads than query heads as they are; later versions want to be told.
+_VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,8 @@ class Documents:
     """Where the documents of packed rows begin and end: what a token may look back to, in each kernel's form."""
 
     mask: Tensor | None = None         # (B, 1, T, S) bool, True where query t may see key s: sdpa, math
-    cu_seqlens: Tensor | None = None   # (n_documents + 1,) int32, ends of documents in the flattened rows: flash
+    # (n_documents + 1,) int32, where documents end in the flattened rows, a 0 before them: flash, varlen
+    cu_seqlens: Tensor | None = None
 
     @staticmethod
     def from_positions(positions: Tensor, kernel: str, device: torch.device) -> "Documents":
@@ -33,13 +42,25 @@ class Documents:
         B, T = positions.shape
         starts = positions == 0
         starts[:, 0] = True                                    # a document cut by the row's edge begins with the row
-        if kernel == "flash":
+        if kernel in ("flash", "varlen"):
             first = starts.flatten().nonzero().flatten()       # (n_documents,): dynamic, hence better on the CPU
             ends = torch.cat([first, first.new_tensor([B * T])]).to(torch.int32)
-            return Documents(cu_seqlens=ends.to(device, non_blocking=True))
+            if device.type == "cuda" and not ends.is_cuda:
+                ends = ends.pin_memory()                       # a copy from pageable memory waits for the GPU
+            return Documents(cu_seqlens=_of_any_length(ends.to(device, non_blocking=True)))
         document = starts.to(device, non_blocking=True).cumsum(-1)                 # (B, T): which document of the row
         causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
         return Documents(mask=(document[:, None, :, None] == document[:, None, None, :]) & causal)
+
+
+def _of_any_length(ends: Tensor) -> Tensor:
+    """Tell torch.compile that the number of documents changes from batch to batch: no step then compiles again.
+
+    The other way would be a fixed length with empty documents at the end, and it is dear: for every document, an
+    empty one too, FlashAttention's backward has 128 more rows of fp32 gradients (2 MiB for the heads of 7B).
+    """
+    torch._dynamo.maybe_mark_dynamic(ends, 0)
+    return ends
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, kernel: str, documents: Documents | None = None) -> Tensor:
@@ -51,6 +72,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, kernel: str, documents: Documents
     """
     if kernel == "flash":
         return _flash(q, k, v, documents)
+    if kernel == "varlen" and documents is not None and documents.cu_seqlens is not None:
+        return _varlen(q, k, v, documents.cu_seqlens)
     T, S = q.shape[1], k.shape[1]
     mask = documents.mask if documents else None
     if mask is None and 1 < T < S:   # several new tokens over a cache: the causal diagonal is shifted by S - T
@@ -72,16 +95,99 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tens
     return flash_attn_varlen_func(*flat, ends, ends, T, T, causal=True).view(B, T, H, E)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    causal = mask is None and q.shape[1] > 1                   # a single query sees every key there is
-    heads_first = [x.transpose(1, 2) for x in (q, k, v)]       # (B, H or K, T or S, E)
-    grouped = q.shape[2] != k.shape[2]
-    if q.is_cuda:   # without this torch falls back in silence to a kernel that stores the (T, S) scores
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
-            out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+def _varlen(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Tensor:
+    B, T, H, E = q.shape
+    flat = [pad_head_width(x).reshape(B * T, x.shape[2], -1) for x in (q, k, v)]     # all rows in a line
+    if q.device.type == "cpu":
+        out = _varlen_reference(*flat, ends, scale=E**-0.5)
     else:
-        out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+        # T bounds the longest document, as for flash-attn. A window that ends at the query is the causal mask.
+        gqa = _VARLEN_GQA if q.shape[2] != k.shape[2] else {}
+        out = varlen_attn(*flat, ends, ends, T, T, scale=E**-0.5, window_size=(-1, 0), **gqa)
+    return out.view(B, T, H, -1)[..., :E]
+
+
+def _varlen_reference(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, scale: float) -> Tensor:
+    """What varlen_attn computes, for a CPU, which has no such kernel.
+
+    q is (N, H, E), the tokens of all rows in a line; k and v are (N, K, E). Returns (N, H, E). An (N, N) mask is
+    stored: this is for tests and small runs.
+    """
+    at = torch.arange(q.shape[0], device=q.device)
+    document = torch.bucketize(at, ends, right=True)                          # (N,): which document each is in
+    mask = (document[:, None] == document) & (at[:, None] >= at)
+    heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]                # (1, H or K, N, E)
+    out = F.scaled_dot_product_attention(
+        *heads_first, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out[0].transpose(0, 1).contiguous()
+
+
+class SdpaPlan(NamedTuple):
+    """How scaled_dot_product_attention is called on a GPU."""
+
+    kernels: tuple[SDPBackend, ...]   # those it may choose from: none of them stores (T, S) scores
+    in_order: bool                    # True: the first of them that can; False: in torch's order for the GPU
+    expands_heads: bool               # K and V are copied for each of the H query heads
+
+
+def plan_sdpa(dtype: torch.dtype, grouped: bool, masked: bool, over_cache: bool) -> SdpaPlan:
+    """Which of torch's kernels may compute attention in `dtype`. Ring attention follows it too.
+
+    grouped: fewer key/value heads than query heads. masked: there is a mask that is not just the causal one.
+    over_cache: T != S, keys of earlier tokens come from a cache. What decides (torch 2.11 to 2.13):
+    - FlashAttention and cuDNN compute in 16 bits only, and FlashAttention takes no mask;
+    - the memory-efficient kernel takes everything but grouped heads, so those are expanded for it;
+    - cuDNN builds a plan for each new shape, and over a cache every token has a new S.
+    """
+    flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
+    efficient = SDPBackend.EFFICIENT_ATTENTION
+    if dtype not in (torch.bfloat16, torch.float16):
+        return SdpaPlan((efficient,), in_order=False, expands_heads=grouped)
+    if masked:
+        kernels = (efficient,) if over_cache else (cudnn, efficient)
+        return SdpaPlan(kernels, in_order=False, expands_heads=grouped)
+    return SdpaPlan((flash, cudnn, efficient), in_order=over_cache, expands_heads=False)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    if q.is_cuda:
+        return _sdpa_on_gpu(q, k, v, mask)
+    out = F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)),               # (B, H or K, T or S, E)
+        attn_mask=mask,
+        is_causal=mask is None and q.shape[1] > 1,             # a single query sees every key there is
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
     return out.transpose(1, 2)
+
+
+def _sdpa_on_gpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    T, H, E = q.shape[1:]
+    plan = plan_sdpa(q.dtype, grouped=H != k.shape[2], masked=mask is not None, over_cache=T != k.shape[1])
+    if plan.expands_heads:
+        k, v = expand_heads(k, H), expand_heads(v, H)
+    heads_first = [pad_head_width(x).transpose(1, 2) for x in (q, k, v)]       # (B, H or K, T or S, E)
+    # Without this choice torch falls back in silence to a kernel that stores the (T, S) scores.
+    with sdpa_kernel(list(plan.kernels), set_priority=plan.in_order):
+        out = F.scaled_dot_product_attention(
+            *heads_first,
+            attn_mask=mask,
+            is_causal=mask is None and T > 1,
+            scale=E**-0.5,
+            enable_gqa=H != k.shape[2],
+        )
+    return out.transpose(1, 2)[..., :E]
+
+
+def expand_heads(x: Tensor, n_heads: int) -> Tensor:
+    """(B, S, K, E) -> (B, S, n_heads, E): every key/value head is copied for each query head of its group."""
+    return x.repeat_interleave(n_heads // x.shape[2], dim=2)
+
+
+def pad_head_width(x: Tensor) -> Tensor:
+    """Zeros up to a head width that is a multiple of 8, as CUDA kernels need; they add nothing to any score."""
+    missing = -x.shape[-1] % 8
+    return F.pad(x, (0, missing)) if missing else x
 
 
 def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -95,24 +201,41 @@ def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return torch.einsum("bkgts,bske->btkge", scores.softmax(-1).to(v.dtype), v).reshape(B, T, H, E)
 
 
-def choose_attention(asked: str, device: torch.device, dtype: torch.dtype, merges_blocks: bool = False) -> tuple[str, str]:
+def choose_attention(asked: str, device: torch.device, dtype: torch.dtype, merges_blocks: bool = False,
+                     documents: bool = False) -> tuple[str, str]:
     """The kernel for `--train.attention` and the reason, to be printed: `auto` picks, anything else is done or refused.
 
-    merges_blocks: ring attention will put the result together from blocks, which flash-attn's backward cannot take.
-    UsageError when flash was asked for and cannot run: on a CPU, in float32, or without the package.
+    merges_blocks: ring attention will put the result together from blocks, which only sdpa and math can give.
+    documents: rows are packed and no token may see another document.
+    UsageError when flash was asked for and cannot run: on a CPU, in float32, or without the package; or varlen,
+    which needs the documents. On a CPU a reference computes what varlen would, so that all around the kernel can
+    be tried there.
     """
     if asked not in ("auto", *KERNELS):
         raise UsageError(f"--train.attention {asked} is not one of auto, {', '.join(KERNELS)}.")
-    obstacle = _flash_obstacle(device, dtype)
-    if asked == "flash" and obstacle:
-        raise UsageError(f"--train.attention flash cannot run here: {obstacle}. Use --train.attention sdpa or auto.")
+    no_flash = _flash_obstacle(device, dtype)
+    no_varlen = _varlen_obstacle(device, dtype, documents)
+    if asked == "flash" and no_flash:
+        raise UsageError(f"--train.attention flash cannot run here: {no_flash}. Use --train.attention sdpa or "
+                         "auto.")
+    if asked == "varlen" and no_varlen:
+        raise UsageError(f"--train.attention varlen cannot run here: {no_varlen}. Use --train.attention sdpa or "
+                         "auto.")
+    if asked == "varlen" and device.type == "cpu":
+        return asked, "asked for; on a CPU a slow reference in its place, with a mask over a whole microbatch"
     if asked != "auto":
         return asked, "asked for"
-    if obstacle is None and merges_blocks:
-        return "sdpa", "flash-attn cannot merge the blocks of --parallel.cp-method ring"
-    if obstacle is None:
+    if no_flash is None and not merges_blocks:
         return "flash", "the flash-attn package is installed"
-    return "sdpa", f"flash-attn: {obstacle}"
+    if documents and merges_blocks:
+        return "sdpa", "neither flash-attn nor varlen_attn can merge the blocks of --parallel.cp-method ring"
+    if merges_blocks and no_flash is None:
+        return "sdpa", "flash-attn cannot merge the blocks of --parallel.cp-method ring"
+    if no_varlen is None and device.type != "cpu":
+        return "varlen", f"documents without a mask; {no_flash}"
+    if documents and device.type == "cuda":
+        return "sdpa", f"flash-attn: {no_flash}; documents through a mask: {no_varlen}"
+    return "sdpa", f"flash-attn: {no_flash}"
 
 
 def _flash_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -124,4 +247,14 @@ def _flash_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         import flash_attn  # noqa: F401
     except ImportError as error:
         return f"the flash-attn package does not import ({error}; pip install '.[flash]')"
+    return None
+
+
+def _varlen_obstacle(device: torch.device, dtype: torch.dtype, documents: bool) -> str | None:
+    if not documents:
+        return "varlen_attn is for packed documents and --data.document-mask is off"
+    if device.type not in ("cuda", "cpu"):
+        return f"varlen_attn needs an NVIDIA GPU and the device is {device.type}"
+    if device.type == "cuda" and dtype not in (torch.bfloat16, torch.float16):
+        return f"varlen_attn computes in bfloat16 and --train.dtype is {str(dtype).removeprefix('torch.')}"
     return None

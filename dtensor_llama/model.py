@@ -187,7 +187,7 @@ class Llama(nn.Module):
         return self
 
     def set_attention(self, kernel: str) -> None:
-        """Attend with `flash`, `sdpa` or `math` from now on (attention.py; `choose_attention` says what can run)."""
+        """Attend with `flash`, `varlen`, `sdpa` or `math` from now on (`choose_attention` in attention.py: what can run)."""
         self.model.attention_kernel = kernel
         for block in self.model.layers:
             if block is not None:

@@ -99,7 +99,7 @@ def check_parallel(
     if layout.tp > 1:
         check_tensor_parallel(model, layout.tp, seq_len, layout.sequence_parallel)
         _check_uneven_vocabulary(model.vocab_size, layout)
-        if compile and recompute == "full" and attention == "sdpa" and device_type == "cpu":
+        if compile and recompute == "full" and attention in ("sdpa", "varlen") and device_type == "cpu":
             # torch 2.13: the compiler saves a random state with the CPU kernel, which it never uses, and trips over the mesh
             raise UsageError(f"--train.compile with --train.recompute full and --parallel.tp {layout.tp} fails inside torch on "
                              "a CPU; use --train.recompute selective, or --train.attention math.")

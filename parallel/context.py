@@ -34,8 +34,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn.attention import SDPBackend
 
-from dtensor_llama.attention import Documents, attention
+from dtensor_llama.attention import Documents, SdpaPlan, attention, expand_heads, pad_head_width, plan_sdpa
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.errors import UsageError
@@ -70,10 +71,11 @@ def check_context_parallel(config: LlamaConfig, cp: int, tp: int, seq_len: int, 
 def _check_method(method: str, kernel: str) -> None:
     if method not in METHODS:
         raise UsageError(f"--parallel.cp-method {method} is not one of {', '.join(METHODS)}.")
-    if method == "ring" and kernel == "flash":
-        raise UsageError("--train.attention flash cannot run under --parallel.cp-method ring: the flash-attn package has no "
-                         "backward that takes the log-sum-exp of all ranks. Use --train.attention sdpa (torch's own "
-                         "FlashAttention), or --parallel.cp-method ulysses.")
+    if method == "ring" and kernel in ("flash", "varlen"):
+        package = "the flash-attn package" if kernel == "flash" else "torch's varlen_attn"
+        raise UsageError(f"--train.attention {kernel} cannot run under --parallel.cp-method ring: {package} has "
+                         "no backward that takes the log-sum-exp of all ranks. Use --train.attention sdpa "
+                         "(torch's own FlashAttention), or --parallel.cp-method ulysses.")
 
 
 # ---- who has which tokens ----
@@ -121,10 +123,11 @@ def embedded_here(per_token: Tensor, mesh: DeviceMesh, cp_method: str, sequence_
 def apply_context_parallel(model: Llama, cp_mesh: DeviceMesh, method: str, kernel: str) -> None:
     """From now on `model` takes this rank's share of the tokens and attends to whole rows.
 
-    cp_mesh: the 1-D `cp` axis. method: ulysses or ring. kernel: flash, sdpa or math, as attention.py names them (ring
-    has no flash: UsageError). Takes the place of `set_attention`, which would undo it. The model is called with tokens
-    and labels from `shard_sequence` and with `positions` whole, (B, T), or None if each row is one document. Comes before
-    apply_tensor_parallel: where that splits the input of a pipeline stage once more, it wraps the `locate` set here.
+    cp_mesh: the 1-D `cp` axis. method: ulysses or ring. kernel: one of attention.py's, where ring has neither
+    flash nor varlen (UsageError). Takes the place of `set_attention`, which would undo it. The model is called with
+    tokens and labels from `shard_sequence` and with `positions` whole, (B, T), or None if each row is one document.
+    Comes before apply_tensor_parallel: where that splits the input of a pipeline stage once more, it wraps the
+    `locate` set here.
     """
     _check_method(method, kernel)
     if method == "ulysses":
@@ -339,13 +342,20 @@ def _cpu_backward(grad_out, q, k, v, out, lse, causal, mask):
     return [x.transpose(1, 2) for x in grads]
 
 
+def _plan(q: Tensor, k: Tensor, mask: Tensor | None) -> SdpaPlan:
+    """As for whole rows: FlashAttention where it can, else the memory-efficient kernel. cuDNN merges no blocks."""
+    return plan_sdpa(q.dtype, grouped=q.shape[2] != k.shape[2], masked=mask is not None, over_cache=False)
+
+
 def _cuda_forward(q, k, v, causal, mask):
     t, H, E = q.shape[1:]
-    if mask is None and q.dtype != torch.float32:                         # flash takes neither; efficient takes both
+    plan = _plan(q, k, mask)
+    if SDPBackend.FLASH_ATTENTION in plan.kernels:
         out, lse, *_ = _aten._scaled_dot_product_flash_attention(*_cuda_layout(q, k, v), 0.0, causal, scale=E**-0.5)
     else:
-        k, v = (x.repeat_interleave(H // x.shape[2], dim=2) for x in (k, v))      # efficient knows no groups: this block's
-        out, lse, *_ = _aten._scaled_dot_product_efficient_attention(             # keys are copied, on this rank only
+        if plan.expands_heads:                                            # this block's keys, on this rank only
+            k, v = expand_heads(k, H), expand_heads(v, H)
+        out, lse, *_ = _aten._scaled_dot_product_efficient_attention(
             *_cuda_layout(q, k, v), _bias(mask, q.dtype, H), True, 0.0, causal, scale=E**-0.5)
     return out.transpose(1, 2)[..., :E], lse[..., :t]                     # efficient pads its lse
 
@@ -353,12 +363,14 @@ def _cuda_forward(q, k, v, causal, mask):
 def _cuda_backward(grad_out, q, k, v, out, lse, causal, mask):
     t, H, E, s, K = *q.shape[1:], *k.shape[1:3]
     unused = torch.empty(2, dtype=torch.uint64, device=q.device)          # random state: read under dropout only
-    if mask is None and q.dtype != torch.float32:
+    plan = _plan(q, k, mask)
+    if SDPBackend.FLASH_ATTENTION in plan.kernels:
         grads = _aten._scaled_dot_product_flash_attention_backward(
             *_cuda_layout(grad_out, q, k, v, out), lse.contiguous(), None, None, t, s, 0.0, causal, unused, unused,
             scale=E**-0.5)
     else:
-        k, v = (x.repeat_interleave(H // K, dim=2) for x in (k, v))
+        if plan.expands_heads:
+            k, v = expand_heads(k, H), expand_heads(v, H)
         grad_out, q, k, v, out = _cuda_layout(grad_out, q, k, v, out)
         lse = F.pad(lse, (0, -t % 32), value=float("inf")).contiguous()   # exp(score - inf) = 0: what efficient expects
         grads = _aten._scaled_dot_product_efficient_attention_backward(
@@ -369,8 +381,8 @@ def _cuda_backward(grad_out, q, k, v, out, lse, causal, mask):
 
 
 def _cuda_layout(*xs: Tensor) -> list[Tensor]:
-    """(B, t, heads, E) -> (B, heads, t, E'), E' the next multiple of 8, which the kernels need; the zeros change nothing."""
-    return [F.pad(x, (0, -x.shape[-1] % 8)).transpose(1, 2) for x in xs]
+    """(B, t, heads, E) -> (B, heads, t, E'), E' the next multiple of 8."""
+    return [pad_head_width(x).transpose(1, 2) for x in xs]
 
 
 def _math_scores(q, k, causal, mask):

@@ -24,8 +24,9 @@ EXPENSIVE = {                          # dear to compute again: kept by `selecti
 
 
 def _keep_expensive(context, op, *args, **kwargs) -> CheckpointPolicy:
-    # Kernels registered by others: the flash-attn package's, and our ring attention, whose keys would go round again.
-    registered = getattr(op, "namespace", None) in ("flash_attn", "dtensor_llama")
+    # Kernels with a namespace of their own: the flash-attn package's, torch's varlen_attn, and our ring attention,
+    # whose keys would go round again.
+    registered = getattr(op, "namespace", None) in ("flash_attn", "torch_attn", "dtensor_llama")
     return CheckpointPolicy.MUST_SAVE if op in EXPENSIVE or registered else CheckpointPolicy.PREFER_RECOMPUTE
 
 

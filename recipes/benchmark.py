@@ -67,7 +67,8 @@ def main(cfg: BenchmarkConfig) -> None:
     config = LlamaConfig.from_hf(cfg.model) if Path(cfg.model).exists() else LlamaConfig.preset(cfg.model)
     seq_len = cfg.data.seq_len or config.max_position_embeddings
     ring = cfg.parallel.cp > 1 and cfg.parallel.cp_method == "ring"
-    kernel, _ = choose_attention(cfg.train.attention, device, dtype, merges_blocks=ring)
+    kernel, _ = choose_attention(cfg.train.attention, device, dtype, merges_blocks=ring,
+                                 documents=cfg.data.document_mask)
     layout = cfg.parallel.resolve(world_size)
     n_micros = check_parallel(layout, config, seq_len, cfg.train.global_batch_size, cfg.train.micro_batch_size,
                               attention=kernel, recompute=cfg.train.recompute, compile=cfg.train.compile,

@@ -94,7 +94,8 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"    # of the computation; masters, moments and reductions are fp32
     compile: bool = False               # torch.compile each block: a minute at the start, faster steps after
     recompute: Literal["none", "selective", "full"] = "none"    # activations computed again in backward: memory for time
-    attention: Literal["auto", "flash", "sdpa", "math"] = "auto"
+    # The kernel; auto: the fastest that can run here, printed with the reason. varlen: documents without a mask.
+    attention: Literal["auto", "flash", "varlen", "sdpa", "math"] = "auto"
     validate_every: int = 100           # steps between validation losses; 0: never
     validation_rows: int = 64           # rows of the held-out share that are used each time
 
@@ -139,7 +140,8 @@ def main(cfg: PretrainConfig) -> None:
     model_config = read_model_config(cfg, tokenizer)
     seq_len = cfg.data.seq_len or model_config.max_position_embeddings
     ring = cfg.parallel.cp > 1 and cfg.parallel.cp_method == "ring"
-    kernel, why = choose_attention(cfg.train.attention, device, compute_dtype, merges_blocks=ring)
+    kernel, why = choose_attention(cfg.train.attention, device, compute_dtype, merges_blocks=ring,
+                                   documents=cfg.data.document_mask)
     layout = cfg.parallel.resolve(world_size)
     n_micros = check_parallel(layout, model_config, seq_len, cfg.train.global_batch_size, cfg.train.micro_batch_size,
                               attention=kernel, recompute=cfg.train.recompute, compile=cfg.train.compile,

@@ -96,7 +96,8 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] | None = None   # of the computation; None: bfloat16 on a GPU, float32 without
     compile: bool = False               # torch.compile each block: a minute at the start, faster steps after
     recompute: Literal["none", "selective", "full"] | None = None    # None: none if the memory allows, else full
-    attention: Literal["auto", "flash", "sdpa", "math"] = "auto"
+    # The kernel; auto: the fastest that can run here, printed with the reason. varlen: documents without a mask.
+    attention: Literal["auto", "flash", "varlen", "sdpa", "math"] = "auto"
     validate_every: int | None = None   # steps between validation losses; None: ten times a run; 0: never
     validation_rows: int = 64           # rows of the held-out share that are used each time
     answers: int = 3                    # held-out prompts answered at each validation, printed and in TensorBoard; 0: none
@@ -164,7 +165,7 @@ def main(cfg: SftConfig) -> None:
         return
     seq_len = rows.seq_len
     ring = layout.cp > 1 and layout.cp_method == "ring"
-    kernel, why = choose_attention(cfg.train.attention, device, compute_dtype, merges_blocks=ring)
+    kernel, why = choose_attention(cfg.train.attention, device, compute_dtype, merges_blocks=ring, documents=True)
     n_micros = check_parallel(layout, model_config, seq_len, cfg.train.global_batch_size, cfg.train.micro_batch_size,
                               attention=kernel, recompute=cfg.train.recompute, compile=cfg.train.compile,
                               device_type=device.type)

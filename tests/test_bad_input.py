@@ -44,6 +44,7 @@ def refused(*arguments, name: str = "pretrain", ranks: int = 1) -> str:
     (["--data.seq-len", 10_000_000], ["--data.seq-len", "tokens"]),
     (["--train.global-batch-size", 5, "--train.micro-batch-size", 2], ["--train.global-batch-size 5", "4 or 6"]),
     (["--train.attention", "flash"], ["--train.attention flash", "cpu", "sdpa"]),
+    (["--train.attention", "varlen"], ["--train.attention varlen", "--data.document-mask is off", "sdpa"]),
     (["--parallel.dp-shard", 3], ["--parallel.dp-shard 3", "torchrun"]),
     (["--parallel.dp-shard", 0], ["--parallel.dp-shard 0"]),
     (["--data.path", "nothing/*.txt"], ["--data.path", "nothing/*.txt"]),

@@ -73,6 +73,8 @@ def every_attention(method: str, heads: list[tuple[int, int]]) -> None:
         for kernel in ("sdpa", "math"):
             for packed in (False, True):
                 assert_attention_is_whole(method, kernel, n_heads, n_kv_heads, packed)
+        if method == "ulysses":                            # ring has no varlen: test_what_cannot_be_split_is_refused
+            assert_attention_is_whole(method, "varlen", n_heads, n_kv_heads, packed=True)
 
 
 @pytest.mark.parametrize("cp", [2, 4])
@@ -290,6 +292,7 @@ def test_positions_are_the_true_ones_of_each_share():
                                       "--parallel.cp 2 or 4 or 8, or --parallel.cp-method ring"),
     ({"cp": 2, "tp": 8, "method": "ulysses"}, "does not divide the 1 query heads.* Use --parallel.cp-method ring"),
     ({"kernel": "flash"}, "--train.attention flash .* --parallel.cp-method ring.* Use --train.attention sdpa"),
+    ({"kernel": "varlen"}, "--train.attention varlen .* --parallel.cp-method ring.* Use --train.attention sdpa"),
     ({"method": "star"}, "--parallel.cp-method star is not one of ulysses, ring"),
     ({"cp": 0}, "--parallel.cp 0"),
 ])

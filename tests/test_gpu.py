@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from dtensor_llama import Llama, LlamaConfig
 from dtensor_llama.attention import Documents, attention, choose_attention
-from dtensor_llama.model import init_weights
+from dtensor_llama.model import KVCache, init_weights
 from memory import ChunkManager, Placement
 from parallel import ParallelConfig, build_mesh
 from parallel.clip import clip_grad_norm
@@ -25,8 +25,8 @@ from parallel.zero import apply_zero
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "flash"])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kernel,packed", [("sdpa", False), ("sdpa", True), ("varlen", True), ("flash", False),
+                                           ("flash", True)])
 @pytest.mark.parametrize("kv_heads", [8, 2])
 def test_fused_kernels_equal_the_maths_in_bfloat16(kernel, packed, kv_heads):
     device = torch.device("cuda")
@@ -44,14 +44,43 @@ def test_fused_kernels_equal_the_maths_in_bfloat16(kernel, packed, kv_heads):
         assert_close(ours, reference, rtol=2e-2, atol=2e-2 * reference.abs().max().item())
 
 
-def test_logits_on_the_gpu_equal_the_cpu_in_float32():
+@pytest.mark.parametrize("kernel", ["auto", "math"])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_logits_and_gradients_on_the_gpu_equal_the_cpu_in_float32(kv_heads, kernel):
     config = LlamaConfig(vocab_size=307, hidden_size=64, intermediate_size=172, num_hidden_layers=3, num_attention_heads=4,
-                         num_key_value_heads=2)
+                         num_key_value_heads=kv_heads)
     on_cpu, on_gpu = Llama(config), Llama(config).cuda()
-    on_gpu.set_attention("math")                        # no fused kernel computes grouped heads in fp32
+    on_gpu.set_attention(choose_attention(kernel, torch.device("cuda"), torch.float32)[0])
     tokens = torch.randint(307, (2, 50))
-    with torch.no_grad():
-        assert_close(on_gpu(tokens.cuda()).cpu(), on_cpu(tokens), rtol=0, atol=1e-4)
+    positions = torch.cat([torch.arange(n) for n in (20, 1, 29)]).expand(2, -1)
+    for packed in (None, positions):
+        logits, expected = on_gpu(tokens.cuda(), positions=packed), on_cpu(tokens, positions=packed)
+        assert_close(logits.cpu(), expected, rtol=0, atol=1e-4)
+        for model, out in ((on_gpu, logits), (on_cpu, expected)):
+            model.zero_grad()
+            out.square().sum().backward()
+        for ours, reference in zip(on_gpu.parameters(), on_cpu.parameters(), strict=True):
+            largest = reference.grad.abs().max().item()
+            assert_close(ours.grad.cpu(), reference.grad, rtol=0, atol=1e-4 * largest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_over_a_cache_continue_prompts_of_unequal_lengths_as_the_whole_rows_would(dtype):
+    """One new token at a time, and several: what is decoded equals the logits of the rows as a whole."""
+    config = LlamaConfig(vocab_size=307, hidden_size=64, intermediate_size=172, num_hidden_layers=3,
+                         num_attention_heads=4, num_key_value_heads=2)
+    model = Llama(config).to("cuda", dtype)
+    tokens = torch.randint(307, (2, 40), device="cuda")
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    for padding in (None, torch.tensor([0, 7], device="cuda")):
+        cache, parts = KVCache(40, padding), []
+        with torch.no_grad():
+            model.set_attention("sdpa")
+            for new in tokens.split([25, 9, 3, 1, 1, 1], dim=1):
+                parts.append(model(new, cache=cache))
+            model.set_attention("math")
+            whole = model(tokens, cache=KVCache(40, padding))
+        assert_close(torch.cat(parts, dim=1)[:, 7:], whole[:, 7:], rtol=tolerance, atol=tolerance)
 
 
 def test_initial_weights_are_the_same_on_every_device():
@@ -65,7 +94,9 @@ def test_initial_weights_are_the_same_on_every_device():
 
 
 def test_auto_takes_a_fused_kernel():
-    assert choose_attention("auto", torch.device("cuda"), torch.bfloat16)[0] in ("flash", "sdpa")
+    device = torch.device("cuda")
+    assert choose_attention("auto", device, torch.bfloat16)[0] in ("flash", "sdpa")
+    assert choose_attention("auto", device, torch.bfloat16, documents=True)[0] in ("flash", "varlen")
 
 
 @pytest.mark.parametrize("kernel", ["blocks", "compiled"])

@@ -73,7 +73,7 @@ def test_trained_weights_give_the_published_loss_and_equal_transformers():
     assert_equals_twin(model, transformers.LlamaForCausalLM.from_pretrained(STORIES, dtype=torch.float32), tokens)
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "math"])
+@pytest.mark.parametrize("kernel", ["sdpa", "varlen", "math"])
 def test_a_packed_row_gives_what_its_documents_give_alone(kernel):
     model = Llama(SHAPES["gqa"])
     model.set_attention(kernel)

@@ -112,7 +112,7 @@ def test_a_checkpoint_of_another_run_can_be_the_start(inputs, reference, tmp_pat
 
 
 @pytest.mark.parametrize("more", [["--train.recompute", "full"], ["--train.recompute", "selective"],
-                                  ["--train.attention", "math"]])
+                                  ["--train.attention", "math"], ["--train.attention", "varlen"]])
 def test_recompute_and_attention_kernel_do_not_change_the_answer(inputs, reference, tmp_path, more):
     ended = recipe("pretrain", *flags(inputs, tmp_path / "run", "--data.document-mask", *more), ranks=2)
     assert ended.status == 0, ended
