@@ -11,6 +11,7 @@ The module knows no mesh and no rank: parallel/ rewrites it from outside. So it 
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -147,6 +148,13 @@ class LlamaModel(nn.Module):
         return positions.to(tokens.device, non_blocking=True), documents
 
 
+@dataclass(frozen=True)
+class OnHost:
+    """A tensor among a module's arguments that has to stay on the CPU, where FSDP leaves alone what is no tensor."""
+
+    tensor: Tensor
+
+
 class Llama(nn.Module):
     """The whole model. `Llama(config)` under `torch.device("meta")` costs nothing; then `to_empty` and `init_weights`
     or `load_hf`. Made on a real device it has the initial weights of seed 0 at once."""
@@ -161,7 +169,7 @@ class Llama(nn.Module):
         if not self.lm_head.weight.is_meta:
             init_weights(self, seed=0)
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None, positions: Tensor | None = None,
+    def forward(self, tokens: Tensor, labels: Tensor | None = None, positions: Tensor | OnHost | None = None,
                 cache: KVCache | None = None) -> Tensor:
         """tokens (B, T) int64 -> logits (B, T, V); or, with labels (B, T), the float32 sum of the token losses in nats.
 
@@ -169,6 +177,8 @@ class Llama(nn.Module):
         is scored. With labels the logits never exist as a whole. positions (B, T), on any device, restart at 0 where a
         document begins; without them a row is one document. cache: keys and values of earlier tokens, for generation.
         """
+        if isinstance(positions, OnHost):
+            positions = positions.tensor
         hidden = self.model(tokens, positions, cache)
         if self.lm_head is None:                                          # a pipeline stage before the last
             return hidden

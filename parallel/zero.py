@@ -19,6 +19,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from dtensor_llama.model import OnHost
+
 
 def apply_zero(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, stage: int, compute_dtype: torch.dtype) -> None:
     """Shard each block, and what is left (embedding, norm, head) with the root, over the ranks that saw other tokens.
@@ -47,6 +49,15 @@ def apply_zero(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, stag
     for block in blocks:
         fully_shard(block, mesh=over, mp_policy=precision, reshard_after_forward=stage == 3)
     fully_shard(model, mesh=over, mp_policy=precision, reshard_after_forward=False)
+    # Runs before FSDP's hook, which copies the tensors among the arguments to the GPU and waits for it each time.
+    model.register_forward_pre_hook(_leave_positions_on_host, prepend=True, with_kwargs=True)
+
+
+def _leave_positions_on_host(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The ends of documents are found on the CPU, without a question to the GPU, if the positions are still there."""
+    if kwargs.get("positions") is None:
+        return args, kwargs
+    return args, {**kwargs, "positions": OnHost(kwargs["positions"])}
 
 
 def gradient_arrivals(model: nn.Module, stage: int, in_pipeline: bool, n_micros: int) -> int:

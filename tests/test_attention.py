@@ -17,6 +17,7 @@ import pytest
 import torch
 from pool import run_on
 from test_one_answer import five_steps, one_process
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.nn.attention import SDPBackend
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dtensor_llama import Llama, LlamaConfig, UsageError
 from dtensor_llama import attention as module
 from dtensor_llama.attention import Documents, attention, choose_attention, plan_sdpa
-from parallel import ParallelConfig, parallelize
+from dtensor_llama.model import OnHost
+from parallel import ParallelConfig, build_mesh, parallelize
 from parallel.recompute import apply_recompute
 
 FLASH = SDPBackend.FLASH_ATTENTION
@@ -247,6 +249,27 @@ def test_another_number_of_documents_compiles_nothing_anew(recompute, backend):
     for ours, reference in zip(compiled.parameters(), plain.parameters(), strict=True):
         assert_close(ours.grad, reference.grad, rtol=1e-4, atol=1e-4)
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def arguments_that_fsdp_sees() -> list[type]:
+    mesh = build_mesh(ParallelConfig(dp_shard=2), "cpu")
+    (model,) = parallelize(Llama(GQA), mesh, ParallelConfig(dp_shard=2), attention="varlen")
+    tokens, positions, _ = packed_rows(step=3)
+    seen = []
+    original = FSDPState._root_pre_forward
+
+    def look(state, module, args, kwargs):
+        if isinstance(module, Llama):
+            seen.append(type(kwargs["positions"]))
+        return original(state, module, args, kwargs)
+
+    with patch.object(FSDPState, "_root_pre_forward", look):
+        model(tokens, labels=tokens, positions=positions)
+    return seen
+
+
+def test_fsdp_gets_no_positions_to_move_to_the_gpu_and_wait_for():
+    assert run_on(2, arguments_that_fsdp_sees) == [[OnHost]] * 2
 
 
 def five_steps_without_masks(*arguments) -> dict:
