@@ -1,7 +1,7 @@
 """Which kernel computes attention, as tables; and packed documents without a mask.
 
-Packed equals unpacked, in forward and in gradients and under every axis that has whole rows; another number of
-documents compiles nothing anew.
+Packed equals unpacked, in forward and in gradients and under every axis that has whole rows.
+Another number of documents compiles nothing anew.
 """
 
 import re
@@ -139,7 +139,7 @@ def test_a_kernel_is_chosen_with_a_reason_or_refused_in_a_line(monkeypatch, choi
 # ---- documents without a mask ----
 
 def packed_rows(step: int) -> tuple[torch.Tensor, torch.Tensor, list[list[int]]]:
-    """Tokens and positions (2, 32), and the lengths of each row's documents: one more document in each step."""
+    """Tokens and positions (2, 32), and the lengths of each row's documents, one more in each step."""
     stream = torch.Generator().manual_seed(step)
     cuts = sorted((torch.randperm(31, generator=stream)[:step + 1] + 1).tolist())
     first = [end - begin for begin, end in zip([0, *cuts], [*cuts, 32], strict=True)]
