@@ -66,7 +66,6 @@ class Booster:
             raise UsageError(f"Booster was given {type(memory).__name__} for memory; pass memory.MemoryConfig(...) or None.")
         if memory is not None:
             memory.check()
-        self.memory = memory if memory is not None and memory.is_on else None      # a placement of None is off here
         if dtype not in (torch.float32, torch.bfloat16):
             raise UsageError(f"Booster(dtype={dtype}) is not possible; use torch.bfloat16 or torch.float32.")
         local_rank = dist.get_node_local_rank(fallback_rank=-1)                   # -1: no launcher
@@ -82,6 +81,11 @@ class Booster:
             start_process_group(device, 1 if local_rank < 0 else None)
             atexit.register(_leave_group)
         layout = config.resolve(dist.get_world_size())
+        if memory is not None:
+            memory, chosen = memory.settle(device, dtype, dist.get_world_size())
+            if chosen and dist.get_rank() == 0:
+                print(f"memory    {chosen}")
+        self.memory = memory if memory is not None and memory.is_on else None
         self.n_micros = layout.microbatches or (2 * layout.pp if layout.pp > 1 else 1)
         self.layout = dataclasses.replace(layout, microbatches=self.n_micros)
         self.steps = 0                                                            # calls of `step`

@@ -3,8 +3,9 @@
     python recipes/benchmark.py --model tiny-5m --data.seq-len 256 --train.global-batch-size 16
     torchrun --nproc-per-node 8 recipes/benchmark.py --model llama2-7b --train.compile --train.recompute selective
 
-With --data.path it also answers whether reading costs training time: steps on real rows and on synthetic ones take
-turns in one run, and `real_over_synthetic` is the ratio of their median times (1.0: reading is free).
+With --data.document-mask the rows are packed documents of 512 tokens on average. With --data.path it also answers whether
+reading costs training time: steps on real rows and on synthetic ones take turns in one run, and `real_over_synthetic` is the
+ratio of their median times (1.0: reading is free).
 """
 
 import json
@@ -91,7 +92,11 @@ def main(cfg: BenchmarkConfig) -> None:
 
     synthetic = torch.randint(config.vocab_size, (n_micros, cfg.train.micro_batch_size, seq_len + 1),
                               generator=torch.Generator().manual_seed(dp_rank))
-    sources = {"synthetic": lambda: [Batch(micro[:, :-1], micro[:, 1:], None) for micro in synthetic]}
+    positions = [None] * n_micros
+    if cfg.data.document_mask:
+        positions = synthetic_positions(synthetic[:, :, 1:].shape, seed=dp_rank)
+    sources = {"synthetic": lambda: [Batch(micro[:, :-1], micro[:, 1:], where)
+                                     for micro, where in zip(synthetic, positions, strict=True)]}
     reader = None
     if rows:
         reader = RowReader(rows, cfg.train.global_batch_size, cfg.train.micro_batch_size, dp_rank, layout.dp,
@@ -159,6 +164,16 @@ def main(cfg: BenchmarkConfig) -> None:
     if reader:
         reader.close()
     stop_process_group()
+
+
+def synthetic_positions(shape: torch.Size, seed: int, mean_document: int = 512) -> torch.Tensor:
+    """(..., T) positions of tokens in packed rows whose documents have `mean_document` tokens on average: any token may
+    begin one, and where it does the positions restart at 0."""
+    draw = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    begins = draw < 1 / mean_document
+    at = torch.arange(shape[-1]).expand(shape)
+    began_at = torch.where(begins, at, 0).cummax(-1).values
+    return at - began_at
 
 
 def plan_facts(manager: ChunkManager) -> dict:
