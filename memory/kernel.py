@@ -26,6 +26,7 @@ from torch.optim.adamw import adamw
 from dtensor_llama.errors import UsageError
 
 BLOCK = 256 * 1024        # elements: 1 MiB of fp32 each for gradient, master and both moments stays in a core's cache
+ROW = 1024                # elements: of the (rows, ROW) views that compiled device kernels take
 
 
 class Hyper(NamedTuple):
@@ -47,6 +48,9 @@ class Hyper(NamedTuple):
         numbers = (1 - self.lr * self.weight_decay, 1 - self.beta1, self.beta2, 1 - self.beta2, self.lr * root / correction1,
                    self.eps * root)
         return tuple(torch.tensor(number, dtype=torch.float32) for number in numbers)
+
+
+NO_CHANGE = Hyper(lr=0.0, beta1=0.9, beta2=0.95, eps=1e-5, weight_decay=0.0, step=1)
 
 
 def adamw_chunk(master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, clip: Tensor, decay: Tensor,
@@ -80,47 +84,114 @@ def _host_step(master, exp_avg, exp_avg_sq, grad, weight, clip, *hyper):
 
 
 def _device_step(weight, low, exp_avg, exp_avg_sq, grad, clip, *hyper):
+    """If `clip` is nan every element keeps its value: no host has to look whether the gradient is finite."""
+    skips = clip.isnan()
     master = weight if low is None else join_master(weight, low)
-    master, new_avg, new_avg_sq = adamw_chunk(master, exp_avg, exp_avg_sq, grad, clip, *hyper)
-    exp_avg.copy_(new_avg)
-    exp_avg_sq.copy_(new_avg_sq)
+    stepped, new_avg, new_avg_sq = adamw_chunk(master, exp_avg, exp_avg_sq, grad, clip, *hyper)
+    exp_avg.copy_(torch.where(skips, exp_avg, new_avg))
+    exp_avg_sq.copy_(torch.where(skips, exp_avg_sq, new_avg_sq))
     if low is None:
-        weight.copy_(master)
+        weight.copy_(torch.where(skips, weight, stepped))
     else:
-        high, new_low = split_master(master)
-        weight.copy_(high)
-        low.copy_(new_low)
+        high, new_low = split_master(stepped)
+        weight.copy_(torch.where(skips, weight, high))
+        low.copy_(torch.where(skips, low, new_low))
+
+
+def _device_add(total, grad):
+    total.add_(grad)
+
+
+def _device_copy(total, grad):
+    total.copy_(grad)
+
+
+def whole_rows(n: int) -> int:
+    """How many of n elements a compiled device kernel takes as rows of ROW; the rest goes alone.
+
+    Of a (rows, ROW) view the compiler knows that the length is a multiple of ROW, so it loads and stores 16 bytes
+    at a time (PTX for sm_90, 8 elements a thread: 7 loads, 6 stores). Of a plain length it knows nothing, and
+    takes each element alone (16 elements a thread: 41 loads, 32 stores). A single row is left to the rest, as
+    torch.compile takes a size of 1 for a constant and would compile anew."""
+    rows = n // ROW
+    return rows * ROW if rows > 1 else 0
+
+
+class _ByRows:
+    """A kernel for the device on 1-D tensors of one length: one launch, and one more where whole_rows leaves a rest.
+    It is compiled once for rows, once for rests, and once for a rest of a single element."""
+
+    def __init__(self, step: Callable):
+        self._rows, self._rest = _compiled(step), _compiled(step)
+
+    def __call__(self, tensors: Sequence[Tensor | None], *numbers: Tensor) -> None:
+        """tensors: those that it reads and writes by element, some may be None; numbers: 0-dim."""
+        n = len(tensors[0])
+        whole = whole_rows(n)
+        if whole:
+            rows = [None if tensor is None else tensor[:whole].view(-1, ROW) for tensor in tensors]
+            self._rows(*_of_any_length(rows), *numbers)
+        if whole < n:
+            rest = [None if tensor is None else tensor[whole:] for tensor in tensors]
+            self._rest(*_of_any_length(rest), *numbers)
+
+
+def _of_any_length(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """Tells torch.compile that another number of rows, or of elements of a rest, is no reason to compile anew.
+    (dynamic=True says so of the memory that a view lies in, too. Then two tensors that first lie in memory of
+    equal length have to do so ever after, or all is compiled anew.)"""
+    for tensor in tensors:
+        if tensor is not None and len(tensor) > 1:
+            torch._dynamo.mark_dynamic(tensor, 0)
+    return tensors
 
 
 class Kernel:
-    """kind: `compiled`, `blocks`, or `auto`: compiled where there is a compiler. `kind` and `why` say what it became."""
+    """kind: `compiled`, `blocks`, or `auto`: compiled where there is a compiler. `kind` and `why` say what it became.
+
+    A clip factor of nan says that the gradient norm is not finite: then device_step and device_steps change
+    nothing. host_step is not to be called then: the thread that calls it reads the factor anyway."""
 
     def __init__(self, kind: str, device: torch.device):
         self.kind, self.why = _choose(kind, device)
+        self._is_warm: set[tuple] = set()
         if self.kind == "compiled":
             # A wrapper in C++ lets go of the interpreter while the loop runs; the default one in Python does not, and the
             # forward beside it could launch nothing.
-            self._host, self._device = _compiled(_host_step, options={"cpp_wrapper": True}), _compiled(_device_step)
+            self._host = _compiled(_host_step, dynamic=True, options={"cpp_wrapper": True})
+            self._device = _ByRows(_device_step)
+            self._add, self._copy = _ByRows(_device_add), _ByRows(_device_copy)
 
-    def warm_up(self, device: torch.device, dtype: torch.dtype, grad_dtypes: set[torch.dtype], n_threads: int) -> None:
-        """Compile now what will run later, between collectives that other ranks wait in. dtype: of the weights.
+    def warm_up_host(self, dtype: torch.dtype, grad_dtype: torch.dtype, n_threads: int) -> None:
+        """Compile host_step now, unless it was: within a step other ranks would wait for it in a collective, 10
+        to 25 s. dtype: of the weights. To be called whenever a plan has put chunks on the host.
 
-        Here, in the caller's thread, and as if it had n_threads, for which the thread of the host's steps takes it then: with
-        torch 2.11 the next backward may crash once another thread has compiled."""
+        It compiles in the caller's thread, as with torch 2.11 the next backward may crash once another thread
+        has compiled, and as if that had n_threads, for which the thread of the host's steps takes it then."""
+        if self.kind != "compiled" or ("host", dtype, grad_dtype) in self._is_warm:
+            return
+        self._is_warm.add(("host", dtype, grad_dtype))
         before = torch.get_num_threads()
-        for n in (2 * BLOCK, BLOCK) if self.kind == "compiled" else ():
-            for grad_dtype in grad_dtypes:
-                def zeros(where, dtype=torch.float32, n=n):
-                    return torch.zeros(n, dtype=dtype, device=where)
-                hyper, cpu = Hyper(0.0, 0.9, 0.95, 1e-5, 0.0, 1), torch.device("cpu")
-                states = zeros(cpu), zeros(cpu), zeros(cpu), zeros(cpu, grad_dtype), zeros(cpu, dtype)
-                torch.set_num_threads(n_threads)
-                self.host_step(*states, None, hyper)
-                torch.set_num_threads(before)
-                if dtype == torch.bfloat16:      # else device_steps has torch's
-                    states = zeros(device, dtype), zeros(device, torch.int16), zeros(device), zeros(device)
-                    self.device_step(*states, zeros(device, grad_dtype), None, hyper)
+        torch.set_num_threads(n_threads)
+        for n in (2 * BLOCK, BLOCK):
+            master, exp_avg, exp_avg_sq = torch.zeros(n), torch.zeros(n), torch.zeros(n)
+            grad, weight = torch.zeros(n, dtype=grad_dtype), torch.zeros(n, dtype=dtype)
+            self.host_step(master, exp_avg, exp_avg_sq, grad, weight, None, NO_CHANGE)
         torch.set_num_threads(before)            # of threads that begin from now on too, after the host's has set its own
+
+    def warm_up_device(self, device: torch.device, dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
+        """As warm_up_host, for device_steps and sum_into: wherever a plan has chunks that the device steps."""
+        casts_nothing = dtype == grad_dtype == torch.float32       # then device_steps takes torch's own kernel
+        if self.kind != "compiled" or casts_nothing or ("device", dtype, grad_dtype) in self._is_warm:
+            return
+        self._is_warm.add(("device", dtype, grad_dtype))
+        for n in (BLOCK, ROW - 1):               # whole rows, and a rest; sizes for which many threads pay
+            zeros = functools.partial(torch.zeros, n, device=device)
+            weight, low, exp_avg, exp_avg_sq = zeros(dtype=dtype), zeros(dtype=torch.int16), zeros(), zeros()
+            grad = zeros(dtype=grad_dtype)
+            self.device_step(weight, low, exp_avg, exp_avg_sq, grad, None, NO_CHANGE)
+            for adds in (False, True) if grad_dtype != dtype else ():
+                self.sum_into(grad, weight, adds)            # gradients come in the weights' dtype
 
     @torch.no_grad()
     def host_step(self, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, weight: Tensor,
@@ -152,7 +223,8 @@ class Kernel:
                     clip: Tensor | None, hyper: Hyper) -> None:
         """All 1-D of one length on one device, changed in place; `grad` may be scaled. low: None if weights are float32."""
         if self.kind == "compiled":
-            self._device(weight, low, exp_avg, exp_avg_sq, grad, _one(grad) if clip is None else clip, *hyper.tensors())
+            clip = _one(grad) if clip is None else clip
+            self._device((weight, low, exp_avg, exp_avg_sq, grad), clip, *hyper.tensors())
             return
         for block in _blocks(len(grad)):
             master = weight[block] if low is None else join_master(weight[block], low[block])
@@ -162,11 +234,23 @@ class Kernel:
                 weight[block].copy_(high)
                 low[block].copy_(new_low)
 
+    @torch.no_grad()
+    def sum_into(self, total: Tensor, grad: Tensor, adds: bool) -> None:
+        """total += grad, or total = grad for the first gradient of a step; 1-D of one length on the device,
+        dtypes may differ. torch's own kernels for two dtypes on a GPU load each element alone; for equal
+        dtypes, and on a CPU, they serve."""
+        if self.kind == "compiled" and total.is_cuda and total.dtype != grad.dtype:
+            (self._add if adds else self._copy)((total, grad))
+        elif adds:
+            total.add_(grad)
+        else:
+            total.copy_(grad)
+
 
 def _compiled(step: Callable, **how) -> Callable:
     """Of a copy of its code: dynamo has a limit a code, and other numbers of threads, in other kernels, would count for it."""
     own = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
-    return torch.compile(own, fullgraph=True, dynamic=True, **how)
+    return torch.compile(own, fullgraph=True, **how)
 
 
 @functools.cache
@@ -185,13 +269,14 @@ def _blocks(n: int) -> list[slice]:
 @torch.no_grad()
 def _fused(masters: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor], grads: Sequence[Tensor],
            clip: Tensor | None, hyper: Hyper) -> None:
-    """torch's AdamW(fused=True), all float32; gradients are scaled in place."""
+    """torch's AdamW(fused=True), all float32; gradients are scaled in place. If clip is nan nothing changes."""
     device = masters[0].device
     done = torch.full((len(masters),), hyper.step - 1, dtype=torch.float32, device=device)      # it adds the one being made
+    grad_scale = None if clip is None else clip.reciprocal()          # it divides by that
+    found_inf = None if clip is None else clip.isnan().float()
     adamw(list(masters), list(grads), list(exp_avgs), list(exp_avg_sqs), [], list(done.unbind()), fused=True,
-          grad_scale=None if clip is None else clip.reciprocal(), found_inf=None if clip is None else torch.zeros_like(clip),
-          amsgrad=False, beta1=hyper.beta1, beta2=hyper.beta2, lr=hyper.lr, weight_decay=hyper.weight_decay, eps=hyper.eps,
-          maximize=False)
+          grad_scale=grad_scale, found_inf=found_inf, amsgrad=False, beta1=hyper.beta1, beta2=hyper.beta2,
+          lr=hyper.lr, weight_decay=hyper.weight_decay, eps=hyper.eps, maximize=False)
 
 
 def _choose(kind: str, device: torch.device) -> tuple[str, str]:

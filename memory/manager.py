@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from dtensor_llama.optim import clip_factor, float64_norms
 from dtensor_llama.shards import local
 from memory.activations import ActivationOffload
 from memory.auto import AutoPolicy
@@ -76,13 +77,14 @@ class ChunkManager(ChunkStore):
                          chunk_elements, lanes)
         self.arrivals, self.clips, self.kernel = arrivals, clips, Kernel(config.kernel, self.device)
         n_pieces = sum(len(chunk.pieces) for chunk in self.chunks)
-        self._zero = torch.zeros((), device=self.device)
-        self.norms = [self._zero] * n_pieces                          # of each piece's whole gradient, float32
+        self._zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.norms = [self._zero] * n_pieces         # of each piece's whole gradient, float64
         self.host_squares = [0.0] * n_pieces                          # of those summed on the host
         self.shares = torch.tensor([1 / one.copies for one in self.managed for _ in one.pieces],
                                    dtype=torch.float64, device=self.device)       # of a square in the world's sum
-        self.clip: Tensor | None = None                                                   # factor of the next step
+        self.clip: Tensor | None = None              # factor of the next step; nan: it shall change nothing
         self._host_clip = torch.ones((), pin_memory=self.is_cuda)
+        self._uncertain: tuple[Any, list[Managed]] | None = None      # of a step: event of its factor, counted
         self._in_flight: list[tuple[Any, Tensor]] = []            # (event, gradient that lives until then): on its way
         self._in_use: list[tuple[Any, list[Tensor]]] = []         # likewise, what the latest update reads
         self._issued: set[Chunk] = set()                         # told to step since the last `step`
@@ -91,8 +93,7 @@ class ChunkManager(ChunkStore):
         self._phase: tuple[str | None, Any] = None, None
         self._host_began_s = self._host_done_s = self._host_update_s = None
         self._steps_s: list[float] | None = []                    # when steps ended, until they are told; None: they were
-        for dtype in {chunk.dtype for chunk in self.chunks}:
-            self.kernel.warm_up(self.device, dtype, {dtype, *[torch.float32] * self.sums}, self.lanes.n_threads)
+        self._warm_up()
         self._frozen = [p for group in optimizer.param_groups for p in group["params"] if p not in self.of]
         self._gates = _gates(self.parts, self.of)
         if config.placement == "auto" and plan is None and rates is None:
@@ -121,7 +122,19 @@ class ChunkManager(ChunkStore):
         self.wait()
         self._let_go()
         super().replan(plan)
+        self._warm_up()
         self._steps_s = []
+
+    def _warm_up(self) -> None:
+        """Compile what steps under the plan of now will run, between steps: in one, other ranks would wait in
+        a collective. What the plan has no chunk for is not compiled; another plan may need it later."""
+        for dtype in {chunk.dtype for chunk in self.chunks}:
+            placements = {chunk.placement for chunk in self.chunks if chunk.dtype == dtype}
+            grad_dtype = torch.float32 if self.sums else dtype
+            if Placement.CPU in placements:
+                self.kernel.warm_up_host(dtype, grad_dtype, self.lanes.n_threads)
+            if placements - {Placement.CPU}:
+                self.kernel.warm_up_device(self.device, dtype, grad_dtype)
 
     # ---- backward: gradients arrive -----------------------------------------------------------------------------------
 
@@ -200,10 +213,9 @@ class ChunkManager(ChunkStore):
                 piece.adding = self.lanes.thread.submit(self._add, piece, copied, adds)
                 return
             chunk.arrived.append(copied)
-            self.norms[piece.index] = torch.linalg.vector_norm(grad, dtype=torch.float32)
+            [self.norms[piece.index]] = float64_norms([grad])
         elif "total" in chunk.tensors:
-            total = chunk.tensors["total"][piece.in_chunk]
-            total.add_(grad) if adds else total.copy_(grad)
+            self.kernel.sum_into(chunk.tensors["total"][piece.in_chunk], grad, adds)
         elif not piece.managed.keeps_grad:
             piece.waiting = piece.waiting.add_(grad) if adds else grad.clone()
 
@@ -212,8 +224,9 @@ class ChunkManager(ChunkStore):
         """On the host's thread: slab into total."""
         arrived.synchronize()
         total, slab = (piece.chunk.tensors[name][piece.in_chunk] for name in ("total", "slab"))
-        total.add_(slab) if adds else total.copy_(slab)
-        self.host_squares[piece.index] = torch.linalg.vector_norm(total).item() ** 2 / piece.managed.copies
+        self.kernel.sum_into(total, slab, adds)
+        [norm] = float64_norms([total])
+        self.host_squares[piece.index] = norm.item() ** 2 / piece.managed.copies
 
     def _let_go(self) -> None:
         """Of gradients that have been copied, or stepped with."""
@@ -266,7 +279,12 @@ class ChunkManager(ChunkStore):
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """Make the next step scale all gradients so that their 2-norm over all ranks is at most `max_norm`; returns what it
         is before, a float64 scalar, the same on every rank. Gradients stay as they are: the factor is an argument of Adam.
-        max_norm: inf only asks for the norm, and is all that a manager with clips=False can do."""
+        If the norm is inf or nan the next step changes nothing, on any rank: no weight, no moment and no step
+        count.
+
+        max_norm: inf only asks for the norm. It is all that a manager with clips=False can do: its chunks
+        were stepped as their gradients arrived, before there was a norm, so it cannot keep a gradient that is
+        not finite out of them."""
         if max_norm < math.inf and not self.clips:
             raise RuntimeError(f"gradients cannot be clipped to {max_norm} any more: with clips=False chunks are stepped as "
                                "their gradients arrive; pass clips=True to ChunkManager.")
@@ -274,17 +292,18 @@ class ChunkManager(ChunkStore):
         for chunk in self.chunks if self.sums else ():
             for piece in chunk.pieces:
                 piece.adding = piece.adding and piece.adding.result()
-        squares, on_device = self._zero.double(), [piece for one in self.managed if one.arrivals for piece in one.pieces
-                                                   if piece.chunk.placement is not Placement.CPU]
-        for piece, norm in zip(on_device, float32_norms([self._grad_of(piece) for piece in on_device]), strict=True):
+        squares = self._zero.clone()
+        arrived = [piece for one in self.managed if one.arrivals for piece in one.pieces]
+        on_device = [piece for piece in arrived if piece.chunk.placement is not Placement.CPU]
+        norms = float64_norms([self._grad_of(piece) for piece in on_device])
+        for piece, norm in zip(on_device, norms, strict=True):
             self.norms[piece.index] = norm
         if self.norms:
-            squares = (torch.stack(self.norms).double() ** 2 * self.shares).sum() + sum(self.host_squares)
+            squares = (torch.stack(self.norms).square() * self.shares).sum() + sum(self.host_squares)
         if dist.is_initialized():
             dist.all_reduce(squares)
         norm = squares.sqrt()
-        clips = max_norm < math.inf
-        self.clip = (max_norm / (norm + 1e-6)).clamp(max=1.0).float() if clips else None       # as in parallel/clip.py
+        self.clip = clip_factor(norm, max_norm) if self.clips else None
         return norm
 
     # ---- the update ---------------------------------------------------------------------------------------------------
@@ -307,8 +326,12 @@ class ChunkManager(ChunkStore):
                     self._issue(chunk, ready, clip_arrived)
         read = [piece.waiting for one in self.managed for piece in one.pieces] + [one.parameter.grad for one in self.managed]
         self._in_use.append((self.lanes.adam.now(), [tensor for tensor in [*read, self.clip] if tensor is not None]))
+        counted = [one for one in self.managed if one.arrivals]
+        for one in counted:
+            one.step += 1
+        if self.clip is not None:
+            self._uncertain = clip_arrived, counted
         for one in self.managed:
-            one.step += one.arrivals > 0
             self._forget(one)
         self._issued.clear()
         self._is_updating, self.clip = False, None
@@ -318,6 +341,24 @@ class ChunkManager(ChunkStore):
         if self.auto:
             self.auto.step_ended()
         self._measure()
+
+    def wait(self) -> None:
+        """ChunkStore.wait; step counts are right then, too."""
+        super().wait()
+        self._settle_counts()
+
+    def _settle_counts(self) -> None:
+        """Take the last step out of the counts if it changed nothing, as its gradient norm was not finite.
+        The host does not know that when it counts; it does before the counts are used: by the next step, or
+        by who reads the states. The event waited for is a whole forward and backward old by then."""
+        if self._uncertain is None:
+            return
+        clip_arrived, counted = self._uncertain
+        self._uncertain = None
+        clip_arrived.synchronize()
+        if self._host_clip.isnan():
+            for one in counted:
+                one.step -= 1
 
     def _measure(self) -> None:
         """Hold the plan against steps that were made with it, once; the first follows the move to it."""
@@ -337,6 +378,7 @@ class ChunkManager(ChunkStore):
         for chunk in self.chunks:
             if chunk.state is not State.COLLECTING:
                 chunk.wait()                     # long done, but for one whose layers did not run since the last step
+        self._settle_counts()
         self._host_update_s = self._host_began_s and self._host_done_s - self._host_began_s
         self._host_began_s = None
 
@@ -415,6 +457,10 @@ class ChunkManager(ChunkStore):
         i = turn % len(self.outbox)
         for event in (clip_arrived, *chunk.arrived, self._sent[i]):
             event.synchronize()
+        if clip is not None and clip.isnan():        # the gradient is not finite: nothing changes
+            chunk.weights_done = chunk.done = DONE
+            chunk.move_to(State.READY)
+            return
         if self._host_began_s is None:
             self._host_began_s = self.lanes.clock()
         states = [chunk.tensors[name] for name in MASTER_AND_MOMENTS]
@@ -505,11 +551,6 @@ def _gates(parts: list[nn.Module], of: dict[nn.Parameter, Managed]) -> dict[nn.M
             if parameter in of:
                 mine += [piece.chunk for piece in of[parameter].pieces if piece.chunk not in mine]
     return gates
-
-
-def float32_norms(tensors: list[Tensor]) -> Sequence[Tensor]:
-    """2-norm of each in float32, 0-dim, in one call. torch.nn.utils.get_total_norm has no dtype, and squares bfloat16."""
-    return torch._foreach_norm(tensors, 2, dtype=torch.float32) if tensors else ()
 
 
 def _hyper(one: Managed) -> Hyper:

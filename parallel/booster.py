@@ -171,10 +171,15 @@ class Booster:
         return loss
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """Scale all gradients down to this norm over all ranks and axes; returns what it was, a scalar on every rank."""
-        if self.memory is not None:
-            return self.optimizer.clip_grad_norm(max_norm)
-        return clip_grad_norm(self.model.parameters(), max_norm)
+        """Scale all gradients down to this norm over all ranks and axes; returns what it was, a scalar on
+        every rank.
+
+        The gradients in `parameter.grad` are scaled when this returns, as by torch.nn.utils.clip_grad_norm_;
+        under a MemoryConfig they are not all there, and the optimizer's step scales them. If the norm is inf
+        or nan the next optimizer.step() changes nothing. (An optimizer that is not fused makes every call
+        wait for the device.)
+        """
+        return clip_grad_norm(self.model.parameters(), max_norm, self.optimizer)
 
     def save_hf(self, model: Llama, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a folder that transformers opens (save your tokenizer beside it); dtype None: fp32."""

@@ -1,4 +1,4 @@
-"""One gradient norm over every axis of the mesh, and clipping to it."""
+"""One gradient norm over every axis of the mesh, clipping to it, and no step with what is not finite."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -6,32 +6,85 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer
 
+from dtensor_llama.optim import clip_factor, float64_norms
 from dtensor_llama.shards import copies, local
 
 
 @torch.no_grad()
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale the gradients down, in place, so that their 2-norm over all parameters of all ranks is at most `max_norm`.
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float, optimizer: Optimizer | None = None,
+                   in_step: bool = False) -> Tensor:
+    """Clip the gradients so that their 2-norm over all parameters of all ranks is at most `max_norm`.
 
-    Returns that norm before clipping, a float64 scalar, the same on every rank. A norm per stage or per tp rank is not the
-    norm: each rank adds up the squares of its shards, counts what several ranks hold alike only once, and one all-reduce
-    over the world makes the sum. parameters: this rank's, plain or DTensor, those of all its pipeline stages together; a
-    parameter without gradient counts zero. (torch's clip_grad_norm_ cannot add norms of DTensors on different meshes.)
+    Returns that norm before clipping, a float64 scalar, the same on every rank; with max_norm inf that is all.
+    parameters: this rank's, plain or DTensor, those of all its pipeline stages together; a parameter without
+    gradient counts zero. All ranks enter.
+
+    optimizer: the one that will step these parameters. If the norm is inf or nan its next step changes nothing
+        on any rank: no weight, no moment, no step count. None: it is up to the caller to leave that step out.
+    in_step: False: gradients are scaled in place, as by torch.nn.utils.clip_grad_norm_. True: they stay as they
+        are until the optimizer, a fused AdamW, scales them as it reads them: one pass over all gradients less.
+    The optimizer of a chunk manager clips in its step in any case; `parameter.grad` does not hold all gradients.
+
+    Nothing here waits for the device, with one exception. An optimizer that is not fused cannot be told on the
+    device to change nothing, so the norm is read, and gradients that are not finite are dropped: grad = None.
     """
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if hasattr(optimizer, "clip_grad_norm"):
+        return optimizer.clip_grad_norm(max_norm)
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    grads = [parameter.grad for parameter in parameters]
+    norm = global_norm(grads)
+    factor = clip_factor(norm, max_norm)
+    can_skip = optimizer is not None and _is_fused(optimizer)
+    if in_step and not can_skip:
+        raise ValueError(f"{type(optimizer).__name__} cannot clip in its step; give an AdamW(..., fused=True), or "
+                         "leave out in_step=True.")
+    if can_skip:
+        scales = in_step and max_norm < float("inf")
+        grad_scale = factor.reciprocal() if scales else None             # the step divides gradients by that
+        _tell_next_step(optimizer, grad_scale, found_inf=factor.isnan().float())
+    elif optimizer is not None and not norm.isfinite():
+        for parameter in parameters:
+            parameter.grad = None
+        return norm
+    if not in_step:
+        for grad in grads:
+            local(grad).mul_(factor)             # by exactly 1.0 when nothing is to clip: no host has to look
+    return norm
+
+
+def global_norm(grads: list[Tensor]) -> Tensor:
+    """2-norm over the gradients of all ranks, a float64 scalar. All ranks enter.
+
+    A norm per stage or per tp rank is not the norm: each rank adds up the squares of its shards, counts what
+    several ranks hold alike only once, and one all-reduce over the world makes the sum. (torch's
+    clip_grad_norm_ cannot add norms of DTensors on different meshes.)"""
     alike = defaultdict(list)                    # how many ranks hold the same numbers -> this rank's local gradients
     for grad in grads:
         alike[copies(grad)].append(local(grad))
     device = local(grads[0]).device if grads else torch.device("cpu")
     squares = torch.zeros((), dtype=torch.float64, device=device)
     for n_copies, tensors in alike.items():
-        norm = nn.utils.get_total_norm(tensors)  # a few fused launches, however many tensors
-        squares += norm.double() ** 2 / n_copies
+        squares += torch.stack(float64_norms(tensors)).square().sum() / n_copies
     if dist.is_initialized():
         dist.all_reduce(squares)
-    norm = squares.sqrt()
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()      # 1e-6 as in torch: no division by zero
-    for grad in grads:
-        local(grad).mul_(scale)                 # times exactly 1.0 when nothing is to clip: no host has to look
-    return norm
+    return squares.sqrt()
+
+
+def _is_fused(optimizer: Optimizer) -> bool:
+    """Whether its step takes grad_scale and found_inf, as torch.amp.GradScaler hands them over."""
+    return isinstance(optimizer, (Adam, SGD)) and all(group.get("fused") for group in optimizer.param_groups)
+
+
+def _tell_next_step(optimizer: Optimizer, grad_scale: Tensor | None, found_inf: Tensor) -> None:
+    """Set what a fused optimizer looks for in each step: gradients are divided by grad_scale, and with
+    found_inf 1 nothing is changed. Its step forgets both, so that a step without clipping is one."""
+    if not getattr(optimizer, "_forgets_clip", False):
+        optimizer.register_step_post_hook(_forget_clip)
+        optimizer._forgets_clip = True
+    optimizer.grad_scale, optimizer.found_inf = grad_scale, found_inf
+
+
+def _forget_clip(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    optimizer.grad_scale = optimizer.found_inf = None

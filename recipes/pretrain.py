@@ -326,10 +326,9 @@ def train_step(runner, model: nn.Module, optimizer: Optimizer, micros: list[Batc
     # FSDP averages gradients over the ranks that saw other tokens; we want their sum.
     loss = runner.step(micros, n_scored, grad_scale=layout.grad_ranks, **({"recorder": recorder} if recorder else {}))
     dist.all_reduce(loss, group=mesh["loss"].get_group())             # each rank has its own tokens' share
-    if isinstance(optimizer, ChunkOptimizer):                         # one norm over all ranks and axes
-        grad_norm = optimizer.clip_grad_norm(max_grad_norm)
-    else:
-        grad_norm = clip_grad_norm(model.parameters(), max_grad_norm)
+    # One norm over all ranks and axes. The step scales the gradients; if they are not finite, it changes
+    # nothing.
+    grad_norm = clip_grad_norm(model.parameters(), max_grad_norm, optimizer, in_step=True)
     optimizer.step()
     optimizer.zero_grad()
     return loss, grad_norm

@@ -99,7 +99,7 @@ def test_while_the_compiled_kernel_steps_on_the_host_other_threads_run_python():
     tensors = [torch.zeros(n) for _ in range(3)] + [torch.zeros(n, dtype=BF16) for _ in range(2)]
     kernel, n_threads = Kernel("compiled", torch.device("cpu")), torch.get_num_threads() + 1
     assert kernel.kind == "compiled"
-    kernel.warm_up(torch.device("cpu"), BF16, {BF16}, n_threads)
+    kernel.warm_up_host(BF16, BF16, n_threads)
     step, spans = functools.partial(kernel.host_step, *tensors, None, HYPER), []
 
     def steps():
@@ -128,7 +128,7 @@ def test_while_the_compiled_kernel_steps_on_the_host_other_threads_run_python():
 @pytest.mark.slow
 def test_a_compiled_kernel_is_compiled_once_for_all_steps_and_sizes():
     kernel = Kernel("compiled", torch.device("cpu"))
-    kernel.warm_up(torch.device("cpu"), BF16, {BF16}, torch.get_num_threads())
+    kernel.warm_up_host(BF16, BF16, torch.get_num_threads())
     with torch.compiler.set_stance("fail_on_recompile"):
         for step in range(1, 4):
             for n in (64, 1000, 2**20):
