@@ -1,4 +1,4 @@
-"""AdamW as LLaMA-2 was trained (arXiv:2307.09288, sec. 2.2), and gradient norms that are right at any size."""
+"""AdamW as LLaMA-2 was trained (arXiv:2307.09288, sec. 2.2), and gradient norms exact at any size."""
 
 from collections.abc import Sequence
 
@@ -32,9 +32,9 @@ def float64_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     if not tensors:
         return []
     if tensors[0].is_cuda:
-        # torch.nn.utils.get_total_norm calls it too, but without a dtype, and then norms of bfloat16 are rounded
-        # to that. It takes a few launches for any number of tensors. torch.linalg.vector_norm would make a
-        # float64 copy of each first.
+        # torch.nn.utils.get_total_norm calls it too, but without a dtype, and then norms of bfloat16 gradients
+        # are rounded to that. It takes a few launches for any number of tensors. torch.linalg.vector_norm would
+        # make a float64 copy of each first.
         return list(torch._foreach_norm(tensors, 2, dtype=torch.float64))
     return [_norm_by_blocks(tensor) for tensor in tensors]
 

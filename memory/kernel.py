@@ -109,17 +109,17 @@ def _device_copy(total, grad):
 def whole_rows(n: int) -> int:
     """How many of n elements a compiled device kernel takes as rows of ROW; the rest goes alone.
 
-    Of a (rows, ROW) view the compiler knows that the length is a multiple of ROW, so it loads and stores 16 bytes
-    at a time (PTX for sm_90, 8 elements a thread: 7 loads, 6 stores). Of a plain length it knows nothing, and
-    takes each element alone (16 elements a thread: 41 loads, 32 stores). A single row is left to the rest, as
-    torch.compile takes a size of 1 for a constant and would compile anew."""
+    Of a (rows, ROW) view the compiler knows that the length is a multiple of ROW, so it loads and stores 16
+    bytes at a time (PTX for sm_90, 8 elements a thread: 7 loads, 6 stores). Of a plain length it knows nothing,
+    and takes each element alone (16 elements a thread: 41 loads, 32 stores). A single row is left to the rest,
+    as torch.compile takes a size of 1 for a constant and would compile anew."""
     rows = n // ROW
     return rows * ROW if rows > 1 else 0
 
 
 class _ByRows:
-    """A kernel for the device on 1-D tensors of one length: one launch, and one more where whole_rows leaves a rest.
-    It is compiled once for rows, once for rests, and once for a rest of a single element."""
+    """A kernel for the device on 1-D tensors of one length: one launch, and one more where whole_rows leaves a
+    rest. It is compiled once for rows, once for rests, and once for a rest of a single element."""
 
     def __init__(self, step: Callable):
         self._rows, self._rest = _compiled(step), _compiled(step)
@@ -137,7 +137,7 @@ class _ByRows:
 
 
 def _of_any_length(tensors: list[Tensor | None]) -> list[Tensor | None]:
-    """Tells torch.compile that another number of rows, or of elements of a rest, is no reason to compile anew.
+    """Tells torch.compile that other numbers of rows, or of elements in a rest, are no reason to compile anew.
     (dynamic=True says so of the memory that a view lies in, too. Then two tensors that first lie in memory of
     equal length have to do so ever after, or all is compiled anew.)"""
     for tensor in tensors:
@@ -147,7 +147,7 @@ def _of_any_length(tensors: list[Tensor | None]) -> list[Tensor | None]:
 
 
 class Kernel:
-    """kind: `compiled`, `blocks`, or `auto`: compiled where there is a compiler. `kind` and `why` say what it became.
+    """kind: `compiled`, `blocks`, or `auto`: compiled where there is a compiler. `kind` and `why` say what it is.
 
     A clip factor of nan says that the gradient norm is not finite: then device_step and device_steps change
     nothing. host_step is not to be called then: the thread that calls it reads the factor anyway."""
@@ -163,8 +163,8 @@ class Kernel:
             self._add, self._copy = _ByRows(_device_add), _ByRows(_device_copy)
 
     def warm_up_host(self, dtype: torch.dtype, grad_dtype: torch.dtype, n_threads: int) -> None:
-        """Compile host_step now, unless it was: within a step other ranks would wait for it in a collective, 10
-        to 25 s. dtype: of the weights. To be called whenever a plan has put chunks on the host.
+        """Compile host_step now, unless it was: within a step other ranks would wait for it in a collective,
+        10 to 25 s. dtype: of the weights. To be called whenever a plan has put chunks on the host.
 
         It compiles in the caller's thread, as with torch 2.11 the next backward may crash once another thread
         has compiled, and as if that had n_threads, for which the thread of the host's steps takes it then."""
@@ -180,8 +180,8 @@ class Kernel:
         torch.set_num_threads(before)            # of threads that begin from now on too, after the host's has set its own
 
     def warm_up_device(self, device: torch.device, dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
-        """As warm_up_host, for device_steps and sum_into: wherever a plan has chunks that the device steps."""
-        casts_nothing = dtype == grad_dtype == torch.float32       # then device_steps takes torch's own kernel
+        """warm_up_host for device_steps and sum_into: whenever a plan has chunks that the device steps."""
+        casts_nothing = dtype == grad_dtype == torch.float32      # then device_steps takes torch's own kernel
         if self.kind != "compiled" or casts_nothing or ("device", dtype, grad_dtype) in self._is_warm:
             return
         self._is_warm.add(("device", dtype, grad_dtype))
@@ -269,7 +269,7 @@ def _blocks(n: int) -> list[slice]:
 @torch.no_grad()
 def _fused(masters: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor], grads: Sequence[Tensor],
            clip: Tensor | None, hyper: Hyper) -> None:
-    """torch's AdamW(fused=True), all float32; gradients are scaled in place. If clip is nan nothing changes."""
+    """torch's AdamW(fused=True), all float32; gradients are scaled in place. A clip of nan changes nothing."""
     device = masters[0].device
     done = torch.full((len(masters),), hyper.step - 1, dtype=torch.float32, device=device)      # it adds the one being made
     grad_scale = None if clip is None else clip.reciprocal()          # it divides by that

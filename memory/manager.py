@@ -84,7 +84,7 @@ class ChunkManager(ChunkStore):
                                    dtype=torch.float64, device=self.device)       # of a square in the world's sum
         self.clip: Tensor | None = None              # factor of the next step; nan: it shall change nothing
         self._host_clip = torch.ones((), pin_memory=self.is_cuda)
-        self._uncertain: tuple[Any, list[Managed]] | None = None      # of a step: event of its factor, counted
+        self._uncertain: tuple[Any, list[Managed]] | None = None     # of a step: event of its factor, counted
         self._in_flight: list[tuple[Any, Tensor]] = []            # (event, gradient that lives until then): on its way
         self._in_use: list[tuple[Any, list[Tensor]]] = []         # likewise, what the latest update reads
         self._issued: set[Chunk] = set()                         # told to step since the last `step`

@@ -17,18 +17,18 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float, optimize
                    in_step: bool = False) -> Tensor:
     """Clip the gradients so that their 2-norm over all parameters of all ranks is at most `max_norm`.
 
-    Returns that norm before clipping, a float64 scalar, the same on every rank; with max_norm inf that is all.
+    Returns that norm before clipping, a float64 scalar, the same on every rank; max_norm inf only asks for it.
     parameters: this rank's, plain or DTensor, those of all its pipeline stages together; a parameter without
     gradient counts zero. All ranks enter.
 
-    optimizer: the one that will step these parameters. If the norm is inf or nan its next step changes nothing
-        on any rank: no weight, no moment, no step count. None: it is up to the caller to leave that step out.
-    in_step: False: gradients are scaled in place, as by torch.nn.utils.clip_grad_norm_. True: they stay as they
-        are until the optimizer, a fused AdamW, scales them as it reads them: one pass over all gradients less.
-    The optimizer of a chunk manager clips in its step in any case; `parameter.grad` does not hold all gradients.
+    optimizer: the one that will step these parameters. If the norm is inf or nan its next step changes
+        nothing on any rank: no weight, no moment, no step count. None: the caller has to leave that step out.
+    in_step: False: gradients are scaled in place, as by torch.nn.utils.clip_grad_norm_. True: they stay as
+        they are until the optimizer, a fused AdamW, scales them as it reads them: a pass over them less.
+    The optimizer of a chunk manager clips in its step in any case; `parameter.grad` is not all there.
 
-    Nothing here waits for the device, with one exception. An optimizer that is not fused cannot be told on the
-    device to change nothing, so the norm is read, and gradients that are not finite are dropped: grad = None.
+    Nothing here waits for the device, with one exception: an optimizer that is not fused cannot be told on
+    the device to change nothing, so the norm is read, and gradients that are not finite are dropped.
     """
     if hasattr(optimizer, "clip_grad_norm"):
         return optimizer.clip_grad_norm(max_norm)
@@ -38,8 +38,8 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float, optimize
     factor = clip_factor(norm, max_norm)
     can_skip = optimizer is not None and _is_fused(optimizer)
     if in_step and not can_skip:
-        raise ValueError(f"{type(optimizer).__name__} cannot clip in its step; give an AdamW(..., fused=True), or "
-                         "leave out in_step=True.")
+        name = type(optimizer).__name__
+        raise ValueError(f"{name} cannot clip in its step; give AdamW(..., fused=True), or leave out in_step=True.")
     if can_skip:
         scales = in_step and max_norm < float("inf")
         grad_scale = factor.reciprocal() if scales else None             # the step divides gradients by that

@@ -30,7 +30,7 @@ from dtensor_llama.weights import values_to_write
 from memory import ChunkManager, MemoryConfig, Placement
 from memory.activations import offload_block_inputs
 from memory.chunk import GIB, LEGAL_MOVES, State
-from memory.kernel import Hyper, Kernel, join_master, split_master
+from memory.kernel import Hyper, Kernel, adamw_chunk, join_master, split_master, whole_rows
 from memory.tracer import Rates
 
 RESIDENT, STREAM, CPU = Placement
@@ -93,6 +93,80 @@ def test_both_kernels_step_host_and_device_chunks_as_exact_arithmetic_does(kind)
             assert torch.equal(new_weight, master.to(weight_dtype))
 
 
+def bits(tensor):
+    return tensor.view({4: torch.int32, 2: torch.int16}[tensor.itemsize])
+
+
+def uncompiled(monkeypatch) -> tuple[Kernel, list]:
+    """A kernel of kind `compiled` whose parts run as they are written, and the shapes that each call of a part got."""
+    shapes = []
+
+    def as_written(step, **how):
+        return lambda *args: (shapes.append(tuple(args[0].shape)), step(*args))
+
+    monkeypatch.setattr("memory.kernel._compiled", as_written)
+    return Kernel("compiled", torch.device("cpu")), shapes
+
+
+@pytest.mark.parametrize("n,calls", [
+    (1, [(1,)]), (1023, [(1023,)]), (1024, [(1024,)]), (1025, [(1025,)]), (2047, [(2047,)]), (2048, [(2, 1024)]),
+    (2049, [(2, 1024), (1,)]), (4096, [(4, 1024)]), (5000, [(4, 1024), (904,)]), (2**20, [(1024, 1024)])])
+def test_a_device_step_takes_rows_and_only_then_the_rest_and_each_element_gets_the_same_bits(n, calls, monkeypatch):
+    kernel, shapes = uncompiled(monkeypatch)
+    assert (2 if whole_rows(n) not in (0, n) else 1) == len(calls)
+    for weight_dtype, grad_dtype in ((torch.float32, torch.float32), (BF16, BF16), (BF16, torch.float32)):
+        for clip in (CLIP, torch.tensor(math.nan)):
+            master, m, v, grad = chunk_of(n, weight_dtype, grad_dtype)
+            weight, low = split_master(master) if weight_dtype == BF16 else (master.clone(), None)
+            states = [weight, low, m, v]
+            new_master, *right = adamw_chunk(master, m, v, grad, CLIP, *HYPER.tensors())
+            right = [*(split_master(new_master) if low is not None else (new_master, None)), *right]
+            if clip.isnan():
+                right = [None if state is None else state.clone() for state in states]
+            shapes.clear()
+            kernel.device_step(*states, grad, clip, HYPER)
+            assert shapes == calls
+            assert all(ours is None or torch.equal(bits(ours), bits(it)) for ours, it in zip(states, right, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["blocks", "compiled"])
+def test_a_factor_of_nan_makes_every_kernel_of_the_device_change_nothing(kind, monkeypatch):
+    kernel = uncompiled(monkeypatch)[0] if kind == "compiled" else Kernel(kind, torch.device("cpu"))
+    nan = torch.tensor(math.nan)
+    for weight_dtype in (torch.float32, BF16):
+        master, m, v, grad = chunk_of(3000, weight_dtype, weight_dtype)
+        weight, low = split_master(master) if weight_dtype == BF16 else (master, None)
+        before = [None if state is None else state.clone() for state in (weight, low, m, v)]
+        kernel.device_steps([(weight, low, m, v, grad.fill_(math.inf), nan, HYPER)])
+        for ours, right in zip((weight, low, m, v), before, strict=True):
+            assert ours is None or torch.equal(bits(ours), bits(right))
+
+
+def test_sums_into_another_dtype_are_exact_with_and_without_a_compiler(monkeypatch):
+    kernel, _ = uncompiled(monkeypatch)
+    for n in (5, 4096, 5000):
+        total, first, second = torch.full((n,), 7.0), torch.randn(n).to(BF16), torch.randn(n).to(BF16)
+        by_rows = total.clone()
+        for adds, grad in ((False, first), (True, second)):
+            kernel.sum_into(total, grad, adds)
+            (kernel._add if adds else kernel._copy)((by_rows, grad))           # what a GPU does
+        assert torch.equal(total, first.float() + second.float()) and torch.equal(by_rows, total)
+
+
+def test_only_what_a_plan_uses_is_compiled_and_a_later_plan_gets_the_rest_between_steps(monkeypatch):
+    warmed = []
+    for which in ("host", "device"):
+        monkeypatch.setattr(Kernel, f"warm_up_{which}", lambda *args, which=which: warmed.append((which, *args[-3:])))
+    for dtype, arrivals, grad_dtype in ((BF16, 1, BF16), (BF16, 2, torch.float32), (torch.float32, 2, torch.float32)):
+        model, manager = managed([RESIDENT] * 99, dtype=dtype, arrivals=arrivals)
+        assert warmed == [("device", manager.device, dtype, grad_dtype)]
+        warmed.clear()
+        manager.replan(plan_of([chunk.n for chunk in manager.chunks], [CPU] * 99))
+        assert warmed == [("host", dtype, grad_dtype, manager.lanes.n_threads)]
+        warmed.clear()
+        manager.close()
+
+
 def test_while_the_compiled_kernel_steps_on_the_host_other_threads_run_python():
     """Else the forward beside it could launch nothing: what the host's step is to hide behind."""
     n = 32 * 2**20
@@ -129,12 +203,18 @@ def test_while_the_compiled_kernel_steps_on_the_host_other_threads_run_python():
 def test_a_compiled_kernel_is_compiled_once_for_all_steps_and_sizes():
     kernel = Kernel("compiled", torch.device("cpu"))
     kernel.warm_up_host(BF16, BF16, torch.get_num_threads())
+    kernel.warm_up_device(torch.device("cpu"), BF16, BF16)
     with torch.compiler.set_stance("fail_on_recompile"):
         for step in range(1, 4):
-            for n in (64, 1000, 2**20):
+            for n in (64, 1000, 5000, 2**20):
                 master, m, v, grad = chunk_of(n, BF16, BF16)
-                hyper = Hyper(1e-3 * step, 0.9, 0.95, 1e-5, 0.1, step)
-                kernel.host_step(master, m, v, grad, grad.clone(), torch.tensor(1 / step), hyper)
+                weight, low = split_master(master)
+                clip, hyper = torch.tensor(1 / step), Hyper(1e-3 * step, 0.9, 0.95, 1e-5, 0.1, step)
+                kernel.host_step(master, m, v, grad, grad.clone(), clip, hyper)
+                kernel.device_step(weight, low, m, v, grad, clip, hyper)
+                for run in (slice(64), slice(64, n)):                  # parts of other memory, as pieces are
+                    if n > 64:
+                        kernel.device_step(weight[run], low[run], m[run], v[run], grad[run].clone(), clip, hyper)
 
 
 # ---- bfloat16 weights ----

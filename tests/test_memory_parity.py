@@ -74,8 +74,8 @@ def train(model, optimizer, steps, max_norm=None, micros=1) -> None:
         optimizer.zero_grad()
 
 
-def managed(placements, chunk_elements=64, dtype=torch.float32, config=ON, **kwargs):
-    model = tiny(dtype=dtype)
+def managed(placements, chunk_elements=64, dtype=torch.float32, config=ON, sizes=(7, 33, 20, 5), **kwargs):
+    model = tiny(dtype=dtype, sizes=sizes)
     optimizer = adamw(model)
     plan = plan_of(chunk_sizes(model, optimizer, chunk_elements), placements)
     return model, ChunkManager(model, optimizer, config, plan=plan, chunk_elements=chunk_elements, **kwargs)
