@@ -50,4 +50,4 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     """What gradients of this norm are to be multiplied by, a float32 scalar: at most 1, or nan if the norm is
     inf or nan, which tells every kind of step to change nothing."""
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)             # 1e-6 as in torch: no division by zero
-    return factor.masked_fill(norm.isfinite().logical_not(), torch.nan).float()
+    return (factor + (norm - norm)).float()                        # inf - inf and nan - nan are nan, all else is 0

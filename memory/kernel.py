@@ -179,13 +179,21 @@ class Kernel:
             self.host_step(master, exp_avg, exp_avg_sq, grad, weight, None, NO_CHANGE)
         torch.set_num_threads(before)            # of threads that begin from now on too, after the host's has set its own
 
-    def warm_up_device(self, device: torch.device, dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
-        """warm_up_host for device_steps and sum_into: whenever a plan has chunks that the device steps."""
+    def warm_up_device(self, device: torch.device, dtype: torch.dtype, grad_dtype: torch.dtype,
+                       lengths: set[int]) -> None:
+        """warm_up_host for device_steps and sum_into: whenever a plan has pieces of such lengths that the device
+        steps."""
         casts_nothing = dtype == grad_dtype == torch.float32      # then device_steps takes torch's own kernel
-        if self.kind != "compiled" or casts_nothing or ("device", dtype, grad_dtype) in self._is_warm:
+        if self.kind != "compiled" or casts_nothing:
             return
-        self._is_warm.add(("device", dtype, grad_dtype))
-        for n in (BLOCK, ROW - 1):               # whole rows, and a rest; sizes for which many threads pay
+        has_rows = any(whole_rows(n) for n in lengths)
+        has_rest = any(whole_rows(n) < n for n in lengths)
+        # For as many elements as make it pay to compile for many threads.
+        needed = {BLOCK: has_rows, ROW - 1: has_rest}
+        for n in [n for n, is_needed in needed.items() if is_needed]:
+            if (n, dtype, grad_dtype) in self._is_warm:
+                continue
+            self._is_warm.add((n, dtype, grad_dtype))
             zeros = functools.partial(torch.zeros, n, device=device)
             weight, low, exp_avg, exp_avg_sq = zeros(dtype=dtype), zeros(dtype=torch.int16), zeros(), zeros()
             grad = zeros(dtype=grad_dtype)

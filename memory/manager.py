@@ -129,12 +129,13 @@ class ChunkManager(ChunkStore):
         """Compile what steps under the plan of now will run, between steps: in one, other ranks would wait in
         a collective. What the plan has no chunk for is not compiled; another plan may need it later."""
         for dtype in {chunk.dtype for chunk in self.chunks}:
-            placements = {chunk.placement for chunk in self.chunks if chunk.dtype == dtype}
+            chunks = [chunk for chunk in self.chunks if chunk.dtype == dtype]
+            on_device = [chunk for chunk in chunks if chunk.placement is not Placement.CPU]
+            lengths = {piece.in_chunk.stop - piece.in_chunk.start for chunk in on_device for piece in chunk.pieces}
             grad_dtype = torch.float32 if self.sums else dtype
-            if Placement.CPU in placements:
+            if len(on_device) < len(chunks):
                 self.kernel.warm_up_host(dtype, grad_dtype, self.lanes.n_threads)
-            if placements - {Placement.CPU}:
-                self.kernel.warm_up_device(self.device, dtype, grad_dtype)
+            self.kernel.warm_up_device(self.device, dtype, grad_dtype, lengths)
 
     # ---- backward: gradients arrive -----------------------------------------------------------------------------------
 

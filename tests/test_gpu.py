@@ -7,13 +7,16 @@ import pytest
 import torch
 from recipe import metrics, recipe
 from recipe import pretrain_flags as flags
+from test_memory_manager import CLIP, HYPER, chunk_of, exact
 from test_memory_parity import ON, PLANS, adamw, chunk_sizes, masters_of, plan_of, tiny, train, weights
 from torch.testing import assert_close
 
 from dtensor_llama import Llama, LlamaConfig
 from dtensor_llama.attention import Documents, attention, choose_attention
 from dtensor_llama.model import KVCache, init_weights
+from dtensor_llama.optim import float64_norms
 from memory import ChunkManager, Placement
+from memory.kernel import Kernel, join_master, split_master
 from parallel import ParallelConfig, build_mesh
 from parallel.clip import clip_grad_norm
 from parallel.context import apply_context_parallel
@@ -117,6 +120,37 @@ def test_every_placement_on_a_gpu_equals_torchs_adamw(plan, max_norm, kernel):
             manager.close()
         of[who] = weights(model)
     assert_close(of["manager"], of["torch"], rtol=1e-5, atol=1e-7)      # host and device round differently in the last place
+
+
+def test_the_compiled_kernels_of_the_device_are_exact_at_any_length_compiled_once_and_heed_a_factor_of_nan():
+    device = torch.device("cuda")
+    kernel = Kernel("compiled", device)
+    for grad_dtype in (torch.bfloat16, torch.float32):
+        kernel.warm_up_device(device, torch.bfloat16, grad_dtype, {5000})
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for grad_dtype in (torch.bfloat16, torch.float32):
+            for n in (900, 2048, 5000, 3 * 2**20, 3 * 2**20 + 64):
+                master, m, v, grad = (tensor.to(device) for tensor in chunk_of(n, torch.bfloat16, grad_dtype))
+                right, states = exact(master.cpu(), m.cpu(), v.cpu(), grad.cpu()), (*split_master(master), m, v)
+                before = [state.clone() for state in states]
+                kernel.device_step(*states, grad, torch.tensor(torch.nan, device=device), HYPER)
+                assert all(map(torch.equal, states, before))
+                kernel.device_step(*states, grad, CLIP.to(device), HYPER)
+                for ours, it in zip((join_master(*states[:2]), m, v), right, strict=True):
+                    assert_close(ours.cpu().double(), it, rtol=2e-6, atol=1e-7)
+                total, more = torch.randn(n, device=device), torch.randn(n, device=device).bfloat16()
+                for adds in (True, False):
+                    it = total + more.float() if adds else more.float()
+                    kernel.sum_into(total, more, adds)
+                    assert torch.equal(total, it)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_on_the_gpu_is_float64s(dtype):
+    for scale in (1.0, 1e-30, 1e30):
+        x = (torch.randn(2**24 + 5, device="cuda") * scale).to(dtype)
+        [norm] = float64_norms([x])
+        assert_close(norm, x.double().square().sum().sqrt(), rtol=1e-12, atol=0)
 
 
 def large(placements, device: str, clips: bool, one_at_a_time: bool) -> list[torch.Tensor]:

@@ -154,16 +154,23 @@ def test_sums_into_another_dtype_are_exact_with_and_without_a_compiler(monkeypat
 
 
 def test_only_what_a_plan_uses_is_compiled_and_a_later_plan_gets_the_rest_between_steps(monkeypatch):
-    warmed = []
-    for which in ("host", "device"):
-        monkeypatch.setattr(Kernel, f"warm_up_{which}", lambda *args, which=which: warmed.append((which, *args[-3:])))
-    for dtype, arrivals, grad_dtype in ((BF16, 1, BF16), (BF16, 2, torch.float32), (torch.float32, 2, torch.float32)):
-        model, manager = managed([RESIDENT] * 99, dtype=dtype, arrivals=arrivals)
-        assert warmed == [("device", manager.device, dtype, grad_dtype)]
-        warmed.clear()
+    compiled = []                                    # of a kernel's parts: name, dtypes of what it is called with
+
+    def as_written(step, **how):
+        return lambda *args: compiled.append((step.__name__, args[0].dtype, args[0].shape[0] == args[0].numel()))
+
+    monkeypatch.setattr("memory.kernel._compiled", as_written)
+    config = replace(ON, kernel="compiled")
+    for sizes, is_rest in (((7, 33, 20, 5), {True}), ((64, 64, 64), {True, False})):
+        model, manager = managed([RESIDENT] * 99, 4096, dtype=BF16, config=config, sizes=sizes)
+        assert set(compiled) == {("_device_step", BF16, rest) for rest in is_rest}
+        compiled.clear()
         manager.replan(plan_of([chunk.n for chunk in manager.chunks], [CPU] * 99))
-        assert warmed == [("host", dtype, grad_dtype, manager.lanes.n_threads)]
-        warmed.clear()
+        assert {name for name, *_ in compiled} == {"_host_step"}
+        compiled.clear()
+        manager.replan(plan_of([chunk.n for chunk in manager.chunks], [RESIDENT] * 99))
+        manager.replan(plan_of([chunk.n for chunk in manager.chunks], [CPU] * 99))
+        assert not compiled                          # all that was
         manager.close()
 
 
@@ -203,7 +210,7 @@ def test_while_the_compiled_kernel_steps_on_the_host_other_threads_run_python():
 def test_a_compiled_kernel_is_compiled_once_for_all_steps_and_sizes():
     kernel = Kernel("compiled", torch.device("cpu"))
     kernel.warm_up_host(BF16, BF16, torch.get_num_threads())
-    kernel.warm_up_device(torch.device("cpu"), BF16, BF16)
+    kernel.warm_up_device(torch.device("cpu"), BF16, BF16, {5000})
     with torch.compiler.set_stance("fail_on_recompile"):
         for step in range(1, 4):
             for n in (64, 1000, 5000, 2**20):
