@@ -291,3 +291,17 @@ def boosted(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["fused", "foreach"])
 def test_the_booster_scales_in_place_and_steps_nothing_that_is_not_finite(kind):
     run_on(2, boosted, kind)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_it_changes_nothing_with_the_code_of_compiled_kernels(plan, monkeypatch):
+    """With the compiled kernels' code, run as it is written: on the host it would step with what it is given."""
+    monkeypatch.setattr("memory.kernel._compiled", lambda step, **how: step)
+    model, manager = managed(PLANS[plan], dtype=BF16, config=MemoryConfig("static", 1, 0, 0, kernel="compiled"))
+    train(model, manager.optimizer, 2, max_norm=0.5)
+    before = states_of(model, manager.optimizer)
+    (model(torch.ones(1, 7, dtype=BF16)) * math.nan).backward()
+    manager.clip_grad_norm(1.0)
+    manager.optimizer.step()
+    assert all(map(torch.equal, states_of(model, manager.optimizer), before))
+    manager.close()
