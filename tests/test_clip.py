@@ -158,7 +158,7 @@ def states_of(model: nn.Module, optimizer) -> list[torch.Tensor]:
     """Copies of this rank's weights, moments and step counts."""
     if hasattr(optimizer, "manager"):
         optimizer.manager.wait()
-        masters = [local(p).clone() for p in optimizer.masters().parameters()]
+        masters = [optimizer.manager.gather("master", one) for one in optimizer.manager.managed]
     else:
         masters = []
     kept = [optimizer.state[p] for p in model.parameters()]
