@@ -32,9 +32,9 @@ def float64_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     if not tensors:
         return []
     if tensors[0].is_cuda:
-        # torch.nn.utils.get_total_norm calls it too, but without a dtype, and then norms of bfloat16 gradients
-        # are rounded to that. It takes a few launches for any number of tensors. torch.linalg.vector_norm would
-        # make a float64 copy of each first.
+        # torch.nn.utils.get_total_norm calls it too, but without a dtype, and then norms of bfloat16
+        # gradients are rounded to that. It takes a few launches for any number of tensors.
+        # torch.linalg.vector_norm would make a float64 copy of each first.
         return list(torch._foreach_norm(tensors, 2, dtype=torch.float64))
     return [_norm_by_blocks(tensor) for tensor in tensors]
 
@@ -50,4 +50,4 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     """What gradients of this norm are to be multiplied by, a float32 scalar: at most 1, or nan if the norm is
     inf or nan, which tells every kind of step to change nothing."""
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)             # 1e-6 as in torch: no division by zero
-    return (factor + (norm - norm)).float()                        # inf - inf and nan - nan are nan, all else is 0
+    return (factor + (norm - norm)).float()                        # inf - inf is nan, x - x is 0

@@ -110,16 +110,16 @@ def whole_rows(n: int) -> int:
     """How many of n elements a compiled device kernel takes as rows of ROW; the rest goes alone.
 
     Of a (rows, ROW) view the compiler knows that the length is a multiple of ROW, so it loads and stores 16
-    bytes at a time (PTX for sm_90, 8 elements a thread: 7 loads, 6 stores). Of a plain length it knows nothing,
-    and takes each element alone (16 elements a thread: 41 loads, 32 stores). A single row is left to the rest,
-    as torch.compile takes a size of 1 for a constant and would compile anew."""
+    bytes at a time (PTX for sm_90, 8 elements a thread: 7 loads, 6 stores). Of a plain length it knows
+    nothing, and takes each element alone (16 elements a thread: 41 loads, 32 stores). A single row is left to
+    the rest, as torch.compile takes a size of 1 for a constant and would compile anew."""
     rows = n // ROW
     return rows * ROW if rows > 1 else 0
 
 
 class _ByRows:
-    """A kernel for the device on 1-D tensors of one length: one launch, and one more where whole_rows leaves a
-    rest. It is compiled once for rows, once for rests, and once for a rest of a single element."""
+    """A kernel for the device on 1-D tensors of one length: one launch, and one more where whole_rows leaves
+    a rest. It is compiled once for rows, once for rests, and once for a rest of a single element."""
 
     def __init__(self, step: Callable):
         self._rows, self._rest = _compiled(step), _compiled(step)
@@ -137,7 +137,7 @@ class _ByRows:
 
 
 def _of_any_length(tensors: list[Tensor | None]) -> list[Tensor | None]:
-    """Tells torch.compile that other numbers of rows, or of elements in a rest, are no reason to compile anew.
+    """Tells torch.compile that other numbers of rows, or elements in a rest, are no reason to compile anew.
     (dynamic=True says so of the memory that a view lies in, too. Then two tensors that first lie in memory of
     equal length have to do so ever after, or all is compiled anew.)"""
     for tensor in tensors:
@@ -147,7 +147,7 @@ def _of_any_length(tensors: list[Tensor | None]) -> list[Tensor | None]:
 
 
 class Kernel:
-    """kind: `compiled`, `blocks`, or `auto`: compiled where there is a compiler. `kind` and `why` say what it is.
+    """kind: `compiled`, `blocks`, or `auto`: compiled where there is a compiler. `kind` and `why` say which.
 
     A clip factor of nan says that the gradient norm is not finite: then device_step and device_steps change
     nothing. host_step is not to be called then: the thread that calls it reads the factor anyway."""
@@ -181,8 +181,8 @@ class Kernel:
 
     def warm_up_device(self, device: torch.device, dtype: torch.dtype, grad_dtype: torch.dtype,
                        lengths: set[int]) -> None:
-        """warm_up_host for device_steps and sum_into: whenever a plan has pieces of such lengths that the device
-        steps."""
+        """warm_up_host for device_steps and sum_into: whenever a plan has pieces of such lengths for the
+        device to step."""
         casts_nothing = dtype == grad_dtype == torch.float32      # then device_steps takes torch's own kernel
         if self.kind != "compiled" or casts_nothing:
             return
@@ -277,7 +277,7 @@ def _blocks(n: int) -> list[slice]:
 @torch.no_grad()
 def _fused(masters: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor], grads: Sequence[Tensor],
            clip: Tensor | None, hyper: Hyper) -> None:
-    """torch's AdamW(fused=True), all float32; gradients are scaled in place. A clip of nan changes nothing."""
+    """torch's AdamW(fused=True), all float32; scales gradients in place. A clip of nan changes nothing."""
     device = masters[0].device
     done = torch.full((len(masters),), hyper.step - 1, dtype=torch.float32, device=device)      # it adds the one being made
     grad_scale = None if clip is None else clip.reciprocal()          # it divides by that

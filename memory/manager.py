@@ -131,7 +131,8 @@ class ChunkManager(ChunkStore):
         for dtype in {chunk.dtype for chunk in self.chunks}:
             chunks = [chunk for chunk in self.chunks if chunk.dtype == dtype]
             on_device = [chunk for chunk in chunks if chunk.placement is not Placement.CPU]
-            lengths = {piece.in_chunk.stop - piece.in_chunk.start for chunk in on_device for piece in chunk.pieces}
+            pieces = [piece for chunk in on_device for piece in chunk.pieces]
+            lengths = {piece.in_chunk.stop - piece.in_chunk.start for piece in pieces}
             grad_dtype = torch.float32 if self.sums else dtype
             if len(on_device) < len(chunks):
                 self.kernel.warm_up_host(dtype, grad_dtype, self.lanes.n_threads)

@@ -17,7 +17,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float, optimize
                    in_step: bool = False) -> Tensor:
     """Clip the gradients so that their 2-norm over all parameters of all ranks is at most `max_norm`.
 
-    Returns that norm before clipping, a float64 scalar, the same on every rank; max_norm inf only asks for it.
+    Returns that norm before clipping, a float64 scalar, the same on every rank; inf only asks for it.
     parameters: this rank's, plain or DTensor, those of all its pipeline stages together; a parameter without
     gradient counts zero. All ranks enter.
 
@@ -39,7 +39,8 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float, optimize
     can_skip = optimizer is not None and _is_fused(optimizer)
     if in_step and not can_skip:
         name = type(optimizer).__name__
-        raise ValueError(f"{name} cannot clip in its step; give AdamW(..., fused=True), or leave out in_step=True.")
+        raise ValueError(f"{name} cannot clip in its step; give AdamW(..., fused=True), or leave out "
+                         "in_step=True.")
     if can_skip:
         scales = in_step and max_norm < float("inf")
         grad_scale = factor.reciprocal() if scales else None             # the step divides gradients by that

@@ -1,4 +1,4 @@
-"""Gradient norms are float64's, clipping is one contract, and a gradient that is not finite changes nothing."""
+"""Gradient norms are float64's, clipping is one contract, and what is not finite changes nothing."""
 
 import copy
 import math
@@ -37,12 +37,16 @@ def numbers(kind: str) -> torch.Tensor:
     normal = torch.randn(N, generator=draw)
     if kind == "one large":
         normal[N // 3] = 1e6
-    made = {"normal": normal, "one large": normal, "all alike": torch.full((N,), 0.1), "bfloat16": normal.to(BF16),
-            "heavy tails": torch.empty(N).cauchy_(generator=draw), "tiny": normal * 1e-30, "huge": normal * 1e30}
+    made = {"normal": normal, "one large": normal, "all alike": torch.full((N,), 0.1),
+            "bfloat16": normal.to(BF16), "heavy tails": torch.empty(N).cauchy_(generator=draw),
+            "tiny": normal * 1e-30, "huge": normal * 1e30}
     return made[kind]
 
 
-@pytest.mark.parametrize("kind", ["normal", "one large", "all alike", "bfloat16", "heavy tails", "tiny", "huge"])
+KINDS = ["normal", "one large", "all alike", "bfloat16", "heavy tails", "tiny", "huge"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_norm_is_float64s_whatever_the_numbers_are_and_however_they_are_cut(kind):
     x = numbers(kind)
     exact = sum(part.double().square().sum().item() for part in x.split(2**16)) ** 0.5
@@ -101,7 +105,8 @@ def draw_gradients(model: nn.Module, seed: int) -> None:
 
 
 def both_ways(how: str) -> tuple[float, float]:
-    """(largest difference of weights, norm) after three clipped steps and one that is not, in place and in the step."""
+    """(largest difference of weights, norm) of clipping in place and in the step: three steps, and one
+    without."""
     models = [spread(how), spread(how)]
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True) for model in models]
     for seed in range(4):
@@ -162,11 +167,12 @@ def states_of(model: nn.Module, optimizer) -> list[torch.Tensor]:
     else:
         masters = []
     kept = [optimizer.state[p] for p in model.parameters()]
-    return masters + [local(tensor).clone() for tensor in
-                      [*model.parameters(), *(state[name] for state in kept for name in ("exp_avg", "exp_avg_sq", "step"))]]
+    states = [state[name] for state in kept for name in ("exp_avg", "exp_avg_sq", "step")]
+    return masters + [local(tensor).clone() for tensor in [*model.parameters(), *states]]
 
 
-def one_step(model, optimizer, seed: int, bad: float | None = None, max_norm: float = 0.5, arrivals: int = 1) -> float:
+def one_step(model, optimizer, seed: int, bad: float | None = None, max_norm: float = 0.5,
+             arrivals: int = 1) -> float:
     """bad: what one element of the gradient is on the last rank, in its last microbatch."""
     for micro in range(arrivals):
         x = torch.randn(4, 8, generator=torch.Generator().manual_seed(10 * seed + micro))
@@ -191,9 +197,10 @@ def spoil(parameter: nn.Parameter) -> None:
 
 
 def build(placement: str, dtype: torch.dtype, arrivals: int, config=ON, lanes=None):
-    """Two ranks' model and optimizer: torch's AdamW, fused or not, or a chunk manager's with these placements."""
+    """Two ranks' model and optimizer: torch's AdamW, fused or not, or a chunk manager's."""
     model = tiny(sizes=(8, 33, 20, 6), dtype=torch.float32 if placement in ("fused", "foreach") else dtype)
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)), mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    in_float32 = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)), mp_policy=in_float32)
     model.layers[1].weight.register_post_accumulate_grad_hook(spoil)
     if placement == "foreach":
         return model, torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
@@ -202,7 +209,8 @@ def build(placement: str, dtype: torch.dtype, arrivals: int, config=ON, lanes=No
         return model, optimizer
     sizes = [chunk.n for chunk in cut(find_managed(model, [model], optimizer), 64)]
     plan = plan_of(sizes, PLANS[placement] * 2)
-    manager = ChunkManager(model, optimizer, config, plan=plan, chunk_elements=64, arrivals=arrivals, lanes=lanes)
+    manager = ChunkManager(model, optimizer, config, plan=plan, chunk_elements=64, arrivals=arrivals,
+                           lanes=lanes)
     return model, manager.optimizer
 
 
@@ -229,7 +237,8 @@ def nothing_changes(placement: str, dtype: torch.dtype, arrivals: int, max_norm:
             optimizer.manager.close()
 
 
-CASES = [("fused", torch.float32, 1, 0.5), ("fused", torch.float32, 1, math.inf), ("foreach", torch.float32, 1, 0.5),
+CASES = [("fused", torch.float32, 1, 0.5), ("fused", torch.float32, 1, math.inf),
+         ("foreach", torch.float32, 1, 0.5),
          *((placement, dtype, arrivals, 0.5) for placement in PLANS for dtype in (torch.float32, BF16)
            for arrivals in (1, 2)), ("all three", BF16, 1, math.inf)]
 
@@ -258,8 +267,9 @@ def test_it_changes_nothing_where_all_work_is_as_late_as_it_may_be(seed):
 
 
 def compiled_cases() -> None:
+    compiled = MemoryConfig("static", 1, 0, 0, kernel="compiled")
     for placement in ("all three", "cpu"):
-        nothing_changes(placement, BF16, 1, 0.5, math.nan, config=MemoryConfig("static", 1, 0, 0, kernel="compiled"))
+        nothing_changes(placement, BF16, 1, 0.5, math.nan, config=compiled)
 
 
 @pytest.mark.slow
@@ -268,12 +278,13 @@ def test_it_changes_nothing_with_compiled_kernels():
 
 
 def boosted(kind: str) -> None:
-    """The Booster's face: gradients are scaled when it returns, and a step with one that is not finite does nothing."""
-    config = LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=16)
+    """Gradients are scaled when the Booster's clip returns, and a step with what is not finite is none."""
+    config = LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16)
     booster = Booster(ParallelConfig())
     model = Llama(config)
-    model, optimizer, _, _ = booster.boost(model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=kind == "fused"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=kind == "fused")
+    model, optimizer, _, _ = booster.boost(model, optimizer)
     tokens = torch.randint(61, (2, 16), generator=torch.Generator().manual_seed(torch.distributed.get_rank()))
     for bad in (None, math.inf, None):
         booster.step({"input_ids": tokens, "labels": tokens})
@@ -282,7 +293,8 @@ def boosted(kind: str) -> None:
         before = states_of(model, optimizer) if bad else []
         norm = booster.clip_grad_norm(0.01).item()
         if bad is None:
-            assert clip_grad_norm(model.parameters(), math.inf).item() == pytest.approx(0.01, rel=1e-3) and norm > 0.01
+            scaled = clip_grad_norm(model.parameters(), math.inf).item()
+            assert scaled == pytest.approx(0.01, rel=1e-3) and norm > 0.01
         optimizer.step()
         optimizer.zero_grad()
         assert all(map(torch.equal, states_of(model, optimizer), before)) if bad else math.isfinite(norm)
@@ -295,9 +307,10 @@ def test_the_booster_scales_in_place_and_steps_nothing_that_is_not_finite(kind):
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_it_changes_nothing_with_the_code_of_compiled_kernels(plan, monkeypatch):
-    """With the compiled kernels' code, run as it is written: on the host it would step with what it is given."""
+    """That code, run as it is written: on the host it would step with whatever it is given."""
     monkeypatch.setattr("memory.kernel._compiled", lambda step, **how: step)
-    model, manager = managed(PLANS[plan], dtype=BF16, config=MemoryConfig("static", 1, 0, 0, kernel="compiled"))
+    compiled = MemoryConfig("static", 1, 0, 0, kernel="compiled")
+    model, manager = managed(PLANS[plan], dtype=BF16, config=compiled)
     train(model, manager.optimizer, 2, max_norm=0.5)
     before = states_of(model, manager.optimizer)
     (model(torch.ones(1, 7, dtype=BF16)) * math.nan).backward()

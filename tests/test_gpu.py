@@ -131,7 +131,8 @@ def test_the_compiled_kernels_of_the_device_are_exact_at_any_length_compiled_onc
         for grad_dtype in (torch.bfloat16, torch.float32):
             for n in (900, 2048, 5000, 3 * 2**20, 3 * 2**20 + 64):
                 master, m, v, grad = (tensor.to(device) for tensor in chunk_of(n, torch.bfloat16, grad_dtype))
-                right, states = exact(master.cpu(), m.cpu(), v.cpu(), grad.cpu()), (*split_master(master), m, v)
+                right = exact(master.cpu(), m.cpu(), v.cpu(), grad.cpu())
+                states = (*split_master(master), m, v)
                 before = [state.clone() for state in states]
                 kernel.device_step(*states, grad, torch.tensor(torch.nan, device=device), HYPER)
                 assert all(map(torch.equal, states, before))

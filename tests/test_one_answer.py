@@ -71,7 +71,8 @@ def five_steps(shape: str, layout: ParallelConfig, micro: int, masked: bool, rec
             micros = [Batch(*(shard_sequence(x, mesh["cp"], layout.cp_method) for x in m[:2]), m.positions) for m in micros]
         loss = runner.step(micros, n_scored, grad_scale=layout.grad_ranks)
         dist.all_reduce(loss, group=mesh["loss"].get_group())
-        norms.append(clip_grad_norm(model.parameters(), 0.5, optimizer, in_step=True).item())    # all are clipped
+        norm = clip_grad_norm(model.parameters(), 0.5, optimizer, in_step=True)      # 0.5: every step is clipped
+        norms.append(norm.item())
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
