@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -94,16 +95,36 @@ def test_a_stopped_run_has_read_every_step_that_it_saved_and_goes_on_bit_for_bit
     assert without_times(metrics(tmp_path / "late")) == without_times(metrics(reference))
 
 
-@pytest.mark.parametrize("reads_late", [False, True])
-def test_a_run_whose_gradient_is_not_finite_ends_with_one_line_and_saves_nothing(inputs, tmp_path, reads_late):
-    """Weights this small have a loss, and a gradient norm that is not a number."""
-    shutil.copytree(inputs / "model", tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
+def weights_without_a_norm(inputs: Path, folder: Path) -> Path:
+    """A model whose weights are so small that its loss is a number and its gradient norm is none."""
+    shutil.copytree(inputs / "model", folder)
+    config = json.loads((folder / "config.json").read_text())
     config |= {"initializer_range": 1e-30, "rms_norm_eps": 1e-38}
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    flags = pretrain_flags(inputs, tmp_path / "run", "--model", tmp_path / "model", "--checkpoint.every", 1)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+MIXED = ["--memory.placement", "static", "--memory.resident", 0.4, "--memory.stream", 0.3, "--memory.cpu", 0.3,
+         "--memory.kernel", "blocks"]
+
+
+@pytest.mark.parametrize("reads_late", [False, True])
+@pytest.mark.parametrize("memory", [[], MIXED], ids=["adamw", "manager"])
+def test_a_run_whose_gradient_is_not_finite_ends_with_one_line_and_saves_nothing(inputs, tmp_path, reads_late, memory):
+    model = weights_without_a_norm(inputs, tmp_path / "model")
+    flags = pretrain_flags(inputs, tmp_path / "run", "--model", model, "--checkpoint.every", 1, *memory)
     ended = (late if reads_late else recipe)("pretrain", *flags)
     assert ended.status == 2 and "the gradient norm of step 1 is nan" in ended.err
     assert len(ended.err.strip().splitlines()) == 1
     assert not list(Path(tmp_path, "run", "checkpoints").iterdir()) and not (tmp_path / "run" / "hf").exists()
     assert metrics(tmp_path / "run") == []
+
+
+def test_as_many_bad_steps_as_allowed_are_left_out_by_a_run(inputs, tmp_path):
+    model = weights_without_a_norm(inputs, tmp_path / "model")
+    flags = pretrain_flags(inputs, tmp_path / "run", "--model", model, "--train.skip-nonfinite", 3, "--checkpoint.every", 0)
+    ended = recipe("pretrain", *flags)
+    assert ended.status == 2 and "step 4 is nan after 3 others in a row" in ended.err
+    rows = metrics(tmp_path / "run")
+    assert [(row["step"], row["grad_norm"], row["skipped_steps"]) for row in rows] == [(1, None, 1), (2, None, 2), (3, None, 3)]
+    assert [row["loss"] for row in rows] == pytest.approx([math.log(400)] * 3)      # of 400 tokens none is likelier: no step
