@@ -38,16 +38,26 @@ from dtensor_llama.model import Llama
 
 
 class Local(ParallelStyle):
-    """Where no stock style fits: spread the weight as `placement`, then compute on local tensors with `forward(module,
-    tp_mesh, x)` in place of the module's own."""
+    """Where no stock style fits: spread the weight as `placement`, and compute on local tensors as the class `kind` does.
 
-    def __init__(self, placement: Placement, forward):
-        self.placement, self.forward = placement, forward
+    kind: a subclass of the module's class with a forward of its own, and no new state but `tp_mesh` and `settings`.
+    """
+
+    def __init__(self, placement: Placement, kind: type[nn.Module], **settings):
+        self.placement = placement
+        self.kind = kind
+        self.settings = settings
 
     def _apply(self, module: nn.Module, tp_mesh: DeviceMesh) -> nn.Module:
         weight = distribute_tensor(module.weight, tp_mesh, [self.placement], src_data_rank=self.src_data_rank)
         module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
-        module.forward = partial(self.forward, module, tp_mesh)
+        # The module changes its class, because torch.compile takes a method of a class to be the same in every block. A
+        # function stored on the module would be an object of each block's own, and every block would be compiled again.
+        assert self.kind.__base__ is type(module), f"{self.kind.__name__} cannot take the place of {type(module)}"
+        module.__class__ = self.kind
+        module.tp_mesh = tp_mesh
+        for name, value in self.settings.items():
+            setattr(module, name, value)
         return module
 
 
@@ -56,54 +66,73 @@ def summed_over_tp(weight: DTensor) -> Tensor:
     return weight.redistribute(placements=[Replicate()], backward_dtype=torch.float32).to_local(grad_placements=[Partial()])
 
 
-def norm_own_tokens(norm: nn.RMSNorm, tp_mesh: DeviceMesh, x: Tensor) -> Tensor:
+class NormOfOwnTokens(nn.RMSNorm):
     """(B, T/tp, D) -> (B, T/tp, D). Why not SequenceParallel: it leaves the sum of the gradients to be done in bf16."""
-    return F.rms_norm(x, norm.normalized_shape, summed_over_tp(norm.weight), norm.eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, summed_over_tp(self.weight), self.eps)
 
 
-def norm_all_tokens(norm: nn.RMSNorm, tp_mesh: DeviceMesh, x: Tensor) -> Tensor:
+class NormOfAllTokens(nn.RMSNorm):
     """(B, T, D) -> (B, T, D): the same work on every rank, hence the same gradient, with nothing to sum."""
-    return F.rms_norm(x, norm.normalized_shape, norm.weight.to_local(), norm.eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to_local(), self.eps)
 
 
-def embed_own_rows(embedding: nn.Embedding, tp_mesh: DeviceMesh, tokens: Tensor, output: Placement) -> Tensor:
+class EmbeddingOfOwnRows(nn.Embedding):
     """Tokens (B, T) -> (B, T, D) as `output`: a rank looks up the tokens whose row it has, and adds zeros for the rest.
 
     Why not RowwiseParallel: its gradient is (V, D) on each rank; this one is (V/tp, D).
     """
-    if output.is_shard() and tokens.shape[1] % tp_mesh.size():
-        raise UsageError(f"--parallel.tp {tp_mesh.size()} with sequence parallelism splits the tokens of a row, and a row has "
-                         f"{tokens.shape[1]}; use a multiple of {tp_mesh.size()}, or --parallel.no-sequence-parallel.")
-    weight = embedding.weight.to_local()                                         # (V/tp, D)
-    row = tokens - first_row(embedding.weight, tp_mesh)
-    here = (row >= 0) & (row < weight.shape[0])                                  # (B, T)
-    x = F.embedding(row.clamp(0, weight.shape[0] - 1), weight) * here[..., None]          # (B, T, D) sum:tp
-    return DTensor.from_local(x, tp_mesh, [Partial()], run_check=False).redistribute(placements=[output]).to_local()
+
+    output: Placement
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tp = self.tp_mesh.size()
+        if self.output.is_shard() and tokens.shape[1] % tp:
+            raise UsageError(f"--parallel.tp {tp} with sequence parallelism splits the tokens of a row, and a row has "
+                             f"{tokens.shape[1]}; use a multiple of {tp}, or --parallel.no-sequence-parallel.")
+        weight = self.weight.to_local()                                          # (V/tp, D)
+        row = tokens - first_row(self.weight, self.tp_mesh)
+        here = (row >= 0) & (row < weight.shape[0])                              # (B, T)
+        x = F.embedding(row.clamp(0, weight.shape[0] - 1), weight)
+        x = x * here[..., None]                                                  # (B, T, D) sum:tp
+        x = DTensor.from_local(x, self.tp_mesh, [Partial()], run_check=False)
+        return x.redistribute(placements=[self.output]).to_local()
 
 
-def project_to_one_head(projection: nn.Linear, tp_mesh: DeviceMesh, x: DTensor, n_heads: int) -> Tensor:
+class ProjectionToOneHead(nn.Linear):
     """x (B, T, D) -> (B, T, E): the one key or value head that this rank's query heads read; tp/K ranks share each head.
 
     The weight (K E, D) is whole on every rank; the addends of its gradient are zero but for E rows.
     """
-    head_dim = projection.weight.shape[0] // n_heads
-    head = tp_mesh.get_local_rank() * n_heads // tp_mesh.size()
-    weight = summed_over_tp(projection.weight)                                   # (K E, D)
-    x = x.to_local(grad_placements=[Partial()]) if isinstance(x, DTensor) else x
-    return F.linear(x, weight[head * head_dim:(head + 1) * head_dim])
+
+    n_heads: int     # K
+
+    def forward(self, x: DTensor | Tensor) -> Tensor:
+        head_dim = self.weight.shape[0] // self.n_heads
+        head = self.tp_mesh.get_local_rank() * self.n_heads // self.tp_mesh.size()
+        weight = summed_over_tp(self.weight)                                     # (K E, D)
+        if isinstance(x, DTensor):
+            x = x.to_local(grad_placements=[Partial()])
+        return F.linear(x, weight[head * head_dim:(head + 1) * head_dim])
 
 
 # LoRA's thin matrices, y = B A x beside W x: A (r, inputs), B (outputs, r). They are split as W is, so that what they add to
 # y lies as y does, with no traffic in forward. What is whole is used by each rank for its share of y, or of the sum y is.
 
-def project_addend(projection: nn.Linear, tp_mesh: DeviceMesh, x: DTensor | Tensor,
-                   output: Placement | None) -> DTensor | Tensor:
-    """x W^T of the local parts. output: how the result lies over tp, which makes it a DTensor as W x is; None: it is local."""
-    if isinstance(x, DTensor):       # whole, its gradients here are addends; split, they are complete
-        x = x.to_local(grad_placements=[Partial() if p.is_replicate() else p for p in x.placements])
-    weight = projection.weight
-    y = F.linear(x, summed_over_tp(weight) if weight.placements[0].is_replicate() else weight.to_local())
-    return y if output is None else DTensor.from_local(y, tp_mesh, [output], run_check=False)
+class ProjectionOfAddend(nn.Linear):
+    """x W^T of the local parts."""
+
+    output: Placement | None     # how the result lies over tp, which makes it a DTensor as W x is; None: it is local
+
+    def forward(self, x: DTensor | Tensor) -> DTensor | Tensor:
+        if isinstance(x, DTensor):       # whole, its gradients here are addends; split, they are complete
+            x = x.to_local(grad_placements=[Partial() if p.is_replicate() else p for p in x.placements])
+        is_whole = self.weight.placements[0].is_replicate()
+        y = F.linear(x, summed_over_tp(self.weight) if is_whole else self.weight.to_local())
+        return y if self.output is None else DTensor.from_local(y, self.tp_mesh, [self.output], run_check=False)
 
 
 def first_row(weight: DTensor, tp_mesh: DeviceMesh) -> int:
@@ -134,8 +163,8 @@ ENTER = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Repl
 ENTER_X = PrepareModuleInput(input_layouts=(Replicate(), None, None, None),
                              desired_input_layouts=(Replicate(), None, None, None))
 COLUMNS, ROWS, ROWS_SCATTER = ColwiseParallel(), RowwiseParallel(), RowwiseParallel(output_layouts=Shard(1))
-NORM, NORM_SHARE = Local(Replicate(), norm_all_tokens), Local(Replicate(), norm_own_tokens)
-EMBED, EMBED_SCATTER = (Local(Shard(0), partial(embed_own_rows, output=layout)) for layout in (Replicate(), Shard(1)))
+NORM, NORM_SHARE = Local(Replicate(), NormOfAllTokens), Local(Replicate(), NormOfOwnTokens)
+EMBED, EMBED_SCATTER = (Local(Shard(0), EmbeddingOfOwnRows, output=layout) for layout in (Replicate(), Shard(1)))
 HEAD, HEAD_GATHER = (ColwiseParallel(input_layouts=layout, output_layouts=Replicate()) for layout in (Replicate(), Shard(1)))
 
 # The all-reduces of norms and shared heads are of weight gradients in fp32: (D) and (K E, D), however many tokens.
@@ -182,14 +211,14 @@ WHOLE_ENDS = {
 
 def shared_heads(n_heads: int) -> dict[str, tuple]:
     """The rows of k_proj and v_proj when tp exceeds the number of key/value heads."""
-    one_head = Local(Replicate(), partial(project_to_one_head, n_heads=n_heads))
+    one_head = Local(Replicate(), ProjectionToOneHead, n_heads=n_heads)
     row = (one_head, "R", "(B, T, D) -> (B, T, E)", "", "all-reduce")
     return {"self_attn.k_proj": row, "self_attn.v_proj": row}
 
 
-WHOLE_A, SPLIT_A = (Local(layout, partial(project_addend, output=None)) for layout in (Replicate(), Shard(1)))
-WHOLE_B, SPLIT_B = (Local(layout, partial(project_addend, output=output)) for layout, output in
-                    ((Replicate(), Partial()), (Shard(0), Shard(-1))))
+WHOLE_A, SPLIT_A = (Local(layout, ProjectionOfAddend, output=None) for layout in (Replicate(), Shard(1)))
+WHOLE_B = Local(Replicate(), ProjectionOfAddend, output=Partial())
+SPLIT_B = Local(Shard(0), ProjectionOfAddend, output=Shard(-1))
 LORA = {                        # the adapter of a layer, by how its weight lies; r: the rank. All-reduces: of weight gradients
     "S(0)": {"lora_A":         (WHOLE_A,       "R",    "(B, T, D) -> (B, T, r)",          "", "all-reduce"),
              "lora_B":         (SPLIT_B,       "S(0)", "(B, T, r) -> (B, T, F/tp)",       "", "")},
