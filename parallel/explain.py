@@ -208,7 +208,7 @@ def tp_traffic(run: Run, parts: list[Llama]) -> list[dict]:
     n_blocks, is_first, is_last = (len(units(parts)[0]), any(part.model.embed_tokens is not None for part in parts),
                                    any(part.lm_head is not None for part in parts))
     ends = {"model.embed_tokens": is_first, "model.norm": is_last, "cross_entropy": is_last}     # lm_head: with labels unused
-    n_chunks = -(-run.tokens // max(1, loss.CHUNK_ELEMENTS // -(-config.vocab_size // layout.tp)))
+    n_chunks = -(-run.tokens // loss.tokens_per_chunk(-(-config.vocab_size // layout.tp)))
     for name, _, _, *passes in describe(config, layout.tp, layout.sequence_parallel):
         n_here = n_blocks if ".*." in name else int(ends.get(name, 0))
         again = run.recompute != "none" and ".*." in name and not name.endswith("down_proj")     # whose sum nobody needs again

@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -304,6 +303,28 @@ def apply_tensor_parallel(model: Llama, tp_mesh: DeviceMesh, sequence_parallel: 
 
 # ---- the loss over a vocabulary of which each rank has a slice ----
 
+class SplitVocabulary:
+    """A slice of the vocabulary's rows on each rank of `group`, this rank's beginning with `first_row`."""
+
+    def __init__(self, first_row: int, group: dist.ProcessGroup):
+        self.first_row = first_row
+        self.group = group
+
+    def place(self, labels: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
+        """As loss.WholeVocabulary's; one rank has the logit of a target, and the others add zero."""
+        row = labels - self.first_row
+        here = (row >= 0) & (row < n_rows) & (labels != loss.IGNORE)
+        return row.clamp(0, n_rows - 1), here
+
+    def largest(self, values: Tensor) -> Tensor:
+        dist.all_reduce(values, dist.ReduceOp.MAX, self.group)
+        return values
+
+    def total(self, values: Tensor) -> Tensor:
+        dist.all_reduce(values, dist.ReduceOp.SUM, self.group)
+        return values
+
+
 def vocab_parallel_cross_entropy(hidden: Tensor, weight: DTensor, labels: Tensor, tp_mesh: DeviceMesh,
                                  hidden_layout: Placement) -> Tensor:
     """dtensor_llama.loss.cross_entropy_sum with the rows of `weight` (V, D) split over tp; the same scalar on every rank.
@@ -313,55 +334,6 @@ def vocab_parallel_cross_entropy(hidden: Tensor, weight: DTensor, labels: Tensor
     """
     x = DTensor.from_local(hidden, tp_mesh, [hidden_layout], run_check=False)
     x = x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])     # (B, T, D)
-    chunk_tokens = max(1, loss.CHUNK_ELEMENTS // rows_per_rank(weight, tp_mesh))           # the same on every rank
-    return _VocabParallelCrossEntropy.apply(
-        x.flatten(0, -2), weight.to_local(), labels.flatten(), first_row(weight, tp_mesh), chunk_tokens,
-        tp_mesh.get_group(), torch.is_grad_enabled())      # inside a Function grad mode is off: it has to be told
-
-
-class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """As loss._ChunkedCrossEntropy: the gradient of a chunk is taken in forward, while its logits are at hand.
-
-    The gradient of hidden is an addend (each rank knows its slice of the vocabulary), that of the weight is complete.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, first_row: int, chunk_tokens: int, group,
-                wants_grad: bool) -> Tensor:
-        grad_hidden = torch.empty_like(hidden) if wants_grad else None
-        # A frozen head (LoRA) is spared the (V/tp, D) fp32 gradient and a third of the work.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_grad and ctx.needs_input_grad[1] else None
-        nll_sum = hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, hidden.shape[0], chunk_tokens):
-            chunk = slice(start, start + chunk_tokens)
-            scored = labels[chunk] != loss.IGNORE                                  # (C,)
-            target = labels[chunk] - first_row                                     # (C,) counted from this rank's first row
-            here = (target >= 0) & (target < weight.shape[0]) & scored             # (C,) is the target's logit on this rank
-            target = target.clamp(0, weight.shape[0] - 1)[:, None]                 # (C, 1)
-            logits = (hidden[chunk] @ weight.T).float()                            # (C, V/tp): softmax in fp32, always
-            peak = logits.amax(-1)                                                 # (C,)
-            dist.all_reduce(peak, dist.ReduceOp.MAX, group)                        # of the whole vocabulary
-            logits -= peak[:, None]                                                # so that no exp overflows
-            target_logit = logits.gather(1, target).squeeze(1) * here              # (C,) sum:tp
-            exps = logits.exp_()                                                   # in the memory of the logits
-            sums = torch.stack([target_logit, exps.sum(-1)])                       # (2, C) sum:tp, one message for both
-            dist.all_reduce(sums, dist.ReduceOp.SUM, group)
-            target_logit, norm = sums
-            nll_sum += ((norm.log() - target_logit) * scored).sum()
-            if wants_grad:
-                grad = exps.div_(norm[:, None])                                    # softmax
-                grad.scatter_add_(1, target, -here[:, None].to(grad.dtype))
-                grad = grad.mul_(scored[:, None]).to(hidden.dtype)                 # d loss/d logits, of this rank's V/tp
-                grad_hidden[chunk] = grad @ weight                                 # sum:tp
-                if grad_weight is not None:
-                    grad_weight += grad.T @ hidden[chunk]
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
-        return nll_sum
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss: Tensor):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        to_weight = None if grad_weight is None else (grad_weight * grad_loss).to(ctx.weight_dtype)
-        return grad_hidden * grad_loss, to_weight, None, None, None, None, None
+    chunk_tokens = loss.tokens_per_chunk(rows_per_rank(weight, tp_mesh))                   # the same on every rank
+    vocabulary = SplitVocabulary(first_row(weight, tp_mesh), tp_mesh.get_group())
+    return loss.chunked_cross_entropy(x.flatten(0, -2), weight.to_local(), labels.flatten(), chunk_tokens, vocabulary)
