@@ -37,6 +37,7 @@ from dtensor_llama.data.reader import Batch, RowReader, validation_batches
 from dtensor_llama.data.rows import PackedRows
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
 from dtensor_llama.flops import hardware_flops_per_token, matmul_flops, model_flops_per_token, peak_flops
+from dtensor_llama.loss import choose_loss
 from dtensor_llama.metrics import GIB, LateReader, PeakMemory, RunLog, SkippedSteps, draw_loss_curve
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
@@ -451,6 +452,7 @@ def describe_run(cfg, model_config, layout, rows: PackedRows, n_micros: int, att
     log.say(f"layout    {axes} on {device.type}, ZeRO stage {layout.zero_stage}; {n_micros} micro-batches of "
             f"{cfg.train.micro_batch_size} rows per rank and step")
     log.say(f"numbers   {cfg.train.dtype} compute, float32 masters; MFU against {peak / 1e12:.2f} TFLOP/s ({peak_source})")
+    log.say("loss      {}: {}".format(*choose_loss(device)))
 
 
 def export(model: Llama, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype, is_main: bool) -> None:

@@ -52,6 +52,7 @@ from dtensor_llama.data.tokenize import prepare_chat
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
 from dtensor_llama.flops import hardware_flops_per_token, model_flops_per_token, peak_flops
 from dtensor_llama.lora import LoraConfig, apply_lora, init_lora, merge_lora, n_adapter_parameters, save_adapter
+from dtensor_llama.loss import choose_loss
 from dtensor_llama.metrics import GIB, LateReader, PeakMemory, RunLog, SkippedSteps, draw_loss_curve
 from dtensor_llama.model import init_weights
 from dtensor_llama.neftune import Neftune
@@ -354,6 +355,7 @@ def describe_run(cfg, model_config, layout, rows: PackedExamples, n_micros: int,
     log.say(f"layout    {axes} on {device.type}, ZeRO stage {layout.zero_stage}; {n_micros} micro-batches of "
             f"{cfg.train.micro_batch_size} rows per rank and step")
     log.say(f"numbers   {cfg.train.dtype} compute, float32 masters; MFU against {peak / 1e12:.2f} TFLOP/s ({peak_source})")
+    log.say("loss      {}: {}".format(*choose_loss(device)))
 
 
 def export(model: Llama, cfg: SftConfig, tokenizer: Tokenizer, template: ChatTemplate, dtype: torch.dtype,

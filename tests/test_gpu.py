@@ -11,7 +11,7 @@ from test_memory_manager import CLIP, HYPER, chunk_of, exact
 from test_memory_parity import ON, PLANS, adamw, chunk_sizes, masters_of, plan_of, tiny, train, weights
 from torch.testing import assert_close
 
-from dtensor_llama import Llama, LlamaConfig
+from dtensor_llama import Llama, LlamaConfig, loss
 from dtensor_llama.attention import Documents, attention, choose_attention
 from dtensor_llama.model import KVCache, init_weights
 from dtensor_llama.optim import float64_norms
@@ -100,6 +100,22 @@ def test_auto_takes_a_fused_kernel():
     device = torch.device("cuda")
     assert choose_attention("auto", device, torch.bfloat16)[0] in ("flash", "sdpa")
     assert choose_attention("auto", device, torch.bfloat16, documents=True)[0] in ("flash", "varlen")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_compiled_loss_equals_the_eager_one(monkeypatch, dtype):
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 256 * 1111)                # chunks of 256 tokens, the last one of 100
+    hidden, weight = (torch.randn(n, 128, device="cuda", dtype=dtype, requires_grad=True) for n in (612, 1111))
+    labels = torch.randint(1111, (612,), device="cuda")
+    labels[::7] = loss.IGNORE
+    results = []
+    for how in ("compiled", "eager"):
+        monkeypatch.setattr(loss, "choose_loss", lambda device, how=how: (how, ""))
+        nll_sum = loss.cross_entropy_sum(hidden, weight, labels)
+        results.append([nll_sum.detach(), *torch.autograd.grad(nll_sum, [hidden, weight])])
+    for compiled, eager in zip(*results, strict=True):
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2               # the gradient of a logit may round the other way
+        assert_close(compiled, eager, rtol=tolerance, atol=tolerance * eager.abs().max().item())
 
 
 @pytest.mark.parametrize("kernel", ["blocks", "compiled"])
