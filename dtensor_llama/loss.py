@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import os
 import shutil
 from collections.abc import Callable
 
@@ -129,7 +128,7 @@ def choose_loss(device: torch.device) -> tuple[str, str]:
     """How the loss of a chunk is computed, `compiled` or `eager`, and the reason, to be printed."""
     if device.type != "cuda":
         return "eager", "on a CPU compiling takes longer than a short run gains"
-    has_c_compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))      # triton calls one
+    has_c_compiler = any(map(shutil.which, ("cc", "gcc", "clang")))               # triton calls one
     missing = [] if importlib.util.find_spec("triton") else ["triton"]
     missing += [] if has_c_compiler else ["C compiler"]
     if missing:
