@@ -44,7 +44,7 @@ def main(cfg: ExportConfig) -> None:
     if out.resolve() in (checkpoint.resolve(), *checkpoint.resolve().parents):
         raise UsageError(f"{out} holds the checkpoint itself; export into a folder of its own.")
     saved = SavedWeights(checkpoint)
-    run_dir = checkpoint.resolve().parents[1]             # RUN/checkpoints/step-00001000
+    run_dir = checkpoint.resolve().parent.parent          # RUN/checkpoints/step-00001000, from wherever it is named
     run = read_run(run_dir)
     dtype_name = cfg.dtype or run.get("train", {}).get("dtype")
     if dtype_name is None:
@@ -66,7 +66,7 @@ def main(cfg: ExportConfig) -> None:
         tokenizer.save(out, chat_template=ChatTemplate(tokenizer).source)
     else:
         tokenizer.save(out)
-    print(f"step {saved.step} of {checkpoint.parents[1]}: {config.n_parameters / 1e6:,.1f}M parameters in {dtype_name}, "
+    print(f"step {saved.step} of {run_dir}: {config.n_parameters / 1e6:,.1f}M parameters in {dtype_name}, "
           f"tokenizer {tokenizer.path}\nmodel         {out}   (Hugging Face format)")
 
 
@@ -104,11 +104,14 @@ def merge_and_save(saved: SavedWeights, config: LlamaConfig, base: Path, frozen_
 def read_run(run_dir: Path) -> dict:
     """The settings of the run whose folder it is; empty if there is none."""
     try:
-        return json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+        run = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
     except OSError:
         return {}
     except ValueError as error:
         raise UsageError(f"{run_dir / 'config.json'}: not readable JSON ({error}).") from None
+    if not isinstance(run, dict):
+        raise UsageError(f"{run_dir / 'config.json'}: holds a {type(run).__name__}, not the settings of a run.")
+    return run
 
 
 def find_tokenizer(cfg: ExportConfig, run_dir: Path, run: dict) -> Tokenizer:

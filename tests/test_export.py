@@ -2,13 +2,17 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from recipe import ROOT, recipe
 from recipe import pretrain_flags as flags
-from recipe import recipe
 from safetensors.torch import load_file
+
+from dtensor_llama import UsageError
+from dtensor_llama.cli import run_recipe
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -25,6 +29,33 @@ def test_export_equals_the_folder_the_run_wrote_byte_for_byte(reference, tmp_pat
     assert same_folders(tmp_path / "hf", reference / "hf")
     earlier = recipe("export", reference / "checkpoints/step-00000003", tmp_path / "hf")        # over the one before
     assert earlier.status == 0 and not same_folders(tmp_path / "hf", reference / "hf")
+
+
+@pytest.mark.parametrize("inside,named", [
+    ("checkpoints", "step-00000008"), ("checkpoints/step-00000008", "."), ("hf", "../checkpoints/step-00000008"),
+    (".", "checkpoints/step-00000008/")])
+def test_a_checkpoint_is_exported_from_whatever_folder_it_is_named(reference, tmp_path, monkeypatch, inside, named):
+    run_dir = shutil.copytree(reference, tmp_path / "run")
+    monkeypatch.chdir(run_dir / inside)
+    monkeypatch.setattr("sys.argv", ["export.py", named, str(tmp_path / "out")])
+    sys.path.insert(0, str(ROOT / "recipes"))
+    import export
+
+    run_recipe(export.main, export.ExportConfig)
+    assert same_folders(tmp_path / "out", reference / "hf")
+
+
+def test_the_folder_of_a_checkpoint_may_lie_at_the_root_of_the_file_system(tmp_path, monkeypatch):
+    sys.path.insert(0, str(ROOT / "recipes"))
+    import export
+
+    def opened(path):
+        raise UsageError(f"{path} was opened")
+
+    monkeypatch.setattr(export, "SavedWeights", lambda path: None)
+    monkeypatch.setattr(export, "read_run", opened)
+    with pytest.raises(UsageError, match="^/ was opened"):
+        export.main(export.ExportConfig("/step-00000008", str(tmp_path / "out")))
 
 
 @pytest.mark.parametrize("layout", [
