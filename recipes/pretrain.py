@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -42,7 +43,10 @@ from dtensor_llama.metrics import GIB, LateReader, PeakMemory, RunLog, SkippedSt
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
 from dtensor_llama.run import (
+    CONTENT,
+    SETTINGS,
     StopSignal,
+    changed_settings,
     claim_run_dir,
     keep_tokenizer,
     made_with,
@@ -408,10 +412,30 @@ def read_model_config(cfg: PretrainConfig, tokenizer: Tokenizer) -> LlamaConfig:
 
 
 def checkpoint_meta(cfg: PretrainConfig, model_config: LlamaConfig, rows: PackedRows) -> dict:
-    """What must be the same for a checkpoint's data position and weights to mean the same: {flag: value}."""
+    """What must be the same for a checkpoint's data position and weights to mean the same: {flag: value}. SETTINGS beside it
+    may change, and a resumed run says so."""
     return {"--model": asdict(model_config), "--data.seq-len": rows.seq_len, "--train.seed": cfg.train.seed,
             "--data.validation-share": cfg.data.validation_share,
-            "--data.path and --data.tokenizer": rows.contents}
+            "--data.path and --data.tokenizer": rows.contents, CONTENT: rows.content_hash, SETTINGS: settings_of(cfg)}
+
+
+def settings_of(cfg: PretrainConfig) -> dict:
+    """{flag: value} of what changes the numbers of a run and may be otherwise when it goes on; the schedule comes first."""
+    train = cfg.train
+    settings = {"--train.steps": train.steps, "--train.lr": train.lr, "--train.min-lr": train.min_lr,
+                "--train.warmup-steps": train.warmup_steps, "--train.global-batch-size": train.global_batch_size,
+                "--train.weight-decay": train.weight_decay, "--train.max-grad-norm": train.max_grad_norm,
+                "--train.dtype": train.dtype}
+    if isinstance(cfg, PretrainConfig):        # sft.py always masks, and may have noise
+        return settings | {"--data.document-mask": cfg.data.document_mask}
+    return settings | {"--train.neftune-alpha": train.neftune_alpha}
+
+
+def rate_at(step: int, settings: dict) -> float:
+    """The learning rate of a step under the schedule of other `settings`."""
+    schedule = TrainConfig(steps=settings["--train.steps"], lr=settings["--train.lr"], min_lr=settings["--train.min-lr"],
+                           warmup_steps=settings["--train.warmup-steps"])
+    return learning_rate(schedule, step)
 
 
 def resume(asked: str, model: nn.Module, optimizer: Optimizer, checkpoints: Checkpointer, meta: dict,
@@ -430,6 +454,9 @@ def resume(asked: str, model: nn.Module, optimizer: Optimizer, checkpoints: Chec
         group.update(setting)                  # decay and the like are what was asked for now, not what was saved
     if is_main:
         print(f"resuming from {path}: {progress['step']} steps done", flush=True)
+        rate_of = partial(rate_at, progress["step"])
+        for change in changed_settings(progress["meta"], meta, progress["step"], rate_of):
+            print(f"resuming  {change}", flush=True)
     return progress["step"], progress["position"]
 
 

@@ -35,6 +35,7 @@ from pretrain import (
     read_model_config,
     resume,
     set_up,
+    settings_of,
     tokenizer_path,
     train_step,
 )
@@ -56,7 +57,16 @@ from dtensor_llama.loss import choose_loss
 from dtensor_llama.metrics import GIB, LateReader, PeakMemory, RunLog, SkippedSteps, draw_loss_curve
 from dtensor_llama.model import init_weights
 from dtensor_llama.neftune import Neftune
-from dtensor_llama.run import StopSignal, claim_run_dir, keep_tokenizer, made_with, refuse_below, say_where_things_are
+from dtensor_llama.run import (
+    CONTENT,
+    SETTINGS,
+    StopSignal,
+    claim_run_dir,
+    keep_tokenizer,
+    made_with,
+    refuse_below,
+    say_where_things_are,
+)
 from dtensor_llama.weights import check_hf
 from memory import MemoryConfig
 from parallel import ParallelConfig
@@ -333,7 +343,8 @@ def checkpoint_meta(cfg: SftConfig, model_config: LlamaConfig, corpus: ChatCorpu
             "--data.validation-share": cfg.data.validation_share,
             "--lora": {**asdict(cfg.lora), "targets": list(cfg.lora.targets)},           # a list, as JSON gives it back
             "--data.overlong and --data.packing": f"{cfg.data.overlong}, {'packed' if cfg.data.packing else 'not packed'}",
-            "--data.path and --data.tokenizer": f"{corpus.n_tokens} tokens in {corpus.n_documents} conversations"}
+            "--data.path and --data.tokenizer": f"{corpus.n_tokens} tokens in {corpus.n_documents} conversations",
+            CONTENT: corpus.content_hash, SETTINGS: settings_of(cfg)}
 
 
 # ---- Telling ----------------------------------------------------------------------------------------------------------
