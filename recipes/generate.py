@@ -192,8 +192,8 @@ def encode(cfg: GenerateConfig, text: str, tokenizer, config: LlamaConfig, templ
         system = [{"role": "system", "content": cfg.system}] if cfg.system else []
         return template.encode_prompt([*system, {"role": "user", "content": text}])
     tokens = tokenizer.encode(text)
-    if config.bos_token_id is not None:
-        tokens = [config.bos_token_id, *tokens]
+    if tokenizer.adds.bos:                    # as the documents of training began
+        tokens = [tokenizer.bos_id, *tokens]
     if not tokens:
         raise UsageError("--prompt is empty, and the tokenizer has no token for the beginning of a text; give some text.")
     return tokens

@@ -6,7 +6,8 @@ One process reads and writes, one worker per core parses and encodes, and a few 
 depends on the number of cores, not on the corpus. This process never imports torch: it forks, which is safe only before
 threads exist. `prepare_corpus` is the same for a training script; it starts this module when there is work.
 
-<cache-dir>/<fingerprint>/   tokens.bin      each document as BOS, ids, EOS (those the tokenizer has); uint16 or uint32
+<cache-dir>/<fingerprint>/   tokens.bin      each document as BOS, ids, EOS; uint16 or uint32. BOS as the tokenizer
+                                             adds it to a text, EOS if it has one
                              documents.bin   int64 offset in tokens.bin at which each document starts
                              meta.json       counts, the type of tokens.bin, what went in, and content_hash: of the bytes of
                                              the other files, so that equal tokens can be told from as many other ones
@@ -243,7 +244,7 @@ def _encode_chunk(chunk: Chunk) -> tuple[np.ndarray, np.ndarray, None, Counter]:
     tokenizer = _cutter.tokenizer
     documents = [list(_cutter.pieces(text, PIECE_CHARS, chunk.skip)) for text in chunk.documents(_text_field)]
     encoded = iter(tokenizer.encode_batch([text for pieces in documents for text, _ in pieces]))
-    bos = [tokenizer.bos_id] if chunk.opens and tokenizer.bos_id is not None else []
+    bos = [tokenizer.bos_id] if chunk.opens and tokenizer.adds.bos else []
     eos = [tokenizer.eos_id] if chunk.closes and tokenizer.eos_id is not None else []
     ids, starts = [], []
     for pieces in documents:
