@@ -218,6 +218,49 @@ def config_from_fields(fields: dict, path: Path) -> LlamaConfig:
         raise UsageError(f"{path}: {error}") from None
 
 
+def read_generation_config(folder: str | Path) -> dict:
+    """The content of `generation_config.json` in a Hugging Face folder, empty if there is none. UsageError if it is damaged."""
+    path = Path(folder, "generation_config.json")
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not complete JSON ({error}); copy the file again.") from None
+    if not isinstance(settings, dict):
+        raise UsageError(f"{path} holds a {type(settings).__name__}, not settings of generation; copy the file again.")
+    ends = settings.get("eos_token_id")
+    if not all(type(end) is int for end in ends_of(ends)):
+        raise UsageError(f"{path}: eos_token_id is {ends!r}; it must be a token id, a list of them, or null.")
+    return settings
+
+
+def ends_of(eos_token_id: int | list[int] | None) -> list[int]:
+    """The tokens that end a text, whichever of the three ways a file has of saying so."""
+    if eos_token_id is None:
+        return []
+    return eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+
+
+def generation_config(base: dict, config: LlamaConfig, same_tokens: bool) -> dict:
+    """The content of the `generation_config.json` of a model that was trained from another, whose file has the content `base`.
+
+    Its settings stay, and generation stops at every token that ended a text for the base model or does for `config`.
+    same_tokens: whether the tokenizer is still the base model's; else settings that name tokens mean nothing any more."""
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {name: value for name, value in ids.items() if value is not None}
+    if not base:
+        return {"_from_model_config": True, **ids}
+    kept = {name: value for name, value in base.items() if name != "_from_model_config"}
+    if not same_tokens:
+        names_tokens = ("token_id", "token_ids", "_tokens", "words_ids", "decoder_ids", "sequence_bias")
+        kept = {name: value for name, value in kept.items() if not name.endswith(names_tokens) or name.startswith("max_")
+                or name.startswith("min_")}
+    ends = list(dict.fromkeys([*ends_of(kept.get("eos_token_id")), *ends_of(config.eos_token_id)]))
+    one_or_several = {"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {}
+    return {**ids, **kept, **one_or_several}
+
+
 def refuse_adapter(folder: Path) -> None:
     """UsageError if a folder holds a LoRA adapter in peft's format instead of a model."""
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():

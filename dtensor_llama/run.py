@@ -15,6 +15,7 @@ from dtensor_llama.errors import UsageError
 
 # Names in what a checkpoint says about its run, beside the flags that must be the same.
 CONTENT = "the content of --data.path"     # a hash of tokens and masks
+GENERATION = "generation_config.json"      # its content; says nothing about the training
 SETTINGS = "settings"                      # {flag: value} of what a resumed run may have otherwise, and is told about
 
 
@@ -70,7 +71,7 @@ def refuse_other_run(checkpoint: Path, saved: dict, now: dict) -> None:
     A checkpoint from before there was a hash of the data has none, and is not refused for that."""
     for flag, value in now.items():
         unknown = flag == CONTENT and not (saved.get(flag) and value)
-        if flag != SETTINGS and not unknown and saved.get(flag) != value:
+        if flag not in (SETTINGS, GENERATION) and not unknown and saved.get(flag) != value:
             raise UsageError(f"{flag} is not what checkpoint {checkpoint} was trained with "
                              f"({_difference(saved.get(flag), value)}); use the same, or another --run-dir for a new run.")
 

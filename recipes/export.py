@@ -22,7 +22,8 @@ from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf, save_hf
 from dtensor_llama.checkpoint import SavedWeights
 from dtensor_llama.cli import run_recipe
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
-from dtensor_llama.weights import check_hf, hf_parameters, save_hf_in_parts
+from dtensor_llama.run import GENERATION
+from dtensor_llama.weights import check_hf, hf_parameters, save_generation_config, save_hf_in_parts
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ def main(cfg: ExportConfig) -> None:
         merge_and_save(saved, config, base, run.get("train", {}).get("dtype"), dtype, out)
     else:
         save(saved, config, dtype, out, int(cfg.max_shard_gb * 1e9))
+    if GENERATION in saved.meta:                          # else save_hf's, from the ids of the model
+        save_generation_config(out, saved.meta[GENERATION])
     if "--lora" in saved.meta:                            # of sft.py, which trains with LLaMA-2's template if there is none
         from dtensor_llama.data.template import ChatTemplate
 

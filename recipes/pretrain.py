@@ -33,6 +33,7 @@ from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf, save_hf
 from dtensor_llama.attention import choose_attention
 from dtensor_llama.checkpoint import Checkpointer, restore_training_state, training_state
 from dtensor_llama.cli import run_recipe
+from dtensor_llama.config import generation_config, read_generation_config
 from dtensor_llama.data.mix import open_rows
 from dtensor_llama.data.reader import Batch, RowReader, validation_batches
 from dtensor_llama.data.rows import PackedRows
@@ -44,6 +45,7 @@ from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
 from dtensor_llama.run import (
     CONTENT,
+    GENERATION,
     SETTINGS,
     StopSignal,
     changed_settings,
@@ -154,6 +156,7 @@ def main(cfg: PretrainConfig) -> None:
     cfg, chosen = settle_memory(cfg, model_config, layout, n_micros, device, world_size)
     with torch.device("meta"):
         model = Llama(model_config)                       # names and shapes only: no memory yet
+    model.generation_config = generation_settings(cfg, model_config)
     weights = Path(cfg.model) if Path(cfg.model).is_dir() and not cfg.random_init else None
     if weights:
         check_hf(model, weights)                          # reads the headers of the files
@@ -172,7 +175,7 @@ def main(cfg: PretrainConfig) -> None:
         print(f"memory    {chosen}", flush=True)
     mesh, runner, optimizer = set_up(cfg, model, layout, n_micros, kernel, device, seq_len, say=print if is_main else None)
     checkpoints = Checkpointer(Path(cfg.run_dir, "checkpoints"), keep=cfg.checkpoint.keep)
-    meta = checkpoint_meta(cfg, model_config, rows)
+    meta = checkpoint_meta(cfg, model_config, rows) | {GENERATION: model.generation_config}
     step, position = resume(cfg.checkpoint.resume, model, optimizer, checkpoints, meta, is_main)
     if step == 0:
         whole = fp32_weights(model, optimizer)
@@ -312,7 +315,11 @@ def set_up(cfg: "PretrainConfig", model: Llama, layout: ParallelConfig, n_micros
 
 def fp32_weights(model: nn.Module, optimizer: Optimizer) -> nn.Module:
     """What to load, initialize or save as float32: the model or, with a chunk manager, its masters."""
-    return optimizer.masters() if isinstance(optimizer, ChunkOptimizer) else model
+    if not isinstance(optimizer, ChunkOptimizer):
+        return model
+    masters = optimizer.masters()
+    masters.generation_config = model.generation_config
+    return masters
 
 
 # ---- The step: one global batch ---------------------------------------------------------------------------------------
@@ -406,6 +413,13 @@ def read_model_config(cfg: PretrainConfig, tokenizer: Tokenizer) -> LlamaConfig:
     if Path(cfg.model).is_dir() and cfg.data.tokenizer is None:
         return config                          # the folder's own: its config.json says it already, and may list several
     return dataclasses.replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+
+
+def generation_settings(cfg: PretrainConfig, model_config: LlamaConfig) -> dict:
+    """The generation_config.json of what is exported: the base model's, if there is one, with the ends of `model_config`."""
+    continues = Path(cfg.model).is_dir() and not cfg.random_init
+    base = read_generation_config(cfg.model) if continues else {}
+    return generation_config(base, model_config, same_tokens=cfg.data.tokenizer is None)
 
 
 # ---- Resuming ---------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from pretrain import (
     count_scored,
     evaluate,
     fp32_weights,
+    generation_settings,
     learning_rate,
     read_model_config,
     resume,
@@ -59,6 +60,7 @@ from dtensor_llama.model import init_weights
 from dtensor_llama.neftune import Neftune
 from dtensor_llama.run import (
     CONTENT,
+    GENERATION,
     SETTINGS,
     StopSignal,
     claim_run_dir,
@@ -168,6 +170,7 @@ def main(cfg: SftConfig) -> None:
     ends = model_config.eos_token_id if isinstance(model_config.eos_token_id, list) else [model_config.eos_token_id]
     ends = [end for end in dict.fromkeys([*ends, *corpus.end_ids()]) if end is not None]
     model.config = model_config = replace(model_config, eos_token_id=ends if len(ends) > 1 else ends[0])
+    model.generation_config = generation_settings(cfg, model_config)
     cfg, layout, rows, reasons = settle(cfg, model_config, corpus, tokenizer, device, world_size)
     if cfg.preview or cfg.preview_json:
         if is_main:
@@ -199,7 +202,7 @@ def main(cfg: SftConfig) -> None:
     whole = fp32_weights(model, optimizer)                # also before a resumption: a LoRA checkpoint has no frozen weights
     load_hf(whole, weights) if weights else init_weights(whole, cfg.train.seed)
     init_lora(whole, cfg.train.seed)
-    meta = checkpoint_meta(cfg, model_config, corpus, seq_len)
+    meta = checkpoint_meta(cfg, model_config, corpus, seq_len) | {GENERATION: model.generation_config}
     step, position = resume(cfg.checkpoint.resume, model, optimizer, checkpoints, meta, is_main)
 
     reader = RowReader(rows, cfg.train.global_batch_size, cfg.train.micro_batch_size, dp_rank, layout.dp,
