@@ -10,6 +10,63 @@ from pathlib import Path
 
 from dtensor_llama.errors import UsageError
 
+# ---- Types and ranges of the fields -------------------------------------------------------------------------------------
+
+
+def whole_number(name: str, value) -> int:
+    """`value` if it is a whole number of at least 1. A float like 16.0 is refused as transformers refuses it."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UsageError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+    return value
+
+
+def number(name: str, value, low: float, high: float, rule: str) -> float:
+    """`value` as a float, if it is a number from `low` to `high`, which nan is not; `rule` says so in words."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:
+        raise UsageError(f"{name} is {value!r}; it must be {rule}.")
+    return float(value)
+
+
+def true_or_false(name: str, value) -> bool:
+    if not isinstance(value, bool):
+        raise UsageError(f"{name} is {value!r}; it must be true or false, without quotes.")
+    return value
+
+
+def epsilon(name: str, value) -> float:
+    return number(name, value, 0, 1, "a number from 0 to 1, without quotes (LLaMA-2 has 1e-5)")
+
+
+def base_of_frequencies(name: str, value) -> float:
+    # Beyond these bounds the frequencies, which are float32, become 0 or infinite.
+    return number(name, value, 1e-30, 1e30, "a finite number above 0, without quotes (LLaMA-2 has 10000)")
+
+
+def deviation(name: str, value) -> float:
+    return number(name, value, 0, 1, "a number from 0 to 1, without quotes (LLaMA-2 has 0.02)")
+
+
+def check_token_ids(name: str, value, vocab_size: int) -> None:
+    """UsageError unless `value` is None, a token of the vocabulary or, for EOS, a list of them. A pad_token_id of -1 means
+    none in the first conversions of LLaMA, and is carried on as it is."""
+    if value is None or (name == "pad_token_id" and type(value) is int and value == -1):
+        return
+    ids = value if isinstance(value, list) and value and name == "eos_token_id" else [value]
+    for one in ids:
+        if not isinstance(one, int) or isinstance(one, bool) or not 0 <= one < vocab_size:
+            several = ", or a list of them" if name == "eos_token_id" else ""
+            raise UsageError(f"{name} is {value!r}; it must be null or one of the ids 0 to {vocab_size - 1} that vocab_size "
+                             f"allows{several}.")
+
+
+_CHECKS = {
+    "vocab_size": whole_number, "hidden_size": whole_number, "intermediate_size": whole_number,
+    "num_hidden_layers": whole_number, "num_attention_heads": whole_number, "num_key_value_heads": whole_number,
+    "head_dim": whole_number, "max_position_embeddings": whole_number, "rms_norm_eps": epsilon,
+    "rope_theta": base_of_frequencies, "tie_word_embeddings": true_or_false, "initializer_range": deviation,
+}
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -30,21 +87,24 @@ class LlamaConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self):
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        for name, check in _CHECKS.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UsageError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+            if value is None and self.__dataclass_fields__[name].default is None:
+                continue
+            object.__setattr__(self, name, check(name, value))
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            check_token_ids(name, getattr(self, name), self.vocab_size)
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if self.hidden_size % self.num_attention_heads:      # even where head_dim is given: transformers refuses it
+            raise UsageError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                             f"{self.num_attention_heads}, and transformers opens no such model; change one of them.")
         if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
-                raise UsageError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
-                                 f"{self.num_attention_heads}; change one of them, or give head_dim.")
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+        if self.num_attention_heads % self.num_key_value_heads:
             raise UsageError(f"num_key_value_heads {self.num_key_value_heads} does not divide num_attention_heads "
                              f"{self.num_attention_heads}; each key/value head serves a whole group of query heads.")
-        if self.head_dim < 2 or self.head_dim % 2:
+        if self.head_dim % 2:
             raise UsageError(f"head_dim {self.head_dim} is not even; RoPE rotates pairs of dims.")
 
     @property
@@ -102,6 +162,8 @@ class LlamaConfig:
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
+_ARCHITECTURES = ("LlamaForCausalLM", "LlamaModel", "LLaMAForCausalLM")
+
 # What these fields may hold without changing the arithmetic of model.py. Absent and null are always fine.
 _NEUTRAL = {
     "hidden_act": ("silu", "swish"),
@@ -126,9 +188,9 @@ def config_from_fields(fields: dict, path: Path) -> LlamaConfig:
     refused = [f"{name}={fields[name]!r}" for name, neutral in _NEUTRAL.items()
                if fields.get(name) is not None and fields[name] not in neutral]
     architectures = fields.get("architectures") or ["LlamaForCausalLM"]
-    if not {"LlamaForCausalLM", "LlamaModel", "LLaMAForCausalLM"} & set(architectures):
+    if not isinstance(architectures, list) or not any(name in architectures for name in _ARCHITECTURES):
         refused.append(f"architectures={architectures!r}")
-    rope_theta = fields.get("rope_theta", 10_000.0)
+    rope_theta = 10_000.0 if fields.get("rope_theta") is None else fields["rope_theta"]
     for name in ("rope_scaling", "rope_parameters"):
         rope = fields.get(name)
         if rope is None:
@@ -140,20 +202,63 @@ def config_from_fields(fields: dict, path: Path) -> LlamaConfig:
                  and not (key == "partial_rotary_factor" and value in (None, 1))}
         if kind != "default" or (name == "rope_parameters" and extra):
             refused.append(f"{name}={rope!r}")
-        rope_theta = rope.get("rope_theta", rope_theta)
+        if rope.get("rope_theta") is not None:
+            rope_theta = rope["rope_theta"]
     if refused:
         raise UsageError(f"{path}: not supported: {'; '.join(refused)}. Each would change the arithmetic, so it is "
                          "refused rather than ignored (supported: silu, no biases, no dropout, plain RoPE).")
-    known = {name: fields[name] for name in LlamaConfig.__dataclass_fields__
-             if fields.get(name) is not None and name != "rope_theta"}
-    # Hugging Face's own defaults, where ours (LLaMA-2's) differ from what an absent field means there.
-    absent = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2}
-    known = {**{name: value for name, value in absent.items() if name not in fields}, **known}
+    # Hugging Face's own defaults, where ours (LLaMA-2's) differ from what an absent field or a null means there.
+    known = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
+    known |= {name: fields[name] for name in LlamaConfig.__dataclass_fields__ if fields.get(name) is not None}
+    # A null is none at all for these two; absent they have LLaMA's ids.
     known |= {name: None for name in ("bos_token_id", "eos_token_id") if name in fields and fields[name] is None}
     try:
-        return LlamaConfig(**known, rope_theta=float(rope_theta))
-    except (UsageError, TypeError, ValueError) as error:
+        return LlamaConfig(**known | {"rope_theta": rope_theta})
+    except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
+
+
+def read_generation_config(folder: str | Path) -> dict:
+    """The content of `generation_config.json` in a Hugging Face folder, empty if there is none. UsageError if it is damaged."""
+    path = Path(folder, "generation_config.json")
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not complete JSON ({error}); copy the file again.") from None
+    if not isinstance(settings, dict):
+        raise UsageError(f"{path} holds a {type(settings).__name__}, not settings of generation; copy the file again.")
+    ends = settings.get("eos_token_id")
+    if not all(type(end) is int for end in ends_of(ends)):
+        raise UsageError(f"{path}: eos_token_id is {ends!r}; it must be a token id, a list of them, or null.")
+    return settings
+
+
+def ends_of(eos_token_id: int | list[int] | None) -> list[int]:
+    """The tokens that end a text, whichever of the three ways a file has of saying so."""
+    if eos_token_id is None:
+        return []
+    return eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+
+
+def generation_config(base: dict, config: LlamaConfig, same_tokens: bool) -> dict:
+    """The content of the `generation_config.json` of a model that was trained from another, whose file has the content `base`.
+
+    Its settings stay, and generation stops at every token that ended a text for the base model or does for `config`.
+    same_tokens: whether the tokenizer is still the base model's; else settings that name tokens mean nothing any more."""
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {name: value for name, value in ids.items() if value is not None}
+    if not base:
+        return {"_from_model_config": True, **ids}
+    kept = {name: value for name, value in base.items() if name != "_from_model_config"}
+    if not same_tokens:
+        names_tokens = ("token_id", "token_ids", "_tokens", "words_ids", "decoder_ids", "sequence_bias")
+        kept = {name: value for name, value in kept.items() if not name.endswith(names_tokens) or name.startswith("max_")
+                or name.startswith("min_")}
+    ends = list(dict.fromkeys([*ends_of(kept.get("eos_token_id")), *ends_of(config.eos_token_id)]))
+    one_or_several = {"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {}
+    return {**ids, **kept, **one_or_several}
 
 
 def refuse_adapter(folder: Path) -> None:

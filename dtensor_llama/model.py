@@ -162,6 +162,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
+        self.generation_config: dict | None = None      # what save_hf writes into generation_config.json; None: from config
         self.model = LlamaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.cross_entropy = cross_entropy_sum

@@ -1,15 +1,22 @@
 """A run folder and the process that trains into it: claimed by one run, stopped in order, resumed as the same run."""
 
 import fcntl
+import math
 import platform
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from dtensor_llama.data.tokenizer import Tokenizer
 from dtensor_llama.errors import UsageError
+
+# Names in what a checkpoint says about its run, beside the flags that must be the same.
+CONTENT = "the content of --data.path"     # a hash of tokens and masks
+GENERATION = "generation_config.json"      # its content; says nothing about the training
+SETTINGS = "settings"                      # {flag: value} of what a resumed run may have otherwise, and is told about
 
 
 def refuse_below(low: float, flags: dict[str, float | None], *, exclusive: bool = False) -> None:
@@ -59,9 +66,12 @@ class StopSignal:
 
 
 def refuse_other_run(checkpoint: Path, saved: dict, now: dict) -> None:
-    """UsageError if a {flag: value} of `now` is not what the checkpoint was `saved` with: its position would mean nothing."""
+    """UsageError if a {flag: value} of `now` is not what the checkpoint was `saved` with: its position would mean nothing.
+
+    A checkpoint from before there was a hash of the data has none, and is not refused for that."""
     for flag, value in now.items():
-        if saved.get(flag) != value:
+        unknown = flag == CONTENT and not (saved.get(flag) and value)
+        if flag not in (SETTINGS, GENERATION) and not unknown and saved.get(flag) != value:
             raise UsageError(f"{flag} is not what checkpoint {checkpoint} was trained with "
                              f"({_difference(saved.get(flag), value)}); use the same, or another --run-dir for a new run.")
 
@@ -70,6 +80,21 @@ def _difference(saved, value) -> str:
     if isinstance(saved, dict) and isinstance(value, dict):
         return ", ".join(f"{key} {saved.get(key)} -> {value.get(key)}" for key in value if saved.get(key) != value.get(key))
     return f"{saved} -> {value}"
+
+
+def changed_settings(saved: dict, now: dict, step: int, rate_of: Callable[[dict], float]) -> list[str]:
+    """In words, which settings a resumed run has that the checkpoint was not trained with, and what that does to the
+    learning rate of the next step. saved, now: what refuse_other_run compares. rate_of: settings -> that learning rate."""
+    before, after = saved.get(SETTINGS, {}), now[SETTINGS]
+    changed = [f"{flag} {before[flag]} -> {value}" for flag, value in after.items() if flag in before and before[flag] != value]
+    if not changed:
+        return []
+    said = [f"not as the checkpoint was trained: {', '.join(changed)}"]
+    old_rate, new_rate = rate_of({**after, **before}), rate_of(after)
+    if not math.isclose(old_rate, new_rate, rel_tol=1e-6):
+        times = f" ({new_rate / old_rate:.3g} times)" if old_rate else ""
+        said.append(f"the learning rate of step {step + 1} is {new_rate:.3g} and would have been {old_rate:.3g}{times}")
+    return said
 
 
 def keep_tokenizer(run_dir: Path, tokenizer: Tokenizer, chat_template: str | None = None) -> None:

@@ -152,12 +152,20 @@ def save_hf(
                 os.fsync(opened.fileno())
 
     try:
-        everywhere(lambda: _create(folder, staged, headers, stored, model.config) if rank == 0 else None)
+        settings = model.config, getattr(model, "generation_config", None)
+        everywhere(lambda: _create(folder, staged, headers, stored, *settings) if rank == 0 else None)
         everywhere(write)
         everywhere(lambda: _publish(staged, folder) if rank == 0 else None)
     finally:
         if rank == 0:
             shutil.rmtree(staged, ignore_errors=True)   # there still only after a failure
+
+
+def save_generation_config(folder: str | Path, settings: dict) -> None:
+    """Put `settings` into the generation_config.json of a folder that is complete, in one step."""
+    staged = Path(folder, ".generation_config.json.being-written")
+    _write_json(staged, settings)
+    staged.rename(Path(folder, "generation_config.json"))
 
 
 def save_hf_in_parts(folder: str | Path, config: Any, shapes: dict[str, tuple], dtype: torch.dtype,
@@ -399,7 +407,8 @@ def _bytes(dtype: str, shape: tuple) -> int:
     return math.prod(shape) * DTYPES[dtype].itemsize
 
 
-def _create(folder: Path, staged: Path, headers: dict[str, bytes], stored: dict[str, Stored], config: Any) -> None:
+def _create(folder: Path, staged: Path, headers: dict[str, bytes], stored: dict[str, Stored], config: Any,
+            generation: Any = None) -> None:
     """Rank 0's part of a save: the staging folder with every file at its full size, headers and JSON written."""
     replaced, here = folder.with_name(f".{folder.name}.replaced"), Path.cwd().resolve()
     if folder in (here, *here.parents) or os.path.ismount(folder) or (folder.exists() and not folder.is_dir()):
@@ -428,8 +437,13 @@ def _create(folder: Path, staged: Path, headers: dict[str, bytes], stored: dict[
     settings.pop("torch_dtype", None)
     settings |= {"dtype": most, "architectures": settings.get("architectures") or ["LlamaForCausalLM"]}
     _write_json(staged / "config.json", settings)
-    ids = {key: settings[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if settings.get(key) is not None}
-    _write_json(staged / "generation_config.json", {"_from_model_config": True, **ids})
+    if generation is None:
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        ids = {name: settings[name] for name in names if settings.get(name) is not None}
+        generation = {"_from_model_config": True, **ids}
+    elif not isinstance(generation, dict):              # of a transformers model; without what are defaults there
+        generation = json.loads(generation.to_json_string())
+    _write_json(staged / "generation_config.json", generation)
 
 
 def _publish(staged: Path, folder: Path) -> None:

@@ -22,7 +22,8 @@ from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf, save_hf
 from dtensor_llama.checkpoint import SavedWeights
 from dtensor_llama.cli import run_recipe
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
-from dtensor_llama.weights import check_hf, hf_parameters, save_hf_in_parts
+from dtensor_llama.run import GENERATION
+from dtensor_llama.weights import check_hf, hf_parameters, save_generation_config, save_hf_in_parts
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def main(cfg: ExportConfig) -> None:
     if out.resolve() in (checkpoint.resolve(), *checkpoint.resolve().parents):
         raise UsageError(f"{out} holds the checkpoint itself; export into a folder of its own.")
     saved = SavedWeights(checkpoint)
-    run_dir = checkpoint.resolve().parents[1]             # RUN/checkpoints/step-00001000
+    run_dir = checkpoint.resolve().parent.parent          # RUN/checkpoints/step-00001000, from wherever it is named
     run = read_run(run_dir)
     dtype_name = cfg.dtype or run.get("train", {}).get("dtype")
     if dtype_name is None:
@@ -60,13 +61,15 @@ def main(cfg: ExportConfig) -> None:
         merge_and_save(saved, config, base, run.get("train", {}).get("dtype"), dtype, out)
     else:
         save(saved, config, dtype, out, int(cfg.max_shard_gb * 1e9))
+    if GENERATION in saved.meta:                          # else save_hf's, from the ids of the model
+        save_generation_config(out, saved.meta[GENERATION])
     if "--lora" in saved.meta:                            # of sft.py, which trains with LLaMA-2's template if there is none
         from dtensor_llama.data.template import ChatTemplate
 
         tokenizer.save(out, chat_template=ChatTemplate(tokenizer).source)
     else:
         tokenizer.save(out)
-    print(f"step {saved.step} of {checkpoint.parents[1]}: {config.n_parameters / 1e6:,.1f}M parameters in {dtype_name}, "
+    print(f"step {saved.step} of {run_dir}: {config.n_parameters / 1e6:,.1f}M parameters in {dtype_name}, "
           f"tokenizer {tokenizer.path}\nmodel         {out}   (Hugging Face format)")
 
 
@@ -104,11 +107,14 @@ def merge_and_save(saved: SavedWeights, config: LlamaConfig, base: Path, frozen_
 def read_run(run_dir: Path) -> dict:
     """The settings of the run whose folder it is; empty if there is none."""
     try:
-        return json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+        run = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
     except OSError:
         return {}
     except ValueError as error:
         raise UsageError(f"{run_dir / 'config.json'}: not readable JSON ({error}).") from None
+    if not isinstance(run, dict):
+        raise UsageError(f"{run_dir / 'config.json'}: holds a {type(run).__name__}, not the settings of a run.")
+    return run
 
 
 def find_tokenizer(cfg: ExportConfig, run_dir: Path, run: dict) -> Tokenizer:

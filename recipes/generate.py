@@ -23,6 +23,7 @@ from tyro.conf import UseAppendAction
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf
 from dtensor_llama.attention import choose_attention
 from dtensor_llama.cli import run_recipe
+from dtensor_llama.config import ends_of, read_generation_config
 from dtensor_llama.data.tokenizer import load_tokenizer
 from dtensor_llama.generate import TextStream, generate_batch
 from dtensor_llama.weights import check_hf
@@ -192,8 +193,8 @@ def encode(cfg: GenerateConfig, text: str, tokenizer, config: LlamaConfig, templ
         system = [{"role": "system", "content": cfg.system}] if cfg.system else []
         return template.encode_prompt([*system, {"role": "user", "content": text}])
     tokens = tokenizer.encode(text)
-    if config.bos_token_id is not None:
-        tokens = [config.bos_token_id, *tokens]
+    if tokenizer.adds.bos:                    # as the documents of training began
+        tokens = [tokenizer.bos_id, *tokens]
     if not tokens:
         raise UsageError("--prompt is empty, and the tokenizer has no token for the beginning of a text; give some text.")
     return tokens
@@ -207,10 +208,7 @@ def chat_template(tokenizer):
 
 def find_stop_ids(cfg: GenerateConfig, config: LlamaConfig, template) -> tuple[int, ...]:
     """What ends a text: config.json's and generation_config.json's EOS (one or several), and what ends a turn in a chat."""
-    named, file = [config.eos_token_id], Path(cfg.model, "generation_config.json")
-    if file.is_file():
-        named.append(json.loads(file.read_text(encoding="utf-8")).get("eos_token_id"))
-    ids = {i for one in named for i in (one if isinstance(one, list) else [one]) if i is not None}
+    ids = {*ends_of(config.eos_token_id), *ends_of(read_generation_config(cfg.model).get("eos_token_id"))}
     if template:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         ids.add([i for i, trained in zip(*template.encode(turns, "--chat"), strict=True) if trained][-1])

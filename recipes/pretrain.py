@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +33,7 @@ from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf, save_hf
 from dtensor_llama.attention import choose_attention
 from dtensor_llama.checkpoint import Checkpointer, restore_training_state, training_state
 from dtensor_llama.cli import run_recipe
+from dtensor_llama.config import generation_config, read_generation_config
 from dtensor_llama.data.mix import open_rows
 from dtensor_llama.data.reader import Batch, RowReader, validation_batches
 from dtensor_llama.data.rows import PackedRows
@@ -42,7 +44,11 @@ from dtensor_llama.metrics import GIB, LateReader, PeakMemory, RunLog, SkippedSt
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
 from dtensor_llama.run import (
+    CONTENT,
+    GENERATION,
+    SETTINGS,
     StopSignal,
+    changed_settings,
     claim_run_dir,
     keep_tokenizer,
     made_with,
@@ -150,6 +156,7 @@ def main(cfg: PretrainConfig) -> None:
     cfg, chosen = settle_memory(cfg, model_config, layout, n_micros, device, world_size)
     with torch.device("meta"):
         model = Llama(model_config)                       # names and shapes only: no memory yet
+    model.generation_config = generation_settings(cfg, model_config)
     weights = Path(cfg.model) if Path(cfg.model).is_dir() and not cfg.random_init else None
     if weights:
         check_hf(model, weights)                          # reads the headers of the files
@@ -168,7 +175,7 @@ def main(cfg: PretrainConfig) -> None:
         print(f"memory    {chosen}", flush=True)
     mesh, runner, optimizer = set_up(cfg, model, layout, n_micros, kernel, device, seq_len, say=print if is_main else None)
     checkpoints = Checkpointer(Path(cfg.run_dir, "checkpoints"), keep=cfg.checkpoint.keep)
-    meta = checkpoint_meta(cfg, model_config, rows)
+    meta = checkpoint_meta(cfg, model_config, rows) | {GENERATION: model.generation_config}
     step, position = resume(cfg.checkpoint.resume, model, optimizer, checkpoints, meta, is_main)
     if step == 0:
         whole = fp32_weights(model, optimizer)
@@ -308,7 +315,11 @@ def set_up(cfg: "PretrainConfig", model: Llama, layout: ParallelConfig, n_micros
 
 def fp32_weights(model: nn.Module, optimizer: Optimizer) -> nn.Module:
     """What to load, initialize or save as float32: the model or, with a chunk manager, its masters."""
-    return optimizer.masters() if isinstance(optimizer, ChunkOptimizer) else model
+    if not isinstance(optimizer, ChunkOptimizer):
+        return model
+    masters = optimizer.masters()
+    masters.generation_config = model.generation_config
+    return masters
 
 
 # ---- The step: one global batch ---------------------------------------------------------------------------------------
@@ -404,14 +415,41 @@ def read_model_config(cfg: PretrainConfig, tokenizer: Tokenizer) -> LlamaConfig:
     return dataclasses.replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
 
 
+def generation_settings(cfg: PretrainConfig, model_config: LlamaConfig) -> dict:
+    """The generation_config.json of what is exported: the base model's, if there is one, with the ends of `model_config`."""
+    continues = Path(cfg.model).is_dir() and not cfg.random_init
+    base = read_generation_config(cfg.model) if continues else {}
+    return generation_config(base, model_config, same_tokens=cfg.data.tokenizer is None)
+
+
 # ---- Resuming ---------------------------------------------------------------------------------------------------------
 
 
 def checkpoint_meta(cfg: PretrainConfig, model_config: LlamaConfig, rows: PackedRows) -> dict:
-    """What must be the same for a checkpoint's data position and weights to mean the same: {flag: value}."""
+    """What must be the same for a checkpoint's data position and weights to mean the same: {flag: value}. SETTINGS beside it
+    may change, and a resumed run says so."""
     return {"--model": asdict(model_config), "--data.seq-len": rows.seq_len, "--train.seed": cfg.train.seed,
             "--data.validation-share": cfg.data.validation_share,
-            "--data.path and --data.tokenizer": rows.contents}
+            "--data.path and --data.tokenizer": rows.contents, CONTENT: rows.content_hash, SETTINGS: settings_of(cfg)}
+
+
+def settings_of(cfg: PretrainConfig) -> dict:
+    """{flag: value} of what changes the numbers of a run and may be otherwise when it goes on; the schedule comes first."""
+    train = cfg.train
+    settings = {"--train.steps": train.steps, "--train.lr": train.lr, "--train.min-lr": train.min_lr,
+                "--train.warmup-steps": train.warmup_steps, "--train.global-batch-size": train.global_batch_size,
+                "--train.weight-decay": train.weight_decay, "--train.max-grad-norm": train.max_grad_norm,
+                "--train.dtype": train.dtype}
+    if isinstance(cfg, PretrainConfig):        # sft.py always masks, and may have noise
+        return settings | {"--data.document-mask": cfg.data.document_mask}
+    return settings | {"--train.neftune-alpha": train.neftune_alpha}
+
+
+def rate_at(step: int, settings: dict) -> float:
+    """The learning rate of a step under the schedule of other `settings`."""
+    schedule = TrainConfig(steps=settings["--train.steps"], lr=settings["--train.lr"], min_lr=settings["--train.min-lr"],
+                           warmup_steps=settings["--train.warmup-steps"])
+    return learning_rate(schedule, step)
 
 
 def resume(asked: str, model: nn.Module, optimizer: Optimizer, checkpoints: Checkpointer, meta: dict,
@@ -430,6 +468,9 @@ def resume(asked: str, model: nn.Module, optimizer: Optimizer, checkpoints: Chec
         group.update(setting)                  # decay and the like are what was asked for now, not what was saved
     if is_main:
         print(f"resuming from {path}: {progress['step']} steps done", flush=True)
+        rate_of = partial(rate_at, progress["step"])
+        for change in changed_settings(progress["meta"], meta, progress["step"], rate_of):
+            print(f"resuming  {change}", flush=True)
     return progress["step"], progress["position"]
 
 

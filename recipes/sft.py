@@ -31,10 +31,12 @@ from pretrain import (
     count_scored,
     evaluate,
     fp32_weights,
+    generation_settings,
     learning_rate,
     read_model_config,
     resume,
     set_up,
+    settings_of,
     tokenizer_path,
     train_step,
 )
@@ -56,7 +58,17 @@ from dtensor_llama.loss import choose_loss
 from dtensor_llama.metrics import GIB, LateReader, PeakMemory, RunLog, SkippedSteps, draw_loss_curve
 from dtensor_llama.model import init_weights
 from dtensor_llama.neftune import Neftune
-from dtensor_llama.run import StopSignal, claim_run_dir, keep_tokenizer, made_with, refuse_below, say_where_things_are
+from dtensor_llama.run import (
+    CONTENT,
+    GENERATION,
+    SETTINGS,
+    StopSignal,
+    claim_run_dir,
+    keep_tokenizer,
+    made_with,
+    refuse_below,
+    say_where_things_are,
+)
 from dtensor_llama.weights import check_hf
 from memory import MemoryConfig
 from parallel import ParallelConfig
@@ -158,6 +170,7 @@ def main(cfg: SftConfig) -> None:
     ends = model_config.eos_token_id if isinstance(model_config.eos_token_id, list) else [model_config.eos_token_id]
     ends = [end for end in dict.fromkeys([*ends, *corpus.end_ids()]) if end is not None]
     model.config = model_config = replace(model_config, eos_token_id=ends if len(ends) > 1 else ends[0])
+    model.generation_config = generation_settings(cfg, model_config)
     cfg, layout, rows, reasons = settle(cfg, model_config, corpus, tokenizer, device, world_size)
     if cfg.preview or cfg.preview_json:
         if is_main:
@@ -189,7 +202,7 @@ def main(cfg: SftConfig) -> None:
     whole = fp32_weights(model, optimizer)                # also before a resumption: a LoRA checkpoint has no frozen weights
     load_hf(whole, weights) if weights else init_weights(whole, cfg.train.seed)
     init_lora(whole, cfg.train.seed)
-    meta = checkpoint_meta(cfg, model_config, corpus, seq_len)
+    meta = checkpoint_meta(cfg, model_config, corpus, seq_len) | {GENERATION: model.generation_config}
     step, position = resume(cfg.checkpoint.resume, model, optimizer, checkpoints, meta, is_main)
 
     reader = RowReader(rows, cfg.train.global_batch_size, cfg.train.micro_batch_size, dp_rank, layout.dp,
@@ -333,7 +346,8 @@ def checkpoint_meta(cfg: SftConfig, model_config: LlamaConfig, corpus: ChatCorpu
             "--data.validation-share": cfg.data.validation_share,
             "--lora": {**asdict(cfg.lora), "targets": list(cfg.lora.targets)},           # a list, as JSON gives it back
             "--data.overlong and --data.packing": f"{cfg.data.overlong}, {'packed' if cfg.data.packing else 'not packed'}",
-            "--data.path and --data.tokenizer": f"{corpus.n_tokens} tokens in {corpus.n_documents} conversations"}
+            "--data.path and --data.tokenizer": f"{corpus.n_tokens} tokens in {corpus.n_documents} conversations",
+            CONTENT: corpus.content_hash, SETTINGS: settings_of(cfg)}
 
 
 # ---- Telling ----------------------------------------------------------------------------------------------------------

@@ -24,8 +24,9 @@ from tokenizers import Regex, pre_tokenizers
 from dtensor_llama.data import PackedRows, RowReader, TokenCorpus, load_tokenizer, prepare_corpus, validation_batches
 from dtensor_llama.data import tokenize as tokenize_module
 from dtensor_llama.data.cut import Cutter
-from dtensor_llama.data.rows import permute
+from dtensor_llama.data.rows import ChatCorpus, permute
 from dtensor_llama.data.sources import expand_paths, read_chunks
+from dtensor_llama.data.tokenize import prepare_chat
 from dtensor_llama.errors import UsageError
 
 LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -165,6 +166,44 @@ def test_the_corpus_is_reused_until_a_file_the_field_or_the_tokenizer_changes(to
     other = prepare_corpus([file], tokenizers_by_kind["byte-level"], cache)
     assert len({corpus.folder for corpus in (first, touched, field, other)}) == 4 == len(folders(cache))
     assert field.tokens.tolist() == whole(tokenizer, ["another field"] * 4)
+
+
+def test_the_content_hash_is_of_tokens_documents_and_masks_however_they_were_read(tokenizer, tmp_path):
+    def hash_of(*documents: str, chunk_bytes: int = 1 << 20, files: int = 1) -> str:
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        for i in range(files):
+            write_jsonl(folder / f"{i}.jsonl", documents[i::files] if files > 1 else documents)
+        code = (f"import functools, sys, dtensor_llama.data.tokenize as t\n"
+                f"t.read_chunks = functools.partial(t.read_chunks, chunk_bytes={chunk_bytes}); sys.exit(t.main())")
+        words = [sys.executable, "-c", code, "--path", folder / "*.jsonl", "--tokenizer", tokenizer.path, "--cache-dir",
+                 folder / "cache"]
+        done = subprocess.run(list(map(str, words)), cwd=ROOT, capture_output=True, check=True)
+        return TokenCorpus(done.stdout.decode().strip()).content_hash
+
+    texts = [text + f" {i}" for i, text in enumerate(["one of them", "another", "a third one", "and the last"])]
+    first = hash_of(*texts)
+    assert len(first) == 64 and hash_of(*texts, chunk_bytes=20) == first
+    assert hash_of(texts[0], texts[2], texts[1], texts[3], files=2) == first     # the same documents in the same order
+    assert first not in {hash_of(*texts[::-1]), hash_of(*texts[:3], "and the tsal 3"), hash_of(*texts, "more")}
+
+
+def test_a_mask_alone_changes_the_content_hash(tmp_path):
+    def corpus_of(name: str, answer: str) -> ChatCorpus:
+        folder = tmp_path / name
+        folder.mkdir()
+        train_byte_level(folder / "tokenizer.json")
+        (folder / "chat_template.jinja").write_text(
+            "{% for turn in messages %}{% if turn['role'] == 'user' %}{{ turn['content'] + '\\n' }}{% else %}" + answer
+            + "{% endif %}{% endfor %}")
+        (folder / "chat.jsonl").write_text(json.dumps({"question": "Which?", "answer": "1 2"}))
+        return prepare_chat([folder / "chat.jsonl"], load_tokenizer(folder), tmp_path / "cache", processes=1)
+
+    all_of_it = corpus_of("all", "{% generation %}{{ turn['content'] + eos_token }}{% endgeneration %}")
+    but_the_first = corpus_of("rest", "{{ '1' }}{% generation %}{{ ' 2' + eos_token }}{% endgeneration %}")
+    assert all_of_it.tokens.tolist() == but_the_first.tokens.tolist()
+    assert all_of_it.trained.tolist() != but_the_first.trained.tolist()
+    assert all_of_it.content_hash != but_the_first.content_hash
 
 
 def test_a_damaged_corpus_is_refused(tokenizer, tmp_path):

@@ -2,13 +2,17 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from recipe import ROOT, recipe
 from recipe import pretrain_flags as flags
-from recipe import recipe
 from safetensors.torch import load_file
+
+from dtensor_llama import UsageError
+from dtensor_llama.cli import run_recipe
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -25,6 +29,33 @@ def test_export_equals_the_folder_the_run_wrote_byte_for_byte(reference, tmp_pat
     assert same_folders(tmp_path / "hf", reference / "hf")
     earlier = recipe("export", reference / "checkpoints/step-00000003", tmp_path / "hf")        # over the one before
     assert earlier.status == 0 and not same_folders(tmp_path / "hf", reference / "hf")
+
+
+@pytest.mark.parametrize("inside,named", [
+    ("checkpoints", "step-00000008"), ("checkpoints/step-00000008", "."), ("hf", "../checkpoints/step-00000008"),
+    (".", "checkpoints/step-00000008/")])
+def test_a_checkpoint_is_exported_from_whatever_folder_it_is_named(reference, tmp_path, monkeypatch, inside, named):
+    run_dir = shutil.copytree(reference, tmp_path / "run")
+    monkeypatch.chdir(run_dir / inside)
+    monkeypatch.setattr("sys.argv", ["export.py", named, str(tmp_path / "out")])
+    sys.path.insert(0, str(ROOT / "recipes"))
+    import export
+
+    run_recipe(export.main, export.ExportConfig)
+    assert same_folders(tmp_path / "out", reference / "hf")
+
+
+def test_the_folder_of_a_checkpoint_may_lie_at_the_root_of_the_file_system(tmp_path, monkeypatch):
+    sys.path.insert(0, str(ROOT / "recipes"))
+    import export
+
+    def opened(path):
+        raise UsageError(f"{path} was opened")
+
+    monkeypatch.setattr(export, "SavedWeights", lambda path: None)
+    monkeypatch.setattr(export, "read_run", opened)
+    with pytest.raises(UsageError, match="^/ was opened"):
+        export.main(export.ExportConfig("/step-00000008", str(tmp_path / "out")))
 
 
 @pytest.mark.parametrize("layout", [
@@ -118,9 +149,62 @@ def chat_run(inputs, tmp_path, *more) -> Path:
     return tmp_path / "run"
 
 
+SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_length": 99, "suppress_tokens": [7], "pad_token_id": 3}
+
+
+def model_with_sampling(inputs, tmp_path, content=None) -> Path:
+    folder = shutil.copytree(inputs / "model", tmp_path / "base")
+    content = json.dumps({"_from_model_config": True, "eos_token_id": [5, 6], **SAMPLING}) if content is None else content
+    (folder / "generation_config.json").write_text(content)
+    return folder
+
+
+@pytest.mark.parametrize("more", [
+    [], ["--memory.placement", "static", "--memory.cpu", 1, "--memory.resident", 0, "--memory.stream", 0]])
+def test_the_generation_config_of_the_base_is_carried_on_with_every_end(inputs, tmp_path, more):
+    from transformers import GenerationConfig
+
+    own = [flag for flag in flags(inputs, tmp_path / "run", *more, steps=1) if flag != "--random-init"]
+    own[own.index("--model") + 1] = model_with_sampling(inputs, tmp_path)
+    assert recipe("pretrain", *own).status == 0
+    theirs = GenerationConfig.from_pretrained(tmp_path / "run/hf")
+    assert {name: getattr(theirs, name) for name in SAMPLING} == SAMPLING
+    assert theirs.eos_token_id == [5, 6, 1] and theirs.bos_token_id == 0
+    ended = recipe("export", tmp_path / "run/checkpoints/step-00000001", tmp_path / "hf")
+    assert ended.status == 0 and same_folders(tmp_path / "hf", tmp_path / "run/hf")
+
+
+def test_with_another_tokenizer_only_settings_that_name_no_token_are_carried_on():
+    from dtensor_llama import LlamaConfig
+    from dtensor_llama.config import generation_config
+
+    base = {"eos_token_id": [5, 6], "max_new_tokens": 9, "bad_words_ids": [[3]], **SAMPLING}
+    config = LlamaConfig(eos_token_id=2)
+    made = generation_config(base, config, same_tokens=False)
+    assert made == {"bos_token_id": 1, "eos_token_id": 2, "max_new_tokens": 9, "do_sample": True, "temperature": 0.6,
+                    "top_p": 0.9, "max_length": 99}
+    assert generation_config({}, config, same_tokens=True) == {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2}
+    assert generation_config({"eos_token_id": 2}, config, same_tokens=True)["eos_token_id"] == 2
+
+
+@pytest.mark.parametrize("content,said", [
+    ("{", "not complete JSON"), ("[]", "list"), ('{"eos_token_id": "</s>"}', "eos_token_id")])
+def test_a_damaged_generation_config_is_refused_before_training_and_generation(inputs, tmp_path, content, said):
+    folder = model_with_sampling(inputs, tmp_path, content)
+    own = [flag for flag in flags(inputs, tmp_path / "run") if flag != "--random-init"]
+    own[own.index("--model") + 1] = folder
+    for ended in (recipe("pretrain", *own), recipe("generate", "--model", folder, "--prompt", "x")):
+        assert ended.status == 2 and "generation_config.json" in ended.err and said in ended.err, ended
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("more", [[], ["--lora.rank", 4]])
 def test_fine_tuned_and_merged_weights_are_exported_with_their_template(inputs, tmp_path, more):
-    run_dir = chat_run(inputs, tmp_path, *more)
+    (tmp_path / "base").mkdir()
+    base = model_with_sampling(inputs, tmp_path / "base")
+    run_dir = chat_run(inputs, tmp_path, "--model", base, *more)
+    generation = json.loads((run_dir / "hf/generation_config.json").read_text())
+    assert generation["eos_token_id"] == [5, 6, 1] and generation["temperature"] == 0.6
     for number in range(3):                     # without hf/, as of a run that died; then the tokenizer is that of --model
         ended = recipe("export", run_dir / "checkpoints/step-00000002", tmp_path / f"hf-{number}")
         assert ended.status == 0, ended

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from dtensor_llama import Llama, LlamaConfig, load_hf
+from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf
 from dtensor_llama.attention import attention
 from dtensor_llama.loss import cross_entropy_sum
 from dtensor_llama.model import init_weights
@@ -215,3 +215,44 @@ def test_a_missing_or_cut_config_is_refused_in_words(tmp_path, text, said):
     with pytest.raises(ValueError, match=said) as error:
         LlamaConfig.from_hf(tmp_path)
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("name,value,rule", [
+    ("tie_word_embeddings", "false", "true or false"), ("tie_word_embeddings", 0, "true or false"),
+    ("head_dim", 16.0, "whole number"), ("head_dim", "16", "whole number"), ("num_key_value_heads", True, "whole number"),
+    ("num_hidden_layers", 2.0, "whole number"), ("max_position_embeddings", "64", "whole number"),
+    ("max_position_embeddings", 0, "whole number"), ("rms_norm_eps", "1e-05", "number from 0 to 1"),
+    ("rms_norm_eps", -1e-5, "number from 0 to 1"), ("rms_norm_eps", float("nan"), "number from 0 to 1"),
+    ("rope_theta", 0, "above 0"), ("rope_theta", float("nan"), "above 0"), ("rope_theta", float("inf"), "above 0"),
+    ("rope_theta", "10000", "above 0"), ("initializer_range", -0.02, "number from 0 to 1"),
+    ("initializer_range", 2, "number from 0 to 1"), ("bos_token_id", "1", "ids 0 to"), ("bos_token_id", -1, "ids 0 to"),
+    ("eos_token_id", [2, 10**6], "list of them"), ("eos_token_id", [], "list of them"), ("eos_token_id", True, "list of them"),
+    ("pad_token_id", 10**6, "ids 0 to"), ("architectures", [["LlamaForCausalLM"]], "architectures"),
+])
+def test_a_field_of_the_wrong_type_or_out_of_range_is_refused_by_name(tmp_path, name, value, rule):
+    changes = {name: value} | ({"rope_parameters": "absent"} if name == "rope_theta" else {})
+    with pytest.raises(UsageError, match=name) as error:
+        LlamaConfig.from_hf(config_json(tmp_path, **changes))
+    assert rule in str(error.value) and "config.json" in str(error.value)
+
+
+def test_heads_that_do_not_divide_the_hidden_size_are_refused_as_transformers_would(tmp_path):
+    import transformers
+
+    shape = {"hidden_size": 64, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 20}
+    with pytest.raises(UsageError, match="hidden_size 64 is not a multiple of num_attention_heads 3"):
+        LlamaConfig.from_hf(config_json(tmp_path, **shape))
+    with pytest.raises(Exception, match="multiple of the number of attention"):
+        transformers.LlamaConfig(**shape)
+
+
+def test_whole_numbers_for_floats_and_null_are_read_and_what_is_written_transformers_opens(tmp_path):
+    import transformers
+
+    changes = {"rms_norm_eps": None, "max_position_embeddings": None, "rope_parameters": None, "rope_theta": 500000,
+               "initializer_range": 1, "tie_word_embeddings": None, "eos_token_id": [2, 3], "pad_token_id": -1}
+    config = LlamaConfig.from_hf(config_json(tmp_path, **changes))
+    theirs = transformers.LlamaConfig.from_dict(config.to_hf())
+    assert (config.rms_norm_eps, config.max_position_embeddings, config.rope_theta) == (1e-6, 2048, 500000.0)
+    assert (theirs.rms_norm_eps, theirs.max_position_embeddings, theirs.initializer_range) == (1e-6, 2048, 1.0)
+    assert theirs.rope_parameters["rope_theta"] == 500000.0 and theirs.eos_token_id == [2, 3]

@@ -15,7 +15,8 @@ from recipe import ROOT, metrics, recipe
 from recipe import pretrain_flags as flags
 from torch.testing import assert_close
 
-from dtensor_llama import Llama, LlamaConfig, load_hf
+from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf
+from dtensor_llama.run import CONTENT, SETTINGS, changed_settings, refuse_other_run
 
 SHARED = Path(os.environ.get("DTENSOR_LLAMA_SHARED_DATA", ROOT.parent / "shared" / "data"))
 EXACT = ("step", "loss", "grad_norm", "lr", "tokens", "validation_loss")     # what must not depend on the clock
@@ -103,6 +104,65 @@ def test_a_finished_run_is_left_alone_and_more_steps_go_on_with_it(inputs, refer
     assert exact(run_dir) == before
     assert recipe("pretrain", *flags(inputs, run_dir, "--data.document-mask", steps=10)).status == 0
     assert exact(run_dir)[:8] == before and len(metrics(run_dir)) == 10
+
+
+def files_swapped(first: Path, second: Path) -> None:
+    texts = first.read_bytes(), second.read_bytes()
+    second.write_bytes(texts[0])
+    first.write_bytes(texts[1])
+
+
+def lines_swapped(first: Path, second: Path) -> None:
+    lines = first.read_text().splitlines(keepends=True)
+    first.write_text("".join([lines[1], lines[0], *lines[2:]]))
+
+
+@pytest.mark.parametrize("change,weight", [(files_swapped, ""), (lines_swapped, ":0.5")])
+def test_a_run_does_not_go_on_with_other_data_of_equal_counts(inputs, tmp_path, change, weight):
+    files = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    lines = (inputs / "data.jsonl").read_text().splitlines(keepends=True)
+    files[0].write_text("".join(lines[:300]))
+    files[1].write_text("".join(lines[300:]))
+
+    def run(steps: int):
+        own = flags(inputs, tmp_path / "run", "--checkpoint.every", 1, steps=steps)
+        at = own.index("--data.path")
+        return recipe("pretrain", *own[:at], "--data.path", *(f"{file}{weight}" for file in files), *own[at + 2 :])
+
+    assert run(steps=1).status == 0
+    change(*files)
+    ended = run(steps=2)
+    assert ended.status == 2 and "error: the content of --data.path is not what checkpoint" in ended.err, ended
+    change(*files)                                    # tokenized again, to the same tokens
+    ended = run(steps=2)
+    assert ended.status == 0 and "resuming from" in ended.out, ended
+
+
+def test_resuming_with_another_schedule_says_what_becomes_of_the_learning_rate(inputs, reference, tmp_path):
+    run_dir = shutil.copytree(reference, tmp_path / "run")
+    own = flags(inputs, run_dir, "--data.document-mask", steps=10)
+    ended = recipe("pretrain", *own, "--checkpoint.resume", run_dir / "checkpoints/step-00000006")
+    assert ended.status == 0, ended
+    said = [line.removeprefix("resuming  ") for line in ended.out.splitlines() if line.startswith("resuming  ")]
+    old, new = metrics(reference)[6]["lr"], metrics(run_dir)[6]["lr"]
+    assert said == ["not as the checkpoint was trained: --train.steps 8 -> 10",
+                    f"the learning rate of step 7 is {new:.3g} and would have been {old:.3g} ({new / old:.3g} times)"]
+    ended = recipe("pretrain", *flags(inputs, run_dir, steps=11), "--train.lr", 2e-2, "--train.weight-decay", 0.2)
+    assert ended.status == 0, ended
+    for part in ("--train.steps 10 -> 11", "--train.lr 0.01 -> 0.02", "--train.weight-decay 0.1 -> 0.2",
+                 "--data.document-mask True -> False", "learning rate of step 11 is"):
+        assert part in ended.out, ended
+    again = recipe("pretrain", *flags(inputs, run_dir, steps=11), "--train.lr", 2e-2, "--train.weight-decay", 0.2)
+    assert again.status == 0 and "not as the checkpoint was trained" not in again.out
+
+
+def test_a_checkpoint_from_before_the_hash_of_the_data_can_still_be_resumed(tmp_path):
+    saved = {"--train.seed": 0, "--data.path and --data.tokenizer": "9 tokens in 1 documents"}
+    now = {**saved, CONTENT: "3f", SETTINGS: {"--train.steps": 3}}
+    refuse_other_run(tmp_path, saved, now)
+    assert changed_settings(saved, now, 1, lambda settings: 0.1) == []
+    with pytest.raises(UsageError, match="the content of --data.path is not what checkpoint .*4f -> 3f"):
+        refuse_other_run(tmp_path, {**saved, CONTENT: "4f"}, now)
 
 
 def test_a_checkpoint_of_another_run_can_be_the_start(inputs, reference, tmp_path):

@@ -174,6 +174,21 @@ def test_peft_opens_the_adapter(inputs, lora):
                      rtol=0, atol=1e-4)
 
 
+def test_a_run_does_not_go_on_with_other_answers_in_as_many_tokens(inputs, tmp_path):
+    def talks(*answers: str) -> None:
+        write(tmp_path / "chat.jsonl", [{"question": "Which?", "answer": answer} for answer in answers] * 4)
+
+    talks("the first", "the other")
+    own = flags(inputs, tmp_path, tmp_path / "run", "--checkpoint.every", 1, "--data.packing", "--data.seq-len", 64, steps=1)
+    assert recipe("sft", *own).status == 0
+    talks("the other", "the first")
+    line = refused(*own, "--train.steps", 2, name="sft")
+    assert "the content of --data.path is not what checkpoint" in line
+    talks("the first", "the other")
+    ended = recipe("sft", *own, "--train.steps", 2)
+    assert ended.status == 0 and "not as the checkpoint was trained: --train.steps 1 -> 2" in ended.out, ended
+
+
 def test_a_lora_run_resumes_where_it_stopped(inputs, chat, lora, tmp_path):
     shutil.copytree(lora / "checkpoints/step-00000002", tmp_path / "step-00000002")
     stored = dcp.FileSystemReader(tmp_path / "step-00000002").read_metadata().state_dict_metadata

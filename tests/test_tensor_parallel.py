@@ -351,7 +351,8 @@ LLAMA_70B = LlamaConfig.preset("llama2-70b")
 
 @pytest.mark.parametrize("config,tp,seq_len,sequence_parallel,said", [
     (MHA, 3, 33, True, "--parallel.tp 3 does not divide the 4 query heads; .* Use --parallel.tp 1."),
-    (replace(MHA, num_attention_heads=12, num_key_value_heads=6, head_dim=8), 4, 32, True, "6 key/value heads.* 1 or 2."),
+    (replace(MHA, hidden_size=96, num_attention_heads=12, num_key_value_heads=6, head_dim=8), 4, 32, True,
+     "6 key/value heads.* 1 or 2."),
     (replace(MHA, intermediate_size=50), 4, 32, True, "feed-forward width 50. Use --parallel.tp 1 or 2."),
     (MHA, 4, 30, True, "--data.seq-len 30.*no-sequence-parallel.* Use --parallel.tp 1 or 2."),
     (replace(MHA, vocab_size=5), 4, 32, True, "last rank without a row of the 5 .* Use --parallel.tp 1 or 2."),

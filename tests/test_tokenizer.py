@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from dtensor_llama.data import load_tokenizer
+from dtensor_llama.data import load_tokenizer, prepare_corpus
 from dtensor_llama.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,6 +108,88 @@ def test_a_saved_tokenizer_opens_in_transformers_with_the_same_ids(model_file, j
         assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
         again = load_tokenizer(folder)
         assert again.fingerprint == tokenizer.fingerprint and again.encode_batch(HARD) == tokenizer.encode_batch(HARD)
+
+
+POST_PROCESSORS = {
+    "none": None,
+    "offsets only": processors.ByteLevel(trim_offsets=False),
+    "bos": processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 0)]),
+    "bos and eos": processors.TemplateProcessing("<s> $A </s>", "<s> $A </s> <s> $B </s>", [("<s>", 0), ("</s>", 1)]),
+}
+
+
+@pytest.mark.parametrize("kind", [*POST_PROCESSORS, "pieces", "pieces and tokenizer.json"])
+@pytest.mark.parametrize("settings", [{}, {"add_bos_token": False}, {"add_bos_token": True},
+                                      {"add_bos_token": False, "add_eos_token": True}])
+def test_transformers_gives_the_ids_that_training_saw_bos_included(kind, settings, model_file, tmp_path):
+    from transformers import AutoTokenizer
+
+    base = tmp_path / "base"
+    base.mkdir()
+    if kind in POST_PROCESSORS:
+        fast = tokenizers.Tokenizer.from_file(str(train_byte_level(base / "tokenizer.json")))
+        if POST_PROCESSORS[kind] is not None:
+            fast.post_processor = POST_PROCESSORS[kind]
+        fast.save(str(base / "tokenizer.json"))
+        edit_json(base / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>",
+                  eos_token="</s>", **settings)
+    else:
+        load_tokenizer(model_file).save(base)
+        edit_json(base / "tokenizer_config.json", **settings)
+        if kind == "pieces":
+            (base / "tokenizer.json").unlink()
+    (tmp_path / "data.txt").write_text("def main(self):")
+    tokenizer = load_tokenizer(base)
+    *document, end = prepare_corpus([tmp_path / "data.txt"], tokenizer, tmp_path / "cache", processes=1).tokens.tolist()
+    tokenizer.save(tmp_path / "hf")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")("def main(self):").input_ids
+    assert end == tokenizer.eos_id and theirs in (document, [*document, end])
+    begins_with_bos = settings.get("add_bos_token", kind != "offsets only")
+    assert (document[0] == tokenizer.bos_id) == begins_with_bos
+    if not settings and kind not in ("none", "pieces"):      # where tokenizer.json says what to add, training had it too
+        assert AutoTokenizer.from_pretrained(base)("def main(self):").input_ids == theirs
+    older = tokenizers.Tokenizer.from_file(str(tmp_path / "hf/tokenizer.json"))      # readers of that file alone
+    assert older.encode("def main(self):").ids == theirs
+    again = load_tokenizer(tmp_path / "hf")
+    assert again.fingerprint == tokenizer.fingerprint and again.adds == tokenizer.adds
+
+
+def test_a_flag_of_another_type_is_refused(json_file):
+    edit_json(json_file.parent / "tokenizer_config.json", add_bos_token="false")
+    with pytest.raises(UsageError, match="add_bos_token is 'false'; it must be true or false"):
+        load_tokenizer(json_file)
+
+
+def test_tokens_behind_a_sentencepiece_model_are_written_where_readers_of_it_look(folder_with_both, tmp_path):
+    fast = tokenizers.Tokenizer.from_file(str(folder_with_both / "tokenizer.json"))
+    fast.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    fast.add_tokens(["<tool>"])
+    fast.save(str(folder_with_both / "tokenizer.json"))
+    load_tokenizer(folder_with_both).save(tmp_path / "hf")
+    added = json.loads((tmp_path / "hf/added_tokens.json").read_text())
+    assert added == {"<|im_start|>": 600, "<|im_end|>": 601, "<tool>": 602}
+    config = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
+    assert config["add_prefix_space"] is True and config["add_bos_token"] is True
+    decoder = config["added_tokens_decoder"]
+    assert (decoder["601"]["content"], decoder["601"]["special"], decoder["602"]["special"]) == ("<|im_end|>", True, False)
+    (tmp_path / "hf/tokenizer.json").unlink()
+    for left in ("tokenizer_config.json", "added_tokens.json"):        # either of them is enough to know the ids
+        shutil.copytree(tmp_path / "hf", tmp_path / left)
+        for other in {"tokenizer_config.json", "added_tokens.json"} - {left}:
+            (tmp_path / left / other).unlink()
+        again = load_tokenizer(tmp_path / left)
+        assert (again.vocab_size, again.id_of("<|im_end|>"), again.id_of("<tool>")) == (603, 601, 602)
+
+
+def test_settings_of_the_base_are_carried_on_but_not_its_paths_and_classes(folder_with_both, tmp_path):
+    carried = {"extra_special_tokens": ["<extra>"], "additional_special_tokens": ["<more>"], "model_max_length": 77,
+               "padding_side": "left", "truncation_side": "left", "pad_token": "</s>", "my_own": [1]}
+    left_out = {"auto_map": {"AutoTokenizer": "code.py"}, "name_or_path": "/home/me", "tokenizer_class": "LlamaTokenizerFast"}
+    edit_json(folder_with_both / "tokenizer_config.json", **carried, **left_out)
+    load_tokenizer(folder_with_both).save(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
+    assert {key: config[key] for key in carried} == carried
+    assert "auto_map" not in config and "name_or_path" not in config and "/home/me" not in str(config)
 
 
 def test_a_chat_template_survives_saving(folder_with_both, tmp_path):

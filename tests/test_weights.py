@@ -138,6 +138,15 @@ def test_a_transformers_model_loads_and_saves_as_it_is(tmp_path):
     assert_same(whole(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")), whole(theirs))
 
 
+def test_the_generation_config_of_a_transformers_model_is_saved_as_it_is(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE))
+    theirs.generation_config.update(do_sample=True, temperature=0.6, eos_token_id=[2, 7])
+    save_hf(theirs, tmp_path / "hf")
+    again = transformers.GenerationConfig.from_pretrained(tmp_path / "hf")
+    assert (again.do_sample, again.temperature, again.eos_token_id) == (True, 0.6, [2, 7])
+
+
 @pytest.mark.skipif(not (DATA / "stories260K").exists(), reason="needs shared/data/stories260K")
 def test_trained_stories260k_loads_and_gives_the_logits_of_transformers():
     transformers = pytest.importorskip("transformers")

@@ -142,3 +142,8 @@ class MixedRows:
     def contents(self) -> str:
         """What is read, in words: the same for the same rows in the same order."""
         return " + ".join(f"{share:.6g} x ({rows.contents})" for share, rows in zip(self.shares, self.sources, strict=True))
+
+    @property
+    def content_hash(self) -> str:
+        """As PackedRows.content_hash: of each source in turn."""
+        return " + ".join(rows.content_hash for rows in self.sources)

@@ -19,6 +19,7 @@ class TokenCorpus:
     """A folder written by `prepare_corpus`, mapped into memory: opening it reads nothing.
 
     tokens: (n_tokens,) uint16 or uint32. document_starts: (n_documents,) int64, offsets into `tokens`.
+    content_hash: the same for the same tokens, documents and masks, and for no others; "" if whoever wrote it made none.
     """
 
     def __init__(self, folder: str | Path):
@@ -26,6 +27,7 @@ class TokenCorpus:
         try:
             meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
             self.n_tokens, self.n_documents, dtype = meta["n_tokens"], meta["n_documents"], np.dtype(meta["dtype"])
+            self.content_hash = meta.get("content_hash", "")
             self.tokens = np.memmap(self.folder / "tokens.bin", dtype, mode="r")
             self.document_starts = np.memmap(self.folder / "documents.bin", np.int64, mode="r")
             damage = (len(self.tokens), len(self.document_starts)) != (self.n_tokens, self.n_documents)
@@ -80,6 +82,11 @@ class PackedRows:
     def contents(self) -> str:
         """What is read, in words: the same for the same tokens."""
         return f"{self.corpus.n_tokens} tokens in {self.corpus.n_documents} documents"
+
+    @property
+    def content_hash(self) -> str:
+        """The same for the same tokens in the same order, and for no others."""
+        return self.corpus.content_hash
 
     def parts(self, n_rows: int) -> list[tuple[str, "PackedRows", int]]:
         """(name, rows, how many of the first n of the training order are of them): here of all, of MixedRows of each source."""

@@ -6,9 +6,11 @@ One process reads and writes, one worker per core parses and encodes, and a few 
 depends on the number of cores, not on the corpus. This process never imports torch: it forks, which is safe only before
 threads exist. `prepare_corpus` is the same for a training script; it starts this module when there is work.
 
-<cache-dir>/<fingerprint>/   tokens.bin      each document as BOS, ids, EOS (those the tokenizer has); uint16 or uint32
+<cache-dir>/<fingerprint>/   tokens.bin      each document as BOS, ids, EOS; uint16 or uint32. BOS as the tokenizer
+                                             adds it to a text, EOS if it has one
                              documents.bin   int64 offset in tokens.bin at which each document starts
-                             meta.json       counts, the type of tokens.bin, and what went in
+                             meta.json       counts, the type of tokens.bin, what went in, and content_hash: of the bytes of
+                                             the other files, so that equal tokens can be told from as many other ones
 Of conversations (`prepare_chat`, or --chat) a document is one of them as its template writes it, and there is
                              trained.bin     a byte for each token: 1 where it is the assistant's, 0 elsewhere
 """
@@ -44,7 +46,7 @@ from dtensor_llama.data.template import ChatTemplate
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
 from dtensor_llama.errors import UsageError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2      # of the files of a corpus; 2: meta.json has content_hash
 CHAT_VERSION = 1        # of how conversations become ids: chat.py and template.py
 PIECE_CHARS = 16384     # a worker cuts longer texts: both libraries are fastest on texts of about this length
 CHUNKS_PER_WORKER = 3   # under way at once: one being encoded, one waiting, one done and waiting for its turn
@@ -125,6 +127,27 @@ def tokenize(paths: list[str], tokenizer: Tokenizer, cache_dir: Path, text_field
     return folder
 
 
+class _HashedFile:
+    """A file that is being written, with a hash of what has been written so far."""
+
+    def __init__(self, path: Path):
+        self.file, self.digest = open(path, "wb"), hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        self.file.write(data)
+        self.digest.update(data)
+
+    def flush_to_disk(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def __enter__(self) -> "_HashedFile":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.file.close()
+
+
 def _write_corpus(files: list[Path], tokenizer: Tokenizer, staging: Path, text_field: str | None, processes: int,
                   for_process: int | None) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
@@ -137,7 +160,7 @@ def _write_corpus(files: list[Path], tokenizer: Tokenizer, staging: Path, text_f
     counts: Counter[str] = Counter()                   # of a chat: records of each format, and those left out
     names = ["tokens.bin", "documents.bin"] + (["trained.bin"] if text_field is None else [])
     with pool, contextlib.ExitStack() as opened:
-        tokens_file, starts_file, *trained_file = [opened.enter_context(open(staging / name, "wb")) for name in names]
+        tokens_file, starts_file, *trained_file = [opened.enter_context(_HashedFile(staging / name)) for name in names]
         pool.submit(int).result()  # forks the workers, now, before the bar starts a thread
         try:
             with bar:
@@ -165,10 +188,11 @@ def _write_corpus(files: list[Path], tokenizer: Tokenizer, staging: Path, text_f
         meta = {"n_tokens": n_tokens, "n_documents": n_documents, "dtype": dtype.name, "format": FORMAT_VERSION}
         meta |= {"tokenizer": tokenizer.fingerprint, "text_field": text_field, "files": [str(file) for file in files]}
         meta |= {"counts": counts} if text_field is None else {}
+        written = (tokens_file, starts_file, *trained_file)
+        meta["content_hash"] = hashlib.sha256(b"".join(file.digest.digest() for file in written)).hexdigest()
         (staging / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        for file in (tokens_file, starts_file, *trained_file):
-            file.flush()
-            os.fsync(file.fileno())  # before the rename: after a power cut a name must not stand for missing bytes
+        for file in written:
+            file.flush_to_disk()     # before the rename: after a power cut a name must not stand for missing bytes
     elapsed_s = time.monotonic() - began_s
     _say(f"tokenized {total_bytes / 1e6:,.1f} MB: {n_documents:,} documents, {n_tokens:,} tokens in {elapsed_s:.1f} s")
 
@@ -220,7 +244,7 @@ def _encode_chunk(chunk: Chunk) -> tuple[np.ndarray, np.ndarray, None, Counter]:
     tokenizer = _cutter.tokenizer
     documents = [list(_cutter.pieces(text, PIECE_CHARS, chunk.skip)) for text in chunk.documents(_text_field)]
     encoded = iter(tokenizer.encode_batch([text for pieces in documents for text, _ in pieces]))
-    bos = [tokenizer.bos_id] if chunk.opens and tokenizer.bos_id is not None else []
+    bos = [tokenizer.bos_id] if chunk.opens and tokenizer.adds.bos else []
     eos = [tokenizer.eos_id] if chunk.closes and tokenizer.eos_id is not None else []
     ids, starts = [], []
     for pieces in documents:

@@ -8,6 +8,7 @@ Where a SentencePiece model is known its ids are the reference: the models we co
 import hashlib
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import sentencepiece
 import tokenizers
@@ -16,7 +17,12 @@ from tokenizers import AddedToken, decoders, models, normalizers, processors
 from dtensor_llama.errors import UsageError
 
 WELL_KNOWN = {"bos": ("<s>", "<|begin_of_text|>"), "eos": ("</s>", "<|end_of_text|>", "<|endoftext|>")}
-KEPT_SETTINGS = ("model_max_length", "chat_template", "pad_token", "additional_special_tokens", "padding_side")
+NOT_KEPT = {  # settings of a tokenizer_config.json that an export does not carry on: paths and classes of another machine...
+    "tokenizer_class", "auto_map", "tokenizer_file", "vocab_file", "merges_file", "name_or_path", "special_tokens_map_file",
+    "backend", "is_local", "legacy", "from_slow", "sp_model_kwargs", "clean_up_tokenization_spaces",
+    # ... and what it says itself, as training had it
+    "bos_token", "eos_token", "unk_token", "add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder",
+}
 PROBES = (  # where conversions of a SentencePiece model have gone wrong
     "Hello world", " one leading space", "  two", "a\n\nb\r\n\tc  d ", "\n", "naïve Ω 你好 🦙\u200d\u00a0x",
     "<0x0A> ▁ x▁y", "</s><s>[INST] <unk>", "1234567 3.14", "aaaaaaaaaaaaaaaaaaa", "don't  --stop",
@@ -27,19 +33,20 @@ class Tokenizer:
     """Text to ids and back. `encode` adds neither BOS nor EOS, and reads `</s>` inside a text as plain characters.
 
     vocab_size: one more than the largest id, added tokens included. bos_id, eos_id: None where the tokenizer has none.
+    adds: what transformers would put around a text. A document of training begins with BOS if adds.bos is true, as a prompt
+    of generate.py does; it always ends with EOS.
     fingerprint: a hash of what decides the ids, BOS and EOS included. path: where it was loaded from.
     """
 
-    def __init__(self, path: Path, fast: tokenizers.Tokenizer, pieces, bos_id: int | None, eos_id: int | None):
-        self.path, self.bos_id, self.eos_id = path, bos_id, eos_id
+    def __init__(self, path: Path, fast: tokenizers.Tokenizer, pieces, ids: "EndIds", adds: "AddedEnds"):
+        self.path, self.bos_id, self.eos_id, self.adds = path, ids.bos, ids.eos, adds
         self._fast, self._pieces = fast, pieces  # pieces: the SentencePieceProcessor that encodes, or None
         fast.encode_special_tokens = True        # special tokens inside a text are text
-        fast.no_truncation()                     # a tokenizer.json may carry the settings of its last use,
-        fast.no_padding()                        # which would cut documents without a word
         self.vocab_size = max(fast.get_vocab(with_added_tokens=True).values()) + 1
+        _put_ends(fast, ids, adds)               # so that the exported tokenizer.json does as training did
         source = fast.to_str() if pieces is None else pieces.serialized_model_proto()
         digest = hashlib.sha256(source if isinstance(source, bytes) else source.encode())
-        digest.update(repr((bos_id, eos_id, self.vocab_size)).encode())
+        digest.update(repr((*ids, *adds, self.vocab_size)).encode())
         self.fingerprint = digest.hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -79,7 +86,8 @@ class Tokenizer:
             return self
         source = json.loads(self._fast.to_str())
         source["added_tokens"] = [token | {"special": True} for token in source["added_tokens"]]
-        return Tokenizer(self.path, tokenizers.Tokenizer.from_str(json.dumps(source)), None, self.bos_id, self.eos_id)
+        fast = tokenizers.Tokenizer.from_str(json.dumps(source))
+        return Tokenizer(self.path, fast, None, EndIds(self.bos_id, self.eos_id), self.adds)
 
     @property
     def prefixes_every_text(self) -> bool:
@@ -113,7 +121,7 @@ class Tokenizer:
         source, template = _settings(home, "tokenizer_config.json"), home / "chat_template.jinja"
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         if self.path.suffix != ".model":  # else what lies beside it may belong to another tokenizer
-            config |= {key: source[key] for key in KEPT_SETTINGS if key in source}
+            config |= {key: value for key, value in source.items() if key not in NOT_KEPT}
             if template.is_file():
                 (folder / template.name).write_bytes(template.read_bytes())
         if chat_template is not None:
@@ -123,10 +131,44 @@ class Tokenizer:
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
         config |= {name: self._fast.id_to_token(i) for name, i in ids.items() if i is not None}
         config |= {"unk_token": unk_token} if unk_token else {}
+        config |= self._settings_of_ids()
         (folder / "tokenizer.json").write_text(self._fast.to_str(pretty=True), encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
         if self._pieces is not None:
             (folder / "tokenizer.model").write_bytes(self._pieces.serialized_model_proto())
+            behind = {token.content: i for i, token in self._added_tokens() if i >= self._pieces.get_piece_size()}
+            if behind:                    # for readers of tokenizer.model, which knows none of them, like llama.cpp
+                text = json.dumps(behind, indent=2, ensure_ascii=False) + "\n"
+                (folder / "added_tokens.json").write_text(text, "utf-8")
+
+    def _added_tokens(self) -> list[tuple[int, AddedToken]]:
+        return sorted(self._fast.get_added_tokens_decoder().items())
+
+    def _settings_of_ids(self) -> dict:
+        """What a tokenizer_config.json says about how ids are made, for readers that do not ask tokenizer.json."""
+        fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+        added = {str(i): {field: getattr(token, field) for field in fields} for i, token in self._added_tokens()}
+        settings = {"added_tokens_decoder": added}
+        if self.bos_id is not None:
+            settings["add_bos_token"] = self.adds.bos
+        if self.adds.eos:
+            settings["add_eos_token"] = True
+        prefix = _prefixes_first_word(self._fast) if self._pieces is None else _has_dummy_prefix(self._pieces)
+        return settings if prefix is None else settings | {"add_prefix_space": prefix}
+
+
+class EndIds(NamedTuple):
+    """The tokens of begin and end; None where a tokenizer has none."""
+
+    bos: int | None
+    eos: int | None
+
+
+class AddedEnds(NamedTuple):
+    """Which of them transformers puts around a text on its own."""
+
+    bos: bool
+    eos: bool
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -149,19 +191,25 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             raise UsageError(f"{given}: {model_file.name} is not a SentencePiece model (damaged, or another format); "
                              f"give the tokenizer.json that belongs to it.")
         raise UsageError(f"{given}: no tokenizer; give a tokenizer.json, a SentencePiece .model or a folder with one.")
+    settings = _settings(home, "tokenizer_config.json") if path.suffix != ".model" else {}
     if pieces is None or (fast is not None and fast.get_vocab_size(with_added_tokens=False) != pieces.get_piece_size()):
-        return Tokenizer(path, fast, None, *(_special_id(name, home, fast) for name in ("bos", "eos")))
-    settings = _settings(home, "tokenizer_config.json") if path.is_dir() else {}
-    fast = _agreeing_fast(pieces, fast, model_file)
+        ids = EndIds(_special_id("bos", home, fast), _special_id("eos", home, fast))
+        return Tokenizer(path, fast, None, ids, _added_ends(settings, fast, ids, home))
+    given, added = fast, _tokens_behind(pieces, fast, settings, home if path.is_dir() else None)
+    fast = _agreeing_fast(pieces, fast, added, model_file)
     own = (("bos", pieces.bos_id()), ("eos", pieces.eos_id()))  # -1 for none
-    return Tokenizer(path, fast, pieces, *(_named_id(name, settings, fast, home, own_id) for name, own_id in own))
+    ids = EndIds(*(_named_id(name, settings, fast, home, own_id) for name, own_id in own))
+    return Tokenizer(path, fast, pieces, ids, _added_ends(settings, given, ids, home))
 
 
 def _load_fast(file: Path) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        fast = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare Exception
         raise UsageError(f"--data.tokenizer {file}: not a readable tokenizer.json ({_one_line(error)}).") from None
+    fast.no_truncation()        # a tokenizer.json may carry the settings of its last use, which would cut documents
+    fast.no_padding()           # without a word
+    return fast
 
 
 def _load_pieces(file: Path):
@@ -195,6 +243,53 @@ def _named_id(name: str, settings: dict, fast: tokenizers.Tokenizer, folder: Pat
     return token if token is not None and token >= 0 else None
 
 
+def _added_ends(settings: dict, fast: tokenizers.Tokenizer | None, ids: EndIds, folder: Path) -> AddedEnds:
+    """What goes around a text: as tokenizer_config.json says, else as the post-processor of tokenizer.json does, and where
+    neither says anything BOS, if there is one. (transformers before 5 and llama.cpp ask the first, later ones the second.)"""
+    for name in ("add_bos_token", "add_eos_token"):
+        if not isinstance(settings.get(name), bool | None):
+            raise UsageError(f"--data.tokenizer {folder / 'tokenizer_config.json'}: {name} is {settings[name]!r}; it must be "
+                             "true or false.")
+    if fast is not None and fast.post_processor is not None:
+        around = fast.encode("a").ids
+        bos, eos = around[:1] == [ids.bos], around[-1:] == [ids.eos]
+    else:
+        bos, eos = True, False
+    if settings.get("add_bos_token") is not None:
+        bos = settings["add_bos_token"]
+    if settings.get("add_eos_token") is not None:
+        eos = settings["add_eos_token"]
+    return AddedEnds(bos and ids.bos is not None, eos and ids.eos is not None)
+
+
+def _put_ends(fast: tokenizers.Tokenizer, ids: EndIds, adds: AddedEnds) -> None:
+    """Give `fast` a post-processor that adds these, unless it does so already."""
+    before, after = [ids.bos] * adds.bos, [ids.eos] * adds.eos
+    if fast.encode("a").ids == before + fast.encode("a", add_special_tokens=False).ids + after:
+        return
+    names = {i: fast.id_to_token(i) for i in before + after}
+    single, second = ([*(names[i] for i in before), text, *(names[i] for i in after)] for text in ("$A", "$B"))
+    special = [(name, i) for i, name in names.items()]
+    fast.post_processor = processors.TemplateProcessing(single, [*single, *second], special)
+
+
+def _prefixes_first_word(fast: tokenizers.Tokenizer) -> bool | None:
+    """Whether the pre-tokenizer puts a space before a text; None if it knows no such thing."""
+    if fast.pre_tokenizer is None:
+        return None
+    source = json.loads(fast.to_str())["pre_tokenizer"]
+    for one in source.get("pretokenizers", [source]):
+        if "add_prefix_space" in one:
+            return one["add_prefix_space"]
+        if "prepend_scheme" in one:
+            return one["prepend_scheme"] != "never"
+    return None
+
+
+def _has_dummy_prefix(pieces) -> bool:
+    return "".join(pieces.encode("a", out_type=str)).startswith("▁")
+
+
 def _special_id(name: str, folder: Path, fast: tokenizers.Tokenizer) -> int | None:
     """BOS or EOS of a tokenizer.json, which does not say: from the files beside it, else by the names in common use."""
     for beside in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -211,7 +306,26 @@ def _special_id(name: str, folder: Path, fast: tokenizers.Tokenizer) -> int | No
     return next((fast.token_to_id(token) for token in WELL_KNOWN[name] if fast.token_to_id(token) is not None), None)
 
 
-def _agreeing_fast(pieces, fast: tokenizers.Tokenizer | None, file: Path) -> tokenizers.Tokenizer:
+def _tokens_behind(pieces, fast: tokenizers.Tokenizer | None, settings: dict, folder: Path | None) -> list:
+    """(id, AddedToken) of the tokens that a fine-tuning added behind the pieces, in order: from tokenizer.json, else from
+    tokenizer_config.json and added_tokens.json. folder: None for a .model by itself, whose neighbours may not belong to it."""
+    if fast is not None:
+        added = dict(fast.get_added_tokens_decoder())
+    elif folder is not None:
+        by_id = {str(i): {"content": token} for token, i in _settings(folder, "added_tokens.json").items()}
+        by_id |= settings.get("added_tokens_decoder") or {}
+        fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+        try:
+            added = {int(i): AddedToken(**{field: token[field] for field in fields if field in token})
+                     for i, token in by_id.items()}
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"--data.tokenizer {folder}: its added tokens cannot be read ({_one_line(error)}).") from None
+    else:
+        added = {}
+    return [(i, token) for i, token in sorted(added.items()) if i >= len(pieces)]
+
+
+def _agreeing_fast(pieces, fast: tokenizers.Tokenizer | None, added: list, file: Path) -> tokenizers.Tokenizer:
     """A tokenizer.json that gives the ids of `pieces` on PROBES: the one that came with it, else one built from it."""
     vocabulary = [pieces.id_to_piece(i).replace("▁", " ") for i in range(pieces.get_piece_size())]
     vocabulary = vocabulary[:: len(vocabulary) // 4000 + 1]
@@ -226,11 +340,11 @@ def _agreeing_fast(pieces, fast: tokenizers.Tokenizer | None, file: Path) -> tok
     if fast is not None and agrees(fast):
         return fast
     built = _fast_from_pieces(pieces)
-    if fast is not None:  # tokens a fine-tuning added behind the pieces keep their ids
-        added = [(i, token) for i, token in sorted(fast.get_added_tokens_decoder().items()) if i >= len(pieces)]
-        built.add_tokens([token for _, token in added])
-        if any(built.id_to_token(i) != token.content for i, token in added):
-            raise UsageError(f"--data.tokenizer {file.parent}: tokenizer.json adds tokens with gaps between their ids.")
+    built.add_tokens([token for _, token in added])      # they keep their ids
+    now = {i: token.content for i, token in built.get_added_tokens_decoder().items()}
+    if any(now.get(i) != token.content for i, token in added):
+        raise UsageError(f"--data.tokenizer {file.parent}: tokens are added with gaps between their ids, "
+                         f"{[i for i, _ in added]} behind {len(pieces)} pieces; fill the gaps with unused tokens.")
     if not agrees(built):
         raise UsageError(f"--data.tokenizer {file}: no tokenizer.json gives the ids of this SentencePiece model; BPE "
                          f"models without text normalization work (LLaMA's), unigram and NFKC ones do not. "
@@ -256,16 +370,13 @@ def _fast_from_pieces(pieces) -> tokenizers.Tokenizer:
     byte_fallback = any(pieces.is_byte(i) for i in vocab.values())
     model = models.BPE(vocab, merges, unk_token=unk_token, fuse_unk=True, byte_fallback=byte_fallback)
     fast = tokenizers.Tokenizer(model)
-    has_prefix = "".join(pieces.encode("a", out_type=str)).startswith("▁")
+    has_prefix = _has_dummy_prefix(pieces)
     spaces = normalizers.Replace(" ", "▁")
     fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces] if has_prefix else [spaces])
     parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     fast.decoder = decoders.Sequence(parts + [decoders.Strip(" ", 1, 0)] if has_prefix else parts)
     names = [pieces.id_to_piece(i) for i in special]
     fast.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
-    if (bos_id := pieces.bos_id()) >= 0:
-        bos = pieces.id_to_piece(bos_id)
-        fast.post_processor = processors.TemplateProcessing(f"{bos} $A", f"{bos} $A {bos} $B", [(bos, bos_id)])
     return fast
 
 
