@@ -8,7 +8,6 @@ turns in one run, and `real_over_synthetic` is the ratio of their median times (
 """
 
 import json
-import os
 import statistics
 import sys
 import time
@@ -16,6 +15,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone works without being installed
+
+if __name__ == "__main__":
+    from dtensor_llama.terminal import end_quietly_on_ctrl_c
+
+    end_quietly_on_ctrl_c()               # the imports below take seconds
 
 import torch
 import torch.distributed as dist
@@ -34,7 +38,7 @@ from step_pictures import StepPictures
 
 from dtensor_llama import Llama, LlamaConfig
 from dtensor_llama.attention import choose_attention
-from dtensor_llama.cli import run_recipe
+from dtensor_llama.cli import read_launch, run_recipe
 from dtensor_llama.data.reader import Batch, RowReader
 from dtensor_llama.data.rows import PackedRows
 from dtensor_llama.data.tokenize import prepare_corpus
@@ -56,9 +60,9 @@ class BenchmarkConfig(PretrainConfig):
 
 
 def main(cfg: BenchmarkConfig) -> None:
-    rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
-                                    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    launch = read_launch()
+    rank, world_size = launch.rank, launch.world_size
+    device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dtype = getattr(torch, cfg.train.dtype)
@@ -175,4 +179,4 @@ def _device_name(device: torch.device) -> str:
 
 
 if __name__ == "__main__":
-    run_recipe(main, BenchmarkConfig)
+    run_recipe(main, BenchmarkConfig, stdout_is_result=True)

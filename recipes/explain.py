@@ -12,6 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone works without being installed
 
+if __name__ == "__main__":
+    from dtensor_llama.terminal import end_quietly_on_ctrl_c
+
+    end_quietly_on_ctrl_c()               # the imports below take seconds
+
 import torch
 from pretrain import PretrainConfig, check_numbers
 
@@ -103,4 +108,4 @@ def pipeline(facts: dict) -> list[str]:
 
 
 if __name__ == "__main__":
-    run_recipe(main, ExplainConfig)
+    run_recipe(main, ExplainConfig, stdout_is_result=True)

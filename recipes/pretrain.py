@@ -21,6 +21,11 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone works without being installed
 
+if __name__ == "__main__":
+    from dtensor_llama.terminal import end_quietly_on_ctrl_c
+
+    end_quietly_on_ctrl_c()               # the imports below take seconds
+
 import torch
 import torch.distributed as dist
 from step_pictures import StepPictures
@@ -31,7 +36,7 @@ from torch.optim import Optimizer
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf, save_hf
 from dtensor_llama.attention import choose_attention
 from dtensor_llama.checkpoint import Checkpointer, restore_training_state, training_state
-from dtensor_llama.cli import run_recipe
+from dtensor_llama.cli import read_launch, run_recipe
 from dtensor_llama.data.mix import open_rows
 from dtensor_llama.data.reader import Batch, RowReader, validation_batches
 from dtensor_llama.data.rows import PackedRows
@@ -123,10 +128,10 @@ class PretrainConfig:
 
 
 def main(cfg: PretrainConfig) -> None:
-    rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
-                                    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    launch = read_launch()
+    rank, world_size = launch.rank, launch.world_size
     is_main = rank == 0
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     compute_dtype = getattr(torch, cfg.train.dtype)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -160,9 +165,7 @@ def main(cfg: PretrainConfig) -> None:
     # ---- 3. The parts ----------------------------------------------------------------------------------------------
     rows = open_rows(cfg.data.path, tokenizer, Path(cfg.data.cache_dir).expanduser(), cfg.data.text_field, seq_len,
                      cfg.data.validation_share, cfg.train.seed)
-    # Where torchrun makes a new store for each start, nodes may count their starts differently, and need no count.
-    shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    start_process_group(device, world_size, attempt=int(os.environ["TORCHELASTIC_RESTART_COUNT"]) if shares_store else 0)
+    start_process_group(device, world_size, attempt=launch.attempt)
     if is_main and chosen:
         print(f"memory    {chosen}", flush=True)
     mesh, runner, optimizer = set_up(cfg, model, layout, n_micros, kernel, device, seq_len, say=print if is_main else None)
@@ -289,7 +292,7 @@ def set_up(cfg: "PretrainConfig", model: Llama, layout: ParallelConfig, n_micros
     if memory.is_on:
         embedding = model.model.embed_tokens
         tied_over_stages = model.config.tie_word_embeddings and layout.pp > 1 and embedding is not None
-        ranks_per_host = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        ranks_per_host = read_launch().ranks_per_host
         rates_file = Path(cfg.data.cache_dir).expanduser() / "rates.json"                # measured once per machine
         # What a step will compute, as if at the speed of matrix products all through: placement auto measures it later.
         seconds_per_flop = cfg.train.global_batch_size * seq_len / dist.get_world_size() / matmul_flops(device, dtype)

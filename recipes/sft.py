@@ -21,6 +21,11 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone works without being installed
 
+if __name__ == "__main__":
+    from dtensor_llama.terminal import end_quietly_on_ctrl_c
+
+    end_quietly_on_ctrl_c()               # the imports below take seconds
+
 import numpy as np
 import psutil
 import torch
@@ -43,7 +48,7 @@ from step_pictures import StepPictures
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf, save_hf
 from dtensor_llama.attention import choose_attention
 from dtensor_llama.checkpoint import Checkpointer, training_state
-from dtensor_llama.cli import run_recipe
+from dtensor_llama.cli import read_launch, run_recipe
 from dtensor_llama.data.preview import preview, say_data
 from dtensor_llama.data.reader import RowReader
 from dtensor_llama.data.rows import ChatCorpus, PackedExamples
@@ -122,10 +127,10 @@ class SftConfig:
 
 
 def main(cfg: SftConfig) -> None:
-    rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
-                                    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    launch = read_launch()
+    rank, world_size = launch.rank, launch.world_size
     is_main = rank == 0
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
@@ -173,9 +178,7 @@ def main(cfg: SftConfig) -> None:
         run_lock = claim_run_dir(Path(cfg.run_dir), fresh=cfg.checkpoint.resume == "never")
 
     # ---- 3. The parts ----------------------------------------------------------------------------------------------
-    # Where torchrun makes a new store for each start, nodes may count their starts differently, and need no count.
-    shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    start_process_group(device, world_size, attempt=int(os.environ["TORCHELASTIC_RESTART_COUNT"]) if shares_store else 0)
+    start_process_group(device, world_size, attempt=launch.attempt)
     if is_main and chosen:
         print(f"memory    {chosen}", flush=True)
     mesh, runner, optimizer = set_up(cfg, model, layout, n_micros, kernel, device, seq_len, say=print if is_main else None)
@@ -300,7 +303,7 @@ def settle(cfg: SftConfig, model: LlamaConfig, corpus: ChatCorpus, tokenizer: To
     if device.type == "cuda":
         device_bytes = torch.cuda.get_device_properties(device).total_memory
     else:
-        device_bytes = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        device_bytes = psutil.virtual_memory().available // read_launch().ranks_per_host
     batch = train.global_batch_size
     if batch is None:      # 32 examples a step, but at least 10 steps an epoch, and a row for each rank and pipeline stage
         per_row, least = rows.n_examples / rows.n_rows, layout.dp * layout.pp * (train.micro_batch_size or 1)

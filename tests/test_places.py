@@ -1,0 +1,194 @@
+"""Wherever a recipe runs - in whatever terminal, folder, account, environment - it trains, or says in one line why not."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from recipe import ROOT, metrics, recipe
+from recipe import pretrain_flags as flags
+
+PRINTS = "from dtensor_llama.terminal import make_streams_last; make_streams_last({}); import sys; "
+
+
+def python(code: str, *, shell: str = "", **environment) -> subprocess.CompletedProcess:
+    """`python -c CODE SHELL` in bash: SHELL redirects."""
+    line = f'"$PYTHON" -c "$CODE" {shell}'
+    named = os.environ | {"PYTHON": sys.executable, "CODE": code} | environment
+    return subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], env=named, capture_output=True, text=True,
+                          errors="replace")
+
+
+def command(name: str, *arguments, shell: str = "", prefix: str = "", **environment) -> subprocess.CompletedProcess:
+    """`python recipes/NAME.py ARGUMENTS SHELL` in bash."""
+    line = f'set -o pipefail; {prefix} "$PYTHON" "$RECIPE" "$@" {shell}'
+    named = os.environ | {"PYTHON": sys.executable, "RECIPE": str(ROOT / "recipes" / f"{name}.py")} | environment
+    words = ["bash", "-c", line, "bash", *map(str, arguments)]
+    return subprocess.run(words, env=named, capture_output=True, text=True, timeout=180)
+
+
+# ---- what is printed ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_no_character_ends_a_run_whatever_the_encoding_of_stdout(encoding):
+    said = python(PRINTS.format("") + "print('\\u4f60 \\ud83e \\u00e9'); print('\\u4f60', file=sys.stderr)",
+                  PYTHONIOENCODING=encoding)
+    assert said.returncode == 0, said
+    assert said.stdout.startswith("\u4f60" if encoding == "utf-8" else "\\u4f60")
+
+
+@pytest.mark.parametrize("shell", ["| head -1", ">&-", "2>&-", ">&- 2>&-", "> /dev/full", "2> /dev/full", "2>&1 | head -1"])
+def test_a_stdout_that_cannot_be_written_ends_no_run(shell, tmp_path):
+    code = f"for i in range(30000): print(i, flush=i % 7 == 0); print(i, file=sys.stderr)\nopen({str(tmp_path / 'end')!r}, 'w')"
+    ended = python(PRINTS.format("") + "\n" + code, shell=shell)
+    assert ended.returncode == 0 and (tmp_path / "end").exists(), ended
+    assert "Traceback" not in ended.stderr and "Exception" not in ended.stderr
+    assert ended.stderr.count("note: stdout can no longer be written") == (shell in ("| head -1", "> /dev/full"))
+
+
+def test_what_is_printed_never_lands_in_a_file_that_got_the_number_of_a_closed_stdout(tmp_path):
+    code = f"file = open({str(tmp_path / 'file')!r}, 'w'); print('printed', flush=True); file.write('written')"
+    assert python(PRINTS.format("") + code, shell=">&-").returncode == 0
+    assert (tmp_path / "file").read_text() == "written"
+
+
+def test_training_goes_on_when_nobody_reads_what_it_prints(inputs, tmp_path):
+    ended = command("pretrain", *flags(inputs, tmp_path / "run", steps=4), shell="| head -1", PYTHONIOENCODING="ascii")
+    assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended
+    assert len(metrics(tmp_path / "run")) == 4 and (tmp_path / "run" / "hf" / "model.safetensors").exists()
+
+
+def test_generate_ends_like_any_program_when_its_reader_goes_and_refuses_a_full_disk(inputs):
+    arguments = ["--model", inputs / "model", "--max-new-tokens", 2, "--batch-size", 1]
+    arguments += [word for i in range(40) for word in ("--prompt", f"{i} " * 20)]
+    ended = command("generate", *arguments, shell="| head -1")
+    assert ended.returncode == 141 and ended.stderr == "", ended
+    ended = command("generate", *arguments, shell="> /dev/full")
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "No space left" in ended.stderr, ended
+
+
+def test_an_answer_with_brackets_is_printed_above_the_bar_of_a_terminal_as_it_is(tmp_path):
+    code = ("from dtensor_llama.metrics import RunLog; from pathlib import Path\n"
+            f"log = RunLog(Path({str(tmp_path)!r}), 0, 2)\nlog.say('a [/INST] b [bold] c')\n"
+            "log.step({'step': 1, 'loss': 1.0, 'tokens': 1, 'tokens_per_second': 1.0, 'step_seconds': 1.0})\nlog.close()")
+    main, worker = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=worker, stderr=subprocess.PIPE)
+    os.close(worker)
+    shown = b""
+    while part := _read(main):
+        shown += part
+    assert process.wait() == 0, process.stderr.read()
+    assert b"a [/INST] b [bold] c" in shown
+
+
+def _read(fd: int) -> bytes:
+    try:
+        return os.read(fd, 4096)
+    except OSError:                       # the other side of a terminal is closed
+        return b""
+
+
+# ---- what is typed ------------------------------------------------------------------------------------------------------
+
+
+def test_a_line_of_a_prompts_file_ends_at_a_newline_only(inputs, tmp_path):
+    prompts = ["a\u2028b", "form\x0cfeed", "next\x85line", "group\x1dseparator", "vertical\x0btab"]
+    (tmp_path / "prompts").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(prompts).encode() + b"\n\n \n")
+    ended = recipe("generate", "--model", inputs / "model", "--prompts-file", tmp_path / "prompts", "--json",
+                   "--max-new-tokens", 1)
+    assert ended.status == 0, ended
+    assert [json.loads(line)["prompt"] for line in ended.out.split("\n") if line] == prompts
+
+
+def test_bytes_that_are_no_text_are_refused_where_they_stand(inputs, tmp_path):
+    (tmp_path / "prompts").write_bytes(b"good\nb\xffd\n")
+    for more, said in ((["--prompts-file", tmp_path / "prompts"], ["--prompts-file", "line 2", "0xff"]),
+                       (["--prompt", "b\udcffd"], ["--prompt b\\udcffd", "0xff", "UTF-8"]),
+                       (["--prompt", "x", "--chat", "--system", "b\udcffd"], ["--system", "0xff"])):
+        ended = recipe("generate", "--model", inputs / "model", "--max-new-tokens", 1, *more)
+        assert ended.status == 2 and ended.err.count("\n") == 1, ended
+        assert all(part in ended.err for part in said), ended
+
+
+def test_a_prompt_in_utf8_is_read_in_a_terminal_that_claims_another_encoding(inputs):
+    bytes_as_python_gives_them = "\u4f60".encode().decode("ascii", "surrogateescape")
+    ended = recipe("generate", "--model", inputs / "model", "--prompt", bytes_as_python_gives_them, "--json",
+                   "--max-new-tokens", 1)
+    assert ended.status == 0 and json.loads(ended.out)["prompt"] == "\u4f60", ended
+
+
+def test_json_lines_stay_json_on_a_stdout_that_is_not_utf8(inputs):
+    ended = command("generate", "--model", inputs / "model", "--prompt", "\u4f60", "--json", "--max-new-tokens", 1,
+                    PYTHONIOENCODING="ascii")
+    assert ended.returncode == 0 and json.loads(ended.stdout)["prompt"] == "\u4f60", ended
+
+
+# ---- the environment ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("environment,said", [
+    ({"WORLD_SIZE": "many"}, ["WORLD_SIZE='many'", "whole number"]),
+    ({"WORLD_SIZE": "0"}, ["WORLD_SIZE='0'"]),
+    ({"RANK": "-1"}, ["RANK='-1'"]),
+    ({"RANK": "1", "WORLD_SIZE": "1"}, ["RANK=1", "WORLD_SIZE=1"]),
+    ({"WORLD_SIZE": "2", "RANK": "0"}, ["WORLD_SIZE=2", "MASTER_ADDR is not set", "torchrun"]),
+    ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"}, ["MASTER_PORT is not set"]),
+    ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"}, ["MASTER_PORT='x'"]),
+    ({"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, ["RANK is not set"]),
+    ({"LOCAL_WORLD_SIZE": "two"}, ["LOCAL_WORLD_SIZE='two'"]),
+    ({"LOCAL_RANK": "1.0"}, ["LOCAL_RANK='1.0'"]),
+])
+def test_an_environment_that_means_no_launch_is_refused_by_name(monkeypatch, environment, said):
+    from dtensor_llama import UsageError
+    from dtensor_llama.cli import read_launch
+
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError) as refused:
+        read_launch()
+    assert all(part in str(refused.value) for part in said) and "\n" not in str(refused.value), refused.value
+
+
+def test_an_empty_variable_is_an_unset_one(inputs, tmp_path):
+    empty = dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"), "")
+    ended = command("pretrain", *flags(inputs, tmp_path / "run", steps=1), **empty)
+    assert ended.returncode == 0, ended
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", ["pretrain", "generate", *(
+    pytest.param(name, marks=SLOW) for name in ("sft", "export", "benchmark", "explain"))])
+def test_ctrl_c_while_importing_is_one_word_and_status_130(name, tmp_path):
+    process = subprocess.Popen([sys.executable, ROOT / "recipes" / f"{name}.py", "--help"], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while "libtorch" not in open(f"/proc/{process.pid}/maps").read() and time.monotonic() < deadline:
+        time.sleep(0.01)                  # torch is being imported
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert process.stderr.read() == "interrupted\n"
+
+
+def test_a_run_whose_terminal_is_closed_writes_a_checkpoint_and_ends(inputs, tmp_path):
+    main, worker = pty.openpty()
+    arguments = flags(inputs, tmp_path / "run", "--checkpoint.every", 0, steps=100_000)
+    process = subprocess.Popen([sys.executable, ROOT / "recipes/pretrain.py", *map(str, arguments), "--checkpoint.every",
+                                "50000"], stdout=worker, stderr=worker, stdin=worker, start_new_session=True)
+    os.close(worker)
+    deadline = time.monotonic() + 60
+    rows = tmp_path / "run" / "metrics.jsonl"
+    while not (rows.exists() and rows.read_text().count("\n") > 2) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.close(main)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 0
+    assert list((tmp_path / "run" / "checkpoints").glob("step-????????"))
