@@ -46,6 +46,7 @@ from dtensor_llama.data.tokenizer import load_tokenizer
 from dtensor_llama.flops import hardware_flops_per_token, model_flops_per_token, peak_flops
 from dtensor_llama.metrics import GIB, LateReader, PeakMemory
 from dtensor_llama.model import init_weights
+from dtensor_llama.places import cache_folders
 from memory import ChunkManager, Placement
 from parallel.config import check_parallel
 from parallel.mesh import reads_alone, start_process_group, stop_process_group
@@ -80,8 +81,8 @@ def main(cfg: BenchmarkConfig) -> None:
     cfg, chosen = settle_memory(cfg, config, layout, n_micros, device, world_size)
     rows = None
     if cfg.data.path:
-        corpus = prepare_corpus(cfg.data.path, load_tokenizer(tokenizer_path(cfg)), Path(cfg.data.cache_dir).expanduser(),
-                                cfg.data.text_field)
+        corpus = prepare_corpus(cfg.data.path, load_tokenizer(tokenizer_path(cfg)),
+                                cache_folders(cfg.data.cache_dir, cfg.run_dir), cfg.data.text_field)
         rows = PackedRows(corpus, seq_len, cfg.data.validation_share, cfg.train.seed)
 
     if rank == 0 and chosen:

@@ -9,7 +9,6 @@ The text of a single prompt, and of an answer in a chat, is printed as it is pro
 
 import codecs
 import json
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -45,6 +45,7 @@ from dtensor_llama.flops import hardware_flops_per_token, matmul_flops, model_fl
 from dtensor_llama.metrics import GIB, LateReader, PeakMemory, RunLog, SkippedSteps, draw_loss_curve
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
+from dtensor_llama.places import cache_folders, readable
 from dtensor_llama.run import (
     StopSignal,
     claim_run_dir,
@@ -163,7 +164,7 @@ def main(cfg: PretrainConfig) -> None:
         run_lock = claim_run_dir(Path(cfg.run_dir), fresh=cfg.checkpoint.resume == "never")
 
     # ---- 3. The parts ----------------------------------------------------------------------------------------------
-    rows = open_rows(cfg.data.path, tokenizer, Path(cfg.data.cache_dir).expanduser(), cfg.data.text_field, seq_len,
+    rows = open_rows(cfg.data.path, tokenizer, cache_folders(cfg.data.cache_dir, cfg.run_dir), cfg.data.text_field, seq_len,
                      cfg.data.validation_share, cfg.train.seed)
     start_process_group(device, world_size, attempt=launch.attempt)
     if is_main and chosen:
@@ -293,7 +294,7 @@ def set_up(cfg: "PretrainConfig", model: Llama, layout: ParallelConfig, n_micros
         embedding = model.model.embed_tokens
         tied_over_stages = model.config.tie_word_embeddings and layout.pp > 1 and embedding is not None
         ranks_per_host = read_launch().ranks_per_host
-        rates_file = Path(cfg.data.cache_dir).expanduser() / "rates.json"                # measured once per machine
+        rates_file = readable(cache_folders(cfg.data.cache_dir, cfg.run_dir))[0] / "rates.json"     # measured once
         # What a step will compute, as if at the speed of matrix products all through: placement auto measures it later.
         seconds_per_flop = cfg.train.global_batch_size * seq_len / dist.get_world_size() / matmul_flops(device, dtype)
         forward_s = seconds_per_flop * model_flops_per_token(model.config, seq_len) / 3

@@ -60,6 +60,7 @@ from dtensor_llama.lora import LoraConfig, apply_lora, init_lora, merge_lora, n_
 from dtensor_llama.metrics import GIB, LateReader, PeakMemory, RunLog, SkippedSteps, draw_loss_curve
 from dtensor_llama.model import init_weights
 from dtensor_llama.neftune import Neftune
+from dtensor_llama.places import cache_folders
 from dtensor_llama.run import StopSignal, claim_run_dir, keep_tokenizer, made_with, refuse_below, say_where_things_are
 from dtensor_llama.weights import check_hf
 from memory import MemoryConfig
@@ -157,7 +158,7 @@ def main(cfg: SftConfig) -> None:
     if cfg.train.compile and device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise UsageError("--train.compile needs a C++ compiler on a CPU and there is none; install g++, or leave it out.")
     template = ChatTemplate(tokenizer)
-    corpus = prepare_chat(cfg.data.path, tokenizer, Path(cfg.data.cache_dir).expanduser())
+    corpus = prepare_chat(cfg.data.path, tokenizer, cache_folders(cfg.data.cache_dir, cfg.run_dir))
     # A base model's config.json may know another end than the chat template has; what is exported must stop at both.
     ends = model_config.eos_token_id if isinstance(model_config.eos_token_id, list) else [model_config.eos_token_id]
     ends = [end for end in dict.fromkeys([*ends, *corpus.end_ids()]) if end is not None]

@@ -192,3 +192,103 @@ def test_a_run_whose_terminal_is_closed_writes_a_checkpoint_and_ends(inputs, tmp
     process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=60) == 0
     assert list((tmp_path / "run" / "checkpoints").glob("step-????????"))
+
+
+# ---- no home, caches that cannot be written ------------------------------------------------------------------------------
+
+
+NO_PASSWD = """import pwd
+def _nobody(*_):
+    raise KeyError("no passwd entry")
+pwd.getpwuid = pwd.getpwnam = _nobody
+"""
+
+
+@pytest.fixture
+def homeless(tmp_path) -> dict:
+    """The environment of an account without HOME and without an entry in /etc/passwd, as containers have it."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(NO_PASSWD)
+    python_path = os.pathsep.join([str(tmp_path / "site"), os.environ["PYTHONPATH"]])
+    return {"PYTHONPATH": python_path, "prefix": "unset HOME USER LOGNAME;"}
+
+
+def without_cache_dir(arguments: list) -> list:
+    at = arguments.index("--data.cache-dir")
+    return arguments[:at] + arguments[at + 2:]
+
+
+def test_training_without_a_home_keeps_its_tokens_in_the_run_folder_and_says_so_once(inputs, tmp_path, homeless):
+    arguments = without_cache_dir(flags(inputs, tmp_path / "run", steps=2))
+    ended = command("pretrain", *arguments, **homeless)
+    assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended
+    assert ended.stderr.count("no home folder is known") == 1
+    assert list((tmp_path / "run" / "cache").glob("*/tokens.bin"))
+    ended = command("generate", "--model", tmp_path / "run" / "hf", "--prompt", "a", "--max-new-tokens", 1, **homeless)
+    assert ended.returncode == 0 and ended.stderr == "", ended
+
+
+@pytest.mark.parametrize("unwritable", ["/proc/nowhere", "a-file", "~nobody-of-that-name/cache"])
+def test_a_cache_that_cannot_be_written_is_said_once_and_the_run_goes_on(inputs, tmp_path, unwritable, capfd):
+    from dtensor_llama.data.tokenize import prepare_corpus
+    from dtensor_llama.data.tokenizer import load_tokenizer
+
+    (tmp_path / "a-file").write_text("")
+    first = unwritable if unwritable.startswith("~") else tmp_path / unwritable     # an absolute second part stands alone
+    for _ in range(2):
+        corpus = prepare_corpus([inputs / "data.jsonl"], load_tokenizer(inputs / "model"), [first, tmp_path / "run" / "cache"])
+    assert corpus.folder.parent == tmp_path / "run" / "cache"
+    said = capfd.readouterr().err
+    assert said.count(f"{first} cannot be written") == 1 and said.count(f"the tokens go to {tmp_path}/run/cache") == 1, said
+
+
+def test_a_cache_that_is_read_only_is_read(inputs, reference, tmp_path, monkeypatch):
+    """reference has made the tokens. Root may write everywhere, so it is the probe that is kept from writing here."""
+    from dtensor_llama.data.tokenize import prepare_corpus
+    from dtensor_llama.data.tokenizer import load_tokenizer
+
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: pytest.fail("nothing is to be written"))
+    tokenizer = load_tokenizer(inputs / "model")
+    corpus = prepare_corpus([inputs / "data.jsonl"], tokenizer, [inputs / "cache", tmp_path / "other"])
+    assert corpus.folder.parent == inputs / "cache" and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"null", b"[1, 2]", b"\xff", "entry null", "entry {}", "rate 0", "rate NaN",
+                                     "rate text", "no threads", "folder"])
+def test_rates_that_are_empty_or_broken_are_measured_anew_and_said(tmp_path, content):
+    import torch
+
+    from memory.tracer import Rates, load_rates
+
+    device, path, said = torch.device("cpu"), tmp_path / "rates.json", []
+    good = Rates(1.0, 2.0, 3.0, 4.0, 5.0, {1: 6.0}, 7.0)
+    assert load_rates(path, device, "blocks", measure=lambda *_: good) == good
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        (key, entry), = json.loads(path.read_text()).items()
+        entry = {"entry null": None, "entry {}": {}, "rate 0": entry | {"h2d": 0}, "rate NaN": entry | {"dram": float("nan")},
+                 "rate text": entry | {"d2h": "fast"}, "no threads": entry | {"host_adam": {}}}[content]
+        path.write_text(json.dumps({key: entry}))
+    assert load_rates(path, device, "blocks", measure=lambda *_: good, say=said.append) == good
+    assert sum("no rates that can be used" in line for line in said) == 1, said
+    if content != "folder":
+        said.clear()
+        assert load_rates(path, device, "blocks", measure=lambda *_: pytest.fail("measured again"), say=said.append) == good
+        assert said == []
+
+
+def test_rates_that_cannot_be_kept_are_measured_and_said():
+    from pathlib import Path
+
+    import torch
+
+    from memory.tracer import Rates, load_rates
+
+    said, good = [], Rates(1.0, 2.0, 3.0, 4.0, 5.0, {1: 6.0}, 7.0)
+    path = Path("/proc/nowhere/rates.json")
+    assert load_rates(path, torch.device("cpu"), "blocks", measure=lambda *_: good, say=said.append) == good
+    assert sum("cannot be written" in line for line in said) == 1, said
