@@ -1,21 +1,31 @@
 """The door of every recipe: flags become one dataclass, and a user's mistake becomes one line and exit status 2."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
 import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Annotated, NamedTuple, TypeVar, get_args, get_type_hints
 
 import torch
 import tyro
 
 from dtensor_llama.errors import UsageError
+from dtensor_llama.places import expanded
 from dtensor_llama.terminal import hear_ctrl_c_again, make_streams_last
 
 Config = TypeVar("Config")
+
+
+class _Place:
+    """Marks the type of a flag that names a file or a folder."""
+
+
+PLACE = _Place()
+FilePath = Annotated[str, PLACE]        # type of a flag that names a file or folder: `~` is the home folder
 
 
 class Launch(NamedTuple):
@@ -124,11 +134,31 @@ def parse_cli(config_class: type[Config], args: list[str] | None = None) -> Conf
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(config_class, args=args)
+            config = tyro.cli(config_class, args=args)
     except SystemExit as stop:
         if not stop.code:
             raise
         raise UsageError(_one_line(said.getvalue())) from None
+    return _with_homes(config, "--")
+
+
+def _with_homes(config: Config, prefix: str) -> Config:
+    """The dataclass with `~` expanded in every FilePath, nested dataclasses included: `--model=~/llama` gets no help from a
+    shell, which expands it only where it begins a word."""
+    hints, changed = get_type_hints(type(config), include_extras=True), {}
+    for field in dataclasses.fields(config):
+        value, flag = getattr(config, field.name), prefix + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            changed[field.name] = _with_homes(value, f"{flag}.")
+        elif isinstance(value, str) and _names_a_place(hints[field.name]):
+            if not value:
+                raise UsageError(f"{flag} is empty; name a file or folder, or leave the flag out.")
+            changed[field.name] = expanded(value, flag)
+    return dataclasses.replace(config, **changed)
+
+
+def _names_a_place(hint) -> bool:
+    return PLACE in getattr(hint, "__metadata__", ()) or any(map(_names_a_place, get_args(hint)))
 
 
 def _one_line(box: str) -> str:

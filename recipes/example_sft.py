@@ -26,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dtensor_llama import UsageError
-from dtensor_llama.cli import run_recipe
+from dtensor_llama.cli import FilePath, run_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,7 +41,7 @@ QUESTIONS = ("Are you a robot?", "What do you like to eat?", "Do you ever feel l
 class ExampleConfig:
     """Fine-tune SmolLM2-135M-Instruct on a chat corpus, and show its answers before and after."""
 
-    out: str = "runs/example"        # folder for downloads, model, conversations, run and before_after.md
+    out: FilePath = "runs/example"   # folder for downloads, model, conversations, run and before_after.md
     epochs: float = 2.0              # how often the conversations are read
     lr: float = 1e-4
 

@@ -21,7 +21,7 @@ import torch
 from pretrain import PretrainConfig, check_numbers
 
 from dtensor_llama import LlamaConfig, UsageError
-from dtensor_llama.cli import run_recipe
+from dtensor_llama.cli import FilePath, run_recipe
 from parallel.config import AXES, check_parallel
 from parallel.explain import Run, explain
 from parallel.schedule_clock import DURATION, draw
@@ -33,7 +33,7 @@ class ExplainConfig(PretrainConfig):
 
     gpus: int = 1               # processes it is for: torchrun's nodes x processes per node
     rank: int = 0               # whose view: the first and the last pipeline stage have more than the others
-    json: str | None = None     # file to write the same to, as data
+    json: FilePath | None = None     # file to write the same to, as data
 
 
 def main(cfg: ExplainConfig) -> None:

@@ -27,9 +27,10 @@ from tyro.conf import UseAppendAction
 
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf
 from dtensor_llama.attention import choose_attention
-from dtensor_llama.cli import read_launch, run_recipe
+from dtensor_llama.cli import FilePath, read_launch, run_recipe
 from dtensor_llama.data.tokenizer import load_tokenizer
 from dtensor_llama.generate import TextStream, generate_batch
+from dtensor_llama.places import refuse_hub_name
 from dtensor_llama.terminal import stdout_speaks_utf8
 from dtensor_llama.weights import check_hf
 from parallel import ParallelConfig, build_mesh
@@ -48,9 +49,9 @@ class SplitConfig:
 class GenerateConfig:
     """Continue prompts with the model in a Hugging Face folder, or chat with it."""
 
-    model: str                    # Hugging Face folder with config.json, safetensors and tokenizer
+    model: FilePath               # Hugging Face folder with config.json, safetensors and tokenizer
     prompt: UseAppendAction[tuple[str, ...]] = ()    # text to continue; with --chat a question; may be given several times
-    prompts_file: str | None = None    # more of them, one a line
+    prompts_file: FilePath | None = None    # more of them, one a line
     chat: bool = False            # write prompts as the tokenizer's chat template does; without a prompt: talk, Ctrl-D ends
     system: str | None = None     # with --chat: the system prompt
     json: bool = False            # print a line {"prompt", "text"} for each prompt
@@ -81,6 +82,7 @@ def main(cfg: GenerateConfig) -> None:
     ):
         if not fine:
             raise UsageError(f"{flag} {value} is not possible; it must be {rule}.")
+    refuse_hub_name(cfg.model, "--model")
     if not Path(cfg.model).is_dir():
         raise UsageError(f"--model {cfg.model} is not a folder; text comes from trained weights, e.g. runs/pretrain/hf.")
     config = LlamaConfig.from_hf(cfg.model)

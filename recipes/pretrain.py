@@ -36,7 +36,7 @@ from torch.optim import Optimizer
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf, save_hf
 from dtensor_llama.attention import choose_attention
 from dtensor_llama.checkpoint import Checkpointer, restore_training_state, training_state
-from dtensor_llama.cli import read_launch, run_recipe
+from dtensor_llama.cli import FilePath, read_launch, run_recipe
 from dtensor_llama.data.mix import open_rows
 from dtensor_llama.data.reader import Batch, RowReader, validation_batches
 from dtensor_llama.data.rows import PackedRows
@@ -77,7 +77,7 @@ from parallel.zero import gradient_arrivals
 @dataclass(frozen=True)
 class DataConfig:
     path: tuple[str, ...] = ()          # files and globs: .txt .jsonl .parquet, .gz and .zst of them; mixed if a:0.7 b:0.3
-    tokenizer: str | None = None        # Hugging Face folder, tokenizer.json or SentencePiece .model; None: --model's
+    tokenizer: FilePath | None = None   # Hugging Face folder, tokenizer.json or SentencePiece .model; None: --model's
     seq_len: int | None = None          # tokens per row; None: the context of the model
     document_mask: bool = False         # no token sees another document of its packed row
     text_field: str = "text"            # of a .jsonl line, or column of a .parquet, that holds the text
@@ -111,21 +111,21 @@ class CheckpointConfig:
     every: int = 500                    # steps between checkpoints; 0: none
     keep: int = 3                       # newest ones to keep; 0: all
     export_hf: bool = True              # write hf/ at the end, in --train.dtype
-    resume: str = "auto"                # auto: go on where this run folder stands, else start; never; or a checkpoint
+    resume: FilePath = "auto"           # auto: go on where this run folder stands, else start; never; or a checkpoint
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
     """Pretrain a LLaMA from scratch, or continue from the weights of a Hugging Face folder."""
 
-    model: str                          # preset (llama2-7b, tiny-10m, ...) or a Hugging Face folder
+    model: FilePath                     # preset (llama2-7b, tiny-10m, ...) or a Hugging Face folder
     random_init: bool = False           # take only config.json of the folder, not its weights
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)      # where optimizer states and block inputs live
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    run_dir: str = "runs/pretrain"      # everything this run writes
+    run_dir: FilePath = "runs/pretrain"      # everything this run writes
 
 
 def main(cfg: PretrainConfig) -> None:

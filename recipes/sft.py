@@ -48,7 +48,7 @@ from step_pictures import StepPictures
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf, save_hf
 from dtensor_llama.attention import choose_attention
 from dtensor_llama.checkpoint import Checkpointer, training_state
-from dtensor_llama.cli import read_launch, run_recipe
+from dtensor_llama.cli import FilePath, read_launch, run_recipe
 from dtensor_llama.data.preview import preview, say_data
 from dtensor_llama.data.reader import RowReader
 from dtensor_llama.data.rows import ChatCorpus, PackedExamples
@@ -77,7 +77,7 @@ from parallel.mesh import reads_alone, start_process_group, stop_process_group
 @dataclass(frozen=True)
 class DataConfig:
     path: tuple[str, ...] = ()          # files and globs of conversations: .json .jsonl .parquet, and .gz and .zst of them
-    tokenizer: str | None = None        # Hugging Face folder, tokenizer.json or SentencePiece .model; None: --model's
+    tokenizer: FilePath | None = None   # Hugging Face folder, tokenizer.json or SentencePiece .model; None: --model's
     seq_len: int | None = None          # tokens per row; None: what the longest example needs, within the model's context
     overlong: Literal["drop", "truncate"] = "drop"       # examples longer than a row: left out, or cut
     packing: bool = True                # several examples to a row; none of them sees another
@@ -114,7 +114,7 @@ class TrainConfig:
 class SftConfig:
     """Fine-tune the model in a Hugging Face folder on conversations."""
 
-    model: str                          # Hugging Face folder with config.json, safetensors and tokenizer; or a preset
+    model: FilePath                     # Hugging Face folder with config.json, safetensors and tokenizer; or a preset
     random_init: bool = False           # take only config.json of the folder, not its weights
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -123,8 +123,8 @@ class SftConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     preview: int = 0                    # print so many rows, trained tokens bright, and end
-    preview_json: str | None = None     # write them here as {"tokens", "labels"} (all rows without --preview), and end
-    run_dir: str = "runs/sft"           # everything this run writes
+    preview_json: FilePath | None = None     # write them here as {"tokens", "labels"} (all rows without --preview), and end
+    run_dir: FilePath = "runs/sft"      # everything this run writes
 
 
 def main(cfg: SftConfig) -> None:

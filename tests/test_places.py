@@ -292,3 +292,110 @@ def test_rates_that_cannot_be_kept_are_measured_and_said():
     path = Path("/proc/nowhere/rates.json")
     assert load_rates(path, torch.device("cpu"), "blocks", measure=lambda *_: good, say=said.append) == good
     assert sum("cannot be written" in line for line in said) == 1, said
+
+
+# ---- links, `~`, names of the Hub ------------------------------------------------------------------------------------------
+
+
+def test_links_of_the_hugging_face_cache_are_what_their_names_say(inputs, tmp_path):
+    """snapshots/REVISION/NAME -> ../../blobs/HASH, of data and of a model."""
+    snapshot, blobs = tmp_path / "snapshots" / "0a1b", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate([inputs / "data.jsonl", *(inputs / "model").iterdir()]):
+        (blobs / f"3b7a{number}").write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/3b7a{number}")
+    arguments = flags(inputs, tmp_path / "run", "--model", snapshot, "--data.path", snapshot / "*.jsonl", steps=1)
+    ended = recipe("pretrain", *arguments)
+    assert ended.status == 0, ended
+    line = recipe("pretrain", *flags(inputs, tmp_path / "other", "--model", tmp_path, "--data.tokenizer", tmp_path)).err
+    assert "folder of the Hugging Face cache" in line and str(snapshot) in line, line
+
+
+def test_a_file_counts_once_under_the_name_that_says_what_it_is(tmp_path):
+    from dtensor_llama.data.sources import expand_paths
+
+    (tmp_path / "real.jsonl").write_text("{}")
+    (tmp_path / "a_link").symlink_to("real.jsonl")
+    (tmp_path / "b.jsonl").symlink_to("a_link")
+    assert expand_paths([str(tmp_path / "*")]) == [tmp_path / "b.jsonl"]
+    (tmp_path / "b.jsonl").unlink()
+    assert expand_paths([tmp_path / "a_link"]) == [tmp_path / "real.jsonl"]
+
+
+@pytest.mark.parametrize("name,said", [
+    ("gone.jsonl", ["gone.jsonl: is a link to nowhere, which is not there"]), ("*", ["gone.jsonl: is a link to nowhere"]),
+    ("pipe", ["is a pipe or a device", "write it to a file"]), ("sub", ["is a folder"]),
+    ("owner/data-set", ["no file matches", "hf download owner/data-set --repo-type dataset --local-dir data-set"]),
+    ("~nobody-of-that-name/x.txt", ["~nobody-of-that-name", "is not known"]),
+])
+def test_what_cannot_be_read_as_a_file_is_refused_and_not_passed_over(tmp_path, monkeypatch, name, said):
+    from dtensor_llama import UsageError
+    from dtensor_llama.data.sources import expand_paths
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fine.jsonl").write_text("{}")
+    (tmp_path / "gone.jsonl").symlink_to("nowhere")
+    (tmp_path / "sub").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError) as refused:
+        expand_paths([name])
+    assert all(part in str(refused.value) for part in said), refused.value
+
+
+def test_folders_with_brackets_spaces_and_any_script_are_found(tmp_path):
+    from dtensor_llama.data.sources import expand_paths
+
+    for folder in ("v[1] \u4f60", "it's", "a*"):
+        (tmp_path / folder / "deep").mkdir(parents=True)
+        file = tmp_path / folder / "deep" / "x [2].jsonl"
+        file.write_text("{}")
+        for pattern in (file, file.parent / "*.jsonl", tmp_path / folder / "**" / "*.jsonl"):
+            assert expand_paths([pattern]) == [file], pattern
+
+
+def test_a_tilde_is_the_home_folder_in_every_flag_that_names_a_place(inputs, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    from dtensor_llama.cli import parse_cli
+
+    sys.path.insert(0, str(ROOT / "recipes"))
+    import explain
+    import export
+    import generate
+    import pretrain
+    import sft
+    import stdlib_corpus
+
+    cases = {pretrain.PretrainConfig: ["model", "data.tokenizer", "run_dir", "checkpoint.resume"],
+             sft.SftConfig: ["model", "data.tokenizer", "run_dir", "checkpoint.resume", "preview_json"],
+             generate.GenerateConfig: ["model", "prompts_file"], export.ExportConfig: ["tokenizer", "base"],
+             explain.ExplainConfig: ["model", "json"], stdlib_corpus.CorpusConfig: ["out"]}
+    for config_class, names in cases.items():
+        places = ["~/a", "~/b"] if config_class is export.ExportConfig else []
+        config = parse_cli(config_class, [*places, *(f"--{name}=~/x" for name in names)])
+        for name in names:
+            value = config
+            for part in name.split("."):
+                value = getattr(value, part)
+            assert value == str(tmp_path / "x"), (config_class, name)
+        if places:
+            assert (config.checkpoint, config.out) == (str(tmp_path / "a"), str(tmp_path / "b"))
+    config = parse_cli(generate.GenerateConfig, ["--model=~/x", "--prompt", "~/x"])
+    assert config.prompt == ("~/x",)                     # a prompt is no place
+
+
+@pytest.mark.parametrize("name,arguments,said", [
+    ("pretrain", ["--model=~nobody-of-that-name/x"], "--model ~nobody-of-that-name/x"),
+    ("pretrain", ["--model", "tiny-1m", "--run-dir="], "--run-dir is empty"),
+    ("pretrain", ["--data.path", "DATA", "--model", "meta-llama/Llama-2-7b-hf"], "hf download meta-llama/Llama-2-7b-hf"),
+    ("pretrain", ["--data.path", "DATA", "--model", "tiny-1m", "--data.tokenizer", "meta-llama/Llama-2-7b-hf"],
+     "use --data.tokenizer Llama-2-7b-hf"),
+    ("sft", ["--data.path", "DATA", "--model", "meta-llama/Llama-2-7b-hf"], "hf download meta-llama/Llama-2-7b-hf"),
+    ("generate", ["--model", "meta-llama/Llama-2-7b-hf", "--prompt", "x"], "hf download meta-llama/Llama-2-7b-hf"),
+    ("benchmark", ["--model", "meta-llama/Llama-2-7b-hf"], "hf download meta-llama/Llama-2-7b-hf"),
+    ("explain", ["--model", "meta-llama/Llama-2-7b-hf"], "hf download meta-llama/Llama-2-7b-hf"),
+])
+def test_a_name_that_is_no_folder_here_gets_the_line_that_says_what_would_work(inputs, name, arguments, said):
+    ended = recipe(name, *[inputs / "data.jsonl" if word == "DATA" else word for word in arguments])
+    assert ended.status == 2 and said in ended.err and ended.err.count("\n") == 1, ended

@@ -8,6 +8,7 @@ import codecs
 import glob
 import io
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 
 from dtensor_llama.data.cut import WINDOW_CHARS, Cutter
 from dtensor_llama.errors import UsageError
+from dtensor_llama.places import expanded, hub_hint
 
 FORMATS, COMPRESSIONS = (".txt", ".jsonl", ".parquet"), {".gz": "gzip", ".zst": "zstd"}
 RECORD_FORMATS = (".json", ".jsonl", ".parquet")    # that hold objects of several fields, as conversations are
@@ -61,31 +63,73 @@ class Chunk:
 
 
 def expand_paths(patterns: Sequence[str | Path], formats: tuple[str, ...] = FORMATS) -> list[Path]:
-    """The files that `patterns` (files and globs, `**` too) name: absolute, sorted, each once, of `formats`."""
-    files = set()
+    """The files that `patterns` (files and globs, `**` too) name: absolute, sorted, each once, of `formats`.
+
+    A link keeps its own name, as its ending says what the file holds: in the cache of the Hugging Face Hub data.jsonl is a
+    link to a file that is called by its hash. Of two links to one file the first counts."""
+    files = {}
     for pattern in patterns:
-        path = Path(pattern).expanduser()
-        if path.is_dir():
-            raise UsageError(f"--data.path {pattern}: is a folder; name the files in it, as in '{pattern}/**/*.jsonl'.")
-        matches = [path] if path.exists() else [Path(match) for match in glob.glob(str(path), recursive=True)]
-        matches = [match.resolve() for match in matches if match.is_file()]
-        if not matches:
-            raise UsageError(f"--data.path {pattern}: no file matches; give files or patterns such as 'data/**/*.txt'.")
-        files.update(matches)
+        matches = _matches(str(pattern))
+        for match in matches:
+            files.setdefault(os.path.realpath(match), set()).add(Path(os.path.abspath(match)))
     if not files:
         raise UsageError("--data.path: no file was named; give files or patterns such as 'data/**/*.txt'.")
-    for file in sorted(files):
+    chosen = sorted(_named_by_its_kind(sorted(names), Path(target), formats) for target, names in files.items())
+    for file in chosen:
         _format_of(file, formats)
-    return sorted(files)
+    return chosen
+
+
+def _matches(pattern: str) -> list[Path]:
+    """The files of one argument, at least one. UsageError for what is there and cannot be read as a file."""
+    path = Path(expanded(pattern, "--data.path"))
+    if path.is_dir():
+        raise UsageError(f"--data.path {pattern}: is a folder; name the files in it, as in '{pattern}/**/*.jsonl'.")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"--data.path {pattern}: is a pipe or a device, and the data is read more than once; write it to "
+                         "a file first.")
+    if os.path.lexists(path):
+        matches = [path]
+    else:
+        found = glob.glob(str(path), recursive=True) or glob.glob(_taken_literally(path), recursive=True)
+        matches = [Path(match) for match in found if not os.path.isdir(match)]
+    for match in matches:
+        if match.is_symlink() and not match.exists():
+            raise UsageError(f"--data.path {match}: is a link to {os.readlink(match)}, which is not there; fetch the data "
+                             "again, or leave the link out.")
+    matches = [match for match in matches if match.is_file()]
+    if not matches:
+        hint = hub_hint(pattern, "dataset")
+        raise UsageError(f"--data.path {pattern}: no file matches; give files or patterns such as 'data/**/*.txt'.{hint}")
+    return matches
+
+
+def _taken_literally(path: Path) -> str:
+    """The pattern with the folders that are there taken by their names, which may have [brackets] in them."""
+    there = path.parent
+    while not there.exists():
+        there = there.parent
+    return os.path.join(glob.escape(str(there)), path.relative_to(there))
+
+
+def _named_by_its_kind(names: list[Path], target: Path, formats: tuple[str, ...]) -> Path:
+    """The first of the names of one file whose ending is known, else that of the file they are links to."""
+    return next((name for name in [*names, target] if _kind_of(name)[0] in formats), names[0])
+
+
+def _kind_of(path: Path) -> tuple[str, str | None]:
+    """(ending, compression) of a file, as in (".jsonl", "gzip")."""
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    return (path.with_suffix("") if compression else path).suffix.lower(), compression
 
 
 def _format_of(path: Path, formats: tuple[str, ...]) -> tuple[str, str | None]:
-    """(format, compression) of a file, as in (".jsonl", "gzip")."""
-    compression = COMPRESSIONS.get(path.suffix.lower())
-    suffix = (path.with_suffix("") if compression else path).suffix.lower()
+    """As _kind_of; UsageError if it is not of `formats`."""
+    suffix, compression = _kind_of(path)
     if suffix not in formats:
+        compressed = list(COMPRESSIONS)
         raise UsageError(f"--data.path {path}: unknown kind of file; {', '.join(formats[:-1])} and {formats[-1]} can be "
-                         f"read, and .gz and .zst of each.")
+                         f"read, and {', '.join(compressed[:-1])} and {compressed[-1]} of each.")
     return suffix, compression
 
 
