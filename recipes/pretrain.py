@@ -76,7 +76,7 @@ from parallel.zero import gradient_arrivals
 
 @dataclass(frozen=True)
 class DataConfig:
-    path: tuple[str, ...] = ()          # files and globs: .txt .jsonl .parquet, .gz and .zst of them; mixed if a:0.7 b:0.3
+    path: tuple[str, ...] = ()          # files and globs of text, packed or not (data/sources.py); mixed if a:0.7 b:0.3
     tokenizer: FilePath | None = None   # Hugging Face folder, tokenizer.json or SentencePiece .model; None: --model's
     seq_len: int | None = None          # tokens per row; None: the context of the model
     document_mask: bool = False         # no token sees another document of its packed row

@@ -76,7 +76,7 @@ from parallel.mesh import reads_alone, start_process_group, stop_process_group
 
 @dataclass(frozen=True)
 class DataConfig:
-    path: tuple[str, ...] = ()          # files and globs of conversations: .json .jsonl .parquet, and .gz and .zst of them
+    path: tuple[str, ...] = ()          # files and globs of conversations: .json .jsonl .parquet .arrow .csv, packed or not
     tokenizer: FilePath | None = None   # Hugging Face folder, tokenizer.json or SentencePiece .model; None: --model's
     seq_len: int | None = None          # tokens per row; None: what the longest example needs, within the model's context
     overlong: Literal["drop", "truncate"] = "drop"       # examples longer than a row: left out, or cut

@@ -269,12 +269,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dtensor_llama.data.tokenize", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--path", nargs="+", required=True, help=".txt .jsonl .parquet, .gz and .zst of them; files and globs")
+    add("--path", nargs="+", required=True, help="files and globs of " + " ".join(FORMATS))
     add("--tokenizer", required=True, help="Hugging Face folder, tokenizer.json or SentencePiece .model")
     add("--cache-dir", required=True, nargs="+", type=Path,
         help="where the tokens go, or the first of several that can be written; older ones there are never deleted")
     add("--text-field", default="text", help="field or column that holds the text (default: text)")
-    add("--chat", action="store_true", help="conversations (.json .jsonl .parquet) instead of texts, for recipes/sft.py")
+    add("--chat", action="store_true", help="conversations instead of texts, for recipes/sft.py")
     add("--processes", type=int, default=cores, help=f"workers (default: one per core, {cores})")
     add("--for-process", type=int, metavar="PID", help="for a program: print the result or the error as JSON, and stop "
                                                        "when the process PID, which must be the parent, is gone")
