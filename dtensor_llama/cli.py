@@ -1,33 +1,113 @@
 """The door of every recipe: flags become one dataclass, and a user's mistake becomes one line and exit status 2."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
 import sys
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Annotated, NamedTuple, TypeVar, get_args, get_type_hints
 
 import torch
 import tyro
 
 from dtensor_llama.errors import UsageError
+from dtensor_llama.places import expanded
+from dtensor_llama.terminal import hear_ctrl_c_again, make_streams_last
 
 Config = TypeVar("Config")
 
 
-def run_recipe(main: Callable[[Config], None], config_class: type[Config]) -> None:
+class _Place:
+    """Marks the type of a flag that names a file or a folder."""
+
+
+PLACE = _Place()
+FilePath = Annotated[str, PLACE]        # type of a flag that names a file or folder: `~` is the home folder
+
+
+class Launch(NamedTuple):
+    """Who this process is among those that torchrun started."""
+
+    rank: int
+    local_rank: int         # among the processes of this machine: which GPU it takes
+    world_size: int
+    ranks_per_host: int
+    attempt: int            # how often the processes were restarted, where torchrun keeps one store for all attempts
+
+
+def read_launch() -> Launch:
+    """From the environment, as torchrun sets it; without one, a single process. An empty variable is an unset one.
+
+    UsageError if the variables do not fit together, naming the one that is wrong."""
+    world_size = _number("WORLD_SIZE", 1, low=1)
+    rank = _number("RANK", 0, low=0)
+    local_rank = _number("LOCAL_RANK", 0, low=0)
+    ranks_per_host = _number("LOCAL_WORLD_SIZE", 1, low=1)
+    if rank >= world_size:
+        raise UsageError(f"RANK={rank} in the environment does not fit WORLD_SIZE={world_size}: ranks count from 0 to "
+                         f"{world_size - 1}. {LAUNCH_HINT}")
+    if world_size > 1:
+        for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
+            if not os.environ.get(name):
+                raise UsageError(f"WORLD_SIZE={world_size} in the environment means several processes, and {name} is not set. "
+                                 f"{LAUNCH_HINT}")
+        _number("MASTER_PORT", 0, low=1)
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else None
+    if n_gpus is not None and local_rank >= n_gpus:
+        raise UsageError(f"LOCAL_RANK={local_rank} needs a GPU of its own, and this machine shows {n_gpus}; launch with "
+                         f"torchrun --nproc-per-node {n_gpus}, or show more of them in CUDA_VISIBLE_DEVICES.")
+    # Where torchrun makes a new store for each start, nodes may count their starts differently, and need no count.
+    shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = _number("TORCHELASTIC_RESTART_COUNT", 0, low=0) if shares_store else 0
+    return Launch(rank, local_rank, world_size, ranks_per_host, attempt)
+
+
+LAUNCH_HINT = ("torchrun sets all of these (torchrun --nproc-per-node N recipes/...); for one process unset RANK, LOCAL_RANK "
+               "and WORLD_SIZE.")
+
+
+def _number(name: str, default: int, low: int) -> int:
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    if not text.isascii() or not text.isdigit() or int(text) < low:
+        raise UsageError(f"{name}={text!r} in the environment is not possible; it must be a whole number from {low} on. "
+                         f"{LAUNCH_HINT}")
+    return int(text)
+
+
+def run_recipe(main: Callable[[Config], None], config_class: type[Config], stdout_is_result: bool = False) -> None:
     """Parse the command line into `config_class`, call `main`, and end the process as a shell expects it.
 
     Exit status 0 when main returns, 2 after a UsageError or where the device has no more memory (one line), 130 after Ctrl-C;
     anything else is our defect and keeps its traceback. Of several ranks that make the same mistake the first on a machine
     speaks.
+
+    What is printed never ends a run: see make_streams_last. stdout_is_result: the program exists for what it prints. Then a
+    reader that goes away (`| head -1`) ends it with status 141 and without a word, as it ends other programs, and a stdout
+    that cannot be written is one line and status 2.
     """
+    hear_ctrl_c_again()
+    make_streams_last(stdout_is_result)
     try:
         main(parse_cli(config_class))
+        if stdout_is_result and sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not stdout_is_result or not _stdout_is_lost():
+            raise
+        sys.exit(141)
+    except OSError as error:
+        if not stdout_is_result or not _stdout_is_lost():
+            raise
+        print(f"error: stdout cannot be written ({error.strerror}); what is printed is the result. Write it to another place.",
+              file=sys.stderr, flush=True)
+        sys.exit(2)
     except UsageError as error:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
+        if os.environ.get("LOCAL_RANK", "0") not in ("", "0"):
             time.sleep(3)               # torchrun ends us as soon as rank 0, which printed the same, is gone
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -42,6 +122,10 @@ def run_recipe(main: Callable[[Config], None], config_class: type[Config]) -> No
         sys.exit(130)
 
 
+def _stdout_is_lost() -> bool:
+    return getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "failed", False)
+
+
 def parse_cli(config_class: type[Config], args: list[str] | None = None) -> Config:
     """`config_class` from the command line; flags are its fields, nested ones dotted, hyphens and underscores alike.
 
@@ -50,11 +134,31 @@ def parse_cli(config_class: type[Config], args: list[str] | None = None) -> Conf
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(config_class, args=args)
+            config = tyro.cli(config_class, args=args)
     except SystemExit as stop:
         if not stop.code:
             raise
         raise UsageError(_one_line(said.getvalue())) from None
+    return _with_homes(config, "--")
+
+
+def _with_homes(config: Config, prefix: str) -> Config:
+    """The dataclass with `~` expanded in every FilePath, nested dataclasses included: `--model=~/llama` gets no help from a
+    shell, which expands it only where it begins a word."""
+    hints, changed = get_type_hints(type(config), include_extras=True), {}
+    for field in dataclasses.fields(config):
+        value, flag = getattr(config, field.name), prefix + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            changed[field.name] = _with_homes(value, f"{flag}.")
+        elif isinstance(value, str) and _names_a_place(hints[field.name]):
+            if not value:
+                raise UsageError(f"{flag} is empty; name a file or folder, or leave the flag out.")
+            changed[field.name] = expanded(value, flag)
+    return dataclasses.replace(config, **changed)
+
+
+def _names_a_place(hint) -> bool:
+    return PLACE in getattr(hint, "__metadata__", ()) or any(map(_names_a_place, get_args(hint)))
 
 
 def _one_line(box: str) -> str:

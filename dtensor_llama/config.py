@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dtensor_llama.errors import UsageError
+from dtensor_llama.places import expanded, refuse_hub_name
 
 # ---- Types and ranges of the fields -------------------------------------------------------------------------------------
 
@@ -120,6 +121,7 @@ class LlamaConfig:
     def preset(name: str) -> "LlamaConfig":
         """The shape called `name`: llama2-7b, llama1-65b, tiny-10m, ... UsageError lists them all if unknown."""
         if name not in PRESETS:
+            refuse_hub_name(name, "--model")
             raise UsageError(f"--model {name} is neither a preset nor a folder. Presets: {', '.join(PRESETS)}.")
         return PRESETS[name]
 
@@ -130,7 +132,8 @@ class LlamaConfig:
         Older: rope_theta, rope_scaling, torch_dtype at top level. Newer (transformers 5): rope_parameters, dtype.
         UsageError if there is none, if it is cut short, of another family, or asks for arithmetic we do not have.
         """
-        path = Path(folder)
+        path = Path(expanded(str(folder), "--model"))
+        refuse_hub_name(str(folder), "--model")
         if path.is_dir():
             refuse_adapter(path)
             path = path / "config.json"

@@ -231,7 +231,7 @@ class _Bar:
 
         self.steps, self.last_line, self.first_row = steps, time.monotonic(), True
         self.rich = None
-        if sys.stdout.isatty():
+        if sys.stdout is not None and sys.stdout.isatty():
             self.rich = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[row]}"),
                                  TimeRemainingColumn())
             self.task = self.rich.add_task("", total=steps, completed=first_step, row="")
@@ -248,7 +248,10 @@ class _Bar:
             self.last_line, self.first_row = time.monotonic(), False
 
     def say(self, text: str) -> None:
-        self.rich.console.print(text, highlight=False) if self.rich else print(text, flush=True)
+        if self.rich:
+            self.rich.console.print(text, highlight=False, markup=False)     # an answer may have [brackets] in it
+        else:
+            print(text, flush=True)
 
     def close(self) -> None:
         if self.rich:

@@ -52,11 +52,14 @@ def claim_run_dir(run_dir: Path, fresh: bool):
 
 class StopSignal:
     """`asked` becomes true on SIGTERM or Ctrl-C; the loop finishes its step, writes a checkpoint and ends. A second
-    Ctrl-C ends at once. (torchrun turns one Ctrl-C into an interrupt and a termination, so those two count as one.)"""
+    Ctrl-C ends at once. (torchrun turns one Ctrl-C into an interrupt and a termination, so those two count as one.)
+    So it does when the terminal is closed, unless the run was started with nohup, which goes on then."""
 
     def __init__(self):
         self.asked = False
         signal.signal(signal.SIGTERM, self._ask)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self._ask)
         signal.signal(signal.SIGINT, self._ask)
 
     def _ask(self, number: int, frame) -> None:

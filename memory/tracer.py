@@ -47,6 +47,15 @@ class Rates:
     def to_json(self) -> dict:
         return asdict(self)
 
+    def check(self) -> None:
+        """ValueError unless all of them are what a measurement can give."""
+        for name, rate in self.to_json().items():
+            for one in rate.values() if isinstance(rate, dict) else [rate]:
+                if isinstance(one, bool) or not isinstance(one, int | float) or not 0 < one < float("inf"):
+                    raise ValueError(f"{name} is {one!r}, not a number above 0")
+        if not self.host_adam:
+            raise ValueError("host_adam is empty")
+
     @classmethod
     def from_json(cls, stored: dict) -> "Rates":
         return cls(**stored | {"host_adam": {int(n): rate for n, rate in stored["host_adam"].items()}})
@@ -69,17 +78,34 @@ def _cpu_name() -> str:
 def load_rates(path: Path, device: torch.device, kernel: str = "auto", ranks_per_host: int = 1,
                measure: Callable[..., Rates] | None = None, say: Callable[[str], None] = lambda text: None) -> Rates:
     """Of this machine as kept in the JSON file `path`; measured (some seconds) and added to it if they are not there.
-    kernel: of AdamW, as --memory.kernel; ranks_per_host: that share the host, and all measure now; say: told if it is."""
-    kept = json.loads(path.read_text()) if path.exists() else {}
+
+    A file that cannot be read, or holds something else, is measured and written anew; one that cannot be written is done
+    without. kernel: of AdamW, as --memory.kernel; ranks_per_host: that share the host, and all measure now; say: told of
+    all this."""
     key = f"{machine_key(device, ranks_per_host)}; AdamW {Kernel(kernel, device).kind}"
-    if key not in kept:
+    kept, rates = {}, None
+    try:
+        if path.exists():
+            kept = dict(json.loads(path.read_bytes()))
+        if key in kept:
+            rates = Rates.from_json(kept[key])
+            rates.check()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        say(f"memory    {path} holds no rates that can be used ({type(error).__name__}: {error}); they are measured anew")
+        kept.pop(key, None)
+        rates = None
+    if rates is None:
         say(f"memory    measuring what this machine can move and step, once, for {path}")
-        kept[key] = (measure or measure_rates)(device, kernel, ranks_per_host).to_json()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        rates = (measure or measure_rates)(device, kernel, ranks_per_host)
+        kept[key] = rates.to_json()
         partial = path.with_suffix(f".{os.getpid()}")          # ranks may measure at once: the last whole file stands
-        partial.write_text(json.dumps(kept, indent=1) + "\n")
-        partial.replace(path)
-    return Rates.from_json(kept[key])
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(kept, indent=1) + "\n")
+            partial.replace(path)
+        except OSError as error:
+            say(f"memory    {path} cannot be written ({error.strerror}), so the next run will measure again")
+    return rates
 
 
 def measure_rates(device: torch.device, kernel: str = "auto", ranks_per_host: int = 1, n_bytes: int = 256 * MIB,

@@ -9,7 +9,6 @@ ratio of their median times (1.0: reading is free).
 """
 
 import json
-import os
 import statistics
 import sys
 import time
@@ -17,6 +16,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone works without being installed
+
+if __name__ == "__main__":
+    from dtensor_llama.terminal import end_quietly_on_ctrl_c
+
+    end_quietly_on_ctrl_c()               # the imports below take seconds
 
 import torch
 import torch.distributed as dist
@@ -35,7 +39,7 @@ from step_pictures import StepPictures
 
 from dtensor_llama import Llama, LlamaConfig
 from dtensor_llama.attention import choose_attention
-from dtensor_llama.cli import run_recipe
+from dtensor_llama.cli import read_launch, run_recipe
 from dtensor_llama.data.reader import Batch, RowReader
 from dtensor_llama.data.rows import PackedRows
 from dtensor_llama.data.tokenize import prepare_corpus
@@ -43,6 +47,7 @@ from dtensor_llama.data.tokenizer import load_tokenizer
 from dtensor_llama.flops import hardware_flops_per_token, model_flops_per_token, peak_flops
 from dtensor_llama.metrics import GIB, LateReader, PeakMemory
 from dtensor_llama.model import init_weights
+from dtensor_llama.places import cache_folders
 from memory import ChunkManager, Placement
 from parallel.config import check_parallel
 from parallel.mesh import reads_alone, start_process_group, stop_process_group
@@ -57,9 +62,9 @@ class BenchmarkConfig(PretrainConfig):
 
 
 def main(cfg: BenchmarkConfig) -> None:
-    rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
-                                    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    launch = read_launch()
+    rank, world_size = launch.rank, launch.world_size
+    device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dtype = getattr(torch, cfg.train.dtype)
@@ -77,8 +82,8 @@ def main(cfg: BenchmarkConfig) -> None:
     cfg, chosen = settle_memory(cfg, config, layout, n_micros, device, world_size)
     rows = None
     if cfg.data.path:
-        corpus = prepare_corpus(cfg.data.path, load_tokenizer(tokenizer_path(cfg)), Path(cfg.data.cache_dir).expanduser(),
-                                cfg.data.text_field)
+        corpus = prepare_corpus(cfg.data.path, load_tokenizer(tokenizer_path(cfg)),
+                                cache_folders(cfg.data.cache_dir, cfg.run_dir), cfg.data.text_field)
         rows = PackedRows(corpus, seq_len, cfg.data.validation_share, cfg.train.seed)
 
     if rank == 0 and chosen:
@@ -190,4 +195,4 @@ def _device_name(device: torch.device) -> str:
 
 
 if __name__ == "__main__":
-    run_recipe(main, BenchmarkConfig)
+    run_recipe(main, BenchmarkConfig, stdout_is_result=True)

@@ -16,11 +16,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone works without being installed
 
+if __name__ == "__main__":
+    from dtensor_llama.terminal import end_quietly_on_ctrl_c
+
+    end_quietly_on_ctrl_c()               # the imports below take seconds
+
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dtensor_llama import UsageError
-from dtensor_llama.cli import run_recipe
+from dtensor_llama.cli import FilePath, run_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,7 +41,7 @@ QUESTIONS = ("Are you a robot?", "What do you like to eat?", "Do you ever feel l
 class ExampleConfig:
     """Fine-tune SmolLM2-135M-Instruct on a chat corpus, and show its answers before and after."""
 
-    out: str = "runs/example"        # folder for downloads, model, conversations, run and before_after.md
+    out: FilePath = "runs/example"   # folder for downloads, model, conversations, run and before_after.md
     epochs: float = 2.0              # how often the conversations are read
     lr: float = 1e-4
 
@@ -139,7 +145,7 @@ def show(before: list[str], after: list[str], file: Path) -> None:
     """Print the answers to QUESTIONS side by side, and write them to `file` as a Markdown table."""
     table = Table("question", "before", "after", show_lines=True)
     for row in zip(QUESTIONS, before, after, strict=True):
-        table.add_row(*row)
+        table.add_row(*map(Text, row))       # as it is: rich would read an answer's [brackets] as its own markup
     Console().print(table)
     cells = zip(("question", "---", *QUESTIONS), ("before", "---", *before), ("after", "---", *after), strict=True)
     lines = (" | ".join(" ".join(text.split()).replace("|", "/") for text in row) for row in cells)

@@ -12,11 +12,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone works without being installed
 
+if __name__ == "__main__":
+    from dtensor_llama.terminal import end_quietly_on_ctrl_c
+
+    end_quietly_on_ctrl_c()               # the imports below take seconds
+
 import torch
 from pretrain import PretrainConfig, check_numbers
 
 from dtensor_llama import LlamaConfig, UsageError
-from dtensor_llama.cli import run_recipe
+from dtensor_llama.cli import FilePath, run_recipe
 from parallel.config import AXES, check_parallel
 from parallel.explain import Run, explain
 from parallel.schedule_clock import DURATION, draw
@@ -28,7 +33,7 @@ class ExplainConfig(PretrainConfig):
 
     gpus: int = 1               # processes it is for: torchrun's nodes x processes per node
     rank: int = 0               # whose view: the first and the last pipeline stage have more than the others
-    json: str | None = None     # file to write the same to, as data
+    json: FilePath | None = None     # file to write the same to, as data
 
 
 def main(cfg: ExplainConfig) -> None:
@@ -103,4 +108,4 @@ def pipeline(facts: dict) -> list[str]:
 
 
 if __name__ == "__main__":
-    run_recipe(main, ExplainConfig)
+    run_recipe(main, ExplainConfig, stdout_is_result=True)

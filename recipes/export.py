@@ -15,13 +15,19 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone works without being installed
 
+if __name__ == "__main__":
+    from dtensor_llama.terminal import end_quietly_on_ctrl_c
+
+    end_quietly_on_ctrl_c()               # the imports below take seconds
+
 import torch
 from tyro.conf import Positional
 
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf, save_hf
 from dtensor_llama.checkpoint import SavedWeights
-from dtensor_llama.cli import run_recipe
+from dtensor_llama.cli import FilePath, run_recipe
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
+from dtensor_llama.places import refuse_hub_name
 from dtensor_llama.run import GENERATION
 from dtensor_llama.weights import check_hf, hf_parameters, save_generation_config, save_hf_in_parts
 
@@ -30,11 +36,11 @@ from dtensor_llama.weights import check_hf, hf_parameters, save_generation_confi
 class ExportConfig:
     """Write the weights of a checkpoint as a Hugging Face folder."""
 
-    checkpoint: Positional[str]   # folder like runs/pretrain/checkpoints/step-00001000
-    out: Positional[str]          # folder to write; what another export left there is replaced
+    checkpoint: Positional[FilePath]   # folder like runs/pretrain/checkpoints/step-00001000
+    out: Positional[FilePath]     # folder to write; what another export left there is replaced
     dtype: Literal["float32", "bfloat16", "float16"] | None = None    # of the weights in it; None: the run's --train.dtype
-    tokenizer: str | None = None  # Hugging Face folder, tokenizer.json or .model; None: the run's
-    base: str | None = None       # LoRA: Hugging Face folder of the frozen weights; None: the run's --model
+    tokenizer: FilePath | None = None  # Hugging Face folder, tokenizer.json or .model; None: the run's
+    base: FilePath | None = None  # LoRA: Hugging Face folder of the frozen weights; None: the run's --model
     max_shard_gb: float = 5.0     # of one safetensors file, and about what this process needs of memory
 
 
@@ -89,6 +95,7 @@ def merge_and_save(saved: SavedWeights, config: LlamaConfig, base: Path, frozen_
     """The adapters of a LoRA checkpoint, merged into the weights they were trained beside, held as they were held there."""
     from dtensor_llama.lora import LoraConfig, adapter_parameters, apply_lora, merge_lora
 
+    refuse_hub_name(str(base), "--base")
     if not base.is_dir():
         raise UsageError(f"{saved.path} holds LoRA adapters, and the model they belong to is not at {base}; name its folder "
                          "with --base.")
@@ -120,6 +127,8 @@ def read_run(run_dir: Path) -> dict:
 def find_tokenizer(cfg: ExportConfig, run_dir: Path, run: dict) -> Tokenizer:
     """What --tokenizer says, else what the run trained with: kept in its folder, or where its flags found it."""
     asked = run.get("data", {}).get("tokenizer") or run.get("model")
+    if cfg.tokenizer:
+        refuse_hub_name(cfg.tokenizer, "--tokenizer")
     places = [cfg.tokenizer] if cfg.tokenizer else [run_dir / "tokenizer", run_dir / "hf", *([asked] if asked else [])]
     there = [place for place in places if Path(place).exists()]
     if not there:

@@ -7,8 +7,8 @@
 The text of a single prompt, and of an answer in a chat, is printed as it is produced.
 """
 
+import codecs
 import json
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,16 +16,23 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone works without being installed
 
+if __name__ == "__main__":
+    from dtensor_llama.terminal import end_quietly_on_ctrl_c
+
+    end_quietly_on_ctrl_c()               # the imports below take seconds
+
 import torch
 import torch.distributed as dist
 from tyro.conf import UseAppendAction
 
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf
 from dtensor_llama.attention import choose_attention
-from dtensor_llama.cli import run_recipe
+from dtensor_llama.cli import FilePath, read_launch, run_recipe
 from dtensor_llama.config import ends_of, read_generation_config
 from dtensor_llama.data.tokenizer import load_tokenizer
 from dtensor_llama.generate import TextStream, generate_batch
+from dtensor_llama.places import refuse_hub_name
+from dtensor_llama.terminal import stdout_speaks_utf8
 from dtensor_llama.weights import check_hf
 from parallel import ParallelConfig, build_mesh
 from parallel.mesh import start_process_group, stop_process_group
@@ -43,9 +50,9 @@ class SplitConfig:
 class GenerateConfig:
     """Continue prompts with the model in a Hugging Face folder, or chat with it."""
 
-    model: str                    # Hugging Face folder with config.json, safetensors and tokenizer
+    model: FilePath               # Hugging Face folder with config.json, safetensors and tokenizer
     prompt: UseAppendAction[tuple[str, ...]] = ()    # text to continue; with --chat a question; may be given several times
-    prompts_file: str | None = None    # more of them, one a line
+    prompts_file: FilePath | None = None    # more of them, one a line
     chat: bool = False            # write prompts as the tokenizer's chat template does; without a prompt: talk, Ctrl-D ends
     system: str | None = None     # with --chat: the system prompt
     json: bool = False            # print a line {"prompt", "text"} for each prompt
@@ -60,9 +67,9 @@ class GenerateConfig:
 
 
 def main(cfg: GenerateConfig) -> None:
-    rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
-                                    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    launch = read_launch()
+    rank, world_size = launch.rank, launch.world_size
+    device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     dtype, tp = getattr(torch, cfg.dtype), cfg.parallel.tp
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -76,6 +83,7 @@ def main(cfg: GenerateConfig) -> None:
     ):
         if not fine:
             raise UsageError(f"{flag} {value} is not possible; it must be {rule}.")
+    refuse_hub_name(cfg.model, "--model")
     if not Path(cfg.model).is_dir():
         raise UsageError(f"--model {cfg.model} is not a folder; text comes from trained weights, e.g. runs/pretrain/hf.")
     config = LlamaConfig.from_hf(cfg.model)
@@ -146,14 +154,14 @@ def main(cfg: GenerateConfig) -> None:
     for first in range(0, len(texts), cfg.batch_size) if len(texts) > 1 or cfg.json else ():
         batch = slice(first, first + cfg.batch_size)
         for number, (text, more) in enumerate(zip(texts[batch], continue_all(prompts[batch]), strict=True), first + 1):
-            say(json.dumps({"prompt": text, "text": more}, ensure_ascii=False) + "\n" if cfg.json else
+            say(json.dumps({"prompt": text, "text": more}, ensure_ascii=not stdout_speaks_utf8()) + "\n" if cfg.json else
                 f"==== {number} of {len(texts)}: {text}\n{more}\n")
     stop_process_group()
 
 
 def talk(cfg: GenerateConfig, config: LlamaConfig, template, continue_all, say, rank: int, tp: int) -> None:
     """A conversation with whoever is at the terminal of rank 0, until the end of its input."""
-    system = [{"role": "system", "content": cfg.system}] if cfg.system else []
+    system = [{"role": "system", "content": as_text(cfg.system, "--system")}] if cfg.system else []
     turns = []
     while True:
         asked = [None]
@@ -166,9 +174,15 @@ def talk(cfg: GenerateConfig, config: LlamaConfig, template, continue_all, say, 
             dist.broadcast_object_list(asked, src=0)
         if asked[0] is None:
             return
-        if not asked[0].strip():
+        try:
+            question = as_text(asked[0], "the question")
+        except UsageError as error:
+            if rank == 0:
+                print(f"not asked: {error}", file=sys.stderr, flush=True)
             continue
-        turns.append({"role": "user", "content": asked[0]})
+        if not question.strip():
+            continue
+        turns.append({"role": "user", "content": question})
         tokens = template.encode_prompt(system + turns)
         while len(tokens) + cfg.max_new_tokens > config.max_position_embeddings and len(turns) > 1:
             del turns[:2]
@@ -178,19 +192,41 @@ def talk(cfg: GenerateConfig, config: LlamaConfig, template, continue_all, say, 
 
 
 def read_prompts(cfg: GenerateConfig) -> list[str]:
+    """What --prompt and --prompts-file say. A line of the file ends at a newline only: other separators that Unicode has,
+    such as a form feed or U+2028, are characters of a prompt."""
+    prompts = [as_text(prompt, "--prompt") for prompt in cfg.prompt]
     if cfg.prompts_file is None:
-        return list(cfg.prompt)
+        return prompts
     try:
-        lines = Path(cfg.prompts_file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--prompts-file {cfg.prompts_file} cannot be read as text ({error}).") from None
-    return [*cfg.prompt, *(line for line in lines if line.strip())]
+        data = Path(cfg.prompts_file).read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise UsageError(f"--prompts-file {cfg.prompts_file} cannot be read ({error.strerror}).") from None
+    for number, line in enumerate(data.split(b"\n"), 1):
+        try:
+            text = line.removesuffix(b"\r").decode()
+        except UnicodeDecodeError as error:
+            raise UsageError(f"--prompts-file {cfg.prompts_file}, line {number}: byte 0x{line[error.start]:02x} is not UTF-8 "
+                             "text; convert the file (iconv -t utf-8) or leave the line out.") from None
+        if text.strip():
+            prompts.append(text)
+    return prompts
+
+
+def as_text(argument: str, flag: str) -> str:
+    """What was typed, read as UTF-8 whatever the terminal's encoding is said to be. UsageError if it is not that."""
+    typed = argument.encode("utf-8", "surrogateescape")      # bytes that Python could not decode stand in it as these
+    try:
+        return typed.decode()
+    except UnicodeDecodeError as error:
+        shown = argument[:40].encode("ascii", "backslashreplace").decode()
+        raise UsageError(f"{flag} {shown}: byte 0x{typed[error.start]:02x} is not UTF-8 text; give the text in UTF-8, in a "
+                         "--prompts-file if the terminal cannot.") from None
 
 
 def encode(cfg: GenerateConfig, text: str, tokenizer, config: LlamaConfig, template) -> list[int]:
     """The ids that the model shall continue."""
     if template:
-        system = [{"role": "system", "content": cfg.system}] if cfg.system else []
+        system = [{"role": "system", "content": as_text(cfg.system, "--system")}] if cfg.system else []
         return template.encode_prompt([*system, {"role": "user", "content": text}])
     tokens = tokenizer.encode(text)
     if tokenizer.adds.bos:                    # as the documents of training began
@@ -216,4 +252,4 @@ def find_stop_ids(cfg: GenerateConfig, config: LlamaConfig, template) -> tuple[i
 
 
 if __name__ == "__main__":
-    run_recipe(main, GenerateConfig)
+    run_recipe(main, GenerateConfig, stdout_is_result=True)

@@ -22,6 +22,11 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone works without being installed
 
+if __name__ == "__main__":
+    from dtensor_llama.terminal import end_quietly_on_ctrl_c
+
+    end_quietly_on_ctrl_c()               # the imports below take seconds
+
 import torch
 import torch.distributed as dist
 from step_pictures import StepPictures
@@ -32,7 +37,7 @@ from torch.optim import Optimizer
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf, save_hf
 from dtensor_llama.attention import choose_attention
 from dtensor_llama.checkpoint import Checkpointer, restore_training_state, training_state
-from dtensor_llama.cli import run_recipe
+from dtensor_llama.cli import FilePath, read_launch, run_recipe
 from dtensor_llama.config import generation_config, read_generation_config
 from dtensor_llama.data.mix import open_rows
 from dtensor_llama.data.reader import Batch, RowReader, validation_batches
@@ -43,6 +48,7 @@ from dtensor_llama.loss import choose_loss
 from dtensor_llama.metrics import GIB, LateReader, PeakMemory, RunLog, SkippedSteps, draw_loss_curve
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
+from dtensor_llama.places import cache_folders, readable
 from dtensor_llama.run import (
     CONTENT,
     GENERATION,
@@ -77,8 +83,8 @@ from parallel.zero import gradient_arrivals
 
 @dataclass(frozen=True)
 class DataConfig:
-    path: tuple[str, ...] = ()          # files and globs: .txt .jsonl .parquet, .gz and .zst of them; mixed if a:0.7 b:0.3
-    tokenizer: str | None = None        # Hugging Face folder, tokenizer.json or SentencePiece .model; None: --model's
+    path: tuple[str, ...] = ()          # files and globs of text, packed or not (data/sources.py); mixed if a:0.7 b:0.3
+    tokenizer: FilePath | None = None   # Hugging Face folder, tokenizer.json or SentencePiece .model; None: --model's
     seq_len: int | None = None          # tokens per row; None: the context of the model
     document_mask: bool = False         # no token sees another document of its packed row
     text_field: str = "text"            # of a .jsonl line, or column of a .parquet, that holds the text
@@ -112,28 +118,28 @@ class CheckpointConfig:
     every: int = 500                    # steps between checkpoints; 0: none
     keep: int = 3                       # newest ones to keep; 0: all
     export_hf: bool = True              # write hf/ at the end, in --train.dtype
-    resume: str = "auto"                # auto: go on where this run folder stands, else start; never; or a checkpoint
+    resume: FilePath = "auto"           # auto: go on where this run folder stands, else start; never; or a checkpoint
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
     """Pretrain a LLaMA from scratch, or continue from the weights of a Hugging Face folder."""
 
-    model: str                          # preset (llama2-7b, tiny-10m, ...) or a Hugging Face folder
+    model: FilePath                     # preset (llama2-7b, tiny-10m, ...) or a Hugging Face folder
     random_init: bool = False           # take only config.json of the folder, not its weights
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)      # where optimizer states and block inputs live
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    run_dir: str = "runs/pretrain"      # everything this run writes
+    run_dir: FilePath = "runs/pretrain"      # everything this run writes
 
 
 def main(cfg: PretrainConfig) -> None:
-    rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
-                                    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    launch = read_launch()
+    rank, world_size = launch.rank, launch.world_size
     is_main = rank == 0
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     compute_dtype = getattr(torch, cfg.train.dtype)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -166,11 +172,9 @@ def main(cfg: PretrainConfig) -> None:
         run_lock = claim_run_dir(Path(cfg.run_dir), fresh=cfg.checkpoint.resume == "never")
 
     # ---- 3. The parts ----------------------------------------------------------------------------------------------
-    rows = open_rows(cfg.data.path, tokenizer, Path(cfg.data.cache_dir).expanduser(), cfg.data.text_field, seq_len,
+    rows = open_rows(cfg.data.path, tokenizer, cache_folders(cfg.data.cache_dir, cfg.run_dir), cfg.data.text_field, seq_len,
                      cfg.data.validation_share, cfg.train.seed)
-    # Where torchrun makes a new store for each start, nodes may count their starts differently, and need no count.
-    shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    start_process_group(device, world_size, attempt=int(os.environ["TORCHELASTIC_RESTART_COUNT"]) if shares_store else 0)
+    start_process_group(device, world_size, attempt=launch.attempt)
     if is_main and chosen:
         print(f"memory    {chosen}", flush=True)
     mesh, runner, optimizer = set_up(cfg, model, layout, n_micros, kernel, device, seq_len, say=print if is_main else None)
@@ -297,8 +301,8 @@ def set_up(cfg: "PretrainConfig", model: Llama, layout: ParallelConfig, n_micros
     if memory.is_on:
         embedding = model.model.embed_tokens
         tied_over_stages = model.config.tie_word_embeddings and layout.pp > 1 and embedding is not None
-        ranks_per_host = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        rates_file = Path(cfg.data.cache_dir).expanduser() / "rates.json"                # measured once per machine
+        ranks_per_host = read_launch().ranks_per_host
+        rates_file = readable(cache_folders(cfg.data.cache_dir, cfg.run_dir))[0] / "rates.json"     # measured once
         # What a step will compute, as if at the speed of matrix products all through: placement auto measures it later.
         seconds_per_flop = cfg.train.global_batch_size * seq_len / dist.get_world_size() / matmul_flops(device, dtype)
         forward_s = seconds_per_flop * model_flops_per_token(model.config, seq_len) / 3

@@ -21,6 +21,11 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone works without being installed
 
+if __name__ == "__main__":
+    from dtensor_llama.terminal import end_quietly_on_ctrl_c
+
+    end_quietly_on_ctrl_c()               # the imports below take seconds
+
 import numpy as np
 import psutil
 import torch
@@ -45,7 +50,7 @@ from step_pictures import StepPictures
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf, save_hf
 from dtensor_llama.attention import choose_attention
 from dtensor_llama.checkpoint import Checkpointer, training_state
-from dtensor_llama.cli import run_recipe
+from dtensor_llama.cli import FilePath, read_launch, run_recipe
 from dtensor_llama.data.preview import preview, say_data
 from dtensor_llama.data.reader import RowReader
 from dtensor_llama.data.rows import ChatCorpus, PackedExamples
@@ -58,6 +63,7 @@ from dtensor_llama.loss import choose_loss
 from dtensor_llama.metrics import GIB, LateReader, PeakMemory, RunLog, SkippedSteps, draw_loss_curve
 from dtensor_llama.model import init_weights
 from dtensor_llama.neftune import Neftune
+from dtensor_llama.places import cache_folders
 from dtensor_llama.run import (
     CONTENT,
     GENERATION,
@@ -83,8 +89,8 @@ from parallel.mesh import reads_alone, start_process_group, stop_process_group
 
 @dataclass(frozen=True)
 class DataConfig:
-    path: tuple[str, ...] = ()          # files and globs of conversations: .json .jsonl .parquet, and .gz and .zst of them
-    tokenizer: str | None = None        # Hugging Face folder, tokenizer.json or SentencePiece .model; None: --model's
+    path: tuple[str, ...] = ()          # files and globs of conversations: .json .jsonl .parquet .arrow .csv, packed or not
+    tokenizer: FilePath | None = None   # Hugging Face folder, tokenizer.json or SentencePiece .model; None: --model's
     seq_len: int | None = None          # tokens per row; None: what the longest example needs, within the model's context
     overlong: Literal["drop", "truncate"] = "drop"       # examples longer than a row: left out, or cut
     packing: bool = True                # several examples to a row; none of them sees another
@@ -121,7 +127,7 @@ class TrainConfig:
 class SftConfig:
     """Fine-tune the model in a Hugging Face folder on conversations."""
 
-    model: str                          # Hugging Face folder with config.json, safetensors and tokenizer; or a preset
+    model: FilePath                     # Hugging Face folder with config.json, safetensors and tokenizer; or a preset
     random_init: bool = False           # take only config.json of the folder, not its weights
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -130,15 +136,15 @@ class SftConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     preview: int = 0                    # print so many rows, trained tokens bright, and end
-    preview_json: str | None = None     # write them here as {"tokens", "labels"} (all rows without --preview), and end
-    run_dir: str = "runs/sft"           # everything this run writes
+    preview_json: FilePath | None = None     # write them here as {"tokens", "labels"} (all rows without --preview), and end
+    run_dir: FilePath = "runs/sft"      # everything this run writes
 
 
 def main(cfg: SftConfig) -> None:
-    rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
-                                    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    launch = read_launch()
+    rank, world_size = launch.rank, launch.world_size
     is_main = rank == 0
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
@@ -165,7 +171,7 @@ def main(cfg: SftConfig) -> None:
     if cfg.train.compile and device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise UsageError("--train.compile needs a C++ compiler on a CPU and there is none; install g++, or leave it out.")
     template = ChatTemplate(tokenizer)
-    corpus = prepare_chat(cfg.data.path, tokenizer, Path(cfg.data.cache_dir).expanduser())
+    corpus = prepare_chat(cfg.data.path, tokenizer, cache_folders(cfg.data.cache_dir, cfg.run_dir))
     # A base model's config.json may know another end than the chat template has; what is exported must stop at both.
     ends = model_config.eos_token_id if isinstance(model_config.eos_token_id, list) else [model_config.eos_token_id]
     ends = [end for end in dict.fromkeys([*ends, *corpus.end_ids()]) if end is not None]
@@ -187,9 +193,7 @@ def main(cfg: SftConfig) -> None:
         run_lock = claim_run_dir(Path(cfg.run_dir), fresh=cfg.checkpoint.resume == "never")
 
     # ---- 3. The parts ----------------------------------------------------------------------------------------------
-    # Where torchrun makes a new store for each start, nodes may count their starts differently, and need no count.
-    shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    start_process_group(device, world_size, attempt=int(os.environ["TORCHELASTIC_RESTART_COUNT"]) if shares_store else 0)
+    start_process_group(device, world_size, attempt=launch.attempt)
     if is_main and chosen:
         print(f"memory    {chosen}", flush=True)
     mesh, runner, optimizer = set_up(cfg, model, layout, n_micros, kernel, device, seq_len, say=print if is_main else None)
@@ -314,7 +318,7 @@ def settle(cfg: SftConfig, model: LlamaConfig, corpus: ChatCorpus, tokenizer: To
     if device.type == "cuda":
         device_bytes = torch.cuda.get_device_properties(device).total_memory
     else:
-        device_bytes = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        device_bytes = psutil.virtual_memory().available // read_launch().ranks_per_host
     batch = train.global_batch_size
     if batch is None:      # 32 examples a step, but at least 10 steps an epoch, and a row for each rank and pipeline stage
         per_row, least = rows.n_examples / rows.n_rows, layout.dp * layout.pp * (train.micro_batch_size or 1)

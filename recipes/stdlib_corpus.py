@@ -13,8 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone works without being installed
 
+if __name__ == "__main__":
+    from dtensor_llama.terminal import end_quietly_on_ctrl_c
+
+    end_quietly_on_ctrl_c()               # the imports below take seconds
+
 from dtensor_llama import UsageError
-from dtensor_llama.cli import run_recipe
+from dtensor_llama.cli import FilePath, run_recipe
 
 BEGIN, END = "<s>", "</s>"
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"}
@@ -24,7 +29,7 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib
 class CorpusConfig:
     """Gather the standard library's source and train a byte-level BPE tokenizer on it."""
 
-    out: str = "runs/first"      # folder for stdlib.jsonl and tokenizer/
+    out: FilePath = "runs/first"      # folder for stdlib.jsonl and tokenizer/
     vocab_size: int = 4096       # pieces of the tokenizer, begin and end included
 
 

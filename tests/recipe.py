@@ -55,7 +55,7 @@ def _run(name: str, flags: list[str], stop_at_step: int | None, typed: str) -> E
                   and getattr(value, "__module__", "") == name)        # the last one has the others as fields
     from dtensor_llama.cli import run_recipe
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     argv, sys.argv = sys.argv, [f"recipes/{name}.py", *flags]
     stdin, sys.stdin = sys.stdin, io.StringIO(typed) if os.environ["RANK"] == "0" else None
     if stop_at_step is not None and os.environ["RANK"] == "0":

@@ -107,7 +107,7 @@ def test_a_damaged_model_folder(inputs, tmp_path, damage, said):
     ("empty.txt", b"", ["empty.txt"]), ("binary.txt", b"abc\x00\xff\xfe\x01" * 50, ["binary.txt"]),
     ("broken.jsonl", b'{"text": "fine"}\n{"text": "cut', ["broken.jsonl", "2"]),
     ("fieldless.jsonl", b'{"text": "fine"}\n{"body": "no"}\n', ["fieldless.jsonl", "2", "text"]),
-    ("odd.csv", b"a,b", ["odd.csv", ".jsonl"]),
+    ("odd.doc", b"a,b", ["odd.doc", ".jsonl"]), ("odd.csv", b"a,b\n1,2\n", ["odd.csv", "line 2", "text"]),
 ])
 def test_data_that_cannot_be_read_is_named_with_its_line(inputs, tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)

@@ -329,9 +329,9 @@ def test_a_bad_file_is_named_with_the_line(tokenizer, tmp_path, name, content, m
 
 
 def test_paths_that_name_nothing_readable_are_refused(tmp_path):
-    (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "a.doc").write_text("x")
     for pattern, message in (("nope*.txt", "no file matches"), ("nope.txt", "no file matches"), ("", "is a folder"),
-                             ("a.csv", r"a\.csv: unknown kind of file"), ("*", r"a\.csv: unknown kind of file")):
+                             ("a.doc", r"a\.doc: unknown kind of file"), ("*", r"a\.doc: unknown kind of file")):
         with pytest.raises(UsageError, match=f"--data.path .*{message}"):
             expand_paths([tmp_path / pattern])
     with pytest.raises(UsageError, match="no file was named"):
@@ -497,3 +497,147 @@ def test_a_batch_that_cannot_be_dealt_is_refused(rows):
     for global_batch_size, micro_batch_size, dp_size in ((6, 2, 2), (8, 3, 1), (0, 1, 1), (8, 0, 1)):
         with pytest.raises(UsageError, match=f"--train.global-batch-size {global_batch_size} .*use a multiple of"):
             RowReader(rows, global_batch_size, micro_batch_size, 0, dp_size)
+
+
+# ---- what people have besides ----
+
+
+def texts_of(file: Path, chunk_bytes: int = 64, text_field: str = "text") -> list[str]:
+    return [text for chunk in read_chunks(file, text_field, None, chunk_bytes) for text in chunk.documents(text_field)]
+
+
+OBJECTS = [{"text": f"number {i}, {{[,]}} \u2028 \n \"x\"", "n": i} for i in range(40)]
+TEXTS = [one["text"] for one in OBJECTS]
+
+
+@pytest.mark.parametrize(("kind", "content"), [
+    ("array", json.dumps(OBJECTS)), ("indented array", json.dumps(OBJECTS, indent=2, ensure_ascii=False)),
+    ("two arrays", json.dumps(OBJECTS[:7]) + json.dumps(OBJECTS[7:], indent=1) + "\n"),
+    ("empty arrays between", "[]" + json.dumps(OBJECTS) + "\n[ ]\n"),
+    ("lines", "".join(json.dumps(one) + "\n" for one in OBJECTS)),
+    ("pretty-printed objects", "\n".join(json.dumps(one, indent=2) for one in OBJECTS)),
+    ("an array, then lines", json.dumps(OBJECTS[:3]) + "\n" + "\n".join(map(json.dumps, OBJECTS[3:]))),
+    ("wrapped", json.dumps({"version": "1.0", "data": OBJECTS}, indent=1)),
+    ("wrapped twice", json.dumps({"train": OBJECTS[:5]}) + json.dumps({"train": OBJECTS[5:], "info": {"by": "me"}})),
+])
+def test_a_json_gives_all_its_objects_however_they_are_laid_out(tmp_path, kind, content):
+    (tmp_path / "a.json").write_text("\ufeff" + content)
+    assert texts_of(tmp_path / "a.json") == TEXTS
+
+
+def test_an_object_with_the_field_is_a_record_even_if_it_has_a_list_called_data(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"text": "mine", "data": [{"text": "no"}]}))
+    assert texts_of(tmp_path / "a.json") == ["mine"]
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ('[{"text": "a"} {"text": "b"}]', "line 1: broken JSON .expected a comma or the end of the list, found '{'"),
+    ('[{"text": "a"},\n]', "line 2: broken JSON .a comma before the end"), ('[{"text": "a"},,{}]', "a comma where a record"),
+    ('[{"text": "a"}]\nrest', "line 2: broken JSON .Expecting value"), ('[{"text": "a"}]]', "']' where a record should begin"),
+    ('{"text": "a"},\n{"text": "b"}', "line 1: broken JSON .a comma where .* stand in"),
+    ('[{"text": "a"}][{"text": "b"}', "not closed, which begins in line 1; the file is cut short"),
+    ('[{"text": "a"}', "not closed"), ('[{"text": "a"},', "not closed"), ("[", "not closed"),
+    ('{"text": "a"}\n{"text":', "line 2: broken JSON"), ('["a"]', "line 1: expected a JSON object, found str"),
+    ('[[{"text": "a"}]]', "expected a JSON object, found list"), ("3", "found int"), ('[{"text": 1}]', "holds int"),
+    ('{"train": [{"text": "a"}], "test": [{"text": "b"}]}', "several lists of records, train and test"),
+    ('{"data": [{"body": "a"}]}', r"line 1, data\[0\]: no field 'text'"), ("[{}, \0]", "a zero byte"),
+    ("[" * 99_999, "broken JSON"),
+])
+def test_a_json_that_is_not_what_it_seems_is_refused_with_its_line(tmp_path, content, message):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(UsageError, match=message) as error:
+        texts_of(tmp_path / "a.json")
+    assert str(error.value).startswith(f"--data.path {tmp_path / 'a.json'}") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ","), ("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", "\t")])
+def test_a_table_of_text_gives_its_column(tmp_path, name, delimiter):
+    import csv
+
+    long = "line\nbreak \r\n \u2028 " * 20_000                  # more than csv's own limit of 128 KiB
+    with open(tmp_path / name, "w", newline="") as file:
+        writer = csv.DictWriter(file, ["n", "text"], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows([*OBJECTS, {"n": 1, "text": ""}, {"n": 2, "text": long}])
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes() + b"\r\n")
+    assert texts_of(tmp_path / name) == [*TEXTS, long]
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"text,n\na,1\nb\n", "line 3: 1 fields, and the header has 2 columns .text, n"),
+    (b"text\na,b\n", "line 2: 2 fields"), (b"text,text\na,b\n", "'text' is there twice"),
+    (b'text,n\n"open,1\n', "line 2: broken CSV"), (b'text,n\n"a"b,1\n', "line 2: broken CSV"),
+    (b'text,n\n"a\nb",1\nc\n', "line 4: 1 fields"), (b"text,n\na,\xff\n", "line 2: byte 0xff is not UTF-8"),
+    (b"a,b\n1,2\n", "line 2: no field 'text'; its fields are a, b"), (b"text\n\0\n", "line 2: a zero byte"),
+])
+def test_a_bad_table_of_text_is_named_with_its_line(tmp_path, content, message):
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(UsageError, match=message) as error:
+        texts_of(tmp_path / "a.csv")
+    assert "\n" not in str(error.value)
+
+
+def arrow_bytes(new, **columns) -> bytes:
+    sink, table = pa.BufferOutputStream(), pa.table(columns)
+    with new(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=7)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("new", [pa.ipc.new_stream, pa.ipc.new_file])
+def test_an_arrow_file_or_stream_gives_its_column_and_is_refused_when_cut(tmp_path, new):
+    whole = arrow_bytes(new, n=[one["n"] for one in OBJECTS], text=TEXTS)
+    (tmp_path / "a.arrow").write_bytes(whole)
+    (tmp_path / "a.arrow.gz").write_bytes(gzip.compress(whole))
+    assert texts_of(tmp_path / "a.arrow") == texts_of(tmp_path / "a.arrow.gz") == TEXTS
+    records = [record for chunk in read_chunks(tmp_path / "a.arrow", None, None) for _, record in chunk.records()]
+    assert records == OBJECTS
+    for content, message in ((whole[:-9], "cannot be read to its end"), (whole[: len(whole) // 2], "cannot be read"),
+                             (b"x", "cannot be read"), (arrow_bytes(new, body=["x"]), "no column 'text'; it has body")):
+        (tmp_path / "a.arrow").write_bytes(content)
+        with pytest.raises(UsageError, match=message):
+            texts_of(tmp_path / "a.arrow")
+
+
+@pytest.mark.parametrize("ending", [".bz2", ".xz"])
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".parquet", ".csv"])
+def test_bzip2_and_xz_of_every_kind_several_streams_in_a_row_and_cut_ones(tokenizer, tmp_path, ending, kind):
+    import bz2
+    import lzma
+
+    compress = {".bz2": bz2.compress, ".xz": lzma.compress}[ending]
+    data = {".txt": TEXT.encode(), ".jsonl": "".join(json.dumps(one) + "\n" for one in OBJECTS).encode(),
+            ".csv": b"text\nfirst\nsecond\n", ".parquet": parquet_bytes(text=TEXTS)}[kind]
+    plain, packed = tmp_path / f"a{kind}", tmp_path / f"a{kind}{ending}"
+    plain.write_bytes(data)
+    packed.write_bytes(compress(data[:30]) + compress(data[30:]))
+
+    def documents(file):
+        return [text for chunk in read_chunks(file, "text", Cutter(tokenizer)) for text in chunk.documents("text")]
+
+    assert documents(packed) == documents(plain)
+    packed.write_bytes(compress(data)[:-9])
+    with pytest.raises(UsageError, match="cannot be read to its end"):
+        documents(packed)
+
+
+def test_zstd_with_a_long_window_is_unpacked_or_refused_with_what_would_work(tmp_path, monkeypatch):
+    """A window of 512 MiB takes more than half of it to be written, so the frame is made by hand: raw blocks of nothing."""
+    file = tmp_path / "a.jsonl.zst"
+    line = b'{"text": "x"}\n'
+    block = (len(line) << 3 | 1).to_bytes(3, "little") + line                  # the last block, as it is
+    file.write_bytes(b"\x28\xb5\x2f\xfd" + b"\0" + bytes([(29 - 10) << 3]) + block)
+    import shutil
+
+    if shutil.which("zstd"):
+        assert texts_of(file) == ["x"]
+        file.write_bytes(file.read_bytes()[:-3])
+        with pytest.raises(UsageError, match="cannot be read to its end"):
+            texts_of(file)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
+    with pytest.raises(UsageError, match="zstd --long.*pip install zstandard.*zstd -dc --long=31 a.jsonl.zst"):
+        texts_of(file)
+    file.write_bytes(zstd_bytes(line) + file.read_bytes())                     # the long frame comes second
+    with pytest.raises(UsageError, match="zstd --long"):
+        texts_of(file)

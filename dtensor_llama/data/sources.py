@@ -6,9 +6,8 @@ holds nobody up. Every defect of a file is a UsageError that names the file and 
 
 import codecs
 import glob
-import io
 import json
-import re
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,19 +18,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dtensor_llama.data.cut import WINDOW_CHARS, Cutter
+from dtensor_llama.data.records import arrow_batches, csv_records, json_records, open_arrow
+from dtensor_llama.data.unpack import COMPRESSIONS, NEEDS_WINDOW, UNPACK_ERRORS, open_compressed, say_long_window
 from dtensor_llama.errors import UsageError
+from dtensor_llama.places import expanded, hub_hint
 
-FORMATS, COMPRESSIONS = (".txt", ".jsonl", ".parquet"), {".gz": "gzip", ".zst": "zstd"}
-RECORD_FORMATS = (".json", ".jsonl", ".parquet")    # that hold objects of several fields, as conversations are
+RECORD_FORMATS = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".tsv")     # objects of several fields
+FORMATS = (".txt", *RECORD_FORMATS)
+OTHER_ENDINGS = {".ndjson": ".jsonl", ".feather": ".arrow"}                     # of the same formats
 CHUNK_BYTES = 1 << 20   # what one worker gets at a time: long enough to hide the hand-over, short enough to balance
-PARQUET_BATCH_ROWS = 64  # decoded at once
+BATCH_ROWS = 64        # of a table, decoded at once
 
 
 @dataclass
 class Chunk:
-    """Part of one file: whole lines of a .jsonl (bytes), rows of a .parquet (list), or a piece of a .txt (str).
+    """Part of one file: whole lines of a .jsonl (bytes), the texts of a table (list), or a piece of a .txt (str).
 
-    Of records it is lines, or a list of (where, object) with where as in "row 3"."""
+    Of other records it is a list of (where, object) with where as in "row 3"."""
 
     path: Path
     data: bytes | list[str] | str | list[tuple[str, dict]]
@@ -46,6 +49,8 @@ class Chunk:
         if isinstance(self.data, bytes):
             lines = enumerate(self.data.split(b"\n"), self.first_line)
             texts = [_text_of_line(line, self.path, number, text_field) for number, line in lines if line.strip()]
+        elif self.data and isinstance(self.data[0], tuple):
+            texts = [_text_of_record(record, where, text_field) for where, record in self.records()]
         else:
             texts = [self.data] if isinstance(self.data, str) else self.data
         return [text for text in texts if text and not (self.opens and self.closes and text.isspace())]
@@ -61,31 +66,74 @@ class Chunk:
 
 
 def expand_paths(patterns: Sequence[str | Path], formats: tuple[str, ...] = FORMATS) -> list[Path]:
-    """The files that `patterns` (files and globs, `**` too) name: absolute, sorted, each once, of `formats`."""
-    files = set()
+    """The files that `patterns` (files and globs, `**` too) name: absolute, sorted, each once, of `formats`.
+
+    A link keeps its own name, as its ending says what the file holds: in the cache of the Hugging Face Hub data.jsonl is a
+    link to a file that is called by its hash. Of two links to one file the first counts."""
+    files = {}
     for pattern in patterns:
-        path = Path(pattern).expanduser()
-        if path.is_dir():
-            raise UsageError(f"--data.path {pattern}: is a folder; name the files in it, as in '{pattern}/**/*.jsonl'.")
-        matches = [path] if path.exists() else [Path(match) for match in glob.glob(str(path), recursive=True)]
-        matches = [match.resolve() for match in matches if match.is_file()]
-        if not matches:
-            raise UsageError(f"--data.path {pattern}: no file matches; give files or patterns such as 'data/**/*.txt'.")
-        files.update(matches)
+        matches = _matches(str(pattern))
+        for match in matches:
+            files.setdefault(os.path.realpath(match), set()).add(Path(os.path.abspath(match)))
     if not files:
         raise UsageError("--data.path: no file was named; give files or patterns such as 'data/**/*.txt'.")
-    for file in sorted(files):
+    chosen = sorted(_named_by_its_kind(sorted(names), Path(target), formats) for target, names in files.items())
+    for file in chosen:
         _format_of(file, formats)
-    return sorted(files)
+    return chosen
+
+
+def _matches(pattern: str) -> list[Path]:
+    """The files of one argument, at least one. UsageError for what is there and cannot be read as a file."""
+    path = Path(expanded(pattern, "--data.path"))
+    if path.is_dir():
+        raise UsageError(f"--data.path {pattern}: is a folder; name the files in it, as in '{pattern}/**/*.jsonl'.")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"--data.path {pattern}: is a pipe or a device, and the data is read more than once; write it to "
+                         "a file first.")
+    if os.path.lexists(path):
+        matches = [path]
+    else:
+        found = glob.glob(str(path), recursive=True) or glob.glob(_taken_literally(path), recursive=True)
+        matches = [Path(match) for match in found if not os.path.isdir(match)]
+    for match in matches:
+        if match.is_symlink() and not match.exists():
+            raise UsageError(f"--data.path {match}: is a link to {os.readlink(match)}, which is not there; fetch the data "
+                             "again, or leave the link out.")
+    matches = [match for match in matches if match.is_file()]
+    if not matches:
+        hint = hub_hint(pattern, "dataset")
+        raise UsageError(f"--data.path {pattern}: no file matches; give files or patterns such as 'data/**/*.txt'.{hint}")
+    return matches
+
+
+def _taken_literally(path: Path) -> str:
+    """The pattern with the folders that are there taken by their names, which may have [brackets] in them."""
+    there = path.parent
+    while not there.exists():
+        there = there.parent
+    return os.path.join(glob.escape(str(there)), path.relative_to(there))
+
+
+def _named_by_its_kind(names: list[Path], target: Path, formats: tuple[str, ...]) -> Path:
+    """The first of the names of one file whose ending is known, else that of the file they are links to."""
+    return next((name for name in [*names, target] if _kind_of(name)[0] in formats), names[0])
+
+
+def _kind_of(path: Path) -> tuple[str, str | None]:
+    """(ending, compression) of a file, as in (".jsonl", "gzip")."""
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    suffix = (path.with_suffix("") if compression else path).suffix.lower()
+    return OTHER_ENDINGS.get(suffix, suffix), compression
 
 
 def _format_of(path: Path, formats: tuple[str, ...]) -> tuple[str, str | None]:
-    """(format, compression) of a file, as in (".jsonl", "gzip")."""
-    compression = COMPRESSIONS.get(path.suffix.lower())
-    suffix = (path.with_suffix("") if compression else path).suffix.lower()
+    """As _kind_of; UsageError if it is not of `formats`."""
+    suffix, compression = _kind_of(path)
     if suffix not in formats:
+        compressed = list(COMPRESSIONS)
         raise UsageError(f"--data.path {path}: unknown kind of file; {', '.join(formats[:-1])} and {formats[-1]} can be "
-                         f"read, and .gz and .zst of each.")
+                         f"read, and {', '.join(compressed[:-1])} and {compressed[-1]} of each.")
     return suffix, compression
 
 
@@ -96,21 +144,32 @@ def read_chunks(path: Path, text_field: str | None, cutter: Cutter | None,
     done_bytes = 0
     try:
         with open(path, "rb") as file, tempfile.TemporaryFile() as unpacked:
-            stream = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), compression) if compression else file
+            stream = packed = open_compressed(path, file, compression)
+            if suffix in (".parquet", ".arrow") and compression:
+                # What says where the columns are stands at the end of a .parquet: unpack it, on disk.
+                shutil.copyfileobj(stream, unpacked, chunk_bytes)
+                unpacked.seek(0)
+                stream = unpacked
             if suffix == ".parquet":
-                if compression:  # what says where the columns are stands at the end of a .parquet: unpack it, on disk
-                    shutil.copyfileobj(stream, unpacked, chunk_bytes)
-                chunks = _read_parquet(path, unpacked if compression else stream, text_field, chunk_bytes)
+                chunks = _read_parquet(path, stream, text_field, chunk_bytes)
+            elif suffix == ".arrow":
+                chunks = _read_arrow(path, stream, text_field, chunk_bytes)
             elif suffix == ".jsonl":
                 chunks = _read_jsonl(path, stream, chunk_bytes)
             elif suffix == ".json":
-                chunks = _read_json(path, stream, chunk_bytes)
+                chunks = _read_json(path, stream, text_field, chunk_bytes)
+            elif suffix in (".csv", ".tsv"):
+                chunks = _read_csv(path, stream, "\t" if suffix == ".tsv" else ",", chunk_bytes)
             else:
                 chunks = _read_txt(path, stream, cutter, chunk_bytes)
             for chunk in chunks:
                 chunk.input_bytes, done_bytes = file.tell() - done_bytes, file.tell()
                 yield chunk
-    except (OSError, pa.ArrowException) as error:
+            if packed is not file:
+                packed.close()
+    except (*UNPACK_ERRORS, pa.ArrowException) as error:
+        if compression == "zstd" and NEEDS_WINDOW in str(error):
+            raise say_long_window(path) from None
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"--data.path {path}: cannot be read to its end ({reason}); it may be cut short or damaged: "
                          f"fetch it again or leave it out.") from None
@@ -143,38 +202,66 @@ def _read_jsonl(path: Path, stream, chunk_bytes: int) -> Iterator[Chunk]:
     yield Chunk(path, b"".join(parts), first_line)
 
 
-def _read_json(path: Path, stream, chunk_bytes: int) -> Iterator[Chunk]:
-    """The objects of one array, held whole; a file that does not begin with one is read as .jsonl."""
-    data = stream.read().removeprefix(codecs.BOM_UTF8)
-    if not data.lstrip().startswith(b"["):
-        yield from _read_jsonl(path, io.BytesIO(data), chunk_bytes)
-        return
+def _read_json(path: Path, stream, text_field: str | None, chunk_bytes: int) -> Iterator[Chunk]:
+    """The objects of a file that is held whole: see json_records."""
+    data = b"".join(block for _, block in _blocks(path, stream, chunk_bytes))
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         raise _not_utf8(path, 1 + data.count(b"\n", 0, error.start), error) from None
-    decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
-    records, held_chars, line, counted_to = [], 0, 1, 0
-    at = gap.match(text, text.index("[") + 1).end()
-    while text[at : at + 1] not in ("]", ""):
-        line, counted_to = line + text.count("\n", counted_to, at), at
-        try:
-            record, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            reason = f"{error.msg}, line {error.lineno}" if isinstance(error, json.JSONDecodeError) else error
-            raise UsageError(f"--data.path {path}, line {line}: broken JSON ({reason}).") from None
-        records.append((f"line {line}", _checked_object(record, f"--data.path {path}, line {line}")))
-        held_chars, at = held_chars + end - at, gap.match(text, end).end()
+    yield from _in_chunks(path, json_records(text, f"--data.path {path}", text_field), chunk_bytes)
+
+
+def _read_csv(path: Path, stream, delimiter: str, chunk_bytes: int) -> Iterator[Chunk]:
+    lines = _lines(path, stream, chunk_bytes)
+    yield from _in_chunks(path, csv_records(lines, f"--data.path {path}", delimiter), chunk_bytes)
+
+
+def _lines(path: Path, stream, chunk_bytes: int) -> Iterator[str]:
+    """The lines of a text file, each with its newline."""
+    rest, number = [], 1
+    for _, block in _blocks(path, stream, chunk_bytes):
+        *lines, last = block.split(b"\n")
+        for line in lines:
+            yield _decoded(path, b"".join([*rest, line, b"\n"]), number)
+            rest, number = [], number + 1
+        rest.append(last)
+    if any(rest):
+        yield _decoded(path, b"".join(rest), number)
+
+
+def _decoded(path: Path, line: bytes, number: int) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, number, error) from None
+
+
+def _in_chunks(path: Path, records: Iterator[tuple[str, dict]], chunk_bytes: int) -> Iterator[Chunk]:
+    held, held_chars = [], 0
+    for where, record in records:
+        held.append((where, record))
+        held_chars += _n_chars(record)
         if held_chars >= chunk_bytes:
-            yield Chunk(path, records)
-            records, held_chars = [], 0
-    if at >= len(text):
-        raise UsageError(f"--data.path {path}: the array is not closed; the file is cut short: fetch it again.")
-    yield Chunk(path, records)
+            yield Chunk(path, held)
+            held, held_chars = [], 0
+    yield Chunk(path, held)
+
+
+def _n_chars(value) -> int:
+    """About how long a record is."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_n_chars, value.values()))
+    return sum(map(_n_chars, value)) if isinstance(value, list) else 1
 
 
 def _text_of_line(line: bytes, path: Path, number: int, text_field: str) -> str:
-    where, row = f"--data.path {path}, line {number}", _object_of_line(line, path, number)
+    return _text_of_record(_object_of_line(line, path, number), f"--data.path {path}, line {number}", text_field)
+
+
+def _text_of_record(row: dict, where: str, text_field: str) -> str:
     if text_field not in row:
         raise UsageError(f"{where}: no field {text_field!r}; its fields are {', '.join(list(row)[:20]) or 'none'}. "
                          f"Name the one that holds the text with --data.text-field.")
@@ -189,13 +276,15 @@ def _object_of_line(line: bytes, path: Path, number: int) -> dict:
         raise _not_utf8(path, number, error) from None
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-        raise UsageError(f"{where}: broken JSON ({reason}); a .jsonl holds one object a line.") from None
+        raise UsageError(f"{where}: broken JSON ({reason}); a .jsonl holds one object a line. If one takes "
+                         "several lines here, call the file .json.") from None
     return _checked_object(row, where)
 
 
 def _checked_object(row, where: str) -> dict:
     if not isinstance(row, dict):
-        raise UsageError(f"{where}: expected a JSON object, found {type(row).__name__}.")
+        raise UsageError(f"{where}: expected a JSON object, found {type(row).__name__}; a .jsonl holds one object a line, a "
+                         "list of them goes into a .json.")
     return row
 
 
@@ -212,9 +301,31 @@ def checked_text(text, where: str, text_field: str) -> str:
 
 def _read_parquet(path: Path, stream, text_field: str | None, chunk_bytes: int) -> Iterator[Chunk]:
     parquet = pq.ParquetFile(stream, pre_buffer=False, buffer_size=chunk_bytes)
+    _check_column(path, parquet.schema_arrow.names, text_field)
+    columns = None if text_field is None else [text_field]
+    batches = parquet.iter_batches(BATCH_ROWS, columns=columns, use_threads=False)
+    yield from _read_batches(path, batches, text_field, chunk_bytes)
+
+
+def _read_arrow(path: Path, stream, text_field: str | None, chunk_bytes: int) -> Iterator[Chunk]:
+    reader = open_arrow(stream, f"--data.path {path}")
+    _check_column(path, reader.schema.names, text_field)
+    batches = (batch if text_field is None else batch.select([text_field]) for batch in arrow_batches(reader))
+    parts = (batch.slice(first, BATCH_ROWS) for batch in batches for first in range(0, len(batch), BATCH_ROWS))
+    yield from _read_batches(path, parts, text_field, chunk_bytes)
+
+
+def _check_column(path: Path, columns: list[str], text_field: str | None) -> None:
+    if text_field is not None and text_field not in columns:
+        raise UsageError(f"--data.path {path}: no column {text_field!r}; it has {', '.join(columns) or 'none'}. "
+                         f"Name the one that holds the text with --data.text-field.")
+
+
+def _read_batches(path: Path, batches: Iterator[pa.RecordBatch], text_field: str | None, chunk_bytes: int) -> Iterator[Chunk]:
+    """The rows of a table, a few at a time."""
+    row = 0
     if text_field is None:
-        row = 0
-        for batch in parquet.iter_batches(PARQUET_BATCH_ROWS, use_threads=False):
+        for batch in batches:
             try:
                 yield Chunk(path, [(f"row {row + i}", record) for i, record in enumerate(batch.to_pylist(), 1)])
             except UnicodeDecodeError as error:
@@ -222,11 +333,8 @@ def _read_parquet(path: Path, stream, text_field: str | None, chunk_bytes: int) 
                 raise UsageError(f"--data.path {path}, {rows}: not UTF-8 text ({error}).") from None
             row += len(batch)
         return
-    if text_field not in (columns := parquet.schema_arrow.names):
-        raise UsageError(f"--data.path {path}: no column {text_field!r}; it has {', '.join(columns) or 'none'}. "
-                         f"Name the one that holds the text with --data.text-field.")
-    texts, held_chars, row = [], 0, 0
-    for batch in parquet.iter_batches(PARQUET_BATCH_ROWS, columns=[text_field], use_threads=False):
+    texts, held_chars = [], 0
+    for batch in batches:
         for cell in batch.column(0):
             row += 1
             try:

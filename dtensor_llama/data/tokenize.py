@@ -45,6 +45,8 @@ from dtensor_llama.data.sources import FORMATS, RECORD_FORMATS, Chunk, expand_pa
 from dtensor_llama.data.template import ChatTemplate
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
 from dtensor_llama.errors import UsageError
+from dtensor_llama.places import first_writable, readable
+from dtensor_llama.terminal import make_streams_last
 
 FORMAT_VERSION = 2      # of the files of a corpus; 2: meta.json has content_hash
 CHAT_VERSION = 1        # of how conversations become ids: chat.py and template.py
@@ -53,17 +55,18 @@ CHUNKS_PER_WORKER = 3   # under way at once: one being encoded, one waiting, one
 LINE_EVERY_S = 10       # of progress, where stderr is no terminal
 
 
-def prepare_corpus(paths: Sequence[str | Path], tokenizer: Tokenizer, cache_dir: str | Path, text_field: str = "text",
-                   processes: int | None = None) -> TokenCorpus:
+def prepare_corpus(paths: Sequence[str | Path], tokenizer: Tokenizer, cache_dir: str | Path | Sequence[str | Path],
+                   text_field: str = "text", processes: int | None = None) -> TokenCorpus:
     """The corpus of `paths` (files and globs), tokenized now unless that has been done and nothing changed since.
 
     Any number of ranks and runs may call this at once: one tokenizes, the others wait for it. Progress goes to stderr.
+    cache_dir: a folder, or several: the corpus is read where it is found, and written into the first that can be written.
     Raises UsageError for what is wrong with the files.
     """
     return TokenCorpus(_prepare(paths, tokenizer, cache_dir, text_field, processes))
 
 
-def prepare_chat(paths: Sequence[str | Path], tokenizer: Tokenizer, cache_dir: str | Path,
+def prepare_chat(paths: Sequence[str | Path], tokenizer: Tokenizer, cache_dir: str | Path | Sequence[str | Path],
                  processes: int | None = None) -> ChatCorpus:
     """As prepare_corpus, of conversations in any of the formats of chat.py, written with the tokenizer's ChatTemplate."""
     ChatTemplate(tokenizer)                          # one that cannot be used is the first thing to say
@@ -72,10 +75,11 @@ def prepare_chat(paths: Sequence[str | Path], tokenizer: Tokenizer, cache_dir: s
 
 def _prepare(paths, tokenizer: Tokenizer, cache_dir, text_field: str | None, processes: int | None) -> Path:
     paths = [paths] if isinstance(paths, str | Path) else paths
-    folder = Path(cache_dir) / fingerprint(_files(paths, text_field), tokenizer, text_field)
-    if not folder.is_dir():
+    cache_dirs = [cache_dir] if isinstance(cache_dir, str | Path) else list(cache_dir)
+    folder = _find(cache_dirs, fingerprint(_files(paths, text_field), tokenizer, text_field))
+    if folder is None:
         command = [sys.executable, "-m", "dtensor_llama.data.tokenize", "--for-process", os.getpid(), "--path", *paths]
-        command += ["--tokenizer", tokenizer.path, "--cache-dir", cache_dir]
+        command += ["--tokenizer", tokenizer.path, "--cache-dir", *cache_dirs]
         command += ["--chat"] if text_field is None else [f"--text-field={text_field}"]
         command += ["--processes", processes] if processes else []
         package_root = str(Path(__file__).resolve().parents[2])
@@ -93,6 +97,10 @@ def _prepare(paths, tokenizer: Tokenizer, cache_dir, text_field: str | None, pro
     return folder
 
 
+def _find(cache_dirs: Sequence[str | Path], name: str) -> Path | None:
+    return next((cache_dir / name for cache_dir in readable(cache_dirs) if (cache_dir / name).is_dir()), None)
+
+
 def _files(paths: Sequence[str | Path], text_field: str | None) -> list[Path]:
     return expand_paths(paths, FORMATS if text_field is not None else RECORD_FORMATS)
 
@@ -104,18 +112,26 @@ def fingerprint(files: list[Path], tokenizer: Tokenizer, text_field: str | None)
     return hashlib.sha256(repr((FORMAT_VERSION, stats, tokenizer.fingerprint, what)).encode()).hexdigest()[:32]
 
 
-def tokenize(paths: list[str], tokenizer: Tokenizer, cache_dir: Path, text_field: str | None, processes: int,
+def tokenize(paths: list[str], tokenizer: Tokenizer, cache_dirs: Sequence[Path], text_field: str | None, processes: int,
              for_process: int | None = None) -> Path:
-    """Write the corpus unless it is there; returns its folder. Whoever comes second waits here for the first."""
+    """Write the corpus unless it is there; returns its folder. Whoever comes second waits here for the first.
+
+    cache_dirs: it is written into the first of them that can be written; which one that is, is the same for all who ask."""
     files = _files(paths, text_field)
     name = fingerprint(files, tokenizer, text_field)
-    folder, staging = cache_dir / name, cache_dir / f"{name}.partial"
+    found = _find(cache_dirs, name)
+    if found:
+        return found
+    cache_dir = cache_dirs[0]
     try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
+        cache_dir, why_not_first = first_writable(cache_dirs)
+        folder, staging = cache_dir / name, cache_dir / f"{name}.partial"
         with open(cache_dir / f"{name}.lock", "w") as lock:  # never removed: a new file would be another lock
             fcntl.flock(lock, fcntl.LOCK_EX)                 # the system releases it however this process ends
             if folder.is_dir():
                 return folder
+            if why_not_first:
+                _say(f"note: {why_not_first}; the tokens go to {cache_dir}")
             shutil.rmtree(staging, ignore_errors=True)       # of a killed run: nobody else writes it under the lock
             staging.mkdir()
             _write_corpus(files, tokenizer, staging, text_field, processes, for_process)
@@ -277,15 +293,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dtensor_llama.data.tokenize", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--path", nargs="+", required=True, help=".txt .jsonl .parquet, .gz and .zst of them; files and globs")
+    add("--path", nargs="+", required=True, help="files and globs of " + " ".join(FORMATS))
     add("--tokenizer", required=True, help="Hugging Face folder, tokenizer.json or SentencePiece .model")
-    add("--cache-dir", required=True, type=Path, help="where the tokens go; older ones there are never deleted")
+    add("--cache-dir", required=True, nargs="+", type=Path,
+        help="where the tokens go, or the first of several that can be written; older ones there are never deleted")
     add("--text-field", default="text", help="field or column that holds the text (default: text)")
-    add("--chat", action="store_true", help="conversations (.json .jsonl .parquet) instead of texts, for recipes/sft.py")
+    add("--chat", action="store_true", help="conversations instead of texts, for recipes/sft.py")
     add("--processes", type=int, default=cores, help=f"workers (default: one per core, {cores})")
     add("--for-process", type=int, metavar="PID", help="for a program: print the result or the error as JSON, and stop "
                                                        "when the process PID, which must be the parent, is gone")
     args = parser.parse_args()
+    make_streams_last()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     try:
         if args.processes < 1:

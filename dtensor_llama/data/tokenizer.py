@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 
 from dtensor_llama.errors import UsageError
+from dtensor_llama.places import expanded, refuse_hub_name
 
 WELL_KNOWN = {"bos": ("<s>", "<|begin_of_text|>"), "eos": ("</s>", "<|end_of_text|>", "<|endoftext|>")}
 NOT_KEPT = {  # settings of a tokenizer_config.json that an export does not carry on: paths and classes of another machine...
@@ -177,7 +178,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     In a folder with both files the SentencePiece model is the reference if it is one (LLaMA-3 has another format under
     that name) and has as many pieces as tokenizer.json without its added tokens. Raises UsageError.
     """
-    path = Path(path).expanduser()
+    refuse_hub_name(str(path), "--data.tokenizer")
+    path = Path(expanded(str(path), "--data.tokenizer"))
     given = f"--data.tokenizer {path}"
     if not path.exists():
         raise UsageError(f"{given}: there is no such file or folder; give a Hugging Face folder, a tokenizer.json or a "

@@ -1,0 +1,117 @@
+"""What a process prints to and hears from: stdout and stderr that cannot end a run, and Ctrl-C before main begins.
+
+Training takes days, and whoever watched it may be gone: a pipe without a reader (`| head -1`), a closed terminal, a full
+disk under a redirected log, an encoding without the character that shall be printed. None of them may cost a step.
+This module imports neither torch nor anything else that takes time.
+"""
+
+import contextlib
+import io
+import os
+import select
+import signal
+import sys
+
+STDOUT, STDERR = 1, 2
+
+
+class LastingStream(io.RawIOBase):
+    """The raw end of stdout or stderr. What can no longer be written is dropped, and that is said once, on stderr.
+
+    Where the output is the result of a program (`required`), the error goes on to whoever prints instead."""
+
+    def __init__(self, fd: int, required: bool):
+        super().__init__()
+        self.fd, self.required = fd, required
+        self.failed = False
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self.fd
+
+    def isatty(self) -> bool:
+        return os.isatty(self.fd)
+
+    def write(self, data) -> int:
+        while not self.failed:
+            try:
+                return os.write(self.fd, data)
+            except BlockingIOError:                                      # somebody made the terminal non-blocking
+                select.select([], [self.fd], [])
+            except OSError as error:
+                self.failed = True
+                if self.required:
+                    raise
+                self._say_that_it_failed(error)
+        return len(data)
+
+    def _say_that_it_failed(self, error: OSError) -> None:
+        if self.fd == STDERR:
+            return                                                  # there is nowhere left to say it
+        with contextlib.suppress(OSError):
+            note = f"note: stdout can no longer be written ({error.strerror}); the run goes on without it\n"
+            os.write(STDERR, note.encode())
+
+
+def make_streams_last(stdout_is_result: bool = False) -> None:
+    """Replace sys.stdout and sys.stderr by streams whose print never raises: not for an encoding, not for a lost reader.
+
+    stdout_is_result: what is printed is what the program is for, so a stdout that cannot be written is an OSError there.
+    Characters that the encoding lacks are written as escapes. Streams that a test or a notebook put there stay."""
+    _fill_closed_descriptors()
+    for name, fd in (("stdout", STDOUT), ("stderr", STDERR)):
+        stream = getattr(sys, name)
+        if stream is None:                                               # it was closed before Python began
+            encoding, is_terminal = "utf-8", False
+        elif stream is getattr(sys, f"__{name}__") and _fileno(stream) == fd:
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+            encoding, is_terminal = stream.encoding, stream.isatty()
+        else:
+            continue
+        raw = LastingStream(fd, required=stdout_is_result and fd == STDOUT)
+        text = io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors="backslashreplace",
+                                line_buffering=is_terminal or fd == STDERR)
+        setattr(sys, name, text)
+    if sys.stdin is not None and sys.stdin is sys.__stdin__:
+        sys.stdin.reconfigure(errors="surrogateescape")     # bytes that are no text are refused where they are used
+
+
+def _fileno(stream) -> int | None:
+    try:
+        return stream.fileno()
+    except (OSError, ValueError):                                        # of a closed stream, or of one in memory
+        return None
+
+
+def _fill_closed_descriptors() -> None:
+    """Open what was closed among the descriptors 0, 1 and 2: else the next file that is opened would get what is printed."""
+    while True:
+        fd = os.open(os.devnull, os.O_RDWR)
+        if fd > STDERR:
+            os.close(fd)
+            return
+
+
+def stdout_speaks_utf8() -> bool:
+    return (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("_", "-") in ("utf-8", "utf8")
+
+
+def end_quietly_on_ctrl_c() -> None:
+    """Until main begins. A recipe calls this before its long imports, where Ctrl-C would show a page of traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:    # else whoever started us ignores Ctrl-C
+        signal.signal(signal.SIGINT, _end_quietly)
+
+
+def hear_ctrl_c_again() -> None:
+    """From here on Ctrl-C is a KeyboardInterrupt, as in any Python program."""
+    if signal.getsignal(signal.SIGINT) is _end_quietly:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end_quietly(number: int, frame) -> None:
+    with contextlib.suppress(OSError):
+        os.write(STDERR, b"interrupted\n")
+    os._exit(130)

@@ -1,0 +1,401 @@
+"""Wherever a recipe runs - in whatever terminal, folder, account, environment - it trains, or says in one line why not."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from recipe import ROOT, metrics, recipe
+from recipe import pretrain_flags as flags
+
+PRINTS = "from dtensor_llama.terminal import make_streams_last; make_streams_last({}); import sys; "
+
+
+def python(code: str, *, shell: str = "", **environment) -> subprocess.CompletedProcess:
+    """`python -c CODE SHELL` in bash: SHELL redirects."""
+    line = f'"$PYTHON" -c "$CODE" {shell}'
+    named = os.environ | {"PYTHON": sys.executable, "CODE": code} | environment
+    return subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], env=named, capture_output=True, text=True,
+                          errors="replace")
+
+
+def command(name: str, *arguments, shell: str = "", prefix: str = "", **environment) -> subprocess.CompletedProcess:
+    """`python recipes/NAME.py ARGUMENTS SHELL` in bash."""
+    line = f'set -o pipefail; {prefix} "$PYTHON" "$RECIPE" "$@" {shell}'
+    named = os.environ | {"PYTHON": sys.executable, "RECIPE": str(ROOT / "recipes" / f"{name}.py")} | environment
+    words = ["bash", "-c", line, "bash", *map(str, arguments)]
+    return subprocess.run(words, env=named, capture_output=True, text=True, timeout=180)
+
+
+# ---- what is printed ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_no_character_ends_a_run_whatever_the_encoding_of_stdout(encoding):
+    said = python(PRINTS.format("") + "print('\\u4f60 \\ud83e \\u00e9'); print('\\u4f60', file=sys.stderr)",
+                  PYTHONIOENCODING=encoding)
+    assert said.returncode == 0, said
+    assert said.stdout.startswith("\u4f60" if encoding == "utf-8" else "\\u4f60")
+
+
+@pytest.mark.parametrize("shell", ["| head -1", ">&-", "2>&-", ">&- 2>&-", "> /dev/full", "2> /dev/full", "2>&1 | head -1"])
+def test_a_stdout_that_cannot_be_written_ends_no_run(shell, tmp_path):
+    code = f"for i in range(30000): print(i, flush=i % 7 == 0); print(i, file=sys.stderr)\nopen({str(tmp_path / 'end')!r}, 'w')"
+    ended = python(PRINTS.format("") + "\n" + code, shell=shell)
+    assert ended.returncode == 0 and (tmp_path / "end").exists(), ended
+    assert "Traceback" not in ended.stderr and "Exception" not in ended.stderr
+    assert ended.stderr.count("note: stdout can no longer be written") == (shell in ("| head -1", "> /dev/full"))
+
+
+def test_what_is_printed_never_lands_in_a_file_that_got_the_number_of_a_closed_stdout(tmp_path):
+    code = f"file = open({str(tmp_path / 'file')!r}, 'w'); print('printed', flush=True); file.write('written')"
+    assert python(PRINTS.format("") + code, shell=">&-").returncode == 0
+    assert (tmp_path / "file").read_text() == "written"
+
+
+def test_training_goes_on_when_nobody_reads_what_it_prints(inputs, tmp_path):
+    ended = command("pretrain", *flags(inputs, tmp_path / "run", steps=4), shell="| head -1", PYTHONIOENCODING="ascii")
+    assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended
+    assert len(metrics(tmp_path / "run")) == 4 and (tmp_path / "run" / "hf" / "model.safetensors").exists()
+
+
+def test_generate_ends_like_any_program_when_its_reader_goes_and_refuses_a_full_disk(inputs):
+    arguments = ["--model", inputs / "model", "--max-new-tokens", 2, "--batch-size", 1]
+    arguments += [word for i in range(40) for word in ("--prompt", f"{i} " * 20)]
+    ended = command("generate", *arguments, shell="| head -1")
+    assert ended.returncode == 141 and ended.stderr == "", ended
+    ended = command("generate", *arguments, shell="> /dev/full")
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "No space left" in ended.stderr, ended
+
+
+def test_an_answer_with_brackets_is_printed_above_the_bar_of_a_terminal_as_it_is(tmp_path):
+    code = ("from dtensor_llama.metrics import RunLog; from pathlib import Path\n"
+            f"log = RunLog(Path({str(tmp_path)!r}), 0, 2)\nlog.say('a [/INST] b [bold] c')\n"
+            "log.step({'step': 1, 'loss': 1.0, 'tokens': 1, 'tokens_per_second': 1.0, 'step_seconds': 1.0})\nlog.close()")
+    main, worker = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=worker, stderr=subprocess.PIPE)
+    os.close(worker)
+    shown = b""
+    while part := _read(main):
+        shown += part
+    assert process.wait() == 0, process.stderr.read()
+    assert b"a [/INST] b [bold] c" in shown
+
+
+def _read(fd: int) -> bytes:
+    try:
+        return os.read(fd, 4096)
+    except OSError:                       # the other side of a terminal is closed
+        return b""
+
+
+# ---- what is typed ------------------------------------------------------------------------------------------------------
+
+
+def test_a_line_of_a_prompts_file_ends_at_a_newline_only(inputs, tmp_path):
+    prompts = ["a\u2028b", "form\x0cfeed", "next\x85line", "group\x1dseparator", "vertical\x0btab"]
+    (tmp_path / "prompts").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(prompts).encode() + b"\n\n \n")
+    ended = recipe("generate", "--model", inputs / "model", "--prompts-file", tmp_path / "prompts", "--json",
+                   "--max-new-tokens", 1)
+    assert ended.status == 0, ended
+    assert [json.loads(line)["prompt"] for line in ended.out.split("\n") if line] == prompts
+
+
+def test_bytes_that_are_no_text_are_refused_where_they_stand(inputs, tmp_path):
+    (tmp_path / "prompts").write_bytes(b"good\nb\xffd\n")
+    for more, said in ((["--prompts-file", tmp_path / "prompts"], ["--prompts-file", "line 2", "0xff"]),
+                       (["--prompt", "b\udcffd"], ["--prompt b\\udcffd", "0xff", "UTF-8"]),
+                       (["--prompt", "x", "--chat", "--system", "b\udcffd"], ["--system", "0xff"])):
+        ended = recipe("generate", "--model", inputs / "model", "--max-new-tokens", 1, *more)
+        assert ended.status == 2 and ended.err.count("\n") == 1, ended
+        assert all(part in ended.err for part in said), ended
+
+
+def test_a_prompt_in_utf8_is_read_in_a_terminal_that_claims_another_encoding(inputs):
+    bytes_as_python_gives_them = "\u4f60".encode().decode("ascii", "surrogateescape")
+    ended = recipe("generate", "--model", inputs / "model", "--prompt", bytes_as_python_gives_them, "--json",
+                   "--max-new-tokens", 1)
+    assert ended.status == 0 and json.loads(ended.out)["prompt"] == "\u4f60", ended
+
+
+def test_json_lines_stay_json_on_a_stdout_that_is_not_utf8(inputs):
+    ended = command("generate", "--model", inputs / "model", "--prompt", "\u4f60", "--json", "--max-new-tokens", 1,
+                    PYTHONIOENCODING="ascii")
+    assert ended.returncode == 0 and json.loads(ended.stdout)["prompt"] == "\u4f60", ended
+
+
+# ---- the environment ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("environment,said", [
+    ({"WORLD_SIZE": "many"}, ["WORLD_SIZE='many'", "whole number"]),
+    ({"WORLD_SIZE": "0"}, ["WORLD_SIZE='0'"]),
+    ({"RANK": "-1"}, ["RANK='-1'"]),
+    ({"RANK": "1", "WORLD_SIZE": "1"}, ["RANK=1", "WORLD_SIZE=1"]),
+    ({"WORLD_SIZE": "2", "RANK": "0"}, ["WORLD_SIZE=2", "MASTER_ADDR is not set", "torchrun"]),
+    ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"}, ["MASTER_PORT is not set"]),
+    ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"}, ["MASTER_PORT='x'"]),
+    ({"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, ["RANK is not set"]),
+    ({"LOCAL_WORLD_SIZE": "two"}, ["LOCAL_WORLD_SIZE='two'"]),
+    ({"LOCAL_RANK": "1.0"}, ["LOCAL_RANK='1.0'"]),
+])
+def test_an_environment_that_means_no_launch_is_refused_by_name(monkeypatch, environment, said):
+    from dtensor_llama import UsageError
+    from dtensor_llama.cli import read_launch
+
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError) as refused:
+        read_launch()
+    assert all(part in str(refused.value) for part in said) and "\n" not in str(refused.value), refused.value
+
+
+def test_an_empty_variable_is_an_unset_one(inputs, tmp_path):
+    empty = dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"), "")
+    ended = command("pretrain", *flags(inputs, tmp_path / "run", steps=1), **empty)
+    assert ended.returncode == 0, ended
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", ["pretrain", "generate", *(
+    pytest.param(name, marks=SLOW) for name in ("sft", "export", "benchmark", "explain"))])
+def test_ctrl_c_while_importing_is_one_word_and_status_130(name, tmp_path):
+    process = subprocess.Popen([sys.executable, ROOT / "recipes" / f"{name}.py", "--help"], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while "libtorch" not in open(f"/proc/{process.pid}/maps").read() and time.monotonic() < deadline:
+        time.sleep(0.01)                  # torch is being imported
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert process.stderr.read() == "interrupted\n"
+
+
+def test_a_run_whose_terminal_is_closed_writes_a_checkpoint_and_ends(inputs, tmp_path):
+    main, worker = pty.openpty()
+    arguments = flags(inputs, tmp_path / "run", "--checkpoint.every", 0, steps=100_000)
+    process = subprocess.Popen([sys.executable, ROOT / "recipes/pretrain.py", *map(str, arguments), "--checkpoint.every",
+                                "50000"], stdout=worker, stderr=worker, stdin=worker, start_new_session=True)
+    os.close(worker)
+    deadline = time.monotonic() + 60
+    rows = tmp_path / "run" / "metrics.jsonl"
+    while not (rows.exists() and rows.read_text().count("\n") > 2) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.close(main)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 0
+    assert list((tmp_path / "run" / "checkpoints").glob("step-????????"))
+
+
+# ---- no home, caches that cannot be written ------------------------------------------------------------------------------
+
+
+NO_PASSWD = """import pwd
+def _nobody(*_):
+    raise KeyError("no passwd entry")
+pwd.getpwuid = pwd.getpwnam = _nobody
+"""
+
+
+@pytest.fixture
+def homeless(tmp_path) -> dict:
+    """The environment of an account without HOME and without an entry in /etc/passwd, as containers have it."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(NO_PASSWD)
+    python_path = os.pathsep.join([str(tmp_path / "site"), os.environ["PYTHONPATH"]])
+    return {"PYTHONPATH": python_path, "prefix": "unset HOME USER LOGNAME;"}
+
+
+def without_cache_dir(arguments: list) -> list:
+    at = arguments.index("--data.cache-dir")
+    return arguments[:at] + arguments[at + 2:]
+
+
+def test_training_without_a_home_keeps_its_tokens_in_the_run_folder_and_says_so_once(inputs, tmp_path, homeless):
+    arguments = without_cache_dir(flags(inputs, tmp_path / "run", steps=2))
+    ended = command("pretrain", *arguments, **homeless)
+    assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended
+    assert ended.stderr.count("no home folder is known") == 1
+    assert list((tmp_path / "run" / "cache").glob("*/tokens.bin"))
+    ended = command("generate", "--model", tmp_path / "run" / "hf", "--prompt", "a", "--max-new-tokens", 1, **homeless)
+    assert ended.returncode == 0 and ended.stderr == "", ended
+
+
+@pytest.mark.parametrize("unwritable", ["/proc/nowhere", "a-file", "~nobody-of-that-name/cache"])
+def test_a_cache_that_cannot_be_written_is_said_once_and_the_run_goes_on(inputs, tmp_path, unwritable, capfd):
+    from dtensor_llama.data.tokenize import prepare_corpus
+    from dtensor_llama.data.tokenizer import load_tokenizer
+
+    (tmp_path / "a-file").write_text("")
+    first = unwritable if unwritable.startswith("~") else tmp_path / unwritable     # an absolute second part stands alone
+    for _ in range(2):
+        corpus = prepare_corpus([inputs / "data.jsonl"], load_tokenizer(inputs / "model"), [first, tmp_path / "run" / "cache"])
+    assert corpus.folder.parent == tmp_path / "run" / "cache"
+    said = capfd.readouterr().err
+    assert said.count(f"{first} cannot be written") == 1 and said.count(f"the tokens go to {tmp_path}/run/cache") == 1, said
+
+
+def test_a_cache_that_is_read_only_is_read(inputs, reference, tmp_path, monkeypatch):
+    """reference has made the tokens. Root may write everywhere, so it is the probe that is kept from writing here."""
+    from dtensor_llama.data.tokenize import prepare_corpus
+    from dtensor_llama.data.tokenizer import load_tokenizer
+
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: pytest.fail("nothing is to be written"))
+    tokenizer = load_tokenizer(inputs / "model")
+    corpus = prepare_corpus([inputs / "data.jsonl"], tokenizer, [inputs / "cache", tmp_path / "other"])
+    assert corpus.folder.parent == inputs / "cache" and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"null", b"[1, 2]", b"\xff", "entry null", "entry {}", "rate 0", "rate NaN",
+                                     "rate text", "no threads", "folder"])
+def test_rates_that_are_empty_or_broken_are_measured_anew_and_said(tmp_path, content):
+    import torch
+
+    from memory.tracer import Rates, load_rates
+
+    device, path, said = torch.device("cpu"), tmp_path / "rates.json", []
+    good = Rates(1.0, 2.0, 3.0, 4.0, 5.0, {1: 6.0}, 7.0)
+    assert load_rates(path, device, "blocks", measure=lambda *_: good) == good
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        (key, entry), = json.loads(path.read_text()).items()
+        entry = {"entry null": None, "entry {}": {}, "rate 0": entry | {"h2d": 0}, "rate NaN": entry | {"dram": float("nan")},
+                 "rate text": entry | {"d2h": "fast"}, "no threads": entry | {"host_adam": {}}}[content]
+        path.write_text(json.dumps({key: entry}))
+    assert load_rates(path, device, "blocks", measure=lambda *_: good, say=said.append) == good
+    assert sum("no rates that can be used" in line for line in said) == 1, said
+    if content != "folder":
+        said.clear()
+        assert load_rates(path, device, "blocks", measure=lambda *_: pytest.fail("measured again"), say=said.append) == good
+        assert said == []
+
+
+def test_rates_that_cannot_be_kept_are_measured_and_said():
+    from pathlib import Path
+
+    import torch
+
+    from memory.tracer import Rates, load_rates
+
+    said, good = [], Rates(1.0, 2.0, 3.0, 4.0, 5.0, {1: 6.0}, 7.0)
+    path = Path("/proc/nowhere/rates.json")
+    assert load_rates(path, torch.device("cpu"), "blocks", measure=lambda *_: good, say=said.append) == good
+    assert sum("cannot be written" in line for line in said) == 1, said
+
+
+# ---- links, `~`, names of the Hub ------------------------------------------------------------------------------------------
+
+
+def test_links_of_the_hugging_face_cache_are_what_their_names_say(inputs, tmp_path):
+    """snapshots/REVISION/NAME -> ../../blobs/HASH, of data and of a model."""
+    snapshot, blobs = tmp_path / "snapshots" / "0a1b", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate([inputs / "data.jsonl", *(inputs / "model").iterdir()]):
+        (blobs / f"3b7a{number}").write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/3b7a{number}")
+    arguments = flags(inputs, tmp_path / "run", "--model", snapshot, "--data.path", snapshot / "*.jsonl", steps=1)
+    ended = recipe("pretrain", *arguments)
+    assert ended.status == 0, ended
+    line = recipe("pretrain", *flags(inputs, tmp_path / "other", "--model", tmp_path, "--data.tokenizer", tmp_path)).err
+    assert "folder of the Hugging Face cache" in line and str(snapshot) in line, line
+
+
+def test_a_file_counts_once_under_the_name_that_says_what_it_is(tmp_path):
+    from dtensor_llama.data.sources import expand_paths
+
+    (tmp_path / "real.jsonl").write_text("{}")
+    (tmp_path / "a_link").symlink_to("real.jsonl")
+    (tmp_path / "b.jsonl").symlink_to("a_link")
+    assert expand_paths([str(tmp_path / "*")]) == [tmp_path / "b.jsonl"]
+    (tmp_path / "b.jsonl").unlink()
+    assert expand_paths([tmp_path / "a_link"]) == [tmp_path / "real.jsonl"]
+
+
+@pytest.mark.parametrize("name,said", [
+    ("gone.jsonl", ["gone.jsonl: is a link to nowhere, which is not there"]), ("*", ["gone.jsonl: is a link to nowhere"]),
+    ("pipe", ["is a pipe or a device", "write it to a file"]), ("sub", ["is a folder"]),
+    ("owner/data-set", ["no file matches", "hf download owner/data-set --repo-type dataset --local-dir data-set"]),
+    ("~nobody-of-that-name/x.txt", ["~nobody-of-that-name", "is not known"]),
+])
+def test_what_cannot_be_read_as_a_file_is_refused_and_not_passed_over(tmp_path, monkeypatch, name, said):
+    from dtensor_llama import UsageError
+    from dtensor_llama.data.sources import expand_paths
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fine.jsonl").write_text("{}")
+    (tmp_path / "gone.jsonl").symlink_to("nowhere")
+    (tmp_path / "sub").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError) as refused:
+        expand_paths([name])
+    assert all(part in str(refused.value) for part in said), refused.value
+
+
+def test_folders_with_brackets_spaces_and_any_script_are_found(tmp_path):
+    from dtensor_llama.data.sources import expand_paths
+
+    for folder in ("v[1] \u4f60", "it's", "a*"):
+        (tmp_path / folder / "deep").mkdir(parents=True)
+        file = tmp_path / folder / "deep" / "x [2].jsonl"
+        file.write_text("{}")
+        for pattern in (file, file.parent / "*.jsonl", tmp_path / folder / "**" / "*.jsonl"):
+            assert expand_paths([pattern]) == [file], pattern
+
+
+def test_a_tilde_is_the_home_folder_in_every_flag_that_names_a_place(inputs, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    from dtensor_llama.cli import parse_cli
+
+    sys.path.insert(0, str(ROOT / "recipes"))
+    import explain
+    import export
+    import generate
+    import pretrain
+    import sft
+    import stdlib_corpus
+
+    cases = {pretrain.PretrainConfig: ["model", "data.tokenizer", "run_dir", "checkpoint.resume"],
+             sft.SftConfig: ["model", "data.tokenizer", "run_dir", "checkpoint.resume", "preview_json"],
+             generate.GenerateConfig: ["model", "prompts_file"], export.ExportConfig: ["tokenizer", "base"],
+             explain.ExplainConfig: ["model", "json"], stdlib_corpus.CorpusConfig: ["out"]}
+    for config_class, names in cases.items():
+        places = ["~/a", "~/b"] if config_class is export.ExportConfig else []
+        config = parse_cli(config_class, [*places, *(f"--{name}=~/x" for name in names)])
+        for name in names:
+            value = config
+            for part in name.split("."):
+                value = getattr(value, part)
+            assert value == str(tmp_path / "x"), (config_class, name)
+        if places:
+            assert (config.checkpoint, config.out) == (str(tmp_path / "a"), str(tmp_path / "b"))
+    config = parse_cli(generate.GenerateConfig, ["--model=~/x", "--prompt", "~/x"])
+    assert config.prompt == ("~/x",)                     # a prompt is no place
+
+
+@pytest.mark.parametrize("name,arguments,said", [
+    ("pretrain", ["--model=~nobody-of-that-name/x"], "--model ~nobody-of-that-name/x"),
+    ("pretrain", ["--model", "tiny-1m", "--run-dir="], "--run-dir is empty"),
+    ("pretrain", ["--data.path", "DATA", "--model", "meta-llama/Llama-2-7b-hf"], "hf download meta-llama/Llama-2-7b-hf"),
+    ("pretrain", ["--data.path", "DATA", "--model", "tiny-1m", "--data.tokenizer", "meta-llama/Llama-2-7b-hf"],
+     "use --data.tokenizer Llama-2-7b-hf"),
+    ("sft", ["--data.path", "DATA", "--model", "meta-llama/Llama-2-7b-hf"], "hf download meta-llama/Llama-2-7b-hf"),
+    ("generate", ["--model", "meta-llama/Llama-2-7b-hf", "--prompt", "x"], "hf download meta-llama/Llama-2-7b-hf"),
+    ("benchmark", ["--model", "meta-llama/Llama-2-7b-hf"], "hf download meta-llama/Llama-2-7b-hf"),
+    ("explain", ["--model", "meta-llama/Llama-2-7b-hf"], "hf download meta-llama/Llama-2-7b-hf"),
+])
+def test_a_name_that_is_no_folder_here_gets_the_line_that_says_what_would_work(inputs, name, arguments, said):
+    ended = recipe(name, *[inputs / "data.jsonl" if word == "DATA" else word for word in arguments])
+    assert ended.status == 2 and said in ended.err and ended.err.count("\n") == 1, ended
