@@ -51,11 +51,12 @@ from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf, save_hf
 from dtensor_llama.attention import choose_attention
 from dtensor_llama.checkpoint import Checkpointer, training_state
 from dtensor_llama.cli import FilePath, read_launch, run_recipe
+from dtensor_llama.data.chat import ChatOptions
 from dtensor_llama.data.preview import preview, say_data
 from dtensor_llama.data.reader import RowReader
-from dtensor_llama.data.rows import ChatCorpus, PackedExamples
-from dtensor_llama.data.template import ChatTemplate
-from dtensor_llama.data.tokenize import prepare_chat
+from dtensor_llama.data.rows import SKIPPED, ChatCorpus, PackedExamples
+from dtensor_llama.data.template import ChatTemplate, RawTemplate
+from dtensor_llama.data.tokenize import prepare_chat, template_of
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
 from dtensor_llama.flops import hardware_flops_per_token, model_flops_per_token, peak_flops
 from dtensor_llama.lora import LoraConfig, apply_lora, init_lora, merge_lora, n_adapter_parameters, save_adapter
@@ -93,6 +94,12 @@ class DataConfig:
     tokenizer: FilePath | None = None   # Hugging Face folder, tokenizer.json or SentencePiece .model; None: --model's
     seq_len: int | None = None          # tokens per row; None: what the longest example needs, within the model's context
     overlong: Literal["drop", "truncate"] = "drop"       # examples longer than a row: left out, or cut
+    # A record that cannot be trained on: end the run, or leave it out, count it and list it in RUN/bad-records.jsonl.
+    bad_records: Literal["refuse", "skip"] = "refuse"
+    # Trained are the answers of the assistant, the last one of each conversation, or every token; flags in a turn count.
+    train_on: Literal["answers", "last-answer", "all"] = "answers"
+    # How a conversation is written: auto: the tokenizer's template, else LLaMA-2's; none: prompt and completion as they are.
+    template: Literal["auto", "none"] = "auto"
     packing: bool = True                # several examples to a row; none of them sees another
     validation_share: float = 0.02      # of the rows, held out
     cache_dir: str = "~/.cache/dtensor-llama"    # tokenized conversations, reused by every run on the same files
@@ -170,11 +177,12 @@ def main(cfg: SftConfig) -> None:
         apply_lora(model, cfg.lora, frozen_dtype=compute_dtype)      # before the passes, which find adapters like any module
     if cfg.train.compile and device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise UsageError("--train.compile needs a C++ compiler on a CPU and there is none; install g++, or leave it out.")
-    template = ChatTemplate(tokenizer)
-    corpus = prepare_chat(cfg.data.path, tokenizer, cache_folders(cfg.data.cache_dir, cfg.run_dir))
+    chat = ChatOptions(cfg.data.bad_records, cfg.data.train_on, cfg.data.template)
+    template = template_of(tokenizer, chat)
+    corpus = prepare_chat(cfg.data.path, tokenizer, cache_folders(cfg.data.cache_dir, cfg.run_dir), options=chat)
     # A base model's config.json may know another end than the chat template has; what is exported must stop at both.
     ends = model_config.eos_token_id if isinstance(model_config.eos_token_id, list) else [model_config.eos_token_id]
-    ends = [end for end in dict.fromkeys([*ends, *corpus.end_ids()]) if end is not None]
+    ends = [end for end in dict.fromkeys([*ends, *corpus.end_ids]) if end is not None]
     model.config = model_config = replace(model_config, eos_token_id=ends if len(ends) > 1 else ends[0])
     model.generation_config = generation_settings(cfg, model_config)
     cfg, layout, rows, reasons = settle(cfg, model_config, corpus, tokenizer, device, world_size)
@@ -286,7 +294,7 @@ def main(cfg: SftConfig) -> None:
         log.close()
         if log.rows:
             draw_loss_curve(log.rows, Path(cfg.run_dir, "loss.png"))
-        say_where_things_are(Path(cfg.run_dir), log.rows, step, cfg.train.steps, stopped, chat=True)
+        say_where_things_are(Path(cfg.run_dir), log.rows, step, cfg.train.steps, stopped, chat=cfg.data.template != "none")
         run_lock.close()
     stop_process_group()
 
@@ -367,7 +375,10 @@ def describe_run(cfg, model_config, layout, rows: PackedExamples, n_micros: int,
     Path(cfg.run_dir, "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     epochs = cfg.train.steps * cfg.train.global_batch_size / rows.n_train
     log.say(f"model     {cfg.model}: {model_config.n_parameters / 1e6:,.1f}M parameters, attention {attention}")
-    say_data(rows, template_name, log.say)
+    listed_in = Path(cfg.run_dir, SKIPPED)
+    if rows.corpus.skipped:
+        shutil.copyfile(rows.corpus.bad_records, listed_in)
+    say_data(rows, template_name, log.say, listed_in)
     log.say(f"epochs    {epochs:.2f}: {cfg.train.steps} steps of {cfg.train.global_batch_size} rows")
     axes = " x ".join(f"{axis} {getattr(layout, axis)}" for axis in AXES if getattr(layout, axis) > 1) or "one process"
     log.say(f"layout    {axes} on {device.type}, ZeRO stage {layout.zero_stage}; {n_micros} micro-batches of "
@@ -376,7 +387,7 @@ def describe_run(cfg, model_config, layout, rows: PackedExamples, n_micros: int,
     log.say("loss      {}: {}".format(*choose_loss(device)))
 
 
-def export(model: Llama, cfg: SftConfig, tokenizer: Tokenizer, template: ChatTemplate, dtype: torch.dtype,
+def export(model: Llama, cfg: SftConfig, tokenizer: Tokenizer, template: ChatTemplate | RawTemplate, dtype: torch.dtype,
            is_main: bool) -> None:
     """Write hf/, which transformers opens, template and all, and with LoRA hf-adapter/, which peft opens over --model.
     All ranks enter: each writes the shards it owns."""

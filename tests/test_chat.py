@@ -179,7 +179,8 @@ HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "He
     ("question/answer", {"question": "Hi", "answer": "Hello.", "system": "S"}, [{"role": "system", "content": "S"}, *HELLO]),
 ])
 def test_a_record_is_recognized_by_its_fields(name, record, turns):
-    assert conversation_of(record, "here") == (name, turns)
+    conversation = conversation_of(record, "here")
+    assert (conversation.format, conversation.turns) == (name, turns)
 
 
 @pytest.mark.parametrize("record,said", [
@@ -188,7 +189,8 @@ def test_a_record_is_recognized_by_its_fields(name, record, turns):
     ({"output": "Hi"}, "no field 'instruction'"),
     ({"messages": []}, "no turn"), ({"messages": "Hi"}, "holds str"),
     ({"messages": [{"role": "user"}]}, "turn 1 of 'messages' has no 'content'"),
-    ({"messages": [{"role": "tool", "content": "4"}]}, "by 'tool'"),
+    ({"messages": [{"role": "narrator", "content": "4"}]}, "by 'narrator'"),
+    ({"messages": [{"role": "tool", "content": "4"}]}, "out of order: turn 1 is by the tool"),
     ({"messages": HELLO[::-1]}, "out of order: turn 1 is by the assistant"),
     ({"messages": [HELLO[0], HELLO[0], HELLO[1]]}, "out of order: turn 2 is by the user and follows one by the user"),
     ({"messages": [*HELLO, {"role": "system", "content": "S"}]}, "out of order: turn 3 is by the system"),

@@ -2,15 +2,26 @@
 
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}      OpenAI
     {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}          ShareGPT
-    {"instruction": "Say hello", "input": "in French", "output": "Bonjour."}                           Alpaca
+    {"instruction": "Say hello", "input": "in French", "output": "Bonjour.", "history": [["Hi", "Hello."]]}   Alpaca
     {"prompt": "Hi", "completion": "Hello."}    {"question": "Hi", "answer": "Hello."}                 one turn each
 
-Which one it is shows in a record's fields, one by one: files may be mixed. Every defect is a UsageError that names the
-file and the line. Whatever the format, a conversation is a list of {"role", "content"} from then on.
+Which one it is shows in a record's fields, one by one: files may be mixed. Every defect is a BadRecord that names the file and
+the line. Whatever the format, turns are messages as transformers' apply_chat_template takes them: {"role", "content"} and
+whatever else a turn has, such as tool_calls. Null fields are left out, as there. Three things are taken out of a record:
+
+turn flags   `weight`, `train`, `trainable`, `training`, `loss` (true: trained) and `mask`, `masked` (true: left out of the
+             loss) of a turn, or of the whole record for all its answers. A flag is true or false, 1 or 0.
+variables    `tools` (or `functions`), `documents` and `chat_template_kwargs` of a record: what a template is given besides.
+history      of the one-turn formats: earlier [question, answer] pairs.
 """
 
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
 from dtensor_llama.data.sources import checked_text
-from dtensor_llama.errors import UsageError
+from dtensor_llama.errors import BadRecord
 
 LISTS = {"OpenAI messages": "messages", "ShareGPT": "conversations"}                   # format: its field, a list of turns
 PAIRS = {                   # format: (what the user asks, what is put under it if there is any, what the assistant answers)
@@ -20,72 +31,256 @@ PAIRS = {                   # format: (what the user asks, what is put under it 
 }
 TURN_FIELDS = (("role", "content"), ("from", "value"))
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
-         "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
+         "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
+         "tool": "tool", "observation": "tool", "function_response": "tool", "ipython": "ipython", "function": "function"}
+CALL_ROLES = ("function_call", "tool_call")              # ShareGPT: a turn of the assistant that is the JSON of its calls
+TOOL_ROLES = ("tool", "ipython", "function")             # what a tool returned
+FOLLOWS = {"start": ("user",), "user": ("assistant",), "assistant": ("user", *TOOL_ROLES),
+           **{role: (*TOOL_ROLES, "assistant", "user") for role in TOOL_ROLES}}       # role: which ones may come next
+TRAINED_IF = {"weight": True, "train": True, "trainable": True, "training": True, "loss": True, "mask": False, "masked": False}
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")      # names of one thing, as transformers has them
+UNANSWERED = "end with a turn that nobody answered, which is cut off"
 
 
-def conversation_of(record: dict, where: str) -> tuple[str, list[dict[str, str]]]:
-    """(format, turns) of a record. UsageError, beginning with `where`, if it is of no known format or its turns are wrong.
+@dataclass(frozen=True)
+class ChatOptions:
+    """What decides how records become examples, besides the template: the flags of recipes/sft.py.
 
-    A last turn of the user, which nobody answered, is left out. System prompts of the one-turn formats: field `system`."""
-    name = next((name for name, field in LISTS.items() if record.get(field) is not None), None)
-    fields = ", ".join(list(record)[:20]) or "none"
+    bad_records: whether a record that cannot be trained on ends the run or is left out and listed.
+    train_on: the answers of the assistant, the last of them, or every token.
+    template: the tokenizer's own or LLaMA-2's; "none": prompt and completion as they are."""
+
+    bad_records: Literal["refuse", "skip"] = "refuse"
+    train_on: Literal["answers", "last-answer", "all"] = "answers"
+    template: Literal["auto", "none"] = "auto"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A record, read. It ends with a turn of the assistant.
+
+    format: its name. turns: messages for a template. flags: of each turn whether its record says that it is trained (None: it
+    says nothing). variables: what the template is given besides the turns. unread: fields of the record that nothing here
+    reads. n_unanswered: turns at its end that were cut off, as nobody answered them."""
+
+    format: str
+    turns: list[dict]
+    flags: list[bool | None]
+    variables: dict = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+    n_unanswered: int = 0
+
+
+def conversation_of(record: dict, where: str) -> Conversation:
+    """BadRecord, beginning with `where`, if the record is of no known format or its turns are wrong."""
+    name = next((name for name, of_list in LISTS.items() if record.get(of_list) is not None), None)
     if name is not None:
-        turns = _turns_of_list(record[LISTS[name]], where, LISTS[name])
+        used = [LISTS[name]]
+        turns, flags = _turns_of_list(record[LISTS[name]], where, LISTS[name])
+        if record.get("history"):
+            raise BadRecord(where, f"'history' beside {LISTS[name]!r}", "put the earlier turns into the list.")
     else:
-        name = max(PAIRS, key=lambda name: sum(record.get(field) is not None for field in PAIRS[name] if field))
-        asks, below, answers = PAIRS[name]
-        if record.get(asks) is None and record.get(answers) is None:
-            known = [*LISTS.values(), *(f"{pair[0]} + {pair[2]}" for pair in PAIRS.values())]
-            raise UsageError(f"{where}: unknown format; its fields are {fields}, and a conversation has "
-                             f"{', or '.join(known)}.")
-        for field in (asks, answers):
-            if record.get(field) is None:
-                raise UsageError(f"{where}: no field {field!r}, which {name} needs; its fields are {fields}.")
-        if isinstance(record[asks], list) and isinstance(record[answers], list):       # both are lists of turns
-            turns = [*_turns_of_list(record[asks], where, asks), *_turns_of_list(record[answers], where, answers)]
-        else:
-            question, answer = (checked_text(record[field], where, field) for field in (asks, answers))
-            if below and record.get(below):
-                question += "\n\n" + checked_text(record[below], where, below)
-            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        name, used = _pair_format(record, where)
+        turns, flags = _turns_of_pair(record, name, where)
+        used += ["history", *THOUGHTS]
     if record.get("system") and not (turns and turns[0]["role"] == "system"):
         turns = [{"role": "system", "content": checked_text(record["system"], where, "system")}, *turns]
+        flags = [None, *flags]
+    own = flag_of(record, where)
+    flags = [own if flag is None and turn["role"] == "assistant" else flag for turn, flag in zip(turns, flags, strict=True)]
     _check_order(turns, where)
-    return name, turns[:-1] if turns[-1]["role"] == "user" else turns
+    n_turns = max(at for at, turn in enumerate(turns, 1) if turn["role"] == "assistant")
+    used += ["system", "tools", "functions", "documents", "chat_template_kwargs", *TRAINED_IF]
+    unread = tuple(one for one, value in record.items() if one not in used and value is not None)
+    return Conversation(name, turns[:n_turns], flags[:n_turns], _variables(record, where), unread, len(turns) - n_turns)
 
 
-def _turns_of_list(turns, where: str, field: str) -> list[dict[str, str]]:
+def flag_of(fields: dict, at: str) -> bool | None:
+    """Whether the flags among `fields` say that this is trained; None if there is none."""
+    said = {}
+    for name, meaning in TRAINED_IF.items():
+        value = fields.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise BadRecord(at, f"{name!r} is {value!r:.40}", "what is said is trained or it is not: use true or false, 1 or 0; "
+                            "or give the field another name, if it means something else.")
+        said[name] = bool(value) == meaning
+    if len(set(said.values())) > 1:
+        raise BadRecord(at, f"{' and '.join(map(repr, said))} contradict each other", "leave one of them.")
+    return next(iter(said.values()), None)
+
+
+# ---- the one-turn formats ----
+
+
+def _pair_format(record: dict, where: str) -> tuple[str, list[str]]:
+    """(format, its fields) of a record that is no list of turns."""
+    fields = ", ".join(list(record)[:20]) or "none"
+    name = max(PAIRS, key=lambda name: sum(record.get(one) is not None for one in PAIRS[name] if one))
+    asks, below, answers = PAIRS[name]
+    if record.get(asks) is None and record.get(answers) is None:
+        known = [*LISTS.values(), *(f"{pair[0]} + {pair[2]}" for pair in PAIRS.values())]
+        raise BadRecord(where, "unknown format", f"its fields are {fields}, and a conversation has {', or '.join(known)}.")
+    for one in (asks, answers):
+        if record.get(one) is None:
+            raise BadRecord(where, f"no field {one!r}, which {name} needs", f"its fields are {fields}.")
+    return name, [asks, answers] + ([below] if below else [])
+
+
+def _turns_of_pair(record: dict, name: str, where: str) -> tuple[list[dict], list[bool | None]]:
+    asks, below, answers = PAIRS[name]
+    if isinstance(record[asks], list) and isinstance(record[answers], list):           # both are lists of turns
+        turns, flags = _turns_of_list(record[asks], where, asks)
+        answer_turns, answer_flags = _turns_of_list(record[answers], where, answers)
+        turns, flags = turns + answer_turns, flags + answer_flags
+    else:
+        question = checked_text(record[asks], where, asks)
+        answer = {"role": "assistant", "content": checked_text(record[answers], where, answers)}
+        if below and record.get(below):
+            question += "\n\n" + checked_text(record[below], where, below)
+        turns = [{"role": "user", "content": question}, answer]
+        flags = [None, None]
+    thought = _thought(record, where)
+    if thought:
+        turns[-1] = turns[-1] | {"reasoning_content": thought}
+    earlier = _history(record.get("history"), where)
+    return earlier + turns, [None] * len(earlier) + flags
+
+
+def _history(history, where: str) -> list[dict]:
+    """The turns of [[question, answer], ...]."""
+    if not history:
+        return []
+    turns = []
+    for number, pair in enumerate(history if isinstance(history, list) else [history], 1):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise BadRecord(where, "'history' is no list of [question, answer] pairs", f"its entry {number} is {pair!r:.60}.")
+        for role, said in zip(("user", "assistant"), pair, strict=True):
+            turns.append({"role": role, "content": checked_text(said, where, f"history, entry {number}")})
+    return turns
+
+
+# ---- lists of turns ----
+
+
+def _turns_of_list(turns, where: str, of_list: str) -> tuple[list[dict], list[bool | None]]:
+    """(messages, flags) of a list of turns."""
+    if isinstance(turns, str):
+        turns = _parsed(turns, where, of_list, otherwise=turns)                # a table's cell may be the JSON of the list
     if not isinstance(turns, list) or not turns:
-        raise UsageError(f"{where}: {field!r} holds {'no turn' if turns == [] else type(turns).__name__}, expected a list of "
-                         f"turns.")
-    read = []
+        what = "no turn" if turns == [] else type(turns).__name__
+        raise BadRecord(where, f"{of_list!r} holds {what}", "expected a list of turns.")
+    messages, flags = [], []
     for number, turn in enumerate(turns, 1):
-        at = f"{where}: turn {number} of {field!r}"
-        if not isinstance(turn, dict):
-            raise UsageError(f"{at} is {type(turn).__name__}, expected an object.")
-        role_field, text_field = next((pair for pair in TURN_FIELDS if turn.get(pair[0]) is not None), TURN_FIELDS[0])
-        for one in (role_field, text_field):
-            if turn.get(one) is None:
-                raise UsageError(f"{at} has no {one!r}; its fields are {', '.join(turn) or 'none'}.")
-        role = ROLES.get(str(turn[role_field]).lower())
-        if role is None:
-            raise UsageError(f"{at} is by {turn[role_field]!r}; trained on are conversations of {', '.join(ROLES)}.")
-        content = turn[text_field]
-        if isinstance(content, list):                      # OpenAI's parts
-            if any(not isinstance(part, dict) or part.get("type") != "text" for part in content):
-                raise UsageError(f"{at} has parts that are not text; a LLaMA reads text only.")
-            content = "".join(checked_text(part.get("text"), at, "text") for part in content)
-        read.append({"role": role, "content": checked_text(content, at, text_field)})
-    return read
+        message = _message_of(turn, f"{where}: turn {number} of {of_list!r}")
+        if message is not None:
+            messages.append(message)
+            flags.append(flag_of(turn, f"{where}: turn {number} of {of_list!r}"))
+    if not messages:
+        raise BadRecord(where, f"{of_list!r} holds no turn", "expected a list of turns.")
+    return messages, flags
 
 
-def _check_order(turns: list[dict[str, str]], where: str) -> None:
+def _message_of(turn, at: str) -> dict | None:
+    """A turn as a template takes it; None for a system prompt that is null."""
+    if not isinstance(turn, dict):
+        raise BadRecord(at, f"is {type(turn).__name__}", "expected an object.")
+    role_field, text_field = next((pair for pair in TURN_FIELDS if turn.get(pair[0]) is not None), TURN_FIELDS[0])
+    for one in (role_field, text_field):
+        has_other = one == text_field and (one in turn or turn.get("tool_calls") or turn.get("function_call"))
+        if turn.get(one) is None and not has_other:
+            raise BadRecord(at, f"has no {one!r}", f"its fields are {', '.join(turn) or 'none'}.")
+    said_by = str(turn[role_field]).lower()
+    role = "assistant" if said_by in CALL_ROLES else ROLES.get(said_by)
+    if role is None:
+        raise BadRecord(at, f"is by {turn[role_field]!r:.40}", f"trained on are conversations of {', '.join(ROLES)}.")
+    content = _content_of(turn.get(text_field), at, text_field)
+    if content is None and role == "system":
+        return None
+    taken = (role_field, text_field, *TURN_FIELDS[0], *TRAINED_IF)
+    message = {"role": role} | {name: value for name, value in turn.items() if name not in taken and value is not None}
+    if said_by in CALL_ROLES:
+        calls = _parsed(content or "", at, text_field)
+        return message | {"tool_calls": [_as_function(call) for call in (calls if isinstance(calls, list) else [calls])]}
+    calls_or_thinks = any(message.get(name) for name in ("tool_calls", "function_call", *THOUGHTS))
+    if content is None and not calls_or_thinks:
+        content = ""                       # a tool that returned nothing, an answer that is empty
+    if content is not None:
+        message = {"role": role, "content": content} | message
+    thought = _thought(message, at)
+    if thought:                            # whatever it is called, a template finds it under the name that it reads
+        message = {"thinking": thought, **message, "reasoning_content": thought}
+    return message
+
+
+def _content_of(content, at: str, text_field: str) -> str | None:
+    if content is None:
+        return None
+    if isinstance(content, list):                          # OpenAI's parts
+        if any(not isinstance(part, dict) or part.get("type") != "text" for part in content):
+            raise BadRecord(at, "has parts that are not text", "a LLaMA reads text only.")
+        return "".join(checked_text(part.get("text"), at, "text") for part in content)
+    return checked_text(content, at, text_field)
+
+
+def _thought(fields: dict, at: str) -> str | None:
+    name = next((name for name in THOUGHTS if fields.get(name) is not None), None)
+    return None if name is None else checked_text(fields[name], at, name)
+
+
+def _as_function(function: dict) -> dict:
+    """A bare function, or a call of one, in the envelope that templates open."""
+    return function if isinstance(function, dict) and "function" in function else {"type": "function", "function": function}
+
+
+def _parsed(text: str, at: str, name: str, **otherwise):
+    """What the JSON in `text` stands for. BadRecord if it is none, or `otherwise`, where that is given."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        if otherwise:
+            return otherwise["otherwise"]
+        raise BadRecord(at, f"{name!r} is not JSON", f"it begins with {text[:40]!r}.") from None
+
+
+def _variables(record: dict, where: str) -> dict:
+    """{name: value} of what a template is given besides the turns."""
+    variables = {}
+    for name in ("tools", "functions", "documents", "chat_template_kwargs"):
+        value = record.get(name)
+        value = _parsed(value, where, name) if isinstance(value, str) and value.strip() else value
+        if not value:
+            continue
+        if name == "chat_template_kwargs":
+            if not isinstance(value, dict):
+                raise BadRecord(where, f"{name!r} holds {type(value).__name__}", "expected an object of names and values.")
+            variables |= {one: given for one, given in value.items() if given is not None}
+            continue
+        value = [_parsed(one, where, name) if isinstance(one, str) else one for one in value]
+        if not isinstance(value, list) or any(not isinstance(one, dict) for one in value):
+            raise BadRecord(where, f"{name!r} is no list of objects", "expected a JSON schema for each of them.")
+        if name == "functions":
+            name, value = "tools", [_as_function(one) for one in value]
+        variables[name] = value
+    return variables
+
+
+def _check_order(turns: list[dict], where: str) -> None:
     roles = [turn["role"] for turn in turns]
     first = 1 if roles[0] == "system" else 0
-    for number, role in enumerate(roles[first:]):
-        if role != ("user", "assistant")[number % 2]:
-            before = f"follows one by the {roles[first + number - 1]}" if first + number else "is the first"
-            raise UsageError(f"{where}: turns out of order: turn {first + number + 1} is by the {role} and {before}; after a "
-                             "system prompt, if any, user and assistant take turns, and the user begins.")
+    before = "start"
+    for number, role in enumerate(roles[first:], first):
+        if role not in FOLLOWS[before]:
+            follows = f"follows one by the {roles[number - 1]}" if number else "is the first"
+            raise BadRecord(where, "turns out of order", f": turn {number + 1} is by the {role} and {follows}; after a system "
+                            "prompt, if any, user and assistant take turns, and the user begins. What tools return stands "
+                            "behind the turn of the assistant that called them.")
+        before = role
     if "assistant" not in roles:
-        raise UsageError(f"{where}: no assistant turn, so nothing to train on; its roles are {', '.join(roles)}.")
+        raise BadRecord(where, "no assistant turn, so nothing to train on", f"its roles are {', '.join(roles)}.")
+
+
+def reasons_in_order(skipped: dict[str, int]) -> Iterable[str]:
+    """"2 no assistant turn", the most frequent first."""
+    return (f"{n:,} {reason}" for reason, n in sorted(skipped.items(), key=lambda pair: -pair[1]))

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from dtensor_llama.data.chat import UNANSWERED, reasons_in_order
 from dtensor_llama.data.reader import NOT_SCORED, make_batch
-from dtensor_llama.data.rows import EMPTY_ANSWER, PackedExamples
+from dtensor_llama.data.rows import EMPTY_ANSWER, NOTHING_TRAINED, PackedExamples
 from dtensor_llama.data.tokenizer import Tokenizer
 from dtensor_llama.errors import UsageError
 
@@ -52,13 +53,23 @@ def preview(rows: PackedExamples, tokenizer: Tokenizer, n_rows: int, json_file: 
             raise UsageError(f"--preview-json {json_file} cannot be written ({error.strerror}).") from None
 
 
-def say_data(rows: PackedExamples, template_name: str, say) -> None:
-    """What was found in the files, and what became of it."""
+def say_data(rows: PackedExamples, template_name: str, say, listed_in: Path | None = None) -> None:
+    """What was found in the files, and what became of it. listed_in: where the list of bad records was put."""
     counts = dict(rows.corpus.counts)
-    n_empty = counts.pop(EMPTY_ANSWER, 0)
+    happened = {name: counts.pop(name, 0) for name in (EMPTY_ANSWER, NOTHING_TRAINED, UNANSWERED)}
     found = ", ".join(f"{n:,} of {name}" for name, n in counts.items())
-    say(f"data      {found}{f'; {n_empty:,} left out, which have an empty answer' if n_empty else ''}; written with "
-        f"{template_name}")
+    found += f"; {happened[EMPTY_ANSWER]:,} left out, which have an empty answer" if happened[EMPTY_ANSWER] else ""
+    found += f"; {happened[NOTHING_TRAINED]:,} left out, {NOTHING_TRAINED}" if happened[NOTHING_TRAINED] else ""
+    found += f"; {happened[UNANSWERED]:,} {UNANSWERED}" if happened[UNANSWERED] else ""
+    say(f"data      {found}; written with {template_name}")
+    if rows.corpus.skipped:
+        say(f"skipped   {sum(rows.corpus.skipped.values()):,} bad records: {', '.join(reasons_in_order(rows.corpus.skipped))}; "
+            f"listed in {listed_in or rows.corpus.bad_records}")
+    if rows.corpus.unread:
+        names = sorted(rows.corpus.unread, key=rows.corpus.unread.get, reverse=True)
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        named = ", ".join(f"{name} ({rows.corpus.unread[name]:,})" for name in names[:10])
+        say(f"fields    not read, as neither the format nor the template has a use for them: {named}{more}")
     too_long = "".join(f"; {n:,} longer than a row were {done}" for n, done in (
         (rows.n_dropped, "DROPPED (--data.overlong truncate keeps their beginnings)"),
         (rows.n_truncated, "CUT (--data.overlong drop leaves them out)")) if n)

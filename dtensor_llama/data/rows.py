@@ -38,24 +38,26 @@ class TokenCorpus:
                              f"size that meta.json says); delete the folder, and the next run writes it again.")
 
 
-EMPTY_ANSWER = "with an empty answer"    # records that are no conversation to train on: counted, left out
+# Records that are no conversation to train on are counted as these, and left out.
+EMPTY_ANSWER = "with an empty answer"
+NOTHING_TRAINED = "in which no answer is to be trained"
+SKIPPED = "bad-records.jsonl"            # those that --data.bad-records skip left out, one a line
 
 
 class ChatCorpus(TokenCorpus):
     """A folder written by `prepare_chat`: documents are conversations.
 
-    trained: (n_tokens,) uint8, 1 where a token is the assistant's. counts: records of each format, and those left out.
+    trained: (n_tokens,) uint8, 1 where a token is trained. counts: records of each format, and those left out. skipped: bad
+    records by what is wrong with them; bad_records: the file that lists them. unread: fields that nothing reads, and in how many
+    records they stand. end_ids: the tokens that end an answer, at which generation has to stop.
     """
 
     def __init__(self, folder: str | Path):
         super().__init__(folder)
-        self.counts = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))["counts"]
+        meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
+        self.counts, self.skipped, self.unread = meta["counts"], meta["skipped"], meta["unread"]
+        self.end_ids, self.bad_records = meta["end_ids"], self.folder / SKIPPED
         self.trained = np.memmap(self.folder / "trained.bin", np.uint8, mode="r")
-
-    def end_ids(self) -> list[int]:
-        """The tokens that end a turn of the assistant: generation has to stop at them."""
-        ends = np.diff(self.trained.astype(np.int8), append=0) == -1
-        return np.unique(self.tokens[ends]).tolist()
 
 
 class PackedRows:

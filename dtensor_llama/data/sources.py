@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from dtensor_llama.data.cut import WINDOW_CHARS, Cutter
 from dtensor_llama.data.records import arrow_batches, csv_records, json_records, open_arrow
 from dtensor_llama.data.unpack import COMPRESSIONS, NEEDS_WINDOW, UNPACK_ERRORS, open_compressed, say_long_window
-from dtensor_llama.errors import UsageError
+from dtensor_llama.errors import BadRecord, UsageError
 from dtensor_llama.places import expanded, hub_hint
 
 RECORD_FORMATS = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".tsv")     # objects of several fields
@@ -55,12 +55,22 @@ class Chunk:
             texts = [self.data] if isinstance(self.data, str) else self.data
         return [text for text in texts if text and not (self.opens and self.closes and text.isspace())]
 
-    def records(self) -> Iterator[tuple[str, dict]]:
-        """(where, object) of each record in this chunk; `where` begins what is said of it."""
+    def records(self, skip: Callable[[str, UsageError], None] | None = None) -> Iterator[tuple[str, dict]]:
+        """(where, object) of each record in this chunk; `where` begins what is said of it. skip: is told of each line that
+        holds no object, (where, what is wrong with it); None: that is raised."""
         if isinstance(self.data, bytes):
             for number, line in enumerate(self.data.split(b"\n"), self.first_line):
-                if line.strip():
-                    yield f"--data.path {self.path}, line {number}", _object_of_line(line, self.path, number)
+                if not line.strip():
+                    continue
+                where = f"--data.path {self.path}, line {number}"
+                try:
+                    record = _object_of_line(line, self.path, number)
+                except UsageError as error:
+                    if skip is None:
+                        raise
+                    skip(where, error)
+                    continue
+                yield where, record
         else:
             yield from ((f"--data.path {self.path}, {where}", record) for where, record in self.data)
 
@@ -276,26 +286,26 @@ def _object_of_line(line: bytes, path: Path, number: int) -> dict:
         raise _not_utf8(path, number, error) from None
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-        raise UsageError(f"{where}: broken JSON ({reason}); a .jsonl holds one object a line. If one takes "
-                         "several lines here, call the file .json.") from None
+        raise BadRecord(where, f"broken JSON ({reason})", "a .jsonl holds one object a line. If one takes several lines here, "
+                        "call the file .json.") from None
     return _checked_object(row, where)
 
 
 def _checked_object(row, where: str) -> dict:
     if not isinstance(row, dict):
-        raise UsageError(f"{where}: expected a JSON object, found {type(row).__name__}; a .jsonl holds one object a line, a "
-                         "list of them goes into a .json.")
+        raise BadRecord(where, f"expected a JSON object, found {type(row).__name__}", "a .jsonl holds one object a line, a list "
+                        "of them goes into a .json.")
     return row
 
 
 def checked_text(text, where: str, text_field: str) -> str:
     """`text` if it is a string of whole characters, else UsageError."""
     if not isinstance(text, str):
-        raise UsageError(f"{where}: {text_field!r} holds {type(text).__name__}, expected a string.")
+        raise BadRecord(where, f"{text_field!r} holds {type(text).__name__}", "expected a string.")
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which is no character
-        raise UsageError(f"{where}: {text_field!r} holds half a surrogate pair (\\ud800 to \\udfff).") from None
+        raise BadRecord(where, f"{text_field!r} holds half a surrogate pair", "\\ud800 to \\udfff stand in pairs.") from None
     return text
 
 

@@ -31,6 +31,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -38,18 +39,18 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from dtensor_llama.data.chat import conversation_of
+from dtensor_llama.data.chat import UNANSWERED, ChatOptions, Conversation, conversation_of, reasons_in_order
 from dtensor_llama.data.cut import Cutter
-from dtensor_llama.data.rows import EMPTY_ANSWER, ChatCorpus, TokenCorpus
+from dtensor_llama.data.rows import EMPTY_ANSWER, NOTHING_TRAINED, SKIPPED, ChatCorpus, TokenCorpus
 from dtensor_llama.data.sources import FORMATS, RECORD_FORMATS, Chunk, expand_paths, read_chunks
-from dtensor_llama.data.template import ChatTemplate
+from dtensor_llama.data.template import ChatTemplate, RawTemplate
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
-from dtensor_llama.errors import UsageError
+from dtensor_llama.errors import BadRecord, UsageError
 from dtensor_llama.places import first_writable, readable
 from dtensor_llama.terminal import make_streams_last
 
 FORMAT_VERSION = 2      # of the files of a corpus; 2: meta.json has content_hash
-CHAT_VERSION = 1        # of how conversations become ids: chat.py and template.py
+CHAT_VERSION = 2        # of how conversations become ids: chat.py and template.py
 PIECE_CHARS = 16384     # a worker cuts longer texts: both libraries are fastest on texts of about this length
 CHUNKS_PER_WORKER = 3   # under way at once: one being encoded, one waiting, one done and waiting for its turn
 LINE_EVERY_S = 10       # of progress, where stderr is no terminal
@@ -67,20 +68,25 @@ def prepare_corpus(paths: Sequence[str | Path], tokenizer: Tokenizer, cache_dir:
 
 
 def prepare_chat(paths: Sequence[str | Path], tokenizer: Tokenizer, cache_dir: str | Path | Sequence[str | Path],
-                 processes: int | None = None) -> ChatCorpus:
-    """As prepare_corpus, of conversations in any of the formats of chat.py, written with the tokenizer's ChatTemplate."""
-    ChatTemplate(tokenizer)                          # one that cannot be used is the first thing to say
-    return ChatCorpus(_prepare(paths, tokenizer, cache_dir, None, processes))
+                 processes: int | None = None, options: ChatOptions = ChatOptions()) -> ChatCorpus:
+    """As prepare_corpus, of conversations in any of the formats of chat.py, written as `options` say."""
+    template_of(tokenizer, options)                  # one that cannot be used is the first thing to say
+    return ChatCorpus(_prepare(paths, tokenizer, cache_dir, options, processes))
 
 
-def _prepare(paths, tokenizer: Tokenizer, cache_dir, text_field: str | None, processes: int | None) -> Path:
+def template_of(tokenizer: Tokenizer, options: ChatOptions) -> ChatTemplate | RawTemplate:
+    """What writes the conversations."""
+    return RawTemplate(tokenizer) if options.template == "none" else ChatTemplate(tokenizer)
+
+
+def _prepare(paths, tokenizer: Tokenizer, cache_dir, what: str | ChatOptions, processes: int | None) -> Path:
     paths = [paths] if isinstance(paths, str | Path) else paths
     cache_dirs = [cache_dir] if isinstance(cache_dir, str | Path) else list(cache_dir)
-    folder = _find(cache_dirs, fingerprint(_files(paths, text_field), tokenizer, text_field))
+    folder = _find(cache_dirs, fingerprint(_files(paths, what), tokenizer, what))
     if folder is None:
         command = [sys.executable, "-m", "dtensor_llama.data.tokenize", "--for-process", os.getpid(), "--path", *paths]
         command += ["--tokenizer", tokenizer.path, "--cache-dir", *cache_dirs]
-        command += ["--chat"] if text_field is None else [f"--text-field={text_field}"]
+        command += [f"--text-field={what}"] if isinstance(what, str) else ["--chat", json.dumps(asdict(what))]
         command += ["--processes", processes] if processes else []
         package_root = str(Path(__file__).resolve().parents[2])
         python_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
@@ -101,24 +107,27 @@ def _find(cache_dirs: Sequence[str | Path], name: str) -> Path | None:
     return next((cache_dir / name for cache_dir in readable(cache_dirs) if (cache_dir / name).is_dir()), None)
 
 
-def _files(paths: Sequence[str | Path], text_field: str | None) -> list[Path]:
-    return expand_paths(paths, FORMATS if text_field is not None else RECORD_FORMATS)
+def _files(paths: Sequence[str | Path], what: str | ChatOptions) -> list[Path]:
+    return expand_paths(paths, FORMATS if isinstance(what, str) else RECORD_FORMATS)
 
 
-def fingerprint(files: list[Path], tokenizer: Tokenizer, text_field: str | None) -> str:
-    """A hash of all that decides the tokens; of each file its path, size and time of change. text_field None: of a chat."""
+def fingerprint(files: list[Path], tokenizer: Tokenizer, what: str | ChatOptions) -> str:
+    """A hash of all that decides the tokens; of each file its path, size and time of change.
+
+    what: the field that holds the text, or how conversations become examples."""
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    what = text_field if text_field is not None else ("chat", CHAT_VERSION, ChatTemplate(tokenizer).source)
+    if isinstance(what, ChatOptions):
+        what = ("chat", CHAT_VERSION, template_of(tokenizer, what).source, asdict(what))
     return hashlib.sha256(repr((FORMAT_VERSION, stats, tokenizer.fingerprint, what)).encode()).hexdigest()[:32]
 
 
-def tokenize(paths: list[str], tokenizer: Tokenizer, cache_dirs: Sequence[Path], text_field: str | None, processes: int,
+def tokenize(paths: list[str], tokenizer: Tokenizer, cache_dirs: Sequence[Path], what: str | ChatOptions, processes: int,
              for_process: int | None = None) -> Path:
     """Write the corpus unless it is there; returns its folder. Whoever comes second waits here for the first.
 
     cache_dirs: it is written into the first of them that can be written; which one that is, is the same for all who ask."""
-    files = _files(paths, text_field)
-    name = fingerprint(files, tokenizer, text_field)
+    files = _files(paths, what)
+    name = fingerprint(files, tokenizer, what)
     found = _find(cache_dirs, name)
     if found:
         return found
@@ -134,13 +143,44 @@ def tokenize(paths: list[str], tokenizer: Tokenizer, cache_dirs: Sequence[Path],
                 _say(f"note: {why_not_first}; the tokens go to {cache_dir}")
             shutil.rmtree(staging, ignore_errors=True)       # of a killed run: nobody else writes it under the lock
             staging.mkdir()
-            _write_corpus(files, tokenizer, staging, text_field, processes, for_process)
-            if fingerprint(files, tokenizer, text_field) != name:
+            _write_corpus(files, tokenizer, staging, what, processes, for_process)
+            if fingerprint(files, tokenizer, what) != name:
                 raise UsageError(f"--data.path {' '.join(paths)}: a file changed while it was read; start again.")
             os.rename(staging, folder)                       # the one moment at which the corpus comes to exist
     except OSError as error:
         raise UsageError(f"the tokens cannot be written to {cache_dir}: {error}.") from None
     return folder
+
+
+@dataclass
+class Found:
+    """What the records of some conversations were.
+
+    counts: of each format, and of those that something happened to. skipped: of bad records by what is wrong with them.
+    skipped_lines: a JSON line for each of those. unread: fields that nothing reads. end_ids: tokens that end an answer."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
+    skipped_lines: list[str] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)
+    end_ids: set[int] = field(default_factory=set)
+
+    def skip(self, where: str, error: UsageError) -> None:
+        """Note a record that is left out."""
+        reason = error.reason if isinstance(error, BadRecord) else "cannot be read"
+        self.skipped[reason] += 1
+        line = {"where": where, "reason": reason, "message": str(error)}
+        self.skipped_lines.append(json.dumps(line, ensure_ascii=False))
+
+    def add(self, other: "Found") -> None:
+        """Take what another chunk holds; of its lines only the number is kept."""
+        self.counts += other.counts
+        self.skipped += other.skipped
+        self.unread += other.unread
+        self.end_ids |= other.end_ids
+
+    def as_json(self) -> dict:
+        return {"counts": self.counts, "skipped": self.skipped, "unread": self.unread, "end_ids": sorted(self.end_ids)}
 
 
 class _HashedFile:
@@ -164,29 +204,33 @@ class _HashedFile:
         self.file.close()
 
 
-def _write_corpus(files: list[Path], tokenizer: Tokenizer, staging: Path, text_field: str | None, processes: int,
+def _write_corpus(files: list[Path], tokenizer: Tokenizer, staging: Path, what: str | ChatOptions, processes: int,
                   for_process: int | None) -> None:
+    is_chat = isinstance(what, ChatOptions)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     total_bytes, done_bytes, n_tokens, n_documents = sum(file.stat().st_size for file in files), 0, 0, 0
     columns = "tokenizing", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
     bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
     task, began_s = bar.add_task("", total=total_bytes), time.monotonic()
     line_due_s = began_s + LINE_EVERY_S
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _start_worker, (tokenizer, text_field))
-    counts: Counter[str] = Counter()                   # of a chat: records of each format, and those left out
-    names = ["tokens.bin", "documents.bin"] + (["trained.bin"] if text_field is None else [])
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _start_worker, (tokenizer, what))
+    found = Found()
+    names = ["tokens.bin", "documents.bin"] + (["trained.bin"] if is_chat else [])
     with pool, contextlib.ExitStack() as opened:
         tokens_file, starts_file, *trained_file = [opened.enter_context(_HashedFile(staging / name)) for name in names]
+        skipped_file = opened.enter_context(open(staging / SKIPPED, "w", encoding="utf-8")) if is_chat else None
         pool.submit(int).result()  # forks the workers, now, before the bar starts a thread
         try:
             with bar:
-                cutter = Cutter(tokenizer) if text_field is not None else None
-                for ids, starts, trained, of_chunk, input_bytes in _in_order(pool, files, text_field, cutter, processes):
+                cutter = None if is_chat else Cutter(tokenizer)
+                for ids, starts, trained, of_chunk, input_bytes in _in_order(pool, files, what, cutter, processes):
                     tokens_file.write(ids.astype(dtype).tobytes())
                     starts_file.write((starts + n_tokens).tobytes())
                     for file in trained_file:
                         file.write(trained.tobytes())
-                    counts += of_chunk
+                    found.add(of_chunk)
+                    for line in of_chunk.skipped_lines:
+                        skipped_file.write(line + "\n")
                     n_tokens, n_documents = n_tokens + len(ids), n_documents + len(starts)
                     done_bytes += input_bytes
                     bar.advance(task, input_bytes)
@@ -199,11 +243,12 @@ def _write_corpus(files: list[Path], tokenizer: Tokenizer, staging: Path, text_f
             pool.shutdown(cancel_futures=True)
             raise
         if n_documents == 0:
-            what = "document with any text" if text_field is not None else "conversation with any answer"
-            raise UsageError(f"--data.path {files[0]}: no {what} in {len(files)} file(s).")
+            missing = "conversation with any answer to train on" if is_chat else "document with any text"
+            skipped = f"; skipped were {', '.join(reasons_in_order(found.skipped))}" if found.skipped else ""
+            raise UsageError(f"--data.path {files[0]}: no {missing} in {len(files)} file(s){skipped}.")
         meta = {"n_tokens": n_tokens, "n_documents": n_documents, "dtype": dtype.name, "format": FORMAT_VERSION}
-        meta |= {"tokenizer": tokenizer.fingerprint, "text_field": text_field, "files": [str(file) for file in files]}
-        meta |= {"counts": counts} if text_field is None else {}
+        meta |= {"tokenizer": tokenizer.fingerprint, "files": [str(file) for file in files]}
+        meta |= {"text_field": None, "chat": asdict(what), **found.as_json()} if is_chat else {"text_field": what}
         written = (tokens_file, starts_file, *trained_file)
         meta["content_hash"] = hashlib.sha256(b"".join(file.digest.digest() for file in written)).hexdigest()
         (staging / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
@@ -217,9 +262,10 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _in_order(pool: ProcessPoolExecutor, files: list[Path], text_field: str | None, cutter: Cutter | None,
-              processes: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None, Counter, int]]:
+def _in_order(pool: ProcessPoolExecutor, files: list[Path], what: str | ChatOptions, cutter: Cutter | None,
+              processes: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None, Found, int]]:
     """What the workers make of each chunk, and its bytes of input, in the order of the corpus, a few of them at a time."""
+    text_field = what if isinstance(what, str) else None
     under_way, chunks = deque(), (chunk for file in files for chunk in read_chunks(file, text_field, cutter))
     while True:
         while len(under_way) < CHUNKS_PER_WORKER * processes and (chunk := next(chunks, None)):
@@ -234,17 +280,17 @@ def _in_order(pool: ProcessPoolExecutor, files: list[Path], text_field: str | No
 # ---- in the workers ----
 
 _cutter: Cutter         # set once in each worker
-_template: ChatTemplate
-_text_field: str | None
+_template: ChatTemplate | RawTemplate
+_what: str | ChatOptions
 
 
-def _start_worker(tokenizer: Tokenizer, text_field: str | None) -> None:
-    global _cutter, _template, _text_field
-    _text_field = text_field
-    if text_field is not None:
+def _start_worker(tokenizer: Tokenizer, what: str | ChatOptions) -> None:
+    global _cutter, _template, _what
+    _what = what
+    if isinstance(what, str):
         _cutter = Cutter(tokenizer)
     else:
-        _template = ChatTemplate(tokenizer)
+        _template = template_of(tokenizer, what)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent decides
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
@@ -255,10 +301,10 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_chunk(chunk: Chunk) -> tuple[np.ndarray, np.ndarray, None, Counter]:
+def _encode_chunk(chunk: Chunk) -> tuple[np.ndarray, np.ndarray, None, Found]:
     """(uint32 ids with BOS and EOS; int64 offsets into them of the documents that start in this chunk; nothing; no counts)."""
     tokenizer = _cutter.tokenizer
-    documents = [list(_cutter.pieces(text, PIECE_CHARS, chunk.skip)) for text in chunk.documents(_text_field)]
+    documents = [list(_cutter.pieces(text, PIECE_CHARS, chunk.skip)) for text in chunk.documents(_what)]
     encoded = iter(tokenizer.encode_batch([text for pieces in documents for text, _ in pieces]))
     bos = [tokenizer.bos_id] if chunk.opens and tokenizer.adds.bos else []
     eos = [tokenizer.eos_id] if chunk.closes and tokenizer.eos_id is not None else []
@@ -269,23 +315,45 @@ def _encode_chunk(chunk: Chunk) -> tuple[np.ndarray, np.ndarray, None, Counter]:
         for _, skip in pieces:
             ids += next(encoded)[skip:]
         ids += eos
-    return np.array(ids, dtype=np.uint32), np.array(starts, dtype=np.int64), None, Counter()
+    return np.array(ids, dtype=np.uint32), np.array(starts, dtype=np.int64), None, Found()
 
 
-def _encode_chat(chunk: Chunk) -> tuple[np.ndarray, np.ndarray, np.ndarray, Counter]:
-    """(uint32 ids; int64 offsets of the conversations; uint8 1 where a token is trained; how many records of each kind)."""
-    ids, starts, trained, counts = [], [], [], Counter()
-    for where, record in chunk.records():
-        name, turns = conversation_of(record, where)
-        counts[name] += 1
-        if any(turn["role"] == "assistant" and not turn["content"].strip() for turn in turns):
-            counts[EMPTY_ANSWER] += 1
+def _encode_chat(chunk: Chunk) -> tuple[np.ndarray, np.ndarray, np.ndarray, Found]:
+    """(uint32 ids; int64 offsets of the conversations; uint8 1 where a token is trained; what the records were)."""
+    ids, starts, trained, found = [], [], [], Found()
+    skip = found.skip if _what.bad_records == "skip" else None
+    for where, record in chunk.records(skip):
+        try:
+            conversation = conversation_of(record, where)
+            left_out = _why_left_out(conversation)
+            example = None if left_out else _template.example(conversation, where, _what.train_on)
+        except UsageError as error:
+            if skip is None:
+                raise
+            skip(where, error)
             continue
-        of_one, mask = _template.encode(turns, where)
+        found.counts[conversation.format] += 1
+        found.unread.update([*conversation.unread, *_template.unread(conversation)])
+        found.counts[UNANSWERED] += conversation.n_unanswered > 0
+        if not left_out and not any(example.trained):
+            left_out = NOTHING_TRAINED
+        if left_out:
+            found.counts[left_out] += 1
+            continue
+        found.end_ids |= example.ends
         starts.append(len(ids))
-        ids += of_one
-        trained += mask
-    return np.array(ids, dtype=np.uint32), np.array(starts, dtype=np.int64), np.array(trained, dtype=np.uint8), counts
+        ids += example.ids
+        trained += example.trained
+    return np.array(ids, dtype=np.uint32), np.array(starts, dtype=np.int64), np.array(trained, dtype=np.uint8), found
+
+
+def _why_left_out(conversation: Conversation) -> str | None:
+    """What `counts` calls a conversation with an answer that is trained and empty."""
+    for turn, flag in zip(conversation.turns, conversation.flags, strict=True):
+        says = turn.get("content", "").strip() or turn.get("tool_calls") or turn.get("function_call")
+        if turn["role"] == "assistant" and not says and flag is not False:
+            return EMPTY_ANSWER
+    return None
 
 
 def main() -> int:
@@ -298,7 +366,8 @@ def main() -> int:
     add("--cache-dir", required=True, nargs="+", type=Path,
         help="where the tokens go, or the first of several that can be written; older ones there are never deleted")
     add("--text-field", default="text", help="field or column that holds the text (default: text)")
-    add("--chat", action="store_true", help="conversations instead of texts, for recipes/sft.py")
+    add("--chat", nargs="?", const="{}", metavar="OPTIONS",
+        help='conversations instead of texts, for recipes/sft.py; OPTIONS as {"train_on": "last-answer"}')
     add("--processes", type=int, default=cores, help=f"workers (default: one per core, {cores})")
     add("--for-process", type=int, metavar="PID", help="for a program: print the result or the error as JSON, and stop "
                                                        "when the process PID, which must be the parent, is gone")
@@ -309,8 +378,8 @@ def main() -> int:
         if args.processes < 1:
             raise UsageError(f"--processes {args.processes}: at least one worker is needed.")
         tokenizer = load_tokenizer(args.tokenizer)
-        text_field = None if args.chat else args.text_field
-        folder = tokenize(args.path, tokenizer, args.cache_dir, text_field, args.processes, args.for_process)
+        what = ChatOptions(**json.loads(args.chat)) if args.chat else args.text_field
+        folder = tokenize(args.path, tokenizer, args.cache_dir, what, args.processes, args.for_process)
         answer = {"folder": str(folder)}
     except UsageError as error:
         answer = {"error": str(error)}
