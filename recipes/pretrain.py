@@ -87,7 +87,7 @@ class DataConfig:
     tokenizer: FilePath | None = None   # Hugging Face folder, tokenizer.json or SentencePiece .model; None: --model's
     seq_len: int | None = None          # tokens per row; None: the context of the model
     document_mask: bool = False         # no token sees another document of its packed row
-    text_field: str = "text"            # of a .jsonl line, or column of a .parquet, that holds the text
+    text_field: str = "text"            # of a .jsonl line, or column of a .parquet, that holds the text; a.b: b inside a
     validation_share: float = 0.01      # of the rows, held out
     cache_dir: str = "~/.cache/dtensor-llama"    # tokenized text, reused by every run on the same files
 

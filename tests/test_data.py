@@ -499,6 +499,42 @@ def test_a_batch_that_cannot_be_dealt_is_refused(rows):
             RowReader(rows, global_batch_size, micro_batch_size, 0, dp_size)
 
 
+NESTED = [{"meta": {"a": {"body": f"text {i}", "n": i}, "b": i}, "n": i} for i in range(40)]
+NESTED_TEXTS = [record["meta"]["a"]["body"] for record in NESTED]
+
+
+def nested_files(folder: Path, records: list[dict]) -> list[Path]:
+    """The records as .jsonl, .json, .parquet and .arrow."""
+    (folder / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "b.json").write_text(json.dumps(records, indent=1))
+    table = pa.Table.from_pylist(records)
+    pq.write_table(table, folder / "c.parquet")
+    with pa.OSFile(str(folder / "d.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    return sorted(folder.iterdir())
+
+
+def test_a_text_inside_of_another_field_is_named_with_a_dot(tmp_path):
+    for file in nested_files(tmp_path, NESTED):
+        assert texts_of(file, text_field="meta.a.body") == NESTED_TEXTS, file
+        with pytest.raises(UsageError, match=f"--data.path {file}.*no (field|column) 'meta.body'.*meta.b.*--data.text-field"):
+            texts_of(file, text_field="meta.body")
+        with pytest.raises(UsageError, match="(no field|no column) 'n.body'"):
+            texts_of(file, text_field="n.body")
+
+
+def test_a_field_with_a_dot_in_its_name_goes_before_one_inside_of_another(tmp_path):
+    for file in nested_files(tmp_path, [{"a.b": "this", "a": {"b": "not this"}}]):
+        assert texts_of(file, text_field="a.b") == ["this"], file
+
+
+def test_a_text_inside_of_another_field_is_trained_on(tokenizer, tmp_path):
+    file, plain = tmp_path / "nested.jsonl", write_jsonl(tmp_path / "plain.jsonl", NESTED_TEXTS)
+    file.write_text("".join(json.dumps(record) + "\n" for record in NESTED))
+    nested = prepare_corpus([file], tokenizer, tmp_path / "cache", text_field="meta.a.body", processes=1)
+    assert nested.content_hash == prepare_corpus([plain], tokenizer, tmp_path / "cache", processes=1).content_hash
+
+
 # ---- what people have besides ----
 
 

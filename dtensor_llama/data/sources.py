@@ -272,10 +272,30 @@ def _text_of_line(line: bytes, path: Path, number: int, text_field: str) -> str:
 
 
 def _text_of_record(row: dict, where: str, text_field: str) -> str:
-    if text_field not in row:
-        raise UsageError(f"{where}: no field {text_field!r}; its fields are {', '.join(list(row)[:20]) or 'none'}. "
-                         f"Name the one that holds the text with --data.text-field.")
-    return checked_text(row[text_field], where, text_field)
+    if text_field in row:
+        return checked_text(row[text_field], where, text_field)
+    value, rest = row, text_field.split(".")
+    while rest:                             # a.b is the field b of the object in a; a name with a dot in it goes first
+        if not isinstance(value, dict):
+            held = type(value).__name__
+            above = text_field.removesuffix("." + ".".join(rest))
+            raise BadRecord(where, f"no field {text_field!r}", f"{above!r} holds {held}, no object with further fields.")
+        if ".".join(rest) in value:
+            return checked_text(value[".".join(rest)], where, text_field)
+        if rest[0] not in value:
+            raise BadRecord(where, f"no field {text_field!r}", f"its fields are {_names_in(row)}. Name the one that holds the "
+                            "text with --data.text-field, as in a.b if it stands inside of another.")
+        value = value[rest.pop(0)]
+    return checked_text(value, where, text_field)
+
+
+def _names_in(row: dict) -> str:
+    """The fields of a record, and as a.b those of the objects in it."""
+    names = []
+    for name, value in row.items():
+        inner = [f"{name}.{one}" for one in value] if isinstance(value, dict) else []
+        names += inner or [name]
+    return ", ".join(names[:20]) or "none"
 
 
 def _object_of_line(line: bytes, path: Path, number: int) -> dict:
@@ -301,7 +321,7 @@ def _checked_object(row, where: str) -> dict:
 def checked_text(text, where: str, text_field: str) -> str:
     """`text` if it is a string of whole characters, else UsageError."""
     if not isinstance(text, str):
-        raise BadRecord(where, f"{text_field!r} holds {type(text).__name__}", "expected a string.")
+        raise BadRecord(where, f"{text_field!r} holds {type(text).__name__}, expected a string")
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which is no character
@@ -311,24 +331,41 @@ def checked_text(text, where: str, text_field: str) -> str:
 
 def _read_parquet(path: Path, stream, text_field: str | None, chunk_bytes: int) -> Iterator[Chunk]:
     parquet = pq.ParquetFile(stream, pre_buffer=False, buffer_size=chunk_bytes)
-    _check_column(path, parquet.schema_arrow.names, text_field)
-    columns = None if text_field is None else [text_field]
+    column = _column_of(path, parquet.schema_arrow, text_field)
+    columns = None if column is None else [text_field]       # of a struct only the fields on the way to the text are read
     batches = parquet.iter_batches(BATCH_ROWS, columns=columns, use_threads=False)
     yield from _read_batches(path, batches, text_field, chunk_bytes)
 
 
 def _read_arrow(path: Path, stream, text_field: str | None, chunk_bytes: int) -> Iterator[Chunk]:
     reader = open_arrow(stream, f"--data.path {path}")
-    _check_column(path, reader.schema.names, text_field)
-    batches = (batch if text_field is None else batch.select([text_field]) for batch in arrow_batches(reader))
+    column = _column_of(path, reader.schema, text_field)
+    batches = (batch if column is None else batch.select([column]) for batch in arrow_batches(reader))
     parts = (batch.slice(first, BATCH_ROWS) for batch in batches for first in range(0, len(batch), BATCH_ROWS))
     yield from _read_batches(path, parts, text_field, chunk_bytes)
 
 
-def _check_column(path: Path, columns: list[str], text_field: str | None) -> None:
-    if text_field is not None and text_field not in columns:
-        raise UsageError(f"--data.path {path}: no column {text_field!r}; it has {', '.join(columns) or 'none'}. "
-                         f"Name the one that holds the text with --data.text-field.")
+def _column_of(path: Path, schema: pa.Schema, text_field: str | None) -> str | None:
+    """The column that text_field stands in: a column, or a.b in a column of structs; None of whole records."""
+    if text_field is None or text_field in schema.names:
+        return text_field
+    column, *inner = text_field.split(".")
+    kind = schema.field(column).type if column in schema.names else None
+    for name in inner:
+        is_there = kind is not None and pa.types.is_struct(kind) and kind.get_field_index(name) >= 0
+        kind = kind.field(name).type if is_there else None
+    if kind is None:
+        names = ", ".join(name for one in schema for name in _columns_in(one)) or "none"
+        raise UsageError(f"--data.path {path}: no column {text_field!r}; it has {names}. Name the one that holds the text with "
+                         "--data.text-field.")
+    return column
+
+
+def _columns_in(column: pa.Field) -> list[str]:
+    """The name of a column, and as a.b those in a column of structs."""
+    if pa.types.is_struct(column.type):
+        return [f"{column.name}.{inner.name}" for inner in column.type]
+    return [column.name]
 
 
 def _read_batches(path: Path, batches: Iterator[pa.RecordBatch], text_field: str | None, chunk_bytes: int) -> Iterator[Chunk]:
@@ -351,7 +388,9 @@ def _read_batches(path: Path, batches: Iterator[pa.RecordBatch], text_field: str
                 text = cell.as_py()
             except UnicodeDecodeError as error:
                 raise UsageError(f"--data.path {path}, row {row}: not UTF-8 text ({error}).") from None
-            texts.append(checked_text(text, f"--data.path {path}, row {row}", text_field))
+            name = batch.schema.names[0]
+            text = _text_of_record({name: text}, f"--data.path {path}, row {row}", text_field)
+            texts.append(text)
             held_chars += len(text)
             if held_chars >= chunk_bytes:
                 yield Chunk(path, texts)

@@ -296,14 +296,27 @@ class ChatTemplate:
                         f"that of {self.tokenizer.path} says: {message}")
 
     def _marked(self, text: str, chat: _Chat) -> str:
-        """`text` with BEGIN and END around each answer. It begins where the generation prompt ends that it is asked with."""
+        """`text` with BEGIN and END around each answer."""
         for at in reversed([i for i, turn in enumerate(chat.turns) if turn["role"] == "assistant"]):
-            begin = self._render(chat.first(at), add_generation_prompt=True)
-            end = self._end_of_answer(text, chat, at)
-            if not text.startswith(begin) or end < len(begin):
+            begin, end = self._begin_of_answer(text, chat, at), self._end_of_answer(text, chat, at)
+            if not 0 <= begin <= end:
                 raise self._unclear(chat.where, "an answer does not begin with its generation prompt")
-            text = begin + BEGIN + text[len(begin):end] + END + text[end:]
+            text = text[:begin] + BEGIN + text[begin:end] + END + text[end:]
         return text
+
+    def _begin_of_answer(self, text: str, chat: _Chat, at: int) -> int:
+        """Where turn `at` begins in `text`: where the generation prompt ends that it is asked with; -1: it has none.
+
+        Some templates leave out the earlier thoughts once another question follows. Then what comes before the turn is not
+        what it was asked with, but the same header stands before it: the one that a generation prompt adds."""
+        asked = self._render(chat.first(at), add_generation_prompt=True)
+        if text.startswith(asked):
+            return len(asked)
+        header = asked.removeprefix(self._render(chat.first(at)))
+        probed = self._render(chat.with_turn(at, {"role": "assistant", "content": PROBE}))
+        begin = probed.rfind(header, 0, max(0, probed.find(PROBE))) + len(header)
+        is_header = header != asked and self.writer.control.search(header) and begin >= len(header)
+        return begin if is_header and text.startswith(probed[:begin]) else -1
 
     def _end_of_answer(self, text: str, chat: _Chat, at: int) -> int:
         """Where turn `at` ends in `text`: where rendering it as the last one does. Some templates write more behind the last
@@ -319,7 +332,7 @@ class ChatTemplate:
             return len(through)
         probed = self._render(chat.with_turn(at, {"role": "assistant", "content": PROBE}))
         behind = probed[probed.rfind(PROBE) + 1:]
-        unmarked = text.replace(BEGIN, "").replace(END, "")       # of the answers behind this one
+        unmarked = text.replace(BEGIN, "").replace(END, "")        # the marks are those of the answers behind this one
         if PROBE not in probed or not unmarked.endswith(behind):
             raise self._unclear(chat.where, "a turn is written otherwise when another one follows it")
         end = len(unmarked) - len(behind)
@@ -425,6 +438,7 @@ class TextWriter:
         self.first_characters = {text[0] for text in self.controls}
         any_control = _any_of(self.controls)
         self.control_or_mark = re.compile(f"({BEGIN}|{END}|{any_control})")
+        self.control = re.compile(any_control)
         self.control_behind_blanks = re.compile(rf"\s*(?:{any_control})")
         newline = self.plain.encode("\n")
         self.has_dummy_prefix = self.plain.encode("\na") != newline + self.plain.encode("a")
