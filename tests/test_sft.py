@@ -239,6 +239,55 @@ def test_what_fits_only_with_its_states_on_the_host_is_not_refused_where_they_go
         settle()
 
 
+def rows_of(preview: Path) -> list[tuple[list[int], list[int]]]:
+    """(tokens, those that are trained) of each row of a --preview-json."""
+    rows = json.loads(preview.read_text())
+    return [(row["tokens"], [label for label in row["labels"] if label != -100]) for row in rows]
+
+
+def test_bad_records_are_left_out_and_listed_in_the_run_folder(inputs, chat, tmp_path):
+    good = [json.loads(line) for line in (chat / "chat.jsonl").read_text().splitlines()]
+    bad = [{"text": "no chat"}, {"messages": [HELLO[0], HELLO[1] | {"tool_calls": [{"function": {"name": "f"}}]}], "id": 3}]
+    path = write(tmp_path / "chat.jsonl", [bad[0], *good, bad[1], good[0] | {"id": 1}])
+    own = flags(inputs, tmp_path, tmp_path / "run", steps=1)
+    assert f"{path}, line 1: unknown format" in refused(*own, name="sft")
+    ended = recipe("sft", *own, "--data.bad-records", "skip")
+    assert ended.status == 0, ended
+    listed = tmp_path / "run/bad-records.jsonl"
+    assert "2 bad records: 1 unknown format, 1 a turn has 'tool_calls'" in ended.out and str(listed) in ended.out, ended.out
+    assert "not read" in ended.out and "id (1)" in ended.out
+    assert [json.loads(line)["where"] for line in listed.read_text().splitlines()] == [
+        f"--data.path {path}, line {number}" for number in (1, len(good) + 2)]
+
+
+def test_all_of_an_example_can_be_trained_or_its_last_answer_only(inputs, tmp_path):
+    write(tmp_path / "chat.jsonl", [{"messages": [*HELLO, {"role": "user", "content": "And?"}, HELLO[1]]}] * 2)
+    trained = {}
+    for train_on in ("answers", "last-answer", "all"):
+        shown = recipe("sft", *flags(inputs, tmp_path, tmp_path / "no", "--preview-json", tmp_path / f"{train_on}.json",
+                                     "--data.train-on", train_on, "--data.no-packing", "--data.validation-share", 0))
+        assert shown.status == 0, shown
+        tokens, trained[train_on] = rows_of(tmp_path / f"{train_on}.json")[0]
+    assert trained["all"] == tokens[1:]
+    assert trained["answers"] == 2 * trained["last-answer"] and len(trained["answers"]) < len(trained["all"])
+
+
+def test_prompt_and_completion_are_trained_on_without_a_template(inputs, tmp_path):
+    write(tmp_path / "chat.jsonl", [{"prompt": "def append(self", "completion": f", item{i}): pass"} for i in range(8)])
+    raw = ["--data.template", "none", "--data.no-packing", "--data.validation-share", 0]
+    ended = recipe("sft", *flags(inputs, tmp_path, tmp_path / "run", *raw, steps=1))
+    assert ended.status == 0 and "written with no template" in ended.out and "--chat" not in ended.out, ended
+    assert not (tmp_path / "run/hf/chat_template.jinja").exists()
+    shown = recipe("sft", *flags(inputs, tmp_path, tmp_path / "no", "--preview-json", tmp_path / "rows.json", *raw))
+    assert shown.status == 0, shown
+    tokenizer, prompt = load_tokenizer(inputs / "model"), "def append(self"
+    shown = {tokenizer.decode(tokens)[len(prompt):]: trained for tokens, trained in rows_of(tmp_path / "rows.json")}
+    assert set(shown) == {f", item{i}): pass" for i in range(8)}
+    assert all(tokenizer.decode(trained) == text and trained[-1] == tokenizer.eos_id for text, trained in shown.items())
+    write(tmp_path / "chat.jsonl", [{"messages": HELLO}])
+    assert "--data.template none" in refused(*flags(inputs, tmp_path, tmp_path / "x", "--data.template", "none"), name="sft")
+
+
 # ---- refusals ----
 
 @pytest.mark.parametrize("records,said", [
