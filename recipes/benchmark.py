@@ -42,6 +42,7 @@ from dtensor_llama.attention import choose_attention
 from dtensor_llama.cli import read_launch, run_recipe
 from dtensor_llama.data.reader import Batch, RowReader
 from dtensor_llama.data.rows import PackedRows
+from dtensor_llama.data.sources import TextOptions
 from dtensor_llama.data.tokenize import prepare_corpus
 from dtensor_llama.data.tokenizer import load_tokenizer
 from dtensor_llama.flops import hardware_flops_per_token, model_flops_per_token, peak_flops
@@ -83,7 +84,8 @@ def main(cfg: BenchmarkConfig) -> None:
     rows = None
     if cfg.data.path:
         corpus = prepare_corpus(cfg.data.path, load_tokenizer(tokenizer_path(cfg)),
-                                cache_folders(cfg.data.cache_dir, cfg.run_dir), cfg.data.text_field)
+                                cache_folders(cfg.data.cache_dir, cfg.run_dir),
+                                TextOptions(cfg.data.text_field, cfg.data.bad_records))
         rows = PackedRows(corpus, seq_len, cfg.data.validation_share, cfg.train.seed)
 
     if rank == 0 and chosen:

@@ -40,8 +40,10 @@ from dtensor_llama.checkpoint import Checkpointer, restore_training_state, train
 from dtensor_llama.cli import FilePath, read_launch, run_recipe
 from dtensor_llama.config import generation_config, read_generation_config
 from dtensor_llama.data.mix import open_rows
+from dtensor_llama.data.preview import say_skipped
 from dtensor_llama.data.reader import Batch, RowReader, validation_batches
 from dtensor_llama.data.rows import PackedRows
+from dtensor_llama.data.sources import TextOptions
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
 from dtensor_llama.flops import hardware_flops_per_token, matmul_flops, model_flops_per_token, peak_flops
 from dtensor_llama.loss import choose_loss
@@ -88,6 +90,8 @@ class DataConfig:
     seq_len: int | None = None          # tokens per row; None: the context of the model
     document_mask: bool = False         # no token sees another document of its packed row
     text_field: str = "text"            # of a .jsonl line, or column of a .parquet, that holds the text; a.b: b inside a
+    # A record that has no text: end the run, or leave it out, count it and list it in RUN/bad-records.jsonl.
+    bad_records: Literal["refuse", "skip"] = "refuse"
     validation_share: float = 0.01      # of the rows, held out
     cache_dir: str = "~/.cache/dtensor-llama"    # tokenized text, reused by every run on the same files
 
@@ -172,7 +176,8 @@ def main(cfg: PretrainConfig) -> None:
         run_lock = claim_run_dir(Path(cfg.run_dir), fresh=cfg.checkpoint.resume == "never")
 
     # ---- 3. The parts ----------------------------------------------------------------------------------------------
-    rows = open_rows(cfg.data.path, tokenizer, cache_folders(cfg.data.cache_dir, cfg.run_dir), cfg.data.text_field, seq_len,
+    text = TextOptions(cfg.data.text_field, cfg.data.bad_records)
+    rows = open_rows(cfg.data.path, tokenizer, cache_folders(cfg.data.cache_dir, cfg.run_dir), text, seq_len,
                      cfg.data.validation_share, cfg.train.seed)
     start_process_group(device, world_size, attempt=launch.attempt)
     if is_main and chosen:
@@ -493,6 +498,7 @@ def describe_run(cfg, model_config, layout, rows: PackedRows, n_micros: int, att
     for name, own, n_read in rows.parts(cfg.train.steps * cfg.train.global_batch_size):
         log.say(f"data      {name and name + ': '}{own.corpus.n_tokens:,} tokens: {own.n_train:,} rows of {rows.seq_len} to "
                 f"train on, {own.n_validation:,} held out; this run reads them {n_read / own.n_train:.2f} times")
+    say_skipped([own.corpus for _, own, _ in rows.parts(0)], Path(cfg.run_dir), log.say)
     axes = " x ".join(f"{axis} {getattr(layout, axis)}" for axis in AXES if getattr(layout, axis) > 1) or "one process"
     log.say(f"layout    {axes} on {device.type}, ZeRO stage {layout.zero_stage}; {n_micros} micro-batches of "
             f"{cfg.train.micro_batch_size} rows per rank and step")

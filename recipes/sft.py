@@ -52,9 +52,9 @@ from dtensor_llama.attention import choose_attention
 from dtensor_llama.checkpoint import Checkpointer, training_state
 from dtensor_llama.cli import FilePath, read_launch, run_recipe
 from dtensor_llama.data.chat import ChatOptions
-from dtensor_llama.data.preview import preview, say_data
+from dtensor_llama.data.preview import preview, say_data, say_skipped
 from dtensor_llama.data.reader import RowReader
-from dtensor_llama.data.rows import SKIPPED, ChatCorpus, PackedExamples
+from dtensor_llama.data.rows import ChatCorpus, PackedExamples
 from dtensor_llama.data.template import ChatTemplate, RawTemplate
 from dtensor_llama.data.tokenize import prepare_chat, template_of
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
@@ -189,6 +189,7 @@ def main(cfg: SftConfig) -> None:
     if cfg.preview or cfg.preview_json:
         if is_main:
             say_data(rows, template.name, print)
+            say_skipped([corpus], None, print)
             preview(rows, tokenizer, cfg.preview, cfg.preview_json)
         return
     seq_len = rows.seq_len
@@ -375,10 +376,8 @@ def describe_run(cfg, model_config, layout, rows: PackedExamples, n_micros: int,
     Path(cfg.run_dir, "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     epochs = cfg.train.steps * cfg.train.global_batch_size / rows.n_train
     log.say(f"model     {cfg.model}: {model_config.n_parameters / 1e6:,.1f}M parameters, attention {attention}")
-    listed_in = Path(cfg.run_dir, SKIPPED)
-    if rows.corpus.skipped:
-        shutil.copyfile(rows.corpus.bad_records, listed_in)
-    say_data(rows, template_name, log.say, listed_in)
+    say_data(rows, template_name, log.say)
+    say_skipped([rows.corpus], Path(cfg.run_dir), log.say)
     log.say(f"epochs    {epochs:.2f}: {cfg.train.steps} steps of {cfg.train.global_batch_size} rows")
     axes = " x ".join(f"{axis} {getattr(layout, axis)}" for axis in AXES if getattr(layout, axis) > 1) or "one process"
     log.say(f"layout    {axes} on {device.type}, ZeRO stage {layout.zero_stage}; {n_micros} micro-batches of "

@@ -25,7 +25,7 @@ from dtensor_llama.data import PackedRows, RowReader, TokenCorpus, load_tokenize
 from dtensor_llama.data import tokenize as tokenize_module
 from dtensor_llama.data.cut import Cutter
 from dtensor_llama.data.rows import ChatCorpus, permute
-from dtensor_llama.data.sources import expand_paths, read_chunks
+from dtensor_llama.data.sources import TextOptions, expand_paths, read_chunks
 from dtensor_llama.data.tokenize import prepare_chat
 from dtensor_llama.errors import UsageError
 
@@ -533,6 +533,26 @@ def test_a_text_inside_of_another_field_is_trained_on(tokenizer, tmp_path):
     file.write_text("".join(json.dumps(record) + "\n" for record in NESTED))
     nested = prepare_corpus([file], tokenizer, tmp_path / "cache", text_field="meta.a.body", processes=1)
     assert nested.content_hash == prepare_corpus([plain], tokenizer, tmp_path / "cache", processes=1).content_hash
+
+
+def test_records_without_a_text_are_skipped_and_listed(tokenizer, tmp_path):
+    records = [{"text": "one"}, {"text": None}, {"text": "two"}, {"body": "x"}, {"text": "three"}]
+    files = {"a.jsonl": "\n".join(map(json.dumps, records)) + "\n{\n[1]\n", "b.json": json.dumps(records)}
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    pq.write_table(pa.table({"text": ["one", None, "two", "three"]}), tmp_path / "c.parquet")
+    plain = prepare_corpus([write_jsonl(tmp_path / "plain.jsonl", ["one", "two", "three"])], tokenizer, tmp_path / "cache")
+    assert plain.skipped == {} and plain.bad_records.read_text() == ""
+    for name, lost in {"a.jsonl": 4, "b.json": 2, "c.parquet": 1}.items():
+        with pytest.raises(UsageError, match=f"{name}, (line|row) \\d+: 'text' holds NoneType"):
+            prepare_corpus([tmp_path / name], tokenizer, tmp_path / "cache")
+        skipping = TextOptions(bad_records="skip")
+        corpus = prepare_corpus([tmp_path / name], tokenizer, tmp_path / "cache", skipping, processes=1)
+        assert corpus.content_hash == plain.content_hash
+        listed = [json.loads(line) for line in corpus.bad_records.read_text().splitlines()]
+        assert sum(corpus.skipped.values()) == lost == len(listed)
+        assert all(one["where"].startswith(f"--data.path {tmp_path / name}, ") for one in listed)
+        assert all(one["message"].startswith(one["where"]) for one in listed)
 
 
 # ---- what people have besides ----

@@ -260,6 +260,20 @@ def test_bad_records_are_left_out_and_listed_in_the_run_folder(inputs, chat, tmp
         f"--data.path {path}, line {number}" for number in (1, len(good) + 2)]
 
 
+def test_pretraining_leaves_out_and_lists_records_without_a_text(inputs, tmp_path):
+    good = [json.loads(line) for line in (inputs / "data.jsonl").read_text().splitlines()]
+    nested = [{"meta": {"id": i}, "content": {"text": record["text"]}} for i, record in enumerate(good)]
+    path = write(tmp_path / "data.jsonl", [*nested, {"content": {"text": None}}, {"content": "x"}])
+    own = ["--model", inputs / "model", "--data.path", path, "--data.cache-dir", tmp_path / "cache", "--data.seq-len", 32,
+           "--train.steps", 1, "--train.global-batch-size", 2, "--train.dtype", "float32", "--checkpoint.every", 0,
+           "--run-dir", tmp_path / "run", "--data.text-field", "content.text"]
+    assert f"line {len(good) + 1}: 'content.text' holds NoneType" in refused(*own, name="pretrain")
+    ended = recipe("pretrain", *own, "--data.bad-records", "skip")
+    assert ended.status == 0 and "skipped   2 bad records: 1 " in ended.out, ended
+    listed = [json.loads(line)["where"] for line in (tmp_path / "run/bad-records.jsonl").read_text().splitlines()]
+    assert listed == [f"--data.path {path}, line {len(good) + number}" for number in (1, 2)]
+
+
 def test_all_of_an_example_can_be_trained_or_its_last_answer_only(inputs, tmp_path):
     write(tmp_path / "chat.jsonl", [{"messages": [*HELLO, {"role": "user", "content": "And?"}, HELLO[1]]}] * 2)
     trained = {}

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dtensor_llama.data.rows import PackedRows
+from dtensor_llama.data.sources import TextOptions
 from dtensor_llama.data.tokenize import prepare_corpus
 from dtensor_llama.data.tokenizer import Tokenizer
 from dtensor_llama.errors import UsageError
@@ -20,7 +21,7 @@ UNITS = 2**30        # of a share: integers, so that positions up to 2^33 are de
 
 
 def open_rows(paths: Sequence[str], tokenizer: Tokenizer, cache_dir: str | Path | Sequence[str | Path],
-              text_field: str, seq_len: int, validation_share: float, seed: int) -> "PackedRows | MixedRows":
+              text_field: str | TextOptions, seq_len: int, validation_share: float, seed: int) -> "PackedRows | MixedRows":
     """The rows of `paths`, tokenized now if need be: of all of them together, or mixed if they have weights."""
     mixture = parse_mixture(paths)
     if mixture is None:

@@ -1,13 +1,15 @@
 """Rows as they will be trained on, to be looked at: as coloured text, and as the plain numbers of tokens and labels."""
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from dtensor_llama.data.chat import UNANSWERED, reasons_in_order
 from dtensor_llama.data.reader import NOT_SCORED, make_batch
-from dtensor_llama.data.rows import EMPTY_ANSWER, NOTHING_TRAINED, PackedExamples
+from dtensor_llama.data.rows import EMPTY_ANSWER, NOTHING_TRAINED, SKIPPED, PackedExamples, TokenCorpus
 from dtensor_llama.data.tokenizer import Tokenizer
 from dtensor_llama.errors import UsageError
 
@@ -53,8 +55,8 @@ def preview(rows: PackedExamples, tokenizer: Tokenizer, n_rows: int, json_file: 
             raise UsageError(f"--preview-json {json_file} cannot be written ({error.strerror}).") from None
 
 
-def say_data(rows: PackedExamples, template_name: str, say, listed_in: Path | None = None) -> None:
-    """What was found in the files, and what became of it. listed_in: where the list of bad records was put."""
+def say_data(rows: PackedExamples, template_name: str, say) -> None:
+    """What was found in the files, and what became of it."""
     counts = dict(rows.corpus.counts)
     happened = {name: counts.pop(name, 0) for name in (EMPTY_ANSWER, NOTHING_TRAINED, UNANSWERED)}
     found = ", ".join(f"{n:,} of {name}" for name, n in counts.items())
@@ -62,9 +64,6 @@ def say_data(rows: PackedExamples, template_name: str, say, listed_in: Path | No
     found += f"; {happened[NOTHING_TRAINED]:,} left out, {NOTHING_TRAINED}" if happened[NOTHING_TRAINED] else ""
     found += f"; {happened[UNANSWERED]:,} {UNANSWERED}" if happened[UNANSWERED] else ""
     say(f"data      {found}; written with {template_name}")
-    if rows.corpus.skipped:
-        say(f"skipped   {sum(rows.corpus.skipped.values()):,} bad records: {', '.join(reasons_in_order(rows.corpus.skipped))}; "
-            f"listed in {listed_in or rows.corpus.bad_records}")
     if rows.corpus.unread:
         names = sorted(rows.corpus.unread, key=rows.corpus.unread.get, reverse=True)
         more = f" and {len(names) - 10} more" if len(names) > 10 else ""
@@ -77,3 +76,18 @@ def say_data(rows: PackedExamples, template_name: str, say, listed_in: Path | No
     say(f"rows      {rows.n_train:,} of {rows.seq_len} tokens to train on, {rows.n_validation:,} held out: {rows.n_examples:,} "
         f"examples, {rows.lengths.sum() / rows.n_rows / rows.seq_len:.0%} full; {n_trained / n_tokens:.0%} of the tokens are "
         f"trained{too_long}")
+
+
+def say_skipped(corpora: Iterable[TokenCorpus], run_dir: Path | None, say) -> None:
+    """How many bad records were left out and why. They are listed in RUN/bad-records.jsonl, if there is a run folder."""
+    skipped, lists = Counter(), []
+    for corpus in corpora:
+        skipped += Counter(corpus.skipped)
+        lists += [corpus.bad_records] if corpus.skipped else []
+    listed_in = [str(one) for one in lists]
+    if lists and run_dir is not None:
+        listed_in = [str(run_dir / SKIPPED)]
+        (run_dir / SKIPPED).write_bytes(b"".join(one.read_bytes() for one in lists))
+    if skipped:
+        say(f"skipped   {sum(skipped.values()):,} bad records: {', '.join(reasons_in_order(skipped))}; listed in "
+            f"{', '.join(listed_in)}")

@@ -15,11 +15,18 @@ from dtensor_llama.errors import UsageError
 ROUNDS = 6  # of the Feistel network: 4 make a pseudo-random permutation (Luby and Rackoff 1988), 2 to spare
 
 
+# Records that are no conversation to train on are counted as these, and left out.
+EMPTY_ANSWER = "with an empty answer"
+NOTHING_TRAINED = "in which no answer is to be trained"
+SKIPPED = "bad-records.jsonl"            # those that --data.bad-records skip left out, one a line
+
+
 class TokenCorpus:
     """A folder written by `prepare_corpus`, mapped into memory: opening it reads nothing.
 
     tokens: (n_tokens,) uint16 or uint32. document_starts: (n_documents,) int64, offsets into `tokens`.
     content_hash: the same for the same tokens, documents and masks, and for no others; "" if whoever wrote it made none.
+    skipped: how many records were left out by what is wrong with them; bad_records: the file that lists them.
     """
 
     def __init__(self, folder: str | Path):
@@ -28,6 +35,7 @@ class TokenCorpus:
             meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
             self.n_tokens, self.n_documents, dtype = meta["n_tokens"], meta["n_documents"], np.dtype(meta["dtype"])
             self.content_hash = meta.get("content_hash", "")
+            self.skipped, self.bad_records = meta.get("skipped", {}), self.folder / SKIPPED
             self.tokens = np.memmap(self.folder / "tokens.bin", dtype, mode="r")
             self.document_starts = np.memmap(self.folder / "documents.bin", np.int64, mode="r")
             damage = (len(self.tokens), len(self.document_starts)) != (self.n_tokens, self.n_documents)
@@ -38,25 +46,18 @@ class TokenCorpus:
                              f"size that meta.json says); delete the folder, and the next run writes it again.")
 
 
-# Records that are no conversation to train on are counted as these, and left out.
-EMPTY_ANSWER = "with an empty answer"
-NOTHING_TRAINED = "in which no answer is to be trained"
-SKIPPED = "bad-records.jsonl"            # those that --data.bad-records skip left out, one a line
-
-
 class ChatCorpus(TokenCorpus):
     """A folder written by `prepare_chat`: documents are conversations.
 
-    trained: (n_tokens,) uint8, 1 where a token is trained. counts: records of each format, and those left out. skipped: bad
-    records by what is wrong with them; bad_records: the file that lists them. unread: fields that nothing reads, and in how many
-    records they stand. end_ids: the tokens that end an answer, at which generation has to stop.
+    trained: (n_tokens,) uint8, 1 where a token is trained. counts: records of each format, and those left out.
+    unread: fields that nothing reads, and in how many records they stand. end_ids: the tokens that end an answer, at which
+    generation has to stop.
     """
 
     def __init__(self, folder: str | Path):
         super().__init__(folder)
         meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
-        self.counts, self.skipped, self.unread = meta["counts"], meta["skipped"], meta["unread"]
-        self.end_ids, self.bad_records = meta["end_ids"], self.folder / SKIPPED
+        self.counts, self.unread, self.end_ids = meta["counts"], meta["unread"], meta["end_ids"]
         self.trained = np.memmap(self.folder / "trained.bin", np.uint8, mode="r")
 
 

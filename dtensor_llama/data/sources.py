@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,29 +31,44 @@ CHUNK_BYTES = 1 << 20   # what one worker gets at a time: long enough to hide th
 BATCH_ROWS = 64        # of a table, decoded at once
 
 
+@dataclass(frozen=True)
+class TextOptions:
+    """What decides which texts a corpus has: the flags of recipes/pretrain.py.
+
+    field: of a record or table that holds the text; a.b: the field b of the object in a. bad_records: whether a record without
+    a text ends the run or is left out and listed."""
+
+    field: str = "text"
+    bad_records: Literal["refuse", "skip"] = "refuse"
+
+
 @dataclass
 class Chunk:
-    """Part of one file: whole lines of a .jsonl (bytes), the texts of a table (list), or a piece of a .txt (str).
+    """Part of one file: whole lines of a .jsonl (bytes), or a piece of a .txt (str).
 
     Of other records it is a list of (where, object) with where as in "row 3"."""
 
     path: Path
-    data: bytes | list[str] | str | list[tuple[str, dict]]
+    data: bytes | str | list[tuple[str, dict]]
     first_line: int = 1     # of a .jsonl's lines, counted from 1
     input_bytes: int = 0    # of the file on disk, read since the chunk before: for the progress bar
     skip: int = 0           # .txt: leading ids of the piece that come from the cut, not from the text
     opens: bool = True      # .txt: the piece starts its document
     closes: bool = True     # .txt: the piece ends its document
 
-    def documents(self, text_field: str) -> list[str]:
-        """The texts in this chunk, without those that hold nothing but whitespace."""
-        if isinstance(self.data, bytes):
-            lines = enumerate(self.data.split(b"\n"), self.first_line)
-            texts = [_text_of_line(line, self.path, number, text_field) for number, line in lines if line.strip()]
-        elif self.data and isinstance(self.data[0], tuple):
-            texts = [_text_of_record(record, where, text_field) for where, record in self.records()]
+    def documents(self, text_field: str, skip: Callable[[str, UsageError], None] | None = None) -> list[str]:
+        """The texts in this chunk, without those that hold nothing but whitespace. skip: as of `records`."""
+        if isinstance(self.data, str):
+            texts = [self.data]
         else:
-            texts = [self.data] if isinstance(self.data, str) else self.data
+            texts = []
+            for where, record in self.records(skip):
+                try:
+                    texts.append(_text_of_record(record, where, text_field))
+                except UsageError as error:
+                    if skip is None:
+                        raise
+                    skip(where, error)
         return [text for text in texts if text and not (self.opens and self.closes and text.isspace())]
 
     def records(self, skip: Callable[[str, UsageError], None] | None = None) -> Iterator[tuple[str, dict]]:
@@ -267,10 +283,6 @@ def _n_chars(value) -> int:
     return sum(map(_n_chars, value)) if isinstance(value, list) else 1
 
 
-def _text_of_line(line: bytes, path: Path, number: int, text_field: str) -> str:
-    return _text_of_record(_object_of_line(line, path, number), f"--data.path {path}, line {number}", text_field)
-
-
 def _text_of_record(row: dict, where: str, text_field: str) -> str:
     if text_field in row:
         return checked_text(row[text_field], where, text_field)
@@ -380,22 +392,21 @@ def _read_batches(path: Path, batches: Iterator[pa.RecordBatch], text_field: str
                 raise UsageError(f"--data.path {path}, {rows}: not UTF-8 text ({error}).") from None
             row += len(batch)
         return
-    texts, held_chars = [], 0
+    held, held_chars = [], 0
     for batch in batches:
+        name = batch.schema.names[0]
         for cell in batch.column(0):
             row += 1
             try:
                 text = cell.as_py()
             except UnicodeDecodeError as error:
                 raise UsageError(f"--data.path {path}, row {row}: not UTF-8 text ({error}).") from None
-            name = batch.schema.names[0]
-            text = _text_of_record({name: text}, f"--data.path {path}, row {row}", text_field)
-            texts.append(text)
-            held_chars += len(text)
+            held.append((f"row {row}", {name: text}))
+            held_chars += _n_chars(text)
             if held_chars >= chunk_bytes:
-                yield Chunk(path, texts)
-                texts, held_chars = [], 0
-    yield Chunk(path, texts)
+                yield Chunk(path, held)
+                held, held_chars = [], 0
+    yield Chunk(path, held)
 
 
 def _read_txt(path: Path, stream, cutter: Cutter, chunk_bytes: int) -> Iterator[Chunk]:

@@ -42,7 +42,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from dtensor_llama.data.chat import UNANSWERED, ChatOptions, Conversation, conversation_of, reasons_in_order
 from dtensor_llama.data.cut import Cutter
 from dtensor_llama.data.rows import EMPTY_ANSWER, NOTHING_TRAINED, SKIPPED, ChatCorpus, TokenCorpus
-from dtensor_llama.data.sources import FORMATS, RECORD_FORMATS, Chunk, expand_paths, read_chunks
+from dtensor_llama.data.sources import FORMATS, RECORD_FORMATS, Chunk, TextOptions, expand_paths, read_chunks
 from dtensor_llama.data.template import ChatTemplate, RawTemplate
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
 from dtensor_llama.errors import BadRecord, UsageError
@@ -57,14 +57,16 @@ LINE_EVERY_S = 10       # of progress, where stderr is no terminal
 
 
 def prepare_corpus(paths: Sequence[str | Path], tokenizer: Tokenizer, cache_dir: str | Path | Sequence[str | Path],
-                   text_field: str = "text", processes: int | None = None) -> TokenCorpus:
+                   text_field: str | TextOptions = "text", processes: int | None = None) -> TokenCorpus:
     """The corpus of `paths` (files and globs), tokenized now unless that has been done and nothing changed since.
 
     Any number of ranks and runs may call this at once: one tokenizes, the others wait for it. Progress goes to stderr.
+    text_field: the field that holds the text, or more about it.
     cache_dir: a folder, or several: the corpus is read where it is found, and written into the first that can be written.
     Raises UsageError for what is wrong with the files.
     """
-    return TokenCorpus(_prepare(paths, tokenizer, cache_dir, text_field, processes))
+    options = TextOptions(text_field) if isinstance(text_field, str) else text_field
+    return TokenCorpus(_prepare(paths, tokenizer, cache_dir, options, processes))
 
 
 def prepare_chat(paths: Sequence[str | Path], tokenizer: Tokenizer, cache_dir: str | Path | Sequence[str | Path],
@@ -79,14 +81,17 @@ def template_of(tokenizer: Tokenizer, options: ChatOptions) -> ChatTemplate | Ra
     return RawTemplate(tokenizer) if options.template == "none" else ChatTemplate(tokenizer)
 
 
-def _prepare(paths, tokenizer: Tokenizer, cache_dir, what: str | ChatOptions, processes: int | None) -> Path:
+def _prepare(paths, tokenizer: Tokenizer, cache_dir, what: TextOptions | ChatOptions, processes: int | None) -> Path:
     paths = [paths] if isinstance(paths, str | Path) else paths
     cache_dirs = [cache_dir] if isinstance(cache_dir, str | Path) else list(cache_dir)
     folder = _find(cache_dirs, fingerprint(_files(paths, what), tokenizer, what))
     if folder is None:
         command = [sys.executable, "-m", "dtensor_llama.data.tokenize", "--for-process", os.getpid(), "--path", *paths]
         command += ["--tokenizer", tokenizer.path, "--cache-dir", *cache_dirs]
-        command += [f"--text-field={what}"] if isinstance(what, str) else ["--chat", json.dumps(asdict(what))]
+        if isinstance(what, TextOptions):
+            command += [f"--text-field={what.field}", f"--bad-records={what.bad_records}"]
+        else:
+            command += ["--chat", json.dumps(asdict(what))]
         command += ["--processes", processes] if processes else []
         package_root = str(Path(__file__).resolve().parents[2])
         python_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
@@ -107,21 +112,23 @@ def _find(cache_dirs: Sequence[str | Path], name: str) -> Path | None:
     return next((cache_dir / name for cache_dir in readable(cache_dirs) if (cache_dir / name).is_dir()), None)
 
 
-def _files(paths: Sequence[str | Path], what: str | ChatOptions) -> list[Path]:
-    return expand_paths(paths, FORMATS if isinstance(what, str) else RECORD_FORMATS)
+def _files(paths: Sequence[str | Path], what: TextOptions | ChatOptions) -> list[Path]:
+    return expand_paths(paths, FORMATS if isinstance(what, TextOptions) else RECORD_FORMATS)
 
 
-def fingerprint(files: list[Path], tokenizer: Tokenizer, what: str | ChatOptions) -> str:
+def fingerprint(files: list[Path], tokenizer: Tokenizer, what: TextOptions | ChatOptions) -> str:
     """A hash of all that decides the tokens; of each file its path, size and time of change.
 
-    what: the field that holds the text, or how conversations become examples."""
+    what: which texts there are, or how conversations become examples."""
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     if isinstance(what, ChatOptions):
         what = ("chat", CHAT_VERSION, template_of(tokenizer, what).source, asdict(what))
+    elif what.bad_records == "refuse":
+        what = what.field                            # the corpora of earlier versions stay what they are
     return hashlib.sha256(repr((FORMAT_VERSION, stats, tokenizer.fingerprint, what)).encode()).hexdigest()[:32]
 
 
-def tokenize(paths: list[str], tokenizer: Tokenizer, cache_dirs: Sequence[Path], what: str | ChatOptions, processes: int,
+def tokenize(paths: list[str], tokenizer: Tokenizer, cache_dirs: Sequence[Path], what: TextOptions | ChatOptions, processes: int,
              for_process: int | None = None) -> Path:
     """Write the corpus unless it is there; returns its folder. Whoever comes second waits here for the first.
 
@@ -204,7 +211,7 @@ class _HashedFile:
         self.file.close()
 
 
-def _write_corpus(files: list[Path], tokenizer: Tokenizer, staging: Path, what: str | ChatOptions, processes: int,
+def _write_corpus(files: list[Path], tokenizer: Tokenizer, staging: Path, what: TextOptions | ChatOptions, processes: int,
                   for_process: int | None) -> None:
     is_chat = isinstance(what, ChatOptions)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
@@ -218,7 +225,7 @@ def _write_corpus(files: list[Path], tokenizer: Tokenizer, staging: Path, what: 
     names = ["tokens.bin", "documents.bin"] + (["trained.bin"] if is_chat else [])
     with pool, contextlib.ExitStack() as opened:
         tokens_file, starts_file, *trained_file = [opened.enter_context(_HashedFile(staging / name)) for name in names]
-        skipped_file = opened.enter_context(open(staging / SKIPPED, "w", encoding="utf-8")) if is_chat else None
+        skipped_file = opened.enter_context(open(staging / SKIPPED, "w", encoding="utf-8"))
         pool.submit(int).result()  # forks the workers, now, before the bar starts a thread
         try:
             with bar:
@@ -248,7 +255,7 @@ def _write_corpus(files: list[Path], tokenizer: Tokenizer, staging: Path, what: 
             raise UsageError(f"--data.path {files[0]}: no {missing} in {len(files)} file(s){skipped}.")
         meta = {"n_tokens": n_tokens, "n_documents": n_documents, "dtype": dtype.name, "format": FORMAT_VERSION}
         meta |= {"tokenizer": tokenizer.fingerprint, "files": [str(file) for file in files]}
-        meta |= {"text_field": None, "chat": asdict(what), **found.as_json()} if is_chat else {"text_field": what}
+        meta |= {"chat" if is_chat else "text": asdict(what), **found.as_json()}
         written = (tokens_file, starts_file, *trained_file)
         meta["content_hash"] = hashlib.sha256(b"".join(file.digest.digest() for file in written)).hexdigest()
         (staging / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
@@ -262,10 +269,10 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _in_order(pool: ProcessPoolExecutor, files: list[Path], what: str | ChatOptions, cutter: Cutter | None,
+def _in_order(pool: ProcessPoolExecutor, files: list[Path], what: TextOptions | ChatOptions, cutter: Cutter | None,
               processes: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None, Found, int]]:
     """What the workers make of each chunk, and its bytes of input, in the order of the corpus, a few of them at a time."""
-    text_field = what if isinstance(what, str) else None
+    text_field = what.field if isinstance(what, TextOptions) else None
     under_way, chunks = deque(), (chunk for file in files for chunk in read_chunks(file, text_field, cutter))
     while True:
         while len(under_way) < CHUNKS_PER_WORKER * processes and (chunk := next(chunks, None)):
@@ -281,13 +288,13 @@ def _in_order(pool: ProcessPoolExecutor, files: list[Path], what: str | ChatOpti
 
 _cutter: Cutter         # set once in each worker
 _template: ChatTemplate | RawTemplate
-_what: str | ChatOptions
+_what: TextOptions | ChatOptions
 
 
-def _start_worker(tokenizer: Tokenizer, what: str | ChatOptions) -> None:
+def _start_worker(tokenizer: Tokenizer, what: TextOptions | ChatOptions) -> None:
     global _cutter, _template, _what
     _what = what
-    if isinstance(what, str):
+    if isinstance(what, TextOptions):
         _cutter = Cutter(tokenizer)
     else:
         _template = template_of(tokenizer, what)
@@ -302,9 +309,11 @@ def _die_with_parent() -> None:
 
 
 def _encode_chunk(chunk: Chunk) -> tuple[np.ndarray, np.ndarray, None, Found]:
-    """(uint32 ids with BOS and EOS; int64 offsets into them of the documents that start in this chunk; nothing; no counts)."""
-    tokenizer = _cutter.tokenizer
-    documents = [list(_cutter.pieces(text, PIECE_CHARS, chunk.skip)) for text in chunk.documents(_what)]
+    """(uint32 ids with BOS and EOS; int64 offsets into them of the documents that start in this chunk; nothing; what was left
+    out)."""
+    tokenizer, found = _cutter.tokenizer, Found()
+    texts = chunk.documents(_what.field, found.skip if _what.bad_records == "skip" else None)
+    documents = [list(_cutter.pieces(text, PIECE_CHARS, chunk.skip)) for text in texts]
     encoded = iter(tokenizer.encode_batch([text for pieces in documents for text, _ in pieces]))
     bos = [tokenizer.bos_id] if chunk.opens and tokenizer.adds.bos else []
     eos = [tokenizer.eos_id] if chunk.closes and tokenizer.eos_id is not None else []
@@ -315,7 +324,7 @@ def _encode_chunk(chunk: Chunk) -> tuple[np.ndarray, np.ndarray, None, Found]:
         for _, skip in pieces:
             ids += next(encoded)[skip:]
         ids += eos
-    return np.array(ids, dtype=np.uint32), np.array(starts, dtype=np.int64), None, Found()
+    return np.array(ids, dtype=np.uint32), np.array(starts, dtype=np.int64), None, found
 
 
 def _encode_chat(chunk: Chunk) -> tuple[np.ndarray, np.ndarray, np.ndarray, Found]:
@@ -368,6 +377,8 @@ def main() -> int:
     add("--text-field", default="text", help="field or column that holds the text (default: text)")
     add("--chat", nargs="?", const="{}", metavar="OPTIONS",
         help='conversations instead of texts, for recipes/sft.py; OPTIONS as {"train_on": "last-answer"}')
+    add("--bad-records", choices=("refuse", "skip"), default="refuse",
+        help="whether a record without a text ends this, or is left out and listed in the corpus's bad-records.jsonl")
     add("--processes", type=int, default=cores, help=f"workers (default: one per core, {cores})")
     add("--for-process", type=int, metavar="PID", help="for a program: print the result or the error as JSON, and stop "
                                                        "when the process PID, which must be the parent, is gone")
@@ -378,7 +389,9 @@ def main() -> int:
         if args.processes < 1:
             raise UsageError(f"--processes {args.processes}: at least one worker is needed.")
         tokenizer = load_tokenizer(args.tokenizer)
-        what = ChatOptions(**json.loads(args.chat)) if args.chat else args.text_field
+        what = TextOptions(args.text_field, args.bad_records)
+        if args.chat:
+            what = ChatOptions(**{"bad_records": args.bad_records} | json.loads(args.chat))
         folder = tokenize(args.path, tokenizer, args.cache_dir, what, args.processes, args.for_process)
         answer = {"folder": str(folder)}
     except UsageError as error:
