@@ -444,6 +444,12 @@ def test_what_a_template_does_not_write_is_refused_by_name(chatml, record, said)
         encode(with_template(chatml, CHATML), record)
 
 
+def test_no_calls_are_no_field(chatml):
+    chat = with_template(chatml, CHATML.replace("{% for m in messages %}", "{% for m in messages %}{% if 'tool_calls' in m %}"
+                                                "{{ raise_exception('calls') }}{% endif %}"))
+    assert encode(chat, {"messages": [FOUR[0], FOUR[1] | {"tool_calls": []}]}) == encode(chat, {"messages": FOUR[:2]})
+
+
 @pytest.mark.parametrize("template,said", [
     (CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'tool' %}"), "turn 3 is by the tool"),
     (CHATML.replace("'<|im_start|>' + m['role']", "'<|im_start|>' + ('user' if m['role'] == 'user' else 'assistant')"),

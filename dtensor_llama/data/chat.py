@@ -203,6 +203,8 @@ def _message_of(turn, at: str) -> dict | None:
     if said_by in CALL_ROLES:
         calls = _parsed(content or "", at, text_field)
         return message | {"tool_calls": [_as_function(call) for call in (calls if isinstance(calls, list) else [calls])]}
+    if message.get("tool_calls") == []:
+        del message["tool_calls"]          # as null is; some templates ask only whether the field is there
     calls_or_thinks = any(message.get(name) for name in ("tool_calls", "function_call", *THOUGHTS))
     if content is None and not calls_or_thinks:
         content = ""                       # a tool that returned nothing, an answer that is empty
