@@ -373,6 +373,23 @@ def test_words_of_the_assistant_are_its_tokens_as_in_transformers(agent):
     assert chat.tokenizer.id_of("<think>") in ids
 
 
+def test_special_tokens_that_a_template_looks_for_are_the_assistants_too(tmp_path):
+    """Also in the one turn where it finds nothing to take out: the ids of an answer do not depend on what follows it."""
+    import transformers
+
+    control = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+    train_byte_level(tmp_path / "tokenizer.json", special_tokens=control)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<|im_end|>"}))
+    short = "(m['content'].split('</think>')[-1] if m['role'] == 'assistant' and not loop.last else m['content'])"
+    template = CHATML.replace("m['content']", short)
+    chat, theirs = with_template(tmp_path, template), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>\nWell.</think>Hello."}]
+    for talk in (turns, turns * 2):
+        ids = theirs.apply_chat_template(talk, chat_template=template, tokenize=True, return_dict=True)["input_ids"]
+        assert chat.encode(talk, "here")[0] == ids and ids.count(chat.tokenizer.id_of("<think>")) == 1
+
+
 def trained_text(chat: ChatTemplate, example) -> str:
     ids = [one for one, trained in zip(example.ids, example.trained, strict=True) if trained]
     return chat.tokenizer.plain._fast.decode(ids, skip_special_tokens=False)
