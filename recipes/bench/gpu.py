@@ -1,0 +1,281 @@
+"""Measure what gpu_plan.py lists, part by part, and write each figure down as soon as it is there. See gpu.sh, its door.
+
+    bash recipes/bench/gpu.sh [PART...] [--out FOLDER] [--card h100|h200] [--seconds N] [--again] [--host-budget-gib X]
+
+FOLDER/h200.jsonl (or h100.jsonl) gets a line for each JSON line that a command prints, with the part, the command, the
+machine and its versions beside it, and a line when the command has ended. FOLDER/logs/ keeps what the commands said,
+FOLDER/h200.md the table of figures predicted and measured. A measurement that ended well is not made again, so this can be
+called as often as a machine is lent, until the table is full.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))      # a clone works without being installed
+
+from gpu_plan import CARDS, Card, Expected, Measurement, Part, Setting, choose_card, plan, write_models
+
+from dtensor_llama.cli import run_recipe
+from dtensor_llama.errors import UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
+FAR_OFF = 0.10               # a figure further than this from its prediction wants an explanation
+
+
+@dataclass(frozen=True)
+class Config:
+    """Measure everything that can only be known on a GPU. Parts: see `plan`; `summary` prints what is known so far."""
+
+    parts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()    # which; none: all. Or one of the words plan, summary
+    out: Path = Path("recipes/bench/results")       # a folder for results, logs and tables
+    card: Literal["auto", "h100", "h200"] = "auto"  # whose plan; auto: by the memory that the GPU has
+    seconds: int | None = None                      # nothing is started that could not end within so many seconds from now
+    again: bool = False                             # measure also what has its results
+    host_budget_gib: float | None = None            # handed on to all who plan the host's memory; where it grows on demand
+    rehearse_layers: int | None = None              # give every model so many layers: a rehearsal, its figures mean nothing
+
+
+def main(cfg: Config) -> None:
+    deadline = time.monotonic() + cfg.seconds if cfg.seconds else float("inf")
+    facts, card = machine(cfg)
+    setting = Setting(card, cfg.out, cfg.host_budget_gib, cfg.rehearse_layers)
+    parts = plan(setting)
+    results = Results(cfg.out / f"{card.name}.jsonl")
+    if cfg.parts == ("plan",):
+        print(describe(parts))
+        return
+    if cfg.parts != ("summary",):
+        chosen = choose(parts, cfg.parts)
+        write_models(setting)
+        results.add({"part": "machine", **facts, "setting": {"card": card.name, "host_budget_gib": cfg.host_budget_gib,
+                                                            "rehearse_layers": cfg.rehearse_layers}})
+        if card.layers < 32:
+            print(f"This GPU has {facts['device_gib']:.1f} GiB and cannot hold 7B with 16 bytes a parameter (100.4 GiB): the "
+                  f"parts resident, zero3 and variants measure {card.layers} of its layers, the parts 7b-* measure 7B with "
+                  "states on the host.", flush=True)
+        for part in chosen:
+            measure_part(part, results, cfg, deadline)
+    table = summary(parts, results.lines)
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    (cfg.out / f"{card.name}.md").write_text(table + "\n")
+    print(table)
+
+
+def machine(cfg: Config) -> tuple[dict, Card]:
+    """Facts about the GPU, and the card whose plan it gets. A process of its own looks, so that this one takes no memory."""
+    if cfg.card != "auto" and cfg.parts in (("plan",), ("summary",)):
+        return {}, CARDS[cfg.card]
+    asked = subprocess.run([sys.executable, "recipes/bench/machine.py", "--facts"], cwd=ROOT, capture_output=True, text=True)
+    if asked.returncode:
+        raise UsageError(f"recipes/bench/machine.py does not run here: {(asked.stderr.strip().splitlines() or ['?'])[-1]}")
+    facts = json.loads(asked.stdout.splitlines()[-1])
+    card = choose_card(facts["device_gib"])
+    if cfg.card != "auto":
+        card = CARDS[cfg.card]
+    if card is None:
+        raise UsageError(f"--card auto needs a GPU of at least {CARDS['h100'].memory_gib} GiB, and the one here "
+                         f"({facts['machine']}) has {facts['device_gib']:.1f}; use --card h100 or --card h200 to see a plan.")
+    return facts, card
+
+
+def choose(parts: list[Part], names: tuple[str, ...]) -> list[Part]:
+    """The named parts in the plan's order, or all."""
+    known = {part.name: part for part in parts}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UsageError(f"there is no part {' '.join(unknown)}; there are {', '.join(known)}, and the words plan and summary.")
+    return [part for part in parts if not names or part.name in names]
+
+
+# ---- results: one file of JSON lines -------------------------------------------------------------
+
+
+class Results:
+    """The lines so far, and a file that has each of them as soon as it is added."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.lines: list[dict] = []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                self.lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                pass                              # the machine went away while this one was written
+
+    def add(self, line: dict) -> None:
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **line}
+        self.lines.append(line)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def has(self, part: Part, measurement: Measurement) -> bool:
+        """Whether the measurement ended well once, asked for as it is now."""
+        key = {"part": part.name, "measurement": measurement.name, "command": list(measurement.command), "ended": "done"}
+        return any(key.items() <= line.items() for line in self.lines)
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+def measure_part(part: Part, results: Results, cfg: Config, deadline: float) -> None:
+    for measurement in part.measurements:
+        name = f"{part.name}, {measurement.name}"
+        left_s = deadline - time.monotonic()
+        if results.has(part, measurement) and not cfg.again:
+            print(f"== {name}: has its results", flush=True)
+        elif measurement.limit_s > left_s:
+            print(f"== {name}: not started, it may take {measurement.limit_s} s and {max(0, left_s):.0f} are left", flush=True)
+        else:
+            print(f"== {name}, at most {measurement.limit_s} s: {' '.join(measurement.command)}", flush=True)
+            for expected in measurement.expects:
+                print(f"   expected: {words(expected)}", flush=True)
+            measure(part, measurement, results, cfg.out / "logs")
+
+
+def measure(part: Part, measurement: Measurement, results: Results, logs: Path) -> None:
+    """Run the command within its limit; keep each JSON line when it comes, and how the command ended."""
+    about = {"part": part.name, "measurement": measurement.name, "command": list(measurement.command)}
+    logs.mkdir(parents=True, exist_ok=True)
+    log = logs / f"{part.name} {measurement.name}.log".replace(" ", "_").replace(",", "")
+    began, said = time.monotonic(), ""
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-u", *measurement.command], cwd=ROOT, env={**os.environ, **measurement.environment},
+            stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
+        timer = threading.Timer(measurement.limit_s, end, (process,))
+        timer.start()
+        try:
+            for line in process.stdout:
+                said = line.strip() or said
+                print(f"   {line}", end="", flush=True)
+                if line.startswith("{"):
+                    keep(line, about, results)
+            status = process.wait()
+        finally:
+            timer.cancel()
+            end(process)
+    seconds = time.monotonic() - began
+    ended = "done" if status == 0 else f"failed with status {status}"
+    if seconds >= measurement.limit_s:
+        ended = f"stopped after its {measurement.limit_s} s"
+    if measurement.command[0] == "-m":           # pytest, whose result is the last line that it prints
+        results.add({**about, "result": {"status": status, "said": said}})
+    if status:
+        said = last_error(log) or said
+        print(f"   {ended}: {said}", flush=True)
+    results.add({**about, "ended": ended, "seconds": round(seconds, 1), "said": said[-500:]})
+
+
+def keep(line: str, about: dict, results: Results) -> None:
+    try:
+        results.add({**about, "result": json.loads(line)})
+    except json.JSONDecodeError:
+        pass                                     # a line of words that begins with a brace
+
+
+def end(process: subprocess.Popen) -> None:
+    """End the command and what it started: they are one process group."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def last_error(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if "rror" in line]
+    return (errors or lines or [""])[-1]
+
+
+# ---- telling -------------------------------------------------------------------------------------
+
+
+def describe(parts: list[Part]) -> str:
+    lines = []
+    for part in parts:
+        lines.append(f"{part.name} (at most {part.limit_s} s): {part.why}")
+        for measurement in part.measurements:
+            lines.append(f"    {measurement.name}: {' '.join(measurement.command)}")
+            lines += [f"        {words(expected)}" for expected in measurement.expects]
+    return "\n".join(lines)
+
+
+def words(expected: Expected) -> str:
+    of = " ".join(str(value) for value in expected.line.values())
+    return f"{of + ': ' if of else ''}{expected.figure} {number_range(expected)}"
+
+
+def number_range(expected: Expected) -> str:
+    low, high = number(expected.low), number(expected.high)
+    return low if low == high else f"{low} to {high}"
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == 0 else f"{value:.4g}"
+
+
+def difference(expected: Expected, measured: float) -> float:
+    """How far the figure is outside the predicted range, as a share of the nearer end. Inside it is 0."""
+    nearer = min(max(measured, expected.low), expected.high)
+    if nearer == 0:
+        return 0.0 if measured == 0 else float("inf")
+    return measured / nearer - 1
+
+
+def summary(parts: list[Part], lines: list[dict]) -> str:
+    """The table of every figure that was predicted, and of what ended otherwise than well, in Markdown."""
+    rows = ["| part | measurement | figure | predicted | measured | difference |", "| --- | --- | --- | --- | --- | --- |"]
+    for part in parts:
+        for measurement in part.measurements:
+            key = {"part": part.name, "measurement": measurement.name}
+            own = [line for line in lines if key.items() <= line.items()]
+            results = [line["result"] for line in own if "result" in line]
+            for expected in measurement.expects:
+                rows.append(row(part, measurement, expected, results))
+            endings = [line for line in own if "ended" in line]
+            if endings and endings[-1]["ended"] != "done":
+                said = f"{endings[-1]['ended']}: {endings[-1]['said']}".replace("|", "/")
+                rows.append(f"| {part.name} | {measurement.name} | how it ended | done | {said[:160]} | **look** |")
+    machines = [line for line in lines if line["part"] == "machine"]
+    return "\n".join([*rows, "", *(about_machine(machines[-1]) if machines else [])])
+
+
+def row(part: Part, measurement: Measurement, expected: Expected, results: list[dict]) -> str:
+    """A line of the table. Of several results the last one counts."""
+    named = " ".join([*map(str, expected.line.values()), expected.figure])
+    fitting = [result for result in results if expected.line.items() <= result.items()]
+    measured, off = "not yet", ""
+    if fitting and expected.figure in fitting[-1]:
+        value = fitting[-1][expected.figure]
+        share = difference(expected, value)
+        measured, off = number(value), f"{share:+.0%}"
+        if abs(share) > FAR_OFF:
+            off = f"**{off}**"
+    elif fitting and "error" in fitting[-1]:
+        measured = fitting[-1]["error"].replace("|", "/")[:160]
+    return f"| {part.name} | {measurement.name} | {named} | {number_range(expected)} | {measured} | {off} |"
+
+
+def about_machine(line: dict) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in line["versions"].items() if name in ("torch", "triton"))
+    return [f"{line['machine']}, {line['device_gib']:.1f} GiB, driver {line['driver']}, CUDA {line['cuda']}; "
+            f"{line['cores']} cores, {line['host_gib']:.0f} GiB of host memory; Python {line['python']}, {versions}; "
+            f"{line['time'][:10]}. Differences over 10 % are in bold."]
+
+
+if __name__ == "__main__":
+    run_recipe(main, Config)
