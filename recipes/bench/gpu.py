@@ -47,11 +47,13 @@ class Config:
 
 
 def main(cfg: Config) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # so that what was started is ended too
     deadline = time.monotonic() + cfg.seconds if cfg.seconds else float("inf")
     facts, card = machine(cfg)
     setting = Setting(card, cfg.out, cfg.host_budget_gib, cfg.rehearse_layers)
     parts = plan(setting)
-    results = Results(cfg.out / f"{card.name}.jsonl")
+    name = f"{card.name}-rehearsal" if cfg.rehearse_layers else card.name
+    results = Results(cfg.out / f"{name}.jsonl")
     if cfg.parts == ("plan",):
         print(describe(parts))
         return
@@ -68,7 +70,7 @@ def main(cfg: Config) -> None:
             measure_part(part, results, cfg, deadline)
     table = summary(parts, results.lines)
     cfg.out.mkdir(parents=True, exist_ok=True)
-    (cfg.out / f"{card.name}.md").write_text(table + "\n")
+    (cfg.out / f"{name}.md").write_text(table + "\n")
     print(table)
 
 
@@ -107,20 +109,23 @@ class Results:
     def __init__(self, path: Path):
         self.path = path
         self.lines: list[dict] = []
-        for line in path.read_text().splitlines() if path.exists() else ():
+        text = path.read_text() if path.exists() else ""
+        for line in text.splitlines():
             try:
                 self.lines.append(json.loads(line))
             except json.JSONDecodeError:
                 pass                              # the machine went away while this one was written
+        self.before = "" if text.endswith("\n") or not text else "\n"      # so that the next line is one of its own
 
     def add(self, line: dict) -> None:
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **line}
         self.lines.append(line)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(self.before + json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        self.before = ""
 
     def has(self, part: Part, measurement: Measurement) -> bool:
         """Whether the measurement ended well once, asked for as it is now."""

@@ -172,8 +172,10 @@ def expected_memory(layers: int, way: str, micro_rows: int) -> tuple[Expected, .
 # A typical machine: PCIe 5, 16 cores at 200 GB/s of DRAM, which is 7 G parameters/s of AdamW at 28 bytes.
 TYPICAL = Rates(h2d=50e9, d2h=50e9, duplex=100e9, dram=200e9, dram_under_dma=200e9, host_adam={16: 7e9}, device_adam=115e9)
 SUSTAINED_FLOPS = 592e12      # forward and backward of a step, with full recompute counted
-# Seconds of a step of ours that the chunk manager's planner finds at these rates: full recompute, exact clipping, 4 rows a
-# forward. 7B on a whole H100 lies between 40 GiB and all resident.
+# Seconds of a step of ours that the chunk manager's planner finds at these rates: full recompute, exact clipping,
+# 4 rows a forward. 7B on a whole H100 lies between 40 GiB and all resident. Of 13B an H100 holds the states of about
+# 3.6 G parameters; if those of the other 9.4 pass over the link at 10 bytes each way, and nothing overlaps but the two
+# directions, a step is 1.9 s longer than on an H200, which is the upper end.
 OFFLOAD = {
     ("3.5b", "24 GiB"): {4096: (0.47, 0.5), 16384: (0.99, 1.1), 65536: (3.34, 3.34)},
     ("3.5b", "resident"): {4096: (0.23, 0.23), 16384: (0.86, 0.86), 65536: (3.36, 3.36)},
@@ -181,6 +183,7 @@ OFFLOAD = {
     ("7b", "h200"): {4096: (0.44, 0.44), 16384: (1.65, 1.65), 65536: (6.48, 6.48)},
     ("7b", "h100"): {4096: (0.44, 0.96), 16384: (1.65, 1.94), 65536: (6.45, 6.48)},
     ("13b", "h200"): {4096: (1.11, 1.11), 16384: (3.12, 3.12), 65536: (12.31, 12.31)},
+    ("13b", "h100"): {4096: (1.11, 3.0), 16384: (3.12, 5.0), 65536: (12.31, 14.2)},
 }
 
 

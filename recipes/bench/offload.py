@@ -48,7 +48,7 @@ from parallel.recompute import apply_recompute
 ROOT = Path(__file__).resolve().parents[2]
 CONTENDERS = ("ours", "all_resident", "fsdp2_offload", "deepspeed_zero3")
 LR, WEIGHT_DECAY, MAX_NORM = 3e-4, 0.1, 1.0       # as pretrain.py has them
-OWN_HOST_GIB = 6                                  # of a process beside what it trains: torch, CUDA, compiled code
+OWN_HOST_GIB = 10              # of a process beside what it trains: torch, CUDA, compiled code, the page cache
 
 
 @dataclass(frozen=True)
