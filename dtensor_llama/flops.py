@@ -43,14 +43,15 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """FLOP/s of a large matrix product, measured: what this device can do, as a data sheet says what it could.
+    """FLOP/s of a large matrix product, measured: what this device can do; a data sheet says what it could.
 
-    The factors are random, because a GPU that multiplies ones draws less power and keeps a higher clock: 894 TFLOP/s
-    on an H100 where random factors give 788. A third of `seconds` warms up; of the rest the best go counts.
+    The factors are random, because a GPU that multiplies ones draws less power and keeps a higher clock: 894
+    TFLOP/s on an H100 where random factors give 788. A third of `seconds` warms up, and of the rest the best
+    go counts.
     """
     on_gpu = device.type == "cuda"
     n, products_a_go = (8192, 8) if on_gpu else (1024, 1)
-    stream = torch.Generator(device).manual_seed(0)          # of its own: the run's random numbers stay as they were
+    stream = torch.Generator(device).manual_seed(0)    # its own: the run's random numbers stay as they were
     a, b = (torch.randn(n, n, generator=stream, device=device).to(dtype) for _ in range(2))
     product = torch.empty(n, n, device=device, dtype=dtype)
 

@@ -201,9 +201,9 @@ class SkippedSteps:
 class DevicePeak:
     """The highest bytes that torch's allocator had on a device since the last `reset` of this object.
 
-    torch keeps a single peak for each device, so whoever resets it takes it from everybody else. Here several readers can
-    reset at different moments (PeakMemory once a step, the tracer of placement auto at each group of modules), because every
-    reset first notes the peak for all the others.
+    torch keeps a single peak for each device, so whoever resets it takes it from everybody else. Here several
+    readers can reset at different moments (PeakMemory once a step, the tracer of placement auto at each group
+    of modules), because every reset first notes the peak for all the others.
     """
 
     _readers: ClassVar[weakref.WeakSet] = weakref.WeakSet()
@@ -215,7 +215,7 @@ class DevicePeak:
         self.reset()
 
     def read(self) -> tuple[int, int]:
-        """Peaks of the allocated and of the reserved bytes. What is reserved is what a device budget binds."""
+        """Peaks of the allocated and of the reserved bytes. A device budget binds what is reserved."""
         stats = torch.cuda.memory_stats(self.index)
         self.allocated = max(self.allocated, stats.get("allocated_bytes.all.peak", 0))
         self.reserved = max(self.reserved, stats.get("reserved_bytes.all.peak", 0))
@@ -230,7 +230,7 @@ class DevicePeak:
 
 
 class MemoryPeaks(NamedTuple):
-    """Bytes of one rank. On a GPU `host` may be a little too high: it adds two peaks if Linux does not count pinned memory."""
+    """Bytes of one rank. Where Linux leaves out pinned memory, `host` is the sum of two peaks: a little high."""
 
     device: int              # allocated by torch; 0 where the host is the device
     host: int                # resident memory of the process, pinned memory included
@@ -261,8 +261,9 @@ class PeakMemory:
 def pinned_memory_is_resident() -> bool:
     """Whether the resident memory that Linux states for this process holds its pinned memory too.
 
-    The pages belong to the GPU's driver, and whether they count depends on how it maps them. So we pin a little, and look up
-    what /proc/self/smaps says of the mapping that holds it. Where that file cannot be read the answer is yes.
+    The pages belong to the GPU's driver, and whether they count depends on how it maps them. So we pin a little,
+    and look up what /proc/self/smaps says of the mapping that holds it. Where nobody may read that file the
+    answer is yes.
     """
     probe = torch.ones(2**21, dtype=torch.uint8, pin_memory=True)
     try:
@@ -285,14 +286,14 @@ def resident_bytes_at(address: int, mappings: str) -> int:
 
 
 def _peak_resident_bytes() -> int:
-    """The high-water mark of this process since the last call, or since its start where Linux lets nobody reset it."""
+    """The high-water mark since the last call, or since the start where Linux lets nobody reset it."""
     status = Path("/proc/self/status").read_text() if Path("/proc/self/status").exists() else ""
     high_water = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
     if high_water:
         try:
             Path("/proc/self/clear_refs").write_text("5")      # Linux: start the high-water mark anew
         except OSError:
-            pass                                               # a locked-down container: the peak of the run, then
+            pass                                # a locked-down container: the peak of the run, then
         return int(high_water[0]) * 1024
     import psutil
 

@@ -292,7 +292,7 @@ class Counters:
             return Usage(stats["allocated_bytes.all.current"], allocated, reserved,
                          max(0, total - free - stats["reserved_bytes.all.current"]))
 
-        return cls(allocators, peak.reset)       # the peaks of others who read the same allocator outlast a reset
+        return cls(allocators, peak.reset)      # others who read the same allocator keep their peaks
 
 
 class Tracer:

@@ -155,7 +155,8 @@ def main(cfg: BenchmarkConfig) -> None:
             "hfu": share * hardware_flops_per_token(config, seq_len, cfg.train.recompute),
             "peak_flops": peak, "peak_flops_source": peak_source,
             "device_memory_gib": peaks.device / GIB, "device_reserved_gib": peaks.device_reserved / GIB,
-            "host_memory_gib": peaks.host / GIB, "host_pinned_gib": peaks.host_pinned / GIB, "loss": done[-1]["loss"],
+            "host_memory_gib": peaks.host / GIB, "host_pinned_gib": peaks.host_pinned / GIB,
+            "loss": done[-1]["loss"],
         }
         if cfg.memory.placement == "auto":
             result["memory_plan"] = plan_facts(optimizer.manager)

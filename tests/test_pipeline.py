@@ -76,8 +76,8 @@ def test_stages_lie_in_a_loop_or_a_v(schedule, pp, virtual_stages, placement):
     pytest.param((2, "zbv", 2, 4, "selective"),
                  "schedule zbv .* two halves, .*--train.recompute selective.* or --train.recompute full",
                  marks=needs_split_backward),
-    pytest.param((2, "zero-bubble", 2, 4, "none", True), "schedule zero-bubble .* two halves, .*--train.compile",
-                 marks=needs_split_backward),
+    pytest.param((2, "zero-bubble", 2, 4, "none", True),
+                 "schedule zero-bubble .* two halves, .*--train.compile", marks=needs_split_backward),
 ])
 def test_what_cannot_run_is_refused_with_the_flag_the_rule_and_a_way_out(asked, said):
     with pytest.raises(UsageError, match=said) as error:
@@ -262,11 +262,12 @@ def collectives_of_a_step(layout, n_micros_each):
     return counted
 
 
-# What is gathered at once, on the ranks of each stage: a block, of which each rank has 4; the embedding; norm and head.
+# groups: what is gathered at once, on the ranks of each stage. A block is one, and each rank has 4; so are the
+# embedding, and the norm with the head. The first rank of a V has both ends.
 @pytest.mark.parametrize("layout,groups", [
     (dict(pp=2, schedule="1f1b"), (5, 5)),
     (dict(pp=2, schedule="interleaved-1f1b", virtual_stages=4), (5, 5)),
-    pytest.param(dict(pp=2, schedule="dualpipev"), (6, 4), marks=needs_split_backward),     # a V's first rank has both ends
+    pytest.param(dict(pp=2, schedule="dualpipev"), (6, 4), marks=needs_split_backward),
 ], ids=["1f1b", "interleaved-1f1b", "dualpipev"])
 def test_zero_traffic_of_a_step_does_not_grow_with_microbatches(layout, groups):
     for rank, (few, many) in enumerate(run_on(4, collectives_of_a_step, layout, (4, 8))):
@@ -285,7 +286,8 @@ def blocks_computed(schedule, recompute):
 
 @pytest.mark.parametrize("schedule,recompute,first,last", [
     ("1f1b", "none", 1, 1), ("1f1b", "full", 2, 2),
-    pytest.param("zero-bubble", "full", 2, 3, marks=needs_split_backward),      # the first stage has one half only
+    # The first stage has no input gradient, so its halves are one.
+    pytest.param("zero-bubble", "full", 2, 3, marks=needs_split_backward),
 ])
 def test_full_recompute_costs_one_forward_per_backward_or_half_of_one(schedule, recompute, first, last):
     assert run_on(2, blocks_computed, schedule, recompute) == [first, last]

@@ -1,11 +1,12 @@
-"""Measure what gpu_plan.py lists, part by part, and write each figure down as soon as it is there. See gpu.sh, its door.
+"""Measure what gpu_plan.py lists, part by part, and write each figure down as soon as it is there.
 
-    bash recipes/bench/gpu.sh [PART...] [--out FOLDER] [--card h100|h200] [--seconds N] [--again] [--host-budget-gib X]
+    bash recipes/bench/gpu.sh [PART...] [--out FOLDER] [--card h100|h200] [--seconds N] [--again]
 
-FOLDER/h200.jsonl (or h100.jsonl) gets a line for each JSON line that a command prints, with the part, the command, the
-machine and its versions beside it, and a line when the command has ended. FOLDER/logs/ keeps what the commands said,
-FOLDER/h200.md the table of figures predicted and measured. A measurement that ended well is not made again, so this can be
-called as often as a machine is lent, until the table is full.
+gpu.sh is the door. FOLDER/h200.jsonl (or h100.jsonl) gets a line for the machine and its versions, one for
+each JSON line that a command prints, with the command beside it, and one when the command has ended.
+FOLDER/logs/ keeps what the commands said, FOLDER/h200.md the table of figures predicted and measured. A
+measurement that ended well is not made again, so this can be called as often as a machine is lent, until the
+table is full.
 """
 
 import json
@@ -22,7 +23,7 @@ from typing import Annotated, Literal
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))      # a clone works without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone works without being installed
 
 from gpu_plan import CARDS, Card, Expected, Measurement, Part, Setting, choose_card, plan, write_models
 
@@ -30,24 +31,30 @@ from dtensor_llama.cli import run_recipe
 from dtensor_llama.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
-FAR_OFF = 0.10               # a figure further than this from its prediction wants an explanation
+FAR_OFF = 0.10  # a figure further than this from its prediction wants an explanation
 
 
 @dataclass(frozen=True)
 class Config:
-    """Measure everything that can only be known on a GPU. Parts: see `plan`; `summary` prints what is known so far."""
+    """Measure what can only be known on a GPU. `plan` and `summary` in place of parts only print."""
 
-    parts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()    # which; none: all. Or one of the words plan, summary
-    out: Path = Path("recipes/bench/results")       # a folder for results, logs and tables
+    parts: Annotated[
+        tuple[str, ...], tyro.conf.Positional
+    ] = ()  # which; none: all. Or one of the words plan, summary
+    out: Path = Path("recipes/bench/results")  # a folder for results, logs and tables
     card: Literal["auto", "h100", "h200"] = "auto"  # whose plan; auto: by the memory that the GPU has
-    seconds: int | None = None                      # nothing is started that could not end within so many seconds from now
-    again: bool = False                             # measure also what has its results
-    host_budget_gib: float | None = None            # handed on to all who plan the host's memory; where it grows on demand
-    rehearse_layers: int | None = None              # give every model so many layers: a rehearsal, its figures mean nothing
+    seconds: int | None = None  # nothing is started that could not end within so many seconds from now
+    again: bool = False  # measure also what has its results
+    host_budget_gib: float | None = (
+        None  # handed on to all who plan the host's memory; where it grows on demand
+    )
+    rehearse_layers: int | None = (
+        None  # give every model so many layers: a rehearsal, its figures mean nothing
+    )
 
 
 def main(cfg: Config) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # so that what was started is ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended too
     deadline = time.monotonic() + cfg.seconds if cfg.seconds else float("inf")
     facts, card = machine(cfg)
     setting = Setting(card, cfg.out, cfg.host_budget_gib, cfg.rehearse_layers)
@@ -60,12 +67,24 @@ def main(cfg: Config) -> None:
     if cfg.parts != ("summary",):
         chosen = choose(parts, cfg.parts)
         write_models(setting)
-        results.add({"part": "machine", **facts, "setting": {"card": card.name, "host_budget_gib": cfg.host_budget_gib,
-                                                            "rehearse_layers": cfg.rehearse_layers}})
+        results.add(
+            {
+                "part": "machine",
+                **facts,
+                "setting": {
+                    "card": card.name,
+                    "host_budget_gib": cfg.host_budget_gib,
+                    "rehearse_layers": cfg.rehearse_layers,
+                },
+            }
+        )
         if card.layers < 32:
-            print(f"This GPU has {facts['device_gib']:.1f} GiB and cannot hold 7B with 16 bytes a parameter (100.4 GiB): the "
-                  f"parts resident, zero3 and variants measure {card.layers} of its layers, the parts 7b-* measure 7B with "
-                  "states on the host.", flush=True)
+            print(
+                f"This GPU has {facts['device_gib']:.1f} GiB and cannot hold 7B, which takes 100.4: "
+                f"resident, zero3 and variants measure {card.layers} of its layers, the parts 7b-* 7B with "
+                "states on the host.",
+                flush=True,
+            )
         for part in chosen:
             measure_part(part, results, cfg, deadline)
     table = summary(parts, results.lines)
@@ -75,19 +94,25 @@ def main(cfg: Config) -> None:
 
 
 def machine(cfg: Config) -> tuple[dict, Card]:
-    """Facts about the GPU, and the card whose plan it gets. A process of its own looks, so that this one takes no memory."""
+    """Facts about the GPU, and its plan. Another process looks, so that this one takes no memory."""
     if cfg.card != "auto" and cfg.parts in (("plan",), ("summary",)):
         return {}, CARDS[cfg.card]
-    asked = subprocess.run([sys.executable, "recipes/bench/machine.py", "--facts"], cwd=ROOT, capture_output=True, text=True)
+    asked = subprocess.run(
+        [sys.executable, "recipes/bench/machine.py", "--facts"], cwd=ROOT, capture_output=True, text=True
+    )
     if asked.returncode:
-        raise UsageError(f"recipes/bench/machine.py does not run here: {(asked.stderr.strip().splitlines() or ['?'])[-1]}")
+        raise UsageError(
+            f"recipes/bench/machine.py does not run here: {(asked.stderr.strip().splitlines() or ['?'])[-1]}"
+        )
     facts = json.loads(asked.stdout.splitlines()[-1])
     card = choose_card(facts["device_gib"])
     if cfg.card != "auto":
         card = CARDS[cfg.card]
     if card is None:
-        raise UsageError(f"--card auto needs a GPU of at least {CARDS['h100'].memory_gib} GiB, and the one here "
-                         f"({facts['machine']}) has {facts['device_gib']:.1f}; use --card h100 or --card h200 to see a plan.")
+        raise UsageError(
+            f"--card auto needs a GPU of at least {CARDS['h100'].memory_gib} GiB, and the one here "
+            f"({facts['machine']}) has {facts['device_gib']:.1f}; use --card to see a plan."
+        )
     return facts, card
 
 
@@ -96,7 +121,9 @@ def choose(parts: list[Part], names: tuple[str, ...]) -> list[Part]:
     known = {part.name: part for part in parts}
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise UsageError(f"there is no part {' '.join(unknown)}; there are {', '.join(known)}, and the words plan and summary.")
+        raise UsageError(
+            f"there is no part {' '.join(unknown)}; there are {', '.join(known)}, and plan and summary."
+        )
     return [part for part in parts if not names or part.name in names]
 
 
@@ -114,8 +141,10 @@ class Results:
             try:
                 self.lines.append(json.loads(line))
             except json.JSONDecodeError:
-                pass                              # the machine went away while this one was written
-        self.before = "" if text.endswith("\n") or not text else "\n"      # so that the next line is one of its own
+                pass  # the machine went away while this one was written
+        self.before = (
+            "" if text.endswith("\n") or not text else "\n"
+        )  # so that the next line is one of its own
 
     def add(self, line: dict) -> None:
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **line}
@@ -129,7 +158,12 @@ class Results:
 
     def has(self, part: Part, measurement: Measurement) -> bool:
         """Whether the measurement ended well once, asked for as it is now."""
-        key = {"part": part.name, "measurement": measurement.name, "command": list(measurement.command), "ended": "done"}
+        key = {
+            "part": part.name,
+            "measurement": measurement.name,
+            "command": list(measurement.command),
+            "ended": "done",
+        }
         return any(key.items() <= line.items() for line in self.lines)
 
 
@@ -143,7 +177,10 @@ def measure_part(part: Part, results: Results, cfg: Config, deadline: float) -> 
         if results.has(part, measurement) and not cfg.again:
             print(f"== {name}: has its results", flush=True)
         elif measurement.limit_s > left_s:
-            print(f"== {name}: not started, it may take {measurement.limit_s} s and {max(0, left_s):.0f} are left", flush=True)
+            print(
+                f"== {name}: not started, it may take {measurement.limit_s} s of {max(0, left_s):.0f} left",
+                flush=True,
+            )
         else:
             print(f"== {name}, at most {measurement.limit_s} s: {' '.join(measurement.command)}", flush=True)
             for expected in measurement.expects:
@@ -159,8 +196,14 @@ def measure(part: Part, measurement: Measurement, results: Results, logs: Path) 
     began, said = time.monotonic(), ""
     with log.open("w") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-u", *measurement.command], cwd=ROOT, env={**os.environ, **measurement.environment},
-            stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
+            [sys.executable, "-u", *measurement.command],
+            cwd=ROOT,
+            env={**os.environ, **measurement.environment},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+        )
         timer = threading.Timer(measurement.limit_s, end, (process,))
         timer.start()
         try:
@@ -177,7 +220,7 @@ def measure(part: Part, measurement: Measurement, results: Results, logs: Path) 
     ended = "done" if status == 0 else f"failed with status {status}"
     if seconds >= measurement.limit_s:
         ended = f"stopped after its {measurement.limit_s} s"
-    if measurement.command[0] == "-m":           # pytest, whose result is the last line that it prints
+    if measurement.command[0] == "-m":  # pytest, whose result is the last line that it prints
         results.add({**about, "result": {"status": status, "said": said}})
     if status:
         said = last_error(log) or said
@@ -189,7 +232,7 @@ def keep(line: str, about: dict, results: Results) -> None:
     try:
         results.add({**about, "result": json.loads(line)})
     except json.JSONDecodeError:
-        pass                                     # a line of words that begins with a brace
+        pass  # a line of words that begins with a brace
 
 
 def end(process: subprocess.Popen) -> None:
@@ -243,7 +286,10 @@ def difference(expected: Expected, measured: float) -> float:
 
 def summary(parts: list[Part], lines: list[dict]) -> str:
     """The table of every figure that was predicted, and of what ended otherwise than well, in Markdown."""
-    rows = ["| part | measurement | figure | predicted | measured | difference |", "| --- | --- | --- | --- | --- | --- |"]
+    rows = [
+        "| part | measurement | figure | predicted | measured | difference |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for part in parts:
         for measurement in part.measurements:
             key = {"part": part.name, "measurement": measurement.name}
@@ -254,7 +300,9 @@ def summary(parts: list[Part], lines: list[dict]) -> str:
             endings = [line for line in own if "ended" in line]
             if endings and endings[-1]["ended"] != "done":
                 said = f"{endings[-1]['ended']}: {endings[-1]['said']}".replace("|", "/")
-                rows.append(f"| {part.name} | {measurement.name} | how it ended | done | {said[:160]} | **look** |")
+                rows.append(
+                    f"| {part.name} | {measurement.name} | how it ended | done | {said[:160]} | **look** |"
+                )
     machines = [line for line in lines if line["part"] == "machine"]
     return "\n".join([*rows, "", *(about_machine(machines[-1]) if machines else [])])
 
@@ -276,10 +324,14 @@ def row(part: Part, measurement: Measurement, expected: Expected, results: list[
 
 
 def about_machine(line: dict) -> list[str]:
-    versions = ", ".join(f"{name} {version}" for name, version in line["versions"].items() if name in ("torch", "triton"))
-    return [f"{line['machine']}, {line['device_gib']:.1f} GiB, driver {line['driver']}, CUDA {line['cuda']}; "
-            f"{line['cores']} cores, {line['host_gib']:.0f} GiB of host memory; Python {line['python']}, {versions}; "
-            f"{line['time'][:10]}. Differences over 10 % are in bold."]
+    versions = ", ".join(
+        f"{name} {version}" for name, version in line["versions"].items() if name in ("torch", "triton")
+    )
+    return [
+        f"{line['machine']}, {line['device_gib']:.1f} GiB, driver {line['driver']}, CUDA {line['cuda']}; "
+        f"{line['cores']} cores, {line['host_gib']:.0f} GiB for them; Python {line['python']}, {versions}; "
+        f"{line['time'][:10]}. Differences over 10 % are in bold."
+    ]
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""What gpu.sh measures, as data: parts of measurements, each with a time limit and with the figures that we expect.
+"""What gpu.sh measures, as data: measurements, each with a time limit and the figures that we expect.
 
     part          some measurements that together end within one call of ten minutes
     measurement   one command, which prints JSON lines; a limit in seconds; the figures expected of its lines
-    card          h100 (80 GiB) or h200 (141 GiB). They compute alike; the H200 has more memory, and faster memory
+    card          h100 (80 GB) or h200 (141 GB). They compute alike; the H200 has more memory, and faster
 
-Training 7B with fp32 masters and moments takes 16 bytes a parameter, 100.4 GiB. An H200 holds that. An H100 does not, so
-there the parts `resident` and `zero3` measure 16 layers of the 7B model (3.5B), and 7B is measured with its states on the host.
+Training 7B with fp32 masters and moments takes 16 bytes a parameter, 100.4 GiB. An H200 holds that. An H100
+does not, so there the parts `resident` and `zero3` measure 16 layers of the 7B model (3.5B), and 7B is
+measured with its states on the host.
 
-Predictions come from three places: a table of seconds per kind of work (STEP_7B), peaks of torch's own allocator in a run on
-a GPU without arithmetic (PEAKS), and the chunk manager's plan at the rates of a typical machine (OFFLOAD).
+Predictions come from three places: a table of seconds per kind of work (STEP_7B), peaks of torch's own
+allocator in a run on a GPU without arithmetic (PEAKS), and the chunk manager's plan at the rates of a typical
+machine (OFFLOAD).
 """
 
 import json
@@ -23,15 +25,15 @@ from dtensor_llama import LlamaConfig
 from dtensor_llama.flops import PEAK_FLOPS, hardware_flops_per_token, model_flops_per_token
 from memory.tracer import Rates
 
-CALL_SECONDS = 600            # what one call on a lent machine may take; every part stays below it
+CALL_SECONDS = 600  # what one call on a lent machine may take; every part stays below it
 
 
 @dataclass(frozen=True)
 class Card:
     name: str
-    memory_gib: float         # as torch states it
-    tb_s: float               # of its memory, from the data sheet
-    layers: int               # of the 7B model, that it can train with everything resident
+    memory_gib: float  # as torch states it
+    tb_s: float  # of its memory, from the data sheet
+    layers: int  # of the 7B model, that it can train with everything resident
 
 
 CARDS = {"h100": Card("h100", 79.6, 3.35, 16), "h200": Card("h200", 139.8, 4.8, 32)}
@@ -39,13 +41,15 @@ CARDS = {"h100": Card("h100", 79.6, 3.35, 16), "h200": Card("h200", 139.8, 4.8, 
 
 def choose_card(memory_gib: float) -> Card | None:
     """The card whose plan fits a GPU of this size, or None if the GPU is too small for either."""
-    fitting = [card for card in CARDS.values() if card.memory_gib <= memory_gib * 1.02]     # drivers take a little
+    fitting = [
+        card for card in CARDS.values() if card.memory_gib <= memory_gib * 1.02
+    ]  # drivers take a little
     return max(fitting, key=lambda card: card.memory_gib) if fitting else None
 
 
 @dataclass(frozen=True)
 class Expected:
-    """A figure of a result line. A range where low and high differ. line: keys that single out one of several lines."""
+    """A figure of a result line, as a range. line: what singles out one of several lines of a measurement."""
 
     figure: str
     low: float
@@ -56,8 +60,8 @@ class Expected:
 @dataclass(frozen=True)
 class Measurement:
     name: str
-    command: tuple[str, ...]            # what follows `python`
-    limit_s: int                        # it is ended then
+    command: tuple[str, ...]  # what follows `python`
+    limit_s: int  # it is ended then
     expects: tuple[Expected, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -75,7 +79,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a plan is made for. layers: of every model instead of its own number, to try a plan out on a small machine."""
+    """What a plan is made for. layers: of every model, in place of its own number, for a rehearsal."""
 
     card: Card
     out: Path
@@ -83,7 +87,7 @@ class Setting:
     layers: int | None = None
 
     def model(self, preset: str, layers: int | None = None) -> str:
-        """What --model of benchmark.py is told: a preset, or the folder of one with fewer layers (see write_models)."""
+        """What --model is told: a preset, or the folder of one with fewer layers (see write_models)."""
         layers = self.layers or layers
         if layers in (None, LlamaConfig.preset(preset).num_hidden_layers):
             return preset
@@ -97,9 +101,9 @@ class Setting:
 # ---- predictions: a step -------------------------------------------------------------------------
 
 STEP_TOKENS = 16384
-WAYS = ("zero3 selective", "resident selective", "resident none")     # where the states are, and what is recomputed
-# Seconds that a step of 7B with 16,384 tokens spends on an H200. Work grows with the FLOPs or with the bytes of activations
-# or of parameters; the last column says whether more tokens a step make more of it.
+WAYS = ("zero3 selective", "resident selective", "resident none")   # where states are, and what is recomputed
+# Seconds that a step of 7B with 16,384 tokens spends on an H200. Work grows with the FLOPs or with the bytes
+# of activations or of parameters; the last column says whether more tokens a step make more of it.
 STEP_7B = {
     "matrix products at 680 to 720 TFLOP/s": ((0.955, 0.955, 0.902), "flops", "each token"),
     "attention, cuDNN": ((0.130, 0.130, 0.125), "flops", "each token"),
@@ -109,7 +113,7 @@ STEP_7B = {
     "norm and clip; AdamW": ((0.066, 0.072, 0.072), "parameter bytes", "each step"),
     "launch tail, embedding, gap": ((0.012, 0.030, 0.020), "launches", "each step"),
 }
-ADAMW_MAY_SAVE = 0.05      # of a resident 7B step: vector loads, and chunks of 256 Mi elements
+ADAMW_MAY_SAVE = 0.05  # of a resident 7B step: vector loads, and chunks of 256 Mi elements
 
 
 def llama_7b(layers: int) -> LlamaConfig:
@@ -140,21 +144,29 @@ def expected_step(way: str, card: Card, n_tokens: int) -> tuple[Expected, Expect
     may_save = ADAMW_MAY_SAVE * llama_7b(card.layers).n_parameters / llama_7b(32).n_parameters
     fast = slow - may_save if way.startswith("resident") else slow
     flops = model_flops_per_token(llama_7b(card.layers), 4096) / PEAK_FLOPS["H100"]
-    return (Expected("step_seconds", fast, slow),
-            Expected("tokens_per_second", n_tokens / slow, n_tokens / fast),
-            Expected("mfu", n_tokens / slow * flops, n_tokens / fast * flops))
+    return (
+        Expected("step_seconds", fast, slow),
+        Expected("tokens_per_second", n_tokens / slow, n_tokens / fast),
+        Expected("mfu", n_tokens / slow * flops, n_tokens / fast * flops),
+    )
 
 
 # ---- predictions: memory -------------------------------------------------------------------------
 
-# GiB that torch's allocator had given out and had reserved at the peak of a steady step: (layers, way, rows a microbatch).
+# GiB that torch's allocator had given out and had reserved at the peak of a steady step, by layers, way, and
+# rows of a microbatch.
 PEAKS = {
-    (32, "zero3 selective", 1): (113.7, 120.8), (32, "zero2 selective", 1): (125.8, 135.4),
+    (32, "zero3 selective", 1): (113.7, 120.8),
+    (32, "zero2 selective", 1): (125.8, 135.4),
     (32, "zero3 full", 4): (103.7, 112.7),
-    (32, "resident selective", 1): (113.2, 114.5), (32, "resident selective", 2): (124.7, 126.7),
-    (32, "resident none", 1): (117.8, 118.5), (32, "resident none", 2): (134.0, 134.7),
+    (32, "resident selective", 1): (113.2, 114.5),
+    (32, "resident selective", 2): (124.7, 126.7),
+    (32, "resident none", 1): (117.8, 118.5),
+    (32, "resident none", 2): (134.0, 134.7),
     (32, "resident full", 4): (90.4, 91.9),
-    (16, "zero3 selective", 1): (59.8, 65.6), (16, "resident none", 1): (61.6, 62.2), (16, "resident none", 2): (69.7, 70.3),
+    (16, "zero3 selective", 1): (59.8, 65.6),
+    (16, "resident none", 1): (61.6, 62.2),
+    (16, "resident none", 2): (69.7, 70.3),
 }
 
 
@@ -164,18 +176,23 @@ def expected_memory(layers: int, way: str, micro_rows: int) -> tuple[Expected, .
     if peaks is None:
         return ()
     allocated, reserved = peaks
-    return (Expected("device_memory_gib", allocated, allocated), Expected("device_reserved_gib", reserved, reserved))
+    return (
+        Expected("device_memory_gib", allocated, allocated),
+        Expected("device_reserved_gib", reserved, reserved),
+    )
 
 
 # ---- predictions: states on the host -------------------------------------------------------------
 
 # A typical machine: PCIe 5, 16 cores at 200 GB/s of DRAM, which is 7 G parameters/s of AdamW at 28 bytes.
-TYPICAL = Rates(h2d=50e9, d2h=50e9, duplex=100e9, dram=200e9, dram_under_dma=200e9, host_adam={16: 7e9}, device_adam=115e9)
-SUSTAINED_FLOPS = 592e12      # forward and backward of a step, with full recompute counted
-# Seconds of a step of ours that the chunk manager's planner finds at these rates: full recompute, exact clipping,
-# 4 rows a forward. 7B on a whole H100 lies between 40 GiB and all resident. Of 13B an H100 holds the states of about
-# 3.6 G parameters; if those of the other 9.4 pass over the link at 10 bytes each way, and nothing overlaps but the two
-# directions, a step is 1.9 s longer than on an H200, which is the upper end.
+TYPICAL = Rates(
+    h2d=50e9, d2h=50e9, duplex=100e9, dram=200e9, dram_under_dma=200e9, host_adam={16: 7e9}, device_adam=115e9
+)
+SUSTAINED_FLOPS = 592e12  # forward and backward of a step, with full recompute counted
+# Seconds of a step of ours that the chunk manager's planner finds at these rates: full recompute, exact
+# clipping, 4 rows a forward. 7B on a whole H100 lies between 40 GiB and all resident. Of 13B an H100 holds
+# the states of about 3.6 G parameters. If those of the other 9.4 pass over the link at 10 bytes each way, and
+# nothing overlaps but the two directions, a step is 1.9 s longer than on an H200: the upper end.
 OFFLOAD = {
     ("3.5b", "24 GiB"): {4096: (0.47, 0.5), 16384: (0.99, 1.1), 65536: (3.34, 3.34)},
     ("3.5b", "resident"): {4096: (0.23, 0.23), 16384: (0.86, 0.86), 65536: (3.36, 3.36)},
@@ -207,26 +224,38 @@ def step(setting: Setting, way: str, microbatches: int, rows: int, limit_s: int 
     placement, recompute = way.split()
     n_tokens = 4096 * rows * microbatches
     n_timed = max(4, 8 * STEP_TOKENS // n_tokens)
-    command = (f"recipes/benchmark.py --model {setting.model('llama2-7b', setting.card.layers)} --data.seq-len 4096 "
-               f"--train.compile --train.recompute {recompute} --train.global-batch-size {rows * microbatches} "
-               f"--train.micro-batch-size {rows} --train.steps {n_timed} --warmup 2 {PLACEMENT[placement]}")
+    command = (
+        f"recipes/benchmark.py --model {setting.model('llama2-7b', setting.card.layers)} --data.seq-len 4096 "
+        f"--train.compile --train.recompute {recompute} --train.global-batch-size {rows * microbatches} "
+        f"--train.micro-batch-size {rows} --train.steps {n_timed} --warmup 2 {PLACEMENT[placement]}"
+    )
     if placement == "resident":
         command += f" {setting.host_flags}"
     expects = expected_step(way, setting.card, n_tokens) if way in WAYS else ()
-    return Measurement(f"{recompute} {microbatches} x {rows} rows", tuple(command.split()), limit_s,
-                       (*expects, *expected_memory(setting.card.layers, way, rows)))
+    return Measurement(
+        f"{recompute} {microbatches} x {rows} rows",
+        tuple(command.split()),
+        limit_s,
+        (*expects, *expected_memory(setting.card.layers, way, rows)),
+    )
 
 
-def under_budget(setting: Setting, size: str, n_tokens: int, contenders: tuple[str, ...], more: str = "") -> Measurement:
+def under_budget(
+    setting: Setting, size: str, n_tokens: int, contenders: tuple[str, ...], more: str = ""
+) -> Measurement:
     """offload.py with one number of tokens a step; its limit is that of the contenders' turns together."""
     preset, layers = MODELS[size]
-    command = (f"recipes/bench/offload.py --compile --rounds 1 --model {preset} --tokens {n_tokens} "
-               f"--contenders {' '.join(contenders)} {more}")
+    command = (
+        f"recipes/bench/offload.py --compile --rounds 1 --model {preset} --tokens {n_tokens} "
+        f"--contenders {' '.join(contenders)} {more}"
+    )
     if setting.layers or layers:
         command += f" --layers {setting.layers or layers}"
     if setting.host_budget_gib:
         command += f" --host-budget-gib {setting.host_budget_gib:g}"
-    turns_s = sum(turn_seconds(config_of(size), n_tokens, n_steps(OffloadConfig(), name)) for name in contenders)
+    turns_s = sum(
+        turn_seconds(config_of(size), n_tokens, n_steps(OffloadConfig(), name)) for name in contenders
+    )
     return Measurement(f"{n_tokens} tokens", tuple(command.split()), turns_s + 15)
 
 
@@ -236,10 +265,10 @@ def expecting(measurement: Measurement, contender: str, seconds: tuple[float, fl
 
 
 def budget_part(setting: Setting, name: str, why: str, tokens: tuple[int, ...]) -> Part:
-    """A model under a budget: ours against FSDP2's offload, which says in a line what it needs if the host is too small."""
+    """A model under a budget: ours against FSDP2's offload, which refuses a host that is too small."""
     size, budget = BUDGETS[name.removesuffix("-64k")]
     more = f"--device-budget-gib {budget.removesuffix(' GiB')}" if budget.endswith(" GiB") else ""
-    contenders = ("ours",) if name == "13b-64k" else ("ours", "fsdp2_offload")      # there is no time for both
+    contenders = ("ours",) if name == "13b-64k" else ("ours", "fsdp2_offload")  # there is no time for both
     expected = OFFLOAD.get((size, setting.card.name if budget == "card" else budget), {})
     measurements = []
     for n_tokens in tokens:
@@ -259,8 +288,13 @@ def config_of(size: str) -> LlamaConfig:
     return replace(config, num_hidden_layers=layers or config.num_hidden_layers)
 
 
-MODELS = {"3.5b": ("llama2-7b", 16), "7b": ("llama2-7b", None), "13b": ("llama2-13b", None)}      # preset, layers
-BUDGETS = {"3.5b-24": ("3.5b", "24 GiB"), "7b-40": ("7b", "40 GiB"), "7b-card": ("7b", "card"), "13b": ("13b", "card")}
+MODELS = {"3.5b": ("llama2-7b", 16), "7b": ("llama2-7b", None), "13b": ("llama2-13b", None)}  # preset, layers
+BUDGETS = {
+    "3.5b-24": ("3.5b", "24 GiB"),
+    "7b-40": ("7b", "40 GiB"),
+    "7b-card": ("7b", "card"),
+    "13b": ("13b", "card"),
+}
 
 
 def ceiling(setting: Setting) -> Part:
@@ -282,7 +316,8 @@ def kernels(card: Card) -> Measurement:
         Expected("forward_ms", 0.13, 0.13, {"kernel": "attention"}),
         Expected("forward_backward_ms", 0.53, 0.53, {"kernel": "attention"}),
         Expected("g_parameters_s", 100 / slower_memory, 155 / slower_memory, {"kernel": "device AdamW"}),
-        Expected("h2d_gb_s", 50, 50, {"kernel": "copies of 256 MiB, pinned"}))
+        Expected("h2d_gb_s", 50, 50, {"kernel": "copies of 256 MiB, pinned"}),
+    )
     return Measurement("kernels", ("recipes/bench/machine.py",), 60, expects)
 
 
@@ -293,43 +328,69 @@ def tests(name: str, which: str, limit_s: int) -> Measurement:
 
 def plan(setting: Setting) -> list[Part]:
     """All parts, in the order in which they are measured: the largest promise first."""
-    card, small = setting.card, setting.model("small-110m")
-    held = "7B" if card.layers == 32 else f"{card.layers} layers of 7B (an {card.name.upper()} cannot hold 7B's 100.4 GiB)"
-    allocator = replace(step(setting, "zero2 selective", 4, 1), name="zero2, expandable segments",
-                        environment={"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
-    price = f"recipes/bench/step_price.py --model {small} --seq-len 2048 --dtype bfloat16 --rows 32"      # 8 rows: host-bound
-    return [
-        Part("resident", f"{held} with all states on the device and nothing recomputed: the promise of the README",
-             (step(setting, "resident none", 4, 2), step(setting, "resident none", 8, 2, 160))),
-        Part("kernels", "one matrix product, attention, update and copy: what a step is made of", (kernels(card),)),
+    card = setting.card
+    held = "7B"
+    if card.layers < 32:
+        held = f"{card.layers} layers of 7B (an {card.name.upper()} cannot hold 7B's 100.4 GiB)"
+
+    def budget(name: str, why: str, *tokens: int) -> Part:
+        return budget_part(setting, name, why, tokens)
+
+    parts = [
+        Part("resident", f"{held}, all states on the device, nothing recomputed: the README's promise",
+             (step(setting, "resident none", 4, 2), step(setting, "resident none", 8, 2))),
+        Part("kernels", "matrix product, attention, update, copy: what a step is made of", (kernels(card),)),
         Part("zero3", f"{held} with FSDP2 at ZeRO stage 3, as several ranks would train it",
              (step(setting, "zero3 selective", 4, 1),)),
-        Part("first-tests", "the tests that are likeliest to find a wrong number: kernels, passes, budgets, streams",
-             (tests("riskiest", "fused or logits or every_pass or nothing_depends or budget or initial", 180),)),
-        Part("rates", "what the wires, the host's memory and its cores can do, which every plan is made of",
-             (Measurement("rates", ("recipes/bench/memory_rates.py",), 180,
-                          (Expected("dram_gb_s", 200, 200), Expected("host_adam_gb_s", 196, 196))),)),
-        budget_part(setting, "3.5b-24", "3.5B under 24 GiB: ours against FSDP2's offload", (4096, 16384)),
-        budget_part(setting, "7b-card", "7B on the whole card with placement auto", (4096, 16384)),
-        budget_part(setting, "7b-card-64k", "the same with 64k tokens a step", (65536,)),
-        budget_part(setting, "7b-40", "7B under 40 GiB", (4096, 16384)),
-        Part("variants", "the same model with smaller steps, with selective recompute, and with segments that can grow",
-             (step(setting, "resident none", 2, 2, 140), step(setting, "resident selective", 4, 1, 140),
-              *([allocator] if card.layers == 32 else []))),
-        Part("step-price", "our step over the barest loop, and a small model's speed",
-             (Measurement("price", tuple(price.split()), 150),
-              Measurement("small-110m", tuple(f"recipes/benchmark.py --model {small} --data.seq-len 2048 --train.compile "
-                                              "--train.global-batch-size 32 --train.micro-batch-size 32".split()), 150))),
-        budget_part(setting, "3.5b-24-64k", "3.5B under 24 GiB with 64k tokens a step", (65536,)),
-        budget_part(setting, "7b-40-64k", "7B under 40 GiB with 64k tokens a step", (65536,)),
-        budget_part(setting, "13b", "13B on one card", (16384,)),
-        budget_part(setting, "13b-64k", "13B on one card with 64k tokens a step", (65536,)),
+        Part("first-tests", "those likeliest to find a wrong number", (tests("riskiest", RISKIEST, 180),)),
+        Part("rates", "the wires, the host's memory and its cores: what every plan is made of", (rates(),)),
+        budget("3.5b-24", "3.5B under 24 GiB: ours against FSDP2's offload", 4096, 16384),
+        budget("7b-card", "7B on the whole card with placement auto", 4096, 16384),
+        budget("7b-card-64k", "the same with 64k tokens a step", 65536),
+        budget("7b-40", "7B under 40 GiB", 4096, 16384),
+        Part("variants", "smaller steps, selective recompute, segments that can grow", variants(setting)),
+        Part("step-price", "our step over the barest loop, and a small model's speed", small_models(setting)),
+        budget("3.5b-24-64k", "3.5B under 24 GiB with 64k tokens a step", 65536),
+        budget("7b-40-64k", "7B under 40 GiB with 64k tokens a step", 65536),
+        budget("13b", "13B on one card", 16384),
+        budget("13b-64k", "13B on one card with 64k tokens a step", 65536),
         ceiling(setting),
-        Part("host", "AdamW on the host against a plain stream, and torch calls beside it",
-             (Measurement("host", ("recipes/bench/host_adam.py", "--threads", str(os.cpu_count())), 300),)),
-        Part("tests", "the tests of numbers that need a GPU, all of them", (tests("numbers", "not learns", 560),)),
-        Part("test-runs", "whole training runs on one GPU: stop, resume, export", (tests("runs", "learns", 580),)),
+        Part("host", "AdamW on the host against a plain stream, and torch calls beside it", (host(),)),
+        Part("tests", "all tests of numbers that need a GPU", (tests("numbers", "not learns", 560),)),
+        Part("test-runs", "whole training runs: stop, resume, export", (tests("runs", "learns", 580),)),
     ]
+    return parts
+
+
+RISKIEST = "fused or logits or every_pass or nothing_depends or budget or initial"      # for pytest -k
+
+
+def rates() -> Measurement:
+    expects = (Expected("dram_gb_s", 200, 200), Expected("host_adam_gb_s", 196, 196))
+    return Measurement("rates", ("recipes/bench/memory_rates.py",), 180, expects)
+
+
+def host() -> Measurement:
+    return Measurement("host", ("recipes/bench/host_adam.py", "--threads", str(os.cpu_count())), 300)
+
+
+def variants(setting: Setting) -> tuple[Measurement, ...]:
+    measurements = [step(setting, "resident none", 2, 2), step(setting, "resident selective", 4, 1)]
+    if setting.card.layers == 32:
+        allocator = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+        measurements.append(replace(step(setting, "zero2 selective", 4, 1), name="zero2, expandable segments",
+                                    environment=allocator))
+    return tuple(measurements)
+
+
+def small_models(setting: Setting) -> tuple[Measurement, ...]:
+    """32 rows each: with 8 rows the GPU waits for the host, and the host's speed would be compared."""
+    model = setting.model("small-110m")
+    price = f"recipes/bench/step_price.py --model {model} --seq-len 2048 --dtype bfloat16 --rows 32"
+    speed = (f"recipes/benchmark.py --model {model} --data.seq-len 2048 --train.compile "
+             "--train.global-batch-size 32 --train.micro-batch-size 32")
+    return (Measurement("price", tuple(price.split()), 150),
+            Measurement("small-110m", tuple(speed.split()), 150))
 
 
 def write_models(setting: Setting) -> None:
@@ -340,5 +401,3 @@ def write_models(setting: Setting) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             config = replace(LlamaConfig.preset(preset), num_hidden_layers=int(folder.name.split("-")[-2]))
             (folder / "config.json").write_text(json.dumps(config.to_hf()))
-
-

@@ -1,11 +1,11 @@
 """What this machine is, and what its GPU makes of one matrix product, one attention, one update and one copy.
 
-    python recipes/bench/machine.py                  # some JSON lines, half a minute on a GPU; on a CPU the sizes are tiny
-    python recipes/bench/machine.py --facts          # the first line only: names, sizes, versions
+    python recipes/bench/machine.py              # JSON lines, half a minute on a GPU; tiny sizes on a CPU
+    python recipes/bench/machine.py --facts      # the first line only: names, sizes, versions
 
-Every step of training is made of these, so when a step is slower than predicted, look here first. Factors are random: a GPU
-that multiplies ones draws less power and runs faster than it does in training. Rates are those of a stretch of work, not the
-best moment of it, because training runs for hours.
+Every step of training is made of these, so when a step is slower than predicted, look here first. Factors are
+random: a GPU that multiplies ones draws less power and runs faster than it does in training. Rates are those
+of a stretch of work, not the best moment of it, because training runs for hours.
 """
 
 import importlib.metadata
@@ -25,22 +25,39 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))      # a clone works without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone works without being installed
 from dtensor_llama.cli import run_recipe
 from dtensor_llama.errors import UsageError
 from dtensor_llama.metrics import GIB, pinned_memory_is_resident
 from memory.tracer import MIB, Link, device_adam_rate
 
-PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "psutil", "tyro", "pytest", "tensorboard",
-            "rich", "sentencepiece", "pyarrow", "matplotlib", "hypothesis", "flash_attn", "deepspeed")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "psutil",
+    "tyro",
+    "pytest",
+    "tensorboard",
+    "rich",
+    "sentencepiece",
+    "pyarrow",
+    "matplotlib",
+    "hypothesis",
+    "flash_attn",
+    "deepspeed",
+)
 
 
 @dataclass(frozen=True)
 class Config:
     """Facts about the machine, then the rates of its GPU."""
 
-    facts: bool = False          # only the first line
-    seconds: float = 1.0         # that each rate is measured for
+    facts: bool = False  # only the first line
+    seconds: float = 1.0  # that each rate is measured for
 
 
 def main(cfg: Config) -> None:
@@ -59,7 +76,10 @@ def main(cfg: Config) -> None:
     if device.type == "cuda":
         say("device AdamW", g_parameters_s=device_adam_rate(device, 256 * MIB, cfg.seconds) / 1e9)
     link = Link(device, (1 if small else 256) * MIB)
-    say("copies of 256 MiB, pinned", **{f"{way}_gb_s": link.rate(way, cfg.seconds) / 1e9 for way in ("h2d", "d2h", "duplex")})
+    say(
+        "copies of 256 MiB, pinned",
+        **{f"{way}_gb_s": link.rate(way, cfg.seconds) / 1e9 for way in ("h2d", "d2h", "duplex")},
+    )
 
 
 def say(kernel: str, **figures: float) -> None:
@@ -72,11 +92,17 @@ def facts(device: torch.device) -> dict:
     return {
         "machine": torch.cuda.get_device_name(device) if on_gpu else "no GPU",
         "device_gib": torch.cuda.get_device_properties(device).total_memory / GIB if on_gpu else 0.0,
-        "driver": nvidia_smi(), "cuda": torch.version.cuda,
-        "cores": len(os.sched_getaffinity(0)), "host_gib": memory.total / GIB, "host_available_gib": memory.available / GIB,
-        "compiler": shutil.which(os.environ.get("CXX", "g++")),         # without one there is no compiled AdamW on the host
+        "driver": nvidia_smi(),
+        "cuda": torch.version.cuda,
+        "cores": len(os.sched_getaffinity(0)),
+        "host_gib": memory.total / GIB,
+        "host_available_gib": memory.available / GIB,
+        "compiler": shutil.which(
+            os.environ.get("CXX", "g++")
+        ),  # without one there is no compiled AdamW on the host
         "pinned_memory_is_resident": pinned_memory_is_resident() if on_gpu else None,
-        "python": sys.version.split()[0], "versions": versions(),
+        "python": sys.version.split()[0],
+        "versions": versions(),
     }
 
 
@@ -85,7 +111,9 @@ def nvidia_smi() -> str | None:
     if not shutil.which("nvidia-smi"):
         return None
     fields = "driver_version,clocks.max.sm,power.limit,clocks_throttle_reasons.active"
-    asked = subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"], capture_output=True, text=True)
+    asked = subprocess.run(
+        ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"], capture_output=True, text=True
+    )
     return asked.stdout.strip() or asked.stderr.strip()
 
 
@@ -109,7 +137,7 @@ def seconds_each(work: Callable[[], object], device: torch.device, seconds: floa
     while n_calls == 0 or time.perf_counter() - began < seconds:
         for _ in range(10):
             work()
-        wait(device)                     # not after each call: the next ones are launched while one runs, as in training
+        wait(device)  # not after each call: the next ones are launched while one runs, as in training
         n_calls += 10
     return (time.perf_counter() - began) / n_calls
 
@@ -123,13 +151,16 @@ def matmul(device: torch.device, shape: tuple[int, int, int], seconds: float) ->
     """FLOP/s of an (m, k) by (k, n) product in bfloat16."""
     m, n, k = shape
     a = torch.randn(m, k, device=device, dtype=torch.bfloat16)
-    b = torch.randn(n, k, device=device, dtype=torch.bfloat16)          # as a linear layer stores its weight
+    b = torch.randn(n, k, device=device, dtype=torch.bfloat16)  # as a linear layer stores its weight
     return 2.0 * m * n * k / seconds_each(lambda: a @ b.T, device, seconds)
 
 
 def attention(device: torch.device, seq_len: int, seconds: float) -> tuple[float, float]:
-    """Milliseconds of one layer of the 7B model: 32 heads of 128, causal, bfloat16; forward, then forward and backward."""
-    q, k, v = (torch.randn(1, 32, seq_len, 128, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    """Milliseconds of a layer of 7B, 32 heads of 128, causal: forward; then forward and backward."""
+    q, k, v = (
+        torch.randn(1, 32, seq_len, 128, device=device, dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(3)
+    )
     upstream = torch.randn(1, 32, seq_len, 128, device=device, dtype=torch.bfloat16)
 
     def forward() -> Tensor:

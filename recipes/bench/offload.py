@@ -1,22 +1,23 @@
 """Training under a memory budget: our chunk manager against everything resident and against those who offload too.
 
-    python recipes/bench/offload.py --model llama2-7b --layers 16 --device-budget-gib 24      # 3.5B, one GPU, about 8 minutes
+    python recipes/bench/offload.py --model llama2-7b --layers 16 --device-budget-gib 24      # 3.5B, one GPU
     python recipes/bench/offload.py --model llama2-13b --tokens 16384 --contenders ours fsdp2_offload
 
     ours             recipes/benchmark.py --memory.placement auto, with the budgets
-    all_resident     the same with everything on the device: the ceiling. It needs 16 bytes a parameter, whatever the budget
+    all_resident     the same with everything on the device: the ceiling, whatever the budget says
     fsdp2_offload    fully_shard per block with CPUOffloadPolicy, AdamW(fused) on the host
     deepspeed_zero3  DeepSpeed ZeRO-3 with its optimizer on the host (CPUAdam), where it is installed
 
-Same model, seed, rows, clipping and recompute. Two of them do not fit one device, so each turn is a process of its own, and
-the turns go round: all contenders once, then all again. A peer cannot be told a device budget; torch's allocator is held to it.
-A peer that the host's memory cannot hold is not started: it would be killed, and we with it.
-After each turn one JSON line with the median of the contender's rounds so far, or the error that ended it, so that nothing is
-lost when the machine goes away; of several lines the last one counts. At the end a table.
+Same model, seed, rows, clipping and recompute. Two of them do not fit one device, so each turn is a process
+of its own, and the turns go round: all contenders once, then all again. A peer cannot be told a device
+budget; torch's allocator is held to it. A peer that the host's memory cannot hold is not started: it would be
+killed, and we with it. After each turn one JSON line with the median of the contender's rounds so far, or the
+error that ended it, so that nothing is lost when the machine goes away; of several lines the last one counts.
+At the end a table.
 
-    exposed update   step less forward and backward alone: of ours and all_resident those that our tracer saw, of peers measured
+    exposed update   step less forward and backward alone: of ours as our tracer saw them, of peers measured
     DRAM share       bytes that the host's update must move, over its time, over the rate of an in-place stream
-    predicted        ours: the plan's; others: `predict_peer`, from the same rates and the same forward and backward
+    predicted        ours: the plan's; others: `predict_peer`, from the same rates, forward and backward
 """
 
 import json
@@ -48,7 +49,7 @@ from parallel.recompute import apply_recompute
 ROOT = Path(__file__).resolve().parents[2]
 CONTENDERS = ("ours", "all_resident", "fsdp2_offload", "deepspeed_zero3")
 LR, WEIGHT_DECAY, MAX_NORM = 3e-4, 0.1, 1.0       # as pretrain.py has them
-OWN_HOST_GIB = 10              # of a process beside what it trains: torch, CUDA, compiled code, the page cache
+OWN_HOST_GIB = 10             # of a process beside what it trains: torch, CUDA, compiled code, the page cache
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Config:
     model: str = "llama2-7b"                       # a preset
     layers: int | None = None                      # of the model; 16 of llama2-7b are 3.5B
     device_budget_gib: float | None = None         # None: the whole device
-    host_budget_gib: float | None = None           # None: what is free. To be given where a machine's memory grows on demand
+    host_budget_gib: float | None = None           # None: what is free; give it where memory grows on demand
     tokens: tuple[int, ...] = (4096, 16384, 65536)     # a step
     seq_len: int = 4096
     micro_batch_size: int = 4                      # rows of a forward, at most
@@ -98,7 +99,7 @@ def main(cfg: Config) -> None:
 
 def at(cfg: Config, config: LlamaConfig, folder: str, n_tokens: int) -> list[dict]:
     """All contenders with so many tokens a step, round after round. One who fails is not asked again."""
-    in_order = [name for name in CONTENDERS if name in cfg.contenders]       # ours first: its rates predict the others
+    in_order = [name for name in CONTENDERS if name in cfg.contenders]   # ours first: its rates predict others
     turns = {name: [] for name in in_order}
     lines = {}
     for _ in range(cfg.rounds):
@@ -118,7 +119,7 @@ def at(cfg: Config, config: LlamaConfig, folder: str, n_tokens: int) -> list[dic
 
 
 def take_turn(cfg: Config, config: LlamaConfig, name: str, folder: str, n_tokens: int) -> dict:
-    """One contender in a process of its own; the JSON line it ends with. RuntimeError with its last words if there is none."""
+    """One contender in a process of its own: the JSON line it ends with, or RuntimeError in its words."""
     refuse_if_the_host_is_too_small(name, config, cfg.host_budget_gib)
     if name in ("ours", "all_resident"):
         command = ours_command(cfg, name, folder, n_tokens)
@@ -132,19 +133,22 @@ def take_turn(cfg: Config, config: LlamaConfig, name: str, folder: str, n_tokens
         raise RuntimeError(f"was not done after {timeout_s} s") from None
     if ended.returncode:
         said = [line for line in ended.stderr.splitlines() if line.strip()]
-        raise RuntimeError(next((line for line in reversed(said) if "rror" in line), (said or ["ended without a word"])[-1]))
+        errors = [line for line in said if "rror" in line]
+        raise RuntimeError((errors or said or ["ended without a word"])[-1])
     return json.loads(ended.stdout.splitlines()[-1])
 
 
 def ours_command(cfg: Config, name: str, folder: str, n_tokens: int) -> list:
     rows = n_tokens // cfg.seq_len
-    command = ["recipes/benchmark.py", "--model", folder, "--data.seq-len", cfg.seq_len, "--train.global-batch-size", rows,
-               "--train.micro-batch-size", min(rows, cfg.micro_batch_size), "--train.recompute", "full",
-               "--train.steps", cfg.steps, "--warmup", cfg.warmup, "--train.dtype", cfg.dtype, "--train.lr", LR]
+    command = ["recipes/benchmark.py", "--model", folder, "--data.seq-len", cfg.seq_len,
+               "--train.global-batch-size", rows, "--train.micro-batch-size", min(rows, cfg.micro_batch_size),
+               "--train.recompute", "full", "--train.dtype", cfg.dtype, "--train.lr", LR,
+               "--train.steps", cfg.steps, "--warmup", cfg.warmup]
     if cfg.compile:
         command += ["--train.compile"]
     if name == "all_resident":
-        return [*command, "--memory.placement", "static", "--memory.resident", 1, "--memory.stream", 0, "--memory.cpu", 0]
+        fractions = ["--memory.resident", 1, "--memory.stream", 0, "--memory.cpu", 0]
+        return [*command, "--memory.placement", "static", *fractions]
     command += ["--memory.placement", "auto"]
     if cfg.device_budget_gib:
         command += ["--memory.device-budget-gib", cfg.device_budget_gib]
@@ -156,8 +160,8 @@ def ours_command(cfg: Config, name: str, folder: str, n_tokens: int) -> list:
 def peer_command(cfg: Config, name: str, n_tokens: int) -> list:
     """This script again, as one contender."""
     micro = min(n_tokens // cfg.seq_len, cfg.micro_batch_size)
-    own = asdict(cfg) | {"tokens": (n_tokens,), "micro_batch_size": micro, "warmup": cfg.peer_warmup, "turn": name,
-                         "contenders": (name,)}
+    own = asdict(cfg) | {"tokens": (n_tokens,), "micro_batch_size": micro, "warmup": cfg.peer_warmup}
+    own |= {"turn": name, "contenders": (name,)}
     command = ["recipes/bench/offload.py"]
     for key, value in own.items():
         flag = key.replace("_", "-")
@@ -173,11 +177,11 @@ def n_steps(cfg: Config, name: str) -> int:
 
 
 def turn_seconds(config: LlamaConfig, n_tokens: int, n_steps: int) -> int:
-    """How long a turn may take: a minute to start, and twice what we expect of the slowest contender on one GPU.
+    """How long a turn may take: a minute to start, and twice what we expect of the slowest contender.
 
-    That is FSDP2's offload: it computes at 500 TFLOP/s with full recompute, moves 12 bytes a parameter and microbatch of
-    4 rows over a link of 50 GB/s, and 40 bytes a parameter in the host's memory at 200 GB/s. Initial weights come at a
-    G parameters/s.
+    That is FSDP2's offload: it computes at 500 TFLOP/s with full recompute, moves 12 bytes a parameter and
+    microbatch of 4 rows over a link of 50 GB/s, and 40 bytes a parameter in the host's memory at 200 GB/s.
+    Initial weights come at a G parameters/s.
     """
     compute_s = n_tokens * hardware_flops_per_token(config, 4096, "full") / 500e12
     n_micros = max(1, n_tokens // 4096 // 4)
@@ -185,7 +189,7 @@ def turn_seconds(config: LlamaConfig, n_tokens: int, n_steps: int) -> int:
     return round(60 + 2 * (config.n_parameters / 1e9 + n_steps * (compute_s + moving_s)))
 
 
-# ---- what the host must hold -----------------------------------------------------------------------------------------------
+# ---- what the host must hold --------------------------------------------------------------------------
 
 
 def pinned_bytes(n_bytes: int) -> int:
@@ -199,8 +203,8 @@ def peer_host_bytes(name: str, config: LlamaConfig) -> tuple[int, str]:
         sizes = [4 * parameter.numel() for parameter in Llama(config).parameters()]
     if name == "fsdp2_offload":          # AdamW's two moments are made by zeros_like, which does not pin
         pinned, pageable = 2 * sum(map(pinned_bytes, sizes)), 2 * sum(sizes)
-        what = (f"{pinned / GIB:.1f} GiB pinned for float32 weights and gradients, each tensor rounded up to a power of two, "
-                f"and {pageable / GIB:.1f} for AdamW's two moments")
+        what = (f"{pinned / GIB:.1f} GiB pinned for float32 weights and gradients, each tensor rounded up to a "
+                f"power of two, and {pageable / GIB:.1f} for AdamW's two moments")
         return pinned + pageable, what
     least = 4 * sum(sizes)
     return least, "float32 masters, gradients and two moments"
@@ -213,9 +217,11 @@ def refuse_if_the_host_is_too_small(name: str, config: LlamaConfig, host_budget_
     needed, what = peer_host_bytes(name, config)
     available = host_budget_gib * GIB if host_budget_gib else psutil.virtual_memory().available
     if needed + OWN_HOST_GIB * GIB > available:
-        budget = "--host-budget-gib allows" if host_budget_gib else "are free (--host-budget-gib, if there is more)"
-        raise RuntimeError(f"does not fit the host: it needs {needed / GIB:.1f} GiB ({what}) and about {OWN_HOST_GIB} for "
-                           f"itself, and {available / GIB:.1f} {budget}")
+        budget = "are free (--host-budget-gib, if there is more)"
+        if host_budget_gib:
+            budget = "--host-budget-gib allows"
+        raise RuntimeError(f"does not fit the host: it needs {needed / GIB:.1f} GiB ({what}) and about "
+                           f"{OWN_HOST_GIB} for itself, and {available / GIB:.1f} {budget}")
 
 
 # ---- what a turn means -----------------------------------------------------------------------------------------------------
@@ -252,13 +258,14 @@ def predict_peer(name: str, n: int, forward_backward_s: float, rates: Rates, n_m
     if name == "all_resident":
         return forward_backward_s + n / rates.device_adam
     if name == "fsdp2_offload":
-        # For each forward and backward fp32 weights come, and fp32 gradients leave. On one rank FSDP2 makes these copies
-        # on the stream that computes, so nothing overlaps and the times add up; on several ranks, where the copies are
-        # part of a prefetched all-gather, it would do better. Then, alone on the host, the norm reads 4 bytes a
-        # parameter, the clip moves 8 and AdamW 28.
+        # For each forward and backward fp32 weights come, and fp32 gradients leave. On one rank FSDP2 makes
+        # these copies on the stream that computes, so nothing overlaps and the times add up; on several
+        # ranks, where the copies are part of a prefetched all-gather, it would do better. Then, alone on the
+        # host, the norm reads 4 bytes a parameter, the clip moves 8 and AdamW 28.
         link = n_micros * (2 * 4 * n / rates.h2d + 4 * n / rates.d2h)
         return forward_backward_s + link + 40 * n / rates.dram
-    # DeepSpeed: bf16 gradients down, CPUAdam (12 + 12 of states, 4 of gradient, 2 of weight), bf16 weights up, one by one
+    # DeepSpeed: bf16 gradients down, CPUAdam (12 + 12 of states, 4 of gradient, 2 of weight), bf16 weights
+    # up, one by one
     return forward_backward_s + 2 * n / rates.d2h + 30 * n / rates.dram + 2 * n / rates.h2d
 
 
@@ -305,7 +312,8 @@ def peer(cfg: Config, config: LlamaConfig) -> dict:
     stop_process_group()
     step_s, alone_s = map(statistics.median, zip(*times[cfg.warmup:], strict=True))
     return {"step_seconds": step_s, "forward_backward_seconds": alone_s, "update_seconds": step_s - alone_s, "loss": loss,
-            "n_micros": n_micros, "device_memory_gib": peaks.device / GIB, "device_reserved_gib": peaks.device_reserved / GIB,
+            "n_micros": n_micros,
+            "device_memory_gib": peaks.device / GIB, "device_reserved_gib": peaks.device_reserved / GIB,
             "host_memory_gib": peaks.host / GIB, "host_pinned_gib": peaks.host_pinned / GIB}
 
 
