@@ -230,7 +230,7 @@ class DevicePeak:
 
 
 class MemoryPeaks(NamedTuple):
-    """Bytes of one rank. Where Linux leaves out pinned memory, `host` is the sum of two peaks: a little high."""
+    """Bytes of one rank. `host` is a little high where Linux leaves out pinned memory: a sum of two peaks."""
 
     device: int              # allocated by torch; 0 where the host is the device
     host: int                # resident memory of the process, pinned memory included
@@ -261,8 +261,8 @@ class PeakMemory:
 def pinned_memory_is_resident() -> bool:
     """Whether the resident memory that Linux states for this process holds its pinned memory too.
 
-    The pages belong to the GPU's driver, and whether they count depends on how it maps them. So we pin a little,
-    and look up what /proc/self/smaps says of the mapping that holds it. Where nobody may read that file the
+    The pages belong to the GPU's driver, and whether they count depends on how it maps them. So we pin a
+    little, and look up what /proc/self/smaps says of the mapping that holds it. Where nobody may read that file the
     answer is yes.
     """
     probe = torch.ones(2**21, dtype=torch.uint8, pin_memory=True)

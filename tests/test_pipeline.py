@@ -262,7 +262,7 @@ def collectives_of_a_step(layout, n_micros_each):
     return counted
 
 
-# groups: what is gathered at once, on the ranks of each stage. A block is one, and each rank has 4; so are the
+# groups: what is gathered at once, on the ranks of each stage. A block is one, and each rank has 4; so is the
 # embedding, and the norm with the head. The first rank of a V has both ends.
 @pytest.mark.parametrize("layout,groups", [
     (dict(pp=2, schedule="1f1b"), (5, 5)),

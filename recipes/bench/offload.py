@@ -99,7 +99,7 @@ def main(cfg: Config) -> None:
 
 def at(cfg: Config, config: LlamaConfig, folder: str, n_tokens: int) -> list[dict]:
     """All contenders with so many tokens a step, round after round. One who fails is not asked again."""
-    in_order = [name for name in CONTENDERS if name in cfg.contenders]   # ours first: its rates predict others
+    in_order = [name for name in CONTENDERS if name in cfg.contenders]  # ours first: its rates predict others
     turns = {name: [] for name in in_order}
     lines = {}
     for _ in range(cfg.rounds):
@@ -203,8 +203,8 @@ def peer_host_bytes(name: str, config: LlamaConfig) -> tuple[int, str]:
         sizes = [4 * parameter.numel() for parameter in Llama(config).parameters()]
     if name == "fsdp2_offload":          # AdamW's two moments are made by zeros_like, which does not pin
         pinned, pageable = 2 * sum(map(pinned_bytes, sizes)), 2 * sum(sizes)
-        what = (f"{pinned / GIB:.1f} GiB pinned for float32 weights and gradients, each tensor rounded up to a "
-                f"power of two, and {pageable / GIB:.1f} for AdamW's two moments")
+        what = (f"{pinned / GIB:.1f} GiB pinned for float32 weights and gradients, each tensor rounded up to "
+                f"a power of two, and {pageable / GIB:.1f} for AdamW's two moments")
         return pinned + pageable, what
     least = 4 * sum(sizes)
     return least, "float32 masters, gradients and two moments"
