@@ -262,8 +262,8 @@ def pinned_memory_is_resident() -> bool:
     """Whether the resident memory that Linux states for this process holds its pinned memory too.
 
     The pages belong to the GPU's driver, and whether they count depends on how it maps them. So we pin a
-    little, and look up what /proc/self/smaps says of the mapping that holds it. Where nobody may read that file the
-    answer is yes.
+    little, and look up what /proc/self/smaps says of the mapping that holds it. Where nobody may read that file
+    the answer is yes.
     """
     probe = torch.ones(2**21, dtype=torch.uint8, pin_memory=True)
     try:

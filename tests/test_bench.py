@@ -97,7 +97,7 @@ def test_the_turns_of_every_offload_measurement_fit_its_limit_also_with_64k_toke
             config = LlamaConfig.preset(cfg.model)
             config = replace(config, num_hidden_layers=cfg.layers or config.num_hidden_layers)
             turns_s = [
-                offload.turn_seconds(config, n, offload.n_steps(cfg, name))
+                offload.turn_seconds(cfg, config, name, n)
                 for n in cfg.tokens
                 for name in cfg.contenders
             ]
@@ -204,12 +204,12 @@ def test_a_line_is_on_the_disk_before_its_command_ends_and_a_restart_skips_what_
     code = (
         "import json, pathlib\nprint('words')\nprint(json.dumps({'x': 3.0}))\n"
         f"seen = pathlib.Path({str(tmp_path / 'h200.jsonl')!r})\n"
-        "import time\ntime.sleep(0.5)\nassert '3.0' in seen.read_text()\n"
+        "while not (seen.exists() and '3.0' in seen.read_text()):\n    pass\n"      # else past its limit
     )
     part, measurement = measurement_of(code, tmp_path)
     cfg = gpu.Config(out=tmp_path)
     results = gpu.Results(tmp_path / "h200.jsonl")
-    gpu.measure_part(part, results, cfg, deadline=float("inf"))
+    gpu.measure_all([part], results, cfg, deadline=float("inf"))
     assert [line.get("ended") for line in results.lines] == [None, "done"], results.lines
     assert results.lines[0]["result"] == {"x": 3.0} and results.lines[0]["command"] == [
         str(tmp_path / "script.py")
@@ -218,15 +218,14 @@ def test_a_line_is_on_the_disk_before_its_command_ends_and_a_restart_skips_what_
     with (tmp_path / "h200.jsonl").open("a") as file:
         file.write('{"part": "part", "resu')  # the machine went away
     again = gpu.Results(tmp_path / "h200.jsonl")
-    assert len(again.lines) == 2 and again.has(part, measurement)
+    assert len(again.lines) == 2 and again.endings(part, measurement) == ["done"]
     capsys.readouterr()
-    gpu.measure_part(part, again, cfg, deadline=float("inf"))
+    gpu.measure_all([part], again, cfg, deadline=float("inf"))
     assert "has its results" in capsys.readouterr().out and len(again.lines) == 2
-    gpu.measure_part(part, again, replace(cfg, again=True), deadline=float("inf"))
+    gpu.measure_all([part], again, replace(cfg, again=True), deadline=float("inf"))
     assert len(again.lines) == 4
-    assert not again.has(
-        part, replace(measurement, command=("other.py",))
-    )  # other flags are another measurement
+    other_flags = replace(measurement, command=("other.py",))
+    assert not again.endings(part, other_flags)
     assert len(gpu.Results(tmp_path / "h200.jsonl").lines) == 4
 
 
@@ -239,10 +238,10 @@ def test_what_runs_past_its_limit_is_ended_with_all_it_started_and_what_it_said_
     part, measurement = measurement_of(code, tmp_path, limit_s=3)
     results = gpu.Results(tmp_path / "h200.jsonl")
     began = time.monotonic()
-    gpu.measure_part(part, results, gpu.Config(out=tmp_path), deadline=float("inf"))
+    gpu.measure_all([part], results, gpu.Config(out=tmp_path), deadline=float("inf"))
     assert time.monotonic() - began < 20
     line, ended = results.lines
-    assert ended["ended"] == "stopped after its 3 s" and not results.has(part, measurement)
+    assert results.endings(part, measurement) == [ended["ended"]] == ["stopped after its 3 s"]
     child = line["result"]["child"]
     while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() - began < 20
@@ -252,11 +251,30 @@ def test_what_runs_past_its_limit_is_ended_with_all_it_started_and_what_it_said_
 def test_a_failure_is_kept_in_its_own_words_and_what_has_no_time_left_is_not_started(tmp_path, capsys):
     part, measurement = measurement_of("raise RuntimeError('no kernel')\n", tmp_path)
     results = gpu.Results(tmp_path / "h200.jsonl")
-    gpu.measure_part(part, results, gpu.Config(out=tmp_path), deadline=time.monotonic() + 5)
+    gpu.measure_all([part], results, gpu.Config(out=tmp_path), deadline=time.monotonic() + 5)
     assert "not started, it may take 20 s of " in capsys.readouterr().out and not results.lines
-    gpu.measure_part(part, results, gpu.Config(out=tmp_path), deadline=float("inf"))
+    gpu.measure_all([part], results, gpu.Config(out=tmp_path), deadline=float("inf"))
     assert results.lines[-1]["ended"] == "failed with status 1" and "no kernel" in results.lines[-1]["said"]
     assert "**look**" in gpu.summary([part], results.lines)
+
+
+def test_who_broke_is_asked_again_after_all_others_and_who_was_refused_is_not(tmp_path, capsys):
+    def contenders(name: str, *lines: dict) -> Measurement:
+        code = [f"print({json.dumps(json.dumps(line))})\n" for line in lines]
+        (tmp_path / f"{name}.py").write_text("".join(code))
+        return Measurement(name, (str(tmp_path / f"{name}.py"),), 20)
+
+    broke = contenders("broke", {"contender": "ours", "x": 1}, {"contender": "theirs", "error": "no kernel"})
+    refused = contenders("refused", {"contender": "theirs", "error": "does not fit", "refused": True})
+    part, results = Part("part", "why", (broke, refused)), gpu.Results(tmp_path / "h200.jsonl")
+    cfg = gpu.Config(out=tmp_path)
+    gpu.measure_all([part], results, cfg, deadline=float("inf"))
+    assert results.endings(part, broke) == ["failed in part"] and results.endings(part, refused) == ["done"]
+    never_tried = contenders("new", {"x": 2})
+    part = replace(part, measurements=(broke, refused, never_tried))
+    n_before = len(results.lines)
+    gpu.measure_all([part], results, cfg, deadline=float("inf"))
+    assert [line["measurement"] for line in results.lines[n_before:] if "ended" in line] == ["new", "broke"]
 
 
 def test_the_table_says_what_was_predicted_and_what_came_and_marks_what_is_far_off():

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -41,7 +41,7 @@ class Config:
     parts: Annotated[
         tuple[str, ...], tyro.conf.Positional
     ] = ()  # which; none: all. Or one of the words plan, summary
-    out: Path = Path("recipes/bench/results")  # a folder for results, logs and tables
+    out: Path = ROOT / "recipes/bench/results"  # a folder for results, logs and tables
     card: Literal["auto", "h100", "h200"] = "auto"  # whose plan; auto: by the memory that the GPU has
     seconds: int | None = None  # nothing is started that could not end within so many seconds from now
     again: bool = False  # measure also what has its results
@@ -54,39 +54,26 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # so that what was started is ended too
     deadline = time.monotonic() + cfg.seconds if cfg.seconds else float("inf")
+    cfg = replace(cfg, out=cfg.out.resolve())                    # commands run in the root of the repository
     facts, card = machine(cfg)
     setting = Setting(card, cfg.out, cfg.host_budget_gib, cfg.rehearse_layers)
     parts = plan(setting)
-    name = f"{card.name}-rehearsal" if cfg.rehearse_layers else card.name
-    results = Results(cfg.out / f"{name}.jsonl")
     if cfg.parts == ("plan",):
         print(describe(parts))
         return
+    name = f"{card.name}-rehearsal" if cfg.rehearse_layers else card.name
+    results = Results(cfg.out / f"{name}.jsonl")
     if cfg.parts != ("summary",):
         chosen = choose(parts, cfg.parts)
         write_models(setting)
-        results.add(
-            {
-                "part": "machine",
-                **facts,
-                "setting": {
-                    "card": card.name,
-                    "host_budget_gib": cfg.host_budget_gib,
-                    "rehearse_layers": cfg.rehearse_layers,
-                },
-            }
-        )
+        results.add({"part": "machine", **facts, "host_budget_gib": cfg.host_budget_gib})
         if card.layers < 32:
-            print(
-                f"This GPU has {facts['device_gib']:.1f} GiB and cannot hold 7B, which takes 100.4: "
-                f"resident, zero3 and variants measure {card.layers} of its layers, the parts 7b-* 7B with "
-                "states on the host.",
-                flush=True,
-            )
-        for part in chosen:
-            measure_part(part, results, cfg, deadline)
+            print(f"This GPU has {facts['device_gib']:.1f} GiB and cannot hold 7B, which takes 100.4. The parts "
+                  f"resident, zero3 and variants measure {card.layers} of its layers, and the parts 7b-* measure 7B "
+                  "with states on the host.", flush=True)
+        measure_all(chosen, results, cfg, deadline)
     table = summary(parts, results.lines)
     cfg.out.mkdir(parents=True, exist_ok=True)
     (cfg.out / f"{name}.md").write_text(table + "\n")
@@ -142,9 +129,8 @@ class Results:
                 self.lines.append(json.loads(line))
             except json.JSONDecodeError:
                 pass  # the machine went away while this one was written
-        self.before = (
-            "" if text.endswith("\n") or not text else "\n"
-        )  # so that the next line is one of its own
+        torn = bool(text) and not text.endswith("\n")
+        self.before = "\n" if torn else ""         # so that the next line is one of its own
 
     def add(self, line: dict) -> None:
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **line}
@@ -156,31 +142,27 @@ class Results:
             os.fsync(file.fileno())
         self.before = ""
 
-    def has(self, part: Part, measurement: Measurement) -> bool:
-        """Whether the measurement ended well once, asked for as it is now."""
-        key = {
-            "part": part.name,
-            "measurement": measurement.name,
-            "command": list(measurement.command),
-            "ended": "done",
-        }
-        return any(key.items() <= line.items() for line in self.lines)
+    def endings(self, part: Part, measurement: Measurement) -> list[str]:
+        """How the measurement ended each time that it was made with the command that it has now."""
+        key = {"part": part.name, "measurement": measurement.name, "command": list(measurement.command)}
+        return [line["ended"] for line in self.lines if "ended" in line and key.items() <= line.items()]
 
 
 # ---- measuring -----------------------------------------------------------------------------------
 
 
-def measure_part(part: Part, results: Results, cfg: Config, deadline: float) -> None:
-    for measurement in part.measurements:
+def measure_all(parts: list[Part], results: Results, cfg: Config, deadline: float) -> None:
+    """What was never tried comes before what was tried and failed: it may fail again, and time is short."""
+    todo = [(part, measurement) for part in parts for measurement in part.measurements]
+    todo.sort(key=lambda each: bool(results.endings(*each)))
+    for part, measurement in todo:
         name = f"{part.name}, {measurement.name}"
         left_s = deadline - time.monotonic()
-        if results.has(part, measurement) and not cfg.again:
+        if "done" in results.endings(part, measurement) and not cfg.again:
             print(f"== {name}: has its results", flush=True)
         elif measurement.limit_s > left_s:
-            print(
-                f"== {name}: not started, it may take {measurement.limit_s} s of {max(0, left_s):.0f} left",
-                flush=True,
-            )
+            limit_s = measurement.limit_s
+            print(f"== {name}: not started, it may take {limit_s} s of {max(0, left_s):.0f} left", flush=True)
         else:
             print(f"== {name}, at most {measurement.limit_s} s: {' '.join(measurement.command)}", flush=True)
             for expected in measurement.expects:
@@ -193,46 +175,49 @@ def measure(part: Part, measurement: Measurement, results: Results, logs: Path) 
     about = {"part": part.name, "measurement": measurement.name, "command": list(measurement.command)}
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"{part.name} {measurement.name}.log".replace(" ", "_").replace(",", "")
-    began, said = time.monotonic(), ""
+    began, said, failures = time.monotonic(), "", []
     with log.open("w") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-u", *measurement.command],
-            cwd=ROOT,
-            env={**os.environ, **measurement.environment},
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            start_new_session=True,
-        )
+            [sys.executable, "-u", *measurement.command], cwd=ROOT,
+            env={**os.environ, **measurement.environment}, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
         timer = threading.Timer(measurement.limit_s, end, (process,))
         timer.start()
         try:
             for line in process.stdout:
-                said = line.strip() or said
                 print(f"   {line}", end="", flush=True)
-                if line.startswith("{"):
-                    keep(line, about, results)
+                result = parsed(line)
+                if result is None:
+                    said = line.strip() or said
+                else:
+                    results.add({**about, "result": result})
+                    # A contender that cannot be measured here is a result; one that broke is not.
+                    failures += [result["error"]] if "error" in result and not result.get("refused") else []
             status = process.wait()
         finally:
             timer.cancel()
             end(process)
     seconds = time.monotonic() - began
-    ended = "done" if status == 0 else f"failed with status {status}"
+    ended = "done"
     if seconds >= measurement.limit_s:
         ended = f"stopped after its {measurement.limit_s} s"
-    if measurement.command[0] == "-m":  # pytest, whose result is the last line that it prints
+    elif status:
+        ended, said = f"failed with status {status}", last_error(log) or said
+    elif failures:
+        ended, said = "failed in part", failures[-1]
+    if measurement.command[0] == "-m":           # pytest, whose result is the last line that it prints
         results.add({**about, "result": {"status": status, "said": said}})
-    if status:
-        said = last_error(log) or said
+    if ended != "done":
         print(f"   {ended}: {said}", flush=True)
     results.add({**about, "ended": ended, "seconds": round(seconds, 1), "said": said[-500:]})
 
 
-def keep(line: str, about: dict, results: Results) -> None:
+def parsed(line: str) -> dict | None:
+    """The JSON object on the line, or None for a line of words."""
     try:
-        results.add({**about, "result": json.loads(line)})
+        result = json.loads(line)
     except json.JSONDecodeError:
-        pass  # a line of words that begins with a brace
+        return None
+    return result if isinstance(result, dict) else None
 
 
 def end(process: subprocess.Popen) -> None:

@@ -109,6 +109,8 @@ def at(cfg: Config, config: LlamaConfig, folder: str, n_tokens: int) -> list[dic
             try:
                 turns[name].append(take_turn(cfg, config, name, folder, n_tokens))
                 measured = judge(name, turns, n_tokens, config)
+            except DoesNotFit as error:
+                measured = {"error": str(error), "refused": True}
             except RuntimeError as error:
                 measured = {"error": str(error)}
             lines[name] = {"contender": name, "model": cfg.model, "layers": config.num_hidden_layers,
@@ -125,7 +127,7 @@ def take_turn(cfg: Config, config: LlamaConfig, name: str, folder: str, n_tokens
         command = ours_command(cfg, name, folder, n_tokens)
     else:
         command = peer_command(cfg, name, n_tokens)
-    timeout_s = cfg.timeout_s or turn_seconds(config, n_tokens, n_steps(cfg, name))
+    timeout_s = cfg.timeout_s or turn_seconds(cfg, config, name, n_tokens)
     try:
         ended = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
                                timeout=timeout_s)
@@ -172,24 +174,29 @@ def peer_command(cfg: Config, name: str, n_tokens: int) -> list:
     return command
 
 
-def n_steps(cfg: Config, name: str) -> int:
-    return cfg.steps + (cfg.warmup if name in ("ours", "all_resident") else cfg.peer_warmup)
+def turn_seconds(cfg: Config, config: LlamaConfig, name: str, n_tokens: int) -> int:
+    """How long a turn may take: 80 s to start, and twice what we expect of initial weights and of the steps.
 
-
-def turn_seconds(config: LlamaConfig, n_tokens: int, n_steps: int) -> int:
-    """How long a turn may take: a minute to start, and twice what we expect of the slowest contender.
-
-    That is FSDP2's offload: it computes at 500 TFLOP/s with full recompute, moves 12 bytes a parameter and
-    microbatch of 4 rows over a link of 50 GB/s, and 40 bytes a parameter in the host's memory at 200 GB/s.
-    Initial weights come at a G parameters/s.
+    A step computes at 500 TFLOP/s with full recompute. Ours is at its slowest while it traces, with all
+    states on the host: 28 bytes a parameter in memory at 200 GB/s, and 4 over a link of 50 GB/s. A peer moves
+    40 and, for each microbatch of 4 rows, 12. Initial weights come at a G parameters/s.
     """
     compute_s = n_tokens * hardware_flops_per_token(config, 4096, "full") / 500e12
     n_micros = max(1, n_tokens // 4096 // 4)
-    moving_s = config.n_parameters * (12 * n_micros / 50e9 + 40 / 200e9)
-    return round(60 + 2 * (config.n_parameters / 1e9 + n_steps * (compute_s + moving_s)))
+    if name in ("ours", "all_resident"):
+        n_steps = cfg.warmup + cfg.steps
+        moving_s = config.n_parameters * (28 / 200e9 + 4 / 50e9)
+    else:
+        n_steps = cfg.peer_warmup + cfg.steps
+        moving_s = config.n_parameters * (40 / 200e9 + 12 * n_micros / 50e9)
+    return round(80 + 2 * (config.n_parameters / 1e9 + n_steps * (compute_s + moving_s)))
 
 
 # ---- what the host must hold --------------------------------------------------------------------------
+
+
+class DoesNotFit(RuntimeError):
+    """A contender cannot be measured on this machine, which is its result."""
 
 
 def pinned_bytes(n_bytes: int) -> int:
@@ -211,7 +218,7 @@ def peer_host_bytes(name: str, config: LlamaConfig) -> tuple[int, str]:
 
 
 def refuse_if_the_host_is_too_small(name: str, config: LlamaConfig, host_budget_gib: float | None) -> None:
-    """RuntimeError for a peer that would be killed. Ours refuses by itself, with the plan's own numbers."""
+    """DoesNotFit for a peer that would be killed. Ours refuses by itself, with the plan's own numbers."""
     if name not in ("fsdp2_offload", "deepspeed_zero3"):
         return
     needed, what = peer_host_bytes(name, config)
@@ -220,8 +227,8 @@ def refuse_if_the_host_is_too_small(name: str, config: LlamaConfig, host_budget_
         budget = "are free (--host-budget-gib, if there is more)"
         if host_budget_gib:
             budget = "--host-budget-gib allows"
-        raise RuntimeError(f"does not fit the host: it needs {needed / GIB:.1f} GiB ({what}) and about "
-                           f"{OWN_HOST_GIB} for itself, and {available / GIB:.1f} {budget}")
+        raise DoesNotFit(f"does not fit the host: it needs {needed / GIB:.1f} GiB ({what}) and about "
+                         f"{OWN_HOST_GIB} for itself, and {available / GIB:.1f} {budget}")
 
 
 # ---- what a turn means -----------------------------------------------------------------------------------------------------
