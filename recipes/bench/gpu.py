@@ -82,8 +82,11 @@ def main(cfg: Config) -> None:
 
 def machine(cfg: Config) -> tuple[dict, Card]:
     """Facts about the GPU, and its plan. Another process looks, so that this one takes no memory."""
-    if cfg.card != "auto" and cfg.parts in (("plan",), ("summary",)):
+    known = [name for name in CARDS if (cfg.out / f"{name}.jsonl").exists()]
+    if cfg.parts in (("plan",), ("summary",)) and cfg.card != "auto":
         return {}, CARDS[cfg.card]
+    if cfg.parts == ("summary",) and len(known) == 1:
+        return {}, CARDS[known[0]]
     asked = subprocess.run(
         [sys.executable, "recipes/bench/machine.py", "--facts"], cwd=ROOT, capture_output=True, text=True
     )
@@ -179,7 +182,8 @@ def measure(part: Part, measurement: Measurement, results: Results, logs: Path) 
     with log.open("w") as errors:
         process = subprocess.Popen(
             [sys.executable, "-u", *measurement.command], cwd=ROOT,
-            env={**os.environ, **measurement.environment}, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
+            env={**os.environ, **measurement.environment}, text=True,
+            stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
         timer = threading.Timer(measurement.limit_s, end, (process,))
         timer.start()
         try:
