@@ -70,7 +70,7 @@ class Config:
     peer_warmup: int = 2                           # the others have nothing to trace
     dtype: str = "bfloat16"
     compile: bool = False                          # each block, of all contenders
-    timeout_s: int | None = None                   # of a turn; None: see turn_seconds
+    timeout_s: int | None = None                   # of a turn; None: 240, or turn_seconds if that is more
     turn: str | None = None                        # internal: be this contender, in this process
 
 
@@ -127,7 +127,7 @@ def take_turn(cfg: Config, config: LlamaConfig, name: str, folder: str, n_tokens
         command = ours_command(cfg, name, folder, n_tokens)
     else:
         command = peer_command(cfg, name, n_tokens)
-    timeout_s = cfg.timeout_s or turn_seconds(cfg, config, name, n_tokens)
+    timeout_s = cfg.timeout_s or max(240, turn_seconds(cfg, config, name, n_tokens))
     try:
         ended = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
                                timeout=timeout_s)
