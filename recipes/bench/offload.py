@@ -49,7 +49,6 @@ from parallel.recompute import apply_recompute
 ROOT = Path(__file__).resolve().parents[2]
 CONTENDERS = ("ours", "all_resident", "fsdp2_offload", "deepspeed_zero3")
 LR, WEIGHT_DECAY, MAX_NORM = 3e-4, 0.1, 1.0       # as pretrain.py has them
-OWN_HOST_GIB = 10             # of a process beside what it trains: torch, CUDA, compiled code, the page cache
 
 
 @dataclass(frozen=True)
@@ -222,13 +221,14 @@ def refuse_if_the_host_is_too_small(name: str, config: LlamaConfig, host_budget_
     if name not in ("fsdp2_offload", "deepspeed_zero3"):
         return
     needed, what = peer_host_bytes(name, config)
+    own = GIB + min(9 * GIB, needed // 10)         # torch, CUDA, compiled code, what is copied in passing
     available = host_budget_gib * GIB if host_budget_gib else psutil.virtual_memory().available
-    if needed + OWN_HOST_GIB * GIB > available:
+    if needed + own > available:
         budget = "are free (--host-budget-gib, if there is more)"
         if host_budget_gib:
             budget = "--host-budget-gib allows"
         raise DoesNotFit(f"does not fit the host: it needs {needed / GIB:.1f} GiB ({what}) and about "
-                         f"{OWN_HOST_GIB} for itself, and {available / GIB:.1f} {budget}")
+                         f"{own / GIB:.0f} for itself, and {available / GIB:.1f} {budget}")
 
 
 # ---- what a turn means -----------------------------------------------------------------------------------------------------
