@@ -350,7 +350,7 @@ def plan(setting: Setting) -> list[Part]:
         budget("7b-card-64k", "the same with 64k tokens a step", 65536),
         budget("7b-40", "7B under 40 GiB", 4096, 16384),
         Part("variants", "smaller steps, selective recompute, segments that can grow", variants(setting)),
-        Part("step-price", "our step over the barest loop, and a small model's speed", small_models(setting)),
+        Part("step-price", "our step over the barest loop, and a small model's speed", small_models()),
         budget("3.5b-24-64k", "3.5B under 24 GiB with 64k tokens a step", 65536),
         budget("7b-40-64k", "7B under 40 GiB with 64k tokens a step", 65536),
         budget("13b", "13B on one card", 16384),
@@ -384,21 +384,20 @@ def variants(setting: Setting) -> tuple[Measurement, ...]:
     return tuple(measurements)
 
 
-def small_models(setting: Setting) -> tuple[Measurement, ...]:
+def small_models() -> tuple[Measurement, ...]:
     """32 rows each: with 8 rows the GPU waits for the host, and the host's speed would be compared."""
-    model = setting.model("small-110m")
-    price = f"recipes/bench/step_price.py --model {model} --seq-len 2048 --dtype bfloat16 --rows 32"
-    speed = (f"recipes/benchmark.py --model {model} --data.seq-len 2048 --train.compile "
+    price = "recipes/bench/step_price.py --model small-110m --seq-len 2048 --dtype bfloat16 --rows 32"
+    speed = ("recipes/benchmark.py --model small-110m --data.seq-len 2048 --train.compile "
              "--train.global-batch-size 32 --train.micro-batch-size 32")
     return (Measurement("price", tuple(price.split()), 150),
             Measurement("small-110m", tuple(speed.split()), 150))
 
 
 def write_models(setting: Setting) -> None:
-    """config.json of each model that is no preset, where Setting.model said it would be."""
-    for preset, layers in (("llama2-7b", setting.card.layers), ("small-110m", None)):
-        folder = Path(setting.model(preset, layers))
-        if str(folder) != preset:
-            folder.mkdir(parents=True, exist_ok=True)
-            config = replace(LlamaConfig.preset(preset), num_hidden_layers=int(folder.name.split("-")[-2]))
-            (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    """config.json of 7B with fewer layers, where Setting.model says it is."""
+    folder = Path(setting.model("llama2-7b", setting.card.layers))
+    if str(folder) == "llama2-7b":
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    config = llama_7b(setting.layers or setting.card.layers)
+    (folder / "config.json").write_text(json.dumps(config.to_hf()))
