@@ -2,11 +2,13 @@
 
 import json
 import math
+import re
 import sys
 import time
+import weakref
 from collections import deque
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -196,29 +198,106 @@ class SkippedSteps:
         return row | dict.fromkeys(not_finite) | {"skipped_steps": self.total}
 
 
-class PeakMemory:
-    """Highest memory use since the last call, in bytes: (device, host). The device is 0 where the host is the device."""
+class DevicePeak:
+    """The highest bytes that torch's allocator had on a device since the last `reset` of this object.
+
+    torch keeps a single peak for each device, so whoever resets it takes it from everybody else. Here several
+    readers can reset at different moments (PeakMemory once a step, the tracer of placement auto at each group
+    of modules), because every reset first notes the peak for all the others.
+    """
+
+    _readers: ClassVar[weakref.WeakSet] = weakref.WeakSet()
 
     def __init__(self, device: torch.device):
-        self.device = device
+        self.index = torch.cuda.current_device() if device.index is None else device.index
+        self.allocated = self.reserved = 0
+        DevicePeak._readers.add(self)
+        self.reset()
+
+    def read(self) -> tuple[int, int]:
+        """Peaks of the allocated and of the reserved bytes. A device budget binds what is reserved."""
+        stats = torch.cuda.memory_stats(self.index)
+        self.allocated = max(self.allocated, stats.get("allocated_bytes.all.peak", 0))
+        self.reserved = max(self.reserved, stats.get("reserved_bytes.all.peak", 0))
+        return self.allocated, self.reserved
+
+    def reset(self) -> None:
+        for reader in list(DevicePeak._readers):
+            if reader.index == self.index:
+                reader.read()
+        torch.cuda.reset_peak_memory_stats(self.index)
+        self.allocated = self.reserved = 0
+
+
+class MemoryPeaks(NamedTuple):
+    """Bytes of one rank. `host` is a little high where Linux leaves out pinned memory: a sum of two peaks."""
+
+    device: int              # allocated by torch; 0 where the host is the device
+    host: int                # resident memory of the process, pinned memory included
+    device_reserved: int     # held by torch's allocator, allocated or not
+    host_pinned: int         # pinned for copies; torch rounds each block up to a power of two and keeps it
+
+
+class PeakMemory:
+    """Highest memory use since the last call."""
+
+    def __init__(self, device: torch.device):
+        self.on_device = DevicePeak(device) if device.type == "cuda" else None
+        self.pinned_is_resident = self.on_device is None or pinned_memory_is_resident()
         self.take()
 
-    def take(self) -> tuple[int, int]:
-        device_bytes = 0
-        if self.device.type == "cuda":
-            device_bytes = torch.cuda.max_memory_allocated(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-        status = Path("/proc/self/status").read_text() if Path("/proc/self/status").exists() else ""
-        high_water = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
-        if high_water:
-            try:
-                Path("/proc/self/clear_refs").write_text("5")      # Linux: start the high-water mark anew
-            except OSError:
-                pass                                               # a locked-down container: the peak of the run, then
-            return device_bytes, int(high_water[0]) * 1024
-        import psutil
+    def take(self) -> MemoryPeaks:
+        allocated = reserved = pinned = 0
+        if self.on_device:
+            allocated, reserved = self.on_device.read()
+            self.on_device.reset()
+            pinned = torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0)
+            torch.cuda.reset_peak_host_memory_stats()
+        resident = _peak_resident_bytes()
+        host = resident if self.pinned_is_resident else resident + pinned
+        return MemoryPeaks(allocated, host, reserved, pinned)
 
-        return device_bytes, psutil.Process().memory_info().rss
+
+def pinned_memory_is_resident() -> bool:
+    """Whether the resident memory that Linux states for this process holds its pinned memory too.
+
+    The pages belong to the GPU's driver, and whether they count depends on how it maps them. So we pin a
+    little, and look up what /proc/self/smaps says of the mapping that holds it. Where nobody may read that file
+    the answer is yes.
+    """
+    probe = torch.ones(2**21, dtype=torch.uint8, pin_memory=True)
+    try:
+        mappings = Path("/proc/self/smaps").read_text()
+    except OSError:
+        return True
+    return resident_bytes_at(probe.data_ptr(), mappings) >= probe.nbytes
+
+
+def resident_bytes_at(address: int, mappings: str) -> int:
+    """The `Rss` of the mapping that holds `address`, in bytes. mappings: the text of /proc/self/smaps."""
+    here = False
+    for line in mappings.splitlines():
+        bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if bounds:
+            here = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif here and line.startswith("Rss:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _peak_resident_bytes() -> int:
+    """The high-water mark since the last call, or since the start where Linux lets nobody reset it."""
+    status = Path("/proc/self/status").read_text() if Path("/proc/self/status").exists() else ""
+    high_water = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
+    if high_water:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")      # Linux: start the high-water mark anew
+        except OSError:
+            pass                                # a locked-down container: the peak of the run, then
+        return int(high_water[0]) * 1024
+    import psutil
+
+    return psutil.Process().memory_info().rss
 
 
 class _Bar:

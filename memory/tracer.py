@@ -18,6 +18,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from dtensor_llama.metrics import DevicePeak
 from memory.kernel import Hyper, Kernel
 from memory.lanes import host_threads
 
@@ -309,13 +310,15 @@ class Counters:
 
             return cls(resident, lambda: None)
 
+        peak = DevicePeak(device)
+
         def allocators() -> Usage:
             stats, (free, total) = torch.cuda.memory_stats(device), torch.cuda.mem_get_info(device)
-            peak, reserved = stats["allocated_bytes.all.peak"], stats["reserved_bytes.all.current"]
-            return Usage(stats["allocated_bytes.all.current"], peak, stats["reserved_bytes.all.peak"],
-                         max(0, total - free - reserved))
+            allocated, reserved = peak.read()
+            return Usage(stats["allocated_bytes.all.current"], allocated, reserved,
+                         max(0, total - free - stats["reserved_bytes.all.current"]))
 
-        return cls(allocators, lambda: torch.cuda.reset_peak_memory_stats(device))
+        return cls(allocators, peak.reset)      # others who read the same allocator keep their peaks
 
 
 class Tracer:
@@ -328,7 +331,7 @@ class Tracer:
 
     A group's forward is between the module's forward hooks; its backward begins when the gradient of its output arrives and
     ends when the next one's begins. What lies between two groups (the loss) counts for the one before. On a GPU the
-    allocator's peak starts anew at each note, so read it from here meanwhile. Other GPU users count as non-torch memory.
+    allocator's peak starts anew at each note. Other GPU users count as non-torch memory.
     """
 
     def __init__(self, groups: dict[str, nn.Module], device: torch.device, counters: Counters | None = None):

@@ -250,9 +250,10 @@ def main(cfg: SftConfig) -> None:
         pictures.after(step, log.say if log else None)
         peaks = torch.tensor(memory.take(), dtype=torch.float64)       # of the step's launches: the allocator is the host's
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-        device_gib, host_gib = (peaks / GIB).tolist()
+        device_gib, host_gib, reserved_gib, _ = (peaks / GIB).tolist()
         reading.put({"step": step, "lr": lr, "tokens": reader.position * seq_len,
-                     "device_memory_gib": device_gib, "host_memory_gib": host_gib}, loss, grad_norm)
+                     "device_memory_gib": device_gib, "device_reserved_gib": reserved_gib,
+                     "host_memory_gib": host_gib}, loss, grad_norm)
         last = stopped or step == cfg.train.steps
         saves = cfg.checkpoint.every and (step % cfg.checkpoint.every == 0 or last)
         validates = rows.n_validation and cfg.train.validate_every and (
