@@ -37,6 +37,7 @@ class Launch(NamedTuple):
     ranks_per_host: int
     # how often the processes were restarted, where torchrun keeps one store for all attempts
     attempt: int
+    launcher_pid: int | None     # of torchrun; None: nobody launched this process
 
 
 def read_launch() -> Launch:
@@ -66,7 +67,8 @@ def read_launch() -> Launch:
     # count.
     shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     attempt = _number("TORCHELASTIC_RESTART_COUNT", 0, low=0) if shares_store else 0
-    return Launch(rank, local_rank, world_size, ranks_per_host, attempt)
+    launcher_pid = os.getppid() if os.environ.get("TORCHELASTIC_RUN_ID") else None
+    return Launch(rank, local_rank, world_size, ranks_per_host, attempt, launcher_pid)
 
 
 LAUNCH_HINT = ("torchrun sets all of these (torchrun --nproc-per-node N recipes/...); for one process unset "

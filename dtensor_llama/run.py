@@ -2,11 +2,14 @@
 
 import fcntl
 import math
+import os
 import platform
 import shlex
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +17,8 @@ import torch
 
 from dtensor_llama.data.tokenizer import Tokenizer
 from dtensor_llama.errors import UsageError
+
+LOOK_FOR_LAUNCHER_S = 1.0
 
 # Names in what a checkpoint says about its run, beside the flags that must be the same.
 CONTENT = "the content of --data.path"     # a hash of tokens and masks
@@ -56,14 +61,27 @@ class StopSignal:
     """`asked` becomes true on SIGTERM or Ctrl-C; the loop finishes its step, writes a checkpoint and ends. A second
     Ctrl-C ends at once. (torchrun turns one Ctrl-C into an interrupt and a termination, so those two count as
     one.) So it does when the terminal is closed, unless the run was started with nohup, which goes on
-    then."""
+    then.
 
-    def __init__(self):
+    launcher_pid: of the torchrun that started this process, if one did. A launcher that is killed (the kernel does it when
+        memory runs out) cannot end its ranks, which would train on and keep the run folder locked. So `asked` becomes true
+        within a second or two of its end, and `say` is told.
+    """
+
+    def __init__(self, launcher_pid: int | None = None, say: Callable[[str], None] = lambda text: None):
         self.asked = False
+        if launcher_pid is not None:
+            threading.Thread(target=self._watch, args=(launcher_pid, say), daemon=True).start()
         signal.signal(signal.SIGTERM, self._ask)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             signal.signal(signal.SIGHUP, self._ask)
         signal.signal(signal.SIGINT, self._ask)
+
+    def _watch(self, launcher_pid: int, say: Callable[[str], None]) -> None:
+        while os.getppid() == launcher_pid:      # an orphan has another parent
+            time.sleep(LOOK_FOR_LAUNCHER_S)
+        say("the launcher is gone; the run stops as if it had been asked to")
+        self.asked = True
 
     def _ask(self, number: int, frame) -> None:
         if number == signal.SIGINT:

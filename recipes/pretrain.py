@@ -200,7 +200,8 @@ def main(cfg: PretrainConfig) -> None:
         describe_run(cfg, model_config, layout, rows, n_micros, f"{kernel} ({why})", peak, peak_source, device, log)
 
     # ---- 4. The loop -----------------------------------------------------------------------------------------------
-    stop, stopped = StopSignal(), False
+    stop = StopSignal(launch.launcher_pid, say=log.say if log else lambda text: None)
+    stopped = False
     pictures = StepPictures(cfg, layout, mesh, optimizer, device, first_step=step)
     reading, skipped = LateReader(device), SkippedSteps(cfg.train.skip_nonfinite)
     while step < cfg.train.steps and not stopped:

@@ -231,7 +231,8 @@ def main(cfg: SftConfig) -> None:
             log.say("answers   none are sampled in training: no rank of a pipeline or of cp sees whole rows in a whole model")
 
     # ---- 4. The loop -----------------------------------------------------------------------------------------------
-    stop, stopped = StopSignal(), False
+    stop = StopSignal(launch.launcher_pid, say=log.say if log else lambda text: None)
+    stopped = False
     pictures = StepPictures(cfg, layout, mesh, optimizer, device, first_step=step)
     reading, skipped = LateReader(device), SkippedSteps(cfg.train.skip_nonfinite)
     while step < cfg.train.steps and not stopped:
