@@ -14,7 +14,7 @@ import torch
 import tyro
 
 from dtensor_llama.errors import UsageError
-from dtensor_llama.places import expanded
+from dtensor_llama.places import expanded, is_full, say_full
 from dtensor_llama.terminal import hear_ctrl_c_again, make_streams_last
 
 Config = TypeVar("Config")
@@ -92,8 +92,10 @@ def run_recipe(main: Callable[[Config], None], config_class: type[Config], stdou
     """
     hear_ctrl_c_again()
     make_streams_last(stdout_is_result)
+    config = None
     try:
-        main(parse_cli(config_class))
+        config = parse_cli(config_class)
+        main(config)
         if stdout_is_result and sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
@@ -101,10 +103,14 @@ def run_recipe(main: Callable[[Config], None], config_class: type[Config], stdou
             raise
         sys.exit(141)
     except OSError as error:
-        if not stdout_is_result or not _stdout_is_lost():
+        if stdout_is_result and _stdout_is_lost():
+            said = f"stdout cannot be written ({error.strerror}), and what is printed is the result; write it elsewhere."
+        elif is_full(error):
+            folder = error.filename or getattr(config, "run_dir", None) or getattr(config, "out", None) or os.getcwd()
+            said = f"{say_full(folder)}. Make room, and start the same command again."
+        else:
             raise
-        print(f"error: stdout cannot be written ({error.strerror}); what is printed is the result. Write it to another place.",
-              file=sys.stderr, flush=True)
+        print(f"error: {said}", file=sys.stderr, flush=True)
         sys.exit(2)
     except UsageError as error:
         if os.environ.get("LOCAL_RANK", "0") not in ("", "0"):

@@ -1,18 +1,23 @@
 """What a run says of itself: metrics.jsonl, TensorBoard, a progress bar, the loss curve as PNG. One process writes it."""
 
+import contextlib
 import json
 import math
+import os
 import re
 import sys
+import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from dtensor_llama.errors import UsageError
+from dtensor_llama.places import is_full, say_full
 
 GIB = 2**30
 
@@ -22,6 +27,9 @@ class RunLog:
 
     After a resume at `first_step` the rows of later steps, which a killed run may have left, are removed first: there is
     one row per step, whatever happened. Made and used on one rank only; it runs no collectives.
+
+    A row that cannot be written, for example on a full disk, is kept and tried again with the next one: training goes on, and
+    says so once. TensorBoard's events are left out from then on.
     """
 
     def __init__(self, run_dir: Path, first_step: int, steps: int):
@@ -32,34 +40,89 @@ class RunLog:
         staged = self.path.with_suffix(".partial")
         staged.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
         staged.replace(self.path)                     # a kill here leaves the old rows or the new ones
-        self.file = self.path.open("a", encoding="utf-8", buffering=1)      # each row reaches the disk's cache at once
-        self.tensorboard = SummaryWriter(run_dir / "tensorboard", purge_step=first_step + 1)
+        self.file = self.path.open("ab", buffering=0)           # each row reaches the disk's cache at once
+        self.good_bytes = self.path.stat().st_size    # whole rows in the file
+        self.waiting: list[bytes] = []                # rows that could not be written yet
         self.bar = _Bar(first_step, steps)
+        self._threads_hook = threading.excepthook
+        threading.excepthook = self._on_thread_failure
+        self.tensorboard = None
+        self._to_tensorboard(lambda: self._open(SummaryWriter, run_dir / "tensorboard", first_step + 1))
+
+    def _open(self, writer, folder: Path, purge_step: int) -> None:
+        self.tensorboard = writer(folder, purge_step=purge_step)
 
     def step(self, row: dict) -> None:
         """`row` is a line of metrics.jsonl: step, loss, grad_norm, lr, tokens, ...; numbers, or None where unknown."""
         self.rows.append(row)
-        self.file.write(json.dumps(row) + "\n")
+        self.waiting.append((json.dumps(row) + "\n").encode())
+        self._write_rows()
+        if self.tensorboard:
+            self._to_tensorboard(lambda: self._add_scalars(row))
+        self.bar.step(row)
+
+    def _add_scalars(self, row: dict) -> None:
         for name, value in row.items():
             if name != "step" and value is not None:
                 self.tensorboard.add_scalar(f"train/{name}", value, row["step"])
-        self.bar.step(row)
+
+    def _write_rows(self) -> None:
+        data, was_full = b"".join(self.waiting), len(self.waiting) > 1
+        try:
+            written = 0
+            while written < len(data):                # without a buffer a write may take a part only
+                written += self.file.write(data[written:])
+        except OSError as error:
+            with contextlib.suppress(OSError):        # never half a row under a whole one
+                os.ftruncate(self.file.fileno(), self.good_bytes)
+            if not was_full:
+                self.say(f"note: a row of {self.path} cannot be written ({self._reason(error)}); training goes on, and the "
+                         "rows are written when there is room")
+            return
+        self.good_bytes += len(data)
+        self.waiting.clear()
+
+    def _to_tensorboard(self, do: Callable[[], None]) -> None:
+        """Call `do`; when it fails, its thread or its file is gone, and there are no more events."""
+        try:
+            do()
+        except OSError as error:
+            self.tensorboard = None
+            self.say(f"note: TensorBoard's events cannot be written ({self._reason(error)}); metrics.jsonl has the same "
+                     "numbers")
+
+    def _reason(self, error: OSError) -> str:
+        return say_full(self.path.parent) if is_full(error) else str(error)
+
+    def _on_thread_failure(self, failure) -> None:
+        """TensorBoard writes in a thread. What fails there it raises here too, so its traceback need not be printed."""
+        of_tensorboard = type(failure.thread).__module__.startswith("tensorboard.")
+        if not (of_tensorboard and issubclass(failure.exc_type, OSError)):
+            self._threads_hook(failure)
 
     def text(self, name: str, step: int, answers: list[tuple[str, str]]) -> None:
         """(prompt, answer) pairs after `step`: printed shortened, whole in TensorBoard's text tab."""
         for prompt, answer in answers:
             self.say(f"    {' '.join(prompt.split())[-80:]!r} -> {' '.join(answer.split())[:160]!r}")
         rows = [f"**{prompt}**\n\n{answer}" for prompt, answer in answers]
-        self.tensorboard.add_text(name, "\n\n---\n\n".join(rows), step)
+        if self.tensorboard:
+            self._to_tensorboard(lambda: self.tensorboard.add_text(name, "\n\n---\n\n".join(rows), step))
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         self.bar.say(text)
 
     def close(self) -> None:
+        """UsageError if rows are left that could not be written."""
+        self._write_rows()
         self.bar.close()
         self.file.close()
-        self.tensorboard.close()
+        if self.tensorboard:
+            self._to_tensorboard(self.tensorboard.close)
+        threading.excepthook = self._threads_hook
+        if self.waiting:
+            raise UsageError(f"{len(self.waiting)} rows of {self.path} were not written: {say_full(self.path.parent)}. The "
+                             "checkpoints and the exported model, if there are any, are complete.")
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -96,7 +159,11 @@ def draw_loss_curve(rows: list[dict], path: Path) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    try:
+        figure.savefig(path)
+    except OSError as error:              # the picture shows what metrics.jsonl has
+        path.unlink(missing_ok=True)
+        print(f"note: {path} cannot be drawn ({say_full(path.parent) if is_full(error) else error})", flush=True)
     pyplot.close(figure)
 
 

@@ -1,11 +1,13 @@
-"""Folders that a user names or that are there by default: `~`, and caches that cannot be written.
+"""Folders that a user names or that are there by default: `~`, caches that cannot be written, and full disks.
 
 A cache only saves time. Where it cannot be kept - there is no home folder, the file system is read-only - a run keeps the same
 in its run folder, and says so once. This module imports nothing that takes time.
 """
 
+import errno
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,6 +77,25 @@ def first_writable(folders: Sequence[str | Path]) -> tuple[Path, str]:
                 reason = error.strerror or str(error)
         failures.append(f"{folder} cannot be written: {reason}")
     raise OSError(failures[0])
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether it says that a disk, or a user's share of it, has no room left."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def free_bytes(folder: str | Path) -> int:
+    """On the file system of a folder, which need not exist yet."""
+    folder = Path(folder).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def say_full(folder: str | Path, needed_bytes: int | None = None) -> str:
+    """What an error message says of a full disk."""
+    needed = "" if needed_bytes is None else f"about {needed_bytes / 1e6:,.1f} MB are needed and "
+    return f"no space is left on the disk of {folder}: {needed}{free_bytes(folder) / 1e6:,.1f} MB are free"
 
 
 def _named(folder: str | Path) -> tuple[Path, str]:

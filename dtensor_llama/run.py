@@ -3,8 +3,10 @@
 import fcntl
 import math
 import platform
+import shlex
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,12 +128,19 @@ def say_where_things_are(run_dir: Path, rows: list[dict], step: int, steps: int,
     print(f"\nstopped as asked after step {step} of {steps}; the same command goes on from there" if stopped
           else f"\ndone: {step} steps, loss {losses[0]:.3f} -> {sum(last) / len(last):.3f} "
                f"(mean of the last {len(last)})")
-    print(f"run folder    {run_dir}\ntensorboard   tensorboard --logdir {run_dir / 'tensorboard'}\n"
+    hf, logs = (shlex.quote(str(run_dir / name)) for name in ("hf", "tensorboard"))      # to be typed as they are
+    print(f"run folder    {run_dir}\ntensorboard   tensorboard --logdir {logs}\n"
           f"loss curve    {run_dir / 'loss.png'}")
     if (run_dir / "hf").is_dir() and not stopped:
         asking = "--chat" if chat else "--prompt 'Once upon a time'"
         print(f"model         {run_dir / 'hf'}   (Hugging Face format)\n"
-              f"try           python recipes/generate.py --model {run_dir / 'hf'} {asking}", flush=True)
+              f"try           python {_neighbour('generate.py')} --model {hf} {asking}", flush=True)
     if chat and (run_dir / "hf").is_dir() and not stopped:
-        print(f"serve         transformers serve {run_dir / 'hf'}   (pip install '.[serve]'), or\n"
-              f"              vllm serve {run_dir / 'hf'}", flush=True)
+        print(f"serve         transformers serve {hf}   (pip install '.[serve]'), or\n"
+              f"              vllm serve {hf}", flush=True)
+
+
+def _neighbour(name: str) -> str:
+    """Another recipe beside the one that runs, as a shell takes it from the current folder."""
+    beside = Path(sys.argv[0]).parent / name
+    return shlex.quote(str(beside)) if beside.is_file() else f"recipes/{name}"

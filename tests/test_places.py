@@ -399,3 +399,140 @@ def test_a_tilde_is_the_home_folder_in_every_flag_that_names_a_place(inputs, tmp
 def test_a_name_that_is_no_folder_here_gets_the_line_that_says_what_would_work(inputs, name, arguments, said):
     ended = recipe(name, *[inputs / "data.jsonl" if word == "DATA" else word for word in arguments])
     assert ended.status == 2 and said in ended.err and ended.err.count("\n") == 1, ended
+
+
+# ---- full disks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function of a size, as in "600k": an empty disk of it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def make(size: str):
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], capture_output=True).returncode:
+            pytest.skip("mounting a small disk needs root")
+        return folder
+
+    yield make
+    subprocess.run(["umount", "--lazy", folder], capture_output=True)
+
+
+@pytest.mark.parametrize("size,kept", [("8k", None), ("60k", 0), ("1400k", 0), ("2600k", 1)])
+def test_a_disk_that_is_full_ends_training_with_one_line_and_the_last_good_checkpoint(inputs, small_disk, size, kept):
+    run_dir = small_disk(size) / "run"
+    ended = recipe("pretrain", *flags(inputs, run_dir), ranks=1 if kept is None else 2)
+    assert ended.status == 2 and ended.err.count("\n") == 1, ended
+    assert "no space is left on the disk of" in ended.err and str(run_dir) in ended.err and "MB are free" in ended.err
+    complete = sorted((run_dir / "checkpoints").glob("step-????????"))
+    assert len(complete) == (kept or 0) and not list(run_dir.glob("checkpoints/*.partial"))
+    if kept:
+        assert "MB are needed" in ended.err and f"The newest complete one is {complete[-1]}" in ended.err, ended
+        assert len(metrics(run_dir)) >= 6
+
+
+def test_a_metrics_row_that_cannot_be_written_is_said_once_and_written_when_there_is_room(tmp_path, capsys):
+    from dtensor_llama.metrics import RunLog, read_metrics
+
+    def row(step):
+        return {"step": step, "loss": 1.0, "tokens": 1, "tokens_per_second": 1.0, "step_seconds": 1.0}
+
+    log = RunLog(tmp_path, 0, 9)
+    log.step(row(1))
+    whole, log.file = log.file, open("/dev/full", "ab", buffering=0)
+    for step in (2, 3, 4):
+        log.step(row(step))
+    assert [one["step"] for one in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+    log.file = whole
+    log.step(row(5))
+    log.close()
+    assert [one["step"] for one in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    said = capsys.readouterr().out
+    assert said.count("cannot be written (no space is left") == 1 and "training goes on" in said, said
+
+
+def test_half_a_row_on_a_full_disk_is_taken_back(small_disk, capsys):
+    from dtensor_llama import UsageError
+    from dtensor_llama.metrics import RunLog, read_metrics
+
+    folder = small_disk("64k")
+    log = RunLog(folder, 0, 999)
+    for step in range(1, 200):
+        log.step({"step": step, "loss": 1.0, "tokens": 1, "tokens_per_second": 1.0, "step_seconds": 1.0})
+        if step == 20:
+            with open(folder / "filler", "ab", buffering=0) as filler:
+                try:
+                    while filler.write(b"x" * 512):
+                        pass
+                except OSError:
+                    pass
+    steps = [one["step"] for one in read_metrics(folder / "metrics.jsonl")]
+    assert steps == list(range(1, steps[-1] + 1)) and 20 <= steps[-1] < 199
+    with pytest.raises(UsageError, match="rows of .* were not written: no space is left"):
+        log.close()
+    said = capsys.readouterr()
+    assert said.out.count("a row of") == 1 and said.out.count("TensorBoard") == 1 and "Traceback" not in said.err, said
+
+
+def test_exports_and_tokens_that_do_not_fit_are_one_line(inputs, reference, small_disk):
+    disk = small_disk("300k")
+    newest = sorted((reference / "checkpoints").glob("step-????????"))[-1]
+    ended = recipe("export", newest, disk / "hf")
+    assert ended.status == 2 and "MB are needed" in ended.err and ended.err.count("\n") == 1, ended
+    ended = recipe("pretrain", *flags(inputs, disk / "run", "--data.cache-dir", disk / "cache"))
+    assert ended.status in (0, 2) and ended.err.count("\n") == (ended.status == 2), ended
+    big = disk.parent / "big.jsonl"
+    big.write_text((inputs / "data.jsonl").read_text() * 3)
+    ended = recipe("pretrain", *flags(inputs, disk / "run", "--data.cache-dir", disk / "cache", "--data.path", big))
+    assert ended.status == 2 and "the tokens cannot be written to" in ended.err and "MB are free" in ended.err, ended
+    assert not list((disk / "cache").glob("*.partial"))
+
+
+# ---- where a clone lies, and how a recipe is started -----------------------------------------------------------------------
+
+
+def test_the_folder_of_a_clone_may_be_called_like_a_marker(tmp_path):
+    tests = tmp_path / "slow" / "gpu"
+    tests.mkdir(parents=True)
+    (tests / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    (tmp_path / "slow" / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: x\n    slow: x\n")
+    (tests / "test_one.py").write_text("import pytest\ndef test_one(): pass\n@pytest.mark.slow\ndef test_slow(): pass\n")
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", str(tests), "-p", "no:cacheprovider"], cwd=tmp_path / "slow",
+                          capture_output=True, text=True)
+    assert "1 passed, 1 skipped" in done.stdout, done
+
+
+@pytest.mark.parametrize("name", ["pretrain", pytest.param("sft", marks=SLOW), pytest.param("explain", marks=SLOW),
+                                  pytest.param("benchmark", marks=SLOW), pytest.param("generate", marks=SLOW)])
+def test_a_recipe_starts_as_a_module_too(name):
+    done = subprocess.run([sys.executable, "-m", f"recipes.{name}", "--no-such-flag"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "no-such-flag" in done.stderr and done.stderr.count("\n") == 1, done
+
+
+def test_the_closing_lines_can_be_typed_whatever_the_run_folder_is_called(tmp_path, monkeypatch, capsys):
+    import shlex
+
+    from dtensor_llama.run import say_where_things_are
+
+    run_dir = tmp_path / "it's a \u4f60 $HOME (run)"
+    (run_dir / "hf").mkdir(parents=True)
+    monkeypatch.setattr("sys.argv", [str(ROOT / "recipes" / "pretrain.py")])
+    monkeypatch.chdir(tmp_path)
+    say_where_things_are(run_dir, [{"loss": 1.0}], 1, 1, stopped=False, chat=True)
+    lines = {}
+    for line in capsys.readouterr().out.splitlines():
+        if line.startswith(("tensorboard", "try", "serve")):
+            lines[line.split()[0]] = shlex.split(line.split("   (")[0])
+    assert lines["tensorboard"][-1] == str(run_dir / "tensorboard")
+    assert lines["try"][1:5] == ["python", str(ROOT / "recipes" / "generate.py"), "--model", str(run_dir / "hf")]
+    assert lines["serve"][-1] == str(run_dir / "hf")
+
+
+def test_a_file_of_the_current_folder_is_no_module_of_the_tokenizing_process(inputs, tmp_path, monkeypatch):
+    from dtensor_llama.data.tokenize import prepare_corpus
+    from dtensor_llama.data.tokenizer import load_tokenizer
+
+    (tmp_path / "queue.py").write_text("raise SystemExit('imported')")
+    monkeypatch.chdir(tmp_path)
+    assert prepare_corpus([inputs / "data.jsonl"], load_tokenizer(inputs / "model"), "cache").n_tokens > 0

@@ -45,7 +45,7 @@ from dtensor_llama.data.sources import FORMATS, RECORD_FORMATS, Chunk, expand_pa
 from dtensor_llama.data.template import ChatTemplate
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
 from dtensor_llama.errors import UsageError
-from dtensor_llama.places import first_writable, readable
+from dtensor_llama.places import first_writable, is_full, readable, say_full
 from dtensor_llama.terminal import make_streams_last
 
 FORMAT_VERSION = 2      # of the files of a corpus; 2: meta.json has content_hash
@@ -78,7 +78,9 @@ def _prepare(paths, tokenizer: Tokenizer, cache_dir, text_field: str | None, pro
     cache_dirs = [cache_dir] if isinstance(cache_dir, str | Path) else list(cache_dir)
     folder = _find(cache_dirs, fingerprint(_files(paths, text_field), tokenizer, text_field))
     if folder is None:
-        command = [sys.executable, "-m", "dtensor_llama.data.tokenize", "--for-process", os.getpid(), "--path", *paths]
+        # -P: a file called queue.py in the current folder is no module of ours.
+        command = [sys.executable, "-P", "-m", "dtensor_llama.data.tokenize", "--for-process", os.getpid()]
+        command += ["--path", *paths]
         command += ["--tokenizer", tokenizer.path, "--cache-dir", *cache_dirs]
         command += ["--chat"] if text_field is None else [f"--text-field={text_field}"]
         command += ["--processes", processes] if processes else []
@@ -139,7 +141,10 @@ def tokenize(paths: list[str], tokenizer: Tokenizer, cache_dirs: Sequence[Path],
                 raise UsageError(f"--data.path {' '.join(paths)}: a file changed while it was read; start again.")
             os.rename(staging, folder)                       # the one moment at which the corpus comes to exist
     except OSError as error:
-        raise UsageError(f"the tokens cannot be written to {cache_dir}: {error}.") from None
+        reason = say_full(cache_dir) if is_full(error) else error
+        shutil.rmtree(cache_dir / f"{name}.partial", ignore_errors=True)     # it would keep the disk full
+        raise UsageError(f"the tokens cannot be written to {cache_dir}: {reason}; --data.cache-dir names another "
+                         "folder.") from None
     return folder
 
 

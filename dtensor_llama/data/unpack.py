@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -39,7 +40,7 @@ def open_compressed(path: Path, file, compression: str | None):
 def say_long_window(path: Path) -> UsageError:
     return UsageError(f"--data.path {path}: compressed with zstd --long, so that unpacking it needs more memory than usual, "
                       "for which the package zstandard or the program zstd is needed; install one of them (pip install "
-                      f"zstandard), or write the file anew: zstd -dc --long=31 {path.name} | zstd -o another.zst.")
+                      f"zstandard), or write the file anew: zstd -dc --long=31 {shlex.quote(path.name)} | zstd -o another.zst.")
 
 
 def _open_with_python(path: Path, file, compression: str):
