@@ -27,7 +27,7 @@ def expanded(path: str, flag: str) -> str:
 
 
 def hub_hint(name: str, kind: str = "model") -> str:
-    """"How to download it, for an error message, if `name` looks like a name on the Hugging Face Hub; else nothing.
+    """How to download it, for an error message, if `name` looks like a name on the Hugging Face Hub; else nothing.
 
     kind: "model" or "dataset"."""
     if not HUB_NAME.fullmatch(name) or Path(name.partition("/")[0]).exists():

@@ -12,6 +12,7 @@ import pytest
 from recipe import ROOT, metrics, recipe
 from recipe import pretrain_flags as flags
 
+LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PRINTS = "from dtensor_llama.terminal import make_streams_last; make_streams_last({}); import sys; "
 
 
@@ -57,8 +58,9 @@ def test_what_is_printed_never_lands_in_a_file_that_got_the_number_of_a_closed_s
     assert (tmp_path / "file").read_text() == "written"
 
 
-def test_training_goes_on_when_nobody_reads_what_it_prints(inputs, tmp_path):
-    ended = command("pretrain", *flags(inputs, tmp_path / "run", steps=4), shell="| head -1", PYTHONIOENCODING="ascii")
+def test_training_goes_on_when_nobody_reads_what_it_prints_and_with_empty_launch_variables(inputs, tmp_path):
+    ended = command("pretrain", *flags(inputs, tmp_path / "run", steps=4), shell="| head -1", PYTHONIOENCODING="ascii",
+                    **dict.fromkeys(LAUNCH_VARIABLES, ""))
     assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended
     assert len(metrics(tmp_path / "run")) == 4 and (tmp_path / "run" / "hf" / "model.safetensors").exists()
 
@@ -115,6 +117,12 @@ def test_bytes_that_are_no_text_are_refused_where_they_stand(inputs, tmp_path):
         assert all(part in ended.err for part in said), ended
 
 
+def test_a_question_that_is_no_text_is_not_asked_and_the_chat_goes_on(inputs):
+    ended = recipe("generate", "--model", inputs / "model", "--chat", "--max-new-tokens", 1, typed="b\udcffd\nhello\n")
+    assert ended.status == 0 and ended.err.count("not asked: the question b\\udcffd: byte 0xff") == 1, ended
+    assert ended.out.count("\n") == 1
+
+
 def test_a_prompt_in_utf8_is_read_in_a_terminal_that_claims_another_encoding(inputs):
     bytes_as_python_gives_them = "\u4f60".encode().decode("ascii", "surrogateescape")
     ended = recipe("generate", "--model", inputs / "model", "--prompt", bytes_as_python_gives_them, "--json",
@@ -147,7 +155,7 @@ def test_an_environment_that_means_no_launch_is_refused_by_name(monkeypatch, env
     from dtensor_llama import UsageError
     from dtensor_llama.cli import read_launch
 
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in LAUNCH_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -156,10 +164,12 @@ def test_an_environment_that_means_no_launch_is_refused_by_name(monkeypatch, env
     assert all(part in str(refused.value) for part in said) and "\n" not in str(refused.value), refused.value
 
 
-def test_an_empty_variable_is_an_unset_one(inputs, tmp_path):
-    empty = dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"), "")
-    ended = command("pretrain", *flags(inputs, tmp_path / "run", steps=1), **empty)
-    assert ended.returncode == 0, ended
+def test_an_empty_variable_is_an_unset_one(monkeypatch):
+    from dtensor_llama.cli import Launch, read_launch
+
+    for name in LAUNCH_VARIABLES:
+        monkeypatch.setenv(name, "")
+    assert read_launch() == Launch(rank=0, local_rank=0, world_size=1, ranks_per_host=1, attempt=0)
 
 
 SLOW = pytest.mark.slow
