@@ -52,7 +52,8 @@ from dtensor_llama.weights import ADAPTER, fsync_folder, on_all_ranks
 NAME = re.compile(r"step-(\d{8,})")
 CHECKSUMS = "checksums.json"
 BYTES_AROUND_A_TENSOR = 8192    # in a checkpoint, about: a header, padding, and an entry of .metadata
-NOTHING_LEFT = 1 << 20          # bytes: a disk with less is full, as far as the writer of a checkpoint is concerned
+# bytes: a disk with less is full, as far as the writer of a checkpoint is concerned
+NOTHING_LEFT = 1 << 20
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)   # states by parameter name: any layout, any pipeline stage
 # Frozen weights (LoRA) are those the run began with; strict would miss them, _refuse_other_model looks for all others.
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -210,8 +211,10 @@ class Checkpointer:
         writer = dcp.FileSystemWriter(partial, per_thread_copy_ahead=planner.copies_ahead)
         try:
             dcp.save(staged, storage_writer=writer, planner=planner, process_group=self._group)
-        except (Exception, CheckpointException):            # raised on all ranks: none of them writes any more
-            self._free_when_it_failed = self._everywhere(lambda: free_bytes(self.folder) if self._rank == 0 else 0)[0]
+        except (Exception, CheckpointException):
+            # It is raised on all ranks, so none of them writes any more.
+            free = self._everywhere(lambda: free_bytes(self.folder) if self._rank == 0 else 0)
+            self._free_when_it_failed = free[0]
             if self._rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)  # half a checkpoint would keep the disk full
             raise

@@ -28,8 +28,8 @@ class RunLog:
     After a resume at `first_step` the rows of later steps, which a killed run may have left, are removed first: there is
     one row per step, whatever happened. Made and used on one rank only; it runs no collectives.
 
-    A row that cannot be written, for example on a full disk, is kept and tried again with the next one: training goes on, and
-    says so once. TensorBoard's events are left out from then on.
+    A row that cannot be written, for example on a full disk, is kept and tried again with the next one:
+    training goes on, and says so once. TensorBoard's events are left out from then on.
     """
 
     def __init__(self, run_dir: Path, first_step: int, steps: int):
@@ -76,8 +76,8 @@ class RunLog:
             with contextlib.suppress(OSError):        # never half a row under a whole one
                 os.ftruncate(self.file.fileno(), self.good_bytes)
             if not was_full:
-                self.say(f"note: a row of {self.path} cannot be written ({self._reason(error)}); training goes on, and the "
-                         "rows are written when there is room")
+                self.say(f"note: a row of {self.path} cannot be written ({self._reason(error)}); training "
+                         "goes on, and the rows are written when there is room")
             return
         self.good_bytes += len(data)
         self.waiting.clear()
@@ -88,14 +88,15 @@ class RunLog:
             do()
         except OSError as error:
             self.tensorboard = None
-            self.say(f"note: TensorBoard's events cannot be written ({self._reason(error)}); metrics.jsonl has the same "
-                     "numbers")
+            self.say(f"note: TensorBoard's events cannot be written ({self._reason(error)}); metrics.jsonl "
+                     "has the same numbers")
 
     def _reason(self, error: OSError) -> str:
         return say_full(self.path.parent) if is_full(error) else str(error)
 
     def _on_thread_failure(self, failure) -> None:
-        """TensorBoard writes in a thread. What fails there it raises here too, so its traceback need not be printed."""
+        """TensorBoard writes in a thread. What fails there it raises here too, so its traceback need not be
+        printed."""
         of_tensorboard = type(failure.thread).__module__.startswith("tensorboard.")
         if not (of_tensorboard and issubclass(failure.exc_type, OSError)):
             self._threads_hook(failure)
@@ -121,8 +122,9 @@ class RunLog:
             self._to_tensorboard(self.tensorboard.close)
         threading.excepthook = self._threads_hook
         if self.waiting:
-            raise UsageError(f"{len(self.waiting)} rows of {self.path} were not written: {say_full(self.path.parent)}. The "
-                             "checkpoints and the exported model, if there are any, are complete.")
+            raise UsageError(f"{len(self.waiting)} rows of {self.path} were not written: "
+                             f"{say_full(self.path.parent)}. The checkpoints and the exported model, if "
+                             "there are any, are complete.")
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -163,7 +165,8 @@ def draw_loss_curve(rows: list[dict], path: Path) -> None:
         figure.savefig(path)
     except OSError as error:              # the picture shows what metrics.jsonl has
         path.unlink(missing_ok=True)
-        print(f"note: {path} cannot be drawn ({say_full(path.parent) if is_full(error) else error})", flush=True)
+        reason = say_full(path.parent) if is_full(error) else error
+        print(f"note: {path} cannot be drawn ({reason})", flush=True)
     pyplot.close(figure)
 
 
@@ -395,7 +398,8 @@ class _Bar:
 
     def say(self, text: str) -> None:
         if self.rich:
-            self.rich.console.print(text, highlight=False, markup=False)     # an answer may have [brackets] in it
+            # an answer may have [brackets] in it
+            self.rich.console.print(text, highlight=False, markup=False)
         else:
             print(text, flush=True)
 

@@ -54,8 +54,9 @@ def claim_run_dir(run_dir: Path, fresh: bool):
 
 class StopSignal:
     """`asked` becomes true on SIGTERM or Ctrl-C; the loop finishes its step, writes a checkpoint and ends. A second
-    Ctrl-C ends at once. (torchrun turns one Ctrl-C into an interrupt and a termination, so those two count as one.)
-    So it does when the terminal is closed, unless the run was started with nohup, which goes on then."""
+    Ctrl-C ends at once. (torchrun turns one Ctrl-C into an interrupt and a termination, so those two count as
+    one.) So it does when the terminal is closed, unless the run was started with nohup, which goes on
+    then."""
 
     def __init__(self):
         self.asked = False
@@ -128,7 +129,8 @@ def say_where_things_are(run_dir: Path, rows: list[dict], step: int, steps: int,
     print(f"\nstopped as asked after step {step} of {steps}; the same command goes on from there" if stopped
           else f"\ndone: {step} steps, loss {losses[0]:.3f} -> {sum(last) / len(last):.3f} "
                f"(mean of the last {len(last)})")
-    hf, logs = (shlex.quote(str(run_dir / name)) for name in ("hf", "tensorboard"))      # to be typed as they are
+    # to be typed as they are
+    hf, logs = (shlex.quote(str(run_dir / name)) for name in ("hf", "tensorboard"))
     print(f"run folder    {run_dir}\ntensorboard   tensorboard --logdir {logs}\n"
           f"loss curve    {run_dir / 'loss.png'}")
     if (run_dir / "hf").is_dir() and not stopped:

@@ -422,8 +422,8 @@ def _create(folder: Path, staged: Path, headers: dict[str, bytes], stored: dict[
     staged.mkdir(parents=True)
     total_bytes = sum(_bytes(where.dtype, where.shape) for where in stored.values())
     if total_bytes > free_bytes(staged):
-        raise UsageError(f"{folder} is not written: {say_full(folder, total_bytes)}, beside what is there. The checkpoints "
-                         "stay: recipes/export.py writes the same from the newest one.")
+        raise UsageError(f"{folder} is not written: {say_full(folder, total_bytes)}, beside what is there. "
+                         "The checkpoints stay: recipes/export.py writes the same from the newest one.")
     for file, header in headers.items():
         (staged / file).write_bytes(header)
         its = [where for where in stored.values() if where.file == file]

@@ -80,9 +80,9 @@ def load_rates(path: Path, device: torch.device, kernel: str = "auto", ranks_per
                measure: Callable[..., Rates] | None = None, say: Callable[[str], None] = lambda text: None) -> Rates:
     """Of this machine as kept in the JSON file `path`; measured (some seconds) and added to it if they are not there.
 
-    A file that cannot be read, or holds something else, is measured and written anew; one that cannot be written is done
-    without. kernel: of AdamW, as --memory.kernel; ranks_per_host: that share the host, and all measure now; say: told of
-    all this."""
+    A file that cannot be read, or holds something else, is measured and written anew; one that cannot be
+    written is done without. kernel: of AdamW, as --memory.kernel; ranks_per_host: that share the host, and
+    all measure now; say: told of all this."""
     key = f"{machine_key(device, ranks_per_host)}; AdamW {Kernel(kernel, device).kind}"
     kept, rates = {}, None
     try:
@@ -92,7 +92,8 @@ def load_rates(path: Path, device: torch.device, kernel: str = "auto", ranks_per
             rates = Rates.from_json(kept[key])
             rates.check()
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        say(f"memory    {path} holds no rates that can be used ({type(error).__name__}: {error}); they are measured anew")
+        say(f"memory    {path} holds no rates that can be used ({type(error).__name__}: {error}); they are "
+            "measured anew")
         kept.pop(key, None)
         rates = None
     if rates is None:

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone works without being installed
-sys.path.insert(0, str(Path(__file__).resolve().parent))          # its neighbours, also as `python -m recipes.benchmark`
+# its neighbours, also as `python -m recipes.benchmark`
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 if __name__ == "__main__":
     from dtensor_llama.terminal import end_quietly_on_ctrl_c

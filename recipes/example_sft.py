@@ -146,7 +146,8 @@ def show(before: list[str], after: list[str], file: Path) -> None:
     """Print the answers to QUESTIONS side by side, and write them to `file` as a Markdown table."""
     table = Table("question", "before", "after", show_lines=True)
     for row in zip(QUESTIONS, before, after, strict=True):
-        table.add_row(*map(Text, row))       # as it is: rich would read an answer's [brackets] as its own markup
+        # as it is: rich would read an answer's [brackets] as its own markup
+        table.add_row(*map(Text, row))
     Console().print(table)
     cells = zip(("question", "---", *QUESTIONS), ("before", "---", *before), ("after", "---", *after), strict=True)
     lines = (" | ".join(" ".join(text.split()).replace("|", "/") for text in row) for row in cells)

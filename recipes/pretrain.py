@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone works without being installed
-sys.path.insert(0, str(Path(__file__).resolve().parent))          # its neighbours, also as `python -m recipes.pretrain`
+# its neighbours, also as `python -m recipes.pretrain`
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 if __name__ == "__main__":
     from dtensor_llama.terminal import end_quietly_on_ctrl_c
@@ -173,8 +174,8 @@ def main(cfg: PretrainConfig) -> None:
         run_lock = claim_run_dir(Path(cfg.run_dir), fresh=cfg.checkpoint.resume == "never")
 
     # ---- 3. The parts ----------------------------------------------------------------------------------------------
-    rows = open_rows(cfg.data.path, tokenizer, cache_folders(cfg.data.cache_dir, cfg.run_dir), cfg.data.text_field, seq_len,
-                     cfg.data.validation_share, cfg.train.seed)
+    rows = open_rows(cfg.data.path, tokenizer, cache_folders(cfg.data.cache_dir, cfg.run_dir),
+                     cfg.data.text_field, seq_len, cfg.data.validation_share, cfg.train.seed)
     start_process_group(device, world_size, attempt=launch.attempt)
     if is_main and chosen:
         print(f"memory    {chosen}", flush=True)
@@ -304,7 +305,8 @@ def set_up(cfg: "PretrainConfig", model: Llama, layout: ParallelConfig, n_micros
         embedding = model.model.embed_tokens
         tied_over_stages = model.config.tie_word_embeddings and layout.pp > 1 and embedding is not None
         ranks_per_host = read_launch().ranks_per_host
-        rates_file = readable(cache_folders(cfg.data.cache_dir, cfg.run_dir))[0] / "rates.json"     # measured once
+        # measured once
+        rates_file = readable(cache_folders(cfg.data.cache_dir, cfg.run_dir))[0] / "rates.json"
         # What a step will compute, as if at the speed of matrix products all through: placement auto measures it later.
         seconds_per_flop = cfg.train.global_batch_size * seq_len / dist.get_world_size() / matmul_flops(device, dtype)
         forward_s = seconds_per_flop * model_flops_per_token(model.config, seq_len) / 3

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone works without being installed
-sys.path.insert(0, str(Path(__file__).resolve().parent))          # its neighbours, also as `python -m recipes.sft`
+# its neighbours, also as `python -m recipes.sft`
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 if __name__ == "__main__":
     from dtensor_llama.terminal import end_quietly_on_ctrl_c

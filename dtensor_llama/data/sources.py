@@ -19,7 +19,13 @@ import pyarrow.parquet as pq
 
 from dtensor_llama.data.cut import WINDOW_CHARS, Cutter
 from dtensor_llama.data.records import arrow_batches, csv_records, json_records, open_arrow
-from dtensor_llama.data.unpack import COMPRESSIONS, NEEDS_WINDOW, UNPACK_ERRORS, open_compressed, say_long_window
+from dtensor_llama.data.unpack import (
+    COMPRESSIONS,
+    NEEDS_WINDOW,
+    UNPACK_ERRORS,
+    open_compressed,
+    say_long_window,
+)
 from dtensor_llama.errors import UsageError
 from dtensor_llama.places import expanded, hub_hint
 
@@ -32,7 +38,8 @@ BATCH_ROWS = 64        # of a table, decoded at once
 
 @dataclass
 class Chunk:
-    """Part of one file: whole lines of a .jsonl (bytes), the texts of a table (list), or a piece of a .txt (str).
+    """Part of one file: whole lines of a .jsonl (bytes), the texts of a table (list), or a piece of a .txt
+    (str).
 
     Of other records it is a list of (where, object) with where as in "row 3"."""
 
@@ -68,8 +75,8 @@ class Chunk:
 def expand_paths(patterns: Sequence[str | Path], formats: tuple[str, ...] = FORMATS) -> list[Path]:
     """The files that `patterns` (files and globs, `**` too) name: absolute, sorted, each once, of `formats`.
 
-    A link keeps its own name, as its ending says what the file holds: in the cache of the Hugging Face Hub data.jsonl is a
-    link to a file that is called by its hash. Of two links to one file the first counts."""
+    A link keeps its own name, as its ending says what the file holds: in the cache of the Hugging Face Hub
+    data.jsonl is a link to a file that is called by its hash. Of two links to one file the first counts."""
     files = {}
     for pattern in patterns:
         matches = _matches(str(pattern))
@@ -77,20 +84,21 @@ def expand_paths(patterns: Sequence[str | Path], formats: tuple[str, ...] = FORM
             files.setdefault(os.path.realpath(match), set()).add(Path(os.path.abspath(match)))
     if not files:
         raise UsageError("--data.path: no file was named; give files or patterns such as 'data/**/*.txt'.")
-    chosen = sorted(_named_by_its_kind(sorted(names), Path(target), formats) for target, names in files.items())
-    for file in chosen:
+    chosen = [_named_by_its_kind(sorted(names), Path(target), formats) for target, names in files.items()]
+    for file in sorted(chosen):
         _format_of(file, formats)
-    return chosen
+    return sorted(chosen)
 
 
 def _matches(pattern: str) -> list[Path]:
     """The files of one argument, at least one. UsageError for what is there and cannot be read as a file."""
     path = Path(expanded(pattern, "--data.path"))
     if path.is_dir():
-        raise UsageError(f"--data.path {pattern}: is a folder; name the files in it, as in '{pattern}/**/*.jsonl'.")
+        raise UsageError(f"--data.path {pattern}: is a folder; name the files in it, as in "
+                         f"'{pattern}/**/*.jsonl'.")
     if path.exists() and not path.is_file():
-        raise UsageError(f"--data.path {pattern}: is a pipe or a device, and the data is read more than once; write it to "
-                         "a file first.")
+        raise UsageError(f"--data.path {pattern}: is a pipe or a device, and the data is read more than "
+                         "once; write it to a file first.")
     if os.path.lexists(path):
         matches = [path]
     else:
@@ -98,12 +106,13 @@ def _matches(pattern: str) -> list[Path]:
         matches = [Path(match) for match in found if not os.path.isdir(match)]
     for match in matches:
         if match.is_symlink() and not match.exists():
-            raise UsageError(f"--data.path {match}: is a link to {os.readlink(match)}, which is not there; fetch the data "
-                             "again, or leave the link out.")
+            raise UsageError(f"--data.path {match}: is a link to {os.readlink(match)}, which is not there; "
+                             "fetch the data again, or leave the link out.")
     matches = [match for match in matches if match.is_file()]
     if not matches:
         hint = hub_hint(pattern, "dataset")
-        raise UsageError(f"--data.path {pattern}: no file matches; give files or patterns such as 'data/**/*.txt'.{hint}")
+        raise UsageError(f"--data.path {pattern}: no file matches; give files or patterns such as "
+                         f"'data/**/*.txt'.{hint}")
     return matches
 
 
@@ -258,7 +267,8 @@ def _n_chars(value) -> int:
 
 
 def _text_of_line(line: bytes, path: Path, number: int, text_field: str) -> str:
-    return _text_of_record(_object_of_line(line, path, number), f"--data.path {path}, line {number}", text_field)
+    where = f"--data.path {path}, line {number}"
+    return _text_of_record(_object_of_line(line, path, number), where, text_field)
 
 
 def _text_of_record(row: dict, where: str, text_field: str) -> str:
@@ -283,8 +293,8 @@ def _object_of_line(line: bytes, path: Path, number: int) -> dict:
 
 def _checked_object(row, where: str) -> dict:
     if not isinstance(row, dict):
-        raise UsageError(f"{where}: expected a JSON object, found {type(row).__name__}; a .jsonl holds one object a line, a "
-                         "list of them goes into a .json.")
+        raise UsageError(f"{where}: expected a JSON object, found {type(row).__name__}; a .jsonl holds one "
+                         "object a line, a list of them goes into a .json.")
     return row
 
 
@@ -311,17 +321,24 @@ def _read_arrow(path: Path, stream, text_field: str | None, chunk_bytes: int) ->
     reader = open_arrow(stream, f"--data.path {path}")
     _check_column(path, reader.schema.names, text_field)
     batches = (batch if text_field is None else batch.select([text_field]) for batch in arrow_batches(reader))
-    parts = (batch.slice(first, BATCH_ROWS) for batch in batches for first in range(0, len(batch), BATCH_ROWS))
-    yield from _read_batches(path, parts, text_field, chunk_bytes)
+    yield from _read_batches(path, _slices(batches), text_field, chunk_bytes)
+
+
+def _slices(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        for first in range(0, len(batch), BATCH_ROWS):
+            yield batch.slice(first, BATCH_ROWS)
 
 
 def _check_column(path: Path, columns: list[str], text_field: str | None) -> None:
     if text_field is not None and text_field not in columns:
-        raise UsageError(f"--data.path {path}: no column {text_field!r}; it has {', '.join(columns) or 'none'}. "
-                         f"Name the one that holds the text with --data.text-field.")
+        raise UsageError(f"--data.path {path}: no column {text_field!r}; it has "
+                         f"{', '.join(columns) or 'none'}. Name the one that holds the text with "
+                         "--data.text-field.")
 
 
-def _read_batches(path: Path, batches: Iterator[pa.RecordBatch], text_field: str | None, chunk_bytes: int) -> Iterator[Chunk]:
+def _read_batches(path: Path, batches: Iterator[pa.RecordBatch], text_field: str | None,
+                  chunk_bytes: int) -> Iterator[Chunk]:
     """The rows of a table, a few at a time."""
     row = 0
     if text_field is None:

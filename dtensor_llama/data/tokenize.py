@@ -55,19 +55,20 @@ CHUNKS_PER_WORKER = 3   # under way at once: one being encoded, one waiting, one
 LINE_EVERY_S = 10       # of progress, where stderr is no terminal
 
 
-def prepare_corpus(paths: Sequence[str | Path], tokenizer: Tokenizer, cache_dir: str | Path | Sequence[str | Path],
-                   text_field: str = "text", processes: int | None = None) -> TokenCorpus:
+def prepare_corpus(paths: Sequence[str | Path], tokenizer: Tokenizer,
+                   cache_dir: str | Path | Sequence[str | Path], text_field: str = "text",
+                   processes: int | None = None) -> TokenCorpus:
     """The corpus of `paths` (files and globs), tokenized now unless that has been done and nothing changed since.
 
     Any number of ranks and runs may call this at once: one tokenizes, the others wait for it. Progress goes to stderr.
-    cache_dir: a folder, or several: the corpus is read where it is found, and written into the first that can be written.
-    Raises UsageError for what is wrong with the files.
+    cache_dir: a folder, or several: the corpus is read where it is found, and written into the first that can
+    be written. Raises UsageError for what is wrong with the files.
     """
     return TokenCorpus(_prepare(paths, tokenizer, cache_dir, text_field, processes))
 
 
-def prepare_chat(paths: Sequence[str | Path], tokenizer: Tokenizer, cache_dir: str | Path | Sequence[str | Path],
-                 processes: int | None = None) -> ChatCorpus:
+def prepare_chat(paths: Sequence[str | Path], tokenizer: Tokenizer,
+                 cache_dir: str | Path | Sequence[str | Path], processes: int | None = None) -> ChatCorpus:
     """As prepare_corpus, of conversations in any of the formats of chat.py, written with the tokenizer's ChatTemplate."""
     ChatTemplate(tokenizer)                          # one that cannot be used is the first thing to say
     return ChatCorpus(_prepare(paths, tokenizer, cache_dir, None, processes))
@@ -114,11 +115,12 @@ def fingerprint(files: list[Path], tokenizer: Tokenizer, text_field: str | None)
     return hashlib.sha256(repr((FORMAT_VERSION, stats, tokenizer.fingerprint, what)).encode()).hexdigest()[:32]
 
 
-def tokenize(paths: list[str], tokenizer: Tokenizer, cache_dirs: Sequence[Path], text_field: str | None, processes: int,
-             for_process: int | None = None) -> Path:
+def tokenize(paths: list[str], tokenizer: Tokenizer, cache_dirs: Sequence[Path], text_field: str | None,
+             processes: int, for_process: int | None = None) -> Path:
     """Write the corpus unless it is there; returns its folder. Whoever comes second waits here for the first.
 
-    cache_dirs: it is written into the first of them that can be written; which one that is, is the same for all who ask."""
+    cache_dirs: it is written into the first of them that can be written; which one that is, is the same for
+    all who ask."""
     files = _files(paths, text_field)
     name = fingerprint(files, tokenizer, text_field)
     found = _find(cache_dirs, name)
@@ -143,8 +145,8 @@ def tokenize(paths: list[str], tokenizer: Tokenizer, cache_dirs: Sequence[Path],
     except OSError as error:
         reason = say_full(cache_dir) if is_full(error) else error
         shutil.rmtree(cache_dir / f"{name}.partial", ignore_errors=True)     # it would keep the disk full
-        raise UsageError(f"the tokens cannot be written to {cache_dir}: {reason}; --data.cache-dir names another "
-                         "folder.") from None
+        raise UsageError(f"the tokens cannot be written to {cache_dir}: {reason}; --data.cache-dir names "
+                         "another folder.") from None
     return folder
 
 
@@ -301,7 +303,7 @@ def main() -> int:
     add("--path", nargs="+", required=True, help="files and globs of " + " ".join(FORMATS))
     add("--tokenizer", required=True, help="Hugging Face folder, tokenizer.json or SentencePiece .model")
     add("--cache-dir", required=True, nargs="+", type=Path,
-        help="where the tokens go, or the first of several that can be written; older ones there are never deleted")
+        help="where the tokens go, or the first of several that can be written; older ones are never deleted")
     add("--text-field", default="text", help="field or column that holds the text (default: text)")
     add("--chat", action="store_true", help="conversations instead of texts, for recipes/sft.py")
     add("--processes", type=int, default=cores, help=f"workers (default: one per core, {cores})")
