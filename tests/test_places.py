@@ -636,6 +636,7 @@ def test_half_a_row_on_a_full_disk_is_taken_back(small_disk, capsys):
                     pass
     steps = [one["step"] for one in read_metrics(folder / "metrics.jsonl")]
     assert steps == list(range(1, steps[-1] + 1)) and 20 <= steps[-1] < 199
+    assert (folder / "metrics.jsonl").read_bytes().endswith(b"\n")
     with pytest.raises(UsageError, match="rows of .* were not written: no space is left"):
         log.close()
     said = capsys.readouterr()
