@@ -14,6 +14,7 @@ host has no room for them (a chunk manager's plan says so) tensors are written o
 
 import functools
 import json
+import math
 import os
 import pickle
 import re
@@ -44,11 +45,15 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from dtensor_llama.errors import UsageError
-from dtensor_llama.shards import local
+from dtensor_llama.places import free_bytes, is_full, say_full
+from dtensor_llama.shards import copies, local
 from dtensor_llama.weights import ADAPTER, fsync_folder, on_all_ranks
 
 NAME = re.compile(r"step-(\d{8,})")
 CHECKSUMS = "checksums.json"
+BYTES_AROUND_A_TENSOR = 8192    # in a checkpoint, about: a header, padding, and an entry of .metadata
+# bytes: a disk with less is full, as far as the writer of a checkpoint is concerned
+NOTHING_LEFT = 1 << 20
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)   # states by parameter name: any layout, any pipeline stage
 # Frozen weights (LoRA) are those the run began with; strict would miss them, _refuse_other_model looks for all others.
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -86,6 +91,8 @@ class Checkpointer:
         self._copies: dict[str, Tensor] = {}        # likewise, of Deferred tensors
         self._writing: tuple[Path, Future] | None = None
         self._saved: Path | None = None
+        self._needed_bytes = 0                      # of the newest save, over all ranks
+        self._free_when_it_failed = math.inf        # bytes on the disk
         self._everywhere = functools.partial(on_all_ranks, f"checkpoints in {self.folder}", group=self._group)
         self._everywhere(self._start if self._rank == 0 else lambda: None)
 
@@ -136,8 +143,14 @@ class Checkpointer:
             written.result()
         except (Exception, CheckpointException) as error:       # DCP's is a BaseException
             cause = _cause(error)
-            kind = UsageError if isinstance(cause, (OSError, UsageError)) else RuntimeError
-            raise kind(f"checkpoint {final} was not written: {cause}") from error
+            is_users = isinstance(cause, (OSError, UsageError))
+            # torch's writer may report a full disk as a RuntimeError about positions in its file.
+            if is_full(cause) or isinstance(cause, RuntimeError) and self._free_when_it_failed < NOTHING_LEFT:
+                cause, is_users = say_full(self.folder, self._needed_bytes), True
+            complete = _complete(self.folder)
+            newest = f" The newest complete one is {complete[-1]}." if is_users and complete else ""
+            kind = UsageError if is_users else RuntimeError
+            raise kind(f"checkpoint {final} was not written: {cause}.{newest}") from error
         self._saved = final
 
     def latest(self) -> Path | None:
@@ -193,12 +206,26 @@ class Checkpointer:
         partial = final.with_name(final.name + ".partial")
         if self._rank == 0:
             shutil.rmtree(partial, ignore_errors=True)      # of a save that failed; DCP makes it before any rank writes
+        self._needed_bytes = sum(self._everywhere(lambda: _bytes_of(staged)))
+        self._everywhere(self._refuse_full_disk if self._rank == 0 else lambda: None)
         writer = dcp.FileSystemWriter(partial, per_thread_copy_ahead=planner.copies_ahead)
-        dcp.save(staged, storage_writer=writer, planner=planner, process_group=self._group)
+        try:
+            dcp.save(staged, storage_writer=writer, planner=planner, process_group=self._group)
+        except (Exception, CheckpointException):
+            # It is raised on all ranks, so none of them writes any more.
+            free = self._everywhere(lambda: free_bytes(self.folder) if self._rank == 0 else 0)
+            self._free_when_it_failed = free[0]
+            if self._rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)  # half a checkpoint would keep the disk full
+            raise
         # Read back what this rank wrote: the sums also vouch for what the file system says it has.
         mine = [*partial.glob(f"__{self._rank}_*"), *([partial / ".metadata"] if self._rank == 0 else [])]
         sums = self._everywhere(lambda: {file.name: _size_and_crc(file) for file in mine})
         self._everywhere(lambda: self._publish(partial, final, sums) if self._rank == 0 else None)
+
+    def _refuse_full_disk(self) -> None:
+        if free_bytes(self.folder) < self._needed_bytes:
+            raise UsageError(say_full(self.folder, self._needed_bytes))
 
     def _publish(self, partial: Path, final: Path, sums: list[dict]) -> None:
         """On rank 0, when all have written: the rename that makes it complete, and only then the removal of the old."""
@@ -303,6 +330,12 @@ def _rank() -> int:
 
 def _generators() -> list[tuple[str, Any]]:
     return [("cpu", torch), *([("device", torch.get_device_module())] if torch.accelerator.is_available() else [])]
+
+
+def _bytes_of(state: dict[str, Any]) -> int:
+    """About what this rank writes of the tensors: of what several ranks hold alike, its share."""
+    tensors = [value for _, value in _leaves(state) if isinstance(value, Tensor)]
+    return sum((local(tensor).nbytes + BYTES_AROUND_A_TENSOR) // copies(tensor) for tensor in tensors)
 
 
 def _leaves(state: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

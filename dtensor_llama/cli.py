@@ -14,7 +14,7 @@ import torch
 import tyro
 
 from dtensor_llama.errors import UsageError
-from dtensor_llama.places import expanded
+from dtensor_llama.places import expanded, is_full, say_full
 from dtensor_llama.terminal import hear_ctrl_c_again, make_streams_last
 
 Config = TypeVar("Config")
@@ -35,11 +35,14 @@ class Launch(NamedTuple):
     local_rank: int         # among the processes of this machine: which GPU it takes
     world_size: int
     ranks_per_host: int
-    attempt: int            # how often the processes were restarted, where torchrun keeps one store for all attempts
+    # how often the processes were restarted, where torchrun keeps one store for all attempts
+    attempt: int
+    launcher_pid: int | None     # of torchrun; None: nobody launched this process
 
 
 def read_launch() -> Launch:
-    """From the environment, as torchrun sets it; without one, a single process. An empty variable is an unset one.
+    """From the environment, as torchrun sets it; without one, a single process. An empty variable is an unset
+    one.
 
     UsageError if the variables do not fit together, naming the one that is wrong."""
     world_size = _number("WORLD_SIZE", 1, low=1)
@@ -47,26 +50,29 @@ def read_launch() -> Launch:
     local_rank = _number("LOCAL_RANK", 0, low=0)
     ranks_per_host = _number("LOCAL_WORLD_SIZE", 1, low=1)
     if rank >= world_size:
-        raise UsageError(f"RANK={rank} in the environment does not fit WORLD_SIZE={world_size}: ranks count from 0 to "
-                         f"{world_size - 1}. {LAUNCH_HINT}")
+        raise UsageError(f"RANK={rank} in the environment does not fit WORLD_SIZE={world_size}: ranks count "
+                         f"from 0 to {world_size - 1}. {LAUNCH_HINT}")
     if world_size > 1:
         for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
             if not os.environ.get(name):
-                raise UsageError(f"WORLD_SIZE={world_size} in the environment means several processes, and {name} is not set. "
-                                 f"{LAUNCH_HINT}")
+                raise UsageError(f"WORLD_SIZE={world_size} in the environment means several processes, and "
+                                 f"{name} is not set. {LAUNCH_HINT}")
         _number("MASTER_PORT", 0, low=1)
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else None
     if n_gpus is not None and local_rank >= n_gpus:
-        raise UsageError(f"LOCAL_RANK={local_rank} needs a GPU of its own, and this machine shows {n_gpus}; launch with "
-                         f"torchrun --nproc-per-node {n_gpus}, or show more of them in CUDA_VISIBLE_DEVICES.")
-    # Where torchrun makes a new store for each start, nodes may count their starts differently, and need no count.
+        raise UsageError(f"LOCAL_RANK={local_rank} needs a GPU of its own, and this machine shows {n_gpus}; "
+                         f"launch with torchrun --nproc-per-node {n_gpus}, or show more of them in "
+                         "CUDA_VISIBLE_DEVICES.")
+    # Where torchrun makes a new store for each start, nodes may count their starts differently, and need no
+    # count.
     shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     attempt = _number("TORCHELASTIC_RESTART_COUNT", 0, low=0) if shares_store else 0
-    return Launch(rank, local_rank, world_size, ranks_per_host, attempt)
+    launcher_pid = os.getppid() if os.environ.get("TORCHELASTIC_RUN_ID") else None
+    return Launch(rank, local_rank, world_size, ranks_per_host, attempt, launcher_pid)
 
 
-LAUNCH_HINT = ("torchrun sets all of these (torchrun --nproc-per-node N recipes/...); for one process unset RANK, LOCAL_RANK "
-               "and WORLD_SIZE.")
+LAUNCH_HINT = ("torchrun sets all of these (torchrun --nproc-per-node N recipes/...); for one process unset "
+               "RANK, LOCAL_RANK and WORLD_SIZE.")
 
 
 def _number(name: str, default: int, low: int) -> int:
@@ -74,26 +80,29 @@ def _number(name: str, default: int, low: int) -> int:
     if not text:
         return default
     if not text.isascii() or not text.isdigit() or int(text) < low:
-        raise UsageError(f"{name}={text!r} in the environment is not possible; it must be a whole number from {low} on. "
-                         f"{LAUNCH_HINT}")
+        raise UsageError(f"{name}={text!r} in the environment is not possible; it must be a whole number "
+                         f"from {low} on. {LAUNCH_HINT}")
     return int(text)
 
 
-def run_recipe(main: Callable[[Config], None], config_class: type[Config], stdout_is_result: bool = False) -> None:
+def run_recipe(main: Callable[[Config], None], config_class: type[Config],
+               stdout_is_result: bool = False) -> None:
     """Parse the command line into `config_class`, call `main`, and end the process as a shell expects it.
 
     Exit status 0 when main returns, 2 after a UsageError or where the device has no more memory (one line), 130 after Ctrl-C;
     anything else is our defect and keeps its traceback. Of several ranks that make the same mistake the first on a machine
     speaks.
 
-    What is printed never ends a run: see make_streams_last. stdout_is_result: the program exists for what it prints. Then a
-    reader that goes away (`| head -1`) ends it with status 141 and without a word, as it ends other programs, and a stdout
-    that cannot be written is one line and status 2.
+    What is printed never ends a run: see make_streams_last. stdout_is_result: the program exists for what it
+    prints. Then a reader that goes away (`| head -1`) ends it with status 141 and without a word, as it ends
+    other programs, and a stdout that cannot be written is one line and status 2.
     """
     hear_ctrl_c_again()
     make_streams_last(stdout_is_result)
+    config = None
     try:
-        main(parse_cli(config_class))
+        config = parse_cli(config_class)
+        main(config)
         if stdout_is_result and sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
@@ -101,10 +110,16 @@ def run_recipe(main: Callable[[Config], None], config_class: type[Config], stdou
             raise
         sys.exit(141)
     except OSError as error:
-        if not stdout_is_result or not _stdout_is_lost():
+        if stdout_is_result and _stdout_is_lost():
+            said = (f"stdout cannot be written ({error.strerror}), and what is printed is the result; write "
+                    "it elsewhere.")
+        elif is_full(error):
+            written = getattr(config, "run_dir", None) or getattr(config, "out", None)
+            folder = error.filename or written or os.getcwd()
+            said = f"{say_full(folder)}. Make room, and start the same command again."
+        else:
             raise
-        print(f"error: stdout cannot be written ({error.strerror}); what is printed is the result. Write it to another place.",
-              file=sys.stderr, flush=True)
+        print(f"error: {said}", file=sys.stderr, flush=True)
         sys.exit(2)
     except UsageError as error:
         if os.environ.get("LOCAL_RANK", "0") not in ("", "0"):
@@ -143,8 +158,8 @@ def parse_cli(config_class: type[Config], args: list[str] | None = None) -> Conf
 
 
 def _with_homes(config: Config, prefix: str) -> Config:
-    """The dataclass with `~` expanded in every FilePath, nested dataclasses included: `--model=~/llama` gets no help from a
-    shell, which expands it only where it begins a word."""
+    """The dataclass with `~` expanded in every FilePath, nested dataclasses included: `--model=~/llama` gets
+    no help from a shell, which expands it only where it begins a word."""
     hints, changed = get_type_hints(type(config), include_extras=True), {}
     for field in dataclasses.fields(config):
         value, flag = getattr(config, field.name), prefix + field.name.replace("_", "-")

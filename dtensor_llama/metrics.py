@@ -1,16 +1,23 @@
 """What a run says of itself: metrics.jsonl, TensorBoard, a progress bar, the loss curve as PNG. One process writes it."""
 
+import contextlib
 import json
 import math
+import os
+import re
 import sys
+import threading
 import time
+import weakref
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from dtensor_llama.errors import UsageError
+from dtensor_llama.places import is_full, say_full
 
 GIB = 2**30
 
@@ -20,6 +27,9 @@ class RunLog:
 
     After a resume at `first_step` the rows of later steps, which a killed run may have left, are removed first: there is
     one row per step, whatever happened. Made and used on one rank only; it runs no collectives.
+
+    A row that cannot be written, for example on a full disk, is kept and tried again with the next one:
+    training goes on, and says so once. TensorBoard's events are left out from then on.
     """
 
     def __init__(self, run_dir: Path, first_step: int, steps: int):
@@ -30,34 +40,91 @@ class RunLog:
         staged = self.path.with_suffix(".partial")
         staged.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
         staged.replace(self.path)                     # a kill here leaves the old rows or the new ones
-        self.file = self.path.open("a", encoding="utf-8", buffering=1)      # each row reaches the disk's cache at once
-        self.tensorboard = SummaryWriter(run_dir / "tensorboard", purge_step=first_step + 1)
+        self.file = self.path.open("ab", buffering=0)           # each row reaches the disk's cache at once
+        self.good_bytes = self.path.stat().st_size    # whole rows in the file
+        self.waiting: list[bytes] = []                # rows that could not be written yet
         self.bar = _Bar(first_step, steps)
+        self._threads_hook = threading.excepthook
+        threading.excepthook = self._on_thread_failure
+        self.tensorboard = None
+        self._to_tensorboard(lambda: self._open(SummaryWriter, run_dir / "tensorboard", first_step + 1))
+
+    def _open(self, writer, folder: Path, purge_step: int) -> None:
+        self.tensorboard = writer(folder, purge_step=purge_step)
 
     def step(self, row: dict) -> None:
         """`row` is a line of metrics.jsonl: step, loss, grad_norm, lr, tokens, ...; numbers, or None where unknown."""
         self.rows.append(row)
-        self.file.write(json.dumps(row) + "\n")
+        self.waiting.append((json.dumps(row) + "\n").encode())
+        self._write_rows()
+        if self.tensorboard:
+            self._to_tensorboard(lambda: self._add_scalars(row))
+        self.bar.step(row)
+
+    def _add_scalars(self, row: dict) -> None:
         for name, value in row.items():
             if name != "step" and value is not None:
                 self.tensorboard.add_scalar(f"train/{name}", value, row["step"])
-        self.bar.step(row)
+
+    def _write_rows(self) -> None:
+        data, was_full = b"".join(self.waiting), len(self.waiting) > 1
+        try:
+            written = 0
+            while written < len(data):                # without a buffer a write may take a part only
+                written += self.file.write(data[written:])
+        except OSError as error:
+            with contextlib.suppress(OSError):        # never half a row under a whole one
+                os.ftruncate(self.file.fileno(), self.good_bytes)
+            if not was_full:
+                self.say(f"note: a row of {self.path} cannot be written ({self._reason(error)}); training "
+                         "goes on, and the rows are written when there is room")
+            return
+        self.good_bytes += len(data)
+        self.waiting.clear()
+
+    def _to_tensorboard(self, do: Callable[[], None]) -> None:
+        """Call `do`; when it fails, its thread or its file is gone, and there are no more events."""
+        try:
+            do()
+        except OSError as error:
+            self.tensorboard = None
+            self.say(f"note: TensorBoard's events cannot be written ({self._reason(error)}); metrics.jsonl "
+                     "has the same numbers")
+
+    def _reason(self, error: OSError) -> str:
+        return say_full(self.path.parent) if is_full(error) else str(error)
+
+    def _on_thread_failure(self, failure) -> None:
+        """TensorBoard writes in a thread. What fails there it raises here too, so its traceback need not be
+        printed."""
+        of_tensorboard = type(failure.thread).__module__.startswith("tensorboard.")
+        if not (of_tensorboard and issubclass(failure.exc_type, OSError)):
+            self._threads_hook(failure)
 
     def text(self, name: str, step: int, answers: list[tuple[str, str]]) -> None:
         """(prompt, answer) pairs after `step`: printed shortened, whole in TensorBoard's text tab."""
         for prompt, answer in answers:
             self.say(f"    {' '.join(prompt.split())[-80:]!r} -> {' '.join(answer.split())[:160]!r}")
         rows = [f"**{prompt}**\n\n{answer}" for prompt, answer in answers]
-        self.tensorboard.add_text(name, "\n\n---\n\n".join(rows), step)
+        if self.tensorboard:
+            self._to_tensorboard(lambda: self.tensorboard.add_text(name, "\n\n---\n\n".join(rows), step))
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         self.bar.say(text)
 
     def close(self) -> None:
+        """UsageError if rows are left that could not be written."""
+        self._write_rows()
         self.bar.close()
         self.file.close()
-        self.tensorboard.close()
+        if self.tensorboard:
+            self._to_tensorboard(self.tensorboard.close)
+        threading.excepthook = self._threads_hook
+        if self.waiting:
+            raise UsageError(f"{len(self.waiting)} rows of {self.path} were not written: "
+                             f"{say_full(self.path.parent)}. The checkpoints and the exported model, if "
+                             "there are any, are complete.")
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -94,7 +161,12 @@ def draw_loss_curve(rows: list[dict], path: Path) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    try:
+        figure.savefig(path)
+    except OSError as error:              # the picture shows what metrics.jsonl has
+        path.unlink(missing_ok=True)
+        reason = say_full(path.parent) if is_full(error) else error
+        print(f"note: {path} cannot be drawn ({reason})", flush=True)
     pyplot.close(figure)
 
 
@@ -196,29 +268,106 @@ class SkippedSteps:
         return row | dict.fromkeys(not_finite) | {"skipped_steps": self.total}
 
 
-class PeakMemory:
-    """Highest memory use since the last call, in bytes: (device, host). The device is 0 where the host is the device."""
+class DevicePeak:
+    """The highest bytes that torch's allocator had on a device since the last `reset` of this object.
+
+    torch keeps a single peak for each device, so whoever resets it takes it from everybody else. Here several
+    readers can reset at different moments (PeakMemory once a step, the tracer of placement auto at each group
+    of modules), because every reset first notes the peak for all the others.
+    """
+
+    _readers: ClassVar[weakref.WeakSet] = weakref.WeakSet()
 
     def __init__(self, device: torch.device):
-        self.device = device
+        self.index = torch.cuda.current_device() if device.index is None else device.index
+        self.allocated = self.reserved = 0
+        DevicePeak._readers.add(self)
+        self.reset()
+
+    def read(self) -> tuple[int, int]:
+        """Peaks of the allocated and of the reserved bytes. A device budget binds what is reserved."""
+        stats = torch.cuda.memory_stats(self.index)
+        self.allocated = max(self.allocated, stats.get("allocated_bytes.all.peak", 0))
+        self.reserved = max(self.reserved, stats.get("reserved_bytes.all.peak", 0))
+        return self.allocated, self.reserved
+
+    def reset(self) -> None:
+        for reader in list(DevicePeak._readers):
+            if reader.index == self.index:
+                reader.read()
+        torch.cuda.reset_peak_memory_stats(self.index)
+        self.allocated = self.reserved = 0
+
+
+class MemoryPeaks(NamedTuple):
+    """Bytes of one rank. `host` is a little high where Linux leaves out pinned memory: a sum of two peaks."""
+
+    device: int              # allocated by torch; 0 where the host is the device
+    host: int                # resident memory of the process, pinned memory included
+    device_reserved: int     # held by torch's allocator, allocated or not
+    host_pinned: int         # pinned for copies; torch rounds each block up to a power of two and keeps it
+
+
+class PeakMemory:
+    """Highest memory use since the last call."""
+
+    def __init__(self, device: torch.device):
+        self.on_device = DevicePeak(device) if device.type == "cuda" else None
+        self.pinned_is_resident = self.on_device is None or pinned_memory_is_resident()
         self.take()
 
-    def take(self) -> tuple[int, int]:
-        device_bytes = 0
-        if self.device.type == "cuda":
-            device_bytes = torch.cuda.max_memory_allocated(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-        status = Path("/proc/self/status").read_text() if Path("/proc/self/status").exists() else ""
-        high_water = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
-        if high_water:
-            try:
-                Path("/proc/self/clear_refs").write_text("5")      # Linux: start the high-water mark anew
-            except OSError:
-                pass                                               # a locked-down container: the peak of the run, then
-            return device_bytes, int(high_water[0]) * 1024
-        import psutil
+    def take(self) -> MemoryPeaks:
+        allocated = reserved = pinned = 0
+        if self.on_device:
+            allocated, reserved = self.on_device.read()
+            self.on_device.reset()
+            pinned = torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0)
+            torch.cuda.reset_peak_host_memory_stats()
+        resident = _peak_resident_bytes()
+        host = resident if self.pinned_is_resident else resident + pinned
+        return MemoryPeaks(allocated, host, reserved, pinned)
 
-        return device_bytes, psutil.Process().memory_info().rss
+
+def pinned_memory_is_resident() -> bool:
+    """Whether the resident memory that Linux states for this process holds its pinned memory too.
+
+    The pages belong to the GPU's driver, and whether they count depends on how it maps them. So we pin a
+    little, and look up what /proc/self/smaps says of the mapping that holds it. Where nobody may read that file
+    the answer is yes.
+    """
+    probe = torch.ones(2**21, dtype=torch.uint8, pin_memory=True)
+    try:
+        mappings = Path("/proc/self/smaps").read_text()
+    except OSError:
+        return True
+    return resident_bytes_at(probe.data_ptr(), mappings) >= probe.nbytes
+
+
+def resident_bytes_at(address: int, mappings: str) -> int:
+    """The `Rss` of the mapping that holds `address`, in bytes. mappings: the text of /proc/self/smaps."""
+    here = False
+    for line in mappings.splitlines():
+        bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if bounds:
+            here = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif here and line.startswith("Rss:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _peak_resident_bytes() -> int:
+    """The high-water mark since the last call, or since the start where Linux lets nobody reset it."""
+    status = Path("/proc/self/status").read_text() if Path("/proc/self/status").exists() else ""
+    high_water = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
+    if high_water:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")      # Linux: start the high-water mark anew
+        except OSError:
+            pass                                # a locked-down container: the peak of the run, then
+        return int(high_water[0]) * 1024
+    import psutil
+
+    return psutil.Process().memory_info().rss
 
 
 class _Bar:
@@ -249,7 +398,8 @@ class _Bar:
 
     def say(self, text: str) -> None:
         if self.rich:
-            self.rich.console.print(text, highlight=False, markup=False)     # an answer may have [brackets] in it
+            # an answer may have [brackets] in it
+            self.rich.console.print(text, highlight=False, markup=False)
         else:
             print(text, flush=True)
 

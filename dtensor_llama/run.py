@@ -2,9 +2,14 @@
 
 import fcntl
 import math
+import os
 import platform
+import shlex
 import signal
 import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +17,8 @@ import torch
 
 from dtensor_llama.data.tokenizer import Tokenizer
 from dtensor_llama.errors import UsageError
+
+LOOK_FOR_LAUNCHER_S = 1.0
 
 # Names in what a checkpoint says about its run, beside the flags that must be the same.
 CONTENT = "the content of --data.path"     # a hash of tokens and masks
@@ -52,15 +59,29 @@ def claim_run_dir(run_dir: Path, fresh: bool):
 
 class StopSignal:
     """`asked` becomes true on SIGTERM or Ctrl-C; the loop finishes its step, writes a checkpoint and ends. A second
-    Ctrl-C ends at once. (torchrun turns one Ctrl-C into an interrupt and a termination, so those two count as one.)
-    So it does when the terminal is closed, unless the run was started with nohup, which goes on then."""
+    Ctrl-C ends at once. (torchrun turns one Ctrl-C into an interrupt and a termination, so those two count as
+    one.) So it does when the terminal is closed, unless the run was started with nohup, which goes on
+    then.
 
-    def __init__(self):
+    launcher_pid: of the torchrun that started this process, if one did. A launcher that is killed (the kernel does it when
+        memory runs out) cannot end its ranks, which would train on and keep the run folder locked. So `asked` becomes true
+        within a second or two of its end, and `say` is told.
+    """
+
+    def __init__(self, launcher_pid: int | None = None, say: Callable[[str], None] = lambda text: None):
         self.asked = False
+        if launcher_pid is not None:
+            threading.Thread(target=self._watch, args=(launcher_pid, say), daemon=True).start()
         signal.signal(signal.SIGTERM, self._ask)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             signal.signal(signal.SIGHUP, self._ask)
         signal.signal(signal.SIGINT, self._ask)
+
+    def _watch(self, launcher_pid: int, say: Callable[[str], None]) -> None:
+        while os.getppid() == launcher_pid:      # an orphan has another parent
+            time.sleep(LOOK_FOR_LAUNCHER_S)
+        say("the launcher is gone; the run stops as if it had been asked to")
+        self.asked = True
 
     def _ask(self, number: int, frame) -> None:
         if number == signal.SIGINT:
@@ -126,12 +147,20 @@ def say_where_things_are(run_dir: Path, rows: list[dict], step: int, steps: int,
     print(f"\nstopped as asked after step {step} of {steps}; the same command goes on from there" if stopped
           else f"\ndone: {step} steps, loss {losses[0]:.3f} -> {sum(last) / len(last):.3f} "
                f"(mean of the last {len(last)})")
-    print(f"run folder    {run_dir}\ntensorboard   tensorboard --logdir {run_dir / 'tensorboard'}\n"
+    # to be typed as they are
+    hf, logs = (shlex.quote(str(run_dir / name)) for name in ("hf", "tensorboard"))
+    print(f"run folder    {run_dir}\ntensorboard   tensorboard --logdir {logs}\n"
           f"loss curve    {run_dir / 'loss.png'}")
     if (run_dir / "hf").is_dir() and not stopped:
         asking = "--chat" if chat else "--prompt 'Once upon a time'"
         print(f"model         {run_dir / 'hf'}   (Hugging Face format)\n"
-              f"try           python recipes/generate.py --model {run_dir / 'hf'} {asking}", flush=True)
+              f"try           python {_neighbour('generate.py')} --model {hf} {asking}", flush=True)
     if chat and (run_dir / "hf").is_dir() and not stopped:
-        print(f"serve         transformers serve {run_dir / 'hf'}   (pip install '.[serve]'), or\n"
-              f"              vllm serve {run_dir / 'hf'}", flush=True)
+        print(f"serve         transformers serve {hf}   (pip install '.[serve]'), or\n"
+              f"              vllm serve {hf}", flush=True)
+
+
+def _neighbour(name: str) -> str:
+    """Another recipe beside the one that runs, as a shell takes it from the current folder."""
+    beside = Path(sys.argv[0]).parent / name
+    return shlex.quote(str(beside)) if beside.is_file() else f"recipes/{name}"

@@ -1,8 +1,9 @@
-"""What a process prints to and hears from: stdout and stderr that cannot end a run, and Ctrl-C before main begins.
+"""What a process prints to and hears from: stdout and stderr that cannot end a run, and Ctrl-C before main
+begins.
 
-Training takes days, and whoever watched it may be gone: a pipe without a reader (`| head -1`), a closed terminal, a full
-disk under a redirected log, an encoding without the character that shall be printed. None of them may cost a step.
-This module imports neither torch nor anything else that takes time.
+Training takes days, and whoever watched it may be gone: a pipe without a reader (`| head -1`), a closed
+terminal, a full disk under a redirected log, an encoding without the character that shall be printed. None of
+them may cost a step. This module imports neither torch nor anything else that takes time.
 """
 
 import contextlib
@@ -16,7 +17,8 @@ STDOUT, STDERR = 1, 2
 
 
 class LastingStream(io.RawIOBase):
-    """The raw end of stdout or stderr. What can no longer be written is dropped, and that is said once, on stderr.
+    """The raw end of stdout or stderr. What can no longer be written is dropped, and that is said once, on
+    stderr.
 
     Where the output is the result of a program (`required`), the error goes on to whoever prints instead."""
 
@@ -38,7 +40,7 @@ class LastingStream(io.RawIOBase):
         while not self.failed:
             try:
                 return os.write(self.fd, data)
-            except BlockingIOError:                                      # somebody made the terminal non-blocking
+            except BlockingIOError:       # somebody made the terminal non-blocking
                 select.select([], [self.fd], [])
             except OSError as error:
                 self.failed = True
@@ -56,10 +58,12 @@ class LastingStream(io.RawIOBase):
 
 
 def make_streams_last(stdout_is_result: bool = False) -> None:
-    """Replace sys.stdout and sys.stderr by streams whose print never raises: not for an encoding, not for a lost reader.
+    """Replace sys.stdout and sys.stderr by streams whose print never raises: not for an encoding, not for a
+    lost reader.
 
-    stdout_is_result: what is printed is what the program is for, so a stdout that cannot be written is an OSError there.
-    Characters that the encoding lacks are written as escapes. Streams that a test or a notebook put there stay."""
+    stdout_is_result: what is printed is what the program is for, so a stdout that cannot be written is an
+    OSError there. Characters that the encoding lacks are written as escapes. Streams that a test or a
+    notebook put there stay."""
     _fill_closed_descriptors()
     for name, fd in (("stdout", STDOUT), ("stderr", STDERR)):
         stream = getattr(sys, name)
@@ -76,18 +80,20 @@ def make_streams_last(stdout_is_result: bool = False) -> None:
                                 line_buffering=is_terminal or fd == STDERR)
         setattr(sys, name, text)
     if sys.stdin is not None and sys.stdin is sys.__stdin__:
-        sys.stdin.reconfigure(errors="surrogateescape")     # bytes that are no text are refused where they are used
+        # bytes that are no text are refused where they are used
+        sys.stdin.reconfigure(errors="surrogateescape")
 
 
 def _fileno(stream) -> int | None:
     try:
         return stream.fileno()
-    except (OSError, ValueError):                                        # of a closed stream, or of one in memory
+    except (OSError, ValueError):         # of a closed stream, or of one in memory
         return None
 
 
 def _fill_closed_descriptors() -> None:
-    """Open what was closed among the descriptors 0, 1 and 2: else the next file that is opened would get what is printed."""
+    """Open what was closed among the descriptors 0, 1 and 2: else the next file that is opened would get what
+    is printed."""
     while True:
         fd = os.open(os.devnull, os.O_RDWR)
         if fd > STDERR:
@@ -100,8 +106,10 @@ def stdout_speaks_utf8() -> bool:
 
 
 def end_quietly_on_ctrl_c() -> None:
-    """Until main begins. A recipe calls this before its long imports, where Ctrl-C would show a page of traceback."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:    # else whoever started us ignores Ctrl-C
+    """Until main begins. A recipe calls this before its long imports, where Ctrl-C would show a page of
+    traceback."""
+    # else whoever started us ignores Ctrl-C
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end_quietly)
 
 

@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from dtensor_llama.config import refuse_adapter
 from dtensor_llama.errors import UsageError
+from dtensor_llama.places import free_bytes, say_full
 
 STAGING_BYTES = 32 << 20    # 8 and 128 MiB load no faster; 32 keeps the Python calls rare
 INDEX = "model.safetensors.index.json"
@@ -420,10 +421,9 @@ def _create(folder: Path, staged: Path, headers: dict[str, bytes], stored: dict[
         shutil.rmtree(leftover, ignore_errors=True)
     staged.mkdir(parents=True)
     total_bytes = sum(_bytes(where.dtype, where.shape) for where in stored.values())
-    free_bytes = shutil.disk_usage(staged).free
-    if total_bytes > free_bytes:
-        raise UsageError(f"{folder}: needs {total_bytes / 1e9:.2f} GB beside what is there, the disk has "
-                         f"{free_bytes / 1e9:.2f} GB free")
+    if total_bytes > free_bytes(staged):
+        raise UsageError(f"{folder} is not written: {say_full(folder, total_bytes)}, beside what is there. "
+                         "The checkpoints stay: recipes/export.py writes the same from the newest one.")
     for file, header in headers.items():
         (staged / file).write_bytes(header)
         its = [where for where in stored.values() if where.file == file]

@@ -18,6 +18,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from dtensor_llama.metrics import DevicePeak
 from memory.kernel import Hyper, Kernel
 from memory.lanes import host_threads
 
@@ -79,9 +80,9 @@ def load_rates(path: Path, device: torch.device, kernel: str = "auto", ranks_per
                measure: Callable[..., Rates] | None = None, say: Callable[[str], None] = lambda text: None) -> Rates:
     """Of this machine as kept in the JSON file `path`; measured (some seconds) and added to it if they are not there.
 
-    A file that cannot be read, or holds something else, is measured and written anew; one that cannot be written is done
-    without. kernel: of AdamW, as --memory.kernel; ranks_per_host: that share the host, and all measure now; say: told of
-    all this."""
+    A file that cannot be read, or holds something else, is measured and written anew; one that cannot be
+    written is done without. kernel: of AdamW, as --memory.kernel; ranks_per_host: that share the host, and
+    all measure now; say: told of all this."""
     key = f"{machine_key(device, ranks_per_host)}; AdamW {Kernel(kernel, device).kind}"
     kept, rates = {}, None
     try:
@@ -91,7 +92,8 @@ def load_rates(path: Path, device: torch.device, kernel: str = "auto", ranks_per
             rates = Rates.from_json(kept[key])
             rates.check()
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        say(f"memory    {path} holds no rates that can be used ({type(error).__name__}: {error}); they are measured anew")
+        say(f"memory    {path} holds no rates that can be used ({type(error).__name__}: {error}); they are "
+            "measured anew")
         kept.pop(key, None)
         rates = None
     if rates is None:
@@ -309,13 +311,15 @@ class Counters:
 
             return cls(resident, lambda: None)
 
+        peak = DevicePeak(device)
+
         def allocators() -> Usage:
             stats, (free, total) = torch.cuda.memory_stats(device), torch.cuda.mem_get_info(device)
-            peak, reserved = stats["allocated_bytes.all.peak"], stats["reserved_bytes.all.current"]
-            return Usage(stats["allocated_bytes.all.current"], peak, stats["reserved_bytes.all.peak"],
-                         max(0, total - free - reserved))
+            allocated, reserved = peak.read()
+            return Usage(stats["allocated_bytes.all.current"], allocated, reserved,
+                         max(0, total - free - stats["reserved_bytes.all.current"]))
 
-        return cls(allocators, lambda: torch.cuda.reset_peak_memory_stats(device))
+        return cls(allocators, peak.reset)      # others who read the same allocator keep their peaks
 
 
 class Tracer:
@@ -328,7 +332,7 @@ class Tracer:
 
     A group's forward is between the module's forward hooks; its backward begins when the gradient of its output arrives and
     ends when the next one's begins. What lies between two groups (the loss) counts for the one before. On a GPU the
-    allocator's peak starts anew at each note, so read it from here meanwhile. Other GPU users count as non-torch memory.
+    allocator's peak starts anew at each note. Other GPU users count as non-torch memory.
     """
 
     def __init__(self, groups: dict[str, nn.Module], device: torch.device, counters: Counters | None = None):

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone works without being installed
+# its neighbours, also as `python -m recipes.benchmark`
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 if __name__ == "__main__":
     from dtensor_llama.terminal import end_quietly_on_ctrl_c
@@ -46,7 +48,7 @@ from dtensor_llama.data.sources import TextOptions
 from dtensor_llama.data.tokenize import prepare_corpus
 from dtensor_llama.data.tokenizer import load_tokenizer
 from dtensor_llama.flops import hardware_flops_per_token, model_flops_per_token, peak_flops
-from dtensor_llama.metrics import GIB, LateReader, PeakMemory
+from dtensor_llama.metrics import GIB, LateReader, MemoryPeaks, PeakMemory
 from dtensor_llama.model import init_weights
 from dtensor_llama.places import cache_folders
 from memory import ChunkManager, Placement
@@ -140,8 +142,9 @@ def main(cfg: BenchmarkConfig) -> None:
     for row in done:
         if row["i"] >= cfg.warmup:
             step_s[row["source"]].append(row["step_seconds"])
-    peaks = torch.tensor(memory.take(), dtype=torch.float64)
-    dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
+    largest = torch.tensor(memory.take(), dtype=torch.float64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    peaks = MemoryPeaks(*largest.tolist())
 
     if rank == 0:
         median_s = statistics.median(step_s["synthetic"])
@@ -160,7 +163,9 @@ def main(cfg: BenchmarkConfig) -> None:
             "mfu_causal": share * model_flops_per_token(config, seq_len, "causal"),
             "hfu": share * hardware_flops_per_token(config, seq_len, cfg.train.recompute),
             "peak_flops": peak, "peak_flops_source": peak_source,
-            "device_memory_gib": peaks[0].item() / GIB, "host_memory_gib": peaks[1].item() / GIB, "loss": done[-1]["loss"],
+            "device_memory_gib": peaks.device / GIB, "device_reserved_gib": peaks.device_reserved / GIB,
+            "host_memory_gib": peaks.host / GIB, "host_pinned_gib": peaks.host_pinned / GIB,
+            "loss": done[-1]["loss"],
         }
         if cfg.memory.placement == "auto":
             result["memory_plan"] = plan_facts(optimizer.manager)

@@ -8,6 +8,7 @@ Face folder and a .jsonl of messages into sft.py, whose hf/ goes to generate.py.
 """
 
 import json
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -59,7 +60,7 @@ def main(cfg: ExampleConfig) -> None:
          "--train.epochs", cfg.epochs, "--train.lr", cfg.lr, "--train.global-batch-size", 4, "--data.validation-share", 0.1)
     after = answers(run_dir / "hf")
     show(before, after, out / "before_after.md")
-    print(f"talk to it: python recipes/generate.py --model {run_dir / 'hf'} --chat")
+    print(f"talk to it: python recipes/generate.py --model {shlex.quote(str(run_dir / 'hf'))} --chat")
 
 
 def fetch(package: str, suffix: str, folder: Path) -> Path:
@@ -134,7 +135,7 @@ def answers(model: Path) -> list[str]:
 def run(recipe: str, *flags, capture: bool = False) -> str:
     """Run another recipe as a user would, said aloud; it has printed its own error when it fails."""
     command = [recipe, *map(str, flags)]
-    print("$ python", *(f"'{part}'" if " " in part else part for part in command), flush=True)
+    print("$ python", shlex.join(command), flush=True)
     done = subprocess.run([sys.executable, ROOT / recipe, *command[1:]], stdout=subprocess.PIPE if capture else None, text=True)
     if done.returncode:
         sys.exit(done.returncode)
@@ -145,7 +146,8 @@ def show(before: list[str], after: list[str], file: Path) -> None:
     """Print the answers to QUESTIONS side by side, and write them to `file` as a Markdown table."""
     table = Table("question", "before", "after", show_lines=True)
     for row in zip(QUESTIONS, before, after, strict=True):
-        table.add_row(*map(Text, row))       # as it is: rich would read an answer's [brackets] as its own markup
+        # as it is: rich would read an answer's [brackets] as its own markup
+        table.add_row(*map(Text, row))
     Console().print(table)
     cells = zip(("question", "---", *QUESTIONS), ("before", "---", *before), ("after", "---", *after), strict=True)
     lines = (" | ".join(" ".join(text.split()).replace("|", "/") for text in row) for row in cells)

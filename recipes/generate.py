@@ -154,8 +154,10 @@ def main(cfg: GenerateConfig) -> None:
     for first in range(0, len(texts), cfg.batch_size) if len(texts) > 1 or cfg.json else ():
         batch = slice(first, first + cfg.batch_size)
         for number, (text, more) in enumerate(zip(texts[batch], continue_all(prompts[batch]), strict=True), first + 1):
-            say(json.dumps({"prompt": text, "text": more}, ensure_ascii=not stdout_speaks_utf8()) + "\n" if cfg.json else
-                f"==== {number} of {len(texts)}: {text}\n{more}\n")
+            if cfg.json:
+                say(json.dumps({"prompt": text, "text": more}, ensure_ascii=not stdout_speaks_utf8()) + "\n")
+            else:
+                say(f"==== {number} of {len(texts)}: {text}\n{more}\n")
     stop_process_group()
 
 
@@ -192,8 +194,8 @@ def talk(cfg: GenerateConfig, config: LlamaConfig, template, continue_all, say, 
 
 
 def read_prompts(cfg: GenerateConfig) -> list[str]:
-    """What --prompt and --prompts-file say. A line of the file ends at a newline only: other separators that Unicode has,
-    such as a form feed or U+2028, are characters of a prompt."""
+    """What --prompt and --prompts-file say. A line of the file ends at a newline only: other separators that
+    Unicode has, such as a form feed or U+2028, are characters of a prompt."""
     prompts = [as_text(prompt, "--prompt") for prompt in cfg.prompt]
     if cfg.prompts_file is None:
         return prompts
@@ -205,22 +207,25 @@ def read_prompts(cfg: GenerateConfig) -> list[str]:
         try:
             text = line.removesuffix(b"\r").decode()
         except UnicodeDecodeError as error:
-            raise UsageError(f"--prompts-file {cfg.prompts_file}, line {number}: byte 0x{line[error.start]:02x} is not UTF-8 "
-                             "text; convert the file (iconv -t utf-8) or leave the line out.") from None
+            raise UsageError(f"--prompts-file {cfg.prompts_file}, line {number}: byte "
+                             f"0x{line[error.start]:02x} is not UTF-8 text; convert the file (iconv -t "
+                             "utf-8) or leave the line out.") from None
         if text.strip():
             prompts.append(text)
     return prompts
 
 
 def as_text(argument: str, flag: str) -> str:
-    """What was typed, read as UTF-8 whatever the terminal's encoding is said to be. UsageError if it is not that."""
-    typed = argument.encode("utf-8", "surrogateescape")      # bytes that Python could not decode stand in it as these
+    """What was typed, read as UTF-8 whatever the terminal's encoding is said to be. UsageError if it is not
+    that."""
+    # bytes that Python could not decode stand in it as these
+    typed = argument.encode("utf-8", "surrogateescape")
     try:
         return typed.decode()
     except UnicodeDecodeError as error:
         shown = argument[:40].encode("ascii", "backslashreplace").decode()
-        raise UsageError(f"{flag} {shown}: byte 0x{typed[error.start]:02x} is not UTF-8 text; give the text in UTF-8, in a "
-                         "--prompts-file if the terminal cannot.") from None
+        raise UsageError(f"{flag} {shown}: byte 0x{typed[error.start]:02x} is not UTF-8 text; give the text "
+                         "in UTF-8, in a --prompts-file if the terminal cannot.") from None
 
 
 def encode(cfg: GenerateConfig, text: str, tokenizer, config: LlamaConfig, template) -> list[int]:

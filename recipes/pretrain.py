@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone works without being installed
+# its neighbours, also as `python -m recipes.pretrain`
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 if __name__ == "__main__":
     from dtensor_llama.terminal import end_quietly_on_ctrl_c
@@ -203,7 +205,8 @@ def main(cfg: PretrainConfig) -> None:
         describe_run(cfg, model_config, layout, rows, n_micros, f"{kernel} ({why})", peak, peak_source, device, log)
 
     # ---- 4. The loop -----------------------------------------------------------------------------------------------
-    stop, stopped = StopSignal(), False
+    stop = StopSignal(launch.launcher_pid, say=log.say if log else lambda text: None)
+    stopped = False
     pictures = StepPictures(cfg, layout, mesh, optimizer, device, first_step=step)
     reading, skipped = LateReader(device), SkippedSteps(cfg.train.skip_nonfinite)
     while step < cfg.train.steps and not stopped:
@@ -222,9 +225,10 @@ def main(cfg: PretrainConfig) -> None:
         pictures.after(step, log.say if log else None)
         peaks = torch.tensor(memory.take(), dtype=torch.float64)       # of the step's launches: the allocator is the host's
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-        device_gib, host_gib = (peaks / GIB).tolist()
+        device_gib, host_gib, reserved_gib, _ = (peaks / GIB).tolist()
         reading.put({"step": step, "lr": lr, "tokens": reader.position * seq_len,
-                     "device_memory_gib": device_gib, "host_memory_gib": host_gib}, loss, grad_norm)
+                     "device_memory_gib": device_gib, "device_reserved_gib": reserved_gib,
+                     "host_memory_gib": host_gib}, loss, grad_norm)
         last = stopped or step == cfg.train.steps
         saves = cfg.checkpoint.every and (step % cfg.checkpoint.every == 0 or last)
         validates = rows.n_validation and cfg.train.validate_every and (
@@ -307,7 +311,8 @@ def set_up(cfg: "PretrainConfig", model: Llama, layout: ParallelConfig, n_micros
         embedding = model.model.embed_tokens
         tied_over_stages = model.config.tie_word_embeddings and layout.pp > 1 and embedding is not None
         ranks_per_host = read_launch().ranks_per_host
-        rates_file = readable(cache_folders(cfg.data.cache_dir, cfg.run_dir))[0] / "rates.json"     # measured once
+        # measured once
+        rates_file = readable(cache_folders(cfg.data.cache_dir, cfg.run_dir))[0] / "rates.json"
         # What a step will compute, as if at the speed of matrix products all through: placement auto measures it later.
         seconds_per_flop = cfg.train.global_batch_size * seq_len / dist.get_world_size() / matmul_flops(device, dtype)
         forward_s = seconds_per_flop * model_flops_per_token(model.config, seq_len) / 3

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone works without being installed
+# its neighbours, also as `python -m recipes.sft`
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 if __name__ == "__main__":
     from dtensor_llama.terminal import end_quietly_on_ctrl_c
@@ -238,7 +240,8 @@ def main(cfg: SftConfig) -> None:
             log.say("answers   none are sampled in training: no rank of a pipeline or of cp sees whole rows in a whole model")
 
     # ---- 4. The loop -----------------------------------------------------------------------------------------------
-    stop, stopped = StopSignal(), False
+    stop = StopSignal(launch.launcher_pid, say=log.say if log else lambda text: None)
+    stopped = False
     pictures = StepPictures(cfg, layout, mesh, optimizer, device, first_step=step)
     reading, skipped = LateReader(device), SkippedSteps(cfg.train.skip_nonfinite)
     while step < cfg.train.steps and not stopped:
@@ -259,9 +262,10 @@ def main(cfg: SftConfig) -> None:
         pictures.after(step, log.say if log else None)
         peaks = torch.tensor(memory.take(), dtype=torch.float64)       # of the step's launches: the allocator is the host's
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-        device_gib, host_gib = (peaks / GIB).tolist()
+        device_gib, host_gib, reserved_gib, _ = (peaks / GIB).tolist()
         reading.put({"step": step, "lr": lr, "tokens": reader.position * seq_len,
-                     "device_memory_gib": device_gib, "host_memory_gib": host_gib}, loss, grad_norm)
+                     "device_memory_gib": device_gib, "device_reserved_gib": reserved_gib,
+                     "host_memory_gib": host_gib}, loss, grad_norm)
         last = stopped or step == cfg.train.steps
         saves = cfg.checkpoint.every and (step % cfg.checkpoint.every == 0 or last)
         validates = rows.n_validation and cfg.train.validate_every and (

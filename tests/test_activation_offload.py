@@ -12,6 +12,7 @@ from pool import run_on
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from versions import marks_for
 
 from dtensor_llama import Llama, LlamaConfig
 from dtensor_llama.data.reader import Batch
@@ -250,7 +251,8 @@ def step_under(layout: dict, recompute: str, in_flight: int, offload: bool):
 
 
 @pytest.mark.parametrize("recompute", ["full", "none"])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=marks_for(layout.get("schedule"))) for name, (_, layout, _) in LAYOUTS.items()])
 def test_every_layout_gives_the_same_bits_with_block_inputs_offloaded(name, recompute):
     ranks, layout, in_flight = LAYOUTS[name]
     expected = run_on(ranks, step_under, layout, recompute, in_flight, False)

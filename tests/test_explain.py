@@ -15,6 +15,7 @@ from recipe import recipe
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from versions import marks_for
 
 from dtensor_llama import Llama, LlamaConfig, loss
 from dtensor_llama.data.reader import Batch
@@ -139,7 +140,12 @@ def small(ranks: int, layout: dict, recompute: str = "none", **more) -> Run:
 FAST = ("zero-0", "zero-3", "hsdp-zero-1", "tp-no-sp-recompute", "ulysses-recompute", "ring", "pp-dp", "cp-tp")
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case in FAST else pytest.mark.slow) for case in TRAFFIC])
+def traffic_case(name: str):
+    marks = marks_for(TRAFFIC[name][1].get("schedule"))
+    return pytest.param(name, marks=marks if name in FAST else [*marks, pytest.mark.slow])
+
+
+@pytest.mark.parametrize("case", map(traffic_case, TRAFFIC))
 def test_the_collectives_of_a_step_are_those_explained(case, monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", CHUNK)
     run = small(*TRAFFIC[case])
@@ -219,7 +225,7 @@ def real_order(run: Run):
     return recorder.gather()
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", [pytest.param(name, marks=marks_for(name)) for name in SCHEDULES])
 def test_a_step_runs_in_the_order_explained(schedule):
     run = replace(small(2, {"pp": 2, "schedule": schedule}), n_micros=4)
     events = run_on(2, real_order, run)[0]

@@ -10,6 +10,7 @@ from pool import run_on
 from safetensors.torch import load_file
 from test_one_answer import GQA, ROWS, rows_of, whole_weights
 from torch.testing import assert_close
+from versions import marks_for
 
 from dtensor_llama import Llama, UsageError, save_hf
 from dtensor_llama.data.reader import Batch
@@ -82,7 +83,7 @@ def one_process(shape: str) -> dict:
 def case(ranks: int, shape: str = "gqa", micro: int = 1, recompute: str = "none", slow: bool = False, **layout):
     name = " ".join([f"{key}={value}" for key, value in layout.items()] or ["dp"]) + f" {ranks} {shape} {recompute}"
     return pytest.param(ranks, shape, micro, recompute, ParallelConfig(**layout), id=name,
-                        marks=[pytest.mark.slow] if slow else [])
+                        marks=[*marks_for(layout.get("schedule")), *[pytest.mark.slow] * slow])
 
 
 @pytest.mark.parametrize("ranks,shape,micro,recompute,layout", [

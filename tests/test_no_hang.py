@@ -57,6 +57,23 @@ def test_elastic_restart_goes_on_from_the_newest_checkpoint(inputs, reference, t
         assert abs(ours["loss"] - one_process["loss"]) < 2e-5
 
 
+def test_ranks_whose_launcher_was_killed_write_a_checkpoint_and_leave_within_seconds(inputs, tmp_path):
+    """As the kernel does when memory runs out. The folder is free again: the same command goes on."""
+    run_dir = tmp_path / "run"
+    job = torchrun(flags(inputs, run_dir, "--checkpoint.every", 100_000, steps=100_000))
+    wait_for_rows(run_dir, 3, job)
+    ranks = ranks_of(job)
+    job.kill()
+    gone, alive = psutil.wait_procs(ranks, timeout=30)
+    for rank in alive:
+        rank.kill()
+    assert len(gone) == 2 and not alive
+    (saved,) = (run_dir / "checkpoints").iterdir()
+    assert saved.name == f"step-{metrics(run_dir)[-1]['step']:08d}"
+    said = job.communicate(timeout=30)[0]
+    assert "the launcher is gone" in said and "Traceback" not in said
+
+
 @pytest.mark.slow
 def test_a_run_that_trained_exits_with_0_every_time(inputs, tmp_path):
     for attempt in range(15):

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pool import run_on
 from torch.distributed.tensor import DTensor
+from versions import marks_for
 
 from dtensor_llama import Llama, LlamaConfig, UsageError
 from dtensor_llama.data.reader import Batch
@@ -110,7 +111,8 @@ def case(ranks: int, shape: str = "gqa", micro: int = 1, masked: bool = True, re
     words += [word for word, said in ((shape, shape != "gqa"), (f"micro={micro}", micro != 1), ("unmasked", not masked),
                                       (f"recompute={recompute}", recompute != "none")) if said]
     name = f"{' '.join(words) or 'dp'} on {ranks}"
-    return pytest.param(ranks, ParallelConfig(**layout), shape, micro, masked, recompute, id=name)
+    return pytest.param(ranks, ParallelConfig(**layout), shape, micro, masked, recompute, id=name,
+                        marks=marks_for(layout.get("schedule")))
 
 
 RING = {"cp_method": "ring"}

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from pool import RankFailed, run_on
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
+from versions import marks_for, needs_split_backward
 
 from dtensor_llama import Llama, LlamaConfig, UsageError
 from dtensor_llama.data.reader import Batch
@@ -72,8 +73,11 @@ def test_stages_lie_in_a_loop_or_a_v(schedule, pp, virtual_stages, placement):
     ((2, "dualpipev", 2, 3), "each of its 4 stages and .* 3 microbatches.*schedule zbv"),
     ((2, "interleaved-1f1b", 2, 5), "5 microbatches a step, which 2 rounds do not divide; use 4 or 6"),
     ((2, "zero-bubble", 2, 7), "use 6 or 8 microbatches"),
-    ((2, "zbv", 2, 4, "selective"), "schedule zbv .* two halves, .*--train.recompute selective.* or --train.recompute full"),
-    ((2, "zero-bubble", 2, 4, "none", True), "schedule zero-bubble .* two halves, .*--train.compile"),
+    pytest.param((2, "zbv", 2, 4, "selective"),
+                 "schedule zbv .* two halves, .*--train.recompute selective.* or --train.recompute full",
+                 marks=needs_split_backward),
+    pytest.param((2, "zero-bubble", 2, 4, "none", True),
+                 "schedule zero-bubble .* two halves, .*--train.compile", marks=needs_split_backward),
 ])
 def test_what_cannot_run_is_refused_with_the_flag_the_rule_and_a_way_out(asked, said):
     with pytest.raises(UsageError, match=said) as error:
@@ -163,7 +167,7 @@ def assert_one_answer(cases, ranks):
             assert difference < 1e-4, f"{case}, {name}: {difference}"
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", [pytest.param(name, marks=marks_for(name)) for name in SCHEDULES])
 def test_every_schedule_gives_the_losses_and_gradients_of_one_process(schedule):
     virtual_stages = 2 if schedule == "zero-bubble" else SCHEDULES[schedule].default_virtual_stages
     assert_one_answer([(config, schedule, virtual_stages, n_micros, documents, recompute)
@@ -174,10 +178,15 @@ def test_every_schedule_gives_the_losses_and_gradients_of_one_process(schedule):
 
 def test_four_ranks_with_uneven_layers_give_the_answer_of_one_process():
     assert_one_answer([(LLAMA, "1f1b", 1, 4, False, "none"), (TIED, "1f1b", 1, 7, True, "selective"),
-                       (TIED, "gpipe", 1, 3, False, "none"), (TIED, "zero-bubble", 1, 6, True, "full")], ranks=4)
+                       (TIED, "gpipe", 1, 3, False, "none")], ranks=4)
 
 
-@pytest.mark.parametrize("schedule", ["interleaved-1f1b", "zbv"])
+@needs_split_backward
+def test_four_ranks_with_uneven_layers_and_halves_of_backward_give_the_answer_of_one_process():
+    assert_one_answer([(TIED, "zero-bubble", 1, 6, True, "full")], ranks=4)
+
+
+@pytest.mark.parametrize("schedule", ["interleaved-1f1b", pytest.param("zbv", marks=needs_split_backward)])
 def test_few_microbatches_leave_bubbles_but_no_errors(schedule):
     assert_one_answer([(TIED, schedule, 2, 2, False, "none"), (LLAMA, schedule, 2, 3, True, "none")], ranks=2)
 
@@ -217,10 +226,10 @@ def trained_by_one_process(steps, n_micros):
     return losses, {name: p.detach() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("layout", [
+@pytest.mark.parametrize("layout", [pytest.param(layout, marks=marks_for(layout["schedule"])) for layout in (
     dict(schedule="1f1b"), dict(schedule="zbv"), dict(schedule="zero-bubble", virtual_stages=2, zero_stage=1),
     dict(schedule="interleaved-1f1b", dp_replicate=2, dp_shard=1), dict(schedule="dualpipev", zero_stage=0),
-], ids=lambda layout: "-".join(map(str, layout.values())))
+)], ids=lambda layout: "-".join(map(str, layout.values())))
 def test_five_adamw_steps_with_zero_or_hsdp_equal_one_process(layout):
     losses, weights = trained_by_one_process(5, 4)
     ranks = run_on(4, train, 5, 4, {"pp": 2, **layout})
@@ -242,44 +251,46 @@ class CountCollectives(TorchDispatchMode):
         return op(*args, **kwargs or {})
 
 
-def collectives_of_a_step(layouts, n_micros_each):
+def collectives_of_a_step(layout, n_micros_each):
     counted = []
-    for layout in layouts:
-        for n_micros in n_micros_each:
-            _, runner, *_ = build(LlamaConfig(**SHAPE, num_hidden_layers=8), n_micros, **layout)
-            micros = make_micros(n_micros)
-            with CountCollectives() as counts:
-                runner.step(micros, 1)
-            counted.append((counts["_allgather_base_"], counts["_reduce_scatter_base_"]))
+    for n_micros in n_micros_each:
+        _, runner, *_ = build(LlamaConfig(**SHAPE, num_hidden_layers=8), n_micros, **layout)
+        micros = make_micros(n_micros)
+        with CountCollectives() as counts:
+            runner.step(micros, 1)
+        counted.append((counts["_allgather_base_"], counts["_reduce_scatter_base_"]))
     return counted
 
 
-def test_zero_traffic_of_a_step_does_not_grow_with_microbatches():
-    layouts = [dict(pp=2, schedule="1f1b"), dict(pp=2, schedule="interleaved-1f1b", virtual_stages=4),
-               dict(pp=2, schedule="dualpipev")]
-    # What is gathered at once: a block, of which each rank has 4; the embedding; the norm with the head.
-    groups = {"dualpipev": (6, 4)}                                   # the first rank of a V has both ends
-    for rank, counts in enumerate(run_on(4, collectives_of_a_step, layouts, (4, 8))):
-        for layout, few, many in zip(layouts, counts[::2], counts[1::2], strict=True):
-            each = groups.get(layout["schedule"], (5, 5))[rank // 2]
-            assert few == many == (each, each), (rank, layout)
+# groups: what is gathered at once, on the ranks of each stage. A block is one, and each rank has 4; so is the
+# embedding, and the norm with the head. The first rank of a V has both ends.
+@pytest.mark.parametrize("layout,groups", [
+    (dict(pp=2, schedule="1f1b"), (5, 5)),
+    (dict(pp=2, schedule="interleaved-1f1b", virtual_stages=4), (5, 5)),
+    pytest.param(dict(pp=2, schedule="dualpipev"), (6, 4), marks=needs_split_backward),
+], ids=["1f1b", "interleaved-1f1b", "dualpipev"])
+def test_zero_traffic_of_a_step_does_not_grow_with_microbatches(layout, groups):
+    for rank, (few, many) in enumerate(run_on(4, collectives_of_a_step, layout, (4, 8))):
+        each = groups[rank // 2]
+        assert few == many == (each, each), rank
 
 
-def blocks_computed(cases):
-    counted = []
-    for schedule, recompute in cases:
-        model, runner, *_ = build(LLAMA, 4, recompute, pp=2, schedule=schedule)
-        blocks, forwards = [block for block in model.model.layers if block is not None], []
-        for block in blocks:
-            block.mlp.register_forward_pre_hook(partial(lambda forwards, *_: forwards.append(1), forwards))
-        runner.step(make_micros(4), 1)
-        counted.append(len(forwards) / 4 / len(blocks))
-    return counted
+def blocks_computed(schedule, recompute):
+    model, runner, *_ = build(LLAMA, 4, recompute, pp=2, schedule=schedule)
+    blocks, forwards = [block for block in model.model.layers if block is not None], []
+    for block in blocks:
+        block.mlp.register_forward_pre_hook(partial(lambda forwards, *_: forwards.append(1), forwards))
+    runner.step(make_micros(4), 1)
+    return len(forwards) / 4 / len(blocks)
 
 
-def test_full_recompute_costs_one_forward_per_backward_or_half_of_one():
-    first, last = run_on(2, blocks_computed, [("1f1b", "none"), ("1f1b", "full"), ("zero-bubble", "full")])
-    assert first == [1, 2, 2] and last == [1, 2, 3]      # the first stage's halves are one: it has no input gradient
+@pytest.mark.parametrize("schedule,recompute,first,last", [
+    ("1f1b", "none", 1, 1), ("1f1b", "full", 2, 2),
+    # The first stage has no input gradient, so its halves are one.
+    pytest.param("zero-bubble", "full", 2, 3, marks=needs_split_backward),
+])
+def test_full_recompute_costs_one_forward_per_backward_or_half_of_one(schedule, recompute, first, last):
+    assert run_on(2, blocks_computed, schedule, recompute) == [first, last]
 
 
 # ---- The picture, and what goes wrong ----
@@ -293,7 +304,7 @@ def recorded_step(schedule):
     return recorder.gather()
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+@pytest.mark.parametrize("schedule", ["1f1b", pytest.param("zbv", marks=needs_split_backward)])
 def test_a_recorded_step_has_each_action_once_in_order_and_can_be_drawn(schedule, tmp_path):
     events, nothing = run_on(2, recorded_step, schedule)
     assert nothing is None

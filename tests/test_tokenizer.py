@@ -261,7 +261,46 @@ def test_the_fingerprint_changes_with_the_content_and_with_bos(json_file):
     assert load_tokenizer(json_file).fingerprint != first
 
 
-@pytest.mark.parametrize("options", [{"model_type": "unigram"}, {"normalization_rule_name": "nmt_nfkc"}])
+KINDS = {
+    "unigram": {"model_type": "unigram"},
+    "nfkc": {"normalization_rule_name": "nmt_nfkc"},
+    "unigram, nfkc": {"model_type": "unigram", "normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True},
+    "nfkc without bytes": {"normalization_rule_name": "nfkc", "byte_fallback": False, "remove_extra_whitespaces": True},
+    "casefolded": {"normalization_rule_name": "nmt_nfkc_cf"},
+    "fewer spaces": {"remove_extra_whitespaces": True},
+    "symbols": {"user_defined_symbols": ["<sep>", "self", "<sep><sep>"]},
+    "unigram, symbols": {"model_type": "unigram", "user_defined_symbols": ["<sep>", "self"]},
+    "no dummy prefix": {"add_dummy_prefix": False},
+    "characters": {"model_type": "char", "byte_fallback": False},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_sentencepiece_model_trains_and_is_exported_with_its_ids(tmp_path, kind):
+    from transformers import AutoTokenizer
+
+    model = train_pieces(tmp_path, **KINDS[kind])
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    tokenizer = load_tokenizer(model)
+    texts = [*HARD, TEXT, "<sep>a", "a<sep><sep> self\r\n\r\nﬁ Å ½ ＡＢ", "<0x0A>"]
+    assert tokenizer.encode_batch(texts) == reference.encode(texts)
+    (tmp_path / "long.txt").write_text(TEXT)
+    corpus = prepare_corpus([tmp_path / "long.txt"], tokenizer, tmp_path / "cache", processes=1)
+    assert corpus.tokens.tolist() == [1, *reference.encode(TEXT), 2]
+    tokenizer.save(tmp_path / "hf")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in texts:
+        if "</s>" not in text:             # transformers reads it as the control token
+            assert theirs(text).input_ids == [1, *reference.encode(text)], text
+    again = load_tokenizer(tmp_path / "hf")
+    assert again.fingerprint == tokenizer.fingerprint
+    assert again.decode(again.encode("a b")) == reference.decode(reference.encode("a b"))
+    again.save(tmp_path / "again")
+    for file in (tmp_path / "hf").iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize("options", [{"treat_whitespace_as_suffix": True}, {"model_type": "word", "byte_fallback": False}])
 def test_a_sentencepiece_model_without_an_exact_tokenizer_json_is_refused(tmp_path, options):
     with pytest.raises(UsageError, match=r"m\.model.*Give a tokenizer\.json instead"):
         load_tokenizer(train_pieces(tmp_path, **options))

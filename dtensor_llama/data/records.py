@@ -1,7 +1,7 @@
 """Records of the files that are not one JSON object a line: .json, .csv and .tsv, .arrow.
 
-Each reader gives (where, record) in the order of the file, with `where` as in "line 3". Every defect is a UsageError: of a file
-that is not what its name says, nothing is guessed and nothing passed over.
+Each reader gives (where, record) in the order of the file, with `where` as in "line 3". Every defect is a
+UsageError: of a file that is not what its name says, nothing is guessed and nothing passed over.
 """
 
 import csv
@@ -16,12 +16,14 @@ from dtensor_llama.errors import UsageError
 
 BLANKS = re.compile(r"[ \t\r\n]*")                  # what JSON allows between its parts
 # Fields under which a whole data set stands in an object, as in {"version": "1.0", "data": [...]}.
-WRAPPERS = ("data", "train", "rows", "instances", "examples", "records", "items", "samples", "dataset", "entries")
+WRAPPERS = ("data", "train", "rows", "instances", "examples", "records", "items", "samples", "dataset",
+            "entries")
 
 
 def json_records(text: str, given: str, text_field: str | None) -> Iterator[tuple[str, dict]]:
-    """The objects of a .json: those of a list, or of several lists one after another, or objects one after another, over one
-    line or many; or the list in an object like {"data": [...]}. given: "--data.path FILE". text_field: of plain texts."""
+    """The objects of a .json: those of a list, or of several lists one after another, or objects one after
+    another, over one line or many; or the list in an object like {"data": [...]}. given: "--data.path FILE".
+    text_field: of plain texts."""
     for where, value in _Json(text, given).values():
         if not isinstance(value, dict):
             raise UsageError(f"{given}, {where}: expected a JSON object, found {type(value).__name__}.")
@@ -36,14 +38,18 @@ def _wrapper(value: dict, where: str, text_field: str | None) -> str | None:
     """The field of `value` that holds all records, if it is no record itself."""
     if text_field in value:
         return None
-    lists = [name for name, held in value.items() if isinstance(held, list) and all(isinstance(one, dict) for one in held)]
+    lists = [name for name, held in value.items() if _is_list_of_objects(held)]
     found = [name for name in lists if name.lower() in WRAPPERS]
     if not found:
         return None
     if len(lists) > 1:
-        raise UsageError(f"{where}: an object with several lists of records, {' and '.join(lists)}; put the one to train on "
-                         "into a file of its own.")
+        raise UsageError(f"{where}: an object with several lists of records, {' and '.join(lists)}; put the "
+                         "one to train on into a file of its own.")
     return found[0]
+
+
+def _is_list_of_objects(value) -> bool:
+    return isinstance(value, list) and all(isinstance(one, dict) for one in value)
 
 
 class _Json:
@@ -88,7 +94,8 @@ class _Json:
         char = self.text[self.at]
         if char in ",]":
             what = "comma" if char == "," else "']'"
-            raise self._broken(f"a {what} where a record should begin; records separated by commas stand in [ ]")
+            raise self._broken(f"a {what} where a record should begin; records separated by commas stand in "
+                               "[ ]")
         try:
             value, self.at = self.decoder.raw_decode(self.text, self.at)
         except json.JSONDecodeError as error:
@@ -106,13 +113,14 @@ class _Json:
         return UsageError(f"{self.given}, {self._where()}: broken JSON ({reason}).")
 
     def _not_closed(self, opened_in: str) -> UsageError:
-        return UsageError(f"{self.given}: the array is not closed, which begins in {opened_in}; the file is cut short: fetch "
-                          "it again.")
+        return UsageError(f"{self.given}: the array is not closed, which begins in {opened_in}; the file is "
+                          "cut short: fetch it again.")
 
 
 def csv_records(lines: Iterator[str], given: str, delimiter: str) -> Iterator[tuple[str, dict]]:
-    """The rows of a .csv or .tsv under its header line, as {column: text}. A header without a comma but with semicolons or
-    tabs says that those are the delimiter, as spreadsheets write where the comma is for decimals."""
+    """The rows of a .csv or .tsv under its header line, as {column: text}. A header without a comma but with
+    semicolons or tabs says that those are the delimiter, as spreadsheets write where the comma is for
+    decimals."""
     csv.field_size_limit(sys.maxsize)               # a field is a whole document
     header_line = next(lines, "")
     if delimiter not in header_line:
@@ -123,8 +131,9 @@ def csv_records(lines: Iterator[str], given: str, delimiter: str) -> Iterator[tu
         try:
             row = next(rows, None)
         except csv.Error as error:
-            raise UsageError(f"{given}, line {first_line}: broken CSV ({error}); a field with a quote, a line break or the "
-                             "delimiter in it stands in double quotes, and a quote in there is doubled.") from None
+            raise UsageError(f"{given}, line {first_line}: broken CSV ({error}); a field with a quote, a "
+                             "line break or the delimiter in it stands in double quotes, and a quote in "
+                             "there is doubled.") from None
         where, first_line = f"{given}, line {first_line}", rows.line_num + 1
         if row is None:
             return
@@ -134,11 +143,13 @@ def csv_records(lines: Iterator[str], given: str, delimiter: str) -> Iterator[tu
             columns = row
             twice = next((name for name in columns if columns.count(name) > 1), None)
             if twice is not None:
-                raise UsageError(f"{where}: the column {twice!r} is there twice; give each column a name of its own.")
+                raise UsageError(f"{where}: the column {twice!r} is there twice; give each column a name of "
+                                 "its own.")
             continue
         if len(row) != len(columns):
             raise UsageError(f"{where}: {len(row)} fields, and the header has {len(columns)} columns ("
-                             f"{', '.join(columns[:20])}); a field with the delimiter in it stands in double quotes.")
+                             f"{', '.join(columns[:20])}); a field with the delimiter in it stands in double "
+                             "quotes.")
         yield where.removeprefix(f"{given}, "), dict(zip(columns, row, strict=True))
 
 
@@ -149,13 +160,15 @@ def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
 
 
 def open_arrow(file, given: str):
-    """The reader of an Arrow file, or of an Arrow stream, which is what the datasets library writes under the same ending."""
+    """The reader of an Arrow file, or of an Arrow stream, which is what the datasets library writes under the
+    same ending."""
     head = file.read(8)
     file.seek(-4, 2)
     tail = file.read(4)
     file.seek(0)
     if head.startswith(b"FEA1"):
-        raise UsageError(f"{given}: Feather of version 1, which is not read; write it anew with pyarrow or as .parquet.")
+        raise UsageError(f"{given}: Feather of version 1, which is not read; write it anew with pyarrow or "
+                         "as .parquet.")
     if head.startswith(b"ARROW1"):
         return pa.ipc.open_file(pa.PythonFile(file, mode="r"))
     if tail != b"\0\0\0\0":

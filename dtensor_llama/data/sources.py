@@ -20,7 +20,13 @@ import pyarrow.parquet as pq
 
 from dtensor_llama.data.cut import WINDOW_CHARS, Cutter
 from dtensor_llama.data.records import arrow_batches, csv_records, json_records, open_arrow
-from dtensor_llama.data.unpack import COMPRESSIONS, NEEDS_WINDOW, UNPACK_ERRORS, open_compressed, say_long_window
+from dtensor_llama.data.unpack import (
+    COMPRESSIONS,
+    NEEDS_WINDOW,
+    UNPACK_ERRORS,
+    open_compressed,
+    say_long_window,
+)
 from dtensor_llama.errors import BadRecord, UsageError
 from dtensor_llama.places import expanded, hub_hint
 
@@ -94,8 +100,8 @@ class Chunk:
 def expand_paths(patterns: Sequence[str | Path], formats: tuple[str, ...] = FORMATS) -> list[Path]:
     """The files that `patterns` (files and globs, `**` too) name: absolute, sorted, each once, of `formats`.
 
-    A link keeps its own name, as its ending says what the file holds: in the cache of the Hugging Face Hub data.jsonl is a
-    link to a file that is called by its hash. Of two links to one file the first counts."""
+    A link keeps its own name, as its ending says what the file holds: in the cache of the Hugging Face Hub
+    data.jsonl is a link to a file that is called by its hash. Of two links to one file the first counts."""
     files = {}
     for pattern in patterns:
         matches = _matches(str(pattern))
@@ -103,20 +109,21 @@ def expand_paths(patterns: Sequence[str | Path], formats: tuple[str, ...] = FORM
             files.setdefault(os.path.realpath(match), set()).add(Path(os.path.abspath(match)))
     if not files:
         raise UsageError("--data.path: no file was named; give files or patterns such as 'data/**/*.txt'.")
-    chosen = sorted(_named_by_its_kind(sorted(names), Path(target), formats) for target, names in files.items())
-    for file in chosen:
+    chosen = [_named_by_its_kind(sorted(names), Path(target), formats) for target, names in files.items()]
+    for file in sorted(chosen):
         _format_of(file, formats)
-    return chosen
+    return sorted(chosen)
 
 
 def _matches(pattern: str) -> list[Path]:
     """The files of one argument, at least one. UsageError for what is there and cannot be read as a file."""
     path = Path(expanded(pattern, "--data.path"))
     if path.is_dir():
-        raise UsageError(f"--data.path {pattern}: is a folder; name the files in it, as in '{pattern}/**/*.jsonl'.")
+        raise UsageError(f"--data.path {pattern}: is a folder; name the files in it, as in "
+                         f"'{pattern}/**/*.jsonl'.")
     if path.exists() and not path.is_file():
-        raise UsageError(f"--data.path {pattern}: is a pipe or a device, and the data is read more than once; write it to "
-                         "a file first.")
+        raise UsageError(f"--data.path {pattern}: is a pipe or a device, and the data is read more than "
+                         "once; write it to a file first.")
     if os.path.lexists(path):
         matches = [path]
     else:
@@ -124,12 +131,13 @@ def _matches(pattern: str) -> list[Path]:
         matches = [Path(match) for match in found if not os.path.isdir(match)]
     for match in matches:
         if match.is_symlink() and not match.exists():
-            raise UsageError(f"--data.path {match}: is a link to {os.readlink(match)}, which is not there; fetch the data "
-                             "again, or leave the link out.")
+            raise UsageError(f"--data.path {match}: is a link to {os.readlink(match)}, which is not there; "
+                             "fetch the data again, or leave the link out.")
     matches = [match for match in matches if match.is_file()]
     if not matches:
         hint = hub_hint(pattern, "dataset")
-        raise UsageError(f"--data.path {pattern}: no file matches; give files or patterns such as 'data/**/*.txt'.{hint}")
+        raise UsageError(f"--data.path {pattern}: no file matches; give files or patterns such as "
+                         f"'data/**/*.txt'.{hint}")
     return matches
 
 
@@ -325,8 +333,8 @@ def _object_of_line(line: bytes, path: Path, number: int) -> dict:
 
 def _checked_object(row, where: str) -> dict:
     if not isinstance(row, dict):
-        raise BadRecord(where, f"expected a JSON object, found {type(row).__name__}", "a .jsonl holds one object a line, a list "
-                        "of them goes into a .json.")
+        raise BadRecord(where, f"expected a JSON object, found {type(row).__name__}",
+                        "a .jsonl holds one object a line, a list of them goes into a .json.")
     return row
 
 
@@ -353,8 +361,13 @@ def _read_arrow(path: Path, stream, text_field: str | None, chunk_bytes: int) ->
     reader = open_arrow(stream, f"--data.path {path}")
     column = _column_of(path, reader.schema, text_field)
     batches = (batch if column is None else batch.select([column]) for batch in arrow_batches(reader))
-    parts = (batch.slice(first, BATCH_ROWS) for batch in batches for first in range(0, len(batch), BATCH_ROWS))
-    yield from _read_batches(path, parts, text_field, chunk_bytes)
+    yield from _read_batches(path, _slices(batches), text_field, chunk_bytes)
+
+
+def _slices(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        for first in range(0, len(batch), BATCH_ROWS):
+            yield batch.slice(first, BATCH_ROWS)
 
 
 def _column_of(path: Path, schema: pa.Schema, text_field: str | None) -> str | None:
@@ -367,9 +380,9 @@ def _column_of(path: Path, schema: pa.Schema, text_field: str | None) -> str | N
         is_there = kind is not None and pa.types.is_struct(kind) and kind.get_field_index(name) >= 0
         kind = kind.field(name).type if is_there else None
     if kind is None:
-        names = ", ".join(name for one in schema for name in _columns_in(one)) or "none"
-        raise UsageError(f"--data.path {path}: no column {text_field!r}; it has {names}. Name the one that holds the text with "
-                         "--data.text-field.")
+        names = [name for one in schema for name in _columns_in(one)]
+        raise UsageError(f"--data.path {path}: no column {text_field!r}; it has {', '.join(names) or 'none'}. "
+                         "Name the one that holds the text with --data.text-field.")
     return column
 
 
@@ -380,7 +393,8 @@ def _columns_in(column: pa.Field) -> list[str]:
     return [column.name]
 
 
-def _read_batches(path: Path, batches: Iterator[pa.RecordBatch], text_field: str | None, chunk_bytes: int) -> Iterator[Chunk]:
+def _read_batches(path: Path, batches: Iterator[pa.RecordBatch], text_field: str | None,
+                  chunk_bytes: int) -> Iterator[Chunk]:
     """The rows of a table, a few at a time."""
     row = 0
     if text_field is None:

@@ -46,7 +46,7 @@ from dtensor_llama.data.sources import FORMATS, RECORD_FORMATS, Chunk, TextOptio
 from dtensor_llama.data.template import ChatTemplate, RawTemplate
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
 from dtensor_llama.errors import BadRecord, UsageError
-from dtensor_llama.places import first_writable, readable
+from dtensor_llama.places import first_writable, is_full, readable, say_full
 from dtensor_llama.terminal import make_streams_last
 
 FORMAT_VERSION = 2      # of the files of a corpus; 2: meta.json has content_hash
@@ -56,21 +56,23 @@ CHUNKS_PER_WORKER = 3   # under way at once: one being encoded, one waiting, one
 LINE_EVERY_S = 10       # of progress, where stderr is no terminal
 
 
-def prepare_corpus(paths: Sequence[str | Path], tokenizer: Tokenizer, cache_dir: str | Path | Sequence[str | Path],
-                   text_field: str | TextOptions = "text", processes: int | None = None) -> TokenCorpus:
+def prepare_corpus(paths: Sequence[str | Path], tokenizer: Tokenizer,
+                   cache_dir: str | Path | Sequence[str | Path], text_field: str | TextOptions = "text",
+                   processes: int | None = None) -> TokenCorpus:
     """The corpus of `paths` (files and globs), tokenized now unless that has been done and nothing changed since.
 
     Any number of ranks and runs may call this at once: one tokenizes, the others wait for it. Progress goes to stderr.
     text_field: the field that holds the text, or more about it.
-    cache_dir: a folder, or several: the corpus is read where it is found, and written into the first that can be written.
-    Raises UsageError for what is wrong with the files.
+    cache_dir: a folder, or several: the corpus is read where it is found, and written into the first that can
+    be written. Raises UsageError for what is wrong with the files.
     """
     options = TextOptions(text_field) if isinstance(text_field, str) else text_field
     return TokenCorpus(_prepare(paths, tokenizer, cache_dir, options, processes))
 
 
-def prepare_chat(paths: Sequence[str | Path], tokenizer: Tokenizer, cache_dir: str | Path | Sequence[str | Path],
-                 processes: int | None = None, options: ChatOptions = ChatOptions()) -> ChatCorpus:
+def prepare_chat(paths: Sequence[str | Path], tokenizer: Tokenizer,
+                 cache_dir: str | Path | Sequence[str | Path], processes: int | None = None,
+                 options: ChatOptions = ChatOptions()) -> ChatCorpus:
     """As prepare_corpus, of conversations in any of the formats of chat.py, written as `options` say."""
     template_of(tokenizer, options)                  # one that cannot be used is the first thing to say
     return ChatCorpus(_prepare(paths, tokenizer, cache_dir, options, processes))
@@ -86,7 +88,9 @@ def _prepare(paths, tokenizer: Tokenizer, cache_dir, what: TextOptions | ChatOpt
     cache_dirs = [cache_dir] if isinstance(cache_dir, str | Path) else list(cache_dir)
     folder = _find(cache_dirs, fingerprint(_files(paths, what), tokenizer, what))
     if folder is None:
-        command = [sys.executable, "-m", "dtensor_llama.data.tokenize", "--for-process", os.getpid(), "--path", *paths]
+        # -P: a file called queue.py in the current folder is no module of ours.
+        command = [sys.executable, "-P", "-m", "dtensor_llama.data.tokenize", "--for-process", os.getpid()]
+        command += ["--path", *paths]
         command += ["--tokenizer", tokenizer.path, "--cache-dir", *cache_dirs]
         if isinstance(what, TextOptions):
             command += [f"--text-field={what.field}", f"--bad-records={what.bad_records}"]
@@ -128,11 +132,12 @@ def fingerprint(files: list[Path], tokenizer: Tokenizer, what: TextOptions | Cha
     return hashlib.sha256(repr((FORMAT_VERSION, stats, tokenizer.fingerprint, what)).encode()).hexdigest()[:32]
 
 
-def tokenize(paths: list[str], tokenizer: Tokenizer, cache_dirs: Sequence[Path], what: TextOptions | ChatOptions, processes: int,
-             for_process: int | None = None) -> Path:
+def tokenize(paths: list[str], tokenizer: Tokenizer, cache_dirs: Sequence[Path], what: TextOptions | ChatOptions,
+             processes: int, for_process: int | None = None) -> Path:
     """Write the corpus unless it is there; returns its folder. Whoever comes second waits here for the first.
 
-    cache_dirs: it is written into the first of them that can be written; which one that is, is the same for all who ask."""
+    cache_dirs: it is written into the first of them that can be written; which one that is, is the same for
+    all who ask."""
     files = _files(paths, what)
     name = fingerprint(files, tokenizer, what)
     found = _find(cache_dirs, name)
@@ -155,7 +160,10 @@ def tokenize(paths: list[str], tokenizer: Tokenizer, cache_dirs: Sequence[Path],
                 raise UsageError(f"--data.path {' '.join(paths)}: a file changed while it was read; start again.")
             os.rename(staging, folder)                       # the one moment at which the corpus comes to exist
     except OSError as error:
-        raise UsageError(f"the tokens cannot be written to {cache_dir}: {error}.") from None
+        reason = say_full(cache_dir) if is_full(error) else error
+        shutil.rmtree(cache_dir / f"{name}.partial", ignore_errors=True)     # it would keep the disk full
+        raise UsageError(f"the tokens cannot be written to {cache_dir}: {reason}; --data.cache-dir names "
+                         "another folder.") from None
     return folder
 
 
@@ -373,7 +381,7 @@ def main() -> int:
     add("--path", nargs="+", required=True, help="files and globs of " + " ".join(FORMATS))
     add("--tokenizer", required=True, help="Hugging Face folder, tokenizer.json or SentencePiece .model")
     add("--cache-dir", required=True, nargs="+", type=Path,
-        help="where the tokens go, or the first of several that can be written; older ones there are never deleted")
+        help="where the tokens go, or the first of several that can be written; older ones are never deleted")
     add("--text-field", default="text", help="field or column that holds the text (default: text)")
     add("--chat", nargs="?", const="{}", metavar="OPTIONS",
         help='conversations instead of texts, for recipes/sft.py; OPTIONS as {"train_on": "last-answer"}')

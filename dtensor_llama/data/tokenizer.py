@@ -7,17 +7,20 @@ Where a SentencePiece model is known its ids are the reference: the models we co
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import sentencepiece
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, processors
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from dtensor_llama.errors import UsageError
 from dtensor_llama.places import expanded, refuse_hub_name
 
 WELL_KNOWN = {"bos": ("<s>", "<|begin_of_text|>"), "eos": ("</s>", "<|end_of_text|>", "<|endoftext|>")}
+NEVER = -1e6    # a score so bad that no text has the piece
 NOT_KEPT = {  # settings of a tokenizer_config.json that an export does not carry on: paths and classes of another machine...
     "tokenizer_class", "auto_map", "tokenizer_file", "vocab_file", "merges_file", "name_or_path", "special_tokens_map_file",
     "backend", "is_local", "legacy", "from_slow", "sp_model_kwargs", "clean_up_tokenization_spaces",
@@ -329,9 +332,13 @@ def _tokens_behind(pieces, fast: tokenizers.Tokenizer | None, settings: dict, fo
 
 def _agreeing_fast(pieces, fast: tokenizers.Tokenizer | None, added: list, file: Path) -> tokenizers.Tokenizer:
     """A tokenizer.json that gives the ids of `pieces` on PROBES: the one that came with it, else one built from it."""
-    vocabulary = [pieces.id_to_piece(i).replace("▁", " ") for i in range(pieces.get_piece_size())]
+    model = sentencepiece_model_pb2.ModelProto.FromString(pieces.serialized_model_proto())
+    # The names of bytes and control tokens are hardly ever met in a text; PROBES has some.
+    vocabulary = [one.piece.replace("▁", " ") for one in model.pieces if one.type in (one.NORMAL, one.USER_DEFINED)]
     vocabulary = vocabulary[:: len(vocabulary) // 4000 + 1]
     probes = [*PROBES, *("".join(vocabulary[i : i + 100]) for i in range(0, len(vocabulary), 100))]
+    for symbol in _symbols(model):
+        probes += [symbol, f"a{symbol}b", f" {symbol} a  {symbol}"]
     expected = pieces.encode(probes, num_threads=1)
 
     def agrees(candidate: tokenizers.Tokenizer) -> bool:
@@ -341,45 +348,88 @@ def _agreeing_fast(pieces, fast: tokenizers.Tokenizer | None, added: list, file:
 
     if fast is not None and agrees(fast):
         return fast
-    built = _fast_from_pieces(pieces)
+    for splits_crlf in (False, True):
+        built = _fast_from_pieces(pieces, model)
+        built.normalizer = _normalizer_from_pieces(pieces, model, splits_crlf)
+        if agrees(built):
+            break
+    else:
+        raise UsageError(f"--data.tokenizer {file}: no tokenizer.json gives the ids of this SentencePiece model, so that what "
+                         f"was trained with it could not be opened by transformers (models of whole words and those with "
+                         f"spaces behind the words are such). Give a tokenizer.json instead.")
     built.add_tokens([token for _, token in added])      # they keep their ids
     now = {i: token.content for i, token in built.get_added_tokens_decoder().items()}
     if any(now.get(i) != token.content for i, token in added):
         raise UsageError(f"--data.tokenizer {file.parent}: tokens are added with gaps between their ids, "
                          f"{[i for i, _ in added]} behind {len(pieces)} pieces; fill the gaps with unused tokens.")
-    if not agrees(built):
-        raise UsageError(f"--data.tokenizer {file}: no tokenizer.json gives the ids of this SentencePiece model; BPE "
-                         f"models without text normalization work (LLaMA's), unigram and NFKC ones do not. "
-                         f"Give a tokenizer.json instead.")
     return built
 
 
-def _fast_from_pieces(pieces) -> tokenizers.Tokenizer:
-    """The tokenizer.json equivalent to a SentencePiece BPE model.
+def _symbols(model) -> list[str]:
+    """What is always a piece of its own in a text (user-defined symbols), the longest first, as they are looked for."""
+    symbols = [one.piece for one in model.pieces if one.type == one.USER_DEFINED]
+    return sorted(symbols, key=len, reverse=True)
 
-    SentencePiece joins whichever neighbours make the piece of the highest score; `tokenizers` wants that as a list of
-    pairs in order of preference. Source: generate_merges in transformers' convert_slow_tokenizer.py.
-    """
-    vocab = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
-    special = [i for i in vocab.values() if pieces.is_control(i) or pieces.is_unknown(i)]
-    plain = {p: i for p, i in vocab.items() if i not in special and not pieces.is_byte(i) and not pieces.is_unused(i)}
+
+def _fast_from_pieces(pieces, model) -> tokenizers.Tokenizer:
+    """The tokenizer.json equivalent to a SentencePiece model, but for its normalizer. model: what `pieces` has read."""
+    is_unigram = model.trainer_spec.model_type == model.trainer_spec.UNIGRAM
+    fast = tokenizers.Tokenizer(_unigram_from_pieces(pieces, model) if is_unigram else _bpe_from_pieces(pieces, model))
+    symbols = _symbols(model)
+    if symbols and not is_unigram:         # an added token would do, if the text behind it did not get a dummy prefix
+        pattern = tokenizers.Regex("|".join(map(re.escape, symbols)))
+        fast.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    fast.decoder = decoders.Sequence(parts + [decoders.Strip(" ", 1, 0)] if _has_dummy_prefix(pieces) else parts)
+    special = [one.piece for one in model.pieces if one.type in (one.CONTROL, one.UNKNOWN)]
+    fast.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in special])
+    return fast
+
+
+def _bpe_from_pieces(pieces, model) -> models.BPE:
+    """SentencePiece joins whichever neighbours make the piece of the highest score; `tokenizers` wants that as a list of
+    pairs in order of preference. Source: generate_merges in transformers' convert_slow_tokenizer.py."""
+    vocab = {one.piece: i for i, one in enumerate(model.pieces)}
+    plain = {one.piece: i for i, one in enumerate(model.pieces) if one.type == one.NORMAL}
     ranked = []
     for piece, i in plain.items():
         splits = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
         ranked += [(-pieces.get_score(i), i, plain[l], plain[r], l, r) for l, r in splits if l in plain and r in plain]
     merges = [(left, right) for *_, left, right in sorted(ranked)]
-    unk_token = pieces.id_to_piece(pieces.unk_id())
-    byte_fallback = any(pieces.is_byte(i) for i in vocab.values())
-    model = models.BPE(vocab, merges, unk_token=unk_token, fuse_unk=True, byte_fallback=byte_fallback)
-    fast = tokenizers.Tokenizer(model)
-    has_prefix = _has_dummy_prefix(pieces)
-    spaces = normalizers.Replace(" ", "▁")
-    fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces] if has_prefix else [spaces])
-    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    fast.decoder = decoders.Sequence(parts + [decoders.Strip(" ", 1, 0)] if has_prefix else parts)
-    names = [pieces.id_to_piece(i) for i in special]
-    fast.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
-    return fast
+    # ignore_merges: what the pre-tokenizer isolates is a piece, though no merges lead to it.
+    return models.BPE(vocab, merges, unk_token=pieces.id_to_piece(pieces.unk_id()), fuse_unk=True,
+                      byte_fallback=model.trainer_spec.byte_fallback, ignore_merges=bool(_symbols(model)))
+
+
+def _unigram_from_pieces(pieces, model) -> models.Unigram:
+    """The scores of SentencePiece, which a text's best pieces have the largest sum of. It has user-defined symbols always
+    win, and looks for no control tokens and bytes in a text, where `tokenizers` does, unless they score too badly.
+    Source: PopulateNodes in sentencepiece's unigram_model.cc."""
+    best = max((one.score for one in model.pieces if one.type == one.NORMAL), default=0.0)
+    scored = []
+    for one in model.pieces:
+        score = one.score
+        if one.type == one.USER_DEFINED:
+            score = len(one.piece) * best - 0.1
+        elif one.type != one.NORMAL:
+            score = NEVER
+        # Nine digits are all of a float32, and few enough that `tokenizers` reads back from a file what it has written.
+        scored.append((one.piece, float(f"{score:.9g}")))
+    return models.Unigram(scored, unk_id=pieces.unk_id(), byte_fallback=model.trainer_spec.byte_fallback)
+
+
+def _normalizer_from_pieces(pieces, model, splits_crlf: bool) -> normalizers.Normalizer:
+    """SentencePiece's steps before it looks for pieces. splits_crlf: `tokenizers` looks up characters as people see them,
+    so that a carriage return before a newline is lost if both become spaces."""
+    spec, steps = model.normalizer_spec, []
+    if spec.precompiled_charsmap:
+        steps += [normalizers.Replace("\r\n", "  ")] if splits_crlf else []
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Replace(tokenizers.Regex(r"\A +| +\z"), ""), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+    if _has_dummy_prefix(pieces):
+        steps.append(normalizers.Prepend("▁"))
+    return normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
 
 
 def _one_line(error: Exception) -> str:

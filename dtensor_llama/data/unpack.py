@@ -1,7 +1,9 @@
-"""Compressed files as streams of bytes: gzip, zstd with any window, bzip2 and xz, several members or frames in a row too."""
+"""Compressed files as streams of bytes: gzip, zstd with any window, bzip2 and xz, several members or frames
+in a row too."""
 
 import contextlib
 import io
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,7 +14,8 @@ from dtensor_llama.errors import UsageError
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-USUAL_WINDOW = 1 << 27      # bytes of past text that the library gives a frame; more is written by zstd --long=28 and above
+# bytes of past text that the library gives a frame; more is written by zstd --long=28 and above
+USUAL_WINDOW = 1 << 27
 UNPACK_ERRORS = (OSError, EOFError)
 with contextlib.suppress(ImportError):      # a Python may be built without it
     from lzma import LZMAError
@@ -26,7 +29,8 @@ NEEDS_WINDOW = "requires too much memory"       # what the library says of a fra
 
 
 def open_compressed(path: Path, file, compression: str | None):
-    """What `file`, opened for bytes, holds, unpacked: an object with read(n). UsageError if nothing here can unpack it."""
+    """What `file`, opened for bytes, holds, unpacked: an object with read(n). UsageError if nothing here can
+    unpack it."""
     if compression is None:
         return file
     if compression in ("bz2", "xz"):
@@ -37,9 +41,10 @@ def open_compressed(path: Path, file, compression: str | None):
 
 
 def say_long_window(path: Path) -> UsageError:
-    return UsageError(f"--data.path {path}: compressed with zstd --long, so that unpacking it needs more memory than usual, "
-                      "for which the package zstandard or the program zstd is needed; install one of them (pip install "
-                      f"zstandard), or write the file anew: zstd -dc --long=31 {path.name} | zstd -o another.zst.")
+    return UsageError(f"--data.path {path}: compressed with zstd --long, so that unpacking it needs more "
+                      "memory than usual, for which the package zstandard or the program zstd is needed; "
+                      "install one of them (pip install zstandard), or write the file anew: zstd -dc "
+                      f"--long=31 {shlex.quote(path.name)} | zstd -o another.zst.")
 
 
 def _open_with_python(path: Path, file, compression: str):
@@ -53,18 +58,20 @@ def _open_with_python(path: Path, file, compression: str):
         return lzma.open(file)
     except ImportError:
         program = {"bz2": "bzip2", "xz": "xz"}[compression]
-        raise UsageError(f"--data.path {path}: this Python was built without {compression}; unpack the file with {program} -d, "
-                         "or use another Python.") from None
+        raise UsageError(f"--data.path {path}: this Python was built without {compression}; unpack the file "
+                         f"with {program} -d, or use another Python.") from None
 
 
 def _zstd_window(file) -> int:
-    """Bytes of window that the first frame asks for (RFC 8878, section 3.1.1); 0 if it is no ordinary frame."""
+    """Bytes of window that the first frame asks for (RFC 8878, section 3.1.1); 0 if it is no ordinary
+    frame."""
     head = file.read(14)
     file.seek(0)
     if len(head) < 6 or not head.startswith(ZSTD_MAGIC):
         return 0
     descriptor = head[4]
-    if descriptor & 0x20:                                       # one segment: the window is as large as the content
+    # one segment: the window is as large as the content
+    if descriptor & 0x20:
         at = 5 + (0, 1, 2, 4)[descriptor & 3]
         n_bytes = (1, 2, 4, 8)[descriptor >> 6]
         return int.from_bytes(head[at:at + n_bytes], "little") + (256 if n_bytes == 2 else 0)
@@ -86,8 +93,8 @@ class _ZstdProgram(io.RawIOBase):
     """What the program zstd unpacks."""
 
     def __init__(self, path: Path):
-        self.process = subprocess.Popen(["zstd", "-dcq", "--long=31", "--", str(path)], stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE)
+        command = ["zstd", "-dcq", "--long=31", "--", str(path)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def read(self, n_bytes: int = -1) -> bytes:
         data = self.process.stdout.read(n_bytes)

@@ -1,21 +1,23 @@
 """Training under a memory budget: our chunk manager against everything resident and against those who offload too.
 
-    python recipes/bench/offload.py --model llama2-7b --layers 16 --device-budget-gib 24      # 3.5B, one GPU, about 8 minutes
+    python recipes/bench/offload.py --model llama2-7b --layers 16 --device-budget-gib 24      # 3.5B, one GPU
     python recipes/bench/offload.py --model llama2-13b --tokens 16384 --contenders ours fsdp2_offload
 
-    ours             recipes/benchmark.py --memory.placement auto, with the budget
-    all_resident     the same without a manager: AdamW(fused) on fp32 masters on the device; the ceiling, and needs 16 bytes
-                     a parameter whatever the budget says
+    ours             recipes/benchmark.py --memory.placement auto, with the budgets
+    all_resident     the same with everything on the device: the ceiling, whatever the budget says
     fsdp2_offload    fully_shard per block with CPUOffloadPolicy, AdamW(fused) on the host
     deepspeed_zero3  DeepSpeed ZeRO-3 with its optimizer on the host (CPUAdam), where it is installed
 
-Same model, seed, rows, clipping and recompute. Two of them do not fit one device, so each turn is a process of its own, and
-the turns go round: all contenders once, then all again. A peer cannot be told a budget; torch's allocator is held to it.
-One JSON line per contender and tokens a step, with the median of its rounds or the error that ended it; then a table.
+Same model, seed, rows, clipping and recompute. Two of them do not fit one device, so each turn is a process
+of its own, and the turns go round: all contenders once, then all again. A peer cannot be told a device
+budget; torch's allocator is held to it. A peer that the host's memory cannot hold is not started: it would be
+killed, and we with it. After each turn one JSON line with the median of the contender's rounds so far, or the
+error that ended it, so that nothing is lost when the machine goes away; of several lines the last one counts.
+At the end a table.
 
-    exposed update   step less forward and backward alone: of ours and all_resident those that our tracer saw, of peers measured
+    exposed update   step less forward and backward alone: of ours as our tracer saw them, of peers measured
     DRAM share       bytes that the host's update must move, over its time, over the rate of an in-place stream
-    predicted        ours: the plan's; others: `predict_peer`, from the same rates and the same forward and backward
+    predicted        ours: the plan's; others: `predict_peer`, from the same rates, forward and backward
 """
 
 import json
@@ -29,12 +31,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))      # a clone works without being installed
 
+import psutil
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 from dtensor_llama import Llama, LlamaConfig
 from dtensor_llama.cli import run_recipe
 from dtensor_llama.errors import UsageError
+from dtensor_llama.flops import hardware_flops_per_token
 from dtensor_llama.metrics import GIB, PeakMemory
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
@@ -54,6 +58,7 @@ class Config:
     model: str = "llama2-7b"                       # a preset
     layers: int | None = None                      # of the model; 16 of llama2-7b are 3.5B
     device_budget_gib: float | None = None         # None: the whole device
+    host_budget_gib: float | None = None           # None: what is free; give it where memory grows on demand
     tokens: tuple[int, ...] = (4096, 16384, 65536)     # a step
     seq_len: int = 4096
     micro_batch_size: int = 4                      # rows of a forward, at most
@@ -61,9 +66,10 @@ class Config:
     rounds: int = 2
     steps: int = 3                                 # timed in each turn
     warmup: int = 5                                # ours traces three, plans, and does one with the plan
+    peer_warmup: int = 2                           # the others have nothing to trace
     dtype: str = "bfloat16"
     compile: bool = False                          # each block, of all contenders
-    timeout_s: int = 240                           # of a turn
+    timeout_s: int | None = None                   # of a turn; None: 240, or turn_seconds if that is more
     turn: str | None = None                        # internal: be this contender, in this process
 
 
@@ -75,6 +81,8 @@ def main(cfg: Config) -> None:
     if wrong or min(cfg.rounds, cfg.steps, cfg.micro_batch_size) < 1:
         raise UsageError(f"--tokens {wrong} must be multiples of --seq-len {cfg.seq_len}; --rounds, --steps and "
                          "--micro-batch-size at least 1.")
+    if cfg.host_budget_gib is not None and cfg.host_budget_gib <= 0:
+        raise UsageError(f"--host-budget-gib {cfg.host_budget_gib:g} is not possible; use GiB above 0.")
     preset = LlamaConfig.preset(cfg.model)
     config = replace(preset, num_hidden_layers=cfg.layers or preset.num_hidden_layers)
     if cfg.turn:
@@ -82,72 +90,161 @@ def main(cfg: Config) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(config.to_hf()))
-        results = [line for n_tokens in cfg.tokens for line in at(cfg, config, folder, n_tokens)]
+        results = []
+        for n_tokens in cfg.tokens:
+            results += at(cfg, config, folder, n_tokens)
     print(table(results), flush=True)
 
 
 def at(cfg: Config, config: LlamaConfig, folder: str, n_tokens: int) -> list[dict]:
-    """All contenders with so many tokens a step, round after round; one who fails is not asked again."""
-    turns = {name: [] for name in cfg.contenders}
-    failed = {}
+    """All contenders with so many tokens a step, round after round. One who fails is not asked again."""
+    in_order = [name for name in CONTENDERS if name in cfg.contenders]  # ours first: its rates predict others
+    turns = {name: [] for name in in_order}
+    lines = {}
     for _ in range(cfg.rounds):
-        for name in [name for name in cfg.contenders if name not in failed]:
+        for name in in_order:
+            if "error" in lines.get(name, {}):
+                continue
             try:
-                turns[name].append(take_turn(cfg, name, folder, n_tokens))
+                turns[name].append(take_turn(cfg, config, name, folder, n_tokens))
+                measured = judge(name, turns, n_tokens, config)
+            except DoesNotFit as error:
+                measured = {"error": str(error), "refused": True}
             except RuntimeError as error:
-                failed[name] = str(error)
-    ours = turns.get("ours") or [{}]
-    plan = ours[-1].get("memory_plan", {})
-    lines = []
-    for name in cfg.contenders:
-        line = {"contender": name, "model": cfg.model, "layers": config.num_hidden_layers, "n_parameters": config.n_parameters,
-                "tokens_per_step": n_tokens, "device_budget_gib": cfg.device_budget_gib, "rounds": len(turns[name])}
-        lines.append(line | ({"error": failed[name]} if name in failed else judge(name, turns[name], plan, n_tokens, config)))
-        if "step_seconds" in lines[-1] and "step_seconds" in ours[0]:
-            lines[-1]["ours_over_it"] = lines[-1]["step_seconds"] / statistics.median(one["step_seconds"] for one in ours)
-            lines[-1]["loss_difference"] = abs(turns[name][0]["loss"] - ours[0]["loss"])
-        print(json.dumps(lines[-1]), flush=True)
-    return lines
+                measured = {"error": str(error)}
+            lines[name] = {"contender": name, "model": cfg.model, "layers": config.num_hidden_layers,
+                           "n_parameters": config.n_parameters, "tokens_per_step": n_tokens,
+                           "device_budget_gib": cfg.device_budget_gib, "rounds": len(turns[name]), **measured}
+            print(json.dumps(lines[name]), flush=True)
+    return list(lines.values())
 
 
-def take_turn(cfg: Config, name: str, folder: str, n_tokens: int) -> dict:
-    """One contender in a process of its own; the JSON line it ends with. RuntimeError with its last words if there is none."""
-    rows = n_tokens // cfg.seq_len
-    micro = min(rows, cfg.micro_batch_size)
+def take_turn(cfg: Config, config: LlamaConfig, name: str, folder: str, n_tokens: int) -> dict:
+    """One contender in a process of its own: the JSON line it ends with, or RuntimeError in its words."""
+    refuse_if_the_host_is_too_small(name, config, cfg.host_budget_gib)
     if name in ("ours", "all_resident"):
-        command = ["recipes/benchmark.py", "--model", folder, "--data.seq-len", cfg.seq_len, "--train.global-batch-size", rows,
-                   "--train.micro-batch-size", micro, "--train.recompute", "full", "--train.steps", cfg.steps, "--warmup",
-                   cfg.warmup, "--train.dtype", cfg.dtype, "--train.lr", LR, *["--train.compile"] * cfg.compile]
-        if name == "ours":
-            command += ["--memory.placement", "auto"]
-            command += ["--memory.device-budget-gib", cfg.device_budget_gib] if cfg.device_budget_gib else []
+        command = ours_command(cfg, name, folder, n_tokens)
     else:
-        own = asdict(cfg) | {"tokens": (n_tokens,), "micro_batch_size": micro, "turn": name, "contenders": (name,)}
-        command = ["recipes/bench/offload.py"]
-        for key, value in own.items():
-            if isinstance(value, bool):
-                command += [f"--{'' if value else 'no-'}{key.replace('_', '-')}"]
-            elif value is not None:
-                command += [f"--{key.replace('_', '-')}", *(value if isinstance(value, tuple) else (value,))]
+        command = peer_command(cfg, name, n_tokens)
+    timeout_s = cfg.timeout_s or max(240, turn_seconds(cfg, config, name, n_tokens))
     try:
         ended = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
-                               timeout=cfg.timeout_s)
+                               timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        raise RuntimeError(f"was not done after {cfg.timeout_s} s") from None
+        raise RuntimeError(f"was not done after {timeout_s} s") from None
     if ended.returncode:
         said = [line for line in ended.stderr.splitlines() if line.strip()]
-        raise RuntimeError(next((line for line in reversed(said) if "rror" in line), (said or ["ended without a word"])[-1]))
+        errors = [line for line in said if "rror" in line]
+        raise RuntimeError((errors or said or ["ended without a word"])[-1])
     return json.loads(ended.stdout.splitlines()[-1])
+
+
+def ours_command(cfg: Config, name: str, folder: str, n_tokens: int) -> list:
+    rows = n_tokens // cfg.seq_len
+    command = ["recipes/benchmark.py", "--model", folder, "--data.seq-len", cfg.seq_len,
+               "--train.global-batch-size", rows, "--train.micro-batch-size", min(rows, cfg.micro_batch_size),
+               "--train.recompute", "full", "--train.dtype", cfg.dtype, "--train.lr", LR,
+               "--train.steps", cfg.steps, "--warmup", cfg.warmup]
+    if cfg.compile:
+        command += ["--train.compile"]
+    if name == "all_resident":
+        fractions = ["--memory.resident", 1, "--memory.stream", 0, "--memory.cpu", 0]
+        return [*command, "--memory.placement", "static", *fractions]
+    command += ["--memory.placement", "auto"]
+    if cfg.device_budget_gib:
+        command += ["--memory.device-budget-gib", cfg.device_budget_gib]
+    if cfg.host_budget_gib:
+        command += ["--memory.host-budget-gib", cfg.host_budget_gib]
+    return command
+
+
+def peer_command(cfg: Config, name: str, n_tokens: int) -> list:
+    """This script again, as one contender."""
+    micro = min(n_tokens // cfg.seq_len, cfg.micro_batch_size)
+    own = asdict(cfg) | {"tokens": (n_tokens,), "micro_batch_size": micro, "warmup": cfg.peer_warmup}
+    own |= {"turn": name, "contenders": (name,)}
+    command = ["recipes/bench/offload.py"]
+    for key, value in own.items():
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            command += [f"--{flag}" if value else f"--no-{flag}"]
+        elif value is not None:
+            command += [f"--{flag}", *(value if isinstance(value, tuple) else (value,))]
+    return command
+
+
+def turn_seconds(cfg: Config, config: LlamaConfig, name: str, n_tokens: int) -> int:
+    """How long a turn may take: 80 s to start, and twice what we expect of initial weights and of the steps.
+
+    A step computes at 500 TFLOP/s with full recompute. Ours is at its slowest while it traces, with all
+    states on the host: 28 bytes a parameter in memory at 200 GB/s, and 4 over a link of 50 GB/s. A peer moves
+    40 and, for each microbatch of 4 rows, 12. Initial weights come at a G parameters/s.
+    """
+    compute_s = n_tokens * hardware_flops_per_token(config, 4096, "full") / 500e12
+    n_micros = max(1, n_tokens // 4096 // 4)
+    if name in ("ours", "all_resident"):
+        n_steps = cfg.warmup + cfg.steps
+        moving_s = config.n_parameters * (28 / 200e9 + 4 / 50e9)
+    else:
+        n_steps = cfg.peer_warmup + cfg.steps
+        moving_s = config.n_parameters * (40 / 200e9 + 12 * n_micros / 50e9)
+    return round(80 + 2 * (config.n_parameters / 1e9 + n_steps * (compute_s + moving_s)))
+
+
+# ---- what the host must hold --------------------------------------------------------------------------
+
+
+class DoesNotFit(RuntimeError):
+    """A contender cannot be measured on this machine, which is its result."""
+
+
+def pinned_bytes(n_bytes: int) -> int:
+    """What torch pins for a tensor: it rounds up to a power of two."""
+    return 1 << (n_bytes - 1).bit_length()
+
+
+def peer_host_bytes(name: str, config: LlamaConfig) -> tuple[int, str]:
+    """The least that a peer needs of the host, and the sum in words."""
+    with torch.device("meta"):
+        sizes = [4 * parameter.numel() for parameter in Llama(config).parameters()]
+    if name == "fsdp2_offload":          # AdamW's two moments are made by zeros_like, which does not pin
+        pinned, pageable = 2 * sum(map(pinned_bytes, sizes)), 2 * sum(sizes)
+        what = (f"{pinned / GIB:.1f} GiB pinned for float32 weights and gradients, each tensor rounded up to "
+                f"a power of two, and {pageable / GIB:.1f} for AdamW's two moments")
+        return pinned + pageable, what
+    least = 4 * sum(sizes)
+    return least, "float32 masters, gradients and two moments"
+
+
+def refuse_if_the_host_is_too_small(name: str, config: LlamaConfig, host_budget_gib: float | None) -> None:
+    """DoesNotFit for a peer that would be killed. Ours refuses by itself, with the plan's own numbers."""
+    if name not in ("fsdp2_offload", "deepspeed_zero3"):
+        return
+    needed, what = peer_host_bytes(name, config)
+    own = GIB + min(9 * GIB, needed // 10)         # torch, CUDA, compiled code, what is copied in passing
+    available = host_budget_gib * GIB if host_budget_gib else psutil.virtual_memory().available
+    if needed + own > available:
+        budget = "are free (--host-budget-gib, if there is more)"
+        if host_budget_gib:
+            budget = "--host-budget-gib allows"
+        raise DoesNotFit(f"does not fit the host: it needs {needed / GIB:.1f} GiB ({what}) and about "
+                         f"{own / GIB:.0f} for itself, and {available / GIB:.1f} {budget}")
 
 
 # ---- what a turn means -----------------------------------------------------------------------------------------------------
 
 
-def judge(name: str, turns: list[dict], plan: dict, n_tokens: int, config: LlamaConfig) -> dict:
+def judge(name: str, turns_of: dict[str, list[dict]], n_tokens: int, config: LlamaConfig) -> dict:
+    """What the turns of `name` so far say, beside those of ours."""
+    turns, ours = turns_of[name], turns_of.get("ours") or []
+    plan = ours[-1]["memory_plan"] if ours else {}
     step_s = statistics.median(turn["step_seconds"] for turn in turns)
-    facts = {"tokens_per_second": n_tokens / step_s, "step_seconds": step_s, "loss": turns[0]["loss"],
-             "device_memory_gib": max(turn["device_memory_gib"] for turn in turns),
-             "host_memory_gib": max(turn["host_memory_gib"] for turn in turns)}
+    facts = {"tokens_per_second": n_tokens / step_s, "step_seconds": step_s, "loss": turns[0]["loss"]}
+    for memory in ("device_memory_gib", "device_reserved_gib", "host_memory_gib", "host_pinned_gib"):
+        facts[memory] = max(turn[memory] for turn in turns)
+    if ours:
+        facts["ours_over_it"] = step_s / statistics.median(turn["step_seconds"] for turn in ours)
+        facts["loss_difference"] = abs(turns[0]["loss"] - ours[0]["loss"])
     alone = plan["seconds"]["forward"] + plan["seconds"]["backward"] if plan else None
     update_s, moved = turns[-1].get("update_seconds"), 40 * config.n_parameters     # fsdp2: see predict_peer
     if name == "ours" and plan:
@@ -167,10 +264,15 @@ def predict_peer(name: str, n: int, forward_backward_s: float, rates: Rates, n_m
     """Seconds of a step of n parameters (formulas of the plan's kind: bytes over rates)."""
     if name == "all_resident":
         return forward_backward_s + n / rates.device_adam
-    if name == "fsdp2_offload":       # fp32 weights come for each forward and backward, fp32 gradients leave, beside the work;
-        link = n_micros * (2 * 4 * n / rates.h2d + 4 * n / rates.d2h)                        # then, alone on the host: the norm
-        return max(forward_backward_s, link) + 40 * n / rates.dram     # reads 4, the clip moves 8, AdamW 28 bytes a parameter
-    # DeepSpeed: bf16 gradients down, CPUAdam (12 + 12 of states, 4 of gradient, 2 of weight), bf16 weights up, one by one
+    if name == "fsdp2_offload":
+        # For each forward and backward fp32 weights come, and fp32 gradients leave. On one rank FSDP2 makes
+        # these copies on the stream that computes, so nothing overlaps and the times add up; on several
+        # ranks, where the copies are part of a prefetched all-gather, it would do better. Then, alone on the
+        # host, the norm reads 4 bytes a parameter, the clip moves 8 and AdamW 28.
+        link = n_micros * (2 * 4 * n / rates.h2d + 4 * n / rates.d2h)
+        return forward_backward_s + link + 40 * n / rates.dram
+    # DeepSpeed: bf16 gradients down, CPUAdam (12 + 12 of states, 4 of gradient, 2 of weight), bf16 weights
+    # up, one by one
     return forward_backward_s + 2 * n / rates.d2h + 30 * n / rates.dram + 2 * n / rates.h2d
 
 
@@ -213,11 +315,13 @@ def peer(cfg: Config, config: LlamaConfig) -> dict:
         loss, forward_backward_s = step(rows, n_scored)
         torch.cuda.synchronize()
         times.append((time.perf_counter() - began, forward_backward_s))
-    device_bytes, host_bytes = memory.take()
+    peaks = memory.take()
     stop_process_group()
     step_s, alone_s = map(statistics.median, zip(*times[cfg.warmup:], strict=True))
     return {"step_seconds": step_s, "forward_backward_seconds": alone_s, "update_seconds": step_s - alone_s, "loss": loss,
-            "n_micros": n_micros, "device_memory_gib": device_bytes / GIB, "host_memory_gib": host_bytes / GIB}
+            "n_micros": n_micros,
+            "device_memory_gib": peaks.device / GIB, "device_reserved_gib": peaks.device_reserved / GIB,
+            "host_memory_gib": peaks.host / GIB, "host_pinned_gib": peaks.host_pinned / GIB}
 
 
 def fsdp2_offload(cfg: Config, model: Llama, dtype: torch.dtype, device: torch.device):

@@ -1,0 +1,327 @@
+"""Measure what gpu_plan.py lists, part by part, and write each figure down as soon as it is there.
+
+    bash recipes/bench/gpu.sh [PART...] [--out FOLDER] [--card h100|h200] [--seconds N] [--again]
+
+gpu.sh is the door. FOLDER/h200.jsonl (or h100.jsonl) gets a line for the machine and its versions, one for
+each JSON line that a command prints, with the command beside it, and one when the command has ended.
+FOLDER/logs/ keeps what the commands said, FOLDER/h200.md the table of figures predicted and measured. A
+measurement that ended well is not made again, so this can be called as often as a machine is lent, until the
+table is full.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone works without being installed
+
+from gpu_plan import CARDS, Card, Expected, Measurement, Part, Setting, choose_card, plan, write_models
+
+from dtensor_llama.cli import run_recipe
+from dtensor_llama.errors import UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
+FAR_OFF = 0.10  # a figure further than this from its prediction wants an explanation
+
+
+@dataclass(frozen=True)
+class Config:
+    """Measure what can only be known on a GPU. `plan` and `summary` in place of parts only print."""
+
+    parts: Annotated[
+        tuple[str, ...], tyro.conf.Positional
+    ] = ()  # which; none: all. Or one of the words plan, summary
+    out: Path = ROOT / "recipes/bench/results"  # a folder for results, logs and tables
+    card: Literal["auto", "h100", "h200"] = "auto"  # whose plan; auto: by the memory that the GPU has
+    seconds: int | None = None  # nothing is started that could not end within so many seconds from now
+    again: bool = False  # measure also what has its results
+    host_budget_gib: float | None = (
+        None  # handed on to all who plan the host's memory; where it grows on demand
+    )
+    rehearse_layers: int | None = (
+        None  # give every model so many layers: a rehearsal, its figures mean nothing
+    )
+
+
+def main(cfg: Config) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # so that what was started is ended too
+    deadline = time.monotonic() + cfg.seconds if cfg.seconds else float("inf")
+    cfg = replace(cfg, out=cfg.out.resolve())                    # commands run in the root of the repository
+    facts, card = machine(cfg)
+    setting = Setting(card, cfg.out, cfg.host_budget_gib, cfg.rehearse_layers)
+    parts = plan(setting)
+    if cfg.parts == ("plan",):
+        print(describe(parts))
+        return
+    name = f"{card.name}-rehearsal" if cfg.rehearse_layers else card.name
+    results = Results(cfg.out / f"{name}.jsonl")
+    if cfg.parts != ("summary",):
+        chosen = choose(parts, cfg.parts)
+        write_models(setting)
+        results.add({"part": "machine", **facts, "host_budget_gib": cfg.host_budget_gib})
+        if card.layers < 32:
+            print(f"This GPU has {facts['device_gib']:.1f} GiB and cannot hold 7B, which takes 100.4. The parts "
+                  f"resident, zero3 and variants measure {card.layers} of its layers, and the parts 7b-* measure 7B "
+                  "with states on the host.", flush=True)
+        measure_all(chosen, results, cfg, deadline)
+    table = summary(parts, results.lines)
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    (cfg.out / f"{name}.md").write_text(table + "\n")
+    print(table)
+
+
+def machine(cfg: Config) -> tuple[dict, Card]:
+    """Facts about the GPU, and its plan. Another process looks, so that this one takes no memory."""
+    known = [name for name in CARDS if (cfg.out / f"{name}.jsonl").exists()]
+    if cfg.parts in (("plan",), ("summary",)) and cfg.card != "auto":
+        return {}, CARDS[cfg.card]
+    if cfg.parts == ("summary",) and len(known) == 1:
+        return {}, CARDS[known[0]]
+    asked = subprocess.run(
+        [sys.executable, "recipes/bench/machine.py", "--facts"], cwd=ROOT, capture_output=True, text=True
+    )
+    if asked.returncode:
+        raise UsageError(
+            f"recipes/bench/machine.py does not run here: {(asked.stderr.strip().splitlines() or ['?'])[-1]}"
+        )
+    facts = json.loads(asked.stdout.splitlines()[-1])
+    card = choose_card(facts["device_gib"])
+    if cfg.card != "auto":
+        card = CARDS[cfg.card]
+    if card is None:
+        raise UsageError(
+            f"--card auto needs a GPU of at least {CARDS['h100'].memory_gib} GiB, and the one here "
+            f"({facts['machine']}) has {facts['device_gib']:.1f}; use --card to see a plan."
+        )
+    return facts, card
+
+
+def choose(parts: list[Part], names: tuple[str, ...]) -> list[Part]:
+    """The named parts in the plan's order, or all."""
+    known = {part.name: part for part in parts}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UsageError(
+            f"there is no part {' '.join(unknown)}; there are {', '.join(known)}, and plan and summary."
+        )
+    return [part for part in parts if not names or part.name in names]
+
+
+# ---- results: one file of JSON lines -------------------------------------------------------------
+
+
+class Results:
+    """The lines so far, and a file that has each of them as soon as it is added."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.lines: list[dict] = []
+        text = path.read_text() if path.exists() else ""
+        for line in text.splitlines():
+            try:
+                self.lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                pass  # the machine went away while this one was written
+        torn = bool(text) and not text.endswith("\n")
+        self.before = "\n" if torn else ""         # so that the next line is one of its own
+
+    def add(self, line: dict) -> None:
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **line}
+        self.lines.append(line)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(self.before + json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.before = ""
+
+    def endings(self, part: Part, measurement: Measurement) -> list[str]:
+        """How the measurement ended each time that it was made with the command that it has now."""
+        key = {"part": part.name, "measurement": measurement.name, "command": list(measurement.command)}
+        return [line["ended"] for line in self.lines if "ended" in line and key.items() <= line.items()]
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+def measure_all(parts: list[Part], results: Results, cfg: Config, deadline: float) -> None:
+    """What was never tried comes before what was tried and failed: it may fail again, and time is short."""
+    todo = [(part, measurement) for part in parts for measurement in part.measurements]
+    todo.sort(key=lambda each: bool(results.endings(*each)))
+    for part, measurement in todo:
+        name = f"{part.name}, {measurement.name}"
+        left_s = deadline - time.monotonic()
+        if "done" in results.endings(part, measurement) and not cfg.again:
+            print(f"== {name}: has its results", flush=True)
+        elif measurement.limit_s > left_s:
+            limit_s = measurement.limit_s
+            print(f"== {name}: not started, it may take {limit_s} s of {max(0, left_s):.0f} left", flush=True)
+        else:
+            print(f"== {name}, at most {measurement.limit_s} s: {' '.join(measurement.command)}", flush=True)
+            for expected in measurement.expects:
+                print(f"   expected: {words(expected)}", flush=True)
+            measure(part, measurement, results, cfg.out / "logs")
+
+
+def measure(part: Part, measurement: Measurement, results: Results, logs: Path) -> None:
+    """Run the command within its limit; keep each JSON line when it comes, and how the command ended."""
+    about = {"part": part.name, "measurement": measurement.name, "command": list(measurement.command)}
+    logs.mkdir(parents=True, exist_ok=True)
+    log = logs / f"{part.name} {measurement.name}.log".replace(" ", "_").replace(",", "")
+    began, said, failures = time.monotonic(), "", []
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-u", *measurement.command], cwd=ROOT,
+            env={**os.environ, **measurement.environment}, text=True,
+            stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
+        timer = threading.Timer(measurement.limit_s, end, (process,))
+        timer.start()
+        try:
+            for line in process.stdout:
+                print(f"   {line}", end="", flush=True)
+                result = parsed(line)
+                if result is None:
+                    said = line.strip() or said
+                else:
+                    results.add({**about, "result": result})
+                    # A contender that cannot be measured here is a result; one that broke is not.
+                    failures += [result["error"]] if "error" in result and not result.get("refused") else []
+            status = process.wait()
+        finally:
+            timer.cancel()
+            end(process)
+    seconds = time.monotonic() - began
+    ended = "done"
+    if seconds >= measurement.limit_s:
+        ended = f"stopped after its {measurement.limit_s} s"
+    elif status:
+        ended, said = f"failed with status {status}", last_error(log) or said
+    elif failures:
+        ended, said = "failed in part", failures[-1]
+    if measurement.command[0] == "-m":           # pytest, whose result is the last line that it prints
+        results.add({**about, "result": {"status": status, "said": said}})
+    if ended != "done":
+        print(f"   {ended}: {said}", flush=True)
+    results.add({**about, "ended": ended, "seconds": round(seconds, 1), "said": said[-500:]})
+
+
+def parsed(line: str) -> dict | None:
+    """The JSON object on the line, or None for a line of words."""
+    try:
+        result = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return result if isinstance(result, dict) else None
+
+
+def end(process: subprocess.Popen) -> None:
+    """End the command and what it started: they are one process group."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def last_error(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if "rror" in line]
+    return (errors or lines or [""])[-1]
+
+
+# ---- telling -------------------------------------------------------------------------------------
+
+
+def describe(parts: list[Part]) -> str:
+    lines = []
+    for part in parts:
+        lines.append(f"{part.name} (at most {part.limit_s} s): {part.why}")
+        for measurement in part.measurements:
+            lines.append(f"    {measurement.name}: {' '.join(measurement.command)}")
+            lines += [f"        {words(expected)}" for expected in measurement.expects]
+    return "\n".join(lines)
+
+
+def words(expected: Expected) -> str:
+    of = " ".join(str(value) for value in expected.line.values())
+    return f"{of + ': ' if of else ''}{expected.figure} {number_range(expected)}"
+
+
+def number_range(expected: Expected) -> str:
+    low, high = number(expected.low), number(expected.high)
+    return low if low == high else f"{low} to {high}"
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == 0 else f"{value:.4g}"
+
+
+def difference(expected: Expected, measured: float) -> float:
+    """How far the figure is outside the predicted range, as a share of the nearer end. Inside it is 0."""
+    nearer = min(max(measured, expected.low), expected.high)
+    if nearer == 0:
+        return 0.0 if measured == 0 else float("inf")
+    return measured / nearer - 1
+
+
+def summary(parts: list[Part], lines: list[dict]) -> str:
+    """The table of every figure that was predicted, and of what ended otherwise than well, in Markdown."""
+    rows = [
+        "| part | measurement | figure | predicted | measured | difference |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for part in parts:
+        for measurement in part.measurements:
+            key = {"part": part.name, "measurement": measurement.name}
+            own = [line for line in lines if key.items() <= line.items()]
+            results = [line["result"] for line in own if "result" in line]
+            for expected in measurement.expects:
+                rows.append(row(part, measurement, expected, results))
+            endings = [line for line in own if "ended" in line]
+            if endings and endings[-1]["ended"] != "done":
+                said = f"{endings[-1]['ended']}: {endings[-1]['said']}".replace("|", "/")
+                rows.append(
+                    f"| {part.name} | {measurement.name} | how it ended | done | {said[:160]} | **look** |"
+                )
+    machines = [line for line in lines if line["part"] == "machine"]
+    return "\n".join([*rows, "", *(about_machine(machines[-1]) if machines else [])])
+
+
+def row(part: Part, measurement: Measurement, expected: Expected, results: list[dict]) -> str:
+    """A line of the table. Of several results the last one counts."""
+    named = " ".join([*map(str, expected.line.values()), expected.figure])
+    fitting = [result for result in results if expected.line.items() <= result.items()]
+    measured, off = "not yet", ""
+    if fitting and expected.figure in fitting[-1]:
+        value = fitting[-1][expected.figure]
+        share = difference(expected, value)
+        measured, off = number(value), f"{share:+.0%}"
+        if abs(share) > FAR_OFF:
+            off = f"**{off}**"
+    elif fitting and "error" in fitting[-1]:
+        measured = fitting[-1]["error"].replace("|", "/")[:160]
+    return f"| {part.name} | {measurement.name} | {named} | {number_range(expected)} | {measured} | {off} |"
+
+
+def about_machine(line: dict) -> list[str]:
+    versions = ", ".join(
+        f"{name} {version}" for name, version in line["versions"].items() if name in ("torch", "triton")
+    )
+    return [
+        f"{line['machine']}, {line['device_gib']:.1f} GiB, driver {line['driver']}, CUDA {line['cuda']}; "
+        f"{line['cores']} cores, {line['host_gib']:.0f} GiB for them; Python {line['python']}, {versions}; "
+        f"{line['time'][:10]}. Differences over 10 % are in bold."
+    ]
+
+
+if __name__ == "__main__":
+    run_recipe(main, Config)

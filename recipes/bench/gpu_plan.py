@@ -1,0 +1,403 @@
+"""What gpu.sh measures, as data: measurements, each with a time limit and the figures that we expect.
+
+    part          some measurements that together end within one call of ten minutes
+    measurement   one command, which prints JSON lines; a limit in seconds; the figures expected of its lines
+    card          h100 (80 GB) or h200 (141 GB). They compute alike; the H200 has more memory, and faster
+
+Training 7B with fp32 masters and moments takes 16 bytes a parameter, 100.4 GiB. An H200 holds that. An H100
+does not, so there the parts `resident` and `zero3` measure 16 layers of the 7B model (3.5B), and 7B is
+measured with its states on the host.
+
+Predictions come from three places: a table of seconds per kind of work (STEP_7B), peaks of torch's own
+allocator in a run on a GPU without arithmetic (PEAKS), and the chunk manager's plan at the rates of a typical
+machine (OFFLOAD).
+"""
+
+import json
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from offload import Config as OffloadConfig
+from offload import predict_peer, turn_seconds
+
+from dtensor_llama import LlamaConfig
+from dtensor_llama.flops import PEAK_FLOPS, hardware_flops_per_token, model_flops_per_token
+from memory.tracer import Rates
+
+CALL_SECONDS = 600  # what one call on a lent machine may take; every part stays below it
+
+
+@dataclass(frozen=True)
+class Card:
+    name: str
+    memory_gib: float  # as torch states it
+    tb_s: float  # of its memory, from the data sheet
+    layers: int  # of the 7B model, that it can train with everything resident
+
+
+CARDS = {"h100": Card("h100", 79.6, 3.35, 16), "h200": Card("h200", 139.8, 4.8, 32)}
+
+
+def choose_card(memory_gib: float) -> Card | None:
+    """The card whose plan fits a GPU of this size, or None if the GPU is too small for either."""
+    fitting = [
+        card for card in CARDS.values() if card.memory_gib <= memory_gib * 1.02
+    ]  # drivers take a little
+    return max(fitting, key=lambda card: card.memory_gib) if fitting else None
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A figure of a result line, as a range. line: what singles out one of several lines of a measurement."""
+
+    figure: str
+    low: float
+    high: float
+    line: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    name: str
+    command: tuple[str, ...]  # what follows `python`
+    limit_s: int  # it is ended then
+    expects: tuple[Expected, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    why: str
+    measurements: tuple[Measurement, ...]
+
+    @property
+    def limit_s(self) -> int:
+        return sum(measurement.limit_s for measurement in self.measurements)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a plan is made for. layers: of every model, in place of its own number, for a rehearsal."""
+
+    card: Card
+    out: Path
+    host_budget_gib: float | None = None
+    layers: int | None = None
+
+    def model(self, preset: str, layers: int | None = None) -> str:
+        """What --model is told: a preset, or the folder of one with fewer layers (see write_models)."""
+        layers = self.layers or layers
+        if layers in (None, LlamaConfig.preset(preset).num_hidden_layers):
+            return preset
+        return str(self.out / "models" / f"{preset}-{layers}-layers")
+
+    @property
+    def host_flags(self) -> str:
+        return f"--memory.host-budget-gib {self.host_budget_gib:g}" if self.host_budget_gib else ""
+
+
+# ---- predictions: a step -------------------------------------------------------------------------
+
+STEP_TOKENS = 16384
+WAYS = ("zero3 selective", "resident selective", "resident none")   # where states are, and what is recomputed
+# Seconds that a step of 7B with 16,384 tokens spends on an H200. Work grows with the FLOPs or with the bytes
+# of activations or of parameters; the last column says whether more tokens a step make more of it.
+STEP_7B = {
+    "matrix products at 680 to 720 TFLOP/s": ((0.955, 0.955, 0.902), "flops", "each token"),
+    "attention, cuDNN": ((0.130, 0.130, 0.125), "flops", "each token"),
+    "norm, RoPE, SwiGLU, residual": ((0.075, 0.075, 0.062), "activation bytes", "each token"),
+    "loss": ((0.012, 0.012, 0.012), "head", "each token"),
+    "FSDP's copies, or sums of microbatches": ((0.270, 0.081, 0.036), "parameter bytes", "each token"),
+    "norm and clip; AdamW": ((0.066, 0.072, 0.072), "parameter bytes", "each step"),
+    "launch tail, embedding, gap": ((0.012, 0.030, 0.020), "launches", "each step"),
+}
+ADAMW_MAY_SAVE = 0.05  # of a resident 7B step: vector loads, and chunks of 256 Mi elements
+
+
+def llama_7b(layers: int) -> LlamaConfig:
+    return replace(LlamaConfig.preset("llama2-7b"), num_hidden_layers=layers)
+
+
+def step_seconds(way: str, card: Card, n_tokens: int) -> float:
+    """A step on this card with as many layers as it holds, from STEP_7B."""
+    whole, ours = llama_7b(32), llama_7b(card.layers)
+    slower_memory = CARDS["h200"].tb_s / card.tb_s
+    scale = {
+        "flops": model_flops_per_token(ours, 4096) / model_flops_per_token(whole, 4096),
+        "activation bytes": card.layers / 32 * slower_memory,
+        "parameter bytes": ours.n_parameters / whole.n_parameters * slower_memory,
+        "head": 1.0,
+        "launches": 1.0,
+    }
+    total = 0.0
+    for seconds, grows_with, per in STEP_7B.values():
+        times = n_tokens / STEP_TOKENS if per == "each token" else 1.0
+        total += seconds[WAYS.index(way)] * scale[grows_with] * times
+    return total
+
+
+def expected_step(way: str, card: Card, n_tokens: int) -> tuple[Expected, Expected, Expected]:
+    """Seconds, tokens/s and MFU. A resident step may be shorter by what AdamW may save."""
+    slow = step_seconds(way, card, n_tokens)
+    may_save = ADAMW_MAY_SAVE * llama_7b(card.layers).n_parameters / llama_7b(32).n_parameters
+    fast = slow - may_save if way.startswith("resident") else slow
+    flops = model_flops_per_token(llama_7b(card.layers), 4096) / PEAK_FLOPS["H100"]
+    return (
+        Expected("step_seconds", fast, slow),
+        Expected("tokens_per_second", n_tokens / slow, n_tokens / fast),
+        Expected("mfu", n_tokens / slow * flops, n_tokens / fast * flops),
+    )
+
+
+# ---- predictions: memory -------------------------------------------------------------------------
+
+# GiB that torch's allocator had given out and had reserved at the peak of a steady step, by layers, way, and
+# rows of a microbatch.
+PEAKS = {
+    (32, "zero3 selective", 1): (113.7, 120.8),
+    (32, "zero2 selective", 1): (125.8, 135.4),
+    (32, "zero3 full", 4): (103.7, 112.7),
+    (32, "resident selective", 1): (113.2, 114.5),
+    (32, "resident selective", 2): (124.7, 126.7),
+    (32, "resident none", 1): (117.8, 118.5),
+    (32, "resident none", 2): (134.0, 134.7),
+    (32, "resident full", 4): (90.4, 91.9),
+    (16, "zero3 selective", 1): (59.8, 65.6),
+    (16, "resident none", 1): (61.6, 62.2),
+    (16, "resident none", 2): (69.7, 70.3),
+}
+
+
+def expected_memory(layers: int, way: str, micro_rows: int) -> tuple[Expected, ...]:
+    """Nothing where no such run was made."""
+    peaks = PEAKS.get((layers, way, micro_rows))
+    if peaks is None:
+        return ()
+    allocated, reserved = peaks
+    return (
+        Expected("device_memory_gib", allocated, allocated),
+        Expected("device_reserved_gib", reserved, reserved),
+    )
+
+
+# ---- predictions: states on the host -------------------------------------------------------------
+
+# A typical machine: PCIe 5, 16 cores at 200 GB/s of DRAM, which is 7 G parameters/s of AdamW at 28 bytes.
+TYPICAL = Rates(
+    h2d=50e9, d2h=50e9, duplex=100e9, dram=200e9, dram_under_dma=200e9, host_adam={16: 7e9}, device_adam=115e9
+)
+SUSTAINED_FLOPS = 592e12  # forward and backward of a step, with full recompute counted
+# Seconds of a step of ours that the chunk manager's planner finds at these rates: full recompute, exact
+# clipping, 4 rows a forward. 7B on a whole H100 lies between 40 GiB and all resident. Of 13B an H100 holds
+# the states of about 3.6 G parameters. If those of the other 9.4 pass over the link at 10 bytes each way, and
+# nothing overlaps but the two directions, a step is 1.9 s longer than on an H200: the upper end.
+OFFLOAD = {
+    ("3.5b", "24 GiB"): {4096: (0.47, 0.5), 16384: (0.99, 1.1), 65536: (3.34, 3.34)},
+    ("3.5b", "resident"): {4096: (0.23, 0.23), 16384: (0.86, 0.86), 65536: (3.36, 3.36)},
+    ("7b", "40 GiB"): {4096: (0.96, 0.96), 16384: (1.94, 1.94), 65536: (6.45, 6.45)},
+    ("7b", "h200"): {4096: (0.44, 0.44), 16384: (1.65, 1.65), 65536: (6.48, 6.48)},
+    ("7b", "h100"): {4096: (0.44, 0.96), 16384: (1.65, 1.94), 65536: (6.45, 6.48)},
+    ("13b", "h200"): {4096: (1.11, 1.11), 16384: (3.12, 3.12), 65536: (12.31, 12.31)},
+    ("13b", "h100"): {4096: (1.11, 3.0), 16384: (3.12, 5.0), 65536: (12.31, 14.2)},
+}
+
+
+def fsdp2_seconds(config: LlamaConfig, n_tokens: int) -> float:
+    """A step of FSDP2's CPU offload on one rank of the typical machine, 4 rows a microbatch."""
+    alone_s = n_tokens * hardware_flops_per_token(config, 4096, "full") / SUSTAINED_FLOPS
+    return predict_peer("fsdp2_offload", config.n_parameters, alone_s, TYPICAL, max(1, n_tokens // 4096 // 4))
+
+
+# ---- measurements --------------------------------------------------------------------------------
+
+PLACEMENT = {
+    "resident": "--memory.placement static --memory.resident 1 --memory.stream 0 --memory.cpu 0",
+    "zero3": "--memory.placement off",
+    "zero2": "--memory.placement off --parallel.zero-stage 2",
+}
+
+
+def step(setting: Setting, way: str, microbatches: int, rows: int, limit_s: int = 150) -> Measurement:
+    """Training steps of 7B, or of the layers that the card holds, with benchmark.py. way: as in WAYS."""
+    placement, recompute = way.split()
+    n_tokens = 4096 * rows * microbatches
+    n_timed = max(4, 8 * STEP_TOKENS // n_tokens)
+    command = (
+        f"recipes/benchmark.py --model {setting.model('llama2-7b', setting.card.layers)} --data.seq-len 4096 "
+        f"--train.compile --train.recompute {recompute} --train.global-batch-size {rows * microbatches} "
+        f"--train.micro-batch-size {rows} --train.steps {n_timed} --warmup 2 {PLACEMENT[placement]}"
+    )
+    if placement == "resident":
+        command += f" {setting.host_flags}"
+    expects = expected_step(way, setting.card, n_tokens) if way in WAYS else ()
+    return Measurement(
+        f"{recompute} {microbatches} x {rows} rows",
+        tuple(command.split()),
+        limit_s,
+        (*expects, *expected_memory(setting.card.layers, way, rows)),
+    )
+
+
+def under_budget(
+    setting: Setting, size: str, n_tokens: int, contenders: tuple[str, ...], more: str = ""
+) -> Measurement:
+    """offload.py with one number of tokens a step; its limit is that of the contenders' turns together."""
+    preset, layers = MODELS[size]
+    command = (
+        f"recipes/bench/offload.py --compile --rounds 1 --model {preset} --tokens {n_tokens} "
+        f"--contenders {' '.join(contenders)} {more}"
+    )
+    if setting.layers or layers:
+        command += f" --layers {setting.layers or layers}"
+    if setting.host_budget_gib:
+        command += f" --host-budget-gib {setting.host_budget_gib:g}"
+    turns_s = [turn_seconds(OffloadConfig(), config_of(size), name, n_tokens) for name in contenders]
+    limit_s = sum(turns_s) + 15
+    # In a rehearsal one turn may take it all: a small machine is slow, also with few layers.
+    command += f" --timeout-s {limit_s if setting.layers else max(turns_s)}"
+    return Measurement(f"{n_tokens} tokens", tuple(command.split()), limit_s)
+
+
+def expecting(measurement: Measurement, contender: str, seconds: tuple[float, float]) -> Measurement:
+    more = Expected("step_seconds", *seconds, line={"contender": contender})
+    return replace(measurement, expects=(*measurement.expects, more))
+
+
+def budget_part(setting: Setting, name: str, why: str, tokens: tuple[int, ...]) -> Part:
+    """A model under a budget: ours against FSDP2's offload, which refuses a host that is too small."""
+    size, budget = BUDGETS[name.removesuffix("-64k")]
+    more = f"--device-budget-gib {budget.removesuffix(' GiB')}" if budget.endswith(" GiB") else ""
+    contenders = ("ours",) if name == "13b-64k" else ("ours", "fsdp2_offload")  # there is no time for both
+    expected = OFFLOAD.get((size, setting.card.name if budget == "card" else budget), {})
+    measurements = []
+    for n_tokens in tokens:
+        measurement = under_budget(setting, size, n_tokens, contenders, more)
+        if n_tokens in expected:
+            measurement = expecting(measurement, "ours", expected[n_tokens])
+        if "fsdp2_offload" in contenders:
+            theirs_s = fsdp2_seconds(config_of(size), n_tokens)
+            measurement = expecting(measurement, "fsdp2_offload", (theirs_s, theirs_s))
+        measurements.append(measurement)
+    return Part(name, why, tuple(measurements))
+
+
+def config_of(size: str) -> LlamaConfig:
+    preset, layers = MODELS[size]
+    config = LlamaConfig.preset(preset)
+    return replace(config, num_hidden_layers=layers or config.num_hidden_layers)
+
+
+MODELS = {"3.5b": ("llama2-7b", 16), "7b": ("llama2-7b", None), "13b": ("llama2-13b", None)}  # preset, layers
+BUDGETS = {
+    "3.5b-24": ("3.5b", "24 GiB"),
+    "7b-40": ("7b", "40 GiB"),
+    "7b-card": ("7b", "card"),
+    "13b": ("13b", "card"),
+}
+
+
+def ceiling(setting: Setting) -> Part:
+    """What 3.5B reaches when nothing has to be on the host."""
+    measurements = []
+    for n_tokens, seconds in OFFLOAD["3.5b", "resident"].items():
+        measurement = under_budget(setting, "3.5b", n_tokens, ("all_resident",))
+        measurements.append(expecting(measurement, "all_resident", seconds))
+    why = "3.5B with everything resident: what the budgets of 3.5b-24 are measured against"
+    return Part("ceiling", why, tuple(measurements))
+
+
+def kernels(card: Card) -> Measurement:
+    slower_memory = CARDS["h200"].tb_s / card.tb_s
+    expects = (
+        Expected("tflop_s", 640, 700, {"kernel": "matmul 4096 x 4096 x 4096"}),
+        Expected("tflop_s", 680, 730, {"kernel": "matmul 4096 x 11008 x 4096"}),
+        Expected("tflop_s", 700, 750, {"kernel": "matmul 8192 x 4096 x 4096"}),
+        Expected("forward_ms", 0.13, 0.13, {"kernel": "attention"}),
+        Expected("forward_backward_ms", 0.53, 0.53, {"kernel": "attention"}),
+        Expected("g_parameters_s", 100 / slower_memory, 155 / slower_memory, {"kernel": "device AdamW"}),
+        Expected("h2d_gb_s", 50, 50, {"kernel": "copies of 256 MiB, pinned"}),
+    )
+    return Measurement("kernels", ("recipes/bench/machine.py",), 60, expects)
+
+
+def tests(name: str, which: str, limit_s: int) -> Measurement:
+    command = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_gpu.py", "-k", which)
+    return Measurement(name, command, limit_s, (Expected("status", 0, 0),))
+
+
+def plan(setting: Setting) -> list[Part]:
+    """All parts, in the order in which they are measured: the largest promise first."""
+    card = setting.card
+    held = "7B"
+    if card.layers < 32:
+        held = f"{card.layers} layers of 7B (an {card.name.upper()} cannot hold 7B's 100.4 GiB)"
+
+    def budget(name: str, why: str, *tokens: int) -> Part:
+        return budget_part(setting, name, why, tokens)
+
+    parts = [
+        Part("resident", f"{held}, all states on the device, nothing recomputed: the README's promise",
+             (step(setting, "resident none", 4, 2), step(setting, "resident none", 8, 2))),
+        Part("kernels", "matrix product, attention, update, copy: what a step is made of", (kernels(card),)),
+        Part("zero3", f"{held} with FSDP2 at ZeRO stage 3, as several ranks would train it",
+             (step(setting, "zero3 selective", 4, 1),)),
+        Part("first-tests", "those likeliest to find a wrong number", (tests("riskiest", RISKIEST, 180),)),
+        Part("rates", "the wires, the host's memory and its cores: what every plan is made of", (rates(),)),
+        budget("3.5b-24", "3.5B under 24 GiB: ours against FSDP2's offload", 4096, 16384),
+        budget("7b-card", "7B on the whole card with placement auto", 4096, 16384),
+        budget("7b-card-64k", "the same with 64k tokens a step", 65536),
+        budget("7b-40", "7B under 40 GiB", 4096, 16384),
+        Part("variants", "smaller steps, selective recompute, segments that can grow", variants(setting)),
+        Part("step-price", "our step over the barest loop, and a small model's speed", small_models()),
+        budget("3.5b-24-64k", "3.5B under 24 GiB with 64k tokens a step", 65536),
+        budget("7b-40-64k", "7B under 40 GiB with 64k tokens a step", 65536),
+        budget("13b", "13B on one card", 16384),
+        budget("13b-64k", "13B on one card with 64k tokens a step", 65536),
+        ceiling(setting),
+        Part("host", "AdamW on the host against a plain stream, and torch calls beside it", (host(),)),
+        Part("tests", "all tests of numbers that need a GPU", (tests("numbers", "not learns", 560),)),
+        Part("test-runs", "whole training runs: stop, resume, export", (tests("runs", "learns", 580),)),
+    ]
+    return parts
+
+
+RISKIEST = "fused or logits or every_pass or nothing_depends or budget or initial"      # for pytest -k
+
+
+def rates() -> Measurement:
+    expects = (Expected("dram_gb_s", 200, 200), Expected("host_adam_gb_s", 196, 196))
+    return Measurement("rates", ("recipes/bench/memory_rates.py",), 180, expects)
+
+
+def host() -> Measurement:
+    return Measurement("host", ("recipes/bench/host_adam.py", "--threads", str(os.cpu_count())), 300)
+
+
+def variants(setting: Setting) -> tuple[Measurement, ...]:
+    measurements = [step(setting, "resident none", 2, 2), step(setting, "resident selective", 4, 1)]
+    if setting.card.layers == 32:
+        allocator = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+        measurements.append(replace(step(setting, "zero2 selective", 4, 1), name="zero2, expandable segments",
+                                    environment=allocator))
+    return tuple(measurements)
+
+
+def small_models() -> tuple[Measurement, ...]:
+    """32 rows each: with 8 rows the GPU waits for the host, and the host's speed would be compared."""
+    price = "recipes/bench/step_price.py --model small-110m --seq-len 2048 --dtype bfloat16 --rows 32"
+    speed = ("recipes/benchmark.py --model small-110m --data.seq-len 2048 --train.compile "
+             "--train.global-batch-size 32 --train.micro-batch-size 32")
+    return (Measurement("price", tuple(price.split()), 150),
+            Measurement("small-110m", tuple(speed.split()), 150))
+
+
+def write_models(setting: Setting) -> None:
+    """config.json of 7B with fewer layers, where Setting.model says it is."""
+    folder = Path(setting.model("llama2-7b", setting.card.layers))
+    if str(folder) == "llama2-7b":
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    config = llama_7b(setting.layers or setting.card.layers)
+    (folder / "config.json").write_text(json.dumps(config.to_hf()))
