@@ -9,14 +9,16 @@ class UsageError(ValueError):
 
 
 class BadRecord(UsageError):
-    """A record of a data file that cannot be trained on; with --data.bad-records skip it is left out, counted and listed.
+    """A record of a data file that cannot be trained on; with --data.bad-records skip it is left out, counted
+    and listed.
 
-    where: file and line, of a conversation also the turn. what_is_wrong: in few words that are the same for all records
-    with this fault, so that they can be counted. more: the values, the rule and what would work; a ":" at its beginning
-    joins it to what comes before."""
+    where: file and line, of a conversation also the turn. what_is_wrong: in few words that are the same for
+    all records with this fault, so that they can be counted. more: the values, the rule and what would work;
+    a ":" at its beginning joins it to what comes before."""
 
     def __init__(self, where: str, what_is_wrong: str, more: str = ""):
-        super().__init__(where, what_is_wrong, more)          # all three, so that it survives the way between processes
+        # all three, so that it survives the way between processes
+        super().__init__(where, what_is_wrong, more)
         self.of_a_turn = ": turn " in where
         self.reason = f"a turn {what_is_wrong}" if self.of_a_turn else what_is_wrong
 

@@ -91,7 +91,8 @@ class DataConfig:
     tokenizer: FilePath | None = None   # Hugging Face folder, tokenizer.json or SentencePiece .model; None: --model's
     seq_len: int | None = None          # tokens per row; None: the context of the model
     document_mask: bool = False         # no token sees another document of its packed row
-    text_field: str = "text"            # of a .jsonl line, or column of a .parquet, that holds the text; a.b: b inside a
+    # of a .jsonl line, or column of a .parquet, that holds the text; a.b: b inside a
+    text_field: str = "text"
     # A record that has no text: end the run, or leave it out, count it and list it in RUN/bad-records.jsonl.
     bad_records: Literal["refuse", "skip"] = "refuse"
     validation_share: float = 0.01      # of the rows, held out

@@ -96,11 +96,14 @@ class DataConfig:
     tokenizer: FilePath | None = None   # Hugging Face folder, tokenizer.json or SentencePiece .model; None: --model's
     seq_len: int | None = None          # tokens per row; None: what the longest example needs, within the model's context
     overlong: Literal["drop", "truncate"] = "drop"       # examples longer than a row: left out, or cut
-    # A record that cannot be trained on: end the run, or leave it out, count it and list it in RUN/bad-records.jsonl.
+    # A record that cannot be trained on: end the run, or leave it out, count it and list it in
+    # RUN/bad-records.jsonl.
     bad_records: Literal["refuse", "skip"] = "refuse"
-    # Trained are the answers of the assistant, the last one of each conversation, or every token; flags in a turn count.
+    # Trained are the answers of the assistant, the last one of each conversation, or every token; flags in a
+    # turn count.
     train_on: Literal["answers", "last-answer", "all"] = "answers"
-    # How a conversation is written: auto: the tokenizer's template, else LLaMA-2's; none: prompt and completion as they are.
+    # How a conversation is written: auto: the tokenizer's template, else LLaMA-2's; none: prompt and
+    # completion as they are.
     template: Literal["auto", "none"] = "auto"
     packing: bool = True                # several examples to a row; none of them sees another
     validation_share: float = 0.02      # of the rows, held out
@@ -181,7 +184,9 @@ def main(cfg: SftConfig) -> None:
         raise UsageError("--train.compile needs a C++ compiler on a CPU and there is none; install g++, or leave it out.")
     chat = ChatOptions(cfg.data.bad_records, cfg.data.train_on, cfg.data.template)
     template = template_of(tokenizer, chat)
-    corpus = prepare_chat(cfg.data.path, tokenizer, cache_folders(cfg.data.cache_dir, cfg.run_dir), options=chat)
+    corpus = prepare_chat(
+        cfg.data.path, tokenizer, cache_folders(cfg.data.cache_dir, cfg.run_dir), options=chat
+    )
     # A base model's config.json may know another end than the chat template has; what is exported must stop at both.
     ends = model_config.eos_token_id if isinstance(model_config.eos_token_id, list) else [model_config.eos_token_id]
     ends = [end for end in dict.fromkeys([*ends, *corpus.end_ids]) if end is not None]
@@ -299,7 +304,9 @@ def main(cfg: SftConfig) -> None:
         log.close()
         if log.rows:
             draw_loss_curve(log.rows, Path(cfg.run_dir, "loss.png"))
-        say_where_things_are(Path(cfg.run_dir), log.rows, step, cfg.train.steps, stopped, chat=cfg.data.template != "none")
+        say_where_things_are(
+            Path(cfg.run_dir), log.rows, step, cfg.train.steps, stopped, chat=cfg.data.template != "none"
+        )
         run_lock.close()
     stop_process_group()
 
@@ -390,8 +397,14 @@ def describe_run(cfg, model_config, layout, rows: PackedExamples, n_micros: int,
     log.say("loss      {}: {}".format(*choose_loss(device)))
 
 
-def export(model: Llama, cfg: SftConfig, tokenizer: Tokenizer, template: ChatTemplate | RawTemplate, dtype: torch.dtype,
-           is_main: bool) -> None:
+def export(
+    model: Llama,
+    cfg: SftConfig,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | RawTemplate,
+    dtype: torch.dtype,
+    is_main: bool,
+) -> None:
     """Write hf/, which transformers opens, template and all, and with LoRA hf-adapter/, which peft opens over --model.
     All ranks enter: each writes the shards it owns."""
     hf, adapter = Path(cfg.run_dir, "hf"), Path(cfg.run_dir, "hf-adapter")

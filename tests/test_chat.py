@@ -231,8 +231,9 @@ def test_files_of_all_kinds_say_the_same(chatml, tmp_path):
 
 # ---- tools, thoughts, flags ----
 
-# In short what Qwen's templates do: tools in the system turn, results of tools inside a user turn, thoughts of earlier
-# questions left out, and those that stand in the content moved. (MARKS) is where {% generation %} goes.
+# In short what Qwen's templates do: tools in the system turn, results of tools inside a user turn, thoughts
+# of earlier questions left out, and those that stand in the content moved. (MARKS) is where {% generation %}
+# goes.
 AGENT = """\
 {%- if tools %}{{ '<|im_start|>system\\n' }}
     {%- if messages[0].role == 'system' %}{{ messages[0].content + '\\n\\n' }}{% endif %}
@@ -270,7 +271,14 @@ AGENT = """\
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 AGENT_MARKED = AGENT.replace("(BEGIN)", "{% generation %}").replace("(END)", "{% endgeneration %}")
 AGENT = AGENT.replace("(BEGIN)", "").replace("(END)", "")
-WORDS_OF_AGENTS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+WORDS_OF_AGENTS = (
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+)
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "a + b", "parameters": {
     "type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}}}}}]
 CALL = {"type": "function", "id": "call_1", "function": {"name": "add", "arguments": {"a": 1, "b": "é"}}}
@@ -285,7 +293,8 @@ TOOL_TALK = [
 
 @pytest.fixture(scope="module")
 def agent(tmp_path_factory) -> Path:
-    """A byte-level tokenizer whose <think> and <tool_call> are added tokens that are not special, as Qwen has them."""
+    """A byte-level tokenizer whose <think> and <tool_call> are added tokens that are not special, as Qwen has
+    them."""
     folder = tmp_path_factory.mktemp("agent")
     control = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
     train_byte_level(folder / "tokenizer.json", special_tokens=(*control, *WORDS_OF_AGENTS))
@@ -302,13 +311,21 @@ def encode(chat: ChatTemplate, record: dict, train_on: str = "answers"):
     return chat.example(conversation_of(record, "here"), "here", train_on)
 
 
-def by_transformers(folder: Path, turns: list[dict], tools: list[dict] | None) -> tuple[list[int], list[bool]]:
+def by_transformers(
+    folder: Path, turns: list[dict], tools: list[dict] | None
+) -> tuple[list[int], list[bool]]:
     """(ids, mask) that transformers makes with AGENT_MARKED."""
     import transformers
 
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    encoded = theirs.apply_chat_template(turns, tools=tools, chat_template=AGENT_MARKED, tokenize=True, return_dict=True,
-                                         return_assistant_tokens_mask=True)
+    encoded = theirs.apply_chat_template(
+        turns,
+        tools=tools,
+        chat_template=AGENT_MARKED,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
     return encoded["input_ids"], [bool(one) for one in encoded["assistant_masks"]]
 
 
@@ -322,41 +339,78 @@ def test_tools_calls_and_thoughts_give_the_ids_and_the_mask_of_transformers(agen
     assert example.ids == ids and example.trained == mask and any(mask)
 
 
-@pytest.mark.parametrize("record", [
-    {"messages": [TOOL_TALK[1], {"role": "assistant", "content": None, "function_call": CALL["function"]},
-                  {"role": "function", "name": "add", "content": "3"}, TOOL_TALK[5]], "functions": [TOOLS[0]["function"]]},
-    {"conversations": [{"from": "human", "value": "One and two?"},
-                       {"from": "function_call", "value": json.dumps(CALL["function"])},
-                       {"from": "observation", "value": "3"}, {"from": "gpt", "value": "Three."}], "tools": json.dumps(TOOLS)},
-    {"messages": json.dumps([TOOL_TALK[1], {"role": "assistant", "tool_calls": [CALL]}, TOOL_TALK[3], TOOL_TALK[5]]),
-     "tools": [json.dumps(TOOLS[0])]},
-], ids=["functions", "ShareGPT", "strings"])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {
+            "messages": [
+                TOOL_TALK[1],
+                {"role": "assistant", "content": None, "function_call": CALL["function"]},
+                {"role": "function", "name": "add", "content": "3"},
+                TOOL_TALK[5],
+            ],
+            "functions": [TOOLS[0]["function"]],
+        },
+        {
+            "conversations": [
+                {"from": "human", "value": "One and two?"},
+                {"from": "function_call", "value": json.dumps(CALL["function"])},
+                {"from": "observation", "value": "3"},
+                {"from": "gpt", "value": "Three."},
+            ],
+            "tools": json.dumps(TOOLS),
+        },
+        {
+            "messages": json.dumps(
+                [TOOL_TALK[1], {"role": "assistant", "tool_calls": [CALL]}, TOOL_TALK[3], TOOL_TALK[5]]
+            ),
+            "tools": [json.dumps(TOOLS[0])],
+        },
+    ],
+    ids=["functions", "ShareGPT", "strings"],
+)
 def test_other_ways_to_write_calls_are_the_same_conversation(agent, record):
     turns = [TOOL_TALK[1], {"role": "assistant", "tool_calls": [CALL]}, TOOL_TALK[3], TOOL_TALK[5]]
     example = encode(with_template(agent, AGENT), record)
     assert (example.ids, example.trained) == by_transformers(agent, turns, TOOLS)
 
 
-@pytest.mark.parametrize("said", [
-    "<think>\nof this?</think> <|im_end|><s>", "<tool_response>\n3\n</tool_response>", "<tool_response>a</tool_response> b",
-    "</think></think>"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        "<think>\nof this?</think> <|im_end|><s>",
+        "<tool_response>\n3\n</tool_response>",
+        "<tool_response>a</tool_response> b",
+        "</think></think>",
+    ],
+)
 def test_a_template_sees_what_was_said_and_what_the_user_says_stays_text(agent, said):
-    """The template asks whether a user turn begins and ends as a tool's does, and moves thoughts of the assistant."""
+    """The template asks whether a user turn begins and ends as a tool's does, and moves thoughts of the
+    assistant."""
     import transformers
 
     chat = with_template(agent, AGENT)
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>\nWell.\n</think>\n\nHello."},
-             {"role": "user", "content": said}, {"role": "assistant", "content": "<think>Oh</think>Yes <|im_end|>."}]
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "<think>\nWell.\n</think>\n\nHello."},
+        {"role": "user", "content": said},
+        {"role": "assistant", "content": "<think>Oh</think>Yes <|im_end|>."},
+    ]
     example = encode(chat, {"messages": turns})
     theirs = transformers.AutoTokenizer.from_pretrained(agent)
     rendered = theirs.apply_chat_template(turns, chat_template=AGENT, tokenize=False)
     assert chat.tokenizer.plain._fast.decode(example.ids, skip_special_tokens=False) == rendered
     user_ids = chat.writer.plain.encode("user\n" + said)
     starts = [i for i, one in enumerate(example.ids) if one == chat.tokenizer.id_of("<|im_start|>")]
-    assert example.ids[starts[2] + 1 : starts[2] + 1 + len(user_ids)] == user_ids      # no control token in it
-    assert example.ids.count(chat.tokenizer.id_of("<|im_end|>")) == 4                         # nor in the assistant's
-    thinks = [chat.tokenizer.token_of(one) for one in example.ids if chat.tokenizer.token_of(one) in WORDS_OF_AGENTS]
-    moved = ["<think>", "</think>"]            # of the last answer, and of the first if the user turn is a tool's to it
+    # no control token in it
+    assert example.ids[starts[2] + 1 : starts[2] + 1 + len(user_ids)] == user_ids
+    # nor in the assistant's
+    assert example.ids.count(chat.tokenizer.id_of("<|im_end|>")) == 4
+    thinks = [
+        chat.tokenizer.token_of(one) for one in example.ids if chat.tokenizer.token_of(one) in WORDS_OF_AGENTS
+    ]
+    # of the last answer, and of the first if the user turn is a tool's to it
+    moved = ["<think>", "</think>"]
     assert thinks == (moved * 2 if said == "<tool_response>\n3\n</tool_response>" else moved)
     prompt = chat.encode_prompt(turns[:3])
     assert prompt == example.ids[: len(prompt)]
@@ -369,24 +423,37 @@ def test_words_of_the_assistant_are_its_tokens_as_in_transformers(agent):
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>\nWell.</think>Hello."}]
     ids, _ = chat.encode(turns, "here")
     theirs = transformers.AutoTokenizer.from_pretrained(agent)
-    assert ids == theirs.apply_chat_template(turns, chat_template=CHATML, tokenize=True, return_dict=True)["input_ids"]
+    assert (
+        ids
+        == theirs.apply_chat_template(turns, chat_template=CHATML, tokenize=True, return_dict=True)[
+            "input_ids"
+        ]
+    )
     assert chat.tokenizer.id_of("<think>") in ids
 
 
 def test_special_tokens_that_a_template_looks_for_are_the_assistants_too(tmp_path):
-    """Also in the one turn where it finds nothing to take out: the ids of an answer do not depend on what follows it."""
+    """Also in the one turn where it finds nothing to take out: the ids of an answer do not depend on what
+    follows it."""
     import transformers
 
     control = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
     train_byte_level(tmp_path / "tokenizer.json", special_tokens=control)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(
         {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<|im_end|>"}))
-    short = "(m['content'].split('</think>')[-1] if m['role'] == 'assistant' and not loop.last else m['content'])"
+    short = (
+        "(m['content'].split('</think>')[-1] if m['role'] == 'assistant' and not loop.last else m['content'])"
+    )
     template = CHATML.replace("m['content']", short)
     chat, theirs = with_template(tmp_path, template), transformers.AutoTokenizer.from_pretrained(tmp_path)
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>\nWell.</think>Hello."}]
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "<think>\nWell.</think>Hello."},
+    ]
     for talk in (turns, turns * 2):
-        ids = theirs.apply_chat_template(talk, chat_template=template, tokenize=True, return_dict=True)["input_ids"]
+        ids = theirs.apply_chat_template(talk, chat_template=template, tokenize=True, return_dict=True)[
+            "input_ids"
+        ]
         assert chat.encode(talk, "here")[0] == ids and ids.count(chat.tokenizer.id_of("<think>")) == 1
 
 
@@ -395,16 +462,34 @@ def trained_text(chat: ChatTemplate, example) -> str:
     return chat.tokenizer.plain._fast.decode(ids, skip_special_tokens=False)
 
 
-FOUR = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "first"}, {"role": "user", "content": "r"},
-        {"role": "assistant", "content": "second"}]
+FOUR = [
+    {"role": "user", "content": "q"},
+    {"role": "assistant", "content": "first"},
+    {"role": "user", "content": "r"},
+    {"role": "assistant", "content": "second"},
+]
 
 
-@pytest.mark.parametrize("name,no", [("weight", 0), ("weight", 0.0), ("train", False), ("trainable", False), ("training", 0),
-                                     ("loss", False), ("mask", True), ("masked", 1)])
+@pytest.mark.parametrize(
+    "name,no",
+    [
+        ("weight", 0),
+        ("weight", 0.0),
+        ("train", False),
+        ("trainable", False),
+        ("training", 0),
+        ("loss", False),
+        ("mask", True),
+        ("masked", 1),
+    ],
+)
 @pytest.mark.parametrize("at,left", [(1, "second<|im_end|>"), (3, "first<|im_end|>")])
 def test_a_turn_that_says_so_is_not_trained_and_is_written_all_the_same(chatml, name, no, at, left):
     chat = with_template(chatml, CHATML)
-    flagged = [turn | {name: (no if i == at else 1 - no)} if turn["role"] == "assistant" else turn for i, turn in enumerate(FOUR)]
+    flagged = [
+        turn | {name: (no if i == at else 1 - no)} if turn["role"] == "assistant" else turn
+        for i, turn in enumerate(FOUR)
+    ]
     example, plain = encode(chat, {"messages": flagged}), encode(chat, {"messages": FOUR})
     assert trained_text(chat, example) == left and example.ids == plain.ids and example.ends == plain.ends
     shared = [{"from": turn["role"], "value": turn["content"], name: turn.get(name)} for turn in flagged]
@@ -413,14 +498,26 @@ def test_a_turn_that_says_so_is_not_trained_and_is_written_all_the_same(chatml, 
 
 def test_a_flag_of_a_record_holds_for_all_its_answers(chatml, tmp_path):
     with_template(chatml, CHATML)
-    records = [{"messages": FOUR, "weight": 0}, {"prompt": "q", "completion": "a", "train": False}, {"messages": FOUR}]
-    corpus = prepare_chat([write(tmp_path / "x.jsonl", records)], load_tokenizer(chatml), tmp_path / "cache", processes=1)
+    records = [
+        {"messages": FOUR, "weight": 0},
+        {"prompt": "q", "completion": "a", "train": False},
+        {"messages": FOUR},
+    ]
+    corpus = prepare_chat(
+        [write(tmp_path / "x.jsonl", records)], load_tokenizer(chatml), tmp_path / "cache", processes=1
+    )
     assert corpus.n_documents == 1 and corpus.counts[NOTHING_TRAINED] == 2
 
 
-@pytest.mark.parametrize("flags,said", [
-    ({"weight": 0.5}, "'weight' is 0.5"), ({"train": "no"}, "'train' is 'no'"), ({"mask": "User"}, "'mask' is 'User'"),
-    ({"weight": 1, "train": False}, "contradict each other")])
+@pytest.mark.parametrize(
+    "flags,said",
+    [
+        ({"weight": 0.5}, "'weight' is 0.5"),
+        ({"train": "no"}, "'train' is 'no'"),
+        ({"mask": "User"}, "'mask' is 'User'"),
+        ({"weight": 1, "train": False}, "contradict each other"),
+    ],
+)
 def test_a_flag_that_is_neither_yes_nor_no_is_refused(flags, said):
     for record in ({"messages": [FOUR[0], FOUR[1] | flags]}, {"messages": FOUR, **flags}):
         with pytest.raises(UsageError, match=said):
@@ -434,44 +531,82 @@ def test_what_is_trained_can_be_chosen(chatml, template):
     assert trained_text(chat, encode(chat, {"messages": FOUR}, "last-answer")) == "second<|im_end|>"
     assert all(encode(chat, {"messages": FOUR}, "all").trained)
     some = encode(chat, {"messages": [FOUR[0], FOUR[1] | {"weight": 0}, *FOUR[2:]]}, "all")
-    assert "first" not in trained_text(chat, some) and "<|im_start|>user\nr<|im_end|>" in trained_text(chat, some)
+    assert "first" not in trained_text(chat, some) and "<|im_start|>user\nr<|im_end|>" in trained_text(
+        chat, some
+    )
     for flag, train_on in ((True, "answers"), (False, "all")):
         with pytest.raises(UsageError, match="turn 1 is by the user and its flag .*--data.train-on"):
             encode(chat, {"messages": [FOUR[0] | {"train": flag}, *FOUR[1:]]}, train_on)
-    assert encode(chat, {"messages": [FOUR[0] | {"train": False}, *FOUR[1:]]}).trained == encode(chat, {"messages": FOUR}).trained
+    assert (
+        encode(chat, {"messages": [FOUR[0] | {"train": False}, *FOUR[1:]]}).trained
+        == encode(chat, {"messages": FOUR}).trained
+    )
 
 
 def test_history_becomes_turns():
     record = {"instruction": "r", "input": "", "output": "second", "history": [["q", "first"]], "system": "S"}
     assert conversation_of(record, "here").turns == [{"role": "system", "content": "S"}, *FOUR]
-    assert conversation_of(record | {"history": []}, "here").turns == [{"role": "system", "content": "S"}, *FOUR[2:]]
+    assert conversation_of(record | {"history": []}, "here").turns == [
+        {"role": "system", "content": "S"},
+        *FOUR[2:],
+    ]
     with pytest.raises(UsageError, match="'history' is no list of"):
         conversation_of(record | {"history": ["q", "first"]}, "here")
 
 
-@pytest.mark.parametrize("record,said", [
-    ({"messages": FOUR[:2], "tools": TOOLS}, "has 'tools'"), ({"messages": FOUR[:2], "documents": [{"text": "x"}]}, "'documents'"),
-    ({"messages": FOUR[:2], "chat_template_kwargs": {"enable_thinking": False}}, "has 'enable_thinking'"),
-    ({"messages": [FOUR[0], FOUR[1] | {"tool_calls": [CALL]}]}, "turn 2 has 'tool_calls'"),
-    ({"messages": [FOUR[0], FOUR[1] | {"function_call": CALL["function"]}]}, "turn 2 has 'function_call'"),
-    ({"messages": [FOUR[0], FOUR[1] | {"reasoning": "Hm"}]}, "turn 2 has 'reasoning_content'"),
-    ({"question": "q", "answer": "a", "thinking": "Hm"}, "turn 2 has 'reasoning_content'")])
+@pytest.mark.parametrize(
+    "record,said",
+    [
+        ({"messages": FOUR[:2], "tools": TOOLS}, "has 'tools'"),
+        ({"messages": FOUR[:2], "documents": [{"text": "x"}]}, "'documents'"),
+        ({"messages": FOUR[:2], "chat_template_kwargs": {"enable_thinking": False}}, "has 'enable_thinking'"),
+        ({"messages": [FOUR[0], FOUR[1] | {"tool_calls": [CALL]}]}, "turn 2 has 'tool_calls'"),
+        (
+            {"messages": [FOUR[0], FOUR[1] | {"function_call": CALL["function"]}]},
+            "turn 2 has 'function_call'",
+        ),
+        ({"messages": [FOUR[0], FOUR[1] | {"reasoning": "Hm"}]}, "turn 2 has 'reasoning_content'"),
+        ({"question": "q", "answer": "a", "thinking": "Hm"}, "turn 2 has 'reasoning_content'"),
+    ],
+)
 def test_what_a_template_does_not_write_is_refused_by_name(chatml, record, said):
     with pytest.raises(UsageError, match=said):
         encode(with_template(chatml, CHATML), record)
 
 
 def test_no_calls_are_no_field(chatml):
-    chat = with_template(chatml, CHATML.replace("{% for m in messages %}", "{% for m in messages %}{% if 'tool_calls' in m %}"
-                                                "{{ raise_exception('calls') }}{% endif %}"))
-    assert encode(chat, {"messages": [FOUR[0], FOUR[1] | {"tool_calls": []}]}) == encode(chat, {"messages": FOUR[:2]})
+    chat = with_template(
+        chatml,
+        CHATML.replace(
+            "{% for m in messages %}",
+            "{% for m in messages %}{% if 'tool_calls' in m %}{{ raise_exception('calls') }}{% endif %}",
+        ),
+    )
+    assert encode(chat, {"messages": [FOUR[0], FOUR[1] | {"tool_calls": []}]}) == encode(
+        chat, {"messages": FOUR[:2]}
+    )
 
 
-@pytest.mark.parametrize("template,said", [
-    (CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'tool' %}"), "turn 3 is by the tool"),
-    (CHATML.replace("'<|im_start|>' + m['role']", "'<|im_start|>' + ('user' if m['role'] == 'user' else 'assistant')"),
-     "turn 3 is by 'tool'"),
-    (CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}"), "turn 1 is by the system")])
+@pytest.mark.parametrize(
+    "template,said",
+    [
+        (
+            CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'tool' %}"),
+            "turn 3 is by the tool",
+        ),
+        (
+            CHATML.replace(
+                "'<|im_start|>' + m['role']",
+                "'<|im_start|>' + ('user' if m['role'] == 'user' else 'assistant')",
+            ),
+            "turn 3 is by 'tool'",
+        ),
+        (
+            CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}"),
+            "turn 1 is by the system",
+        ),
+    ],
+)
 def test_a_turn_that_a_template_leaves_out_is_refused(chatml, template, said):
     turns = [*FOUR[:2], {"role": "tool", "content": "3"}, FOUR[3]]
     turns = [{"role": "system", "content": "S"}, *FOUR] if "system" in said else turns
@@ -492,21 +627,36 @@ def test_a_template_that_always_asks_for_an_answer_trains_no_header(chatml):
 def test_bad_records_are_skipped_counted_and_listed(chatml, tmp_path):
     with_template(chatml, CHATML)
     path = tmp_path / "x.jsonl"
-    bad = ['{"text": "no"}', '{"messages": [', '{"text": "neither"}', "[1]", json.dumps({"messages": FOUR[1:]}),
-           json.dumps({"messages": FOUR, "tools": TOOLS})]
+    bad = [
+        '{"text": "no"}',
+        '{"messages": [',
+        '{"text": "neither"}',
+        "[1]",
+        json.dumps({"messages": FOUR[1:]}),
+        json.dumps({"messages": FOUR, "tools": TOOLS}),
+    ]
     path.write_text("\n".join([json.dumps({"messages": FOUR}), *bad, json.dumps({"messages": FOUR[:2]})]))
     tokenizer = load_tokenizer(chatml)
     with pytest.raises(UsageError, match="x.jsonl, line 2: unknown format"):
         prepare_chat([path], tokenizer, tmp_path / "cache", processes=1)
-    corpus = prepare_chat([path], tokenizer, tmp_path / "cache", processes=1, options=ChatOptions(bad_records="skip"))
+    corpus = prepare_chat(
+        [path], tokenizer, tmp_path / "cache", processes=1, options=ChatOptions(bad_records="skip")
+    )
     assert corpus.n_documents == 2 and corpus.counts == {"OpenAI messages": 2}
     assert sum(corpus.skipped.values()) == 6 and corpus.skipped["unknown format"] == 2
     listed = [json.loads(line) for line in corpus.bad_records.read_text().splitlines()]
     assert [one["where"].rsplit(" ", 1)[1] for one in listed] == ["2", "3", "4", "5", "6", "7"]
-    assert all(one["message"].startswith(f"--data.path {path}, line ") and one["reason"] in one["message"] for one in listed)
+    assert all(
+        one["message"].startswith(f"--data.path {path}, line ") and one["reason"] in one["message"]
+        for one in listed
+    )
     path.write_text("\n".join(bad))
-    with pytest.raises(UsageError, match="no conversation with any answer to train on.*skipped were 2 unknown format"):
-        prepare_chat([path], tokenizer, tmp_path / "cache", processes=1, options=ChatOptions(bad_records="skip"))
+    with pytest.raises(
+        UsageError, match="no conversation with any answer to train on.*skipped were 2 unknown format"
+    ):
+        prepare_chat(
+            [path], tokenizer, tmp_path / "cache", processes=1, options=ChatOptions(bad_records="skip")
+        )
 
 
 @pytest.mark.parametrize("adds_bos", [True, False])
@@ -515,24 +665,44 @@ def test_without_a_template_prompt_and_completion_are_written_as_they_are(tmp_pa
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(
         {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": adds_bos}))
     tokenizer = load_tokenizer(tmp_path)
-    path = write(tmp_path / "x.jsonl", [{"prompt": "def f(</s>", "completion": "):\n pass"}, {"prompt": "", "completion": "x"}])
+    path = write(
+        tmp_path / "x.jsonl",
+        [{"prompt": "def f(</s>", "completion": "):\n pass"}, {"prompt": "", "completion": "x"}],
+    )
     none = ChatOptions(template="none")
     corpus = prepare_chat([path], tokenizer, tmp_path / "cache", processes=1, options=none)
     bos, prompt, completion = [0] * adds_bos, tokenizer.encode("def f(</s>"), tokenizer.encode("):\n pass")
     assert corpus.tokens.tolist() == [*bos, *prompt, *completion, 1, *bos, *tokenizer.encode("x"), 1]
     trained = [0] * len(bos + prompt) + [1] * (len(completion) + 1)
     assert corpus.trained.tolist() == [*trained, *[0] * len(bos), 1, 1] and corpus.end_ids == [1]
-    for record in ({"messages": FOUR}, {"prompt": "a", "completion": "b", "system": "S"}, {"instruction": "a", "output": "b"},
-                   {"prompt": "a", "completion": "b", "tools": TOOLS}):
-        with pytest.raises(UsageError, match="line 1: more than a prompt and a completion; --data.template none"):
-            prepare_chat([write(tmp_path / "y.jsonl", [record])], tokenizer, tmp_path / "cache", processes=1, options=none)
+    for record in (
+        {"messages": FOUR},
+        {"prompt": "a", "completion": "b", "system": "S"},
+        {"instruction": "a", "output": "b"},
+        {"prompt": "a", "completion": "b", "tools": TOOLS},
+    ):
+        with pytest.raises(
+            UsageError, match="line 1: more than a prompt and a completion; --data.template none"
+        ):
+            prepare_chat(
+                [write(tmp_path / "y.jsonl", [record])],
+                tokenizer,
+                tmp_path / "cache",
+                processes=1,
+                options=none,
+            )
 
 
 @needs_shared
 def test_without_a_template_a_prompt_has_the_ids_that_generation_gives_it(tmp_path):
     tokenizer = load_tokenizer(SHARED / "llama2_tokenizer")
-    path = write(tmp_path / "x.jsonl", [{"prompt": "Hello world", "completion": " is said"}, {"prompt": "a ", "completion": "b"}])
-    corpus = prepare_chat([path], tokenizer, tmp_path / "cache", processes=1, options=ChatOptions(template="none"))
+    path = write(
+        tmp_path / "x.jsonl",
+        [{"prompt": "Hello world", "completion": " is said"}, {"prompt": "a ", "completion": "b"}],
+    )
+    corpus = prepare_chat(
+        [path], tokenizer, tmp_path / "cache", processes=1, options=ChatOptions(template="none")
+    )
     whole = [*[1, *tokenizer.encode("Hello world is said"), 2], *[1, *tokenizer.encode("a b"), 2]]
     assert corpus.tokens[: len(tokenizer.encode("Hello world is said")) + 2].tolist() == whole[:len(
         tokenizer.encode("Hello world is said")) + 2]
@@ -544,7 +714,9 @@ def test_fields_that_nothing_reads_are_counted(agent, tmp_path):
     with_template(agent, AGENT)
     turns = [FOUR[0] | {"name": "Ann", "weight": None}, FOUR[1] | {"stamp": 3}]
     records = [{"messages": turns, "id": 7, "category": None}, {"messages": FOUR, "id": 8}]
-    corpus = prepare_chat([write(tmp_path / "x.jsonl", records)], load_tokenizer(agent), tmp_path / "cache", processes=1)
+    corpus = prepare_chat(
+        [write(tmp_path / "x.jsonl", records)], load_tokenizer(agent), tmp_path / "cache", processes=1
+    )
     assert corpus.unread == {"id": 2, "stamp": 1}           # the template has a word `name`, of a tool
 
 

@@ -517,7 +517,9 @@ def nested_files(folder: Path, records: list[dict]) -> list[Path]:
 def test_a_text_inside_of_another_field_is_named_with_a_dot(tmp_path):
     for file in nested_files(tmp_path, NESTED):
         assert texts_of(file, text_field="meta.a.body") == NESTED_TEXTS, file
-        with pytest.raises(UsageError, match=f"--data.path {file}.*no (field|column) 'meta.body'.*meta.b.*--data.text-field"):
+        with pytest.raises(
+            UsageError, match=f"--data.path {file}.*no (field|column) 'meta.body'.*meta.b.*--data.text-field"
+        ):
             texts_of(file, text_field="meta.body")
         with pytest.raises(UsageError, match="(no field|no column) 'n.body'"):
             texts_of(file, text_field="n.body")
@@ -532,7 +534,10 @@ def test_a_text_inside_of_another_field_is_trained_on(tokenizer, tmp_path):
     file, plain = tmp_path / "nested.jsonl", write_jsonl(tmp_path / "plain.jsonl", NESTED_TEXTS)
     file.write_text("".join(json.dumps(record) + "\n" for record in NESTED))
     nested = prepare_corpus([file], tokenizer, tmp_path / "cache", text_field="meta.a.body", processes=1)
-    assert nested.content_hash == prepare_corpus([plain], tokenizer, tmp_path / "cache", processes=1).content_hash
+    assert (
+        nested.content_hash
+        == prepare_corpus([plain], tokenizer, tmp_path / "cache", processes=1).content_hash
+    )
 
 
 def test_records_without_a_text_are_skipped_and_listed(tokenizer, tmp_path):
@@ -541,7 +546,9 @@ def test_records_without_a_text_are_skipped_and_listed(tokenizer, tmp_path):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     pq.write_table(pa.table({"text": ["one", None, "two", "three"]}), tmp_path / "c.parquet")
-    plain = prepare_corpus([write_jsonl(tmp_path / "plain.jsonl", ["one", "two", "three"])], tokenizer, tmp_path / "cache")
+    plain = prepare_corpus(
+        [write_jsonl(tmp_path / "plain.jsonl", ["one", "two", "three"])], tokenizer, tmp_path / "cache"
+    )
     assert plain.skipped == {} and plain.bad_records.read_text() == ""
     for name, lost in {"a.jsonl": 4, "b.json": 2, "c.parquet": 1}.items():
         with pytest.raises(UsageError, match=f"{name}, (line|row) \\d+: 'text' holds NoneType"):

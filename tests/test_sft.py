@@ -247,14 +247,19 @@ def rows_of(preview: Path) -> list[tuple[list[int], list[int]]]:
 
 def test_bad_records_are_left_out_and_listed_in_the_run_folder(inputs, chat, tmp_path):
     good = [json.loads(line) for line in (chat / "chat.jsonl").read_text().splitlines()]
-    bad = [{"text": "no chat"}, {"messages": [HELLO[0], HELLO[1] | {"tool_calls": [{"function": {"name": "f"}}]}], "id": 3}]
+    bad = [
+        {"text": "no chat"},
+        {"messages": [HELLO[0], HELLO[1] | {"tool_calls": [{"function": {"name": "f"}}]}], "id": 3},
+    ]
     path = write(tmp_path / "chat.jsonl", [bad[0], *good, bad[1], good[0] | {"id": 1}])
     own = flags(inputs, tmp_path, tmp_path / "run", steps=1)
     assert f"{path}, line 1: unknown format" in refused(*own, name="sft")
     ended = recipe("sft", *own, "--data.bad-records", "skip")
     assert ended.status == 0, ended
     listed = tmp_path / "run/bad-records.jsonl"
-    assert "2 bad records: 1 unknown format, 1 a turn has 'tool_calls'" in ended.out and str(listed) in ended.out, ended.out
+    assert (
+        "2 bad records: 1 unknown format, 1 a turn has 'tool_calls'" in ended.out and str(listed) in ended.out
+    ), ended.out
     assert "not read" in ended.out and "id (1)" in ended.out
     assert [json.loads(line)["where"] for line in listed.read_text().splitlines()] == [
         f"--data.path {path}, line {number}" for number in (1, len(good) + 2)]
@@ -264,22 +269,58 @@ def test_pretraining_leaves_out_and_lists_records_without_a_text(inputs, tmp_pat
     good = [json.loads(line) for line in (inputs / "data.jsonl").read_text().splitlines()]
     nested = [{"meta": {"id": i}, "content": {"text": record["text"]}} for i, record in enumerate(good)]
     path = write(tmp_path / "data.jsonl", [*nested, {"content": {"text": None}}, {"content": "x"}])
-    own = ["--model", inputs / "model", "--data.path", path, "--data.cache-dir", tmp_path / "cache", "--data.seq-len", 32,
-           "--train.steps", 1, "--train.global-batch-size", 2, "--train.dtype", "float32", "--checkpoint.every", 0,
-           "--run-dir", tmp_path / "run", "--data.text-field", "content.text"]
+    own = [
+        "--model",
+        inputs / "model",
+        "--data.path",
+        path,
+        "--data.cache-dir",
+        tmp_path / "cache",
+        "--data.seq-len",
+        32,
+        "--train.steps",
+        1,
+        "--train.global-batch-size",
+        2,
+        "--train.dtype",
+        "float32",
+        "--checkpoint.every",
+        0,
+        "--run-dir",
+        tmp_path / "run",
+        "--data.text-field",
+        "content.text",
+    ]
     assert f"line {len(good) + 1}: 'content.text' holds NoneType" in refused(*own, name="pretrain")
     ended = recipe("pretrain", *own, "--data.bad-records", "skip")
     assert ended.status == 0 and "skipped   2 bad records: 1 " in ended.out, ended
-    listed = [json.loads(line)["where"] for line in (tmp_path / "run/bad-records.jsonl").read_text().splitlines()]
+    listed = [
+        json.loads(line)["where"] for line in (tmp_path / "run/bad-records.jsonl").read_text().splitlines()
+    ]
     assert listed == [f"--data.path {path}, line {len(good) + number}" for number in (1, 2)]
 
 
 def test_all_of_an_example_can_be_trained_or_its_last_answer_only(inputs, tmp_path):
-    write(tmp_path / "chat.jsonl", [{"messages": [*HELLO, {"role": "user", "content": "And?"}, HELLO[1]]}] * 2)
+    write(
+        tmp_path / "chat.jsonl", [{"messages": [*HELLO, {"role": "user", "content": "And?"}, HELLO[1]]}] * 2
+    )
     trained = {}
     for train_on in ("answers", "last-answer", "all"):
-        shown = recipe("sft", *flags(inputs, tmp_path, tmp_path / "no", "--preview-json", tmp_path / f"{train_on}.json",
-                                     "--data.train-on", train_on, "--data.no-packing", "--data.validation-share", 0))
+        shown = recipe(
+            "sft",
+            *flags(
+                inputs,
+                tmp_path,
+                tmp_path / "no",
+                "--preview-json",
+                tmp_path / f"{train_on}.json",
+                "--data.train-on",
+                train_on,
+                "--data.no-packing",
+                "--data.validation-share",
+                0,
+            ),
+        )
         assert shown.status == 0, shown
         tokens, trained[train_on] = rows_of(tmp_path / f"{train_on}.json")[0]
     assert trained["all"] == tokens[1:]
@@ -287,19 +328,32 @@ def test_all_of_an_example_can_be_trained_or_its_last_answer_only(inputs, tmp_pa
 
 
 def test_prompt_and_completion_are_trained_on_without_a_template(inputs, tmp_path):
-    write(tmp_path / "chat.jsonl", [{"prompt": "def append(self", "completion": f", item{i}): pass"} for i in range(8)])
+    write(
+        tmp_path / "chat.jsonl",
+        [{"prompt": "def append(self", "completion": f", item{i}): pass"} for i in range(8)],
+    )
     raw = ["--data.template", "none", "--data.no-packing", "--data.validation-share", 0]
     ended = recipe("sft", *flags(inputs, tmp_path, tmp_path / "run", *raw, steps=1))
     assert ended.status == 0 and "written with no template" in ended.out and "--chat" not in ended.out, ended
     assert not (tmp_path / "run/hf/chat_template.jinja").exists()
-    shown = recipe("sft", *flags(inputs, tmp_path, tmp_path / "no", "--preview-json", tmp_path / "rows.json", *raw))
+    shown = recipe(
+        "sft", *flags(inputs, tmp_path, tmp_path / "no", "--preview-json", tmp_path / "rows.json", *raw)
+    )
     assert shown.status == 0, shown
     tokenizer, prompt = load_tokenizer(inputs / "model"), "def append(self"
-    shown = {tokenizer.decode(tokens)[len(prompt):]: trained for tokens, trained in rows_of(tmp_path / "rows.json")}
+    shown = {
+        tokenizer.decode(tokens)[len(prompt) :]: trained
+        for tokens, trained in rows_of(tmp_path / "rows.json")
+    }
     assert set(shown) == {f", item{i}): pass" for i in range(8)}
-    assert all(tokenizer.decode(trained) == text and trained[-1] == tokenizer.eos_id for text, trained in shown.items())
+    assert all(
+        tokenizer.decode(trained) == text and trained[-1] == tokenizer.eos_id
+        for text, trained in shown.items()
+    )
     write(tmp_path / "chat.jsonl", [{"messages": HELLO}])
-    assert "--data.template none" in refused(*flags(inputs, tmp_path, tmp_path / "x", "--data.template", "none"), name="sft")
+    assert "--data.template none" in refused(
+        *flags(inputs, tmp_path, tmp_path / "x", "--data.template", "none"), name="sft"
+    )
 
 
 # ---- refusals ----

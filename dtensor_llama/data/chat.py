@@ -2,17 +2,19 @@
 
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}      OpenAI
     {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}          ShareGPT
-    {"instruction": "Say hello", "input": "in French", "output": "Bonjour.", "history": [["Hi", "Hello."]]}   Alpaca
+    {"instruction": "Say hello", "input": "in French", "output": "Bonjour.", "history": [["Hi", "Hi"]]} Alpaca
     {"prompt": "Hi", "completion": "Hello."}    {"question": "Hi", "answer": "Hello."}                 one turn each
 
-Which one it is shows in a record's fields, one by one: files may be mixed. Every defect is a BadRecord that names the file and
-the line. Whatever the format, turns are messages as transformers' apply_chat_template takes them: {"role", "content"} and
-whatever else a turn has, such as tool_calls. Null fields are left out, as there. Three things are taken out of a record:
+Which one it is shows in a record's fields, one by one: files may be mixed. Every defect is a BadRecord that
+names the file and the line. Whatever the format, turns are messages as transformers' apply_chat_template
+takes them: {"role", "content"} and whatever else a turn has, such as tool_calls. Null fields are left out, as
+there. Three things are taken out of a record:
 
-turn flags   `weight`, `train`, `trainable`, `training`, `loss` (true: trained) and `mask`, `masked` (true: left out of the
+turn flags   `weight`, `train`, `trainable`, `training`, `loss` (true: trained) and `mask`, `masked` (true:
+left out of the
              loss) of a turn, or of the whole record for all its answers. A flag is true or false, 1 or 0.
-variables    `tools` (or `functions`), `documents` and `chat_template_kwargs` of a record: what a template is given besides.
-history      of the one-turn formats: earlier [question, answer] pairs.
+variables    `tools` (or `functions`), `documents` and `chat_template_kwargs` of a record: what a template is
+given besides. history      of the one-turn formats: earlier [question, answer] pairs.
 """
 
 import json
@@ -30,14 +32,30 @@ PAIRS = {                   # format: (what the user asks, what is put under it 
     "question/answer": ("question", None, "answer"),
 }
 TURN_FIELDS = (("role", "content"), ("from", "value"))
-ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
-         "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
-         "tool": "tool", "observation": "tool", "function_response": "tool", "ipython": "ipython", "function": "function"}
-CALL_ROLES = ("function_call", "tool_call")              # ShareGPT: a turn of the assistant that is the JSON of its calls
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "ipython": "ipython",
+    "function": "function",
+}
+# ShareGPT: a turn of the assistant that is the JSON of its calls
+CALL_ROLES = ("function_call", "tool_call")
 TOOL_ROLES = ("tool", "ipython", "function")             # what a tool returned
 FOLLOWS = {"start": ("user",), "user": ("assistant",), "assistant": ("user", *TOOL_ROLES),
-           **{role: (*TOOL_ROLES, "assistant", "user") for role in TOOL_ROLES}}       # role: which ones may come next
-TRAINED_IF = {"weight": True, "train": True, "trainable": True, "training": True, "loss": True, "mask": False, "masked": False}
+           # role: which ones may come next
+           **{role: (*TOOL_ROLES, "assistant", "user") for role in TOOL_ROLES}}
+TRAINED_IF = {"weight": True, "train": True, "trainable": True, "training": True, "loss": True}
+TRAINED_IF |= {"mask": False, "masked": False}           # flag: the value of it that says "trained"
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")      # names of one thing, as transformers has them
 UNANSWERED = "end with a turn that nobody answered, which is cut off"
 
@@ -59,9 +77,10 @@ class ChatOptions:
 class Conversation:
     """A record, read. It ends with a turn of the assistant.
 
-    format: its name. turns: messages for a template. flags: of each turn whether its record says that it is trained (None: it
-    says nothing). variables: what the template is given besides the turns. unread: fields of the record that nothing here
-    reads. n_unanswered: turns at its end that were cut off, as nobody answered them."""
+    format: its name. turns: messages for a template. flags: of each turn whether its record says that it is
+    trained (None: it says nothing). variables: what the template is given besides the turns. unread: fields
+    of the record that nothing here reads. n_unanswered: turns at its end that were cut off, as nobody
+    answered them."""
 
     format: str
     turns: list[dict]
@@ -78,7 +97,9 @@ def conversation_of(record: dict, where: str) -> Conversation:
         used = [LISTS[name]]
         turns, flags = _turns_of_list(record[LISTS[name]], where, LISTS[name])
         if record.get("history"):
-            raise BadRecord(where, f"'history' beside {LISTS[name]!r}", "put the earlier turns into the list.")
+            raise BadRecord(
+                where, f"'history' beside {LISTS[name]!r}", "put the earlier turns into the list."
+            )
     else:
         name, used = _pair_format(record, where)
         turns, flags = _turns_of_pair(record, name, where)
@@ -87,12 +108,17 @@ def conversation_of(record: dict, where: str) -> Conversation:
         turns = [{"role": "system", "content": checked_text(record["system"], where, "system")}, *turns]
         flags = [None, *flags]
     own = flag_of(record, where)
-    flags = [own if flag is None and turn["role"] == "assistant" else flag for turn, flag in zip(turns, flags, strict=True)]
+    flags = [
+        own if flag is None and turn["role"] == "assistant" else flag
+        for turn, flag in zip(turns, flags, strict=True)
+    ]
     _check_order(turns, where)
     n_turns = max(at for at, turn in enumerate(turns, 1) if turn["role"] == "assistant")
     used += ["system", "tools", "functions", "documents", "chat_template_kwargs", *TRAINED_IF]
     unread = tuple(one for one, value in record.items() if one not in used and value is not None)
-    return Conversation(name, turns[:n_turns], flags[:n_turns], _variables(record, where), unread, len(turns) - n_turns)
+    return Conversation(
+        name, turns[:n_turns], flags[:n_turns], _variables(record, where), unread, len(turns) - n_turns
+    )
 
 
 def flag_of(fields: dict, at: str) -> bool | None:
@@ -103,8 +129,12 @@ def flag_of(fields: dict, at: str) -> bool | None:
         if value is None:
             continue
         if not isinstance(value, bool | int | float) or value not in (0, 1):
-            raise BadRecord(at, f"{name!r} is {value!r:.40}", "what is said is trained or it is not: use true or false, 1 or 0; "
-                            "or give the field another name, if it means something else.")
+            raise BadRecord(
+                at,
+                f"{name!r} is {value!r:.40}",
+                "what is said is trained or it is not: use true or false, 1 or 0; "
+                "or give the field another name, if it means something else.",
+            )
         said[name] = bool(value) == meaning
     if len(set(said.values())) > 1:
         raise BadRecord(at, f"{' and '.join(map(repr, said))} contradict each other", "leave one of them.")
@@ -121,7 +151,9 @@ def _pair_format(record: dict, where: str) -> tuple[str, list[str]]:
     asks, below, answers = PAIRS[name]
     if record.get(asks) is None and record.get(answers) is None:
         known = [*LISTS.values(), *(f"{pair[0]} + {pair[2]}" for pair in PAIRS.values())]
-        raise BadRecord(where, "unknown format", f"its fields are {fields}, and a conversation has {', or '.join(known)}.")
+        raise BadRecord(
+            where, "unknown format", f"its fields are {fields}, and a conversation has {', or '.join(known)}."
+        )
     for one in (asks, answers):
         if record.get(one) is None:
             raise BadRecord(where, f"no field {one!r}, which {name} needs", f"its fields are {fields}.")
@@ -130,7 +162,8 @@ def _pair_format(record: dict, where: str) -> tuple[str, list[str]]:
 
 def _turns_of_pair(record: dict, name: str, where: str) -> tuple[list[dict], list[bool | None]]:
     asks, below, answers = PAIRS[name]
-    if isinstance(record[asks], list) and isinstance(record[answers], list):           # both are lists of turns
+    # both are lists of turns
+    if isinstance(record[asks], list) and isinstance(record[answers], list):
         turns, flags = _turns_of_list(record[asks], where, asks)
         answer_turns, answer_flags = _turns_of_list(record[answers], where, answers)
         turns, flags = turns + answer_turns, flags + answer_flags
@@ -155,7 +188,11 @@ def _history(history, where: str) -> list[dict]:
     turns = []
     for number, pair in enumerate(history if isinstance(history, list) else [history], 1):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise BadRecord(where, "'history' is no list of [question, answer] pairs", f"its entry {number} is {pair!r:.60}.")
+            raise BadRecord(
+                where,
+                "'history' is no list of [question, answer] pairs",
+                f"its entry {number} is {pair!r:.60}.",
+            )
         for role, said in zip(("user", "assistant"), pair, strict=True):
             turns.append({"role": role, "content": checked_text(said, where, f"history, entry {number}")})
     return turns
@@ -167,7 +204,8 @@ def _history(history, where: str) -> list[dict]:
 def _turns_of_list(turns, where: str, of_list: str) -> tuple[list[dict], list[bool | None]]:
     """(messages, flags) of a list of turns."""
     if isinstance(turns, str):
-        turns = _parsed(turns, where, of_list, otherwise=turns)                # a table's cell may be the JSON of the list
+        # a table's cell may be the JSON of the list
+        turns = _parsed(turns, where, of_list, otherwise=turns)
     if not isinstance(turns, list) or not turns:
         what = "no turn" if turns == [] else type(turns).__name__
         raise BadRecord(where, f"{of_list!r} holds {what}", "expected a list of turns.")
@@ -186,7 +224,9 @@ def _message_of(turn, at: str) -> dict | None:
     """A turn as a template takes it; None for a system prompt that is null."""
     if not isinstance(turn, dict):
         raise BadRecord(at, f"is {type(turn).__name__}", "expected an object.")
-    role_field, text_field = next((pair for pair in TURN_FIELDS if turn.get(pair[0]) is not None), TURN_FIELDS[0])
+    role_field, text_field = next(
+        (pair for pair in TURN_FIELDS if turn.get(pair[0]) is not None), TURN_FIELDS[0]
+    )
     for one in (role_field, text_field):
         has_other = one == text_field and (one in turn or turn.get("tool_calls") or turn.get("function_call"))
         if turn.get(one) is None and not has_other:
@@ -194,15 +234,21 @@ def _message_of(turn, at: str) -> dict | None:
     said_by = str(turn[role_field]).lower()
     role = "assistant" if said_by in CALL_ROLES else ROLES.get(said_by)
     if role is None:
-        raise BadRecord(at, f"is by {turn[role_field]!r:.40}", f"trained on are conversations of {', '.join(ROLES)}.")
+        raise BadRecord(
+            at, f"is by {turn[role_field]!r:.40}", f"trained on are conversations of {', '.join(ROLES)}."
+        )
     content = _content_of(turn.get(text_field), at, text_field)
     if content is None and role == "system":
         return None
     taken = (role_field, text_field, *TURN_FIELDS[0], *TRAINED_IF)
-    message = {"role": role} | {name: value for name, value in turn.items() if name not in taken and value is not None}
+    message = {"role": role} | {
+        name: value for name, value in turn.items() if name not in taken and value is not None
+    }
     if said_by in CALL_ROLES:
         calls = _parsed(content or "", at, text_field)
-        return message | {"tool_calls": [_as_function(call) for call in (calls if isinstance(calls, list) else [calls])]}
+        return message | {
+            "tool_calls": [_as_function(call) for call in (calls if isinstance(calls, list) else [calls])]
+        }
     if message.get("tool_calls") == []:
         del message["tool_calls"]          # as null is; some templates ask only whether the field is there
     calls_or_thinks = any(message.get(name) for name in ("tool_calls", "function_call", *THOUGHTS))
@@ -211,7 +257,8 @@ def _message_of(turn, at: str) -> dict | None:
     if content is not None:
         message = {"role": role, "content": content} | message
     thought = _thought(message, at)
-    if thought:                            # whatever it is called, a template finds it under the name that it reads
+    # whatever it is called, a template finds it under the name that it reads
+    if thought:
         message = {"thinking": thought, **message, "reasoning_content": thought}
     return message
 
@@ -233,7 +280,9 @@ def _thought(fields: dict, at: str) -> str | None:
 
 def _as_function(function: dict) -> dict:
     """A bare function, or a call of one, in the envelope that templates open."""
-    return function if isinstance(function, dict) and "function" in function else {"type": "function", "function": function}
+    if isinstance(function, dict) and "function" in function:
+        return function
+    return {"type": "function", "function": function}
 
 
 def _parsed(text: str, at: str, name: str, **otherwise):
@@ -256,12 +305,16 @@ def _variables(record: dict, where: str) -> dict:
             continue
         if name == "chat_template_kwargs":
             if not isinstance(value, dict):
-                raise BadRecord(where, f"{name!r} holds {type(value).__name__}", "expected an object of names and values.")
+                raise BadRecord(
+                    where, f"{name!r} holds {type(value).__name__}", "expected an object of names and values."
+                )
             variables |= {one: given for one, given in value.items() if given is not None}
             continue
         value = [_parsed(one, where, name) if isinstance(one, str) else one for one in value]
         if not isinstance(value, list) or any(not isinstance(one, dict) for one in value):
-            raise BadRecord(where, f"{name!r} is no list of objects", "expected a JSON schema for each of them.")
+            raise BadRecord(
+                where, f"{name!r} is no list of objects", "expected a JSON schema for each of them."
+            )
         if name == "functions":
             name, value = "tools", [_as_function(one) for one in value]
         variables[name] = value
@@ -275,12 +328,18 @@ def _check_order(turns: list[dict], where: str) -> None:
     for number, role in enumerate(roles[first:], first):
         if role not in FOLLOWS[before]:
             follows = f"follows one by the {roles[number - 1]}" if number else "is the first"
-            raise BadRecord(where, "turns out of order", f": turn {number + 1} is by the {role} and {follows}; after a system "
-                            "prompt, if any, user and assistant take turns, and the user begins. What tools return stands "
-                            "behind the turn of the assistant that called them.")
+            raise BadRecord(
+                where,
+                "turns out of order",
+                f": turn {number + 1} is by the {role} and {follows}; after a system prompt, if any, user "
+                "and assistant take turns, and the user begins. What tools return stands behind the turn of the "
+                "assistant that called them.",
+            )
         before = role
     if "assistant" not in roles:
-        raise BadRecord(where, "no assistant turn, so nothing to train on", f"its roles are {', '.join(roles)}.")
+        raise BadRecord(
+            where, "no assistant turn, so nothing to train on", f"its roles are {', '.join(roles)}."
+        )
 
 
 def reasons_in_order(skipped: dict[str, int]) -> Iterable[str]:

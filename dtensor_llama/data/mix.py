@@ -20,8 +20,15 @@ from dtensor_llama.errors import UsageError
 UNITS = 2**30        # of a share: integers, so that positions up to 2^33 are dealt exactly
 
 
-def open_rows(paths: Sequence[str], tokenizer: Tokenizer, cache_dir: str | Path | Sequence[str | Path],
-              text_field: str | TextOptions, seq_len: int, validation_share: float, seed: int) -> "PackedRows | MixedRows":
+def open_rows(
+    paths: Sequence[str],
+    tokenizer: Tokenizer,
+    cache_dir: str | Path | Sequence[str | Path],
+    text_field: str | TextOptions,
+    seq_len: int,
+    validation_share: float,
+    seed: int,
+) -> "PackedRows | MixedRows":
     """The rows of `paths`, tokenized now if need be: of all of them together, or mixed if they have weights."""
     mixture = parse_mixture(paths)
     if mixture is None:

@@ -60,9 +60,9 @@ def say_data(rows: PackedExamples, template_name: str, say) -> None:
     counts = dict(rows.corpus.counts)
     happened = {name: counts.pop(name, 0) for name in (EMPTY_ANSWER, NOTHING_TRAINED, UNANSWERED)}
     found = ", ".join(f"{n:,} of {name}" for name, n in counts.items())
-    found += f"; {happened[EMPTY_ANSWER]:,} left out, which have an empty answer" if happened[EMPTY_ANSWER] else ""
-    found += f"; {happened[NOTHING_TRAINED]:,} left out, {NOTHING_TRAINED}" if happened[NOTHING_TRAINED] else ""
-    found += f"; {happened[UNANSWERED]:,} {UNANSWERED}" if happened[UNANSWERED] else ""
+    words = {EMPTY_ANSWER: "left out, which have an empty answer", UNANSWERED: UNANSWERED}
+    words |= {NOTHING_TRAINED: f"left out, {NOTHING_TRAINED}"}
+    found += "".join(f"; {n:,} {words[name]}" for name, n in happened.items() if n)
     say(f"data      {found}; written with {template_name}")
     if rows.corpus.unread:
         names = sorted(rows.corpus.unread, key=rows.corpus.unread.get, reverse=True)
@@ -79,7 +79,8 @@ def say_data(rows: PackedExamples, template_name: str, say) -> None:
 
 
 def say_skipped(corpora: Iterable[TokenCorpus], run_dir: Path | None, say) -> None:
-    """How many bad records were left out and why. They are listed in RUN/bad-records.jsonl, if there is a run folder."""
+    """How many bad records were left out and why. They are listed in RUN/bad-records.jsonl, if there is a run
+    folder."""
     skipped, lists = Counter(), []
     for corpus in corpora:
         skipped += Counter(corpus.skipped)
@@ -89,5 +90,5 @@ def say_skipped(corpora: Iterable[TokenCorpus], run_dir: Path | None, say) -> No
         listed_in = [str(run_dir / SKIPPED)]
         (run_dir / SKIPPED).write_bytes(b"".join(one.read_bytes() for one in lists))
     if skipped:
-        say(f"skipped   {sum(skipped.values()):,} bad records: {', '.join(reasons_in_order(skipped))}; listed in "
-            f"{', '.join(listed_in)}")
+        reasons = ", ".join(reasons_in_order(skipped))
+        say(f"skipped   {sum(skipped.values()):,} bad records: {reasons}; listed in {', '.join(listed_in)}")

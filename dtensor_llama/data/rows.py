@@ -49,9 +49,10 @@ class TokenCorpus:
 class ChatCorpus(TokenCorpus):
     """A folder written by `prepare_chat`: documents are conversations.
 
-    trained: (n_tokens,) uint8, 1 where a token is trained. counts: records of each format, and those left out.
-    unread: fields that nothing reads, and in how many records they stand. end_ids: the tokens that end an answer, at which
-    generation has to stop.
+    trained: (n_tokens,) uint8, 1 where a token is trained. counts: records of each format, and those left
+    out.
+    unread: fields that nothing reads, and in how many records they stand. end_ids: the tokens that end an
+    answer, at which generation has to stop.
     """
 
     def __init__(self, folder: str | Path):

@@ -41,8 +41,8 @@ BATCH_ROWS = 64        # of a table, decoded at once
 class TextOptions:
     """What decides which texts a corpus has: the flags of recipes/pretrain.py.
 
-    field: of a record or table that holds the text; a.b: the field b of the object in a. bad_records: whether a record without
-    a text ends the run or is left out and listed."""
+    field: of a record or table that holds the text; a.b: the field b of the object in a. bad_records: whether
+    a record without a text ends the run or is left out and listed."""
 
     field: str = "text"
     bad_records: Literal["refuse", "skip"] = "refuse"
@@ -78,8 +78,8 @@ class Chunk:
         return [text for text in texts if text and not (self.opens and self.closes and text.isspace())]
 
     def records(self, skip: Callable[[str, UsageError], None] | None = None) -> Iterator[tuple[str, dict]]:
-        """(where, object) of each record in this chunk; `where` begins what is said of it. skip: is told of each line that
-        holds no object, (where, what is wrong with it); None: that is raised."""
+        """(where, object) of each record in this chunk; `where` begins what is said of it. skip: is told of
+        each line that holds no object, (where, what is wrong with it); None: that is raised."""
         if isinstance(self.data, bytes):
             for number, line in enumerate(self.data.split(b"\n"), self.first_line):
                 if not line.strip():
@@ -295,16 +295,23 @@ def _text_of_record(row: dict, where: str, text_field: str) -> str:
     if text_field in row:
         return checked_text(row[text_field], where, text_field)
     value, rest = row, text_field.split(".")
-    while rest:                             # a.b is the field b of the object in a; a name with a dot in it goes first
+    # a.b is the field b of the object in a; a name with a dot in it goes first
+    while rest:
         if not isinstance(value, dict):
             held = type(value).__name__
             above = text_field.removesuffix("." + ".".join(rest))
-            raise BadRecord(where, f"no field {text_field!r}", f"{above!r} holds {held}, no object with further fields.")
+            raise BadRecord(
+                where, f"no field {text_field!r}", f"{above!r} holds {held}, no object with further fields."
+            )
         if ".".join(rest) in value:
             return checked_text(value[".".join(rest)], where, text_field)
         if rest[0] not in value:
-            raise BadRecord(where, f"no field {text_field!r}", f"its fields are {_names_in(row)}. Name the one that holds the "
-                            "text with --data.text-field, as in a.b if it stands inside of another.")
+            raise BadRecord(
+                where,
+                f"no field {text_field!r}",
+                f"its fields are {_names_in(row)}. Name the one that holds the "
+                "text with --data.text-field, as in a.b if it stands inside of another.",
+            )
         value = value[rest.pop(0)]
     return checked_text(value, where, text_field)
 
@@ -326,8 +333,11 @@ def _object_of_line(line: bytes, path: Path, number: int) -> dict:
         raise _not_utf8(path, number, error) from None
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-        raise BadRecord(where, f"broken JSON ({reason})", "a .jsonl holds one object a line. If one takes several lines here, "
-                        "call the file .json.") from None
+        raise BadRecord(
+            where,
+            f"broken JSON ({reason})",
+            "a .jsonl holds one object a line. If one takes several lines here, call the file .json.",
+        ) from None
     return _checked_object(row, where)
 
 
@@ -345,14 +355,17 @@ def checked_text(text, where: str, text_field: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which is no character
-        raise BadRecord(where, f"{text_field!r} holds half a surrogate pair", "\\ud800 to \\udfff stand in pairs.") from None
+        raise BadRecord(
+            where, f"{text_field!r} holds half a surrogate pair", "\\ud800 to \\udfff stand in pairs."
+        ) from None
     return text
 
 
 def _read_parquet(path: Path, stream, text_field: str | None, chunk_bytes: int) -> Iterator[Chunk]:
     parquet = pq.ParquetFile(stream, pre_buffer=False, buffer_size=chunk_bytes)
     column = _column_of(path, parquet.schema_arrow, text_field)
-    columns = None if column is None else [text_field]       # of a struct only the fields on the way to the text are read
+    # of a struct only the fields on the way to the text are read
+    columns = None if column is None else [text_field]
     batches = parquet.iter_batches(BATCH_ROWS, columns=columns, use_threads=False)
     yield from _read_batches(path, batches, text_field, chunk_bytes)
 
@@ -371,7 +384,8 @@ def _slices(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 
 def _column_of(path: Path, schema: pa.Schema, text_field: str | None) -> str | None:
-    """The column that text_field stands in: a column, or a.b in a column of structs; None of whole records."""
+    """The column that text_field stands in: a column, or a.b in a column of structs; None of whole
+    records."""
     if text_field is None or text_field in schema.names:
         return text_field
     column, *inner = text_field.split(".")
@@ -381,8 +395,10 @@ def _column_of(path: Path, schema: pa.Schema, text_field: str | None) -> str | N
         kind = kind.field(name).type if is_there else None
     if kind is None:
         names = [name for one in schema for name in _columns_in(one)]
-        raise UsageError(f"--data.path {path}: no column {text_field!r}; it has {', '.join(names) or 'none'}. "
-                         "Name the one that holds the text with --data.text-field.")
+        raise UsageError(
+            f"--data.path {path}: no column {text_field!r}; it has {', '.join(names) or 'none'}. "
+            "Name the one that holds the text with --data.text-field."
+        )
     return column
 
 

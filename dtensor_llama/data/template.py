@@ -25,7 +25,7 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from dtensor_llama.data.chat import THOUGHTS, TOOL_ROLES, TRAINED_IF, Conversation
+from dtensor_llama.data.chat import THOUGHTS, TOOL_ROLES, Conversation
 from dtensor_llama.data.tokenizer import Tokenizer
 from dtensor_llama.errors import BadRecord, UsageError
 
@@ -72,7 +72,8 @@ class _Chat:
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation as it is trained on. ids: of all of it. trained: which of them. ends: those that end an answer."""
+    """A conversation as it is trained on. ids: of all of it. trained: which of them. ends: those that end an
+    answer."""
 
     ids: list[int]
     trained: list[bool]
@@ -96,7 +97,9 @@ class ChatTemplate:
         self.tokenizer, self.controls = tokenizer, self.writer.controls
         self.has_markers = re.search(r"\{%-?\s*generation\b", self.source) is not None
         names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-        self.special_tokens = {name: tokenizer.token_of(i) if i is not None else "" for name, i in names.items()}
+        self.special_tokens = {
+            name: tokenizer.token_of(i) if i is not None else "" for name, i in names.items()
+        }
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                     extensions=[_Generation, "jinja2.ext.loopcontrols"])
         environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
@@ -110,13 +113,17 @@ class ChatTemplate:
         self.variable_names = jinja2.meta.find_undeclared_variables(tree)
         self.words = set(re.findall(r"\w+", self.source))
         self.looked_for = _looked_for(tree)
-        self.accepted_shapes = set()           # of conversations whose every turn is known to be written
+        self.accepted_shapes = set()  # of conversations whose every turn is known to be written
 
-    def encode(self, turns: list[dict], where: str, variables: dict | None = None) -> tuple[list[int], list[bool]]:
-        """(ids, which of them are the assistant's) of a conversation that ends with the assistant: every turn of the
-        assistant with the control tokens that end it, and nothing else. `where` begins the message of a BadRecord.
+    def encode(
+        self, turns: list[dict], where: str, variables: dict | None = None
+    ) -> tuple[list[int], list[bool]]:
+        """(ids, which of them are the assistant's) of a conversation that ends with the assistant: every turn
+        of the assistant with the control tokens that end it, and nothing else. `where` begins the message of
+        a BadRecord.
 
-        turns: messages as transformers' apply_chat_template takes them. variables: what the template is given besides."""
+        turns: messages as transformers' apply_chat_template takes them. variables: what the template is given
+        besides."""
         chat = self._as_named_here(_Chat(turns, variables or {}, where))
         self._refuse_unknown_fields(chat)
         chat, unprotected = self._protected(chat)
@@ -136,7 +143,8 @@ class ChatTemplate:
         return self.writer.encode_runs(runs)
 
     def encode_prompt(self, turns: list[dict], variables: dict | None = None) -> list[int]:
-        """Ids of a conversation that ends with the user or a tool, up to where the assistant's answer begins."""
+        """Ids of a conversation that ends with the user or a tool, up to where the assistant's answer
+        begins."""
         chat = self._as_named_here(_Chat(turns, variables or {}, "the prompt"))
         chat, unprotected = self._protected(chat, add_generation_prompt=True)
         text = self._render(chat, add_generation_prompt=True).replace(BEGIN, "").replace(END, "")
@@ -149,13 +157,14 @@ class ChatTemplate:
 
     def unread(self, conversation: Conversation) -> set[str]:
         """Fields of the turns that neither this template nor anything else here reads."""
-        names = set().union(*conversation.turns) - {*THOUGHTS, *TRAINED_IF, "role", "content", "function_call"}
-        return names - self.words
+        read_here = {"role", "content", "function_call", *THOUGHTS}
+        return set().union(*conversation.turns) - read_here - self.words
 
     # ---- what a template can write ----
 
     def _as_named_here(self, chat: _Chat) -> _Chat:
-        """OpenAI's older names, function_call and the role function, by their newer ones where the template has only those."""
+        """OpenAI's older names, function_call and the role function, by their newer ones where the template
+        has only those."""
         if "function_call" in self.words or "tool_calls" not in self.words:
             return chat
         turns, made = [], {"function": "tool"}
@@ -171,66 +180,97 @@ class ChatTemplate:
         """BadRecord for a field with something to say that the template does not read."""
         for name in chat.variables:
             if name not in self.variable_names:
-                raise BadRecord(chat.where, f"has {name!r}, which the chat template does not write",
-                                f"the chat_template of {self.tokenizer.path} knows no such variable; give one that does, or "
-                                "take the field out.")
+                raise BadRecord(
+                    chat.where,
+                    f"has {name!r}, which the chat template does not write",
+                    f"the chat_template of {self.tokenizer.path} knows no such variable; give one that "
+                    "does, or take the field out.",
+                )
         for number, turn in enumerate(chat.turns, 1):
             for name in ("tool_calls", "function_call", "reasoning_content"):
                 known = name in self.words or name == "reasoning_content" and "thinking" in self.words
                 if turn.get(name) and not known:
-                    instead = "into the content" if name == "reasoning_content" else "with a tokenizer for tools"
-                    raise BadRecord(f"{chat.where}: turn {number}", f"has {name!r}, which the chat template does not write",
-                                    f"the chat_template of {self.tokenizer.path} knows no such field; give one that does, or "
-                                    f"put it {instead}.")
+                    instead = (
+                        "into the content" if name == "reasoning_content" else "with a tokenizer for tools"
+                    )
+                    raise BadRecord(
+                        f"{chat.where}: turn {number}",
+                        f"has {name!r}, which the chat template does not write",
+                        f"the chat_template of {self.tokenizer.path} knows no such field; give one that "
+                        f"does, or put it {instead}.",
+                    )
 
     def _refuse_unwritten_turns(self, chat: _Chat) -> None:
         """BadRecord for a turn that the template leaves out, or writes as if the assistant had said it."""
-        shape = tuple((turn["role"], *(bool(turn.get(name)) for name in ("content", "tool_calls", "reasoning_content")))
-                      for turn in chat.turns)
+        shape = tuple(
+            (turn["role"], *(bool(turn.get(name)) for name in ("content", "tool_calls", "reasoning_content")))
+            for turn in chat.turns
+        )
         shape = (shape, tuple(chat.variables))
         if shape in self.accepted_shapes:
             return
         probes = {at: f"{PROBE}{at}{PROBE}" for at, turn in enumerate(chat.turns) if turn.get("content")}
         probed = replace(chat, turns=[turn | {"content": probes[at]} if at in probes else turn
                                       for at, turn in enumerate(chat.turns)])
-        text = self._render(probed)
+        text = self._render(probed).replace(BEGIN, "").replace(END, "")
         for at, probe in probes.items():
             if probe not in text:
-                raise BadRecord(f"{chat.where}: turn {at + 1}", f"is by the {chat.turns[at]['role']} and is not written",
-                                f"the chat_template of {self.tokenizer.path} leaves out what it says, or a turn is written "
-                                "otherwise when another one follows it.")
+                raise BadRecord(
+                    f"{chat.where}: turn {at + 1}",
+                    f"is by the {chat.turns[at]['role']} and is not written",
+                    f"the chat_template of {self.tokenizer.path} leaves out what it says, or a turn is "
+                    "written otherwise when another one follows it.",
+                )
         for at, turn in enumerate(chat.turns):
-            if turn["role"] in TOOL_ROLES and self._render(probed.with_turn(at, turn | {"role": "assistant"})) == self._render(
-                    probed.with_turn(at, turn)):
-                raise BadRecord(f"{chat.where}: turn {at + 1}", f"is by {turn['role']!r}, which the chat template does not know",
-                                f"the chat_template of {self.tokenizer.path} writes it as it does the assistant's; give one "
-                                "that knows tools.")
+            if turn["role"] not in TOOL_ROLES:
+                continue
+            as_assistant = self._render(probed.with_turn(at, turn | {"role": "assistant"}))
+            if as_assistant == self._render(probed.with_turn(at, turn)):
+                raise BadRecord(
+                    f"{chat.where}: turn {at + 1}",
+                    f"is by {turn['role']!r}, which the chat template does not know",
+                    f"the chat_template of {self.tokenizer.path} writes it as it does the assistant's; give "
+                    "one that knows tools.",
+                )
         self.accepted_shapes.add(shape)
 
     # ---- control text that somebody wrote ----
 
-    def _protected(self, chat: _Chat, add_generation_prompt: bool = False) -> tuple[_Chat, dict[int, set[str]]]:
-        """The conversation with what looks like a control token broken by an ESCAPE, which encode_runs takes out again; and
-        {turn: such texts left whole in it}, as the template looks for them in there and would write something else.
+    def _protected(
+        self, chat: _Chat, add_generation_prompt: bool = False
+    ) -> tuple[_Chat, dict[int, set[str]]]:
+        """The conversation with what looks like a control token broken by an ESCAPE, which encode_runs takes
+        out again; and {turn: such texts left whole in it}, as the template looks for them in there and would
+        write something else.
 
-        What the assistant says is protected less: a token that is not special (<think>, <tool_call>), or that the template
-        looks for, is vocabulary which the assistant uses, and is read as transformers reads it."""
+        What the assistant says is protected less: a token that is not special (<think>, <tool_call>), or that
+        the template looks for, is vocabulary which the assistant uses, and is read as transformers reads
+        it."""
         for text in _strings(chat.turns):
             if any(mark in text for mark in (ESCAPE, BEGIN, END, PROBE)):
-                raise BadRecord(chat.where, "holds one of U+FDD0 to U+FDD3", "which are no characters; take it out.")
+                raise BadRecord(
+                    chat.where, "holds one of U+FDD0 to U+FDD3", "which are no characters; take it out."
+                )
         found = [self._controls_in(turn) for turn in chat.turns]
         variables = _map_strings(chat.variables, lambda text: self.writer.escaped(text, self.controls))
         if not any(found) and variables == chat.variables:
             return chat, {}
         raw = self._render(chat, add_generation_prompt)
-        tried = replace(chat, variables=variables, turns=[self._escaped(turn, texts)
-                                                          for turn, texts in zip(chat.turns, found, strict=True)])
+        tried = replace(
+            chat,
+            variables=variables,
+            turns=[self._escaped(turn, texts) for turn, texts in zip(chat.turns, found, strict=True)],
+        )
         if self._renders(tried, raw, add_generation_prompt):
             return tried, {}
         settled, unprotected = replace(chat, variables=variables), {}
         if not self._renders(settled, raw, add_generation_prompt):
-            raise BadRecord(chat.where, "has control text in its tools or documents, which the chat template looks for",
-                            f"it cannot be told from what the chat_template of {self.tokenizer.path} writes itself; take it out.")
+            raise BadRecord(
+                chat.where,
+                "has control text in its tools or documents, which the chat template looks for",
+                f"it cannot be told from what the chat_template of {self.tokenizer.path} writes itself; take "
+                "it out.",
+            )
         for at, texts in enumerate(found):
             for text in sorted(texts, key=len, reverse=True):
                 tried = settled.with_turn(at, self._escaped(settled.turns[at], {text}))
@@ -260,7 +300,8 @@ class ChatTemplate:
             return False
 
     def _protected_in(self, text: str, chat: _Chat, unprotected: dict[int, set[str]]) -> str:
-        """`text` with an ESCAPE in the control texts that stood unprotected in the turns of others than the assistant."""
+        """`text` with an ESCAPE in the control texts that stood unprotected in the turns of others than the
+        assistant."""
         if not unprotected:
             return text
         at_char = 0
@@ -269,9 +310,12 @@ class ChatTemplate:
             found = text.find(said, at_char)
             if at in unprotected and turn["role"] != "assistant":
                 if found < 0:
-                    raise BadRecord(f"{chat.where}: turn {at + 1}", "has control text that the chat template rewrites",
-                                    f"{', '.join(unprotected[at])} cannot be told from what the chat_template of "
-                                    f"{self.tokenizer.path} writes itself; take it out.")
+                    raise BadRecord(
+                        f"{chat.where}: turn {at + 1}",
+                        "has control text that the chat template rewrites",
+                        f"{', '.join(unprotected[at])} cannot be told from what the chat_template of "
+                        f"{self.tokenizer.path} writes itself; take it out.",
+                    )
                 escaped = self.writer.escaped(said, unprotected[at])
                 text = text[:found] + escaped + text[found + len(said):]
                 said = escaped
@@ -284,12 +328,17 @@ class ChatTemplate:
         self._rendering = chat.where
         given = {"tools": None, "documents": None, **self.special_tokens, **chat.variables}
         try:
-            return self.template.render(messages=chat.turns, add_generation_prompt=add_generation_prompt, **given)
+            return self.template.render(
+                messages=chat.turns, add_generation_prompt=add_generation_prompt, **given
+            )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             if isinstance(error, UsageError):
                 raise
-            raise BadRecord(chat.where, "the chat template cannot write this conversation",
-                            f"that of {self.tokenizer.path} ends in {type(error).__name__}: {error}.") from None
+            raise BadRecord(
+                chat.where,
+                "the chat template cannot write this conversation",
+                f"that of {self.tokenizer.path} ends in {type(error).__name__}: {error}.",
+            ) from None
 
     def _refuse_as_the_template_says(self, message: str):
         raise BadRecord(self._rendering, "the chat template refuses this conversation",
@@ -305,10 +354,12 @@ class ChatTemplate:
         return text
 
     def _begin_of_answer(self, text: str, chat: _Chat, at: int) -> int:
-        """Where turn `at` begins in `text`: where the generation prompt ends that it is asked with; -1: it has none.
+        """Where turn `at` begins in `text`: where the generation prompt ends that it is asked with; -1: it
+        has none.
 
-        Some templates leave out the earlier thoughts once another question follows. Then what comes before the turn is not
-        what it was asked with, but the same header stands before it: the one that a generation prompt adds."""
+        Some templates leave out the earlier thoughts once another question follows. Then what comes before
+        the turn is not what it was asked with, but the same header stands before it: the one that a
+        generation prompt adds."""
         asked = self._render(chat.first(at), add_generation_prompt=True)
         if text.startswith(asked):
             return len(asked)
@@ -319,8 +370,9 @@ class ChatTemplate:
         return begin if is_header and text.startswith(probed[:begin]) else -1
 
     def _end_of_answer(self, text: str, chat: _Chat, at: int) -> int:
-        """Where turn `at` ends in `text`: where rendering it as the last one does. Some templates write more behind the last
-        turn, such as the header of another answer; then it ends with the control token behind what it says."""
+        """Where turn `at` ends in `text`: where rendering it as the last one does. Some templates write more
+        behind the last turn, such as the header of another answer; then it ends with the control token behind
+        what it says."""
         through = self._render(chat.first(at + 1))
         followed = text
         if at + 1 == len(chat.turns):
@@ -332,7 +384,8 @@ class ChatTemplate:
             return len(through)
         probed = self._render(chat.with_turn(at, {"role": "assistant", "content": PROBE}))
         behind = probed[probed.rfind(PROBE) + 1:]
-        unmarked = text.replace(BEGIN, "").replace(END, "")        # the marks are those of the answers behind this one
+        # the marks are those of the answers behind this one
+        unmarked = text.replace(BEGIN, "").replace(END, "")
         if PROBE not in probed or not unmarked.endswith(behind):
             raise self._unclear(chat.where, "a turn is written otherwise when another one follows it")
         end = len(unmarked) - len(behind)
@@ -341,26 +394,40 @@ class ChatTemplate:
 
     def _unclear(self, where: str, why: str) -> UsageError:
         markers = "has" if self.has_markers else "has no"
-        return BadRecord(where, "which tokens are the assistant's cannot be told",
-                         f"the chat_template of {self.tokenizer.path} {markers} {{% generation %}} markers, and {why}. Put "
-                         "{% generation %} and {% endgeneration %} around what the assistant writes in it, its end token "
-                         "included.")
+        return BadRecord(
+            where,
+            "which tokens are the assistant's cannot be told",
+            f"the chat_template of {self.tokenizer.path} {markers} {{% generation %}} markers, and {why}. "
+            "Put {% generation %} and {% endgeneration %} around what the assistant writes in it, its end "
+            "token included.",
+        )
 
 
-def choose_trained(ids: list[int], answers: list[bool], conversation: Conversation, where: str, train_on: str) -> Example:
-    """Which tokens of a conversation are trained, as `train_on` (--data.train-on) and the flags of its turns say.
+def choose_trained(
+    ids: list[int], answers: list[bool], conversation: Conversation, where: str, train_on: str
+) -> Example:
+    """Which tokens of a conversation are trained, as `train_on` (--data.train-on) and the flags of its turns
+    say.
 
     answers: of each token, whether it is of a turn of the assistant."""
     begins = [at for at, is_answer in enumerate(answers) if is_answer and not (at and answers[at - 1])]
-    ends = [at for at, is_answer in enumerate(answers) if is_answer and not answers[at + 1 : at + 2] == [True]]
-    spoken = [flag for turn, flag in zip(conversation.turns, conversation.flags, strict=True) if turn["role"] == "assistant"]
+    ends = [
+        at for at, is_answer in enumerate(answers) if is_answer and not answers[at + 1 : at + 2] == [True]
+    ]
+    spoken = [
+        flag
+        for turn, flag in zip(conversation.turns, conversation.flags, strict=True)
+        if turn["role"] == "assistant"
+    ]
     for number, (turn, flag) in enumerate(zip(conversation.turns, conversation.flags, strict=True), 1):
         if turn["role"] != "assistant" and flag is not None and flag != (train_on == "all"):
             said = "it is" if flag else "it is not"
-            raise BadRecord(f"{where}: turn {number}", f"is by the {turn['role']} and its flag says that {said} trained",
-                            f"--data.train-on {train_on} " + ("trains it; take the flag out, or use --data.train-on answers."
-                            if train_on == "all" else "trains what the assistant says; take the flag out, or use "
-                            "--data.train-on all."))
+            trains, other = ("it", "answers") if train_on == "all" else ("what the assistant says", "all")
+            raise BadRecord(
+                f"{where}: turn {number}",
+                f"is by the {turn['role']} and its flag says that {said} trained",
+                f"--data.train-on {train_on} trains {trains}; take the flag out, or use {other}.",
+            )
     trained = [train_on == "all"] * len(ids)
     for number, (begin, end, flag) in enumerate(zip(begins, ends, spoken, strict=True), 1):
         chosen = flag is not False and (train_on != "last-answer" or number == len(begins))
@@ -369,10 +436,13 @@ def choose_trained(ids: list[int], answers: list[bool], conversation: Conversati
 
 
 def _looked_for(tree: nodes.Template) -> set[str]:
-    """The texts that a template compares with, splits at, or replaces."""
-    looking = [one for kind in (nodes.Compare, nodes.Call, nodes.Filter, nodes.Test) for one in tree.find_all(kind)]
+    """The texts that a template compares with, splits at, or replaces; with </think> also <think>."""
+    looking = [
+        one for kind in (nodes.Compare, nodes.Call, nodes.Filter, nodes.Test) for one in tree.find_all(kind)
+    ]
     constants = [constant.value for one in looking for constant in one.find_all(nodes.Const)]
-    return {value for value in constants if isinstance(value, str)}
+    texts = {value for value in constants if isinstance(value, str)}
+    return texts | {text.replace("</", "<") for text in texts}
 
 
 def _strings(value) -> Iterator[str]:
@@ -394,15 +464,18 @@ def _map_strings(value, change: Callable[[str], str]):
 
 
 class RawTemplate:
-    """--data.template none: BOS if the tokenizer adds one, the prompt as it is, the completion as it is and EOS, which are
-    trained. As ChatTemplate where training asks it; source: the template that came with the tokenizer, which is kept."""
+    """--data.template none: BOS if the tokenizer adds one, the prompt as it is, the completion as it is and
+    EOS, which are trained. As ChatTemplate where training asks it; source: the template that came with the
+    tokenizer, which is kept."""
 
     name = "no template: prompt and completion as they are"
 
     def __init__(self, tokenizer: Tokenizer):
         if tokenizer.eos_id is None:
-            raise UsageError(f"--data.tokenizer {tokenizer.path}: it has no EOS token, which ends a completion with "
-                             "--data.template none; give a tokenizer with one.")
+            raise UsageError(
+                f"--data.tokenizer {tokenizer.path}: it has no EOS token, which ends a completion with "
+                "--data.template none; give a tokenizer with one."
+            )
         self.tokenizer, self.writer, self.source = tokenizer, TextWriter(tokenizer), tokenizer.chat_template
 
     def example(self, conversation: Conversation, where: str, train_on: str) -> Example:
@@ -410,10 +483,20 @@ class RawTemplate:
         roles = [turn["role"] for turn in conversation.turns]
         extra = [name for turn in conversation.turns for name in turn if name not in ("role", "content")]
         extra += [*conversation.variables]
-        if conversation.format not in ("prompt/completion", "question/answer") or roles != ["user", "assistant"] or extra:
-            what = ", ".join(map(repr, dict.fromkeys(extra))) or f"{len(roles)} turns of {conversation.format}"
-            raise BadRecord(where, "more than a prompt and a completion", f"--data.template none has no way to write {what}; "
-                            "use --data.template auto, or give the fields prompt and completion only.")
+        if (
+            conversation.format not in ("prompt/completion", "question/answer")
+            or roles != ["user", "assistant"]
+            or extra
+        ):
+            what = (
+                ", ".join(map(repr, dict.fromkeys(extra))) or f"{len(roles)} turns of {conversation.format}"
+            )
+            raise BadRecord(
+                where,
+                "more than a prompt and a completion",
+                f"--data.template none has no way to write {what}; "
+                "use --data.template auto, or give the fields prompt and completion only.",
+            )
         prompt, completion = (turn["content"] for turn in conversation.turns)
         begin = [(self.tokenizer.bos_id, False)] if self.tokenizer.adds.bos else []
         texts = [(text, trained) for text, trained in ((prompt, False), (completion, True)) if text]
@@ -428,7 +511,8 @@ class RawTemplate:
 class TextWriter:
     """Text with control tokens in it to ids.
 
-    controls: {text: AddedToken} of what means one id where a template writes it. special: those that it alone may write."""
+    controls: {text: AddedToken} of what means one id where a template writes it. special: those that it alone
+    may write."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.plain = tokenizer, tokenizer.plain

@@ -83,7 +83,9 @@ def template_of(tokenizer: Tokenizer, options: ChatOptions) -> ChatTemplate | Ra
     return RawTemplate(tokenizer) if options.template == "none" else ChatTemplate(tokenizer)
 
 
-def _prepare(paths, tokenizer: Tokenizer, cache_dir, what: TextOptions | ChatOptions, processes: int | None) -> Path:
+def _prepare(
+    paths, tokenizer: Tokenizer, cache_dir, what: TextOptions | ChatOptions, processes: int | None
+) -> Path:
     paths = [paths] if isinstance(paths, str | Path) else paths
     cache_dirs = [cache_dir] if isinstance(cache_dir, str | Path) else list(cache_dir)
     folder = _find(cache_dirs, fingerprint(_files(paths, what), tokenizer, what))
@@ -132,8 +134,14 @@ def fingerprint(files: list[Path], tokenizer: Tokenizer, what: TextOptions | Cha
     return hashlib.sha256(repr((FORMAT_VERSION, stats, tokenizer.fingerprint, what)).encode()).hexdigest()[:32]
 
 
-def tokenize(paths: list[str], tokenizer: Tokenizer, cache_dirs: Sequence[Path], what: TextOptions | ChatOptions,
-             processes: int, for_process: int | None = None) -> Path:
+def tokenize(
+    paths: list[str],
+    tokenizer: Tokenizer,
+    cache_dirs: Sequence[Path],
+    what: TextOptions | ChatOptions,
+    processes: int,
+    for_process: int | None = None,
+) -> Path:
     """Write the corpus unless it is there; returns its folder. Whoever comes second waits here for the first.
 
     cache_dirs: it is written into the first of them that can be written; which one that is, is the same for
@@ -171,8 +179,10 @@ def tokenize(paths: list[str], tokenizer: Tokenizer, cache_dirs: Sequence[Path],
 class Found:
     """What the records of some conversations were.
 
-    counts: of each format, and of those that something happened to. skipped: of bad records by what is wrong with them.
-    skipped_lines: a JSON line for each of those. unread: fields that nothing reads. end_ids: tokens that end an answer."""
+    counts: of each format, and of those that something happened to. skipped: of bad records by what is wrong
+    with them.
+    skipped_lines: a JSON line for each of those. unread: fields that nothing reads. end_ids: tokens that end
+    an answer."""
 
     counts: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
@@ -195,7 +205,12 @@ class Found:
         self.end_ids |= other.end_ids
 
     def as_json(self) -> dict:
-        return {"counts": self.counts, "skipped": self.skipped, "unread": self.unread, "end_ids": sorted(self.end_ids)}
+        return {
+            "counts": self.counts,
+            "skipped": self.skipped,
+            "unread": self.unread,
+            "end_ids": sorted(self.end_ids),
+        }
 
 
 class _HashedFile:
@@ -219,8 +234,14 @@ class _HashedFile:
         self.file.close()
 
 
-def _write_corpus(files: list[Path], tokenizer: Tokenizer, staging: Path, what: TextOptions | ChatOptions, processes: int,
-                  for_process: int | None) -> None:
+def _write_corpus(
+    files: list[Path],
+    tokenizer: Tokenizer,
+    staging: Path,
+    what: TextOptions | ChatOptions,
+    processes: int,
+    for_process: int | None,
+) -> None:
     is_chat = isinstance(what, ChatOptions)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     total_bytes, done_bytes, n_tokens, n_documents = sum(file.stat().st_size for file in files), 0, 0, 0
@@ -228,7 +249,9 @@ def _write_corpus(files: list[Path], tokenizer: Tokenizer, staging: Path, what: 
     bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
     task, began_s = bar.add_task("", total=total_bytes), time.monotonic()
     line_due_s = began_s + LINE_EVERY_S
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _start_worker, (tokenizer, what))
+    pool = ProcessPoolExecutor(
+        processes, multiprocessing.get_context("fork"), _start_worker, (tokenizer, what)
+    )
     found = Found()
     names = ["tokens.bin", "documents.bin"] + (["trained.bin"] if is_chat else [])
     with pool, contextlib.ExitStack() as opened:
@@ -238,7 +261,9 @@ def _write_corpus(files: list[Path], tokenizer: Tokenizer, staging: Path, what: 
         try:
             with bar:
                 cutter = None if is_chat else Cutter(tokenizer)
-                for ids, starts, trained, of_chunk, input_bytes in _in_order(pool, files, what, cutter, processes):
+                for ids, starts, trained, of_chunk, input_bytes in _in_order(
+                    pool, files, what, cutter, processes
+                ):
                     tokens_file.write(ids.astype(dtype).tobytes())
                     starts_file.write((starts + n_tokens).tobytes())
                     for file in trained_file:
@@ -277,8 +302,13 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _in_order(pool: ProcessPoolExecutor, files: list[Path], what: TextOptions | ChatOptions, cutter: Cutter | None,
-              processes: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None, Found, int]]:
+def _in_order(
+    pool: ProcessPoolExecutor,
+    files: list[Path],
+    what: TextOptions | ChatOptions,
+    cutter: Cutter | None,
+    processes: int,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None, Found, int]]:
     """What the workers make of each chunk, and its bytes of input, in the order of the corpus, a few of them at a time."""
     text_field = what.field if isinstance(what, TextOptions) else None
     under_way, chunks = deque(), (chunk for file in files for chunk in read_chunks(file, text_field, cutter))
@@ -317,8 +347,8 @@ def _die_with_parent() -> None:
 
 
 def _encode_chunk(chunk: Chunk) -> tuple[np.ndarray, np.ndarray, None, Found]:
-    """(uint32 ids with BOS and EOS; int64 offsets into them of the documents that start in this chunk; nothing; what was left
-    out)."""
+    """(uint32 ids with BOS and EOS; int64 offsets into them of the documents that start in this chunk;
+    nothing; what was left out)."""
     tokenizer, found = _cutter.tokenizer, Found()
     texts = chunk.documents(_what.field, found.skip if _what.bad_records == "skip" else None)
     documents = [list(_cutter.pieces(text, PIECE_CHARS, chunk.skip)) for text in texts]
@@ -336,7 +366,8 @@ def _encode_chunk(chunk: Chunk) -> tuple[np.ndarray, np.ndarray, None, Found]:
 
 
 def _encode_chat(chunk: Chunk) -> tuple[np.ndarray, np.ndarray, np.ndarray, Found]:
-    """(uint32 ids; int64 offsets of the conversations; uint8 1 where a token is trained; what the records were)."""
+    """(uint32 ids; int64 offsets of the conversations; uint8 1 where a token is trained; what the records
+    were)."""
     ids, starts, trained, found = [], [], [], Found()
     skip = found.skip if _what.bad_records == "skip" else None
     for where, record in chunk.records(skip):
@@ -361,7 +392,12 @@ def _encode_chat(chunk: Chunk) -> tuple[np.ndarray, np.ndarray, np.ndarray, Foun
         starts.append(len(ids))
         ids += example.ids
         trained += example.trained
-    return np.array(ids, dtype=np.uint32), np.array(starts, dtype=np.int64), np.array(trained, dtype=np.uint8), found
+    return (
+        np.array(ids, dtype=np.uint32),
+        np.array(starts, dtype=np.int64),
+        np.array(trained, dtype=np.uint8),
+        found,
+    )
 
 
 def _why_left_out(conversation: Conversation) -> str | None:
@@ -385,8 +421,12 @@ def main() -> int:
     add("--text-field", default="text", help="field or column that holds the text (default: text)")
     add("--chat", nargs="?", const="{}", metavar="OPTIONS",
         help='conversations instead of texts, for recipes/sft.py; OPTIONS as {"train_on": "last-answer"}')
-    add("--bad-records", choices=("refuse", "skip"), default="refuse",
-        help="whether a record without a text ends this, or is left out and listed in the corpus's bad-records.jsonl")
+    add(
+        "--bad-records",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="whether a record that cannot be used ends this, or is left out and listed in bad-records.jsonl",
+    )
     add("--processes", type=int, default=cores, help=f"workers (default: one per core, {cores})")
     add("--for-process", type=int, metavar="PID", help="for a program: print the result or the error as JSON, and stop "
                                                        "when the process PID, which must be the parent, is gone")
