@@ -332,8 +332,8 @@ def _check_order(turns: list[dict], where: str) -> None:
                 where,
                 "turns out of order",
                 f": turn {number + 1} is by the {role} and {follows}; after a system prompt, if any, user "
-                "and assistant take turns, and the user begins. What tools return stands behind the turn of the "
-                "assistant that called them.",
+                "and assistant take turns, and the user begins. What tools return stands behind the turn of "
+                "the assistant that called them.",
             )
         before = role
     if "assistant" not in roles:
