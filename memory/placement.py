@@ -301,7 +301,7 @@ def describe(plan: Plan) -> str:
     rows.append(("weights", "", _count(sum(plan.n_elements)), _gib(device["weights"]), "", f"{plan.widths.weight} bytes each"))
     if plan.policy == "auto" or host["other"]:
         traced = "activations and the rest, as traced; " if plan.policy == "auto" else ""
-        passing = "on the host: block inputs until their backward, one parameter on its way to or from a file"
+        passing = "on the host: block inputs until backward, a parameter on its way to a file or from it"
         rows.append(("other", "", "", _gib(device["other"]), _gib(host["other"]), traced + passing))
     if plan.policy == "auto":
         rows.append(("reserve", "", "", _gib(device["reserve"]), "", f"{RESERVE:.0%} of the budget"))
