@@ -10,11 +10,11 @@ names the file and the line. Whatever the format, turns are messages as transfor
 takes them: {"role", "content"} and whatever else a turn has, such as tool_calls. Null fields are left out, as
 there. Three things are taken out of a record:
 
-turn flags   `weight`, `train`, `trainable`, `training`, `loss` (true: trained) and `mask`, `masked` (true:
-left out of the
-             loss) of a turn, or of the whole record for all its answers. A flag is true or false, 1 or 0.
-variables    `tools` (or `functions`), `documents` and `chat_template_kwargs` of a record: what a template is
-given besides. history      of the one-turn formats: earlier [question, answer] pairs.
+turn flags   `weight`, `train`, `trainable`, `training`, `loss` (true: trained) and `mask`, `masked` (true: left out of
+             the loss) of a turn, or of the whole record for all its answers. A flag is true or false, 1 or 0.
+variables    `tools` (or `functions`), `documents` and `chat_template_kwargs` of a record: what a template is given
+             besides the turns
+history      of the one-turn formats: earlier [question, answer] pairs
 """
 
 import json
