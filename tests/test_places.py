@@ -175,6 +175,7 @@ def test_a_prompt_in_utf8_is_read_in_a_terminal_that_claims_another_encoding(inp
     assert ended.status == 0 and json.loads(ended.out)["prompt"] == "\u4f60", ended
 
 
+@pytest.mark.slow
 def test_json_lines_stay_json_on_a_stdout_that_is_not_utf8(inputs):
     ended = command(
         "generate",
@@ -259,6 +260,7 @@ def test_ctrl_c_while_importing_is_one_word_and_status_130(name, tmp_path):
     assert process.stderr.read() == "interrupted\n"
 
 
+@pytest.mark.slow
 def test_a_run_whose_terminal_is_closed_writes_a_checkpoint_and_ends(inputs, tmp_path):
     main, worker = pty.openpty()
     arguments = flags(inputs, tmp_path / "run", "--checkpoint.every", 0, steps=100_000)
