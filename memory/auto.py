@@ -106,7 +106,8 @@ class AutoPolicy:
         manager = self.manager
         if manager.is_cuda:
             return manager.needed(manager.plan, traced=True)["device"]
-        return manager.plan.widths.grad * manager.plan.n_parameters(Placement.RESIDENT)
+        on_device = (manager.plan.n_parameters(where) for where in (Placement.RESIDENT, Placement.STREAM))
+        return manager.plan.widths.grad * sum(on_device)
 
     def _trace(self) -> Traced:
         return _agreed(self.tracer.result(self._held_while_traced(), self.manager.other_host_bytes))

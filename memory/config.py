@@ -35,12 +35,11 @@ class MemoryConfig:
         given = {f"--memory.{name} {value:g}": value for name, value in fractions.items() if value is not None}
         budgets = {f"--memory.{name.replace('_', '-')} {value:g}": value
                    for name in ("device_budget_gib", "host_budget_gib") if (value := getattr(self, name)) is not None}
-        if self.placement in (None, "off"):
+        if self.placement == "off":
             kernel = [] if self.kernel == "auto" else [f"--memory.kernel {self.kernel}"]
             idle = [*given, *budgets, *["--memory.draw"] * self.draw, *kernel]
             if idle:
-                because = "without --memory.placement" if self.placement is None else "as --memory.placement is off"
-                raise UsageError(f"{' '.join(idle)} would do nothing, {because}; use --memory.placement "
+                raise UsageError(f"{' '.join(idle)} would do nothing, as --memory.placement is off; use --memory.placement "
                                  f"{'static' if given and not budgets else 'auto'}, or leave it out.")
         for said, value in given.items():
             if not 0 <= value <= 1:
@@ -48,6 +47,8 @@ class MemoryConfig:
         for said, value in budgets.items():
             if not 0 < value < math.inf:
                 raise UsageError(f"{said} is not possible; use GiB above 0.")
+        if self.placement is None and given:
+            raise UsageError(f"{' '.join(given)} would do nothing without --memory.placement; use --memory.placement static.")
         if self.placement == "auto" and given:
             raise UsageError(f"{' '.join(given)} fixes what --memory.placement auto is to find; use --memory.placement static, "
                              "or leave it out and give --memory.device-budget-gib.")
@@ -66,7 +67,8 @@ class MemoryConfig:
         return self.placement in ("static", "auto")
 
     def settle(self, device: torch.device, dtype: torch.dtype, world_size: int) -> tuple["MemoryConfig", str]:
-        """The same with a placement, and in words what was chosen for whoever left it open; "" if nothing was.
+        """The same with a placement, and in words what was chosen for whoever left it open; "" if nothing was. UsageError
+        if it is off and something was asked for that only a manager does.
 
         On one GPU nothing is shared, but FSDP still copies every weight to the type that computes, for each microbatch:
         172 bytes a parameter and step of four microbatches move for it, against 36 where bfloat16 weights stay as they are
@@ -78,7 +80,9 @@ class MemoryConfig:
             resident = replace(self, placement="static", resident=1.0, stream=0.0, cpu=0.0)
             return resident, ("on one GPU bfloat16 weights compute as they are, and the chunk manager keeps the rest of "
                               "their float32 masters and the moments beside them; --memory.placement off for FSDP and AdamW")
-        return replace(self, placement="off"), ""
+        off = replace(self, placement="off")
+        off.check()                          # a budget would do nothing
+        return off, ""
 
     def device_bytes_per_parameter(self, itemsize: int, n_micros: int) -> float:
         """What weights, gradients and states take of the device at least. itemsize: of the numbers that compute; n_micros:

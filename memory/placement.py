@@ -229,6 +229,26 @@ def auto_plan(n_elements: Sequence[int], *, device_budget_bytes: int, host_budge
     return with_prediction(plan, rates, traced)
 
 
+def least_device_plan(n_elements: Sequence[int], host_bytes: int, widths: Widths) -> Plan:
+    """The layout with the fewest bytes on the device of those that hold at most `host_bytes` on the host: for steps that
+    are made before it is known what else the device must hold. All RESIDENT if the host can hold nothing.
+
+    All CPU takes nothing of the device, and most of the host: STREAM has fewer bytes there, as the whole master and the
+    slab are missing, and RESIDENT none."""
+    n_total = sum(n_elements)
+    ring, outbox = ring_bytes(n_elements, widths), outbox_bytes(n_elements, widths)
+    best = NEVER, len(n_elements), 0                   # bytes on the device, n_resident, n_stream
+    for n_resident, x_r, x_s in splits(n_elements):
+        x_c = n_total - x_r - x_s
+        device = (widths.states + widths.grad) * x_r + widths.grad * x_s + np.where(x_s > 0, ring, 0)
+        host = widths.cpu_states * x_c + widths.states * x_s + np.where(x_c > 0, outbox, 0)
+        device = np.where(host <= host_bytes, device, NEVER)
+        n_stream = int(device.argmin())
+        best = min(best, (int(device[n_stream]), n_resident, n_stream))
+    placements = lay_out(len(n_elements), *best[1:])
+    return Plan(placements, tuple(n_elements), "static", "the device as empty as the host can make it", widths)
+
+
 def gib_up(n_bytes: float) -> str:
     """GiB as one types them, rounded up so that the setting works."""
     gib = n_bytes / GIB

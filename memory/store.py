@@ -9,7 +9,6 @@ All of it comes after the update that is under way: `wait`. What happens in a st
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +35,16 @@ from memory.chunk import (
 )
 from memory.config import MemoryConfig
 from memory.lanes import DONE, Lanes, empty_caches, hold_to_budget, host_threads
-from memory.placement import RESERVE, Placement, Plan, Widths, describe, gib_up, static_plan
+from memory.placement import (
+    RESERVE,
+    Placement,
+    Plan,
+    Widths,
+    describe,
+    gib_up,
+    least_device_plan,
+    static_plan,
+)
 
 PASSING_ELEMENTS = 2**18            # of a parameter that a copy between chunks and the host takes at a time: 1 MiB of float32
 IN_FLIGHT_BYTES = 512 * 2**20      # of gradients on their way to the host: else a slow link would fill the device with them
@@ -94,14 +102,9 @@ class ChunkStore:
             return static_plan(sizes, self.config.resident, self.config.stream, self.config.cpu, widths=self.widths,
                                layers=[chunk.covers for chunk in self.chunks])
         # auto: the first steps are traced with the device as empty as the host can make it
-        plan, n_resident = static_plan(sizes, 0, 0, 1), 0
         gib = self.config.host_budget_gib
-        room = self.host_share + self.slab_bytes if gib is None else gib * GIB       # the slab is there: no longer free
-        while n_resident < len(sizes) and self.needed(plan)["host"] > room:
-            n_resident += 1
-            rest = (Placement.CPU,) * (len(sizes) - n_resident)
-            plan = replace(plan, placements=(Placement.RESIDENT,) * n_resident + rest)
-        return plan
+        room = self.host_share + self.slab_bytes if gib is None else int(gib * GIB)      # the slab is there: no longer free
+        return least_device_plan(sizes, room - self.other_host_bytes, self.widths)
 
     @property
     def widths(self) -> Widths:

@@ -81,10 +81,8 @@ class Booster:
             start_process_group(device, 1 if local_rank < 0 else None)
             atexit.register(_leave_group)
         layout = config.resolve(dist.get_world_size())
-        if memory is not None:
-            memory, chosen = memory.settle(device, dtype, dist.get_world_size())
-            if chosen and dist.get_rank() == 0:
-                print(f"memory    {chosen}")
+        # A placement that was left open is off here, on one GPU too: the optimizer may be any, and gradients may arrive as
+        # often as the caller likes.
         self.memory = memory if memory is not None and memory.is_on else None
         self.n_micros = layout.microbatches or (2 * layout.pp if layout.pp > 1 else 1)
         self.layout = dataclasses.replace(layout, microbatches=self.n_micros)
@@ -259,6 +257,8 @@ class OwnRows:
 
     def _refuse_other_batches(self, tokens: Tensor, labels: Tensor) -> None:
         """Ranks that shuffle each in their own way would train on some rows twice, and tp ranks on a mix of two rows."""
+        if dist.get_world_size() == 1:
+            return                           # nobody to differ from, and the host would wait for the step before
         crc = zlib.crc32(torch.stack([tokens, labels]).cpu().contiguous().numpy())
         ends = torch.tensor([crc, -crc], device=self.device)
         dist.all_reduce(ends, dist.ReduceOp.MAX)

@@ -210,6 +210,8 @@ def main(cfg: PretrainConfig) -> None:
     stopped = False
     pictures = StepPictures(cfg, layout, mesh, optimizer, device, first_step=step)
     reading, skipped = LateReader(device), SkippedSteps(cfg.train.skip_nonfinite)
+    if log:                                               # rows of before a resumption go on counting
+        skipped.total = max((row.get("skipped_steps") or 0 for row in log.rows), default=0)
     while step < cfg.train.steps and not stopped:
         reading.begin()
         lr = learning_rate(cfg.train, step)
@@ -279,10 +281,19 @@ def settle_memory(cfg: "PretrainConfig", model_config: LlamaConfig, layout: Para
     UsageError if the states alone are more than the GPU has: before anything starts, not out of memory a minute later."""
     dtype = getattr(torch, cfg.train.dtype)
     memory, chosen = cfg.memory.settle(device, dtype, world_size)
+    check_skips(cfg.train, memory)
     if device.type == "cuda":
         device_bytes = torch.cuda.get_device_properties(device).total_memory
         check_states(model_config, layout, device_bytes, memory.device_bytes_per_parameter(dtype.itemsize, n_micros))
     return dataclasses.replace(cfg, memory=memory), chosen
+
+
+def check_skips(train: TrainConfig, memory: MemoryConfig) -> None:
+    """UsageError if steps with a gradient that is not finite are to be left out, and could not be."""
+    if train.skip_nonfinite and train.max_grad_norm == math.inf and memory.is_on:
+        raise UsageError(f"--train.skip-nonfinite {train.skip_nonfinite} cannot leave out a step under a chunk manager "
+                         "with --train.max-grad-norm inf, which steps while gradients arrive; use a --train.max-grad-norm, "
+                         "however large, or --memory.placement off.")
 
 
 def set_up(cfg: "PretrainConfig", model: Llama, layout: ParallelConfig, n_micros: int, kernel: str, device: torch.device,

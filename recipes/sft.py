@@ -35,6 +35,7 @@ import torch.distributed as dist
 from pretrain import (
     CheckpointConfig,
     check_numbers,
+    check_skips,
     count_scored,
     evaluate,
     fp32_weights,
@@ -168,6 +169,7 @@ def main(cfg: SftConfig) -> None:
     check_more_numbers(cfg)
     cfg.memory.check()
     memory, chosen = cfg.memory.settle(device, compute_dtype, world_size)
+    check_skips(cfg.train, memory)
     cfg = replace(cfg, memory=memory)
     if not cfg.data.path:
         raise UsageError("--data.path is missing; name the conversations to train on, e.g. --data.path chat.jsonl.")
@@ -249,6 +251,8 @@ def main(cfg: SftConfig) -> None:
     stopped = False
     pictures = StepPictures(cfg, layout, mesh, optimizer, device, first_step=step)
     reading, skipped = LateReader(device), SkippedSteps(cfg.train.skip_nonfinite)
+    if log:                                               # rows of before a resumption go on counting
+        skipped.total = max((row.get("skipped_steps") or 0 for row in log.rows), default=0)
     while step < cfg.train.steps and not stopped:
         reading.begin()
         lr = learning_rate(cfg.train, step)

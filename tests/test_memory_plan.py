@@ -23,6 +23,7 @@ from memory.placement import (
     auto_plan,
     describe,
     lay_out,
+    least_device_plan,
     predict,
     replan,
     splits,
@@ -288,3 +289,20 @@ def test_plans_survive_json():
     by_hand = static_plan([8] * 4, 0.5, 0.25, 0.25, widths=Widths(4, 4, 4), layers=list(zip("abcd", "bcde", strict=True)))
     for plan in (mixed_plan(), by_hand):
         assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_the_plan_of_the_traced_steps_leaves_the_device_as_empty_as_the_host_can_make_it():
+    """13B with several microbatches, which are summed in float32, starts on 79.6 GiB: STREAM holds less on the host."""
+    sizes, widths = [16 * 2**20] * 776, Widths.of(2, sums=True)
+    n = sum(sizes)
+
+    def device_gib(host_gib: float) -> float:
+        plan = least_device_plan(sizes, int(host_gib * GIB), widths)
+        assert sum(plan.host_bytes.values()) <= host_gib * GIB or set(plan.placements) == {Placement.RESIDENT}
+        return sum(plan.device_bytes.values()) / GIB
+
+    assert set(least_device_plan(sizes, 300 * GIB, widths).placements) == {Placement.CPU}
+    assert device_gib(300) == pytest.approx(2 * n / GIB)                     # the weights alone
+    assert device_gib(122) < 75                                              # with CPU and RESIDENT alone it was 96
+    assert set(least_device_plan(sizes, 0, widths).placements) == {Placement.RESIDENT}
+    assert [device_gib(gib) for gib in (300, 200, 150, 122, 60)] == sorted(device_gib(gib) for gib in (300, 200, 150, 122, 60))

@@ -1,9 +1,12 @@
 """What one GPU does by default, and what is refused before it is tried: decisions, so they need no GPU."""
 
+import math
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from recipe import ROOT
 
 from dtensor_llama import LlamaConfig, UsageError
 from memory import MemoryConfig
@@ -33,9 +36,31 @@ def test_one_gpu_computes_with_bfloat16_weights_as_they_are_unless_told_otherwis
     memory.check()                           # what was settled is a valid configuration
 
 
-def test_a_placement_left_open_refuses_what_would_do_nothing():
-    with pytest.raises(UsageError, match="--memory.device-budget-gib 4 would do nothing, without --memory.placement; use"):
-        MemoryConfig(device_budget_gib=4).check()
+def test_a_budget_without_a_placement_binds_the_default_of_one_gpu_and_is_refused_where_that_is_off():
+    asked = MemoryConfig(host_budget_gib=4)
+    asked.check()
+    assert asked.settle(CUDA, BF16, 1)[0].host_budget_gib == 4
+    with pytest.raises(UsageError, match="--memory.host-budget-gib 4 would do nothing, as --memory.placement is off"):
+        asked.settle(CPU, BF16, 1)
+    with pytest.raises(UsageError, match="--memory.cpu 1 would do nothing without --memory.placement"):
+        MemoryConfig(cpu=1.0).check()
+
+
+@pytest.mark.parametrize("skips,max_norm,memory,possible", [
+    (0, math.inf, MemoryConfig("static", 1, 0, 0), True),
+    (1, math.inf, MemoryConfig("static", 1, 0, 0), False),      # chunks are stepped before there is a norm
+    (1, math.inf, MemoryConfig("off"), True),
+    (1, 1e9, MemoryConfig("static", 1, 0, 0), True),
+])
+def test_steps_are_left_out_only_where_nothing_was_stepped_yet(skips, max_norm, memory, possible):
+    sys.path.insert(0, str(ROOT / "recipes"))
+    from pretrain import TrainConfig, check_skips
+
+    train = TrainConfig(skip_nonfinite=skips, max_grad_norm=max_norm)
+    if possible:
+        return check_skips(train, memory)
+    with pytest.raises(UsageError, match="--train.skip-nonfinite 1 cannot leave out a step.*--train.max-grad-norm inf"):
+        check_skips(train, memory)
 
 
 ONE, TWO = ParallelConfig().resolve(1), ParallelConfig().resolve(2)

@@ -55,7 +55,8 @@ class Config:
 
 def main(cfg: Config) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # so that what was started is ended too
-    deadline = time.monotonic() + cfg.seconds if cfg.seconds else float("inf")
+    check(cfg)
+    deadline = float("inf") if cfg.seconds is None else time.monotonic() + cfg.seconds
     cfg = replace(cfg, out=cfg.out.resolve())                    # commands run in the root of the repository
     facts, card = machine(cfg)
     setting = Setting(card, cfg.out, cfg.host_budget_gib, cfg.rehearse_layers)
@@ -78,6 +79,20 @@ def main(cfg: Config) -> None:
     cfg.out.mkdir(parents=True, exist_ok=True)
     (cfg.out / f"{name}.md").write_text(table + "\n")
     print(table)
+
+
+def check(cfg: Config) -> None:
+    """UsageError for numbers that mean nothing, and for a folder that cannot be made."""
+    least = {"--seconds": (cfg.seconds, 0), "--rehearse-layers": (cfg.rehearse_layers, 1)}
+    for flag, (value, low) in least.items():
+        if value is not None and value < low:
+            raise UsageError(f"{flag} {value} is not possible; use at least {low}, or leave it out.")
+    if cfg.host_budget_gib is not None and not cfg.host_budget_gib > 0:
+        raise UsageError(f"--host-budget-gib {cfg.host_budget_gib:g} is not possible; use GiB above 0.")
+    try:
+        cfg.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {cfg.out} cannot be made ({error.strerror}); name another folder.") from None
 
 
 def machine(cfg: Config) -> tuple[dict, Card]:
@@ -110,6 +125,8 @@ def choose(parts: list[Part], names: tuple[str, ...]) -> list[Part]:
     """The named parts in the plan's order, or all."""
     known = {part.name: part for part in parts}
     unknown = [name for name in names if name not in known]
+    if {"plan", "summary"} & set(names):
+        raise UsageError(f"{' '.join(names)}: plan and summary each stand alone, without the name of a part.")
     if unknown:
         raise UsageError(
             f"there is no part {' '.join(unknown)}; there are {', '.join(known)}, and plan and summary."
@@ -301,11 +318,11 @@ def row(part: Part, measurement: Measurement, expected: Expected, results: list[
     named = " ".join([*map(str, expected.line.values()), expected.figure])
     fitting = [result for result in results if expected.line.items() <= result.items()]
     measured, off = "not yet", ""
-    if fitting and expected.figure in fitting[-1]:
+    if fitting and isinstance(fitting[-1].get(expected.figure), int | float):
         value = fitting[-1][expected.figure]
         share = difference(expected, value)
         measured, off = number(value), f"{share:+.0%}"
-        if abs(share) > FAR_OFF:
+        if not abs(share) <= FAR_OFF:               # a figure that is not a number is far off too
             off = f"**{off}**"
     elif fitting and "error" in fitting[-1]:
         measured = fitting[-1]["error"].replace("|", "/")[:160]

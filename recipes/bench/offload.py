@@ -265,11 +265,11 @@ def predict_peer(name: str, n: int, forward_backward_s: float, rates: Rates, n_m
     if name == "all_resident":
         return forward_backward_s + n / rates.device_adam
     if name == "fsdp2_offload":
-        # For each forward and backward fp32 weights come, and fp32 gradients leave. On one rank FSDP2 makes
-        # these copies on the stream that computes, so nothing overlaps and the times add up; on several
-        # ranks, where the copies are part of a prefetched all-gather, it would do better. Then, alone on the
-        # host, the norm reads 4 bytes a parameter, the clip moves 8 and AdamW 28.
-        link = n_micros * (2 * 4 * n / rates.h2d + 4 * n / rates.d2h)
+        # For each forward and backward fp32 weights come; fp32 gradients leave once, after the last microbatch.
+        # On one rank FSDP2 makes these copies on the stream that computes, so nothing overlaps and the times
+        # add up; on several ranks, where the copies are part of a prefetched all-gather, it would do better.
+        # Then, alone on the host, the norm reads 4 bytes a parameter, the clip moves 8 and AdamW 28.
+        link = n_micros * 2 * 4 * n / rates.h2d + 4 * n / rates.d2h
         return forward_backward_s + link + 40 * n / rates.dram
     # DeepSpeed: bf16 gradients down, CPUAdam (12 + 12 of states, 4 of gradient, 2 of weight), bf16 weights
     # up, one by one
