@@ -151,8 +151,10 @@ def draw_loss_curve(rows: list[dict], path: Path) -> None:
     window = max(1, len(losses) // 50)
     smooth = [sum(losses[max(0, i - window + 1):i + 1]) / len(losses[max(0, i - window + 1):i + 1])
               for i in range(len(losses))]
-    axes.plot(tokens, losses, color="#9db8d9", linewidth=0.8, label="each step")
-    axes.plot(tokens, smooth, color="#1f4e8c", linewidth=1.8, label=f"mean of {window} steps")
+    if window > 1:
+        axes.plot(tokens, losses, color="#9db8d9", linewidth=0.8, label="each step")
+    mean = f"mean of {window} steps" if window > 1 else "each step"
+    axes.plot(tokens, smooth, color="#1f4e8c", linewidth=1.8, label=mean)
     held_out = [row for row in rows if row.get("validation_loss") is not None]
     if held_out:
         axes.plot([row["tokens"] / 1e6 for row in held_out], [row["validation_loss"] for row in held_out], "o-",
@@ -240,7 +242,8 @@ class _Step(NamedTuple):
 
 
 class SkippedSteps:
-    """Counts the steps whose gradient was not finite. Such a step changed nothing: see parallel/clip.py.
+    """Counts the steps whose gradient was not finite. Such a step changed nothing (parallel/clip.py), but under a chunk
+    manager without clipping, where none may be left out.
 
     allowed: how many in a row a run may have (--train.skip-nonfinite).
     """
@@ -261,8 +264,8 @@ class SkippedSteps:
         if self.in_a_row > self.allowed:
             name, value = not_finite[-1].replace("grad_norm", "gradient norm"), row[not_finite[-1]]
             before = f" after {self.allowed} others in a row" if self.allowed else ""
-            raise UsageError(f"the {name} of step {row['step']} is {value}{before}: the step changed no weight, and nothing "
-                             "was written, so the newest checkpoint is from before. Lower --train.lr, look at the data of "
+            raise UsageError(f"the {name} of step {row['step']} is {value}{before}: nothing of that step was written, and the "
+                             "newest checkpoint is from before. Lower --train.lr, look at the data of "
                              f"that step, or use --train.skip-nonfinite {self.allowed + 1} or more, which leaves out so many "
                              "such steps in a row.")
         return row | dict.fromkeys(not_finite) | {"skipped_steps": self.total}
