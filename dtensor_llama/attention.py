@@ -30,34 +30,38 @@ _VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_a
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the documents of packed rows begin and end: what a token may look back to, in each kernel's form."""
+    """Where the documents of packed rows begin and end: what a token may look back to, in each kernel's
+    form."""
 
-    mask: Tensor | None = None         # (B, 1, T, S) bool, True where query t may see key s: sdpa, math
+    mask: Tensor | None = None  # (B, 1, T, S) bool, True where query t may see key s: sdpa, math
     # (n_documents + 1,) int32, where documents end in the flattened rows, a 0 before them: flash, varlen
     cu_seqlens: Tensor | None = None
 
     @staticmethod
     def from_positions(positions: Tensor, kernel: str, device: torch.device) -> "Documents":
-        """`positions` (B, T) restart at 0 where a document begins. If they are on the CPU, nothing waits for the GPU."""
+        """`positions` (B, T) restart at 0 where a document begins. If they are on the CPU, nothing waits for
+        the GPU."""
         B, T = positions.shape
         starts = positions == 0
-        starts[:, 0] = True                                    # a document cut by the row's edge begins with the row
+        starts[:, 0] = True  # a document cut by the row's edge begins with the row
         if kernel in ("flash", "varlen"):
-            first = starts.flatten().nonzero().flatten()       # (n_documents,): dynamic, hence better on the CPU
+            first = starts.flatten().nonzero().flatten()  # (n_documents,): dynamic, hence better on the CPU
             ends = torch.cat([first, first.new_tensor([B * T])]).to(torch.int32)
             if device.type == "cuda" and not ends.is_cuda:
-                ends = ends.pin_memory()                       # a copy from pageable memory waits for the GPU
+                ends = ends.pin_memory()  # a copy from pageable memory waits for the GPU
             return Documents(cu_seqlens=_of_any_length(ends.to(device, non_blocking=True)))
-        document = starts.to(device, non_blocking=True).cumsum(-1)                 # (B, T): which document of the row
+        document = starts.to(device, non_blocking=True).cumsum(-1)  # (B, T): which document of the row
         causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
         return Documents(mask=(document[:, None, :, None] == document[:, None, None, :]) & causal)
 
 
 def _of_any_length(ends: Tensor) -> Tensor:
-    """Tell torch.compile that the number of documents changes from batch to batch: no step then compiles again.
+    """Tell torch.compile that the number of documents changes from batch to batch: no step then compiles
+    again.
 
-    The other way would be a fixed length with empty documents at the end, and it is dear: for every document, an
-    empty one too, FlashAttention's backward has 128 more rows of fp32 gradients (2 MiB for the heads of 7B).
+    The other way would be a fixed length with empty documents at the end, and it is dear: for every document,
+    an empty one too, FlashAttention's backward has 128 more rows of fp32 gradients (2 MiB for the heads of
+    7B).
     """
     torch._dynamo.maybe_mark_dynamic(ends, 0)
     return ends
@@ -66,8 +70,9 @@ def _of_any_length(ends: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, kernel: str, documents: Documents | None = None) -> Tensor:
     """softmax(q k^T / sqrt(E)) v, causal: query t of the last T positions sees keys 0 .. S - T + t.
 
-    q is (B, T, H, E); k and v are (B, S, K, E), S > T when earlier keys come from a cache. Returns (B, T, H, E).
-    With `documents`, a query sees its own document only. Source: Vaswani et al. 2017, arXiv:1706.03762; grouped
+    q is (B, T, H, E); k and v are (B, S, K, E), S > T when earlier keys come from a cache. Returns (B, T, H,
+    E). With `documents`, a query sees its own document only. Source: Vaswani et al. 2017, arXiv:1706.03762;
+    grouped
     queries: Ainslie et al. 2023, arXiv:2305.13245.
     """
     if kernel == "flash":
@@ -76,7 +81,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, kernel: str, documents: Documents
         return _varlen(q, k, v, documents.cu_seqlens)
     T, S = q.shape[1], k.shape[1]
     mask = documents.mask if documents else None
-    if mask is None and 1 < T < S:   # several new tokens over a cache: the causal diagonal is shifted by S - T
+    if mask is None and 1 < T < S:  # several new tokens over a cache: the causal diagonal is shifted by S - T
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)[None, None]
     if kernel == "math":
         return _math(q, k, v, mask)
@@ -87,21 +92,22 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tens
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     if documents is None:
-        return flash_attn_func(q, k, v, causal=True)           # aligned to the last key: right for a cache too
+        return flash_attn_func(q, k, v, causal=True)  # aligned to the last key: right for a cache too
     B, T, H, E = q.shape
     ends = documents.cu_seqlens
-    flat = [x.reshape(B * T, -1, E) for x in (q, k, v)]        # documents of all rows, one after another
+    flat = [x.reshape(B * T, -1, E) for x in (q, k, v)]  # documents of all rows, one after another
     # T bounds the longest document; the exact number would have to be fetched from the GPU.
     return flash_attn_varlen_func(*flat, ends, ends, T, T, causal=True).view(B, T, H, E)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Tensor:
     B, T, H, E = q.shape
-    flat = [pad_head_width(x).reshape(B * T, x.shape[2], -1) for x in (q, k, v)]     # all rows in a line
+    flat = [pad_head_width(x).reshape(B * T, x.shape[2], -1) for x in (q, k, v)]  # all rows in a line
     if q.device.type == "cpu":
         out = _varlen_reference(*flat, ends, scale=E**-0.5)
     else:
-        # T bounds the longest document, as for flash-attn. A window that ends at the query is the causal mask.
+        # T bounds the longest document, as for flash-attn. A window that ends at the query is the causal
+        # mask.
         gqa = _VARLEN_GQA if q.shape[2] != k.shape[2] else {}
         out = varlen_attn(*flat, ends, ends, T, T, scale=E**-0.5, window_size=(-1, 0), **gqa)
     return out.view(B, T, H, -1)[..., :E]
@@ -110,24 +116,26 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Tensor:
 def _varlen_reference(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, scale: float) -> Tensor:
     """What varlen_attn computes, for a CPU, which has no such kernel.
 
-    q is (N, H, E), the tokens of all rows in a line; k and v are (N, K, E). Returns (N, H, E). An (N, N) mask is
+    q is (N, H, E), the tokens of all rows in a line; k and v are (N, K, E). Returns (N, H, E). An (N, N) mask
+    is
     stored: this is for tests and small runs.
     """
     at = torch.arange(q.shape[0], device=q.device)
-    document = torch.bucketize(at, ends, right=True)                          # (N,): which document each is in
+    document = torch.bucketize(at, ends, right=True)  # (N,): which document each is in
     mask = (document[:, None] == document) & (at[:, None] >= at)
-    heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]                # (1, H or K, N, E)
+    heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]  # (1, H or K, N, E)
     out = F.scaled_dot_product_attention(
-        *heads_first, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        *heads_first, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
     return out[0].transpose(0, 1).contiguous()
 
 
 class SdpaPlan(NamedTuple):
     """How scaled_dot_product_attention is called on a GPU."""
 
-    kernels: tuple[SDPBackend, ...]   # those it may choose from: none of them stores (T, S) scores
-    in_order: bool                    # True: the first of them that can; False: in torch's order for the GPU
-    expands_heads: bool               # K and V are copied for each of the H query heads
+    kernels: tuple[SDPBackend, ...]  # those it may choose from: none of them stores (T, S) scores
+    in_order: bool  # True: the first of them that can; False: in torch's order for the GPU
+    expands_heads: bool  # K and V are copied for each of the H query heads
 
 
 def plan_sdpa(dtype: torch.dtype, grouped: bool, masked: bool, over_cache: bool) -> SdpaPlan:
@@ -153,9 +161,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if q.is_cuda:
         return _sdpa_on_gpu(q, k, v, mask)
     out = F.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)),               # (B, H or K, T or S, E)
+        *(x.transpose(1, 2) for x in (q, k, v)),  # (B, H or K, T or S, E)
         attn_mask=mask,
-        is_causal=mask is None and q.shape[1] > 1,             # a single query sees every key there is
+        is_causal=mask is None and q.shape[1] > 1,  # a single query sees every key there is
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.transpose(1, 2)
@@ -166,7 +174,7 @@ def _sdpa_on_gpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
     plan = plan_sdpa(q.dtype, grouped=H != k.shape[2], masked=mask is not None, over_cache=T != k.shape[1])
     if plan.expands_heads:
         k, v = expand_heads(k, H), expand_heads(v, H)
-    heads_first = [pad_head_width(x).transpose(1, 2) for x in (q, k, v)]       # (B, H or K, T or S, E)
+    heads_first = [pad_head_width(x).transpose(1, 2) for x in (q, k, v)]  # (B, H or K, T or S, E)
     # Without this choice torch falls back in silence to a kernel that stores the (T, S) scores.
     with sdpa_kernel(list(plan.kernels), set_priority=plan.in_order):
         out = F.scaled_dot_product_attention(
@@ -185,7 +193,8 @@ def expand_heads(x: Tensor, n_heads: int) -> Tensor:
 
 
 def pad_head_width(x: Tensor) -> Tensor:
-    """Zeros up to a head width that is a multiple of 8, as CUDA kernels need; they add nothing to any score."""
+    """Zeros up to a head width that is a multiple of 8, as CUDA kernels need; they add nothing to any
+    score."""
     missing = -x.shape[-1] % 8
     return F.pad(x, (0, missing)) if missing else x
 
@@ -193,34 +202,37 @@ def pad_head_width(x: Tensor) -> Tensor:
 def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     B, T, H, E = q.shape
     S, K = k.shape[1], k.shape[2]
-    q = q.view(B, T, K, H // K, E)                                              # the H/K queries of each k/v head
-    scores = torch.einsum("btkge,bske->bkgts", q.float(), k.float()) / E**0.5    # (B, K, H/K, T, S) fp32
+    q = q.view(B, T, K, H // K, E)  # the H/K queries of each k/v head
+    scores = torch.einsum("btkge,bske->bkgts", q.float(), k.float()) / E**0.5  # (B, K, H/K, T, S) fp32
     if mask is None:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)[None, None]
     scores = scores.masked_fill(~mask[:, :, None], float("-inf"))
     return torch.einsum("bkgts,bske->btkge", scores.softmax(-1).to(v.dtype), v).reshape(B, T, H, E)
 
 
-def choose_attention(asked: str, device: torch.device, dtype: torch.dtype, merges_blocks: bool = False,
-                     documents: bool = False) -> tuple[str, str]:
-    """The kernel for `--train.attention` and the reason, to be printed: `auto` picks, anything else is done or refused.
+def choose_attention(
+    asked: str, device: torch.device, dtype: torch.dtype, merges_blocks: bool = False, documents: bool = False
+) -> tuple[str, str]:
+    """The kernel for `--train.attention` and the reason, to be printed: `auto` picks, anything else is done
+    or refused.
 
     merges_blocks: ring attention will put the result together from blocks, which only sdpa and math can give.
-    documents: rows are packed and no token may see another document.
-    UsageError when flash was asked for and cannot run: on a CPU, in float32, or without the package; or varlen,
-    which needs the documents. On a CPU a reference computes what varlen would, so that all around the kernel can
-    be tried there.
+    documents: rows are packed and no token may see another document. UsageError when flash was asked for and
+        cannot run: on a CPU, in float32, or without the package; or varlen, which needs the documents. On a
+        CPU a reference computes what varlen would, so that all around the kernel can be tried there.
     """
     if asked not in ("auto", *KERNELS):
         raise UsageError(f"--train.attention {asked} is not one of auto, {', '.join(KERNELS)}.")
     no_flash = _flash_obstacle(device, dtype)
     no_varlen = _varlen_obstacle(device, dtype, documents)
     if asked == "flash" and no_flash:
-        raise UsageError(f"--train.attention flash cannot run here: {no_flash}. Use --train.attention sdpa or "
-                         "auto.")
+        raise UsageError(
+            f"--train.attention flash cannot run here: {no_flash}. Use --train.attention sdpa or auto."
+        )
     if asked == "varlen" and no_varlen:
-        raise UsageError(f"--train.attention varlen cannot run here: {no_varlen}. Use --train.attention sdpa or "
-                         "auto.")
+        raise UsageError(
+            f"--train.attention varlen cannot run here: {no_varlen}. Use --train.attention sdpa or auto."
+        )
     if asked == "varlen" and device.type == "cpu":
         return asked, "asked for; on a CPU a slow reference in its place, with a mask over a whole microbatch"
     if asked != "auto":

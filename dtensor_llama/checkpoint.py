@@ -1,4 +1,5 @@
-"""Training state on disk, by torch.distributed.checkpoint (DCP): written while training goes on, complete or not there.
+"""Training state on disk, by torch.distributed.checkpoint (DCP): written while training goes on, complete or
+not there.
 
     checkpoints/step-00000100/              complete: it gets this name after all ranks wrote and fsynced their files
         __0_0.distcp, __1_0.distcp ...      what each rank wrote
@@ -7,9 +8,10 @@
     checkpoints/step-00000200.partial/      being written; or, after a kill, waste that the next start removes
     checkpoints/step-00000300.superseded/   left when a run went back to an older checkpoint and passed this one again
 
-stage: copy the state to host memory, the only part training waits for. It costs this rank's bytes of state in host
-memory. The buffers are kept from save to save: filling warm ones takes 0.15 s/GB on a CPU, fresh ones 0.4 s/GB. Where the
-host has no room for them (a chunk manager's plan says so) tensors are written one after another, and training waits.
+stage: copy the state to host memory, the only part training waits for. It costs this rank's bytes of state in
+    host memory. The buffers are kept from save to save: filling warm ones takes 0.15 s/GB on a CPU, fresh
+    ones 0.4 s/GB. Where the host has no room for them (a chunk manager's plan says so) tensors are written
+    one after another, and training waits.
 """
 
 import functools
@@ -51,57 +53,68 @@ from dtensor_llama.weights import ADAPTER, fsync_folder, on_all_ranks
 
 NAME = re.compile(r"step-(\d{8,})")
 CHECKSUMS = "checksums.json"
-BYTES_AROUND_A_TENSOR = 8192    # in a checkpoint, about: a header, padding, and an entry of .metadata
+BYTES_AROUND_A_TENSOR = 8192  # in a checkpoint, about: a header, padding, and an entry of .metadata
 # bytes: a disk with less is full, as far as the writer of a checkpoint is concerned
 NOTHING_LEFT = 1 << 20
-FLAT = StateDictOptions(flatten_optimizer_state_dict=True)   # states by parameter name: any layout, any pipeline stage
-# Frozen weights (LoRA) are those the run began with; strict would miss them, _refuse_other_model looks for all others.
+FLAT = StateDictOptions(
+    flatten_optimizer_state_dict=True
+)  # states by parameter name: any layout, any pipeline stage
+# Frozen weights (LoRA) are those the run began with; strict would miss them, _refuse_other_model looks for
+# all others.
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")   # one process is no accident
+warnings.filterwarnings(
+    "ignore", message="torch.distributed is disabled, unavailable"
+)  # one process is no accident
 
 
 @dataclass(frozen=True)
 class Deferred:
     """A tensor of the state that exists only while it is written or read, one at a time.
 
-    For states that live elsewhere than in tensors of their own (the chunks of memory/): gathering all of them at once
-    would take the host as much memory again as the states themselves.
+    For states that live elsewhere than in tensors of their own (the chunks of memory/): gathering all of them
+    at once would take the host as much memory again as the states themselves.
     """
 
-    like: Tensor                         # its shape, dtype and layout; this tensor needs no memory of its own
-    read: Callable[[], Tensor]           # makes this rank's values on the host, in any shape
-    write: Callable[[Tensor], None]      # takes new ones
-    stages: bool                         # the host has room for a copy of all of them, so that training need not wait
+    like: Tensor  # its shape, dtype and layout; this tensor needs no memory of its own
+    read: Callable[[], Tensor]  # makes this rank's values on the host, in any shape
+    write: Callable[[Tensor], None]  # takes new ones
+    stages: bool  # the host has room for a copy of all of them, so that training need not wait
 
 
 class Checkpointer:
-    """Saves into, and loads from, one folder that all ranks see. All of them make one and call the same methods in step.
+    """Saves into, and loads from, one folder that all ranks see. All of them make one and call the same
+    methods in step.
 
-    keep: how many of the newest complete ones to keep; 0 or less keeps all. Its collectives run in a background thread
-    on a gloo group of its own, so they never interleave with training's. Call close() before destroying the default
-    process group: on gloo a group or thread alive at exit now and then aborts the process."""
+    keep: how many of the newest complete ones to keep; 0 or less keeps all. Its collectives run in a
+        background thread on a gloo group of its own, so they never interleave with training's. Call close()
+        before destroying the default process group: on gloo a group or thread alive at exit now and then
+        aborts the process."""
 
     def __init__(self, folder: str | Path, keep: int = 0):
         self.folder, self.keep = Path(folder), keep
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=2)) if dist.is_initialized() else None
+        self._group = (
+            dist.new_group(backend="gloo", timeout=timedelta(hours=2)) if dist.is_initialized() else None
+        )
         self._rank = _rank()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        # Its buffers are kept: fresh pages would cost more than the copy. Pageable: pinning takes longer than it saves.
+        # Its buffers are kept: fresh pages would cost more than the copy. Pageable: pinning takes longer than
+        # it saves.
         self._stager = BlockingAsyncStager(cache_staged_state_dict=True)
-        self._copies: dict[str, Tensor] = {}        # likewise, of Deferred tensors
+        self._copies: dict[str, Tensor] = {}  # likewise, of Deferred tensors
         self._writing: tuple[Path, Future] | None = None
         self._saved: Path | None = None
-        self._needed_bytes = 0                      # of the newest save, over all ranks
-        self._free_when_it_failed = math.inf        # bytes on the disk
+        self._needed_bytes = 0  # of the newest save, over all ranks
+        self._free_when_it_failed = math.inf  # bytes on the disk
         self._everywhere = functools.partial(on_all_ranks, f"checkpoints in {self.folder}", group=self._group)
         self._everywhere(self._start if self._rank == 0 else lambda: None)
 
     def save(self, step: int, state: dict[str, Any], wait: bool = False) -> float:
         """Write nested dicts of tensors and plain values; returns how many seconds the caller was held up.
 
-        Waits for the previous save, stages, and leaves the rest to the background unless `wait`. Raises what went
-        wrong in the previous save (with `wait`: in this one), naming its folder. The step just saved is not saved
-        again. Deferred tensors for which the host has no room are written now, one after another, while the caller waits."""
+        Waits for the previous save, stages, and leaves the rest to the background unless `wait`. Raises what
+        went wrong in the previous save (with `wait`: in this one), naming its folder. The step just saved is
+        not saved again. Deferred tensors for which the host has no room are written now, one after another,
+        while the caller waits."""
         began = time.perf_counter()
         final = self.folder / f"step-{step:08d}"
         self.wait()
@@ -121,7 +134,8 @@ class Checkpointer:
         return time.perf_counter() - began
 
     def _stage(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A real copy of the state, also of host tensors, which the next step overwrites. Deferred tensors are their `like`."""
+        """A real copy of the state, also of host tensors, which the next step overwrites. Deferred tensors
+        are their `like`."""
         rest = _map_leaves(state, lambda value: None if isinstance(value, Deferred) else value)
         if self._stager.state_dict_cache is None:
             self._stager.state_dict_cache = BlockingAsyncStager().stage(rest)
@@ -135,13 +149,14 @@ class Checkpointer:
             self._copies[name].copy_(one.read().reshape(-1))
 
     def wait(self) -> None:
-        """Until the running save, if any, is complete. Raises if it failed: UsageError if the disk did, naming it."""
+        """Until the running save, if any, is complete. Raises if it failed: UsageError if the disk did,
+        naming it."""
         if self._writing is None:
             return
         (final, written), self._writing = self._writing, None
         try:
             written.result()
-        except (Exception, CheckpointException) as error:       # DCP's is a BaseException
+        except (Exception, CheckpointException) as error:  # DCP's is a BaseException
             cause = _cause(error)
             is_users = isinstance(cause, (OSError, UsageError))
             # torch's writer may report a full disk as a RuntimeError about positions in its file.
@@ -154,31 +169,39 @@ class Checkpointer:
         self._saved = final
 
     def latest(self) -> Path | None:
-        """The complete checkpoint of the highest step, as rank 0 sees it; None if there is none. It is not verified:
-        load does that, so a damaged newest one is refused by name, never passed over in silence. As load, it waits for
-        a running save first: one group, one conversation at a time."""
+        """The complete checkpoint of the highest step, as rank 0 sees it; None if there is none. It is not
+        verified: load does that, so a damaged newest one is refused by name, never passed over in silence. As
+        load, it waits for a running save first: one group, one conversation at a time."""
         self.wait()
         found = self._everywhere(lambda: _complete(self.folder) if self._rank == 0 else None)[0]
         return found[-1] if found else None
 
     def load(self, path: str | Path, state: dict[str, Any]) -> None:
-        """Verify a checkpoint, then fill `state` in place: tensors where they lie (resharded as needed), values anew.
+        """Verify a checkpoint, then fill `state` in place: tensors where they lie (resharded as needed),
+        values anew.
 
-        The ranks share the reading for the checksums, then each reads what its boxes need. Raises UsageError, before
-        anything is changed, if it is no checkpoint, not complete, damaged, or of a model with other tensors."""
+        The ranks share the reading for the checksums, then each reads what its boxes need. Raises UsageError,
+        before anything is changed, if it is no checkpoint, not complete, damaged, or of a model with other
+        tensors."""
         self.wait()
         path = Path(path)
         sums = self._everywhere(lambda: _checksums(path))[0]
         world = dist.get_world_size() if dist.is_initialized() else 1
-        mine = sorted(sums, key=lambda name: sums[name][0])[self._rank::world]      # by size, for even shares
-        damage = sum(self._everywhere(lambda: [bad for name in mine if (bad := _damage(path / name, *sums[name]))]), [])
+        mine = sorted(sums, key=lambda name: sums[name][0])[self._rank :: world]  # by size, for even shares
+        damage = sum(
+            self._everywhere(lambda: [bad for name in mine if (bad := _damage(path / name, *sums[name]))]), []
+        )
         if damage:
             raise UsageError(f"{path}: damaged checkpoint: {'; '.join(damage)}. {_older(path)}")
         reader = _Reader(path)
-        wanted = {name for names in self._everywhere(lambda: {n for n, _ in _leaves(state)}) for name in names}
+        wanted = {
+            name for names in self._everywhere(lambda: {n for n, _ in _leaves(state)}) for name in names
+        }
         deferred = {name: value for name, value in _leaves(state) if isinstance(value, Deferred)}
         tensors = _map_leaves(state, lambda value: value.like if isinstance(value, Deferred) else value)
-        self._everywhere(lambda: _refuse_other_model(path, tensors, wanted, reader.read_metadata().state_dict_metadata))
+        self._everywhere(
+            lambda: _refuse_other_model(path, tensors, wanted, reader.read_metadata().state_dict_metadata)
+        )
         try:
             dcp.load(tensors, storage_reader=reader, planner=_Planner(deferred), process_group=self._group)
         except CheckpointException as error:
@@ -186,7 +209,8 @@ class Checkpointer:
         _take_values(state, tensors)
 
     def close(self) -> None:
-        """Finish the running save, then end the thread and the process group, in this order. Raises as wait() does."""
+        """Finish the running save, then end the thread and the process group, in this order. Raises as wait()
+        does."""
         try:
             self.wait()
         finally:
@@ -205,7 +229,9 @@ class Checkpointer:
         """In the background, on every rank."""
         partial = final.with_name(final.name + ".partial")
         if self._rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)      # of a save that failed; DCP makes it before any rank writes
+            shutil.rmtree(
+                partial, ignore_errors=True
+            )  # of a save that failed; DCP makes it before any rank writes
         self._needed_bytes = sum(self._everywhere(lambda: _bytes_of(staged)))
         self._everywhere(self._refuse_full_disk if self._rank == 0 else lambda: None)
         writer = dcp.FileSystemWriter(partial, per_thread_copy_ahead=planner.copies_ahead)
@@ -228,33 +254,42 @@ class Checkpointer:
             raise UsageError(say_full(self.folder, self._needed_bytes))
 
     def _publish(self, partial: Path, final: Path, sums: list[dict]) -> None:
-        """On rank 0, when all have written: the rename that makes it complete, and only then the removal of the old."""
+        """On rank 0, when all have written: the rename that makes it complete, and only then the removal of
+        the old."""
         with open(partial / CHECKSUMS, "w") as opened:
-            json.dump({name: of_one for one_rank in sums for name, of_one in one_rank.items()}, opened, indent=1)
+            json.dump(
+                {name: of_one for one_rank in sums for name, of_one in one_rank.items()}, opened, indent=1
+            )
             opened.flush()
             os.fsync(opened.fileno())
         fsync_folder(partial)
         for abandoned in [path for path in _complete(self.folder) if _step(path) >= _step(final)]:
-            aside = abandoned.with_name(abandoned.name + ".superseded")     # else `auto` would go back to that history
+            aside = abandoned.with_name(
+                abandoned.name + ".superseded"
+            )  # else `auto` would go back to that history
             shutil.rmtree(aside, ignore_errors=True)
             abandoned.rename(aside)
         partial.rename(final)
         fsync_folder(self.folder)
-        for old in _complete(self.folder)[:-self.keep] if self.keep > 0 else []:
-            waste = old.rename(old.with_name(old.name + ".deleting"))       # never half a folder under a complete name
+        for old in _complete(self.folder)[: -self.keep] if self.keep > 0 else []:
+            waste = old.rename(
+                old.with_name(old.name + ".deleting")
+            )  # never half a folder under a complete name
             shutil.rmtree(waste)
 
 
 class SavedWeights:
-    """The weights in a complete checkpoint of any layout, for one process without the ranks, the model or the GPU that
-    wrote it. Verified when opened; raises UsageError as Checkpointer.load does.
+    """The weights in a complete checkpoint of any layout, for one process without the ranks, the model or the
+    GPU that wrote it. Verified when opened; raises UsageError as Checkpointer.load does.
 
     step: of the checkpoint; meta: as given to training_state."""
 
     def __init__(self, path: str | Path):
         self.path, sums = Path(path), _checksums(Path(path))
-        with ThreadPoolExecutor() as threads:           # zlib lets go of the interpreter
-            damage = [bad for bad in threads.map(lambda name: _damage(self.path / name, *sums[name]), sums) if bad]
+        with ThreadPoolExecutor() as threads:  # zlib lets go of the interpreter
+            damage = [
+                bad for bad in threads.map(lambda name: _damage(self.path / name, *sums[name]), sums) if bad
+            ]
         if damage:
             raise UsageError(f"{path}: damaged checkpoint: {'; '.join(damage)}. {_older(self.path)}")
         self.stored = _Reader(self.path).read_metadata().state_dict_metadata
@@ -264,14 +299,23 @@ class SavedWeights:
         self.step, self.meta = progress["step"], progress["meta"]
 
     def check(self, shapes: dict[str, tuple], derived: tuple[str, ...] = ()) -> None:
-        """UsageError unless these, by Hugging Face name, are the weights it holds; `derived` ones may be there too."""
-        held = {name.removeprefix("model."): tuple(where.size) for name, where in self.stored.items()
-                if name.startswith("model.")}
-        problems = [f"{name}: {held.get(name, 'not')} in the checkpoint, {shapes.get(name, 'not')} in the model"
-                    for name in sorted(held | shapes) if held.get(name) != shapes.get(name) and name not in derived]
+        """UsageError unless these, by Hugging Face name, are the weights it holds; `derived` ones may be
+        there too."""
+        held = {
+            name.removeprefix("model."): tuple(where.size)
+            for name, where in self.stored.items()
+            if name.startswith("model.")
+        }
+        problems = [
+            f"{name}: {held.get(name, 'not')} in the checkpoint, {shapes.get(name, 'not')} in the model"
+            for name in sorted(held | shapes)
+            if held.get(name) != shapes.get(name) and name not in derived
+        ]
         if problems:
-            raise UsageError(f"{self.path}: checkpoint of other weights: {'; '.join(problems[:5])}"
-                             f"{f'; and {len(problems) - 5} more' if len(problems) > 5 else ''}")
+            raise UsageError(
+                f"{self.path}: checkpoint of other weights: {'; '.join(problems[:5])}"
+                f"{f'; and {len(problems) - 5} more' if len(problems) > 5 else ''}"
+            )
 
     def read(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Fill these, by Hugging Face name, converting to their dtype; returns them."""
@@ -286,24 +330,32 @@ class SavedWeights:
 
 
 def training_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, step: int = 0, position: int = 0, meta: dict | None = None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int = 0,
+    position: int = 0,
+    meta: dict | None = None,
 ) -> dict[str, Any]:
-    """All that a run needs to go on bit for bit, for Checkpointer.save, or (with a new model and optimizer) .load.
+    """All that a run needs to go on bit for bit, for Checkpointer.save, or (with a new model and optimizer)
+    .load.
 
-    step: optimizer steps done; position: rows the data reader has dealt; meta: anything JSON can hold. Tensors are the
-    live ones, not copies; those of a chunk manager are Deferred, and the weights its fp32 masters. Frozen
-    parameters are left out: load them first. The random states are this rank's own; a rank that has none in the checkpoint
-    (it was written by fewer ranks) keeps its present ones. Gradients are not state: call it between steps."""
+    step: optimizer steps done; position: rows the data reader has dealt; meta: anything JSON can hold.
+        Tensors are the live ones, not copies; those of a chunk manager are Deferred, and the weights its fp32
+        masters. Frozen parameters are left out: load them first. The random states are this rank's own; a
+        rank that has none in the checkpoint (it was written by fewer ranks) keeps its present ones. Gradients
+        are not state: call it between steps."""
     never_stepped = not optimizer.state
-    optimizer.zero_grad() if never_stepped else None    # with gradients around DCP would not make the moments
-    if hasattr(optimizer, "checkpoint_state"):          # a chunk manager's
+    optimizer.zero_grad() if never_stepped else None  # with gradients around DCP would not make the moments
+    if hasattr(optimizer, "checkpoint_state"):  # a chunk manager's
         state = optimizer.checkpoint_state()
     else:
-        state = {"model": get_model_state_dict(model, options=TRAINED),
-                 "optimizer": get_optimizer_state_dict(model, optimizer, options=FLAT)}
+        state = {
+            "model": get_model_state_dict(model, options=TRAINED),
+            "optimizer": get_optimizer_state_dict(model, optimizer, options=FLAT),
+        }
     state["rng"] = {f"{_rank()}.{device}": generator.get_rng_state() for device, generator in _generators()}
     state["progress"] = json.dumps({"step": step, "position": position, "meta": meta or {}})
-    if never_stepped:       # DCP made the moments by a step with lr 0; it must not count in Adam's bias correction
+    if never_stepped:  # DCP made the moments by a step with lr 0; it must not count in Adam's bias correction
         for moments in optimizer.state.values():
             if isinstance(moments.get("step"), torch.Tensor):
                 moments["step"].zero_()
@@ -313,7 +365,8 @@ def training_state(
 def restore_training_state(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     """Put a loaded training_state into effect; returns {"step": int, "position": int, "meta": dict}.
 
-    Learning rate, betas and decay of the optimizer's groups become the saved ones, as in optimizer.load_state_dict."""
+    Learning rate, betas and decay of the optimizer's groups become the saved ones, as in
+    optimizer.load_state_dict."""
     if hasattr(optimizer, "checkpoint_state"):
         optimizer.restore(state)
     else:
@@ -329,7 +382,10 @@ def _rank() -> int:
 
 
 def _generators() -> list[tuple[str, Any]]:
-    return [("cpu", torch), *([("device", torch.get_device_module())] if torch.accelerator.is_available() else [])]
+    return [
+        ("cpu", torch),
+        *([("device", torch.get_device_module())] if torch.accelerator.is_available() else []),
+    ]
 
 
 def _bytes_of(state: dict[str, Any]) -> int:
@@ -341,12 +397,17 @@ def _bytes_of(state: dict[str, Any]) -> int:
 def _leaves(state: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, value) of every entry of nested dicts, named as DCP does."""
     for key, value in state.items():
-        yield from _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+        yield from (
+            _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+        )
 
 
 def _map_leaves(state: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
     """Nested dicts of the same keys, with every entry changed."""
-    return {key: _map_leaves(value, change) if isinstance(value, dict) else change(value) for key, value in state.items()}
+    return {
+        key: _map_leaves(value, change) if isinstance(value, dict) else change(value)
+        for key, value in state.items()
+    }
 
 
 def _with_likes(staged: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
@@ -361,7 +422,8 @@ def _with_likes(staged: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]
 
 
 def _take_values(state: dict[str, Any], loaded: dict[str, Any]) -> None:
-    """Entries of the state become the loaded ones. Those that are Deferred stay: their values went where they live."""
+    """Entries of the state become the loaded ones. Those that are Deferred stay: their values went where they
+    live."""
     for key, value in state.items():
         if isinstance(value, dict):
             _take_values(value, loaded[key])
@@ -386,12 +448,19 @@ def _older(path: Path) -> str:
 
 
 def _checksums(path: Path) -> dict[str, tuple[int, int]]:
-    """File name -> size in bytes and CRC-32 as they were written. UsageError if `path` is not a complete checkpoint."""
+    """File name -> size in bytes and CRC-32 as they were written. UsageError if `path` is not a complete
+    checkpoint."""
     if path.suffix in (".partial", ".deleting"):
-        raise UsageError(f"{path}: not a complete checkpoint (it was being written or removed). {_older(path)}")
+        raise UsageError(
+            f"{path}: not a complete checkpoint (it was being written or removed). {_older(path)}"
+        )
     if not (path / CHECKSUMS).is_file() and not (path / ".metadata").is_file():
         inside = [one.name for one in _complete(path)]
-        hint = f"name one inside it, like {inside[-1]}" if inside else "a checkpoint is a folder like step-00000100"
+        hint = (
+            f"name one inside it, like {inside[-1]}"
+            if inside
+            else "a checkpoint is a folder like step-00000100"
+        )
         raise UsageError(f"{path}: {'not a checkpoint' if path.exists() else 'no such folder'}; {hint}")
     try:
         sums = json.loads((path / CHECKSUMS).read_bytes())
@@ -414,25 +483,45 @@ def _damage(file: Path, size: int, crc: int) -> str:
         return f"{file.name} is missing"
     if file.stat().st_size != size:
         return f"{file.name} has {file.stat().st_size} bytes, {size} were written"
-    return "" if _size_and_crc(file)[1] == crc else f"{file.name} does not have the bytes that were written (CRC-32)"
+    return (
+        ""
+        if _size_and_crc(file)[1] == crc
+        else f"{file.name} does not have the bytes that were written (CRC-32)"
+    )
 
 
 def _refuse_other_model(path: Path, state: dict, wanted: set[str], stored: dict[str, Any]) -> None:
     adapters_here, adapters_there = (any(ADAPTER in name for name in names) for names in (wanted, stored))
     if adapters_here != adapters_there:
-        raise UsageError(f"{path}: " + ("a LoRA checkpoint, of adapters beside frozen weights, and this run trains the whole "
-                                        "model; use the run's --lora.rank and --lora.targets, or start from its merged hf/ as "
-                                        "--model." if adapters_there else "a checkpoint of a whole model, and this run trains "
-                                        "LoRA adapters; leave --lora.rank out, or start anew from its hf/ as --model."))
-    problems = [f"{name}: {'only' if name in stored else 'not'} in the checkpoint"
-                for name in wanted ^ set(stored) if not name.startswith(("rng.", "plan."))]
-    problems += [f"{name}: is {list(stored[name].size)}, this run needs {list(value.shape)}"
-                 for name, value in _leaves(state) if isinstance(value, torch.Tensor)
-                 and name in stored and tuple(getattr(stored[name], "size", ())) != tuple(value.shape)]
+        raise UsageError(
+            f"{path}: "
+            + (
+                "a LoRA checkpoint, of adapters beside frozen weights, and this run trains the whole "
+                "model; use the run's --lora.rank and --lora.targets, or start from its merged hf/ as "
+                "--model."
+                if adapters_there
+                else "a checkpoint of a whole model, and this run trains "
+                "LoRA adapters; leave --lora.rank out, or start anew from its hf/ as --model."
+            )
+        )
+    problems = [
+        f"{name}: {'only' if name in stored else 'not'} in the checkpoint"
+        for name in wanted ^ set(stored)
+        if not name.startswith(("rng.", "plan."))
+    ]
+    problems += [
+        f"{name}: is {list(stored[name].size)}, this run needs {list(value.shape)}"
+        for name, value in _leaves(state)
+        if isinstance(value, torch.Tensor)
+        and name in stored
+        and tuple(getattr(stored[name], "size", ())) != tuple(value.shape)
+    ]
     if problems:
         rest = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise UsageError(f"{path}: checkpoint of another model or optimizer: {'; '.join(sorted(problems)[:20])}{rest}. "
-                         "Resume with the settings in the run folder's config.json")
+        raise UsageError(
+            f"{path}: checkpoint of another model or optimizer: {'; '.join(sorted(problems)[:20])}{rest}. "
+            "Resume with the settings in the run folder's config.json"
+        )
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -459,21 +548,25 @@ class _RecordsOnly(pickle.Unpickler):
             "pathlib": name in ("PosixPath", "WindowsPath"),
         }
         if not allowed.get(module):
-            raise UsageError(f".metadata of the checkpoint names {module}.{name}, which DCP does not write; not opened")
+            raise UsageError(
+                f".metadata of the checkpoint names {module}.{name}, which DCP does not write; not opened"
+            )
         return super().find_class(module, name)
 
 
 class _SavePlanner(DefaultSavePlanner):
-    """Hands out the values of Deferred tensors: copies that were made before, or made now, when DCP writes them.
+    """Hands out the values of Deferred tensors: copies that were made before, or made now, when DCP writes
+    them.
 
-    DCP keeps every tensor that it was given until the file is closed. So all of those made now lie in one buffer, which
-    is right as long as a tensor is written before the next one is asked for: `copies_ahead` is 0 then.
+    DCP keeps every tensor that it was given until the file is closed. So all of those made now lie in one
+    buffer, which is right as long as a tensor is written before the next one is asked for: `copies_ahead` is
+    0 then.
     """
 
     def __init__(self, deferred: dict[str, Deferred], copies: dict[str, Tensor]):
         super().__init__()
         self.deferred, self.copies = deferred, copies
-        self.copies_ahead = 0 if deferred else 10_000_000      # bytes; DCP's own default
+        self.copies_ahead = 0 if deferred else 10_000_000  # bytes; DCP's own default
         sizes = [local(one.like).nbytes for one in deferred.values()]
         self.buffer = torch.empty(max(sizes, default=0), dtype=torch.uint8).numpy()
 
@@ -481,8 +574,9 @@ class _SavePlanner(DefaultSavePlanner):
         found = super().lookup_object(index)
         if index.fqn in self.deferred:
             values = self.deferred[index.fqn].read()
-            # Through NumPy, so that its storage is as large as the tensor: DCP would clone a part of a larger one.
-            lent = torch.from_numpy(self.buffer[:values.nbytes]).view(values.dtype)
+            # Through NumPy, so that its storage is as large as the tensor: DCP would clone a part of a larger
+            # one.
+            lent = torch.from_numpy(self.buffer[: values.nbytes]).view(values.dtype)
             return lent.copy_(values.reshape(-1)).view(found.shape)
         if index.fqn in self.copies:
             return self.copies[index.fqn].view(found.shape)
@@ -490,9 +584,11 @@ class _SavePlanner(DefaultSavePlanner):
 
 
 class _Planner(DefaultLoadPlanner):
-    """Tensors DCP itself reads with weights_only; values it would unpickle without limits, so look first here too.
+    """Tensors DCP itself reads with weights_only; values it would unpickle without limits, so look first here
+    too.
 
-    Deferred tensors are filled box by box: DCP reads a box into memory made for it, and it is taken over at once."""
+    Deferred tensors are filled box by box: DCP reads a box into memory made for it, and it is taken over at
+    once."""
 
     def __init__(self, deferred: dict[str, Deferred] | None = None):
         super().__init__()
@@ -500,11 +596,11 @@ class _Planner(DefaultLoadPlanner):
 
     def create_local_plan(self):
         for name in [name for name in self.state_dict if name not in self.metadata.state_dict_metadata]:
-            del self.state_dict[name]           # this rank's random state, in a checkpoint of fewer ranks
+            del self.state_dict[name]  # this rank's random state, in a checkpoint of fewer ranks
         return super().create_local_plan()
 
     def load_bytes(self, read_item, value):
-        torch.load(value, weights_only=True)    # raises on anything but plain values
+        torch.load(value, weights_only=True)  # raises on anything but plain values
         value.seek(0)
         super().load_bytes(read_item, value)
 
@@ -519,7 +615,7 @@ class _Planner(DefaultLoadPlanner):
         if one is None:
             return super().commit_tensor(read_item, tensor)
         shape = local(one.like).shape
-        if tuple(read_item.lengths) != tuple(shape):      # a part of this rank's share, written by another layout
+        if tuple(read_item.lengths) != tuple(shape):  # a part of this rank's share, written by another layout
             whole = one.read().view(shape)
             self.transform_tensor(read_item, whole).copy_(tensor)
             tensor = whole

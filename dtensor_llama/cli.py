@@ -1,4 +1,5 @@
-"""The door of every recipe: flags become one dataclass, and a user's mistake becomes one line and exit status 2."""
+"""The door of every recipe: flags become one dataclass, and a user's mistake becomes one line and exit status
+2."""
 
 import contextlib
 import dataclasses
@@ -25,19 +26,19 @@ class _Place:
 
 
 PLACE = _Place()
-FilePath = Annotated[str, PLACE]        # type of a flag that names a file or folder: `~` is the home folder
+FilePath = Annotated[str, PLACE]  # type of a flag that names a file or folder: `~` is the home folder
 
 
 class Launch(NamedTuple):
     """Who this process is among those that torchrun started."""
 
     rank: int
-    local_rank: int         # among the processes of this machine: which GPU it takes
+    local_rank: int  # among the processes of this machine: which GPU it takes
     world_size: int
     ranks_per_host: int
     # how often the processes were restarted, where torchrun keeps one store for all attempts
     attempt: int
-    launcher_pid: int | None     # of torchrun; None: nobody launched this process
+    launcher_pid: int | None  # of torchrun; None: nobody launched this process
 
 
 def read_launch() -> Launch:
@@ -50,19 +51,25 @@ def read_launch() -> Launch:
     local_rank = _number("LOCAL_RANK", 0, low=0)
     ranks_per_host = _number("LOCAL_WORLD_SIZE", 1, low=1)
     if rank >= world_size:
-        raise UsageError(f"RANK={rank} in the environment does not fit WORLD_SIZE={world_size}: ranks count "
-                         f"from 0 to {world_size - 1}. {LAUNCH_HINT}")
+        raise UsageError(
+            f"RANK={rank} in the environment does not fit WORLD_SIZE={world_size}: ranks count "
+            f"from 0 to {world_size - 1}. {LAUNCH_HINT}"
+        )
     if world_size > 1:
         for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
             if not os.environ.get(name):
-                raise UsageError(f"WORLD_SIZE={world_size} in the environment means several processes, and "
-                                 f"{name} is not set. {LAUNCH_HINT}")
+                raise UsageError(
+                    f"WORLD_SIZE={world_size} in the environment means several processes, and "
+                    f"{name} is not set. {LAUNCH_HINT}"
+                )
         _number("MASTER_PORT", 0, low=1)
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else None
     if n_gpus is not None and local_rank >= n_gpus:
-        raise UsageError(f"LOCAL_RANK={local_rank} needs a GPU of its own, and this machine shows {n_gpus}; "
-                         f"launch with torchrun --nproc-per-node {n_gpus}, or show more of them in "
-                         "CUDA_VISIBLE_DEVICES.")
+        raise UsageError(
+            f"LOCAL_RANK={local_rank} needs a GPU of its own, and this machine shows {n_gpus}; "
+            f"launch with torchrun --nproc-per-node {n_gpus}, or show more of them in "
+            "CUDA_VISIBLE_DEVICES."
+        )
     # Where torchrun makes a new store for each start, nodes may count their starts differently, and need no
     # count.
     shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -71,8 +78,10 @@ def read_launch() -> Launch:
     return Launch(rank, local_rank, world_size, ranks_per_host, attempt, launcher_pid)
 
 
-LAUNCH_HINT = ("torchrun sets all of these (torchrun --nproc-per-node N recipes/...); for one process unset "
-               "RANK, LOCAL_RANK and WORLD_SIZE.")
+LAUNCH_HINT = (
+    "torchrun sets all of these (torchrun --nproc-per-node N recipes/...); for one process unset "
+    "RANK, LOCAL_RANK and WORLD_SIZE."
+)
 
 
 def _number(name: str, default: int, low: int) -> int:
@@ -80,18 +89,21 @@ def _number(name: str, default: int, low: int) -> int:
     if not text:
         return default
     if not text.isascii() or not text.isdigit() or int(text) < low:
-        raise UsageError(f"{name}={text!r} in the environment is not possible; it must be a whole number "
-                         f"from {low} on. {LAUNCH_HINT}")
+        raise UsageError(
+            f"{name}={text!r} in the environment is not possible; it must be a whole number "
+            f"from {low} on. {LAUNCH_HINT}"
+        )
     return int(text)
 
 
-def run_recipe(main: Callable[[Config], None], config_class: type[Config],
-               stdout_is_result: bool = False) -> None:
+def run_recipe(
+    main: Callable[[Config], None], config_class: type[Config], stdout_is_result: bool = False
+) -> None:
     """Parse the command line into `config_class`, call `main`, and end the process as a shell expects it.
 
-    Exit status 0 when main returns, 2 after a UsageError or where the device has no more memory (one line), 130 after Ctrl-C;
-    anything else is our defect and keeps its traceback. Of several ranks that make the same mistake the first on a machine
-    speaks.
+    Exit status 0 when main returns, 2 after a UsageError or where the device has no more memory (one line),
+    130 after Ctrl-C; anything else is our defect and keeps its traceback. Of several ranks that make the same
+    mistake the first on a machine speaks.
 
     What is printed never ends a run: see make_streams_last. stdout_is_result: the program exists for what it
     prints. Then a reader that goes away (`| head -1`) ends it with status 141 and without a word, as it ends
@@ -111,8 +123,10 @@ def run_recipe(main: Callable[[Config], None], config_class: type[Config],
         sys.exit(141)
     except OSError as error:
         if stdout_is_result and _stdout_is_lost():
-            said = (f"stdout cannot be written ({error.strerror}), and what is printed is the result; write "
-                    "it elsewhere.")
+            said = (
+                f"stdout cannot be written ({error.strerror}), and what is printed is the result; write "
+                "it elsewhere."
+            )
         elif is_full(error):
             written = getattr(config, "run_dir", None) or getattr(config, "out", None)
             folder = error.filename or written or os.getcwd()
@@ -123,14 +137,18 @@ def run_recipe(main: Callable[[Config], None], config_class: type[Config],
         sys.exit(2)
     except UsageError as error:
         if os.environ.get("LOCAL_RANK", "0") not in ("", "0"):
-            time.sleep(3)               # torchrun ends us as soon as rank 0, which printed the same, is gone
+            time.sleep(3)  # torchrun ends us as soon as rank 0, which printed the same, is gone
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         rank, said = os.environ.get("RANK", "0"), str(error).partition(" If reserved but unallocated")[0]
-        print(f"error: rank {rank} has no more memory on its device, or in its --memory.device-budget-gib. Training needs less "
-              "with a lower --train.micro-batch-size or --data.seq-len, --train.recompute full, --memory.activations, "
-              f"--memory.placement auto, or more ranks. torch says: {said}", file=sys.stderr, flush=True)
+        print(
+            f"error: rank {rank} has no more memory on its device, or in its --memory.device-budget-gib. Training needs less "
+            "with a lower --train.micro-batch-size or --data.seq-len, --train.recompute full, --memory.activations, "
+            f"--memory.placement auto, or more ranks. torch says: {said}",
+            file=sys.stderr,
+            flush=True,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -142,7 +160,8 @@ def _stdout_is_lost() -> bool:
 
 
 def parse_cli(config_class: type[Config], args: list[str] | None = None) -> Config:
-    """`config_class` from the command line; flags are its fields, nested ones dotted, hyphens and underscores alike.
+    """`config_class` from the command line; flags are its fields, nested ones dotted, hyphens and underscores
+    alike.
 
     Raises UsageError where tyro would draw a box. --help prints everything and exits with 0.
     """
@@ -177,12 +196,17 @@ def _names_a_place(hint) -> bool:
 
 
 def _one_line(box: str) -> str:
-    """What tyro's box (drawn in ASCII where stdout is) says first under its title, and the flags it suggests."""
+    """What tyro's box (drawn in ASCII where stdout is) says first under its title, and the flags it
+    suggests."""
     lines = [line.strip("│╭╮╰╯─| ") for line in box.splitlines()]
     rules = [i for i, line in enumerate(lines) if not line.strip("-")]
-    first = 2 if 1 in rules else 1                                       # below the title, which may be underlined
+    first = 2 if 1 in rules else 1  # below the title, which may be underlined
     end = next((i for i in rules if i > first), len(lines))
     message = " ".join(lines[first:end])
     mentioned = [flag for line in lines[end:] for flag in re.findall(r"^--[\w.-]+", line)]
     similar = [flag for flag in dict.fromkeys(mentioned) if flag not in message]
-    return message + (f" Did you mean {' or '.join(similar[:3])}?" if similar else "") + " See --help for all flags."
+    return (
+        message
+        + (f" Did you mean {' or '.join(similar[:3])}?" if similar else "")
+        + " See --help for all flags."
+    )

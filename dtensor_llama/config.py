@@ -1,7 +1,7 @@
 """LlamaConfig: the shape of a LLaMA, from a preset or from any Hugging Face `config.json` of the family.
 
-Field names are Hugging Face's. A field of a `config.json` that would change the arithmetic in a way `model.py` does not
-implement is refused by name; nothing that matters is ignored.
+Field names are Hugging Face's. A field of a `config.json` that would change the arithmetic in a way
+`model.py` does not implement is refused by name; nothing that matters is ignored.
 """
 
 import json
@@ -11,18 +11,20 @@ from pathlib import Path
 from dtensor_llama.errors import UsageError
 from dtensor_llama.places import expanded, refuse_hub_name
 
-# ---- Types and ranges of the fields -------------------------------------------------------------------------------------
+# ---- Types and ranges of the fields ------------------------------------------------------------------------
 
 
 def whole_number(name: str, value) -> int:
-    """`value` if it is a whole number of at least 1. A float like 16.0 is refused as transformers refuses it."""
+    """`value` if it is a whole number of at least 1. A float like 16.0 is refused as transformers refuses
+    it."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UsageError(f"{name} is {value!r}; it must be a whole number of at least 1.")
     return value
 
 
 def number(name: str, value, low: float, high: float, rule: str) -> float:
-    """`value` as a float, if it is a number from `low` to `high`, which nan is not; `rule` says so in words."""
+    """`value` as a float, if it is a number from `low` to `high`, which nan is not; `rule` says so in
+    words."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not low <= value <= high:
         raise UsageError(f"{name} is {value!r}; it must be {rule}.")
@@ -49,23 +51,33 @@ def deviation(name: str, value) -> float:
 
 
 def check_token_ids(name: str, value, vocab_size: int) -> None:
-    """UsageError unless `value` is None, a token of the vocabulary or, for EOS, a list of them. A pad_token_id of -1 means
-    none in the first conversions of LLaMA, and is carried on as it is."""
+    """UsageError unless `value` is None, a token of the vocabulary or, for EOS, a list of them. A
+    pad_token_id of -1 means none in the first conversions of LLaMA, and is carried on as it is."""
     if value is None or (name == "pad_token_id" and type(value) is int and value == -1):
         return
     ids = value if isinstance(value, list) and value and name == "eos_token_id" else [value]
     for one in ids:
         if not isinstance(one, int) or isinstance(one, bool) or not 0 <= one < vocab_size:
             several = ", or a list of them" if name == "eos_token_id" else ""
-            raise UsageError(f"{name} is {value!r}; it must be null or one of the ids 0 to {vocab_size - 1} that vocab_size "
-                             f"allows{several}.")
+            raise UsageError(
+                f"{name} is {value!r}; it must be null or one of the ids 0 to {vocab_size - 1} that vocab_size "
+                f"allows{several}."
+            )
 
 
 _CHECKS = {
-    "vocab_size": whole_number, "hidden_size": whole_number, "intermediate_size": whole_number,
-    "num_hidden_layers": whole_number, "num_attention_heads": whole_number, "num_key_value_heads": whole_number,
-    "head_dim": whole_number, "max_position_embeddings": whole_number, "rms_norm_eps": epsilon,
-    "rope_theta": base_of_frequencies, "tie_word_embeddings": true_or_false, "initializer_range": deviation,
+    "vocab_size": whole_number,
+    "hidden_size": whole_number,
+    "intermediate_size": whole_number,
+    "num_hidden_layers": whole_number,
+    "num_attention_heads": whole_number,
+    "num_key_value_heads": whole_number,
+    "head_dim": whole_number,
+    "max_position_embeddings": whole_number,
+    "rms_norm_eps": epsilon,
+    "rope_theta": base_of_frequencies,
+    "tie_word_embeddings": true_or_false,
+    "initializer_range": deviation,
 }
 
 
@@ -76,13 +88,15 @@ class LlamaConfig:
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    num_key_value_heads: int | None = None   # None: as many as query heads (multi-head attention)
-    head_dim: int | None = None              # None: hidden_size / num_attention_heads
-    max_position_embeddings: int = 4096      # the context it was trained for; nothing breaks beyond it but quality
+    num_key_value_heads: int | None = None  # None: as many as query heads (multi-head attention)
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    max_position_embeddings: int = (
+        4096  # the context it was trained for; nothing breaks beyond it but quality
+    )
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
-    tie_word_embeddings: bool = False        # one matrix is both the embedding and the head
-    initializer_range: float = 0.02          # standard deviation of the initial weights
+    tie_word_embeddings: bool = False  # one matrix is both the embedding and the head
+    initializer_range: float = 0.02  # standard deviation of the initial weights
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
     pad_token_id: int | None = None
@@ -97,40 +111,54 @@ class LlamaConfig:
             check_token_ids(name, getattr(self, name), self.vocab_size)
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        if self.hidden_size % self.num_attention_heads:      # even where head_dim is given: transformers refuses it
-            raise UsageError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
-                             f"{self.num_attention_heads}, and transformers opens no such model; change one of them.")
+        if (
+            self.hidden_size % self.num_attention_heads
+        ):  # even where head_dim is given: transformers refuses it
+            raise UsageError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}, and transformers opens no such model; change one of them."
+            )
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.num_attention_heads % self.num_key_value_heads:
-            raise UsageError(f"num_key_value_heads {self.num_key_value_heads} does not divide num_attention_heads "
-                             f"{self.num_attention_heads}; each key/value head serves a whole group of query heads.")
+            raise UsageError(
+                f"num_key_value_heads {self.num_key_value_heads} does not divide num_attention_heads "
+                f"{self.num_attention_heads}; each key/value head serves a whole group of query heads."
+            )
         if self.head_dim % 2:
             raise UsageError(f"head_dim {self.head_dim} is not even; RoPE rotates pairs of dims.")
 
     @property
     def n_parameters(self) -> int:
         """All trainable numbers; a tied matrix counts once."""
-        attention = self.hidden_size * self.head_dim * 2 * (self.num_attention_heads + self.num_key_value_heads)
+        attention = (
+            self.hidden_size * self.head_dim * 2 * (self.num_attention_heads + self.num_key_value_heads)
+        )
         block = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
         matrices = 1 if self.tie_word_embeddings else 2
-        return (self.num_hidden_layers * block + self.hidden_size
-                + matrices * self.vocab_size * self.hidden_size)
+        return (
+            self.num_hidden_layers * block + self.hidden_size + matrices * self.vocab_size * self.hidden_size
+        )
 
     @staticmethod
     def preset(name: str) -> "LlamaConfig":
-        """The shape called `name`: llama2-7b, llama1-65b, tiny-10m, ... UsageError lists them all if unknown."""
+        """The shape called `name`: llama2-7b, llama1-65b, tiny-10m, ... UsageError lists them all if
+        unknown."""
         if name not in PRESETS:
             refuse_hub_name(name, "--model")
-            raise UsageError(f"--model {name} is neither a preset nor a folder. Presets: {', '.join(PRESETS)}.")
+            raise UsageError(
+                f"--model {name} is neither a preset nor a folder. Presets: {', '.join(PRESETS)}."
+            )
         return PRESETS[name]
 
     @staticmethod
     def from_hf(folder: str | Path) -> "LlamaConfig":
-        """Read `config.json` of a Hugging Face folder (or that file itself), in both generations of its format.
+        """Read `config.json` of a Hugging Face folder (or that file itself), in both generations of its
+        format.
 
-        Older: rope_theta, rope_scaling, torch_dtype at top level. Newer (transformers 5): rope_parameters, dtype.
-        UsageError if there is none, if it is cut short, of another family, or asks for arithmetic we do not have.
+        Older: rope_theta, rope_scaling, torch_dtype at top level. Newer (transformers 5): rope_parameters,
+            dtype. UsageError if there is none, if it is cut short, of another family, or asks for arithmetic
+            we do not have.
         """
         path = Path(expanded(str(folder), "--model"))
         refuse_hub_name(str(folder), "--model")
@@ -144,11 +172,14 @@ class LlamaConfig:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UsageError(f"{path} is not complete JSON ({error}); copy the file again.") from None
         if not isinstance(fields, dict):
-            raise UsageError(f"{path} holds a {type(fields).__name__}, not a model's settings; copy the file again.")
+            raise UsageError(
+                f"{path} holds a {type(fields).__name__}, not a model's settings; copy the file again."
+            )
         return config_from_fields(fields, path)
 
     def to_hf(self) -> dict:
-        """The content of a `config.json` that transformers opens, old and new (without the dtype of the weights)."""
+        """The content of a `config.json` that transformers opens, old and new (without the dtype of the
+        weights)."""
         return {
             **asdict(self),
             "architectures": ["LlamaForCausalLM"],
@@ -170,26 +201,48 @@ _ARCHITECTURES = ("LlamaForCausalLM", "LlamaModel", "LLaMAForCausalLM")
 # What these fields may hold without changing the arithmetic of model.py. Absent and null are always fine.
 _NEUTRAL = {
     "hidden_act": ("silu", "swish"),
-    "attention_bias": (False,), "mlp_bias": (False,), "qkv_bias": (False,), "bias": (False,),
-    "attention_dropout": (0, 0.0), "hidden_dropout": (0, 0.0), "resid_pdrop": (0, 0.0), "embd_pdrop": (0, 0.0),
-    "partial_rotary_factor": (1, 1.0), "sliding_window": (), "use_sliding_window": (False,),
-    "quantization_config": (), "quantization": (), "use_qk_norm": (False,), "qk_norm": (False,),
-    "embedding_multiplier": (1, 1.0), "residual_multiplier": (1, 1.0), "logits_scaling": (1, 1.0),
-    "logit_scale": (1, 1.0), "attn_logit_softcapping": (), "final_logit_softcapping": (),
-    "num_local_experts": (0, 1), "is_encoder_decoder": (False,), "add_cross_attention": (False,),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "qkv_bias": (False,),
+    "bias": (False,),
+    "attention_dropout": (0, 0.0),
+    "hidden_dropout": (0, 0.0),
+    "resid_pdrop": (0, 0.0),
+    "embd_pdrop": (0, 0.0),
+    "partial_rotary_factor": (1, 1.0),
+    "sliding_window": (),
+    "use_sliding_window": (False,),
+    "quantization_config": (),
+    "quantization": (),
+    "use_qk_norm": (False,),
+    "qk_norm": (False,),
+    "embedding_multiplier": (1, 1.0),
+    "residual_multiplier": (1, 1.0),
+    "logits_scaling": (1, 1.0),
+    "logit_scale": (1, 1.0),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "num_local_experts": (0, 1),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
 }
 
 
 def config_from_fields(fields: dict, path: Path) -> LlamaConfig:
     family = fields.get("model_type")
     if family != "llama":
-        raise UsageError(f"{path}: model_type is {family!r}; only 'llama' is supported (LLaMA 1 and 2, and models of "
-                         "their architecture).")
+        raise UsageError(
+            f"{path}: model_type is {family!r}; only 'llama' is supported (LLaMA 1 and 2, and models of "
+            "their architecture)."
+        )
     missing = [name for name in _REQUIRED if fields.get(name) is None]
     if missing:
         raise UsageError(f"{path}: {', '.join(missing)} missing; the file is not a whole LLaMA config.json.")
-    refused = [f"{name}={fields[name]!r}" for name, neutral in _NEUTRAL.items()
-               if fields.get(name) is not None and fields[name] not in neutral]
+    refused = [
+        f"{name}={fields[name]!r}"
+        for name, neutral in _NEUTRAL.items()
+        if fields.get(name) is not None and fields[name] not in neutral
+    ]
     architectures = fields.get("architectures") or ["LlamaForCausalLM"]
     if not isinstance(architectures, list) or not any(name in architectures for name in _ARCHITECTURES):
         refused.append(f"architectures={architectures!r}")
@@ -201,20 +254,29 @@ def config_from_fields(fields: dict, path: Path) -> LlamaConfig:
         if not isinstance(rope, dict):
             raise UsageError(f"{path}: {name} is {rope!r}; it must be an object.")
         kind = rope.get("rope_type", rope.get("type", "default"))
-        extra = {key: value for key, value in rope.items() if key not in ("rope_type", "type", "rope_theta")
-                 and not (key == "partial_rotary_factor" and value in (None, 1))}
+        extra = {
+            key: value
+            for key, value in rope.items()
+            if key not in ("rope_type", "type", "rope_theta")
+            and not (key == "partial_rotary_factor" and value in (None, 1))
+        }
         if kind != "default" or (name == "rope_parameters" and extra):
             refused.append(f"{name}={rope!r}")
         if rope.get("rope_theta") is not None:
             rope_theta = rope["rope_theta"]
     if refused:
-        raise UsageError(f"{path}: not supported: {'; '.join(refused)}. Each would change the arithmetic, so it is "
-                         "refused rather than ignored (supported: silu, no biases, no dropout, plain RoPE).")
-    # Hugging Face's own defaults, where ours (LLaMA-2's) differ from what an absent field or a null means there.
+        raise UsageError(
+            f"{path}: not supported: {'; '.join(refused)}. Each would change the arithmetic, so it is "
+            "refused rather than ignored (supported: silu, no biases, no dropout, plain RoPE)."
+        )
+    # Hugging Face's own defaults, where ours (LLaMA-2's) differ from what an absent field or a null means
+    # there.
     known = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
     known |= {name: fields[name] for name in LlamaConfig.__dataclass_fields__ if fields.get(name) is not None}
     # A null is none at all for these two; absent they have LLaMA's ids.
-    known |= {name: None for name in ("bos_token_id", "eos_token_id") if name in fields and fields[name] is None}
+    known |= {
+        name: None for name in ("bos_token_id", "eos_token_id") if name in fields and fields[name] is None
+    }
     try:
         return LlamaConfig(**known | {"rope_theta": rope_theta})
     except UsageError as error:
@@ -222,7 +284,8 @@ def config_from_fields(fields: dict, path: Path) -> LlamaConfig:
 
 
 def read_generation_config(folder: str | Path) -> dict:
-    """The content of `generation_config.json` in a Hugging Face folder, empty if there is none. UsageError if it is damaged."""
+    """The content of `generation_config.json` in a Hugging Face folder, empty if there is none. UsageError if
+    it is damaged."""
     path = Path(folder, "generation_config.json")
     if not path.is_file():
         return {}
@@ -231,7 +294,9 @@ def read_generation_config(folder: str | Path) -> dict:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not complete JSON ({error}); copy the file again.") from None
     if not isinstance(settings, dict):
-        raise UsageError(f"{path} holds a {type(settings).__name__}, not settings of generation; copy the file again.")
+        raise UsageError(
+            f"{path} holds a {type(settings).__name__}, not settings of generation; copy the file again."
+        )
     ends = settings.get("eos_token_id")
     if not all(type(end) is int for end in ends_of(ends)):
         raise UsageError(f"{path}: eos_token_id is {ends!r}; it must be a token id, a list of them, or null.")
@@ -246,10 +311,13 @@ def ends_of(eos_token_id: int | list[int] | None) -> list[int]:
 
 
 def generation_config(base: dict, config: LlamaConfig, same_tokens: bool) -> dict:
-    """The content of the `generation_config.json` of a model that was trained from another, whose file has the content `base`.
+    """The content of the `generation_config.json` of a model that was trained from another, whose file has
+    the content `base`.
 
-    Its settings stay, and generation stops at every token that ended a text for the base model or does for `config`.
-    same_tokens: whether the tokenizer is still the base model's; else settings that name tokens mean nothing any more."""
+    Its settings stay, and generation stops at every token that ended a text for the base model or does for
+    `config`.
+    same_tokens: whether the tokenizer is still the base model's; else settings that name tokens mean nothing
+        any more."""
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     ids = {name: value for name, value in ids.items() if value is not None}
     if not base:
@@ -257,8 +325,11 @@ def generation_config(base: dict, config: LlamaConfig, same_tokens: bool) -> dic
     kept = {name: value for name, value in base.items() if name != "_from_model_config"}
     if not same_tokens:
         names_tokens = ("token_id", "token_ids", "_tokens", "words_ids", "decoder_ids", "sequence_bias")
-        kept = {name: value for name, value in kept.items() if not name.endswith(names_tokens) or name.startswith("max_")
-                or name.startswith("min_")}
+        kept = {
+            name: value
+            for name, value in kept.items()
+            if not name.endswith(names_tokens) or name.startswith("max_") or name.startswith("min_")
+        }
     ends = list(dict.fromkeys([*ends_of(kept.get("eos_token_id")), *ends_of(config.eos_token_id)]))
     one_or_several = {"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {}
     return {**ids, **kept, **one_or_several}
@@ -268,33 +339,64 @@ def refuse_adapter(folder: Path) -> None:
     """UsageError if a folder holds a LoRA adapter in peft's format instead of a model."""
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         try:
-            base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+            base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get(
+                "base_model_name_or_path"
+            )
         except (ValueError, AttributeError):
             base = None
-        raise UsageError(f"{folder}: a LoRA adapter, not a whole model: a few matrices beside the weights of "
-                         f"{base or 'a base model'}. Give the folder of the merged model (hf/ of the run), or merge it with "
-                         "peft: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)")
+        raise UsageError(
+            f"{folder}: a LoRA adapter, not a whole model: a few matrices beside the weights of "
+            f"{base or 'a base model'}. Give the folder of the merged model (hf/ of the run), or merge it with "
+            "peft: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
+        )
 
 
 def _llama1(hidden: int, intermediate: int, layers: int, heads: int) -> LlamaConfig:
-    return LlamaConfig(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-                       num_attention_heads=heads, max_position_embeddings=2048, rms_norm_eps=1e-6)
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-6,
+    )
 
 
 def _tiny(vocab: int, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> LlamaConfig:
-    return LlamaConfig(vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-                       num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=1024,
-                       tie_word_embeddings=True)
+    return LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
 
 
 _LLAMA2 = LlamaConfig()
 PRESETS: dict[str, LlamaConfig] = {
     # arXiv:2307.09288 and the config.json files Meta published beside it; context 4096
     "llama2-7b": _LLAMA2,
-    "llama2-13b": replace(_LLAMA2, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
-                          num_attention_heads=40, num_key_value_heads=40, head_dim=128),
-    "llama2-70b": replace(_LLAMA2, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
-                          num_attention_heads=64, num_key_value_heads=8, head_dim=128),
+    "llama2-13b": replace(
+        _LLAMA2,
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        num_key_value_heads=40,
+        head_dim=128,
+    ),
+    "llama2-70b": replace(
+        _LLAMA2,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=128,
+    ),
     # arXiv:2302.13971, table 2; context 2048
     "llama1-7b": _llama1(4096, 11008, 32, 32),
     "llama1-13b": _llama1(5120, 13824, 40, 40),
@@ -305,5 +407,7 @@ PRESETS: dict[str, LlamaConfig] = {
     "tiny-5m": _tiny(4096, 256, 704, 6, 8, 4),
     "tiny-10m": _tiny(4096, 320, 864, 8, 5, 5),
     "tiny-15m": _tiny(4096, 384, 1024, 8, 6, 2),
-    "small-110m": LlamaConfig(hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12),
+    "small-110m": LlamaConfig(
+        hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12
+    ),
 }

@@ -1,4 +1,5 @@
-"""FLOPs per token and peak rates: what MFU and HFU are made of. Source: Chowdhery et al. 2022, arXiv:2204.02311, app. B."""
+"""FLOPs per token and peak rates: what MFU and HFU are made of. Source: Chowdhery et al. 2022,
+arXiv:2204.02311, app. B."""
 
 import time
 
@@ -6,7 +7,8 @@ import torch
 
 from dtensor_llama.config import LlamaConfig
 
-# Dense bf16 matrix products, FLOP/s, from NVIDIA's data sheets (without sparsity). Longest matching name wins.
+# Dense bf16 matrix products, FLOP/s, from NVIDIA's data sheets (without sparsity). Longest matching name
+# wins.
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12, "L40S": 362e12}
 
 
@@ -26,20 +28,24 @@ def model_flops_per_token(config: LlamaConfig, seq_len: int, convention: str = "
 
 
 def hardware_flops_per_token(config: LlamaConfig, seq_len: int, recompute: str) -> float:
-    """As `full` above, plus what is computed a second time: a forward of the blocks when `recompute` is full."""
+    """As `full` above, plus what is computed a second time: a forward of the blocks when `recompute` is
+    full."""
     head = 6.0 * config.vocab_size * config.hidden_size
     model_flops = model_flops_per_token(config, seq_len)
     return model_flops + (model_flops - head) / 3 if recompute == "full" else model_flops
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Peak matmul FLOP/s of one device and where the number is from: a data sheet, else a matmul timed now (0.3 s)."""
+    """Peak matmul FLOP/s of one device and where the number is from: a data sheet, else a matmul timed now
+    (0.3 s)."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         known = [key for key in PEAK_FLOPS if key in name]
         if known and dtype == torch.bfloat16:
             return PEAK_FLOPS[max(known, key=len)], f"data sheet of {name}"
-    return matmul_flops(device, dtype), f"timed {str(dtype).removeprefix('torch.')} matmul on this {device.type}"
+    return matmul_flops(
+        device, dtype
+    ), f"timed {str(dtype).removeprefix('torch.')} matmul on this {device.type}"
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
@@ -51,7 +57,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3)
     """
     on_gpu = device.type == "cuda"
     n, products_a_go = (8192, 8) if on_gpu else (1024, 1)
-    stream = torch.Generator(device).manual_seed(0)    # its own: the run's random numbers stay as they were
+    stream = torch.Generator(device).manual_seed(0)  # its own: the run's random numbers stay as they were
     a, b = (torch.randn(n, n, generator=stream, device=device).to(dtype) for _ in range(2))
     product = torch.empty(n, n, device=device, dtype=dtype)
 

@@ -8,8 +8,15 @@ from torch import Tensor
 from dtensor_llama.model import KVCache, Llama
 
 
-def generate(model: Llama, tokens: list[int], max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
-             stop_ids: tuple[int, ...] = (), generator: torch.Generator | None = None) -> Iterator[int]:
+def generate(
+    model: Llama,
+    tokens: list[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stop_ids: tuple[int, ...] = (),
+    generator: torch.Generator | None = None,
+) -> Iterator[int]:
     """As generate_batch for one prompt: yields each new id, the stop id too."""
     for (token,) in generate_batch(model, [tokens], max_new_tokens, temperature, top_p, stop_ids, generator):
         yield token
@@ -25,11 +32,13 @@ def generate_batch(
     stop_ids: tuple[int, ...] = (),
     generator: torch.Generator | None = None,
 ) -> Iterator[list[int | None]]:
-    """Continue prompts of any lengths together; yields, as they are found, the new id of each, None after its stop id.
+    """Continue prompts of any lengths together; yields, as they are found, the new id of each, None after its
+    stop id.
 
-    temperature 0 is greedy. top_p keeps the smallest set of tokens whose probability reaches it (Holtzman et al. 2020,
-    arXiv:1904.09751). `generator` lives on the model's device. A model split over tp gives every rank the same ids, if
-    their generators are in the same state. Prompts of unequal lengths need the kernel sdpa or math.
+    temperature 0 is greedy. top_p keeps the smallest set of tokens whose probability reaches it (Holtzman et
+    al. 2020, arXiv:1904.09751). `generator` lives on the model's device. A model split over tp gives every
+    rank the same ids, if their generators are in the same state. Prompts of unequal lengths need the kernel
+    sdpa or math.
     """
     device, longest = model.lm_head.weight.device, max(map(len, prompts))
     padding = [longest - len(tokens) for tokens in prompts]
@@ -37,8 +46,10 @@ def generate_batch(
     new = torch.tensor([[0] * n + tokens for n, tokens in zip(padding, prompts, strict=True)], device=device)
     running = [True] * len(prompts)
     for _ in range(max_new_tokens):
-        logits = model.lm_head(model.model(new, cache=cache)[:, -1]).float()      # (B, V): the last position's only
-        new = sample(logits, temperature, top_p, generator)[:, None]              # (B, 1); of ended rows nobody cares
+        logits = model.lm_head(
+            model.model(new, cache=cache)[:, -1]
+        ).float()  # (B, V): the last position's only
+        new = sample(logits, temperature, top_p, generator)[:, None]  # (B, 1); of ended rows nobody cares
         ids = [token if goes_on else None for token, goes_on in zip(new[:, 0].tolist(), running, strict=True)]
         yield ids
         running = [token is not None and token not in stop_ids for token in ids]
@@ -46,21 +57,25 @@ def generate_batch(
             return
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None = None) -> Tensor:
-    """Ids (B,) drawn from softmax(logits / temperature), logits (B, V), cut to its top_p nucleus; likewise () of (V,)."""
+def sample(
+    logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """Ids (B,) drawn from softmax(logits / temperature), logits (B, V), cut to its top_p nucleus; likewise ()
+    of (V,)."""
     if temperature == 0:
         return logits.argmax(-1)
     probabilities, ids = (logits / temperature).softmax(-1).sort(descending=True)
-    before = probabilities.cumsum(-1) - probabilities                             # mass of likelier tokens
-    probabilities[before >= top_p] = 0                                            # the first is always kept: before = 0
+    before = probabilities.cumsum(-1) - probabilities  # mass of likelier tokens
+    probabilities[before >= top_p] = 0  # the first is always kept: before = 0
     return ids.gather(-1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(-1)
 
 
 class TextStream:
-    """The text of ids that arrive one by one: `put` returns what is new of it, whole characters only, `end` the rest.
+    """The text of ids that arrive one by one: `put` returns what is new of it, whole characters only, `end`
+    the rest.
 
-    ids: what comes before, shown as new at the first put. The whole is decoded each time: one token may be a part of a
-    character, or a space that depends on what comes before.
+    ids: what comes before, shown as new at the first put. The whole is decoded each time: one token may be a
+        part of a character, or a space that depends on what comes before.
     """
 
     def __init__(self, tokenizer, ids: list[int]):
@@ -75,5 +90,5 @@ class TextStream:
         return self._new(self.tokenizer.decode(self.ids))
 
     def _new(self, text: str) -> str:
-        new, self.shown = text[len(self.shown):], text
+        new, self.shown = text[len(self.shown) :], text
         return new

@@ -1,12 +1,13 @@
-"""LoRA: frozen weights W, and beside some of them a trained product of two thin matrices: y = W x + (alpha / rank) B A x.
+"""LoRA: frozen weights W, and beside some of them a trained product of two thin matrices: y = W x + (alpha /
+rank) B A x.
 
 A (rank, inputs) starts random, B (outputs, rank) at zero, so that training starts from the model as it was.
-Source: Hu et al. 2021, arXiv:2106.09685. Files and initial values as in the peft package. No dropout on x before A, as the
-model has none either: adapter_config.json says lora_dropout 0.
+Source: Hu et al. 2021, arXiv:2106.09685. Files and initial values as in the peft package. No dropout on x
+    before A, as the model has none either: adapter_config.json says lora_dropout 0.
 
-The adapter of `q_proj` is its neighbour `q_proj_lora` (lora_A, lora_B), added to its output by a hook: q_proj stays what
-it was, so weights load, split and save under their own names. Apply it first, before any parallelism: the passes of
-parallel/ then find the adapters like any other module.
+The adapter of `q_proj` is its neighbour `q_proj_lora` (lora_A, lora_B), added to its output by a hook: q_proj
+stays what it was, so weights load, split and save under their own names. Apply it first, before any
+parallelism: the passes of parallel/ then find the adapters like any other module.
 """
 
 import json
@@ -31,8 +32,8 @@ from dtensor_llama.weights import ADAPTER, hf_parameters, local_boxes, on_all_ra
 
 @dataclass(frozen=True)
 class LoraConfig:
-    rank: int = 0                       # of the trained product, which has no dropout; 0: no LoRA, all weights train
-    alpha: float | None = None          # the product counts alpha / rank; None: twice the rank
+    rank: int = 0  # of the trained product, which has no dropout; 0: no LoRA, all weights train
+    alpha: float | None = None  # the product counts alpha / rank; None: twice the rank
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
     @property
@@ -41,7 +42,8 @@ class LoraConfig:
 
 
 class Lora(nn.Module):
-    """x (..., inputs) -> scale B A x (..., outputs). Its two matrices are modules, so that tensor parallelism finds them."""
+    """x (..., inputs) -> scale B A x (..., outputs). Its two matrices are modules, so that tensor parallelism
+    finds them."""
 
     def __init__(self, linear: nn.Linear, config: LoraConfig):
         super().__init__()
@@ -54,20 +56,26 @@ class Lora(nn.Module):
 
 
 def apply_lora(model: Llama, config: LoraConfig, frozen_dtype: torch.dtype | None = None) -> None:
-    """Freeze `model`, whole and on one device or on `meta`, and give each linear named in config.targets an adapter.
+    """Freeze `model`, whole and on one device or on `meta`, and give each linear named in config.targets an
+    adapter.
 
-    frozen_dtype: what the frozen weights become (bfloat16: 2 bytes each); adapters are fp32. Call init_lora once they have
-    memory. Raises UsageError for a rank below 1 and for targets that are not there."""
-    if config.rank < 1 or not 0 < config.scale < math.inf:      # in this order: scale divides by the rank
-        raise UsageError(f"--lora.rank {config.rank} --lora.alpha {config.alpha} is not possible; use a rank of at least 1 and "
-                         "an alpha above 0.")
-    # The head is a linear too, but the loss multiplies by its weight itself: an adapter there would not be heard.
+    frozen_dtype: what the frozen weights become (bfloat16: 2 bytes each); adapters are fp32. Call init_lora
+        once they have memory. Raises UsageError for a rank below 1 and for targets that are not there."""
+    if config.rank < 1 or not 0 < config.scale < math.inf:  # in this order: scale divides by the rank
+        raise UsageError(
+            f"--lora.rank {config.rank} --lora.alpha {config.alpha} is not possible; use a rank of at least 1 and "
+            "an alpha above 0."
+        )
+    # The head is a linear too, but the loss multiplies by its weight itself: an adapter there would not be
+    # heard.
     linears = {name: module for name, module in model.model.named_modules() if isinstance(module, nn.Linear)}
     there = list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
     wrong = [target for target in config.targets if target not in there]
     if wrong or not config.targets:
-        raise UsageError(f"--lora.targets {' '.join(wrong)}: the model has no linear layer of that name in its blocks; there "
-                         f"are {', '.join(there)}.")
+        raise UsageError(
+            f"--lora.targets {' '.join(wrong)}: the model has no linear layer of that name in its blocks; there "
+            f"are {', '.join(there)}."
+        )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         if frozen_dtype is not None:
@@ -86,9 +94,11 @@ def _add(adapter: Lora, linear: nn.Linear, args: tuple[Tensor], output: Tensor) 
 
 @torch.no_grad()
 def init_lora(model: nn.Module, seed: int) -> None:
-    """Initial values of all adapters, which depend on the seed and the name only, never on how they are spread.
+    """Initial values of all adapters, which depend on the seed and the name only, never on how they are
+    spread.
 
-    B is zero, A uniform within 1 / sqrt(inputs): Kaiming's with a = sqrt(5), as peft and nn.Linear have it."""
+    B is zero, A uniform within 1 / sqrt(inputs): Kaiming's with a = sqrt(5), as peft and nn.Linear have
+    it."""
     for name, parameter in adapter_parameters(model).items():
         whole = torch.zeros(parameter.shape)
         if "lora_A" in name:
@@ -104,14 +114,23 @@ def n_adapter_parameters(model: LlamaConfig, config: LoraConfig) -> int:
     """How many numbers the adapters of a whole model have."""
     D, E, F = model.hidden_size, model.head_dim, model.intermediate_size
     queries, keys = model.num_attention_heads * E, model.num_key_value_heads * E
-    ends = {"q_proj": D + queries, "k_proj": D + keys, "v_proj": D + keys, "o_proj": D + queries, "gate_proj": D + F,
-            "up_proj": D + F, "down_proj": D + F}
+    ends = {
+        "q_proj": D + queries,
+        "k_proj": D + keys,
+        "v_proj": D + keys,
+        "o_proj": D + queries,
+        "gate_proj": D + F,
+        "up_proj": D + F,
+        "down_proj": D + F,
+    }
     return model.num_hidden_layers * config.rank * sum(ends[target] for target in config.targets)
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The adapters' matrices by name, as in model.layers.0.self_attn.q_proj_lora.lora_A.weight."""
-    return {name: parameter for name, parameter in hf_parameters(model, adapters=True).items() if ADAPTER in name}
+    return {
+        name: parameter for name, parameter in hf_parameters(model, adapters=True).items() if ADAPTER in name
+    }
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear, Lora]]:
@@ -124,14 +143,15 @@ def adapted(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear, Lora]
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """W becomes W + scale B A, in place, and the adapters go: what is left is an ordinary model of the same answers.
+    """W becomes W + scale B A, in place, and the adapters go: what is left is an ordinary model of the same
+    answers.
 
-    All ranks call it. A rank adds what belongs to its own part of W; only the thin matrices are gathered. The sum is made in
-    fp32 and rounded to W's dtype once."""
+    All ranks call it. A rank adds what belongs to its own part of W; only the thin matrices are gathered. The
+    sum is made in fp32 and rounded to W's dtype once."""
     for parent, name, linear, adapter in adapted(model):
         a, b = (_whole(matrix.weight).float() for matrix in (adapter.lora_A, adapter.lora_B))
         for (row, column), (rows, columns), local in local_boxes(linear.weight):
-            delta = b[row:row + rows] @ a[:, column:column + columns] * adapter.scale
+            delta = b[row : row + rows] @ a[:, column : column + columns] * adapter.scale
             local.copy_(local.float() + delta)
         linear.add_adapter.remove()
         delattr(parent, name + "_lora")
@@ -142,16 +162,20 @@ def _whole(parameter: nn.Parameter) -> Tensor:
 
 
 def save_adapter(model: nn.Module, folder: str | Path, config: LoraConfig, base_model: str) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, which peft opens over the base model. All ranks call it;
-    rank 0 is sent what it does not hold, and writes."""
+    """Write adapter_config.json and adapter_model.safetensors, which peft opens over the base model. All
+    ranks call it; rank 0 is sent what it does not hold, and writes."""
     folder, parameters = Path(folder), adapter_parameters(model)
     rank = dist.get_rank() if dist.is_initialized() else 0
     boxes = {name: local_boxes(parameter) for name, parameter in parameters.items()}
     share = {name: ("F32", tuple(parameters[name].shape), [box[:2] for box in boxes[name]]) for name in boxes}
     shares = on_all_ranks(f"saving {folder}", lambda: share)
     writer = writers(shares)
-    mine = [(name, offsets, local.float().cpu()) for name in boxes for offsets, sizes, local in boxes[name]
-            if writer[name, offsets, sizes] == rank]
+    mine = [
+        (name, offsets, local.float().cpu())
+        for name in boxes
+        for offsets, sizes, local in boxes[name]
+        if writer[name, offsets, sizes] == rank
+    ]
     everyones = [None] * dist.get_world_size() if dist.is_initialized() and rank == 0 else None
     if dist.is_initialized():
         dist.gather_object(mine, everyones)
@@ -159,14 +183,26 @@ def save_adapter(model: nn.Module, folder: str | Path, config: LoraConfig, base_
         whole = {name: torch.empty(shape) for share in shares for name, (_, shape, _) in share.items()}
         for name, offsets, part in (box for one in everyones or [mine] for box in one):
             whole[name][tuple(slice(o, o + s) for o, s in zip(offsets, part.shape, strict=True))] = part
-        settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "r": config.rank,
-                    "lora_alpha": config.scale * config.rank, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
-                    "target_modules": list(config.targets), "inference_mode": True}
+        settings = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_model,
+            "r": config.rank,
+            "lora_alpha": config.scale * config.rank,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "target_modules": list(config.targets),
+            "inference_mode": True,
+        }
 
     def write():
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"base_model.model." + name.replace(ADAPTER, ".lora_"): whole[name] for name in sorted(whole)},
-                  folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(
+            {"base_model.model." + name.replace(ADAPTER, ".lora_"): whole[name] for name in sorted(whole)},
+            folder / "adapter_model.safetensors",
+            metadata={"format": "pt"},
+        )
         (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     on_all_ranks(f"saving {folder}", write if rank == 0 else lambda: None)

@@ -1,4 +1,5 @@
-"""What a run says of itself: metrics.jsonl, TensorBoard, a progress bar, the loss curve as PNG. One process writes it."""
+"""What a run says of itself: metrics.jsonl, TensorBoard, a progress bar, the loss curve as PNG. One process
+writes it."""
 
 import contextlib
 import json
@@ -25,8 +26,9 @@ GIB = 2**30
 class RunLog:
     """Writes one row per step to the run folder, and shows a bar with tokens/s and the time left.
 
-    After a resume at `first_step` the rows of later steps, which a killed run may have left, are removed first: there is
-    one row per step, whatever happened. Made and used on one rank only; it runs no collectives.
+    After a resume at `first_step` the rows of later steps, which a killed run may have left, are removed
+    first: there is one row per step, whatever happened. Made and used on one rank only; it runs no
+    collectives.
 
     A row that cannot be written, for example on a full disk, is kept and tried again with the next one:
     training goes on, and says so once. TensorBoard's events are left out from then on.
@@ -39,10 +41,10 @@ class RunLog:
         self.rows = [row for row in read_metrics(self.path) if row["step"] <= first_step]
         staged = self.path.with_suffix(".partial")
         staged.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
-        staged.replace(self.path)                     # a kill here leaves the old rows or the new ones
-        self.file = self.path.open("ab", buffering=0)           # each row reaches the disk's cache at once
-        self.good_bytes = self.path.stat().st_size    # whole rows in the file
-        self.waiting: list[bytes] = []                # rows that could not be written yet
+        staged.replace(self.path)  # a kill here leaves the old rows or the new ones
+        self.file = self.path.open("ab", buffering=0)  # each row reaches the disk's cache at once
+        self.good_bytes = self.path.stat().st_size  # whole rows in the file
+        self.waiting: list[bytes] = []  # rows that could not be written yet
         self.bar = _Bar(first_step, steps)
         self._threads_hook = threading.excepthook
         threading.excepthook = self._on_thread_failure
@@ -53,7 +55,8 @@ class RunLog:
         self.tensorboard = writer(folder, purge_step=purge_step)
 
     def step(self, row: dict) -> None:
-        """`row` is a line of metrics.jsonl: step, loss, grad_norm, lr, tokens, ...; numbers, or None where unknown."""
+        """`row` is a line of metrics.jsonl: step, loss, grad_norm, lr, tokens, ...; numbers, or None where
+        unknown."""
         self.rows.append(row)
         self.waiting.append((json.dumps(row) + "\n").encode())
         self._write_rows()
@@ -70,14 +73,16 @@ class RunLog:
         data, was_full = b"".join(self.waiting), len(self.waiting) > 1
         try:
             written = 0
-            while written < len(data):                # without a buffer a write may take a part only
+            while written < len(data):  # without a buffer a write may take a part only
                 written += self.file.write(data[written:])
         except OSError as error:
-            with contextlib.suppress(OSError):        # never half a row under a whole one
+            with contextlib.suppress(OSError):  # never half a row under a whole one
                 os.ftruncate(self.file.fileno(), self.good_bytes)
             if not was_full:
-                self.say(f"note: a row of {self.path} cannot be written ({self._reason(error)}); training "
-                         "goes on, and the rows are written when there is room")
+                self.say(
+                    f"note: a row of {self.path} cannot be written ({self._reason(error)}); training "
+                    "goes on, and the rows are written when there is room"
+                )
             return
         self.good_bytes += len(data)
         self.waiting.clear()
@@ -88,8 +93,10 @@ class RunLog:
             do()
         except OSError as error:
             self.tensorboard = None
-            self.say(f"note: TensorBoard's events cannot be written ({self._reason(error)}); metrics.jsonl "
-                     "has the same numbers")
+            self.say(
+                f"note: TensorBoard's events cannot be written ({self._reason(error)}); metrics.jsonl "
+                "has the same numbers"
+            )
 
     def _reason(self, error: OSError) -> str:
         return say_full(self.path.parent) if is_full(error) else str(error)
@@ -122,9 +129,11 @@ class RunLog:
             self._to_tensorboard(self.tensorboard.close)
         threading.excepthook = self._threads_hook
         if self.waiting:
-            raise UsageError(f"{len(self.waiting)} rows of {self.path} were not written: "
-                             f"{say_full(self.path.parent)}. The checkpoints and the exported model, if "
-                             "there are any, are complete.")
+            raise UsageError(
+                f"{len(self.waiting)} rows of {self.path} were not written: "
+                f"{say_full(self.path.parent)}. The checkpoints and the exported model, if "
+                "there are any, are complete."
+            )
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -146,26 +155,35 @@ def draw_loss_curve(rows: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
-    rows = [row for row in rows if row["loss"] is not None]       # of a skipped step there may be none
+    rows = [row for row in rows if row["loss"] is not None]  # of a skipped step there may be none
     tokens, losses = [row["tokens"] / 1e6 for row in rows], [row["loss"] for row in rows]
     window = max(1, len(losses) // 50)
-    smooth = [sum(losses[max(0, i - window + 1):i + 1]) / len(losses[max(0, i - window + 1):i + 1])
-              for i in range(len(losses))]
+    smooth = [
+        sum(losses[max(0, i - window + 1) : i + 1]) / len(losses[max(0, i - window + 1) : i + 1])
+        for i in range(len(losses))
+    ]
     if window > 1:
         axes.plot(tokens, losses, color="#9db8d9", linewidth=0.8, label="each step")
     mean = f"mean of {window} steps" if window > 1 else "each step"
     axes.plot(tokens, smooth, color="#1f4e8c", linewidth=1.8, label=mean)
     held_out = [row for row in rows if row.get("validation_loss") is not None]
     if held_out:
-        axes.plot([row["tokens"] / 1e6 for row in held_out], [row["validation_loss"] for row in held_out], "o-",
-                  color="#d1651d", markersize=4, linewidth=1, label="held out")
+        axes.plot(
+            [row["tokens"] / 1e6 for row in held_out],
+            [row["validation_loss"] for row in held_out],
+            "o-",
+            color="#d1651d",
+            markersize=4,
+            linewidth=1,
+            label="held out",
+        )
     axes.set(xlabel="tokens seen, millions", ylabel="loss, nats per token")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     try:
         figure.savefig(path)
-    except OSError as error:              # the picture shows what metrics.jsonl has
+    except OSError as error:  # the picture shows what metrics.jsonl has
         path.unlink(missing_ok=True)
         reason = say_full(path.parent) if is_full(error) else error
         print(f"note: {path} cannot be drawn ({reason})", flush=True)
@@ -175,9 +193,11 @@ def draw_loss_curve(rows: list[dict], path: Path) -> None:
 class LateReader:
     """Reads the loss and the gradient norm of a step while the device computes the next one.
 
-    `.item()` right after a step would leave the device idle from the moment it has the loss until the next step has been
-    launched: some milliseconds for the log, the data and the collectives. So their copy to the host is queued behind the
-    step that makes them, and is read when the next step has been launched, or before, if somebody has to know.
+    `.item()` right after a step would leave the device idle from the moment it has the loss until the next
+    step has been
+    launched: some milliseconds for the log, the data and the collectives. So their copy to the host is queued
+        behind the step that makes them, and is read when the next step has been launched, or before, if
+        somebody has to know.
 
         reading = LateReader(device)
         while ...:
@@ -189,20 +209,22 @@ class LateReader:
     """
 
     def __init__(self, device: torch.device, late: bool | None = None):
-        """late: None: on a GPU. A CPU has computed a step when it returns; its row need not wait for the next one."""
+        """late: None: on a GPU. A CPU has computed a step when it returns; its row need not wait for the next
+        one."""
         self.device = device
         self.late = device.type == "cuda" if late is None else late
         self._waiting: deque[_Step] = deque()
-        self._from = None                 # the moment from which the step under way counts
+        self._from = None  # the moment from which the step under way counts
 
     def begin(self) -> None:
-        """A step begins. Its seconds count from the end of the step before, or, after `take(all=True)`, from here: what
-        was done in between, a validation or a checkpoint, is not the step's."""
+        """A step begins. Its seconds count from the end of the step before, or, after `take(all=True)`, from
+        here: what was done in between, a validation or a checkpoint, is not the step's."""
         if self._from is None:
             self._from = self._now()
 
     def put(self, row: dict, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        """loss and grad_norm are scalars on the device; the row gets them, and `step_seconds`, when they are read."""
+        """loss and grad_norm are scalars on the device; the row gets them, and `step_seconds`, when they are
+        read."""
         values = torch.stack([loss.detach().double(), grad_norm.detach().double()])
         if self.device.type == "cuda":
             values = torch.empty(2, dtype=torch.float64, pin_memory=True).copy_(values, non_blocking=True)
@@ -211,7 +233,8 @@ class LateReader:
         self._from = end
 
     def take(self, all: bool) -> list[dict]:
-        """The rows of the steps that are over, oldest first; `all`: the newest too, for which the host then waits."""
+        """The rows of the steps that are over, oldest first; `all`: the newest too, for which the host then
+        waits."""
         rows = []
         while len(self._waiting) > (1 if self.late and not all else 0):
             step = self._waiting.popleft()
@@ -236,14 +259,14 @@ class LateReader:
 
 class _Step(NamedTuple):
     row: dict
-    values: torch.Tensor      # (2,) float64 on the host, on a GPU still on its way until `end`
-    begin: Any                # moments: events of the device, or seconds where the host is the device
+    values: torch.Tensor  # (2,) float64 on the host, on a GPU still on its way until `end`
+    begin: Any  # moments: events of the device, or seconds where the host is the device
     end: Any
 
 
 class SkippedSteps:
-    """Counts the steps whose gradient was not finite. Such a step changed nothing (parallel/clip.py), but under a chunk
-    manager without clipping, where none may be left out.
+    """Counts the steps whose gradient was not finite. Such a step changed nothing (parallel/clip.py), but
+    under a chunk manager without clipping, where none may be left out.
 
     allowed: how many in a row a run may have (--train.skip-nonfinite).
     """
@@ -253,8 +276,9 @@ class SkippedSteps:
         self.in_a_row = self.total = 0
 
     def judge(self, row: dict) -> dict:
-        """The row of a step as it is to be written: what is not finite is None, which JSON has, and `skipped_steps` is the
-        number of such steps so far. UsageError if there were more in a row than allowed; all ranks see the same."""
+        """The row of a step as it is to be written: what is not finite is None, which JSON has, and
+        `skipped_steps` is the number of such steps so far. UsageError if there were more in a row than
+        allowed; all ranks see the same."""
         not_finite = [name for name in ("loss", "grad_norm") if not math.isfinite(row[name])]
         if not not_finite:
             self.in_a_row = 0
@@ -264,10 +288,12 @@ class SkippedSteps:
         if self.in_a_row > self.allowed:
             name, value = not_finite[-1].replace("grad_norm", "gradient norm"), row[not_finite[-1]]
             before = f" after {self.allowed} others in a row" if self.allowed else ""
-            raise UsageError(f"the {name} of step {row['step']} is {value}{before}: nothing of that step was written, and the "
-                             "newest checkpoint is from before. Lower --train.lr, look at the data of "
-                             f"that step, or use --train.skip-nonfinite {self.allowed + 1} or more, which leaves out so many "
-                             "such steps in a row.")
+            raise UsageError(
+                f"the {name} of step {row['step']} is {value}{before}: nothing of that step was written, and the "
+                "newest checkpoint is from before. Lower --train.lr, look at the data of "
+                f"that step, or use --train.skip-nonfinite {self.allowed + 1} or more, which leaves out so many "
+                "such steps in a row."
+            )
         return row | dict.fromkeys(not_finite) | {"skipped_steps": self.total}
 
 
@@ -305,10 +331,10 @@ class DevicePeak:
 class MemoryPeaks(NamedTuple):
     """Bytes of one rank. `host` is a little high where Linux leaves out pinned memory: a sum of two peaks."""
 
-    device: int              # allocated by torch; 0 where the host is the device
-    host: int                # resident memory of the process, pinned memory included
-    device_reserved: int     # held by torch's allocator, allocated or not
-    host_pinned: int         # pinned for copies; torch rounds each block up to a power of two and keeps it
+    device: int  # allocated by torch; 0 where the host is the device
+    host: int  # resident memory of the process, pinned memory included
+    device_reserved: int  # held by torch's allocator, allocated or not
+    host_pinned: int  # pinned for copies; torch rounds each block up to a power of two and keeps it
 
 
 class PeakMemory:
@@ -335,8 +361,8 @@ def pinned_memory_is_resident() -> bool:
     """Whether the resident memory that Linux states for this process holds its pinned memory too.
 
     The pages belong to the GPU's driver, and whether they count depends on how it maps them. So we pin a
-    little, and look up what /proc/self/smaps says of the mapping that holds it. Where nobody may read that file
-    the answer is yes.
+    little, and look up what /proc/self/smaps says of the mapping that holds it. Where nobody may read that
+    file the answer is yes.
     """
     probe = torch.ones(2**21, dtype=torch.uint8, pin_memory=True)
     try:
@@ -364,9 +390,9 @@ def _peak_resident_bytes() -> int:
     high_water = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
     if high_water:
         try:
-            Path("/proc/self/clear_refs").write_text("5")      # Linux: start the high-water mark anew
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: start the high-water mark anew
         except OSError:
-            pass                                # a locked-down container: the peak of the run, then
+            pass  # a locked-down container: the peak of the run, then
         return int(high_water[0]) * 1024
     import psutil
 
@@ -384,8 +410,13 @@ class _Bar:
         self.steps, self.last_line, self.first_row = steps, time.monotonic(), True
         self.rich = None
         if sys.stdout is not None and sys.stdout.isatty():
-            self.rich = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[row]}"),
-                                 TimeRemainingColumn())
+            self.rich = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[row]}"),
+                TimeRemainingColumn(),
+            )
             self.task = self.rich.add_task("", total=steps, completed=first_step, row="")
             self.rich.start()
 
@@ -394,7 +425,11 @@ class _Bar:
         text = f"loss {loss}  {row['tokens_per_second']:,.0f} tokens/s"
         if self.rich:
             self.rich.update(self.task, completed=row["step"], row=text)
-        elif self.first_row or row["step"] == self.steps or time.monotonic() - self.last_line > self.LINE_EVERY_S:
+        elif (
+            self.first_row
+            or row["step"] == self.steps
+            or time.monotonic() - self.last_line > self.LINE_EVERY_S
+        ):
             left = (self.steps - row["step"]) * row["step_seconds"]
             print(f"step {row['step']}/{self.steps}  {text}  {_duration(left)} left", flush=True)
             self.last_line, self.first_row = time.monotonic(), False

@@ -1,7 +1,9 @@
-"""The LLaMA decoder (arXiv:2302.13971, arXiv:2307.09288), with Hugging Face's module names, so weights need no converting.
+"""The LLaMA decoder (arXiv:2302.13971, arXiv:2307.09288), with Hugging Face's module names, so weights need
+no converting.
 
-Shape letters: B rows, T tokens per row, D model width, H query heads, K key/value heads, E head width, V vocabulary.
-The module knows no mesh and no rank: parallel/ rewrites it from outside. So it reads head counts off the tensors it gets
+Shape letters: B rows, T tokens per row, D model width, H query heads, K key/value heads, E head width, V
+vocabulary. The module knows no mesh and no rank: parallel/ rewrites it from outside. So it reads head counts
+off the tensors it gets
 (tensor parallelism leaves a share of the heads), and what needs the other ranks can be replaced:
     self_attn.attend(q, k, v, documents)            attention over the whole sequence         (context parallelism)
     model.locate(tokens, positions, cache)          which positions this rank's tokens have   (context parallelism)
@@ -26,26 +28,29 @@ from dtensor_llama.loss import cross_entropy_sum
 def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary angles at `positions` (B, T).
 
-    Returns two (B, T, 1, E/2) float32 tensors, to be broadcast over heads; angles in radians, theta the base of the
-    frequencies. Made anew in each forward from the positions, so that no buffer can be cast to bfloat16 (wrong by
-    radians at position 4,000) or be lost on `meta`. Source: Su et al. 2021, arXiv:2104.09864, sec. 3.2.2.
+    Returns two (B, T, 1, E/2) float32 tensors, to be broadcast over heads; angles in radians, theta the base
+    of the frequencies. Made anew in each forward from the positions, so that no buffer can be cast to
+    bfloat16 (wrong by radians at position 4,000) or be lost on `meta`. Source: Su et al. 2021,
+    arXiv:2104.09864, sec. 3.2.2.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions[..., None].float() * theta**-exponents            # (B, T, E/2)
+    angles = positions[..., None].float() * theta**-exponents  # (B, T, E/2)
     return angles.cos()[:, :, None], angles.sin()[:, :, None]
 
 
 def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate x (B, T, heads, E) in float32; dims i and i + E/2 are a pair (Hugging Face's order; Meta's is 2i, 2i + 1)."""
+    """Rotate x (B, T, heads, E) in float32; dims i and i + E/2 are a pair (Hugging Face's order; Meta's is
+    2i, 2i + 1)."""
     cos, sin = rope
-    first, second = x.float().chunk(2, dim=-1)                           # (B, T, heads, E/2) each
+    first, second = x.float().chunk(2, dim=-1)  # (B, T, heads, E/2) each
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 class KVCache:
     """Keys and values of the tokens already seen, per layer (B, max_tokens, K, E); filled in order.
 
-    padding: (B,) how many tokens at the start of each row are no tokens, so that rows of unequal length end together."""
+    padding: (B,) how many tokens at the start of each row are no tokens, so that rows of unequal length end
+        together."""
 
     def __init__(self, max_tokens: int, padding: Tensor | None = None):
         self.max_tokens, self.n_seen, self.padding = max_tokens, 0, padding
@@ -57,7 +62,7 @@ class KVCache:
             self.layers[layer] = tuple(x.new_empty(x.shape[0], self.max_tokens, *x.shape[2:]) for x in (k, v))
         end = self.n_seen + k.shape[1]
         for stored, new in zip(self.layers[layer], (k, v), strict=True):
-            stored[:, self.n_seen:end] = new
+            stored[:, self.n_seen : end] = new
         return tuple(x[:, :end] for x in self.layers[layer])
 
 
@@ -66,7 +71,7 @@ class LlamaAttention(nn.Module):
         super().__init__()
         D, E = config.hidden_size, config.head_dim
         self.layer, self.head_dim = layer, E
-        self.attend = partial(attention, kernel="sdpa")                   # Llama.set_attention changes it
+        self.attend = partial(attention, kernel="sdpa")  # Llama.set_attention changes it
         self.q_proj = nn.Linear(D, config.num_attention_heads * E, bias=False)
         self.k_proj = nn.Linear(D, config.num_key_value_heads * E, bias=False)
         self.v_proj = nn.Linear(D, config.num_key_value_heads * E, bias=False)
@@ -74,12 +79,12 @@ class LlamaAttention(nn.Module):
 
     def forward(self, x: Tensor, rope, documents: Documents | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)                  # (B, T, H, E): -1, as tp holds a share of H
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)                  # (B, T, K, E)
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, E): -1, as tp holds a share of H
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, E)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)                         # (B, S, K, E), S tokens seen so far
+            k, v = cache.extend(self.layer, k, v)  # (B, S, K, E), S tokens seen so far
         return self.o_proj(self.attend(q, k, v, documents=documents).reshape(B, T, -1))
 
 
@@ -106,7 +111,9 @@ class LlamaBlock(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 
-    def forward(self, x: Tensor, rope, documents: Documents | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope, documents: Documents | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, documents, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -122,10 +129,12 @@ class LlamaModel(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.attention_kernel = "sdpa"
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         positions, documents = self.locate(tokens, positions, cache)
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
-        x = tokens if self.embed_tokens is None else self.embed_tokens(tokens)    # (B, T, D)
+        x = tokens if self.embed_tokens is None else self.embed_tokens(tokens)  # (B, T, D)
         for block in self.layers:
             if block is not None:
                 x = block(x, rope, documents, cache)
@@ -133,36 +142,44 @@ class LlamaModel(nn.Module):
             cache.n_seen += tokens.shape[1]
         return x if self.norm is None else self.norm(x)
 
-    def locate(self, tokens: Tensor, positions: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Documents | None]:
-        """The positions of `tokens` (B or 1, T) on their device, for RoPE, and the documents of packed rows, if any."""
-        if positions is None:                                             # one document a row
+    def locate(
+        self, tokens: Tensor, positions: Tensor | None, cache: KVCache | None
+    ) -> tuple[Tensor, Documents | None]:
+        """The positions of `tokens` (B or 1, T) on their device, for RoPE, and the documents of packed rows,
+        if any."""
+        if positions is None:  # one document a row
             first = cache.n_seen if cache is not None else 0
-            at = torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]                # (1, T)
+            at = torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]  # (1, T)
             if cache is None or cache.padding is None:
                 return at, None
             key, padding = torch.arange(first + tokens.shape[1], device=tokens.device), cache.padding[:, None]
-            seen = (key >= padding)[:, None] & (key <= at[..., None])                                    # (B, T, S)
-            seen = seen | (key == at[..., None])          # a row of the softmax without any key would be nan
-            return at, Documents(mask=seen[:, None])      # RoPE is relative: padding moves all positions of a row alike
+            seen = (key >= padding)[:, None] & (key <= at[..., None])  # (B, T, S)
+            seen = seen | (key == at[..., None])  # a row of the softmax without any key would be nan
+            return at, Documents(
+                mask=seen[:, None]
+            )  # RoPE is relative: padding moves all positions of a row alike
         documents = Documents.from_positions(positions, self.attention_kernel, tokens.device)
         return positions.to(tokens.device, non_blocking=True), documents
 
 
 @dataclass(frozen=True)
 class OnHost:
-    """A tensor among a module's arguments that has to stay on the CPU, where FSDP leaves alone what is no tensor."""
+    """A tensor among a module's arguments that has to stay on the CPU, where FSDP leaves alone what is no
+    tensor."""
 
     tensor: Tensor
 
 
 class Llama(nn.Module):
-    """The whole model. `Llama(config)` under `torch.device("meta")` costs nothing; then `to_empty` and `init_weights`
-    or `load_hf`. Made on a real device it has the initial weights of seed 0 at once."""
+    """The whole model. `Llama(config)` under `torch.device("meta")` costs nothing; then `to_empty` and
+    `init_weights` or `load_hf`. Made on a real device it has the initial weights of seed 0 at once."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.generation_config: dict | None = None      # what save_hf writes into generation_config.json; None: from config
+        self.generation_config: dict | None = (
+            None  # what save_hf writes into generation_config.json; None: from config
+        )
         self.model = LlamaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.cross_entropy = cross_entropy_sum
@@ -170,25 +187,36 @@ class Llama(nn.Module):
         if not self.lm_head.weight.is_meta:
             init_weights(self, seed=0)
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None, positions: Tensor | OnHost | None = None,
-                cache: KVCache | None = None) -> Tensor:
-        """tokens (B, T) int64 -> logits (B, T, V); or, with labels (B, T), the float32 sum of the token losses in nats.
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        positions: Tensor | OnHost | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """tokens (B, T) int64 -> logits (B, T, V); or, with labels (B, T), the float32 sum of the token
+        losses in nats.
 
-        labels[b, t] is the token that position t must predict (shifted by whoever made the batch), -100 where nothing
-        is scored. With labels the logits never exist as a whole. positions (B, T), on any device, restart at 0 where a
-        document begins; without them a row is one document. cache: keys and values of earlier tokens, for generation.
+        labels[b, t] is the token that position t must predict (shifted by whoever made the batch), -100 where
+        nothing is scored. With labels the logits never exist as a whole. positions (B, T), on any device,
+        restart at 0 where a document begins; without them a row is one document. cache: keys and values of
+        earlier tokens, for generation.
         """
         if isinstance(positions, OnHost):
             positions = positions.tensor
         hidden = self.model(tokens, positions, cache)
-        if self.lm_head is None:                                          # a pipeline stage before the last
+        if self.lm_head is None:  # a pipeline stage before the last
             return hidden
         if labels is None:
             return self.lm_head(hidden)
         return self.cross_entropy(hidden, self.lm_head.weight, labels)
 
     def _tie(self) -> None:
-        if self.config.tie_word_embeddings and self.lm_head is not None and self.model.embed_tokens is not None:
+        if (
+            self.config.tie_word_embeddings
+            and self.lm_head is not None
+            and self.model.embed_tokens is not None
+        ):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def to_empty(self, **kwargs) -> "Llama":
@@ -198,23 +226,25 @@ class Llama(nn.Module):
         return self
 
     def set_attention(self, kernel: str) -> None:
-        """Attend with `flash`, `varlen`, `sdpa` or `math` from now on (`choose_attention` in attention.py: what can run)."""
+        """Attend with `flash`, `varlen`, `sdpa` or `math` from now on (`choose_attention` in attention.py:
+        what can run)."""
         self.model.attention_kernel = kernel
         for block in self.model.layers:
             if block is not None:
                 block.self_attn.attend = partial(attention, kernel=kernel)
 
 
-INIT_BLOCK_ELEMENTS = 2**20   # what one random stream fills: small enough to skip what other ranks hold
+INIT_BLOCK_ELEMENTS = 2**20  # what one random stream fills: small enough to skip what other ranks hold
 
 
 @torch.no_grad()
 def init_weights(model: Llama, seed: int) -> None:
     """Give every parameter its initial value: normal(0, initializer_range), norms 1, as Hugging Face does.
 
-    The value of an element depends on the seed, the parameter's name and its place in the whole parameter, never on how
-    the parameter is spread: each run of rows has a random stream of its own, made on the CPU, and a rank draws only the
-    runs its shards touch. Parameters may be plain or DTensors of any placement; not on `meta`.
+    The value of an element depends on the seed, the parameter's name and its place in the whole parameter,
+    never on how the parameter is spread: each run of rows has a random stream of its own, made on the CPU,
+    and a rank draws only the runs its shards touch. Parameters may be plain or DTensors of any placement; not
+    on `meta`.
     """
     from dtensor_llama.weights import local_boxes, values_to_write
 
@@ -226,19 +256,23 @@ def init_weights(model: Llama, seed: int) -> None:
         stream = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
         low = max(first, offsets[0])
         high = min(first + run, offsets[0] + sizes[0])
-        target = local[low - offsets[0]:high - offsets[0]]
+        target = local[low - offsets[0] : high - offsets[0]]
         n_rows = min(run, shape[0] - first)
         whole_run = target.shape == (n_rows, *shape[1:]) and target.is_contiguous()
         if whole_run and target.dtype == torch.float32 and target.device.type == "cpu":
-            target.normal_(0, model.config.initializer_range, generator=stream)      # the same numbers, without a copy
+            target.normal_(
+                0, model.config.initializer_range, generator=stream
+            )  # the same numbers, without a copy
             return
         rows = torch.empty(n_rows, *shape[1:]).normal_(0, model.config.initializer_range, generator=stream)
         columns = [slice(o, o + s) for o, s in zip(offsets[1:], sizes[1:], strict=True)]
         target.copy_(rows[(slice(low - first, high - first), *columns)])
 
-    with ThreadPoolExecutor() as threads:     # normal_ runs on one core and lets go of the interpreter while it does
-        for name, parameter in model.named_parameters():                  # a tied matrix comes once, as the embedding
-            run = max(1, INIT_BLOCK_ELEMENTS // max(1, parameter.shape[1:].numel()))    # rows per stream
+    with (
+        ThreadPoolExecutor() as threads
+    ):  # normal_ runs on one core and lets go of the interpreter while it does
+        for name, parameter in model.named_parameters():  # a tied matrix comes once, as the embedding
+            run = max(1, INIT_BLOCK_ELEMENTS // max(1, parameter.shape[1:].numel()))  # rows per stream
             with values_to_write(model, name, parameter) as values:
                 jobs = []
                 for box in local_boxes(values):

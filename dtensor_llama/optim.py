@@ -5,10 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-NORM_BLOCK = 256 * 1024      # elements: as float64 2 MiB, which a core's cache holds while they are summed
+NORM_BLOCK = 256 * 1024  # elements: as float64 2 MiB, which a core's cache holds while they are summed
 
 
-def build_adamw(model: nn.Module, lr: float, weight_decay: float, betas=(0.9, 0.95), eps: float = 1e-5) -> torch.optim.AdamW:
+def build_adamw(
+    model: nn.Module, lr: float, weight_decay: float, betas=(0.9, 0.95), eps: float = 1e-5
+) -> torch.optim.AdamW:
     """torch's fused AdamW over the model's parameters, plain or DTensor; vectors (norms) are not decayed.
 
     Built after parallelize, since the optimizer steps the shards this rank holds.
@@ -16,7 +18,9 @@ def build_adamw(model: nn.Module, lr: float, weight_decay: float, betas=(0.9, 0.
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, eps=eps, fused=True)
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=lr, betas=betas, eps=eps, fused=True
+    )
 
 
 @torch.no_grad()
@@ -49,5 +53,5 @@ def _norm_by_blocks(tensor: Tensor) -> Tensor:
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     """What gradients of this norm are to be multiplied by, a float32 scalar: at most 1, or nan if the norm is
     inf or nan, which tells every kind of step to change nothing."""
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)             # 1e-6 as in torch: no division by zero
-    return (factor + (norm - norm)).float()                        # inf - inf is nan, x - x is 0
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # 1e-6 as in torch: no division by zero
+    return (factor + (norm - norm)).float()  # inf - inf is nan, x - x is 0

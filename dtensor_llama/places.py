@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dtensor_llama.errors import UsageError
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)      # owner/name
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # owner/name
 
 
 def expanded(path: str, flag: str) -> str:
@@ -23,9 +23,11 @@ def expanded(path: str, flag: str) -> str:
     try:
         return str(Path(path).expanduser()) if path.startswith("~") else path
     except RuntimeError:
-        raise UsageError(f"{flag} {path}: the home folder that {path.split('/')[0]} stands for is not known "
-                         "(no such user, or no HOME and no entry in /etc/passwd); write the folder in "
-                         "full.") from None
+        raise UsageError(
+            f"{flag} {path}: the home folder that {path.split('/')[0]} stands for is not known "
+            "(no such user, or no HOME and no entry in /etc/passwd); write the folder in "
+            "full."
+        ) from None
 
 
 def hub_hint(name: str, kind: str = "model") -> str:
@@ -38,8 +40,10 @@ def hub_hint(name: str, kind: str = "model") -> str:
     folder = name.partition("/")[2]
     of_kind = "" if kind == "model" else f" --repo-type {kind}"
     then = f"--model {folder}" if kind == "model" else f"--data.path '{folder}/**/*.parquet'"
-    return (f" If {name} is a {kind} of the Hugging Face Hub, download it first: hf download {name}{of_kind} "
-            f"--local-dir {folder}; then use {then}.")
+    return (
+        f" If {name} is a {kind} of the Hugging Face Hub, download it first: hf download {name}{of_kind} "
+        f"--local-dir {folder}; then use {then}."
+    )
 
 
 def refuse_hub_name(name: str, flag: str) -> None:
@@ -47,8 +51,10 @@ def refuse_hub_name(name: str, flag: str) -> None:
     So is a folder of the Hub's cache that has the model in a folder below it."""
     snapshots = sorted(Path(name).glob("snapshots/*/"))
     if snapshots and not Path(name, "config.json").exists():
-        raise UsageError(f"{flag} {name}: is a folder of the Hugging Face cache, and the files are below it; "
-                         f"use {flag} {snapshots[-1]}.")
+        raise UsageError(
+            f"{flag} {name}: is a folder of the Hugging Face cache, and the files are below it; "
+            f"use {flag} {snapshots[-1]}."
+        )
     hint = hub_hint(name)
     if hint and not Path(name).exists():
         raise UsageError(f"{flag} {name}: there is no such folder.{hint.replace('--model', flag)}")

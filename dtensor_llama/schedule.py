@@ -1,4 +1,5 @@
-"""The learning rate as a function of the step: linear warm-up, then a cosine down to a floor (arXiv:2307.09288, sec. 2.2)."""
+"""The learning rate as a function of the step: linear warm-up, then a cosine down to a floor
+(arXiv:2307.09288, sec. 2.2)."""
 
 import math
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
-@torch.no_grad()         # without autograd to_local is a mere look-up: a step asks for hundreds
+@torch.no_grad()  # without autograd to_local is a mere look-up: a step asks for hundreds
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard, or the plain tensor, in the same memory; of no autograd graph."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()

@@ -40,7 +40,7 @@ class LastingStream(io.RawIOBase):
         while not self.failed:
             try:
                 return os.write(self.fd, data)
-            except BlockingIOError:       # somebody made the terminal non-blocking
+            except BlockingIOError:  # somebody made the terminal non-blocking
                 select.select([], [self.fd], [])
             except OSError as error:
                 self.failed = True
@@ -51,7 +51,7 @@ class LastingStream(io.RawIOBase):
 
     def _say_that_it_failed(self, error: OSError) -> None:
         if self.fd == STDERR:
-            return                                                  # there is nowhere left to say it
+            return  # there is nowhere left to say it
         with contextlib.suppress(OSError):
             note = f"note: stdout can no longer be written ({error.strerror}); the run goes on without it\n"
             os.write(STDERR, note.encode())
@@ -67,7 +67,7 @@ def make_streams_last(stdout_is_result: bool = False) -> None:
     _fill_closed_descriptors()
     for name, fd in (("stdout", STDOUT), ("stderr", STDERR)):
         stream = getattr(sys, name)
-        if stream is None:                                               # it was closed before Python began
+        if stream is None:  # it was closed before Python began
             encoding, is_terminal = "utf-8", False
         elif stream is getattr(sys, f"__{name}__") and _fileno(stream) == fd:
             with contextlib.suppress(OSError, ValueError):
@@ -76,8 +76,12 @@ def make_streams_last(stdout_is_result: bool = False) -> None:
         else:
             continue
         raw = LastingStream(fd, required=stdout_is_result and fd == STDOUT)
-        text = io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors="backslashreplace",
-                                line_buffering=is_terminal or fd == STDERR)
+        text = io.TextIOWrapper(
+            io.BufferedWriter(raw),
+            encoding,
+            errors="backslashreplace",
+            line_buffering=is_terminal or fd == STDERR,
+        )
         setattr(sys, name, text)
     if sys.stdin is not None and sys.stdin is sys.__stdin__:
         # bytes that are no text are refused where they are used
@@ -87,7 +91,7 @@ def make_streams_last(stdout_is_result: bool = False) -> None:
 def _fileno(stream) -> int | None:
     try:
         return stream.fileno()
-    except (OSError, ValueError):         # of a closed stream, or of one in memory
+    except (OSError, ValueError):  # of a closed stream, or of one in memory
         return None
 
 

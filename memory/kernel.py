@@ -1,5 +1,6 @@
-"""AdamW over one chunk: one source for host and device, torch.compile's or, without a compiler, torch's fused kernel in blocks.
-On the device, where nothing is to be cast (float32 weights), torch's fused kernel takes many pieces in one call in any case.
+"""AdamW over one chunk: one source for host and device, torch.compile's or, without a compiler, torch's fused
+kernel in blocks. On the device, where nothing is to be cast (float32 weights), torch's fused kernel takes
+many pieces in one call in any case.
 
 host_step       a CPU chunk: fp32 master on the host; the new weight, rounded, goes to memory of its own. Written where the
                 gradient was it would halve the speed: the compiled loop's masked loads are as wide as a register and wait
@@ -7,9 +8,10 @@ host_step       a CPU chunk: fp32 master on the host; the new weight, rounded, g
 device_step     RESIDENT and STREAM: the weight is (part of) the master, so that those bytes exist once
     float32 weights    the weight is the master
     bfloat16 weights   the weight is the high half of the master, `low` its low 16 bits; the two are bit for bit the master.
-                       High is rounded half up in magnitude, so it differs from torch's half-to-even on exact ties only:
-                       of a low half that could be either, half-to-even would not say which it was
-Bytes read and written per parameter: compiled 28 on the host (bfloat16 gradient and weight), 26 on the device; one pass.
+                       High is rounded half up in magnitude, so it differs from torch's half-to-even on exact
+                       ties only: of a low half that could be either, half-to-even would not say which it was
+Bytes read and written per parameter: compiled 28 on the host (bfloat16 gradient and weight), 26 on the
+device; one pass.
 """
 
 import functools
@@ -25,8 +27,10 @@ from torch.optim.adamw import adamw
 
 from dtensor_llama.errors import UsageError
 
-BLOCK = 256 * 1024        # elements: 1 MiB of fp32 each for gradient, master and both moments stays in a core's cache
-ROW = 1024                # elements: of the (rows, ROW) views that compiled device kernels take
+BLOCK = (
+    256 * 1024
+)  # elements: 1 MiB of fp32 each for gradient, master and both moments stays in a core's cache
+ROW = 1024  # elements: of the (rows, ROW) views that compiled device kernels take
 
 
 class Hyper(NamedTuple):
@@ -39,25 +43,43 @@ class Hyper(NamedTuple):
     weight_decay: float
     step: int
 
-    @functools.lru_cache(maxsize=64)       # noqa: B019  a step has a handful
+    @functools.lru_cache(maxsize=64)  # noqa: B019  a step has a handful
     def tensors(self) -> tuple[Tensor, ...]:
-        """As 0-dim float32 host tensors, which a compiled kernel takes without compiling anew when they change. The
-        differences from 1 are taken in float64: in float32, 1 - 0.999 is wrong in the fifth digit."""
+        """As 0-dim float32 host tensors, which a compiled kernel takes without compiling anew when they
+        change. The differences from 1 are taken in float64: in float32, 1 - 0.999 is wrong in the fifth
+        digit."""
         correction1, correction2 = 1 - self.beta1**self.step, 1 - self.beta2**self.step
         root = correction2**0.5
-        numbers = (1 - self.lr * self.weight_decay, 1 - self.beta1, self.beta2, 1 - self.beta2, self.lr * root / correction1,
-                   self.eps * root)
+        numbers = (
+            1 - self.lr * self.weight_decay,
+            1 - self.beta1,
+            self.beta2,
+            1 - self.beta2,
+            self.lr * root / correction1,
+            self.eps * root,
+        )
         return tuple(torch.tensor(number, dtype=torch.float32) for number in numbers)
 
 
 NO_CHANGE = Hyper(lr=0.0, beta1=0.9, beta2=0.95, eps=1e-5, weight_decay=0.0, step=1)
 
 
-def adamw_chunk(master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, clip: Tensor, decay: Tensor,
-                one_minus_beta1: Tensor, beta2: Tensor, one_minus_beta2: Tensor, step_size: Tensor, eps: Tensor,
-                ) -> tuple[Tensor, Tensor, Tensor]:
-    """New (master, exp_avg, exp_avg_sq). Source: Loshchilov & Hutter 2017, arXiv:1711.05101, as torch.optim.AdamW has it, but
-    that step_size and eps carry the correction of exp_avg_sq, which saves a division per parameter."""
+def adamw_chunk(
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    clip: Tensor,
+    decay: Tensor,
+    one_minus_beta1: Tensor,
+    beta2: Tensor,
+    one_minus_beta2: Tensor,
+    step_size: Tensor,
+    eps: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """New (master, exp_avg, exp_avg_sq). Source: Loshchilov & Hutter 2017, arXiv:1711.05101, as
+    torch.optim.AdamW has it, but that step_size and eps carry the correction of exp_avg_sq, which saves a
+    division per parameter."""
     grad = grad.float() * clip
     exp_avg = exp_avg + (grad - exp_avg) * one_minus_beta1
     exp_avg_sq = exp_avg_sq * beta2 + grad * grad * one_minus_beta2
@@ -66,7 +88,9 @@ def adamw_chunk(master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tenso
 
 def join_master(weight: Tensor, low: Tensor) -> Tensor:
     """bfloat16 weight and int16 low half -> the float32 master they were split from."""
-    high = weight.view(torch.int16).int() - (low < 0).int()      # rounding went up where the low half is a half or more
+    high = (
+        weight.view(torch.int16).int() - (low < 0).int()
+    )  # rounding went up where the low half is a half or more
     return ((high << 16) | (low.int() & 0xFFFF)).view(torch.float32)
 
 
@@ -156,8 +180,8 @@ class Kernel:
         self.kind, self.why = _choose(kind, device)
         self._is_warm: set[tuple] = set()
         if self.kind == "compiled":
-            # A wrapper in C++ lets go of the interpreter while the loop runs; the default one in Python does not, and the
-            # forward beside it could launch nothing.
+            # A wrapper in C++ lets go of the interpreter while the loop runs; the default one in Python does
+            # not, and the forward beside it could launch nothing.
             self._host = _compiled(_host_step, dynamic=True, options={"cpp_wrapper": True})
             self._device = _ByRows(_device_step)
             self._add, self._copy = _ByRows(_device_add), _ByRows(_device_copy)
@@ -177,13 +201,16 @@ class Kernel:
             master, exp_avg, exp_avg_sq = torch.zeros(n), torch.zeros(n), torch.zeros(n)
             grad, weight = torch.zeros(n, dtype=grad_dtype), torch.zeros(n, dtype=dtype)
             self.host_step(master, exp_avg, exp_avg_sq, grad, weight, None, NO_CHANGE)
-        torch.set_num_threads(before)            # of threads that begin from now on too, after the host's has set its own
+        torch.set_num_threads(
+            before
+        )  # of threads that begin from now on too, after the host's has set its own
 
-    def warm_up_device(self, device: torch.device, dtype: torch.dtype, grad_dtype: torch.dtype,
-                       lengths: set[int]) -> None:
+    def warm_up_device(
+        self, device: torch.device, dtype: torch.dtype, grad_dtype: torch.dtype, lengths: set[int]
+    ) -> None:
         """warm_up_host for device_steps and sum_into: whenever a plan has pieces of such lengths for the
         device to step."""
-        casts_nothing = dtype == grad_dtype == torch.float32      # then device_steps takes torch's own kernel
+        casts_nothing = dtype == grad_dtype == torch.float32  # then device_steps takes torch's own kernel
         if self.kind != "compiled" or casts_nothing:
             return
         has_rows = any(whole_rows(n) for n in lengths)
@@ -199,22 +226,40 @@ class Kernel:
             grad = zeros(dtype=grad_dtype)
             self.device_step(weight, low, exp_avg, exp_avg_sq, grad, None, NO_CHANGE)
             for adds in (False, True) if grad_dtype != dtype else ():
-                self.sum_into(grad, weight, adds)            # gradients come in the weights' dtype
+                self.sum_into(grad, weight, adds)  # gradients come in the weights' dtype
 
     @torch.no_grad()
-    def host_step(self, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, weight: Tensor,
-                  clip: Tensor | None, hyper: Hyper) -> None:
-        """All 1-D of one length on the host, states changed in place, the new master rounded into `weight`; `grad` may be
-        scaled. clip: factor on the gradient, a 0-dim float32 tensor of the same device; None is 1."""
+    def host_step(
+        self,
+        master: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        grad: Tensor,
+        weight: Tensor,
+        clip: Tensor | None,
+        hyper: Hyper,
+    ) -> None:
+        """All 1-D of one length on the host, states changed in place, the new master rounded into `weight`;
+        `grad` may be scaled. clip: factor on the gradient, a 0-dim float32 tensor of the same device; None is
+        1."""
         if self.kind == "compiled":
-            self._host(master, exp_avg, exp_avg_sq, grad, weight, _one(grad) if clip is None else clip, *hyper.tensors())
+            self._host(
+                master,
+                exp_avg,
+                exp_avg_sq,
+                grad,
+                weight,
+                _one(grad) if clip is None else clip,
+                *hyper.tensors(),
+            )
             return
         for block in _blocks(len(grad)):
             _fused([master[block]], [exp_avg[block]], [exp_avg_sq[block]], [grad[block].float()], clip, hyper)
             weight[block].copy_(master[block])
 
     def device_steps(self, steps: list[tuple]) -> None:
-        """device_step with each of these arguments. Where nothing is to be cast torch's own fused kernel takes all at once."""
+        """device_step with each of these arguments. Where nothing is to be cast torch's own fused kernel
+        takes all at once."""
         alike: dict[Hyper, list[tuple]] = {}
         for step in steps:
             _, low, _, _, grad, _, hyper = step
@@ -227,9 +272,18 @@ class Kernel:
             _fused(weights, exp_avgs, exp_avg_sqs, grads, clip, hyper)
 
     @torch.no_grad()
-    def device_step(self, weight: Tensor, low: Tensor | None, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor,
-                    clip: Tensor | None, hyper: Hyper) -> None:
-        """All 1-D of one length on one device, changed in place; `grad` may be scaled. low: None if weights are float32."""
+    def device_step(
+        self,
+        weight: Tensor,
+        low: Tensor | None,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        grad: Tensor,
+        clip: Tensor | None,
+        hyper: Hyper,
+    ) -> None:
+        """All 1-D of one length on one device, changed in place; `grad` may be scaled. low: None if weights
+        are float32."""
         if self.kind == "compiled":
             clip = _one(grad) if clip is None else clip
             self._device((weight, low, exp_avg, exp_avg_sq, grad), clip, *hyper.tensors())
@@ -256,7 +310,8 @@ class Kernel:
 
 
 def _compiled(step: Callable, **how) -> Callable:
-    """Of a copy of its code: dynamo has a limit a code, and other numbers of threads, in other kernels, would count for it."""
+    """Of a copy of its code: dynamo has a limit a code, and other numbers of threads, in other kernels, would
+    count for it."""
     own = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
     return torch.compile(own, fullgraph=True, **how)
 
@@ -275,24 +330,52 @@ def _blocks(n: int) -> list[slice]:
 
 
 @torch.no_grad()
-def _fused(masters: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor], grads: Sequence[Tensor],
-           clip: Tensor | None, hyper: Hyper) -> None:
+def _fused(
+    masters: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    clip: Tensor | None,
+    hyper: Hyper,
+) -> None:
     """torch's AdamW(fused=True), all float32; scales gradients in place. A clip of nan changes nothing."""
     device = masters[0].device
-    done = torch.full((len(masters),), hyper.step - 1, dtype=torch.float32, device=device)      # it adds the one being made
-    grad_scale = None if clip is None else clip.reciprocal()          # it divides by that
+    done = torch.full(
+        (len(masters),), hyper.step - 1, dtype=torch.float32, device=device
+    )  # it adds the one being made
+    grad_scale = None if clip is None else clip.reciprocal()  # it divides by that
     found_inf = None if clip is None else clip.isnan().float()
-    adamw(list(masters), list(grads), list(exp_avgs), list(exp_avg_sqs), [], list(done.unbind()), fused=True,
-          grad_scale=grad_scale, found_inf=found_inf, amsgrad=False, beta1=hyper.beta1, beta2=hyper.beta2,
-          lr=hyper.lr, weight_decay=hyper.weight_decay, eps=hyper.eps, maximize=False)
+    adamw(
+        list(masters),
+        list(grads),
+        list(exp_avgs),
+        list(exp_avg_sqs),
+        [],
+        list(done.unbind()),
+        fused=True,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        amsgrad=False,
+        beta1=hyper.beta1,
+        beta2=hyper.beta2,
+        lr=hyper.lr,
+        weight_decay=hyper.weight_decay,
+        eps=hyper.eps,
+        maximize=False,
+    )
 
 
 def _choose(kind: str, device: torch.device) -> tuple[str, str]:
     missing = [] if any(map(shutil.which, ("g++", "clang++"))) else ["a C++ compiler"]
     missing += ["triton"] if device.type == "cuda" and importlib.util.find_spec("triton") is None else []
     if kind == "compiled" and missing:
-        raise UsageError(f"--memory.kernel compiled needs {' and '.join(missing)}; install it, or use --memory.kernel blocks.")
+        raise UsageError(
+            f"--memory.kernel compiled needs {' and '.join(missing)}; install it, or use --memory.kernel blocks."
+        )
     if kind == "blocks" or missing:
         because = f", as there is no {' and no '.join(missing)}" if kind == "auto" else ""
         return "blocks", f"torch's fused AdamW in blocks of {BLOCK // 1024}k elements{because}"
-    return "compiled", "torch.compile, one pass over gradient, states and weight; of float32 weights on the device, torch's own"
+    return (
+        "compiled",
+        "torch.compile, one pass over gradient, states and weight; of float32 weights on the device, torch's own",
+    )

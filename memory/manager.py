@@ -1,5 +1,5 @@
-"""ChunkManager: the engine that collects gradients, clips, and steps chunks on the device and on the host at once. Where chunks
-are, and how they move between steps, is the ChunkStore's (store.py).
+"""ChunkManager: the engine that collects gradients, clips, and steps chunks on the device and on the host at
+once. Where chunks are, and how they move between steps, is the ChunkStore's (store.py).
 
     phase        what happens                                                                       on lane
     backward     hook per parameter: CPU pieces -> slab, and the device's gradient is dropped       d2h
@@ -9,7 +9,8 @@ are, and how they move between steps, is the ChunkStore's (store.py).
                  CPU       Adam by host threads while the caller goes on; outbox -> weights         host adam, weights
     forward      each layer waits for the chunks that cover it, no other
 
-On a CUDA device lanes are streams; without one they are the calling thread, and only CPU chunks run beside it (lanes.py).
+On a CUDA device lanes are streams; without one they are the calling thread, and only CPU chunks run beside it
+(lanes.py).
 """
 
 import math
@@ -39,60 +40,90 @@ from memory.placement import Placement, Plan, describe_measured, with_prediction
 from memory.store import IN_FLIGHT_BYTES, MASTER_AND_MOMENTS, ChunkStore
 from memory.tracer import Rates, Traced, measure_rates
 
-MEASURED_STEPS = 5                 # with a plan, of which the median is told
+MEASURED_STEPS = 5  # with a plan, of which the median is told
 
 
 class ChunkManager(ChunkStore):
     """Owns master weights and moments of a model's trainable parameters; `manager.optimizer` is its face.
 
-    model: what `parameters()` of names; its parameters, plain or DTensor, float32 or bfloat16, hold values or will get them
-        by `masters().write`. Made after parallelize and to_empty.
-    optimizer: an AdamW on them that never stepped. Its groups (the dicts themselves: schedulers go on) become those of
-        `manager.optimizer`, which takes its place.
+    model: what `parameters()` of names; its parameters, plain or DTensor, float32 or bfloat16, hold values or
+        will get them by `masters().write`. Made after parallelize and to_empty.
+    optimizer: an AdamW on them that never stepped. Its groups (the dicts themselves: schedulers go on) become
+        those of `manager.optimizer`, which takes its place.
     parts: the modules that run, in forward order, if they are not `model`: pipeline stages.
-    arrivals: how often a gradient arrives between two steps: 1, or where each microbatch is reduced (ZeRO 2 and 3 without
-        pp), or without FSDP, the microbatches of a step.
-    clips: False: there is no bound on the gradient norm, so a chunk is stepped as soon as its last gradient has arrived, in
-        backward, with the learning rate of then; `step` does the rest.
-    outside: parameters with gradients that change after backward, or weights that are read outside forward (a matrix tied
-        over pipeline stages). `step` returns when they are new.
+    arrivals: how often a gradient arrives between two steps: 1, or where each microbatch is reduced (ZeRO 2
+        and 3 without pp), or without FSDP, the microbatches of a step.
+    clips: False: there is no bound on the gradient norm, so a chunk is stepped as soon as its last gradient
+        has arrived, in backward, with the learning rate of then; `step` does the rest.
+    outside: parameters with gradients that change after backward, or weights that are read outside forward (a
+        matrix tied over pipeline stages). `step` returns when they are new.
     plan: instead of the configuration's; placements of as many chunks as there are.
-    rates: of the machine, measured here if placement auto needs them; compute_seconds: what a step's forward and backward will
-        take, as far as is known before the first: with both a static plan is told with the step it predicts.
-    activations: offloads of block inputs, whose slabs count on the host and whose copies are drawn with the rest.
-    say: called with plans in words. ranks_per_host: that share its memory, of which plans take a rank's part of what is free,
-        or what --memory.host-budget-gib says.
+    rates: of the machine, measured here if placement auto needs them; compute_seconds: what a step's forward
+        and backward will take, as far as is known before the first: with both a static plan is told with the
+        step it predicts.
+    activations: offloads of block inputs, whose slabs count on the host and whose copies are drawn with the
+        rest.
+    say: called with plans in words. ranks_per_host: that share its memory, of which plans take a rank's part
+        of what is free, or what --memory.host-budget-gib says.
     UsageError, before anything is allocated, if the optimizer or the budgets do not allow it.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.AdamW, config: MemoryConfig, *,
-                 parts: Sequence[nn.Module] | None = None, arrivals: int = 1, clips: bool = True,
-                 outside: Iterable[nn.Parameter] = (), plan: Plan | None = None, rates: Rates | None = None,
-                 compute_seconds: tuple[float, float] | None = None, activations: Sequence[ActivationOffload] = (),
-                 say: Callable[[str], None] = lambda text: None, ranks_per_host: int = 1,
-                 chunk_elements: int | None = None, lanes: Lanes | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.AdamW,
+        config: MemoryConfig,
+        *,
+        parts: Sequence[nn.Module] | None = None,
+        arrivals: int = 1,
+        clips: bool = True,
+        outside: Iterable[nn.Parameter] = (),
+        plan: Plan | None = None,
+        rates: Rates | None = None,
+        compute_seconds: tuple[float, float] | None = None,
+        activations: Sequence[ActivationOffload] = (),
+        say: Callable[[str], None] = lambda text: None,
+        ranks_per_host: int = 1,
+        chunk_elements: int | None = None,
+        lanes: Lanes | None = None,
+    ):
         config.check()
         check_adamw(optimizer)
-        super().__init__(model, optimizer, config, parts, outside, arrivals, plan, activations, say, ranks_per_host,
-                         chunk_elements, lanes)
+        super().__init__(
+            model,
+            optimizer,
+            config,
+            parts,
+            outside,
+            arrivals,
+            plan,
+            activations,
+            say,
+            ranks_per_host,
+            chunk_elements,
+            lanes,
+        )
         self.arrivals, self.clips, self.kernel = arrivals, clips, Kernel(config.kernel, self.device)
         n_pieces = sum(len(chunk.pieces) for chunk in self.chunks)
         self._zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.norms = [self._zero] * n_pieces         # of each piece's whole gradient, float64
-        self.host_squares = [0.0] * n_pieces                          # of those summed on the host
-        self.shares = torch.tensor([1 / one.copies for one in self.managed for _ in one.pieces],
-                                   dtype=torch.float64, device=self.device)       # of a square in the world's sum
-        self.clip: Tensor | None = None              # factor of the next step; nan: it shall change nothing
+        self.norms = [self._zero] * n_pieces  # of each piece's whole gradient, float64
+        self.host_squares = [0.0] * n_pieces  # of those summed on the host
+        self.shares = torch.tensor(
+            [1 / one.copies for one in self.managed for _ in one.pieces],
+            dtype=torch.float64,
+            device=self.device,
+        )  # of a square in the world's sum
+        self.clip: Tensor | None = None  # factor of the next step; nan: it shall change nothing
         self._host_clip = torch.ones((), pin_memory=self.is_cuda)
-        self._uncertain: tuple[Any, list[Managed]] | None = None     # of a step: event of its factor, counted
-        self._in_flight: list[tuple[Any, Tensor]] = []            # (event, gradient that lives until then): on its way
-        self._in_use: list[tuple[Any, list[Tensor]]] = []         # likewise, what the latest update reads
-        self._issued: set[Chunk] = set()                         # told to step since the last `step`
-        self._is_updating = False                                # an update has begun: in backward, or in `step`
-        self._turns = dict.fromkeys(Placement, 0)                 # chunks stepped: whose turn it is in ring and outbox
+        self._uncertain: tuple[Any, list[Managed]] | None = None  # of a step: event of its factor, counted
+        self._in_flight: list[tuple[Any, Tensor]] = []  # (event, gradient that lives until then): on its way
+        self._in_use: list[tuple[Any, list[Tensor]]] = []  # likewise, what the latest update reads
+        self._issued: set[Chunk] = set()  # told to step since the last `step`
+        self._is_updating = False  # an update has begun: in backward, or in `step`
+        self._turns = dict.fromkeys(Placement, 0)  # chunks stepped: whose turn it is in ring and outbox
         self._phase: tuple[str | None, Any] = None, None
         self._host_began_s = self._host_done_s = self._host_update_s = None
-        self._steps_s: list[float] | None = []                    # when steps ended, until they are told; None: they were
+        self._steps_s: list[float] | None = []  # when steps ended, until they are told; None: they were
         self._warm_up()
         self._frozen = [p for group in optimizer.param_groups for p in group["params"] if p not in self.of]
         self._gates = _gates(self.parts, self.of)
@@ -112,8 +143,8 @@ class ChunkManager(ChunkStore):
             self.auto = AutoPolicy(self, rates, say)
 
     def take_plan(self, saved: str) -> None:
-        """Under placement auto: go on with this rank's plan of a checkpoint (Plan.to_json, or ""), without tracing again, if
-        on every rank it is one for the chunks and budgets of now. All ranks enter."""
+        """Under placement auto: go on with this rank's plan of a checkpoint (Plan.to_json, or ""), without
+        tracing again, if on every rank it is one for the chunks and budgets of now. All ranks enter."""
         if self.auto:
             self.auto.take_plan(Plan.from_json(saved) if saved else None)
 
@@ -138,13 +169,15 @@ class ChunkManager(ChunkStore):
                 self.kernel.warm_up_host(dtype, grad_dtype, self.lanes.n_threads)
             self.kernel.warm_up_device(self.device, dtype, grad_dtype, lengths)
 
-    # ---- backward: gradients arrive -----------------------------------------------------------------------------------
+    # ---- backward: gradients arrive ------------------------------------------------------------------------
 
     def _install_hooks(self) -> None:
         self._handles = []
-        for module in {self.model, *self.parts}:          # what reads or writes all weights comes after the update
-            self._handles += [module.register_state_dict_pre_hook(lambda *_: self.wait()),
-                              module.register_load_state_dict_pre_hook(lambda *_: self.wait())]
+        for module in {self.model, *self.parts}:  # what reads or writes all weights comes after the update
+            self._handles += [
+                module.register_state_dict_pre_hook(lambda *_: self.wait()),
+                module.register_load_state_dict_pre_hook(lambda *_: self.wait()),
+            ]
         for one in self.managed:
             one.parameter._has_chunks = True
             if not one.outside:
@@ -166,10 +199,14 @@ class ChunkManager(ChunkStore):
         can_sum = self.sums or self.clips and one.keeps_grad and one.parameter.dtype == torch.float32
         if one.came > 1 and (not can_sum or not self.clips and one.came > self.arrivals):
             n = one.came
-            raise RuntimeError(f"the gradient of {one.name} arrived {n} times before one step, and there is no place to sum it "
-                               f"in float32, or it was stepped with; pass arrivals={n} or more to ChunkManager, or throw the "
-                               "first away by optimizer.zero_grad().")
-        if not (one.keeps_grad and self.clips):      # else it is taken in with all others like it, by finish_backward
+            raise RuntimeError(
+                f"the gradient of {one.name} arrived {n} times before one step, and there is no place to sum it "
+                f"in float32, or it was stepped with; pass arrivals={n} or more to ChunkManager, or throw the "
+                "first away by optimizer.zero_grad()."
+            )
+        if not (
+            one.keeps_grad and self.clips
+        ):  # else it is taken in with all others like it, by finish_backward
             self._arrive(one)
 
     @torch.no_grad()
@@ -177,8 +214,12 @@ class ChunkManager(ChunkStore):
         """A gradient, or with kept gradients their sum so far, is in `parameter.grad`."""
         grad = one.parameter.grad
         if isinstance(grad, DTensor) and grad.placements != one.parameter.placements:
-            grad = grad.redistribute(placements=one.parameter.placements)      # Partial, where no FSDP has reduced it
-            if one.keeps_grad and (self.clips or one.arrivals + 1 == self.arrivals):      # it is the last one's sum
+            grad = grad.redistribute(
+                placements=one.parameter.placements
+            )  # Partial, where no FSDP has reduced it
+            if one.keeps_grad and (
+                self.clips or one.arrivals + 1 == self.arrivals
+            ):  # it is the last one's sum
                 one.parameter.grad = grad
         grad, ready = local(grad).reshape(-1), self.lanes.compute.now()
         for piece in one.pieces:
@@ -189,7 +230,7 @@ class ChunkManager(ChunkStore):
             one.parameter.grad = None
         one.arrivals += 1
         if not self.clips and one.arrivals == self.arrivals:
-            ready = self.lanes.compute.now()         # what waits on the device has been copied
+            ready = self.lanes.compute.now()  # what waits on the device has been copied
             for chunk in dict.fromkeys(piece.chunk for piece in one.pieces):
                 if all(other.arrivals == self.arrivals and not other.outside for other in chunk.managed):
                     self._issue(chunk, ready, DONE)
@@ -197,8 +238,8 @@ class ChunkManager(ChunkStore):
         self._bound_in_flight()
 
     def _collect(self, piece: Piece, grad: Tensor, ready, adds: bool) -> None:
-        """ready: the event of the gradient. adds: to those of microbatches before; else it is the first, or, where it is
-        kept, their sum."""
+        """ready: the event of the gradient. adds: to those of microbatches before; else it is the first, or,
+        where it is kept, their sum."""
         chunk = piece.chunk
         if chunk.state is not State.COLLECTING:
             chunk.wait()
@@ -206,10 +247,13 @@ class ChunkManager(ChunkStore):
             chunk.move_to(State.COLLECTING)
         if chunk.placement is Placement.CPU:
             if piece.adding is not None:
-                piece.adding.result()            # the slab still holds the gradient of the microbatch before
+                piece.adding.result()  # the slab still holds the gradient of the microbatch before
             slab = chunk.tensors["slab"][piece.in_chunk]
-            copied = self.lanes.d2h.run(f"gradient of {piece.managed.name}", lambda: slab.copy_(grad, non_blocking=True),
-                                        after=[ready])
+            copied = self.lanes.d2h.run(
+                f"gradient of {piece.managed.name}",
+                lambda: slab.copy_(grad, non_blocking=True),
+                after=[ready],
+            )
             self._in_flight.append((copied, grad))
             if "total" in chunk.tensors:
                 piece.adding = self.lanes.thread.submit(self._add, piece, copied, adds)
@@ -250,12 +294,14 @@ class ChunkManager(ChunkStore):
         for one in self.managed:
             if one.arrivals == 0 and one.parameter.grad is not None:
                 self._arrive(one)
-            elif one.arrivals and one.keeps_grad and one.parameter.grad is None:       # by the model's zero_grad
+            elif one.arrivals and one.keeps_grad and one.parameter.grad is None:  # by the model's zero_grad
                 self._forget(one)
         strange = next((p for p in self._frozen if p.grad is not None), None)
         if strange is not None:
-            raise RuntimeError(f"a parameter of shape {tuple(strange.shape)} has a gradient and was frozen when chunks were "
-                               "cut; unfreeze what shall train before ChunkManager is made.")
+            raise RuntimeError(
+                f"a parameter of shape {tuple(strange.shape)} has a gradient and was frozen when chunks were "
+                "cut; unfreeze what shall train before ChunkManager is made."
+            )
 
     def discard_gradients(self) -> None:
         for one in self.managed:
@@ -264,7 +310,7 @@ class ChunkManager(ChunkStore):
         for chunk in self.chunks:
             if chunk.state is State.COLLECTING:
                 chunk.move_to(State.READY)
-        self.clip = None                         # it was of these gradients
+        self.clip = None  # it was of these gradients
 
     def _forget(self, one: Managed) -> None:
         if one.arrivals:
@@ -275,21 +321,23 @@ class ChunkManager(ChunkStore):
             self.norms[piece.index], self.host_squares[piece.index] = self._zero, 0.0
         one.came = one.arrivals = 0
 
-    # ---- the norm -----------------------------------------------------------------------------------------------------
+    # ---- the norm ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """Make the next step scale all gradients so that their 2-norm over all ranks is at most `max_norm`; returns what it
-        is before, a float64 scalar, the same on every rank. Gradients stay as they are: the factor is an argument of Adam.
-        If the norm is inf or nan the next step changes nothing, on any rank: no weight, no moment and no step
-        count.
+        """Make the next step scale all gradients so that their 2-norm over all ranks is at most `max_norm`;
+        returns what it is before, a float64 scalar, the same on every rank. Gradients stay as they are: the
+        factor is an argument of Adam. If the norm is inf or nan the next step changes nothing, on any rank:
+        no weight, no moment and no step count.
 
         max_norm: inf only asks for the norm. It is all that a manager with clips=False can do: its chunks
         were stepped as their gradients arrived, before there was a norm, so it cannot keep a gradient that is
         not finite out of them."""
         if max_norm < math.inf and not self.clips:
-            raise RuntimeError(f"gradients cannot be clipped to {max_norm} any more: with clips=False chunks are stepped as "
-                               "their gradients arrive; pass clips=True to ChunkManager.")
+            raise RuntimeError(
+                f"gradients cannot be clipped to {max_norm} any more: with clips=False chunks are stepped as "
+                "their gradients arrive; pass clips=True to ChunkManager."
+            )
         self.finish_backward()
         for chunk in self.chunks if self.sums else ():
             for piece in chunk.pieces:
@@ -308,26 +356,38 @@ class ChunkManager(ChunkStore):
         self.clip = clip_factor(norm, max_norm) if self.clips else None
         return norm
 
-    # ---- the update ---------------------------------------------------------------------------------------------------
+    # ---- the update ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self) -> None:
-        """One AdamW update of every parameter whose gradient arrived; gradients are used up. Returns at once: what reads
-        weights or states waits for what it reads."""
+        """One AdamW update of every parameter whose gradient arrived; gradients are used up. Returns at once:
+        what reads weights or states waits for what it reads."""
         self.finish_backward()
         self._mark(None)
         self._begin_update()
-        ready, clip_arrived = self.lanes.compute.now(), DONE      # STREAM need not wait for the residents' Adam, given below
+        ready, clip_arrived = (
+            self.lanes.compute.now(),
+            DONE,
+        )  # STREAM need not wait for the residents' Adam, given below
         if self.clip is not None:
-            clip_arrived = self.lanes.d2h.run("clip", partial(self._host_clip.copy_, self.clip, non_blocking=True),
-                                              after=[ready])
+            clip_arrived = self.lanes.d2h.run(
+                "clip", partial(self._host_clip.copy_, self.clip, non_blocking=True), after=[ready]
+            )
             self._in_use.append((clip_arrived, [self.clip]))
         for placement in (Placement.CPU, Placement.RESIDENT, Placement.STREAM):
             for chunk in self.chunks:
-                if chunk.placement is placement and chunk not in self._issued and any(one.arrivals for one in chunk.managed):
+                if (
+                    chunk.placement is placement
+                    and chunk not in self._issued
+                    and any(one.arrivals for one in chunk.managed)
+                ):
                     self._issue(chunk, ready, clip_arrived)
-        read = [piece.waiting for one in self.managed for piece in one.pieces] + [one.parameter.grad for one in self.managed]
-        self._in_use.append((self.lanes.adam.now(), [tensor for tensor in [*read, self.clip] if tensor is not None]))
+        read = [piece.waiting for one in self.managed for piece in one.pieces] + [
+            one.parameter.grad for one in self.managed
+        ]
+        self._in_use.append(
+            (self.lanes.adam.now(), [tensor for tensor in [*read, self.clip] if tensor is not None])
+        )
         counted = [one for one in self.managed if one.arrivals]
         for one in counted:
             one.step += 1
@@ -369,52 +429,68 @@ class ChunkManager(ChunkStore):
         self._steps_s.append(self.lanes.clock())
         if len(self._steps_s) == MEASURED_STEPS + 2:
             times = [end - start for start, end in pairwise(self._steps_s[1:])]
-            self.say(describe_measured(self.plan, statistics.median(times), self.host_update_seconds(), self.ledger.peak))
+            self.say(
+                describe_measured(
+                    self.plan, statistics.median(times), self.host_update_seconds(), self.ledger.peak
+                )
+            )
             self._steps_s = None
 
     def _begin_update(self) -> None:
-        """Before the first chunk of an update is stepped: what the last one left behind is waited for, and timed."""
+        """Before the first chunk of an update is stepped: what the last one left behind is waited for, and
+        timed."""
         if self._is_updating:
             return
         self._is_updating = True
         for chunk in self.chunks:
             if chunk.state is not State.COLLECTING:
-                chunk.wait()                     # long done, but for one whose layers did not run since the last step
+                chunk.wait()  # long done, but for one whose layers did not run since the last step
         self._settle_counts()
         self._host_update_s = self._host_began_s and self._host_done_s - self._host_began_s
         self._host_began_s = None
 
     def _issue(self, chunk: Chunk, ready, clip_arrived) -> None:
-        """Have its engine step the pieces of a chunk whose gradients are there, once the event `ready` has happened."""
+        """Have its engine step the pieces of a chunk whose gradients are there, once the event `ready` has
+        happened."""
         self._begin_update()
         self._issued.add(chunk)
-        engine = {Placement.CPU: self._queue, Placement.RESIDENT: self._step_resident,
-                  Placement.STREAM: self._step_stream}[chunk.placement]
+        engine = {
+            Placement.CPU: self._queue,
+            Placement.RESIDENT: self._step_resident,
+            Placement.STREAM: self._step_stream,
+        }[chunk.placement]
         chunk.move_to(State.QUEUED)
         for one in chunk.managed:
             if one.arrivals:
-                one.weight_seen = None           # until the next forward, or wait
-        engine(chunk, [(piece, _hyper(piece.managed)) for piece in chunk.pieces if piece.managed.arrivals], ready, clip_arrived,
-               self._turns[chunk.placement])
+                one.weight_seen = None  # until the next forward, or wait
+        engine(
+            chunk,
+            [(piece, _hyper(piece.managed)) for piece in chunk.pieces if piece.managed.arrivals],
+            ready,
+            clip_arrived,
+            self._turns[chunk.placement],
+        )
         self._turns[chunk.placement] += 1
 
     def host_update_seconds(self) -> float | None:
-        """From when the host could begin an update until its last weight was sent, of the one before the latest; None: the
-        host had no chunk in it."""
+        """From when the host could begin an update until its last weight was sent, of the one before the
+        latest; None: the host had no chunk in it."""
         return self._host_update_s
 
     def _step_resident(self, chunk: Chunk, pieces: list, ready, clip_arrived, turn: int) -> None:
-        """Where it lies, on the caller's stream: what the caller computes from now on is after it without a wait."""
+        """Where it lies, on the caller's stream: what the caller computes from now on is after it without a
+        wait."""
         chunk.move_to(State.STEPPING)
         self.lanes.resident.run(f"chunk {chunk.index}", self._adam_on_device(chunk.tensors, pieces))
         chunk.weights_done = chunk.done = DONE
         chunk.move_to(State.READY)
 
     def _step_stream(self, chunk: Chunk, pieces: list, ready, clip_arrived, turn: int) -> None:
-        """Through a ring slot; the three copies and the step of different chunks overlap, each on its own lane."""
+        """Through a ring slot; the three copies and the step of different chunks overlap, each on its own
+        lane."""
         i, what = turn % len(self.ring), f"chunk {chunk.index}"
         home = {name: tensor for name, tensor in chunk.tensors.items() if name != "total"}
-        slot = {name: self.ring[i][name][:chunk.n] for name in home}
+        slot = {name: self.ring[i][name][: chunk.n] for name in home}
 
         def copy(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:
             for name, target in targets.items():
@@ -432,8 +508,13 @@ class ChunkManager(ChunkStore):
         """What steps the pieces, once it is called; gradients and clip factor are those of now."""
         steps = []
         for piece, hyper in pieces:
-            of_piece = (states[name][piece.in_chunk] if name in states else None for name in ("low", "exp_avg", "exp_avg_sq"))
-            steps.append((piece.managed.weight[piece.in_shard], *of_piece, self._grad_of(piece), self.clip, hyper))
+            of_piece = (
+                states[name][piece.in_chunk] if name in states else None
+                for name in ("low", "exp_avg", "exp_avg_sq")
+            )
+            steps.append(
+                (piece.managed.weight[piece.in_shard], *of_piece, self._grad_of(piece), self.clip, hyper)
+            )
 
         return partial(self.kernel.device_steps, steps)
 
@@ -442,24 +523,32 @@ class ChunkManager(ChunkStore):
         """Of a piece on the device, whole since backward ended."""
         if "total" in piece.chunk.tensors:
             return piece.chunk.tensors["total"][piece.in_chunk]
-        return flat(piece.managed.parameter.grad)[piece.in_shard] if piece.managed.keeps_grad else piece.waiting
+        return (
+            flat(piece.managed.parameter.grad)[piece.in_shard] if piece.managed.keeps_grad else piece.waiting
+        )
 
     def _queue(self, chunk: Chunk, pieces: list, ready, clip_arrived, turn: int) -> None:
         weights = [(piece, piece.managed.weight[piece.in_shard]) for piece, _ in pieces]
         whole = len(pieces) == len(chunk.pieces) and len({hyper for _, hyper in pieces}) == 1
-        runs = [(slice(0, chunk.n), pieces[0][1])] if whole else [(piece.in_chunk, hyper) for piece, hyper in pieces]
+        runs = (
+            [(slice(0, chunk.n), pieces[0][1])]
+            if whole
+            else [(piece.in_chunk, hyper) for piece, hyper in pieces]
+        )
         clip = None if self.clip is None else self._host_clip
         chunk.weights_done = DONE
         chunk.job = self.lanes.thread.submit(self._step_host, chunk, runs, weights, clip, clip_arrived, turn)
 
     @torch.no_grad()
-    def _step_host(self, chunk: Chunk, runs: list, weights: list, clip: Tensor | None, clip_arrived, turn: int) -> None:
+    def _step_host(
+        self, chunk: Chunk, runs: list, weights: list, clip: Tensor | None, clip_arrived, turn: int
+    ) -> None:
         """On the host's thread, chunk after chunk in forward order."""
         chunk.move_to(State.STEPPING)
         i = turn % len(self.outbox)
         for event in (clip_arrived, *chunk.arrived, self._sent[i]):
             event.synchronize()
-        if clip is not None and clip.isnan():        # the gradient is not finite: nothing changes
+        if clip is not None and clip.isnan():  # the gradient is not finite: nothing changes
             chunk.weights_done = chunk.done = DONE
             chunk.move_to(State.READY)
             return
@@ -477,17 +566,19 @@ class ChunkManager(ChunkStore):
                 weight.copy_(new[piece.in_chunk], non_blocking=True)
 
         self.lanes.host.run(f"chunk {chunk.index}", step)
-        chunk.weights_done = chunk.done = self._sent[i] = self.lanes.weights.run(f"weights of chunk {chunk.index}", send)
+        chunk.weights_done = chunk.done = self._sent[i] = self.lanes.weights.run(
+            f"weights of chunk {chunk.index}", send
+        )
         chunk.move_to(State.READY)
         self._host_done_s = self.lanes.clock()
 
-    # ---- forward and readers ------------------------------------------------------------------------------------------
+    # ---- forward and readers -------------------------------------------------------------------------------
 
     def _enter(self, chunks: list[Chunk], ones: list[Managed], gathers: bool) -> None:
         """Before the forward of a module that waits for `chunks`, all of its parameters `ones`."""
         for chunk in chunks:
             if gathers:
-                chunk.wait()                 # FSDP gathers on streams of its own, which wait for no lane
+                chunk.wait()  # FSDP gathers on streams of its own, which wait for no lane
             else:
                 chunk.wait_on(self.lanes.compute)
         self._see_weights(ones)
@@ -497,8 +588,13 @@ class ChunkManager(ChunkStore):
             self.auto.forward_begins()
 
     def gated_modules(self) -> dict[str, nn.Module]:
-        """What waits for weights as one, in forward order, by name: blocks, and each part for the rest of it."""
-        names = {module: name or f"part {i}" for i, part in enumerate(self.parts) for name, module in part.named_modules()}
+        """What waits for weights as one, in forward order, by name: blocks, and each part for the rest of
+        it."""
+        names = {
+            module: name or f"part {i}"
+            for i, part in enumerate(self.parts)
+            for name, module in part.named_modules()
+        }
         return {names[module]: module for module in self._gates}
 
     def close(self) -> None:
@@ -513,7 +609,7 @@ class ChunkManager(ChunkStore):
         hold_to_budget(self.device, None)
         self.lanes.thread.shutdown()
 
-    # ---- what happened when ---------------------------------------------------------------------------------------------
+    # ---- what happened when --------------------------------------------------------------------------------
 
     @property
     def record(self) -> bool:
@@ -538,14 +634,17 @@ class ChunkManager(ChunkStore):
     def events(self) -> list[tuple[str, str, float, float]]:
         """Lanes.events, once all is over, in the order of their starts."""
         self.wait()
-        return sorted((event for lanes in self._all_lanes() for event in lanes.events()), key=lambda event: event[2])
+        return sorted(
+            (event for lanes in self._all_lanes() for event in lanes.events()), key=lambda event: event[2]
+        )
 
     def _all_lanes(self) -> list[Lanes]:
         return [self.lanes, *(one.lanes for one in self.activations)]
 
 
 def _gates(parts: list[nn.Module], of: dict[nn.Parameter, Managed]) -> dict[nn.Module, list[Chunk]]:
-    """Module -> chunks that must be ready before its forward; in forward order, modules without a chunk too."""
+    """Module -> chunks that must be ready before its forward; in forward order, modules without a chunk
+    too."""
     gates: dict[nn.Module, list[Chunk]] = {}
     for part in parts:
         for parameter, module in gated(part).items():
@@ -563,5 +662,8 @@ def _hyper(one: Managed) -> Hyper:
 
 def _waiting_bytes(one: Managed) -> int:
     """Of a gradient, what stays on the device until its step."""
-    return sum((piece.in_chunk.stop - piece.in_chunk.start) * one.parameter.dtype.itemsize for piece in one.pieces
-               if piece.chunk.placement is not Placement.CPU and "total" not in piece.chunk.tensors)
+    return sum(
+        (piece.in_chunk.stop - piece.in_chunk.start) * one.parameter.dtype.itemsize
+        for piece in one.pieces
+        if piece.chunk.placement is not Placement.CPU and "total" not in piece.chunk.tensors
+    )

@@ -1,7 +1,9 @@
-"""ChunkOptimizer: the chunk manager as a torch Optimizer, so that schedulers, zero_grad and checkpoints work as with AdamW.
+"""ChunkOptimizer: the chunk manager as a torch Optimizer, so that schedulers, zero_grad and checkpoints work
+as with AdamW.
 
-A checkpoint holds what it would hold without the manager: as the model's weights the float32 masters, per parameter `step`,
-`exp_avg`, `exp_avg_sq`, and the groups' settings. So it can be loaded under any plan, on any layout, and by torch's AdamW.
+A checkpoint holds what it would hold without the manager: as the model's weights the float32 masters, per
+parameter `step`, `exp_avg`, `exp_avg_sq`, and the groups' settings. So it can be loaded under any plan, on
+any layout, and by torch's AdamW.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,18 +24,22 @@ if TYPE_CHECKING:
     from memory.manager import ChunkManager
 
 STATES = ("step", "exp_avg", "exp_avg_sq")
-REFUSED = ("amsgrad", "maximize", "capturable", "differentiable", "foreach")      # fused: the chunk kernel is
+REFUSED = ("amsgrad", "maximize", "capturable", "differentiable", "foreach")  # fused: the chunk kernel is
 
 
 def check_adamw(optimizer: torch.optim.Optimizer) -> None:
     """UsageError if it asks for anything but plain AdamW, or has state that would be lost."""
     if type(optimizer) is not torch.optim.AdamW:
-        raise UsageError(f"the chunk manager steps torch.optim.AdamW, and was given {type(optimizer).__name__}; use AdamW, or "
-                         "--memory.placement off.")
+        raise UsageError(
+            f"the chunk manager steps torch.optim.AdamW, and was given {type(optimizer).__name__}; use AdamW, or "
+            "--memory.placement off."
+        )
     check_options(optimizer.param_groups)
     if optimizer.state:
-        raise UsageError("the optimizer has stepped already; give the chunk manager a new one, and load a checkpoint into "
-                         "manager.optimizer.")
+        raise UsageError(
+            "the optimizer has stepped already; give the chunk manager a new one, and load a checkpoint into "
+            "manager.optimizer."
+        )
 
 
 def check_options(groups: list[dict[str, Any]]) -> None:
@@ -41,8 +47,10 @@ def check_options(groups: list[dict[str, Any]]) -> None:
     for group in groups:
         asked = [name for name in REFUSED if group.get(name)]
         if asked:
-            raise UsageError(f"AdamW({asked[0]}=True) is not possible with the chunk manager; leave it out, or use "
-                             "--memory.placement off.")
+            raise UsageError(
+                f"AdamW({asked[0]}=True) is not possible with the chunk manager; leave it out, or use "
+                "--memory.placement off."
+            )
 
 
 class ChunkOptimizer(torch.optim.Optimizer):
@@ -60,7 +68,8 @@ class ChunkOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> Tensor | None:
-        """As AdamW.step, with the factor of the last clip_grad_norm; gradients are used up. Returns before all is done."""
+        """As AdamW.step, with the factor of the last clip_grad_norm; gradients are used up. Returns before
+        all is done."""
         check_options(self.param_groups)
         loss = None
         if closure is not None:
@@ -82,38 +91,46 @@ class ChunkOptimizer(torch.optim.Optimizer):
         return self.manager.masters()
 
     def checkpoint_state(self) -> dict[str, Any]:
-        """The sections of a checkpoint, dtensor_llama.checkpoint.training_state, that are the manager's to give.
+        """The sections of a checkpoint, dtensor_llama.checkpoint.training_state, that are the manager's to
+        give.
 
-        Weights are the float32 masters; the optimizer's state has the names that torch's AdamW would have in a flattened
-        state dict; tensors are Deferred. `plan` is this rank's, for only the same plan gives the same bits.
+        Weights are the float32 masters; the optimizer's state has the names that torch's AdamW would have in
+        a flattened state dict; tensors are Deferred. `plan` is this rank's, for only the same plan gives the
+        same bits.
         """
         manager, masters = self.manager, self.manager.masters()
         stages = manager.stages_checkpoints()
 
         def deferred(name: str, one: Managed) -> Deferred:
-            return Deferred(placeholder(one.parameter), partial(manager.gather, name, one),
-                            partial(manager.scatter, name, one), stages)
+            return Deferred(
+                placeholder(one.parameter),
+                partial(manager.gather, name, one),
+                partial(manager.scatter, name, one),
+                stages,
+            )
 
         weights = {}
         for name, value in masters.state_dict(keep_vars=True).items():
             if one := masters.managed_of(value):
                 weights[name] = deferred("master", one)
-            elif not isinstance(value, nn.Parameter):      # a buffer; frozen parameters are no state
+            elif not isinstance(value, nn.Parameter):  # a buffer; frozen parameters are no state
                 weights[name] = value
         names = {parameter: plain_name(name) for name, parameter in manager.model.named_parameters()}
         state = {}
         for group in self.param_groups:
             for parameter in group["params"]:
                 name, one = names[parameter], manager.of.get(parameter)
-                state |= {f"param_groups.{name}.{key}": value for key, value in group.items() if key != "params"}
+                state |= {
+                    f"param_groups.{name}.{key}": value for key, value in group.items() if key != "params"
+                }
                 if one is not None:
                     state[f"state.{name}.step"] = torch.tensor(float(one.step))
                     state |= {f"state.{name}.{key}": deferred(key, one) for key in ("exp_avg", "exp_avg_sq")}
         return {"model": weights, "optimizer": state, "plan": {str(_rank()): self.saved_plan()}}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Put a loaded `checkpoint_state` into effect. Weights and moments are in the chunks already: they were written as
-        they were read."""
+        """Put a loaded `checkpoint_state` into effect. Weights and moments are in the chunks already: they
+        were written as they were read."""
         names = {parameter: plain_name(name) for name, parameter in self.manager.model.named_parameters()}
         loaded = state["optimizer"]
         for group in self.param_groups:
@@ -139,7 +156,8 @@ class ChunkOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Copy moments and settings in; written by this, or by AdamW, under any plan. Master weights: `masters().write`."""
+        """Copy moments and settings in; written by this, or by AdamW, under any plan. Master weights:
+        `masters().write`."""
         self.manager.wait()
         check_options(state_dict["param_groups"])
         both = state_dict["param_groups"], self.param_groups

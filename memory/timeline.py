@@ -1,13 +1,25 @@
-"""A picture of one step from measured times: what the device computes, what travels, what each Adam steps, and when."""
+"""A picture of one step from measured times: what the device computes, what travels, what each Adam steps,
+and when."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-Event = tuple[str, str, float, float]       # name, lane, start and end in seconds
+Event = tuple[str, str, float, float]  # name, lane, start and end in seconds
 
-LANES = {"compute": "#4c78a8", "d2h": "#b279a2", "h2d": "#f58518", "host adam": "#54a24b", "device adam": "#2f9c95"}
-LABELS = {"compute": "compute", "d2h": "to the host", "h2d": "to the device", "host adam": "host Adam",
-          "device adam": "device Adam"}
+LANES = {
+    "compute": "#4c78a8",
+    "d2h": "#b279a2",
+    "h2d": "#f58518",
+    "host adam": "#54a24b",
+    "device adam": "#2f9c95",
+}
+LABELS = {
+    "compute": "compute",
+    "d2h": "to the host",
+    "h2d": "to the device",
+    "host adam": "host Adam",
+    "device adam": "device Adam",
+}
 IDLE = "#f0f0f0"
 
 
@@ -21,7 +33,8 @@ def busy_seconds(events: Sequence[Event], lane: str) -> float:
 
 
 def draw_timeline(events: Sequence[Event], path: str | Path, title: str = "one step") -> None:
-    """Write a PNG: a row per lane in LANES' order, a box per event, its name in it where there is room, and how busy each was.
+    """Write a PNG: a row per lane in LANES' order, a box per event, its name in it where there is room, and
+    how busy each was.
 
     Where the name has no room, its last word is tried. Events of one lane that overlap share its height.
     Raises ValueError if there are no events or a lane is unknown.
@@ -41,19 +54,33 @@ def draw_timeline(events: Sequence[Event], path: str | Path, title: str = "one s
     figure, axes = plt.subplots(figsize=(width, height), dpi=150)
     labels = []
     for row, (lane, color) in enumerate(LANES.items()):
-        axes.broken_barh([(0, per_s * length_s)], (row - 0.38, 0.76), color=IDLE, linewidth=0)      # events are drawn over it
+        axes.broken_barh(
+            [(0, per_s * length_s)], (row - 0.38, 0.76), color=IDLE, linewidth=0
+        )  # events are drawn over it
         own = sorted((event for event in events if event[1] == lane), key=lambda event: event[2])
         levels = _levels(own)
         n_levels = max(levels, default=0) + 1
         for (name, _, start, stop), level in zip(own, levels, strict=True):
             left, length = per_s * (start - begin), per_s * (stop - start)
             bottom = row - 0.38 + level * 0.76 / n_levels
-            axes.broken_barh([(left, length)], (bottom, 0.76 / n_levels), facecolor=color, edgecolor="white",
-                             linewidth=0.5 if length > 0.04 * per_inch else 0)
+            axes.broken_barh(
+                [(left, length)],
+                (bottom, 0.76 / n_levels),
+                facecolor=color,
+                edgecolor="white",
+                linewidth=0.5 if length > 0.04 * per_inch else 0,
+            )
             for text in (name, name.rpartition(" ")[2]):
                 if length > per_inch * (0.075 * len(text) + 0.06) and n_levels <= 3:
-                    axes.text(left + length / 2, bottom + 0.38 / n_levels, text, ha="center", va="center", fontsize=7.5,
-                              color="white")
+                    axes.text(
+                        left + length / 2,
+                        bottom + 0.38 / n_levels,
+                        text,
+                        ha="center",
+                        va="center",
+                        fontsize=7.5,
+                        color="white",
+                    )
                     break
         busy = busy_seconds(events, lane)
         amount = f"{per_s * busy:.0f}" if per_s * busy >= 100 else f"{per_s * busy:.2g}"
@@ -78,6 +105,6 @@ def _levels(events: Sequence[Event]) -> list[int]:
     levels = []
     for _, _, start, end in events:
         level = next((i for i, free in enumerate(free_from) if free <= start + 1e-12), len(free_from))
-        free_from[level:level + 1] = [end]
+        free_from[level : level + 1] = [end]
         levels.append(level)
     return levels

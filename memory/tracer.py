@@ -1,7 +1,9 @@
-"""What the machine can do (Rates, measured once and kept) and what the model needs (Traced, from two or three warm-up steps).
+"""What the machine can do (Rates, measured once and kept) and what the model needs (Traced, from two or three
+warm-up steps).
 
-Rates are bytes per second that really moved, counted where they move: a copy within RAM costs its DRAM twice, a copy over
-the link once. Without an accelerator the link is a copy between two accounts of the same RAM, made by a thread of its own.
+Rates are bytes per second that really moved, counted where they move: a copy within RAM costs its DRAM twice,
+a copy over the link once. Without an accelerator the link is a copy between two accounts of the same RAM,
+made by a thread of its own.
 """
 
 import json
@@ -25,7 +27,7 @@ from memory.lanes import host_threads
 MIB = 2**20
 
 
-# ---- rates --------------------------------------------------------------------------------------------------------------
+# ---- rates -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,17 @@ class Rates:
 
     h2d: float
     d2h: float
-    duplex: float                    # both directions at once, summed
-    dram: float                      # the host's cores streaming in place (read and write), alone
-    dram_under_dma: float            # the same while the link is busy both ways, the link's share of DRAM included
-    host_adam: dict[int, float]      # by threads, up to those that step
+    duplex: float  # both directions at once, summed
+    dram: float  # the host's cores streaming in place (read and write), alone
+    dram_under_dma: float  # the same while the link is busy both ways, the link's share of DRAM included
+    host_adam: dict[int, float]  # by threads, up to those that step
     device_adam: float
 
     def scaled(self, factor: float) -> "Rates":
         """All that an update on the host waits for, times `factor`: the machine as it turned out to be."""
-        slower = {name: factor * getattr(self, name) for name in ("h2d", "d2h", "duplex", "dram", "dram_under_dma")}
+        slower = {
+            name: factor * getattr(self, name) for name in ("h2d", "d2h", "duplex", "dram", "dram_under_dma")
+        }
         return replace(self, **slower, host_adam={n: factor * rate for n, rate in self.host_adam.items()})
 
     def to_json(self) -> dict:
@@ -71,14 +75,28 @@ def machine_key(device: torch.device, ranks_per_host: int = 1) -> str:
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
-        if info.exists() else []
+    models = (
+        [
+            line.partition(":")[2].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if info.exists()
+        else []
+    )
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def load_rates(path: Path, device: torch.device, kernel: str = "auto", ranks_per_host: int = 1,
-               measure: Callable[..., Rates] | None = None, say: Callable[[str], None] = lambda text: None) -> Rates:
-    """Of this machine as kept in the JSON file `path`; measured (some seconds) and added to it if they are not there.
+def load_rates(
+    path: Path,
+    device: torch.device,
+    kernel: str = "auto",
+    ranks_per_host: int = 1,
+    measure: Callable[..., Rates] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Rates:
+    """Of this machine as kept in the JSON file `path`; measured (some seconds) and added to it if they are
+    not there.
 
     A file that cannot be read, or holds something else, is measured and written anew; one that cannot be
     written is done without. kernel: of AdamW, as --memory.kernel; ranks_per_host: that share the host, and
@@ -92,15 +110,17 @@ def load_rates(path: Path, device: torch.device, kernel: str = "auto", ranks_per
             rates = Rates.from_json(kept[key])
             rates.check()
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        say(f"memory    {path} holds no rates that can be used ({type(error).__name__}: {error}); they are "
-            "measured anew")
+        say(
+            f"memory    {path} holds no rates that can be used ({type(error).__name__}: {error}); they are "
+            "measured anew"
+        )
         kept.pop(key, None)
         rates = None
     if rates is None:
         say(f"memory    measuring what this machine can move and step, once, for {path}")
         rates = (measure or measure_rates)(device, kernel, ranks_per_host)
         kept[key] = rates.to_json()
-        partial = path.with_suffix(f".{os.getpid()}")          # ranks may measure at once: the last whole file stands
+        partial = path.with_suffix(f".{os.getpid()}")  # ranks may measure at once: the last whole file stands
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial.write_text(json.dumps(kept, indent=1) + "\n")
@@ -110,17 +130,24 @@ def load_rates(path: Path, device: torch.device, kernel: str = "auto", ranks_per
     return rates
 
 
-def measure_rates(device: torch.device, kernel: str = "auto", ranks_per_host: int = 1, n_bytes: int = 256 * MIB,
-                  seconds: float = 0.5) -> Rates:
-    """All of it, `seconds` each. With a GPU it must be idle; several ranks of a host measure at the same time, so that each
-    gets its share."""
+def measure_rates(
+    device: torch.device,
+    kernel: str = "auto",
+    ranks_per_host: int = 1,
+    n_bytes: int = 256 * MIB,
+    seconds: float = 0.5,
+) -> Rates:
+    """All of it, `seconds` each. With a GPU it must be idle; several ranks of a host measure at the same
+    time, so that each gets its share."""
     link, stream = Link(device, n_bytes), DramStream(4 * n_bytes)
     wires = {direction: link.rate(direction, seconds) for direction in ("h2d", "d2h", "duplex")}
     dram, under_dma = stream.rate(seconds), stream.rate_under(link, seconds)
     counts = thread_counts(host_threads(device, ranks_per_host))
     host_adam = {n: host_adam_rate(n, seconds=seconds, kernel=kernel) for n in counts}
     on_gpu = device.type == "cuda"
-    device_adam = device_adam_rate(device, seconds=seconds, kernel=kernel) if on_gpu else max(host_adam.values())
+    device_adam = (
+        device_adam_rate(device, seconds=seconds, kernel=kernel) if on_gpu else max(host_adam.values())
+    )
     return Rates(**wires, dram=dram, dram_under_dma=under_dma, host_adam=host_adam, device_adam=device_adam)
 
 
@@ -130,8 +157,8 @@ def thread_counts(most: int) -> list[int]:
 
 
 def per_second(work: Callable[[], float], seconds: float) -> float:
-    """work() does something and returns how much; the best rate of what fits into `seconds`, at least three goes, after one
-    to warm up. The best, as what disturbs a measurement only ever slows it."""
+    """work() does something and returns how much; the best rate of what fits into `seconds`, at least three
+    goes, after one to warm up. The best, as what disturbs a measurement only ever slows it."""
     work()
     best, n_goes, began = 0.0, 0, time.perf_counter()
     while n_goes < 3 or time.perf_counter() - began < seconds:
@@ -143,7 +170,8 @@ def per_second(work: Callable[[], float], seconds: float) -> float:
 
 
 class Link:
-    """The wires between host and device; each direction has a pair of buffers and a stream (without GPU: a thread)."""
+    """The wires between host and device; each direction has a pair of buffers and a stream (without GPU: a
+    thread)."""
 
     def __init__(self, device: torch.device, n_bytes: int):
         self.device, self.n_bytes = device, n_bytes
@@ -151,7 +179,7 @@ class Link:
         self.host = [torch.ones(n_bytes, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2)]
         self.on_device = [torch.ones(n_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
         self.streams = [torch.cuda.Stream(device) for _ in range(2)] if on_gpu else None
-        self.dram_bytes_per_byte = 1 if on_gpu else 2              # a copy within RAM reads and writes it
+        self.dram_bytes_per_byte = 1 if on_gpu else 2  # a copy within RAM reads and writes it
 
     def copy(self, direction: str, n_bytes: int | None = None) -> int:
         """Copy h2d, d2h or duplex and wait for the end; returns the bytes moved."""
@@ -174,7 +202,7 @@ class Link:
     def _one(self, job: int, n_bytes: int) -> None:
         source, target = (self.host[0], self.on_device[0]) if job == 0 else (self.on_device[1], self.host[1])
         if self.streams is None:
-            torch.set_num_threads(1)                     # of this thread: one engine copies, as on a GPU
+            torch.set_num_threads(1)  # of this thread: one engine copies, as on a GPU
         target[:n_bytes].copy_(source[:n_bytes], non_blocking=True)
 
     def rate(self, direction: str, seconds: float = 0.5, n_bytes: int | None = None) -> float:
@@ -182,7 +210,8 @@ class Link:
 
 
 class DramStream:
-    """All cores adding to an array in place: the least that any update of states does to DRAM. Larger than caches."""
+    """All cores adding to an array in place: the least that any update of states does to DRAM. Larger than
+    caches."""
 
     def __init__(self, n_bytes: int):
         self.array = torch.zeros(n_bytes // 4)
@@ -215,7 +244,9 @@ class DramStream:
             thread.join()
 
 
-def host_adam_rate(n_threads: int, n_parameters: int = 32 * MIB, seconds: float = 0.5, kernel: str = "auto") -> float:
+def host_adam_rate(
+    n_threads: int, n_parameters: int = 32 * MIB, seconds: float = 0.5, kernel: str = "auto"
+) -> float:
     """Parameters/s of our AdamW kernel on `n_threads` cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(n_threads)
@@ -225,7 +256,9 @@ def host_adam_rate(n_threads: int, n_parameters: int = 32 * MIB, seconds: float 
         torch.set_num_threads(before)
 
 
-def device_adam_rate(device: torch.device, n_parameters: int = 64 * MIB, seconds: float = 0.5, kernel: str = "auto") -> float:
+def device_adam_rate(
+    device: torch.device, n_parameters: int = 64 * MIB, seconds: float = 0.5, kernel: str = "auto"
+) -> float:
     step = _adam_step(device, n_parameters, kernel)
 
     def timed() -> float:
@@ -237,13 +270,20 @@ def device_adam_rate(device: torch.device, n_parameters: int = 64 * MIB, seconds
 
 
 def _adam_step(device: torch.device, n_parameters: int, kind: str) -> Callable[[], float]:
-    """One update of bfloat16 weights by our kernel as each engine calls it; returns how many parameters it stepped."""
+    """One update of bfloat16 weights by our kernel as each engine calls it; returns how many parameters it
+    stepped."""
     kernel, hyper = Kernel(kind, device), Hyper(1e-3, 0.9, 0.95, 1e-8, 0.1, 1)
     zeros = lambda dtype=torch.float32: torch.zeros(n_parameters, dtype=dtype, device=device)
     if device.type == "cpu":
-        tensors, step = (zeros(), zeros(), zeros(), zeros(torch.bfloat16), zeros(torch.bfloat16)), kernel.host_step
+        tensors, step = (
+            (zeros(), zeros(), zeros(), zeros(torch.bfloat16), zeros(torch.bfloat16)),
+            kernel.host_step,
+        )
     else:
-        tensors, step = (zeros(torch.bfloat16), zeros(torch.int16), zeros(), zeros(), zeros(torch.bfloat16)), kernel.device_step
+        tensors, step = (
+            (zeros(torch.bfloat16), zeros(torch.int16), zeros(), zeros(), zeros(torch.bfloat16)),
+            kernel.device_step,
+        )
 
     def once() -> float:
         step(*tensors, None, hyper)
@@ -252,7 +292,7 @@ def _adam_step(device: torch.device, n_parameters: int, kind: str) -> Callable[[
     return once
 
 
-# ---- what a model needs ---------------------------------------------------------------------------------------------------
+# ---- what a model needs ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -269,20 +309,20 @@ class Group:
 class Traced:
     """Of one step of this rank: the quickest of the steps seen for times, the largest for bytes."""
 
-    non_model_peak_bytes: int                 # the device's peak less the weights that the manager counts itself
-    forward_seconds: float                    # C_f and C_b: all microbatches of a step
+    non_model_peak_bytes: int  # the device's peak less the weights that the manager counts itself
+    forward_seconds: float  # C_f and C_b: all microbatches of a step
     backward_seconds: float
-    host_bytes: int = 0                       # what the host must hold besides the chunks, e.g. offloaded activations
+    host_bytes: int = 0  # what the host must hold besides the chunks, e.g. offloaded activations
     peak_allocated_bytes: int = 0
     peak_reserved_bytes: int = 0
-    non_torch_bytes: int = 0                  # on the device, but not from torch's allocator: NCCL, kernels, other libraries
+    non_torch_bytes: int = 0  # on the device, but not from torch's allocator: NCCL, kernels, other libraries
     groups: dict[str, Group] = field(default_factory=dict)
-    curve: tuple[tuple[str, int], ...] = ()   # (what began, bytes allocated then), one step in order
+    curve: tuple[tuple[str, int], ...] = ()  # (what began, bytes allocated then), one step in order
 
 
 class Usage(NamedTuple):
-    """Bytes on the device: allocated now, the peak of that and of what torch has reserved since the last reset, and what is
-    not torch's: NCCL, kernels, other libraries."""
+    """Bytes on the device: allocated now, the peak of that and of what torch has reserved since the last
+    reset, and what is not torch's: NCCL, kernels, other libraries."""
 
     allocated: int = 0
     peak: int = 0
@@ -299,8 +339,8 @@ class Counters:
 
     @classmethod
     def of(cls, device: torch.device) -> "Counters":
-        """Of a GPU the allocator's own, which wait for nothing; of a CPU the process's resident memory, above that of the first
-        reading."""
+        """Of a GPU the allocator's own, which wait for nothing; of a CPU the process's resident memory, above
+        that of the first reading."""
         if device.type != "cuda":
             process, baseline = psutil.Process(), []
 
@@ -316,33 +356,48 @@ class Counters:
         def allocators() -> Usage:
             stats, (free, total) = torch.cuda.memory_stats(device), torch.cuda.mem_get_info(device)
             allocated, reserved = peak.read()
-            return Usage(stats["allocated_bytes.all.current"], allocated, reserved,
-                         max(0, total - free - stats["reserved_bytes.all.current"]))
+            return Usage(
+                stats["allocated_bytes.all.current"],
+                allocated,
+                reserved,
+                max(0, total - free - stats["reserved_bytes.all.current"]),
+            )
 
-        return cls(allocators, peak.reset)      # others who read the same allocator keep their peaks
+        return cls(allocators, peak.reset)  # others who read the same allocator keep their peaks
 
 
 class Tracer:
-    """Notes times and bytes where one module group ends and the next begins; nothing in it waits for the device.
+    """Notes times and bytes where one module group ends and the next begins; nothing in it waits for the
+    device.
 
         tracer = Tracer({"embed": embed, "layer 0": block, ...}, device)      # in forward order, after parallelize
         for _ in range(3):
             tracer.start_step(); ... all microbatches, forward and backward ...; tracer.end_step()      # before the update
         traced = tracer.result(model_bytes); tracer.close()
 
-    A group's forward is between the module's forward hooks; its backward begins when the gradient of its output arrives and
-    ends when the next one's begins. What lies between two groups (the loss) counts for the one before. On a GPU the
-    allocator's peak starts anew at each note. Other GPU users count as non-torch memory.
+    A group's forward is between the module's forward hooks; its backward begins when the gradient of its
+    output arrives and ends when the next one's begins. What lies between two groups (the loss) counts for the
+    one before. On a GPU the allocator's peak starts anew at each note. Other GPU users count as non-torch
+    memory.
     """
 
     def __init__(self, groups: dict[str, nn.Module], device: torch.device, counters: Counters | None = None):
         self.device, self.counters = device, counters or Counters.of(device)
-        self.steps: list[list[tuple]] = []             # per step: (name, phase, moment, bytes now, peak since the last note)
+        self.steps: list[
+            list[tuple]
+        ] = []  # per step: (name, phase, moment, bytes now, peak since the last note)
         self.peak_reserved = self.non_torch = 0
         self.tracing = False
-        self.hooks = [handle for name, module in groups.items() for handle in (
-            module.register_forward_pre_hook(lambda module, args, name=name: self._note(name, "forward")),
-            module.register_forward_hook(lambda module, args, output, name=name: self._after_forward(name, output)))]
+        self.hooks = [
+            handle
+            for name, module in groups.items()
+            for handle in (
+                module.register_forward_pre_hook(lambda module, args, name=name: self._note(name, "forward")),
+                module.register_forward_hook(
+                    lambda module, args, output, name=name: self._after_forward(name, output)
+                ),
+            )
+        ]
 
     def start_step(self) -> None:
         self.steps.append([])
@@ -359,7 +414,9 @@ class Tracer:
 
     def _after_forward(self, name: str, output) -> None:
         self._note(name, "forward")
-        tensor = output if isinstance(output, Tensor) else next((x for x in output if isinstance(x, Tensor)), None)
+        tensor = (
+            output if isinstance(output, Tensor) else next((x for x in output if isinstance(x, Tensor)), None)
+        )
         if tensor is not None and tensor.requires_grad and self.tracing:
             tensor.register_hook(lambda gradient: self._note(name, "backward"))
 
@@ -368,7 +425,10 @@ class Tracer:
             return
         usage = self.counters.read()
         self.steps[-1].append((name, phase, self._now(), usage.allocated, usage.peak))
-        self.peak_reserved, self.non_torch = max(self.peak_reserved, usage.peak_reserved), max(self.non_torch, usage.non_torch)
+        self.peak_reserved, self.non_torch = (
+            max(self.peak_reserved, usage.peak_reserved),
+            max(self.non_torch, usage.non_torch),
+        )
         self.counters.reset()
 
     def _now(self):
@@ -385,22 +445,38 @@ class Tracer:
         return start.elapsed_time(end) / 1e3
 
     def result(self, model_bytes: int, host_bytes: int = 0) -> Traced:
-        """model_bytes: what of the peak the plan counts itself: weights, and what is resident; waits for the device."""
+        """model_bytes: what of the peak the plan counts itself: weights, and what is resident; waits for the
+        device."""
         steps = [self._of_step(notes) for notes in self.steps]
         best = min(steps, key=lambda step: sum(g.forward_seconds + g.backward_seconds for g in step.values()))
-        forward, backward = (sum(getattr(g, f"{phase}_seconds") for g in best.values()) for phase in ("forward", "backward"))
+        forward, backward = (
+            sum(getattr(g, f"{phase}_seconds") for g in best.values()) for phase in ("forward", "backward")
+        )
         peak = max(note[4] for notes in self.steps for note in notes)
         curve = tuple((f"{name} {phase}".strip(), now) for name, phase, _, now, _ in self.steps[-1])
-        return Traced(max(0, peak + self.non_torch - model_bytes), forward, backward, host_bytes, peak, self.peak_reserved,
-                      self.non_torch, best, curve)
+        return Traced(
+            max(0, peak + self.non_torch - model_bytes),
+            forward,
+            backward,
+            host_bytes,
+            peak,
+            self.peak_reserved,
+            self.non_torch,
+            best,
+            curve,
+        )
 
     def _of_step(self, notes: list[tuple]) -> dict[str, Group]:
         sums: dict[str, dict[str, float]] = {}
         for before, after in zip(notes, notes[1:], strict=False):
-            name, phase = (after if before[1] == "between" else before)[:2]      # before the first group: the first group's
+            name, phase = (after if before[1] == "between" else before)[
+                :2
+            ]  # before the first group: the first group's
             if phase == "between":
                 continue
             group = sums.setdefault(name, {})
-            group[f"{phase}_seconds"] = group.get(f"{phase}_seconds", 0.0) + self._seconds(before[2], after[2])
+            group[f"{phase}_seconds"] = group.get(f"{phase}_seconds", 0.0) + self._seconds(
+                before[2], after[2]
+            )
             group[f"{phase}_peak_bytes"] = max(group.get(f"{phase}_peak_bytes", 0), after[4])
         return {name: Group(**values) for name, values in sums.items()}

@@ -21,10 +21,17 @@ def held_out_prompts(rows: PackedExamples, n_prompts: int, n_new: int) -> list[l
 
 
 @torch.no_grad()
-def answer(model: Llama, prompts: list[list[int]], n_new: int, stop_ids: list[int], tokenizer: Tokenizer, tp: int,
-           device: torch.device) -> list[tuple[str, str]]:
-    """The likeliest (prompt, answer) texts. All ranks enter and do the same: a sharded forward gathers weights. Whole rows
-    anew for each token: no cache to be split, and few enough of them not to matter."""
+def answer(
+    model: Llama,
+    prompts: list[list[int]],
+    n_new: int,
+    stop_ids: list[int],
+    tokenizer: Tokenizer,
+    tp: int,
+    device: torch.device,
+) -> list[tuple[str, str]]:
+    """The likeliest (prompt, answer) texts. All ranks enter and do the same: a sharded forward gathers
+    weights. Whole rows anew for each token: no cache to be split, and few enough of them not to matter."""
     if not prompts:
         return []
     longest = max(map(len, prompts)) + n_new
@@ -33,7 +40,7 @@ def answer(model: Llama, prompts: list[list[int]], n_new: int, stop_ids: list[in
     for i, prompt in enumerate(prompts):
         tokens[i, : len(prompt)] = torch.tensor(prompt)
     for _ in range(n_new):
-        logits = model(tokens)                            # (B, T, V)
+        logits = model(tokens)  # (B, T, V)
         for i, token in enumerate(logits[range(len(ends)), [end - 1 for end in ends]].argmax(-1).tolist()):
             if i in open_rows:
                 tokens[i, ends[i]] = token
@@ -43,6 +50,8 @@ def answer(model: Llama, prompts: list[list[int]], n_new: int, stop_ids: list[in
             break
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()                              # without a backward they would stay gathered, and become stale
-    return [(tokenizer.decode(prompt), tokenizer.decode(tokens[i, len(prompt): ends[i]].tolist()))
-            for i, prompt in enumerate(prompts)]
+            module.reshard()  # without a backward they would stay gathered, and become stale
+    return [
+        (tokenizer.decode(prompt), tokenizer.decode(tokens[i, len(prompt) : ends[i]].tolist()))
+        for i, prompt in enumerate(prompts)
+    ]

@@ -22,40 +22,46 @@ def parallelize(
     compile: bool = False,
     attention: str = "sdpa",
 ) -> list[Llama]:
-    """Change `model` (on `meta` or real) in place into this rank's share of it; returns its pipeline stages in order.
+    """Change `model` (on `meta` or real) in place into this rank's share of it; returns its pipeline stages
+    in order.
 
-    mesh: of build_mesh(config, ...), config resolved and checked. Without pp the one stage is `model` itself; with pp the
-    stages share their modules with `model`, which keeps all parameters of this rank under their Hugging Face names, for
-    the optimizer, checkpoints and export. Split parameters become DTensors; on `meta` they stay there: `to_empty` each
-    stage, then initial or loaded weights.
+    mesh: of build_mesh(config, ...), config resolved and checked. Without pp the one stage is `model` itself;
+        with pp the stages share their modules with `model`, which keeps all parameters of this rank under
+        their Hugging Face names, for the optimizer, checkpoints and export. Split parameters become DTensors;
+        on `meta` they stay there: `to_empty` each stage, then initial or loaded weights.
     """
     parts = [model]
-    if config.pp > 1:                           # first: settles which layers exist on this rank
+    if config.pp > 1:  # first: settles which layers exist on this rank
         parts = split_stages(model, mesh["pp"], config.schedule, config.stages_per_rank)
     # Every slice of a mesh is a new object, and a compiled block asks which one it has: parts share theirs.
     cp_mesh, tp_mesh = mesh["cp"], mesh["tp"]
     for part in parts:
         blocks = [block for block in part.model.layers if block is not None]
-        if config.cp > 1:                       # then: which tokens, and how to attend to those of other ranks
+        if config.cp > 1:  # then: which tokens, and how to attend to those of other ranks
             apply_context_parallel(part, cp_mesh, config.cp_method, attention)
         else:
             part.set_attention(attention)
-        if config.tp > 1:                       # then: which slice of each weight; its sequence shards are cut from cp's
+        if config.tp > 1:  # then: which slice of each weight; its sequence shards are cut from cp's
             apply_tensor_parallel(part, tp_mesh, config.sequence_parallel)
-        apply_recompute(blocks, recompute)      # then: a recomputed block must replay the traffic of the passes above
+        apply_recompute(
+            blocks, recompute
+        )  # then: a recomputed block must replay the traffic of the passes above
         if compile:
-            apply_compile(blocks)               # then: one graph per block, recompute included
-        apply_zero(part, blocks, mesh, config.zero_stage, compute_dtype)    # last: shards whatever the passes above left
+            apply_compile(blocks)  # then: one graph per block, recompute included
+        apply_zero(
+            part, blocks, mesh, config.zero_stage, compute_dtype
+        )  # last: shards whatever the passes above left
     return parts
 
 
 def apply_compile(blocks: list) -> None:
-    """Compile each block's forward. All blocks share one code object, so the first compile serves all; FSDP's hooks
-    stay outside the graph.
+    """Compile each block's forward. All blocks share one code object, so the first compile serves all; FSDP's
+    hooks stay outside the graph.
 
-    A run compiles two graphs, whatever its layout: one that trains, at the first step, and one for validation, at the first
-    validation. torch.compile asks whether gradients are wanted, since a graph without backward keeps nothing for it. Under
-    LoRA there is a third, at the first step: the input of the first block has no gradient, as the embedding is frozen.
+    A run compiles two graphs, whatever its layout: one that trains, at the first step, and one for
+    validation, at the first validation. torch.compile asks whether gradients are wanted, since a graph
+    without backward keeps nothing for it. Under LoRA there is a third, at the first step: the input of the
+    first block has no gradient, as the embedding is frozen.
     """
     for block in blocks:
         block.forward = torch.compile(block.forward)

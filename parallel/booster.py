@@ -9,8 +9,9 @@
         optimizer.zero_grad()
     booster.save_hf(model, "out")
 
-Nothing is done here that a recipe could not write: it calls what recipes/pretrain.py calls, in the same order. Read that
-to see the steps; use this when your own program has a model, an optimizer and a dataloader already.
+Nothing is done here that a recipe could not write: it calls what recipes/pretrain.py calls, in the same
+order. Read that to see the steps; use this when your own program has a model, an optimizer and a dataloader
+already.
 """
 
 import atexit
@@ -51,120 +52,194 @@ EXIT_WAIT = timedelta(seconds=20)
 class Booster:
     """One layout, and what runs a model under it. Every rank makes one and calls the same methods in step.
 
-    config: -1 is what the processes leave over. config.microbatches: parts that `step` cuts a dp rank's rows into; None: 1,
-    or with pp two per pp rank. memory: a memory.MemoryConfig, or None for all states on the device. dtype: of the
-    computation; masters, moments and reductions are fp32. recompute, compile, attention: as in pretrain.py. seed: of the
-    initial weights of a model on `meta`. device: None: this process's accelerator, or the CPU.
+    config: -1 is what the processes leave over. config.microbatches: parts that `step` cuts a dp rank's rows
+        into; None: 1, or with pp two per pp rank. memory: a memory.MemoryConfig, or None for all states on
+        the device. dtype: of the computation; masters, moments and reductions are fp32. recompute, compile,
+        attention: as in pretrain.py. seed: of the initial weights of a model on `meta`. device: None: this
+        process's accelerator, or the CPU.
 
-    The process group is the one that is there; else it is made from what torchrun set (in a process started without a
+    The process group is the one that is there; else it is made from what torchrun set (in a process started
+    without a
     launcher: a group of one) and left when the program ends well. UsageError says what cannot be done.
     """
 
-    def __init__(self, config: ParallelConfig, memory=None, *, dtype: torch.dtype = torch.float32, recompute: str = "none",
-                 compile: bool = False, attention: str = "auto", seed: int = 0, device: torch.device | None = None):
+    def __init__(
+        self,
+        config: ParallelConfig,
+        memory=None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        recompute: str = "none",
+        compile: bool = False,
+        attention: str = "auto",
+        seed: int = 0,
+        device: torch.device | None = None,
+    ):
         if memory is not None and not hasattr(memory, "manage"):
-            raise UsageError(f"Booster was given {type(memory).__name__} for memory; pass memory.MemoryConfig(...) or None.")
+            raise UsageError(
+                f"Booster was given {type(memory).__name__} for memory; pass memory.MemoryConfig(...) or None."
+            )
         if memory is not None:
             memory.check()
         if dtype not in (torch.float32, torch.bfloat16):
             raise UsageError(f"Booster(dtype={dtype}) is not possible; use torch.bfloat16 or torch.float32.")
-        local_rank = dist.get_node_local_rank(fallback_rank=-1)                   # -1: no launcher
+        local_rank = dist.get_node_local_rank(fallback_rank=-1)  # -1: no launcher
         if device is None:
             kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
             device = torch.device(kind.type, max(local_rank, 0)) if kind else torch.device("cpu")
         if device.type != "cpu":
             torch.accelerator.set_device_index(device.index or 0)
-        self.device, self.dtype, self.recompute, self.compile, self.seed = device, dtype, recompute, compile, seed
+        self.device, self.dtype, self.recompute, self.compile, self.seed = (
+            device,
+            dtype,
+            recompute,
+            compile,
+            seed,
+        )
         ring = config.cp != 1 and config.cp_method == "ring"
         self.attention, _ = choose_attention(attention, device, dtype, merges_blocks=ring)
         if not dist.is_initialized():
             start_process_group(device, 1 if local_rank < 0 else None)
             atexit.register(_leave_group)
         layout = config.resolve(dist.get_world_size())
-        # A placement that was left open is off here, on one GPU too: the optimizer may be any, and gradients may arrive as
-        # often as the caller likes.
+        # A placement that was left open is off here, on one GPU too: the optimizer may be any, and gradients
+        # may arrive as often as the caller likes.
         self.memory = memory if memory is not None and memory.is_on else None
         self.n_micros = layout.microbatches or (2 * layout.pp if layout.pp > 1 else 1)
         self.layout = dataclasses.replace(layout, microbatches=self.n_micros)
-        self.steps = 0                                                            # calls of `step`
+        self.steps = 0  # calls of `step`
         self.model = self.optimizer = self.dataloader = self.criterion = None
 
-    def boost(self, model: nn.Module, optimizer: torch.optim.Optimizer, dataloader: Iterable | None = None,
-              criterion: Criterion | None = None) -> tuple[Llama, torch.optim.Optimizer, Iterable | None, Criterion | None]:
+    def boost(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        dataloader: Iterable | None = None,
+        criterion: Criterion | None = None,
+    ) -> tuple[Llama, torch.optim.Optimizer, Iterable | None, Criterion | None]:
         """Spread a training set-up over the mesh; returns what to use in place of the four.
 
-        model: our Llama or an untouched transformers.LlamaForCausalLM, whole, on any device, the same on every rank. What is
-            returned is always our Llama of that shape, with this rank's slices of your weights in fp32 under the same names;
-            your model is left as it was (drop it to free its memory). On `meta`: initial weights of `seed`, no memory at all.
-        optimizer: any of torch.optim's interface, on all parameters of `model`, that has not stepped yet. It stays the same
-            object with its groups and settings (so a scheduler on it goes on), but steps this rank's parameters. With
-            memory: a torch AdamW; the chunk manager's optimizer takes its place, with the very same groups.
-        dataloader: any iterable of global batches, the same on every rank (checked at each batch). Iterating over the one
-            returned gives this dp rank's rows of each. None if you cut batches yourself.
-        criterion: None: causal-LM loss, the mean over the scored tokens of the global batch. Yours is called with the whole
-            logits (B, T, V) fp32 of a microbatch and its labels, not shifted, and must return a mean over scored tokens:
-            microbatches and ranks count by their labels[:, 1:] that are not -100. Not under cp: no rank has whole rows.
+        model: our Llama or an untouched transformers.LlamaForCausalLM, whole, on any device, the same on
+            every rank. What is returned is always our Llama of that shape, with this rank's slices of your
+            weights in fp32 under the same names; your model is left as it was (drop it to free its memory).
+            On `meta`: initial weights of `seed`, no memory at all.
+        optimizer: any of torch.optim's interface, on all parameters of `model`, that has not stepped yet. It
+            stays the same object with its groups and settings (so a scheduler on it goes on), but steps this
+            rank's parameters. With memory: a torch AdamW; the chunk manager's optimizer takes its place, with
+            the very same groups.
+        dataloader: any iterable of global batches, the same on every rank (checked at each batch). Iterating
+            over the one returned gives this dp rank's rows of each. None if you cut batches yourself.
+        criterion: None: causal-LM loss, the mean over the scored tokens of the global batch. Yours is called
+            with the whole logits (B, T, V) fp32 of a microbatch and its labels, not shifted, and must return
+            a mean over scored tokens: microbatches and ranks count by their labels[:, 1:] that are not -100.
+            Not under cp: no rank has whole rows.
         """
         config = _config_of(model)
         if criterion is not None and self.layout.cp > 1:
-            raise UsageError("a criterion of your own needs the logits of whole rows, and under ParallelConfig(cp="
-                             f"{self.layout.cp}) no rank has them; use criterion=None (the causal-LM loss), or cp=1.")
+            raise UsageError(
+                "a criterion of your own needs the logits of whole rows, and under ParallelConfig(cp="
+                f"{self.layout.cp}) no rank has them; use criterion=None (the causal-LM loss), or cp=1."
+            )
         least = self.n_micros * self.layout.dp
-        self._check(config, self._token_stride, least)                            # what does not depend on the batch
+        self._check(config, self._token_stride, least)  # what does not depend on the batch
         with torch.device("meta"):
-            boosted = Llama(config).to(torch.float32 if self.memory is None else self.dtype)     # masters are the manager's
+            boosted = Llama(config).to(
+                torch.float32 if self.memory is None else self.dtype
+            )  # masters are the manager's
         whole = _matching_parameters(model, boosted)
         names = _names_in(optimizer, whole)
         self.mesh = build_mesh(self.layout, self.device.type)
-        parts = parallelize(boosted, self.mesh, self.layout, compute_dtype=self.dtype, recompute=self.recompute,
-                            compile=self.compile, attention=self.attention)
+        parts = parallelize(
+            boosted,
+            self.mesh,
+            self.layout,
+            compute_dtype=self.dtype,
+            recompute=self.recompute,
+            compile=self.compile,
+            attention=self.attention,
+        )
         for part in parts:
             part.to_empty(device=self.device)
             if criterion is not None:
                 part.cross_entropy = _summed(criterion, part)
         here = hf_parameters(boosted)
         for group, names_of_group in zip(optimizer.param_groups, names, strict=True):
-            group["params"] = [here[name] for name in names_of_group if name in here]     # with pp, of this rank's stages
+            group["params"] = [
+                here[name] for name in names_of_group if name in here
+            ]  # with pp, of this rank's stages
         if self.memory is not None:
-            embedding, over_stages = boosted.model.embed_tokens, config.tie_word_embeddings and self.layout.pp > 1
+            embedding, over_stages = (
+                boosted.model.embed_tokens,
+                config.tie_word_embeddings and self.layout.pp > 1,
+            )
             optimizer = self.memory.manage(
-                boosted, optimizer, parts=parts, outside=[embedding.weight] if over_stages and embedding is not None else [],
-                arrivals=gradient_arrivals(boosted, self.layout.zero_stage, self.layout.pp > 1, self.n_micros),
-                ranks_per_host=_ranks_of_this_host(), say=print if dist.get_rank() == 0 else lambda text: None).optimizer
+                boosted,
+                optimizer,
+                parts=parts,
+                outside=[embedding.weight] if over_stages and embedding is not None else [],
+                arrivals=gradient_arrivals(
+                    boosted, self.layout.zero_stage, self.layout.pp > 1, self.n_micros
+                ),
+                ranks_per_host=_ranks_of_this_host(),
+                say=print if dist.get_rank() == 0 else lambda text: None,
+            ).optimizer
         masters = boosted if self.memory is None else optimizer.masters()
         if next(iter(whole.values())).is_meta:
             init_weights(masters, self.seed)
         else:
             copy_weights(whole, masters)
-        self.runner = make_step_runner(parts, self.mesh["pp"], self.layout.schedule, self.n_micros, self.device, self.dtype,
-                                       self.layout.sequence_shards, self.layout.zero_stage)
+        self.runner = make_step_runner(
+            parts,
+            self.mesh["pp"],
+            self.layout.schedule,
+            self.n_micros,
+            self.device,
+            self.dtype,
+            self.layout.sequence_shards,
+            self.layout.zero_stage,
+        )
         self.model, self.optimizer, self.criterion, self._checked_shape = boosted, optimizer, criterion, None
-        self.dataloader = None if dataloader is None else OwnRows(
-            dataloader, self.mesh["dp"].get_local_rank(), self.layout.dp, self.n_micros, self._token_stride, self.device)
+        self.dataloader = (
+            None
+            if dataloader is None
+            else OwnRows(
+                dataloader,
+                self.mesh["dp"].get_local_rank(),
+                self.layout.dp,
+                self.n_micros,
+                self._token_stride,
+                self.device,
+            )
+        )
         return boosted, optimizer, self.dataloader, criterion
 
     def step(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Forward and backward of this dp rank's rows {"input_ids", "labels"} (B, T); gradients add to what is there.
+        """Forward and backward of this dp rank's rows {"input_ids", "labels"} (B, T); gradients add to what
+        is there.
 
-        Returns the mean loss of the global batch in nats, a float32 scalar, the same on every rank. If no label of the
-        global batch is scored it is 0, and so are the gradients.
+        Returns the mean loss of the global batch in nats, a float32 scalar, the same on every rank. If no
+        label of the global batch is scored it is 0, and so are the gradients.
         """
         tokens, labels = _columns(batch)
         if tokens.shape != self._checked_shape:
             if len(tokens) % self.n_micros:
-                raise UsageError(f"booster.step was given {len(tokens)} rows, which microbatches={self.n_micros} does not "
-                                 "divide; take batches from the dataloader that boost returned, which fills them up.")
+                raise UsageError(
+                    f"booster.step was given {len(tokens)} rows, which microbatches={self.n_micros} does not "
+                    "divide; take batches from the dataloader that boost returned, which fills them up."
+                )
             self._check(self.model.config, tokens.shape[1], len(tokens) * self.layout.dp)
             self._checked_shape = tokens.shape
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)                      # what position t must predict: t + 1
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # what position t must predict: t + 1
         n_scored = ((targets != IGNORE).sum() * reads_alone(self.mesh)).to(self.device)
         dist.all_reduce(n_scored)
         columns = [tokens, targets if self.criterion is None else labels]
-        micros = [shard_batch(Batch(*micro, None), self.mesh["cp"], self.layout.cp_method)
-                  for micro in zip(*(x.chunk(self.n_micros) for x in columns), strict=True)]
+        micros = [
+            shard_batch(Batch(*micro, None), self.mesh["cp"], self.layout.cp_method)
+            for micro in zip(*(x.chunk(self.n_micros) for x in columns), strict=True)
+        ]
         # FSDP averages gradients over the ranks that saw other tokens; we want their sum.
         loss = self.runner.step(micros, n_scored.clamp(min=1), grad_scale=self.layout.grad_ranks)
-        dist.all_reduce(loss, group=self.mesh["loss"].get_group())                # each rank has its own tokens' share
+        dist.all_reduce(loss, group=self.mesh["loss"].get_group())  # each rank has its own tokens' share
         self.steps += 1
         return loss
 
@@ -184,27 +259,36 @@ class Booster:
         save_hf(model if self.memory is None else self.optimizer.masters(), folder, dtype)
 
     def save(self, folder: str | Path) -> None:
-        """Write all that training needs to go on, as folder/step-00000042 after 42 calls of `step`. Between steps."""
+        """Write all that training needs to go on, as folder/step-00000042 after 42 calls of `step`. Between
+        steps."""
         checkpoints = Checkpointer(folder)
         position = self.dataloader.n_dealt if self.dataloader is not None else 0
-        checkpoints.save(self.steps, training_state(self.model, self.optimizer, self.steps, position), wait=True)
+        checkpoints.save(
+            self.steps, training_state(self.model, self.optimizer, self.steps, position), wait=True
+        )
         checkpoints.close()
 
     def load(self, path: str | Path) -> int:
-        """Go on from the newest checkpoint in a folder, or from folder/step-00000042, written under any layout; after boost.
+        """Go on from the newest checkpoint in a folder, or from folder/step-00000042, written under any
+        layout; after boost.
 
-        Returns the number of steps done. The next pass over the dataloader begins behind the batches that were dealt in
-        the pass that was saved; that they are the same again is up to you (shuffle with a seed that depends on the pass).
-        The settings of the optimizer become the saved ones; a scheduler has its own load_state_dict.
+        Returns the number of steps done. The next pass over the dataloader begins behind the batches that
+        were dealt in the pass that was saved; that they are the same again is up to you (shuffle with a seed
+        that depends on the pass). The settings of the optimizer become the saved ones; a scheduler has its
+        own load_state_dict.
         """
         path = Path(path)
         if not path.is_dir():
-            raise UsageError(f"{path} does not exist; booster.load takes the folder that booster.save was given.")
+            raise UsageError(
+                f"{path} does not exist; booster.load takes the folder that booster.save was given."
+            )
         one = NAME.fullmatch(path.name)
         checkpoints = Checkpointer(path.parent if one else path)
         found = path if one else checkpoints.latest()
         if found is None:
-            raise UsageError(f"{path} holds no complete checkpoint; it should have a folder like step-00000042.")
+            raise UsageError(
+                f"{path} holds no complete checkpoint; it should have a folder like step-00000042."
+            )
         state = training_state(self.model, self.optimizer)
         checkpoints.load(found, state)
         progress = restore_training_state(state, self.model, self.optimizer)
@@ -216,28 +300,46 @@ class Booster:
 
     @property
     def _token_stride(self) -> int:
-        """What the tokens of a row must be a multiple of, to be cut over cp and, under sequence parallelism, tp."""
+        """What the tokens of a row must be a multiple of, to be cut over cp and, under sequence parallelism,
+        tp."""
         slices = n_slices(self.layout.cp_method, self.layout.cp) if self.layout.cp > 1 else 1
         return slices * self.layout.sequence_shards
 
     def _check(self, config: LlamaConfig, seq_len: int, global_batch_size: int) -> None:
-        check_parallel(self.layout, config, seq_len, global_batch_size, global_batch_size // (self.n_micros * self.layout.dp),
-                       attention=self.attention, recompute=self.recompute, compile=self.compile,
-                       device_type=self.device.type)
+        check_parallel(
+            self.layout,
+            config,
+            seq_len,
+            global_batch_size,
+            global_batch_size // (self.n_micros * self.layout.dp),
+            attention=self.attention,
+            recompute=self.recompute,
+            compile=self.compile,
+            device_type=self.device.type,
+        )
 
 
 class OwnRows:
     """Of each global batch of a dataloader the rows of one dp rank, {"input_ids", "labels"} (B/dp, T).
 
-    A batch whose rows or tokens do not divide evenly is filled up at its end with tokens that nothing is scored on and that
-    no earlier token sees: neither loss nor gradients change, whatever the last batch of a pass holds.
+    A batch whose rows or tokens do not divide evenly is filled up at its end with tokens that nothing is
+    scored on and that no earlier token sees: neither loss nor gradients change, whatever the last batch of a
+    pass holds.
     """
 
-    def __init__(self, dataloader: Iterable, dp_rank: int, dp: int, n_micros: int, token_stride: int, device: torch.device):
+    def __init__(
+        self,
+        dataloader: Iterable,
+        dp_rank: int,
+        dp: int,
+        n_micros: int,
+        token_stride: int,
+        device: torch.device,
+    ):
         self.dataloader, self.dp_rank, self.dp, self.device = dataloader, dp_rank, dp, device
         self.n_micros, self.token_stride = n_micros, token_stride
-        self.n_dealt = 0        # batches of this pass that were handed out
-        self.n_to_skip = 0      # of the next pass: set by Booster.load
+        self.n_dealt = 0  # batches of this pass that were handed out
+        self.n_to_skip = 0  # of the next pass: set by Booster.load
 
     def __len__(self) -> int:
         return len(self.dataloader)
@@ -256,16 +358,19 @@ class OwnRows:
             yield {"input_ids": tokens[own], "labels": labels[own]}
 
     def _refuse_other_batches(self, tokens: Tensor, labels: Tensor) -> None:
-        """Ranks that shuffle each in their own way would train on some rows twice, and tp ranks on a mix of two rows."""
+        """Ranks that shuffle each in their own way would train on some rows twice, and tp ranks on a mix of
+        two rows."""
         if dist.get_world_size() == 1:
-            return                           # nobody to differ from, and the host would wait for the step before
+            return  # nobody to differ from, and the host would wait for the step before
         crc = zlib.crc32(torch.stack([tokens, labels]).cpu().contiguous().numpy())
         ends = torch.tensor([crc, -crc], device=self.device)
         dist.all_reduce(ends, dist.ReduceOp.MAX)
         if ends[0] != -ends[1]:
-            raise UsageError("the ranks' dataloaders gave different batches; each must see the same global batches, of which "
-                             "the Booster takes its rows. Leave out distributed samplers, and shuffle with one seed: "
-                             "DataLoader(..., shuffle=True, generator=torch.Generator().manual_seed(0)).")
+            raise UsageError(
+                "the ranks' dataloaders gave different batches; each must see the same global batches, of which "
+                "the Booster takes its rows. Leave out distributed samplers, and shuffle with one seed: "
+                "DataLoader(..., shuffle=True, generator=torch.Generator().manual_seed(0))."
+            )
 
 
 def copy_weights(whole: dict[str, Tensor], model: nn.Module) -> None:
@@ -281,40 +386,58 @@ def _config_of(model: nn.Module) -> LlamaConfig:
     if isinstance(model, Llama):
         return model.config
     if not hasattr(getattr(model, "config", None), "to_dict"):
-        raise UsageError(f"model is a {type(model).__name__}; the Booster takes dtensor_llama.Llama or "
-                         "transformers.LlamaForCausalLM.")
+        raise UsageError(
+            f"model is a {type(model).__name__}; the Booster takes dtensor_llama.Llama or "
+            "transformers.LlamaForCausalLM."
+        )
     return config_from_fields(model.config.to_dict(), Path("model.config"))
 
 
 def _matching_parameters(model: nn.Module, ours: Llama) -> dict[str, Tensor]:
     """The user's parameters by name, all of which our model has, in the same shape, and trains."""
     theirs, wanted = dict(model.named_parameters()), dict(ours.named_parameters())
-    problems = [f"{name}: {'only in it' if name in theirs else 'missing'}" for name in sorted(theirs.keys() ^ wanted.keys())]
-    problems += [f"{name}: is {list(theirs[name].shape)}, not {list(wanted[name].shape)}" for name in wanted
-                 if name in theirs and theirs[name].shape != wanted[name].shape]
-    problems += [f"{name}: requires_grad is False" for name, parameter in theirs.items() if not parameter.requires_grad]
+    problems = [
+        f"{name}: {'only in it' if name in theirs else 'missing'}"
+        for name in sorted(theirs.keys() ^ wanted.keys())
+    ]
+    problems += [
+        f"{name}: is {list(theirs[name].shape)}, not {list(wanted[name].shape)}"
+        for name in wanted
+        if name in theirs and theirs[name].shape != wanted[name].shape
+    ]
+    problems += [
+        f"{name}: requires_grad is False" for name, parameter in theirs.items() if not parameter.requires_grad
+    ]
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UsageError(f"model is not a plain LLaMA of which all parameters train: {'; '.join(problems[:5])}{more}. Give the "
-                         "model as LlamaForCausalLM made it, without adapters or frozen parts.")
+        raise UsageError(
+            f"model is not a plain LLaMA of which all parameters train: {'; '.join(problems[:5])}{more}. Give the "
+            "model as LlamaForCausalLM made it, without adapters or frozen parts."
+        )
     return theirs
 
 
 def _names_in(optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]) -> list[list[str]]:
     """Of each group of the optimizer the names of its parameters."""
     if optimizer.state:
-        raise UsageError("the optimizer has already stepped; give the Booster a new one, and boost before training. To go on "
-                         "with a run use booster.save and booster.load.")
+        raise UsageError(
+            "the optimizer has already stepped; give the Booster a new one, and boost before training. To go on "
+            "with a run use booster.save and booster.load."
+        )
     name_of = {parameter: name for name, parameter in parameters.items()}
     groups = [[name_of.get(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
     n_strange = sum(name is None for group in groups for name in group)
     left_out = sorted(set(name_of.values()) - {name for group in groups for name in group})
     if n_strange:
-        raise UsageError(f"the optimizer has {n_strange} parameters that are not the model's; build it on the model given to "
-                         "boost: AdamW(model.parameters()).")
+        raise UsageError(
+            f"the optimizer has {n_strange} parameters that are not the model's; build it on the model given to "
+            "boost: AdamW(model.parameters())."
+        )
     if left_out:
-        raise UsageError(f"the optimizer leaves out {len(left_out)} parameters of the model ({left_out[0]} ...), and all must "
-                         "train; put them into a group, with lr 0 if they shall stay.")
+        raise UsageError(
+            f"the optimizer leaves out {len(left_out)} parameters of the model ({left_out[0]} ...), and all must "
+            "train; put them into a group, with lr 0 if they shall stay."
+        )
     return groups
 
 
@@ -324,15 +447,23 @@ def _columns(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     strange = sorted(set(batch) - {"input_ids", "labels", "attention_mask"})
     if missing or strange:
         what = f"lacks {missing[0]}" if missing else f"has {strange[0]}, which would not be used"
-        raise UsageError(f'a batch {what}; it must be {{"input_ids", "labels"}}, both (B, T), and may have attention_mask.')
+        raise UsageError(
+            f'a batch {what}; it must be {{"input_ids", "labels"}}, both (B, T), and may have attention_mask.'
+        )
     tokens, labels, mask = batch["input_ids"], batch["labels"], batch.get("attention_mask")
     if tokens.dim() != 2 or tokens.shape != labels.shape:
-        raise UsageError(f"input_ids are {list(tokens.shape)} and labels {list(labels.shape)}; both must be (B, T).")
+        raise UsageError(
+            f"input_ids are {list(tokens.shape)} and labels {list(labels.shape)}; both must be (B, T)."
+        )
     if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
-        raise UsageError("attention_mask hides tokens before others that it shows; pad on the right "
-                         '(tokenizer.padding_side = "right"), where causal attention needs no mask.')
+        raise UsageError(
+            "attention_mask hides tokens before others that it shows; pad on the right "
+            '(tokenizer.padding_side = "right"), where causal attention needs no mask.'
+        )
     if mask is not None and (labels[:, 1:][mask[:, :-1] == 0] != IGNORE).any():
-        raise UsageError("labels are scored where attention_mask hides the token before; set labels of padding to -100.")
+        raise UsageError(
+            "labels are scored where attention_mask hides the token before; set labels of padding to -100."
+        )
     return tokens, labels
 
 
@@ -347,7 +478,7 @@ def _summed(criterion: Criterion, part: Llama):
     """The user's mean as a sum over scored tokens, in the place of the model's own loss."""
 
     def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        logits = part.lm_head(hidden).float()                                     # (B, T, V), whole also under tp
+        logits = part.lm_head(hidden).float()  # (B, T, V), whole also under tp
         n_scored = int((labels[:, 1:] != IGNORE).sum())
         # A mean over nothing is nan; nothing scored adds nothing, but every rank must go through backward.
         return criterion(logits, labels) * n_scored if n_scored else logits.sum() * 0
@@ -356,13 +487,14 @@ def _summed(criterion: Criterion, part: Llama):
 
 
 def _leave_group() -> None:
-    """At the end of a program that did not set up the process group itself; as stop_process_group, but it waits no longer
-    than EXIT_WAIT for ranks that may never come: this one may have failed, or left by sys.exit."""
-    if not dist.is_initialized() or hasattr(sys, "last_value"):      # after an error the launcher ends the others
+    """At the end of a program that did not set up the process group itself; as stop_process_group, but it
+    waits no longer than EXIT_WAIT for ranks that may never come: this one may have failed, or left by
+    sys.exit."""
+    if not dist.is_initialized() or hasattr(sys, "last_value"):  # after an error the launcher ends the others
         return
     try:
         dist.barrier(async_op=True).wait(EXIT_WAIT)
     except RuntimeError:
-        pass                                                         # the others are busy, gone, or waiting for us elsewhere
+        pass  # the others are busy, gone, or waiting for us elsewhere
     gc.collect()
     dist.destroy_process_group()

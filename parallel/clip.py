@@ -13,8 +13,12 @@ from dtensor_llama.shards import copies, local
 
 
 @torch.no_grad()
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float, optimizer: Optimizer | None = None,
-                   in_step: bool = False) -> Tensor:
+def clip_grad_norm(
+    parameters: Iterable[nn.Parameter],
+    max_norm: float,
+    optimizer: Optimizer | None = None,
+    in_step: bool = False,
+) -> Tensor:
     """Clip the gradients so that their 2-norm over all parameters of all ranks is at most `max_norm`.
 
     Returns that norm before clipping, a float64 scalar, the same on every rank; inf only asks for it.
@@ -39,11 +43,12 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float, optimize
     can_skip = optimizer is not None and _is_fused(optimizer)
     if in_step and not can_skip:
         name = type(optimizer).__name__
-        raise ValueError(f"{name} cannot clip in its step; give AdamW(..., fused=True), or leave out "
-                         "in_step=True.")
+        raise ValueError(
+            f"{name} cannot clip in its step; give AdamW(..., fused=True), or leave out in_step=True."
+        )
     if can_skip:
         scales = in_step and max_norm < float("inf")
-        grad_scale = factor.reciprocal() if scales else None             # the step divides gradients by that
+        grad_scale = factor.reciprocal() if scales else None  # the step divides gradients by that
         _tell_next_step(optimizer, grad_scale, found_inf=factor.isnan().float())
     elif optimizer is not None and not norm.isfinite():
         for parameter in parameters:
@@ -51,7 +56,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float, optimize
         return norm
     if not in_step:
         for grad in grads:
-            local(grad).mul_(factor)             # by exactly 1.0 when nothing is to clip: no host has to look
+            local(grad).mul_(factor)  # by exactly 1.0 when nothing is to clip: no host has to look
     return norm
 
 
@@ -61,7 +66,7 @@ def global_norm(grads: list[Tensor]) -> Tensor:
     A norm per stage or per tp rank is not the norm: each rank adds up the squares of its shards, counts what
     several ranks hold alike only once, and one all-reduce over the world makes the sum. (torch's
     clip_grad_norm_ cannot add norms of DTensors on different meshes.)"""
-    alike = defaultdict(list)                    # how many ranks hold the same numbers -> this rank's local gradients
+    alike = defaultdict(list)  # how many ranks hold the same numbers -> this rank's local gradients
     for grad in grads:
         alike[copies(grad)].append(local(grad))
     device = local(grads[0]).device if grads else torch.device("cpu")

@@ -1,4 +1,5 @@
-"""Context parallelism: the tokens of every row are split over the `cp` axis; only attention needs the other ranks.
+"""Context parallelism: the tokens of every row are split over the `cp` axis; only attention needs the other
+ranks.
 
     share       the T/cp tokens of each row that one rank holds, in the order it holds them
     slice       a run of consecutive tokens; a share is one slice of cp (ulysses) or two slices of 2 cp (ring)
@@ -15,12 +16,13 @@
                     rank    0 1 2 3 3 2 1 0     none sees 7. It meets those of rank 2 (2, 5): its 6 sees both, its 1
                                                 neither. Always half of the square, nothing masked: equal work.
 
-A row 8 times longer on 8 ranks takes the memory it took on one (recipes/bench/context_memory.py). What a rank sends per
+A row 8 times longer on 8 ranks takes the memory it took on one (recipes/bench/context_memory.py). What a rank
+sends per
 layer in forward, n bytes a number, W = lcm(K, cp):
     ulysses     all-to-all of q, k, v, out: n B T/cp E (2 H + 2 W) (cp - 1)/cp; as much in backward
     ring        cp - 1 hops of k and v: n B T/cp E 2 K (cp - 1); in backward as much, and cp hops of their fp32 gradients
-All cp ranks have the same parameters: their gradients are summed over cp as over dp (FSDP over dp_shard x cp), and the
-loss is the sum over cp of the ranks' token sums.
+All cp ranks have the same parameters: their gradients are summed over cp as over dp (FSDP over dp_shard x
+cp), and the loss is the sum over cp of the ranks' token sums.
 """
 
 from collections.abc import Callable
@@ -46,26 +48,43 @@ METHODS = ("ulysses", "ring")
 _aten = torch.ops.aten
 
 
-def check_context_parallel(config: LlamaConfig, cp: int, tp: int, seq_len: int, method: str, kernel: str = "sdpa",
-                           sequence_parallel: bool = True) -> None:
-    """UsageError if rows of `seq_len` tokens cannot be trained with cp ranks a row, tp ranks a layer, and this kernel."""
+def check_context_parallel(
+    config: LlamaConfig,
+    cp: int,
+    tp: int,
+    seq_len: int,
+    method: str,
+    kernel: str = "sdpa",
+    sequence_parallel: bool = True,
+) -> None:
+    """UsageError if rows of `seq_len` tokens cannot be trained with cp ranks a row, tp ranks a layer, and
+    this kernel."""
     _check_method(method, kernel if cp > 1 else "sdpa")
     if cp < 1:
-        raise UsageError(f"--parallel.cp {cp} is not possible; use a number of processes, or 1 for whole rows.")
-    tp_split = tp if sequence_parallel else 1           # the norms split a share over tp once more
+        raise UsageError(
+            f"--parallel.cp {cp} is not possible; use a number of processes, or 1 for whole rows."
+        )
+    tp_split = tp if sequence_parallel else 1  # the norms split a share over tp once more
     stride = n_slices(method, cp) * tp_split
     if cp > 1 and seq_len % stride:
         rule = f"{'2 x ' if method == 'ring' else ''}--parallel.cp {cp}" + (
-            f" x --parallel.tp {tp} (sequence parallel)" if tp_split > 1 else "")
+            f" x --parallel.tp {tp} (sequence parallel)" if tp_split > 1 else ""
+        )
         lower = seq_len // stride * stride
-        raise UsageError(f"--data.seq-len {seq_len} is not a multiple of {rule} = {stride}, which --parallel.cp-method "
-                         f"{method} needs; use --data.seq-len {f'{lower} or ' if lower else ''}{lower + stride}.")
+        raise UsageError(
+            f"--data.seq-len {seq_len} is not a multiple of {rule} = {stride}, which --parallel.cp-method "
+            f"{method} needs; use --data.seq-len {f'{lower} or ' if lower else ''}{lower + stride}."
+        )
     heads = config.num_attention_heads // tp
     if method == "ulysses" and heads % cp:
-        fits = " or ".join(str(n) for n in range(2, heads + 1) if heads % n == 0 and seq_len % (n * tp_split) == 0)
-        raise UsageError(f"--parallel.cp {cp} with --parallel.cp-method ulysses does not divide the {heads} query heads "
-                         f"of a rank ({config.num_attention_heads} heads / --parallel.tp {tp}); each cp rank attends "
-                         f"with whole heads. Use {f'--parallel.cp {fits}, or ' if fits else ''}--parallel.cp-method ring.")
+        fits = " or ".join(
+            str(n) for n in range(2, heads + 1) if heads % n == 0 and seq_len % (n * tp_split) == 0
+        )
+        raise UsageError(
+            f"--parallel.cp {cp} with --parallel.cp-method ulysses does not divide the {heads} query heads "
+            f"of a rank ({config.num_attention_heads} heads / --parallel.tp {tp}); each cp rank attends "
+            f"with whole heads. Use {f'--parallel.cp {fits}, or ' if fits else ''}--parallel.cp-method ring."
+        )
 
 
 def _check_method(method: str, kernel: str) -> None:
@@ -73,12 +92,15 @@ def _check_method(method: str, kernel: str) -> None:
         raise UsageError(f"--parallel.cp-method {method} is not one of {', '.join(METHODS)}.")
     if method == "ring" and kernel in ("flash", "varlen"):
         package = "the flash-attn package" if kernel == "flash" else "torch's varlen_attn"
-        raise UsageError(f"--train.attention {kernel} cannot run under --parallel.cp-method ring: {package} has "
-                         "no backward that takes the log-sum-exp of all ranks. Use --train.attention sdpa "
-                         "(torch's own FlashAttention), or --parallel.cp-method ulysses.")
+        raise UsageError(
+            f"--train.attention {kernel} cannot run under --parallel.cp-method ring: {package} has "
+            "no backward that takes the log-sum-exp of all ranks. Use --train.attention sdpa "
+            "(torch's own FlashAttention), or --parallel.cp-method ulysses."
+        )
 
 
 # ---- who has which tokens ----
+
 
 def n_slices(method: str, cp: int) -> int:
     """How many slices a row is cut into."""
@@ -94,14 +116,17 @@ def _share(x: Tensor, method: str, cp_rank: int, cp: int) -> Tensor:
     """Of x (B, T) what `cp_rank` holds, (B, T/cp)."""
     slices = n_slices(method, cp)
     if x.shape[1] % slices:
-        raise UsageError(f"--data.seq-len {x.shape[1]} is not a multiple of the {slices} slices that --parallel.cp {cp} "
-                         f"with --parallel.cp-method {method} cuts a row into.")
+        raise UsageError(
+            f"--data.seq-len {x.shape[1]} is not a multiple of the {slices} slices that --parallel.cp {cp} "
+            f"with --parallel.cp-method {method} cuts a row into."
+        )
     parts = x.chunk(slices, dim=1)
     return torch.cat([parts[i] for i in slices_of(method, cp_rank, cp)], dim=1)
 
 
 def shard_sequence(x: Tensor, cp_mesh: DeviceMesh, method: str) -> Tensor:
-    """This rank's share (B, T/cp) of tokens or labels x (B, T); tokens and labels alike, so they still match."""
+    """This rank's share (B, T/cp) of tokens or labels x (B, T); tokens and labels alike, so they still
+    match."""
     return _share(x, method, cp_mesh.get_local_rank(), cp_mesh.size())
 
 
@@ -114,7 +139,8 @@ def shard_batch(batch: Batch, cp_mesh: DeviceMesh, method: str) -> Batch:
 
 
 def embedded_here(per_token: Tensor, mesh: DeviceMesh, cp_method: str, sequence_shards: int) -> Tensor:
-    """(B, T) of whole rows -> those tokens whose embeddings this rank makes: its share over cp, then over tp."""
+    """(B, T) of whole rows -> those tokens whose embeddings this rank makes: its share over cp, then over
+    tp."""
     if mesh["cp"].size() > 1:
         per_token = shard_sequence(per_token, mesh["cp"], cp_method)
     return per_token.chunk(sequence_shards, dim=1)[mesh["tp"].get_local_rank() if sequence_shards > 1 else 0]
@@ -124,10 +150,10 @@ def apply_context_parallel(model: Llama, cp_mesh: DeviceMesh, method: str, kerne
     """From now on `model` takes this rank's share of the tokens and attends to whole rows.
 
     cp_mesh: the 1-D `cp` axis. method: ulysses or ring. kernel: one of attention.py's, where ring has neither
-    flash nor varlen (UsageError). Takes the place of `set_attention`, which would undo it. The model is called with
-    tokens and labels from `shard_sequence` and with `positions` whole, (B, T), or None if each row is one document.
-    Comes before apply_tensor_parallel: where that splits the input of a pipeline stage once more, it wraps the
-    `locate` set here.
+        flash nor varlen (UsageError). Takes the place of `set_attention`, which would undo it. The model is
+        called with tokens and labels from `shard_sequence` and with `positions` whole, (B, T), or None if
+        each row is one document. Comes before apply_tensor_parallel: where that splits the input of a
+        pipeline stage once more, it wraps the `locate` set here.
     """
     _check_method(method, kernel)
     if method == "ulysses":
@@ -135,40 +161,51 @@ def apply_context_parallel(model: Llama, cp_mesh: DeviceMesh, method: str, kerne
     else:
         attend = partial(ring_attend, group_name=cp_mesh.get_group().group_name, kernel=kernel)
     for block in model.model.layers:
-        if block is not None:                                             # not on another pipeline stage
+        if block is not None:  # not on another pipeline stage
             block.self_attn.attend = attend
     model.model.attention_kernel = kernel
     model.model.locate = partial(_locate, cp_mesh=cp_mesh, method=method, kernel=kernel)
 
 
-def _locate(tokens: Tensor, positions: Tensor | None, cache, *, cp_mesh: DeviceMesh, method: str, kernel: str):
-    """Takes the place of LlamaModel.locate: the true positions of this rank's share, for RoPE, and what attend needs to
-    keep documents apart: Documents of whole rows (ulysses), or which document each token of each rank is in (ring)."""
+def _locate(
+    tokens: Tensor, positions: Tensor | None, cache, *, cp_mesh: DeviceMesh, method: str, kernel: str
+):
+    """Takes the place of LlamaModel.locate: the true positions of this rank's share, for RoPE, and what
+    attend needs to keep documents apart: Documents of whole rows (ulysses), or which document each token of
+    each rank is in (ring)."""
     if cache is not None:
-        raise UsageError("--parallel.cp splits rows for training and has no key/value cache; generate with --parallel.cp 1.")
+        raise UsageError(
+            "--parallel.cp splits rows for training and has no key/value cache; generate with --parallel.cp 1."
+        )
     cp, device = cp_mesh.size(), tokens.device
     if positions is None:
-        whole = torch.arange(tokens.shape[1] * cp, device=device)[None]                      # (1, T)
+        whole = torch.arange(tokens.shape[1] * cp, device=device)[None]  # (1, T)
         return shard_sequence(whole, cp_mesh, method), None
-    local = shard_sequence(positions, cp_mesh, method).to(device, non_blocking=True)         # (B, T/cp)
+    local = shard_sequence(positions, cp_mesh, method).to(device, non_blocking=True)  # (B, T/cp)
     if method == "ulysses":
         return local, Documents.from_positions(positions, kernel, device)
-    document = (positions == 0).to(device, non_blocking=True).cumsum(-1)                     # (B, T): which of the row
-    return local, torch.stack([_share(document, method, rank, cp) for rank in range(cp)])    # (cp, B, T/cp)
+    document = (positions == 0).to(device, non_blocking=True).cumsum(-1)  # (B, T): which of the row
+    return local, torch.stack([_share(document, method, rank, cp) for rank in range(cp)])  # (cp, B, T/cp)
 
 
 # ---- Ulysses ----
 
-def ulysses_attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, *, cp_mesh: DeviceMesh,
-                   kernel: str) -> Tensor:
+
+def ulysses_attend(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, *, cp_mesh: DeviceMesh, kernel: str
+) -> Tensor:
     """attention() over whole rows: q (B, T/cp, H, E), k and v (B, T/cp, K, E) -> (B, T/cp, H, E)."""
-    copies = lcm(k.shape[2], cp_mesh.size()) // k.shape[2]     # 1 if cp divides K; else the fewest that every rank needs
+    copies = (
+        lcm(k.shape[2], cp_mesh.size()) // k.shape[2]
+    )  # 1 if cp divides K; else the fewest that every rank needs
     if copies > 1:
-        k, v = (x.repeat_interleave(copies, dim=2) for x in (k, v))                  # (B, T/cp, W, E), W = lcm(K, cp)
+        k, v = (x.repeat_interleave(copies, dim=2) for x in (k, v))  # (B, T/cp, W, E), W = lcm(K, cp)
     tokens, heads = Shard(1), Shard(2)
-    q, k, v = (_redistribute(x, cp_mesh, tokens, heads) for x in (q, k, v))          # all-to-all: (B, T, H/cp or W/cp, E)
-    out = attention(q, k, v, kernel, documents)                                      # (B, T, H/cp, E)
-    return _redistribute(out, cp_mesh, heads, tokens)                                # all-to-all: (B, T/cp, H, E)
+    q, k, v = (
+        _redistribute(x, cp_mesh, tokens, heads) for x in (q, k, v)
+    )  # all-to-all: (B, T, H/cp or W/cp, E)
+    out = attention(q, k, v, kernel, documents)  # (B, T, H/cp, E)
+    return _redistribute(out, cp_mesh, heads, tokens)  # all-to-all: (B, T/cp, H, E)
 
 
 def _redistribute(x: Tensor, mesh: DeviceMesh, source: Shard, target: Shard) -> Tensor:
@@ -177,59 +214,78 @@ def _redistribute(x: Tensor, mesh: DeviceMesh, source: Shard, target: Shard) -> 
 
 # ---- ring ----
 
+
 class Round(NamedTuple):
-    source: int      # cp rank whose keys and values are here
-    queries: slice   # tokens of the own share, 0 .. T/cp
-    keys: slice      # tokens of the source's share
-    causal: bool     # True: own keys, query i sees keys 0 .. i; False: every query sees every key
+    source: int  # cp rank whose keys and values are here
+    queries: slice  # tokens of the own share, 0 .. T/cp
+    keys: slice  # tokens of the source's share
+    causal: bool  # True: own keys, query i sees keys 0 .. i; False: every query sees every key
 
 
 def ring_rounds(cp_rank: int, cp: int, n_tokens: int) -> list[Round]:
-    """In which order the shares, of `n_tokens` each, come by `cp_rank`, and which of its queries meet which of their keys;
-    what the causal mask hides whole is left out."""
+    """In which order the shares, of `n_tokens` each, come by `cp_rank`, and which of its queries meet which
+    of their keys; what the causal mask hides whole is left out."""
     everything, head, tail = slice(0, n_tokens), slice(0, n_tokens // 2), slice(n_tokens // 2, n_tokens)
-    rounds = [Round(cp_rank, everything, everything, causal=True)]        # a zigzag share is in ascending order
+    rounds = [Round(cp_rank, everything, everything, causal=True)]  # a zigzag share is in ascending order
     for hop in range(1, cp):
         source = (cp_rank - hop) % cp
         if source < cp_rank:
             rounds.append(Round(source, everything, head, causal=False))  # its tail is later than all we have
         else:
-            rounds.append(Round(source, tail, everything, causal=False))  # our head is earlier than all it has
+            rounds.append(
+                Round(source, tail, everything, causal=False)
+            )  # our head is earlier than all it has
     return rounds
 
 
-def ring_attend(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, *, group_name: str, kernel: str) -> Tensor:
-    """As attention(): q (B, T/cp, H, E), k and v (B, T/cp, K, E), documents (cp, B, T/cp) -> (B, T/cp, H, E)."""
+def ring_attend(
+    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, *, group_name: str, kernel: str
+) -> Tensor:
+    """As attention(): q (B, T/cp, H, E), k and v (B, T/cp, K, E), documents (cp, B, T/cp) -> (B, T/cp, H,
+    E)."""
     return ring_attention(q.contiguous(), k.contiguous(), v.contiguous(), documents, group_name, kernel)[0]
 
 
-# A custom op, not an autograd.Function: selective recompute can keep its result as it keeps a kernel's, without a second
-# journey of the keys, and torch.compile takes it whole. Its forward and backward are the two functions below.
-@torch.library.custom_op("dtensor_llama::ring_attention", mutates_args=(), schema=(
-    "(Tensor q, Tensor k, Tensor v, Tensor? documents, str group_name, str kernel) -> (Tensor, Tensor)"))
+# A custom op, not an autograd.Function: selective recompute can keep its result as it keeps a kernel's,
+# without a second journey of the keys, and torch.compile takes it whole. Its forward and backward are the two
+# functions below.
+@torch.library.custom_op(
+    "dtensor_llama::ring_attention",
+    mutates_args=(),
+    schema=(
+        "(Tensor q, Tensor k, Tensor v, Tensor? documents, str group_name, str kernel) -> (Tensor, Tensor)"
+    ),
+)
 def ring_attention(q, k, v, documents, group_name, kernel):
     """Returns out (B, T/cp, H, E) and the log-sum-exp (B, H, T/cp) fp32 over all keys of the row."""
     group = _group(group_name)
     kv = [k, v]
     rounds = ring_rounds(group.rank(), group.size(), q.shape[1])
     for hop, (source, queries, keys, causal) in enumerate(rounds):
-        next_kv = _send_round(kv, group) if hop + 1 < len(rounds) else list     # travels while the kernel below runs
+        next_kv = (
+            _send_round(kv, group) if hop + 1 < len(rounds) else list
+        )  # travels while the kernel below runs
         mask = _mask(documents, group.rank(), source, queries, keys, causal)
         block_out, block_lse = block_forward(q[:, queries], *(x[:, keys] for x in kv), causal, mask, kernel)
         if hop == 0:
-            out, lse = block_out.float(), block_lse.contiguous()          # every query sees itself: lse is finite
+            out, lse = block_out.float(), block_lse.contiguous()  # every query sees itself: lse is finite
         else:
             _merge(out[:, queries], lse[:, :, queries], block_out, block_lse)
         kv = next_kv()
     return out.to(q.dtype).contiguous(), lse
 
 
-@torch.library.custom_op("dtensor_llama::ring_attention_backward", mutates_args=(), schema=(
-    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? documents, str group_name, "
-    "str kernel) -> (Tensor, Tensor, Tensor)"))
+@torch.library.custom_op(
+    "dtensor_llama::ring_attention_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? documents, str group_name, "
+        "str kernel) -> (Tensor, Tensor, Tensor)"
+    ),
+)
 def ring_attention_backward(grad_out, q, k, v, out, lse, documents, group_name, kernel):
-    """The gradients of q, k and v. A share's keys go round again; their gradient follows one round behind, gathering
-    what each rank adds, and the last hop brings it home."""
+    """The gradients of q, k and v. A share's keys go round again; their gradient follows one round behind,
+    gathering what each rank adds, and the last hop brings it home."""
     group = _group(group_name)
     kv, grad_q = [k, v], torch.zeros_like(q, dtype=torch.float32)
     # fp32, as cp ranks add to it in turn: twice the bytes of bf16 and none of its rounding
@@ -239,10 +295,17 @@ def ring_attention_backward(grad_out, q, k, v, out, lse, documents, group_name, 
         next_kv = _send_round(kv, group) if hop + 1 < len(rounds) else list
         mask = _mask(documents, group.rank(), source, queries, keys, causal)
         block_grad_q, *block_grad_kv = block_backward(
-            grad_out[:, queries], q[:, queries], *(x[:, keys] for x in kv), out[:, queries], lse[:, :, queries],
-            causal, mask, kernel)
+            grad_out[:, queries],
+            q[:, queries],
+            *(x[:, keys] for x in kv),
+            out[:, queries],
+            lse[:, :, queries],
+            causal,
+            mask,
+            kernel,
+        )
         grad_q[:, queries] += block_grad_q
-        grad_kv = next_grad_kv()                                          # of the keys at hand, from the ranks before us
+        grad_kv = next_grad_kv()  # of the keys at hand, from the ranks before us
         for total, part in zip(grad_kv, block_grad_kv, strict=True):
             total[:, keys] += part
         next_grad_kv = _send_round(grad_kv, group, tag=1)
@@ -263,39 +326,60 @@ def _backward(ctx, grad_out, _):
 
 
 ring_attention.register_autograd(_backward, setup_context=_save_for_backward)
-ring_attention.register_fake(lambda q, *rest: (q.new_empty(q.shape), q.new_empty(
-    (q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)))
-ring_attention_backward.register_fake(lambda grad_out, q, k, v, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v)))
+ring_attention.register_fake(
+    lambda q, *rest: (
+        q.new_empty(q.shape),
+        q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32),
+    )
+)
+ring_attention_backward.register_fake(
+    lambda grad_out, q, k, v, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v))
+)
 
 
 def _group(name: str) -> dist.ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(name)             # private; an op's arguments are plain values
+    return dist.distributed_c10d._resolve_process_group(name)  # private; an op's arguments are plain values
 
 
 def _send_round(xs: list[Tensor], group: dist.ProcessGroup, tag: int = 0) -> Callable[[], list[Tensor]]:
-    """Start sending xs to the next cp rank and receiving their like from the one before. Returns what waits for them."""
+    """Start sending xs to the next cp rank and receiving their like from the one before. Returns what waits
+    for them."""
     rank, size = group.rank(), group.size()
     received = [torch.empty_like(x) for x in xs] if size > 1 else xs
-    works = [] if size == 1 else dist.batch_isend_irecv(
-        [dist.P2POp(dist.isend, x, group=group, group_peer=(rank + 1) % size, tag=tag) for x in xs]
-        + [dist.P2POp(dist.irecv, x, group=group, group_peer=(rank - 1) % size, tag=tag) for x in received])
+    works = (
+        []
+        if size == 1
+        else dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, x, group=group, group_peer=(rank + 1) % size, tag=tag) for x in xs]
+            + [
+                dist.P2POp(dist.irecv, x, group=group, group_peer=(rank - 1) % size, tag=tag)
+                for x in received
+            ]
+        )
+    )
 
-    def arrived(_leaving=xs):                                             # xs must live until they have left
+    def arrived(_leaving=xs):  # xs must live until they have left
         for work in works:
             work.wait()
         return received
+
     return arrived
 
 
 def _merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
-    """Take a block's out (B, t, H, E) and lse (B, H, t) into those of the blocks before; -inf: the query saw no key."""
+    """Take a block's out (B, t, H, E) and lse (B, H, t) into those of the blocks before; -inf: the query saw
+    no key."""
     total = torch.logaddexp(lse, block_lse)
-    weight, block_weight = ((x - total).exp().transpose(1, 2)[..., None] for x in (lse, block_lse))     # (B, t, H, 1)
+    weight, block_weight = (
+        (x - total).exp().transpose(1, 2)[..., None] for x in (lse, block_lse)
+    )  # (B, t, H, 1)
     out.mul_(weight).add_(block_out * block_weight)
     lse.copy_(total)
 
 
-def _mask(documents: Tensor | None, cp_rank: int, source: int, queries: slice, keys: slice, causal: bool) -> Tensor | None:
+def _mask(
+    documents: Tensor | None, cp_rank: int, source: int, queries: slice, keys: slice, causal: bool
+) -> Tensor | None:
     """(B, 1, t, s) bool, True where a query may see a key; None where `causal` says all there is to say."""
     if documents is None:
         return None
@@ -305,13 +389,15 @@ def _mask(documents: Tensor | None, cp_rank: int, source: int, queries: slice, k
 
 # ---- the kernels of one block: q (B, t, H, E), k and v (B, s, K, E), lse (B, H, t) fp32 ----
 
+
 def block_forward(q, k, v, causal: bool, mask: Tensor | None, kernel: str) -> tuple[Tensor, Tensor]:
-    """out (B, t, H, E) and lse (B, H, t) of attention to these keys alone; 0 and -inf for a query that may see none."""
+    """out (B, t, H, E) and lse (B, H, t) of attention to these keys alone; 0 and -inf for a query that may
+    see none."""
     forward = _math_forward if kernel == "math" else _cuda_forward if q.is_cuda else _cpu_forward
     if mask is None:
         return forward(q, k, v, causal, None)
-    blind = ~mask.any(-1, keepdim=True)                                   # (B, 1, t, 1)
-    out, lse = forward(q, k, v, False, mask)                              # here kernels differ on a row with no key
+    blind = ~mask.any(-1, keepdim=True)  # (B, 1, t, 1)
+    out, lse = forward(q, k, v, False, mask)  # here kernels differ on a row with no key
     return out.masked_fill(blind.transpose(1, 2), 0), lse.masked_fill(blind[..., 0], float("-inf"))
 
 
@@ -323,27 +409,37 @@ def block_backward(grad_out, q, k, v, out, lse, causal: bool, mask: Tensor | Non
 
 
 def _bias(mask: Tensor | None, dtype: torch.dtype, n_heads: int = 1) -> Tensor | None:
-    """0 where mask (B, 1, t, s) is True, -inf elsewhere. Rows begin on multiples of 16 numbers, as CUDA kernels ask."""
+    """0 where mask (B, 1, t, s) is True, -inf elsewhere. Rows begin on multiples of 16 numbers, as CUDA
+    kernels ask."""
     if mask is None:
         return None
-    bias = F.pad(torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf")), (0, -mask.shape[-1] % 16))
-    return bias[..., :mask.shape[-1]].expand(-1, n_heads, -1, -1)
+    bias = F.pad(
+        torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf")), (0, -mask.shape[-1] % 16)
+    )
+    return bias[..., : mask.shape[-1]].expand(-1, n_heads, -1, -1)
 
 
 def _cpu_forward(q, k, v, causal, mask):
     out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal, attn_mask=_bias(mask, q.dtype))
+        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal, attn_mask=_bias(mask, q.dtype)
+    )
     return out.transpose(1, 2), lse
 
 
 def _cpu_backward(grad_out, q, k, v, out, lse, causal, mask):
     grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *(x.transpose(1, 2) for x in (grad_out, q, k, v, out)), lse.contiguous(), 0.0, causal, attn_mask=_bias(mask, q.dtype))
+        *(x.transpose(1, 2) for x in (grad_out, q, k, v, out)),
+        lse.contiguous(),
+        0.0,
+        causal,
+        attn_mask=_bias(mask, q.dtype),
+    )
     return [x.transpose(1, 2) for x in grads]
 
 
 def _plan(q: Tensor, k: Tensor, mask: Tensor | None) -> SdpaPlan:
-    """As for whole rows: FlashAttention where it can, else the memory-efficient kernel. cuDNN merges no blocks."""
+    """As for whole rows: FlashAttention where it can, else the memory-efficient kernel. cuDNN merges no
+    blocks."""
     return plan_sdpa(q.dtype, grouped=q.shape[2] != k.shape[2], masked=mask is not None, over_cache=False)
 
 
@@ -351,33 +447,60 @@ def _cuda_forward(q, k, v, causal, mask):
     t, H, E = q.shape[1:]
     plan = _plan(q, k, mask)
     if SDPBackend.FLASH_ATTENTION in plan.kernels:
-        out, lse, *_ = _aten._scaled_dot_product_flash_attention(*_cuda_layout(q, k, v), 0.0, causal, scale=E**-0.5)
+        out, lse, *_ = _aten._scaled_dot_product_flash_attention(
+            *_cuda_layout(q, k, v), 0.0, causal, scale=E**-0.5
+        )
     else:
-        if plan.expands_heads:                                            # this block's keys, on this rank only
+        if plan.expands_heads:  # this block's keys, on this rank only
             k, v = expand_heads(k, H), expand_heads(v, H)
         out, lse, *_ = _aten._scaled_dot_product_efficient_attention(
-            *_cuda_layout(q, k, v), _bias(mask, q.dtype, H), True, 0.0, causal, scale=E**-0.5)
-    return out.transpose(1, 2)[..., :E], lse[..., :t]                     # efficient pads its lse
+            *_cuda_layout(q, k, v), _bias(mask, q.dtype, H), True, 0.0, causal, scale=E**-0.5
+        )
+    return out.transpose(1, 2)[..., :E], lse[..., :t]  # efficient pads its lse
 
 
 def _cuda_backward(grad_out, q, k, v, out, lse, causal, mask):
     t, H, E, s, K = *q.shape[1:], *k.shape[1:3]
-    unused = torch.empty(2, dtype=torch.uint64, device=q.device)          # random state: read under dropout only
+    unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # random state: read under dropout only
     plan = _plan(q, k, mask)
     if SDPBackend.FLASH_ATTENTION in plan.kernels:
         grads = _aten._scaled_dot_product_flash_attention_backward(
-            *_cuda_layout(grad_out, q, k, v, out), lse.contiguous(), None, None, t, s, 0.0, causal, unused, unused,
-            scale=E**-0.5)
+            *_cuda_layout(grad_out, q, k, v, out),
+            lse.contiguous(),
+            None,
+            None,
+            t,
+            s,
+            0.0,
+            causal,
+            unused,
+            unused,
+            scale=E**-0.5,
+        )
     else:
         if plan.expands_heads:
             k, v = expand_heads(k, H), expand_heads(v, H)
         grad_out, q, k, v, out = _cuda_layout(grad_out, q, k, v, out)
-        lse = F.pad(lse, (0, -t % 32), value=float("inf")).contiguous()   # exp(score - inf) = 0: what efficient expects
+        lse = F.pad(
+            lse, (0, -t % 32), value=float("inf")
+        ).contiguous()  # exp(score - inf) = 0: what efficient expects
         grads = _aten._scaled_dot_product_efficient_attention_backward(
-            grad_out, q, k, v, _bias(mask, q.dtype, H), out, lse, unused, unused, 0.0, [True, True, True, False], causal,
-            scale=E**-0.5)[:3]
+            grad_out,
+            q,
+            k,
+            v,
+            _bias(mask, q.dtype, H),
+            out,
+            lse,
+            unused,
+            unused,
+            0.0,
+            [True, True, True, False],
+            causal,
+            scale=E**-0.5,
+        )[:3]
     grad_q, *grad_kv = (x.transpose(1, 2)[..., :E] for x in grads)
-    return grad_q, *(x.unflatten(2, (K, -1)).sum(3) for x in grad_kv)     # over the copies, if any were made
+    return grad_q, *(x.unflatten(2, (K, -1)).sum(3) for x in grad_kv)  # over the copies, if any were made
 
 
 def _cuda_layout(*xs: Tensor) -> list[Tensor]:
@@ -387,7 +510,7 @@ def _cuda_layout(*xs: Tensor) -> list[Tensor]:
 
 def _math_scores(q, k, causal, mask):
     B, t, H, E = q.shape
-    groups = q.float().unflatten(2, (k.shape[2], -1))                     # (B, t, K, H/K, E)
+    groups = q.float().unflatten(2, (k.shape[2], -1))  # (B, t, K, H/K, E)
     scores = torch.einsum("btkge,bske->bkgts", groups, k.float()) / E**0.5
     if causal:
         mask = torch.ones(t, k.shape[1], dtype=torch.bool, device=q.device).tril()[None, None]
@@ -395,7 +518,7 @@ def _math_scores(q, k, causal, mask):
 
 
 def _math_forward(q, k, v, causal, mask):
-    _, scores = _math_scores(q, k, causal, mask)                          # (B, K, H/K, t, s) fp32
+    _, scores = _math_scores(q, k, causal, mask)  # (B, K, H/K, t, s) fp32
     lse = scores.logsumexp(-1)
     out = torch.einsum("bkgts,bske->btkge", (scores - lse[..., None]).exp(), v.float())
     return out.flatten(2, 3).to(q.dtype), lse.flatten(1, 2)
@@ -404,10 +527,12 @@ def _math_forward(q, k, v, causal, mask):
 def _math_backward(grad_out, q, k, v, out, lse, causal, mask):
     groups, scores = _math_scores(q, k, causal, mask)
     weights = (scores - lse.unflatten(1, (k.shape[2], -1))[..., None]).exp()
-    grad_out, out = (x.float().unflatten(2, (k.shape[2], -1)) for x in (grad_out, out))      # (B, t, K, H/K, E)
+    grad_out, out = (x.float().unflatten(2, (k.shape[2], -1)) for x in (grad_out, out))  # (B, t, K, H/K, E)
     grad_weights = torch.einsum("btkge,bske->bkgts", grad_out, v.float())
-    mean = (grad_out * out).sum(-1).permute(0, 2, 3, 1)[..., None]        # (B, K, H/K, t, 1): weights * grad, over all keys
-    grad_scores = weights * (grad_weights - mean) / q.shape[-1]**0.5
+    mean = (
+        (grad_out * out).sum(-1).permute(0, 2, 3, 1)[..., None]
+    )  # (B, K, H/K, t, 1): weights * grad, over all keys
+    grad_scores = weights * (grad_weights - mean) / q.shape[-1] ** 0.5
     grad_q = torch.einsum("bkgts,bske->btkge", grad_scores, k.float()).flatten(2, 3)
     grad_k = torch.einsum("bkgts,btkge->bske", grad_scores, groups)
     return grad_q, grad_k, torch.einsum("bkgts,btkge->bske", weights, grad_out)

@@ -1,8 +1,8 @@
 """The process group and the one DeviceMesh. Axes, outermost first: pp, dp_replicate, dp_shard, cp, tp.
 
-    rank of a 2 x 1 x 2 x 1 x 2 mesh:        dp_shard 0   dp_shard 1        neighbours differ in tp first: the axis that
-                                  pp 0   tp    0  1         2  3            talks most has the shortest wires, pp, which
-                                  pp 1   tp    4  5         6  7            talks least, the longest
+rank of a 2 x 1 x 2 x 1 x 2 mesh:        dp_shard 0   dp_shard 1        neighbours differ in tp first: the axis that
+                              pp 0   tp    0  1         2  3            talks most has the shortest wires, pp, which
+                              pp 1   tp    4  5         6  7            talks least, the longest
 """
 
 import gc
@@ -16,19 +16,24 @@ from torch.distributed.rendezvous import rendezvous
 
 from parallel.config import AXES, ParallelConfig
 
-warnings.filterwarnings("ignore", message="Slicing a flattened dim from root mesh")    # its successor is not public yet
+warnings.filterwarnings(
+    "ignore", message="Slicing a flattened dim from root mesh"
+)  # its successor is not public yet
 
 
-def start_process_group(device: torch.device, world_size: int, attempt: int = 0, timeout_s: float = 600) -> None:
+def start_process_group(
+    device: torch.device, world_size: int, attempt: int = 0, timeout_s: float = 600
+) -> None:
     """Join the processes that torchrun started, or, for a single process without it, found a group of one.
 
-    The group has gloo for CPU tensors, and NCCL beside it when the device is a GPU. A rank that does not arrive within
-    `timeout_s` seconds, or a collective that lasts longer, is an error on all others.
+    The group has gloo for CPU tensors, and NCCL beside it when the device is a GPU. A rank that does not
+    arrive within `timeout_s` seconds, or a collective that lasts longer, is an error on all others.
 
-    attempt: how often torchrun has restarted the processes. They find the store of the attempt before, with the addresses
-    of the dead in it, so each attempt has names of its own (pytorch issue 135712). Nodes may count their restarts
-    differently: on several nodes set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, which then makes a new store each
-    time, and leave the attempt 0.
+    attempt: how often torchrun has restarted the processes. They find the store of the attempt before, with
+        the addresses of the dead in it, so each attempt has names of its own (pytorch issue 135712). Nodes
+        may count their restarts
+    differently: on several nodes set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, which then makes a
+        new store each time, and leave the attempt 0.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     options = {"timeout": timedelta(seconds=timeout_s)}
@@ -47,8 +52,8 @@ def start_process_group(device: torch.device, world_size: int, attempt: int = 0,
 def stop_process_group() -> None:
     """Leave the group in order. Every rank calls it, after its last collective.
 
-    The barrier keeps a fast rank from closing connections others still read from; the collection drops meshes and
-    models that hold sub-groups, so that no gloo thread outlives them and aborts the interpreter at exit.
+    The barrier keeps a fast rank from closing connections others still read from; the collection drops meshes
+    and models that hold sub-groups, so that no gloo thread outlives them and aborts the interpreter at exit.
     """
     if dist.is_initialized():
         dist.barrier()
@@ -57,7 +62,8 @@ def stop_process_group() -> None:
 
 
 def build_mesh(config: ParallelConfig, device_type: str) -> DeviceMesh:
-    """The mesh of a resolved config; an axis of size 1 is there too. Derived axes, flattened from their neighbours:
+    """The mesh of a resolved config; an axis of size 1 is there too. Derived axes, flattened from their
+    neighbours:
 
     dp     dp_replicate x dp_shard: who reads which rows; the loss is summed over it (and over cp)
     fsdp   dp_shard x cp: who shares parameters, gradients and optimizer state (ZeRO)
@@ -82,5 +88,6 @@ def reads_alone(mesh: DeviceMesh) -> bool:
 
 
 def flatten(mesh: DeviceMesh, name: str) -> DeviceMesh:
-    """One axis of a mesh's several, found under `name` in its root from then on. Private in torch 2.11 to 2.13."""
+    """One axis of a mesh's several, found under `name` in its root from then on. Private in torch 2.11 to
+    2.13."""
     return mesh._flatten(name)

@@ -1,4 +1,5 @@
-"""What each pipeline rank does when, without running it: the order of a schedule, its times and bubbles, drawn as text."""
+"""What each pipeline rank does when, without running it: the order of a schedule, its times and bubbles,
+drawn as text."""
 
 import re
 
@@ -9,33 +10,50 @@ from torch.distributed.pipelining import PipelineStage
 
 from parallel.pipeline import SCHEDULES, stage_indices
 
-Action = tuple[str, int, int]                         # F, B, I or W (see pipeline.py); stage; microbatch
-DURATION = {"F": 1, "B": 2, "I": 1, "W": 1}           # of forwards: backward is twice the work
+Action = tuple[str, int, int]  # F, B, I or W (see pipeline.py); stage; microbatch
+DURATION = {"F": 1, "B": 2, "I": 1, "W": 1}  # of forwards: backward is twice the work
 
 
-def schedule_order(schedule: str, pp: int, virtual_stages: int, n_micros: int, pp_mesh: DeviceMesh | None = None
-                   ) -> list[list[Action]]:
-    """The actions of each pp rank, in order. pp_mesh: of which torch's schedules, all but gpipe and 1f1b, want to be a rank."""
+def schedule_order(
+    schedule: str, pp: int, virtual_stages: int, n_micros: int, pp_mesh: DeviceMesh | None = None
+) -> list[list[Action]]:
+    """The actions of each pp rank, in order. pp_mesh: of which torch's schedules, all but gpipe and 1f1b,
+    want to be a rank."""
     if schedule in ("gpipe", "1f1b"):
         orders = []
         for rank in range(pp):
-            ahead = n_micros if schedule == "gpipe" else min(n_micros, pp - rank)     # forwards before the first backward
+            ahead = (
+                n_micros if schedule == "gpipe" else min(n_micros, pp - rank)
+            )  # forwards before the first backward
             pairs = [[("B", rank, i), ("F", rank, i + ahead)] for i in range(n_micros)]
-            orders.append([("F", rank, i) for i in range(ahead)] + [one for pair in pairs for one in pair if one[2] < n_micros])
+            orders.append(
+                [("F", rank, i) for i in range(ahead)]
+                + [one for pair in pairs for one in pair if one[2] < n_micros]
+            )
         return orders
-    stages = [PipelineStage(nn.Identity(), stage, pp * virtual_stages, torch.device("cpu"), group=pp_mesh.get_group())
-              for stage in stage_indices(schedule, pp, virtual_stages)[pp_mesh.get_local_rank()]]
+    stages = [
+        PipelineStage(
+            nn.Identity(), stage, pp * virtual_stages, torch.device("cpu"), group=pp_mesh.get_group()
+        )
+        for stage in stage_indices(schedule, pp, virtual_stages)[pp_mesh.get_local_rank()]
+    ]
     planned = SCHEDULES[schedule].torch_class(stages, n_micros, loss_fn=lambda *_: None).pipeline_order
     orders = []
-    for rank in range(pp):                            # torch writes an action as 3F0: stage, kind, microbatch
-        single = [repr(one) for both in planned[rank] if both for one in getattr(both, "sub_actions", None) or (both,)]
+    for rank in range(pp):  # torch writes an action as 3F0: stage, kind, microbatch
+        single = [
+            repr(one)
+            for both in planned[rank]
+            if both
+            for one in getattr(both, "sub_actions", None) or (both,)
+        ]
         found = filter(None, (re.fullmatch(r"(\d+)([FBIW])(\d+)", one) for one in single))
         orders.append([(one[2], int(one[1]), int(one[3])) for one in found])
     return orders
 
 
 def clock(orders: list[list[Action]]) -> tuple[list[list[tuple[int, str, int, int]]], float]:
-    """(start, *action) of each rank's actions in units of DURATION, transfers free; and the share of time that is bubbles."""
+    """(start, *action) of each rank's actions in units of DURATION, transfers free; and the share of time
+    that is bubbles."""
     waiting, free, ended = [list(order) for order in orders], [0] * len(orders), {}
     work, last = [[] for _ in orders], max(stage for order in orders for _, stage, _ in order)
     while any(waiting):
@@ -43,21 +61,26 @@ def clock(orders: list[list[Action]]) -> tuple[list[list[tuple[int, str, int, in
         for rank, todo in enumerate(waiting):
             while todo:
                 kind, stage, micro = todo[0]
-                needs = {"F": ("F", stage - 1, micro), "W": ("B", stage, micro)}.get(kind, ("B", stage + 1, micro))
+                needs = {"F": ("F", stage - 1, micro), "W": ("B", stage, micro)}.get(
+                    kind, ("B", stage + 1, micro)
+                )
                 if 0 <= needs[1] <= last and needs not in ended:
                     break
                 start = max(free[rank], ended.get(needs, 0))
                 free[rank] = ended["B" if kind == "I" else kind, stage, micro] = start + DURATION[kind]
                 work[rank].append((start, *todo.pop(0)))
-        assert sum(map(len, waiting)) < before_round, f"the ranks wait for each other: {[todo[:1] for todo in waiting]}"
+        assert sum(map(len, waiting)) < before_round, (
+            f"the ranks wait for each other: {[todo[:1] for todo in waiting]}"
+        )
     busy = sum(DURATION[kind] for rank_work in work for _, kind, _, _ in rank_work)
     return work, 1 - busy / (len(orders) * max(free))
 
 
 def draw(work: list[tuple[int, str, int, int]], width: int) -> str:
-    """The first `width` units of one rank's time, three letters each; lower case: a later stage of the rank; dots: bubbles."""
+    """The first `width` units of one rank's time, three letters each; lower case: a later stage of the rank;
+    dots: bubbles."""
     cells, first_stage = ["..."] * (width + max(DURATION.values())), min(stage for _, _, stage, _ in work)
     for start, kind, stage, micro in work:
         name = f"{kind if stage == first_stage else kind.lower()}{micro:<2}"
-        cells[start:start + DURATION[kind]] = [name] * DURATION[kind] if start < width else []
+        cells[start : start + DURATION[kind]] = [name] * DURATION[kind] if start < width else []
     return "".join(cells[:width]).rstrip()

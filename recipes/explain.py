@@ -1,8 +1,10 @@
-"""Explain a layout before running it: mesh, placements, bytes per rank, traffic per step, pipeline. Needs no GPU.
+"""Explain a layout before running it: mesh, placements, bytes per rank, traffic per step, pipeline. Needs no
+GPU.
 
     python recipes/explain.py --model llama2-7b --gpus 64 --parallel.tp 8 --parallel.pp 2 --train.global-batch-size 64
 
-Takes any command line of pretrain.py, and how many processes it is for. parallel/explain.py knows; this file draws.
+Takes any command line of pretrain.py, and how many processes it is for. parallel/explain.py knows; this file
+draws.
 """
 
 import json
@@ -10,14 +12,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone works without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 # its neighbours, also as `python -m recipes.explain`
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 if __name__ == "__main__":
     from dtensor_llama.terminal import end_quietly_on_ctrl_c
 
-    end_quietly_on_ctrl_c()               # the imports below take seconds
+    end_quietly_on_ctrl_c()  # the imports below take seconds
 
 import torch
 from pretrain import PretrainConfig, check_numbers
@@ -33,16 +35,18 @@ from parallel.schedule_clock import DURATION, draw
 class ExplainConfig(PretrainConfig):
     """Explain what a layout means for one rank."""
 
-    gpus: int = 1               # processes it is for: torchrun's nodes x processes per node
-    rank: int = 0               # whose view: the first and the last pipeline stage have more than the others
-    json: FilePath | None = None     # file to write the same to, as data
+    gpus: int = 1  # processes it is for: torchrun's nodes x processes per node
+    rank: int = 0  # whose view: the first and the last pipeline stage have more than the others
+    json: FilePath | None = None  # file to write the same to, as data
 
 
 def main(cfg: ExplainConfig) -> None:
     check_numbers(cfg)
     if cfg.memory.is_on or cfg.memory.activations:
-        raise UsageError(f"--memory.placement {cfg.memory.placement} with --memory.activations {cfg.memory.activations} is not "
-                         "explained here: these bytes are all on the device. The plan is printed where training starts.")
+        raise UsageError(
+            f"--memory.placement {cfg.memory.placement} with --memory.activations {cfg.memory.activations} is not "
+            "explained here: these bytes are all on the device. The plan is printed where training starts."
+        )
     if cfg.gpus < 1:
         raise UsageError(f"--gpus {cfg.gpus} is not possible; use a whole number of at least 1.")
     if not 0 <= cfg.rank < cfg.gpus:
@@ -51,62 +55,112 @@ def main(cfg: ExplainConfig) -> None:
     config = LlamaConfig.from_hf(cfg.model) if Path(cfg.model).exists() else LlamaConfig.preset(cfg.model)
     seq_len = cfg.data.seq_len or config.max_position_embeddings
     kernel = "sdpa" if train.attention == "auto" else train.attention
-    n_micros = check_parallel(layout, config, seq_len, train.global_batch_size, train.micro_batch_size, attention=kernel,
-                              recompute=train.recompute, compile=train.compile, device_type="cuda")
-    facts = explain(Run(config, layout, seq_len, n_micros, train.micro_batch_size, getattr(torch, train.dtype),
-                        train.recompute), cfg.rank)
-    print(f"{cfg.model}, {config.n_parameters / 1e9:.2f}B parameters, on {cfg.gpus} ranks with ZeRO stage {layout.zero_stage}\n"
-          f"{facts['tokens_per_step']:,} tokens a step: {layout.dp} dp ranks x {n_micros} microbatches x "
-          f"{train.micro_batch_size} rows x {seq_len} tokens", *mesh(facts), *parameters(facts), *traffic(facts),
-          *pipeline(facts), sep="\n")
+    n_micros = check_parallel(
+        layout,
+        config,
+        seq_len,
+        train.global_batch_size,
+        train.micro_batch_size,
+        attention=kernel,
+        recompute=train.recompute,
+        compile=train.compile,
+        device_type="cuda",
+    )
+    facts = explain(
+        Run(
+            config,
+            layout,
+            seq_len,
+            n_micros,
+            train.micro_batch_size,
+            getattr(torch, train.dtype),
+            train.recompute,
+        ),
+        cfg.rank,
+    )
+    print(
+        f"{cfg.model}, {config.n_parameters / 1e9:.2f}B parameters, on {cfg.gpus} ranks with ZeRO stage {layout.zero_stage}\n"
+        f"{facts['tokens_per_step']:,} tokens a step: {layout.dp} dp ranks x {n_micros} microbatches x "
+        f"{train.micro_batch_size} rows x {seq_len} tokens",
+        *mesh(facts),
+        *parameters(facts),
+        *traffic(facts),
+        *pipeline(facts),
+        sep="\n",
+    )
     if cfg.json:
         Path(cfg.json).write_text(json.dumps({"model": cfg.model, **facts}) + "\n", encoding="utf-8")
 
 
 def some(items: list, most: int) -> list:
     """At most so many of the items: the first ones and the last."""
-    return items if len(items) <= most else [*items[:most - 1], "  ...", items[-1]]
+    return items if len(items) <= most else [*items[: most - 1], "  ...", items[-1]]
 
 
 def mesh(facts: dict) -> list[str]:
     """A line for each place on the outer axes in use, a column for each on the innermost: the ranks there."""
-    *outer, inner = sizes = {axis: facts["layout"][axis] for axis in AXES if facts["layout"][axis] > 1} or {"tp": 1}
+    *outer, inner = sizes = {axis: facts["layout"][axis] for axis in AXES if facts["layout"][axis] > 1} or {
+        "tp": 1
+    }
     lines = []
     for first in range(0, facts["world_size"], sizes[inner]):
         line, left = f"  {inner} |", first // sizes[inner]
         for axis in reversed(outer):
             line, left = f"  {axis} {left % sizes[axis]:<3}{line}", left // sizes[axis]
-        lines.append(line + "".join(f"{rank:>5}" for rank in some(list(range(first, first + sizes[inner])), 8)))
-    groups = [f"  {axis:13}{size:>3}   {' '.join(map(str, some(facts['groups'][axis], 9)))}" for axis, size in sizes.items()]
-    return ["\nranks by their place on each axis", *some(lines, 10), f"\nwhom rank {facts['rank']} meets on each axis", *groups]
+        lines.append(
+            line + "".join(f"{rank:>5}" for rank in some(list(range(first, first + sizes[inner])), 8))
+        )
+    groups = [
+        f"  {axis:13}{size:>3}   {' '.join(map(str, some(facts['groups'][axis], 9)))}"
+        for axis, size in sizes.items()
+    ]
+    return [
+        "\nranks by their place on each axis",
+        *some(lines, 10),
+        f"\nwhom rank {facts['rank']} meets on each axis",
+        *groups,
+    ]
 
 
 def parameters(facts: dict) -> list[str]:
-    lines = [f"\n{'parameters of rank ' + str(facts['rank']):51}{'whole':>15}{'here':>15}   split over (S: dim, R: not)"]
+    lines = [
+        f"\n{'parameters of rank ' + str(facts['rank']):51}{'whole':>15}{'here':>15}   split over (S: dim, R: not)"
+    ]
     for row in facts["parameters"]:
         whole, here = (" x ".join(map(str, row[key])) for key in ("shape", "local_shape"))
         placed = " ".join(f"{axis} {placement}" for axis, placement in row["placements"].items())
         lines.append(f"{row['count']:>4} {row['name']:46}{whole:>15}{here:>15}   {placed}")
-    return [*lines, "\nits bytes, without activations and buffers",
-            *(f"  {name.replace('_', ' '):18}{size / 2**30:10.3f} GiB" for name, size in facts["bytes"].items())]
+    return [
+        *lines,
+        "\nits bytes, without activations and buffers",
+        *(f"  {name.replace('_', ' '):18}{size / 2**30:10.3f} GiB" for name, size in facts["bytes"].items()),
+    ]
 
 
 def traffic(facts: dict) -> list[str]:
     return [f"\nits traffic in a step\n  {'axis':14}{'kind':16}{'count':>7}{'sent':>14}"] + [
         f"  {row['axis']:14}{row['kind']:16}{row['count']:>7}{row['sent_bytes'] / 2**20:>14,.1f} MiB   {row['what']}"
-        for row in facts["collectives"]]
+        for row in facts["collectives"]
+    ]
 
 
 def pipeline(facts: dict) -> list[str]:
     if not (about := facts.get("pipeline")):
         return []
-    layers = [", ".join("{}-{}".format(*about["layers_of_stages"][stage]) for stage in own)
-              for own in about["stages_of_pp_ranks"]]
+    layers = [
+        ", ".join("{}-{}".format(*about["layers_of_stages"][stage]) for stage in own)
+        for own in about["stages_of_pp_ranks"]
+    ]
     width = min(28, max(work[-1][0] + DURATION[work[-1][1]] for work in about["work"]))
-    lines = [f"  pp {rank:<3} layers {which:13} |{draw(work, width)}"
-             for rank, (which, work) in enumerate(zip(layers, about["work"], strict=True))]
-    return [f"\nschedule {facts['layout']['schedule']}: {about['bubble']:.1%} bubbles, if backward takes as long as two "
-            "forwards (F forward, B backward, I and W its halves)", *some(lines, 10)]
+    lines = [
+        f"  pp {rank:<3} layers {which:13} |{draw(work, width)}"
+        for rank, (which, work) in enumerate(zip(layers, about["work"], strict=True))
+    ]
+    return [
+        f"\nschedule {facts['layout']['schedule']}: {about['bubble']:.1%} bubbles, if backward takes as long as two "
+        "forwards (F forward, B backward, I and W its halves)",
+        *some(lines, 10),
+    ]
 
 
 if __name__ == "__main__":

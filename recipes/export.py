@@ -1,10 +1,12 @@
-"""Export a checkpoint of any layout to a Hugging Face folder: in one process, without a GPU, without the ranks that wrote it.
+"""Export a checkpoint of any layout to a Hugging Face folder: in one process, without a GPU, without the
+ranks that wrote it.
 
     python recipes/export.py runs/pretrain/checkpoints/step-00001000 exported
     python recipes/export.py runs/pretrain/checkpoints/step-00001000 exported --dtype float32
 
-The shape of the model is in the checkpoint; tokenizer and dtype come from the run folder that it lies in, or from flags. The
-weights pass through memory a file at a time; only LoRA adapters need all of the model they are merged into.
+The shape of the model is in the checkpoint; tokenizer and dtype come from the run folder that it lies in, or
+from flags. The weights pass through memory a file at a time; only LoRA adapters need all of the model they
+are merged into.
 """
 
 import json
@@ -13,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone works without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
 if __name__ == "__main__":
     from dtensor_llama.terminal import end_quietly_on_ctrl_c
 
-    end_quietly_on_ctrl_c()               # the imports below take seconds
+    end_quietly_on_ctrl_c()  # the imports below take seconds
 
 import torch
 from tyro.conf import Positional
@@ -36,12 +38,14 @@ from dtensor_llama.weights import check_hf, hf_parameters, save_generation_confi
 class ExportConfig:
     """Write the weights of a checkpoint as a Hugging Face folder."""
 
-    checkpoint: Positional[FilePath]   # folder like runs/pretrain/checkpoints/step-00001000
-    out: Positional[FilePath]     # folder to write; what another export left there is replaced
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None    # of the weights in it; None: the run's --train.dtype
+    checkpoint: Positional[FilePath]  # folder like runs/pretrain/checkpoints/step-00001000
+    out: Positional[FilePath]  # folder to write; what another export left there is replaced
+    dtype: Literal["float32", "bfloat16", "float16"] | None = (
+        None  # of the weights in it; None: the run's --train.dtype
+    )
     tokenizer: FilePath | None = None  # Hugging Face folder, tokenizer.json or .model; None: the run's
     base: FilePath | None = None  # LoRA: Hugging Face folder of the frozen weights; None: the run's --model
-    max_shard_gb: float = 5.0     # of one safetensors file, and about what this process needs of memory
+    max_shard_gb: float = 5.0  # of one safetensors file, and about what this process needs of memory
 
 
 def main(cfg: ExportConfig) -> None:
@@ -51,35 +55,43 @@ def main(cfg: ExportConfig) -> None:
     if out.resolve() in (checkpoint.resolve(), *checkpoint.resolve().parents):
         raise UsageError(f"{out} holds the checkpoint itself; export into a folder of its own.")
     saved = SavedWeights(checkpoint)
-    run_dir = checkpoint.resolve().parent.parent          # RUN/checkpoints/step-00001000, from wherever it is named
+    run_dir = checkpoint.resolve().parent.parent  # RUN/checkpoints/step-00001000, from wherever it is named
     run = read_run(run_dir)
     dtype_name = cfg.dtype or run.get("train", {}).get("dtype")
     if dtype_name is None:
-        raise UsageError(f"--dtype is missing, and there is no {run_dir / 'config.json'} that says what the run computed in; "
-                         "use --dtype bfloat16 or --dtype float32.")
+        raise UsageError(
+            f"--dtype is missing, and there is no {run_dir / 'config.json'} that says what the run computed in; "
+            "use --dtype bfloat16 or --dtype float32."
+        )
     dtype = getattr(torch, dtype_name)
     tokenizer = find_tokenizer(cfg, run_dir, run)
     if "--model" not in saved.meta:
-        raise UsageError(f"{checkpoint} does not say what model it is of; only checkpoints of the recipes can be exported.")
+        raise UsageError(
+            f"{checkpoint} does not say what model it is of; only checkpoints of the recipes can be exported."
+        )
     config = LlamaConfig(**saved.meta["--model"])
     if saved.meta.get("--lora", {}).get("rank"):
         base = Path(cfg.base or run.get("model", "(unknown)"))
         merge_and_save(saved, config, base, run.get("train", {}).get("dtype"), dtype, out)
     else:
         save(saved, config, dtype, out, int(cfg.max_shard_gb * 1e9))
-    if GENERATION in saved.meta:                          # else save_hf's, from the ids of the model
+    if GENERATION in saved.meta:  # else save_hf's, from the ids of the model
         save_generation_config(out, saved.meta[GENERATION])
-    if "--lora" in saved.meta:                            # of sft.py, which trains with LLaMA-2's template if there is none
+    if "--lora" in saved.meta:  # of sft.py, which trains with LLaMA-2's template if there is none
         from dtensor_llama.data.template import ChatTemplate
 
         tokenizer.save(out, chat_template=ChatTemplate(tokenizer).source)
     else:
         tokenizer.save(out)
-    print(f"step {saved.step} of {run_dir}: {config.n_parameters / 1e6:,.1f}M parameters in {dtype_name}, "
-          f"tokenizer {tokenizer.path}\nmodel         {out}   (Hugging Face format)")
+    print(
+        f"step {saved.step} of {run_dir}: {config.n_parameters / 1e6:,.1f}M parameters in {dtype_name}, "
+        f"tokenizer {tokenizer.path}\nmodel         {out}   (Hugging Face format)"
+    )
 
 
-def save(saved: SavedWeights, config: LlamaConfig, dtype: torch.dtype, out: Path, max_shard_bytes: int) -> None:
+def save(
+    saved: SavedWeights, config: LlamaConfig, dtype: torch.dtype, out: Path, max_shard_bytes: int
+) -> None:
     with torch.device("meta"):
         shapes = {name: tuple(parameter.shape) for name, parameter in hf_parameters(Llama(config)).items()}
     saved.check(shapes, derived=("lm_head.weight",) if config.tie_word_embeddings else ())
@@ -90,19 +102,30 @@ def save(saved: SavedWeights, config: LlamaConfig, dtype: torch.dtype, out: Path
     save_hf_in_parts(out, config, shapes, dtype, read, max_shard_bytes)
 
 
-def merge_and_save(saved: SavedWeights, config: LlamaConfig, base: Path, frozen_dtype: str | None, dtype: torch.dtype,
-                   out: Path) -> None:
-    """The adapters of a LoRA checkpoint, merged into the weights they were trained beside, held as they were held there."""
+def merge_and_save(
+    saved: SavedWeights,
+    config: LlamaConfig,
+    base: Path,
+    frozen_dtype: str | None,
+    dtype: torch.dtype,
+    out: Path,
+) -> None:
+    """The adapters of a LoRA checkpoint, merged into the weights they were trained beside, held as they were
+    held there."""
     from dtensor_llama.lora import LoraConfig, adapter_parameters, apply_lora, merge_lora
 
     refuse_hub_name(str(base), "--base")
     if not base.is_dir():
-        raise UsageError(f"{saved.path} holds LoRA adapters, and the model they belong to is not at {base}; name its folder "
-                         "with --base.")
+        raise UsageError(
+            f"{saved.path} holds LoRA adapters, and the model they belong to is not at {base}; name its folder "
+            "with --base."
+        )
     with torch.device("meta"):
         model = Llama(config)
     check_hf(model, base)
-    apply_lora(model, LoraConfig(**saved.meta["--lora"]), getattr(torch, frozen_dtype) if frozen_dtype else dtype)
+    apply_lora(
+        model, LoraConfig(**saved.meta["--lora"]), getattr(torch, frozen_dtype) if frozen_dtype else dtype
+    )
     saved.check({name: tuple(parameter.shape) for name, parameter in adapter_parameters(model).items()})
     model.to_empty(device="cpu")
     load_hf(model, base)
@@ -120,19 +143,28 @@ def read_run(run_dir: Path) -> dict:
     except ValueError as error:
         raise UsageError(f"{run_dir / 'config.json'}: not readable JSON ({error}).") from None
     if not isinstance(run, dict):
-        raise UsageError(f"{run_dir / 'config.json'}: holds a {type(run).__name__}, not the settings of a run.")
+        raise UsageError(
+            f"{run_dir / 'config.json'}: holds a {type(run).__name__}, not the settings of a run."
+        )
     return run
 
 
 def find_tokenizer(cfg: ExportConfig, run_dir: Path, run: dict) -> Tokenizer:
-    """What --tokenizer says, else what the run trained with: kept in its folder, or where its flags found it."""
+    """What --tokenizer says, else what the run trained with: kept in its folder, or where its flags found
+    it."""
     asked = run.get("data", {}).get("tokenizer") or run.get("model")
     if cfg.tokenizer:
         refuse_hub_name(cfg.tokenizer, "--tokenizer")
-    places = [cfg.tokenizer] if cfg.tokenizer else [run_dir / "tokenizer", run_dir / "hf", *([asked] if asked else [])]
+    places = (
+        [cfg.tokenizer]
+        if cfg.tokenizer
+        else [run_dir / "tokenizer", run_dir / "hf", *([asked] if asked else [])]
+    )
     there = [place for place in places if Path(place).exists()]
     if not there:
-        raise UsageError(f"no tokenizer: there is no {' and no '.join(map(str, places))}; name it with --tokenizer.")
+        raise UsageError(
+            f"no tokenizer: there is no {' and no '.join(map(str, places))}; name it with --tokenizer."
+        )
     return load_tokenizer(there[0])
 
 

@@ -1,4 +1,5 @@
-"""Text from a trained model: continue prompts, many at once, or chat. On one process, or split over several by tp.
+"""Text from a trained model: continue prompts, many at once, or chat. On one process, or split over several
+by tp.
 
     python recipes/generate.py --model runs/pretrain/hf --prompt 'Once upon a time' --max-new-tokens 100
     python recipes/generate.py --model runs/pretrain/hf --prompts-file prompts.txt --json > answers.jsonl
@@ -14,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone works without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
 if __name__ == "__main__":
     from dtensor_llama.terminal import end_quietly_on_ctrl_c
 
-    end_quietly_on_ctrl_c()               # the imports below take seconds
+    end_quietly_on_ctrl_c()  # the imports below take seconds
 
 import torch
 import torch.distributed as dist
@@ -38,29 +39,33 @@ from parallel import ParallelConfig, build_mesh
 from parallel.mesh import start_process_group, stop_process_group
 from parallel.tensor import apply_tensor_parallel, check_tensor_parallel
 
-WAIT_FOR_A_PERSON_S = 7 * 24 * 3600    # other tp ranks wait in a collective while somebody types
+WAIT_FOR_A_PERSON_S = 7 * 24 * 3600  # other tp ranks wait in a collective while somebody types
 
 
 @dataclass(frozen=True)
 class SplitConfig:
-    tp: int = 1                   # processes that share each matrix and the cache of keys and values
+    tp: int = 1  # processes that share each matrix and the cache of keys and values
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
     """Continue prompts with the model in a Hugging Face folder, or chat with it."""
 
-    model: FilePath               # Hugging Face folder with config.json, safetensors and tokenizer
-    prompt: UseAppendAction[tuple[str, ...]] = ()    # text to continue; with --chat a question; may be given several times
-    prompts_file: FilePath | None = None    # more of them, one a line
-    chat: bool = False            # write prompts as the tokenizer's chat template does; without a prompt: talk, Ctrl-D ends
-    system: str | None = None     # with --chat: the system prompt
-    json: bool = False            # print a line {"prompt", "text"} for each prompt
+    model: FilePath  # Hugging Face folder with config.json, safetensors and tokenizer
+    prompt: UseAppendAction[
+        tuple[str, ...]
+    ] = ()  # text to continue; with --chat a question; may be given several times
+    prompts_file: FilePath | None = None  # more of them, one a line
+    chat: bool = (
+        False  # write prompts as the tokenizer's chat template does; without a prompt: talk, Ctrl-D ends
+    )
+    system: str | None = None  # with --chat: the system prompt
+    json: bool = False  # print a line {"prompt", "text"} for each prompt
     max_new_tokens: int = 128
-    temperature: float = 0.0      # 0: always the likeliest token (greedy); 1: as the model believes
-    top_p: float = 1.0            # draw only from the likeliest tokens that together have this probability
-    seed: int = 0                 # of the draws, at a temperature above 0
-    batch_size: int = 16          # prompts at once: memory for speed
+    temperature: float = 0.0  # 0: always the likeliest token (greedy); 1: as the model believes
+    top_p: float = 1.0  # draw only from the likeliest tokens that together have this probability
+    seed: int = 0  # of the draws, at a temperature above 0
+    batch_size: int = 16  # prompts at once: memory for speed
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["auto", "flash", "sdpa", "math"] = "auto"
     parallel: SplitConfig = field(default_factory=SplitConfig)
@@ -74,7 +79,7 @@ def main(cfg: GenerateConfig) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
-    # ---- 1. What is refused -----------------------------------------------------------------------------------------
+    # ---- 1. What is refused --------------------------------------------------------------------------------
     for flag, value, rule, fine in (
         ("--max-new-tokens", cfg.max_new_tokens, "at least 1", cfg.max_new_tokens >= 1),
         ("--temperature", cfg.temperature, "0 (greedy) or more", 0 <= cfg.temperature < float("inf")),
@@ -85,16 +90,22 @@ def main(cfg: GenerateConfig) -> None:
             raise UsageError(f"{flag} {value} is not possible; it must be {rule}.")
     refuse_hub_name(cfg.model, "--model")
     if not Path(cfg.model).is_dir():
-        raise UsageError(f"--model {cfg.model} is not a folder; text comes from trained weights, e.g. runs/pretrain/hf.")
+        raise UsageError(
+            f"--model {cfg.model} is not a folder; text comes from trained weights, e.g. runs/pretrain/hf."
+        )
     config = LlamaConfig.from_hf(cfg.model)
     tokenizer = load_tokenizer(cfg.model)
     if tokenizer.vocab_size > config.vocab_size:
-        raise UsageError(f"--model {cfg.model}: its tokenizer has {tokenizer.vocab_size} tokens and its config.json a "
-                         f"vocabulary of {config.vocab_size}; they do not belong together.")
+        raise UsageError(
+            f"--model {cfg.model}: its tokenizer has {tokenizer.vocab_size} tokens and its config.json a "
+            f"vocabulary of {config.vocab_size}; they do not belong together."
+        )
     check_tensor_parallel(config, tp, 1, sequence_parallel=False)
     if world_size != tp:
         launch = f"torchrun --nproc-per-node {tp}" if tp > 1 else "plain python"
-        raise UsageError(f"--parallel.tp {tp} is for {tp} process(es) and torchrun started {world_size}; launch with {launch}.")
+        raise UsageError(
+            f"--parallel.tp {tp} is for {tp} process(es) and torchrun started {world_size}; launch with {launch}."
+        )
     if cfg.system is not None and not cfg.chat:
         raise UsageError("--system is for --chat; a prompt to continue has no system prompt.")
     texts = read_prompts(cfg)
@@ -104,34 +115,47 @@ def main(cfg: GenerateConfig) -> None:
     prompts = [encode(cfg, text, tokenizer, config, template) for text in texts]
     longest = max(map(len, prompts), default=0) + cfg.max_new_tokens
     if longest > config.max_position_embeddings and rank == 0:
-        print(f"note: up to {longest} tokens with --max-new-tokens, and the model was trained on at most "
-              f"{config.max_position_embeddings}; what comes after those may make no sense", file=sys.stderr)
+        print(
+            f"note: up to {longest} tokens with --max-new-tokens, and the model was trained on at most "
+            f"{config.max_position_embeddings}; what comes after those may make no sense",
+            file=sys.stderr,
+        )
     kernel, _ = choose_attention(cfg.attention, device, dtype)
-    if kernel == "flash" and len(set(map(len, prompts))) > 1:      # it takes no mask for the padding
+    if kernel == "flash" and len(set(map(len, prompts))) > 1:  # it takes no mask for the padding
         if cfg.attention == "flash":
-            raise UsageError("--attention flash cannot continue prompts of unequal lengths at once; use --batch-size 1 or "
-                             "--attention sdpa.")
+            raise UsageError(
+                "--attention flash cannot continue prompts of unequal lengths at once; use --batch-size 1 or "
+                "--attention sdpa."
+            )
         kernel = "sdpa"
     with torch.device("meta"):
         model = Llama(config)
     check_hf(model, cfg.model)
 
-    # ---- 2. The model: whole, or this rank's heads and columns ---------------------------------------------------------
+    # ---- 2. The model: whole, or this rank's heads and columns ---------------------------------------------
     model.to(dtype)
     if tp > 1:
         start_process_group(device, world_size, timeout_s=WAIT_FOR_A_PERSON_S if cfg.chat else 600)
         mesh = build_mesh(ParallelConfig(tp=tp, dp_shard=1), device.type)
-        apply_tensor_parallel(model, mesh["tp"], sequence_parallel=False)     # a step has one token: no sequence to share
+        apply_tensor_parallel(
+            model, mesh["tp"], sequence_parallel=False
+        )  # a step has one token: no sequence to share
     model.to_empty(device=device)
     load_hf(model, cfg.model)
     model.set_attention(kernel)
-    randomness = torch.Generator(device).manual_seed(cfg.seed)                # the same draws on every rank
+    randomness = torch.Generator(device).manual_seed(cfg.seed)  # the same draws on every rank
     stop_ids = find_stop_ids(cfg, config, template)
 
     def continue_all(prompts: list[list[int]], show=None) -> list[str]:
-        """The text that follows each prompt; `show` gets that of a single one, prompt included unless a chat, as it comes."""
-        ids, streams = [[] for _ in prompts], [TextStream(tokenizer, [] if template else tokens) for tokens in prompts]
-        for step in generate_batch(model, prompts, cfg.max_new_tokens, cfg.temperature, cfg.top_p, stop_ids, randomness):
+        """The text that follows each prompt; `show` gets that of a single one, prompt included unless a chat,
+        as it comes."""
+        ids, streams = (
+            [[] for _ in prompts],
+            [TextStream(tokenizer, [] if template else tokens) for tokens in prompts],
+        )
+        for step in generate_batch(
+            model, prompts, cfg.max_new_tokens, cfg.temperature, cfg.top_p, stop_ids, randomness
+        ):
             for own, stream, token in zip(ids, streams, step, strict=True):
                 if token is not None and token not in stop_ids:
                     own.append(token)
@@ -139,21 +163,27 @@ def main(cfg: GenerateConfig) -> None:
                         show(stream.put(token))
         if show:
             show(streams[0].end() + "\n")
-        return [tokenizer.decode(own) if template else tokenizer.decode(tokens + own)[len(tokenizer.decode(tokens)):]
-                for tokens, own in zip(prompts, ids, strict=True)]
+        return [
+            tokenizer.decode(own)
+            if template
+            else tokenizer.decode(tokens + own)[len(tokenizer.decode(tokens)) :]
+            for tokens, own in zip(prompts, ids, strict=True)
+        ]
 
     def say(text: str) -> None:
         if rank == 0:
             print(text, end="", flush=True)
 
-    # ---- 3. Text -----------------------------------------------------------------------------------------------------
+    # ---- 3. Text -------------------------------------------------------------------------------------------
     if not texts:
         talk(cfg, config, template, continue_all, say, rank, tp)
     elif len(texts) == 1 and not cfg.json:
         continue_all(prompts, say)
     for first in range(0, len(texts), cfg.batch_size) if len(texts) > 1 or cfg.json else ():
         batch = slice(first, first + cfg.batch_size)
-        for number, (text, more) in enumerate(zip(texts[batch], continue_all(prompts[batch]), strict=True), first + 1):
+        for number, (text, more) in enumerate(
+            zip(texts[batch], continue_all(prompts[batch]), strict=True), first + 1
+        ):
             if cfg.json:
                 say(json.dumps({"prompt": text, "text": more}, ensure_ascii=not stdout_speaks_utf8()) + "\n")
             else:
@@ -207,9 +237,11 @@ def read_prompts(cfg: GenerateConfig) -> list[str]:
         try:
             text = line.removesuffix(b"\r").decode()
         except UnicodeDecodeError as error:
-            raise UsageError(f"--prompts-file {cfg.prompts_file}, line {number}: byte "
-                             f"0x{line[error.start]:02x} is not UTF-8 text; convert the file (iconv -t "
-                             "utf-8) or leave the line out.") from None
+            raise UsageError(
+                f"--prompts-file {cfg.prompts_file}, line {number}: byte "
+                f"0x{line[error.start]:02x} is not UTF-8 text; convert the file (iconv -t "
+                "utf-8) or leave the line out."
+            ) from None
         if text.strip():
             prompts.append(text)
     return prompts
@@ -224,8 +256,10 @@ def as_text(argument: str, flag: str) -> str:
         return typed.decode()
     except UnicodeDecodeError as error:
         shown = argument[:40].encode("ascii", "backslashreplace").decode()
-        raise UsageError(f"{flag} {shown}: byte 0x{typed[error.start]:02x} is not UTF-8 text; give the text "
-                         "in UTF-8, in a --prompts-file if the terminal cannot.") from None
+        raise UsageError(
+            f"{flag} {shown}: byte 0x{typed[error.start]:02x} is not UTF-8 text; give the text "
+            "in UTF-8, in a --prompts-file if the terminal cannot."
+        ) from None
 
 
 def encode(cfg: GenerateConfig, text: str, tokenizer, config: LlamaConfig, template) -> list[int]:
@@ -234,10 +268,12 @@ def encode(cfg: GenerateConfig, text: str, tokenizer, config: LlamaConfig, templ
         system = [{"role": "system", "content": as_text(cfg.system, "--system")}] if cfg.system else []
         return template.encode_prompt([*system, {"role": "user", "content": text}])
     tokens = tokenizer.encode(text)
-    if tokenizer.adds.bos:                    # as the documents of training began
+    if tokenizer.adds.bos:  # as the documents of training began
         tokens = [tokenizer.bos_id, *tokens]
     if not tokens:
-        raise UsageError("--prompt is empty, and the tokenizer has no token for the beginning of a text; give some text.")
+        raise UsageError(
+            "--prompt is empty, and the tokenizer has no token for the beginning of a text; give some text."
+        )
     return tokens
 
 
@@ -248,7 +284,8 @@ def chat_template(tokenizer):
 
 
 def find_stop_ids(cfg: GenerateConfig, config: LlamaConfig, template) -> tuple[int, ...]:
-    """What ends a text: config.json's and generation_config.json's EOS (one or several), and what ends a turn in a chat."""
+    """What ends a text: config.json's and generation_config.json's EOS (one or several), and what ends a turn
+    in a chat."""
     ids = {*ends_of(config.eos_token_id), *ends_of(read_generation_config(cfg.model).get("eos_token_id"))}
     if template:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

@@ -1,8 +1,10 @@
-"""Real text that every machine has: the source of Python's own standard library, and a tokenizer trained on it.
+"""Real text that every machine has: the source of Python's own standard library, and a tokenizer trained on
+it.
 
     python recipes/stdlib_corpus.py --out runs/first
 
-writes OUT/stdlib.jsonl (one module a line, `text` and `path`) and OUT/tokenizer/ (a byte-level BPE, Hugging Face format).
+writes OUT/stdlib.jsonl (one module a line, `text` and `path`) and OUT/tokenizer/ (a byte-level BPE, Hugging
+Face format).
 """
 
 import json
@@ -11,31 +13,42 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # a clone works without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
 if __name__ == "__main__":
     from dtensor_llama.terminal import end_quietly_on_ctrl_c
 
-    end_quietly_on_ctrl_c()               # the imports below take seconds
+    end_quietly_on_ctrl_c()  # the imports below take seconds
 
 from dtensor_llama import UsageError
 from dtensor_llama.cli import FilePath, run_recipe
 
 BEGIN, END = "<s>", "</s>"
-LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"}
+LEFT_OUT = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "lib2to3",
+    "encodings",
+    "pydoc_data",
+}
 
 
 @dataclass(frozen=True)
 class CorpusConfig:
     """Gather the standard library's source and train a byte-level BPE tokenizer on it."""
 
-    out: FilePath = "runs/first"      # folder for stdlib.jsonl and tokenizer/
-    vocab_size: int = 4096       # pieces of the tokenizer, begin and end included
+    out: FilePath = "runs/first"  # folder for stdlib.jsonl and tokenizer/
+    vocab_size: int = 4096  # pieces of the tokenizer, begin and end included
 
 
 def main(cfg: CorpusConfig) -> None:
     if not 258 <= cfg.vocab_size <= 65536:
-        raise UsageError(f"--vocab-size {cfg.vocab_size} is not possible; 256 bytes and 2 marks come first: use 258 to 65536.")
+        raise UsageError(
+            f"--vocab-size {cfg.vocab_size} is not possible; 256 bytes and 2 marks come first: use 258 to 65536."
+        )
     out = Path(cfg.out)
     texts = list(standard_library())
     if (out / "stdlib.jsonl").exists() and (out / "tokenizer" / "tokenizer.json").exists():
@@ -44,14 +57,19 @@ def main(cfg: CorpusConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     train_tokenizer([text for _, text in texts], cfg.vocab_size, out / "tokenizer")
     partial = out / "stdlib.jsonl.partial"
-    partial.write_text("".join(json.dumps({"text": text, "path": path}) + "\n" for path, text in texts), encoding="utf-8")
+    partial.write_text(
+        "".join(json.dumps({"text": text, "path": path}) + "\n" for path, text in texts), encoding="utf-8"
+    )
     partial.replace(out / "stdlib.jsonl")
     n_bytes = sum(len(text.encode()) for _, text in texts)
-    print(f"{len(texts):,} modules, {n_bytes / 1e6:.1f} MB -> {out}/stdlib.jsonl and a tokenizer of {cfg.vocab_size} pieces")
+    print(
+        f"{len(texts):,} modules, {n_bytes / 1e6:.1f} MB -> {out}/stdlib.jsonl and a tokenizer of {cfg.vocab_size} pieces"
+    )
 
 
 def standard_library():
-    """(path, source) of each module; tests, character tables and the help texts of pydoc are left out: little of it is code."""
+    """(path, source) of each module; tests, character tables and the help texts of pydoc are left out: little
+    of it is code."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for file in sorted(root.rglob("*.py")):
         parts = file.relative_to(root).parts
@@ -60,25 +78,34 @@ def standard_library():
         try:
             text = file.read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError):
-            continue                  # a few modules are in other encodings, on purpose
+            continue  # a few modules are in other encodings, on purpose
         if text.strip():
             yield "/".join(parts), text
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, folder: Path) -> None:
-    """A byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909, over bytes as in GPT-2), with Hugging Face's library."""
+    """A byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909, over bytes as in GPT-2), with Hugging Face's
+    library."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[BEGIN, END], show_progress=sys.stderr.isatty(),
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BEGIN, END],
+        show_progress=sys.stderr.isatty(),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(texts, trainer)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BEGIN, "eos_token": END,
-                "clean_up_tokenization_spaces": False}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BEGIN,
+        "eos_token": END,
+        "clean_up_tokenization_spaces": False,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 

@@ -13,14 +13,23 @@ from parallel.schedule_picture import Recorder, bubble_share, draw_schedule
 
 
 class StepPictures:
-    """--parallel.draw-schedule draws one step; --memory.draw two, as an update hides behind the next forward. All ranks enter
-    both methods. cfg: of pretrain.py or sft.py."""
+    """--parallel.draw-schedule draws one step; --memory.draw two, as an update hides behind the next forward.
+    All ranks enter both methods. cfg: of pretrain.py or sft.py."""
 
-    def __init__(self, cfg, layout: ParallelConfig, mesh: DeviceMesh, optimizer: Optimizer, device: torch.device,
-                 first_step: int):
+    def __init__(
+        self,
+        cfg,
+        layout: ParallelConfig,
+        mesh: DeviceMesh,
+        optimizer: Optimizer,
+        device: torch.device,
+        first_step: int,
+    ):
         self.run_dir, self.layout, self.mesh, self.device = Path(cfg.run_dir), layout, mesh, device
         self.manager = optimizer.manager if cfg.memory.draw else None
-        last = self.last = cfg.train.steps - 1    # the first steps are not typical, and placement auto plans after three
+        last = self.last = (
+            cfg.train.steps - 1
+        )  # the first steps are not typical, and placement auto plans after three
         self.schedule_step = min(first_step + 2, last) if layout.draw_schedule else None
         self.memory_step = max(first_step, min(first_step + 6, last - 1)) if cfg.memory.draw else None
         self.recorder = None
@@ -37,9 +46,15 @@ class StepPictures:
         events = self.recorder.gather() if self.recorder else None
         if say and events:
             draw_schedule(events, self.run_dir / "schedule.png", self.layout.schedule)
-            say(f"step {steps_done}: drawn in {self.run_dir}/schedule.png; {bubble_share(events):.0%} of it is bubbles")
+            say(
+                f"step {steps_done}: drawn in {self.run_dir}/schedule.png; {bubble_share(events):.0%} of it is bubbles"
+            )
         if self.manager and self.manager.record and steps_done > min(self.memory_step + 1, self.last):
             self.manager.record = False
             if say:
-                draw_timeline(self.manager.events, self.run_dir / "memory.png", f"steps {self.memory_step + 1} to {steps_done}")
+                draw_timeline(
+                    self.manager.events,
+                    self.run_dir / "memory.png",
+                    f"steps {self.memory_step + 1} to {steps_done}",
+                )
                 say(f"step {steps_done}: drawn in {self.run_dir}/memory.png")

@@ -1,4 +1,5 @@
-"""Shared by all tests: the repository root is importable, and `-m gpu` and `-m slow` are asked for, never met by chance."""
+"""Shared by all tests: the repository root is importable, and `-m gpu` and `-m slow` are asked for, never met
+by chance."""
 
 import json
 import os
@@ -14,8 +15,10 @@ for folder in (ROOT, ROOT / "tests"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 # An empty part would be the current folder.
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
-os.environ.setdefault("OMP_NUM_THREADS", "1")          # several processes share the cores
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")])
+)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes share the cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
@@ -28,7 +31,7 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason=f"asked for with -m {mark}"))
 
 
-PARITY_ROWS: list[tuple] = []      # (layout, ranks, loss, norm, weight, seconds) of test_one_answer.py, in order
+PARITY_ROWS: list[tuple] = []  # (layout, ranks, loss, norm, weight, seconds) of test_one_answer.py, in order
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -37,12 +40,15 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line("| layout | ranks | loss | gradient norm, relative | weights | seconds |")
         terminalreporter.write_line("| --- | --- | --- | --- | --- | --- |")
     for name, ranks, loss, norm, weight, seconds in PARITY_ROWS:
-        terminalreporter.write_line(f"| {name} | {ranks} | {loss:.1e} | {norm:.1e} | {weight:.1e} | {seconds:.1f} |")
+        terminalreporter.write_line(
+            f"| {name} | {ranks} | {loss:.1e} | {norm:.1e} | {weight:.1e} | {seconds:.1f} |"
+        )
 
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory) -> Path:
-    """A folder with data.jsonl (short documents), tokenizer/ (400 pieces) and model/ (a tiny LLaMA, random weights)."""
+    """A folder with data.jsonl (short documents), tokenizer/ (400 pieces) and model/ (a tiny LLaMA, random
+    weights)."""
     sys.path.insert(0, str(ROOT / "recipes"))
     from stdlib_corpus import train_tokenizer
 
@@ -54,8 +60,17 @@ def inputs(tmp_path_factory) -> Path:
     documents = [part for part in text.split("\n\n") if part.strip()]
     (folder / "data.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in documents))
     train_tokenizer(documents, 400, folder / "tokenizer")
-    config = LlamaConfig(vocab_size=400, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1)
+    config = LlamaConfig(
+        vocab_size=400,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
     save_hf(Llama(config), folder / "model")
     shutil.copytree(folder / "tokenizer", folder / "model", dirs_exist_ok=True)
     return folder
@@ -63,7 +78,8 @@ def inputs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def reference(inputs, tmp_path_factory) -> Path:
-    """One process, never stopped, packed documents masked: so micro-batches and ranks have uneven numbers of labels."""
+    """One process, never stopped, packed documents masked: so micro-batches and ranks have uneven numbers of
+    labels."""
     from recipe import pretrain_flags, recipe
 
     run_dir = tmp_path_factory.mktemp("runs") / "reference"

@@ -1,11 +1,13 @@
-"""A GPU's queues without a GPU: the chunk manager's lanes with the freedom of CUDA streams, or with a clock of their own.
+"""A GPU's queues without a GPU: the chunk manager's lanes with the freedom of CUDA streams, or with a clock
+of their own.
 
     QueuedLanes   what is given to a lane, or to the host's thread, runs as late as anybody lets it, or at random moments, but
                   in the order and after the events that CUDA guarantees. A wait that is missing shows as a wrong number.
     ClockLanes    everything runs at once, and takes the time it is said to take: who works when can be asserted.
 
-What the caller computes runs at once in both, as autograd does on a CPU: whether a lane waits for it long enough is not seen,
-nor whether a tensor lives until its last reader, as these queues keep what they were given.
+What the caller computes runs at once in both, as autograd does on a CPU: whether a lane waits for it long
+enough is not seen, nor whether a tensor lives until its last reader, as these queues keep what they were
+given.
 """
 
 import random
@@ -54,12 +56,12 @@ class _Queue:
         job = self.jobs[0]
         for event in job.after:
             event.synchronize()
-        if job.is_over:                  # an event it waited for was this very queue's
+        if job.is_over:  # an event it waited for was this very queue's
             return
         self.jobs.popleft()
         try:
             job.value = job.work()
-        except BaseException as error:   # as a future does
+        except BaseException as error:  # as a future does
             job.error = error
         job.is_over = True
 
@@ -91,7 +93,8 @@ class _QueuedLane(Lane):
 
 
 class QueuedLanes(Lanes):
-    """seed: of the moments at which work runs; None: as late as can be. waits: what of (lane, its `after`) is heeded."""
+    """seed: of the moments at which work runs; None: as late as can be. waits: what of (lane, its `after`) is
+    heeded."""
 
     def __init__(self, seed: int | None = None, waits: Callable = lambda lane, after: tuple(after)):
         self.queues: list[_Queue] = []
@@ -166,7 +169,7 @@ class _ClockLane(Lane):
 
     def wait(self, event) -> None:
         assert not self.own
-        event.synchronize()                  # the caller computes: what it does from now on is later
+        event.synchronize()  # the caller computes: what it does from now on is later
 
 
 class ClockLanes(Lanes):

@@ -1,10 +1,11 @@
-"""Gloo worker processes kept alive across tests: importing torch costs seconds, so it is paid once per worker.
+"""Gloo worker processes kept alive across tests: importing torch costs seconds, so it is paid once per
+worker.
 
     results = run_on(2, my_function, argument)      # my_function(argument) on ranks 0 and 1; one result per rank
 
-Each call is a process group of its own. A rank that raises, dies or hangs fails the call within `timeout` seconds with
-that rank's traceback, a hung one with where each of its threads stood; the workers are then replaced, so the next test
-starts clean.
+Each call is a process group of its own. A rank that raises, dies or hangs fails the call within `timeout`
+seconds with that rank's traceback, a hung one with where each of its threads stood; the workers are then
+replaced, so the next test starts clean.
 """
 
 import atexit
@@ -21,7 +22,7 @@ import traceback
 from multiprocessing.connection import wait
 from pathlib import Path
 
-MORE_THREADS = 100        # in a worker, until it looks for garbage, which takes a third of a second
+MORE_THREADS = 100  # in a worker, until it looks for garbage, which takes a third of a second
 
 _context = multiprocessing.get_context("spawn")
 _workers: list["_Worker"] = []
@@ -36,14 +37,15 @@ class _Worker:
         self.pipe, theirs = _context.Pipe()
         self.process = _context.Process(target=_serve, args=(theirs,), daemon=True)
         self.process.start()
-        theirs.close()                       # so that a dead worker is an end of file here
+        theirs.close()  # so that a dead worker is an end of file here
 
 
 def run_on(ranks: int, function, *args, timeout: float = 120, group: bool = True):
     """Call `function(*args)` in `ranks` processes of one gloo group; returns their results, in rank order.
 
-    The function must be importable (top level of its module) and its arguments and result picklable. group=False: the
-    function makes its process group itself, as a recipe under torchrun does, from the environment.
+    The function must be importable (top level of its module) and its arguments and result picklable.
+    group=False: the function makes its process group itself, as a recipe under torchrun does, from the
+    environment.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -61,7 +63,10 @@ def run_on(ranks: int, function, *args, timeout: float = 120, group: bool = True
 
 
 def _collect(workers, timeout: float, folder: str):
-    deadline, grace = time.monotonic() + timeout, 2.0     # after one failure the others get `grace` to fail by themselves
+    deadline, grace = (
+        time.monotonic() + timeout,
+        2.0,
+    )  # after one failure the others get `grace` to fail by themselves
     results, failures = [None] * len(workers), []
     pending = {worker.pipe: rank for rank, worker in enumerate(workers)}
     while pending:
@@ -69,8 +74,12 @@ def _collect(workers, timeout: float, folder: str):
         if not ready:
             if not failures:
                 for rank in pending.values():
-                    if _stack_file(folder, rank).exists():                  # it begins with that: else the signal would end it
-                        os.kill(workers[rank].process.pid, signal.SIGUSR1)  # it writes down where each of its threads stands
+                    if _stack_file(
+                        folder, rank
+                    ).exists():  # it begins with that: else the signal would end it
+                        os.kill(
+                            workers[rank].process.pid, signal.SIGUSR1
+                        )  # it writes down where each of its threads stands
                 time.sleep(0.5)
                 for rank in pending.values():
                     stack = _stack_file(folder, rank)
@@ -112,17 +121,24 @@ def _serve(pipe) -> None:
             function, args, rank, ranks, folder, group, port = pipe.recv()
         except (EOFError, KeyboardInterrupt):
             return
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(port))
+        os.environ.update(
+            RANK=str(rank),
+            WORLD_SIZE=str(ranks),
+            LOCAL_RANK=str(rank),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
         stack_file = _stack_file(folder, rank).open("w")
         faulthandler.register(signal.SIGUSR1, stack_file)
         try:
             if group:
-                dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank, world_size=ranks)
+                dist.init_process_group(
+                    "gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank, world_size=ranks
+                )
             answer = (True, function(*args))
             if group:
-                dist.barrier()               # no rank leaves while another still talks to it
-        except BaseException:                # whatever it was belongs to the test that asked
+                dist.barrier()  # no rank leaves while another still talks to it
+        except BaseException:  # whatever it was belongs to the test that asked
             answer = (False, traceback.format_exc())
         pipe.send(answer)
         if not answer[0]:
@@ -131,26 +147,28 @@ def _serve(pipe) -> None:
             dist.destroy_process_group()
         _forget_meshes()
         if len(os.listdir("/proc/self/task")) > n_threads + MORE_THREADS:
-            gc.collect()                     # groups live on in reference cycles, each with two threads
+            gc.collect()  # groups live on in reference cycles, each with two threads
             n_threads = len(os.listdir("/proc/self/task"))
 
 
 def _forget_meshes() -> None:
-    """Empty what a process that outlives its group remembers of it. DTensor's caches hold plans with the mesh they were
-    made for, and take an equal mesh of a later process group for the same, whose groups are gone. Compiled blocks too, and
-    the shapes seen: a rank that compiled before, alone, would make a graph with dynamic shapes where its new peers make a
-    static one, and each would wait in another collective."""
+    """Empty what a process that outlives its group remembers of it. DTensor's caches hold plans with the mesh
+    they were made for, and take an equal mesh of a later process group for the same, whose groups are gone.
+    Compiled blocks too, and the shapes seen: a rank that compiled before, alone, would make a graph with
+    dynamic shapes where its new peers make a static one, and each would wait in another collective."""
     import torch
 
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
     if "torch.distributed.tensor" not in sys.modules:
-        return                               # importing it only to empty it would keep the next call waiting for seconds
+        return  # importing it only to empty it would keep the next call waiting for seconds
     from torch.distributed.tensor import _redistribute
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     _clear_sharding_prop_cache()
-    getattr(_redistribute, "clear_redistribute_planner_cache", lambda: None)()      # a dict: nothing below empties it
+    getattr(
+        _redistribute, "clear_redistribute_planner_cache", lambda: None
+    )()  # a dict: nothing below empties it
     getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", lambda: None)()
     for name, module in list(sys.modules.items()):
         if name.startswith("torch.distributed.tensor"):

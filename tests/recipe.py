@@ -1,4 +1,5 @@
-"""Run a recipe as a user would, flags and all, but in a worker of the pool that has paid for importing torch."""
+"""Run a recipe as a user would, flags and all, but in a worker of the pool that has paid for importing
+torch."""
 
 import contextlib
 import gc
@@ -24,11 +25,13 @@ class Ended(NamedTuple):
     err: str
 
 
-def recipe(name: str, *flags, ranks: int = 1, stop_at_step: int | None = None, typed: str = "", timeout: float = 180) -> Ended:
+def recipe(
+    name: str, *flags, ranks: int = 1, stop_at_step: int | None = None, typed: str = "", timeout: float = 180
+) -> Ended:
     """`torchrun --nproc-per-node RANKS recipes/NAME.py FLAGS`; returns rank 0's exit status and output.
 
-    stop_at_step: rank 0 gets a SIGTERM as soon as metrics.jsonl of --run-dir has that many rows. typed: what rank 0 reads
-    from its standard input; nobody else has one.
+    stop_at_step: rank 0 gets a SIGTERM as soon as metrics.jsonl of --run-dir has that many rows. typed: what
+        rank 0 reads from its standard input; nobody else has one.
     """
     flags = [str(flag) for flag in flags]
     every = run_on(ranks, _run, name, flags, stop_at_step, typed, timeout=timeout, group=False)
@@ -42,17 +45,42 @@ def metrics(run_dir: Path) -> list[dict]:
 
 def pretrain_flags(inputs: Path, run_dir: Path, *more, steps: int = 8) -> list:
     """Flags of a short run on what the fixture `inputs` made (conftest.py)."""
-    return ["--model", inputs / "model", "--random-init", "--data.path", inputs / "data.jsonl", "--data.cache-dir",
-            inputs / "cache", "--train.steps", steps, "--train.global-batch-size", 4, "--train.micro-batch-size", 1,
-            "--train.lr", "1e-2", "--train.dtype", "float32", "--train.validate-every", 4, "--checkpoint.every", 3,
-            "--run-dir", run_dir, *more]
+    return [
+        "--model",
+        inputs / "model",
+        "--random-init",
+        "--data.path",
+        inputs / "data.jsonl",
+        "--data.cache-dir",
+        inputs / "cache",
+        "--train.steps",
+        steps,
+        "--train.global-batch-size",
+        4,
+        "--train.micro-batch-size",
+        1,
+        "--train.lr",
+        "1e-2",
+        "--train.dtype",
+        "float32",
+        "--train.validate-every",
+        4,
+        "--checkpoint.every",
+        3,
+        "--run-dir",
+        run_dir,
+        *more,
+    ]
 
 
 def _run(name: str, flags: list[str], stop_at_step: int | None, typed: str) -> Ended:
     sys.path.insert(0, str(ROOT / "recipes"))
     module = importlib.import_module(name)
-    *_, config = (value for key, value in vars(module).items() if key.endswith("Config")
-                  and getattr(value, "__module__", "") == name)        # the last one has the others as fields
+    *_, config = (
+        value
+        for key, value in vars(module).items()
+        if key.endswith("Config") and getattr(value, "__module__", "") == name
+    )  # the last one has the others as fields
     from dtensor_llama.cli import run_recipe
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
@@ -71,7 +99,7 @@ def _run(name: str, flags: list[str], stop_at_step: int | None, typed: str) -> E
         sys.argv, sys.stdin = argv, stdin
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    gc.collect()                       # as at the end of a process: locks and memory maps go
+    gc.collect()  # as at the end of a process: locks and memory maps go
     return Ended(status, out.getvalue(), err.getvalue())
 
 

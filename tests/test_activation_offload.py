@@ -23,8 +23,14 @@ from parallel import ParallelConfig, build_mesh, parallelize
 from parallel.pipeline import make_step_runner
 from parallel.recompute import MODES, apply_recompute
 
-CONFIG = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
-                     num_key_value_heads=2)
+CONFIG = LlamaConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
 ROWS, T = 2, 16
 INPUT_BYTES = ROWS * T * CONFIG.hidden_size * 4
 CPU = torch.device("cpu")
@@ -40,7 +46,7 @@ def train(recompute: str, offload: bool, compiler: str | None = None, n_micros: 
     model = Llama(CONFIG)
     apply_recompute(list(model.model.layers), recompute)
     for block in model.model.layers if compiler else ():
-        block.forward = torch.compile(block.forward, backend=compiler)         # as parallel/apply.py does
+        block.forward = torch.compile(block.forward, backend=compiler)  # as parallel/apply.py does
     offloading = offload_block_inputs(model.model.layers, CPU, INPUT_BYTES, lanes=lanes) if offload else None
     losses = []
     for _ in range(2):
@@ -85,19 +91,23 @@ def test_where_backward_does_not_wait_for_a_copy_numbers_are_wrong():
 
 def test_the_block_inputs_are_really_gone_from_the_device():
     """Not the ledger's word for it: the tensors themselves, by weak references."""
+
     def alive_after_forward(offload: bool) -> int:
         model, inputs = Llama(CONFIG), []
         apply_recompute(list(model.model.layers), "full")
         for block in model.model.layers:
-            block.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0].untyped_storage())))
+            block.register_forward_pre_hook(
+                lambda _, args: inputs.append(weakref.ref(args[0].untyped_storage()))
+            )
         if offload:
             offload_block_inputs(model.model.layers, CPU, INPUT_BYTES)
         loss = model(*batches(1)[0])
         alive = sum(x() is not None for x in inputs)
         loss.backward()
         return alive
+
     assert alive_after_forward(False) == 6
-    assert alive_after_forward(True) == 1               # the last block's
+    assert alive_after_forward(True) == 1  # the last block's
 
 
 def test_nothing_waits_for_the_garbage_collector():
@@ -129,14 +139,32 @@ def test_inputs_come_one_block_ahead_and_in_order():
     for i, block in enumerate(model.model.layers):
         block.register_full_backward_pre_hook(partial(lambda i, *_: log.append(f"B{i}"), i))
     model(*batches(1)[0]).backward()
-    assert log == ["out 0", "out 1", "out 2", "out 3", "out 4", "keep 5", "B5", "in 4", "B4", "in 3", "B3", "in 2", "B2",
-                   "in 1", "B1", "in 0", "B0"]
+    assert log == [
+        "out 0",
+        "out 1",
+        "out 2",
+        "out 3",
+        "out 4",
+        "keep 5",
+        "B5",
+        "in 4",
+        "B4",
+        "in 3",
+        "B3",
+        "in 2",
+        "B2",
+        "in 1",
+        "B1",
+        "in 0",
+        "B0",
+    ]
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_it_composes_with_compile_and_all_blocks_share_one_graph(compiler, recompute):
     from torch._dynamo.utils import counters
+
     torch.compiler.reset()
     expected = train(recompute, False, compiler)
     torch.compiler.reset()
@@ -150,7 +178,7 @@ def test_it_composes_with_compile_and_all_blocks_share_one_graph(compiler, recom
 
 def test_forwards_without_gradient_leave_no_trace():
     model = Llama(CONFIG)
-    offload = offload_block_inputs(model.model.layers, CPU, 1)            # no slot would be large enough
+    offload = offload_block_inputs(model.model.layers, CPU, 1)  # no slot would be large enough
     with torch.no_grad():
         logits = model(batches(1)[0][0])
     offload.close()
@@ -187,7 +215,8 @@ def test_too_many_or_too_large_inputs_are_named():
 
 
 class Views(nn.Module):
-    """Begins with a Linear, which saves a view of its input, and a product of slices; hands on what has other strides."""
+    """Begins with a Linear, which saves a view of its input, and a product of slices; hands on what has other
+    strides."""
 
     def __init__(self, strides: str):
         super().__init__()
@@ -195,7 +224,11 @@ class Views(nn.Module):
 
     def forward(self, x):
         y = self.linear(x).tanh() + torch.cat([x[:1], x[1:] * x[:-1]])
-        return {"contiguous": y, "transposed": y.transpose(0, 1), "strided": y.repeat_interleave(2, -1)[..., ::2]}[self.strides]
+        return {
+            "contiguous": y,
+            "transposed": y.transpose(0, 1),
+            "strided": y.repeat_interleave(2, -1)[..., ::2],
+        }[self.strides]
 
 
 @pytest.mark.parametrize("strides", ["contiguous", "transposed", "strided"])
@@ -209,22 +242,27 @@ def test_inputs_and_their_views_come_back_as_they_were(strides):
         if offload:
             assert offloading.peak_device_bytes == 2 * 6 * 5 * 8 * 4
         return [x.grad, *(p.grad for p in blocks.parameters())]
+
     for ours, expected in zip(grads(True), grads(False), strict=True):
         assert torch.equal(ours, expected)
 
 
-# ---- under every layout: several processes --------------------------------------------------------------------------
+# ---- under every layout: several processes -----------------------------------------------------------------
 
 LAYOUTS = {
-    "tp2-sp": (2, dict(tp=2), 1), "tp2": (2, dict(tp=2, sequence_parallel=False), 1), "zero3": (2, dict(), 1),
-    "pp2-1f1b": (2, dict(pp=2, schedule="1f1b"), 2), "pp2-gpipe": (2, dict(pp=2, schedule="gpipe"), 4),
+    "tp2-sp": (2, dict(tp=2), 1),
+    "tp2": (2, dict(tp=2, sequence_parallel=False), 1),
+    "zero3": (2, dict(), 1),
+    "pp2-1f1b": (2, dict(pp=2, schedule="1f1b"), 2),
+    "pp2-gpipe": (2, dict(pp=2, schedule="gpipe"), 4),
     "pp2-zero-bubble": (2, dict(pp=2, schedule="zero-bubble", virtual_stages=2), 4),
     "cp2-ring": (2, dict(cp=2, cp_method="ring"), 1),
 }
 
 
 def step_under(layout: dict, recompute: str, in_flight: int, offload: bool):
-    """On a rank: one step of 4 microbatches; (loss, local gradients by name, peak of inputs on the device, most expected)."""
+    """On a rank: one step of 4 microbatches; (loss, local gradients by name, peak of inputs on the device,
+    most expected)."""
     layout = ParallelConfig(**layout).resolve(torch.distributed.get_world_size())
     mesh = build_mesh(layout, "cpu")
     with torch.device("meta"):
@@ -235,24 +273,45 @@ def step_under(layout: dict, recompute: str, in_flight: int, offload: bool):
     init_weights(model, seed=0)
     n_here = T // layout.cp // (layout.tp if layout.sequence_parallel else 1)
     input_bytes = n_here * CONFIG.hidden_size * 4
-    offloads = [offload_block_inputs([b for b in part.model.layers if b is not None], CPU, input_bytes, in_flight)
-                for part in parts] if offload else []
+    offloads = (
+        [
+            offload_block_inputs([b for b in part.model.layers if b is not None], CPU, input_bytes, in_flight)
+            for part in parts
+        ]
+        if offload
+        else []
+    )
     n_micros = 4
-    runner = make_step_runner(parts, mesh["pp"], layout.schedule, n_micros, CPU, torch.float32, layout.sequence_shards,
-                              layout.zero_stage)
-    tokens, labels = torch.randint(CONFIG.vocab_size, (2, n_micros, T // layout.cp),
-                                   generator=torch.Generator().manual_seed(mesh["dp"].get_local_rank()))
+    runner = make_step_runner(
+        parts,
+        mesh["pp"],
+        layout.schedule,
+        n_micros,
+        CPU,
+        torch.float32,
+        layout.sequence_shards,
+        layout.zero_stage,
+    )
+    tokens, labels = torch.randint(
+        CONFIG.vocab_size,
+        (2, n_micros, T // layout.cp),
+        generator=torch.Generator().manual_seed(mesh["dp"].get_local_rank()),
+    )
     micros = [Batch(*rows, None) for rows in zip(tokens.split(1), labels.split(1), strict=True)]
     loss = runner.step(micros, labels.numel())
-    grads = {name: (p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad).clone()
-             for name, p in model.named_parameters()}
+    grads = {
+        name: (p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad).clone()
+        for name, p in model.named_parameters()
+    }
     peaks = [o.peak_device_bytes // input_bytes for o in offloads]
     return loss.item(), grads, peaks
 
 
 @pytest.mark.parametrize("recompute", ["full", "none"])
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=marks_for(layout.get("schedule"))) for name, (_, layout, _) in LAYOUTS.items()])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=marks_for(layout.get("schedule"))) for name, (_, layout, _) in LAYOUTS.items()],
+)
 def test_every_layout_gives_the_same_bits_with_block_inputs_offloaded(name, recompute):
     ranks, layout, in_flight = LAYOUTS[name]
     expected = run_on(ranks, step_under, layout, recompute, in_flight, False)
@@ -260,12 +319,15 @@ def test_every_layout_gives_the_same_bits_with_block_inputs_offloaded(name, reco
     for (loss, grads, peaks), (expected_loss, expected_grads, _) in zip(ours, expected, strict=True):
         assert loss == expected_loss
         assert all(torch.equal(grads[key], grad) for key, grad in expected_grads.items())
-        most = 1 + in_flight + ("zero-bubble" in name)     # one kept per forward in flight; one whose W is to come
+        most = (
+            1 + in_flight + ("zero-bubble" in name)
+        )  # one kept per forward in flight; one whose W is to come
         assert peaks and all(2 <= peak <= most for peak in peaks), peaks
 
 
 class OfDTensors(nn.Module):
-    """A block that computes with its input as a DTensor, as others' tensor-parallel plans do: autograd saves that."""
+    """A block that computes with its input as a DTensor, as others' tensor-parallel plans do: autograd saves
+    that."""
 
     def __init__(self, mesh):
         super().__init__()
@@ -290,5 +352,7 @@ def of_dtensors(offload: bool):
 
 
 def test_inputs_that_are_saved_as_dtensors_leave_and_come_back_as_such():
-    for (ours, peak), (expected, _) in zip(run_on(2, of_dtensors, True), run_on(2, of_dtensors, False), strict=True):
+    for (ours, peak), (expected, _) in zip(
+        run_on(2, of_dtensors, True), run_on(2, of_dtensors, False), strict=True
+    ):
         assert all(map(torch.equal, ours, expected)) and peak == 2 * (2 * 3 * 8 * 4)

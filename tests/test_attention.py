@@ -34,8 +34,14 @@ CUDNN = SDPBackend.CUDNN_ATTENTION
 EFFICIENT = SDPBackend.EFFICIENT_ATTENTION
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 BF16, FP32 = torch.bfloat16, torch.float32
-GQA = LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                  num_attention_heads=4, num_key_value_heads=2)
+GQA = LlamaConfig(
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
 
 
 # ---- torch's kernels on a GPU ----
@@ -45,7 +51,7 @@ SDPA_PLANS = [
     # dtype, grouped heads, masked, over a cache -> kernels, in this order, K and V are copied for all heads
     (BF16, False, False, False, ANY_16_BITS, False, False),
     (BF16, True, False, False, ANY_16_BITS, False, False),
-    (BF16, False, False, True, ANY_16_BITS, True, False),       # flash first: cuDNN plans for every length
+    (BF16, False, False, True, ANY_16_BITS, True, False),  # flash first: cuDNN plans for every length
     (BF16, True, False, True, ANY_16_BITS, True, False),
     (BF16, False, True, False, MASKED, False, False),
     (BF16, True, True, False, MASKED, False, True),
@@ -69,7 +75,7 @@ def test_every_dtype_mask_and_kind_of_heads_has_a_fused_kernel_on_a_gpu():
         assert plan_sdpa(*asked) == (kernels, in_order, expands_heads), asked
 
 
-@pytest.mark.parametrize("width", [16, 12])                               # 12: padded to 16
+@pytest.mark.parametrize("width", [16, 12])  # 12: padded to 16
 @pytest.mark.parametrize("n_kv_heads", [6, 2])
 @pytest.mark.parametrize("n_new,masked", [(9, False), (9, True), (4, False), (1, False), (1, True)])
 def test_what_is_handed_to_a_gpus_kernels_is_attention(monkeypatch, width, n_kv_heads, n_new, masked):
@@ -83,11 +89,13 @@ def test_what_is_handed_to_a_gpus_kernels_is_attention(monkeypatch, width, n_kv_
     monkeypatch.setattr(module, "_sdpa", module._sdpa_on_gpu)
     monkeypatch.setattr(module, "sdpa_kernel", note_the_kernels)
     stream = torch.Generator().manual_seed(4)
-    q, k, v = (torch.randn(2, *shape, width, generator=stream).requires_grad_()
-               for shape in ((n_new, 6), (9, n_kv_heads), (9, n_kv_heads)))
+    q, k, v = (
+        torch.randn(2, *shape, width, generator=stream).requires_grad_()
+        for shape in ((n_new, 6), (9, n_kv_heads), (9, n_kv_heads))
+    )
     mask = torch.ones(2, 1, n_new, 9, dtype=torch.bool).tril(9 - n_new)
     # The second row begins with three tokens of padding, which see nothing but themselves.
-    mask[1, :, :, :3] &= torch.eye(9, dtype=torch.bool)[9 - n_new:, :3]
+    mask[1, :, :, :3] &= torch.eye(9, dtype=torch.bool)[9 - n_new :, :3]
     documents = Documents(mask=mask) if masked else None
     results = {}
     for kernel in ("sdpa", "math"):
@@ -138,10 +146,11 @@ def test_a_kernel_is_chosen_with_a_reason_or_refused_in_a_line(monkeypatch, choi
 
 # ---- documents without a mask ----
 
+
 def packed_rows(step: int) -> tuple[torch.Tensor, torch.Tensor, list[list[int]]]:
     """Tokens and positions (2, 32), and the lengths of each row's documents, one more in each step."""
     stream = torch.Generator().manual_seed(step)
-    cuts = sorted((torch.randperm(31, generator=stream)[:step + 1] + 1).tolist())
+    cuts = sorted((torch.randperm(31, generator=stream)[: step + 1] + 1).tolist())
     first = [end - begin for begin, end in zip([0, *cuts], [*cuts, 32], strict=True)]
     # The second row is one document, whose beginning is in an earlier row.
     positions = torch.stack([torch.cat([torch.arange(n) for n in first]), torch.arange(5, 37)])
@@ -159,15 +168,17 @@ def test_lengths_of_documents_add_up_over_the_flattened_rows():
 def test_varlen_attention_and_its_gradients_are_those_of_each_document_alone(n_kv_heads, width):
     _, positions, lengths = packed_rows(step=3)
     stream = torch.Generator().manual_seed(5)
-    q, k, v = (torch.randn(2, 32, heads, width, generator=stream).requires_grad_()
-               for heads in (6, n_kv_heads, n_kv_heads))
+    q, k, v = (
+        torch.randn(2, 32, heads, width, generator=stream).requires_grad_()
+        for heads in (6, n_kv_heads, n_kv_heads)
+    )
     packed = attention(q, k, v, "varlen", Documents.from_positions(positions, "varlen", CPU))
     rows = []
     for row, of_row in enumerate(lengths):
-        own = [x[row:row + 1].split(of_row, dim=1) for x in (q, k, v)]
+        own = [x[row : row + 1].split(of_row, dim=1) for x in (q, k, v)]
         rows.append(torch.cat([attention(*document, "math") for document in zip(*own, strict=True)], dim=1))
     alone = torch.cat(rows)
-    assert_close(packed, alone, rtol=0, atol=2e-6)                        # fp32: the order of summation
+    assert_close(packed, alone, rtol=0, atol=2e-6)  # fp32: the order of summation
     weight = torch.randn(packed.shape, generator=stream)
     grads = torch.autograd.grad(packed, (q, k, v), weight)
     expected_grads = torch.autograd.grad(alone, (q, k, v), weight)
@@ -185,8 +196,10 @@ def test_rows_of_one_document_and_a_cache_need_no_varlen_kernel():
 @pytest.mark.parametrize("n_kv_heads", [8, 2])
 def test_torch_takes_our_call_of_varlen_attn(n_kv_heads):
     """On `meta`, where only shapes are computed: the signature, grouped heads, forward and backward."""
-    q, k, v = (torch.empty(2, 32, heads, 16, dtype=BF16, device="meta", requires_grad=True)
-               for heads in (8, n_kv_heads, n_kv_heads))
+    q, k, v = (
+        torch.empty(2, 32, heads, 16, dtype=BF16, device="meta", requires_grad=True)
+        for heads in (8, n_kv_heads, n_kv_heads)
+    )
     _, positions, _ = packed_rows(step=3)
     documents = Documents.from_positions(positions, "varlen", torch.device("meta"))
     with KernelCount() as calls:
@@ -277,11 +290,14 @@ def five_steps_without_masks(*arguments) -> dict:
         return five_steps(*arguments)
 
 
-@pytest.mark.parametrize("ranks,layout", [(2, ParallelConfig(cp=2)), (4, ParallelConfig(pp=2, tp=2))],
-                         ids=["ulysses", "pipeline and tensor parallel"])
+@pytest.mark.parametrize(
+    "ranks,layout",
+    [(2, ParallelConfig(cp=2)), (4, ParallelConfig(pp=2, tp=2))],
+    ids=["ulysses", "pipeline and tensor parallel"],
+)
 def test_varlen_attention_gives_the_one_answer_under_every_axis_with_whole_rows(ranks, layout):
     ours = run_on(ranks, five_steps_without_masks, "gqa", layout, 2, True, timeout=180)[0]
-    expected = one_process("gqa", True)                                   # by a mask
+    expected = one_process("gqa", True)  # by a mask
     assert max(abs(a - b) for a, b in zip(ours["losses"], expected["losses"], strict=True)) < 2e-5
     assert max(abs(a / b - 1) for a, b in zip(ours["norms"], expected["norms"], strict=True)) < 1e-4
     for name, weight in expected["final"].items():

@@ -1,4 +1,5 @@
-"""A user's mistake gets one clear line and exit status 2: no traceback, no half-made run, nothing on disk lost."""
+"""A user's mistake gets one clear line and exit status 2: no traceback, no half-made run, nothing on disk
+lost."""
 
 import fcntl
 import json
@@ -25,32 +26,42 @@ def refused(*arguments, name: str = "pretrain", ranks: int = 1) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("more,said", [
-    (["--model", "llama9-7b"], ["--model llama9-7b", "llama2-7b"]),
-    (["--model", "no/such/folder"], ["no/such/folder"]),
-    (["--train.stps", 3], ["--train.stps", "--train.steps"]),
-    (["--train.steps", "many"], ["--train.steps", "many"]),
-    (["--train.dtype", "float8"], ["--train.dtype", "bfloat16"]),
-    (["--random-init", "--model", "tiny-1m"], ["--random-init", "tiny-1m"]),
-    (["--train.steps", 0], ["--train.steps 0"]),
-    (["--train.lr", 0], ["--train.lr"]),
-    (["--train.lr", "nan"], ["--train.lr nan"]),
-    (["--train.lr", "-1e-3"], ["--train.lr"]),
-    (["--train.min-lr", 1], ["--train.min-lr", "--train.lr"]),
-    (["--train.max-grad-norm", 0], ["--train.max-grad-norm"]), (["--train.max-grad-norm", "nan"], ["--train.max-grad-norm"]),
-    (["--train.weight-decay", -1], ["--train.weight-decay"]),
-    (["--data.validation-share", 1.5], ["--data.validation-share"]),
-    (["--data.seq-len", 0], ["--data.seq-len 0"]),
-    (["--data.seq-len", 10_000_000], ["--data.seq-len", "tokens"]),
-    (["--train.global-batch-size", 5, "--train.micro-batch-size", 2], ["--train.global-batch-size 5", "4 or 6"]),
-    (["--train.attention", "flash"], ["--train.attention flash", "cpu", "sdpa"]),
-    (["--train.attention", "varlen"], ["--train.attention varlen", "--data.document-mask is off", "sdpa"]),
-    (["--parallel.dp-shard", 3], ["--parallel.dp-shard 3", "torchrun"]),
-    (["--parallel.dp-shard", 0], ["--parallel.dp-shard 0"]),
-    (["--data.path", "nothing/*.txt"], ["--data.path", "nothing/*.txt"]),
-    (["--data.tokenizer", "nowhere"], ["nowhere"]),
-    (["--checkpoint.resume", "no/such/checkpoint"], ["no/such/checkpoint"]),
-])
+@pytest.mark.parametrize(
+    "more,said",
+    [
+        (["--model", "llama9-7b"], ["--model llama9-7b", "llama2-7b"]),
+        (["--model", "no/such/folder"], ["no/such/folder"]),
+        (["--train.stps", 3], ["--train.stps", "--train.steps"]),
+        (["--train.steps", "many"], ["--train.steps", "many"]),
+        (["--train.dtype", "float8"], ["--train.dtype", "bfloat16"]),
+        (["--random-init", "--model", "tiny-1m"], ["--random-init", "tiny-1m"]),
+        (["--train.steps", 0], ["--train.steps 0"]),
+        (["--train.lr", 0], ["--train.lr"]),
+        (["--train.lr", "nan"], ["--train.lr nan"]),
+        (["--train.lr", "-1e-3"], ["--train.lr"]),
+        (["--train.min-lr", 1], ["--train.min-lr", "--train.lr"]),
+        (["--train.max-grad-norm", 0], ["--train.max-grad-norm"]),
+        (["--train.max-grad-norm", "nan"], ["--train.max-grad-norm"]),
+        (["--train.weight-decay", -1], ["--train.weight-decay"]),
+        (["--data.validation-share", 1.5], ["--data.validation-share"]),
+        (["--data.seq-len", 0], ["--data.seq-len 0"]),
+        (["--data.seq-len", 10_000_000], ["--data.seq-len", "tokens"]),
+        (
+            ["--train.global-batch-size", 5, "--train.micro-batch-size", 2],
+            ["--train.global-batch-size 5", "4 or 6"],
+        ),
+        (["--train.attention", "flash"], ["--train.attention flash", "cpu", "sdpa"]),
+        (
+            ["--train.attention", "varlen"],
+            ["--train.attention varlen", "--data.document-mask is off", "sdpa"],
+        ),
+        (["--parallel.dp-shard", 3], ["--parallel.dp-shard 3", "torchrun"]),
+        (["--parallel.dp-shard", 0], ["--parallel.dp-shard 0"]),
+        (["--data.path", "nothing/*.txt"], ["--data.path", "nothing/*.txt"]),
+        (["--data.tokenizer", "nowhere"], ["nowhere"]),
+        (["--checkpoint.resume", "no/such/checkpoint"], ["no/such/checkpoint"]),
+    ],
+)
 def test_an_impossible_flag(inputs, tmp_path, more, said):
     line = refused(*[flag for flag in flags(inputs, tmp_path / "run") if flag != "--random-init"], *more)
     assert all(part in line for part in said), line
@@ -68,15 +79,25 @@ def test_a_preset_without_a_tokenizer_and_one_with_too_large_a_tokenizer(inputs,
     small = tmp_path / "small"
     small.mkdir()
     (small / "config.json").write_text(json.dumps(fields))
-    line = refused(*flags(inputs, tmp_path / "run"), "--model", small, "--data.tokenizer", inputs / "tokenizer")
+    line = refused(
+        *flags(inputs, tmp_path / "run"), "--model", small, "--data.tokenizer", inputs / "tokenizer"
+    )
     assert "400" in line and "399" in line
 
 
-@pytest.mark.parametrize("damage,said", [
-    ("no config", ["config.json", "does not exist"]), ("cut config", ["config.json", "not complete JSON"]),
-    ("family", ["model_type", "mistral"]), ("cut weights", ["model.safetensors"]), ("no weights", ["safetensors"]),
-    ("pickle", ["pytorch_model.bin", "safetensors"]), ("shard", ["no such file"]), ("shape", ["q_proj", "[64, 64]"]),
-])
+@pytest.mark.parametrize(
+    "damage,said",
+    [
+        ("no config", ["config.json", "does not exist"]),
+        ("cut config", ["config.json", "not complete JSON"]),
+        ("family", ["model_type", "mistral"]),
+        ("cut weights", ["model.safetensors"]),
+        ("no weights", ["safetensors"]),
+        ("pickle", ["pytorch_model.bin", "safetensors"]),
+        ("shard", ["no such file"]),
+        ("shape", ["q_proj", "[64, 64]"]),
+    ],
+)
 def test_a_damaged_model_folder(inputs, tmp_path, damage, said):
     folder = shutil.copytree(inputs / "model", tmp_path / "model")
     config, weights = folder / "config.json", folder / "model.safetensors"
@@ -103,12 +124,17 @@ def test_a_damaged_model_folder(inputs, tmp_path, damage, said):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("name,content,said", [
-    ("empty.txt", b"", ["empty.txt"]), ("binary.txt", b"abc\x00\xff\xfe\x01" * 50, ["binary.txt"]),
-    ("broken.jsonl", b'{"text": "fine"}\n{"text": "cut', ["broken.jsonl", "2"]),
-    ("fieldless.jsonl", b'{"text": "fine"}\n{"body": "no"}\n', ["fieldless.jsonl", "2", "text"]),
-    ("odd.doc", b"a,b", ["odd.doc", ".jsonl"]), ("odd.csv", b"a,b\n1,2\n", ["odd.csv", "line 2", "text"]),
-])
+@pytest.mark.parametrize(
+    "name,content,said",
+    [
+        ("empty.txt", b"", ["empty.txt"]),
+        ("binary.txt", b"abc\x00\xff\xfe\x01" * 50, ["binary.txt"]),
+        ("broken.jsonl", b'{"text": "fine"}\n{"text": "cut', ["broken.jsonl", "2"]),
+        ("fieldless.jsonl", b'{"text": "fine"}\n{"body": "no"}\n', ["fieldless.jsonl", "2", "text"]),
+        ("odd.doc", b"a,b", ["odd.doc", ".jsonl"]),
+        ("odd.csv", b"a,b\n1,2\n", ["odd.csv", "line 2", "text"]),
+    ],
+)
 def test_data_that_cannot_be_read_is_named_with_its_line(inputs, tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
     line = refused(*flags(inputs, tmp_path / "run"), "--data.path", tmp_path / name, ranks=2)
@@ -140,11 +166,15 @@ def test_a_damaged_checkpoint_is_named_and_refused_and_nothing_is_lost(inputs, r
     assert "checkpoint" in line
 
 
-@pytest.mark.parametrize("change,said", [
-    (["--data.seq-len", 32], "--data.seq-len"), (["--train.seed", 5], "--train.seed"),
-    (["--data.validation-share", 0.1], "--data.validation-share"),
-    (["--model", "tiny-1m", "--data.seq-len", 64], "another model"),
-])
+@pytest.mark.parametrize(
+    "change,said",
+    [
+        (["--data.seq-len", 32], "--data.seq-len"),
+        (["--train.seed", 5], "--train.seed"),
+        (["--data.validation-share", 0.1], "--data.validation-share"),
+        (["--model", "tiny-1m", "--data.seq-len", 64], "another model"),
+    ],
+)
 def test_a_run_cannot_go_on_as_another_run(inputs, reference, tmp_path, change, said):
     run_dir = shutil.copytree(reference, tmp_path / "run")
     arguments = [flag for flag in flags(inputs, run_dir, steps=10) if flag != "--random-init"]
@@ -152,30 +182,44 @@ def test_a_run_cannot_go_on_as_another_run(inputs, reference, tmp_path, change, 
     assert said in line and "step-00000008" in line
 
 
-@pytest.mark.parametrize("arguments,said", [
-    (["--model", "llama2-7b", "--prompt", "x"], "--model llama2-7b"),
-    (["--model", "MODEL", "--prompt", "x", "--temperature", -1], "--temperature"),
-    (["--model", "MODEL", "--prompt", "x", "--top-p", 0], "--top-p"),
-    (["--model", "MODEL", "--prompt", "x", "--max-new-tokens", 0], "--max-new-tokens"),
-    (["--model", "MODEL"], "--prompt"),
-])
+@pytest.mark.parametrize(
+    "arguments,said",
+    [
+        (["--model", "llama2-7b", "--prompt", "x"], "--model llama2-7b"),
+        (["--model", "MODEL", "--prompt", "x", "--temperature", -1], "--temperature"),
+        (["--model", "MODEL", "--prompt", "x", "--top-p", 0], "--top-p"),
+        (["--model", "MODEL", "--prompt", "x", "--max-new-tokens", 0], "--max-new-tokens"),
+        (["--model", "MODEL"], "--prompt"),
+    ],
+)
 def test_generate_refuses_in_words(inputs, arguments, said):
     assert said in refused(*[inputs / "model" if a == "MODEL" else a for a in arguments], name="generate")
 
 
 def test_a_typed_command_ends_with_status_2_and_one_line():
-    ended = subprocess.run([sys.executable, ROOT / "recipes/pretrain.py", "--model", "llama9"], capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, ROOT / "recipes/pretrain.py", "--model", "llama9"], capture_output=True, text=True
+    )
     assert ended.returncode == 2 and ended.stdout == "" and ended.stderr.count("\n") == 1, ended
 
 
 def test_a_device_without_more_memory_is_one_line_with_what_would_help(monkeypatch, capsys):
     def main(cfg: MemoryConfig):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. If reserved but unallocated memory")
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. If reserved but unallocated memory"
+        )
 
     monkeypatch.setattr("sys.argv", ["recipe.py"])
     with pytest.raises(SystemExit) as ended:
         run_recipe(main, MemoryConfig)
     said = capsys.readouterr().err
-    assert ended.value.code == 2 and said.startswith("error: rank 0 has no more memory") and said.count("\n") == 1
-    assert all(part in said for part in ("--train.micro-batch-size", "--memory.device-budget-gib", "to allocate 2.00 GiB"))
+    assert (
+        ended.value.code == 2
+        and said.startswith("error: rank 0 has no more memory")
+        and said.count("\n") == 1
+    )
+    assert all(
+        part in said
+        for part in ("--train.micro-batch-size", "--memory.device-budget-gib", "to allocate 2.00 GiB")
+    )
     assert "If reserved" not in said

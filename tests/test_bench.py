@@ -97,9 +97,7 @@ def test_the_turns_of_every_offload_measurement_fit_its_limit_also_with_64k_toke
             config = LlamaConfig.preset(cfg.model)
             config = replace(config, num_hidden_layers=cfg.layers or config.num_hidden_layers)
             turns_s = [
-                offload.turn_seconds(cfg, config, name, n)
-                for n in cfg.tokens
-                for name in cfg.contenders
+                offload.turn_seconds(cfg, config, name, n) for n in cfg.tokens for name in cfg.contenders
             ]
             assert sum(turns_s) < measurement.limit_s and cfg.timeout_s == max(turns_s)
             assert max(expected.high for expected in measurement.expects) * 8 < max(turns_s)
@@ -204,7 +202,7 @@ def test_a_line_is_on_the_disk_before_its_command_ends_and_a_restart_skips_what_
     code = (
         "import json, pathlib\nprint('words')\nprint(json.dumps({'x': 3.0}))\n"
         f"seen = pathlib.Path({str(tmp_path / 'h200.jsonl')!r})\n"
-        "while not (seen.exists() and '3.0' in seen.read_text()):\n    pass\n"      # else past its limit
+        "while not (seen.exists() and '3.0' in seen.read_text()):\n    pass\n"  # else past its limit
     )
     part, measurement = measurement_of(code, tmp_path)
     cfg = gpu.Config(out=tmp_path)
@@ -327,7 +325,9 @@ def test_fsdp2s_offload_is_predicted_as_a_sum_because_nothing_overlaps_on_one_ra
         device_adam=1e11,
     )
     n, compute_s = 10**9, 2.0
-    link_s = 3 * 8 / 50 + 4 / 25  # three microbatches: weights twice for each, gradients once a step, all float32
+    link_s = (
+        3 * 8 / 50 + 4 / 25
+    )  # three microbatches: weights twice for each, gradients once a step, all float32
     assert offload.predict_peer("fsdp2_offload", n, compute_s, rates, 3) == pytest.approx(
         compute_s + link_s + 40 / 200
     )

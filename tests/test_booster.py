@@ -1,4 +1,5 @@
-"""The Booster's few lines train like plain transformers in one process, under every axis, on our model and on theirs."""
+"""The Booster's few lines train like plain transformers in one process, under every axis, on our model and on
+theirs."""
 
 import subprocess
 import sys
@@ -17,8 +18,15 @@ from memory import MemoryConfig
 from parallel import ParallelConfig
 from parallel.booster import Booster, _ranks_of_this_host, copy_weights
 
-SHAPE = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 64}
+SHAPE = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
 LAYOUTS = {
     "one": (1, {}),
     "tp2": (2, {"tp": 2}),
@@ -47,8 +55,10 @@ def ours(tied=False):
 
 def adamw(model):
     """Decay for matrices only, as everyone does: two groups that the Booster must keep apart."""
-    groups = [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
-              {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0, "lr": 3e-3}]
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0, "lr": 3e-3},
+    ]
     return torch.optim.AdamW(groups, lr=1e-3, eps=1e-5)
 
 
@@ -109,7 +119,7 @@ def assert_same_training(ranks, expected, *args):
     from transformers import LlamaForCausalLM
 
     for name, weight in LlamaForCausalLM.from_pretrained(folder).named_parameters():
-        assert_close(weight, weights[name], rtol=0, atol=1e-5)       # five steps of 1e-3 (norms: 3e-3)
+        assert_close(weight, weights[name], rtol=0, atol=1e-5)  # five steps of 1e-3 (norms: 3e-3)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -138,17 +148,20 @@ def test_ranks_that_share_a_hosts_memory_are_counted():
 @pytest.mark.parametrize("layout", ["dp2", "tp2-pp2"])
 def test_a_criterion_of_the_user_gets_whole_logits_and_unshifted_labels(tmp_path, layout):
     ranks, config = LAYOUTS[layout]
-    assert_same_training(ranks, plain(False, label_smoothed), theirs, config, tmp_path / "hf", False, label_smoothed)
+    assert_same_training(
+        ranks, plain(False, label_smoothed), theirs, config, tmp_path / "hf", False, label_smoothed
+    )
 
 
 @pytest.mark.parametrize("layout", ["tp2-pp2", "cp2-ring-dp2"])
 def test_batches_that_do_not_divide_are_filled_up_with_what_changes_nothing(tmp_path, layout):
     ranks, config = LAYOUTS[layout]
-    size = (3, 7, 15)                    # rows over microbatches and dp, tokens over cp and tp
+    size = (3, 7, 15)  # rows over microbatches and dp, tokens over cp and tp
     assert_same_training(ranks, plain(size=size), theirs, config, tmp_path / "hf", False, None, size)
 
 
 # ---- state ----
+
 
 def run(booster, data, stop_after=None):
     losses = []
@@ -171,9 +184,11 @@ def first_part(layout, folder):
 
 def second_part(layout, folder):
     booster, model = Booster(ParallelConfig(**layout)), ours()
-    _, optimizer, data, _ = booster.boost(model, torch.optim.AdamW(adamw(model).param_groups, lr=0.5), batches())
+    _, optimizer, data, _ = booster.boost(
+        model, torch.optim.AdamW(adamw(model).param_groups, lr=0.5), batches()
+    )
     assert booster.load(folder) == 3 and [group["lr"] for group in optimizer.param_groups] == [1e-3, 3e-3]
-    return run(booster, data), len(run(booster, data))       # the next pass has all batches again
+    return run(booster, data), len(run(booster, data))  # the next pass has all batches again
 
 
 @pytest.mark.parametrize("first,second", [("tp2-pp2", "tp2-pp2"), ("pp2", "dp2")])
@@ -186,23 +201,27 @@ def test_saved_state_goes_on_where_it_stood(tmp_path, first, second):
 
 # ---- what it refuses, and how it starts and ends ----
 
+
 def train_from_meta():
     with torch.device("meta"):
         model = Llama(LlamaConfig(**SHAPE))
     booster = Booster(ParallelConfig(), seed=7, dtype=torch.bfloat16)
-    model, optimizer, data, _ = booster.boost(model, torch.optim.SGD(model.parameters(), lr=0.1),
-                                              torch.utils.data.DataLoader(range(8), 4, collate_fn=collate))
+    model, optimizer, data, _ = booster.boost(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        torch.utils.data.DataLoader(range(8), 4, collate_fn=collate),
+    )
     assert len(data) == 2 and all(p.dtype == torch.float32 for p in model.parameters())
     return run(booster, data)
 
 
 def collate(indices):
-    return {key: value[:len(indices)] for key, value in batches()[indices[0] // 4].items()}
+    return {key: value[: len(indices)] for key, value in batches()[indices[0] // 4].items()}
 
 
 def test_a_model_on_meta_starts_from_the_seed():
     (losses,) = run_on(1, train_from_meta)
-    assert len(losses) == 2 and all(3.5 < loss < 4.6 for loss in losses)                     # ln 61 = 4.1
+    assert len(losses) == 2 and all(3.5 < loss < 4.6 for loss in losses)  # ln 61 = 4.1
 
 
 def refused(what):
@@ -240,7 +259,7 @@ def refused(what):
     elif what == "scored padding":
         data[0]["attention_mask"], data[0]["labels"] = torch.ones(8, 16).tril(8), data[0]["input_ids"]
     elif what == "shuffled":
-        data = data[torch.distributed.get_rank():]
+        data = data[torch.distributed.get_rank() :]
     try:
         booster = Booster(ParallelConfig(**layout), memory)
         *_, data, _ = booster.boost(model, optimizer or adamw(model), data, criterion)
@@ -249,13 +268,26 @@ def refused(what):
         return str(error)
 
 
-@pytest.mark.parametrize("what,said", {
-    "memory": "pass memory.MemoryConfig", "attention_bias": "attention_bias=True", "strange model": "model is a Linear",
-    "adapter": "adapter.weight: only in it", "frozen": "lm_head.weight: requires_grad is False",
-    "stepped": "already stepped", "part": "leaves out 1 parameters", "another's": "not the model's", "cp criterion": "cp=2",
-    "layers": "4 stages", "heads": "--parallel.tp 2 does not divide the 1 query heads", "positions": "position_ids",
-    "left padding": "pad on the right", "scored padding": "set labels of padding to -100", "shuffled": "different batches",
-}.items())
+@pytest.mark.parametrize(
+    "what,said",
+    {
+        "memory": "pass memory.MemoryConfig",
+        "attention_bias": "attention_bias=True",
+        "strange model": "model is a Linear",
+        "adapter": "adapter.weight: only in it",
+        "frozen": "lm_head.weight: requires_grad is False",
+        "stepped": "already stepped",
+        "part": "leaves out 1 parameters",
+        "another's": "not the model's",
+        "cp criterion": "cp=2",
+        "layers": "4 stages",
+        "heads": "--parallel.tp 2 does not divide the 1 query heads",
+        "positions": "position_ids",
+        "left padding": "pad on the right",
+        "scored padding": "set labels of padding to -100",
+        "shuffled": "different batches",
+    }.items(),
+)
 def test_what_cannot_be_done_is_refused_in_words(what, said):
     for message in run_on(2, refused, what):
         assert message is not None and said in message
@@ -274,22 +306,33 @@ def nothing_scored():
     return loss.item(), booster.clip_grad_norm(1.0).item()
 
 
-@pytest.mark.parametrize("ranks,last_words", [
-    pytest.param(1, "", id="python"), pytest.param(2, "", id="torchrun"),
-    pytest.param(2, "raise KeyError('mine')", id="raises", marks=pytest.mark.slow),
-    pytest.param(2, "sys.exit(3)", id="exits", marks=pytest.mark.slow),
-    pytest.param(2, "time.sleep(25)", id="dawdles", marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    "ranks,last_words",
+    [
+        pytest.param(1, "", id="python"),
+        pytest.param(2, "", id="torchrun"),
+        pytest.param(2, "raise KeyError('mine')", id="raises", marks=pytest.mark.slow),
+        pytest.param(2, "sys.exit(3)", id="exits", marks=pytest.mark.slow),
+        pytest.param(2, "time.sleep(25)", id="dawdles", marks=pytest.mark.slow),
+    ],
+)
 def test_a_plain_script_starts_and_ends_its_own_process_group(tmp_path, ranks, last_words):
     fails = last_words and "sleep" not in last_words
-    body = ["import sys, time", f"sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]!r}", "from test_booster import *",
-            "booster, model = Booster(ParallelConfig(tp=-1, dp_shard=1)), ours()",
-            "*_, data, _ = booster.boost(model, adamw(model), batches())", "print(run(booster, data)[0], flush=True)"]
+    body = [
+        "import sys, time",
+        f"sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]!r}",
+        "from test_booster import *",
+        "booster, model = Booster(ParallelConfig(tp=-1, dp_shard=1)), ours()",
+        "*_, data, _ = booster.boost(model, adamw(model), batches())",
+        "print(run(booster, data)[0], flush=True)",
+    ]
     body += [f"if torch.distributed.get_rank() == 0: {last_words}"] if last_words else []
     body += ["run(booster, data)"] if fails else []
     Path(tmp_path, "train.py").write_text("\n".join(body))
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    ended = subprocess.run([sys.executable, *launcher, tmp_path / "train.py"], capture_output=True, text=True, timeout=180)
+    ended = subprocess.run(
+        [sys.executable, *launcher, tmp_path / "train.py"], capture_output=True, text=True, timeout=180
+    )
     assert bool(ended.returncode) == bool(fails), ended.stderr
     losses = [float(line) for line in ended.stdout.splitlines()]
     assert len(losses) == ranks and all(abs(loss - plain()[0][0]) < 2e-5 for loss in losses)

@@ -25,12 +25,19 @@ import dtensor_llama.checkpoint as checkpoint
 from dtensor_llama import Llama, LlamaConfig, UsageError
 from dtensor_llama.checkpoint import Checkpointer, restore_training_state, training_state
 
-SHAPE = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2)      # 50 rows over 4 ranks are 13, 13, 13, 11
+SHAPE = dict(
+    vocab_size=50,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)  # 50 rows over 4 ranks are 13, 13, 13, 11
 
 
 def start(shard=True, seed=0, **changes):
-    """A model (sharded over all ranks, if there are ranks) and an AdamW with LLaMA's two groups that never stepped."""
+    """A model (sharded over all ranks, if there are ranks) and an AdamW with LLaMA's two groups that never
+    stepped."""
     torch.manual_seed(seed)
     model = Llama(LlamaConfig(**{**SHAPE, **changes}))
     if seed:
@@ -42,13 +49,16 @@ def start(shard=True, seed=0, **changes):
         for block in model.model.layers:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
-              {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
     return model, torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-5)
 
 
 def train(model, optimizer, steps, log):
-    """Each step draws its tokens from the random state, which is thereby part of what a resume must restore."""
+    """Each step draws its tokens from the random state, which is thereby part of what a resume must
+    restore."""
     for _ in range(steps):
         tokens = torch.randint(0, 50, (2, 9))
         loss = model(tokens[:, :-1], tokens[:, 1:])
@@ -59,17 +69,25 @@ def train(model, optimizer, steps, log):
 
 
 def whole(model, optimizer) -> dict[str, torch.Tensor]:
-    """All of the run, gathered and copied: weights, moments, step counts and the settings of each parameter's group."""
+    """All of the run, gathered and copied: weights, moments, step counts and the settings of each parameter's
+    group."""
     state = training_state(model, optimizer)
-    gathered = {f"{kind}.{name}": value.full_tensor() if isinstance(value, DTensor) else value
-                for kind in ("model", "optimizer") for name, value in state[kind].items()}
-    return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in gathered.items()}
+    gathered = {
+        f"{kind}.{name}": value.full_tensor() if isinstance(value, DTensor) else value
+        for kind in ("model", "optimizer")
+        for name, value in state[kind].items()
+    }
+    return {
+        name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in gathered.items()
+    }
 
 
 def assert_same(one: dict, other: dict):
     assert one.keys() == other.keys()
     for name, value in one.items():
-        assert torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name], name
+        assert torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name], (
+            name
+        )
 
 
 def run_and_stop(folder, steps=3, more=2, shard=True):
@@ -79,7 +97,7 @@ def run_and_stop(folder, steps=3, more=2, shard=True):
     saver, later = Checkpointer(folder), []
     at_save = whole(model, optimizer)
     saver.save(steps, training_state(model, optimizer, steps, 77, {"rows": [1, 2.5, "x"]}))
-    train(model, optimizer, more, later)        # while it is written
+    train(model, optimizer, more, later)  # while it is written
     saver.close()
     return later, at_save
 
@@ -126,12 +144,16 @@ def test_a_replica_on_each_rank_is_written_once(tmp_path):
     stopped = run_on(2, run_and_stop, tmp_path, 3, 2, False)
     resumed = run_on(2, resume, tmp_path, 2, False)
     assert [later for later, _ in stopped] == [later for later, *_ in resumed]
-    assert resumed[0][0] == resumed[1][0]       # the same seed on both, so the same random state
+    assert resumed[0][0] == resumed[1][0]  # the same seed on both, so the same random state
     assert [f.name for f in sorted((tmp_path / "step-00000003").iterdir())] == [
-        ".metadata", "__0_0.distcp", "__1_0.distcp", "checksums.json"]
+        ".metadata",
+        "__0_0.distcp",
+        "__1_0.distcp",
+        "checksums.json",
+    ]
     numbers = sum(f.stat().st_size for f in (tmp_path / "step-00000003").glob("*.distcp"))
     once = sum(value.nbytes for value in stopped[0][1].values() if isinstance(value, torch.Tensor))
-    assert numbers < 2 * once + 1_000_000       # DCP's envelope is about 1 KB a value
+    assert numbers < 2 * once + 1_000_000  # DCP's envelope is about 1 KB a value
 
 
 def test_saving_before_the_first_step_changes_nothing(tmp_path):
@@ -166,11 +188,17 @@ def test_a_tied_model_stays_tied(tmp_path):
 
 # ---- in the background ----
 
+
 def save_while_stepping(folder, steps):
     """Hold the writing thread back until training has gone on, so that a shared buffer could not hide."""
     model, optimizer = start()
     train(model, optimizer, 1, [])
-    at_save, saver, gate, real_save = whole(model, optimizer), Checkpointer(folder), threading.Event(), dcp.save
+    at_save, saver, gate, real_save = (
+        whole(model, optimizer),
+        Checkpointer(folder),
+        threading.Event(),
+        dcp.save,
+    )
 
     def late_save(*args, **kwargs):
         assert gate.wait(30)
@@ -179,7 +207,9 @@ def save_while_stepping(folder, steps):
     dcp.save = late_save
     try:
         stall_s = saver.save(1, training_state(model, optimizer, 1))
-        train(model, optimizer, steps, [])      # collectives of training, while the checkpoint's wait in the thread
+        train(
+            model, optimizer, steps, []
+        )  # collectives of training, while the checkpoint's wait in the thread
         assert not Path(folder, "step-00000001").exists()
         gate.set()
         saver.wait()
@@ -202,7 +232,7 @@ def test_the_caller_waits_for_the_copy_only(tmp_path, monkeypatch):
     monkeypatch.setattr(dcp, "save", lambda *args, **kwargs: (time.sleep(0.5), real_save(*args, **kwargs))[1])
     saver, state = Checkpointer(tmp_path), {"x": torch.zeros(10)}
     assert saver.save(1, state) < 0.3
-    assert saver.save(2, state) > 0.4           # the previous one first
+    assert saver.save(2, state) > 0.4  # the previous one first
     assert [path.name for path in tmp_path.glob("step-????????")] == ["step-00000001"]
     assert saver.save(3, state, wait=True) > 0.8
     saver.close()
@@ -213,7 +243,7 @@ def fail_on_one_rank(folder):
     model, optimizer = start()
     saver, said = Checkpointer(folder), []
     saver.save(1, training_state(model, optimizer), wait=True)
-    if dist.get_rank() == 1:                    # writing more than 20 kB to a file is an error, as on a full disk
+    if dist.get_rank() == 1:  # writing more than 20 kB to a file is an error, as on a full disk
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     saver.save(2, training_state(model, optimizer))
@@ -222,7 +252,7 @@ def fail_on_one_rank(folder):
     except Exception as error:
         said.append((type(error).__name__, str(error)))
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    saver.save(3, training_state(model, optimizer), wait=True)      # the failure is over: saving works again
+    saver.save(3, training_state(model, optimizer), wait=True)  # the failure is over: saving works again
     saver.close()
     return said
 
@@ -235,9 +265,12 @@ def test_a_write_error_on_one_rank_is_raised_on_all_naming_the_folder(tmp_path):
 
 # ---- complete or not there ----
 
+
 def save_and_die_everywhere(folder):
-    """Save steps 1, 2, ..., killed -9 at the 1st, 2nd, ... file operation of step 2, until one save survives."""
+    """Save steps 1, 2, ..., killed -9 at the 1st, 2nd, ... file operation of step 2, until one save
+    survives."""
     from test_weights import die_at_file_operation
+
     folder, rounds = Path(folder), 0
     while True:
         for old in [*folder.glob("step-*")]:
@@ -253,7 +286,7 @@ def save_and_die_everywhere(folder):
         status = os.waitpid(child, 0)[1]
         saver, state = Checkpointer(folder), {"x": torch.zeros(100)}
         assert saver.latest() is not None
-        for path in folder.glob("step-????????"):       # the newest, and an older one that was about to be removed
+        for path in folder.glob("step-????????"):  # the newest, and an older one that was about to be removed
             saver.load(path, state)
             assert state["x"].unique().tolist() == [float(path.name[-1])]
         assert not [*folder.glob("*.partial"), *folder.glob("*.deleting")]
@@ -268,7 +301,9 @@ def save_and_die_everywhere(folder):
 
 def test_kill_at_any_file_operation_leaves_the_last_complete_checkpoint_usable(tmp_path):
     script = "import sys, test_checkpoint as t; t.save_and_die_everywhere(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-2]) > 10
 
@@ -293,12 +328,16 @@ def test_the_newest_n_are_kept(tmp_path):
 
 def test_checkpoints_of_an_abandoned_future_are_set_aside_not_resumed(tmp_path):
     save_steps(tmp_path, 0, [1, 2, 3])
-    assert save_steps(tmp_path, 1, [2]).name == "step-00000002"     # a run that went back to step 1
+    assert save_steps(tmp_path, 1, [2]).name == "step-00000002"  # a run that went back to step 1
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "step-00000002", "step-00000002.superseded", "step-00000003.superseded"]
+        "step-00000002",
+        "step-00000002.superseded",
+        "step-00000003.superseded",
+    ]
 
 
 # ---- what is refused ----
+
 
 def flip(path):
     data = bytearray(path.read_bytes())
@@ -307,15 +346,23 @@ def flip(path):
 
 
 HARM = {
-    "bit flip": (lambda f: flip(f / "__0_0.distcp"), "__0_0.distcp does not have the bytes that were written"),
+    "bit flip": (
+        lambda f: flip(f / "__0_0.distcp"),
+        "__0_0.distcp does not have the bytes that were written",
+    ),
     "bit flip in .metadata": (lambda f: flip(f / ".metadata"), ".metadata does not have the bytes"),
-    "truncated": (lambda f: os.truncate(f / "__0_0.distcp", 1000), r"__0_0.distcp has 1000 bytes, \d+ were written"),
+    "truncated": (
+        lambda f: os.truncate(f / "__0_0.distcp", 1000),
+        r"__0_0.distcp has 1000 bytes, \d+ were written",
+    ),
     "file missing": (lambda f: (f / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
     "metadata missing": (lambda f: (f / ".metadata").unlink(), ".metadata is missing"),
     "checksums missing": (lambda f: (f / "checksums.json").unlink(), "checksums.json: .*No such file"),
     "checksums broken": (lambda f: (f / "checksums.json").write_text("{"), "checksums.json: "),
-    "two": (lambda f: (flip(f / "__0_0.distcp"), (f / ".metadata").unlink()),
-            "(?=.*__0_0.distcp does)(?=.*.metadata is)"),
+    "two": (
+        lambda f: (flip(f / "__0_0.distcp"), (f / ".metadata").unlink()),
+        "(?=.*__0_0.distcp does)(?=.*.metadata is)",
+    ),
 }
 
 
@@ -338,20 +385,29 @@ def test_what_is_no_checkpoint_is_refused_as_such(tmp_path):
     (tmp_path / "hf" / "config.json").write_text("{}")
     (tmp_path / "step-00000007.partial").mkdir()
     saver = Checkpointer(tmp_path / "other")
-    for path, said in [("nowhere", "no such folder; a checkpoint is a folder like step-00000100"),
-                       ("hf", "not a checkpoint; a checkpoint is a folder"),
-                       ("run", "not a checkpoint; name one inside it, like step-00000005"),
-                       ("hf/config.json", "not a checkpoint"),
-                       ("step-00000007.partial", "not a complete checkpoint")]:
+    for path, said in [
+        ("nowhere", "no such folder; a checkpoint is a folder like step-00000100"),
+        ("hf", "not a checkpoint; a checkpoint is a folder"),
+        ("run", "not a checkpoint; name one inside it, like step-00000005"),
+        ("hf/config.json", "not a checkpoint"),
+        ("step-00000007.partial", "not a complete checkpoint"),
+    ]:
         with pytest.raises(UsageError, match=said):
             saver.load(tmp_path / path, {"x": torch.zeros(10)})
     saver.close()
 
 
-@pytest.mark.parametrize("changes,said", [
-    ({"hidden_size": 16, "head_dim": 8}, r"model.lm_head.weight: is \[50, 32\], this run needs \[50, 16\]"),
-    ({"num_hidden_layers": 3}, "model.model.layers.2.*: not in the checkpoint.*and .* more"),
-    ({"num_hidden_layers": 1}, "model.model.layers.1.*: only in the checkpoint")])
+@pytest.mark.parametrize(
+    "changes,said",
+    [
+        (
+            {"hidden_size": 16, "head_dim": 8},
+            r"model.lm_head.weight: is \[50, 32\], this run needs \[50, 16\]",
+        ),
+        ({"num_hidden_layers": 3}, "model.model.layers.2.*: not in the checkpoint.*and .* more"),
+        ({"num_hidden_layers": 1}, "model.model.layers.1.*: only in the checkpoint"),
+    ],
+)
 def test_a_checkpoint_of_another_model_is_refused_and_nothing_is_changed(tmp_path, changes, said):
     run_and_stop(tmp_path)
     model, optimizer = start(seed=9, **changes)
@@ -375,7 +431,9 @@ def damaged_for_two(folder):
 def test_damage_that_one_rank_reads_is_refused_on_all(tmp_path):
     save_steps(tmp_path, 0, [5])
     flip(tmp_path / "step-00000005" / "__0_0.distcp")
-    assert all("__0_0.distcp does not have the bytes" in said for said in run_on(2, damaged_for_two, tmp_path))
+    assert all(
+        "__0_0.distcp does not have the bytes" in said for said in run_on(2, damaged_for_two, tmp_path)
+    )
 
 
 class Exploit:
@@ -392,15 +450,19 @@ def test_no_code_hidden_in_a_checkpoint_runs(tmp_path):
     folder = tmp_path / "c" / "step-00000005"
     metadata, data = folder / ".metadata", folder / "__0_0.distcp"
     records = pickle.loads(metadata.read_bytes())
-    with open(data, "ab") as appended:              # one value, replaced by a pickle that runs a command
+    with open(data, "ab") as appended:  # one value, replaced by a pickle that runs a command
         (place,) = records.storage_data.values()
         place.offset = appended.tell()
         torch.save(Exploit(exploited), appended)
         place.length = appended.tell() - place.offset
-    for content, said in [(pickle.dumps(Exploit(exploited)), r"names \w+.system, which DCP does not write; not opened"),
-                          (pickle.dumps(records), "step-00000005 was not loaded: Weights only load failed")]:
+    for content, said in [
+        (pickle.dumps(Exploit(exploited)), r"names \w+.system, which DCP does not write; not opened"),
+        (pickle.dumps(records), "step-00000005 was not loaded: Weights only load failed"),
+    ]:
         metadata.write_bytes(content)
-        sums = {file.name: checkpoint._size_and_crc(file) for file in (metadata, data)}     # they can be forged too
+        sums = {
+            file.name: checkpoint._size_and_crc(file) for file in (metadata, data)
+        }  # they can be forged too
         (folder / "checksums.json").write_text(json.dumps(sums))
         with pytest.raises((UsageError, RuntimeError), match=said):
             saver.load(folder, state)
@@ -424,8 +486,12 @@ dist.destroy_process_group()
 def test_a_run_that_closes_its_checkpointer_exits_with_zero(tmp_path):
     for turn in range(1):
         (tmp_path / str(turn)).mkdir()
-        ranks = [subprocess.Popen([sys.executable, "-c", EXIT, tmp_path / str(turn), str(rank)], stderr=subprocess.PIPE)
-                 for rank in range(2)]
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", EXIT, tmp_path / str(turn), str(rank)], stderr=subprocess.PIPE
+            )
+            for rank in range(2)
+        ]
         for rank in ranks:
             _, stderr = rank.communicate(timeout=60)
             assert rank.returncode == 0, stderr.decode()

@@ -37,9 +37,15 @@ def numbers(kind: str) -> torch.Tensor:
     normal = torch.randn(N, generator=draw)
     if kind == "one large":
         normal[N // 3] = 1e6
-    made = {"normal": normal, "one large": normal, "all alike": torch.full((N,), 0.1),
-            "bfloat16": normal.to(BF16), "heavy tails": torch.empty(N).cauchy_(generator=draw),
-            "tiny": normal * 1e-30, "huge": normal * 1e30}
+    made = {
+        "normal": normal,
+        "one large": normal,
+        "all alike": torch.full((N,), 0.1),
+        "bfloat16": normal.to(BF16),
+        "heavy tails": torch.empty(N).cauchy_(generator=draw),
+        "tiny": normal * 1e-30,
+        "huge": normal * 1e30,
+    }
     return made[kind]
 
 
@@ -50,7 +56,7 @@ KINDS = ["normal", "one large", "all alike", "bfloat16", "heavy tails", "tiny", 
 def test_a_norm_is_float64s_whatever_the_numbers_are_and_however_they_are_cut(kind):
     x = numbers(kind)
     exact = sum(part.double().square().sum().item() for part in x.split(2**16)) ** 0.5
-    cuts = [[x], x.split(N // 3), x[: N // 7 * 7].view(7, -1).unbind() + (x[N // 7 * 7:],)]
+    cuts = [[x], x.split(N // 3), x[: N // 7 * 7].view(7, -1).unbind() + (x[N // 7 * 7 :],)]
     for parts in cuts:
         norms = torch.stack(float64_norms(parts))
         assert norms.dtype == torch.float64
@@ -171,8 +177,9 @@ def states_of(model: nn.Module, optimizer) -> list[torch.Tensor]:
     return masters + [local(tensor).clone() for tensor in [*model.parameters(), *states]]
 
 
-def one_step(model, optimizer, seed: int, bad: float | None = None, max_norm: float = 0.5,
-             arrivals: int = 1) -> float:
+def one_step(
+    model, optimizer, seed: int, bad: float | None = None, max_norm: float = 0.5, arrivals: int = 1
+) -> float:
     """bad: what one element of the gradient is on the last rank, in its last microbatch."""
     for micro in range(arrivals):
         x = torch.randn(4, 8, generator=torch.Generator().manual_seed(10 * seed + micro))
@@ -209,13 +216,15 @@ def build(placement: str, dtype: torch.dtype, arrivals: int, config=ON, lanes=No
         return model, optimizer
     sizes = [chunk.n for chunk in cut(find_managed(model, [model], optimizer), 64)]
     plan = plan_of(sizes, PLANS[placement] * 2)
-    manager = ChunkManager(model, optimizer, config, plan=plan, chunk_elements=64, arrivals=arrivals,
-                           lanes=lanes)
+    manager = ChunkManager(
+        model, optimizer, config, plan=plan, chunk_elements=64, arrivals=arrivals, lanes=lanes
+    )
     return model, manager.optimizer
 
 
-def nothing_changes(placement: str, dtype: torch.dtype, arrivals: int, max_norm: float, bad: float,
-                    config=ON, lanes=None) -> None:
+def nothing_changes(
+    placement: str, dtype: torch.dtype, arrivals: int, max_norm: float, bad: float, config=ON, lanes=None
+) -> None:
     """On each of two ranks, of which one has the bad element."""
     plant = {"arrivals": arrivals, "max_norm": max_norm}
     runs = [build(placement, dtype, arrivals, config, lanes), build(placement, dtype, arrivals, config)]
@@ -225,7 +234,7 @@ def nothing_changes(placement: str, dtype: torch.dtype, arrivals: int, max_norm:
     for _ in range(2):
         assert not math.isfinite(one_step(*runs[0], 5, bad=bad, **plant))
         assert all(map(torch.equal, states_of(*runs[0]), before))
-    one_step(*runs[0], 5, bad=bad, **plant)              # the next step follows without a look at the states
+    one_step(*runs[0], 5, bad=bad, **plant)  # the next step follows without a look at the states
     for run in runs:
         one_step(*run, 6, **plant)
         one_step(*run, 7, **plant)
@@ -237,10 +246,18 @@ def nothing_changes(placement: str, dtype: torch.dtype, arrivals: int, max_norm:
             optimizer.manager.close()
 
 
-CASES = [("fused", torch.float32, 1, 0.5), ("fused", torch.float32, 1, math.inf),
-         ("foreach", torch.float32, 1, 0.5),
-         *((placement, dtype, arrivals, 0.5) for placement in PLANS for dtype in (torch.float32, BF16)
-           for arrivals in (1, 2)), ("all three", BF16, 1, math.inf)]
+CASES = [
+    ("fused", torch.float32, 1, 0.5),
+    ("fused", torch.float32, 1, math.inf),
+    ("foreach", torch.float32, 1, 0.5),
+    *(
+        (placement, dtype, arrivals, 0.5)
+        for placement in PLANS
+        for dtype in (torch.float32, BF16)
+        for arrivals in (1, 2)
+    ),
+    ("all three", BF16, 1, math.inf),
+]
 
 
 def all_cases(bad: float) -> None:
@@ -279,8 +296,15 @@ def test_it_changes_nothing_with_compiled_kernels():
 
 def boosted(kind: str) -> None:
     """Gradients are scaled when the Booster's clip returns, and a step with what is not finite is none."""
-    config = LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16)
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=16,
+    )
     booster = Booster(ParallelConfig())
     model = Llama(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=kind == "fused")

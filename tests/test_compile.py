@@ -1,4 +1,5 @@
-"""With compile a block is compiled once for all layers, whole, and never again: not for other documents, not by validation."""
+"""With compile a block is compiled once for all layers, whole, and never again: not for other documents, not
+by validation."""
 
 import copy
 import pickle
@@ -27,9 +28,15 @@ from parallel.context import shard_batch
 from parallel.pipeline import make_step_runner
 from parallel.tensor import apply_tensor_parallel, vocab_parallel_cross_entropy
 
-GQA = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-                  num_key_value_heads=2)
-MQA = replace(GQA, num_key_value_heads=1)      # tp 2 is above the number of key/value heads
+GQA = LlamaConfig(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+MQA = replace(GQA, num_key_value_heads=1)  # tp 2 is above the number of key/value heads
 T, N_MICROS = 32, 2
 CPU = torch.device("cpu")
 
@@ -42,11 +49,12 @@ class Run:
     recompute: str = "none"
     attention: str = "sdpa"
     lora: bool = False
-    activations: bool = False                  # the inputs of blocks wait on the host for backward
+    activations: bool = False  # the inputs of blocks wait on the host for backward
 
 
 class CountedGraphs:
-    """A compiler that counts the graphs it is given, and hands each to aot_eager, which takes no C++ compiler."""
+    """A compiler that counts the graphs it is given, and hands each to aot_eager, which takes no C++
+    compiler."""
 
     def __init__(self):
         self.n_graphs = 0
@@ -62,7 +70,7 @@ def packed_batches(seed: int, n: int) -> list[Batch]:
     batches = []
     for _ in range(n):
         tokens = torch.randint(GQA.vocab_size, (1, T + 1), generator=random)
-        starts = torch.randperm(T - 1, generator=random)[:2 + seed % 3] + 1
+        starts = torch.randperm(T - 1, generator=random)[: 2 + seed % 3] + 1
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), starts]).sort().values
         positions = torch.arange(T)
         positions = positions - starts[torch.bucketize(positions, starts, right=True) - 1]
@@ -71,7 +79,8 @@ def packed_batches(seed: int, n: int) -> list[Batch]:
 
 
 def graphs_after_each_phase(run: Run, documents: bool) -> list[int]:
-    """Of three steps, a validation, a step and a validation: how many graphs had been compiled when each was over."""
+    """Of three steps, a validation, a step and a validation: how many graphs had been compiled when each was
+    over."""
     counted = CountedGraphs()
     layout = ParallelConfig(**run.layout).resolve(run.ranks)
     mesh = build_mesh(layout, "cpu")
@@ -79,9 +88,12 @@ def graphs_after_each_phase(run: Run, documents: bool) -> list[int]:
         model = Llama(run.config)
     if run.lora:
         apply_lora(model, LoraConfig(rank=2))
-    # fullgraph: a graph break is an error, and so is a block that was compiled too often and would now run eagerly
+    # fullgraph: a graph break is an error, and so is a block that was compiled too often and would now run
+    # eagerly
     with mock.patch("torch.compile", partial(torch.compile, backend=counted, fullgraph=True)):
-        parts = parallelize(model, mesh, layout, recompute=run.recompute, compile=True, attention=run.attention)
+        parts = parallelize(
+            model, mesh, layout, recompute=run.recompute, compile=True, attention=run.attention
+        )
     for part in parts:
         part.to_empty(device=CPU)
         if run.activations:
@@ -90,8 +102,16 @@ def graphs_after_each_phase(run: Run, documents: bool) -> list[int]:
     init_weights(model, seed=0)
     if run.lora:
         init_lora(model, seed=0)
-    runner = make_step_runner(parts, mesh["pp"], layout.schedule, N_MICROS, CPU, torch.float32, layout.sequence_shards,
-                              layout.zero_stage)
+    runner = make_step_runner(
+        parts,
+        mesh["pp"],
+        layout.schedule,
+        N_MICROS,
+        CPU,
+        torch.float32,
+        layout.sequence_shards,
+        layout.zero_stage,
+    )
     n_graphs = []
     for seed, phase in enumerate(["step", "step", "step", "validation", "step", "validation"]):
         batches = packed_batches(seed, N_MICROS if phase == "step" else 3)
@@ -109,7 +129,8 @@ def graphs_after_each_phase(run: Run, documents: bool) -> list[int]:
 
 def assert_nothing_is_compiled_again(run: Run, documents: bool) -> None:
     for rank, n_graphs in enumerate(run_on(run.ranks, graphs_after_each_phase, run, documents)):
-        # One graph that trains. With LoRA there are two, as the input of the model's first block has no gradient.
+        # One graph that trains. With LoRA there are two, as the input of the model's first block has no
+        # gradient.
         has_first_block = "pp" not in run.layout or rank < run.ranks // run.layout["pp"]
         trains = 2 if run.lora and has_first_block else 1
         # The first validation adds one: torch.compile asks whether gradients are wanted.
@@ -155,8 +176,13 @@ LAYOUTS = {
 
 
 # recompute, packed documents, LoRA
-KINDS = [("none", True, False), ("selective", True, False), ("full", True, False), ("none", False, False),
-         ("selective", False, True)]
+KINDS = [
+    ("none", True, False),
+    ("selective", True, False),
+    ("full", True, False),
+    ("none", False, False),
+    ("selective", False, True),
+]
 
 
 @pytest.mark.slow
@@ -164,16 +190,20 @@ KINDS = [("none", True, False), ("selective", True, False), ("full", True, False
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_with_every_recompute_compiles_no_more(name, recompute, documents, lora):
     ranks, layout = LAYOUTS[name]
-    # torch fails on a CPU with its fused kernel, tp and full recompute, which parallel/config.py therefore refuses
+    # torch fails on a CPU with its fused kernel, tp and full recompute, which parallel/config.py therefore
+    # refuses
     attention = "math" if "tp" in layout and recompute == "full" else "sdpa"
-    assert_nothing_is_compiled_again(Run(ranks, layout, recompute=recompute, lora=lora, attention=attention), documents)
+    assert_nothing_is_compiled_again(
+        Run(ranks, layout, recompute=recompute, lora=lora, attention=attention), documents
+    )
 
 
 # ---- the loss: its chunk is compiled by itself, by default on a GPU ----
 
 
 def loss_and_gradients(split: bool, dtype: torch.dtype, frozen: bool, backend=None) -> list[torch.Tensor]:
-    """The loss of 21 tokens in chunks of 8, the last one shorter, and its gradients; backend: a compiler, or None."""
+    """The loss of 21 tokens in chunks of 8, the last one shorter, and its gradients; backend: a compiler, or
+    None."""
     random = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 16, generator=random).to(dtype).requires_grad_() for n in (21, 37))
     weight.requires_grad_(not frozen)
@@ -192,8 +222,11 @@ def loss_and_gradients(split: bool, dtype: torch.dtype, frozen: bool, backend=No
             return vocab_parallel_cross_entropy(hidden, weight, labels, mesh, Replicate())
         return loss.cross_entropy_sum(hidden, weight, labels)
 
-    with (of_loss("choose_loss", lambda device: (how, "")), of_loss("_compiled", lambda: compiled),
-          of_loss("CHUNK_ELEMENTS", 8 * rows_here)):
+    with (
+        of_loss("choose_loss", lambda device: (how, "")),
+        of_loss("_compiled", lambda: compiled),
+        of_loss("CHUNK_ELEMENTS", 8 * rows_here),
+    ):
         nll_sum = cross_entropy_sum()
         with torch.no_grad():
             assert torch.equal(cross_entropy_sum(), nll_sum)
@@ -213,7 +246,9 @@ def compiled_loss_equals_eager(split: bool, backend: str | None = None) -> None:
             # bfloat16: the gradient of a logit may be rounded the other way, once
             assert_close(ours, reference, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
         if backend is None:
-            assert counted.n_graphs == 2       # one for chunks of every length, and one where no gradient is wanted
+            assert (
+                counted.n_graphs == 2
+            )  # one for chunks of every length, and one where no gradient is wanted
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -227,14 +262,19 @@ def test_the_loss_that_a_cpu_compiler_makes_equals_eager(ranks):
     run_on(ranks, compiled_loss_equals_eager, ranks == 2, "inductor")
 
 
-@pytest.mark.parametrize("device,triton,c_compiler,how,said", [
-    ("cpu", True, True, "eager", "on a CPU compiling takes longer"),
-    ("cuda", True, True, "compiled", "one pass over the logits"),
-    ("cuda", False, True, "eager", "there is no triton"),
-    ("cuda", True, False, "eager", "there is no C compiler"),
-    ("cuda", False, False, "eager", "there is no triton and no C compiler"),
-])
-def test_the_loss_is_compiled_on_a_gpu_that_has_a_compiler(monkeypatch, device, triton, c_compiler, how, said):
+@pytest.mark.parametrize(
+    "device,triton,c_compiler,how,said",
+    [
+        ("cpu", True, True, "eager", "on a CPU compiling takes longer"),
+        ("cuda", True, True, "compiled", "one pass over the logits"),
+        ("cuda", False, True, "eager", "there is no triton"),
+        ("cuda", True, False, "eager", "there is no C compiler"),
+        ("cuda", False, False, "eager", "there is no triton and no C compiler"),
+    ],
+)
+def test_the_loss_is_compiled_on_a_gpu_that_has_a_compiler(
+    monkeypatch, device, triton, c_compiler, how, said
+):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if triton else None)
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/cc" if c_compiler else None)
     loss.choose_loss.cache_clear()
@@ -261,7 +301,9 @@ class LogitsAlive(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype,bytes_a_logit", [(torch.float32, 4), (torch.bfloat16, 6)])
-def test_eager_logits_are_held_once_in_float32_and_once_as_they_are_computed(monkeypatch, dtype, bytes_a_logit):
+def test_eager_logits_are_held_once_in_float32_and_once_as_they_are_computed(
+    monkeypatch, dtype, bytes_a_logit
+):
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 64 * 96)
     hidden, weight = (torch.randn(n, 16).to(dtype).requires_grad_() for n in (256, 96))
     with LogitsAlive(64 * 96) as logits:
@@ -271,8 +313,8 @@ def test_eager_logits_are_held_once_in_float32_and_once_as_they_are_computed(mon
 
 def test_chunks_are_whole_tiles_of_a_matrix_product():
     assert loss.tokens_per_chunk(32_000) == 2048
-    assert loss.tokens_per_chunk(4_000) == 16_640                # 65 tiles of 256
-    assert loss.tokens_per_chunk(2**20) == 64                    # of fewer than a tile as many as there may be
+    assert loss.tokens_per_chunk(4_000) == 16_640  # 65 tiles of 256
+    assert loss.tokens_per_chunk(2**20) == 64  # of fewer than a tile as many as there may be
 
 
 # ---- what changes its class is a module like any other ----
@@ -291,9 +333,9 @@ def copies_of_a_split_model() -> None:
         copied = copy.deepcopy(model.model.norm)
         copied.weight.zero_()
         x = torch.ones(1, T, GQA.hidden_size)
-        assert not copied(x).any() and model.model.norm(x).any()         # a copy computes with its own weight
+        assert not copied(x).any() and model.model.norm(x).any()  # a copy computes with its own weight
         assert torch.equal(model(tokens), expected)
-    assert type(pickle.loads(pickle.dumps(type(model.model.norm)))) is type       # and pickle finds its class
+    assert type(pickle.loads(pickle.dumps(type(model.model.norm)))) is type  # and pickle finds its class
 
 
 def test_a_module_that_tensor_parallelism_changed_is_named_copied_and_printed_like_any_other():

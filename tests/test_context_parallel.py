@@ -1,4 +1,5 @@
-"""Context parallelism: a row split over ranks gives what one process gives, for the work and the traffic it claims."""
+"""Context parallelism: a row split over ranks gives what one process gives, for the work and the traffic it
+claims."""
 
 import pytest
 import torch
@@ -12,23 +13,36 @@ from dtensor_llama import Llama, LlamaConfig, UsageError
 from dtensor_llama.attention import Documents, attention
 from dtensor_llama.model import init_weights
 from parallel import context
-from parallel.context import apply_context_parallel, check_context_parallel, ring_rounds, shard_sequence, slices_of
+from parallel.context import (
+    apply_context_parallel,
+    check_context_parallel,
+    ring_rounds,
+    shard_sequence,
+    slices_of,
+)
 from parallel.recompute import apply_recompute
 
-GQA = LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8,
-                  num_key_value_heads=2)
+GQA = LlamaConfig(
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+)
 T = 64
 
 
 def rows(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """tokens and labels (2, T), with unscored runs of uneven length, and positions of packed documents (2, T)."""
+    """tokens and labels (2, T), with unscored runs of uneven length, and positions of packed documents (2,
+    T)."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(97, (2, T + 1), generator=generator)
     labels = tokens[:, 1:].clone()
     labels[0, 3:20] = labels[1, 50:] = -100
-    documents = [[5, 1, 17, 30, 11], [40, 24]]             # 40 begins in the first zigzag slice and ends in a late one
+    documents = [[5, 1, 17, 30, 11], [40, 24]]  # 40 begins in the first zigzag slice and ends in a late one
     positions = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in documents])
-    positions[1, :40] += 7                                 # a document whose beginning is in an earlier row
+    positions[1, :40] += 7  # a document whose beginning is in an earlier row
     return tokens[:, :-1].contiguous(), labels, positions
 
 
@@ -36,7 +50,7 @@ def model_on(cp_mesh, method: str, kernel: str = "sdpa", config: LlamaConfig = G
     model = Llama(config)
     init_weights(model, seed=3)
     with torch.no_grad():
-        for parameter in model.parameters():               # large enough for attention to matter
+        for parameter in model.parameters():  # large enough for attention to matter
             if parameter.dim() == 2:
                 parameter.mul_(5)
     if cp_mesh is None:
@@ -48,14 +62,19 @@ def model_on(cp_mesh, method: str, kernel: str = "sdpa", config: LlamaConfig = G
 
 # ---- attention alone ----
 
+
 def assert_attention_is_whole(method: str, kernel: str, n_heads: int, n_kv_heads: int, packed: bool) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
     generator = torch.Generator().manual_seed(n_heads)
-    q, k, v, grad = (torch.randn(2, T, heads, 16, generator=generator).requires_grad_()
-                     for heads in (n_heads, n_kv_heads, n_kv_heads, n_heads))
+    q, k, v, grad = (
+        torch.randn(2, T, heads, 16, generator=generator).requires_grad_()
+        for heads in (n_heads, n_kv_heads, n_kv_heads, n_heads)
+    )
     tokens, _, positions = rows()
     positions = positions if packed else None
-    whole = attention(q, k, v, "math", Documents.from_positions(positions, "math", q.device) if packed else None)
+    whole = attention(
+        q, k, v, "math", Documents.from_positions(positions, "math", q.device) if packed else None
+    )
     whole_grads = torch.autograd.grad(whole, (q, k, v), grad)
 
     model = model_on(mesh, method, kernel)
@@ -63,9 +82,15 @@ def assert_attention_is_whole(method: str, kernel: str, n_heads: int, n_kv_heads
     mine = [shard_sequence(x, mesh, method).detach().requires_grad_() for x in (q, k, v)]
     out = model.model.layers[0].self_attn.attend(*mine, documents=documents)
     grads = torch.autograd.grad(out, mine, shard_sequence(grad, mesh, method))
-    assert_close(out, shard_sequence(whole, mesh, method), rtol=0, atol=2e-6)          # fp32: the order of summation
+    assert_close(out, shard_sequence(whole, mesh, method), rtol=0, atol=2e-6)  # fp32: the order of summation
     for name, got, expected in zip("qkv", grads, whole_grads, strict=True):
-        assert_close(got, shard_sequence(expected, mesh, method), rtol=2e-6, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        assert_close(
+            got,
+            shard_sequence(expected, mesh, method),
+            rtol=2e-6,
+            atol=1e-5,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
 
 
 def every_attention(method: str, heads: list[tuple[int, int]]) -> None:
@@ -73,7 +98,7 @@ def every_attention(method: str, heads: list[tuple[int, int]]) -> None:
         for kernel in ("sdpa", "math"):
             for packed in (False, True):
                 assert_attention_is_whole(method, kernel, n_heads, n_kv_heads, packed)
-        if method == "ulysses":                            # ring has no varlen: test_what_cannot_be_split_is_refused
+        if method == "ulysses":  # ring has no varlen: test_what_cannot_be_split_is_refused
             assert_attention_is_whole(method, "varlen", n_heads, n_kv_heads, packed=True)
 
 
@@ -85,10 +110,11 @@ def test_ulysses_attention_and_its_gradients_are_those_of_the_whole_row(cp):
 
 @pytest.mark.parametrize("cp", [2, 4])
 def test_ring_attention_and_its_gradients_are_those_of_the_whole_row(cp):
-    run_on(cp, every_attention, "ring", [(4, 4), (6, 2), (3, 1)])         # no need for heads to divide by cp
+    run_on(cp, every_attention, "ring", [(4, 4), (6, 2), (3, 1)])  # no need for heads to divide by cp
 
 
 # ---- the whole model ----
+
 
 def losses_and_gradients(method: str, kernel: str, packed: bool, recompute: str) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
@@ -103,7 +129,7 @@ def losses_and_gradients(method: str, kernel: str, packed: bool, recompute: str)
     loss.backward()
     n_scored = (labels != -100).sum()
     total = loss.detach().clone()
-    dist.all_reduce(total)                                                # the sum over cp of the ranks' token sums
+    dist.all_reduce(total)  # the sum over cp of the ranks' token sums
     assert abs(total - expected) / n_scored < 2e-5
     for (name, parameter), reference in zip(model.named_parameters(), plain.parameters(), strict=True):
         dist.all_reduce(parameter.grad)
@@ -111,16 +137,24 @@ def losses_and_gradients(method: str, kernel: str, packed: bool, recompute: str)
         assert difference < 1e-4, f"{name}: {difference}"
 
 
-@pytest.mark.parametrize("method,kernel,packed,recompute", [
-    ("ulysses", "sdpa", False, "none"), ("ulysses", "math", True, "full"), ("ulysses", "sdpa", True, "selective"),
-    ("ring", "sdpa", False, "none"), ("ring", "math", True, "full"), ("ring", "sdpa", True, "selective"),
-])
+@pytest.mark.parametrize(
+    "method,kernel,packed,recompute",
+    [
+        ("ulysses", "sdpa", False, "none"),
+        ("ulysses", "math", True, "full"),
+        ("ulysses", "sdpa", True, "selective"),
+        ("ring", "sdpa", False, "none"),
+        ("ring", "math", True, "full"),
+        ("ring", "sdpa", True, "selective"),
+    ],
+)
 def test_loss_and_gradients_of_a_split_row_equal_one_process(method, kernel, packed, recompute):
     run_on(4, losses_and_gradients, method, kernel, packed, recompute)
 
 
 def five_steps(method: str | None) -> tuple[list[float], list[torch.Tensor]]:
-    """Five AdamW steps; over cp with fully_shard, which shares the parameters among the ranks of cp. -> losses, weights"""
+    """Five AdamW steps; over cp with fully_shard, which shares the parameters among the ranks of cp. ->
+    losses, weights"""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
     model = model_on(mesh if method else None, method)
     if method:
@@ -134,7 +168,7 @@ def five_steps(method: str | None) -> tuple[list[float], list[torch.Tensor]]:
         if method:
             tokens, labels = (shard_sequence(x, mesh, method) for x in (tokens, labels))
         loss = model(tokens, labels, positions=positions) / n_scored
-        (loss * mesh.size() if method else loss).backward()               # FSDP averages over cp; we want the sum
+        (loss * mesh.size() if method else loss).backward()  # FSDP averages over cp; we want the sum
         optimizer.step()
         optimizer.zero_grad()
         total = loss.detach().clone()
@@ -168,7 +202,7 @@ def bfloat16_step(method: str) -> None:
     loss = model(*(shard_sequence(x, mesh, method) for x in (tokens, labels)), positions=positions)
     loss.backward()
     dist.all_reduce(total := loss.detach().clone())
-    assert abs(total / expected - 1) < 1e-2                               # bf16 keeps 8 bits
+    assert abs(total / expected - 1) < 1e-2  # bf16 keeps 8 bits
     for parameter, reference in zip(model.parameters(), plain.parameters(), strict=True):
         grad = parameter.grad.float()
         dist.all_reduce(grad)
@@ -204,18 +238,21 @@ def test_a_block_compiles_into_one_graph(method):
 
 # ---- work and traffic ----
 
+
 @pytest.mark.parametrize("cp", [2, 3, 4, 8])
 def test_zigzag_rounds_cover_the_causal_mask_once_with_equal_work(cp):
-    n = 6                                                                 # tokens a share
+    n = 6  # tokens a share
     seen = torch.zeros(cp * n, cp * n, dtype=torch.int64)
-    share = [torch.cat([torch.arange(n // 2) + s * n // 2 for s in slices_of("ring", r, cp)]) for r in range(cp)]
+    share = [
+        torch.cat([torch.arange(n // 2) + s * n // 2 for s in slices_of("ring", r, cp)]) for r in range(cp)
+    ]
     for rank in range(cp):
         rounds = ring_rounds(rank, cp, n)
         assert sorted(r.source for r in rounds) == list(range(cp))
         for hop, (source, queries, keys, causal) in enumerate(rounds):
             pairs = torch.ones(n, n, dtype=torch.int64)[queries, keys]
             assert causal == (hop == 0)
-            assert pairs.numel() == (n * n if causal else n * n // 2)     # every rank, every round
+            assert pairs.numel() == (n * n if causal else n * n // 2)  # every rank, every round
             seen[share[rank][queries][:, None], share[source][keys]] += pairs.tril() if causal else pairs
     assert torch.equal(seen, torch.ones_like(seen).tril())
 
@@ -229,7 +266,10 @@ def bytes_sent(n_heads: int, n_kv_heads: int) -> tuple[int, int]:
         sent[0] += sum(op.tensor.nbytes for op in ops if op.op is dist.isend)
         return original(ops)
 
-    q, k, v = (torch.randn(2, T // mesh.size(), heads, 16, requires_grad=True) for heads in (n_heads, n_kv_heads, n_kv_heads))
+    q, k, v = (
+        torch.randn(2, T // mesh.size(), heads, 16, requires_grad=True)
+        for heads in (n_heads, n_kv_heads, n_kv_heads)
+    )
     dist.batch_isend_irecv = spy
     try:
         out = context.ring_attend(q, k, v, None, group_name=mesh.get_group().group_name, kernel="sdpa")
@@ -242,8 +282,11 @@ def bytes_sent(n_heads: int, n_kv_heads: int) -> tuple[int, int]:
 
 def test_ring_sends_key_value_heads_unexpanded():
     for answer in run_on(4, bytes_sent, 8, 2):
-        keys_and_values = 2 * 2 * (T // 4) * 2 * 16 * 4                   # both, rows, tokens, K heads, E, bytes
-        assert answer == (3 * keys_and_values, (3 + 4) * keys_and_values)      # hops: of kv; of kv and of its gradients
+        keys_and_values = 2 * 2 * (T // 4) * 2 * 16 * 4  # both, rows, tokens, K heads, E, bytes
+        assert answer == (
+            3 * keys_and_values,
+            (3 + 4) * keys_and_values,
+        )  # hops: of kv; of kv and of its gradients
 
 
 def heads_redistributed(n_heads: int, n_kv_heads: int) -> list[int]:
@@ -265,12 +308,13 @@ def test_ulysses_sends_the_fewest_key_value_heads_that_cp_divides(n_heads, n_kv_
 
 # ---- positions ----
 
+
 def located(method: str) -> tuple[list[int], list[int]]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
     model = model_on(mesh, method)
     unpacked, nothing = model.model.locate(torch.zeros(1, 4, dtype=torch.int64), None, None)
     assert nothing is None
-    hidden = torch.zeros(1, 2, 64)                                        # a later stage, its tokens split over tp = 2 too
+    hidden = torch.zeros(1, 2, 64)  # a later stage, its tokens split over tp = 2 too
     packed, documents = model.model.locate(hidden, torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]), None)
     assert documents is not None
     return unpacked[0].tolist(), packed[0].tolist()
@@ -283,22 +327,49 @@ def test_positions_are_the_true_ones_of_each_share():
 
 # ---- refusals ----
 
-@pytest.mark.parametrize("changes,said", [
-    ({"seq_len": 4100}, "--data.seq-len 4100 is not a multiple of 2 x --parallel.cp 4 = 8, .* use --data.seq-len 4096 or 4104"),
-    ({"seq_len": 4104, "tp": 2}, r"x --parallel.tp 2 \(sequence parallel\) = 16, .* use --data.seq-len 4096 or 4112"),
-    ({"seq_len": 6}, "use --data.seq-len 8"),
-    ({"seq_len": 4098, "method": "ulysses"}, "not a multiple of --parallel.cp 4 = 4, .* use --data.seq-len 4096 or 4100"),
-    ({"cp": 16, "method": "ulysses"}, "--parallel.cp 16 .* 8 query heads .*8 heads / --parallel.tp 1.* Use "
-                                      "--parallel.cp 2 or 4 or 8, or --parallel.cp-method ring"),
-    ({"cp": 2, "tp": 8, "method": "ulysses"}, "does not divide the 1 query heads.* Use --parallel.cp-method ring"),
-    ({"kernel": "flash"}, "--train.attention flash .* --parallel.cp-method ring.* Use --train.attention sdpa"),
-    ({"kernel": "varlen"}, "--train.attention varlen .* --parallel.cp-method ring.* Use --train.attention sdpa"),
-    ({"method": "star"}, "--parallel.cp-method star is not one of ulysses, ring"),
-    ({"cp": 0}, "--parallel.cp 0"),
-])
+
+@pytest.mark.parametrize(
+    "changes,said",
+    [
+        (
+            {"seq_len": 4100},
+            "--data.seq-len 4100 is not a multiple of 2 x --parallel.cp 4 = 8, .* use --data.seq-len 4096 or 4104",
+        ),
+        (
+            {"seq_len": 4104, "tp": 2},
+            r"x --parallel.tp 2 \(sequence parallel\) = 16, .* use --data.seq-len 4096 or 4112",
+        ),
+        ({"seq_len": 6}, "use --data.seq-len 8"),
+        (
+            {"seq_len": 4098, "method": "ulysses"},
+            "not a multiple of --parallel.cp 4 = 4, .* use --data.seq-len 4096 or 4100",
+        ),
+        (
+            {"cp": 16, "method": "ulysses"},
+            "--parallel.cp 16 .* 8 query heads .*8 heads / --parallel.tp 1.* Use "
+            "--parallel.cp 2 or 4 or 8, or --parallel.cp-method ring",
+        ),
+        (
+            {"cp": 2, "tp": 8, "method": "ulysses"},
+            "does not divide the 1 query heads.* Use --parallel.cp-method ring",
+        ),
+        (
+            {"kernel": "flash"},
+            "--train.attention flash .* --parallel.cp-method ring.* Use --train.attention sdpa",
+        ),
+        (
+            {"kernel": "varlen"},
+            "--train.attention varlen .* --parallel.cp-method ring.* Use --train.attention sdpa",
+        ),
+        ({"method": "star"}, "--parallel.cp-method star is not one of ulysses, ring"),
+        ({"cp": 0}, "--parallel.cp 0"),
+    ],
+)
 def test_what_cannot_be_split_is_refused_with_what_would_work(changes, said):
     with pytest.raises(UsageError, match=said) as error:
-        check_context_parallel(**{"config": GQA, "cp": 4, "tp": 1, "seq_len": 4096, "method": "ring", **changes})
+        check_context_parallel(
+            **{"config": GQA, "cp": 4, "tp": 1, "seq_len": 4096, "method": "ring", **changes}
+        )
     assert "\n" not in str(error.value)
 
 
@@ -311,10 +382,12 @@ def test_what_can_be_split_is_accepted():
 
 # ---- GPU ----
 
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_cuda_kernels_of_this_torch_take_what_they_are_given(dtype, packed):
-    """On `meta`, so without a GPU: names, arguments and shapes of the private ops, flash and memory-efficient."""
+    """On `meta`, so without a GPU: names, arguments and shapes of the private ops, flash and
+    memory-efficient."""
     q, k = (torch.empty(2, n, heads, 20, dtype=dtype, device="meta") for n, heads in ((72, 6), (40, 2)))
     mask = torch.empty(2, 1, 72, 40, dtype=torch.bool, device="meta") if packed else None
     out, lse = context._cuda_forward(q, k, k, not packed, mask)
@@ -325,22 +398,27 @@ def test_the_cuda_kernels_of_this_torch_take_what_they_are_given(dtype, packed):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype,atol", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
-@pytest.mark.parametrize("head_dim", [16, 20])                             # 20: padded to 24 for the kernel
+@pytest.mark.parametrize("head_dim", [16, 20])  # 20: padded to 24 for the kernel
 def test_the_cuda_kernels_of_a_block_equal_the_maths(dtype, atol, head_dim):
     generator = torch.Generator("cuda").manual_seed(0)
-    q, k, v, grad = (torch.randn(2, n, heads, head_dim, generator=generator, device="cuda", dtype=dtype)
-                     for n, heads in ((72, 6), (40, 2), (40, 2), (72, 6)))
+    q, k, v, grad = (
+        torch.randn(2, n, heads, head_dim, generator=generator, device="cuda", dtype=dtype)
+        for n, heads in ((72, 6), (40, 2), (40, 2), (72, 6))
+    )
     some = torch.rand(2, 1, 72, 40, generator=generator, device="cuda") > 0.5
-    some[:, :, ::5] = False                                                # queries that see no key
+    some[:, :, ::5] = False  # queries that see no key
     for causal, mask in ((False, None), (False, some), (True, None)):
         block = (q, q[:, :, :2], q[:, :, 2:4]) if causal else (q, k, v)
-        (out, lse), (expected, expected_lse) = (context.block_forward(*block, causal, mask, kernel)
-                                                for kernel in ("sdpa", "math"))
+        (out, lse), (expected, expected_lse) = (
+            context.block_forward(*block, causal, mask, kernel) for kernel in ("sdpa", "math")
+        )
         assert_close(out, expected, rtol=0, atol=atol)
         assert_close(lse, expected_lse, rtol=0, atol=atol)
-        total = torch.logaddexp(expected_lse, torch.ones_like(lse))        # as if other blocks had been seen
-        got, wanted = (context.block_backward(grad, *block, expected, total, causal, mask, kernel)
-                       for kernel in ("sdpa", "math"))
+        total = torch.logaddexp(expected_lse, torch.ones_like(lse))  # as if other blocks had been seen
+        got, wanted = (
+            context.block_backward(grad, *block, expected, total, causal, mask, kernel)
+            for kernel in ("sdpa", "math")
+        )
         for mine, theirs in zip(got, wanted, strict=True):
             assert_close(mine.float(), theirs.float(), rtol=atol, atol=10 * atol)
 
@@ -350,12 +428,18 @@ def test_ring_of_one_gpu_equals_the_maths(tmp_path):
     dist.init_process_group("nccl", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
         name = init_device_mesh("cuda", (1,), mesh_dim_names=("cp",)).get_group().group_name
-        q, k, v = (torch.randn(2, T, heads, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for heads in (8, 2, 2))
+        q, k, v = (
+            torch.randn(2, T, heads, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            for heads in (8, 2, 2)
+        )
         out = context.ring_attend(q, k, v, None, group_name=name, kernel="sdpa")
         expected = attention(q, k, v, "math")
         assert_close(out, expected, rtol=0, atol=2e-2)
-        for got, wanted in zip(torch.autograd.grad(out.sum(), (q, k, v)), torch.autograd.grad(expected.sum(), (q, k, v)),
-                               strict=True):
+        for got, wanted in zip(
+            torch.autograd.grad(out.sum(), (q, k, v)),
+            torch.autograd.grad(expected.sum(), (q, k, v)),
+            strict=True,
+        ):
             assert_close(got, wanted, rtol=2e-2, atol=5e-2)
     finally:
         dist.destroy_process_group()

@@ -1,4 +1,5 @@
-"""What the data path promises: exact ids however a text is cut, one tokenizing, and rows that do not depend on layout."""
+"""What the data path promises: exact ids however a text is cut, one tokenizing, and rows that do not depend
+on layout."""
 
 import gzip
 import json
@@ -21,7 +22,14 @@ import torch
 from test_tokenizer import ROOT, SHARED, TEXT, train_byte_level, train_pieces
 from tokenizers import Regex, pre_tokenizers
 
-from dtensor_llama.data import PackedRows, RowReader, TokenCorpus, load_tokenizer, prepare_corpus, validation_batches
+from dtensor_llama.data import (
+    PackedRows,
+    RowReader,
+    TokenCorpus,
+    load_tokenizer,
+    prepare_corpus,
+    validation_batches,
+)
 from dtensor_llama.data import tokenize as tokenize_module
 from dtensor_llama.data.cut import Cutter
 from dtensor_llama.data.rows import ChatCorpus, permute
@@ -29,8 +37,10 @@ from dtensor_llama.data.sources import TextOptions, expand_paths, read_chunks
 from dtensor_llama.data.tokenize import prepare_chat
 from dtensor_llama.errors import UsageError
 
-LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-                r"|\s+(?!\S)|\s+")
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 KINDS = ["sentencepiece", "byte-level", "llama3-like", "across words", "llama2", "stories260K"]
 DOCUMENTS = ["First document.", " second\nwith </s> inside", "naïve Ω 你好 🦙\r\n\r\nthird " * 9, "4th"]
 
@@ -43,7 +53,10 @@ def tokenizers_by_kind(tmp_path_factory):
     kinds["llama3-like"] = train_byte_level(folder / "llama3.json", words=[llama3])
     kinds["across words"] = train_byte_level(folder / "across.json", words=[])
     if (SHARED / "llama2_tokenizer").is_dir():
-        kinds |= {"llama2": SHARED / "llama2_tokenizer", "stories260K": SHARED / "stories260K" / "tokenizer.json"}
+        kinds |= {
+            "llama2": SHARED / "llama2_tokenizer",
+            "stories260K": SHARED / "stories260K" / "tokenizer.json",
+        }
     return {kind: load_tokenizer(path) for kind, path in kinds.items()}
 
 
@@ -72,7 +85,15 @@ def make_corpus(folder: Path, tokens, starts=(0,)) -> TokenCorpus:
 
 
 def command(path, tokenizer, cache_dir) -> list[str]:
-    words = [sys.executable, "-m", "dtensor_llama.data.tokenize", "--path", path, "--tokenizer", tokenizer.path]
+    words = [
+        sys.executable,
+        "-m",
+        "dtensor_llama.data.tokenize",
+        "--path",
+        path,
+        "--tokenizer",
+        tokenizer.path,
+    ]
     return [str(word) for word in [*words, "--cache-dir", cache_dir]]
 
 
@@ -88,9 +109,15 @@ def real_texts() -> dict[str, str]:
     dice = random.Random(0)
     runs = "".join(dice.choice("-=a .\n_#") * dice.choice([1, 1, 2, 3, 17, 400]) for _ in range(1500))
     texts = {"python": TEXT, "runs of one character": runs}
-    for file in ("moby_dick.txt", "tinyshakespeare.txt", "sotu.jsonl") if (SHARED / "corpus").is_dir() else ():
+    for file in (
+        ("moby_dick.txt", "tinyshakespeare.txt", "sotu.jsonl") if (SHARED / "corpus").is_dir() else ()
+    ):
         text = (SHARED / "corpus" / file).read_text()
-        texts[file] = "\n".join(json.loads(line)["text"] for line in text.splitlines()[:40]) if "jsonl" in file else text
+        texts[file] = (
+            "\n".join(json.loads(line)["text"] for line in text.splitlines()[:40])
+            if "jsonl" in file
+            else text
+        )
     return texts
 
 
@@ -115,14 +142,18 @@ def test_a_text_without_a_place_to_cut_stays_whole(tokenizer):
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "byte-level"])
-def test_a_txt_read_in_small_chunks_is_one_document_with_the_ids_of_the_whole(tokenizers_by_kind, kind, tmp_path):
+def test_a_txt_read_in_small_chunks_is_one_document_with_the_ids_of_the_whole(
+    tokenizers_by_kind, kind, tmp_path
+):
     tokenizer, text = tokenizers_by_kind[kind], (TEXT + "é🦙\r\n") * 2
     (tmp_path / "a.txt").write_text("\ufeff" + text, newline="")
     chunks = list(read_chunks(tmp_path / "a.txt", "text", Cutter(tokenizer), chunk_bytes=777))
     assert len(chunks) > 50 and max(len(chunk.data) for chunk in chunks) < 3000
     assert [chunk.opens for chunk in chunks] == [True] + [False] * (len(chunks) - 1)
     assert [chunk.closes for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
-    assert [i for chunk in chunks for i in tokenizer.encode(chunk.data)[chunk.skip :]] == tokenizer.encode(text)
+    assert [i for chunk in chunks for i in tokenizer.encode(chunk.data)[chunk.skip :]] == tokenizer.encode(
+        text
+    )
 
 
 def test_a_jsonl_in_small_chunks_keeps_every_line(tokenizer, tmp_path):
@@ -142,18 +173,26 @@ def test_every_kind_of_file_gives_the_same_tokens_as_the_plain_way(tokenizer, tm
     (tmp_path / "a.txt").write_text(DOCUMENTS[2], newline="")
     for name in ("a.txt", "b.jsonl", "c.parquet"):
         plain = (tmp_path / name).read_bytes()
-        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(plain[:20]) + gzip.compress(plain[20:]))  # two members
+        (tmp_path / f"{name}.gz").write_bytes(
+            gzip.compress(plain[:20]) + gzip.compress(plain[20:])
+        )  # two members
         with pa.output_stream(tmp_path / f"{name}.zst", compression="zstd") as file:
             file.write(plain)
-    (tmp_path / "d.jsonl").write_bytes(b"\xef\xbb\xbf\r\n" + jsonl.replace(b"\n", b"\r\n\r\n") + b' {"text": " \\n"}')
-    corpus = prepare_corpus([tmp_path / "*.txt*", str(tmp_path / "**/[b-d].*")], tokenizer, tmp_path / "cache")
+    (tmp_path / "d.jsonl").write_bytes(
+        b"\xef\xbb\xbf\r\n" + jsonl.replace(b"\n", b"\r\n\r\n") + b' {"text": " \\n"}'
+    )
+    corpus = prepare_corpus(
+        [tmp_path / "*.txt*", str(tmp_path / "**/[b-d].*")], tokenizer, tmp_path / "cache"
+    )
     documents = [DOCUMENTS[2]] * 3 + DOCUMENTS * 7
     assert corpus.tokens.tolist() == whole(tokenizer, documents) and corpus.tokens.dtype == np.uint16
     lengths = [len(tokenizer.encode(text)) + 2 for text in documents]
     assert corpus.document_starts.tolist() == [0, *np.cumsum(lengths)[:-1].tolist()]
 
 
-def test_the_corpus_is_reused_until_a_file_the_field_or_the_tokenizer_changes(tokenizers_by_kind, tmp_path, monkeypatch):
+def test_the_corpus_is_reused_until_a_file_the_field_or_the_tokenizer_changes(
+    tokenizers_by_kind, tmp_path, monkeypatch
+):
     tokenizer, cache = tokenizers_by_kind["sentencepiece"], tmp_path / "cache"
     file = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS, other="another field")
     first = prepare_corpus([file], tokenizer, cache)
@@ -174,18 +213,37 @@ def test_the_content_hash_is_of_tokens_documents_and_masks_however_they_were_rea
         folder.mkdir()
         for i in range(files):
             write_jsonl(folder / f"{i}.jsonl", documents[i::files] if files > 1 else documents)
-        code = (f"import functools, sys, dtensor_llama.data.tokenize as t\n"
-                f"t.read_chunks = functools.partial(t.read_chunks, chunk_bytes={chunk_bytes}); sys.exit(t.main())")
-        words = [sys.executable, "-c", code, "--path", folder / "*.jsonl", "--tokenizer", tokenizer.path, "--cache-dir",
-                 folder / "cache"]
+        code = (
+            f"import functools, sys, dtensor_llama.data.tokenize as t\n"
+            f"t.read_chunks = functools.partial(t.read_chunks, chunk_bytes={chunk_bytes}); sys.exit(t.main())"
+        )
+        words = [
+            sys.executable,
+            "-c",
+            code,
+            "--path",
+            folder / "*.jsonl",
+            "--tokenizer",
+            tokenizer.path,
+            "--cache-dir",
+            folder / "cache",
+        ]
         done = subprocess.run(list(map(str, words)), cwd=ROOT, capture_output=True, check=True)
         return TokenCorpus(done.stdout.decode().strip()).content_hash
 
-    texts = [text + f" {i}" for i, text in enumerate(["one of them", "another", "a third one", "and the last"])]
+    texts = [
+        text + f" {i}" for i, text in enumerate(["one of them", "another", "a third one", "and the last"])
+    ]
     first = hash_of(*texts)
     assert len(first) == 64 and hash_of(*texts, chunk_bytes=20) == first
-    assert hash_of(texts[0], texts[2], texts[1], texts[3], files=2) == first     # the same documents in the same order
-    assert first not in {hash_of(*texts[::-1]), hash_of(*texts[:3], "and the tsal 3"), hash_of(*texts, "more")}
+    assert (
+        hash_of(texts[0], texts[2], texts[1], texts[3], files=2) == first
+    )  # the same documents in the same order
+    assert first not in {
+        hash_of(*texts[::-1]),
+        hash_of(*texts[:3], "and the tsal 3"),
+        hash_of(*texts, "more"),
+    }
 
 
 def test_a_mask_alone_changes_the_content_hash(tmp_path):
@@ -194,8 +252,10 @@ def test_a_mask_alone_changes_the_content_hash(tmp_path):
         folder.mkdir()
         train_byte_level(folder / "tokenizer.json")
         (folder / "chat_template.jinja").write_text(
-            "{% for turn in messages %}{% if turn['role'] == 'user' %}{{ turn['content'] + '\\n' }}{% else %}" + answer
-            + "{% endif %}{% endfor %}")
+            "{% for turn in messages %}{% if turn['role'] == 'user' %}{{ turn['content'] + '\\n' }}{% else %}"
+            + answer
+            + "{% endif %}{% endfor %}"
+        )
         (folder / "chat.jsonl").write_text(json.dumps({"question": "Which?", "answer": "1 2"}))
         return prepare_chat([folder / "chat.jsonl"], load_tokenizer(folder), tmp_path / "cache", processes=1)
 
@@ -271,7 +331,9 @@ def test_at_most_a_few_chunks_are_under_way_whatever_the_corpus(monkeypatch):
             future.result = lambda: (under_way.remove(chunk), None)
             return future
 
-    monkeypatch.setattr(tokenize_module, "read_chunks", lambda *_: (type("C", (), {"input_bytes": 1})() for _ in range(99)))
+    monkeypatch.setattr(
+        tokenize_module, "read_chunks", lambda *_: (type("C", (), {"input_bytes": 1})() for _ in range(99))
+    )
     peaks = [len(under_way) for _ in tokenize_module._in_order(Pool(), ["file"], "text", None, processes=2)]
     assert len(peaks) == 99 and max(peaks) < tokenize_module.CHUNKS_PER_WORKER * 2
 
@@ -296,30 +358,41 @@ def zstd_bytes(data: bytes) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("a.jsonl", bad_jsonl(b'{"text": "cut'), "line 3: broken JSON"),
-    ("a.jsonl", bad_jsonl(b"[" * 100_000), "line 3: broken JSON"),
-    ("a.jsonl", bad_jsonl(b'["text"]'), "line 3: expected a JSON object, found list"),
-    ("a.jsonl", bad_jsonl(b'{"body": "x", "id": 1}'), "line 3: no field 'text'; its fields are body, id.*--data.text-field"),
-    ("a.jsonl", bad_jsonl(b'{"text": 5}'), "line 3: 'text' holds int, expected a string"),
-    ("a.jsonl", bad_jsonl(b'{"text": null}'), "line 3: 'text' holds NoneType, expected a string"),
-    ("a.jsonl", bad_jsonl(b'{"text": "\\ud83e"}'), "line 3: 'text' holds half a surrogate pair"),
-    ("a.jsonl", bad_jsonl(b'{"text": "\xff"}'), "line 3: byte 0xff is not UTF-8"),
-    ("a.jsonl", bad_jsonl(b'{"text": "\0"}'), "line 3: a zero byte"),
-    ("a.txt", b"one\ntwo\n\0\1\2", "line 3: a zero byte; the file is binary"),
-    ("a.txt", "one\ntwo".encode("utf-16"), "line 1: a zero byte"),
-    ("a.txt", b"one\ntwo\ncaf\xe9 au lait", "line 3: byte 0xe9 is not UTF-8"),
-    ("a.txt", b"one\n" * 40 + "\n🦙".encode()[:-1], "line 42: byte 0xf0 is not UTF-8"),
-    ("a.txt.gz", gzip.compress(os.urandom(3000).hex().encode())[:-9], "cannot be read to its end"),
-    ("a.jsonl.gz", b"not gzip", "cannot be read to its end"),
-    ("a.jsonl.zst", zstd_bytes(os.urandom(3000).hex().encode())[:-9], "cannot be read to its end"),
-    ("a.parquet", b"PAR1 not really", "cannot be read to its end"),
-    ("a.parquet", parquet_bytes(text=["x" * 99] * 99)[:-20], "cannot be read to its end"),
-    ("a.parquet.gz", gzip.compress(parquet_bytes(text=["x"]))[:-9], "cannot be read to its end"),
-    ("a.parquet", parquet_bytes(body=["x"], id=[1]), "no column 'text'; it has body, id.*--data.text-field"),
-    ("a.parquet", parquet_bytes(text=[1, 2]), "row 1: 'text' holds int, expected a string"),
-    ("a.parquet", parquet_bytes(text=["x", None]), "row 2: 'text' holds NoneType, expected a string"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", bad_jsonl(b'{"text": "cut'), "line 3: broken JSON"),
+        ("a.jsonl", bad_jsonl(b"[" * 100_000), "line 3: broken JSON"),
+        ("a.jsonl", bad_jsonl(b'["text"]'), "line 3: expected a JSON object, found list"),
+        (
+            "a.jsonl",
+            bad_jsonl(b'{"body": "x", "id": 1}'),
+            "line 3: no field 'text'; its fields are body, id.*--data.text-field",
+        ),
+        ("a.jsonl", bad_jsonl(b'{"text": 5}'), "line 3: 'text' holds int, expected a string"),
+        ("a.jsonl", bad_jsonl(b'{"text": null}'), "line 3: 'text' holds NoneType, expected a string"),
+        ("a.jsonl", bad_jsonl(b'{"text": "\\ud83e"}'), "line 3: 'text' holds half a surrogate pair"),
+        ("a.jsonl", bad_jsonl(b'{"text": "\xff"}'), "line 3: byte 0xff is not UTF-8"),
+        ("a.jsonl", bad_jsonl(b'{"text": "\0"}'), "line 3: a zero byte"),
+        ("a.txt", b"one\ntwo\n\0\1\2", "line 3: a zero byte; the file is binary"),
+        ("a.txt", "one\ntwo".encode("utf-16"), "line 1: a zero byte"),
+        ("a.txt", b"one\ntwo\ncaf\xe9 au lait", "line 3: byte 0xe9 is not UTF-8"),
+        ("a.txt", b"one\n" * 40 + "\n🦙".encode()[:-1], "line 42: byte 0xf0 is not UTF-8"),
+        ("a.txt.gz", gzip.compress(os.urandom(3000).hex().encode())[:-9], "cannot be read to its end"),
+        ("a.jsonl.gz", b"not gzip", "cannot be read to its end"),
+        ("a.jsonl.zst", zstd_bytes(os.urandom(3000).hex().encode())[:-9], "cannot be read to its end"),
+        ("a.parquet", b"PAR1 not really", "cannot be read to its end"),
+        ("a.parquet", parquet_bytes(text=["x" * 99] * 99)[:-20], "cannot be read to its end"),
+        ("a.parquet.gz", gzip.compress(parquet_bytes(text=["x"]))[:-9], "cannot be read to its end"),
+        (
+            "a.parquet",
+            parquet_bytes(body=["x"], id=[1]),
+            "no column 'text'; it has body, id.*--data.text-field",
+        ),
+        ("a.parquet", parquet_bytes(text=[1, 2]), "row 1: 'text' holds int, expected a string"),
+        ("a.parquet", parquet_bytes(text=["x", None]), "row 2: 'text' holds NoneType, expected a string"),
+    ],
+)
 def test_a_bad_file_is_named_with_the_line(tokenizer, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match=message) as error:
@@ -330,19 +403,29 @@ def test_a_bad_file_is_named_with_the_line(tokenizer, tmp_path, name, content, m
 
 def test_paths_that_name_nothing_readable_are_refused(tmp_path):
     (tmp_path / "a.doc").write_text("x")
-    for pattern, message in (("nope*.txt", "no file matches"), ("nope.txt", "no file matches"), ("", "is a folder"),
-                             ("a.doc", r"a\.doc: unknown kind of file"), ("*", r"a\.doc: unknown kind of file")):
+    for pattern, message in (
+        ("nope*.txt", "no file matches"),
+        ("nope.txt", "no file matches"),
+        ("", "is a folder"),
+        ("a.doc", r"a\.doc: unknown kind of file"),
+        ("*", r"a\.doc: unknown kind of file"),
+    ):
         with pytest.raises(UsageError, match=f"--data.path .*{message}"):
             expand_paths([tmp_path / pattern])
     with pytest.raises(UsageError, match="no file was named"):
         expand_paths([])
 
 
-def test_what_is_wrong_in_the_other_process_reaches_the_caller_and_leaves_no_corpus(tokenizer, tmp_path, capfd):
+def test_what_is_wrong_in_the_other_process_reaches_the_caller_and_leaves_no_corpus(
+    tokenizer, tmp_path, capfd
+):
     (tmp_path / "empty.txt").write_text(" \n")
     bad = write_jsonl(tmp_path / "bad.jsonl", ["good"] * 3, other=1)
     bad.write_text(bad.read_text() + "{")
-    for file, message in ((tmp_path / "empty.txt", "empty.txt: no document with any text"), (bad, "line 4: broken JSON")):
+    for file, message in (
+        (tmp_path / "empty.txt", "empty.txt: no document with any text"),
+        (bad, "line 4: broken JSON"),
+    ):
         with pytest.raises(UsageError, match=message):
             prepare_corpus([file], tokenizer, tmp_path / "cache")
     with pytest.raises(UsageError, match="the tokens cannot be written to .*bad.jsonl"):
@@ -353,7 +436,10 @@ def test_what_is_wrong_in_the_other_process_reaches_the_caller_and_leaves_no_cor
 def test_the_command_prints_one_line_and_exits_with_2(tokenizer, tmp_path):
     done = subprocess.run(command("nope.txt", tokenizer, tmp_path), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: --data.path nope.txt: no file matches") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("error: --data.path nope.txt: no file matches")
+        and done.stderr.count("\n") == 1
+    )
 
 
 # ---- rows ----
@@ -377,7 +463,11 @@ def test_the_permutation_reaches_a_trillion_tokens_without_a_list():
 
 def test_training_and_held_out_rows_are_all_rows_once_and_epochs_differ(tmp_path):
     rows = PackedRows(make_corpus(tmp_path, range(1008)), seq_len=10, validation_share=0.1, seed=3)
-    assert (rows.n_rows, rows.n_train, rows.n_validation) == (100, 90, 10)  # 1,008 tokens: the last 7 make no row
+    assert (rows.n_rows, rows.n_train, rows.n_validation) == (
+        100,
+        90,
+        10,
+    )  # 1,008 tokens: the last 7 make no row
     epochs = [[rows.row_at(position) for position in range(e * 90, e * 90 + 90)] for e in range(3)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2]) and epochs[0] != epochs[1] != epochs[2]
     assert sorted(epochs[0] + rows.validation_rows().tolist()) == list(range(100))
@@ -400,7 +490,10 @@ def test_under_the_document_mask_positions_restart_and_labels_stay_in_their_docu
     [batch] = next(RowReader(rows, 3, 3, 0, 1, document_mask=True))
     by_row = {int(t[0]) // 8: (labels.tolist(), p.tolist()) for t, labels, p in zip(*batch, strict=True)}
     no = -100
-    assert by_row[0] == ([1, 2, 3, 4, no, 6, 7, no], [0, 1, 2, 3, 4, 0, 1, 2])   # 8 opens the next row and a document
+    assert by_row[0] == (
+        [1, 2, 3, 4, no, 6, 7, no],
+        [0, 1, 2, 3, 4, 0, 1, 2],
+    )  # 8 opens the next row and a document
     assert by_row[1] == ([9, 10, 11, 12, 13, 14, 15, no], [0, 1, 2, 3, 4, 5, 6, 7])
     assert by_row[2] == ([17, 18, 19, no, 21, 22, 23, 24], [0, 1, 2, 3, 0, 1, 2, 3])
 
@@ -408,13 +501,23 @@ def test_under_the_document_mask_positions_restart_and_labels_stay_in_their_docu
 @pytest.fixture
 def rows(tmp_path):
     starts = np.unique(np.random.default_rng(0).integers(0, 3000, 200))
-    return PackedRows(make_corpus(tmp_path / "rows", np.arange(3000) % 500, [0, *starts[starts > 0]]), 16, 0.05, seed=1)
+    return PackedRows(
+        make_corpus(tmp_path / "rows", np.arange(3000) % 500, [0, *starts[starts > 0]]), 16, 0.05, seed=1
+    )
 
 
-def steps_of(rows, n_steps, dp_size=1, micro_batch_size=1, position=0, global_batch_size=8) -> list[list[list[int]]]:
+def steps_of(
+    rows, n_steps, dp_size=1, micro_batch_size=1, position=0, global_batch_size=8
+) -> list[list[list[int]]]:
     """Token rows of each step in global order: the micro-batches of the dp ranks one after another."""
-    readers = [RowReader(rows, global_batch_size, micro_batch_size, r, dp_size, True, position) for r in range(dp_size)]
-    steps = [[row for reader in readers for micro in next(reader) for row in micro.tokens.tolist()] for _ in range(n_steps)]
+    readers = [
+        RowReader(rows, global_batch_size, micro_batch_size, r, dp_size, True, position)
+        for r in range(dp_size)
+    ]
+    steps = [
+        [row for reader in readers for micro in next(reader) for row in micro.tokens.tolist()]
+        for _ in range(n_steps)
+    ]
     assert {reader.position for reader in readers} == {position + n_steps * global_batch_size}
     for reader in readers:
         reader.close()
@@ -432,7 +535,9 @@ def test_a_reader_resumed_anywhere_goes_on_exactly_also_on_another_layout(rows):
     for step in (1, 7, 23):
         assert steps_of(rows, 5, dp_size=4, micro_batch_size=2, position=step * 8) == plain[step : step + 5]
     flat = [row for step in plain for row in step]
-    assert [row for s in steps_of(rows, 3, position=56, global_batch_size=12) for row in s] == flat[56 : 56 + 36]
+    assert [row for s in steps_of(rows, 3, position=56, global_batch_size=12) for row in s] == flat[
+        56 : 56 + 36
+    ]
 
 
 def test_position_counts_steps_handed_out_not_those_read_ahead(rows):
@@ -467,7 +572,10 @@ def test_a_reader_never_closed_does_not_disturb_the_exit(rows):
 @pytest.mark.parametrize("document_mask", [False, True])
 def test_validation_sums_do_not_depend_on_dp_size_and_every_rank_gets_as_many_batches(rows, document_mask):
     def scored(dp_size, micro_batch_size, max_rows=None):
-        ranks = [list(validation_batches(rows, micro_batch_size, r, dp_size, document_mask, max_rows)) for r in range(dp_size)]
+        ranks = [
+            list(validation_batches(rows, micro_batch_size, r, dp_size, document_mask, max_rows))
+            for r in range(dp_size)
+        ]
         assert len({len(batches) for batches in ranks}) == 1
         batches = [batch for batches in ranks for batch in batches]
         assert all(batch.tokens.shape == (micro_batch_size, 16) for batch in batches)
@@ -495,7 +603,9 @@ def test_too_few_tokens_are_refused_with_the_length_that_would_work(tmp_path):
 
 def test_a_batch_that_cannot_be_dealt_is_refused(rows):
     for global_batch_size, micro_batch_size, dp_size in ((6, 2, 2), (8, 3, 1), (0, 1, 1), (8, 0, 1)):
-        with pytest.raises(UsageError, match=f"--train.global-batch-size {global_batch_size} .*use a multiple of"):
+        with pytest.raises(
+            UsageError, match=f"--train.global-batch-size {global_batch_size} .*use a multiple of"
+        ):
             RowReader(rows, global_batch_size, micro_batch_size, 0, dp_size)
 
 
@@ -566,23 +676,34 @@ def test_records_without_a_text_are_skipped_and_listed(tokenizer, tmp_path):
 
 
 def texts_of(file: Path, chunk_bytes: int = 64, text_field: str = "text") -> list[str]:
-    return [text for chunk in read_chunks(file, text_field, None, chunk_bytes) for text in chunk.documents(text_field)]
+    return [
+        text
+        for chunk in read_chunks(file, text_field, None, chunk_bytes)
+        for text in chunk.documents(text_field)
+    ]
 
 
-OBJECTS = [{"text": f"number {i}, {{[,]}} \u2028 \n \"x\"", "n": i} for i in range(40)]
+OBJECTS = [{"text": f'number {i}, {{[,]}} \u2028 \n "x"', "n": i} for i in range(40)]
 TEXTS = [one["text"] for one in OBJECTS]
 
 
-@pytest.mark.parametrize(("kind", "content"), [
-    ("array", json.dumps(OBJECTS)), ("indented array", json.dumps(OBJECTS, indent=2, ensure_ascii=False)),
-    ("two arrays", json.dumps(OBJECTS[:7]) + json.dumps(OBJECTS[7:], indent=1) + "\n"),
-    ("empty arrays between", "[]" + json.dumps(OBJECTS) + "\n[ ]\n"),
-    ("lines", "".join(json.dumps(one) + "\n" for one in OBJECTS)),
-    ("pretty-printed objects", "\n".join(json.dumps(one, indent=2) for one in OBJECTS)),
-    ("an array, then lines", json.dumps(OBJECTS[:3]) + "\n" + "\n".join(map(json.dumps, OBJECTS[3:]))),
-    ("wrapped", json.dumps({"version": "1.0", "data": OBJECTS}, indent=1)),
-    ("wrapped twice", json.dumps({"train": OBJECTS[:5]}) + json.dumps({"train": OBJECTS[5:], "info": {"by": "me"}})),
-])
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        ("array", json.dumps(OBJECTS)),
+        ("indented array", json.dumps(OBJECTS, indent=2, ensure_ascii=False)),
+        ("two arrays", json.dumps(OBJECTS[:7]) + json.dumps(OBJECTS[7:], indent=1) + "\n"),
+        ("empty arrays between", "[]" + json.dumps(OBJECTS) + "\n[ ]\n"),
+        ("lines", "".join(json.dumps(one) + "\n" for one in OBJECTS)),
+        ("pretty-printed objects", "\n".join(json.dumps(one, indent=2) for one in OBJECTS)),
+        ("an array, then lines", json.dumps(OBJECTS[:3]) + "\n" + "\n".join(map(json.dumps, OBJECTS[3:]))),
+        ("wrapped", json.dumps({"version": "1.0", "data": OBJECTS}, indent=1)),
+        (
+            "wrapped twice",
+            json.dumps({"train": OBJECTS[:5]}) + json.dumps({"train": OBJECTS[5:], "info": {"by": "me"}}),
+        ),
+    ],
+)
 def test_a_json_gives_all_its_objects_however_they_are_laid_out(tmp_path, kind, content):
     (tmp_path / "a.json").write_text("\ufeff" + content)
     assert texts_of(tmp_path / "a.json") == TEXTS
@@ -593,19 +714,33 @@ def test_an_object_with_the_field_is_a_record_even_if_it_has_a_list_called_data(
     assert texts_of(tmp_path / "a.json") == ["mine"]
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ('[{"text": "a"} {"text": "b"}]', "line 1: broken JSON .expected a comma or the end of the list, found '{'"),
-    ('[{"text": "a"},\n]', "line 2: broken JSON .a comma before the end"), ('[{"text": "a"},,{}]', "a comma where a record"),
-    ('[{"text": "a"}]\nrest', "line 2: broken JSON .Expecting value"), ('[{"text": "a"}]]', "']' where a record should begin"),
-    ('{"text": "a"},\n{"text": "b"}', "line 1: broken JSON .a comma where .* stand in"),
-    ('[{"text": "a"}][{"text": "b"}', "not closed, which begins in line 1; the file is cut short"),
-    ('[{"text": "a"}', "not closed"), ('[{"text": "a"},', "not closed"), ("[", "not closed"),
-    ('{"text": "a"}\n{"text":', "line 2: broken JSON"), ('["a"]', "line 1: expected a JSON object, found str"),
-    ('[[{"text": "a"}]]', "expected a JSON object, found list"), ("3", "found int"), ('[{"text": 1}]', "holds int"),
-    ('{"train": [{"text": "a"}], "test": [{"text": "b"}]}', "several lists of records, train and test"),
-    ('{"data": [{"body": "a"}]}', r"line 1, data\[0\]: no field 'text'"), ("[{}, \0]", "a zero byte"),
-    ("[" * 99_999, "broken JSON"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            '[{"text": "a"} {"text": "b"}]',
+            "line 1: broken JSON .expected a comma or the end of the list, found '{'",
+        ),
+        ('[{"text": "a"},\n]', "line 2: broken JSON .a comma before the end"),
+        ('[{"text": "a"},,{}]', "a comma where a record"),
+        ('[{"text": "a"}]\nrest', "line 2: broken JSON .Expecting value"),
+        ('[{"text": "a"}]]', "']' where a record should begin"),
+        ('{"text": "a"},\n{"text": "b"}', "line 1: broken JSON .a comma where .* stand in"),
+        ('[{"text": "a"}][{"text": "b"}', "not closed, which begins in line 1; the file is cut short"),
+        ('[{"text": "a"}', "not closed"),
+        ('[{"text": "a"},', "not closed"),
+        ("[", "not closed"),
+        ('{"text": "a"}\n{"text":', "line 2: broken JSON"),
+        ('["a"]', "line 1: expected a JSON object, found str"),
+        ('[[{"text": "a"}]]', "expected a JSON object, found list"),
+        ("3", "found int"),
+        ('[{"text": 1}]', "holds int"),
+        ('{"train": [{"text": "a"}], "test": [{"text": "b"}]}', "several lists of records, train and test"),
+        ('{"data": [{"body": "a"}]}', r"line 1, data\[0\]: no field 'text'"),
+        ("[{}, \0]", "a zero byte"),
+        ("[" * 99_999, "broken JSON"),
+    ],
+)
 def test_a_json_that_is_not_what_it_seems_is_refused_with_its_line(tmp_path, content, message):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(UsageError, match=message) as error:
@@ -613,11 +748,13 @@ def test_a_json_that_is_not_what_it_seems_is_refused_with_its_line(tmp_path, con
     assert str(error.value).startswith(f"--data.path {tmp_path / 'a.json'}") and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ","), ("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", "\t")])
+@pytest.mark.parametrize(
+    ("name", "delimiter"), [("a.csv", ","), ("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", "\t")]
+)
 def test_a_table_of_text_gives_its_column(tmp_path, name, delimiter):
     import csv
 
-    long = "line\nbreak \r\n \u2028 " * 20_000                  # more than csv's own limit of 128 KiB
+    long = "line\nbreak \r\n \u2028 " * 20_000  # more than csv's own limit of 128 KiB
     with open(tmp_path / name, "w", newline="") as file:
         writer = csv.DictWriter(file, ["n", "text"], delimiter=delimiter)
         writer.writeheader()
@@ -626,13 +763,20 @@ def test_a_table_of_text_gives_its_column(tmp_path, name, delimiter):
     assert texts_of(tmp_path / name) == [*TEXTS, long]
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (b"text,n\na,1\nb\n", "line 3: 1 fields, and the header has 2 columns .text, n"),
-    (b"text\na,b\n", "line 2: 2 fields"), (b"text,text\na,b\n", "'text' is there twice"),
-    (b'text,n\n"open,1\n', "line 2: broken CSV"), (b'text,n\n"a"b,1\n', "line 2: broken CSV"),
-    (b'text,n\n"a\nb",1\nc\n', "line 4: 1 fields"), (b"text,n\na,\xff\n", "line 2: byte 0xff is not UTF-8"),
-    (b"a,b\n1,2\n", "line 2: no field 'text'; its fields are a, b"), (b"text\n\0\n", "line 2: a zero byte"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"text,n\na,1\nb\n", "line 3: 1 fields, and the header has 2 columns .text, n"),
+        (b"text\na,b\n", "line 2: 2 fields"),
+        (b"text,text\na,b\n", "'text' is there twice"),
+        (b'text,n\n"open,1\n', "line 2: broken CSV"),
+        (b'text,n\n"a"b,1\n', "line 2: broken CSV"),
+        (b'text,n\n"a\nb",1\nc\n', "line 4: 1 fields"),
+        (b"text,n\na,\xff\n", "line 2: byte 0xff is not UTF-8"),
+        (b"a,b\n1,2\n", "line 2: no field 'text'; its fields are a, b"),
+        (b"text\n\0\n", "line 2: a zero byte"),
+    ],
+)
 def test_a_bad_table_of_text_is_named_with_its_line(tmp_path, content, message):
     (tmp_path / "a.csv").write_bytes(content)
     with pytest.raises(UsageError, match=message) as error:
@@ -653,10 +797,16 @@ def test_an_arrow_file_or_stream_gives_its_column_and_is_refused_when_cut(tmp_pa
     (tmp_path / "a.arrow").write_bytes(whole)
     (tmp_path / "a.arrow.gz").write_bytes(gzip.compress(whole))
     assert texts_of(tmp_path / "a.arrow") == texts_of(tmp_path / "a.arrow.gz") == TEXTS
-    records = [record for chunk in read_chunks(tmp_path / "a.arrow", None, None) for _, record in chunk.records()]
+    records = [
+        record for chunk in read_chunks(tmp_path / "a.arrow", None, None) for _, record in chunk.records()
+    ]
     assert records == OBJECTS
-    for content, message in ((whole[:-9], "cannot be read to its end"), (whole[: len(whole) // 2], "cannot be read"),
-                             (b"x", "cannot be read"), (arrow_bytes(new, body=["x"]), "no column 'text'; it has body")):
+    for content, message in (
+        (whole[:-9], "cannot be read to its end"),
+        (whole[: len(whole) // 2], "cannot be read"),
+        (b"x", "cannot be read"),
+        (arrow_bytes(new, body=["x"]), "no column 'text'; it has body"),
+    ):
         (tmp_path / "a.arrow").write_bytes(content)
         with pytest.raises(UsageError, match=message):
             texts_of(tmp_path / "a.arrow")
@@ -669,14 +819,20 @@ def test_bzip2_and_xz_of_every_kind_several_streams_in_a_row_and_cut_ones(tokeni
     import lzma
 
     compress = {".bz2": bz2.compress, ".xz": lzma.compress}[ending]
-    data = {".txt": TEXT.encode(), ".jsonl": "".join(json.dumps(one) + "\n" for one in OBJECTS).encode(),
-            ".csv": b"text\nfirst\nsecond\n", ".parquet": parquet_bytes(text=TEXTS)}[kind]
+    data = {
+        ".txt": TEXT.encode(),
+        ".jsonl": "".join(json.dumps(one) + "\n" for one in OBJECTS).encode(),
+        ".csv": b"text\nfirst\nsecond\n",
+        ".parquet": parquet_bytes(text=TEXTS),
+    }[kind]
     plain, packed = tmp_path / f"a{kind}", tmp_path / f"a{kind}{ending}"
     plain.write_bytes(data)
     packed.write_bytes(compress(data[:30]) + compress(data[30:]))
 
     def documents(file):
-        return [text for chunk in read_chunks(file, "text", Cutter(tokenizer)) for text in chunk.documents("text")]
+        return [
+            text for chunk in read_chunks(file, "text", Cutter(tokenizer)) for text in chunk.documents("text")
+        ]
 
     assert documents(packed) == documents(plain)
     packed.write_bytes(compress(data)[:-9])
@@ -685,10 +841,11 @@ def test_bzip2_and_xz_of_every_kind_several_streams_in_a_row_and_cut_ones(tokeni
 
 
 def test_zstd_with_a_long_window_is_unpacked_or_refused_with_what_would_work(tmp_path, monkeypatch):
-    """A window of 512 MiB takes more than half of it to be written, so the frame is made by hand: raw blocks of nothing."""
+    """A window of 512 MiB takes more than half of it to be written, so the frame is made by hand: raw blocks
+    of nothing."""
     file = tmp_path / "a.jsonl.zst"
     line = b'{"text": "x"}\n'
-    block = (len(line) << 3 | 1).to_bytes(3, "little") + line                  # the last block, as it is
+    block = (len(line) << 3 | 1).to_bytes(3, "little") + line  # the last block, as it is
     file.write_bytes(b"\x28\xb5\x2f\xfd" + b"\0" + bytes([(29 - 10) << 3]) + block)
     import shutil
 
@@ -699,8 +856,10 @@ def test_zstd_with_a_long_window_is_unpacked_or_refused_with_what_would_work(tmp
             texts_of(file)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
-    with pytest.raises(UsageError, match="zstd --long.*pip install zstandard.*zstd -dc --long=31 a.jsonl.zst"):
+    with pytest.raises(
+        UsageError, match="zstd --long.*pip install zstandard.*zstd -dc --long=31 a.jsonl.zst"
+    ):
         texts_of(file)
-    file.write_bytes(zstd_bytes(line) + file.read_bytes())                     # the long frame comes second
+    file.write_bytes(zstd_bytes(line) + file.read_bytes())  # the long frame comes second
     with pytest.raises(UsageError, match="zstd --long"):
         texts_of(file)

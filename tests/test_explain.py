@@ -1,4 +1,5 @@
-"""What explain says is what happens: its bytes and collectives against real steps, its pictures against known ones."""
+"""What explain says is what happens: its bytes and collectives against real steps, its pictures against known
+ones."""
 
 import gc
 import json
@@ -28,10 +29,16 @@ from parallel.pipeline import SCHEDULES, make_step_runner
 from parallel.schedule_clock import clock, draw, schedule_order
 from parallel.schedule_picture import Recorder
 
-SMALL = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-                    num_key_value_heads=2)
+SMALL = LlamaConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
 N_MICROS, ROWS, SEQ_LEN = 2, 2, 16
-CHUNK = 7 * 32                            # elements of the loss's chunks: so small that there are several
+CHUNK = 7 * 32  # elements of the loss's chunks: so small that there are several
 
 
 def build(run: Run):
@@ -43,8 +50,16 @@ def build(run: Run):
     for part in parts:
         part.to_empty(device="cpu")
     init_weights(model, seed=0)
-    runner = make_step_runner(parts, mesh["pp"], layout.schedule, run.n_micros, torch.device("cpu"), run.compute_dtype,
-                              layout.sequence_shards, layout.zero_stage)
+    runner = make_step_runner(
+        parts,
+        mesh["pp"],
+        layout.schedule,
+        run.n_micros,
+        torch.device("cpu"),
+        run.compute_dtype,
+        layout.sequence_shards,
+        layout.zero_stage,
+    )
     tokens_and_labels = torch.randint(64, (2, run.n_micros, ROWS, run.seq_len // layout.cp))
     micros = [Batch(*micro, None) for micro in zip(*tokens_and_labels, strict=True)]
     return mesh, model, parts, lambda *recorder: runner.step(micros, 64, 1.0, *recorder)
@@ -52,60 +67,87 @@ def build(run: Run):
 
 # ---- traffic ----
 
+
 class Wire(TorchDispatchMode):
     """Counts what collectives there are, (axis, kind) -> number and bytes that this rank must send."""
 
     def __init__(self, mesh, zero_axis):
         super().__init__()
         self.axes = {mesh[axis].get_group().group_name: axis for axis in ("pp", "cp", "tp", "dp_replicate")}
-        self.zero_group, self.zero_axis = mesh[zero_axis].get_group().group_name, zero_axis      # may be that of cp
+        self.zero_group, self.zero_axis = (
+            mesh[zero_axis].get_group().group_name,
+            zero_axis,
+        )  # may be that of cp
         self.counts, self.sent = Counter(), Counter()
 
     def note(self, group, kind, whole_bytes, by_fsdp=False):
         n = group.size()
-        axis = self.zero_axis if by_fsdp and group.group_name == self.zero_group else self.axes.get(group.group_name)
+        axis = (
+            self.zero_axis
+            if by_fsdp and group.group_name == self.zero_group
+            else self.axes.get(group.group_name)
+        )
         if n > 1:
             self.counts[axis, kind] += 1
-            self.sent[axis, kind] += whole_bytes if kind == "send" else (
-                whole_bytes * (n - 1) / n * (2 if kind == "all-reduce" else 1))
+            self.sent[axis, kind] += (
+                whole_bytes
+                if kind == "send"
+                else (whole_bytes * (n - 1) / n * (2 if kind == "all-reduce" else 1))
+            )
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         name, space = str(op).split(".")[1], str(op).split(".")[0]
         if space == "c10d":
-            (*tensors, group) = args[:3] if name in ("_allgather_base_", "_reduce_scatter_base_") else args[:2]
+            (*tensors, group) = (
+                args[:3] if name in ("_allgather_base_", "_reduce_scatter_base_") else args[:2]
+            )
             tensors = [x for one in tensors for x in (one if isinstance(one, list) else [one])]
             group = dist.ProcessGroup.unbox(group)
-            kind = {"_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter", "allreduce_": "all-reduce",
-                    "send": "send"}.get(name)
+            kind = {
+                "_allgather_base_": "all-gather",
+                "_reduce_scatter_base_": "reduce-scatter",
+                "allreduce_": "all-reduce",
+                "send": "send",
+            }.get(name)
             if kind:
                 self.note(group, kind, max(x.nbytes for x in tensors), by_fsdp=kind != "send")
-        elif space == "_c10d_functional" and name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"):
+        elif space == "_c10d_functional" and name in (
+            "all_gather_into_tensor",
+            "reduce_scatter_tensor",
+            "all_reduce",
+        ):
             group = _resolve_process_group(args[-1])
-            if self.axes.get(group.group_name) == "cp":         # gloo has no all-to-all: DTensor gathers and takes its share
+            if (
+                self.axes.get(group.group_name) == "cp"
+            ):  # gloo has no all-to-all: DTensor gathers and takes its share
                 self.note(group, "all-to-all", args[0].nbytes)
             else:
                 whole = args[0].nbytes * (group.size() if name == "all_gather_into_tensor" else 1)
-                self.note(group, name.replace("_into_tensor", "").replace("_tensor", "").replace("_", "-"), whole)
+                self.note(
+                    group, name.replace("_into_tensor", "").replace("_tensor", "").replace("_", "-"), whole
+                )
         return op(*args, **(kwargs or {}))
 
 
 def real_traffic(run: Run):
     loss.CHUNK_ELEMENTS, before = CHUNK, loss.CHUNK_ELEMENTS
     mesh, _, _, step = build(run)
-    step()                                                      # the first step sets things up
+    step()  # the first step sets things up
     send_round = context._send_round
     with Wire(mesh, "fsdp" if run.layout.zero_stage else "dp_cp") as wire:
-        def noted(xs, group, *args, **kwargs):                  # inside a custom op, where no dispatch mode looks
+
+        def noted(xs, group, *args, **kwargs):  # inside a custom op, where no dispatch mode looks
             for x in xs:
                 wire.note(group, "send", x.nbytes)
             return send_round(xs, group, *args, **kwargs)
+
         context._send_round = noted
         step()
     context._send_round, loss.CHUNK_ELEMENTS = send_round, before
     return dict(wire.counts), dict(wire.sent)
 
 
-TRAFFIC = {      # ranks, layout, recompute
+TRAFFIC = {  # ranks, layout, recompute
     "zero-0": (2, {"zero_stage": 0}, "none"),
     "zero-1": (2, {"zero_stage": 1}, "none"),
     "zero-2": (2, {"zero_stage": 2}, "none"),
@@ -134,10 +176,21 @@ TRAFFIC = {      # ranks, layout, recompute
 
 
 def small(ranks: int, layout: dict, recompute: str = "none", **more) -> Run:
-    return Run(SMALL, ParallelConfig(**layout).resolve(ranks), SEQ_LEN, N_MICROS, ROWS, recompute=recompute, **more)
+    return Run(
+        SMALL, ParallelConfig(**layout).resolve(ranks), SEQ_LEN, N_MICROS, ROWS, recompute=recompute, **more
+    )
 
 
-FAST = ("zero-0", "zero-3", "hsdp-zero-1", "tp-no-sp-recompute", "ulysses-recompute", "ring", "pp-dp", "cp-tp")
+FAST = (
+    "zero-0",
+    "zero-3",
+    "hsdp-zero-1",
+    "tp-no-sp-recompute",
+    "ulysses-recompute",
+    "ring",
+    "pp-dp",
+    "cp-tp",
+)
 
 
 def traffic_case(name: str):
@@ -161,18 +214,25 @@ def test_the_collectives_of_a_step_are_those_explained(case, monkeypatch):
 
 # ---- bytes ----
 
+
 def live_bytes() -> int:
     """Of all tensors made since gc.freeze()."""
     gc.collect()
-    tensors = [x for x in gc.get_objects()
-               if isinstance(x, torch.Tensor) and not isinstance(x, DTensor) and x.device.type == "cpu"]
-    tensors += [x.grad for x in tensors if x.is_leaf and x.grad is not None]        # Python has not met those of plain ones
+    tensors = [
+        x
+        for x in gc.get_objects()
+        if isinstance(x, torch.Tensor) and not isinstance(x, DTensor) and x.device.type == "cpu"
+    ]
+    tensors += [
+        x.grad for x in tensors if x.is_leaf and x.grad is not None
+    ]  # Python has not met those of plain ones
     storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
     return sum(storages.values())
 
 
 def real_bytes(run: Run):
-    """The most bytes of tensors seen in the second step, at the forward of each block and before its backward."""
+    """The most bytes of tensors seen in the second step, at the forward of each block and before its
+    backward."""
     gc.freeze()
     _, model, parts, step = build(run)
     shapes = {re.sub(r"\.\d+\.", ".*.", name): list(local(p).shape) for name, p in model.named_parameters()}
@@ -189,33 +249,46 @@ def real_bytes(run: Run):
     return max(seen), shapes
 
 
-BLOCK = 128 * 128 * 3 + 128 * 352 * 3 + 2 * 128     # parameters of a block of
+BLOCK = 128 * 128 * 3 + 128 * 352 * 3 + 2 * 128  # parameters of a block of
 WIDE = replace(SMALL, hidden_size=128, intermediate_size=352, vocab_size=128, num_hidden_layers=6)
 
 
-@pytest.mark.parametrize("ranks,layout", [(1, {}), *((2, {"zero_stage": stage}) for stage in range(4)), (2, {"tp": 2}),
-                                          (4, {"pp": 2})])
+@pytest.mark.parametrize(
+    "ranks,layout",
+    [(1, {}), *((2, {"zero_stage": stage}) for stage in range(4)), (2, {"tp": 2}), (4, {"pp": 2})],
+)
 def test_bytes_and_shards_of_a_rank_are_those_explained(ranks, layout):
-    run = replace(small(ranks, layout), config=WIDE, seq_len=4,             # few tokens: activations are not explained
-                  **({"compute_dtype": torch.float32} if ranks == 1 else {}))                 # what stays plain
+    run = replace(
+        small(ranks, layout),
+        config=WIDE,
+        seq_len=4,  # few tokens: activations are not explained
+        **({"compute_dtype": torch.float32} if ranks == 1 else {}),
+    )  # what stays plain
     for rank, (most, shapes) in enumerate(run_on(ranks, real_bytes, run)):
         facts = explain(run, rank)
-        assert 0 < most - facts["bytes"]["total"] < 1.2 * FP32 * BLOCK      # the rest: gradients of a block on their way
+        assert (
+            0 < most - facts["bytes"]["total"] < 1.2 * FP32 * BLOCK
+        )  # the rest: gradients of a block on their way
         assert shapes == {row["name"]: row["local_shape"] for row in facts["parameters"]}
 
 
 # ---- the pipeline ----
 
+
 def test_orders_and_bubbles_as_pictures():
     def drawn(schedule):
         work, bubble = clock(schedule_order(schedule, 2, 1, 4))
-        assert bubble == pytest.approx(1 / 5)                          # (pp - 1) / (microbatches + pp - 1)
+        assert bubble == pytest.approx(1 / 5)  # (pp - 1) / (microbatches + pp - 1)
         return [draw(rank_work, 15) for rank_work in work]
 
-    assert drawn("gpipe") == ["F0 F1 F2 F3 .........B0 B0 B1 B1 B2 B2 B3 B3",
-                              "...F0 F1 F2 F3 B0 B0 B1 B1 B2 B2 B3 B3 ......"]
-    assert drawn("1f1b") == ["F0 F1 ......B0 B0 F2 B1 B1 F3 B2 B2 ...B3 B3",
-                             "...F0 B0 B0 F1 B1 B1 F2 B2 B2 F3 B3 B3 ......"]
+    assert drawn("gpipe") == [
+        "F0 F1 F2 F3 .........B0 B0 B1 B1 B2 B2 B3 B3",
+        "...F0 F1 F2 F3 B0 B0 B1 B1 B2 B2 B3 B3 ......",
+    ]
+    assert drawn("1f1b") == [
+        "F0 F1 ......B0 B0 F2 B1 B1 F3 B2 B2 ...B3 B3",
+        "...F0 B0 B0 F1 B1 B1 F2 B2 B2 F3 B3 B3 ......",
+    ]
 
 
 def real_order(run: Run):
@@ -232,17 +305,38 @@ def test_a_step_runs_in_the_order_explained(schedule):
     for pp_rank, work in enumerate(explain(run)["pipeline"]["work"]):
         told = [action for _, *action in work]
         # The first stage has no gradient of its input to hand on: its I is nothing, its W a whole backward.
-        told = [["B", 0, micro] if stage == 0 and kind == "W" else [kind, stage, micro] for kind, stage, micro in told
-                if (kind, stage) != ("I", 0)]
-        mine = sorted((event for event in events if event.pp_rank == pp_rank), key=lambda event: event.start_s)
+        told = [
+            ["B", 0, micro] if stage == 0 and kind == "W" else [kind, stage, micro]
+            for kind, stage, micro in told
+            if (kind, stage) != ("I", 0)
+        ]
+        mine = sorted(
+            (event for event in events if event.pp_rank == pp_rank), key=lambda event: event.start_s
+        )
         assert [[event.kind, event.stage, event.microbatch] for event in mine] == told
 
 
 # ---- the recipe ----
 
+
 def test_the_recipe_draws_the_mesh_and_writes_the_facts(tmp_path):
-    ended = recipe("explain", "--model", "llama2-7b", "--gpus", 64, "--parallel.tp", 8, "--parallel.pp", 2, "--rank", 40,
-                   "--train.global-batch-size", 64, "--json", tmp_path / "facts.json")
+    ended = recipe(
+        "explain",
+        "--model",
+        "llama2-7b",
+        "--gpus",
+        64,
+        "--parallel.tp",
+        8,
+        "--parallel.pp",
+        2,
+        "--rank",
+        40,
+        "--train.global-batch-size",
+        64,
+        "--json",
+        tmp_path / "facts.json",
+    )
     assert ended.status == 0, ended
     said = [" ".join(line.split()) for line in ended.out.splitlines()]
     assert "pp 1 dp_shard 1 tp | 40 41 42 43 44 45 46 47" in said and "pp 2 8 40" in said
@@ -252,12 +346,16 @@ def test_the_recipe_draws_the_mesh_and_writes_the_facts(tmp_path):
     assert facts["bytes"]["moments"] == 2 * facts["bytes"]["weights"]
 
 
-@pytest.mark.parametrize("flags,said", [
-    (["--memory.placement", "auto"], "--memory.placement auto"),
-    (["--gpus", 0], "--gpus 0 is not possible"), (["--rank", 4], "--rank 4 is not one of --gpus 4; use 0 to 3"),
-    (["--parallel.tp", 3], "--parallel.tp 3 needs a multiple of 3"),
-    (["--parallel.pp", 4, "--train.global-batch-size", 2], "needs a microbatch for each"),
-])
+@pytest.mark.parametrize(
+    "flags,said",
+    [
+        (["--memory.placement", "auto"], "--memory.placement auto"),
+        (["--gpus", 0], "--gpus 0 is not possible"),
+        (["--rank", 4], "--rank 4 is not one of --gpus 4; use 0 to 3"),
+        (["--parallel.tp", 3], "--parallel.tp 3 needs a multiple of 3"),
+        (["--parallel.pp", 4, "--train.global-batch-size", 2], "needs a microbatch for each"),
+    ],
+)
 def test_what_pretrain_would_refuse_is_refused(flags, said):
     ended = recipe("explain", "--model", "tiny-1m", "--gpus", 4, *flags)
     assert ended.status == 2 and said in ended.err and ended.err.count("\n") == 1

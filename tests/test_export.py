@@ -1,4 +1,5 @@
-"""A checkpoint of any layout becomes the folder that the run itself would have written, without the ranks that wrote it."""
+"""A checkpoint of any layout becomes the folder that the run itself would have written, without the ranks
+that wrote it."""
 
 import json
 import shutil
@@ -27,14 +28,24 @@ def test_export_equals_the_folder_the_run_wrote_byte_for_byte(reference, tmp_pat
     ended = recipe("export", reference / "checkpoints/step-00000008", tmp_path / "hf")
     assert ended.status == 0, ended
     assert same_folders(tmp_path / "hf", reference / "hf")
-    earlier = recipe("export", reference / "checkpoints/step-00000003", tmp_path / "hf")        # over the one before
+    earlier = recipe(
+        "export", reference / "checkpoints/step-00000003", tmp_path / "hf"
+    )  # over the one before
     assert earlier.status == 0 and not same_folders(tmp_path / "hf", reference / "hf")
 
 
-@pytest.mark.parametrize("inside,named", [
-    ("checkpoints", "step-00000008"), ("checkpoints/step-00000008", "."), ("hf", "../checkpoints/step-00000008"),
-    (".", "checkpoints/step-00000008/")])
-def test_a_checkpoint_is_exported_from_whatever_folder_it_is_named(reference, tmp_path, monkeypatch, inside, named):
+@pytest.mark.parametrize(
+    "inside,named",
+    [
+        ("checkpoints", "step-00000008"),
+        ("checkpoints/step-00000008", "."),
+        ("hf", "../checkpoints/step-00000008"),
+        (".", "checkpoints/step-00000008/"),
+    ],
+)
+def test_a_checkpoint_is_exported_from_whatever_folder_it_is_named(
+    reference, tmp_path, monkeypatch, inside, named
+):
     run_dir = shutil.copytree(reference, tmp_path / "run")
     monkeypatch.chdir(run_dir / inside)
     monkeypatch.setattr("sys.argv", ["export.py", named, str(tmp_path / "out")])
@@ -58,11 +69,16 @@ def test_the_folder_of_a_checkpoint_may_lie_at_the_root_of_the_file_system(tmp_p
         export.main(export.ExportConfig("/step-00000008", str(tmp_path / "out")))
 
 
-@pytest.mark.parametrize("layout", [
-    ["--parallel.tp", 2, "--train.dtype", "bfloat16"],
-    pytest.param(["--parallel.pp", 2, "--parallel.tp", 2, "--train.dtype", "bfloat16"], marks=pytest.mark.slow),
-    pytest.param(["--parallel.dp-replicate", 2, "--parallel.dp-shard", 2], marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["--parallel.tp", 2, "--train.dtype", "bfloat16"],
+        pytest.param(
+            ["--parallel.pp", 2, "--parallel.tp", 2, "--train.dtype", "bfloat16"], marks=pytest.mark.slow
+        ),
+        pytest.param(["--parallel.dp-replicate", 2, "--parallel.dp-shard", 2], marks=pytest.mark.slow),
+    ],
+)
 def test_what_many_ranks_wrote_one_process_exports(inputs, tmp_path, layout):
     ranks = 4 if "--parallel.pp" in layout or "--parallel.dp-shard" in layout else 2
     assert recipe("pretrain", *flags(inputs, tmp_path / "run", *layout, steps=2), ranks=ranks).status == 0
@@ -72,8 +88,15 @@ def test_what_many_ranks_wrote_one_process_exports(inputs, tmp_path, layout):
 
 
 def test_it_never_holds_more_than_one_file_and_writes_the_dtype_asked_for(reference, tmp_path):
-    ended = recipe("export", reference / "checkpoints/step-00000008", tmp_path / "hf", "--max-shard-gb", 1e-4,
-                   "--dtype", "bfloat16")
+    ended = recipe(
+        "export",
+        reference / "checkpoints/step-00000008",
+        tmp_path / "hf",
+        "--max-shard-gb",
+        1e-4,
+        "--dtype",
+        "bfloat16",
+    )
     assert ended.status == 0, ended
     index = json.loads((tmp_path / "hf/model.safetensors.index.json").read_text())["weight_map"]
     whole = load_file(reference / "hf/model.safetensors")
@@ -88,7 +111,9 @@ def test_a_checkpoint_alone_needs_only_a_tokenizer_and_a_dtype(inputs, reference
     for more, said in (((), "--dtype is missing"), (("--dtype", "float32"), "name it with --tokenizer")):
         ended = recipe("export", alone, tmp_path / "hf", *more)
         assert ended.status == 2 and said in ended.err and ended.err.count("\n") == 1, ended
-    ended = recipe("export", alone, tmp_path / "hf", "--dtype", "float32", "--tokenizer", inputs / "tokenizer")
+    ended = recipe(
+        "export", alone, tmp_path / "hf", "--dtype", "float32", "--tokenizer", inputs / "tokenizer"
+    )
     assert ended.status == 0 and same_folders(tmp_path / "hf", reference / "hf")
 
 
@@ -112,7 +137,9 @@ def test_what_cannot_be_exported_is_said_in_a_line(reference, tmp_path):
     assert not out.exists()
 
 
-def test_a_run_that_never_ended_is_exported_with_its_tokenizer_though_what_it_was_given_is_gone(inputs, reference, tmp_path):
+def test_a_run_that_never_ended_is_exported_with_its_tokenizer_though_what_it_was_given_is_gone(
+    inputs, reference, tmp_path
+):
     given = shutil.copytree(inputs / "model", tmp_path / "model")
     own = flags(inputs, tmp_path / "run", "--data.document-mask", "--checkpoint.every", 1, steps=10_000)
     own[own.index("--model") + 1] = given
@@ -123,7 +150,9 @@ def test_a_run_that_never_ended_is_exported_with_its_tokenizer_though_what_it_wa
     ended = recipe("export", next((run_dir / "checkpoints").glob("step-*")), tmp_path / "hf")
     assert ended.status == 0, ended
     ours, theirs = contents(tmp_path / "hf"), contents(reference / "hf")
-    assert ours.keys() == theirs.keys() and all(ours[name] == theirs[name] for name in ours if name.startswith("tokenizer"))
+    assert ours.keys() == theirs.keys() and all(
+        ours[name] == theirs[name] for name in ours if name.startswith("tokenizer")
+    )
 
 
 def test_a_tokenizer_in_the_run_folder_is_left_as_it_is(inputs, tmp_path):
@@ -137,30 +166,76 @@ def test_a_tokenizer_in_the_run_folder_is_left_as_it_is(inputs, tmp_path):
 def chat_run(inputs, tmp_path, *more) -> Path:
     """A short run of sft.py on a few conversations."""
     pytest.importorskip("dtensor_llama.lora")
-    talks = [{"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"self.{i}"}]}
-             for i in range(40)]
+    talks = [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is {i}?"},
+                {"role": "assistant", "content": f"self.{i}"},
+            ]
+        }
+        for i in range(40)
+    ]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
-    ended = recipe("sft", "--model", inputs / "model", "--data.path", tmp_path / "chat.jsonl", "--data.cache-dir",
-                   tmp_path / "cache", "--data.seq-len", 64, "--train.steps", 2, "--train.global-batch-size", 2,
-                   "--train.micro-batch-size", 1, "--train.lr", "1e-2", "--train.dtype", "bfloat16",
-                   "--train.validate-every", 0, "--train.recompute", "none", "--checkpoint.every", 1,
-                   "--run-dir", tmp_path / "run", *more, ranks=2)
+    ended = recipe(
+        "sft",
+        "--model",
+        inputs / "model",
+        "--data.path",
+        tmp_path / "chat.jsonl",
+        "--data.cache-dir",
+        tmp_path / "cache",
+        "--data.seq-len",
+        64,
+        "--train.steps",
+        2,
+        "--train.global-batch-size",
+        2,
+        "--train.micro-batch-size",
+        1,
+        "--train.lr",
+        "1e-2",
+        "--train.dtype",
+        "bfloat16",
+        "--train.validate-every",
+        0,
+        "--train.recompute",
+        "none",
+        "--checkpoint.every",
+        1,
+        "--run-dir",
+        tmp_path / "run",
+        *more,
+        ranks=2,
+    )
     assert ended.status == 0, ended
     return tmp_path / "run"
 
 
-SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_length": 99, "suppress_tokens": [7], "pad_token_id": 3}
+SAMPLING = {
+    "do_sample": True,
+    "temperature": 0.6,
+    "top_p": 0.9,
+    "max_length": 99,
+    "suppress_tokens": [7],
+    "pad_token_id": 3,
+}
 
 
 def model_with_sampling(inputs, tmp_path, content=None) -> Path:
     folder = shutil.copytree(inputs / "model", tmp_path / "base")
-    content = json.dumps({"_from_model_config": True, "eos_token_id": [5, 6], **SAMPLING}) if content is None else content
+    content = (
+        json.dumps({"_from_model_config": True, "eos_token_id": [5, 6], **SAMPLING})
+        if content is None
+        else content
+    )
     (folder / "generation_config.json").write_text(content)
     return folder
 
 
-@pytest.mark.parametrize("more", [
-    [], ["--memory.placement", "static", "--memory.cpu", 1, "--memory.resident", 0, "--memory.stream", 0]])
+@pytest.mark.parametrize(
+    "more",
+    [[], ["--memory.placement", "static", "--memory.cpu", 1, "--memory.resident", 0, "--memory.stream", 0]],
+)
 def test_the_generation_config_of_the_base_is_carried_on_with_every_end(inputs, tmp_path, more):
     from transformers import GenerationConfig
 
@@ -181,15 +256,29 @@ def test_with_another_tokenizer_only_settings_that_name_no_token_are_carried_on(
     base = {"eos_token_id": [5, 6], "max_new_tokens": 9, "bad_words_ids": [[3]], **SAMPLING}
     config = LlamaConfig(eos_token_id=2)
     made = generation_config(base, config, same_tokens=False)
-    assert made == {"bos_token_id": 1, "eos_token_id": 2, "max_new_tokens": 9, "do_sample": True, "temperature": 0.6,
-                    "top_p": 0.9, "max_length": 99}
-    assert generation_config({}, config, same_tokens=True) == {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2}
+    assert made == {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "max_new_tokens": 9,
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "max_length": 99,
+    }
+    assert generation_config({}, config, same_tokens=True) == {
+        "_from_model_config": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     assert generation_config({"eos_token_id": 2}, config, same_tokens=True)["eos_token_id"] == 2
 
 
-@pytest.mark.parametrize("content,said", [
-    ("{", "not complete JSON"), ("[]", "list"), ('{"eos_token_id": "</s>"}', "eos_token_id")])
-def test_a_damaged_generation_config_is_refused_before_training_and_generation(inputs, tmp_path, content, said):
+@pytest.mark.parametrize(
+    "content,said", [("{", "not complete JSON"), ("[]", "list"), ('{"eos_token_id": "</s>"}', "eos_token_id")]
+)
+def test_a_damaged_generation_config_is_refused_before_training_and_generation(
+    inputs, tmp_path, content, said
+):
     folder = model_with_sampling(inputs, tmp_path, content)
     own = [flag for flag in flags(inputs, tmp_path / "run") if flag != "--random-init"]
     own[own.index("--model") + 1] = folder
@@ -205,13 +294,21 @@ def test_fine_tuned_and_merged_weights_are_exported_with_their_template(inputs, 
     run_dir = chat_run(inputs, tmp_path, "--model", base, *more)
     generation = json.loads((run_dir / "hf/generation_config.json").read_text())
     assert generation["eos_token_id"] == [5, 6, 1] and generation["temperature"] == 0.6
-    for number in range(3):                     # without hf/, as of a run that died; then the tokenizer is that of --model
+    for number in range(3):  # without hf/, as of a run that died; then the tokenizer is that of --model
         ended = recipe("export", run_dir / "checkpoints/step-00000002", tmp_path / f"hf-{number}")
         assert ended.status == 0, ended
-        (run_dir / "hf").rename(tmp_path / "kept") if number == 0 else shutil.rmtree(run_dir / "tokenizer", number == 2)
+        (run_dir / "hf").rename(tmp_path / "kept") if number == 0 else shutil.rmtree(
+            run_dir / "tokenizer", number == 2
+        )
         assert same_folders(tmp_path / f"hf-{number}", tmp_path / "kept")
     if more:
         settings = json.loads((run_dir / "config.json").read_text()) | {"model": "gone"}
         (run_dir / "config.json").write_text(json.dumps(settings))
-        ended = recipe("export", run_dir / "checkpoints/step-00000002", tmp_path / "out", "--tokenizer", inputs / "tokenizer")
+        ended = recipe(
+            "export",
+            run_dir / "checkpoints/step-00000002",
+            tmp_path / "out",
+            "--tokenizer",
+            inputs / "tokenizer",
+        )
         assert ended.status == 2 and "holds LoRA adapters" in ended.err and "--base" in ended.err

@@ -1,4 +1,5 @@
-"""Greedy text equals transformers' token by token: alone, in a batch of unequal prompts, split over tp; and as it streams."""
+"""Greedy text equals transformers' token by token: alone, in a batch of unequal prompts, split over tp; and
+as it streams."""
 
 import json
 import os
@@ -18,8 +19,15 @@ from parallel import ParallelConfig, build_mesh
 from parallel.tensor import apply_tensor_parallel
 
 SHARED = Path(os.environ.get("DTENSOR_LLAMA_SHARED_DATA", ROOT.parent / "shared" / "data"))
-CONFIG = LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-                     num_key_value_heads=2, initializer_range=0.2)     # a wide range: sure of its next token
+CONFIG = LlamaConfig(
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.2,
+)  # a wide range: sure of its next token
 PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], [1, 2, 3], [90, 1, 90, 1, 90, 1, 90, 1, 90, 1, 90]]
 N = 16
 
@@ -33,8 +41,12 @@ def expected() -> list[list[int]]:
     ours = Llama(CONFIG)
     theirs.load_state_dict(ours.state_dict())
     inputs = [torch.tensor([prompt]) for prompt in PROMPTS]
-    return [theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=N, do_sample=False, eos_token_id=None)[
-        0, ids.shape[1]:].tolist() for ids in inputs]
+    return [
+        theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=N, do_sample=False, eos_token_id=None
+        )[0, ids.shape[1] :].tolist()
+        for ids in inputs
+    ]
 
 
 def columns(steps) -> list[list[int]]:
@@ -47,7 +59,7 @@ def test_a_batch_of_unequal_prompts_says_what_transformers_says_to_each(expected
     model.set_attention(kernel)
     assert columns(generate_batch(model, PROMPTS, N)) == expected
     assert [list(generate(model, prompt, N)) for prompt in PROMPTS] == expected
-    assert len({tuple(row) for row in expected}) == len(PROMPTS)              # else equality would mean little
+    assert len({tuple(row) for row in expected}) == len(PROMPTS)  # else equality would mean little
 
 
 def split_and_generate(tp: int) -> list[list[int]]:
@@ -60,7 +72,7 @@ def split_and_generate(tp: int) -> list[list[int]]:
     return columns(generate_batch(model, PROMPTS, 6))
 
 
-@pytest.mark.parametrize("tp", [2, pytest.param(4, marks=pytest.mark.slow)])      # 4: key/value heads are shared
+@pytest.mark.parametrize("tp", [2, pytest.param(4, marks=pytest.mark.slow)])  # 4: key/value heads are shared
 def test_split_over_tp_it_says_the_same_on_every_rank(expected, tp):
     assert run_on(tp, split_and_generate, tp) == [[row[:6] for row in expected]] * tp
 
@@ -70,13 +82,15 @@ def test_a_row_that_ended_says_no_more_and_the_others_go_on(expected):
     rows = columns(generate_batch(Llama(CONFIG), PROMPTS, N, stop_ids=(stop,)))
     for row, whole in zip(rows, expected, strict=False):
         end = whole.index(stop) + 1 if stop in whole else N
-        assert row == (whole[:end] + [None] * (N - end))[:len(row)]
+        assert row == (whole[:end] + [None] * (N - end))[: len(row)]
     assert rows[1][-1] is None
 
 
 def test_draws_follow_the_seed_in_a_batch_too():
     def draw(seed):
-        return columns(generate_batch(Llama(CONFIG), PROMPTS, N, 1.0, 0.9, (), torch.Generator().manual_seed(seed)))
+        return columns(
+            generate_batch(Llama(CONFIG), PROMPTS, N, 1.0, 0.9, (), torch.Generator().manual_seed(seed))
+        )
 
     assert draw(1) == draw(1) != draw(2)
 
@@ -92,17 +106,29 @@ def test_streamed_text_is_whole_characters_and_together_the_whole_text():
     pieces = [stream.put(byte) for byte in text.encode()]
     assert "".join(pieces) + stream.end() == text
     assert [piece for piece in pieces if piece] == [*"naïve 你好 🦙 ", "\N{REPLACEMENT CHARACTER}!"]
-    assert stream.put(0xF0) == "" and stream.end() == "\N{REPLACEMENT CHARACTER}"       # cut within a character
+    assert stream.put(0xF0) == "" and stream.end() == "\N{REPLACEMENT CHARACTER}"  # cut within a character
 
 
 # ---- the recipe ----
+
 
 def test_many_prompts_come_back_in_order_and_as_alone(inputs, tmp_path):
     lines = ["def main(", "import", "    return [value for value in values if", "x"]
     (tmp_path / "prompts.txt").write_text("\n".join(lines[2:]) + "\n\n")
     common = ["--model", inputs / "model", "--max-new-tokens", 12]
-    ended = recipe("generate", *common, "--prompt", lines[0], "--prompt", lines[1], "--json", "--prompts-file",
-                   tmp_path / "prompts.txt", "--batch-size", 3)
+    ended = recipe(
+        "generate",
+        *common,
+        "--prompt",
+        lines[0],
+        "--prompt",
+        lines[1],
+        "--json",
+        "--prompts-file",
+        tmp_path / "prompts.txt",
+        "--batch-size",
+        3,
+    )
     assert ended.status == 0, ended
     rows = [json.loads(line) for line in ended.out.splitlines()]
     assert [row["prompt"] for row in rows] == lines
@@ -111,13 +137,27 @@ def test_many_prompts_come_back_in_order_and_as_alone(inputs, tmp_path):
         assert alone.out.rstrip("\n").endswith(row["text"].rstrip("\n"))
 
 
-@pytest.mark.skipif(not (SHARED / "stories260K").exists(), reason="the trained weights stories260K are not on this machine")
+@pytest.mark.skipif(
+    not (SHARED / "stories260K").exists(), reason="the trained weights stories260K are not on this machine"
+)
 def test_trained_weights_tell_the_known_story_on_two_ranks():
-    ended = recipe("generate", "--model", SHARED / "stories260K", "--prompt", "Once upon a time", "--max-new-tokens", 58,
-                   "--parallel.tp", 2, ranks=2)
+    ended = recipe(
+        "generate",
+        "--model",
+        SHARED / "stories260K",
+        "--prompt",
+        "Once upon a time",
+        "--max-new-tokens",
+        58,
+        "--parallel.tp",
+        2,
+        ranks=2,
+    )
     assert ended.status == 0, ended
-    assert ended.out.startswith("Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
-                                "One day, she saw a big, red ball. She wanted to play with it, but it was too high.")
+    assert ended.out.startswith(
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
+        "One day, she saw a big, red ball. She wanted to play with it, but it was too high."
+    )
 
 
 def test_a_chat_remembers_and_an_answer_is_what_the_template_asks_for_on_two_ranks_too(inputs, tmp_path):
@@ -134,12 +174,16 @@ def test_a_chat_remembers_and_an_answer_is_what_the_template_asks_for_on_two_ran
 
     first, second = chat_alone(folder, ["Hello", "And you?"])
     assert chat(512) == f"{first}\n{second}\n"
-    assert chat(512, "--parallel.tp", 2, ranks=2) == f"{first}\n{second}\n"            # only rank 0 has a terminal
+    assert chat(512, "--parallel.tp", 2, ranks=2) == f"{first}\n{second}\n"  # only rank 0 has a terminal
     for split, ranks in ([], 1), (["--parallel.tp", 2], 2):
-        once = recipe("generate", *flags, *split, "--prompt", "Hello", "--prompt", "And you?", "--json", ranks=ranks)
+        once = recipe(
+            "generate", *flags, *split, "--prompt", "Hello", "--prompt", "And you?", "--json", ranks=ranks
+        )
         (alone,) = chat_alone(folder, ["And you?"])
         assert [json.loads(line)["text"] for line in once.out.splitlines()] == [first, alone]
-    forgetful = f"{first}\n(the oldest question and answer are forgotten: the model's context is full)\n{alone}\n"
+    forgetful = (
+        f"{first}\n(the oldest question and answer are forgotten: the model's context is full)\n{alone}\n"
+    )
     assert chat(64) == chat(64, "--parallel.tp", 2, ranks=2) == forgetful
 
 
@@ -158,14 +202,17 @@ def chat_alone(folder: Path, questions: list[str]) -> list[str]:
     return answers
 
 
-@pytest.mark.parametrize("arguments,said", [
-    (["--max-new-tokens", 0, "--prompt", "a"], "--max-new-tokens 0"),
-    ([], "--prompt is missing"),
-    (["--prompts-file", "no/such/file"], "--prompts-file no/such/file"),
-    (["--prompt", "a", "--parallel.tp", 2], "torchrun --nproc-per-node 2"),
-    (["--prompt", "a", "--parallel.tp", 3], "does not divide the 4 query heads"),
-    (["--prompt", "a", "--system", "b"], "--system is for --chat"),
-])
+@pytest.mark.parametrize(
+    "arguments,said",
+    [
+        (["--max-new-tokens", 0, "--prompt", "a"], "--max-new-tokens 0"),
+        ([], "--prompt is missing"),
+        (["--prompts-file", "no/such/file"], "--prompts-file no/such/file"),
+        (["--prompt", "a", "--parallel.tp", 2], "torchrun --nproc-per-node 2"),
+        (["--prompt", "a", "--parallel.tp", 3], "does not divide the 4 query heads"),
+        (["--prompt", "a", "--system", "b"], "--system is for --chat"),
+    ],
+)
 def test_what_it_cannot_do_it_says_in_a_line(inputs, arguments, said):
     ended = recipe("generate", "--model", inputs / "model", *arguments)
     assert ended.status == 2 and said in ended.err and ended.err.count("\n") == 1, ended

@@ -30,15 +30,18 @@ from parallel.zero import apply_zero
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 
-@pytest.mark.parametrize("kernel,packed", [("sdpa", False), ("sdpa", True), ("varlen", True), ("flash", False),
-                                           ("flash", True)])
+@pytest.mark.parametrize(
+    "kernel,packed", [("sdpa", False), ("sdpa", True), ("varlen", True), ("flash", False), ("flash", True)]
+)
 @pytest.mark.parametrize("kv_heads", [8, 2])
 def test_fused_kernels_equal_the_maths_in_bfloat16(kernel, packed, kv_heads):
     device = torch.device("cuda")
     if kernel == "flash":
         pytest.importorskip("flash_attn")
-    q, k, v = (torch.randn(2, 256, heads, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
-               for heads in (8, kv_heads, kv_heads))
+    q, k, v = (
+        torch.randn(2, 256, heads, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+        for heads in (8, kv_heads, kv_heads)
+    )
     positions = torch.cat([torch.arange(n) for n in (100, 1, 155)]).expand(2, -1)
     results = {}
     for name in ("math", kernel):
@@ -52,8 +55,14 @@ def test_fused_kernels_equal_the_maths_in_bfloat16(kernel, packed, kv_heads):
 @pytest.mark.parametrize("kernel", ["auto", "math"])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_logits_and_gradients_on_the_gpu_equal_the_cpu_in_float32(kv_heads, kernel):
-    config = LlamaConfig(vocab_size=307, hidden_size=64, intermediate_size=172, num_hidden_layers=3, num_attention_heads=4,
-                         num_key_value_heads=kv_heads)
+    config = LlamaConfig(
+        vocab_size=307,
+        hidden_size=64,
+        intermediate_size=172,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+    )
     on_cpu, on_gpu = Llama(config), Llama(config).cuda()
     on_gpu.set_attention(choose_attention(kernel, torch.device("cuda"), torch.float32)[0])
     tokens = torch.randint(307, (2, 50))
@@ -72,8 +81,14 @@ def test_logits_and_gradients_on_the_gpu_equal_the_cpu_in_float32(kv_heads, kern
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tokens_over_a_cache_continue_prompts_of_unequal_lengths_as_the_whole_rows_would(dtype):
     """One new token at a time, and several: what is decoded equals the logits of the rows as a whole."""
-    config = LlamaConfig(vocab_size=307, hidden_size=64, intermediate_size=172, num_hidden_layers=3,
-                         num_attention_heads=4, num_key_value_heads=2)
+    config = LlamaConfig(
+        vocab_size=307,
+        hidden_size=64,
+        intermediate_size=172,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     model = Llama(config).to("cuda", dtype)
     tokens = torch.randint(307, (2, 40), device="cuda")
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
@@ -106,8 +121,10 @@ def test_auto_takes_a_fused_kernel():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_compiled_loss_equals_the_eager_one(monkeypatch, dtype):
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 256 * 1111)                # chunks of 256 tokens, the last one of 100
-    hidden, weight = (torch.randn(n, 128, device="cuda", dtype=dtype, requires_grad=True) for n in (612, 1111))
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 256 * 1111)  # chunks of 256 tokens, the last one of 100
+    hidden, weight = (
+        torch.randn(n, 128, device="cuda", dtype=dtype, requires_grad=True) for n in (612, 1111)
+    )
     labels = torch.randint(1111, (612,), device="cuda")
     labels[::7] = loss.IGNORE
     results = []
@@ -116,7 +133,9 @@ def test_the_compiled_loss_equals_the_eager_one(monkeypatch, dtype):
         nll_sum = loss.cross_entropy_sum(hidden, weight, labels)
         results.append([nll_sum.detach(), *torch.autograd.grad(nll_sum, [hidden, weight])])
     for compiled, eager in zip(*results, strict=True):
-        tolerance = 1e-5 if dtype == torch.float32 else 1e-2               # the gradient of a logit may round the other way
+        tolerance = (
+            1e-5 if dtype == torch.float32 else 1e-2
+        )  # the gradient of a logit may round the other way
         assert_close(compiled, eager, rtol=tolerance, atol=tolerance * eager.abs().max().item())
 
 
@@ -130,14 +149,22 @@ def test_every_placement_on_a_gpu_equals_torchs_adamw(plan, max_norm, kernel):
         optimizer = adamw(model)
         if who == "manager":
             placements = plan_of(chunk_sizes(model, optimizer, 64), PLANS[plan])
-            manager = ChunkManager(model, optimizer, replace(ON, kernel=kernel), plan=placements, chunk_elements=64,
-                                   clips=max_norm is not None)
+            manager = ChunkManager(
+                model,
+                optimizer,
+                replace(ON, kernel=kernel),
+                plan=placements,
+                chunk_elements=64,
+                clips=max_norm is not None,
+            )
             optimizer = manager.optimizer
         train(model, optimizer, 20, max_norm=max_norm)
         if who == "manager":
             manager.close()
         of[who] = weights(model)
-    assert_close(of["manager"], of["torch"], rtol=1e-5, atol=1e-7)      # host and device round differently in the last place
+    assert_close(
+        of["manager"], of["torch"], rtol=1e-5, atol=1e-7
+    )  # host and device round differently in the last place
 
 
 def test_the_compiled_kernels_of_the_device_are_exact_at_any_length_compiled_once_and_heed_a_factor_of_nan():
@@ -173,9 +200,12 @@ def test_a_norm_on_the_gpu_is_float64s(dtype):
 
 
 def large(placements, device: str, clips: bool, one_at_a_time: bool) -> list[torch.Tensor]:
-    """Masters after 6 steps of 50M bfloat16 parameters in chunks of a Mi, with every queue emptied in between or none."""
+    """Masters after 6 steps of 50M bfloat16 parameters in chunks of a Mi, with every queue emptied in between
+    or none."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False) for _ in range(12))).to(device, torch.bfloat16)
+    model = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False) for _ in range(12))).to(
+        device, torch.bfloat16
+    )
     optimizer = adamw(model)
     plan = plan_of(chunk_sizes(model, optimizer, 2**20), placements)
     manager = ChunkManager(model, optimizer, ON, plan=plan, chunk_elements=2**20, clips=clips)
@@ -203,11 +233,16 @@ def large(placements, device: str, clips: bool, one_at_a_time: bool) -> list[tor
 @pytest.mark.parametrize("clips", [True, False])
 @pytest.mark.parametrize("plan", ["resident", "stream", "cpu", "all three", "upside down"])
 def test_nothing_depends_on_how_far_the_streams_have_come(plan, clips):
-    """Copies take long here, so that a stream that does not await the computation, or memory that is let go of too early, is a
-    wrong number: what queues without a GPU cannot show (tests/emulated_lanes.py)."""
+    """Copies take long here, so that a stream that does not await the computation, or memory that is let go
+    of too early, is a wrong number: what queues without a GPU cannot show (tests/emulated_lanes.py)."""
     n, (r, s, c) = 48, Placement
-    placements = {"resident": [r] * n, "stream": [s] * n, "cpu": [c] * n, "all three": [r] * (n // 3) + [s, c] * n,
-                  "upside down": [c, s] * (n // 3) + [r] * n}[plan]
+    placements = {
+        "resident": [r] * n,
+        "stream": [s] * n,
+        "cpu": [c] * n,
+        "all three": [r] * (n // 3) + [s, c] * n,
+        "upside down": [c, s] * (n // 3) + [r] * n,
+    }[plan]
     ours, right = (large(placements, "cuda", clips, one_at_a_time) for one_at_a_time in (False, True))
     assert all(map(torch.equal, ours, right))
 
@@ -224,8 +259,8 @@ def test_a_device_budget_binds_the_allocator_until_the_manager_is_closed():
 
 @pytest.mark.parametrize("has_room", [True, False])
 def test_a_checkpoint_holds_the_masters_whether_the_host_has_room_for_a_copy_or_not(tmp_path, has_room):
-    """Without room all tensors pass through one buffer, which is right only if torch's writer takes one after another; on a
-    machine with a GPU it would read ahead unless it is told not to."""
+    """Without room all tensors pass through one buffer, which is right only if torch's writer takes one after
+    another; on a machine with a GPU it would read ahead unless it is told not to."""
     config = LlamaConfig.preset("tiny-1m")
     with torch.device("meta"):
         model = Llama(config).to(torch.bfloat16)
@@ -241,14 +276,18 @@ def test_a_checkpoint_holds_the_masters_whether_the_host_has_room_for_a_copy_or_
     saver.close()
     manager.close()
     expected = dict(Llama(config).named_parameters())
-    saved = SavedWeights(tmp_path / "step-00000001").read({name: torch.empty_like(p) for name, p in expected.items()})
+    saved = SavedWeights(tmp_path / "step-00000001").read(
+        {name: torch.empty_like(p) for name, p in expected.items()}
+    )
     assert all(torch.equal(saved[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("cp_method", ["ulysses", "ring"])
 def test_every_pass_runs_on_nccl_with_one_rank_and_changes_nothing(cp_method, device=torch.device("cuda", 0)):
     config = replace(LlamaConfig.preset("tiny-1m"), num_key_value_heads=2)
-    tokens, labels = torch.randint(config.vocab_size, (2, 2, 32), generator=torch.Generator().manual_seed(0)).to(device)
+    tokens, labels = torch.randint(
+        config.vocab_size, (2, 2, 32), generator=torch.Generator().manual_seed(0)
+    ).to(device)
     results = []
     start_process_group(device, 1)
     try:
@@ -273,11 +312,30 @@ def test_every_pass_runs_on_nccl_with_one_rank_and_changes_nothing(cp_method, de
     assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("more", [[], ["--train.compile"], ["--train.recompute", "selective"], ["--train.recompute", "full"],
-                                  ["--parallel.zero-stage", 0], ["--parallel.zero-stage", 1], ["--parallel.zero-stage", 2],
-                                  ["--memory.placement", "static", "--memory.resident", 0.4, "--memory.stream", 0.3,
-                                   "--memory.cpu", 0.3, "--memory.activations"],
-                                  ["--memory.placement", "auto", "--memory.device-budget-gib", 4, "--memory.draw"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["--train.compile"],
+        ["--train.recompute", "selective"],
+        ["--train.recompute", "full"],
+        ["--parallel.zero-stage", 0],
+        ["--parallel.zero-stage", 1],
+        ["--parallel.zero-stage", 2],
+        [
+            "--memory.placement",
+            "static",
+            "--memory.resident",
+            0.4,
+            "--memory.stream",
+            0.3,
+            "--memory.cpu",
+            0.3,
+            "--memory.activations",
+        ],
+        ["--memory.placement", "auto", "--memory.device-budget-gib", 4, "--memory.draw"],
+    ],
+)
 def test_a_run_on_one_gpu_learns_resumes_and_reports_its_memory(inputs, tmp_path, more):
     run_dir = tmp_path / "run"
     arguments = flags(inputs, run_dir, "--data.document-mask", "--train.dtype", "bfloat16", *more)

@@ -1,4 +1,5 @@
-"""Losses are read while the device computes the next step; what is stopped, saved and refused is what it was before."""
+"""Losses are read while the device computes the next step; what is stopped, saved and refused is what it was
+before."""
 
 import functools
 import json
@@ -30,7 +31,9 @@ def test_the_newest_step_is_left_for_the_next_turn_unless_somebody_has_to_know()
 
 
 def test_what_comes_between_two_steps_counts_for_neither(monkeypatch):
-    clock = iter([0.0, 1.0, 7.0, 9.0, 12.0])       # begin, end; after a validation: begin, end, end of the step that follows
+    clock = iter(
+        [0.0, 1.0, 7.0, 9.0, 12.0]
+    )  # begin, end; after a validation: begin, end, end of the step that follows
     monkeypatch.setattr(of_a_run.time, "perf_counter", lambda: next(clock))
     reading, seconds = LateReader(torch.device("cpu"), late=True), []
     for everything in (True, False, True):
@@ -45,16 +48,23 @@ def test_what_comes_between_two_steps_counts_for_neither(monkeypatch):
 def test_a_loss_or_norm_that_is_no_number_is_refused_by_name_and_step(name, value):
     row = {"step": 7, "loss": 1.0, "grad_norm": 1.0}
     assert SkippedSteps(0).judge(row) == row
-    with pytest.raises(UsageError, match=f"{name.replace('grad_norm', 'gradient norm')} of step 7 is {value}"):
+    with pytest.raises(
+        UsageError, match=f"{name.replace('grad_norm', 'gradient norm')} of step 7 is {value}"
+    ):
         SkippedSteps(0).judge(row | {name: value})
 
 
 def test_as_many_steps_in_a_row_as_allowed_are_left_out_and_the_rows_stay_json():
     steps, good = SkippedSteps(2), {"step": 1, "loss": 1.0, "grad_norm": 1.0}
     bad = good | {"loss": float("inf"), "grad_norm": float("nan")}
-    rows = [steps.judge(row) for row in (bad, bad, good, bad, bad)]      # the good one begins a new count
+    rows = [steps.judge(row) for row in (bad, bad, good, bad, bad)]  # the good one begins a new count
     assert [row.get("skipped_steps") for row in rows] == [1, 2, None, 3, 4]
-    assert json.loads(json.dumps(rows[0], allow_nan=False)) == {**good, "loss": None, "grad_norm": None, "skipped_steps": 1}
+    assert json.loads(json.dumps(rows[0], allow_nan=False)) == {
+        **good,
+        "loss": None,
+        "grad_norm": None,
+        "skipped_steps": 1,
+    }
     with pytest.raises(UsageError, match="after 2 others in a row.*--train.skip-nonfinite 3"):
         steps.judge(bad)
 
@@ -81,7 +91,10 @@ def test_rows_and_checkpoints_of_a_run_are_those_of_one_that_reads_at_once(input
     ended = late("pretrain", *pretrain_flags(inputs, tmp_path / "late", "--data.document-mask"))
     assert ended.status == 0, ended
     assert without_times(metrics(tmp_path / "late")) == without_times(metrics(reference))
-    kept = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (tmp_path / "late", reference)]
+    kept = [
+        sorted(path.name for path in (run / "checkpoints").iterdir())
+        for run in (tmp_path / "late", reference)
+    ]
     assert kept[0] == kept[1]
 
 
@@ -104,13 +117,25 @@ def weights_without_a_norm(inputs: Path, folder: Path) -> Path:
     return folder
 
 
-MIXED = ["--memory.placement", "static", "--memory.resident", 0.4, "--memory.stream", 0.3, "--memory.cpu", 0.3,
-         "--memory.kernel", "blocks"]
+MIXED = [
+    "--memory.placement",
+    "static",
+    "--memory.resident",
+    0.4,
+    "--memory.stream",
+    0.3,
+    "--memory.cpu",
+    0.3,
+    "--memory.kernel",
+    "blocks",
+]
 
 
 @pytest.mark.parametrize("reads_late", [False, True])
 @pytest.mark.parametrize("memory", [[], MIXED], ids=["adamw", "manager"])
-def test_a_run_whose_gradient_is_not_finite_ends_with_one_line_and_saves_nothing(inputs, tmp_path, reads_late, memory):
+def test_a_run_whose_gradient_is_not_finite_ends_with_one_line_and_saves_nothing(
+    inputs, tmp_path, reads_late, memory
+):
     model = weights_without_a_norm(inputs, tmp_path / "model")
     flags = pretrain_flags(inputs, tmp_path / "run", "--model", model, "--checkpoint.every", 1, *memory)
     ended = (late if reads_late else recipe)("pretrain", *flags)
@@ -122,9 +147,17 @@ def test_a_run_whose_gradient_is_not_finite_ends_with_one_line_and_saves_nothing
 
 def test_as_many_bad_steps_as_allowed_are_left_out_by_a_run(inputs, tmp_path):
     model = weights_without_a_norm(inputs, tmp_path / "model")
-    flags = pretrain_flags(inputs, tmp_path / "run", "--model", model, "--train.skip-nonfinite", 3, "--checkpoint.every", 0)
+    flags = pretrain_flags(
+        inputs, tmp_path / "run", "--model", model, "--train.skip-nonfinite", 3, "--checkpoint.every", 0
+    )
     ended = recipe("pretrain", *flags)
     assert ended.status == 2 and "step 4 is nan after 3 others in a row" in ended.err
     rows = metrics(tmp_path / "run")
-    assert [(row["step"], row["grad_norm"], row["skipped_steps"]) for row in rows] == [(1, None, 1), (2, None, 2), (3, None, 3)]
-    assert [row["loss"] for row in rows] == pytest.approx([math.log(400)] * 3)      # of 400 tokens none is likelier: no step
+    assert [(row["step"], row["grad_norm"], row["skipped_steps"]) for row in rows] == [
+        (1, None, 1),
+        (2, None, 2),
+        (3, None, 3),
+    ]
+    assert [row["loss"] for row in rows] == pytest.approx(
+        [math.log(400)] * 3
+    )  # of 400 tokens none is likelier: no step

@@ -1,4 +1,5 @@
-"""What recipes/launch says passes the checks of the recipes, fits the memory of those GPUs, and parses as shell and YAML."""
+"""What recipes/launch says passes the checks of the recipes, fits the memory of those GPUs, and parses as
+shell and YAML."""
 
 import os
 import signal
@@ -42,55 +43,99 @@ if (ROOT / "recipes/sft.py").exists():
 
 
 def words(chosen: dict) -> list[str]:
-    return [str(word) for flag, value in chosen.items() for word in ((flag,) if value is None else (flag, value))]
+    return [
+        str(word) for flag, value in chosen.items() for word in ((flag,) if value is None else (flag, value))
+    ]
 
 
 def parsed(recipe: str, size: str, gpu: str, gpus: int):
-    """(settings, layout, microbatches), past every check that the recipe makes before a process group starts."""
-    cfg = parse_cli(RECIPES[recipe], ["--model", f"llama2-{size.partition('-')[0]}", *words(flags(recipe, size, gpu, gpus))])
+    """(settings, layout, microbatches), past every check that the recipe makes before a process group
+    starts."""
+    cfg = parse_cli(
+        RECIPES[recipe],
+        ["--model", f"llama2-{size.partition('-')[0]}", *words(flags(recipe, size, gpu, gpus))],
+    )
     layout, config = cfg.parallel.resolve(gpus), LlamaConfig.preset(cfg.model)
     pretrain.check_numbers(cfg)
     cfg.memory.check()
-    if recipe == "sft":                                              # refuses what it does not think fits
-        fit(config, layout, GPUS[gpu] * GIB, T, cfg.train.global_batch_size // layout.pp, tries_tp=False,
-            recompute=cfg.train.recompute, micro_batch_size=cfg.train.micro_batch_size, itemsize=2,
-            n_adapter=n_adapter_parameters(config, cfg.lora) if cfg.lora.rank else 0, offloads=cfg.memory.is_on)
-    n_micros = check_parallel(layout, config, cfg.data.seq_len, cfg.train.global_batch_size, cfg.train.micro_batch_size,
-                              attention="flash", recompute=cfg.train.recompute, compile=cfg.train.compile, device_type="cuda")
+    if recipe == "sft":  # refuses what it does not think fits
+        fit(
+            config,
+            layout,
+            GPUS[gpu] * GIB,
+            T,
+            cfg.train.global_batch_size // layout.pp,
+            tries_tp=False,
+            recompute=cfg.train.recompute,
+            micro_batch_size=cfg.train.micro_batch_size,
+            itemsize=2,
+            n_adapter=n_adapter_parameters(config, cfg.lora) if cfg.lora.rank else 0,
+            offloads=cfg.memory.is_on,
+        )
+    n_micros = check_parallel(
+        layout,
+        config,
+        cfg.data.seq_len,
+        cfg.train.global_batch_size,
+        cfg.train.micro_batch_size,
+        attention="flash",
+        recompute=cfg.train.recompute,
+        compile=cfg.train.compile,
+        device_type="cuda",
+    )
     return cfg, layout, n_micros
 
 
-@pytest.mark.parametrize("size,gpu,recipe", [(*key, recipe) for key in TABLE for recipe in RECIPES
-                                             if recipe == "sft" or "-" not in key[0]])
+@pytest.mark.parametrize(
+    "size,gpu,recipe",
+    [(*key, recipe) for key in TABLE for recipe in RECIPES if recipe == "sft" or "-" not in key[0]],
+)
 def test_every_size_from_the_least_to_512_gpus_passes_the_checks_of_its_recipe(recipe, size, gpu):
     for gpus in (n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if n >= TABLE[size, gpu].least):
         cfg, layout, n_micros = parsed(recipe, size, gpu, gpus)
         assert n_micros * layout.dp * cfg.train.micro_batch_size == cfg.train.global_batch_size
-        assert layout.tp * (layout.dp_shard if layout.pp == 1 else 1) <= 16          # what talks in every layer: a node or two
+        assert (
+            layout.tp * (layout.dp_shard if layout.pp == 1 else 1) <= 16
+        )  # what talks in every layer: a node or two
         if recipe == "pretrain":
-            assert cfg.train.global_batch_size * T == 2**22                          # LLaMA-2's 4M tokens
+            assert cfg.train.global_batch_size * T == 2**22  # LLaMA-2's 4M tokens
         else:
-            assert bool(cfg.lora.rank) == size.endswith("-lora") and cfg.memory.is_on == size.endswith("-offload")
+            assert bool(cfg.lora.rank) == size.endswith("-lora") and cfg.memory.is_on == size.endswith(
+                "-offload"
+            )
 
 
-@pytest.mark.parametrize("arguments,said", [
-    (("70b", "a100-40gb", 32), "at least 64 GPUs"), (("70b", "h100-80gb", 16), "or h200-141gb, or for sft the size 70b-lora"),
-    (("7b", "h100-80gb", 4), "at least 8 GPUs"), (("7b", "h100-80gb", 24), "power of 2"),
-    (("7b", "v100", 8), "not a GPU in the"), (("8b", "h100-80gb", 8), "8b is not in the table"),
-    (("70b-lora", "h100-80gb", 8), "is for sft"), (("13b-offload", "a100-40gb", 1), "is for sft"),
-])
+@pytest.mark.parametrize(
+    "arguments,said",
+    [
+        (("70b", "a100-40gb", 32), "at least 64 GPUs"),
+        (("70b", "h100-80gb", 16), "or h200-141gb, or for sft the size 70b-lora"),
+        (("7b", "h100-80gb", 4), "at least 8 GPUs"),
+        (("7b", "h100-80gb", 24), "power of 2"),
+        (("7b", "v100", 8), "not a GPU in the"),
+        (("8b", "h100-80gb", 8), "8b is not in the table"),
+        (("70b-lora", "h100-80gb", 8), "is for sft"),
+        (("13b-offload", "a100-40gb", 1), "is for sft"),
+    ],
+)
 def test_what_does_not_fit_is_refused_with_what_would(arguments, said):
     with pytest.raises(UsageError, match=said):
         flags("pretrain", *arguments)
 
 
 CORNERS = [(size, gpu, gpus) for (size, gpu), plan in TABLE.items() for gpus in (plan.least, 512)]
-QUICK = [("70b", "h100-80gb", 512), ("70b-lora", "a100-40gb", 8), ("13b-offload", "a100-40gb", 2),
-         ("70b-offload", "a100-40gb", 8)]
+QUICK = [
+    ("70b", "h100-80gb", 512),
+    ("70b-lora", "a100-40gb", 8),
+    ("13b-offload", "a100-40gb", 2),
+    ("70b-offload", "a100-40gb", 8),
+]
 
 
-@pytest.mark.parametrize("size,gpu,gpus", [pytest.param(*corner, marks=() if corner in QUICK else pytest.mark.slow)
-                                           for corner in CORNERS])
+@pytest.mark.parametrize(
+    "size,gpu,gpus",
+    [pytest.param(*corner, marks=() if corner in QUICK else pytest.mark.slow) for corner in CORNERS],
+)
 def test_model_mesh_and_optimizer_are_built_at_full_size_and_a_rank_fits_its_gpu(size, gpu, gpus):
     recipe = "sft" if "-" in size else "pretrain"
     cfg, layout, n_micros = parsed(recipe, size, gpu, gpus)
@@ -105,27 +150,37 @@ def test_model_mesh_and_optimizer_are_built_at_full_size_and_a_rank_fits_its_gpu
             model.to(torch.bfloat16)
         parts = parallelize(model, mesh, layout, compute_dtype=torch.bfloat16, recompute=cfg.train.recompute)
         optimizer = build_adamw(model, cfg.train.lr, cfg.train.weight_decay)
-        if cfg.memory.is_on:                                     # it refuses at once what its budgets cannot hold
-            config_here = replace(cfg.memory, kernel="blocks")   # a compiled one would run, to be warm
-            with FakeTensorMode(allow_non_fake_inputs=True):     # what it allocates has sizes, no memory
-                manager = ChunkManager(model, optimizer, config_here, parts=parts, arrivals=n_micros, rates=Rates(*RATES))
+        if cfg.memory.is_on:  # it refuses at once what its budgets cannot hold
+            config_here = replace(cfg.memory, kernel="blocks")  # a compiled one would run, to be warm
+            with FakeTensorMode(allow_non_fake_inputs=True):  # what it allocates has sizes, no memory
+                manager = ChunkManager(
+                    model, optimizer, config_here, parts=parts, arrivals=n_micros, rates=Rates(*RATES)
+                )
             manager.lanes.thread.shutdown()
             optimizer = manager.optimizer
-            assert sum(chunk.n for chunk in manager.chunks) * layout.tp * layout.dp_shard > 0.99 * config.n_parameters
+            assert (
+                sum(chunk.n for chunk in manager.chunks) * layout.tp * layout.dp_shard
+                > 0.99 * config.n_parameters
+            )
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         assert len(held) == len([one for one in model.parameters() if one.requires_grad])
-        assert all(isinstance(parameter, DTensor) for parameter in held) or gpus == 1      # one process has nothing to spread
+        assert (
+            all(isinstance(parameter, DTensor) for parameter in held) or gpus == 1
+        )  # one process has nothing to spread
         n = n_adapter_parameters(config, cfg.lora) if lora else config.n_parameters
         assert sum(p.numel() for p in held) * layout.pp > 0.9 * n
     gib = memory_gib(size, gpu, gpus, flags(recipe, size, gpu, gpus))
     if size.endswith("-offload"):
-        rounding = 0.2                                           # of the parts
-        assert gib["total"] <= cfg.memory.device_budget_gib + rounding and gib["of the host"] <= HOST[gpu], gib
+        rounding = 0.2  # of the parts
+        assert gib["total"] <= cfg.memory.device_budget_gib + rounding and gib["of the host"] <= HOST[gpu], (
+            gib
+        )
     else:
         assert gib["total"] < 0.93 * GPUS[gpu], gib
 
 
 # ---- the launchers ----
+
 
 @pytest.mark.parametrize("script", sorted(LAUNCH.glob("*.sh")), ids=lambda script: script.name)
 def test_shell_scripts_parse_and_can_be_run(script):
@@ -134,60 +189,109 @@ def test_shell_scripts_parse_and_can_be_run(script):
 
 
 def torchrun_words(script: str, tmp_path, *arguments: str, **settings: str) -> list[str]:
-    """What the script would start: `python` only writes down what it is asked to run, unless that is sizes.py."""
+    """What the script would start: `python` only writes down what it is asked to run, unless that is
+    sizes.py."""
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/bash\ncase $1 in *sizes.py) exec {sys.executable} "$@";; esac\nprintf "%s\\n" "$@"\n')
+    python.write_text(
+        f'#!/bin/bash\ncase $1 in *sizes.py) exec {sys.executable} "$@";; esac\nprintf "%s\\n" "$@"\n'
+    )
     python.chmod(0o755)
-    ended = subprocess.run([LAUNCH / script, *arguments], env=os.environ | {"PYTHON": str(python), **settings}, text=True,
-                           capture_output=True, check=True)
+    ended = subprocess.run(
+        [LAUNCH / script, *arguments],
+        env=os.environ | {"PYTHON": str(python), **settings},
+        text=True,
+        capture_output=True,
+        check=True,
+    )
     return ended.stdout.splitlines()
 
 
 def test_the_launchers_start_torchrun_with_the_flags_of_the_table_and_ours_behind(tmp_path):
     chosen = words(flags("pretrain", "70b", "h100-80gb", 64))
     nodes = {"NNODES": "8", "HEAD": "node-0"}
-    said = torchrun_words("many_nodes.sh", tmp_path, "pretrain", "70b", "h100-80gb", "--model", "a b", **nodes)
-    assert said[said.index("--nnodes") + 1] == "8" and said[said.index("--rdzv-endpoint") + 1] == "node-0:29400"
+    said = torchrun_words(
+        "many_nodes.sh", tmp_path, "pretrain", "70b", "h100-80gb", "--model", "a b", **nodes
+    )
+    assert (
+        said[said.index("--nnodes") + 1] == "8" and said[said.index("--rdzv-endpoint") + 1] == "node-0:29400"
+    )
     at = next(i for i, word in enumerate(said) if word.endswith("/pretrain.py"))
-    assert said[at + 1:] == [*chosen, "--model", "a b"]
+    assert said[at + 1 :] == [*chosen, "--model", "a b"]
     said = torchrun_words("one_node.sh", tmp_path, "sft", "7b", "a100-80gb")
-    assert said[said.index("--nproc-per-node") + 1] == "8" and said[-1] == words(flags("sft", "7b", "a100-80gb", 8))[-1]
+    assert (
+        said[said.index("--nproc-per-node") + 1] == "8"
+        and said[-1] == words(flags("sft", "7b", "a100-80gb", 8))[-1]
+    )
     with pytest.raises(subprocess.CalledProcessError) as refused:
         torchrun_words("one_node.sh", tmp_path, "pretrain", "70b", "a100-40gb")
     assert "at least 64 GPUs" in refused.value.stderr and refused.value.stdout == ""
 
 
 def test_the_kubernetes_job_is_yaml_that_runs_many_nodes_in_every_pod():
-    values = {"NAME": "job", "IMAGE": "image:1", "CLAIM": "disk", "RECIPE": "pretrain", "SIZE": "70b", "GPU": "h100-80gb",
-              "NNODES": "8", "WORKERS": "7", "FLAGS": "--model llama2-70b --data.path /shared/*.parquet"}
+    values = {
+        "NAME": "job",
+        "IMAGE": "image:1",
+        "CLAIM": "disk",
+        "RECIPE": "pretrain",
+        "SIZE": "70b",
+        "GPU": "h100-80gb",
+        "NNODES": "8",
+        "WORKERS": "7",
+        "FLAGS": "--model llama2-70b --data.path /shared/*.parquet",
+    }
     job = yaml.safe_load(string.Template((LAUNCH / "kubernetes.yaml").read_text()).substitute(values))
     replicas = job["spec"]["pytorchReplicaSpecs"]
-    assert job["kind"] == "PyTorchJob" and [replicas[role]["replicas"] for role in ("Master", "Worker")] == [1, 7]
+    assert job["kind"] == "PyTorchJob" and [replicas[role]["replicas"] for role in ("Master", "Worker")] == [
+        1,
+        7,
+    ]
     for role in replicas.values():
         pod = role["template"]["spec"]
         (container,) = pod["containers"]
         command = f"exec recipes/launch/many_nodes.sh pretrain 70b h100-80gb {values['FLAGS']}"
         assert container["command"] == ["bash", "-fc", command] and (ROOT / command.split()[1]).exists()
-        assert {"name": "NNODES", "value": "8"} in container["env"] and pod["terminationGracePeriodSeconds"] > 300
+        assert {"name": "NNODES", "value": "8"} in container["env"] and pod[
+            "terminationGracePeriodSeconds"
+        ] > 300
 
 
 @pytest.mark.slow
 def test_a_slurm_job_whose_time_is_up_writes_a_checkpoint_is_requeued_and_goes_on(inputs, tmp_path):
-    """Slurm's part is played by three small scripts: srun starts its command, scancel signals it, scontrol writes down."""
-    for name, does in {"srun": f'shift; echo $$ > {tmp_path}/step; exec "$@"',
-                       "scancel": f"echo scancel $@ >> {tmp_path}/said; kill -TERM $(cat {tmp_path}/step)",
-                       "scontrol": f"[ $1 = show ] && echo localhost || echo scontrol $@ >> {tmp_path}/said"}.items():
+    """Slurm's part is played by three small scripts: srun starts its command, scancel signals it, scontrol
+    writes down."""
+    for name, does in {
+        "srun": f'shift; echo $$ > {tmp_path}/step; exec "$@"',
+        "scancel": f"echo scancel $@ >> {tmp_path}/said; kill -TERM $(cat {tmp_path}/step)",
+        "scontrol": f"[ $1 = show ] && echo localhost || echo scontrol $@ >> {tmp_path}/said",
+    }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
         (tmp_path / name).chmod(0o755)
-    settings = {"SLURM_JOB_ID": "77", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "n", "GPUS_PER_NODE": "2",
-                "PYTHON": sys.executable, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    settings = {
+        "SLURM_JOB_ID": "77",
+        "SLURM_NNODES": "1",
+        "SLURM_JOB_NODELIST": "n",
+        "GPUS_PER_NODE": "2",
+        "PYTHON": sys.executable,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }
     run_dir = tmp_path / "run"
 
     def submit(steps: int) -> subprocess.Popen:
-        command = [LAUNCH / "slurm.sh", "pretrain", "own", "cpu",
-                   *own_flags(inputs, run_dir, "--checkpoint.every", 50_000, "--train.warmup-steps", 1, steps=steps)]
-        return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=os.environ | settings, stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, text=True)
+        command = [
+            LAUNCH / "slurm.sh",
+            "pretrain",
+            "own",
+            "cpu",
+            *own_flags(inputs, run_dir, "--checkpoint.every", 50_000, "--train.warmup-steps", 1, steps=steps),
+        ]
+        return subprocess.Popen(
+            list(map(str, command)),
+            cwd=ROOT,
+            env=os.environ | settings,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     job = submit(100_000)
     deadline = time.monotonic() + 120
@@ -197,7 +301,10 @@ def test_a_slurm_job_whose_time_is_up_writes_a_checkpoint_is_requeued_and_goes_o
     job.send_signal(signal.SIGUSR1)
     said = job.communicate(timeout=120)[0]
     assert job.returncode == 0, said
-    assert (tmp_path / "said").read_text().splitlines() == ["scancel --quiet --signal=TERM 77", "scontrol requeue 77"]
+    assert (tmp_path / "said").read_text().splitlines() == [
+        "scancel --quiet --signal=TERM 77",
+        "scontrol requeue 77",
+    ]
     done = len(metrics(run_dir))
     assert 3 <= done < 50_000 and (run_dir / f"checkpoints/step-{done:08}").is_dir()
     again = submit(done + 2)

@@ -1,11 +1,13 @@
-"""One answer: every layout trains like one process. Losses, gradient norms and weights, in fp32, through pretrain.py."""
+"""One answer: every layout trains like one process. Losses, gradient norms and weights, in fp32, through
+pretrain.py."""
 
 import pytest
 from recipe import metrics, recipe
 from recipe import pretrain_flags as flags
 from torch.testing import assert_close
 
-LAYOUTS = {    # name -> (ranks, flags); test_one_answer.py has many more, without files and checkpoints around them
+# name -> (ranks, flags); test_one_answer.py has many more, without files and checkpoints around them
+LAYOUTS = {
     "zero-0": (2, ["--parallel.zero-stage", 0]),
     "zero-1": (2, ["--parallel.zero-stage", 1]),
     "hsdp-2x2": (4, ["--parallel.dp-replicate", 2, "--parallel.dp-shard", 2]),
@@ -18,8 +20,13 @@ LAYOUTS = {    # name -> (ranks, flags); test_one_answer.py has many more, witho
 }
 
 
-@pytest.mark.parametrize("layout", [pytest.param(name, marks=[pytest.mark.slow] if ranks == 8 else [])
-                                    for name, (ranks, _) in LAYOUTS.items()])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if ranks == 8 else [])
+        for name, (ranks, _) in LAYOUTS.items()
+    ],
+)
 def test_a_layout_gives_the_answer_of_one_process(inputs, reference, tmp_path, layout):
     from test_pretrain import weights
 
@@ -43,13 +50,23 @@ def test_one_document_a_row_needs_no_positions_on_any_stage(inputs, tmp_path, la
         assert abs(ours["loss"] - one_process["loss"]) < 2e-5
 
 
-@pytest.mark.parametrize("first,second", [("pp-2-tp-2", None), (None, "pp-2-tp-2"), ("cp-2-dp-2", "pp-2"),
-                                          ("tp-2-dp-2", "hsdp-2x2"), ("zero-0", "tp-2")])
+@pytest.mark.parametrize(
+    "first,second",
+    [
+        ("pp-2-tp-2", None),
+        (None, "pp-2-tp-2"),
+        ("cp-2-dp-2", "pp-2"),
+        ("tp-2-dp-2", "hsdp-2x2"),
+        ("zero-0", "tp-2"),
+    ],
+)
 def test_a_checkpoint_of_any_layout_resumes_under_any_other(inputs, reference, tmp_path, first, second):
     run_dir = tmp_path / "run"
     for layout, stop in ((first, 4), (second, None)):
         ranks, more = LAYOUTS[layout] if layout else (1, [])
-        ended = recipe("pretrain", *flags(inputs, run_dir, "--data.document-mask", *more), ranks=ranks, stop_at_step=stop)
+        ended = recipe(
+            "pretrain", *flags(inputs, run_dir, "--data.document-mask", *more), ranks=ranks, stop_at_step=stop
+        )
         assert ended.status == 0, ended
     assert "resuming from" in ended.out
     for ours, one_process in zip(metrics(run_dir), metrics(reference), strict=True):

@@ -15,39 +15,63 @@ from pool import run_on
 from recipe import ROOT
 
 FOLDER = ROOT / "recipes" / "lessons"
-LESSONS = {    # name -> (ranks, what the output shows besides the proof)
+LESSONS = {  # name -> (ranks, what the output shows besides the proof)
     "01_mesh": (4, r"P\(sum\) \(4, 4\) -> S\(0\) \(2, 4\):  1 reduce_scatter"),
     "02_data_parallel": (2, "the shares add up to .* the mean of the means would be .*: wrong"),
     "03_zero": (2, r"3    \(12 \+ 4\)/S \+ 2/L \+ 4/L  =  8\.75 "),
     "04_tensor_parallel": (2, r"down \(Shard\(dim=1\),\) -> \(Partial\(sum\),\) -> \(Replicate\(\),\)"),
     "05_sequence_parallel": (2, "sent 384 KiB: all-gather 192, reduce-scatter 192"),
     "06_ulysses": (2, r"all-to-all over cp: \(2, 4, 4, 8\) -> \(2, 8, 2, 8\)"),
-    "07_ring_attention": (2, r"slices \[0, 3\]: 136 \+ 128 = 264\n  rank 1: slices \[1, 2\]: 136 \+ 128 = 264"),
+    "07_ring_attention": (
+        2,
+        r"slices \[0, 3\]: 136 \+ 128 = 264\n  rank 1: slices \[1, 2\]: 136 \+ 128 = 264",
+    ),
     "08_pipeline": (2, "F0 F1 B0 F2 B1 F3 B2 B3   kept 2 microbatches"),
     "09_everything": (4, "ring-attention over cp"),
-    "10_offload": (2, r"all streamed     10\.00   12\.00      12\.00     12\.00   .*\nall on the CPU    4\.67   16\.00"),
+    "10_offload": (
+        2,
+        r"all streamed     10\.00   12\.00      12\.00     12\.00   .*\nall on the CPU    4\.67   16\.00",
+    ),
     "11_memory_timeline": (2, r"host adam   \|.*#.*\|"),
 }
-WRONG = [      # lesson, what stands there, what shall stand there instead: a classic bug of each kind of parallelism
-    ("02_data_parallel", "/ n_scored     ", "/ own_scored / dp     "),                  # the mean of the means
-    ("03_zero", "grads[i] += grad_w\n", "grads[i].copy_(grad_w)\n"),                    # the last microbatch only
-    ("04_tensor_parallel", 'return all_reduce(grad, "the addends of d x, from each slice of up")', "return grad"),
-    ("05_sequence_parallel", "all_reduce(addend) if doors is SEQUENCE else addend", "addend"),     # the norm's gradient
-    ("06_ulysses", "dist.all_reduce(weight.grad)", "pass"),                             # each rank saw other tokens
-    ("07_ring_attention", "return hop(grad, -1)", "return grad"),                       # gradients stay with the wrong rank
-    ("08_pipeline", "targets.numel()  ", "targets[i].numel()  "),                       # each microbatch its own mean
-    ("09_everything", "grad_scale=layout.grad_ranks", "grad_scale=1"),                  # FSDP averages gradients
-    ("10_offload", "dist.all_reduce(squares := own.square().sum())", "squares = own.square().sum()"),   # a norm per shard
-    ("10_offload", 'self.states = [copy(state, "out") for state in states]', "pass"),   # what was stepped never comes home
-    ("11_memory_timeline", "        if serial:\n", "        if True:\n"),               # no forward starts early
+# lesson, what stands there, what shall stand there instead: a classic bug of each kind of parallelism
+WRONG = [
+    ("02_data_parallel", "/ n_scored     ", "/ own_scored / dp     "),  # the mean of the means
+    ("03_zero", "grads[i] += grad_w\n", "grads[i].copy_(grad_w)\n"),  # the last microbatch only
+    (
+        "04_tensor_parallel",
+        'return all_reduce(grad, "the addends of d x, from each slice of up")',
+        "return grad",
+    ),
+    (
+        "05_sequence_parallel",
+        "all_reduce(addend) if doors is SEQUENCE else addend",
+        "addend",
+    ),  # the norm's gradient
+    ("06_ulysses", "dist.all_reduce(weight.grad)", "pass"),  # each rank saw other tokens
+    ("07_ring_attention", "return hop(grad, -1)", "return grad"),  # gradients stay with the wrong rank
+    ("08_pipeline", "targets.numel()  ", "targets[i].numel()  "),  # each microbatch its own mean
+    ("09_everything", "grad_scale=layout.grad_ranks", "grad_scale=1"),  # FSDP averages gradients
+    (
+        "10_offload",
+        "dist.all_reduce(squares := own.square().sum())",
+        "squares = own.square().sum()",
+    ),  # a norm per shard
+    (
+        "10_offload",
+        'self.states = [copy(state, "out") for state in states]',
+        "pass",
+    ),  # what was stepped never comes home
+    ("11_memory_timeline", "        if serial:\n", "        if True:\n"),  # no forward starts early
 ]
 
 
 def run_lesson(path: str) -> tuple[int, str, str]:
-    """In a worker: `python PATH` with what torchrun puts in the environment; exit status, stdout, stderr or what was raised."""
+    """In a worker: `python PATH` with what torchrun puts in the environment; exit status, stdout, stderr or
+    what was raised."""
     out, err, status = io.StringIO(), io.StringIO(), 0
     argv, sys.argv = sys.argv, [path]
-    sys.path.insert(0, str(FOLDER))                        # python puts a script's folder there
+    sys.path.insert(0, str(FOLDER))  # python puts a script's folder there
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             runpy.run_path(path, run_name="__main__")
@@ -59,9 +83,9 @@ def run_lesson(path: str) -> tuple[int, str, str]:
     finally:
         sys.argv = argv
         sys.path.remove(str(FOLDER))
-        gc.unfreeze()                                      # lesson 3 freezes what it found
+        gc.unfreeze()  # lesson 3 freezes what it found
         gc.collect()
-        if dist.is_initialized():                          # raised: leave, so that a waiting peer fails too
+        if dist.is_initialized():  # raised: leave, so that a waiting peer fails too
             dist.destroy_process_group()
     return status, out.getvalue(), err.getvalue()
 
@@ -91,13 +115,24 @@ def test_a_lesson_made_wrong_does_not_prove_it(tmp_path, name, right, wrong):
 def test_another_number_of_processes_is_refused_in_one_line(name):
     ((status, out, err),) = run_on(1, run_lesson, str(FOLDER / f"{name}.py"), group=False, timeout=180)
     assert (status, out) == (2, "")
-    assert re.fullmatch(r"error: .* (2|4) processes and there is 1; launch it with torchrun --nproc-per-node (2|4) .*\n", err)
+    assert re.fullmatch(
+        r"error: .* (2|4) processes and there is 1; launch it with torchrun --nproc-per-node (2|4) .*\n", err
+    )
 
 
 def test_torchrun_ends_with_status_0():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "recipes/lessons/04_tensor_parallel.py"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180, env={**os.environ, "PYTHONPATH": ""})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "recipes/lessons/04_tensor_parallel.py",
+    ]
+    ended = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=180, env={**os.environ, "PYTHONPATH": ""}
+    )
     assert ended.returncode == 0, ended
     assert "proven: an MLP cut over 2 ranks" in ended.stdout
 

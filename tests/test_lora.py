@@ -32,11 +32,21 @@ from parallel.context import shard_batch
 from parallel.pipeline import make_step_runner
 
 LORA = LoraConfig(rank=4, alpha=8)
-SHAPES = {"gqa": GQA, "tied": replace(GQA, tie_word_embeddings=True), "mqa": replace(GQA, num_key_value_heads=1)}
+SHAPES = {
+    "gqa": GQA,
+    "tied": replace(GQA, tie_word_embeddings=True),
+    "mqa": replace(GQA, num_key_value_heads=1),
+}
 
 
-def three_steps(shape: str, layout: ParallelConfig, micro: int, dtype: torch.dtype = torch.float32, recompute="none",
-                out=None) -> dict:
+def three_steps(
+    shape: str,
+    layout: ParallelConfig,
+    micro: int,
+    dtype: torch.dtype = torch.float32,
+    recompute="none",
+    out=None,
+) -> dict:
     """Train the adapters on the ranks of the default group; export merged and unmerged into `out`."""
     config = SHAPES[shape]
     layout = layout.resolve(dist.get_world_size())
@@ -50,8 +60,16 @@ def three_steps(shape: str, layout: ParallelConfig, micro: int, dtype: torch.dty
         part.to_empty(device="cpu")
     init_weights(model, seed=0)
     init_lora(model, seed=0)
-    runner = make_step_runner(parts, mesh["pp"], layout.schedule, n_micros, torch.device("cpu"), dtype, layout.sequence_shards,
-                              layout.zero_stage)
+    runner = make_step_runner(
+        parts,
+        mesh["pp"],
+        layout.schedule,
+        n_micros,
+        torch.device("cpu"),
+        dtype,
+        layout.sequence_shards,
+        layout.zero_stage,
+    )
     initial = whole_weights(model)
     optimizer = build_adamw(model, lr=1e-2, weight_decay=0.0)
     losses, norms = [], []
@@ -59,9 +77,12 @@ def three_steps(shape: str, layout: ParallelConfig, micro: int, dtype: torch.dty
         batch = rows_of(step, masked=True)
         n_scored = (batch.labels != -100).sum()
         mine = [x.chunk(layout.dp)[mesh["dp"].get_local_rank()] for x in batch]
-        micros = [Batch(*(x[i:i + micro] for x in mine)) for i in range(0, ROWS // layout.dp, micro)]
-        loss = runner.step([shard_batch(m, mesh["cp"], layout.cp_method) for m in micros], n_scored,
-                           grad_scale=layout.grad_ranks)
+        micros = [Batch(*(x[i : i + micro] for x in mine)) for i in range(0, ROWS // layout.dp, micro)]
+        loss = runner.step(
+            [shard_batch(m, mesh["cp"], layout.cp_method) for m in micros],
+            n_scored,
+            grad_scale=layout.grad_ranks,
+        )
         dist.all_reduce(loss, group=mesh["loss"].get_group())
         norms.append(clip_grad_norm(model.parameters(), 0.5).item())
         optimizer.step()
@@ -80,22 +101,54 @@ def one_process(shape: str) -> dict:
     return run_on(1, three_steps, shape, ParallelConfig(), ROWS)[0]
 
 
-def case(ranks: int, shape: str = "gqa", micro: int = 1, recompute: str = "none", slow: bool = False, **layout):
-    name = " ".join([f"{key}={value}" for key, value in layout.items()] or ["dp"]) + f" {ranks} {shape} {recompute}"
-    return pytest.param(ranks, shape, micro, recompute, ParallelConfig(**layout), id=name,
-                        marks=[*marks_for(layout.get("schedule")), *[pytest.mark.slow] * slow])
+def case(
+    ranks: int, shape: str = "gqa", micro: int = 1, recompute: str = "none", slow: bool = False, **layout
+):
+    name = (
+        " ".join([f"{key}={value}" for key, value in layout.items()] or ["dp"])
+        + f" {ranks} {shape} {recompute}"
+    )
+    return pytest.param(
+        ranks,
+        shape,
+        micro,
+        recompute,
+        ParallelConfig(**layout),
+        id=name,
+        marks=[*marks_for(layout.get("schedule")), *[pytest.mark.slow] * slow],
+    )
 
 
-@pytest.mark.parametrize("ranks,shape,micro,recompute,layout", [
-    case(2, tp=2), case(2, pp=2, shape="tied"),
-    *(functools.partial(case, slow=True)(ranks, **layout) for ranks, layout in [
-        (2, {}), (2, {"zero_stage": 0}), (4, {"dp_replicate": 2}), (2, {"recompute": "selective", "micro": 2}),
-        (4, {"tp": 4}), (4, {"tp": 4, "shape": "mqa"}), (4, {"tp": 2, "zero_stage": 1}), (4, {"tp": 2, "cp": 2}),
-        (2, {"tp": 2, "sequence_parallel": False, "shape": "tied"}), (2, {"cp": 2, "cp_method": "ring"}),
-        (2, {"pp": 2, "schedule": "zero-bubble"}), (8, {"pp": 2, "tp": 2}), (4, {"pp": 2, "tp": 2, "recompute": "full"})]),
-])
+@pytest.mark.parametrize(
+    "ranks,shape,micro,recompute,layout",
+    [
+        case(2, tp=2),
+        case(2, pp=2, shape="tied"),
+        *(
+            functools.partial(case, slow=True)(ranks, **layout)
+            for ranks, layout in [
+                (2, {}),
+                (2, {"zero_stage": 0}),
+                (4, {"dp_replicate": 2}),
+                (2, {"recompute": "selective", "micro": 2}),
+                (4, {"tp": 4}),
+                (4, {"tp": 4, "shape": "mqa"}),
+                (4, {"tp": 2, "zero_stage": 1}),
+                (4, {"tp": 2, "cp": 2}),
+                (2, {"tp": 2, "sequence_parallel": False, "shape": "tied"}),
+                (2, {"cp": 2, "cp_method": "ring"}),
+                (2, {"pp": 2, "schedule": "zero-bubble"}),
+                (8, {"pp": 2, "tp": 2}),
+                (4, {"pp": 2, "tp": 2, "recompute": "full"}),
+            ]
+        ),
+    ],
+)
 def test_adapters_train_alike_on_every_layout_and_frozen_weights_stay(ranks, shape, micro, recompute, layout):
-    ours, expected = run_on(ranks, three_steps, shape, layout, micro, torch.float32, recompute)[0], one_process(shape)
+    ours, expected = (
+        run_on(ranks, three_steps, shape, layout, micro, torch.float32, recompute)[0],
+        one_process(shape),
+    )
     assert ours["initial"].keys() == expected["initial"].keys()
     assert all(torch.equal(ours["initial"][name], value) for name, value in expected["initial"].items())
     assert max(abs(a - b) for a, b in zip(ours["losses"], expected["losses"], strict=True)) < 2e-5
@@ -113,7 +166,9 @@ def test_frozen_weights_are_bfloat16_beside_float32_adapters_and_merge_into_what
     expected = run_on(1, three_steps, "gqa", ParallelConfig(), ROWS, torch.float32)[0]
     assert max(abs(a - b) for a, b in zip(ours["losses"], expected["losses"], strict=True)) < 0.02
     assert {("_lora." in name, weight.dtype) for name, weight in ours["final"].items()} == {
-        (True, torch.float32), (False, torch.bfloat16)}
+        (True, torch.float32),
+        (False, torch.bfloat16),
+    }
     adapter = load_file(tmp_path / "adapter/adapter_model.safetensors")
     a, b = (adapter[f"base_model.model.model.layers.3.mlp.down_proj.lora_{one}.weight"] for one in "AB")
     merged = load_file(tmp_path / "merged/model.safetensors")["model.layers.3.mlp.down_proj.weight"]
@@ -137,11 +192,16 @@ def test_a_model_with_adapters_is_not_saved_as_if_it_had_none(tmp_path):
     assert_close(model(tokens), unmerged, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("config,said", [
-    (LoraConfig(rank=4, targets=("q_proj", "lm_head")), "--lora.targets lm_head: .* q_proj, k_proj"),
-    (LoraConfig(rank=4, targets=("query_key_value",)), "query_key_value"), (LoraConfig(rank=4, targets=()), "there are q_proj"),
-    (LoraConfig(rank=0), "--lora.rank 0"), (LoraConfig(rank=4, alpha=-1), "--lora.alpha -1"),
-])
+@pytest.mark.parametrize(
+    "config,said",
+    [
+        (LoraConfig(rank=4, targets=("q_proj", "lm_head")), "--lora.targets lm_head: .* q_proj, k_proj"),
+        (LoraConfig(rank=4, targets=("query_key_value",)), "query_key_value"),
+        (LoraConfig(rank=4, targets=()), "there are q_proj"),
+        (LoraConfig(rank=0), "--lora.rank 0"),
+        (LoraConfig(rank=4, alpha=-1), "--lora.alpha -1"),
+    ],
+)
 def test_adapters_that_cannot_be_are_refused(config, said):
     with torch.device("meta"), pytest.raises(UsageError, match=said):
         apply_lora(Llama(GQA), config)

@@ -1,4 +1,5 @@
-"""Placement auto: traced, planned within the budgets, planned again when it was wrong; the numbers stay torch's AdamW's."""
+"""Placement auto: traced, planned within the budgets, planned again when it was wrong; the numbers stay
+torch's AdamW's."""
 
 import json
 from unittest import mock
@@ -16,15 +17,23 @@ from memory.auto import WARM_UP_STEPS
 from memory.chunk import GIB
 from memory.tracer import Counters, Rates, Usage
 
-RATES = Rates(h2d=1e9, d2h=1e9, duplex=2e9, dram=1e10, dram_under_dma=1e10, host_adam={1: 1e8}, device_adam=1e9)
+RATES = Rates(
+    h2d=1e9, d2h=1e9, duplex=2e9, dram=1e10, dram_under_dma=1e10, host_adam={1: 1e8}, device_adam=1e9
+)
 NOTHING_ELSE = Counters(Usage, lambda: None)
 
 
 def managed(counters=NOTHING_ELSE, said=None, **config):
     model = tiny()
     with mock.patch.object(Counters, "of", lambda device: counters):
-        manager = ChunkManager(model, torchs_adamw(model), MemoryConfig("auto", kernel="blocks", **config), rates=RATES,
-                               say=(said if said is not None else []).append, chunk_elements=64)
+        manager = ChunkManager(
+            model,
+            torchs_adamw(model),
+            MemoryConfig("auto", kernel="blocks", **config),
+            rates=RATES,
+            say=(said if said is not None else []).append,
+            chunk_elements=64,
+        )
     return model, manager
 
 
@@ -55,7 +64,9 @@ def train_rest(model, optimizer):
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("share,kinds", [(2.0, {Placement.RESIDENT}), (0.75, {Placement.RESIDENT, Placement.CPU})])
+@pytest.mark.parametrize(
+    "share,kinds", [(2.0, {Placement.RESIDENT}), (0.75, {Placement.RESIDENT, Placement.CPU})]
+)
 def test_after_the_warm_up_chunks_are_where_the_budget_lets_them_and_nothing_else_changes(share, kinds):
     ((ours, placements, peak, budget, said),) = run_on(1, trained, share)
     assert set(placements) - {Placement.STREAM} == kinds and said[1].startswith("memory plan, auto")
@@ -79,13 +90,20 @@ def drifting() -> list[str]:
 
 def test_an_update_far_from_its_prediction_is_planned_again_once():
     (said,) = run_on(1, drifting)
-    assert len(said) == 4 and "planned again: the update took" in said[2] and said[3].startswith("memory plan, auto"), said
+    assert (
+        len(said) == 4
+        and "planned again: the update took" in said[2]
+        and said[3].startswith("memory plan, auto")
+    ), said
 
 
 def one_rank_has_less_room():
     peak = 1000 if dist.get_rank() else 0
-    model, manager = managed(Counters(lambda: Usage(peak=peak), lambda: None), host_budget_gib=0.1,
-                             device_budget_gib=bytes_of(tiny()) * 3 / GIB)
+    model, manager = managed(
+        Counters(lambda: Usage(peak=peak), lambda: None),
+        host_budget_gib=0.1,
+        device_budget_gib=bytes_of(tiny()) * 3 / GIB,
+    )
     train(model, manager.optimizer, WARM_UP_STEPS)
     manager.close()
     return [placement.value for placement in manager.plan.placements], manager.plan.other_device_bytes
@@ -110,7 +128,10 @@ def too_many_activations() -> tuple[str, float, list[str]]:
 
 def test_what_cannot_fit_is_refused_with_the_nearest_budget_before_any_weight_has_changed():
     ((said, moved, hooks),) = run_on(1, too_many_activations)
-    assert said.startswith("--memory.device-budget-gib") and "nearest that works is --memory.device-budget-gib 0.0001" in said
+    assert (
+        said.startswith("--memory.device-budget-gib")
+        and "nearest that works is --memory.device-budget-gib 0.0001" in said
+    )
     assert moved == 0 and hooks == []
     with pytest.raises(UsageError, match="besides activations; use that much and what activations need"):
         managed(device_budget_gib=bytes_of(tiny()) * 0.9 / GIB)
@@ -125,7 +146,7 @@ def steps_without_a_forward() -> list[str]:
         manager.optimizer.step()
         manager.optimizer.zero_grad()
     assert manager.auto.is_tracing and manager.optimizer.saved_plan() == ""
-    manager.take_plan("")                                            # a checkpoint from before the plan: traced anew
+    manager.take_plan("")  # a checkpoint from before the plan: traced anew
     train(model, manager.optimizer, WARM_UP_STEPS - 1)
     assert manager.auto.is_tracing
     train(model, manager.optimizer, 1)
@@ -139,13 +160,17 @@ def test_only_steps_with_a_forward_are_traced():
     assert [line.split(":")[0] for line in said if line.startswith("memory plan")] == ["memory plan, auto"]
 
 
-LITTLE = 12_885 + 3 * 4 * 33 * 20      # bytes of the host, of which the largest parameter takes three copies in passing
+LITTLE = (
+    12_885 + 3 * 4 * 33 * 20
+)  # bytes of the host, of which the largest parameter takes three copies in passing
 
 
 def only_one_rank_has_no_room() -> str:
     """Room for the warm-up on both, of which one has little on the host; then activations are seen."""
     activations, little = Counters(lambda: Usage(peak=1000), lambda: None), LITTLE / GIB
-    model, manager = managed(activations, device_budget_gib=10_400 / GIB, host_budget_gib=1.0 if dist.get_rank() else little)
+    model, manager = managed(
+        activations, device_budget_gib=10_400 / GIB, host_budget_gib=1.0 if dist.get_rank() else little
+    )
     with pytest.raises(UsageError) as refusal:
         train(model, manager.optimizer, 1, max_norm=1.0)
     manager.close()

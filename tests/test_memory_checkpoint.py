@@ -24,7 +24,9 @@ MICRO = 2
 def whole(model, optimizer) -> dict:
     """Masters, moments, steps and settings of this rank's parameters, gathered."""
     state = training_state(model, optimizer)
-    values = {f"{kind}.{name}": value for kind in ("model", "optimizer") for name, value in state[kind].items()}
+    values = {
+        f"{kind}.{name}": value for kind in ("model", "optimizer") for name, value in state[kind].items()
+    }
     for name, value in values.items():
         if isinstance(value, Deferred):
             value = like(value.like, value.read())
@@ -78,7 +80,10 @@ def with_torchs_adamw(folder, load: bool):
         return whole(model, optimizer)
     for i in range(3):
         batch = rows_of(i, masked=True)
-        runner.step([Batch(*(x[j:j + MICRO] for x in batch)) for j in range(0, ROWS, MICRO)], (batch.labels != -100).sum())
+        runner.step(
+            [Batch(*(x[j : j + MICRO] for x in batch)) for j in range(0, ROWS, MICRO)],
+            (batch.labels != -100).sum(),
+        )
         clip_grad_norm(model.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
@@ -90,14 +95,19 @@ def with_torchs_adamw(folder, load: bool):
 def assert_same(one: dict, other: dict):
     assert one.keys() == other.keys()
     for name, value in one.items():
-        assert torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name], name
+        assert torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name], (
+            name
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_run_resumed_under_the_same_plan_is_bitwise_the_run_that_never_stopped(tmp_path, dtype):
     layout = ParallelConfig()
-    for stopped, resumed in zip(run_on(2, save_and_go_on, tmp_path, layout, 1, dtype),
-                                run_on(2, load_and_go_on, tmp_path, layout, 1, dtype), strict=True):
+    for stopped, resumed in zip(
+        run_on(2, save_and_go_on, tmp_path, layout, 1, dtype),
+        run_on(2, load_and_go_on, tmp_path, layout, 1, dtype),
+        strict=True,
+    ):
         assert_same(stopped[0], resumed[0])
         assert stopped[1] == resumed[1]
         assert_same(stopped[2], resumed[2])
@@ -111,7 +121,9 @@ def test_another_plan_on_another_layout_gets_identical_values_and_goes_on_alike(
         results = run_on(ranks, load_and_go_on, tmp_path, layout, 2, dtype)
         assert_same(stopped[0], {name: value for result in results for name, value in result[0].items()})
         for now, then in zip(results[0][1], stopped[1], strict=True):
-            assert abs(now[0] - then[0]) < loss and now[1] == pytest.approx(then[1], rel=1e-4 if loss < 1e-3 else 5e-2)
+            assert abs(now[0] - then[0]) < loss and now[1] == pytest.approx(
+                then[1], rel=1e-4 if loss < 1e-3 else 5e-2
+            )
 
 
 def test_a_checkpoint_of_torchs_adamw_goes_on_with_chunks_and_back(tmp_path):

@@ -1,4 +1,5 @@
-"""The host memory that a plan states is the memory that the process takes: in starting, loading, exporting, checkpointing."""
+"""The host memory that a plan states is the memory that the process takes: in starting, loading, exporting,
+checkpointing."""
 
 import ctypes
 import gc
@@ -22,10 +23,17 @@ from memory.placement import auto_plan
 from memory.tracer import Rates, Traced
 
 RESIDENT, STREAM, CPU = Placement
-# One layer as wide as those of 7B: 105M parameters. Smaller matrices would say less of the plan and more of malloc, which keeps
-# freed blocks of less than 32 MB.
-CONFIG = LlamaConfig(vocab_size=4000, hidden_size=4096, intermediate_size=2048, num_hidden_layers=1, num_attention_heads=32,
-                     num_key_value_heads=32, max_position_embeddings=64)
+# One layer as wide as those of 7B: 105M parameters. Smaller matrices would say less of the plan and more of
+# malloc, which keeps freed blocks of less than 32 MB.
+CONFIG = LlamaConfig(
+    vocab_size=4000,
+    hidden_size=4096,
+    intermediate_size=2048,
+    num_hidden_layers=1,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    max_position_embeddings=64,
+)
 CHUNK = 4 * 2**20
 PLANS = {"resident": [RESIDENT] * 999, "mixed": [RESIDENT, STREAM, CPU] * 333, "cpu": [CPU] * 999}
 
@@ -36,7 +44,7 @@ def resident_bytes() -> int:
 
 def peak_bytes(work) -> int:
     """The most resident memory while `work` runs."""
-    Path("/proc/self/clear_refs").write_text("5")        # the high-water mark starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     work()
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
@@ -60,7 +68,8 @@ def allow_host(manager: ChunkManager, n_bytes: float | None) -> None:
 
 
 def stated(manager: ChunkManager) -> int:
-    """What the plan states for both accounts, which are one RAM here, without the gradients, which no phase below has."""
+    """What the plan states for both accounts, which are one RAM here, without the gradients, which no phase
+    below has."""
     gradients = sum(2 * chunk.n for chunk in manager.chunks if chunk.placement is not CPU)
     return sum(manager.needed(manager.plan).values()) - gradients
 
@@ -69,9 +78,11 @@ def measure(plan: str) -> dict[str, tuple[int, int]]:
     """Phase -> (bytes that the plan states, bytes that came on top of an idle process)."""
     phases = {}
     with tempfile.TemporaryDirectory() as folder:
-        save_hf(Llama(replace(CONFIG, hidden_size=64)), Path(folder, "first"))       # what is imported on first use
+        save_hf(
+            Llama(replace(CONFIG, hidden_size=64)), Path(folder, "first")
+        )  # what is imported on first use
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)                                 # what tests before left behind
+        ctypes.CDLL(None).malloc_trim(0)  # what tests before left behind
         before = resident_bytes()
         manager = None
 
@@ -85,12 +96,15 @@ def measure(plan: str) -> dict[str, tuple[int, int]]:
             init_weights(manager.masters(), seed=0)
 
         note("initialise", start)
-        allow_host(manager, manager.needed(manager.plan)["host"])        # the budget ends where the plan does
+        allow_host(manager, manager.needed(manager.plan)["host"])  # the budget ends where the plan does
         assert not manager.stages_checkpoints()
         note("export", lambda: save_hf(manager.masters(), Path(folder, "hf"), dtype=torch.bfloat16))
         note("load", lambda: load_hf(manager.masters(), Path(folder, "hf")))
         saver = Checkpointer(Path(folder, "checkpoints"))
-        note("checkpoint", lambda: saver.save(1, training_state(manager.model, manager.optimizer, 1), wait=True))
+        note(
+            "checkpoint",
+            lambda: saver.save(1, training_state(manager.model, manager.optimizer, 1), wait=True),
+        )
 
         def resume() -> None:
             state = training_state(manager.model, manager.optimizer)
@@ -98,16 +112,21 @@ def measure(plan: str) -> dict[str, tuple[int, int]]:
             restore_training_state(state, manager.model, manager.optimizer)
 
         note("resume", resume)
-        allow_host(manager, None)                                        # all that is free may be taken
+        allow_host(manager, None)  # all that is free may be taken
         assert manager.stages_checkpoints()
-        note("staged checkpoint", lambda: saver.save(2, training_state(manager.model, manager.optimizer, 2), wait=True),
-             manager.checkpoint_bytes)
+        note(
+            "staged checkpoint",
+            lambda: saver.save(2, training_state(manager.model, manager.optimizer, 2), wait=True),
+            manager.checkpoint_bytes,
+        )
         saver.close()
         manager.close()
     return phases
 
 
-@pytest.mark.parametrize("plan", ["mixed", *(pytest.param(plan, marks=pytest.mark.slow) for plan in ("resident", "cpu"))])
+@pytest.mark.parametrize(
+    "plan", ["mixed", *(pytest.param(plan, marks=pytest.mark.slow) for plan in ("resident", "cpu"))]
+)
 def test_resident_memory_is_within_3_percent_of_what_the_plan_states(plan):
     (phases,) = run_on(1, measure, plan)
     for phase, (said, took) in phases.items():
@@ -116,18 +135,36 @@ def test_resident_memory_is_within_3_percent_of_what_the_plan_states(plan):
 
 
 def test_13b_starts_and_checkpoints_on_one_h200_and_a_host_of_128_gib():
-    """By the plan's own arithmetic: the fastest plan of 13B on 139 GiB of device and 128 GiB of host holds all that starting,
-    exporting and checkpointing take, and would not with a second copy of the masters, let alone of all states."""
+    """By the plan's own arithmetic: the fastest plan of 13B on 139 GiB of device and 128 GiB of host holds
+    all that starting, exporting and checkpointing take, and would not with a second copy of the masters, let
+    alone of all states."""
     with torch.device("meta"):
         model = Llama(LlamaConfig.preset("llama2-13b")).to(torch.bfloat16)
     optimizer = build_adamw(model, lr=1e-3, weight_decay=0.1)
     sizes = chunk_sizes(model, optimizer, CHUNK_ELEMENTS)
     passing = 3 * 4 * max(parameter.numel() for parameter in model.parameters())
-    rates = Rates(h2d=50e9, d2h=50e9, duplex=100e9, dram=200e9, dram_under_dma=200e9, host_adam={13: 7e9}, device_adam=150e9)
-    traced = Traced(non_model_peak_bytes=12 * GIB, forward_seconds=0.7, backward_seconds=2.1, host_bytes=passing)
-    plan = auto_plan(sizes, device_budget_bytes=int(139.8 * GIB), host_budget_bytes=int(0.9 * 120 * GIB), rates=rates,
-                     traced=traced)
+    rates = Rates(
+        h2d=50e9,
+        d2h=50e9,
+        duplex=100e9,
+        dram=200e9,
+        dram_under_dma=200e9,
+        host_adam={13: 7e9},
+        device_adam=150e9,
+    )
+    traced = Traced(
+        non_model_peak_bytes=12 * GIB, forward_seconds=0.7, backward_seconds=2.1, host_bytes=passing
+    )
+    plan = auto_plan(
+        sizes,
+        device_budget_bytes=int(139.8 * GIB),
+        host_budget_bytes=int(0.9 * 120 * GIB),
+        rates=rates,
+        traced=traced,
+    )
     host = sum(plan.host_bytes.values())
-    assert host <= 0.9 * 120 * GIB                       # what a host of 128 GiB has free, less a tenth
+    assert host <= 0.9 * 120 * GIB  # what a host of 128 GiB has free, less a tenth
     assert plan.host_bytes["other"] == passing < 2 * GIB
-    assert host + 12 * sum(sizes) > 128 * GIB            # a copy for a checkpoint would not fit: it is written piece by piece
+    assert (
+        host + 12 * sum(sizes) > 128 * GIB
+    )  # a copy for a checkpoint would not fit: it is written piece by piece

@@ -1,4 +1,5 @@
-"""The chunk manager on queues that run late, as a GPU's do: no wait is missing. And on a clock of its own: who works when."""
+"""The chunk manager on queues that run late, as a GPU's do: no wait is missing. And on a clock of its own:
+who works when."""
 
 from dataclasses import replace
 
@@ -42,13 +43,18 @@ def test_queues_that_run_as_late_as_can_be_change_no_bit(plan, micros, clips, dt
     how = dict(micros=micros, clips=clips, dtype=dtype)
     expected = trained(PLANS[plan], **how)
     assert torch.equal(trained(PLANS[plan], QueuedLanes(), **how), expected)
-    monkeypatch.setattr("memory.manager.IN_FLIGHT_BYTES", 100)               # backward waits for the link
+    monkeypatch.setattr("memory.manager.IN_FLIGHT_BYTES", 100)  # backward waits for the link
     assert torch.equal(trained(PLANS[plan], QueuedLanes(), **how), expected)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.lists(st.sampled_from(list(Placement)), min_size=N, max_size=N), st.integers(0, 2**32), st.integers(1, 2),
-       st.booleans(), st.sampled_from([torch.float32, BF16]))
+@given(
+    st.lists(st.sampled_from(list(Placement)), min_size=N, max_size=N),
+    st.integers(0, 2**32),
+    st.integers(1, 2),
+    st.booleans(),
+    st.sampled_from([torch.float32, BF16]),
+)
 def test_queues_that_run_at_random_moments_change_no_bit(placements, seed, micros, clips, dtype):
     how = dict(micros=micros, clips=clips, dtype=dtype)
     assert torch.equal(trained(placements, QueuedLanes(seed), **how), trained(placements, **how))
@@ -60,8 +66,12 @@ SEEDS = (None, *range(8))
 @pytest.mark.parametrize("lane,nth", [("h2d", 0), ("device adam", 0), ("d2h", 0)])
 def test_without_one_of_the_waits_of_stream_numbers_are_wrong(lane, nth):
     """That the emulation sees a missing wait. nth: of the events that a lane waits for."""
+
     def careless(asking, after):
-        return tuple(DONE if i == nth and asking.name == lane and asking.own else event for i, event in enumerate(after))
+        return tuple(
+            DONE if i == nth and asking.name == lane and asking.own else event
+            for i, event in enumerate(after)
+        )
 
     several = (trained(PLANS["stream"], QueuedLanes(seed, careless), dtype=BF16) for seed in SEEDS)
     assert any(not torch.equal(one, trained(PLANS["stream"], dtype=BF16)) for one in several)
@@ -81,14 +91,16 @@ def test_without_one_of_the_waits_around_the_hosts_step_numbers_are_wrong(event)
             step(chunk, runs, weights, clip, DONE if event == "clip" else clip_arrived, turn)
 
         manager._step_host = hasty
-        if event == "weights":                       # the gate lets a layer in when the host is done, before they have come
-            manager._enter = lambda chunks, ones, gathers: [chunk.job and chunk.job.result() for chunk in chunks] and None
+        if event == "weights":  # the gate lets a layer in when the host is done, before they have come
+            manager._enter = lambda chunks, ones, gathers: (
+                [chunk.job and chunk.job.result() for chunk in chunks] and None
+            )
         try:
             for _ in range(4):
                 train(model, manager.optimizer, 1, max_norm=0.5 if clips else None)
             manager.close()
             wrong += not torch.equal(weights(model), expected)
-        except RuntimeError as error:                # autograd sees a weight change between forward and backward
+        except RuntimeError as error:  # autograd sees a weight change between forward and backward
             assert "modified by an inplace operation" in str(error)
             wrong += 1
     assert wrong
@@ -108,7 +120,7 @@ class Layers(torch.nn.Module):
     def forward(self, x):
         self.began_s = []
         for layer in self.layers:
-            x = layer(x)                                         # its gate waits before it computes
+            x = layer(x)  # its gate waits before it computes
             self.began_s.append(self.lanes.clock())
             self.lanes.spend(self.forward_s)
             x.register_hook(lambda _: self.lanes.spend(self.backward_s))
@@ -116,12 +128,21 @@ class Layers(torch.nn.Module):
 
 
 def clocked(placements, seconds: dict, forward_s=1.0, backward_s=2.0, steps=3, clips=True):
-    """The model, its manager, and of the last step but one: the moment of `step` and the events from there on."""
-    lanes = ClockLanes(lambda lane, what: next((s for key, s in seconds.items() if f"{lane} {what}".startswith(key)), 0.0))
+    """The model, its manager, and of the last step but one: the moment of `step` and the events from there
+    on."""
+    lanes = ClockLanes(
+        lambda lane, what: next((s for key, s in seconds.items() if f"{lane} {what}".startswith(key)), 0.0)
+    )
     model = Layers(len(placements), lanes, forward_s, backward_s)
-    manager = ChunkManager(model, torch.optim.AdamW(model.parameters(), lr=1e-3), ON, chunk_elements=64, lanes=lanes,
-                           plan=replace(static_plan([64] * len(placements), 1, 0, 0), placements=tuple(placements)),
-                           clips=clips)
+    manager = ChunkManager(
+        model,
+        torch.optim.AdamW(model.parameters(), lr=1e-3),
+        ON,
+        chunk_elements=64,
+        lanes=lanes,
+        plan=replace(static_plan([64] * len(placements), 1, 0, 0), placements=tuple(placements)),
+        clips=clips,
+    )
     for _ in range(steps):
         model(torch.ones(1, 8)).backward()
         if clips:
@@ -136,13 +157,16 @@ def clocked(placements, seconds: dict, forward_s=1.0, backward_s=2.0, steps=3, c
 
 def of_chunk(events, lane: str, what: str = "chunk") -> dict[int, tuple[float, float]]:
     """Start and end by chunk."""
-    return {int(said.split()[-1]): (start, end) for said, its_lane, start, end in events
-            if its_lane == lane and said.startswith(what) and said.split()[-1].isdigit()}
+    return {
+        int(said.split()[-1]): (start, end)
+        for said, its_lane, start, end in events
+        if its_lane == lane and said.startswith(what) and said.split()[-1].isdigit()
+    }
 
 
 def test_the_host_steps_in_forward_order_and_each_layer_begins_when_its_own_weights_have_come():
     model, events, stepped_s = clocked([CPU] * 5, {HOST_ADAM: 1.5, "h2d weights": 0.25, "d2h clip": 0.1})
-    host, began_s = stepped_s + 0.1, stepped_s                   # the clip factor is on its way before the first
+    host, began_s = stepped_s + 0.1, stepped_s  # the clip factor is on its way before the first
     for i, (start, end) in of_chunk(events, HOST_ADAM).items():
         assert (start, end) == pytest.approx((host, host + 1.5))
         host = end
@@ -155,40 +179,62 @@ def test_residents_are_ready_at_once_and_hide_the_updates_of_later_layers():
     placements = [RESIDENT] * 3 + [CPU] * 3
     model, events, stepped_s = clocked(placements, {HOST_ADAM: 1.0, "device adam": 0.1})
     assert of_chunk(events, "device adam")[2][1] == pytest.approx(stepped_s + 0.3)
-    assert model.began_s == pytest.approx([stepped_s + 0.3 + i for i in range(6)])         # the forward is never held up
+    assert model.began_s == pytest.approx(
+        [stepped_s + 0.3 + i for i in range(6)]
+    )  # the forward is never held up
 
 
 def test_both_engines_work_at_once_and_the_ring_overlaps_its_copies_with_its_steps(monkeypatch):
-    """Of 12 chunks 6 pass through the ring, at 1 s a copy and 0.5 s a step, while the host steps the others at 1 s each."""
-    monkeypatch.setattr("memory.manager.IN_FLIGHT_BYTES", 0)     # gradients in use are not those on their way: nobody waits
+    """Of 12 chunks 6 pass through the ring, at 1 s a copy and 0.5 s a step, while the host steps the others
+    at 1 s each."""
+    monkeypatch.setattr(
+        "memory.manager.IN_FLIGHT_BYTES", 0
+    )  # gradients in use are not those on their way: nobody waits
     seconds = {"h2d chunk": 1.0, "d2h chunk": 1.0, "device adam": 0.5, HOST_ADAM: 1.0, "h2d weights": 0.2}
     model, events, stepped_s = clocked([CPU, STREAM] * 6, seconds, forward_s=0.01)
     loads, steps, stores = (of_chunk(events, lane) for lane in ("h2d", "device adam", "d2h"))
     assert sorted(loads) == sorted(steps) == sorted(stores) == [1, 3, 5, 7, 9, 11]
     for n, i in enumerate(sorted(loads)):
-        after_ring = stores[sorted(loads)[n - 4]][1] if n >= 4 else 0                       # its slot is free again
+        after_ring = stores[sorted(loads)[n - 4]][1] if n >= 4 else 0  # its slot is free again
         assert loads[i][0] == pytest.approx(max(stepped_s + n, after_ring))
         assert loads[i][1] <= steps[i][0] and steps[i][1] <= stores[i][0]
     host, sent = of_chunk(events, HOST_ADAM), of_chunk(events, "h2d", "weights")
     assert [host[i][0] for i in (0, 2, 4, 6, 8, 10)] == pytest.approx([stepped_s + n for n in range(6)])
-    assert sent[0][1] < loads[11][0]                             # new weights do not queue behind the states
-    assert max(model.began_s) < stepped_s + 8                    # 6 s of each engine, not 12, and the ends of the pipe
+    assert sent[0][1] < loads[11][0]  # new weights do not queue behind the states
+    assert max(model.began_s) < stepped_s + 8  # 6 s of each engine, not 12, and the ends of the pipe
 
 
 def test_without_clipping_the_update_begins_in_backward():
     model, events, stepped_s = clocked([CPU] * 6, {HOST_ADAM: 1.0}, clips=False)
-    assert of_chunk(events, HOST_ADAM) == {0: (stepped_s, stepped_s + 1.0)}       # all others were over when backward was
+    assert of_chunk(events, HOST_ADAM) == {
+        0: (stepped_s, stepped_s + 1.0)
+    }  # all others were over when backward was
     assert model.began_s[0] == pytest.approx(stepped_s + 1.0)
 
 
 @pytest.mark.parametrize("n_resident,n_stream", [(0, 0), (8, 0), (0, 20), (10, 10), (40, 0), (5, 35)])
 def test_a_step_takes_as_long_as_the_plan_predicts(n_resident, n_stream, n=40):
-    """Rates that the clock has too; what the prediction leaves out is the ends of the pipes: a few chunks' worth."""
+    """Rates that the clock has too; what the prediction leaves out is the ends of the pipes: a few chunks'
+    worth."""
     widths = Widths.of(4, sums=False)
-    rates = Rates(h2d=64 * 16, d2h=64 * 16, duplex=1e9, dram=1e9, dram_under_dma=1e9, host_adam={1: 64}, device_adam=64 / 0.02)
+    rates = Rates(
+        h2d=64 * 16,
+        d2h=64 * 16,
+        duplex=1e9,
+        dram=1e9,
+        dram_under_dma=1e9,
+        host_adam={1: 64},
+        device_adam=64 / 0.02,
+    )
     traced = Traced(0, forward_seconds=n * 0.5, backward_seconds=n * 1.0)
     copy_s = 64 * widths.states / rates.h2d
-    seconds = {"h2d chunk": copy_s, "d2h chunk": copy_s, "h2d weights": 64 * 4 / rates.h2d, HOST_ADAM: 1.0, "device adam": 0.02}
+    seconds = {
+        "h2d chunk": copy_s,
+        "d2h chunk": copy_s,
+        "h2d weights": 64 * 4 / rates.h2d,
+        HOST_ADAM: 1.0,
+        "device adam": 0.02,
+    }
     placements = lay_out(n, n_resident, n_stream)
     model, events, stepped_s = clocked(placements, seconds, forward_s=0.5, backward_s=1.0)
     took = n * 1.0 + model.began_s[-1] + 0.5 - stepped_s
@@ -199,7 +245,8 @@ def test_a_step_takes_as_long_as_the_plan_predicts(n_resident, n_stream, n=40):
 
 @pytest.mark.parametrize("plan", ["stream", "cpu", "all three"])
 def test_plain_weights_are_awaited_by_the_lane_that_computes_and_not_by_the_caller(plan):
-    """On a GPU the caller goes on to launch the forward while the device waits for weights that are on their way."""
+    """On a GPU the caller goes on to launch the forward while the device waits for weights that are on their
+    way."""
     model, manager = managed(PLANS[plan], lanes=QueuedLanes())
     train(model, manager.optimizer, 2)
     awaited = []
@@ -212,7 +259,7 @@ def test_plain_weights_are_awaited_by_the_lane_that_computes_and_not_by_the_call
             return True
 
     for chunk in manager.chunks:
-        chunk.wait()                                     # the host's part; what the device still does is a lane's affair
+        chunk.wait()  # the host's part; what the device still does is a lane's affair
         chunk.weights_done = OnlyForLanes()
     manager.lanes.compute.wait = awaited.append
     model(torch.ones(1, 7))

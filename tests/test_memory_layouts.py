@@ -25,13 +25,21 @@ from parallel import ParallelConfig, build_mesh, parallelize
 from parallel.context import shard_batch
 from parallel.pipeline import make_step_runner
 
-CHUNK = 1024          # elements: tens of chunks on each rank, most matrices in several
+CHUNK = 1024  # elements: tens of chunks on each rank, most matrices in several
 
 
-def start(shape: str, layout: ParallelConfig, micro: int, plan_seed: int | None, dtype=torch.float32, passes=None, lanes=None,
-          **config):
-    """What a recipe does: meta, parallelize, to_empty, manager, initial weights through the masters. plan_seed: of random
-    places; None: all on the host."""
+def start(
+    shape: str,
+    layout: ParallelConfig,
+    micro: int,
+    plan_seed: int | None,
+    dtype=torch.float32,
+    passes=None,
+    lanes=None,
+    **config,
+):
+    """What a recipe does: meta, parallelize, to_empty, manager, initial weights through the masters.
+    plan_seed: of random places; None: all on the host."""
     layout = layout.resolve(dist.get_world_size())
     mesh = build_mesh(layout, "cpu")
     with torch.device("meta"):
@@ -41,24 +49,43 @@ def start(shape: str, layout: ParallelConfig, micro: int, plan_seed: int | None,
         part.to_empty(device="cpu")
     n_micros = ROWS // layout.dp // micro
     adamw = build_adamw(model, lr=1e-3, weight_decay=0.1)
-    draw = random.Random(f"{plan_seed} {dist.get_rank()}")           # ranks need not agree where their chunks live
+    draw = random.Random(f"{plan_seed} {dist.get_rank()}")  # ranks need not agree where their chunks live
     sizes = chunk_sizes(model, adamw, CHUNK, parts)
-    plan = plan_of(sizes, [Placement.CPU if plan_seed is None else draw.choice(list(Placement)) for _ in sizes])
-    tied_over_stages = SHAPES[shape].tie_word_embeddings and layout.pp > 1 and model.model.embed_tokens is not None
+    plan = plan_of(
+        sizes, [Placement.CPU if plan_seed is None else draw.choice(list(Placement)) for _ in sizes]
+    )
+    tied_over_stages = (
+        SHAPES[shape].tie_word_embeddings and layout.pp > 1 and model.model.embed_tokens is not None
+    )
     manager = ChunkManager(
-        model, adamw, MemoryConfig("static", 1, 0, 0, kernel="blocks", **config), parts=parts, plan=plan, chunk_elements=CHUNK,
-        lanes=lanes, arrivals=n_micros if layout.zero_stage >= 2 and layout.pp == 1 else 1,
-        outside=[model.model.embed_tokens.weight] if tied_over_stages else [])
+        model,
+        adamw,
+        MemoryConfig("static", 1, 0, 0, kernel="blocks", **config),
+        parts=parts,
+        plan=plan,
+        chunk_elements=CHUNK,
+        lanes=lanes,
+        arrivals=n_micros if layout.zero_stage >= 2 and layout.pp == 1 else 1,
+        outside=[model.model.embed_tokens.weight] if tied_over_stages else [],
+    )
     init_weights(manager.masters(), seed=0)
-    runner = make_step_runner(parts, mesh["pp"], layout.schedule, n_micros, torch.device("cpu"), dtype,
-                              layout.sequence_shards, layout.zero_stage)
+    runner = make_step_runner(
+        parts,
+        mesh["pp"],
+        layout.schedule,
+        n_micros,
+        torch.device("cpu"),
+        dtype,
+        layout.sequence_shards,
+        layout.zero_stage,
+    )
     return layout, mesh, model, manager, runner
 
 
 def step(number: int, layout, mesh, optimizer, runner, micro: int) -> tuple[float, float]:
     batch = rows_of(number, masked=True)
     mine = [x.chunk(layout.dp)[mesh["dp"].get_local_rank()] for x in batch]
-    micros = [Batch(*(x[i:i + micro] for x in mine)) for i in range(0, ROWS // layout.dp, micro)]
+    micros = [Batch(*(x[i : i + micro] for x in mine)) for i in range(0, ROWS // layout.dp, micro)]
     micros = [shard_batch(one, mesh["cp"], layout.cp_method) for one in micros]
     loss = runner.step(micros, (batch.labels != -100).sum(), grad_scale=layout.grad_ranks)
     dist.all_reduce(loss, group=mesh["loss"].get_group())
@@ -72,9 +99,11 @@ def managed_steps(shape: str, layout: ParallelConfig, micro: int, plan_seed: int
     layout, mesh, model, manager, runner = start(shape, layout, micro, plan_seed, passes=passes)
     initial, said = whole_weights(model), []
     manager.say = said.append
-    losses, norms = zip(*(step(i, layout, mesh, manager.optimizer, runner, micro) for i in range(STEPS)), strict=True)
+    losses, norms = zip(
+        *(step(i, layout, mesh, manager.optimizer, runner, micro) for i in range(STEPS)), strict=True
+    )
     manager.close()
-    assert said == [], said                                          # nobody but the manager has changed a weight
+    assert said == [], said  # nobody but the manager has changed a weight
     return {"losses": losses, "norms": norms, "initial": initial, "final": whole_weights(model)}
 
 
@@ -83,48 +112,75 @@ def one_process(shape: str) -> dict:
     return run_on(1, five_steps, shape, ParallelConfig(), ROWS, True)[0]
 
 
-@pytest.mark.parametrize("ranks,shape,micro,layout", [
-    pytest.param(2, "gqa", 4, dict(zero_stage=3), id="ZeRO 3"),
-    pytest.param(2, "gqa", 1, dict(zero_stage=3), id="ZeRO 3, 4 microbatches"),
-    pytest.param(2, "tied", 2, dict(zero_stage=2), id="ZeRO 2, 2 microbatches"),
-    pytest.param(2, "gqa", 2, dict(zero_stage=1), id="ZeRO 1, 2 microbatches"),
-    pytest.param(2, "gqa", 4, dict(zero_stage=0), id="ZeRO 0"),
-    pytest.param(2, "tied", 4, dict(tp=2), id="tp"),
-    pytest.param(2, "tied", 2, dict(pp=2), id="pp, tied matrix"),
-    pytest.param(2, "gqa", 2, dict(pp=2, schedule="zbv"), id="pp, two stages a rank, split backward",
-                 marks=needs_split_backward),
-    pytest.param(4, "gqa", 2, dict(pp=2, tp=2), id="pp tp"),
-    pytest.param(4, "gqa", 2, dict(dp_replicate=2, dp_shard=2), id="HSDP"),
-    pytest.param(2, "gqa", 2, dict(cp=2, recompute="full"), id="cp Ulysses, recompute"),
-    pytest.param(2, "gqa", 2, dict(cp=2, cp_method="ring", zero_stage=2, recompute="selective"), id="cp ring, selective"),
-    pytest.param(4, "gqa", 2, dict(cp=2, tp=2), id="cp tp", marks=pytest.mark.slow),
-    pytest.param(2, "gqa", 2, dict(compile=True), id="ZeRO 3, compiled", marks=pytest.mark.slow),
-    pytest.param(2, "gqa", 2, dict(tp=2, compile=True, recompute="selective"), id="tp, compiled, selective",
-                 marks=pytest.mark.slow),
-    pytest.param(2, "tied", 2, dict(pp=2, compile=True), id="pp, compiled", marks=pytest.mark.slow),
-    pytest.param(8, "gqa", 2, dict(pp=2, tp=2, zero_stage=1), id="pp tp ZeRO 1", marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    "ranks,shape,micro,layout",
+    [
+        pytest.param(2, "gqa", 4, dict(zero_stage=3), id="ZeRO 3"),
+        pytest.param(2, "gqa", 1, dict(zero_stage=3), id="ZeRO 3, 4 microbatches"),
+        pytest.param(2, "tied", 2, dict(zero_stage=2), id="ZeRO 2, 2 microbatches"),
+        pytest.param(2, "gqa", 2, dict(zero_stage=1), id="ZeRO 1, 2 microbatches"),
+        pytest.param(2, "gqa", 4, dict(zero_stage=0), id="ZeRO 0"),
+        pytest.param(2, "tied", 4, dict(tp=2), id="tp"),
+        pytest.param(2, "tied", 2, dict(pp=2), id="pp, tied matrix"),
+        pytest.param(
+            2,
+            "gqa",
+            2,
+            dict(pp=2, schedule="zbv"),
+            id="pp, two stages a rank, split backward",
+            marks=needs_split_backward,
+        ),
+        pytest.param(4, "gqa", 2, dict(pp=2, tp=2), id="pp tp"),
+        pytest.param(4, "gqa", 2, dict(dp_replicate=2, dp_shard=2), id="HSDP"),
+        pytest.param(2, "gqa", 2, dict(cp=2, recompute="full"), id="cp Ulysses, recompute"),
+        pytest.param(
+            2,
+            "gqa",
+            2,
+            dict(cp=2, cp_method="ring", zero_stage=2, recompute="selective"),
+            id="cp ring, selective",
+        ),
+        pytest.param(4, "gqa", 2, dict(cp=2, tp=2), id="cp tp", marks=pytest.mark.slow),
+        pytest.param(2, "gqa", 2, dict(compile=True), id="ZeRO 3, compiled", marks=pytest.mark.slow),
+        pytest.param(
+            2,
+            "gqa",
+            2,
+            dict(tp=2, compile=True, recompute="selective"),
+            id="tp, compiled, selective",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(2, "tied", 2, dict(pp=2, compile=True), id="pp, compiled", marks=pytest.mark.slow),
+        pytest.param(8, "gqa", 2, dict(pp=2, tp=2, zero_stage=1), id="pp tp ZeRO 1", marks=pytest.mark.slow),
+    ],
+)
 def test_a_layout_with_chunks_in_random_places_equals_one_process(ranks, shape, micro, layout):
     passes = {name: layout[name] for name in ("recompute", "compile") if name in layout}
     layout = ParallelConfig(**{name: value for name, value in layout.items() if name not in passes})
-    ours, theirs = run_on(ranks, managed_steps, shape, layout, micro, 1, passes, timeout=180)[0], one_process(shape)
+    ours, theirs = (
+        run_on(ranks, managed_steps, shape, layout, micro, 1, passes, timeout=180)[0],
+        one_process(shape),
+    )
     assert all(torch.equal(ours["initial"][name], value) for name, value in theirs["initial"].items())
     assert max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True)) < 2e-5
     assert max(abs(a / b - 1) for a, b in zip(ours["norms"], theirs["norms"], strict=True)) < 1e-4
-    assert max((ours["final"][name] - value).abs().max().item() for name, value in theirs["final"].items()) < 1e-5
+    assert (
+        max((ours["final"][name] - value).abs().max().item() for name, value in theirs["final"].items())
+        < 1e-5
+    )
 
 
 # ---- what only a whole model shows ----
 
 
 def jobs_left_as_blocks_begin(layout: ParallelConfig) -> tuple[list[int], int, list[int]]:
-    """In the forward after an update of which the host does nothing until it is waited for: jobs left for it when each block
-    begins; how many there were; and how many of them cover later blocks alone."""
+    """In the forward after an update of which the host does nothing until it is waited for: jobs left for it
+    when each block begins; how many there were; and how many of them cover later blocks alone."""
     lanes, micro = QueuedLanes(), ROWS // dist.get_world_size()
     layout, mesh, model, manager, runner = start("gqa", layout, micro, None, lanes=lanes)
     blocks, left, later = list(model.model.layers), [], []
     for number, block in enumerate(blocks):
-        after = {p for other in blocks[number + 1:] for p in other.parameters()}
+        after = {p for other in blocks[number + 1 :] for p in other.parameters()}
         later.append(sum(all(one.parameter in after for one in chunk.managed) for chunk in manager.chunks))
         block.register_forward_pre_hook(lambda *_: left.append(len(lanes.thread.queue.jobs)))
     step(0, layout, mesh, manager.optimizer, runner, micro)
@@ -141,7 +197,8 @@ def jobs_left_as_blocks_begin(layout: ParallelConfig) -> tuple[list[int], int, l
 
 @pytest.mark.parametrize("ranks,stage", [(1, 0), (2, 3), (2, 1)])
 def test_blocks_begin_while_the_host_still_steps_later_ones(ranks, stage):
-    """Embedding, norms and head are waited for before all blocks, so they are stepped first: else no update could hide."""
+    """Embedding, norms and head are waited for before all blocks, so they are stepped first: else no update
+    could hide."""
     left, n_jobs, later = run_on(ranks, jobs_left_as_blocks_begin, ParallelConfig(zero_stage=stage))[0]
     assert left == later and n_jobs > left[0] > n_jobs // 4, (left, later, n_jobs)
 
@@ -154,7 +211,9 @@ def gradients_that_wait(layout: ParallelConfig, dtype: torch.dtype) -> tuple[int
     mine = Batch(*(x.chunk(layout.dp)[mesh["dp"].get_local_rank()] for x in batch))
     runner.step([mine], (batch.labels != -100).sum(), grad_scale=layout.grad_ranks)
     manager.finish_backward()
-    kept = [p.grad for p in model.parameters()] + [piece.waiting for one in manager.managed for piece in one.pieces]
+    kept = [p.grad for p in model.parameters()] + [
+        piece.waiting for one in manager.managed for piece in one.pieces
+    ]
     storages = {local(one).untyped_storage() for one in kept if one is not None}
     counted = manager.ledger.held["device"] - before
     manager.optimizer.zero_grad()
@@ -172,14 +231,17 @@ def test_gradients_that_leave_are_kept_alive_by_none_that_waits(ranks, stage, dt
 
 
 def weights_changed_by_hand(layout: ParallelConfig) -> float:
-    """The largest difference of whole weights, which rank 0 has, from torch's AdamW; chunks are in random places."""
+    """The largest difference of whole weights, which rank 0 has, from torch's AdamW; chunks are in random
+    places."""
     with torch.device("meta"):
         other = Llama(SHAPES["gqa"])
     other.to_empty(device="cpu")
     init_weights(other, seed=5)
     ends = []
     for manage in (True, False):
-        resolved, mesh, model, manager, runner = start("gqa", layout, ROWS // dist.get_world_size(), 1 if manage else None)
+        resolved, mesh, model, manager, runner = start(
+            "gqa", layout, ROWS // dist.get_world_size(), 1 if manage else None
+        )
         if not manage:
             manager.close()
             init_weights(model, seed=0)
@@ -191,7 +253,9 @@ def weights_changed_by_hand(layout: ParallelConfig) -> float:
             optimizer.step()
             optimizer.zero_grad()
             if i == 0:
-                set_model_state_dict(model, other.state_dict(), options=StateDictOptions(full_state_dict=True))
+                set_model_state_dict(
+                    model, other.state_dict(), options=StateDictOptions(full_state_dict=True)
+                )
             if i == 1:
                 _ = manager.wait() if manage else None
                 with torch.no_grad():
@@ -213,7 +277,9 @@ class Spread(torch.nn.Module):
 
     def __init__(self, mesh):
         super().__init__()
-        self.weight = torch.nn.Parameter(DTensor.from_local(torch.linspace(-1, 1, 160).view(16, 10), mesh, [Replicate()]))
+        self.weight = torch.nn.Parameter(
+            DTensor.from_local(torch.linspace(-1, 1, 160).view(16, 10), mesh, [Replicate()])
+        )
         self.mesh = mesh
 
     def forward(self, x):
@@ -225,10 +291,18 @@ def partial_gradients(placement: Placement, arrivals: int) -> tuple[float, torch
     model = Spread(mesh)
     adamw = torch.optim.AdamW(model.parameters(), lr=1e-2)
     plan = plan_of(chunk_sizes(model, adamw, 64), [placement] * 9)
-    manager = ChunkManager(model, adamw, MemoryConfig("static", 1, 0, 0, kernel="blocks"), plan=plan, chunk_elements=64,
-                           arrivals=arrivals)
+    manager = ChunkManager(
+        model,
+        adamw,
+        MemoryConfig("static", 1, 0, 0, kernel="blocks"),
+        plan=plan,
+        chunk_elements=64,
+        arrivals=arrivals,
+    )
     for i in range(arrivals):
-        model(torch.randn(4, 16, generator=torch.Generator().manual_seed(10 * i + dist.get_rank()))).backward()
+        model(
+            torch.randn(4, 16, generator=torch.Generator().manual_seed(10 * i + dist.get_rank()))
+        ).backward()
     norm = manager.clip_grad_norm(1.0).item()
     manager.optimizer.step()
     manager.close()

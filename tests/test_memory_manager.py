@@ -42,16 +42,20 @@ BF16 = torch.bfloat16
 
 
 def test_a_split_master_is_bit_exact_and_its_high_half_is_the_rounded_weight():
-    highs = torch.tensor([0.0, -0.0, 1.0, -1.0, 3e38, -3e38, 1e-40, -1e-40, math.pi, -math.e]).view(torch.int32) >> 16 << 16
+    highs = (
+        torch.tensor([0.0, -0.0, 1.0, -1.0, 3e38, -3e38, 1e-40, -1e-40, math.pi, -math.e]).view(torch.int32)
+        >> 16
+        << 16
+    )
     every_low = torch.arange(2**16, dtype=torch.int32)
-    drawn = torch.randint(-2**31, 2**31 - 1, (2**20,), generator=torch.Generator().manual_seed(0)).int()
+    drawn = torch.randint(-(2**31), 2**31 - 1, (2**20,), generator=torch.Generator().manual_seed(0)).int()
     bits = torch.cat([(highs[:, None] | every_low).flatten(), drawn])
     master = bits.view(torch.float32)
     master = master[master.isfinite()]
     weight, low = split_master(master)
     assert torch.equal(join_master(weight, low).view(torch.int32), master.view(torch.int32))
     differs = weight.view(torch.int16) != master.to(BF16).view(torch.int16)
-    assert (master.view(torch.int32)[differs] & 0xFFFF == 0x8000).all()           # on exact ties alone
+    assert (master.view(torch.int32)[differs] & 0xFFFF == 0x8000).all()  # on exact ties alone
 
 
 def chunk_of(n, weight_dtype, grad_dtype):
@@ -109,10 +113,21 @@ def uncompiled(monkeypatch) -> tuple[Kernel, list]:
     return Kernel("compiled", torch.device("cpu")), shapes
 
 
-@pytest.mark.parametrize("n,calls", [
-    (1, [(1,)]), (1023, [(1023,)]), (1024, [(1024,)]), (1025, [(1025,)]), (2047, [(2047,)]),
-    (2048, [(2, 1024)]), (2049, [(2, 1024), (1,)]), (4096, [(4, 1024)]),
-    (5000, [(4, 1024), (904,)]), (2**20, [(1024, 1024)])])
+@pytest.mark.parametrize(
+    "n,calls",
+    [
+        (1, [(1,)]),
+        (1023, [(1023,)]),
+        (1024, [(1024,)]),
+        (1025, [(1025,)]),
+        (2047, [(2047,)]),
+        (2048, [(2, 1024)]),
+        (2049, [(2, 1024), (1,)]),
+        (4096, [(4, 1024)]),
+        (5000, [(4, 1024), (904,)]),
+        (2**20, [(1024, 1024)]),
+    ],
+)
 def test_a_device_step_takes_rows_and_then_a_rest_and_each_element_gets_the_same_bits(n, calls, monkeypatch):
     kernel, shapes = uncompiled(monkeypatch)
     assert (2 if whole_rows(n) not in (0, n) else 1) == len(calls)
@@ -152,12 +167,12 @@ def test_sums_into_another_dtype_are_exact_with_and_without_a_compiler(monkeypat
         by_rows = total.clone()
         for adds, grad in ((False, first), (True, second)):
             kernel.sum_into(total, grad, adds)
-            (kernel._add if adds else kernel._copy)((by_rows, grad))           # what a GPU does
+            (kernel._add if adds else kernel._copy)((by_rows, grad))  # what a GPU does
         assert torch.equal(total, first.float() + second.float()) and torch.equal(by_rows, total)
 
 
 def test_only_what_a_plan_uses_is_compiled_and_a_later_plan_gets_the_rest_between_steps(monkeypatch):
-    compiled = []                                    # calls of a kernel's parts: name, dtype, whether a rest
+    compiled = []  # calls of a kernel's parts: name, dtype, whether a rest
 
     def as_written(step, **how):
         return lambda *args: compiled.append((step.__name__, args[0].dtype, args[0].dim() == 1))
@@ -173,7 +188,7 @@ def test_only_what_a_plan_uses_is_compiled_and_a_later_plan_gets_the_rest_betwee
         compiled.clear()
         manager.replan(plan_of([chunk.n for chunk in manager.chunks], [RESIDENT] * 99))
         manager.replan(plan_of([chunk.n for chunk in manager.chunks], [CPU] * 99))
-        assert not compiled                          # all that was
+        assert not compiled  # all that was
         manager.close()
 
 
@@ -188,7 +203,7 @@ def test_while_the_compiled_kernel_steps_on_the_host_other_threads_run_python():
 
     def steps():
         torch.set_num_threads(n_threads)
-        torch.compiler.set_stance("fail_on_recompile")              # all was compiled for this thread by then
+        torch.compiler.set_stance("fail_on_recompile")  # all was compiled for this thread by then
         for _ in range(6):
             start = time.perf_counter()
             step()
@@ -205,8 +220,11 @@ def test_while_the_compiled_kernel_steps_on_the_host_other_threads_run_python():
         torch.compiler.set_stance("default")
         torch.set_num_threads(n_threads - 1)
     assert len(spans) == 6
-    inside = [sum(start + (end - start) / 4 < moment < end - (end - start) / 4 for moment in moments) for start, end in spans]
-    assert max(inside) >= 5, inside                                 # of the best of five: the machine has other work too
+    inside = [
+        sum(start + (end - start) / 4 < moment < end - (end - start) / 4 for moment in moments)
+        for start, end in spans
+    ]
+    assert max(inside) >= 5, inside  # of the best of five: the machine has other work too
 
 
 @pytest.mark.slow
@@ -222,7 +240,7 @@ def test_a_compiled_kernel_is_compiled_once_for_all_steps_and_sizes():
                 clip, hyper = torch.tensor(1 / step), Hyper(1e-3 * step, 0.9, 0.95, 1e-5, 0.1, step)
                 kernel.host_step(master, m, v, grad, grad.clone(), clip, hyper)
                 kernel.device_step(weight, low, m, v, grad, clip, hyper)
-                for run in (slice(64), slice(64, n)):                  # parts of other memory, as pieces are
+                for run in (slice(64), slice(64, n)):  # parts of other memory, as pieces are
                     if n > 64:
                         states = weight[run], low[run], m[run], v[run]
                         kernel.device_step(*states, grad[run].clone(), clip, hyper)
@@ -251,7 +269,7 @@ def test_bfloat16_weights_are_their_float32_masters_rounded_at_every_placement()
 
 
 def test_bfloat16_gradients_of_microbatches_are_summed_in_float32():
-    big, small = 256.0, 0.75                         # in bfloat16 256 + 0.75 is 256
+    big, small = 256.0, 0.75  # in bfloat16 256 + 0.75 is 256
     for placements in PLANS.values():
         model, manager = managed(placements, dtype=BF16, arrivals=3)
         weight = model.layers[1].weight
@@ -270,7 +288,7 @@ def test_a_second_arrival_that_would_be_rounded_is_an_error():
         with pytest.raises(RuntimeError, match="arrivals=2"):
             model(x).backward()
         manager.optimizer.zero_grad()
-        model(x).backward()                          # thrown away, so this one is the first
+        model(x).backward()  # thrown away, so this one is the first
         manager.close()
 
 
@@ -301,7 +319,9 @@ def test_the_ledger_peaks_at_what_the_plan_said_and_counts_every_tensor(plan, ar
     held = sum(t.nbytes for t in [*tensors, *slots, *manager.outbox, *model.parameters()])
     assert sum(manager.ledger.held.values()) == held + manager.passing_bytes
     for account, n_bytes in said.items():
-        assert 0.9 * n_bytes <= manager.ledger.peak[account] <= n_bytes      # gradients lack the gaps between pieces
+        assert (
+            0.9 * n_bytes <= manager.ledger.peak[account] <= n_bytes
+        )  # gradients lack the gaps between pieces
     manager.close()
 
 
@@ -315,13 +335,16 @@ def test_a_plan_just_within_its_budgets_runs_and_one_byte_less_is_refused():
     manager.close()
     for account in ("device", "host"):
         with pytest.raises(UsageError, match=f"--memory.{account}-budget-gib") as refusal:
-            managed(PLANS["all three"], config=replace(tight, **{f"{account}_budget_gib": (said[account] - 1) / GIB}))
+            managed(
+                PLANS["all three"],
+                config=replace(tight, **{f"{account}_budget_gib": (said[account] - 1) / GIB}),
+            )
         works = float(re.search(r"which holds ([\d.]+) GiB", str(refusal.value))[1])
         managed(PLANS["all three"], config=replace(tight, **{f"{account}_budget_gib": works}))[1].close()
 
 
 def test_passing_a_budget_raises_at_once():
-    for clips in (True, False):                      # taken in all at once after backward, and as they arrive
+    for clips in (True, False):  # taken in all at once after backward, and as they arrive
         model, manager = managed([RESIDENT] * 99, clips=clips)
         manager.ledger.budgets["device"] = manager.ledger.held["device"] + 16
         with pytest.raises(RuntimeError, match="gradient of .* on the device.*budget"):
@@ -333,15 +356,19 @@ def test_passing_a_budget_raises_at_once():
 def test_auto_starts_with_as_much_on_the_host_as_its_budget_allows():
     model = tiny()
     auto = MemoryConfig("auto", kernel="blocks")
-    rates = Rates(1e9, 1e9, 1e9, 1e9, 1e9, {1: 1e9}, 1e9)        # given: nothing has to be measured
+    rates = Rates(1e9, 1e9, 1e9, 1e9, 1e9, {1: 1e9}, 1e9)  # given: nothing has to be measured
     manager = ChunkManager(model, adamw(model), auto, chunk_elements=64, rates=rates)
     assert {chunk.placement for chunk in manager.chunks} == {CPU}
     half = manager.needed(manager.plan)["host"] / 2
     manager.close()
-    manager = ChunkManager(model, adamw(model), replace(auto, host_budget_gib=half / GIB), chunk_elements=64, rates=rates)
+    manager = ChunkManager(
+        model, adamw(model), replace(auto, host_budget_gib=half / GIB), chunk_elements=64, rates=rates
+    )
     needed = manager.needed(manager.plan)
     assert {chunk.placement for chunk in manager.chunks} != {CPU} and needed["host"] <= half
-    for placements in itertools.product(Placement, repeat=2):      # no plan of two kinds fits and holds less on the device
+    for placements in itertools.product(
+        Placement, repeat=2
+    ):  # no plan of two kinds fits and holds less on the device
         for n_first in range(len(manager.chunks)):
             mixed = [placements[0]] * n_first + [placements[1]] * (len(manager.chunks) - n_first)
             other = manager.needed(replace(manager.plan, placements=tuple(mixed)))
@@ -359,27 +386,41 @@ def test_a_plan_that_the_hosts_free_memory_cannot_hold_is_refused_and_auto_start
     fits = ChunkManager(model := tiny(), adamw(model), replace(ON, resident=0, cpu=1), chunk_elements=64)
     fits.close()
     with pytest.raises(UsageError, match=r"share of the memory that is free there is .* --memory.resident"):
-        ChunkManager(model := tiny(), adamw(model), replace(ON, resident=0, cpu=1), chunk_elements=64, ranks_per_host=2)
+        ChunkManager(
+            model := tiny(), adamw(model), replace(ON, resident=0, cpu=1), chunk_elements=64, ranks_per_host=2
+        )
     rates = Rates(1e9, 1e9, 1e9, 1e9, 1e9, {1: 1e9}, 1e9)
-    auto = ChunkManager(model := tiny(), adamw(model), MemoryConfig("auto", kernel="blocks"), chunk_elements=64, rates=rates)
-    assert {chunk.placement for chunk in auto.chunks} != {CPU}                   # the host's half of one RAM
+    auto = ChunkManager(
+        model := tiny(), adamw(model), MemoryConfig("auto", kernel="blocks"), chunk_elements=64, rates=rates
+    )
+    assert {chunk.placement for chunk in auto.chunks} != {CPU}  # the host's half of one RAM
     assert auto.needed(auto.plan)["host"] <= 0.9 * free / 2
     auto.close()
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(st.lists(st.sampled_from(sorted(PLANS)), min_size=1, max_size=3), st.sampled_from([torch.float32, BF16]))
+@given(
+    st.lists(st.sampled_from(sorted(PLANS)), min_size=1, max_size=3), st.sampled_from([torch.float32, BF16])
+)
 def test_replanning_between_steps_changes_no_value(plans, dtype):
     model, manager = managed(PLANS["all three"], dtype=dtype)
     train(model, manager.optimizer, 2)
     manager.wait()
     sizes = [chunk.n for chunk in manager.chunks]
-    before = [manager.gather(name, one) for one in manager.managed for name in ("master", "exp_avg", "exp_avg_sq")]
+    before = [
+        manager.gather(name, one) for one in manager.managed for name in ("master", "exp_avg", "exp_avg_sq")
+    ]
     for plan in plans:
         manager.replan(plan_of(sizes, PLANS[plan]))
-        after = [manager.gather(name, one) for one in manager.managed for name in ("master", "exp_avg", "exp_avg_sq")]
+        after = [
+            manager.gather(name, one)
+            for one in manager.managed
+            for name in ("master", "exp_avg", "exp_avg_sq")
+        ]
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-        of_chunks = sum(t.nbytes for c in manager.chunks for t in c.tensors.values() if c.placement is not RESIDENT)
+        of_chunks = sum(
+            t.nbytes for c in manager.chunks for t in c.tensors.values() if c.placement is not RESIDENT
+        )
         of_boxes = sum(box.nbytes for box in manager.outbox)
         assert manager.ledger.held["host"] == of_chunks + of_boxes + manager.passing_bytes
     manager.close()
@@ -402,7 +443,7 @@ def test_cpu_chunks_are_stepped_behind_the_caller_in_forward_order_and_a_layer_w
     steps = manager._step_host
     manager._step_host = lambda chunk, *args: (order.append(chunk.index), steps(chunk, *args))
     model(torch.ones(1, 7)).backward()
-    manager.optimizer.step()                                       # returns although no chunk can be stepped
+    manager.optimizer.step()  # returns although no chunk can be stepped
     assert any(chunk.job and not chunk.job.done() for chunk in manager.chunks)
     ran = []
     for i, layer in enumerate(model.layers):
@@ -410,7 +451,7 @@ def test_cpu_chunks_are_stepped_behind_the_caller_in_forward_order_and_a_layer_w
     forward = threading.Thread(target=lambda: model(torch.ones(1, 7)))
     forward.start()
     forward.join(0.2)
-    assert forward.is_alive() and ran == []                        # the first layer's weights are not there yet
+    assert forward.is_alive() and ran == []  # the first layer's weights are not there yet
     may_step.set()
     forward.join(30)
     assert ran == [0, 1, 2] and order == sorted(order) and len(order) == len(manager.chunks)
@@ -423,11 +464,11 @@ def test_without_clipping_a_chunk_is_stepped_in_backward_when_its_last_gradient_
     before = weights(model)
     model(torch.ones(1, 7)).backward()
     manager.wait()
-    assert torch.equal(weights(model), before) and not manager._issued        # the second micro-batch is to come
+    assert torch.equal(weights(model), before) and not manager._issued  # the second micro-batch is to come
     seen = []
     model.layers[1].weight.register_post_accumulate_grad_hook(lambda _: seen.append(len(manager._issued)))
     model(torch.ones(1, 7)).backward()
-    assert 0 < seen[0] < len(manager.chunks) == len(manager._issued)          # the last layers' went first
+    assert 0 < seen[0] < len(manager.chunks) == len(manager._issued)  # the last layers' went first
     manager.wait()
     after = weights(model)
     assert (after != before).any() and (plan != "cpu" or all(p.grad is None for p in model.parameters()))
@@ -480,12 +521,18 @@ def test_offloaded_block_inputs_count_on_the_host_and_are_drawn_with_the_rest():
     inputs = offload_block_inputs(model.layers, torch.device("cpu"), 4 * 7 * 4)
     manager = ChunkManager(model, adamw(model), ON, chunk_elements=64, activations=[inputs])
     assert inputs.host_bytes > 0
-    assert manager.ledger.held["host"] == manager.needed(manager.plan)["host"] == inputs.host_bytes + manager.passing_bytes
+    assert (
+        manager.ledger.held["host"]
+        == manager.needed(manager.plan)["host"]
+        == inputs.host_bytes + manager.passing_bytes
+    )
     manager.record = True
     model(torch.ones(4, 7)).backward()
     manager.optimizer.step()
     lanes = [lane for what, lane, _, _ in manager.events if what == "input of a block"]
-    assert lanes == ["d2h", "d2h", "h2d", "h2d"] and "device adam" in {lane for _, lane, _, _ in manager.events}
+    assert lanes == ["d2h", "d2h", "h2d", "h2d"] and "device adam" in {
+        lane for _, lane, _, _ in manager.events
+    }
     manager.close()
     too_little = replace(ON, host_budget_gib=(inputs.host_bytes - 1) / GIB)
     with pytest.raises(UsageError, match="--memory.host-budget-gib"):
@@ -513,8 +560,13 @@ def test_frozen_parameters_have_no_chunks_and_stay_and_unused_ones_are_left_alon
         model.idle = torch.nn.Parameter(torch.ones(70))
         optimizer = adamw(model)
         if manage:
-            optimizer = ChunkManager(model, optimizer, ON, chunk_elements=64,
-                                     plan=plan_of(chunk_sizes(model, optimizer, 64), PLANS[plan])).optimizer
+            optimizer = ChunkManager(
+                model,
+                optimizer,
+                ON,
+                chunk_elements=64,
+                plan=plan_of(chunk_sizes(model, optimizer, 64), PLANS[plan]),
+            ).optimizer
             assert all(one.parameter is not model.layers[0].weight for one in optimizer.manager.managed)
         train(model, optimizer, 3)
         if manage:
@@ -531,8 +583,13 @@ def test_a_parameter_that_is_used_now_and_then_has_its_own_step_count(plan):
         model.now_and_then = torch.nn.Parameter(torch.ones(7, 10))
         optimizer = adamw(model)
         if manage:
-            optimizer = ChunkManager(model, optimizer, ON, chunk_elements=64,
-                                     plan=plan_of(chunk_sizes(model, optimizer, 64), PLANS[plan])).optimizer
+            optimizer = ChunkManager(
+                model,
+                optimizer,
+                ON,
+                chunk_elements=64,
+                plan=plan_of(chunk_sizes(model, optimizer, 64), PLANS[plan]),
+            ).optimizer
         for i in range(5):
             (model(torch.ones(1, 7)) + (model.now_and_then.square().sum() if i in (1, 4) else 0)).backward()
             optimizer.step()
@@ -567,13 +624,23 @@ def test_schedulers_and_state_dicts_work_as_with_adamw():
 
 def test_chunks_are_in_the_order_in_which_forward_waits_for_them_over_all_stages_of_a_rank():
     model = tiny(sizes=(8, 8, 8, 8, 8))
-    stages = [torch.nn.ModuleDict({"blocks": torch.nn.ModuleList(model.layers[i:i + 2])}) for i in (0, 2)]
+    stages = [torch.nn.ModuleDict({"blocks": torch.nn.ModuleList(model.layers[i : i + 2])}) for i in (0, 2)]
     for stage in stages:
         stage.head = torch.nn.Linear(8, 8, bias=False)
     model.stages = torch.nn.ModuleList(stages)
     manager = ChunkManager(model, torch.optim.AdamW(model.parameters()), ON, parts=stages, chunk_elements=64)
-    owned = [one.name.partition(".head")[0] if "head" in one.name else one.name.rpartition(".")[0] for one in manager.managed]
-    assert list(dict.fromkeys(owned)) == ["stages.0", "layers.0", "layers.1", "stages.1", "layers.2", "layers.3"]
+    owned = [
+        one.name.partition(".head")[0] if "head" in one.name else one.name.rpartition(".")[0]
+        for one in manager.managed
+    ]
+    assert list(dict.fromkeys(owned)) == [
+        "stages.0",
+        "layers.0",
+        "layers.1",
+        "stages.1",
+        "layers.2",
+        "layers.3",
+    ]
     manager.close()
 
 
@@ -586,7 +653,7 @@ def test_masters_are_a_model_to_load_and_a_tied_matrix_stays_one():
     assert masters.state_dict().keys() == model.state_dict().keys()
     assert masters.head.weight is masters.layers._modules["0"].weight
     for name, parameter in masters.named_parameters():
-        with pytest.raises(RuntimeError):                 # a placeholder: nothing can be written to it by mistake
+        with pytest.raises(RuntimeError):  # a placeholder: nothing can be written to it by mistake
             parameter.data.copy_(torch.ones(parameter.shape))
         with values_to_write(masters, name, parameter) as values:
             values.fill_(0.5)
@@ -596,7 +663,9 @@ def test_masters_are_a_model_to_load_and_a_tied_matrix_stays_one():
 
 
 @pytest.mark.parametrize("clips", [True, False])
-@pytest.mark.parametrize("how", ["load_state_dict", "by hand", "with the optimizer's state", "before the first step"])
+@pytest.mark.parametrize(
+    "how", ["load_state_dict", "by hand", "with the optimizer's state", "before the first step"]
+)
 @pytest.mark.parametrize("plan", PLANS)
 def test_weights_that_somebody_changes_between_steps_become_the_masters(plan, how, clips):
     model, manager = managed(PLANS[plan], clips=clips)
@@ -608,7 +677,7 @@ def test_weights_that_somebody_changes_between_steps_become_the_masters(plan, ho
             with torch.no_grad():
                 for p in net.parameters():
                     p.clamp_(-0.05, 0.05)
-        else:                                              # while the host still steps: it waits by itself
+        else:  # while the host still steps: it waits by itself
             net.load_state_dict({name: value + 0.1 for name, value in net.state_dict().items()})
             if "optimizer" in how:
                 optimizer.load_state_dict(optimizer.state_dict())
@@ -640,10 +709,13 @@ def test_changed_bfloat16_weights_are_the_masters_and_unchanged_ones_keep_theirs
         before = masters_of(manager)
         with torch.no_grad():
             model.layers[0].weight.fill_(0.3)
-            model.layers[1].weight.clamp_(-9, 9)           # changes nothing
+            model.layers[1].weight.clamp_(-9, 9)  # changes nothing
         after = masters_of(manager)
         assert torch.equal(after["layers.1.weight"], before["layers.1.weight"])
-        rounded = [split_master(after["layers.0.weight"].detach().flatten())[0], after["layers.0.weight"].detach().to(BF16)]
+        rounded = [
+            split_master(after["layers.0.weight"].detach().flatten())[0],
+            after["layers.0.weight"].detach().to(BF16),
+        ]
         assert any((one == torch.tensor(0.3, dtype=BF16)).all() for one in rounded)
         manager.close()
 
@@ -661,7 +733,8 @@ def test_a_state_dict_right_after_a_step_has_the_new_weights():
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_skipped_step_leaves_nothing_behind(plan):
-    """A loss that is nan: its gradients and their clip factor are thrown away, by the optimizer or the model."""
+    """A loss that is nan: its gradients and their clip factor are thrown away, by the optimizer or the
+    model."""
     model, manager = managed(PLANS[plan])
     train(model, manager.optimizer, 2)
     (model(torch.ones(1, 7)) * math.nan).backward()
@@ -669,7 +742,7 @@ def test_a_skipped_step_leaves_nothing_behind(plan):
     manager.optimizer.zero_grad()
     model(torch.ones(1, 7)).backward()
     manager.optimizer.clip_grad_norm(1e-9)
-    assert manager.optimizer.clip_grad_norm(math.inf) > 0          # the last word counts: not scaled
+    assert manager.optimizer.clip_grad_norm(math.inf) > 0  # the last word counts: not scaled
     manager.optimizer.step()
     manager.optimizer.zero_grad()
     manager.close()
@@ -755,20 +828,32 @@ def test_other_optimizers_and_used_ones_are_refused():
         ChunkManager(model, used, ON)
 
 
-@pytest.mark.parametrize("settings_,said", [
-    (dict(placement="off", device_budget_gib=4.0), "--memory.device-budget-gib 4 would do nothing"),
-    (dict(resident=1.0), "--memory.resident 1 would do nothing"),
-    (dict(placement="off", draw=True), "--memory.draw would do nothing"),
-    (dict(placement="off", kernel="blocks"), "--memory.kernel blocks would do nothing"),
-    (dict(placement="static"), "needs --memory.resident and --memory.stream and --memory.cpu"),
-    (dict(placement="static", resident=0.5, stream=0.2, cpu=0.2), "sum to 0.9 and must sum to 1; use --memory.cpu 0.3"),
-    (dict(placement="static", resident=0.9, stream=0.2, cpu=0.2), "use --memory.stream 0.1 --memory.cpu 0"),
-    (dict(placement="static", resident=1.5, stream=-0.5, cpu=0.0), "--memory.resident 1.5 is not a fraction"),
-    (dict(placement="auto", resident=0.5), "--memory.resident 0.5 fixes what"),
-    (dict(placement="auto", device_budget_gib=0.0), "--memory.device-budget-gib 0 is not possible"),
-    (dict(placement="auto", host_budget_gib=-1.0), "--memory.host-budget-gib -1 is not possible"),
-    (dict(placement="auto", host_budget_gib=math.nan), "--memory.host-budget-gib nan is not possible"),
-])
+@pytest.mark.parametrize(
+    "settings_,said",
+    [
+        (dict(placement="off", device_budget_gib=4.0), "--memory.device-budget-gib 4 would do nothing"),
+        (dict(resident=1.0), "--memory.resident 1 would do nothing"),
+        (dict(placement="off", draw=True), "--memory.draw would do nothing"),
+        (dict(placement="off", kernel="blocks"), "--memory.kernel blocks would do nothing"),
+        (dict(placement="static"), "needs --memory.resident and --memory.stream and --memory.cpu"),
+        (
+            dict(placement="static", resident=0.5, stream=0.2, cpu=0.2),
+            "sum to 0.9 and must sum to 1; use --memory.cpu 0.3",
+        ),
+        (
+            dict(placement="static", resident=0.9, stream=0.2, cpu=0.2),
+            "use --memory.stream 0.1 --memory.cpu 0",
+        ),
+        (
+            dict(placement="static", resident=1.5, stream=-0.5, cpu=0.0),
+            "--memory.resident 1.5 is not a fraction",
+        ),
+        (dict(placement="auto", resident=0.5), "--memory.resident 0.5 fixes what"),
+        (dict(placement="auto", device_budget_gib=0.0), "--memory.device-budget-gib 0 is not possible"),
+        (dict(placement="auto", host_budget_gib=-1.0), "--memory.host-budget-gib -1 is not possible"),
+        (dict(placement="auto", host_budget_gib=math.nan), "--memory.host-budget-gib nan is not possible"),
+    ],
+)
 def test_settings_that_cannot_be_are_refused_in_one_line(settings_, said):
     with pytest.raises(UsageError, match="--memory") as refusal:
         MemoryConfig(**settings_).check()

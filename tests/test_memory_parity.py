@@ -16,7 +16,9 @@ from memory.chunk import cut, find_managed
 from memory.placement import static_plan
 
 RESIDENT, STREAM, CPU = Placement
-ON = MemoryConfig("static", 1, 0, 0, kernel="blocks")       # the compiler takes 10 s to start; one test pays for it
+ON = MemoryConfig(
+    "static", 1, 0, 0, kernel="blocks"
+)  # the compiler takes 10 s to start; one test pays for it
 
 
 class Tiny(nn.Module):
@@ -40,8 +42,13 @@ def tiny(seed=0, dtype=torch.float32, sizes=(7, 33, 20, 5)) -> Tiny:
 def adamw(model) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     vectors = [p for p in model.parameters() if p.requires_grad and p.dim() == 1]
-    return torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-                             lr=1e-2, betas=(0.9, 0.95), eps=1e-5, fused=True)
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=1e-2,
+        betas=(0.9, 0.95),
+        eps=1e-5,
+        fused=True,
+    )
 
 
 def chunk_sizes(model, optimizer, chunk_elements, parts=None) -> list[int]:
@@ -49,7 +56,7 @@ def chunk_sizes(model, optimizer, chunk_elements, parts=None) -> list[int]:
 
 
 def plan_of(sizes, placements):
-    return replace(static_plan(sizes, 1, 0, 0), placements=tuple(placements[:len(sizes)]))
+    return replace(static_plan(sizes, 1, 0, 0), placements=tuple(placements[: len(sizes)]))
 
 
 def masters_of(manager) -> dict[str, torch.Tensor]:
@@ -63,7 +70,9 @@ def train(model, optimizer, steps, max_norm=None, micros=1) -> None:
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 / (step + 1)
         for micro in range(micros):
-            x = torch.randn(4, 7, generator=torch.Generator().manual_seed(step * 10 + micro)).to(next(model.parameters()))
+            x = torch.randn(4, 7, generator=torch.Generator().manual_seed(step * 10 + micro)).to(
+                next(model.parameters())
+            )
             (model(x) * 10).backward()
         if max_norm:
             if hasattr(optimizer, "manager"):
@@ -103,8 +112,13 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 
 N = len(chunk_sizes(model := tiny(), adamw(model), 64))
-PLANS = {"resident": [RESIDENT] * 2 * N, "stream": [STREAM] * 2 * N, "cpu": [CPU] * 2 * N,       # plan_of cuts what is too long
-         "all three": [RESIDENT] * (N // 3) + [STREAM, CPU] * N, "upside down": [CPU, STREAM] * (N // 3) + [RESIDENT] * N}
+PLANS = {
+    "resident": [RESIDENT] * 2 * N,
+    "stream": [STREAM] * 2 * N,
+    "cpu": [CPU] * 2 * N,  # plan_of cuts what is too long
+    "all three": [RESIDENT] * (N // 3) + [STREAM, CPU] * N,
+    "upside down": [CPU, STREAM] * (N // 3) + [RESIDENT] * N,
+}
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -114,7 +128,7 @@ def test_every_placement_equals_torchs_adamw(plan):
 
 @pytest.mark.parametrize("plan", ["resident", "stream"])
 def test_stepped_on_the_device_it_is_bitwise_torchs_adamw_with_the_same_kernel(plan):
-    assert torch.equal(of_manager(PLANS[plan]), of_torch())      # CPU steps a whole chunk: other vector tails
+    assert torch.equal(of_manager(PLANS[plan]), of_torch())  # CPU steps a whole chunk: other vector tails
 
 
 @pytest.mark.parametrize("micros", [1, 3])
@@ -139,7 +153,11 @@ def test_gradients_of_microbatches_are_summed_exactly(plan):
 
 
 @settings(max_examples=500, deadline=None, derandomize=True)
-@given(st.lists(st.sampled_from(list(Placement)), min_size=N, max_size=N), st.sampled_from([64, 128, 1024]), st.integers(1, 3))
+@given(
+    st.lists(st.sampled_from(list(Placement)), min_size=N, max_size=N),
+    st.sampled_from([64, 128, 1024]),
+    st.integers(1, 3),
+)
 def test_any_plan_equals_torch(placements, chunk_elements, micros):
     ours = of_manager(placements, 2, chunk_elements, micros, micros=micros, max_norm=0.5)
     assert_close(ours, two_steps(micros))

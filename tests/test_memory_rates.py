@@ -1,4 +1,5 @@
-"""Rates are measured once per machine and kept; the tracer says when what ran and what it took; the timeline is a picture."""
+"""Rates are measured once per machine and kept; the tracer says when what ran and what it took; the timeline
+is a picture."""
 
 import json
 import runpy
@@ -40,8 +41,8 @@ def test_rates_are_measured_once_per_machine_and_kept(tmp_path):
     assert list(kept) == [key] and f"torch {torch.__version__}" in key
     path.write_text(json.dumps({"another machine": kept[key]}))
     assert load() == RATES and len(measured) == 2
-    assert set(json.loads(path.read_text())) == {"another machine", key}      # nobody's rates are lost
-    load("compiled"), load("blocks", 8), load("compiled")                     # nor are they another kernel's
+    assert set(json.loads(path.read_text())) == {"another machine", key}  # nobody's rates are lost
+    load("compiled"), load("blocks", 8), load("compiled")  # nor are they another kernel's
     assert measured[2:] == [(CPU, "compiled", 1), (CPU, "blocks", 8)]
 
 
@@ -63,7 +64,7 @@ def test_the_stream_counts_what_it_reads_and_writes_and_the_links_share():
 
 
 def test_a_rate_is_the_best_of_several_goes():
-    amounts = iter([1e9, 5, 1, 2, 3])                # the first is the warm-up's
+    amounts = iter([1e9, 5, 1, 2, 3])  # the first is the warm-up's
     assert per_second(lambda: next(amounts) / 1e9, 0) < 1
     assert next(amounts) == 3
     assert thread_counts(13) == [1, 2, 4, 8, 13] and thread_counts(1) == [1]
@@ -77,8 +78,22 @@ def run_bench(name: str, monkeypatch, capsys, *flags) -> dict:
 
 
 def test_the_benchmark_of_rates_prints_one_json_line(monkeypatch, capsys):
-    result = run_bench("memory_rates", monkeypatch, capsys, "--sizes-mib", 1, 2, "--dram-mib", 4, "--adam-mi-elements", 1,
-                       "--seconds", 0.01, "--kernel", "blocks")
+    result = run_bench(
+        "memory_rates",
+        monkeypatch,
+        capsys,
+        "--sizes-mib",
+        1,
+        2,
+        "--dram-mib",
+        4,
+        "--adam-mi-elements",
+        1,
+        "--seconds",
+        0.01,
+        "--kernel",
+        "blocks",
+    )
     assert set(result["duplex_gb_s_by_mib"]) == {"1", "2"}
     if not torch.cuda.is_available():
         assert result["link_is_a_wire"] is False and result["device_adam_gb_s"] is None
@@ -86,29 +101,55 @@ def test_the_benchmark_of_rates_prints_one_json_line(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_benchmark_of_host_adam_prints_one_json_line(monkeypatch, capsys):
-    result = run_bench("host_adam", monkeypatch, capsys, "--mi-elements", 1, "--rounds", 1, "--model", "tiny-1m", "--rows", 1,
-                       "--tokens", 32)
+    result = run_bench(
+        "host_adam",
+        monkeypatch,
+        capsys,
+        "--mi-elements",
+        1,
+        "--rounds",
+        1,
+        "--model",
+        "tiny-1m",
+        "--rows",
+        1,
+        "--tokens",
+        32,
+    )
     assert result["stream_gb_s"] > 0 and result["manager_all_resident"]["model"] == "tiny-1m"
     assert result["calls_per_second"]["beside_host_adam"] > 0
-    assert all(result[name]["share_of_stream"] > 0 for name in ("ours_compiled", "ours_blocks", "torch_fused", "torch_foreach"))
+    assert all(
+        result[name]["share_of_stream"] > 0
+        for name in ("ours_compiled", "ours_blocks", "torch_fused", "torch_foreach")
+    )
 
 
 def test_the_benchmark_of_offload_lets_contenders_take_turns_and_says_who_could_not(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["offload", *"--model tiny-1m --layers 2 --tokens 64 --seq-len 32 --micro-batch-size 1 "
-                                     "--rounds 1 --steps 2 --dtype float32 --device-budget-gib 1".split()])
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "offload",
+            *"--model tiny-1m --layers 2 --tokens 64 --seq-len 32 --micro-batch-size 1 "
+            "--rounds 1 --steps 2 --dtype float32 --device-budget-gib 1".split(),
+        ],
+    )
     runpy.run_path(str(ROOT / "recipes" / "bench" / "offload.py"), run_name="__main__")
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [(line["tokens_per_step"], line["contender"]) for line in lines] == [
-        (64, name) for name in ("ours", "all_resident", "fsdp2_offload", "deepspeed_zero3")]
+        (64, name) for name in ("ours", "all_resident", "fsdp2_offload", "deepspeed_zero3")
+    ]
     for line in lines[:2]:
-        assert line["layers"] == 2 and line["predicted_step_seconds"] > 0 and line["exposed_update_seconds"] >= 0
-        assert line["loss_difference"] < 2e-5 and line["tokens_per_second"] * line["step_seconds"] == pytest.approx(
-            line["tokens_per_step"])
+        assert (
+            line["layers"] == 2 and line["predicted_step_seconds"] > 0 and line["exposed_update_seconds"] >= 0
+        )
+        assert line["loss_difference"] < 2e-5 and line["tokens_per_second"] * line[
+            "step_seconds"
+        ] == pytest.approx(line["tokens_per_step"])
     if not torch.cuda.is_available():
         assert all("there is none" in line["error"] for line in lines[2:])
 
 
-# ---- the tracer ---------------------------------------------------------------------------------------------------------
+# ---- the tracer --------------------------------------------------------------------------------------------
 
 
 class Net(nn.Module):
@@ -131,6 +172,7 @@ class Clock:
     def counters(self) -> Counters:
         def reset():
             self.high = self.now
+
         return Counters(lambda: Usage(self.now, self.high, 2 * self.high, 50), reset)
 
     def set(self, now: int) -> None:
@@ -143,10 +185,12 @@ def test_the_tracer_sees_each_group_forward_and_backward_and_its_peak(recompute)
     model, clock = Net(), Clock()
     apply_recompute(list(model.layers), recompute)
     for i, layer in enumerate(model.layers):
-        layer.register_forward_pre_hook(lambda *_, i=i: clock.set(100 * (i + 1)))       # after the tracer's would be noted
+        layer.register_forward_pre_hook(
+            lambda *_, i=i: clock.set(100 * (i + 1))
+        )  # after the tracer's would be noted
     tracer = Tracer({f"layer {i}": layer for i, layer in enumerate(model.layers)}, CPU, clock.counters())
     x = torch.randn(2, 4)
-    model(x).backward()                                  # outside a step: not traced
+    model(x).backward()  # outside a step: not traced
     for _ in range(3):
         tracer.start_step()
         for _ in range(2):
@@ -161,9 +205,15 @@ def test_the_tracer_sees_each_group_forward_and_backward_and_its_peak(recompute)
     assert all(group.forward_seconds > 0 and group.backward_seconds > 0 for group in traced.groups.values())
     assert traced.forward_seconds == pytest.approx(sum(g.forward_seconds for g in traced.groups.values()))
     assert traced.backward_seconds == pytest.approx(sum(g.backward_seconds for g in traced.groups.values()))
-    assert traced.groups["layer 0"].backward_peak_bytes == 1000          # of what comes after the last gradient's arrival
+    assert (
+        traced.groups["layer 0"].backward_peak_bytes == 1000
+    )  # of what comes after the last gradient's arrival
     assert traced.groups["layer 1"].forward_peak_bytes <= 300
-    assert (traced.peak_allocated_bytes, traced.non_torch_bytes, traced.peak_reserved_bytes) == (1000, 50, 2000)
+    assert (traced.peak_allocated_bytes, traced.non_torch_bytes, traced.peak_reserved_bytes) == (
+        1000,
+        50,
+        2000,
+    )
     assert traced.non_model_peak_bytes == 1000 + 50 - 30 and traced.host_bytes == 7
     names = [name for name, _ in traced.curve]
     once = [f"layer {i} forward" for i in (0, 0, 1, 1, 2, 2)] + [f"layer {i} backward" for i in (2, 1, 0)]
@@ -181,12 +231,17 @@ def test_the_tracer_on_a_cpu_reads_the_resident_memory_of_the_process():
     del held
 
 
-# ---- the timeline -------------------------------------------------------------------------------------------------------
+# ---- the timeline ------------------------------------------------------------------------------------------
 
 
 def test_a_timeline_is_drawn_and_overlapping_work_counts_once(tmp_path):
-    events = [("F0 layer", "compute", 5.0, 5.1), ("a", "d2h", 5.0, 5.06), ("b", "d2h", 5.04, 5.1), ("c", "d2h", 5.2, 5.3),
-              ("d", "host adam", 5.1, 5.1)]
+    events = [
+        ("F0 layer", "compute", 5.0, 5.1),
+        ("a", "d2h", 5.0, 5.06),
+        ("b", "d2h", 5.04, 5.1),
+        ("c", "d2h", 5.2, 5.3),
+        ("d", "host adam", 5.1, 5.1),
+    ]
     assert busy_seconds(events, "d2h") == pytest.approx(0.2) and busy_seconds(events, "h2d") == 0
     for case in (events, events[4:], [(lane, lane, 0.0, 20.0) for lane in LANES]):
         draw_timeline(case, tmp_path / "step.png", "a step")

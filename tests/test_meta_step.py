@@ -1,8 +1,10 @@
-"""A whole step of llama2-7b, and of a tp rank of llama2-70b, on tensors without memory: what a GPU would refuse raises here.
+"""A whole step of llama2-7b, and of a tp rank of llama2-70b, on tensors without memory: what a GPU would
+refuse raises here.
 
-On `meta` every operation checks shapes, dtypes and devices, and computes nothing. What would make the host wait for the
-device raises: .item(), bool(), .cpu(), nonzero(). So does a tensor that was left on the CPU. Rows come from the CPU, as the
-reader gives them. Not covered: FSDP and pipeline transfers, which need real devices, and what only happens on `cuda`.
+On `meta` every operation checks shapes, dtypes and devices, and computes nothing. What would make the host
+wait for the device raises: .item(), bool(), .cpu(), nonzero(). So does a tensor that was left on the CPU.
+Rows come from the CPU, as the reader gives them. Not covered: FSDP and pipeline transfers, which need real
+devices, and what only happens on `cuda`.
 """
 
 import sys
@@ -41,10 +43,11 @@ STEPS = {
     "7b-selective-packed": Step("llama2-7b", 32, "selective", packed=True),
     "7b-full": Step("llama2-7b", 32, "full"),
     "7b-lora-packed": Step("llama2-7b", 32, lora=True, packed=True),
-    # Of 80 layers as many as make the test short; a rank of tp has its share of each, of the embedding and of the head.
+    # Of 80 layers as many as make the test short; a rank of tp has its share of each, of the embedding and of
+    # the head.
     "70b-tp-8-packed": Step("llama2-70b", 4, packed=True, tp=8),
     "70b-tp-8-selective-lora": Step("llama2-70b", 4, "selective", lora=True, tp=8),
-    "70b-tp-16-full": Step("llama2-70b", 4, "full", tp=16),              # 8 key/value heads, each for two ranks
+    "70b-tp-16-full": Step("llama2-70b", 4, "full", tp=16),  # 8 key/value heads, each for two ranks
 }
 
 
@@ -65,7 +68,8 @@ DEFECTS = {
 # The fused AdamW can do `meta`, and is told here not to ask whether `meta` is on its list of devices.
 @mock.patch("torch.optim.adam._device_dtype_check_for_fused", lambda *args, **how: None)
 def recipe_step(step: Step, defect: str = "none") -> tuple[str, str, str]:
-    """Set up and run one step and a validation as recipes/pretrain.py does; where its loss, gradient norm and nats are."""
+    """Set up and run one step and a validation as recipes/pretrain.py does; where its loss, gradient norm and
+    nats are."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
     import pretrain
     import torch.testing._internal.distributed.fake_pg  # noqa: F401  its collectives return at once: peers are not needed
@@ -74,20 +78,28 @@ def recipe_step(step: Step, defect: str = "none") -> tuple[str, str, str]:
     config = replace(LlamaConfig.preset(step.preset), num_hidden_layers=step.n_layers)
     train = pretrain.TrainConfig(recompute=step.recompute, global_batch_size=N_MICROS)
     layout = ParallelConfig(tp=step.tp).resolve(step.tp)
-    cfg = pretrain.PretrainConfig(step.preset, train=train, parallel=layout, memory=MemoryConfig(placement="off"))
+    cfg = pretrain.PretrainConfig(
+        step.preset, train=train, parallel=layout, memory=MemoryConfig(placement="off")
+    )
     with META:
         model = Llama(config)
     if step.lora:
         apply_lora(model, LoraConfig(rank=16), torch.bfloat16)
-    model.to(torch.bfloat16)          # weights that compute as they are: nothing is left for FSDP to cast
+    model.to(torch.bfloat16)  # weights that compute as they are: nothing is left for FSDP to cast
 
-    with (mock.patch.object(pretrain, "build_mesh", lambda layout, device_type: build_mesh(layout, "cpu")),
-          mock.patch("parallel.apply.apply_zero", lambda *args: None)):
+    with (
+        mock.patch.object(pretrain, "build_mesh", lambda layout, device_type: build_mesh(layout, "cpu")),
+        mock.patch("parallel.apply.apply_zero", lambda *args: None),
+    ):
         mesh, runner, optimizer = pretrain.set_up(cfg, model, layout, N_MICROS, "sdpa", META, T)
-    micros = [Batch(*torch.zeros(2, 1, T, dtype=torch.int64), packed_positions() if step.packed else None)
-              for _ in range(N_MICROS)]
+    micros = [
+        Batch(*torch.zeros(2, 1, T, dtype=torch.int64), packed_positions() if step.packed else None)
+        for _ in range(N_MICROS)
+    ]
     with mock.patch.object(LlamaMLP, "forward", DEFECTS[defect]):
-        loss, grad_norm = pretrain.train_step(runner, model, optimizer, micros, N_MICROS * T, 3e-4, mesh, layout, 1.0)
+        loss, grad_norm = pretrain.train_step(
+            runner, model, optimizer, micros, N_MICROS * T, 3e-4, mesh, layout, 1.0
+        )
         nats = runner.evaluate_step(micros[:1])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert trained and all("exp_avg" in optimizer.state[parameter] for parameter in trained)

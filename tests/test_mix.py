@@ -1,4 +1,5 @@
-"""Several corpora mixed by weight: exact shares in every stretch, one order on any number of ranks, each source whole."""
+"""Several corpora mixed by weight: exact shares in every stretch, one order on any number of ranks, each
+source whole."""
 
 from collections import Counter
 
@@ -19,8 +20,13 @@ T = 8
 @pytest.fixture
 def mixed(tmp_path) -> MixedRows:
     """Three sources whose tokens tell which they are: 0 .., 10_000 .., 20_000 .."""
-    corpora = [make_corpus(tmp_path / str(k), 10_000 * k + np.arange(1000 + 400 * k), [0, 500]) for k in range(len(WEIGHTS))]
-    return MixedRows({f"source-{k}": (PackedRows(corpora[k], T, 0.1, seed=5), weight) for k, weight in enumerate(WEIGHTS)})
+    corpora = [
+        make_corpus(tmp_path / str(k), 10_000 * k + np.arange(1000 + 400 * k), [0, 500])
+        for k in range(len(WEIGHTS))
+    ]
+    return MixedRows(
+        {f"source-{k}": (PackedRows(corpora[k], T, 0.1, seed=5), weight) for k, weight in enumerate(WEIGHTS)}
+    )
 
 
 def sources_of(rows: MixedRows, indices) -> np.ndarray:
@@ -50,14 +56,22 @@ def test_held_out_rows_have_the_shares_too_and_none_comes_twice(mixed):
     held_out = mixed.validation_rows()
     assert len(held_out) == mixed.n_validation == len(set(held_out)) > 20
     counts = Counter(sources_of(mixed, held_out).tolist())
-    assert all(counts[k] == pytest.approx(mixed.n_validation * weight, abs=2) for k, weight in enumerate(WEIGHTS))
+    assert all(
+        counts[k] == pytest.approx(mixed.n_validation * weight, abs=2) for k, weight in enumerate(WEIGHTS)
+    )
     assert sum(len(batch.tokens) for batch in validation_batches(mixed, 4, 0, 1)) >= mixed.n_validation
 
 
 def test_rows_and_position_do_not_depend_on_ranks_or_stops(mixed):
     def read(ranks: int, first: int, steps: int) -> torch.Tensor:
-        readers = [RowReader(mixed, 12, 12 // ranks, rank, ranks, document_mask=True, position=first) for rank in range(ranks)]
-        taken = [torch.cat([torch.cat([micro.tokens for micro in next(reader)]) for reader in readers]) for _ in range(steps)]
+        readers = [
+            RowReader(mixed, 12, 12 // ranks, rank, ranks, document_mask=True, position=first)
+            for rank in range(ranks)
+        ]
+        taken = [
+            torch.cat([torch.cat([micro.tokens for micro in next(reader)]) for reader in readers])
+            for _ in range(steps)
+        ]
         assert {reader.position for reader in readers} == {first + 12 * steps}
         for reader in readers:
             reader.close()
@@ -87,15 +101,18 @@ def test_paths_with_weights_are_a_mixture_and_others_are_what_they_were(inputs, 
     assert parse_mixture([f"{one}:0.5"]) is None
 
 
-@pytest.mark.parametrize("paths,said", [
-    (["a.txt:0", "b.txt:1"], "the weight 0 is not possible"),
-    (["a.txt:-1", "b.txt:1"], "the weight -1"),
-    (["a.txt:nan", "b.txt:1"], "the weight nan"),
-    (["a.txt:inf", "b.txt:1"], "the weight inf"),
-    (["a.txt:0.5", "b.txt"], "b.txt has no weight and a.txt has one"),
-    (["a.txt:0.5", "a.txt:0.5"], "a.txt is there twice"),
-    ([f"{__file__}:0,5"], "'0,5' is no weight"),
-])
+@pytest.mark.parametrize(
+    "paths,said",
+    [
+        (["a.txt:0", "b.txt:1"], "the weight 0 is not possible"),
+        (["a.txt:-1", "b.txt:1"], "the weight -1"),
+        (["a.txt:nan", "b.txt:1"], "the weight nan"),
+        (["a.txt:inf", "b.txt:1"], "the weight inf"),
+        (["a.txt:0.5", "b.txt"], "b.txt has no weight and a.txt has one"),
+        (["a.txt:0.5", "a.txt:0.5"], "a.txt is there twice"),
+        ([f"{__file__}:0,5"], "'0,5' is no weight"),
+    ],
+)
 def test_weights_that_cannot_be_are_refused_in_words(paths, said):
     with pytest.raises(UsageError, match="--data.path") as refused:
         parse_mixture(paths)
@@ -105,7 +122,15 @@ def test_weights_that_cannot_be_are_refused_in_words(paths, said):
 def test_a_source_that_cannot_be_read_is_named(inputs, tmp_path):
     (tmp_path / "a.txt").write_text("too short")
     with pytest.raises(UsageError, match="a.txt: --data.seq-len 16"):
-        open_rows([f"{tmp_path}/a.txt:1"], load_tokenizer(inputs / "tokenizer"), tmp_path / "cache", "text", 16, 0.1, 0)
+        open_rows(
+            [f"{tmp_path}/a.txt:1"],
+            load_tokenizer(inputs / "tokenizer"),
+            tmp_path / "cache",
+            "text",
+            16,
+            0.1,
+            0,
+        )
     source = PackedRows(make_corpus(tmp_path / "c", range(1000)), T, 0.1, seed=0)
     with pytest.raises(UsageError, match="too small"):
         MixedRows({"much": (source, 1.0), "hardly": (source, 1e-12)})
@@ -119,10 +144,12 @@ def test_a_mixed_run_says_each_source_s_loss_and_does_not_depend_on_ranks(inputs
     for ranks in (1, 2):
         flags = pretrain_flags(inputs, tmp_path / str(ranks), "--checkpoint.every", 0, steps=4)
         at = flags.index("--data.path") + 1
-        ended = recipe("pretrain", *flags[:at], *sources, *flags[at + 1:], ranks=ranks)
+        ended = recipe("pretrain", *flags[:at], *sources, *flags[at + 1 :], ranks=ranks)
         assert ended.status == 0 and "a.jsonl: " in ended.out, ended
     for one, two in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2"), strict=True):
         assert abs(one["loss"] - two["loss"]) < 2e-5
     last = metrics(tmp_path / "2")[-1]
     own = [last[f"validation_loss/{tmp_path}/{name}.jsonl"] for name in "ab"]
-    assert own[0] != own[1] and last["validation_loss"] == pytest.approx(sum(own) / 2, abs=0.5)      # of other held-out rows
+    assert own[0] != own[1] and last["validation_loss"] == pytest.approx(
+        sum(own) / 2, abs=0.5
+    )  # of other held-out rows

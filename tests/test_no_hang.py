@@ -1,4 +1,5 @@
-"""A rank that dies or throws ends the whole job in seconds, its own error the last word; a run that trained exits with 0."""
+"""A rank that dies or throws ends the whole job in seconds, its own error the last word; a run that trained
+exits with 0."""
 
 import os
 import signal
@@ -13,15 +14,29 @@ from recipe import pretrain_flags as flags
 
 
 def torchrun(arguments: list, ranks: int = 2, *options) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, *options,
-               ROOT / "recipes/pretrain.py", *arguments]
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        ranks,
+        *options,
+        ROOT / "recipes/pretrain.py",
+        *arguments,
+    ]
+    return subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def ranks_of(job: subprocess.Popen) -> list[psutil.Process]:
     """The training processes, in rank order."""
-    found = [child for child in psutil.Process(job.pid).children(recursive=True)
-             if any("pretrain.py" in word for word in child.cmdline()) and "RANK" in child.environ()]
+    found = [
+        child
+        for child in psutil.Process(job.pid).children(recursive=True)
+        if any("pretrain.py" in word for word in child.cmdline()) and "RANK" in child.environ()
+    ]
     return sorted(found, key=lambda child: int(child.environ()["RANK"]))
 
 
@@ -42,12 +57,17 @@ def test_a_dead_rank_ends_the_job_within_30_seconds(inputs, tmp_path, number):
     began = time.monotonic()
     said = job.communicate(timeout=40)[0]
     assert job.returncode != 0 and time.monotonic() - began < 30
-    assert number.name in said[-1500:]                # torchrun's summary names the rank that failed first, and of what
+    assert number.name in said[-1500:]  # torchrun's summary names the rank that failed first, and of what
 
 
 def test_elastic_restart_goes_on_from_the_newest_checkpoint(inputs, reference, tmp_path):
     run_dir = tmp_path / "run"
-    job = torchrun(flags(inputs, run_dir, "--data.document-mask", "--checkpoint.every", 1, steps=8), 2, "--max-restarts", 2)
+    job = torchrun(
+        flags(inputs, run_dir, "--data.document-mask", "--checkpoint.every", 1, steps=8),
+        2,
+        "--max-restarts",
+        2,
+    )
     wait_for_rows(run_dir, 4, job)
     os.kill(ranks_of(job)[1].pid, signal.SIGKILL)
     said = job.communicate(timeout=90)[0]

@@ -1,5 +1,6 @@
-"""One answer: in fp32, five steps of any layout equal one process. Losses within 2e-5, gradient norms within 1e-4 relative,
-final weights within 1e-5, initial weights bitwise. The table of all layouts is printed at the end of `make test-all`.
+"""One answer: in fp32, five steps of any layout equal one process. Losses within 2e-5, gradient norms within
+1e-4 relative, final weights within 1e-5, initial weights bitwise. The table of all layouts is printed at the
+end of `make test-all`.
 """
 
 import functools
@@ -27,10 +28,20 @@ from parallel.context import shard_sequence
 from parallel.pipeline import make_step_runner
 
 STEPS, ROWS, T = 5, 8, 32
-GQA = LlamaConfig(vocab_size=101, hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=8,
-                  num_key_value_heads=4)                     # 5 layers: uneven over stages; 101 tokens: uneven over tp
-SHAPES = {"gqa": GQA, "tied": replace(GQA, tie_word_embeddings=True), "mha": replace(GQA, num_key_value_heads=8),
-          "mqa": replace(GQA, num_key_value_heads=1)}
+GQA = LlamaConfig(
+    vocab_size=101,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=5,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+)  # 5 layers: uneven over stages; 101 tokens: uneven over tp
+SHAPES = {
+    "gqa": GQA,
+    "tied": replace(GQA, tie_word_embeddings=True),
+    "mha": replace(GQA, num_key_value_heads=8),
+    "mqa": replace(GQA, num_key_value_heads=1),
+}
 
 
 def rows_of(step: int, masked: bool) -> Batch:
@@ -58,8 +69,16 @@ def five_steps(shape: str, layout: ParallelConfig, micro: int, masked: bool, rec
     for part in parts:
         part.to_empty(device="cpu")
     init_weights(model, seed=0)
-    runner = make_step_runner(parts, mesh["pp"], layout.schedule, n_micros, torch.device("cpu"), torch.float32,
-                              layout.sequence_shards, layout.zero_stage)
+    runner = make_step_runner(
+        parts,
+        mesh["pp"],
+        layout.schedule,
+        n_micros,
+        torch.device("cpu"),
+        torch.float32,
+        layout.sequence_shards,
+        layout.zero_stage,
+    )
     initial = whole_weights(model)
     optimizer = build_adamw(model, lr=1e-3, weight_decay=0.1)
     losses, norms = [], []
@@ -67,23 +86,37 @@ def five_steps(shape: str, layout: ParallelConfig, micro: int, masked: bool, rec
         batch = rows_of(step, masked)
         n_scored = (batch.labels != -100).sum()
         mine = [None if x is None else x.chunk(layout.dp)[mesh["dp"].get_local_rank()] for x in batch]
-        micros = [Batch(*(None if x is None else x[i:i + micro] for x in mine)) for i in range(0, ROWS // layout.dp, micro)]
+        micros = [
+            Batch(*(None if x is None else x[i : i + micro] for x in mine))
+            for i in range(0, ROWS // layout.dp, micro)
+        ]
         if layout.cp > 1:
-            micros = [Batch(*(shard_sequence(x, mesh["cp"], layout.cp_method) for x in m[:2]), m.positions) for m in micros]
+            micros = [
+                Batch(*(shard_sequence(x, mesh["cp"], layout.cp_method) for x in m[:2]), m.positions)
+                for m in micros
+            ]
         loss = runner.step(micros, n_scored, grad_scale=layout.grad_ranks)
         dist.all_reduce(loss, group=mesh["loss"].get_group())
-        norm = clip_grad_norm(model.parameters(), 0.5, optimizer, in_step=True)      # 0.5: every step is clipped
+        norm = clip_grad_norm(model.parameters(), 0.5, optimizer, in_step=True)  # 0.5: every step is clipped
         norms.append(norm.item())
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return {"losses": losses, "norms": norms, "initial": initial, "final": whole_weights(model),
-            "seconds": time.perf_counter() - began}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "initial": initial,
+        "final": whole_weights(model),
+        "seconds": time.perf_counter() - began,
+    }
 
 
 def whole_weights(model: Llama) -> dict[str, torch.Tensor]:
     """All parameters of all stages, by name, on every rank."""
-    own = {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in model.named_parameters()}
+    own = {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
     return {name: weight for one in everyone for name, weight in one.items()} if dist.get_rank() == 0 else {}
@@ -94,61 +127,135 @@ def one_process(shape: str, masked: bool) -> dict:
     return run_on(1, five_steps, shape, ParallelConfig(), ROWS, masked)[0]
 
 
-def assert_one_answer(name: str, ranks: int, layout: ParallelConfig, shape: str, micro: int, masked: bool, recompute: str):
+def assert_one_answer(
+    name: str, ranks: int, layout: ParallelConfig, shape: str, micro: int, masked: bool, recompute: str
+):
     ours = run_on(ranks, five_steps, shape, layout, micro, masked, recompute, timeout=180)[0]
     expected = one_process(shape, masked)
     loss = max(abs(a - b) for a, b in zip(ours["losses"], expected["losses"], strict=True))
     norm = max(abs(a / b - 1) for a, b in zip(ours["norms"], expected["norms"], strict=True))
-    weight = max((ours["final"][key] - expected["final"][key]).abs().max().item() for key in expected["final"])
+    weight = max(
+        (ours["final"][key] - expected["final"][key]).abs().max().item() for key in expected["final"]
+    )
     PARITY_ROWS.append((name, ranks, loss, norm, weight, ours["seconds"]))
     assert ours["initial"].keys() == expected["initial"].keys()
     assert all(torch.equal(ours["initial"][key], value) for key, value in expected["initial"].items())
     assert loss < 2e-5 and norm < 1e-4 and weight < 1e-5, (loss, norm, weight)
 
 
-def case(ranks: int, shape: str = "gqa", micro: int = 1, masked: bool = True, recompute: str = "none", **layout):
+def case(
+    ranks: int, shape: str = "gqa", micro: int = 1, masked: bool = True, recompute: str = "none", **layout
+):
     words = [f"{key}={value}" for key, value in layout.items()]
-    words += [word for word, said in ((shape, shape != "gqa"), (f"micro={micro}", micro != 1), ("unmasked", not masked),
-                                      (f"recompute={recompute}", recompute != "none")) if said]
+    words += [
+        word
+        for word, said in (
+            (shape, shape != "gqa"),
+            (f"micro={micro}", micro != 1),
+            ("unmasked", not masked),
+            (f"recompute={recompute}", recompute != "none"),
+        )
+        if said
+    ]
     name = f"{' '.join(words) or 'dp'} on {ranks}"
-    return pytest.param(ranks, ParallelConfig(**layout), shape, micro, masked, recompute, id=name,
-                        marks=marks_for(layout.get("schedule")))
+    return pytest.param(
+        ranks,
+        ParallelConfig(**layout),
+        shape,
+        micro,
+        masked,
+        recompute,
+        id=name,
+        marks=marks_for(layout.get("schedule")),
+    )
 
 
 RING = {"cp_method": "ring"}
-FAST = [    # each axis alone, the pairs, four axes: part of every `make test`
-    case(2), case(2, zero_stage=1), case(4, tp=4), case(2, tp=2, shape="tied"), case(4, cp=4), case(2, cp=2, **RING),
-    case(2, pp=2), case(2, pp=2, shape="tied", micro=2), case(4, pp=2, tp=2), case(8, pp=2, tp=2, cp=2, **RING),
+FAST = [  # each axis alone, the pairs, four axes: part of every `make test`
+    case(2),
+    case(2, zero_stage=1),
+    case(4, tp=4),
+    case(2, tp=2, shape="tied"),
+    case(4, cp=4),
+    case(2, cp=2, **RING),
+    case(2, pp=2),
+    case(2, pp=2, shape="tied", micro=2),
+    case(4, pp=2, tp=2),
+    case(8, pp=2, tp=2, cp=2, **RING),
 ]
 ALL = FAST + [
-    case(4), case(8), case(2, micro=4), case(2, zero_stage=0), case(4, zero_stage=2, micro=2), case(2, shape="mha"),
-    case(4, dp_replicate=2), case(8, dp_replicate=2, tp=2), case(4, dp_replicate=2, zero_stage=1),
+    case(4),
+    case(8),
+    case(2, micro=4),
+    case(2, zero_stage=0),
+    case(4, zero_stage=2, micro=2),
+    case(2, shape="mha"),
+    case(4, dp_replicate=2),
+    case(8, dp_replicate=2, tp=2),
+    case(4, dp_replicate=2, zero_stage=1),
     case(4, dp_replicate=4, dp_shard=1),
-    case(2, tp=2), case(2, tp=2, sequence_parallel=False), case(4, tp=4, shape="mqa"), case(4, tp=2, zero_stage=1),
-    case(4, tp=2, sequence_parallel=False, shape="tied"), case(8, tp=4, zero_stage=0), case(4, tp=2, recompute="full"),
-    case(2, tp=2, recompute="selective"), case(2, tp=2, masked=False), case(8, tp=8, shape="mha"),
-    case(2, cp=2), case(2, cp=2, masked=False), case(2, cp=2, masked=False, **RING), case(4, cp=4, **RING),
-    case(4, cp=2), case(4, cp=2, tp=2), case(4, cp=2, tp=2, **RING), case(8, cp=2, tp=2), case(4, cp=2, shape="mqa"),
-    case(4, cp=2, recompute="full", **RING), case(4, cp=2, dp_replicate=2), case(4, cp=2, zero_stage=0, **RING),
-    case(2, pp=2, schedule="gpipe"), case(2, pp=2, schedule="interleaved-1f1b"), case(2, pp=2, schedule="zero-bubble"),
-    case(2, pp=2, schedule="zbv"), case(2, pp=2, schedule="dualpipev"), case(4, pp=4), case(4, pp=2), case(8, pp=2),
-    case(2, pp=2, masked=False), case(2, pp=2, recompute="full"), case(4, pp=2, zero_stage=1), case(8, pp=2, dp_replicate=2),
-    case(4, pp=2, tp=2, shape="tied"), case(8, pp=2, tp=2), case(8, pp=2, tp=4), case(8, pp=4, tp=2),
-    case(4, pp=2, tp=2, schedule="zbv"), case(4, pp=2, tp=2, schedule="interleaved-1f1b", shape="tied"),
-    case(4, pp=2, cp=2), case(4, pp=2, cp=2, **RING), case(8, pp=2, cp=2), case(8, pp=2, cp=2, tp=2, shape="tied"),
-    case(8, pp=2, tp=2, cp=2, recompute="full", masked=False), case(8, pp=2, tp=2, dp_replicate=2, zero_stage=0),
+    case(2, tp=2),
+    case(2, tp=2, sequence_parallel=False),
+    case(4, tp=4, shape="mqa"),
+    case(4, tp=2, zero_stage=1),
+    case(4, tp=2, sequence_parallel=False, shape="tied"),
+    case(8, tp=4, zero_stage=0),
+    case(4, tp=2, recompute="full"),
+    case(2, tp=2, recompute="selective"),
+    case(2, tp=2, masked=False),
+    case(8, tp=8, shape="mha"),
+    case(2, cp=2),
+    case(2, cp=2, masked=False),
+    case(2, cp=2, masked=False, **RING),
+    case(4, cp=4, **RING),
+    case(4, cp=2),
+    case(4, cp=2, tp=2),
+    case(4, cp=2, tp=2, **RING),
+    case(8, cp=2, tp=2),
+    case(4, cp=2, shape="mqa"),
+    case(4, cp=2, recompute="full", **RING),
+    case(4, cp=2, dp_replicate=2),
+    case(4, cp=2, zero_stage=0, **RING),
+    case(2, pp=2, schedule="gpipe"),
+    case(2, pp=2, schedule="interleaved-1f1b"),
+    case(2, pp=2, schedule="zero-bubble"),
+    case(2, pp=2, schedule="zbv"),
+    case(2, pp=2, schedule="dualpipev"),
+    case(4, pp=4),
+    case(4, pp=2),
+    case(8, pp=2),
+    case(2, pp=2, masked=False),
+    case(2, pp=2, recompute="full"),
+    case(4, pp=2, zero_stage=1),
+    case(8, pp=2, dp_replicate=2),
+    case(4, pp=2, tp=2, shape="tied"),
+    case(8, pp=2, tp=2),
+    case(8, pp=2, tp=4),
+    case(8, pp=4, tp=2),
+    case(4, pp=2, tp=2, schedule="zbv"),
+    case(4, pp=2, tp=2, schedule="interleaved-1f1b", shape="tied"),
+    case(4, pp=2, cp=2),
+    case(4, pp=2, cp=2, **RING),
+    case(8, pp=2, cp=2),
+    case(8, pp=2, cp=2, tp=2, shape="tied"),
+    case(8, pp=2, tp=2, cp=2, recompute="full", masked=False),
+    case(8, pp=2, tp=2, dp_replicate=2, zero_stage=0),
 ]
 
 
 @pytest.mark.parametrize("ranks,layout,shape,micro,masked,recompute", FAST)
 def test_one_answer(request, ranks, layout, shape, micro, masked, recompute):
-    assert_one_answer(request.node.callspec.id.rpartition(" on ")[0], ranks, layout, shape, micro, masked, recompute)
+    assert_one_answer(
+        request.node.callspec.id.rpartition(" on ")[0], ranks, layout, shape, micro, masked, recompute
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks,layout,shape,micro,masked,recompute", ALL[len(FAST):])
+@pytest.mark.parametrize("ranks,layout,shape,micro,masked,recompute", ALL[len(FAST) :])
 def test_one_answer_everywhere(request, ranks, layout, shape, micro, masked, recompute):
-    assert_one_answer(request.node.callspec.id.rpartition(" on ")[0], ranks, layout, shape, micro, masked, recompute)
+    assert_one_answer(
+        request.node.callspec.id.rpartition(" on ")[0], ranks, layout, shape, micro, masked, recompute
+    )
 
 
 SIZES = st.sampled_from([1, 2, 3, 4])
@@ -158,11 +265,19 @@ SIZES = st.sampled_from([1, 2, 3, 4])
 def any_layout(draw):
     """Mostly small, often impossible: what a user might type."""
     return ParallelConfig(
-        pp=draw(SIZES), cp=draw(SIZES), tp=draw(SIZES),
-        dp_replicate=draw(st.sampled_from([1, 1, 2])), dp_shard=draw(st.sampled_from([1, 1, 2])),
-        zero_stage=draw(st.integers(0, 3)), sequence_parallel=draw(st.booleans()),
-        cp_method=draw(st.sampled_from(["ulysses", "ring"])), virtual_stages=draw(st.sampled_from([None, 1, 2])),
-        schedule=draw(st.sampled_from(["gpipe", "1f1b", "interleaved-1f1b", "zero-bubble", "zbv", "dualpipev"])))
+        pp=draw(SIZES),
+        cp=draw(SIZES),
+        tp=draw(SIZES),
+        dp_replicate=draw(st.sampled_from([1, 1, 2])),
+        dp_shard=draw(st.sampled_from([1, 1, 2])),
+        zero_stage=draw(st.integers(0, 3)),
+        sequence_parallel=draw(st.booleans()),
+        cp_method=draw(st.sampled_from(["ulysses", "ring"])),
+        virtual_stages=draw(st.sampled_from([None, 1, 2])),
+        schedule=draw(
+            st.sampled_from(["gpipe", "1f1b", "interleaved-1f1b", "zero-bubble", "zbv", "dualpipev"])
+        ),
+    )
 
 
 def run_or_refuse(layout: ParallelConfig, shape: str, micro: int, masked: bool, recompute: str) -> str:
@@ -174,14 +289,23 @@ def run_or_refuse(layout: ParallelConfig, shape: str, micro: int, masked: bool, 
         return "refused"
     if ranks > 8:
         return "too large for a test machine"
-    words = [f"{key}={value}" for key, value in asdict(layout).items() if value != getattr(ParallelConfig(), key)]
-    assert_one_answer("drawn: " + " ".join([*words, shape, recompute]), ranks, layout, shape, micro, masked, recompute)
+    words = [
+        f"{key}={value}" for key, value in asdict(layout).items() if value != getattr(ParallelConfig(), key)
+    ]
+    assert_one_answer(
+        "drawn: " + " ".join([*words, shape, recompute]), ranks, layout, shape, micro, masked, recompute
+    )
     return "one answer"
 
 
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(any_layout(), st.sampled_from(list(SHAPES)), st.sampled_from([1, 2, 4]), st.booleans(),
-       st.sampled_from(["none", "full", "selective"]))
+@given(
+    any_layout(),
+    st.sampled_from(list(SHAPES)),
+    st.sampled_from([1, 2, 4]),
+    st.booleans(),
+    st.sampled_from(["none", "full", "selective"]),
+)
 def test_any_layout_is_refused_in_words_or_gives_the_one_answer(layout, shape, micro, masked, recompute):
     run_or_refuse(layout, shape, micro, masked, recompute)

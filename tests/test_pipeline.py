@@ -1,4 +1,5 @@
-"""A pipeline gives the losses, gradients and weights of one process, under every schedule, and refuses what cannot run."""
+"""A pipeline gives the losses, gradients and weights of one process, under every schedule, and refuses what
+cannot run."""
 
 import functools
 import time
@@ -23,8 +24,10 @@ from parallel.pipeline import SCHEDULES, check_pipeline, make_step_runner, split
 from parallel.schedule_picture import Event, Recorder, bubble_share, draw_schedule
 
 CPU = torch.device("cpu")
-SHAPE = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
-LLAMA = LlamaConfig(**SHAPE, num_hidden_layers=5)                   # 5 layers: no number of stages below divides them
+SHAPE = dict(
+    vocab_size=61, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2
+)
+LLAMA = LlamaConfig(**SHAPE, num_hidden_layers=5)  # 5 layers: no number of stages below divides them
 TIED = LlamaConfig(**SHAPE, num_hidden_layers=5, tie_word_embeddings=True)
 
 
@@ -38,47 +41,60 @@ def test_layers_are_split_by_cost_with_any_remainder():
         return [len(stage) for stage in split]
 
     preset = LlamaConfig.preset
-    assert sizes(preset("llama2-7b"), 4) == [8, 8, 8, 8]            # the head costs 0.65 of a block: not a whole one
+    assert sizes(preset("llama2-7b"), 4) == [8, 8, 8, 8]  # the head costs 0.65 of a block: not a whole one
     assert sizes(preset("llama2-13b"), 16) == [2] * 7 + [3] * 8 + [2]
     assert sizes(preset("llama2-70b"), 8) == [10] * 8
     assert sizes(LLAMA, 2) == [3, 2]
-    assert sizes(LLAMA, 4) == [1, 1, 2, 1]                          # the one left over goes late, but not to the head
+    assert sizes(LLAMA, 4) == [1, 1, 2, 1]  # the one left over goes late, but not to the head
     assert sizes(LLAMA, 5) == [1] * 5
-    wide = LlamaConfig(**{**SHAPE, "vocab_size": 32000}, num_hidden_layers=8)     # the head costs more than all blocks
+    wide = LlamaConfig(
+        **{**SHAPE, "vocab_size": 32000}, num_hidden_layers=8
+    )  # the head costs more than all blocks
     assert sizes(wide, 3) == [3, 4, 1]
 
 
-@pytest.mark.parametrize("schedule,pp,virtual_stages,placement", [
-    ("gpipe", 3, 1, [[0], [1], [2]]),
-    ("1f1b", 2, 1, [[0], [1]]),
-    ("interleaved-1f1b", 2, 3, [[0, 2, 4], [1, 3, 5]]),
-    ("zero-bubble", 4, 2, [[0, 4], [1, 5], [2, 6], [3, 7]]),
-    ("zbv", 3, 2, [[0, 5], [1, 4], [2, 3]]),
-    ("dualpipev", 2, 2, [[0, 3], [1, 2]]),
-])
+@pytest.mark.parametrize(
+    "schedule,pp,virtual_stages,placement",
+    [
+        ("gpipe", 3, 1, [[0], [1], [2]]),
+        ("1f1b", 2, 1, [[0], [1]]),
+        ("interleaved-1f1b", 2, 3, [[0, 2, 4], [1, 3, 5]]),
+        ("zero-bubble", 4, 2, [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("zbv", 3, 2, [[0, 5], [1, 4], [2, 3]]),
+        ("dualpipev", 2, 2, [[0, 3], [1, 2]]),
+    ],
+)
 def test_stages_lie_in_a_loop_or_a_v(schedule, pp, virtual_stages, placement):
     assert stage_indices(schedule, pp, virtual_stages) == placement
 
 
-@pytest.mark.parametrize("asked,said", [
-    ((2, "1f1b2", 1, 4), "1f1b2 is not one of gpipe, 1f1b"),
-    ((8, "1f1b", 1, 8), "8 x .* 1 = 8 stages, .* 5 layers.* at most --parallel.pp 5."),
-    ((2, "interleaved-1f1b", 3, 4), "= 6 stages, .* 5 layers.*--parallel.virtual-stages 2"),
-    ((4, "zbv", 2, 8), "= 8 stages, .* 5 layers.* at most --parallel.pp 2, or --parallel.schedule 1f1b"),
-    ((2, "gpipe", 2, 4), "one stage per rank and --parallel.virtual-stages is 2"),
-    ((2, "dualpipev", 1, 4), "exactly two stages per rank and --parallel.virtual-stages is 1"),
-    ((2, "interleaved-1f1b", 1, 4), "at least 2 and it is 1"),
-    ((2, "zero-bubble", 0, 4), "at least 1 and it is 0"),
-    ((4, "1f1b", 1, 3), "each of its 4 stages and .*global-batch-size.* 3 microbatches.*schedule gpipe"),
-    ((2, "dualpipev", 2, 3), "each of its 4 stages and .* 3 microbatches.*schedule zbv"),
-    ((2, "interleaved-1f1b", 2, 5), "5 microbatches a step, which 2 rounds do not divide; use 4 or 6"),
-    ((2, "zero-bubble", 2, 7), "use 6 or 8 microbatches"),
-    pytest.param((2, "zbv", 2, 4, "selective"),
-                 "schedule zbv .* two halves, .*--train.recompute selective.* or --train.recompute full",
-                 marks=needs_split_backward),
-    pytest.param((2, "zero-bubble", 2, 4, "none", True),
-                 "schedule zero-bubble .* two halves, .*--train.compile", marks=needs_split_backward),
-])
+@pytest.mark.parametrize(
+    "asked,said",
+    [
+        ((2, "1f1b2", 1, 4), "1f1b2 is not one of gpipe, 1f1b"),
+        ((8, "1f1b", 1, 8), "8 x .* 1 = 8 stages, .* 5 layers.* at most --parallel.pp 5."),
+        ((2, "interleaved-1f1b", 3, 4), "= 6 stages, .* 5 layers.*--parallel.virtual-stages 2"),
+        ((4, "zbv", 2, 8), "= 8 stages, .* 5 layers.* at most --parallel.pp 2, or --parallel.schedule 1f1b"),
+        ((2, "gpipe", 2, 4), "one stage per rank and --parallel.virtual-stages is 2"),
+        ((2, "dualpipev", 1, 4), "exactly two stages per rank and --parallel.virtual-stages is 1"),
+        ((2, "interleaved-1f1b", 1, 4), "at least 2 and it is 1"),
+        ((2, "zero-bubble", 0, 4), "at least 1 and it is 0"),
+        ((4, "1f1b", 1, 3), "each of its 4 stages and .*global-batch-size.* 3 microbatches.*schedule gpipe"),
+        ((2, "dualpipev", 2, 3), "each of its 4 stages and .* 3 microbatches.*schedule zbv"),
+        ((2, "interleaved-1f1b", 2, 5), "5 microbatches a step, which 2 rounds do not divide; use 4 or 6"),
+        ((2, "zero-bubble", 2, 7), "use 6 or 8 microbatches"),
+        pytest.param(
+            (2, "zbv", 2, 4, "selective"),
+            "schedule zbv .* two halves, .*--train.recompute selective.* or --train.recompute full",
+            marks=needs_split_backward,
+        ),
+        pytest.param(
+            (2, "zero-bubble", 2, 4, "none", True),
+            "schedule zero-bubble .* two halves, .*--train.compile",
+            marks=needs_split_backward,
+        ),
+    ],
+)
 def test_what_cannot_run_is_refused_with_the_flag_the_rule_and_a_way_out(asked, said):
     with pytest.raises(UsageError, match=said) as error:
         check_pipeline(LLAMA, *asked)
@@ -89,7 +105,9 @@ def test_a_split_backward_is_refused_where_torch_cannot_do_it(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
     check_pipeline(LLAMA, 2, "interleaved-1f1b", 2, 4)
     for schedule, stages in (("zero-bubble", 2), ("zbv", 2), ("dualpipev", 2)):
-        with pytest.raises(UsageError, match=f"schedule {schedule} .* inside torch 2.11.0.* use a newer torch, or .*1f1b"):
+        with pytest.raises(
+            UsageError, match=f"schedule {schedule} .* inside torch 2.11.0.* use a newer torch, or .*1f1b"
+        ):
             check_pipeline(LLAMA, 2, schedule, stages, 4)
 
 
@@ -97,7 +115,8 @@ def test_a_split_backward_is_refused_where_torch_cannot_do_it(monkeypatch):
 
 
 def make_micros(n, step=0, dp_rank=0, documents=False):
-    """n microbatches of 2 rows of 32 tokens, each with another share of scored labels; the second has none at all."""
+    """n microbatches of 2 rows of 32 tokens, each with another share of scored labels; the second has none at
+    all."""
     micros = []
     for i in range(n):
         draw = torch.Generator().manual_seed(1000 * step + 100 * dp_rank + i)
@@ -106,7 +125,9 @@ def make_micros(n, step=0, dp_rank=0, documents=False):
         if i == 1:
             labels[:] = -100
         cut = 5 + 3 * i
-        positions = torch.cat([torch.arange(cut), torch.arange(32 - cut)]).expand(2, -1) if documents else None
+        positions = (
+            torch.cat([torch.arange(cut), torch.arange(32 - cut)]).expand(2, -1) if documents else None
+        )
         micros.append(Batch(tokens, labels, positions))
     return micros
 
@@ -130,11 +151,15 @@ def build(config, n_micros, recompute="none", **layout):
 
 
 def gradients_of(model):
-    return {name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for name, p in model.named_parameters()}
+    return {
+        name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        for name, p in model.named_parameters()
+    }
 
 
 def evaluate_and_step(model, runner, n_micros, documents):
-    """Nats of 3 microbatches, the loss of n_micros, and gradients, which a scale of 3 makes three times as large."""
+    """Nats of 3 microbatches, the loss of n_micros, and gradients, which a scale of 3 makes three times as
+    large."""
     micros = make_micros(n_micros, documents=documents)
     nats = runner.evaluate_step(micros[:3]).item()
     return nats, runner.step(micros, count_scored(micros), grad_scale=3.0).item(), gradients_of(model)
@@ -143,8 +168,14 @@ def evaluate_and_step(model, runner, n_micros, documents):
 def on_a_pipeline(cases):
     answers = []
     for config, schedule, virtual_stages, n_micros, documents, recompute in cases:
-        model, runner, *_ = build(config, n_micros, recompute, pp=dist.get_world_size(), schedule=schedule,
-                                  virtual_stages=virtual_stages)
+        model, runner, *_ = build(
+            config,
+            n_micros,
+            recompute,
+            pp=dist.get_world_size(),
+            schedule=schedule,
+            virtual_stages=virtual_stages,
+        )
         answers.append(evaluate_and_step(model, runner, n_micros, documents))
     return answers
 
@@ -152,7 +183,9 @@ def on_a_pipeline(cases):
 @functools.cache
 def on_one_process(config, n_micros, documents):
     model = Llama(config)
-    return evaluate_and_step(model, make_step_runner([model], None, "1f1b", n_micros, CPU), n_micros, documents)
+    return evaluate_and_step(
+        model, make_step_runner([model], None, "1f1b", n_micros, CPU), n_micros, documents
+    )
 
 
 def assert_one_answer(cases, ranks):
@@ -161,7 +194,7 @@ def assert_one_answer(cases, ranks):
         assert abs(sum(nats for nats, _, _ in parts) / nats - 1) < 2e-6, case
         assert abs(sum(loss for _, loss, _ in parts) - loss) < 2e-5, case
         names = [name for _, _, held in parts for name in held]
-        assert sorted(names) == sorted(gradients), case              # each parameter on one rank; a tied one too
+        assert sorted(names) == sorted(gradients), case  # each parameter on one rank; a tied one too
         for name, gradient in ((name, gradient) for _, _, held in parts for name, gradient in held.items()):
             difference = (gradient - gradients[name]).norm() / gradients[name].norm()
             assert difference < 1e-4, f"{case}, {name}: {difference}"
@@ -170,15 +203,29 @@ def assert_one_answer(cases, ranks):
 @pytest.mark.parametrize("schedule", [pytest.param(name, marks=marks_for(name)) for name in SCHEDULES])
 def test_every_schedule_gives_the_losses_and_gradients_of_one_process(schedule):
     virtual_stages = 2 if schedule == "zero-bubble" else SCHEDULES[schedule].default_virtual_stages
-    assert_one_answer([(config, schedule, virtual_stages, n_micros, documents, recompute)
-                       for config, n_micros, documents, recompute in [
-                           (LLAMA, 4, False, "none"), (TIED, 4, True, "none"), (TIED, 6, False, "full"),
-                           (LLAMA, 4, True, "full")]], ranks=2)
+    assert_one_answer(
+        [
+            (config, schedule, virtual_stages, n_micros, documents, recompute)
+            for config, n_micros, documents, recompute in [
+                (LLAMA, 4, False, "none"),
+                (TIED, 4, True, "none"),
+                (TIED, 6, False, "full"),
+                (LLAMA, 4, True, "full"),
+            ]
+        ],
+        ranks=2,
+    )
 
 
 def test_four_ranks_with_uneven_layers_give_the_answer_of_one_process():
-    assert_one_answer([(LLAMA, "1f1b", 1, 4, False, "none"), (TIED, "1f1b", 1, 7, True, "selective"),
-                       (TIED, "gpipe", 1, 3, False, "none")], ranks=4)
+    assert_one_answer(
+        [
+            (LLAMA, "1f1b", 1, 4, False, "none"),
+            (TIED, "1f1b", 1, 7, True, "selective"),
+            (TIED, "gpipe", 1, 3, False, "none"),
+        ],
+        ranks=4,
+    )
 
 
 @needs_split_backward
@@ -203,7 +250,7 @@ def train(steps, n_micros, layout):
         everyones = [make_micros(n_micros, step, dp_rank, documents=True) for dp_rank in range(layout.dp)]
         n_scored = sum(map(count_scored, everyones))
         if step == 2:
-            runner.evaluate_step(everyones[0][:2])                   # between two steps it leaves nothing behind
+            runner.evaluate_step(everyones[0][:2])  # between two steps it leaves nothing behind
         loss = runner.step(everyones[mesh["dp"].get_local_rank()], n_scored, grad_scale=layout.dp)
         dist.all_reduce(loss)
         losses.append(loss.item())
@@ -219,24 +266,38 @@ def trained_by_one_process(steps, n_micros):
     optimizer = build_adamw(model, lr=1e-3, weight_decay=0.1, eps=1e-5)
     losses = []
     for step in range(steps):
-        micros = [micro for dp_rank in range(2) for micro in make_micros(n_micros, step, dp_rank, documents=True)]
+        micros = [
+            micro for dp_rank in range(2) for micro in make_micros(n_micros, step, dp_rank, documents=True)
+        ]
         losses.append(runner.step(micros, count_scored(micros)).item())
         optimizer.step()
         optimizer.zero_grad()
     return losses, {name: p.detach() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("layout", [pytest.param(layout, marks=marks_for(layout["schedule"])) for layout in (
-    dict(schedule="1f1b"), dict(schedule="zbv"), dict(schedule="zero-bubble", virtual_stages=2, zero_stage=1),
-    dict(schedule="interleaved-1f1b", dp_replicate=2, dp_shard=1), dict(schedule="dualpipev", zero_stage=0),
-)], ids=lambda layout: "-".join(map(str, layout.values())))
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(layout, marks=marks_for(layout["schedule"]))
+        for layout in (
+            dict(schedule="1f1b"),
+            dict(schedule="zbv"),
+            dict(schedule="zero-bubble", virtual_stages=2, zero_stage=1),
+            dict(schedule="interleaved-1f1b", dp_replicate=2, dp_shard=1),
+            dict(schedule="dualpipev", zero_stage=0),
+        )
+    ],
+    ids=lambda layout: "-".join(map(str, layout.values())),
+)
 def test_five_adamw_steps_with_zero_or_hsdp_equal_one_process(layout):
     losses, weights = trained_by_one_process(5, 4)
     ranks = run_on(4, train, 5, 4, {"pp": 2, **layout})
     for theirs, held in ranks:
         assert_close(theirs, losses, rtol=0, atol=2e-5)
         for name, weight in held.items():
-            assert_close(weight, weights[name], rtol=0, atol=1e-5)   # fp32: only the order of summation differs
+            assert_close(
+                weight, weights[name], rtol=0, atol=1e-5
+            )  # fp32: only the order of summation differs
     assert {name for _, held in ranks for name in held} == set(weights)
 
 
@@ -264,11 +325,15 @@ def collectives_of_a_step(layout, n_micros_each):
 
 # groups: what is gathered at once, on the ranks of each stage. A block is one, and each rank has 4; so is the
 # embedding, and the norm with the head. The first rank of a V has both ends.
-@pytest.mark.parametrize("layout,groups", [
-    (dict(pp=2, schedule="1f1b"), (5, 5)),
-    (dict(pp=2, schedule="interleaved-1f1b", virtual_stages=4), (5, 5)),
-    pytest.param(dict(pp=2, schedule="dualpipev"), (6, 4), marks=needs_split_backward),
-], ids=["1f1b", "interleaved-1f1b", "dualpipev"])
+@pytest.mark.parametrize(
+    "layout,groups",
+    [
+        (dict(pp=2, schedule="1f1b"), (5, 5)),
+        (dict(pp=2, schedule="interleaved-1f1b", virtual_stages=4), (5, 5)),
+        pytest.param(dict(pp=2, schedule="dualpipev"), (6, 4), marks=needs_split_backward),
+    ],
+    ids=["1f1b", "interleaved-1f1b", "dualpipev"],
+)
 def test_zero_traffic_of_a_step_does_not_grow_with_microbatches(layout, groups):
     for rank, (few, many) in enumerate(run_on(4, collectives_of_a_step, layout, (4, 8))):
         each = groups[rank // 2]
@@ -284,11 +349,15 @@ def blocks_computed(schedule, recompute):
     return len(forwards) / 4 / len(blocks)
 
 
-@pytest.mark.parametrize("schedule,recompute,first,last", [
-    ("1f1b", "none", 1, 1), ("1f1b", "full", 2, 2),
-    # The first stage has no input gradient, so its halves are one.
-    pytest.param("zero-bubble", "full", 2, 3, marks=needs_split_backward),
-])
+@pytest.mark.parametrize(
+    "schedule,recompute,first,last",
+    [
+        ("1f1b", "none", 1, 1),
+        ("1f1b", "full", 2, 2),
+        # The first stage has no input gradient, so its halves are one.
+        pytest.param("zero-bubble", "full", 2, 3, marks=needs_split_backward),
+    ],
+)
 def test_full_recompute_costs_one_forward_per_backward_or_half_of_one(schedule, recompute, first, last):
     assert run_on(2, blocks_computed, schedule, recompute) == [first, last]
 
@@ -299,7 +368,7 @@ def test_full_recompute_costs_one_forward_per_backward_or_half_of_one(schedule, 
 def recorded_step(schedule):
     _, runner, mesh, _ = build(LLAMA, 4, pp=2, schedule=schedule)
     recorder = Recorder(mesh["pp"], CPU)
-    for _ in range(2):                                   # the first sets things up
+    for _ in range(2):  # the first sets things up
         runner.step(make_micros(4), 1, recorder=recorder)
     return recorder.gather()
 
@@ -310,7 +379,9 @@ def test_a_recorded_step_has_each_action_once_in_order_and_can_be_drawn(schedule
     assert nothing is None
     for rank, stages in enumerate(stage_indices(schedule, 2, SCHEDULES[schedule].default_virtual_stages)):
         own = [event for event in events if event.pp_rank == rank]
-        one_at_a_time = [before.end_s <= after.start_s for before, after in zip(own[:-1], own[1:], strict=True)]
+        one_at_a_time = [
+            before.end_s <= after.start_s for before, after in zip(own[:-1], own[1:], strict=True)
+        ]
         assert all(one_at_a_time)
         done = {(event.stage, event.microbatch, event.kind) for event in own}
         assert len(done) == len(own) and {(stage, i, "F") for stage in stages for i in range(4)} <= done
@@ -322,22 +393,28 @@ def test_a_recorded_step_has_each_action_once_in_order_and_can_be_drawn(schedule
 
 
 def test_the_bubble_share_is_what_the_ranks_did_not_work():
-    events = [Event(0, 0, 0, "F", 1.0, 2.0), Event(1, 1, 0, "F", 2.0, 3.0),
-              Event(1, 1, 0, "B", 3.0, 4.0), Event(0, 0, 0, "B", 4.0, 5.0)]
+    events = [
+        Event(0, 0, 0, "F", 1.0, 2.0),
+        Event(1, 1, 0, "F", 2.0, 3.0),
+        Event(1, 1, 0, "B", 3.0, 4.0),
+        Event(0, 0, 0, "B", 4.0, 5.0),
+    ]
     assert bubble_share(events) == 0.5
 
 
 def step_with_a_failure(failing_rank):
     model, runner, *_ = build(LLAMA, 4, pp=2)
     if dist.get_rank() == failing_rank:
+
         def fail(*_):
             raise ValueError("a block gave up")
+
         [block for block in model.model.layers if block is not None][-1].register_forward_pre_hook(fail)
     runner.step(make_micros(4), 1)
 
 
 def test_a_failing_stage_ends_the_others_in_seconds():
-    run_on(2, make_micros, 1)                            # workers are there
+    run_on(2, make_micros, 1)  # workers are there
     began = time.monotonic()
     with pytest.raises(RankFailed, match="(?s)rank 1: .*a block gave up"):
         run_on(2, step_with_a_failure, 1, timeout=40)

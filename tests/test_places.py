@@ -230,8 +230,9 @@ def test_an_empty_variable_is_an_unset_one(monkeypatch):
 
     for name in LAUNCH_VARIABLES:
         monkeypatch.setenv(name, "")
-    assert read_launch() == Launch(rank=0, local_rank=0, world_size=1, ranks_per_host=1, attempt=0,
-                                   launcher_pid=None)
+    assert read_launch() == Launch(
+        rank=0, local_rank=0, world_size=1, ranks_per_host=1, attempt=0, launcher_pid=None
+    )
 
 
 SLOW = pytest.mark.slow

@@ -1,4 +1,5 @@
-"""The pool of workers keeps its promises: a dead, failing or hung rank fails its test in seconds, and the next one runs."""
+"""The pool of workers keeps its promises: a dead, failing or hung rank fails its test in seconds, and the
+next one runs."""
 
 import gc
 import os
@@ -25,8 +26,10 @@ def misbehave(how):
     dist.barrier()
 
 
-@pytest.mark.parametrize("how,said", [("raise", "rank 1.*it was me"), ("die", "rank 1: died"),
-                                      ("hang", "rank 1 did not.*in misbehave")])
+@pytest.mark.parametrize(
+    "how,said",
+    [("raise", "rank 1.*it was me"), ("die", "rank 1: died"), ("hang", "rank 1 did not.*in misbehave")],
+)
 def test_a_bad_rank_fails_its_test_in_seconds_and_the_next_test_runs(how, said):
     run_on(2, sum_of_ranks)
     began = time.monotonic()
@@ -41,7 +44,8 @@ def test_workers_are_reused():
 
 
 def graphs_made(length):
-    """The sizes with which the compiler got the function's graph; a graph with dynamic shapes has a symbol there."""
+    """The sizes with which the compiler got the function's graph; a graph with dynamic shapes has a symbol
+    there."""
     sizes = []
 
     def note(graph, inputs):
@@ -62,17 +66,23 @@ def test_a_rank_that_compiled_alone_compiles_as_its_peers_do():
 
 
 def redistribute_twice() -> None:
-    from torch.distributed.device_mesh import init_device_mesh  # seconds: not for workers that other tests here time
+    from torch.distributed.device_mesh import (
+        init_device_mesh,
+    )  # seconds: not for workers that other tests here time
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("one", "other"))
     for shard in (Shard(0), Shard(1)):
-        DTensor.from_local(torch.ones(2, 4), mesh, [shard, Replicate()]).redistribute(placements=[Replicate(), Replicate()])
+        DTensor.from_local(torch.ones(2, 4), mesh, [shard, Replicate()]).redistribute(
+            placements=[Replicate(), Replicate()]
+        )
 
 
 def threads_of_groups() -> int:
     gc.collect()
-    return sum((task / "comm").read_text().startswith("pt_gloo") for task in Path("/proc/self/task").iterdir())
+    return sum(
+        (task / "comm").read_text().startswith("pt_gloo") for task in Path("/proc/self/task").iterdir()
+    )
 
 
 def test_nothing_keeps_the_groups_of_earlier_calls():

@@ -1,4 +1,5 @@
-"""pretrain.py, end to end: one loss on any number of ranks, the same future after any stop, a folder transformers opens."""
+"""pretrain.py, end to end: one loss on any number of ranks, the same future after any stop, a folder
+transformers opens."""
 
 import json
 import os
@@ -19,7 +20,7 @@ from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf
 from dtensor_llama.run import CONTENT, SETTINGS, changed_settings, refuse_other_run
 
 SHARED = Path(os.environ.get("DTENSOR_LLAMA_SHARED_DATA", ROOT.parent / "shared" / "data"))
-EXACT = ("step", "loss", "grad_norm", "lr", "tokens", "validation_loss")     # what must not depend on the clock
+EXACT = ("step", "loss", "grad_norm", "lr", "tokens", "validation_loss")  # what must not depend on the clock
 
 
 def exact(run_dir: Path) -> list[dict]:
@@ -34,30 +35,45 @@ def weights(run_dir: Path) -> dict:
 
 @pytest.mark.parametrize("ranks,micro", [(1, 4), (2, 1), (2, 2), (4, 1)])
 def test_ranks_and_accumulation_do_not_change_the_answer(inputs, reference, tmp_path, ranks, micro):
-    ended = recipe("pretrain", *flags(inputs, tmp_path / "run", "--data.document-mask", "--train.micro-batch-size", micro),
-                   ranks=ranks)
+    ended = recipe(
+        "pretrain",
+        *flags(inputs, tmp_path / "run", "--data.document-mask", "--train.micro-batch-size", micro),
+        ranks=ranks,
+    )
     assert ended.status == 0, ended
     for ours, one_process in zip(exact(tmp_path / "run"), exact(reference), strict=True):
         assert abs(ours["loss"] - one_process["loss"]) < 2e-5
         assert abs(ours["grad_norm"] / one_process["grad_norm"] - 1) < 1e-4
         assert abs(ours.get("validation_loss", 0) - one_process.get("validation_loss", 0)) < 2e-5
     for name, weight in weights(tmp_path / "run").items():
-        # AdamW divides by the root of tiny second moments: where gradients all but vanish, summation order shows.
+        # AdamW divides by the root of tiny second moments: where gradients all but vanish, summation order
+        # shows.
         assert_close(weight, weights(reference)[name], rtol=0, atol=1e-5 if ranks == 1 else 1e-4)
 
 
 def test_a_run_folder_holds_what_the_readme_says(reference):
     assert {path.name for path in reference.iterdir()} >= {
-        "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "hf", "loss.png"}
+        "config.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "hf",
+        "loss.png",
+    }
     rows = metrics(reference)
     assert [row["step"] for row in rows] == list(range(1, 9))
-    assert set(rows[0]) >= set("step loss grad_norm lr tokens tokens_per_second mfu hfu step_seconds device_memory_gib "
-                               "host_memory_gib".split())
+    assert set(rows[0]) >= set(
+        "step loss grad_norm lr tokens tokens_per_second mfu hfu step_seconds device_memory_gib "
+        "host_memory_gib".split()
+    )
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5 and rows[-1]["tokens"] == 8 * 4 * 64
     config = json.loads((reference / "config.json").read_text())
     assert config["train"]["lr"] == 0.01 and config["versions"]["torch"] == torch.__version__
     assert sorted(path.name for path in (reference / "checkpoints").iterdir()) == [
-        "step-00000003", "step-00000006", "step-00000008"]
+        "step-00000003",
+        "step-00000006",
+        "step-00000008",
+    ]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -66,7 +82,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(inputs, tmp_path, ranks):
     assert recipe("pretrain", *flags(inputs, whole), ranks=ranks).status == 0
     ended = recipe("pretrain", *flags(inputs, stopped), ranks=ranks, stop_at_step=4)
     assert ended.status == 0 and "stopped as asked" in ended.out and len(metrics(stopped)) < 8
-    (stopped / "metrics.jsonl").open("a").write('{"step": 99, "lo')     # as a kill in the middle of a line leaves it
+    (stopped / "metrics.jsonl").open("a").write(
+        '{"step": 99, "lo'
+    )  # as a kill in the middle of a line leaves it
     ended = recipe("pretrain", *flags(inputs, stopped), ranks=ranks)
     assert ended.status == 0 and "resuming from" in ended.out
     assert exact(stopped) == exact(whole)
@@ -85,7 +103,11 @@ def test_a_run_resumes_on_another_number_of_ranks(inputs, reference, tmp_path):
 
 def test_kill_9_loses_at_most_what_came_after_the_last_checkpoint(inputs, reference, tmp_path):
     run_dir = tmp_path / "run"
-    command = [sys.executable, ROOT / "recipes/pretrain.py", *flags(inputs, run_dir, "--data.document-mask", steps=8)]
+    command = [
+        sys.executable,
+        ROOT / "recipes/pretrain.py",
+        *flags(inputs, run_dir, "--data.document-mask", steps=8),
+    ]
     victim = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not list(run_dir.glob("checkpoints/step-00000003")) and time.monotonic() < deadline:
@@ -127,13 +149,17 @@ def test_a_run_does_not_go_on_with_other_data_of_equal_counts(inputs, tmp_path, 
     def run(steps: int):
         own = flags(inputs, tmp_path / "run", "--checkpoint.every", 1, steps=steps)
         at = own.index("--data.path")
-        return recipe("pretrain", *own[:at], "--data.path", *(f"{file}{weight}" for file in files), *own[at + 2 :])
+        return recipe(
+            "pretrain", *own[:at], "--data.path", *(f"{file}{weight}" for file in files), *own[at + 2 :]
+        )
 
     assert run(steps=1).status == 0
     change(*files)
     ended = run(steps=2)
-    assert ended.status == 2 and "error: the content of --data.path is not what checkpoint" in ended.err, ended
-    change(*files)                                    # tokenized again, to the same tokens
+    assert ended.status == 2 and "error: the content of --data.path is not what checkpoint" in ended.err, (
+        ended
+    )
+    change(*files)  # tokenized again, to the same tokens
     ended = run(steps=2)
     assert ended.status == 0 and "resuming from" in ended.out, ended
 
@@ -143,16 +169,29 @@ def test_resuming_with_another_schedule_says_what_becomes_of_the_learning_rate(i
     own = flags(inputs, run_dir, "--data.document-mask", steps=10)
     ended = recipe("pretrain", *own, "--checkpoint.resume", run_dir / "checkpoints/step-00000006")
     assert ended.status == 0, ended
-    said = [line.removeprefix("resuming  ") for line in ended.out.splitlines() if line.startswith("resuming  ")]
+    said = [
+        line.removeprefix("resuming  ") for line in ended.out.splitlines() if line.startswith("resuming  ")
+    ]
     old, new = metrics(reference)[6]["lr"], metrics(run_dir)[6]["lr"]
-    assert said == ["not as the checkpoint was trained: --train.steps 8 -> 10",
-                    f"the learning rate of step 7 is {new:.3g} and would have been {old:.3g} ({new / old:.3g} times)"]
-    ended = recipe("pretrain", *flags(inputs, run_dir, steps=11), "--train.lr", 2e-2, "--train.weight-decay", 0.2)
+    assert said == [
+        "not as the checkpoint was trained: --train.steps 8 -> 10",
+        f"the learning rate of step 7 is {new:.3g} and would have been {old:.3g} ({new / old:.3g} times)",
+    ]
+    ended = recipe(
+        "pretrain", *flags(inputs, run_dir, steps=11), "--train.lr", 2e-2, "--train.weight-decay", 0.2
+    )
     assert ended.status == 0, ended
-    for part in ("--train.steps 10 -> 11", "--train.lr 0.01 -> 0.02", "--train.weight-decay 0.1 -> 0.2",
-                 "--data.document-mask True -> False", "learning rate of step 11 is"):
+    for part in (
+        "--train.steps 10 -> 11",
+        "--train.lr 0.01 -> 0.02",
+        "--train.weight-decay 0.1 -> 0.2",
+        "--data.document-mask True -> False",
+        "learning rate of step 11 is",
+    ):
         assert part in ended.out, ended
-    again = recipe("pretrain", *flags(inputs, run_dir, steps=11), "--train.lr", 2e-2, "--train.weight-decay", 0.2)
+    again = recipe(
+        "pretrain", *flags(inputs, run_dir, steps=11), "--train.lr", 2e-2, "--train.weight-decay", 0.2
+    )
     assert again.status == 0 and "not as the checkpoint was trained" not in again.out
 
 
@@ -166,13 +205,28 @@ def test_a_checkpoint_from_before_the_hash_of_the_data_can_still_be_resumed(tmp_
 
 
 def test_a_checkpoint_of_another_run_can_be_the_start(inputs, reference, tmp_path):
-    ended = recipe("pretrain", *flags(inputs, tmp_path / "run", "--data.document-mask", "--checkpoint.resume",
-                                      reference / "checkpoints/step-00000006"))
+    ended = recipe(
+        "pretrain",
+        *flags(
+            inputs,
+            tmp_path / "run",
+            "--data.document-mask",
+            "--checkpoint.resume",
+            reference / "checkpoints/step-00000006",
+        ),
+    )
     assert ended.status == 0 and exact(tmp_path / "run") == exact(reference)[6:]
 
 
-@pytest.mark.parametrize("more", [["--train.recompute", "full"], ["--train.recompute", "selective"],
-                                  ["--train.attention", "math"], ["--train.attention", "varlen"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--train.recompute", "full"],
+        ["--train.recompute", "selective"],
+        ["--train.attention", "math"],
+        ["--train.attention", "varlen"],
+    ],
+)
 def test_recompute_and_attention_kernel_do_not_change_the_answer(inputs, reference, tmp_path, more):
     ended = recipe("pretrain", *flags(inputs, tmp_path / "run", "--data.document-mask", *more), ranks=2)
     assert ended.status == 0, ended
@@ -183,20 +237,37 @@ def test_recompute_and_attention_kernel_do_not_change_the_answer(inputs, referen
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling for the CPU needs g++")
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_compiled_blocks_do_not_change_the_answer(inputs, reference, tmp_path, recompute):
-    ended = recipe("pretrain", *flags(inputs, tmp_path / "run", "--data.document-mask", "--train.compile",
-                                      "--train.recompute", recompute), timeout=240)
+    ended = recipe(
+        "pretrain",
+        *flags(
+            inputs,
+            tmp_path / "run",
+            "--data.document-mask",
+            "--train.compile",
+            "--train.recompute",
+            recompute,
+        ),
+        timeout=240,
+    )
     assert ended.status == 0, ended
     for ours, one_process in zip(exact(tmp_path / "run"), exact(reference), strict=True):
         assert abs(ours["loss"] - one_process["loss"]) < 2e-5
 
 
 def test_bfloat16_keeps_float32_masters_and_learns_alike(inputs, reference, tmp_path):
-    ended = recipe("pretrain", *flags(inputs, tmp_path / "run", "--data.document-mask", "--train.dtype", "bfloat16"), ranks=2)
+    ended = recipe(
+        "pretrain",
+        *flags(inputs, tmp_path / "run", "--data.document-mask", "--train.dtype", "bfloat16"),
+        ranks=2,
+    )
     assert ended.status == 0, ended
     last, expected = metrics(tmp_path / "run")[-1]["loss"], metrics(reference)[-1]["loss"]
     assert 0 < abs(last - expected) < 0.02
-    assert {weight.dtype for weight in weights(tmp_path / "run").values()} == {torch.float32}    # a fresh model's own
+    assert {weight.dtype for weight in weights(tmp_path / "run").values()} == {
+        torch.float32
+    }  # a fresh model's own
     from safetensors import safe_open
+
     with safe_open(tmp_path / "run/hf/model.safetensors", "pt") as exported:
         assert exported.get_tensor("lm_head.weight").dtype == torch.bfloat16
 
@@ -210,7 +281,9 @@ def test_transformers_opens_the_export_and_both_say_the_same_greedily(reference)
     ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]])
     expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
     ended = recipe("generate", "--model", reference / "hf", "--prompt", prompt, "--max-new-tokens", 40)
-    assert ended.status == 0 and ended.out.rstrip("\n") == tokenizer.decode(expected[0], skip_special_tokens=True).rstrip("\n")
+    assert ended.status == 0 and ended.out.rstrip("\n") == tokenizer.decode(
+        expected[0], skip_special_tokens=True
+    ).rstrip("\n")
 
 
 def test_sampling_is_seeded_and_respects_top_p(inputs):
@@ -219,28 +292,79 @@ def test_sampling_is_seeded_and_respects_top_p(inputs):
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     generator = torch.Generator().manual_seed(0)
     drawn = [sample(logits, 1.0, 0.79, generator).item() for _ in range(300)]
-    assert set(drawn) == {0, 1} and 0.55 < drawn.count(0) / 300 < 0.70          # 0.5 : 0.3 renormalised is 0.625
+    assert set(drawn) == {0, 1} and 0.55 < drawn.count(0) / 300 < 0.70  # 0.5 : 0.3 renormalised is 0.625
     assert all(sample(logits, 1.0, 1e-9, generator).item() == 0 for _ in range(20))
-    texts = [recipe("generate", "--model", inputs / "model", "--prompt", "a", "--temperature", 1, "--seed", seed,
-                    "--max-new-tokens", 12).out for seed in (1, 1, 2)]
+    texts = [
+        recipe(
+            "generate",
+            "--model",
+            inputs / "model",
+            "--prompt",
+            "a",
+            "--temperature",
+            1,
+            "--seed",
+            seed,
+            "--max-new-tokens",
+            12,
+        ).out
+        for seed in (1, 1, 2)
+    ]
     assert texts[0] == texts[1] != texts[2]
 
 
-@pytest.mark.skipif(not (SHARED / "stories260K").exists(), reason="the trained weights stories260K are not on this machine")
+@pytest.mark.skipif(
+    not (SHARED / "stories260K").exists(), reason="the trained weights stories260K are not on this machine"
+)
 def test_continual_pretraining_starts_from_the_weights_and_learns_the_new_text(tmp_path):
-    ended = recipe("pretrain", "--model", SHARED / "stories260K", "--data.path", SHARED / "corpus/tinyshakespeare.txt",
-                   "--data.cache-dir", tmp_path / "cache", "--data.seq-len", 128, "--train.steps", 40,
-                   "--train.global-batch-size", 16, "--train.micro-batch-size", 16, "--train.lr", "2e-3",
-                   "--train.dtype", "float32", "--train.validate-every", 40, "--run-dir", tmp_path / "run")
+    ended = recipe(
+        "pretrain",
+        "--model",
+        SHARED / "stories260K",
+        "--data.path",
+        SHARED / "corpus/tinyshakespeare.txt",
+        "--data.cache-dir",
+        tmp_path / "cache",
+        "--data.seq-len",
+        128,
+        "--train.steps",
+        40,
+        "--train.global-batch-size",
+        16,
+        "--train.micro-batch-size",
+        16,
+        "--train.lr",
+        "2e-3",
+        "--train.dtype",
+        "float32",
+        "--train.validate-every",
+        40,
+        "--run-dir",
+        tmp_path / "run",
+    )
     assert ended.status == 0, ended
     rows = metrics(tmp_path / "run")
-    assert 4.4 < rows[0]["loss"] < 5.2          # trained weights on other text: 4.70 with transformers, random is 6.2
+    assert 4.4 < rows[0]["loss"] < 5.2  # trained weights on other text: 4.70 with transformers, random is 6.2
     assert rows[-1]["validation_loss"] < 3.7
 
 
 def test_benchmark_prints_one_json_line_and_reading_data_is_timed_against_synthetic_rows(inputs):
-    ended = recipe("benchmark", "--model", inputs / "model", "--data.path", inputs / "data.jsonl", "--data.cache-dir",
-                   inputs / "cache", "--train.steps", 3, "--train.global-batch-size", 4, "--train.dtype", "float32", ranks=2)
+    ended = recipe(
+        "benchmark",
+        "--model",
+        inputs / "model",
+        "--data.path",
+        inputs / "data.jsonl",
+        "--data.cache-dir",
+        inputs / "cache",
+        "--train.steps",
+        3,
+        "--train.global-batch-size",
+        4,
+        "--train.dtype",
+        "float32",
+        ranks=2,
+    )
     assert ended.status == 0, ended
     result = json.loads(ended.out.splitlines()[-1])
     assert result["tokens_per_second"] > 0 and 0 < result["mfu_causal"] < result["mfu"] <= result["hfu"]

@@ -1,4 +1,5 @@
-"""sft.py, end to end: one loss under every layout, packed or not; LoRA merged equals unmerged; previews; refusals."""
+"""sft.py, end to end: one loss under every layout, packed or not; LoRA merged equals unmerged; previews;
+refusals."""
 
 import json
 import shutil
@@ -37,18 +38,50 @@ def chat(inputs, tmp_path_factory) -> Path:
     for i, what in enumerate(QUESTIONS * 6):
         turns = []
         for turn in range(1 + i % 3):
-            turns += [{"role": "user", "content": f"How to {what} an item, {i}?"},
-                      {"role": "assistant", "content": f"self.{what.split()[0]}(item" + ", more" * (i * 7 % 5 + turn) + ")"}]
+            turns += [
+                {"role": "user", "content": f"How to {what} an item, {i}?"},
+                {
+                    "role": "assistant",
+                    "content": f"self.{what.split()[0]}(item" + ", more" * (i * 7 % 5 + turn) + ")",
+                },
+            ]
         records.append({"messages": turns})
     write(folder / "chat.jsonl", records)
     return folder
 
 
 def flags(inputs: Path, chat: Path, run_dir: Path, *more, steps: int = 4) -> list:
-    return ["--model", inputs / "model", "--data.path", chat / "chat.jsonl", "--data.cache-dir", inputs / "cache",
-            "--data.seq-len", 256, "--train.steps", steps, "--train.global-batch-size", 4, "--train.micro-batch-size", 1,
-            "--train.lr", "1e-2", "--train.dtype", "float32", "--train.recompute", "none", "--run-dir", run_dir,
-            "--train.validate-every", 2, "--train.answer-tokens", 4, "--checkpoint.every", 0, *more]
+    return [
+        "--model",
+        inputs / "model",
+        "--data.path",
+        chat / "chat.jsonl",
+        "--data.cache-dir",
+        inputs / "cache",
+        "--data.seq-len",
+        256,
+        "--train.steps",
+        steps,
+        "--train.global-batch-size",
+        4,
+        "--train.micro-batch-size",
+        1,
+        "--train.lr",
+        "1e-2",
+        "--train.dtype",
+        "float32",
+        "--train.recompute",
+        "none",
+        "--run-dir",
+        run_dir,
+        "--train.validate-every",
+        2,
+        "--train.answer-tokens",
+        4,
+        "--checkpoint.every",
+        0,
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +89,10 @@ def full(inputs, chat, tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "full"
     ended = recipe("sft", *flags(inputs, chat, run_dir))
     assert ended.status == 0, ended
-    assert "42 of OpenAI messages; written with LLaMA-2's [INST] format" in ended.out and "validation loss" in ended.out
+    assert (
+        "42 of OpenAI messages; written with LLaMA-2's [INST] format" in ended.out
+        and "validation loss" in ended.out
+    )
     return run_dir
 
 
@@ -76,8 +112,18 @@ def assert_same_losses(ours: Path, expected: Path) -> None:
 
 
 LAYOUTS = [(2, []), (2, ["--parallel.tp", 2]), (2, ["--parallel.pp", 2])]
-OFFLOAD = ["--memory.placement", "static", "--memory.resident", 0.4, "--memory.stream", 0.3, "--memory.cpu", 0.3,
-           "--memory.kernel", "blocks"]
+OFFLOAD = [
+    "--memory.placement",
+    "static",
+    "--memory.resident",
+    0.4,
+    "--memory.stream",
+    0.3,
+    "--memory.cpu",
+    0.3,
+    "--memory.kernel",
+    "blocks",
+]
 
 
 @pytest.mark.parametrize("ranks,more", [*LAYOUTS, (1, OFFLOAD)])
@@ -87,14 +133,26 @@ def test_full_fine_tuning_has_one_loss(inputs, chat, full, tmp_path, ranks, more
     assert_same_losses(tmp_path / "run", full)
 
 
-@pytest.mark.parametrize("ranks,more", [pytest.param(*one, marks=pytest.mark.slow) for one in [
-    *LAYOUTS, (2, OFFLOAD), (1, ["--train.compile"]), (2, ["--train.compile", "--parallel.tp", 2]),
-    (2, ["--train.compile", *OFFLOAD])]])
+@pytest.mark.parametrize(
+    "ranks,more",
+    [
+        pytest.param(*one, marks=pytest.mark.slow)
+        for one in [
+            *LAYOUTS,
+            (2, OFFLOAD),
+            (1, ["--train.compile"]),
+            (2, ["--train.compile", "--parallel.tp", 2]),
+            (2, ["--train.compile", *OFFLOAD]),
+        ]
+    ],
+)
 def test_lora_has_one_loss(inputs, chat, lora, tmp_path, ranks, more):
     ended = recipe("sft", *flags(inputs, chat, tmp_path / "run", *more, "--lora.rank", 4), ranks=ranks)
     assert ended.status == 0, ended
     assert_same_losses(tmp_path / "run", lora)
-    ours, expected = (load_file(run / "hf-adapter/adapter_model.safetensors") for run in (tmp_path / "run", lora))
+    ours, expected = (
+        load_file(run / "hf-adapter/adapter_model.safetensors") for run in (tmp_path / "run", lora)
+    )
     assert ours.keys() == expected.keys()
     for name, weight in ours.items():
         assert_close(weight, expected[name], rtol=0, atol=1e-4)
@@ -110,13 +168,18 @@ def test_packing_does_not_change_the_loss(inputs, chat, tmp_path, more):
         assert shown.status == 0, shown
         rows = json.loads(preview.read_text())
         assert n_rows is None or len(rows) == n_rows
-        ended = recipe("sft", *flags(inputs, chat, tmp_path / name, "--train.global-batch-size", len(rows), *how, *more))
+        ended = recipe(
+            "sft", *flags(inputs, chat, tmp_path / name, "--train.global-batch-size", len(rows), *how, *more)
+        )
         assert ended.status == 0, ended
     assert_same_losses(tmp_path / "packed", tmp_path / "one-each")
 
 
 def test_preview_shows_what_each_position_must_predict_and_trains_nothing(inputs, chat, tmp_path):
-    ended = recipe("sft", *flags(inputs, chat, tmp_path / "run", "--preview", 2, "--preview-json", tmp_path / "rows.json"))
+    ended = recipe(
+        "sft",
+        *flags(inputs, chat, tmp_path / "run", "--preview", 2, "--preview-json", tmp_path / "rows.json"),
+    )
     assert ended.status == 0 and not (tmp_path / "run").exists()
     assert "\x1b[1;92m self.add(item" in ended.out or "\x1b[1;92m self." in ended.out
     rows = json.loads((tmp_path / "rows.json").read_text())
@@ -132,15 +195,21 @@ def test_the_export_opens_in_transformers_with_its_template(full):
 
     model = transformers.AutoModelForCausalLM.from_pretrained(full / "hf")
     tokenizer = transformers.AutoTokenizer.from_pretrained(full / "hf")
-    asked = tokenizer.apply_chat_template(HELLO[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    assert tokenizer.decode(asked["input_ids"][0]).endswith("[INST] Hi [/INST]") and model(**asked).logits.isfinite().all()
+    asked = tokenizer.apply_chat_template(
+        HELLO[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    assert (
+        tokenizer.decode(asked["input_ids"][0]).endswith("[INST] Hi [/INST]")
+        and model(**asked).logits.isfinite().all()
+    )
 
 
 def test_the_export_stops_where_the_template_ends_an_answer_too(inputs, chat, tmp_path):
-    shutil.copytree(inputs / "model", tmp_path / "model")                  # its config.json ends with 1, this template with 0
+    shutil.copytree(inputs / "model", tmp_path / "model")  # its config.json ends with 1, this template with 0
     (tmp_path / "model/chat_template.jinja").write_text(
         "{% for m in messages %}{{ m['role'] + ':' + m['content'] + bos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}assistant:{% endif %}")
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
     ended = recipe("sft", *flags(inputs, chat, tmp_path / "run", "--model", tmp_path / "model", steps=1))
     assert ended.status == 0, ended
     assert LlamaConfig.from_hf(tmp_path / "run/hf").eos_token_id == [1, 0]
@@ -158,10 +227,10 @@ def test_lora_merged_equals_base_and_adapter(inputs, lora):
         prefix = "base_model.model." + name.removesuffix(".weight")
         if prefix + ".lora_A.weight" in adapter:
             product = adapter.pop(prefix + ".lora_B.weight") @ adapter.pop(prefix + ".lora_A.weight")
-            assert product.abs().max() > 1e-4                                       # it was trained
+            assert product.abs().max() > 1e-4  # it was trained
             weight.data += settings["lora_alpha"] / settings["r"] * product
         assert_close(merged.get_parameter(name), weight, rtol=0, atol=1e-6)
-    assert not adapter                                                              # every matrix had its place
+    assert not adapter  # every matrix had its place
 
 
 def test_peft_opens_the_adapter(inputs, lora):
@@ -170,8 +239,12 @@ def test_peft_opens_the_adapter(inputs, lora):
     merged = transformers.AutoModelForCausalLM.from_pretrained(lora / "hf", dtype=torch.float32)
     tokens = torch.arange(40)[None]
     with torch.no_grad():
-        assert_close(peft.PeftModel.from_pretrained(base, lora / "hf-adapter")(tokens).logits, merged(tokens).logits,
-                     rtol=0, atol=1e-4)
+        assert_close(
+            peft.PeftModel.from_pretrained(base, lora / "hf-adapter")(tokens).logits,
+            merged(tokens).logits,
+            rtol=0,
+            atol=1e-4,
+        )
 
 
 def test_a_run_does_not_go_on_with_other_answers_in_as_many_tokens(inputs, tmp_path):
@@ -179,7 +252,17 @@ def test_a_run_does_not_go_on_with_other_answers_in_as_many_tokens(inputs, tmp_p
         write(tmp_path / "chat.jsonl", [{"question": "Which?", "answer": answer} for answer in answers] * 4)
 
     talks("the first", "the other")
-    own = flags(inputs, tmp_path, tmp_path / "run", "--checkpoint.every", 1, "--data.packing", "--data.seq-len", 64, steps=1)
+    own = flags(
+        inputs,
+        tmp_path,
+        tmp_path / "run",
+        "--checkpoint.every",
+        1,
+        "--data.packing",
+        "--data.seq-len",
+        64,
+        steps=1,
+    )
     assert recipe("sft", *own).status == 0
     talks("the other", "the first")
     line = refused(*own, "--train.steps", 2, name="sft")
@@ -192,7 +275,9 @@ def test_a_run_does_not_go_on_with_other_answers_in_as_many_tokens(inputs, tmp_p
 def test_a_lora_run_resumes_where_it_stopped(inputs, chat, lora, tmp_path):
     shutil.copytree(lora / "checkpoints/step-00000002", tmp_path / "step-00000002")
     stored = dcp.FileSystemReader(tmp_path / "step-00000002").read_metadata().state_dict_metadata
-    assert all("_lora.lora_" in name for name in stored if name.startswith("model."))               # no frozen weights in it
+    assert all(
+        "_lora.lora_" in name for name in stored if name.startswith("model.")
+    )  # no frozen weights in it
     resume = ["--checkpoint.resume", tmp_path / "step-00000002"]
     ended = recipe("sft", *flags(inputs, chat, tmp_path / "run", "--lora.rank", 4, *resume))
     assert ended.status == 0 and "2 steps done" in ended.out, ended
@@ -203,26 +288,53 @@ def test_a_lora_run_resumes_where_it_stopped(inputs, chat, lora, tmp_path):
 
 def test_noise_is_the_same_on_every_layout_and_changes_training(inputs, chat, full, tmp_path):
     for name, ranks, more in (("one", 1, []), ("tp", 2, ["--parallel.tp", 2])):
-        ended = recipe("sft", *flags(inputs, chat, tmp_path / name, "--train.neftune-alpha", 5, *more, steps=2), ranks=ranks)
+        ended = recipe(
+            "sft",
+            *flags(inputs, chat, tmp_path / name, "--train.neftune-alpha", 5, *more, steps=2),
+            ranks=ranks,
+        )
         assert ended.status == 0, ended
     assert_same_losses(tmp_path / "tp", tmp_path / "one")
     assert metrics(tmp_path / "one")[0]["loss"] != metrics(full)[0]["loss"]
     noise = uniform(torch.arange(200).view(2, 100), 64)
-    assert noise.min() >= -1 and noise.max() < 1 and abs(noise.mean()) < 0.02 and abs(noise.var() - 1 / 3) < 0.02
+    assert (
+        noise.min() >= -1 and noise.max() < 1 and abs(noise.mean()) < 0.02 and abs(noise.var() - 1 / 3) < 0.02
+    )
     assert len(noise.unique()) > 12_700
     assert lengths_of(torch.tensor([[0, 1, 2, 0, 1, 0]])).tolist() == [[3, 3, 3, 2, 2, 1]]
 
 
 def test_with_only_model_and_data_it_chooses_and_says_why(inputs, chat, tmp_path):
-    ended = recipe("sft", "--model", inputs / "model", "--data.path", chat / "chat.jsonl", "--data.cache-dir",
-                   inputs / "cache", "--data.overlong", "truncate", "--run-dir", tmp_path / "run", ranks=2)
+    ended = recipe(
+        "sft",
+        "--model",
+        inputs / "model",
+        "--data.path",
+        chat / "chat.jsonl",
+        "--data.cache-dir",
+        inputs / "cache",
+        "--data.overlong",
+        "truncate",
+        "--run-dir",
+        tmp_path / "run",
+        ranks=2,
+    )
     assert ended.status == 0, ended
-    for said in ("rows      of 64 tokens", "batch", "memory    tp 1 x dp 2, recompute none", "epochs    2", "CUT"):
+    for said in (
+        "rows      of 64 tokens",
+        "batch",
+        "memory    tp 1 x dp 2, recompute none",
+        "epochs    2",
+        "CUT",
+    ):
         assert said in ended.out, (said, ended.out)
 
 
-def test_what_fits_only_with_its_states_on_the_host_is_not_refused_where_they_go_there(inputs, chat, monkeypatch):
-    """Between what weights take (4 bytes here) and what all states take (16) lies a memory that only offload fits."""
+def test_what_fits_only_with_its_states_on_the_host_is_not_refused_where_they_go_there(
+    inputs, chat, monkeypatch
+):
+    """Between what weights take (4 bytes here) and what all states take (16) lies a memory that only offload
+    fits."""
     tokenizer, config = load_tokenizer(inputs / "model"), LlamaConfig.from_hf(inputs / "model")
     corpus = prepare_chat([str(chat / "chat.jsonl")], tokenizer, inputs / "cache")
     layout = ParallelConfig().resolve(1)
@@ -262,7 +374,8 @@ def test_bad_records_are_left_out_and_listed_in_the_run_folder(inputs, chat, tmp
     ), ended.out
     assert "not read" in ended.out and "id (1)" in ended.out
     assert [json.loads(line)["where"] for line in listed.read_text().splitlines()] == [
-        f"--data.path {path}, line {number}" for number in (1, len(good) + 2)]
+        f"--data.path {path}, line {number}" for number in (1, len(good) + 2)
+    ]
 
 
 def test_pretraining_leaves_out_and_lists_records_without_a_text(inputs, tmp_path):
@@ -358,26 +471,39 @@ def test_prompt_and_completion_are_trained_on_without_a_template(inputs, tmp_pat
 
 # ---- refusals ----
 
-@pytest.mark.parametrize("records,said", [
-    ([{"messages": HELLO}, {"text": "no chat"}], ["chat.jsonl, line 2", "unknown format", "messages"]),
-    ([{"instruction": "Hi"}], ["chat.jsonl, line 1", "no field 'output'"]),
-    ([{"messages": HELLO[::-1]}], ["line 1", "out of order"]),
-    ([{"messages": HELLO[:1]}], ["line 1", "no assistant turn"]),
-    ([{"prompt": "Hi", "completion": "x" * 2000}], ["--data.seq-len 256", "every example is longer"]),
-    ([], ["no conversation"]),
-])
+
+@pytest.mark.parametrize(
+    "records,said",
+    [
+        ([{"messages": HELLO}, {"text": "no chat"}], ["chat.jsonl, line 2", "unknown format", "messages"]),
+        ([{"instruction": "Hi"}], ["chat.jsonl, line 1", "no field 'output'"]),
+        ([{"messages": HELLO[::-1]}], ["line 1", "out of order"]),
+        ([{"messages": HELLO[:1]}], ["line 1", "no assistant turn"]),
+        ([{"prompt": "Hi", "completion": "x" * 2000}], ["--data.seq-len 256", "every example is longer"]),
+        ([], ["no conversation"]),
+    ],
+)
 def test_bad_records_are_refused(inputs, tmp_path, records, said):
     write(tmp_path / "chat.jsonl", records)
     line = refused(*flags(inputs, tmp_path, tmp_path / "run"), name="sft")
     assert all(part in line for part in said), line
 
 
-@pytest.mark.parametrize("more,said", [
-    (["--lora.rank", 4, "--lora.targets", "q_proj", "query"], ["--lora.targets query", "q_proj", "down_proj"]),
-    (["--lora.rank", -1], ["--lora.rank -1"]), (["--lora.rank", 4, "--lora.alpha", 0], ["--lora.alpha 0"]),
-    (["--data.path", "nothing.json"], ["nothing.json"]), (["--train.epochs", 0], ["--train.epochs 0"]),
-    (["--data.overlong", "keep"], ["--data.overlong", "truncate"]), (["--train.neftune-alpha", -1], ["--train.neftune-al"]),
-])
+@pytest.mark.parametrize(
+    "more,said",
+    [
+        (
+            ["--lora.rank", 4, "--lora.targets", "q_proj", "query"],
+            ["--lora.targets query", "q_proj", "down_proj"],
+        ),
+        (["--lora.rank", -1], ["--lora.rank -1"]),
+        (["--lora.rank", 4, "--lora.alpha", 0], ["--lora.alpha 0"]),
+        (["--data.path", "nothing.json"], ["nothing.json"]),
+        (["--train.epochs", 0], ["--train.epochs 0"]),
+        (["--data.overlong", "keep"], ["--data.overlong", "truncate"]),
+        (["--train.neftune-alpha", -1], ["--train.neftune-al"]),
+    ],
+)
 def test_impossible_flags_are_refused(inputs, chat, tmp_path, more, said):
     line = refused(*flags(inputs, chat, tmp_path / "run"), *more, name="sft")
     assert all(part in line for part in said), line
@@ -385,7 +511,9 @@ def test_impossible_flags_are_refused(inputs, chat, tmp_path, more, said):
 
 def test_a_template_without_end_tokens_and_markers_is_refused(inputs, tmp_path):
     shutil.copytree(inputs / "model", tmp_path / "model")
-    (tmp_path / "model/chat_template.jinja").write_text(CHATML)            # this tokenizer has no <|im_end|>: all is text
+    (tmp_path / "model/chat_template.jinja").write_text(
+        CHATML
+    )  # this tokenizer has no <|im_end|>: all is text
     write(tmp_path / "chat.jsonl", [{"messages": TALK}])
     line = refused(*flags(inputs, tmp_path, tmp_path / "run"), "--model", tmp_path / "model", name="sft")
     assert "{% generation %}" in line and "chat.jsonl, line 1" in line and "learn to stop" in line
@@ -393,6 +521,11 @@ def test_a_template_without_end_tokens_and_markers_is_refused(inputs, tmp_path):
 
 @pytest.mark.parametrize("name", ["sft", "pretrain", "generate"])
 def test_a_lora_adapter_opened_as_a_model_is_refused_in_words(inputs, chat, lora, tmp_path, name):
-    more = {"generate": ["--prompt", "Hi"], "pretrain": ["--data.path", inputs / "data.jsonl", "--run-dir", tmp_path]}
-    line = refused("--model", lora / "hf-adapter", *more.get(name, flags(inputs, chat, tmp_path)[2:]), name=name)
+    more = {
+        "generate": ["--prompt", "Hi"],
+        "pretrain": ["--data.path", inputs / "data.jsonl", "--run-dir", tmp_path],
+    }
+    line = refused(
+        "--model", lora / "hf-adapter", *more.get(name, flags(inputs, chat, tmp_path)[2:]), name=name
+    )
     assert "a LoRA adapter, not a whole model" in line and str(inputs / "model") in line

@@ -1,4 +1,5 @@
-"""Tensor and sequence parallelism give the loss, gradients and weights of one process, for the traffic the plan states."""
+"""Tensor and sequence parallelism give the loss, gradients and weights of one process, for the traffic the
+plan states."""
 
 from collections import Counter
 from dataclasses import replace
@@ -22,14 +23,17 @@ from parallel.recompute import apply_recompute
 from parallel.tensor import apply_tensor_parallel, check_tensor_parallel, describe, lora_plan, tensor_plan
 
 # 97 tokens: 49 + 48 over tp 2, 25 + 25 + 25 + 22 over tp 4
-MHA = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+MHA = LlamaConfig(
+    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+)
 GQA = replace(MHA, num_key_value_heads=2)
 MQA_TIED = replace(MHA, num_key_value_heads=1, tie_word_embeddings=True)
 T = 32
 
 
 def rows(n_rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and labels (B, T); the scored tokens lie unevenly over rows and over the halves and quarters of a row."""
+    """Tokens and labels (B, T); the scored tokens lie unevenly over rows and over the halves and quarters of
+    a row."""
     tokens = torch.randint(MHA.vocab_size, (n_rows, T + 1), generator=torch.Generator().manual_seed(1))
     labels = tokens[:, 1:].clone()
     labels[0, :11], labels[1, -1] = -100, -100
@@ -37,7 +41,9 @@ def rows(n_rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def packed_positions() -> torch.Tensor:
-    return torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in ([7, 1, 20, 4], [17, 15])])
+    return torch.stack(
+        [torch.cat([torch.arange(n) for n in lengths]) for lengths in ([7, 1, 20, 4], [17, 15])]
+    )
 
 
 def split_model(config: LlamaConfig, tp_mesh, sequence_parallel: bool) -> Llama:
@@ -66,12 +72,14 @@ def assert_gradients_equal(ours: dict, plain: dict):
     assert ours.keys() == plain.keys()
     for name, expected in plain.items():
         difference = ((ours[name] - expected).norm() / expected.norm()).item()
-        assert difference < 1e-4, f"{name}: {difference}"     # fp32: only the order of summation differs; 1e-6 is usual
+        assert difference < 1e-4, (
+            f"{name}: {difference}"
+        )  # fp32: only the order of summation differs; 1e-6 is usual
 
 
 # ---- one forward and backward ----
 
-CASES = {   # config, tp, sequence parallelism, recompute, packed documents
+CASES = {  # config, tp, sequence parallelism, recompute, packed documents
     "tp2": (MHA, 2, True, "none", False),
     "tp2-whole": (MHA, 2, False, "none", False),
     "tp2-gqa-documents-full": (GQA, 2, True, "full", True),
@@ -88,7 +96,10 @@ def one_backward(config, tp, sequence_parallel, recompute, documents):
     initial = whole(model)
     apply_recompute(list(model.model.layers), recompute)
     tokens, labels = rows()
-    before, loss.CHUNK_ELEMENTS = loss.CHUNK_ELEMENTS, 336    # 6 tokens for 49 rows, 7 for 48: ranks must agree all the same
+    before, loss.CHUNK_ELEMENTS = (
+        loss.CHUNK_ELEMENTS,
+        336,
+    )  # 6 tokens for 49 rows, 7 for 48: ranks must agree all the same
     nll_sum = model(tokens, labels, packed_positions() if documents else None)
     loss.CHUNK_ELEMENTS = before
     nll_sum.backward()
@@ -113,14 +124,16 @@ def compiled_backward(config, sequence_parallel, recompute):
     model = split_model(config, tp_mesh(2), sequence_parallel)
     blocks = list(model.model.layers)
     apply_recompute(blocks, recompute)
-    for block in blocks:    # aot_eager: the graphs that inductor would get, without waiting for a C++ compiler
+    for block in blocks:  # aot_eager: the graphs that inductor would get, without waiting for a C++ compiler
         block.forward = torch.compile(block.forward, backend="aot_eager")
     nll_sum = model(*rows())
     nll_sum.backward()
     return nll_sum.item(), gradients(model)
 
 
-@pytest.mark.parametrize("config,sequence_parallel,recompute", [(MHA, True, "selective"), (MQA_TIED, False, "none")])
+@pytest.mark.parametrize(
+    "config,sequence_parallel,recompute", [(MHA, True, "selective"), (MQA_TIED, False, "none")]
+)
 def test_compiled_blocks_give_the_same(config, sequence_parallel, recompute):
     plain = Llama(config)
     nll_sum = plain(*rows())
@@ -132,16 +145,17 @@ def test_compiled_blocks_give_the_same(config, sequence_parallel, recompute):
 
 # ---- with ZeRO outside ----
 
+
 def train(model: Llama, dp_rank: int, dp: int) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-5)
     tokens, labels = rows(n_rows=4)
     n_scored, mine, losses = (labels != -100).sum(), slice(dp_rank * 4 // dp, (dp_rank + 1) * 4 // dp), []
     for _ in range(5):
         nll_mean = model(tokens[mine], labels[mine]) / n_scored
-        (nll_mean * dp).backward()                                # ZeRO averages over dp; we want the sum
+        (nll_mean * dp).backward()  # ZeRO averages over dp; we want the sum
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(nll_mean.item())                            # of this rank's rows
+        losses.append(nll_mean.item())  # of this rank's rows
     return losses
 
 
@@ -160,9 +174,11 @@ def train_split(config, dp, tp, sequence_parallel):
     return initial, train(model, mesh.get_local_rank("dp"), dp), whole(model)
 
 
-@pytest.mark.parametrize("config,dp,tp,sequence_parallel", [
-    (GQA, 2, 2, True), (MQA_TIED, 2, 2, True), (MQA_TIED, 2, 2, False), (MQA_TIED, 1, 2, True)],
-    ids=["gqa", "shared-kv-tied", "shared-kv-tied-whole", "no-zero"])
+@pytest.mark.parametrize(
+    "config,dp,tp,sequence_parallel",
+    [(GQA, 2, 2, True), (MQA_TIED, 2, 2, True), (MQA_TIED, 2, 2, False), (MQA_TIED, 1, 2, True)],
+    ids=["gqa", "shared-kv-tied", "shared-kv-tied-whole", "no-zero"],
+)
 def test_five_adamw_steps_equal_one_process(config, dp, tp, sequence_parallel):
     plain = Llama(config)
     initial = {name: weight.detach().clone() for name, weight in plain.named_parameters()}
@@ -174,15 +190,22 @@ def test_five_adamw_steps_equal_one_process(config, dp, tp, sequence_parallel):
             assert_close(its_final[name], weight.detach(), rtol=0, atol=1e-5)
     for step, expected in enumerate(plain_losses):
         losses = [results[rank][1][step] for rank in range(dp * tp)]
-        assert all(losses[rank] == losses[rank // tp * tp] for rank in range(dp * tp))     # the same on every tp rank
+        assert all(
+            losses[rank] == losses[rank // tp * tp] for rank in range(dp * tp)
+        )  # the same on every tp rank
         assert abs(sum(losses[::tp]) - expected) < 2e-5
 
 
 # ---- what travels and what is held ----
 
+
 def count(comm: CommDebugMode) -> dict[str, int]:
-    names = {"all_gather_into_tensor": "all-gather", "reduce_scatter_tensor": "reduce-scatter", "all_reduce": "all-reduce",
-             "allreduce_": "all-reduce"}
+    names = {
+        "all_gather_into_tensor": "all-gather",
+        "reduce_scatter_tensor": "reduce-scatter",
+        "all_reduce": "all-reduce",
+        "allreduce_": "all-reduce",
+    }
     counts = Counter()
     for op, n in comm.get_comm_counts().items():
         counts[names[str(op).split(".")[1]]] += n
@@ -224,7 +247,8 @@ def count_lora_collectives(config, sequence_parallel, targets):
 
 
 def planned(config, sequence_parallel, modules: dict[str, int]) -> list[dict[str, int]]:
-    """Collectives of forward and of backward that the plan's rows state, for {pattern of modules: how many of each}."""
+    """Collectives of forward and of backward that the plan's rows state, for {pattern of modules: how many of
+    each}."""
     totals = [{}, {}]
     for name, _, _, *stated in describe(config, 2, sequence_parallel):
         n_modules = next((n for pattern, n in modules.items() if fnmatch(name, pattern)), 0)
@@ -235,10 +259,23 @@ def planned(config, sequence_parallel, modules: dict[str, int]) -> list[dict[str
     return [{collective: n for collective, n in total.items() if n} for total in totals]
 
 
-@pytest.mark.parametrize("sequence_parallel,n_kv_heads,a_block", [
-    (True, 2, [{"all-gather": 2, "reduce-scatter": 2}, {"all-gather": 2, "reduce-scatter": 2, "all-reduce": 2}]),  # norms
-    (True, 1, [{"all-gather": 2, "reduce-scatter": 2}, {"all-gather": 2, "reduce-scatter": 2, "all-reduce": 4}]),  # and k, v
-    (False, 2, [{"all-reduce": 2}] * 2), (False, 1, [{"all-reduce": 2}, {"all-reduce": 4}])])
+@pytest.mark.parametrize(
+    "sequence_parallel,n_kv_heads,a_block",
+    [
+        (
+            True,
+            2,
+            [{"all-gather": 2, "reduce-scatter": 2}, {"all-gather": 2, "reduce-scatter": 2, "all-reduce": 2}],
+        ),  # norms
+        (
+            True,
+            1,
+            [{"all-gather": 2, "reduce-scatter": 2}, {"all-gather": 2, "reduce-scatter": 2, "all-reduce": 4}],
+        ),  # and k, v
+        (False, 2, [{"all-reduce": 2}] * 2),
+        (False, 1, [{"all-reduce": 2}, {"all-reduce": 4}]),
+    ],
+)
 def test_a_block_and_a_whole_step_cost_the_collectives_of_the_plan(sequence_parallel, n_kv_heads, a_block):
     config = replace(GQA, num_key_value_heads=n_kv_heads)
     block, step = run_on(2, count_collectives, config, sequence_parallel)[0]
@@ -249,7 +286,9 @@ def test_a_block_and_a_whole_step_cost_the_collectives_of_the_plan(sequence_para
 
 @pytest.mark.parametrize("targets", [LoraConfig.targets, ("q_proj", "v_proj"), ("o_proj",)])
 @pytest.mark.parametrize("sequence_parallel,n_kv_heads", [(True, 2), (True, 1), (False, 2), (False, 1)])
-def test_adapters_cost_nothing_in_forward_and_in_backward_the_sums_of_their_rows(sequence_parallel, n_kv_heads, targets):
+def test_adapters_cost_nothing_in_forward_and_in_backward_the_sums_of_their_rows(
+    sequence_parallel, n_kv_heads, targets
+):
     config = replace(GQA, num_key_value_heads=n_kv_heads)
     plan = tensor_plan(config, 2, sequence_parallel)
     of = lambda name: name.split(".")[-2].removesuffix("_lora")
@@ -292,18 +331,21 @@ def widths_seen(sequence_parallel):
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 def test_whole_logits_are_never_made_when_there_are_labels(sequence_parallel):
     with_labels, without_labels = run_on(2, widths_seen, sequence_parallel)[0]
-    assert 49 in with_labels and 97 not in with_labels         # 49: this rank's rows of the 97
-    assert 97 in without_labels                                # the spy would have seen them
+    assert 49 in with_labels and 97 not in with_labels  # 49: this rank's rows of the 97
+    assert 97 in without_labels  # the spy would have seen them
 
 
 # ---- logits, generation, pipeline stages ----
+
 
 def generate_logits(config, tp):
     tokens, _ = rows()
     with torch.no_grad():
         at_once = split_model(config, tp_mesh(tp), sequence_parallel=True)(tokens)
         model, cache = split_model(config, tp_mesh(tp), sequence_parallel=False), KVCache(T)
-        one_by_one = [model(tokens[:, start:end], cache=cache) for start, end in ((0, 5), (5, 6), (6, 7), (7, 12))]
+        one_by_one = [
+            model(tokens[:, start:end], cache=cache) for start, end in ((0, 5), (5, 6), (6, 7), (7, 12))
+        ]
     return at_once, torch.cat(one_by_one, dim=1)
 
 
@@ -349,16 +391,36 @@ def test_pipeline_stages_hand_on_plain_hidden_states(sequence_parallel, document
 LLAMA_70B = LlamaConfig.preset("llama2-70b")
 
 
-@pytest.mark.parametrize("config,tp,seq_len,sequence_parallel,said", [
-    (MHA, 3, 33, True, "--parallel.tp 3 does not divide the 4 query heads; .* Use --parallel.tp 1."),
-    (replace(MHA, hidden_size=96, num_attention_heads=12, num_key_value_heads=6, head_dim=8), 4, 32, True,
-     "6 key/value heads.* 1 or 2."),
-    (replace(MHA, intermediate_size=50), 4, 32, True, "feed-forward width 50. Use --parallel.tp 1 or 2."),
-    (MHA, 4, 30, True, "--data.seq-len 30.*no-sequence-parallel.* Use --parallel.tp 1 or 2."),
-    (replace(MHA, vocab_size=5), 4, 32, True, "last rank without a row of the 5 .* Use --parallel.tp 1 or 2."),
-    (LLAMA_70B, 128, 4096, True, "64 query heads.* Use --parallel.tp 1 or 2 or 4 or 8 or 16 or 32 or 64."),
-    (MHA, 0, 32, True, "--parallel.tp 0 is not possible"),
-])
+@pytest.mark.parametrize(
+    "config,tp,seq_len,sequence_parallel,said",
+    [
+        (MHA, 3, 33, True, "--parallel.tp 3 does not divide the 4 query heads; .* Use --parallel.tp 1."),
+        (
+            replace(MHA, hidden_size=96, num_attention_heads=12, num_key_value_heads=6, head_dim=8),
+            4,
+            32,
+            True,
+            "6 key/value heads.* 1 or 2.",
+        ),
+        (replace(MHA, intermediate_size=50), 4, 32, True, "feed-forward width 50. Use --parallel.tp 1 or 2."),
+        (MHA, 4, 30, True, "--data.seq-len 30.*no-sequence-parallel.* Use --parallel.tp 1 or 2."),
+        (
+            replace(MHA, vocab_size=5),
+            4,
+            32,
+            True,
+            "last rank without a row of the 5 .* Use --parallel.tp 1 or 2.",
+        ),
+        (
+            LLAMA_70B,
+            128,
+            4096,
+            True,
+            "64 query heads.* Use --parallel.tp 1 or 2 or 4 or 8 or 16 or 32 or 64.",
+        ),
+        (MHA, 0, 32, True, "--parallel.tp 0 is not possible"),
+    ],
+)
 def test_an_impossible_split_is_refused_with_what_would_work(config, tp, seq_len, sequence_parallel, said):
     with pytest.raises(UsageError, match=said) as error:
         check_tensor_parallel(config, tp, seq_len, sequence_parallel)
@@ -368,10 +430,12 @@ def test_an_impossible_split_is_refused_with_what_would_work(config, tp, seq_len
 def test_possible_splits_pass():
     for tp in (1, 2, 4, 8, 16, 64):
         check_tensor_parallel(LLAMA_70B, tp, 4096, True)
-    check_tensor_parallel(MHA, 4, 30, False)                   # all tokens on every rank: any length will do
+    check_tensor_parallel(MHA, 4, 30, False)  # all tokens on every rank: any length will do
     placements = {name: weight for name, weight, *_ in describe(LLAMA_70B, 16)}
-    assert placements["model.layers.*.self_attn.k_proj"] == "R"    # 8 heads, each for two ranks
-    assert {name: weight for name, weight, *_ in describe(LLAMA_70B, 8)}["model.layers.*.self_attn.k_proj"] == "S(0)"
+    assert placements["model.layers.*.self_attn.k_proj"] == "R"  # 8 heads, each for two ranks
+    assert {name: weight for name, weight, *_ in describe(LLAMA_70B, 8)}[
+        "model.layers.*.self_attn.k_proj"
+    ] == "S(0)"
 
 
 def odd_row():

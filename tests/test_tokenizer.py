@@ -1,4 +1,5 @@
-"""What `load_tokenizer` promises: SentencePiece's ids, no control tokens out of text, folders transformers can open."""
+"""What `load_tokenizer` promises: SentencePiece's ids, no control tokens out of text, folders transformers
+can open."""
 
 import json
 import os
@@ -17,30 +18,53 @@ from dtensor_llama.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("DTENSOR_LLAMA_SHARED_DATA", ROOT.parent / "shared" / "data"))
-needs_shared = pytest.mark.skipif(not (SHARED / "llama2_tokenizer").is_dir(), reason=f"no real tokenizers in {SHARED}")
-TEXT = Path(json.decoder.__file__).read_text() + Path(shutil.__file__).read_text()  # real text that every machine has
-HARD = ["Hello world", " leading", "  two", "", "\n", "tab\there \r\n\n x  ", "naïve Ω 你好 🦙 \u200d", "</s><s> <unk>",
-        "a\0b"]
+needs_shared = pytest.mark.skipif(
+    not (SHARED / "llama2_tokenizer").is_dir(), reason=f"no real tokenizers in {SHARED}"
+)
+TEXT = (
+    Path(json.decoder.__file__).read_text() + Path(shutil.__file__).read_text()
+)  # real text that every machine has
+HARD = [
+    "Hello world",
+    " leading",
+    "  two",
+    "",
+    "\n",
+    "tab\there \r\n\n x  ",
+    "naïve Ω 你好 🦙 \u200d",
+    "</s><s> <unk>",
+    "a\0b",
+]
 
 
 def train_pieces(folder: Path, **options) -> Path:
     """A small SentencePiece model as LLaMA's was made: BPE, byte fallback, no normalization, BOS 1, EOS 2."""
     (folder / "text.txt").write_text(TEXT)
-    options = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity",
-               "remove_extra_whitespaces": False, "vocab_size": 600, "minloglevel": 2} | options
-    sentencepiece.SentencePieceTrainer.train(input=str(folder / "text.txt"), model_prefix=str(folder / "m"), **options)
+    options = {
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "vocab_size": 600,
+        "minloglevel": 2,
+    } | options
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"), model_prefix=str(folder / "m"), **options
+    )
     return folder / "m.model"
 
 
 def train_byte_level(file: Path, special_tokens=("<s>", "</s>"), words=None) -> Path:
-    """A byte-level BPE tokenizer.json, the kind `make train` makes; `words` splits a text before its pieces are joined."""
+    """A byte-level BPE tokenizer.json, the kind `make train` makes; `words` splits a text before its pieces
+    are joined."""
     fast, bytes_only = tokenizers.Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(False, use_regex=False)
     fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     if words is not None:
         fast.pre_tokenizer = pre_tokenizers.Sequence([*words, bytes_only])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=list(special_tokens), initial_alphabet=alphabet,
-                                  show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=list(special_tokens), initial_alphabet=alphabet, show_progress=False
+    )
     fast.train_from_iterator(TEXT.split("\n\n"), trainer)
     fast.save(str(file))
     return file
@@ -96,31 +120,43 @@ def test_control_tokens_inside_a_text_are_text(model_file, json_file):
         assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == "x</s> <s>y"
 
 
-def test_a_saved_tokenizer_opens_in_transformers_with_the_same_ids(model_file, json_file, folder_with_both, tmp_path):
+def test_a_saved_tokenizer_opens_in_transformers_with_the_same_ids(
+    model_file, json_file, folder_with_both, tmp_path
+):
     from transformers import AutoTokenizer
 
-    plain = [text for text in HARD if "</s>" not in text] + [TEXT]  # transformers reads </s> as the control token
+    plain = [text for text in HARD if "</s>" not in text] + [
+        TEXT
+    ]  # transformers reads </s> as the control token
     for i, source in enumerate((model_file, json_file, folder_with_both)):
         tokenizer, folder = load_tokenizer(source), tmp_path / f"saved{i}"
         tokenizer.save(folder)
         theirs = AutoTokenizer.from_pretrained(folder)
-        assert [theirs(text, add_special_tokens=False).input_ids for text in plain] == tokenizer.encode_batch(plain)
+        assert [theirs(text, add_special_tokens=False).input_ids for text in plain] == tokenizer.encode_batch(
+            plain
+        )
         assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
         again = load_tokenizer(folder)
-        assert again.fingerprint == tokenizer.fingerprint and again.encode_batch(HARD) == tokenizer.encode_batch(HARD)
+        assert again.fingerprint == tokenizer.fingerprint and again.encode_batch(
+            HARD
+        ) == tokenizer.encode_batch(HARD)
 
 
 POST_PROCESSORS = {
     "none": None,
     "offsets only": processors.ByteLevel(trim_offsets=False),
     "bos": processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 0)]),
-    "bos and eos": processors.TemplateProcessing("<s> $A </s>", "<s> $A </s> <s> $B </s>", [("<s>", 0), ("</s>", 1)]),
+    "bos and eos": processors.TemplateProcessing(
+        "<s> $A </s>", "<s> $A </s> <s> $B </s>", [("<s>", 0), ("</s>", 1)]
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", [*POST_PROCESSORS, "pieces", "pieces and tokenizer.json"])
-@pytest.mark.parametrize("settings", [{}, {"add_bos_token": False}, {"add_bos_token": True},
-                                      {"add_bos_token": False, "add_eos_token": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"add_bos_token": False}, {"add_bos_token": True}, {"add_bos_token": False, "add_eos_token": True}],
+)
 def test_transformers_gives_the_ids_that_training_saw_bos_included(kind, settings, model_file, tmp_path):
     from transformers import AutoTokenizer
 
@@ -131,8 +167,13 @@ def test_transformers_gives_the_ids_that_training_saw_bos_included(kind, setting
         if POST_PROCESSORS[kind] is not None:
             fast.post_processor = POST_PROCESSORS[kind]
         fast.save(str(base / "tokenizer.json"))
-        edit_json(base / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>",
-                  eos_token="</s>", **settings)
+        edit_json(
+            base / "tokenizer_config.json",
+            tokenizer_class="PreTrainedTokenizerFast",
+            bos_token="<s>",
+            eos_token="</s>",
+            **settings,
+        )
     else:
         load_tokenizer(model_file).save(base)
         edit_json(base / "tokenizer_config.json", **settings)
@@ -140,15 +181,20 @@ def test_transformers_gives_the_ids_that_training_saw_bos_included(kind, setting
             (base / "tokenizer.json").unlink()
     (tmp_path / "data.txt").write_text("def main(self):")
     tokenizer = load_tokenizer(base)
-    *document, end = prepare_corpus([tmp_path / "data.txt"], tokenizer, tmp_path / "cache", processes=1).tokens.tolist()
+    *document, end = prepare_corpus(
+        [tmp_path / "data.txt"], tokenizer, tmp_path / "cache", processes=1
+    ).tokens.tolist()
     tokenizer.save(tmp_path / "hf")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")("def main(self):").input_ids
     assert end == tokenizer.eos_id and theirs in (document, [*document, end])
     begins_with_bos = settings.get("add_bos_token", kind != "offsets only")
     assert (document[0] == tokenizer.bos_id) == begins_with_bos
-    if not settings and kind not in ("none", "pieces"):      # where tokenizer.json says what to add, training had it too
+    if not settings and kind not in (
+        "none",
+        "pieces",
+    ):  # where tokenizer.json says what to add, training had it too
         assert AutoTokenizer.from_pretrained(base)("def main(self):").input_ids == theirs
-    older = tokenizers.Tokenizer.from_file(str(tmp_path / "hf/tokenizer.json"))      # readers of that file alone
+    older = tokenizers.Tokenizer.from_file(str(tmp_path / "hf/tokenizer.json"))  # readers of that file alone
     assert older.encode("def main(self):").ids == theirs
     again = load_tokenizer(tmp_path / "hf")
     assert again.fingerprint == tokenizer.fingerprint and again.adds == tokenizer.adds
@@ -171,9 +217,13 @@ def test_tokens_behind_a_sentencepiece_model_are_written_where_readers_of_it_loo
     config = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
     assert config["add_prefix_space"] is True and config["add_bos_token"] is True
     decoder = config["added_tokens_decoder"]
-    assert (decoder["601"]["content"], decoder["601"]["special"], decoder["602"]["special"]) == ("<|im_end|>", True, False)
+    assert (decoder["601"]["content"], decoder["601"]["special"], decoder["602"]["special"]) == (
+        "<|im_end|>",
+        True,
+        False,
+    )
     (tmp_path / "hf/tokenizer.json").unlink()
-    for left in ("tokenizer_config.json", "added_tokens.json"):        # either of them is enough to know the ids
+    for left in ("tokenizer_config.json", "added_tokens.json"):  # either of them is enough to know the ids
         shutil.copytree(tmp_path / "hf", tmp_path / left)
         for other in {"tokenizer_config.json", "added_tokens.json"} - {left}:
             (tmp_path / left / other).unlink()
@@ -182,9 +232,20 @@ def test_tokens_behind_a_sentencepiece_model_are_written_where_readers_of_it_loo
 
 
 def test_settings_of_the_base_are_carried_on_but_not_its_paths_and_classes(folder_with_both, tmp_path):
-    carried = {"extra_special_tokens": ["<extra>"], "additional_special_tokens": ["<more>"], "model_max_length": 77,
-               "padding_side": "left", "truncation_side": "left", "pad_token": "</s>", "my_own": [1]}
-    left_out = {"auto_map": {"AutoTokenizer": "code.py"}, "name_or_path": "/home/me", "tokenizer_class": "LlamaTokenizerFast"}
+    carried = {
+        "extra_special_tokens": ["<extra>"],
+        "additional_special_tokens": ["<more>"],
+        "model_max_length": 77,
+        "padding_side": "left",
+        "truncation_side": "left",
+        "pad_token": "</s>",
+        "my_own": [1],
+    }
+    left_out = {
+        "auto_map": {"AutoTokenizer": "code.py"},
+        "name_or_path": "/home/me",
+        "tokenizer_class": "LlamaTokenizerFast",
+    }
     edit_json(folder_with_both / "tokenizer_config.json", **carried, **left_out)
     load_tokenizer(folder_with_both).save(tmp_path / "hf")
     config = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
@@ -213,22 +274,22 @@ def test_truncation_and_padding_left_in_a_tokenizer_json_are_off(json_file):
 def test_bos_and_eos_come_from_the_files_beside_then_from_well_known_names(json_file):
     eos_id = lambda: load_tokenizer(json_file).eos_id
     other, beside = 300, json_file.parent
-    assert (load_tokenizer(json_file).bos_id, eos_id()) == (0, 1)                       # named <s> and </s>
-    edit_json(beside / "generation_config.json", eos_token_id=[other + 1, other])       # LLaMA-3 lists several
+    assert (load_tokenizer(json_file).bos_id, eos_id()) == (0, 1)  # named <s> and </s>
+    edit_json(beside / "generation_config.json", eos_token_id=[other + 1, other])  # LLaMA-3 lists several
     assert eos_id() == other + 1
     edit_json(beside / "config.json", eos_token_id=other)
     assert eos_id() == other
     piece = tokenizers.Tokenizer.from_file(str(json_file)).id_to_token(other + 2)
     edit_json(beside / "special_tokens_map.json", eos_token={"content": piece})
     assert eos_id() == other + 2
-    edit_json(beside / "tokenizer_config.json", eos_token=None)                         # says: there is none
+    edit_json(beside / "tokenizer_config.json", eos_token=None)  # says: there is none
     assert eos_id() is None
     unnamed = load_tokenizer(train_byte_level(json_file.parent / "tokenizer.json", ["<|endoftext|>"]))
     assert (unnamed.bos_id, unnamed.eos_id) == (None, None)
     for file in beside.glob("*config.json"):
         file.unlink()
     (beside / "special_tokens_map.json").unlink()
-    assert load_tokenizer(json_file).eos_id == 0                                        # <|endoftext|>
+    assert load_tokenizer(json_file).eos_id == 0  # <|endoftext|>
 
 
 def test_in_a_folder_sentencepiece_is_the_reference_and_added_tokens_keep_their_ids(folder_with_both):
@@ -264,8 +325,16 @@ def test_the_fingerprint_changes_with_the_content_and_with_bos(json_file):
 KINDS = {
     "unigram": {"model_type": "unigram"},
     "nfkc": {"normalization_rule_name": "nmt_nfkc"},
-    "unigram, nfkc": {"model_type": "unigram", "normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True},
-    "nfkc without bytes": {"normalization_rule_name": "nfkc", "byte_fallback": False, "remove_extra_whitespaces": True},
+    "unigram, nfkc": {
+        "model_type": "unigram",
+        "normalization_rule_name": "nmt_nfkc",
+        "remove_extra_whitespaces": True,
+    },
+    "nfkc without bytes": {
+        "normalization_rule_name": "nfkc",
+        "byte_fallback": False,
+        "remove_extra_whitespaces": True,
+    },
     "casefolded": {"normalization_rule_name": "nmt_nfkc_cf"},
     "fewer spaces": {"remove_extra_whitespaces": True},
     "symbols": {"user_defined_symbols": ["<sep>", "self", "<sep><sep>"]},
@@ -290,7 +359,7 @@ def test_every_kind_of_sentencepiece_model_trains_and_is_exported_with_its_ids(t
     tokenizer.save(tmp_path / "hf")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     for text in texts:
-        if "</s>" not in text:             # transformers reads it as the control token
+        if "</s>" not in text:  # transformers reads it as the control token
             assert theirs(text).input_ids == [1, *reference.encode(text)], text
     again = load_tokenizer(tmp_path / "hf")
     assert again.fingerprint == tokenizer.fingerprint
@@ -300,21 +369,26 @@ def test_every_kind_of_sentencepiece_model_trains_and_is_exported_with_its_ids(t
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
 
 
-@pytest.mark.parametrize("options", [{"treat_whitespace_as_suffix": True}, {"model_type": "word", "byte_fallback": False}])
+@pytest.mark.parametrize(
+    "options", [{"treat_whitespace_as_suffix": True}, {"model_type": "word", "byte_fallback": False}]
+)
 def test_a_sentencepiece_model_without_an_exact_tokenizer_json_is_refused(tmp_path, options):
     with pytest.raises(UsageError, match=r"m\.model.*Give a tokenizer\.json instead"):
         load_tokenizer(train_pieces(tmp_path, **options))
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("nowhere/at-all", None, "no such file or folder"),
-    ("", None, "no tokenizer"),
-    ("tokenizer.bin", "x", "no tokenizer"),
-    ("tokenizer.json", '{"model": {"type": "BPE"', r"tokenizer\.json: not a readable"),
-    ("tokenizer.json", "{}", r"tokenizer\.json: not a readable"),
-    ("tokenizer.model", "not a model", r"tokenizer\.model is not a SentencePiece model"),
-    ("tokenizer.model", "", r"tokenizer\.model is not a SentencePiece model"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("nowhere/at-all", None, "no such file or folder"),
+        ("", None, "no tokenizer"),
+        ("tokenizer.bin", "x", "no tokenizer"),
+        ("tokenizer.json", '{"model": {"type": "BPE"', r"tokenizer\.json: not a readable"),
+        ("tokenizer.json", "{}", r"tokenizer\.json: not a readable"),
+        ("tokenizer.model", "not a model", r"tokenizer\.model is not a SentencePiece model"),
+        ("tokenizer.model", "", r"tokenizer\.model is not a SentencePiece model"),
+    ],
+)
 def test_a_file_that_is_no_tokenizer_is_refused_by_name(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content)

@@ -1,4 +1,5 @@
-"""Two "hosts" on one machine, each a network namespace with one end of a virtual cable: a real rendezvous, a real network.
+"""Two "hosts" on one machine, each a network namespace with one end of a virtual cable: a real rendezvous, a
+real network.
 
 They share the file system, as nodes of a cluster do. Needs root; skipped where namespaces are not allowed.
 """
@@ -19,7 +20,7 @@ from recipe import pretrain_flags as flags
 
 
 class Host(NamedTuple):
-    name: str         # of its namespace
+    name: str  # of its namespace
     address: str
 
     def pids(self) -> list[int]:
@@ -28,8 +29,11 @@ class Host(NamedTuple):
     def ranks(self) -> list[psutil.Process]:
         """The training processes on this host."""
         found = [psutil.Process(pid) for pid in self.pids()]
-        return [process for process in found if any("pretrain.py" in word for word in process.cmdline())
-                and "RANK" in process.environ()]
+        return [
+            process
+            for process in found
+            if any("pretrain.py" in word for word in process.cmdline()) and "RANK" in process.environ()
+        ]
 
 
 def ip(*words: str) -> str:
@@ -38,12 +42,26 @@ def ip(*words: str) -> str:
 
 @pytest.fixture
 def hosts() -> Iterator[list[Host]]:
-    """Two namespaces, eth0 of one wired to eth0 of the other; whatever happens, their processes and they are gone after."""
+    """Two namespaces, eth0 of one wired to eth0 of the other; whatever happens, their processes and they are
+    gone after."""
     both = [Host(f"dtensor-llama-{os.getpid()}-{i}", f"10.99.0.{i + 1}") for i in (0, 1)]
     try:
         for host in both:
             ip("netns", "add", host.name)
-        ip("link", "add", "eth0", "netns", both[0].name, "type", "veth", "peer", "name", "eth0", "netns", both[1].name)
+        ip(
+            "link",
+            "add",
+            "eth0",
+            "netns",
+            both[0].name,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "eth0",
+            "netns",
+            both[1].name,
+        )
         for host in both:
             ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", "eth0")
             for link in ("lo", "eth0"):
@@ -57,7 +75,7 @@ def hosts() -> Iterator[list[Host]]:
 
 def remove(hosts: list[Host]) -> None:
     for host in hosts:
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):       # it may not have come to exist
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):  # it may not have come to exist
             for pid in host.pids():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -65,19 +83,40 @@ def remove(hosts: list[Host]) -> None:
 
 
 def many_nodes(hosts: list[Host], arguments: list, restarts: int = 0) -> list[subprocess.Popen]:
-    """recipes/launch/many_nodes.sh on each host, one process each. `is_host` and `local-addr` only because a namespace
-    shares the machine's host name, by which torchrun would tell who it is."""
+    """recipes/launch/many_nodes.sh on each host, one process each. `is_host` and `local-addr` only because a
+    namespace shares the machine's host name, by which torchrun would tell who it is."""
     jobs = []
     for host in hosts:
-        command = ["ip", "netns", "exec", host.name, ROOT / "recipes/launch/many_nodes.sh", "pretrain", "own", "cpu",
-                   *arguments]
-        settings = {"NNODES": 2, "GPUS_PER_NODE": 1, "HEAD": hosts[0].address, "MAX_RESTARTS": restarts,
-                    "PYTHON": sys.executable,
-                    "TORCHRUN_OPTIONS": f"--rdzv-conf is_host={int(host is hosts[0])} --local-addr {host.address}",
-                    "GLOO_SOCKET_IFNAME": "eth0"}
+        command = [
+            "ip",
+            "netns",
+            "exec",
+            host.name,
+            ROOT / "recipes/launch/many_nodes.sh",
+            "pretrain",
+            "own",
+            "cpu",
+            *arguments,
+        ]
+        settings = {
+            "NNODES": 2,
+            "GPUS_PER_NODE": 1,
+            "HEAD": hosts[0].address,
+            "MAX_RESTARTS": restarts,
+            "PYTHON": sys.executable,
+            "TORCHRUN_OPTIONS": f"--rdzv-conf is_host={int(host is hosts[0])} --local-addr {host.address}",
+            "GLOO_SOCKET_IFNAME": "eth0",
+        }
         environment = os.environ | {name: str(value) for name, value in settings.items()}
-        jobs.append(subprocess.Popen(list(map(str, command)), env=environment, text=True, stdout=subprocess.PIPE,
-                                     stderr=subprocess.STDOUT))
+        jobs.append(
+            subprocess.Popen(
+                list(map(str, command)),
+                env=environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        )
     return jobs
 
 
@@ -112,14 +151,18 @@ def test_a_worker_killed_on_one_host_ends_the_job_on_both_within_30_seconds(host
     began = time.monotonic()
     said = [job.communicate(timeout=60)[0] for job in jobs]
     assert time.monotonic() - began < 30 and all(job.returncode != 0 for job in jobs), said
-    assert "SIGKILL" in said[victim][-1500:]              # torchrun's summary on the host where it began
+    assert "SIGKILL" in said[victim][-1500:]  # torchrun's summary on the host where it began
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_worker_killed_on_one_host_restarts_both_from_the_newest_checkpoint(hosts, inputs, reference, tmp_path, victim):
+def test_a_worker_killed_on_one_host_restarts_both_from_the_newest_checkpoint(
+    hosts, inputs, reference, tmp_path, victim
+):
     run_dir = tmp_path / "run"
-    jobs = many_nodes(hosts, flags(inputs, run_dir, "--data.document-mask", "--checkpoint.every", 1), restarts=2)
+    jobs = many_nodes(
+        hosts, flags(inputs, run_dir, "--data.document-mask", "--checkpoint.every", 1), restarts=2
+    )
     wait_for_rows(run_dir, 4, jobs)
     hosts[victim].ranks()[0].kill()
     said = [job.communicate(timeout=120)[0] for job in jobs]

@@ -26,14 +26,20 @@ from dtensor_llama.weights import batches, hf_parameters, local_boxes, plan_file
 
 DATA = Path(os.environ.get("DTENSOR_LLAMA_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 # 50 rows over 4 ranks are 13, 13, 13, 11; over 3: 17, 17, 16
-SHAPE = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2)
+SHAPE = dict(
+    vocab_size=50,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
 
 
 def llama(seed=0, dtype=torch.float32, **changes) -> Llama:
     model = Llama(LlamaConfig(**{**SHAPE, **changes}))
     init_weights(model, seed)
-    with torch.no_grad():       # norms too: init gives them all ones, which hides an exchange
+    with torch.no_grad():  # norms too: init gives them all ones, which hides an exchange
         for i, param in enumerate(model.parameters()):
             if param.ndim == 1:
                 param.copy_(torch.linspace(seed + i, seed + i + 1, param.numel()))
@@ -41,16 +47,22 @@ def llama(seed=0, dtype=torch.float32, **changes) -> Llama:
 
 
 def laid_out(model: Llama, layout: str) -> Llama:
-    """plain, fsdp, hsdp (2 replicas), tp, fsdp+tp: the placements that training uses, on all ranks of the group."""
+    """plain, fsdp, hsdp (2 replicas), tp, fsdp+tp: the placements that training uses, on all ranks of the
+    group."""
     n = dist.get_world_size() if dist.is_initialized() else 1
     if "tp" in layout:
         mesh = init_device_mesh("cpu", (n // 2, 2), mesh_dim_names=("dp", "tp"))
         for block in model.model.layers:
-            parallelize_module(block, mesh["tp"], {
-                **{f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"},
-                "self_attn.o_proj": RowwiseParallel(),
-                **{f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")},
-                "mlp.down_proj": RowwiseParallel()})
+            parallelize_module(
+                block,
+                mesh["tp"],
+                {
+                    **{f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"},
+                    "self_attn.o_proj": RowwiseParallel(),
+                    **{f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")},
+                    "mlp.down_proj": RowwiseParallel(),
+                },
+            )
         mesh = mesh["dp"]
     elif layout == "hsdp":
         mesh = init_device_mesh("cpu", (2, n // 2), mesh_dim_names=("replicate", "shard"))
@@ -64,8 +76,10 @@ def laid_out(model: Llama, layout: str) -> Llama:
 
 
 def whole(model) -> dict[str, torch.Tensor]:
-    return {name: (param.full_tensor() if isinstance(param, DTensor) else param).detach().clone()
-            for name, param in hf_parameters(model).items()}
+    return {
+        name: (param.full_tensor() if isinstance(param, DTensor) else param).detach().clone()
+        for name, param in hf_parameters(model).items()
+    }
 
 
 def assert_same(ours: dict, theirs: dict):
@@ -83,6 +97,7 @@ def fingerprint(folder: Path) -> dict[str, str]:
 
 
 # ---- one process ----
+
 
 @pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 20_000, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -114,12 +129,16 @@ def test_loading_converts_dtype_as_copying_does(tmp_path, stored, held):
     assert_same(whole(other), {name: value.to(stored).to(held) for name, value in whole(model).items()})
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"num_key_value_heads": 4, "head_dim": 16}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_word_embeddings": True}, {"num_key_value_heads": 4, "head_dim": 16}]
+)
 def test_transformers_opens_the_folder_and_gives_equal_logits(tmp_path, changes):
     transformers = pytest.importorskip("transformers")
     model, tokens = llama(seed=3, **changes), torch.arange(24).view(2, 12)
     save_hf(model, tmp_path / "hf", max_shard_bytes=30_000)
-    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
     assert not any(report.values()) and theirs.dtype == torch.float32
     assert theirs.generation_config.eos_token_id == 2 and theirs.generation_config.bos_token_id == 1
     with torch.no_grad():
@@ -167,6 +186,7 @@ def test_names_do_not_show_compiling():
 
 # ---- what is refused ----
 
+
 def cut_file(folder):
     path = folder / "model-00001-of-00003.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
@@ -193,22 +213,58 @@ NORM, UP = "model.layers.0.input_layernorm.weight", "model.layers.0.mlp.up_proj.
 DAMAGE = {
     "cut file": (cut_file, [r"00001-of-00003.safetensors: header says \d+ bytes, file has \d+"]),
     "cut header": (cut_header, ["00001-of-00003.safetensors: unreadable header"]),
-    "garbage": (lambda f: (f / "model-00002-of-00003.safetensors").write_bytes(os.urandom(999)), ["unreadable header"]),
-    "empty": (lambda f: (f / "model-00002-of-00003.safetensors").write_bytes(b""), ["unreadable header.*0 bytes"]),
-    "lfs": (lambda f: (f / "model-00002-of-00003.safetensors").write_text("version https://git-lfs"), ["git lfs pull"]),
-    "shards missing": (remove_shards, ["00002-of-00003.safetensors: no such file", "00003-of-00003.safetensors: no"]),
-    "tensor lost": (lambda f: edit_tensors(f, lambda t: t.pop(NORM)), [f"{NORM}: in {weights.INDEX} but not in model"]),
+    "garbage": (
+        lambda f: (f / "model-00002-of-00003.safetensors").write_bytes(os.urandom(999)),
+        ["unreadable header"],
+    ),
+    "empty": (
+        lambda f: (f / "model-00002-of-00003.safetensors").write_bytes(b""),
+        ["unreadable header.*0 bytes"],
+    ),
+    "lfs": (
+        lambda f: (f / "model-00002-of-00003.safetensors").write_text("version https://git-lfs"),
+        ["git lfs pull"],
+    ),
+    "shards missing": (
+        remove_shards,
+        ["00002-of-00003.safetensors: no such file", "00003-of-00003.safetensors: no"],
+    ),
+    "tensor lost": (
+        lambda f: edit_tensors(f, lambda t: t.pop(NORM)),
+        [f"{NORM}: in {weights.INDEX} but not in model"],
+    ),
     "several at once": (
-        lambda f: edit_tensors(f, lambda t: (t.pop(NORM), t.update({
-            UP: torch.zeros(7, 3), "model.layers.0.mlp.down_proj.weight": torch.zeros(32, 48, dtype=torch.int8),
-            "model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}))),
-        [f"{NORM}: in", rf"{UP}: is \[7, 3\], the model needs \[48, 32\]",
-         "down_proj.weight: dtype I8, only F32, BF16, F16", "q_proj.bias: unexpected"]),
+        lambda f: edit_tensors(
+            f,
+            lambda t: (
+                t.pop(NORM),
+                t.update(
+                    {
+                        UP: torch.zeros(7, 3),
+                        "model.layers.0.mlp.down_proj.weight": torch.zeros(32, 48, dtype=torch.int8),
+                        "model.layers.0.self_attn.q_proj.bias": torch.zeros(32),
+                    }
+                ),
+            ),
+        ),
+        [
+            f"{NORM}: in",
+            rf"{UP}: is \[7, 3\], the model needs \[48, 32\]",
+            "down_proj.weight: dtype I8, only F32, BF16, F16",
+            "q_proj.bias: unexpected",
+        ],
+    ),
     "index": (lambda f: (f / weights.INDEX).write_text("{"), ["not an index"]),
-    "empty index": (lambda f: (f / weights.INDEX).write_text('{"weight_map": {}}'), ["embed_tokens.weight: missing"]),
+    "empty index": (
+        lambda f: (f / weights.INDEX).write_text('{"weight_map": {}}'),
+        ["embed_tokens.weight: missing"],
+    ),
     "index out of the folder": (
-        lambda f: (f / weights.INDEX).write_text(json.dumps({"weight_map": {NORM: "../model-00009-of-00003.safetensors"}})),
-        ["model-00009-of-00003.safetensors: no such file"]),
+        lambda f: (f / weights.INDEX).write_text(
+            json.dumps({"weight_map": {NORM: "../model-00009-of-00003.safetensors"}})
+        ),
+        ["model-00009-of-00003.safetensors: no such file"],
+    ),
     "index without map": (lambda f: (f / weights.INDEX).write_text("[]"), ["not an index"]),
 }
 
@@ -249,10 +305,20 @@ def test_derived_tensors_of_old_files_and_the_head_of_a_tied_model_are_skipped(t
     assert_same(whole(other), whole(model))
 
 
-@pytest.mark.parametrize("files,said", [
-    ([], "it has no weights at all"), (["pytorch_model.bin"], "it has pytorch_model.bin. Only safetensors"),
-    (["consolidated.00.pth"], "consolidated.00.pth"), (["model.gguf"], "model.gguf"), (["x.pt"], "x.pt"),
-    (["model-00001-of-00002.safetensors"], "no model.safetensors.index.json; it has model-00001-of-00002")])
+@pytest.mark.parametrize(
+    "files,said",
+    [
+        ([], "it has no weights at all"),
+        (["pytorch_model.bin"], "it has pytorch_model.bin. Only safetensors"),
+        (["consolidated.00.pth"], "consolidated.00.pth"),
+        (["model.gguf"], "model.gguf"),
+        (["x.pt"], "x.pt"),
+        (
+            ["model-00001-of-00002.safetensors"],
+            "no model.safetensors.index.json; it has model-00001-of-00002",
+        ),
+    ],
+)
 def test_only_safetensors_are_opened(tmp_path, files, said):
     for file in files:
         (tmp_path / file).write_bytes(b"x")
@@ -285,6 +351,7 @@ def test_a_target_that_cannot_be_replaced_is_refused(tmp_path, monkeypatch):
 
 # ---- the folder is replaced as a whole ----
 
+
 def test_saving_again_replaces_the_model_and_keeps_other_files(tmp_path):
     folder = tmp_path / "hf"
     save_hf(llama(seed=1), folder, max_shard_bytes=20_000)
@@ -293,14 +360,20 @@ def test_saving_again_replaces_the_model_and_keeps_other_files(tmp_path):
     (folder / "sub" / "notes.md").write_text("mine")
     save_hf(llama(seed=2), folder)
     assert sorted(path.name for path in folder.iterdir()) == [
-        "config.json", "generation_config.json", "model.safetensors", "sub", "tokenizer.json"]
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "sub",
+        "tokenizer.json",
+    ]
     assert (folder / "sub" / "notes.md").read_text() == "mine"
     assert_same(load_file(folder / "model.safetensors"), whole(llama(seed=2)))
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def die_at_file_operation(number: int):
-    """Kill -9 this process just before it opens, renames, links, removes ... for the number-th time from now."""
+    """Kill -9 this process just before it opens, renames, links, removes ... for the number-th time from
+    now."""
     left = iter(range(number))
 
     def die(event, args):
@@ -311,11 +384,12 @@ def die_at_file_operation(number: int):
 
 
 def save_and_die_everywhere(folder):
-    """Save model 2 over model 1 again and again, killed at the 1st, 2nd, ... file operation, until a save survives."""
+    """Save model 2 over model 1 again and again, killed at the 1st, 2nd, ... file operation, until a save
+    survives."""
     folder, one, two = Path(folder), llama(seed=1), llama(seed=2)
     rounds = 0
     save_hf(one, folder)
-    (folder / "tokenizer.json").write_text("tokens")        # must outlive all of it
+    (folder / "tokenizer.json").write_text("tokens")  # must outlive all of it
     while True:
         save_hf(one, folder, max_shard_bytes=30_000)
         child = os.fork()
@@ -328,8 +402,10 @@ def save_and_die_everywhere(folder):
             assert (folder / "tokenizer.json").read_text() == "tokens"
             held = read_by_safetensors(folder)
             assert held.keys() == json.loads((folder / weights.INDEX).read_text())["weight_map"].keys()
-            assert any(all(torch.equal(held[name], value) for name, value in whole(model).items())
-                       for model in (one, two))
+            assert any(
+                all(torch.equal(held[name], value) for name, value in whole(model).items())
+                for model in (one, two)
+            )
         else:
             assert (folder.parent / f".{folder.name}.replaced").exists()
         if os.WTERMSIG(status) == signal.SIGTERM:
@@ -341,15 +417,19 @@ def save_and_die_everywhere(folder):
 
 def test_kill_at_any_file_operation_of_a_save_leaves_a_whole_model(tmp_path):
     script = "import sys, test_weights as t; t.save_and_die_everywhere(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", script, tmp_path / "hf"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "hf"], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-2]) > 30
 
 
 # ---- sharded ----
 
+
 def load_save_and_count(layout, source, target, dtype):
-    """Load into a differently filled model, save it again: (bitwise equal?, bytes read, bytes held, bytes written)."""
+    """Load into a differently filled model, save it again: (bitwise equal?, bytes read, bytes held, bytes
+    written)."""
     model = laid_out(llama(seed=2, dtype=dtype), layout)
     moved = {"read": 0, "written": 0}
     preadv, pwrite = os.preadv, os.pwrite
@@ -363,32 +443,48 @@ def load_save_and_count(layout, source, target, dtype):
         return done
 
     try:
-        os.preadv, os.pwrite, weights.STAGING_BYTES = counting_preadv, counting_pwrite, 1000     # runs are cut too
+        os.preadv, os.pwrite, weights.STAGING_BYTES = (
+            counting_preadv,
+            counting_pwrite,
+            1000,
+        )  # runs are cut too
         load_hf(model, source)
         save_hf(model, target, max_shard_bytes=20_000)
     finally:
         os.preadv, os.pwrite, weights.STAGING_BYTES = preadv, pwrite, 32 << 20
     expected = whole(llama(seed=1, dtype=dtype))
     equal = all(torch.equal(value, expected[name]) for name, value in whole(model).items())
-    held = sum(local.numel() * local.itemsize for param in model.parameters() for _, _, local in local_boxes(param))
+    held = sum(
+        local.numel() * local.itemsize for param in model.parameters() for _, _, local in local_boxes(param)
+    )
     return equal, moved["read"], held, moved["written"]
 
 
-@pytest.mark.parametrize("ranks,layout,dtype", [
-    (2, "plain", torch.float32), (2, "fsdp", torch.float32), (2, "fsdp", torch.bfloat16), (3, "fsdp", torch.float32),
-    (2, "tp", torch.float32), (4, "fsdp+tp", torch.float32), (4, "hsdp", torch.float32)])
+@pytest.mark.parametrize(
+    "ranks,layout,dtype",
+    [
+        (2, "plain", torch.float32),
+        (2, "fsdp", torch.float32),
+        (2, "fsdp", torch.bfloat16),
+        (3, "fsdp", torch.float32),
+        (2, "tp", torch.float32),
+        (4, "fsdp+tp", torch.float32),
+        (4, "hsdp", torch.float32),
+    ],
+)
 def test_any_layout_reads_only_its_slices_and_writes_the_bytes_of_one_process(tmp_path, ranks, layout, dtype):
     save_hf(llama(seed=1, dtype=dtype), tmp_path / "one", max_shard_bytes=20_000)
     results = run_on(ranks, load_save_and_count, layout, tmp_path / "one", tmp_path / "many", dtype)
     for equal, read, held, _ in results:
         assert equal and read == held
     total = sum(value.numel() * value.itemsize for value in whole(llama(dtype=dtype)).values())
-    assert sum(written for *_, written in results) == total         # of replicas one is written
+    assert sum(written for *_, written in results) == total  # of replicas one is written
     assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "many")
 
 
 def boxes_match_the_whole():
-    """For layouts with uneven shards and several mesh axes: each box is where the whole tensor has those values."""
+    """For layouts with uneven shards and several mesh axes: each box is where the whole tensor has those
+    values."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     count = 0
     for shape in [(8, 6), (7, 5), (3, 2), (1, 9), (10,), (2, 3, 5)]:
@@ -405,10 +501,14 @@ def boxes_match_the_whole():
     assert any("_Strided" in repr(param.placements) for param in model.parameters())
     for name, value in whole(llama(seed=1)).items():
         for offsets, sizes, local in local_boxes(hf_parameters(model)[name]):
-            assert torch.equal(local, value[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))]), name
+            assert torch.equal(
+                local, value[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))]
+            ), name
             count += 1
     q_proj = model.model.layers[0].self_attn.q_proj.weight
-    apart = DTensor.from_local(torch.zeros(16, 32), mesh, [q_proj.placements[0], Replicate()], run_check=False)
+    apart = DTensor.from_local(
+        torch.zeros(16, 32), mesh, [q_proj.placements[0], Replicate()], run_check=False
+    )
     with pytest.raises(ValueError, match="not one box a rank"):
         local_boxes(apart)
     meta = distribute_tensor(torch.empty(8, 4, device="meta"), mesh["tp"], [Shard(0)])
@@ -420,7 +520,11 @@ def test_local_boxes_are_where_the_values_of_the_whole_tensor_are():
     assert min(run_on(4, boxes_match_the_whole)) > 60
     plain = torch.zeros(3, 4, requires_grad=True)
     ((offsets, sizes, view),) = local_boxes(plain)
-    assert (offsets, sizes) == ((0, 0), (3, 4)) and view.data_ptr() == plain.data_ptr() and not view.requires_grad
+    assert (
+        (offsets, sizes) == ((0, 0), (3, 4))
+        and view.data_ptr() == plain.data_ptr()
+        and not view.requires_grad
+    )
     assert local_boxes(torch.zeros(0, 4)) == []
 
 
@@ -435,6 +539,7 @@ def refusals(folder, target):
             said.append(str(refused))
         finally:
             import posix
+
             os.pwrite = posix.pwrite
     return said
 
@@ -445,20 +550,25 @@ def test_what_one_rank_finds_is_raised_on_all(tmp_path):
     for loading, saving in run_on(2, refusals, tmp_path / "hf", tmp_path / "out"):
         assert "header says" in loading
         assert f"saving {tmp_path / 'out'}" in saving and "No space left" in saving
-    assert [path.name for path in tmp_path.iterdir()] == ["hf"]     # the half-written folder is gone
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]  # the half-written folder is gone
 
 
 # ---- the plans, as tables ----
 
-@pytest.mark.parametrize("shape,offsets,sizes,most,expected", [
-    ((4, 3), (0, 0), (4, 3), 99, [[(0, 0, 12)]]),                                   # whole
-    ((4, 3), (2, 0), (2, 3), 99, [[(6, 0, 6)]]),                                    # rows: one run
-    ((4, 3), (0, 1), (4, 2), 99, [[(1, 0, 2), (4, 2, 2), (7, 4, 2), (10, 6, 2)]]),  # columns: a run a row
-    ((4, 3), (0, 1), (4, 2), 5, [[(1, 0, 2), (4, 2, 2)], [(7, 4, 2), (10, 6, 2)]]),
-    ((4, 3), (2, 0), (2, 3), 4, [[(6, 0, 4)], [(10, 4, 2)]]),                       # a long run is cut
-    ((2, 2, 3), (0, 1, 0), (2, 1, 3), 99, [[(3, 0, 3), (9, 3, 3)]]),
-    ((5,), (3,), (2,), 99, [[(3, 0, 2)]]),
-    ((), (), (), 99, [[(0, 0, 1)]])])
+
+@pytest.mark.parametrize(
+    "shape,offsets,sizes,most,expected",
+    [
+        ((4, 3), (0, 0), (4, 3), 99, [[(0, 0, 12)]]),  # whole
+        ((4, 3), (2, 0), (2, 3), 99, [[(6, 0, 6)]]),  # rows: one run
+        ((4, 3), (0, 1), (4, 2), 99, [[(1, 0, 2), (4, 2, 2), (7, 4, 2), (10, 6, 2)]]),  # columns: a run a row
+        ((4, 3), (0, 1), (4, 2), 5, [[(1, 0, 2), (4, 2, 2)], [(7, 4, 2), (10, 6, 2)]]),
+        ((4, 3), (2, 0), (2, 3), 4, [[(6, 0, 4)], [(10, 4, 2)]]),  # a long run is cut
+        ((2, 2, 3), (0, 1, 0), (2, 1, 3), 99, [[(3, 0, 3), (9, 3, 3)]]),
+        ((5,), (3,), (2,), 99, [[(3, 0, 2)]]),
+        ((), (), (), 99, [[(0, 0, 1)]]),
+    ],
+)
 def test_runs_of_a_box(shape, offsets, sizes, most, expected):
     assert [*batches(shape, offsets, sizes, most)] == expected
 
@@ -467,9 +577,11 @@ def test_tensors_are_dealt_to_files_in_natural_order():
     tensors = {f"model.layers.{i}.w": ("BF16", (4,)) for i in (10, 2, 1)} | {"lm_head": ("F32", (4, 4))}
     headers, stored = plan_files(tensors, max_bytes=20)
     assert {name: place.file for name, place in stored.items()} == {
-        "lm_head": "model-00001-of-00003.safetensors",          # larger than the limit: alone
-        "model.layers.1.w": "model-00002-of-00003.safetensors", "model.layers.2.w": "model-00002-of-00003.safetensors",
-        "model.layers.10.w": "model-00003-of-00003.safetensors"}
+        "lm_head": "model-00001-of-00003.safetensors",  # larger than the limit: alone
+        "model.layers.1.w": "model-00002-of-00003.safetensors",
+        "model.layers.2.w": "model-00002-of-00003.safetensors",
+        "model.layers.10.w": "model-00003-of-00003.safetensors",
+    }
     assert all(len(header) % 8 == 0 for header in headers.values())
 
 

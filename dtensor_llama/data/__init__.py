@@ -1,6 +1,8 @@
-"""Text to training batches: files -> documents -> tokens on disk -> packed rows -> micro-batches. See README.md beside.
+"""Text to training batches: files -> documents -> tokens on disk -> packed rows -> micro-batches. See
+README.md beside.
 
-Names are imported when first used, because only `reader` needs torch: the tokenizing processes never pay for it.
+Names are imported when first used, because only `reader` needs torch: the tokenizing processes never pay for
+it.
 """
 
 from importlib import import_module

@@ -1,4 +1,5 @@
-"""Records of the common fine-tuning formats to conversations: a system prompt, then user and assistant in turns.
+"""Records of the common fine-tuning formats to conversations: a system prompt, then user and assistant in
+turns.
 
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}      OpenAI
     {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}          ShareGPT
@@ -25,8 +26,8 @@ from typing import Literal
 from dtensor_llama.data.sources import checked_text
 from dtensor_llama.errors import BadRecord
 
-LISTS = {"OpenAI messages": "messages", "ShareGPT": "conversations"}                   # format: its field, a list of turns
-PAIRS = {                   # format: (what the user asks, what is put under it if there is any, what the assistant answers)
+LISTS = {"OpenAI messages": "messages", "ShareGPT": "conversations"}  # format: its field, a list of turns
+PAIRS = {  # format: (what the user asks, what is put under it if there is any, what the assistant answers)
     "Alpaca": ("instruction", "input", "output"),
     "prompt/completion": ("prompt", None, "completion"),
     "question/answer": ("question", None, "answer"),
@@ -50,13 +51,17 @@ ROLES = {
 }
 # ShareGPT: a turn of the assistant that is the JSON of its calls
 CALL_ROLES = ("function_call", "tool_call")
-TOOL_ROLES = ("tool", "ipython", "function")             # what a tool returned
-FOLLOWS = {"start": ("user",), "user": ("assistant",), "assistant": ("user", *TOOL_ROLES),
-           # role: which ones may come next
-           **{role: (*TOOL_ROLES, "assistant", "user") for role in TOOL_ROLES}}
+TOOL_ROLES = ("tool", "ipython", "function")  # what a tool returned
+FOLLOWS = {
+    "start": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", *TOOL_ROLES),
+    # role: which ones may come next
+    **{role: (*TOOL_ROLES, "assistant", "user") for role in TOOL_ROLES},
+}
 TRAINED_IF = {"weight": True, "train": True, "trainable": True, "training": True, "loss": True}
-TRAINED_IF |= {"mask": False, "masked": False}           # flag: the value of it that says "trained"
-THOUGHTS = ("reasoning_content", "thinking", "reasoning")      # names of one thing, as transformers has them
+TRAINED_IF |= {"mask": False, "masked": False}  # flag: the value of it that says "trained"
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of one thing, as transformers has them
 UNANSWERED = "end with a turn that nobody answered, which is cut off"
 
 
@@ -250,10 +255,10 @@ def _message_of(turn, at: str) -> dict | None:
             "tool_calls": [_as_function(call) for call in (calls if isinstance(calls, list) else [calls])]
         }
     if message.get("tool_calls") == []:
-        del message["tool_calls"]          # as null is; some templates ask only whether the field is there
+        del message["tool_calls"]  # as null is; some templates ask only whether the field is there
     calls_or_thinks = any(message.get(name) for name in ("tool_calls", "function_call", *THOUGHTS))
     if content is None and not calls_or_thinks:
-        content = ""                       # a tool that returned nothing, an answer that is empty
+        content = ""  # a tool that returned nothing, an answer that is empty
     if content is not None:
         message = {"role": role, "content": content} | message
     thought = _thought(message, at)
@@ -266,7 +271,7 @@ def _message_of(turn, at: str) -> dict | None:
 def _content_of(content, at: str, text_field: str) -> str | None:
     if content is None:
         return None
-    if isinstance(content, list):                          # OpenAI's parts
+    if isinstance(content, list):  # OpenAI's parts
         if any(not isinstance(part, dict) or part.get("type") != "text" for part in content):
             raise BadRecord(at, "has parts that are not text", "a LLaMA reads text only.")
         return "".join(checked_text(part.get("text"), at, "text") for part in content)
@@ -343,5 +348,5 @@ def _check_order(turns: list[dict], where: str) -> None:
 
 
 def reasons_in_order(skipped: dict[str, int]) -> Iterable[str]:
-    """"2 no assistant turn", the most frequent first."""
+    """ "2 no assistant turn", the most frequent first."""
     return (f"{n:,} {reason}" for reason, n in sorted(skipped.items(), key=lambda pair: -pair[1]))

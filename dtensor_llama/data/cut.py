@@ -1,8 +1,10 @@
 """Cuts a long text into pieces whose ids, joined, are exactly the ids of the whole text.
 
-Why: one core should not have to tokenize a whole book, nor memory to hold it; and the libraries slow down on long texts
-(LLaMA's BPE has no words, a text is one long word: 2.5 MB/s on pieces of 1 MB, 6.5 MB/s on pieces of 16 kB).
-Where: only at whitespace between two other characters, and only where the tokenizer is seen to put a token boundary.
+Why: one core should not have to tokenize a whole book, nor memory to hold it; and the libraries slow down on
+    long texts (LLaMA's BPE has no words, a text is one long word: 2.5 MB/s on pieces of 1 MB, 6.5 MB/s on
+    pieces of 16 kB).
+Where: only at whitespace between two other characters, and only where the tokenizer is seen to put a token
+    boundary.
 """
 
 import re
@@ -10,15 +12,19 @@ from collections.abc import Iterator
 
 from dtensor_llama.data.tokenizer import Tokenizer
 
-WINDOW_CHARS = 300     # what a cut is checked on, each side: many times the longest piece of any vocabulary, and too
-                       # long for `tokenizers` to cache (texts below 256 bytes), which cost 30 MB in each worker
-MAX_TRIES = 24         # whitespaces tried per piece: a tokenizer that fails at all of them (one that strips its text,
-                       # say) fails everywhere, and trying each would cost 200 times the tokenizing itself
+WINDOW_CHARS = (
+    300  # what a cut is checked on, each side: many times the longest piece of any vocabulary, and too
+)
+# long for `tokenizers` to cache (texts below 256 bytes), which cost 30 MB in each worker
+MAX_TRIES = (
+    24  # whitespaces tried per piece: a tokenizer that fails at all of them (one that strips its text,
+)
+# say) fails everywhere, and trying each would cost 200 times the tokenizing itself
 GAP = re.compile(r"(?<=\S)\s+(?=\S)")
-WAYS = (               # of starting the right-hand piece: does the whitespace go with it, how many of its first ids go
-    (True, 0),         # byte-level BPE: nothing is added at a text's start
-    (True, 1),         # SentencePiece: the dummy prefix it puts before the right-hand piece is dropped again
-    (False, 0),        # SentencePiece at a single space: the dummy prefix stands for that space
+WAYS = (  # of starting the right-hand piece: does the whitespace go with it, how many of its first ids go
+    (True, 0),  # byte-level BPE: nothing is added at a text's start
+    (True, 1),  # SentencePiece: the dummy prefix it puts before the right-hand piece is dropped again
+    (False, 0),  # SentencePiece at a single space: the dummy prefix stands for that space
 )
 
 
@@ -29,12 +35,16 @@ class Cutter:
         self.tokenizer, self.ways = tokenizer, list(WAYS)
 
     def find(self, text: str, low: int, high: int) -> tuple[int, int, int] | None:
-        """The first good cut in text[low:high]: (end of the left piece, start of the right one, ids to skip there)."""
+        """The first good cut in text[low:high]: (end of the left piece, start of the right one, ids to skip
+        there)."""
         for tries, gap in enumerate(GAP.finditer(text, low, high)):
             if tries == MAX_TRIES:
                 break
             left, right = gap.span()
-            texts = text[left - WINDOW_CHARS if left > WINDOW_CHARS else 0 : left], text[left : right + WINDOW_CHARS]
+            texts = (
+                text[left - WINDOW_CHARS if left > WINDOW_CHARS else 0 : left],
+                text[left : right + WINDOW_CHARS],
+            )
             head, whole = self.tokenizer.encode_batch([texts[0], texts[0] + texts[1]])
             for way in self.ways:
                 keep_gap, skip = way
@@ -52,7 +62,7 @@ class Cutter:
         while start + reach + size // 2 < len(text):  # a rest of up to half a piece joins the last one
             cut = self.find(text, start + reach, min(start + reach + size, len(text)))
             if cut is None:
-                reach += size                         # no cut can be trusted here: a longer piece is still exact
+                reach += size  # no cut can be trusted here: a longer piece is still exact
                 continue
             end, next_start, next_skip = cut
             yield text[start:end], skip

@@ -1,8 +1,9 @@
 """Several corpora as one stream of rows, each with its share: `--data.path web/*.jsonl:0.7 books/*.txt:0.3`.
 
 source: the packed rows of one argument; its epochs and its held-out rows are its own
-share: of the rows, and so of the tokens, since all rows are of one length. Not drawn by chance but dealt: any stretch of
-n rows has n x share rows of a source, give or take one per source. So each step sees the mixture that was asked for.
+share: of the rows, and so of the tokens, since all rows are of one length. Not drawn by chance but dealt: any
+    stretch of n rows has n x share rows of a source, give or take one per source. So each step sees the
+    mixture that was asked for.
 """
 
 import math
@@ -17,7 +18,7 @@ from dtensor_llama.data.tokenize import prepare_corpus
 from dtensor_llama.data.tokenizer import Tokenizer
 from dtensor_llama.errors import UsageError
 
-UNITS = 2**30        # of a share: integers, so that positions up to 2^33 are dealt exactly
+UNITS = 2**30  # of a share: integers, so that positions up to 2^33 are dealt exactly
 
 
 def open_rows(
@@ -29,10 +30,13 @@ def open_rows(
     validation_share: float,
     seed: int,
 ) -> "PackedRows | MixedRows":
-    """The rows of `paths`, tokenized now if need be: of all of them together, or mixed if they have weights."""
+    """The rows of `paths`, tokenized now if need be: of all of them together, or mixed if they have
+    weights."""
     mixture = parse_mixture(paths)
     if mixture is None:
-        return PackedRows(prepare_corpus(paths, tokenizer, cache_dir, text_field), seq_len, validation_share, seed)
+        return PackedRows(
+            prepare_corpus(paths, tokenizer, cache_dir, text_field), seq_len, validation_share, seed
+        )
     sources = {}
     for path, weight in mixture.items():
         try:
@@ -44,7 +48,8 @@ def open_rows(
 
 
 def parse_mixture(paths: Sequence[str]) -> dict[str, float] | None:
-    """{path: weight} of arguments like "a.txt:0.7"; None if none has a weight. Only the proportions of weights count.
+    """{path: weight} of arguments like "a.txt:0.7"; None if none has a weight. Only the proportions of
+    weights count.
 
     A file that is really called so is a path without weight. UsageError for weights that cannot be."""
     weights, plain = {}, []
@@ -54,41 +59,56 @@ def parse_mixture(paths: Sequence[str]) -> dict[str, float] | None:
             weight = float(text) if colon and not Path(argument).exists() else None
         except ValueError:
             if Path(path).exists():
-                raise UsageError(f"--data.path {argument}: {text!r} is no weight; use a number above 0, like 0.5.") from None
+                raise UsageError(
+                    f"--data.path {argument}: {text!r} is no weight; use a number above 0, like 0.5."
+                ) from None
             weight = None
         if weight is None:
             plain.append(argument)
         elif not 0 < weight < math.inf:
-            raise UsageError(f"--data.path {argument}: the weight {text} is not possible; use a number above 0, or leave the "
-                             "path out.")
+            raise UsageError(
+                f"--data.path {argument}: the weight {text} is not possible; use a number above 0, or leave the "
+                "path out."
+            )
         elif path in weights:
-            raise UsageError(f"--data.path {path} is there twice, with the weights {weights[path]:g} and {weight:g}; use one.")
+            raise UsageError(
+                f"--data.path {path} is there twice, with the weights {weights[path]:g} and {weight:g}; use one."
+            )
         else:
             weights[path] = weight
     if weights and plain:
-        raise UsageError(f"--data.path {plain[0]} has no weight and {next(iter(weights))} has one; give all of them one, like "
-                         f"{plain[0]}:{min(weights.values()):g}, or none.")
+        raise UsageError(
+            f"--data.path {plain[0]} has no weight and {next(iter(weights))} has one; give all of them one, like "
+            f"{plain[0]}:{min(weights.values()):g}, or none."
+        )
     return weights or None
 
 
 class MixedRows:
     """Rows of several sources (name -> (rows, weight)) dealt by weight; used as PackedRows is.
 
-    Which row stands at a position is a pure function, as there. A row's number says its source too: those of a source
-    come after those of the sources before it. Raises UsageError if a weight is so small that it would never be dealt."""
+    Which row stands at a position is a pure function, as there. A row's number says its source too: those of
+    a source come after those of the sources before it. Raises UsageError if a weight is so small that it
+    would never be dealt."""
 
     def __init__(self, sources: dict[str, tuple[PackedRows, float]]):
         self.names, self.sources = list(sources), [rows for rows, _ in sources.values()]
         total = sum(weight for _, weight in sources.values())
         self.shares = [weight / total for _, weight in sources.values()]
         self.seq_len = self.sources[0].seq_len
-        self._first = np.cumsum([0, *(rows.n_rows for rows in self.sources)])        # row number at which a source begins
+        self._first = np.cumsum(
+            [0, *(rows.n_rows for rows in self.sources)]
+        )  # row number at which a source begins
         # Of what is dealt to the sources 0 .. k, the part that goes to 0 .. k - 1, in UNITS.
-        self._before = [round(UNITS * sum(self.shares[:k]) / sum(self.shares[: k + 1])) for k in range(len(self.shares))]
+        self._before = [
+            round(UNITS * sum(self.shares[:k]) / sum(self.shares[: k + 1])) for k in range(len(self.shares))
+        ]
         for name, share, before in zip(self.names[1:], self.shares[1:], self._before[1:], strict=True):
             if before in (0, UNITS):
-                raise UsageError(f"--data.path {name}: its share of {share:.1e} of the rows is too small, or too large beside "
-                                 "the others, to be dealt; use weights closer together.")
+                raise UsageError(
+                    f"--data.path {name}: its share of {share:.1e} of the rows is too small, or too large beside "
+                    "the others, to be dealt; use weights closer together."
+                )
         source, index = self._deal(np.arange(sum(rows.n_validation for rows in self.sources)))
         held_out = np.array([rows.n_validation for rows in self.sources])
         missing = np.flatnonzero(index >= held_out[source])
@@ -96,8 +116,9 @@ class MixedRows:
         self.n_train = sum(rows.n_train for rows in self.sources)
 
     def _deal(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(source, which of its rows in its own order) at positions. The last source is split off the others, then the
-        last of those: of n rows, floor(n x part) go to the others, so row n does if that grows by one."""
+        """(source, which of its rows in its own order) at positions. The last source is split off the others,
+        then the last of those: of n rows, floor(n x part) go to the others, so row n does if that grows by
+        one."""
         source, index = np.zeros_like(positions), positions.copy()
         undecided = np.ones(positions.shape, dtype=bool)
         for k in range(len(self.sources) - 1, 0, -1):
@@ -125,10 +146,13 @@ class MixedRows:
         return rows
 
     def validation_rows(self) -> np.ndarray:
-        """Held-out rows in the proportions of training, (n_validation,): as many as there are until one source has no more."""
+        """Held-out rows in the proportions of training, (n_validation,): as many as there are until one
+        source has no more."""
         source, index = self._deal(np.arange(self.n_validation))
         held_out = [own.validation_rows() for own in self.sources]
-        return np.array([self._first[k] + held_out[k][i] for k, i in zip(source, index, strict=True)], dtype=np.int64)
+        return np.array(
+            [self._first[k] + held_out[k][i] for k, i in zip(source, index, strict=True)], dtype=np.int64
+        )
 
     def tokens_of(self, rows: np.ndarray) -> np.ndarray:
         """(N, T + 1) int64 token ids of (N,) rows."""
@@ -149,7 +173,9 @@ class MixedRows:
     @property
     def contents(self) -> str:
         """What is read, in words: the same for the same rows in the same order."""
-        return " + ".join(f"{share:.6g} x ({rows.contents})" for share, rows in zip(self.shares, self.sources, strict=True))
+        return " + ".join(
+            f"{share:.6g} x ({rows.contents})" for share, rows in zip(self.shares, self.sources, strict=True)
+        )
 
     @property
     def content_hash(self) -> str:

@@ -1,4 +1,5 @@
-"""Rows as they will be trained on, to be looked at: as coloured text, and as the plain numbers of tokens and labels."""
+"""Rows as they will be trained on, to be looked at: as coloured text, and as the plain numbers of tokens and
+labels."""
 
 import json
 from collections import Counter
@@ -13,19 +14,26 @@ from dtensor_llama.data.rows import EMPTY_ANSWER, NOTHING_TRAINED, SKIPPED, Pack
 from dtensor_llama.data.tokenizer import Tokenizer
 from dtensor_llama.errors import UsageError
 
-TRAINED, CONTEXT, PLAIN = "\x1b[1;92m", "\x1b[2m", "\x1b[0m"      # bright green; dim; as before
+TRAINED, CONTEXT, PLAIN = "\x1b[1;92m", "\x1b[2m", "\x1b[0m"  # bright green; dim; as before
 
 
 def row_as_numbers(rows: PackedExamples, row: int) -> dict[str, list[int]]:
-    """{"tokens", "labels"} of one row without its padding: labels[i] is tokens[i + 1], which position i must predict, or
-    -100 where nothing is trained."""
-    batch, n_tokens = make_batch(rows, np.array([row]), document_mask=True), int(rows.document_starts_of(row)[-1])
+    """{"tokens", "labels"} of one row without its padding: labels[i] is tokens[i + 1], which position i must
+    predict, or -100 where nothing is trained."""
+    batch, n_tokens = (
+        make_batch(rows, np.array([row]), document_mask=True),
+        int(rows.document_starts_of(row)[-1]),
+    )
     return {"tokens": batch.tokens[0, :n_tokens].tolist(), "labels": batch.labels[0, :n_tokens].tolist()}
 
 
 def row_as_text(rows: PackedExamples, row: int, tokenizer: Tokenizer) -> str:
-    """One row for a terminal: an example below the other, trained tokens bright, the rest dim, control tokens as written."""
-    numbers, controls = row_as_numbers(rows, row), {tokenizer.id_of(text): text for text in tokenizer.control_tokens}
+    """One row for a terminal: an example below the other, trained tokens bright, the rest dim, control tokens
+    as written."""
+    numbers, controls = (
+        row_as_numbers(rows, row),
+        {tokenizer.id_of(text): text for text in tokenizer.control_tokens},
+    )
     trained = [False, *(label != NOT_SCORED for label in numbers["labels"])]
     shown, since_control, starts = "", [], {0, *rows.document_starts_of(row).tolist()}
     for at, token in enumerate(numbers["tokens"]):
@@ -33,8 +41,8 @@ def row_as_text(rows: PackedExamples, row: int, tokenizer: Tokenizer) -> str:
             shown, since_control = shown + ("\n" if at else ""), []
         if token in controls:
             text, since_control = controls[token], []
-        else:                      # decoded with what comes before it: a space, or half a character, may hang on that
-            text = tokenizer.decode([*since_control, token])[len(tokenizer.decode(since_control)):]
+        else:  # decoded with what comes before it: a space, or half a character, may hang on that
+            text = tokenizer.decode([*since_control, token])[len(tokenizer.decode(since_control)) :]
             since_control.append(token)
         if at == 0 or trained[at] != trained[at - 1]:
             shown += PLAIN + (TRAINED if trained[at] else CONTEXT)
@@ -43,9 +51,10 @@ def row_as_text(rows: PackedExamples, row: int, tokenizer: Tokenizer) -> str:
 
 
 def preview(rows: PackedExamples, tokenizer: Tokenizer, n_rows: int, json_file: str | None) -> None:
-    """Print the first rows in the order of training, and write them to json_file (n_rows 0: all, the held-out ones last)."""
+    """Print the first rows in the order of training, and write them to json_file (n_rows 0: all, the held-out
+    ones last)."""
     order = [*rows.rows_at(np.arange(rows.n_train)), *rows.validation_rows()]
-    for number, row in enumerate(order[: n_rows]):
+    for number, row in enumerate(order[:n_rows]):
         print(f"\n---- row {number} ----\n{row_as_text(rows, int(row), tokenizer)}")
     if json_file:
         chosen = [row_as_numbers(rows, int(row)) for row in order[: n_rows or None]]
@@ -69,13 +78,20 @@ def say_data(rows: PackedExamples, template_name: str, say) -> None:
         more = f" and {len(names) - 10} more" if len(names) > 10 else ""
         named = ", ".join(f"{name} ({rows.corpus.unread[name]:,})" for name in names[:10])
         say(f"fields    not read, as neither the format nor the template has a use for them: {named}{more}")
-    too_long = "".join(f"; {n:,} longer than a row were {done}" for n, done in (
-        (rows.n_dropped, "DROPPED (--data.overlong truncate keeps their beginnings)"),
-        (rows.n_truncated, "CUT (--data.overlong drop leaves them out)")) if n)
+    too_long = "".join(
+        f"; {n:,} longer than a row were {done}"
+        for n, done in (
+            (rows.n_dropped, "DROPPED (--data.overlong truncate keeps their beginnings)"),
+            (rows.n_truncated, "CUT (--data.overlong drop leaves them out)"),
+        )
+        if n
+    )
     n_trained, n_tokens = int(rows.corpus.trained.sum()), rows.corpus.n_tokens
-    say(f"rows      {rows.n_train:,} of {rows.seq_len} tokens to train on, {rows.n_validation:,} held out: {rows.n_examples:,} "
+    say(
+        f"rows      {rows.n_train:,} of {rows.seq_len} tokens to train on, {rows.n_validation:,} held out: {rows.n_examples:,} "
         f"examples, {rows.lengths.sum() / rows.n_rows / rows.seq_len:.0%} full; {n_trained / n_tokens:.0%} of the tokens are "
-        f"trained{too_long}")
+        f"trained{too_long}"
+    )
 
 
 def say_skipped(corpora: Iterable[TokenCorpus], run_dir: Path | None, say) -> None:

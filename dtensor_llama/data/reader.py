@@ -1,4 +1,5 @@
-"""Micro-batches for one dp rank, read ahead in a thread, at a position that is the whole state of the reader."""
+"""Micro-batches for one dp rank, read ahead in a thread, at a position that is the whole state of the
+reader."""
 
 import itertools
 import queue
@@ -14,19 +15,20 @@ from torch import Tensor
 from dtensor_llama.data.rows import PackedRows
 from dtensor_llama.errors import UsageError
 
-NOT_SCORED = -100    # the label that cross-entropy leaves out
-STEPS_AHEAD = 4      # held ready: enough to ride out a slow read from disk
+NOT_SCORED = -100  # the label that cross-entropy leaves out
+STEPS_AHEAD = 4  # held ready: enough to ride out a slow read from disk
 STEPS_PERMUTED = 64  # whose rows are looked up at once: 1 ms of numpy calls, whether for one step or for 64
 
 
 class Batch(NamedTuple):
-    tokens: Tensor             # (B, T) int64
-    labels: Tensor             # (B, T) int64: the next token, or NOT_SCORED
-    positions: Tensor | None   # (B, T) int64, counted from the document's start; None without document_mask
+    tokens: Tensor  # (B, T) int64
+    labels: Tensor  # (B, T) int64: the next token, or NOT_SCORED
+    positions: Tensor | None  # (B, T) int64, counted from the document's start; None without document_mask
 
 
 def make_batch(rows: PackedRows, indices: np.ndarray, document_mask: bool, pin_memory: bool = False) -> Batch:
-    """The rows `indices` as one batch. Under document_mask a label of another document than its token isn't scored."""
+    """The rows `indices` as one batch. Under document_mask a label of another document than its token isn't
+    scored."""
     both = rows.tokens_of(indices)  # (B, T + 1)
     tokens, labels, positions = both[:, :-1].copy(), both[:, 1:].copy(), None
     if (trained := rows.trained_of(indices)) is not None:
@@ -45,21 +47,35 @@ def make_batch(rows: PackedRows, indices: np.ndarray, document_mask: bool, pin_m
 class RowReader:
     """Per step, the list of micro-batches of one dp rank; endless, epoch after epoch.
 
-    Step s takes the next `global_batch_size` rows of the global order; each dp rank a contiguous slice of them. So the
-    rows of a step depend on neither dp_size nor micro_batch_size. `position` counts the rows of the steps handed out,
-    not what the thread has read ahead: a reader made with it goes on exactly there, on any number of ranks.
+    Step s takes the next `global_batch_size` rows of the global order; each dp rank a contiguous slice of
+    them. So the rows of a step depend on neither dp_size nor micro_batch_size. `position` counts the rows of
+    the steps handed out, not what the thread has read ahead: a reader made with it goes on exactly there, on
+    any number of ranks.
     """
 
-    def __init__(self, rows: PackedRows, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int,
-                 document_mask: bool = False, position: int = 0, pin_memory: bool = False):
+    def __init__(
+        self,
+        rows: PackedRows,
+        global_batch_size: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        document_mask: bool = False,
+        position: int = 0,
+        pin_memory: bool = False,
+    ):
         if min(global_batch_size, micro_batch_size) < 1 or global_batch_size % (dp_size * micro_batch_size):
-            raise UsageError(f"--train.global-batch-size {global_batch_size} cannot be dealt to {dp_size} dp rank(s) "
-                             f"in micro-batches of --train.micro-batch-size {micro_batch_size} rows; use a multiple of "
-                             f"{dp_size * max(1, micro_batch_size)}.")
+            raise UsageError(
+                f"--train.global-batch-size {global_batch_size} cannot be dealt to {dp_size} dp rank(s) "
+                f"in micro-batches of --train.micro-batch-size {micro_batch_size} rows; use a multiple of "
+                f"{dp_size * max(1, micro_batch_size)}."
+            )
         self.position, self.global_batch_size = position, global_batch_size
         self._error, ready, stop = None, queue.Queue(maxsize=STEPS_AHEAD), threading.Event()
         rank_batch_size = global_batch_size // dp_size
-        own = dp_rank * rank_batch_size + np.arange(rank_batch_size).reshape(-1, micro_batch_size)  # (micros, B)
+        own = dp_rank * rank_batch_size + np.arange(rank_batch_size).reshape(
+            -1, micro_batch_size
+        )  # (micros, B)
 
         def steps() -> Iterator[list[Batch]]:
             for first in itertools.count(position, STEPS_PERMUTED * global_batch_size):
@@ -67,8 +83,11 @@ class RowReader:
                 for micros in rows.rows_at(firsts[:, None, None] + own):
                     yield [make_batch(rows, micro, document_mask, pin_memory) for micro in micros]
 
-        thread = threading.Thread(target=_read_ahead, args=(steps(), ready, stop), name="row-reader", daemon=True)
-        # also at interpreter exit: a thread in the middle of torch then aborts the process ("terminate called ...")
+        thread = threading.Thread(
+            target=_read_ahead, args=(steps(), ready, stop), name="row-reader", daemon=True
+        )
+        # also at interpreter exit: a thread in the middle of torch then aborts the process ("terminate called
+        # ...")
         self._ready, self._close = ready, weakref.finalize(self, _stop_reading, ready, stop, thread)
         thread.start()
 
@@ -112,12 +131,19 @@ def _stop_reading(ready: queue.Queue, stop: threading.Event, thread: threading.T
         thread.join(timeout=0.01)
 
 
-def validation_batches(rows: PackedRows, micro_batch_size: int, dp_rank: int, dp_size: int, document_mask: bool = False,
-                       max_rows: int | None = None) -> Iterator[Batch]:
+def validation_batches(
+    rows: PackedRows,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    document_mask: bool = False,
+    max_rows: int | None = None,
+) -> Iterator[Batch]:
     """This dp rank's share of the first `max_rows` held-out rows, in whole micro-batches.
 
-    Every rank gets the same number of batches, because a sharded forward is a collective; what is missing is filled
-    with rows without a scored label, so that the sums over ranks of loss and scored labels don't depend on dp_size.
+    Every rank gets the same number of batches, because a sharded forward is a collective; what is missing is
+    filled with rows without a scored label, so that the sums over ranks of loss and scored labels don't
+    depend on dp_size.
     """
     held_out = rows.validation_rows()[:max_rows]
     stride = dp_size * micro_batch_size

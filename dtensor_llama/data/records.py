@@ -14,10 +14,20 @@ import pyarrow as pa
 
 from dtensor_llama.errors import UsageError
 
-BLANKS = re.compile(r"[ \t\r\n]*")                  # what JSON allows between its parts
+BLANKS = re.compile(r"[ \t\r\n]*")  # what JSON allows between its parts
 # Fields under which a whole data set stands in an object, as in {"version": "1.0", "data": [...]}.
-WRAPPERS = ("data", "train", "rows", "instances", "examples", "records", "items", "samples", "dataset",
-            "entries")
+WRAPPERS = (
+    "data",
+    "train",
+    "rows",
+    "instances",
+    "examples",
+    "records",
+    "items",
+    "samples",
+    "dataset",
+    "entries",
+)
 
 
 def json_records(text: str, given: str, text_field: str | None) -> Iterator[tuple[str, dict]]:
@@ -43,8 +53,10 @@ def _wrapper(value: dict, where: str, text_field: str | None) -> str | None:
     if not found:
         return None
     if len(lists) > 1:
-        raise UsageError(f"{where}: an object with several lists of records, {' and '.join(lists)}; put the "
-                         "one to train on into a file of its own.")
+        raise UsageError(
+            f"{where}: an object with several lists of records, {' and '.join(lists)}; put the "
+            "one to train on into a file of its own."
+        )
     return found[0]
 
 
@@ -88,14 +100,15 @@ class _Json:
     def _next_char(self) -> str:
         """The character that the next part begins with; empty at the end."""
         self.at = BLANKS.match(self.text, self.at).end()
-        return self.text[self.at:self.at + 1]
+        return self.text[self.at : self.at + 1]
 
     def _value(self):
         char = self.text[self.at]
         if char in ",]":
             what = "comma" if char == "," else "']'"
-            raise self._broken(f"a {what} where a record should begin; records separated by commas stand in "
-                               "[ ]")
+            raise self._broken(
+                f"a {what} where a record should begin; records separated by commas stand in [ ]"
+            )
         try:
             value, self.at = self.decoder.raw_decode(self.text, self.at)
         except json.JSONDecodeError as error:
@@ -113,15 +126,17 @@ class _Json:
         return UsageError(f"{self.given}, {self._where()}: broken JSON ({reason}).")
 
     def _not_closed(self, opened_in: str) -> UsageError:
-        return UsageError(f"{self.given}: the array is not closed, which begins in {opened_in}; the file is "
-                          "cut short: fetch it again.")
+        return UsageError(
+            f"{self.given}: the array is not closed, which begins in {opened_in}; the file is "
+            "cut short: fetch it again."
+        )
 
 
 def csv_records(lines: Iterator[str], given: str, delimiter: str) -> Iterator[tuple[str, dict]]:
     """The rows of a .csv or .tsv under its header line, as {column: text}. A header without a comma but with
     semicolons or tabs says that those are the delimiter, as spreadsheets write where the comma is for
     decimals."""
-    csv.field_size_limit(sys.maxsize)               # a field is a whole document
+    csv.field_size_limit(sys.maxsize)  # a field is a whole document
     header_line = next(lines, "")
     if delimiter not in header_line:
         delimiter = next((other for other in ";\t" if other in header_line), delimiter)
@@ -131,25 +146,30 @@ def csv_records(lines: Iterator[str], given: str, delimiter: str) -> Iterator[tu
         try:
             row = next(rows, None)
         except csv.Error as error:
-            raise UsageError(f"{given}, line {first_line}: broken CSV ({error}); a field with a quote, a "
-                             "line break or the delimiter in it stands in double quotes, and a quote in "
-                             "there is doubled.") from None
+            raise UsageError(
+                f"{given}, line {first_line}: broken CSV ({error}); a field with a quote, a "
+                "line break or the delimiter in it stands in double quotes, and a quote in "
+                "there is doubled."
+            ) from None
         where, first_line = f"{given}, line {first_line}", rows.line_num + 1
         if row is None:
             return
-        if not row:                                 # an empty line
+        if not row:  # an empty line
             continue
         if columns is None:
             columns = row
             twice = next((name for name in columns if columns.count(name) > 1), None)
             if twice is not None:
-                raise UsageError(f"{where}: the column {twice!r} is there twice; give each column a name of "
-                                 "its own.")
+                raise UsageError(
+                    f"{where}: the column {twice!r} is there twice; give each column a name of its own."
+                )
             continue
         if len(row) != len(columns):
-            raise UsageError(f"{where}: {len(row)} fields, and the header has {len(columns)} columns ("
-                             f"{', '.join(columns[:20])}); a field with the delimiter in it stands in double "
-                             "quotes.")
+            raise UsageError(
+                f"{where}: {len(row)} fields, and the header has {len(columns)} columns ("
+                f"{', '.join(columns[:20])}); a field with the delimiter in it stands in double "
+                "quotes."
+            )
         yield where.removeprefix(f"{given}, "), dict(zip(columns, row, strict=True))
 
 
@@ -167,8 +187,9 @@ def open_arrow(file, given: str):
     tail = file.read(4)
     file.seek(0)
     if head.startswith(b"FEA1"):
-        raise UsageError(f"{given}: Feather of version 1, which is not read; write it anew with pyarrow or "
-                         "as .parquet.")
+        raise UsageError(
+            f"{given}: Feather of version 1, which is not read; write it anew with pyarrow or as .parquet."
+        )
     if head.startswith(b"ARROW1"):
         return pa.ipc.open_file(pa.PythonFile(file, mode="r"))
     if tail != b"\0\0\0\0":

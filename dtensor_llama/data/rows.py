@@ -1,8 +1,10 @@
 """Packed rows over a tokenized corpus: which tokens make row i, which rows train, and in what order.
 
-row: T + 1 consecutive tokens, T inputs and T labels shifted by one; the last token is also the next row's first
-position: how far a run has come, in rows of the global order; it never wraps, epoch = position // training rows
-Everything is a pure function of (corpus, seq_len, seed): no list of rows is stored, however long the corpus.
+row: T + 1 consecutive tokens, T inputs and T labels shifted by one; the last token is also the next row's
+    first
+position: how far a run has come, in rows of the global order; it never wraps, epoch = position // training
+    rows Everything is a pure function of (corpus, seq_len, seed): no list of rows is stored, however long the
+    corpus.
 """
 
 import json
@@ -18,14 +20,15 @@ ROUNDS = 6  # of the Feistel network: 4 make a pseudo-random permutation (Luby a
 # Records that are no conversation to train on are counted as these, and left out.
 EMPTY_ANSWER = "with an empty answer"
 NOTHING_TRAINED = "in which no answer is to be trained"
-SKIPPED = "bad-records.jsonl"            # those that --data.bad-records skip left out, one a line
+SKIPPED = "bad-records.jsonl"  # those that --data.bad-records skip left out, one a line
 
 
 class TokenCorpus:
     """A folder written by `prepare_corpus`, mapped into memory: opening it reads nothing.
 
     tokens: (n_tokens,) uint16 or uint32. document_starts: (n_documents,) int64, offsets into `tokens`.
-    content_hash: the same for the same tokens, documents and masks, and for no others; "" if whoever wrote it made none.
+    content_hash: the same for the same tokens, documents and masks, and for no others; "" if whoever wrote it
+        made none.
     skipped: how many records were left out by what is wrong with them; bad_records: the file that lists them.
     """
 
@@ -33,7 +36,11 @@ class TokenCorpus:
         self.folder = Path(folder)
         try:
             meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
-            self.n_tokens, self.n_documents, dtype = meta["n_tokens"], meta["n_documents"], np.dtype(meta["dtype"])
+            self.n_tokens, self.n_documents, dtype = (
+                meta["n_tokens"],
+                meta["n_documents"],
+                np.dtype(meta["dtype"]),
+            )
             self.content_hash = meta.get("content_hash", "")
             self.skipped, self.bad_records = meta.get("skipped", {}), self.folder / SKIPPED
             self.tokens = np.memmap(self.folder / "tokens.bin", dtype, mode="r")
@@ -42,8 +49,10 @@ class TokenCorpus:
         except (OSError, ValueError, KeyError, TypeError) as error:
             damage = error
         if damage:
-            raise UsageError(f"{self.folder}: these tokens are damaged (a file is missing, unreadable or not of the "
-                             f"size that meta.json says); delete the folder, and the next run writes it again.")
+            raise UsageError(
+                f"{self.folder}: these tokens are damaged (a file is missing, unreadable or not of the "
+                f"size that meta.json says); delete the folder, and the next run writes it again."
+            )
 
 
 class ChatCorpus(TokenCorpus):
@@ -70,17 +79,31 @@ class PackedRows:
 
     def __init__(self, corpus: TokenCorpus, seq_len: int, validation_share: float, seed: int):
         if seq_len < 1 or not 0 <= validation_share < 1:
-            raise UsageError(f"--data.seq-len {seq_len} must be at least 1, the validation share {validation_share} at "
-                             f"least 0 and below 1.")
-        self.corpus, self.seq_len, self._key = corpus, seq_len, _mix(np.array([seed % 2**64], dtype=np.uint64))
-        self.n_rows = max(0, corpus.n_tokens - 1) // seq_len  # the tokens after the last whole row are dropped
+            raise UsageError(
+                f"--data.seq-len {seq_len} must be at least 1, the validation share {validation_share} at "
+                f"least 0 and below 1."
+            )
+        self.corpus, self.seq_len, self._key = (
+            corpus,
+            seq_len,
+            _mix(np.array([seed % 2**64], dtype=np.uint64)),
+        )
+        self.n_rows = (
+            max(0, corpus.n_tokens - 1) // seq_len
+        )  # the tokens after the last whole row are dropped
         self.n_validation = max(1, round(self.n_rows * validation_share)) if validation_share > 0 else 0
         self.n_train = self.n_rows - self.n_validation
         if self.n_train < 1:
             fitting = (corpus.n_tokens - 1) // (2 if validation_share > 0 else 1)
-            advice = f"use --data.seq-len {fitting} or less, or give more text" if fitting > 0 else "give more text"
-            raise UsageError(f"--data.seq-len {seq_len}: the data has {corpus.n_tokens} tokens, {self.n_rows} rows of "
-                             f"{seq_len} + 1; with {self.n_validation} held out none is left to train on: {advice}.")
+            advice = (
+                f"use --data.seq-len {fitting} or less, or give more text"
+                if fitting > 0
+                else "give more text"
+            )
+            raise UsageError(
+                f"--data.seq-len {seq_len}: the data has {corpus.n_tokens} tokens, {self.n_rows} rows of "
+                f"{seq_len} + 1; with {self.n_validation} held out none is left to train on: {advice}."
+            )
 
     @property
     def contents(self) -> str:
@@ -93,7 +116,8 @@ class PackedRows:
         return self.corpus.content_hash
 
     def parts(self, n_rows: int) -> list[tuple[str, "PackedRows", int]]:
-        """(name, rows, how many of the first n of the training order are of them): here of all, of MixedRows of each source."""
+        """(name, rows, how many of the first n of the training order are of them): here of all, of MixedRows
+        of each source."""
         return [("", self, n_rows)]
 
     def row_at(self, position: int) -> int:
@@ -101,7 +125,8 @@ class PackedRows:
         return int(self.rows_at(np.array([position]))[0])
 
     def rows_at(self, positions: np.ndarray) -> np.ndarray:
-        """Rows at positions, an array of any shape: every epoch is a permutation of the training rows of its own."""
+        """Rows at positions, an array of any shape: every epoch is a permutation of the training rows of its
+        own."""
         epochs, index = np.divmod(np.asarray(positions, dtype=np.int64), self.n_train)
         return self._split(permute(index, self.n_train, _mix(self._key + _mix(epochs.astype(np.uint64)))))
 
@@ -131,42 +156,62 @@ class PackedRows:
 
 
 class PackedExamples(PackedRows):
-    """Rows of whole conversations, one behind the other, the rest of a row filled with `pad_id`; no row has a part of one.
+    """Rows of whole conversations, one behind the other, the rest of a row filled with `pad_id`; no row has a
+    part of one.
 
-    A row is `seq_len` tokens here (one more, always padding, completes PackedRows' T + 1), so an example fits if it has at
-    most that many. overlong: "drop" leaves longer ones out, "truncate" keeps their first `seq_len` tokens, unless none of
-    those is trained. packing False: one example a row. Raises UsageError if no row is left to train on.
+    A row is `seq_len` tokens here (one more, always padding, completes PackedRows' T + 1), so an example fits
+    if it has at most that many. overlong: "drop" leaves longer ones out, "truncate" keeps their first
+    `seq_len` tokens, unless none of those is trained. packing False: one example a row. Raises UsageError if
+    no row is left to train on.
 
     n_examples, n_dropped, n_truncated: conversations in rows, too long and left out, too long and cut.
     """
 
-    def __init__(self, corpus: ChatCorpus, seq_len: int, validation_share: float, seed: int, pad_id: int = 0,
-                 overlong: str = "drop", packing: bool = True):
+    def __init__(
+        self,
+        corpus: ChatCorpus,
+        seq_len: int,
+        validation_share: float,
+        seed: int,
+        pad_id: int = 0,
+        overlong: str = "drop",
+        packing: bool = True,
+    ):
         self.corpus, self.seq_len, self.pad_id = corpus, seq_len, pad_id
         self._key = _mix(np.array([seed % 2**64], dtype=np.uint64))
         starts = np.asarray(corpus.document_starts)
         lengths = np.diff(starts, append=corpus.n_tokens)
         is_long = lengths > seq_len
-        # trained tokens before each offset, so that a cut example that has none left is seen; int64, 8 bytes a token, briefly
+        # trained tokens before each offset, so that a cut example that has none left is seen; int64, 8 bytes
+        # a token, briefly
         before = np.concatenate([[0], np.cumsum(corpus.trained, dtype=np.int64)]) if is_long.any() else None
         fits = ~is_long
         if overlong == "truncate" and before is not None:
             fits |= before[starts + np.minimum(lengths, seq_len)] > before[starts]
-        self.n_examples, self.n_dropped, self.n_truncated = map(int, (fits.sum(), (~fits).sum(), (fits & is_long).sum()))
+        self.n_examples, self.n_dropped, self.n_truncated = map(
+            int, (fits.sum(), (~fits).sum(), (fits & is_long).sum())
+        )
         if not self.n_examples:
-            raise UsageError(f"--data.seq-len {seq_len}: every example is longer (the shortest has {lengths.min()} tokens), "
-                             f"and --data.overlong {overlong} leaves nothing to train on; use --data.seq-len {lengths.max()} "
-                             f"to keep all" + (", or --data.overlong truncate." if overlong == "drop" else "."))
+            raise UsageError(
+                f"--data.seq-len {seq_len}: every example is longer (the shortest has {lengths.min()} tokens), "
+                f"and --data.overlong {overlong} leaves nothing to train on; use --data.seq-len {lengths.max()} "
+                f"to keep all" + (", or --data.overlong truncate." if overlong == "drop" else ".")
+            )
         self.starts, self.lengths = starts[fits], np.minimum(lengths, seq_len)[fits]
-        self.examples, self.row_ends = pack(self.lengths, seq_len) if packing else (
-            np.arange(self.n_examples), np.arange(1, self.n_examples + 1))
+        self.examples, self.row_ends = (
+            pack(self.lengths, seq_len)
+            if packing
+            else (np.arange(self.n_examples), np.arange(1, self.n_examples + 1))
+        )
         self.n_rows = len(self.row_ends)
         self.n_validation = max(1, round(self.n_rows * validation_share)) if validation_share > 0 else 0
         self.n_train = self.n_rows - self.n_validation
         if self.n_train < 1:
-            raise UsageError(f"--data.path: {self.n_examples} examples make {self.n_rows} row(s) of {seq_len} tokens, and with "
-                             f"{self.n_validation} held out none is left to train on; use --data.validation-share 0, a smaller "
-                             "--data.seq-len, or more data.")
+            raise UsageError(
+                f"--data.path: {self.n_examples} examples make {self.n_rows} row(s) of {seq_len} tokens, and with "
+                f"{self.n_validation} held out none is left to train on; use --data.validation-share 0, a smaller "
+                "--data.seq-len, or more data."
+            )
 
     def examples_of(self, row: int) -> np.ndarray:
         """The examples in a row, in order."""
@@ -181,7 +226,9 @@ class PackedExamples(PackedRows):
     def _gather(self, source: np.ndarray, rows: np.ndarray, fill: int) -> np.ndarray:
         out = np.full((len(rows), self.seq_len + 1), fill, dtype=source.dtype)
         for b, row in enumerate(rows):
-            parts = [source[self.starts[i] : self.starts[i] + self.lengths[i]] for i in self.examples_of(int(row))]
+            parts = [
+                source[self.starts[i] : self.starts[i] + self.lengths[i]] for i in self.examples_of(int(row))
+            ]
             joined = np.concatenate(parts)
             out[b, : len(joined)] = joined
         return out
@@ -192,10 +239,12 @@ class PackedExamples(PackedRows):
 
 
 def pack(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Examples of `lengths` tokens, none above seq_len, into few rows: (examples in the order of rows, end of each row there).
+    """Examples of `lengths` tokens, none above seq_len, into few rows: (examples in the order of rows, end of
+    each row there).
 
-    Best fit, longest first: each goes where it leaves the least room. Which rooms there are is a number's bits, the number
-    of tokens that fit being the bit: finding the smallest that suffices is one shift, at any number of rows.
+    Best fit, longest first: each goes where it leaves the least room. Which rooms there are is a number's
+    bits, the number of tokens that fit being the bit: finding the smallest that suffices is one shift, at any
+    number of rows.
     """
     rows, with_room, rooms = [], [[] for _ in range(seq_len + 1)], 0
     for example in np.argsort(-lengths, kind="stable"):
@@ -217,10 +266,11 @@ def pack(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Images of indices below n under the pseudo-random bijections of 0 .. n - 1 that uint64 keys of their shape name.
+    """Images of indices below n under the pseudo-random bijections of 0 .. n - 1 that uint64 keys of their
+    shape name.
 
-    A Feistel network permutes the 2^(2h) >= n numbers of 2h bits; an image not below n is fed in again until it is
-    (cycle walking, Black and Rogaway 2002: fewer than 4 times on average), which leaves a bijection.
+    A Feistel network permutes the 2^(2h) >= n numbers of 2h bits; an image not below n is fed in again until
+    it is (cycle walking, Black and Rogaway 2002: fewer than 4 times on average), which leaves a bijection.
     """
     half_bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half_bits)) - 1)

@@ -1,7 +1,8 @@
-"""Files to chunks of about a mebibyte, and chunks to documents, in memory that does not depend on a file's size.
+"""Files to chunks of about a mebibyte, and chunks to documents, in memory that does not depend on a file's
+size.
 
-One process reads (`read_chunks`); those that tokenize turn chunks into documents (`Chunk.documents`), so that parsing
-holds nobody up. Every defect of a file is a UsageError that names the file and the line or row.
+One process reads (`read_chunks`); those that tokenize turn chunks into documents (`Chunk.documents`), so that
+parsing holds nobody up. Every defect of a file is a UsageError that names the file and the line or row.
 """
 
 import codecs
@@ -30,11 +31,13 @@ from dtensor_llama.data.unpack import (
 from dtensor_llama.errors import BadRecord, UsageError
 from dtensor_llama.places import expanded, hub_hint
 
-RECORD_FORMATS = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".tsv")     # objects of several fields
+RECORD_FORMATS = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".tsv")  # objects of several fields
 FORMATS = (".txt", *RECORD_FORMATS)
-OTHER_ENDINGS = {".ndjson": ".jsonl", ".feather": ".arrow"}                     # of the same formats
-CHUNK_BYTES = 1 << 20   # what one worker gets at a time: long enough to hide the hand-over, short enough to balance
-BATCH_ROWS = 64        # of a table, decoded at once
+OTHER_ENDINGS = {".ndjson": ".jsonl", ".feather": ".arrow"}  # of the same formats
+CHUNK_BYTES = (
+    1 << 20
+)  # what one worker gets at a time: long enough to hide the hand-over, short enough to balance
+BATCH_ROWS = 64  # of a table, decoded at once
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,11 @@ class Chunk:
 
     path: Path
     data: bytes | str | list[tuple[str, dict]]
-    first_line: int = 1     # of a .jsonl's lines, counted from 1
-    input_bytes: int = 0    # of the file on disk, read since the chunk before: for the progress bar
-    skip: int = 0           # .txt: leading ids of the piece that come from the cut, not from the text
-    opens: bool = True      # .txt: the piece starts its document
-    closes: bool = True     # .txt: the piece ends its document
+    first_line: int = 1  # of a .jsonl's lines, counted from 1
+    input_bytes: int = 0  # of the file on disk, read since the chunk before: for the progress bar
+    skip: int = 0  # .txt: leading ids of the piece that come from the cut, not from the text
+    opens: bool = True  # .txt: the piece starts its document
+    closes: bool = True  # .txt: the piece ends its document
 
     def documents(self, text_field: str, skip: Callable[[str, UsageError], None] | None = None) -> list[str]:
         """The texts in this chunk, without those that hold nothing but whitespace. skip: as of `records`."""
@@ -119,11 +122,14 @@ def _matches(pattern: str) -> list[Path]:
     """The files of one argument, at least one. UsageError for what is there and cannot be read as a file."""
     path = Path(expanded(pattern, "--data.path"))
     if path.is_dir():
-        raise UsageError(f"--data.path {pattern}: is a folder; name the files in it, as in "
-                         f"'{pattern}/**/*.jsonl'.")
+        raise UsageError(
+            f"--data.path {pattern}: is a folder; name the files in it, as in '{pattern}/**/*.jsonl'."
+        )
     if path.exists() and not path.is_file():
-        raise UsageError(f"--data.path {pattern}: is a pipe or a device, and the data is read more than "
-                         "once; write it to a file first.")
+        raise UsageError(
+            f"--data.path {pattern}: is a pipe or a device, and the data is read more than "
+            "once; write it to a file first."
+        )
     if os.path.lexists(path):
         matches = [path]
     else:
@@ -131,13 +137,16 @@ def _matches(pattern: str) -> list[Path]:
         matches = [Path(match) for match in found if not os.path.isdir(match)]
     for match in matches:
         if match.is_symlink() and not match.exists():
-            raise UsageError(f"--data.path {match}: is a link to {os.readlink(match)}, which is not there; "
-                             "fetch the data again, or leave the link out.")
+            raise UsageError(
+                f"--data.path {match}: is a link to {os.readlink(match)}, which is not there; "
+                "fetch the data again, or leave the link out."
+            )
     matches = [match for match in matches if match.is_file()]
     if not matches:
         hint = hub_hint(pattern, "dataset")
-        raise UsageError(f"--data.path {pattern}: no file matches; give files or patterns such as "
-                         f"'data/**/*.txt'.{hint}")
+        raise UsageError(
+            f"--data.path {pattern}: no file matches; give files or patterns such as 'data/**/*.txt'.{hint}"
+        )
     return matches
 
 
@@ -166,14 +175,18 @@ def _format_of(path: Path, formats: tuple[str, ...]) -> tuple[str, str | None]:
     suffix, compression = _kind_of(path)
     if suffix not in formats:
         compressed = list(COMPRESSIONS)
-        raise UsageError(f"--data.path {path}: unknown kind of file; {', '.join(formats[:-1])} and {formats[-1]} can be "
-                         f"read, and {', '.join(compressed[:-1])} and {compressed[-1]} of each.")
+        raise UsageError(
+            f"--data.path {path}: unknown kind of file; {', '.join(formats[:-1])} and {formats[-1]} can be "
+            f"read, and {', '.join(compressed[:-1])} and {compressed[-1]} of each."
+        )
     return suffix, compression
 
 
-def read_chunks(path: Path, text_field: str | None, cutter: Cutter | None,
-                chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
-    """The chunks of one file, in order. text_field None: of records, with all their fields; they need no cutter."""
+def read_chunks(
+    path: Path, text_field: str | None, cutter: Cutter | None, chunk_bytes: int = CHUNK_BYTES
+) -> Iterator[Chunk]:
+    """The chunks of one file, in order. text_field None: of records, with all their fields; they need no
+    cutter."""
     suffix, compression = _format_of(path, FORMATS if text_field is not None else RECORD_FORMATS)
     done_bytes = 0
     try:
@@ -205,25 +218,32 @@ def read_chunks(path: Path, text_field: str | None, cutter: Cutter | None,
         if compression == "zstd" and NEEDS_WINDOW in str(error):
             raise say_long_window(path) from None
         reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"--data.path {path}: cannot be read to its end ({reason}); it may be cut short or damaged: "
-                         f"fetch it again or leave it out.") from None
+        raise UsageError(
+            f"--data.path {path}: cannot be read to its end ({reason}); it may be cut short or damaged: "
+            f"fetch it again or leave it out."
+        ) from None
 
 
 def _blocks(path: Path, stream, chunk_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """(number of the line it starts in, bytes) of each block of a text file; a byte-order mark is left out."""
+    """(number of the line it starts in, bytes) of each block of a text file; a byte-order mark is left
+    out."""
     line, block = 1, stream.read(chunk_bytes).removeprefix(codecs.BOM_UTF8)
     while block:
         if (zero := block.find(b"\0")) >= 0:
             line += block.count(b"\n", 0, zero)
-            raise UsageError(f"--data.path {path}, line {line}: a zero byte; the file is binary or UTF-16, "
-                             f"expected text in UTF-8.")
+            raise UsageError(
+                f"--data.path {path}, line {line}: a zero byte; the file is binary or UTF-16, "
+                f"expected text in UTF-8."
+            )
         yield line, block
         line, block = line + block.count(b"\n"), stream.read(chunk_bytes)
 
 
 def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> UsageError:
-    return UsageError(f"--data.path {path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8 text; "
-                      f"convert the file (iconv -t utf-8) or leave it out.")
+    return UsageError(
+        f"--data.path {path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8 text; "
+        f"convert the file (iconv -t utf-8) or leave it out."
+    )
 
 
 def _read_jsonl(path: Path, stream, chunk_bytes: int) -> Iterator[Chunk]:
@@ -343,8 +363,11 @@ def _object_of_line(line: bytes, path: Path, number: int) -> dict:
 
 def _checked_object(row, where: str) -> dict:
     if not isinstance(row, dict):
-        raise BadRecord(where, f"expected a JSON object, found {type(row).__name__}",
-                        "a .jsonl holds one object a line, a list of them goes into a .json.")
+        raise BadRecord(
+            where,
+            f"expected a JSON object, found {type(row).__name__}",
+            "a .jsonl holds one object a line, a list of them goes into a .json.",
+        )
     return row
 
 
@@ -409,14 +432,17 @@ def _columns_in(column: pa.Field) -> list[str]:
     return [column.name]
 
 
-def _read_batches(path: Path, batches: Iterator[pa.RecordBatch], text_field: str | None,
-                  chunk_bytes: int) -> Iterator[Chunk]:
+def _read_batches(
+    path: Path, batches: Iterator[pa.RecordBatch], text_field: str | None, chunk_bytes: int
+) -> Iterator[Chunk]:
     """The rows of a table, a few at a time."""
     row = 0
     if text_field is None:
         for batch in batches:
             try:
-                yield Chunk(path, [(f"row {row + i}", record) for i, record in enumerate(batch.to_pylist(), 1)])
+                yield Chunk(
+                    path, [(f"row {row + i}", record) for i, record in enumerate(batch.to_pylist(), 1)]
+                )
             except UnicodeDecodeError as error:
                 rows = f"rows {row + 1} to {row + len(batch)}"
                 raise UsageError(f"--data.path {path}, {rows}: not UTF-8 text ({error}).") from None

@@ -1,6 +1,8 @@
-"""Conversations to token ids and a mask of what is trained: the assistant's turns and the tokens that end them.
+"""Conversations to token ids and a mask of what is trained: the assistant's turns and the tokens that end
+them.
 
-The template is the tokenizer's own (Jinja, as transformers renders it), else LLaMA-2's. Three things are ours:
+The template is the tokenizer's own (Jinja, as transformers renders it), else LLaMA-2's. Three things are
+ours:
 control tokens     come from the template alone. "</s>" in what somebody wrote is characters, not the end. (LLaMA-2's [INST]
                    and <<SYS>> are no control tokens but characters themselves: they stay what they are.)
 the mask           from {% generation %} markers where the template has them; else an assistant's turn is what rendering it
@@ -8,9 +10,9 @@ the mask           from {% generation %} markers where the template has them; el
 where ids are cut  the ids before an answer are those of the prompt it is asked with, as in generation. A space that the
                    template puts before the answer belongs to the answer, as in its first piece ("▁Hello").
 
-LLaMA-2's format, as in Meta's llama/generation.py: each pair of turns is BOS, "[INST] question [/INST] answer ", EOS, the
-system prompt inside the first question. The trained part is "answer ", its last space too, and EOS: without that space the
-model would never get to the EOS behind it.
+LLaMA-2's format, as in Meta's llama/generation.py: each pair of turns is BOS, "[INST] question [/INST] answer
+", EOS, the system prompt inside the first question. The trained part is "answer ", its last space too, and
+EOS: without that space the model would never get to the EOS behind it.
 """
 
 import json
@@ -83,16 +85,22 @@ class Example:
 class ChatTemplate:
     """How one tokenizer writes a conversation.
 
-    name: for printing. source: the Jinja text, to be saved with the model. Raises UsageError for a template that cannot be
-    read, and for a tokenizer without any token to end a turn with."""
+    name: for printing. source: the Jinja text, to be saved with the model. Raises UsageError for a template
+        that cannot be read, and for a tokenizer without any token to end a turn with."""
 
     def __init__(self, tokenizer: Tokenizer):
         own = tokenizer.chat_template
-        self.name = "the tokenizer's own chat template" if own else "LLaMA-2's [INST] format (the tokenizer has no template)"
+        self.name = (
+            "the tokenizer's own chat template"
+            if own
+            else "LLaMA-2's [INST] format (the tokenizer has no template)"
+        )
         self.source, self.where = own or LLAMA2_TEMPLATE, f"--data.tokenizer {tokenizer.path}"
         if tokenizer.eos_id is None and not own:
-            raise UsageError(f"{self.where}: it has no EOS token, which LLaMA-2's chat format ends an answer with, and no "
-                             "chat_template of its own; give a tokenizer with one of them.")
+            raise UsageError(
+                f"{self.where}: it has no EOS token, which LLaMA-2's chat format ends an answer with, and no "
+                "chat_template of its own; give a tokenizer with one of them."
+            )
         self.writer = TextWriter(tokenizer)
         self.tokenizer, self.controls = tokenizer, self.writer.controls
         self.has_markers = re.search(r"\{%-?\s*generation\b", self.source) is not None
@@ -100,16 +108,23 @@ class ChatTemplate:
         self.special_tokens = {
             name: tokenizer.token_of(i) if i is not None else "" for name, i in names.items()
         }
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                    extensions=[_Generation, "jinja2.ext.loopcontrols"])
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-        environment.globals |= {"raise_exception": self._refuse_as_the_template_says,
-                                "strftime_now": lambda form: datetime.now().strftime(form)}
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = lambda value, **options: json.dumps(
+            value, ensure_ascii=False, **options
+        )
+        environment.globals |= {
+            "raise_exception": self._refuse_as_the_template_says,
+            "strftime_now": lambda form: datetime.now().strftime(form),
+        }
         try:
             self.template = environment.from_string(self.source)
             tree = environment.parse(self.source)
         except jinja2.TemplateSyntaxError as error:
-            raise UsageError(f"{self.where}: its chat_template is not Jinja that can be read ({error}).") from None
+            raise UsageError(
+                f"{self.where}: its chat_template is not Jinja that can be read ({error})."
+            ) from None
         self.variable_names = jinja2.meta.find_undeclared_variables(tree)
         self.words = set(re.findall(r"\w+", self.source))
         self.looked_for = _looked_for(tree)
@@ -132,13 +147,22 @@ class ChatTemplate:
             text = self._marked(text, chat)
         text = self._protected_in(text, chat, unprotected)
         runs = self.writer.trim(self.writer.runs(text))
-        n_answers, opened = sum(turn["role"] == "assistant" for turn in turns), [False, *(trained for _, trained in runs)]
+        n_answers, opened = (
+            sum(turn["role"] == "assistant" for turn in turns),
+            [False, *(trained for _, trained in runs)],
+        )
         n_spans = sum(now and not before for before, now in zip(opened, opened[1:], strict=False))
-        unended = any(now and not after and isinstance(what, str)
-                      for (what, now), (_, after) in zip(runs, [*runs[1:], ("", False)], strict=True))
+        unended = any(
+            now and not after and isinstance(what, str)
+            for (what, now), (_, after) in zip(runs, [*runs[1:], ("", False)], strict=True)
+        )
         if n_spans != n_answers or unended:
-            raise self._unclear(where, "it ends them with no control token, so that the model would never learn to stop"
-                                if unended else f"it marks {n_spans} of them and there are {n_answers}")
+            raise self._unclear(
+                where,
+                "it ends them with no control token, so that the model would never learn to stop"
+                if unended
+                else f"it marks {n_spans} of them and there are {n_answers}",
+            )
         self._refuse_unwritten_turns(chat)
         return self.writer.encode_runs(runs)
 
@@ -210,11 +234,15 @@ class ChatTemplate:
         if shape in self.accepted_shapes:
             return
         probes = {at: f"{PROBE}{at}{PROBE}" for at, turn in enumerate(chat.turns) if turn.get("content")}
-        probed = replace(chat, turns=[turn | {"content": probes[at]} if at in probes else turn
-                                      for at, turn in enumerate(chat.turns)])
+        probed = replace(
+            chat,
+            turns=[
+                turn | {"content": probes[at]} if at in probes else turn for at, turn in enumerate(chat.turns)
+            ],
+        )
         text = self._render(probed).replace(BEGIN, "").replace(END, "")
         for at, probe in probes.items():
-            marked = self.has_markers and chat.turns[at]["role"] == "assistant"      # and counted, in encode
+            marked = self.has_markers and chat.turns[at]["role"] == "assistant"  # and counted, in encode
             if probe not in text and not marked:
                 raise BadRecord(
                     f"{chat.where}: turn {at + 1}",
@@ -318,7 +346,7 @@ class ChatTemplate:
                         f"{self.tokenizer.path} writes itself; take it out.",
                     )
                 escaped = self.writer.escaped(said, unprotected[at])
-                text = text[:found] + escaped + text[found + len(said):]
+                text = text[:found] + escaped + text[found + len(said) :]
                 said = escaped
             at_char = found + len(said) if found >= 0 else at_char
         return text
@@ -342,8 +370,11 @@ class ChatTemplate:
             ) from None
 
     def _refuse_as_the_template_says(self, message: str):
-        raise BadRecord(self._rendering, "the chat template refuses this conversation",
-                        f"that of {self.tokenizer.path} says: {message}")
+        raise BadRecord(
+            self._rendering,
+            "the chat template refuses this conversation",
+            f"that of {self.tokenizer.path} says: {message}",
+        )
 
     def _marked(self, text: str, chat: _Chat) -> str:
         """`text` with BEGIN and END around each answer."""
@@ -379,12 +410,12 @@ class ChatTemplate:
         if at + 1 == len(chat.turns):
             try:
                 followed = self._render(chat.with_turn(at + 1, {"role": "user", "content": PROBE}))
-            except UsageError:                 # it takes no more turns
+            except UsageError:  # it takes no more turns
                 followed = through
         if text.startswith(through) and followed.startswith(through):
             return len(through)
         probed = self._render(chat.with_turn(at, {"role": "assistant", "content": PROBE}))
-        behind = probed[probed.rfind(PROBE) + 1:]
+        behind = probed[probed.rfind(PROBE) + 1 :]
         # the marks are those of the answers behind this one
         unmarked = text.replace(BEGIN, "").replace(END, "")
         if PROBE not in probed or not unmarked.endswith(behind):
@@ -543,7 +574,9 @@ class TextWriter:
                 trained = part == BEGIN
             elif part in self.controls:
                 token = self.controls[part]
-                if token.lstrip and runs and isinstance(runs[-1][0], str):      # some take the whitespace beside them along
+                if (
+                    token.lstrip and runs and isinstance(runs[-1][0], str)
+                ):  # some take the whitespace beside them along
                     runs[-1] = runs[-1][0].rstrip(), runs[-1][1]
                 runs.append((self.tokenizer.id_of(part), trained))
                 swallow = token.rstrip
@@ -553,7 +586,8 @@ class TextWriter:
         return [run for run in runs if run[0] != ""]
 
     def trim(self, runs: list[tuple[str | int, bool]]) -> list[tuple[str | int, bool]]:
-        """Trained turns end with a control token: one just behind a marker joins, whitespace behind one leaves."""
+        """Trained turns end with a control token: one just behind a marker joins, whitespace behind one
+        leaves."""
         runs = list(runs)
         for i, (what, trained) in enumerate(runs):
             ends = trained and (i + 1 == len(runs) or not runs[i + 1][1])
@@ -564,9 +598,10 @@ class TextWriter:
         return runs
 
     def encode_runs(self, runs: list[tuple[str | int, bool]]) -> tuple[list[int], list[bool]]:
-        """Text between two control tokens is encoded as one, as transformers does, but cut where training begins."""
-        ids, mask, first = [], [], 0          # first: of the ids since the last control token
-        done = ""                             # the text of ids[first:]
+        """Text between two control tokens is encoded as one, as transformers does, but cut where training
+        begins."""
+        ids, mask, first = [], [], 0  # first: of the ids since the last control token
+        done = ""  # the text of ids[first:]
         for what, trained in runs:
             if isinstance(what, int):
                 ids, mask = [*ids, what], [*mask, trained]
@@ -588,9 +623,10 @@ class TextWriter:
         return self._continuation(text)
 
     def _continuation(self, text: str) -> list[int]:
-        """Ids of a text that goes on where another ended: without dummy prefix. A newline joins no neighbour."""
+        """Ids of a text that goes on where another ended: without dummy prefix. A newline joins no
+        neighbour."""
         before = "\n" if self.has_dummy_prefix else ""
-        return self.plain.encode(before + text)[len(self.plain.encode(before)):]
+        return self.plain.encode(before + text)[len(self.plain.encode(before)) :]
 
 
 def _any_of(texts: Iterable[str]) -> str:

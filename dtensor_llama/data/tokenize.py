@@ -2,9 +2,10 @@
 
   python -m dtensor_llama.data.tokenize --path 'data/**/*.jsonl' --tokenizer llama2/ --cache-dir runs/tokens
 
-One process reads and writes, one worker per core parses and encodes, and a few chunks per worker are under way: memory
-depends on the number of cores, not on the corpus. This process never imports torch: it forks, which is safe only before
-threads exist. `prepare_corpus` is the same for a training script; it starts this module when there is work.
+One process reads and writes, one worker per core parses and encodes, and a few chunks per worker are under
+way: memory depends on the number of cores, not on the corpus. This process never imports torch: it forks,
+which is safe only before threads exist. `prepare_corpus` is the same for a training script; it starts this
+module when there is work.
 
 <cache-dir>/<fingerprint>/   tokens.bin      each document as BOS, ids, EOS; uint16 or uint32. BOS as the tokenizer
                                              adds it to a text, EOS if it has one
@@ -49,19 +50,25 @@ from dtensor_llama.errors import BadRecord, UsageError
 from dtensor_llama.places import first_writable, is_full, readable, say_full
 from dtensor_llama.terminal import make_streams_last
 
-FORMAT_VERSION = 2      # of the files of a corpus; 2: meta.json has content_hash
-CHAT_VERSION = 2        # of how conversations become ids: chat.py and template.py
-PIECE_CHARS = 16384     # a worker cuts longer texts: both libraries are fastest on texts of about this length
-CHUNKS_PER_WORKER = 3   # under way at once: one being encoded, one waiting, one done and waiting for its turn
-LINE_EVERY_S = 10       # of progress, where stderr is no terminal
+FORMAT_VERSION = 2  # of the files of a corpus; 2: meta.json has content_hash
+CHAT_VERSION = 2  # of how conversations become ids: chat.py and template.py
+PIECE_CHARS = 16384  # a worker cuts longer texts: both libraries are fastest on texts of about this length
+CHUNKS_PER_WORKER = 3  # under way at once: one being encoded, one waiting, one done and waiting for its turn
+LINE_EVERY_S = 10  # of progress, where stderr is no terminal
 
 
-def prepare_corpus(paths: Sequence[str | Path], tokenizer: Tokenizer,
-                   cache_dir: str | Path | Sequence[str | Path], text_field: str | TextOptions = "text",
-                   processes: int | None = None) -> TokenCorpus:
-    """The corpus of `paths` (files and globs), tokenized now unless that has been done and nothing changed since.
+def prepare_corpus(
+    paths: Sequence[str | Path],
+    tokenizer: Tokenizer,
+    cache_dir: str | Path | Sequence[str | Path],
+    text_field: str | TextOptions = "text",
+    processes: int | None = None,
+) -> TokenCorpus:
+    """The corpus of `paths` (files and globs), tokenized now unless that has been done and nothing changed
+    since.
 
-    Any number of ranks and runs may call this at once: one tokenizes, the others wait for it. Progress goes to stderr.
+    Any number of ranks and runs may call this at once: one tokenizes, the others wait for it. Progress goes
+    to stderr.
     text_field: the field that holds the text, or more about it.
     cache_dir: a folder, or several: the corpus is read where it is found, and written into the first that can
     be written. Raises UsageError for what is wrong with the files.
@@ -70,11 +77,15 @@ def prepare_corpus(paths: Sequence[str | Path], tokenizer: Tokenizer,
     return TokenCorpus(_prepare(paths, tokenizer, cache_dir, options, processes))
 
 
-def prepare_chat(paths: Sequence[str | Path], tokenizer: Tokenizer,
-                 cache_dir: str | Path | Sequence[str | Path], processes: int | None = None,
-                 options: ChatOptions = ChatOptions()) -> ChatCorpus:
+def prepare_chat(
+    paths: Sequence[str | Path],
+    tokenizer: Tokenizer,
+    cache_dir: str | Path | Sequence[str | Path],
+    processes: int | None = None,
+    options: ChatOptions = ChatOptions(),
+) -> ChatCorpus:
     """As prepare_corpus, of conversations in any of the formats of chat.py, written as `options` say."""
-    template_of(tokenizer, options)                  # one that cannot be used is the first thing to say
+    template_of(tokenizer, options)  # one that cannot be used is the first thing to say
     return ChatCorpus(_prepare(paths, tokenizer, cache_dir, options, processes))
 
 
@@ -130,8 +141,10 @@ def fingerprint(files: list[Path], tokenizer: Tokenizer, what: TextOptions | Cha
     if isinstance(what, ChatOptions):
         what = ("chat", CHAT_VERSION, template_of(tokenizer, what).source, asdict(what))
     elif what.bad_records == "refuse":
-        what = what.field                            # the corpora of earlier versions stay what they are
-    return hashlib.sha256(repr((FORMAT_VERSION, stats, tokenizer.fingerprint, what)).encode()).hexdigest()[:32]
+        what = what.field  # the corpora of earlier versions stay what they are
+    return hashlib.sha256(repr((FORMAT_VERSION, stats, tokenizer.fingerprint, what)).encode()).hexdigest()[
+        :32
+    ]
 
 
 def tokenize(
@@ -156,22 +169,27 @@ def tokenize(
         cache_dir, why_not_first = first_writable(cache_dirs)
         folder, staging = cache_dir / name, cache_dir / f"{name}.partial"
         with open(cache_dir / f"{name}.lock", "w") as lock:  # never removed: a new file would be another lock
-            fcntl.flock(lock, fcntl.LOCK_EX)                 # the system releases it however this process ends
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the system releases it however this process ends
             if folder.is_dir():
                 return folder
             if why_not_first:
                 _say(f"note: {why_not_first}; the tokens go to {cache_dir}")
-            shutil.rmtree(staging, ignore_errors=True)       # of a killed run: nobody else writes it under the lock
+            shutil.rmtree(
+                staging, ignore_errors=True
+            )  # of a killed run: nobody else writes it under the lock
             staging.mkdir()
             _write_corpus(files, tokenizer, staging, what, processes, for_process)
             if fingerprint(files, tokenizer, what) != name:
-                raise UsageError(f"--data.path {' '.join(paths)}: a file changed while it was read; start again.")
-            os.rename(staging, folder)                       # the one moment at which the corpus comes to exist
+                raise UsageError(
+                    f"--data.path {' '.join(paths)}: a file changed while it was read; start again."
+                )
+            os.rename(staging, folder)  # the one moment at which the corpus comes to exist
     except OSError as error:
         reason = say_full(cache_dir) if is_full(error) else error
-        shutil.rmtree(cache_dir / f"{name}.partial", ignore_errors=True)     # it would keep the disk full
-        raise UsageError(f"the tokens cannot be written to {cache_dir}: {reason}; --data.cache-dir names "
-                         "another folder.") from None
+        shutil.rmtree(cache_dir / f"{name}.partial", ignore_errors=True)  # it would keep the disk full
+        raise UsageError(
+            f"the tokens cannot be written to {cache_dir}: {reason}; --data.cache-dir names another folder."
+        ) from None
     return folder
 
 
@@ -255,7 +273,9 @@ def _write_corpus(
     found = Found()
     names = ["tokens.bin", "documents.bin"] + (["trained.bin"] if is_chat else [])
     with pool, contextlib.ExitStack() as opened:
-        tokens_file, starts_file, *trained_file = [opened.enter_context(_HashedFile(staging / name)) for name in names]
+        tokens_file, starts_file, *trained_file = [
+            opened.enter_context(_HashedFile(staging / name)) for name in names
+        ]
         skipped_file = opened.enter_context(open(staging / SKIPPED, "w", encoding="utf-8"))
         pool.submit(int).result()  # forks the workers, now, before the bar starts a thread
         try:
@@ -276,7 +296,9 @@ def _write_corpus(
                     bar.advance(task, input_bytes)
                     if bar.disable and time.monotonic() > line_due_s:
                         line_due_s = time.monotonic() + LINE_EVERY_S
-                        _say(f"tokenizing: {done_bytes / 1e6:,.0f} of {total_bytes / 1e6:,.0f} MB, {n_tokens:,} tokens")
+                        _say(
+                            f"tokenizing: {done_bytes / 1e6:,.0f} of {total_bytes / 1e6:,.0f} MB, {n_tokens:,} tokens"
+                        )
                     if for_process and os.getppid() != for_process:
                         raise SystemExit("tokenizing stopped: the process that asked for it is gone")
         except BaseException:
@@ -286,16 +308,24 @@ def _write_corpus(
             missing = "conversation with any answer to train on" if is_chat else "document with any text"
             skipped = f"; skipped were {', '.join(reasons_in_order(found.skipped))}" if found.skipped else ""
             raise UsageError(f"--data.path {files[0]}: no {missing} in {len(files)} file(s){skipped}.")
-        meta = {"n_tokens": n_tokens, "n_documents": n_documents, "dtype": dtype.name, "format": FORMAT_VERSION}
+        meta = {
+            "n_tokens": n_tokens,
+            "n_documents": n_documents,
+            "dtype": dtype.name,
+            "format": FORMAT_VERSION,
+        }
         meta |= {"tokenizer": tokenizer.fingerprint, "files": [str(file) for file in files]}
         meta |= {"chat" if is_chat else "text": asdict(what), **found.as_json()}
         written = (tokens_file, starts_file, *trained_file)
         meta["content_hash"] = hashlib.sha256(b"".join(file.digest.digest() for file in written)).hexdigest()
         (staging / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         for file in written:
-            file.flush_to_disk()     # before the rename: after a power cut a name must not stand for missing bytes
+            # before the rename: after a power cut a name must not stand for missing bytes
+            file.flush_to_disk()
     elapsed_s = time.monotonic() - began_s
-    _say(f"tokenized {total_bytes / 1e6:,.1f} MB: {n_documents:,} documents, {n_tokens:,} tokens in {elapsed_s:.1f} s")
+    _say(
+        f"tokenized {total_bytes / 1e6:,.1f} MB: {n_documents:,} documents, {n_tokens:,} tokens in {elapsed_s:.1f} s"
+    )
 
 
 def _say(line: str) -> None:
@@ -309,7 +339,8 @@ def _in_order(
     cutter: Cutter | None,
     processes: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None, Found, int]]:
-    """What the workers make of each chunk, and its bytes of input, in the order of the corpus, a few of them at a time."""
+    """What the workers make of each chunk, and its bytes of input, in the order of the corpus, a few of them
+    at a time."""
     text_field = what.field if isinstance(what, TextOptions) else None
     under_way, chunks = deque(), (chunk for file in files for chunk in read_chunks(file, text_field, cutter))
     while True:
@@ -324,7 +355,7 @@ def _in_order(
 
 # ---- in the workers ----
 
-_cutter: Cutter         # set once in each worker
+_cutter: Cutter  # set once in each worker
 _template: ChatTemplate | RawTemplate
 _what: TextOptions | ChatOptions
 
@@ -411,16 +442,29 @@ def _why_left_out(conversation: Conversation) -> str | None:
 
 def main() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parser = argparse.ArgumentParser(prog="python -m dtensor_llama.data.tokenize", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m dtensor_llama.data.tokenize",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--path", nargs="+", required=True, help="files and globs of " + " ".join(FORMATS))
     add("--tokenizer", required=True, help="Hugging Face folder, tokenizer.json or SentencePiece .model")
-    add("--cache-dir", required=True, nargs="+", type=Path,
-        help="where the tokens go, or the first of several that can be written; older ones are never deleted")
+    add(
+        "--cache-dir",
+        required=True,
+        nargs="+",
+        type=Path,
+        help="where the tokens go, or the first of several that can be written; older ones are never deleted",
+    )
     add("--text-field", default="text", help="field or column that holds the text (default: text)")
-    add("--chat", nargs="?", const="{}", metavar="OPTIONS",
-        help='conversations instead of texts, for recipes/sft.py; OPTIONS as {"train_on": "last-answer"}')
+    add(
+        "--chat",
+        nargs="?",
+        const="{}",
+        metavar="OPTIONS",
+        help='conversations instead of texts, for recipes/sft.py; OPTIONS as {"train_on": "last-answer"}',
+    )
     add(
         "--bad-records",
         choices=("refuse", "skip"),
@@ -428,8 +472,13 @@ def main() -> int:
         help="whether a record that cannot be used ends this, or is left out and listed in bad-records.jsonl",
     )
     add("--processes", type=int, default=cores, help=f"workers (default: one per core, {cores})")
-    add("--for-process", type=int, metavar="PID", help="for a program: print the result or the error as JSON, and stop "
-                                                       "when the process PID, which must be the parent, is gone")
+    add(
+        "--for-process",
+        type=int,
+        metavar="PID",
+        help="for a program: print the result or the error as JSON, and stop "
+        "when the process PID, which must be the parent, is gone",
+    )
     args = parser.parse_args()
     make_streams_last()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism

@@ -20,34 +20,64 @@ from dtensor_llama.errors import UsageError
 from dtensor_llama.places import expanded, refuse_hub_name
 
 WELL_KNOWN = {"bos": ("<s>", "<|begin_of_text|>"), "eos": ("</s>", "<|end_of_text|>", "<|endoftext|>")}
-NEVER = -1e6    # a score so bad that no text has the piece
-NOT_KEPT = {  # settings of a tokenizer_config.json that an export does not carry on: paths and classes of another machine...
-    "tokenizer_class", "auto_map", "tokenizer_file", "vocab_file", "merges_file", "name_or_path", "special_tokens_map_file",
-    "backend", "is_local", "legacy", "from_slow", "sp_model_kwargs", "clean_up_tokenization_spaces",
+NEVER = -1e6  # a score so bad that no text has the piece
+# settings of a tokenizer_config.json that an export does not carry on: paths and classes of another
+# machine...
+NOT_KEPT = {
+    "tokenizer_class",
+    "auto_map",
+    "tokenizer_file",
+    "vocab_file",
+    "merges_file",
+    "name_or_path",
+    "special_tokens_map_file",
+    "backend",
+    "is_local",
+    "legacy",
+    "from_slow",
+    "sp_model_kwargs",
+    "clean_up_tokenization_spaces",
     # ... and what it says itself, as training had it
-    "bos_token", "eos_token", "unk_token", "add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder",
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "add_bos_token",
+    "add_eos_token",
+    "add_prefix_space",
+    "added_tokens_decoder",
 }
 PROBES = (  # where conversions of a SentencePiece model have gone wrong
-    "Hello world", " one leading space", "  two", "a\n\nb\r\n\tc  d ", "\n", "naïve Ω 你好 🦙\u200d\u00a0x",
-    "<0x0A> ▁ x▁y", "</s><s>[INST] <unk>", "1234567 3.14", "aaaaaaaaaaaaaaaaaaa", "don't  --stop",
+    "Hello world",
+    " one leading space",
+    "  two",
+    "a\n\nb\r\n\tc  d ",
+    "\n",
+    "naïve Ω 你好 🦙\u200d\u00a0x",
+    "<0x0A> ▁ x▁y",
+    "</s><s>[INST] <unk>",
+    "1234567 3.14",
+    "aaaaaaaaaaaaaaaaaaa",
+    "don't  --stop",
 )
 
 
 class Tokenizer:
-    """Text to ids and back. `encode` adds neither BOS nor EOS, and reads `</s>` inside a text as plain characters.
+    """Text to ids and back. `encode` adds neither BOS nor EOS, and reads `</s>` inside a text as plain
+    characters.
 
-    vocab_size: one more than the largest id, added tokens included. bos_id, eos_id: None where the tokenizer has none.
-    adds: what transformers would put around a text. A document of training begins with BOS if adds.bos is true, as a prompt
-    of generate.py does; it always ends with EOS.
+    vocab_size: one more than the largest id, added tokens included. bos_id, eos_id: None where the tokenizer
+        has none.
+    adds: what transformers would put around a text. A document of training begins with BOS if adds.bos is
+        true, as a prompt of generate.py does; it always ends with EOS.
     fingerprint: a hash of what decides the ids, BOS and EOS included. path: where it was loaded from.
     """
 
     def __init__(self, path: Path, fast: tokenizers.Tokenizer, pieces, ids: "EndIds", adds: "AddedEnds"):
         self.path, self.bos_id, self.eos_id, self.adds = path, ids.bos, ids.eos, adds
         self._fast, self._pieces = fast, pieces  # pieces: the SentencePieceProcessor that encodes, or None
-        fast.encode_special_tokens = True        # special tokens inside a text are text
+        fast.encode_special_tokens = True  # special tokens inside a text are text
         self.vocab_size = max(fast.get_vocab(with_added_tokens=True).values()) + 1
-        _put_ends(fast, ids, adds)               # so that the exported tokenizer.json does as training did
+        _put_ends(fast, ids, adds)  # so that the exported tokenizer.json does as training did
         source = fast.to_str() if pieces is None else pieces.serialized_model_proto()
         digest = hashlib.sha256(source if isinstance(source, bytes) else source.encode())
         digest.update(repr((*ids, *adds, self.vocab_size)).encode())
@@ -57,7 +87,8 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text. SentencePiece runs in this thread; `tokenizers` as TOKENIZERS_PARALLELISM says."""
+        """Ids of each text. SentencePiece runs in this thread; `tokenizers` as TOKENIZERS_PARALLELISM
+        says."""
         if self._pieces is not None:
             return self._pieces.encode(texts, num_threads=1)
         return [encoding.ids for encoding in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
@@ -71,7 +102,8 @@ class Tokenizer:
 
     @property
     def control_tokens(self) -> dict[str, AddedToken]:
-        """Text -> AddedToken of what a chat template may write to mean one id: the added tokens, and BOS and EOS."""
+        """Text -> AddedToken of what a chat template may write to mean one id: the added tokens, and BOS and
+        EOS."""
         named = (self._fast.id_to_token(i) for i in (self.bos_id, self.eos_id) if i is not None)
         added = self._fast.get_added_tokens_decoder().values()
         return {token: AddedToken(token) for token in named} | {token.content: token for token in added}
@@ -95,29 +127,34 @@ class Tokenizer:
 
     @property
     def prefixes_every_text(self) -> bool:
-        """Whether a text after a control token gets its dummy prefix, as one at the start does (where there is one)."""
+        """Whether a text after a control token gets its dummy prefix, as one at the start does (where there
+        is one)."""
         if self._pieces is not None or self.bos_id is None:
             return True
         self._fast.encode_special_tokens = False
-        after_bos = self._fast.encode(self._fast.id_to_token(self.bos_id) + "a", add_special_tokens=False).ids[1:]
+        after_bos = self._fast.encode(
+            self._fast.id_to_token(self.bos_id) + "a", add_special_tokens=False
+        ).ids[1:]
         self._fast.encode_special_tokens = True
         return after_bos == self.encode("a")
 
     @property
     def chat_template(self) -> str | None:
-        """The Jinja source that came with the tokenizer: chat_template.jinja, else of tokenizer_config.json."""
+        """The Jinja source that came with the tokenizer: chat_template.jinja, else of
+        tokenizer_config.json."""
         home = self.path if self.path.is_dir() else self.path.parent
-        if self.path.suffix == ".model":         # what lies beside it may belong to another tokenizer
+        if self.path.suffix == ".model":  # what lies beside it may belong to another tokenizer
             return None
         if (home / "chat_template.jinja").is_file():
             return (home / "chat_template.jinja").read_text(encoding="utf-8")
         template = _settings(home, "tokenizer_config.json").get("chat_template")
-        if isinstance(template, list):           # several by name
+        if isinstance(template, list):  # several by name
             template = {one.get("name"): one.get("template") for one in template}.get("default")
         return template if isinstance(template, str) else None
 
     def save(self, folder: str | Path, chat_template: str | None = None) -> None:
-        """Write tokenizer.json, tokenizer_config.json and what came with them, for transformers' AutoTokenizer.
+        """Write tokenizer.json, tokenizer_config.json and what came with them, for transformers'
+        AutoTokenizer.
 
         chat_template: the one to write, where training used another than the tokenizer's own."""
         folder, home = Path(folder), self.path if self.path.is_dir() else self.path.parent
@@ -137,11 +174,15 @@ class Tokenizer:
         config |= {"unk_token": unk_token} if unk_token else {}
         config |= self._settings_of_ids()
         (folder / "tokenizer.json").write_text(self._fast.to_str(pretty=True), encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8"
+        )
         if self._pieces is not None:
             (folder / "tokenizer.model").write_bytes(self._pieces.serialized_model_proto())
-            behind = {token.content: i for i, token in self._added_tokens() if i >= self._pieces.get_piece_size()}
-            if behind:                    # for readers of tokenizer.model, which knows none of them, like llama.cpp
+            behind = {
+                token.content: i for i, token in self._added_tokens() if i >= self._pieces.get_piece_size()
+            }
+            if behind:  # for readers of tokenizer.model, which knows none of them, like llama.cpp
                 text = json.dumps(behind, indent=2, ensure_ascii=False) + "\n"
                 (folder / "added_tokens.json").write_text(text, "utf-8")
 
@@ -149,9 +190,12 @@ class Tokenizer:
         return sorted(self._fast.get_added_tokens_decoder().items())
 
     def _settings_of_ids(self) -> dict:
-        """What a tokenizer_config.json says about how ids are made, for readers that do not ask tokenizer.json."""
+        """What a tokenizer_config.json says about how ids are made, for readers that do not ask
+        tokenizer.json."""
         fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
-        added = {str(i): {field: getattr(token, field) for field in fields} for i, token in self._added_tokens()}
+        added = {
+            str(i): {field: getattr(token, field) for field in fields} for i, token in self._added_tokens()
+        }
         settings = {"added_tokens_decoder": added}
         if self.bos_id is not None:
             settings["add_bos_token"] = self.adds.bos
@@ -178,26 +222,37 @@ class AddedEnds(NamedTuple):
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Open a Hugging Face folder, a tokenizer.json or a SentencePiece .model.
 
-    In a folder with both files the SentencePiece model is the reference if it is one (LLaMA-3 has another format under
-    that name) and has as many pieces as tokenizer.json without its added tokens. Raises UsageError.
+    In a folder with both files the SentencePiece model is the reference if it is one (LLaMA-3 has another
+    format under that name) and has as many pieces as tokenizer.json without its added tokens. Raises
+    UsageError.
     """
     refuse_hub_name(str(path), "--data.tokenizer")
     path = Path(expanded(str(path), "--data.tokenizer"))
     given = f"--data.tokenizer {path}"
     if not path.exists():
-        raise UsageError(f"{given}: there is no such file or folder; give a Hugging Face folder, a tokenizer.json or a "
-                         f"SentencePiece .model on this machine.")
+        raise UsageError(
+            f"{given}: there is no such file or folder; give a Hugging Face folder, a tokenizer.json or a "
+            f"SentencePiece .model on this machine."
+        )
     home = path if path.is_dir() else path.parent
-    json_file, model_file = (home / "tokenizer.json", home / "tokenizer.model") if path.is_dir() else (path, path)
+    json_file, model_file = (
+        (home / "tokenizer.json", home / "tokenizer.model") if path.is_dir() else (path, path)
+    )
     fast = _load_fast(json_file) if json_file.suffix == ".json" and json_file.is_file() else None
     pieces = _load_pieces(model_file) if model_file.suffix == ".model" and model_file.is_file() else None
     if fast is None and pieces is None:
         if model_file.suffix == ".model" and model_file.is_file():
-            raise UsageError(f"{given}: {model_file.name} is not a SentencePiece model (damaged, or another format); "
-                             f"give the tokenizer.json that belongs to it.")
-        raise UsageError(f"{given}: no tokenizer; give a tokenizer.json, a SentencePiece .model or a folder with one.")
+            raise UsageError(
+                f"{given}: {model_file.name} is not a SentencePiece model (damaged, or another format); "
+                f"give the tokenizer.json that belongs to it."
+            )
+        raise UsageError(
+            f"{given}: no tokenizer; give a tokenizer.json, a SentencePiece .model or a folder with one."
+        )
     settings = _settings(home, "tokenizer_config.json") if path.suffix != ".model" else {}
-    if pieces is None or (fast is not None and fast.get_vocab_size(with_added_tokens=False) != pieces.get_piece_size()):
+    if pieces is None or (
+        fast is not None and fast.get_vocab_size(with_added_tokens=False) != pieces.get_piece_size()
+    ):
         ids = EndIds(_special_id("bos", home, fast), _special_id("eos", home, fast))
         return Tokenizer(path, fast, None, ids, _added_ends(settings, fast, ids, home))
     given, added = fast, _tokens_behind(pieces, fast, settings, home if path.is_dir() else None)
@@ -211,9 +266,11 @@ def _load_fast(file: Path) -> tokenizers.Tokenizer:
     try:
         fast = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare Exception
-        raise UsageError(f"--data.tokenizer {file}: not a readable tokenizer.json ({_one_line(error)}).") from None
-    fast.no_truncation()        # a tokenizer.json may carry the settings of its last use, which would cut documents
-    fast.no_padding()           # without a word
+        raise UsageError(
+            f"--data.tokenizer {file}: not a readable tokenizer.json ({_one_line(error)})."
+        ) from None
+    fast.no_truncation()  # a tokenizer.json may carry the settings of its last use, which would cut documents
+    fast.no_padding()  # without a word
     return fast
 
 
@@ -221,7 +278,12 @@ def _load_pieces(file: Path):
     try:
         model = file.read_bytes()
         return sentencepiece.SentencePieceProcessor(model_proto=model) if model else None
-    except (RuntimeError, OSError, ValueError, TypeError):  # what the versions of sentencepiece raise on another format
+    except (
+        RuntimeError,
+        OSError,
+        ValueError,
+        TypeError,
+    ):  # what the versions of sentencepiece raise on another format
         return None
 
 
@@ -232,14 +294,21 @@ def _settings(folder: Path, name: str) -> dict:
     try:
         settings = json.loads((folder / name).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UsageError(f"--data.tokenizer {folder / name}: not readable JSON ({_one_line(error)}).") from None
+        raise UsageError(
+            f"--data.tokenizer {folder / name}: not readable JSON ({_one_line(error)})."
+        ) from None
     if not isinstance(settings, dict):
-        raise UsageError(f"--data.tokenizer {folder / name}: expected a JSON object, found {type(settings).__name__}.")
+        raise UsageError(
+            f"--data.tokenizer {folder / name}: expected a JSON object, found {type(settings).__name__}."
+        )
     return settings
 
 
-def _named_id(name: str, settings: dict, fast: tokenizers.Tokenizer, folder: Path, otherwise: int) -> int | None:
-    """The id of settings["bos_token"] (a string, or an object with `content`, or null for none), or `otherwise`."""
+def _named_id(
+    name: str, settings: dict, fast: tokenizers.Tokenizer, folder: Path, otherwise: int
+) -> int | None:
+    """The id of settings["bos_token"] (a string, or an object with `content`, or null for none), or
+    `otherwise`."""
     token = settings.get(f"{name}_token", otherwise)
     token = token.get("content") if isinstance(token, dict) else token
     if isinstance(token, str) and fast.token_to_id(token) is None:
@@ -249,12 +318,15 @@ def _named_id(name: str, settings: dict, fast: tokenizers.Tokenizer, folder: Pat
 
 
 def _added_ends(settings: dict, fast: tokenizers.Tokenizer | None, ids: EndIds, folder: Path) -> AddedEnds:
-    """What goes around a text: as tokenizer_config.json says, else as the post-processor of tokenizer.json does, and where
-    neither says anything BOS, if there is one. (transformers before 5 and llama.cpp ask the first, later ones the second.)"""
+    """What goes around a text: as tokenizer_config.json says, else as the post-processor of tokenizer.json
+    does, and where neither says anything BOS, if there is one. (transformers before 5 and llama.cpp ask the
+    first, later ones the second.)"""
     for name in ("add_bos_token", "add_eos_token"):
         if not isinstance(settings.get(name), bool | None):
-            raise UsageError(f"--data.tokenizer {folder / 'tokenizer_config.json'}: {name} is {settings[name]!r}; it must be "
-                             "true or false.")
+            raise UsageError(
+                f"--data.tokenizer {folder / 'tokenizer_config.json'}: {name} is {settings[name]!r}; it must be "
+                "true or false."
+            )
     if fast is not None and fast.post_processor is not None:
         around = fast.encode("a").ids
         bos, eos = around[:1] == [ids.bos], around[-1:] == [ids.eos]
@@ -273,7 +345,9 @@ def _put_ends(fast: tokenizers.Tokenizer, ids: EndIds, adds: AddedEnds) -> None:
     if fast.encode("a").ids == before + fast.encode("a", add_special_tokens=False).ids + after:
         return
     names = {i: fast.id_to_token(i) for i in before + after}
-    single, second = ([*(names[i] for i in before), text, *(names[i] for i in after)] for text in ("$A", "$B"))
+    single, second = (
+        [*(names[i] for i in before), text, *(names[i] for i in after)] for text in ("$A", "$B")
+    )
     special = [(name, i) for i, name in names.items()]
     fast.post_processor = processors.TemplateProcessing(single, [*single, *second], special)
 
@@ -296,24 +370,32 @@ def _has_dummy_prefix(pieces) -> bool:
 
 
 def _special_id(name: str, folder: Path, fast: tokenizers.Tokenizer) -> int | None:
-    """BOS or EOS of a tokenizer.json, which does not say: from the files beside it, else by the names in common use."""
+    """BOS or EOS of a tokenizer.json, which does not say: from the files beside it, else by the names in
+    common use."""
     for beside in ("tokenizer_config.json", "special_tokens_map.json"):
         if f"{name}_token" in (settings := _settings(folder, beside)):
             return _named_id(name, settings, fast, folder, -1)
     for beside in ("config.json", "generation_config.json"):
         token_id = _settings(folder, beside).get(f"{name}_token_id")
-        token_id = token_id[0] if isinstance(token_id, list) and token_id else token_id  # LLaMA-3 lists several EOS
+        token_id = (
+            token_id[0] if isinstance(token_id, list) and token_id else token_id
+        )  # LLaMA-3 lists several EOS
         if isinstance(token_id, int):
             if fast.id_to_token(token_id) is None:
-                raise UsageError(f"--data.tokenizer {folder}: {beside} says {name}_token_id {token_id}, which the "
-                                 f"tokenizer does not have; give the tokenizer that belongs to it.")
+                raise UsageError(
+                    f"--data.tokenizer {folder}: {beside} says {name}_token_id {token_id}, which the "
+                    f"tokenizer does not have; give the tokenizer that belongs to it."
+                )
             return token_id
-    return next((fast.token_to_id(token) for token in WELL_KNOWN[name] if fast.token_to_id(token) is not None), None)
+    return next(
+        (fast.token_to_id(token) for token in WELL_KNOWN[name] if fast.token_to_id(token) is not None), None
+    )
 
 
 def _tokens_behind(pieces, fast: tokenizers.Tokenizer | None, settings: dict, folder: Path | None) -> list:
-    """(id, AddedToken) of the tokens that a fine-tuning added behind the pieces, in order: from tokenizer.json, else from
-    tokenizer_config.json and added_tokens.json. folder: None for a .model by itself, whose neighbours may not belong to it."""
+    """(id, AddedToken) of the tokens that a fine-tuning added behind the pieces, in order: from
+    tokenizer.json, else from tokenizer_config.json and added_tokens.json. folder: None for a .model by
+    itself, whose neighbours may not belong to it."""
     if fast is not None:
         added = dict(fast.get_added_tokens_decoder())
     elif folder is not None:
@@ -321,20 +403,29 @@ def _tokens_behind(pieces, fast: tokenizers.Tokenizer | None, settings: dict, fo
         by_id |= settings.get("added_tokens_decoder") or {}
         fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
         try:
-            added = {int(i): AddedToken(**{field: token[field] for field in fields if field in token})
-                     for i, token in by_id.items()}
+            added = {
+                int(i): AddedToken(**{field: token[field] for field in fields if field in token})
+                for i, token in by_id.items()
+            }
         except (TypeError, ValueError) as error:
-            raise UsageError(f"--data.tokenizer {folder}: its added tokens cannot be read ({_one_line(error)}).") from None
+            raise UsageError(
+                f"--data.tokenizer {folder}: its added tokens cannot be read ({_one_line(error)})."
+            ) from None
     else:
         added = {}
     return [(i, token) for i, token in sorted(added.items()) if i >= len(pieces)]
 
 
-def _agreeing_fast(pieces, fast: tokenizers.Tokenizer | None, added: list, file: Path) -> tokenizers.Tokenizer:
-    """A tokenizer.json that gives the ids of `pieces` on PROBES: the one that came with it, else one built from it."""
+def _agreeing_fast(
+    pieces, fast: tokenizers.Tokenizer | None, added: list, file: Path
+) -> tokenizers.Tokenizer:
+    """A tokenizer.json that gives the ids of `pieces` on PROBES: the one that came with it, else one built
+    from it."""
     model = sentencepiece_model_pb2.ModelProto.FromString(pieces.serialized_model_proto())
     # The names of bytes and control tokens are hardly ever met in a text; PROBES has some.
-    vocabulary = [one.piece.replace("▁", " ") for one in model.pieces if one.type in (one.NORMAL, one.USER_DEFINED)]
+    vocabulary = [
+        one.piece.replace("▁", " ") for one in model.pieces if one.type in (one.NORMAL, one.USER_DEFINED)
+    ]
     vocabulary = vocabulary[:: len(vocabulary) // 4000 + 1]
     probes = [*PROBES, *("".join(vocabulary[i : i + 100]) for i in range(0, len(vocabulary), 100))]
     for symbol in _symbols(model):
@@ -354,56 +445,80 @@ def _agreeing_fast(pieces, fast: tokenizers.Tokenizer | None, added: list, file:
         if agrees(built):
             break
     else:
-        raise UsageError(f"--data.tokenizer {file}: no tokenizer.json gives the ids of this SentencePiece model, so that what "
-                         f"was trained with it could not be opened by transformers (models of whole words and those with "
-                         f"spaces behind the words are such). Give a tokenizer.json instead.")
-    built.add_tokens([token for _, token in added])      # they keep their ids
+        raise UsageError(
+            f"--data.tokenizer {file}: no tokenizer.json gives the ids of this SentencePiece model, so that what "
+            f"was trained with it could not be opened by transformers (models of whole words and those with "
+            f"spaces behind the words are such). Give a tokenizer.json instead."
+        )
+    built.add_tokens([token for _, token in added])  # they keep their ids
     now = {i: token.content for i, token in built.get_added_tokens_decoder().items()}
     if any(now.get(i) != token.content for i, token in added):
-        raise UsageError(f"--data.tokenizer {file.parent}: tokens are added with gaps between their ids, "
-                         f"{[i for i, _ in added]} behind {len(pieces)} pieces; fill the gaps with unused tokens.")
+        raise UsageError(
+            f"--data.tokenizer {file.parent}: tokens are added with gaps between their ids, "
+            f"{[i for i, _ in added]} behind {len(pieces)} pieces; fill the gaps with unused tokens."
+        )
     return built
 
 
 def _symbols(model) -> list[str]:
-    """What is always a piece of its own in a text (user-defined symbols), the longest first, as they are looked for."""
+    """What is always a piece of its own in a text (user-defined symbols), the longest first, as they are
+    looked for."""
     symbols = [one.piece for one in model.pieces if one.type == one.USER_DEFINED]
     return sorted(symbols, key=len, reverse=True)
 
 
 def _fast_from_pieces(pieces, model) -> tokenizers.Tokenizer:
-    """The tokenizer.json equivalent to a SentencePiece model, but for its normalizer. model: what `pieces` has read."""
+    """The tokenizer.json equivalent to a SentencePiece model, but for its normalizer. model: what `pieces`
+    has read."""
     is_unigram = model.trainer_spec.model_type == model.trainer_spec.UNIGRAM
-    fast = tokenizers.Tokenizer(_unigram_from_pieces(pieces, model) if is_unigram else _bpe_from_pieces(pieces, model))
+    fast = tokenizers.Tokenizer(
+        _unigram_from_pieces(pieces, model) if is_unigram else _bpe_from_pieces(pieces, model)
+    )
     symbols = _symbols(model)
-    if symbols and not is_unigram:         # an added token would do, if the text behind it did not get a dummy prefix
+    if (
+        symbols and not is_unigram
+    ):  # an added token would do, if the text behind it did not get a dummy prefix
         pattern = tokenizers.Regex("|".join(map(re.escape, symbols)))
         fast.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
     parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    fast.decoder = decoders.Sequence(parts + [decoders.Strip(" ", 1, 0)] if _has_dummy_prefix(pieces) else parts)
+    fast.decoder = decoders.Sequence(
+        parts + [decoders.Strip(" ", 1, 0)] if _has_dummy_prefix(pieces) else parts
+    )
     special = [one.piece for one in model.pieces if one.type in (one.CONTROL, one.UNKNOWN)]
     fast.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in special])
     return fast
 
 
 def _bpe_from_pieces(pieces, model) -> models.BPE:
-    """SentencePiece joins whichever neighbours make the piece of the highest score; `tokenizers` wants that as a list of
-    pairs in order of preference. Source: generate_merges in transformers' convert_slow_tokenizer.py."""
+    """SentencePiece joins whichever neighbours make the piece of the highest score; `tokenizers` wants that
+    as a list of pairs in order of preference. Source: generate_merges in transformers'
+    convert_slow_tokenizer.py."""
     vocab = {one.piece: i for i, one in enumerate(model.pieces)}
     plain = {one.piece: i for i, one in enumerate(model.pieces) if one.type == one.NORMAL}
     ranked = []
     for piece, i in plain.items():
         splits = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
-        ranked += [(-pieces.get_score(i), i, plain[l], plain[r], l, r) for l, r in splits if l in plain and r in plain]
+        ranked += [
+            (-pieces.get_score(i), i, plain[l], plain[r], l, r)
+            for l, r in splits
+            if l in plain and r in plain
+        ]
     merges = [(left, right) for *_, left, right in sorted(ranked)]
     # ignore_merges: what the pre-tokenizer isolates is a piece, though no merges lead to it.
-    return models.BPE(vocab, merges, unk_token=pieces.id_to_piece(pieces.unk_id()), fuse_unk=True,
-                      byte_fallback=model.trainer_spec.byte_fallback, ignore_merges=bool(_symbols(model)))
+    return models.BPE(
+        vocab,
+        merges,
+        unk_token=pieces.id_to_piece(pieces.unk_id()),
+        fuse_unk=True,
+        byte_fallback=model.trainer_spec.byte_fallback,
+        ignore_merges=bool(_symbols(model)),
+    )
 
 
 def _unigram_from_pieces(pieces, model) -> models.Unigram:
-    """The scores of SentencePiece, which a text's best pieces have the largest sum of. It has user-defined symbols always
-    win, and looks for no control tokens and bytes in a text, where `tokenizers` does, unless they score too badly.
+    """The scores of SentencePiece, which a text's best pieces have the largest sum of. It has user-defined
+    symbols always win, and looks for no control tokens and bytes in a text, where `tokenizers` does, unless
+    they score too badly.
     Source: PopulateNodes in sentencepiece's unigram_model.cc."""
     best = max((one.score for one in model.pieces if one.type == one.NORMAL), default=0.0)
     scored = []
@@ -413,20 +528,24 @@ def _unigram_from_pieces(pieces, model) -> models.Unigram:
             score = len(one.piece) * best - 0.1
         elif one.type != one.NORMAL:
             score = NEVER
-        # Nine digits are all of a float32, and few enough that `tokenizers` reads back from a file what it has written.
+        # Nine digits are all of a float32, and few enough that `tokenizers` reads back from a file what it
+        # has written.
         scored.append((one.piece, float(f"{score:.9g}")))
     return models.Unigram(scored, unk_id=pieces.unk_id(), byte_fallback=model.trainer_spec.byte_fallback)
 
 
 def _normalizer_from_pieces(pieces, model, splits_crlf: bool) -> normalizers.Normalizer:
-    """SentencePiece's steps before it looks for pieces. splits_crlf: `tokenizers` looks up characters as people see them,
-    so that a carriage return before a newline is lost if both become spaces."""
+    """SentencePiece's steps before it looks for pieces. splits_crlf: `tokenizers` looks up characters as
+    people see them, so that a carriage return before a newline is lost if both become spaces."""
     spec, steps = model.normalizer_spec, []
     if spec.precompiled_charsmap:
         steps += [normalizers.Replace("\r\n", "  ")] if splits_crlf else []
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
-        steps += [normalizers.Replace(tokenizers.Regex(r"\A +| +\z"), ""), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+        steps += [
+            normalizers.Replace(tokenizers.Regex(r"\A +| +\z"), ""),
+            normalizers.Replace(tokenizers.Regex(" {2,}"), " "),
+        ]
     if _has_dummy_prefix(pieces):
         steps.append(normalizers.Prepend("▁"))
     return normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])

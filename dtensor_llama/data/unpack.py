@@ -17,7 +17,7 @@ ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 # bytes of past text that the library gives a frame; more is written by zstd --long=28 and above
 USUAL_WINDOW = 1 << 27
 UNPACK_ERRORS = (OSError, EOFError)
-with contextlib.suppress(ImportError):      # a Python may be built without it
+with contextlib.suppress(ImportError):  # a Python may be built without it
     from lzma import LZMAError
 
     UNPACK_ERRORS += (LZMAError,)
@@ -25,7 +25,7 @@ with contextlib.suppress(ImportError):
     from zstandard import ZstdError
 
     UNPACK_ERRORS += (ZstdError,)
-NEEDS_WINDOW = "requires too much memory"       # what the library says of a frame that has a larger one
+NEEDS_WINDOW = "requires too much memory"  # what the library says of a frame that has a larger one
 
 
 def open_compressed(path: Path, file, compression: str | None):
@@ -41,10 +41,12 @@ def open_compressed(path: Path, file, compression: str | None):
 
 
 def say_long_window(path: Path) -> UsageError:
-    return UsageError(f"--data.path {path}: compressed with zstd --long, so that unpacking it needs more "
-                      "memory than usual, for which the package zstandard or the program zstd is needed; "
-                      "install one of them (pip install zstandard), or write the file anew: zstd -dc "
-                      f"--long=31 {shlex.quote(path.name)} | zstd -o another.zst.")
+    return UsageError(
+        f"--data.path {path}: compressed with zstd --long, so that unpacking it needs more "
+        "memory than usual, for which the package zstandard or the program zstd is needed; "
+        "install one of them (pip install zstandard), or write the file anew: zstd -dc "
+        f"--long=31 {shlex.quote(path.name)} | zstd -o another.zst."
+    )
 
 
 def _open_with_python(path: Path, file, compression: str):
@@ -58,8 +60,10 @@ def _open_with_python(path: Path, file, compression: str):
         return lzma.open(file)
     except ImportError:
         program = {"bz2": "bzip2", "xz": "xz"}[compression]
-        raise UsageError(f"--data.path {path}: this Python was built without {compression}; unpack the file "
-                         f"with {program} -d, or use another Python.") from None
+        raise UsageError(
+            f"--data.path {path}: this Python was built without {compression}; unpack the file "
+            f"with {program} -d, or use another Python."
+        ) from None
 
 
 def _zstd_window(file) -> int:
@@ -74,7 +78,7 @@ def _zstd_window(file) -> int:
     if descriptor & 0x20:
         at = 5 + (0, 1, 2, 4)[descriptor & 3]
         n_bytes = (1, 2, 4, 8)[descriptor >> 6]
-        return int.from_bytes(head[at:at + n_bytes], "little") + (256 if n_bytes == 2 else 0)
+        return int.from_bytes(head[at : at + n_bytes], "little") + (256 if n_bytes == 2 else 0)
     base = 1 << (10 + (head[5] >> 3))
     return base + base // 8 * (head[5] & 7)
 

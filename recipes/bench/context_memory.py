@@ -2,10 +2,11 @@
 
     python recipes/bench/context_memory.py                    # CPU, gloo, some seconds; --help lists the sizes
 
-One step of a small model four times: rows of `tokens` on 1 rank, rows of ranks x `tokens` on 1 rank, and those long rows on
-`ranks` ranks with each method of context parallelism. Counts the bytes that autograd keeps
-from forward for backward, parameters apart (torch.autograd.graph.saved_tensors_hooks; a storage counts once), on each rank,
-and how far the resident memory of the process rises above what it was before the step. Prints one JSON object per run.
+One step of a small model four times: rows of `tokens` on 1 rank, rows of ranks x `tokens` on 1 rank, and
+those long rows on `ranks` ranks with each method of context parallelism. Counts the bytes that autograd keeps
+from forward for backward, parameters apart (torch.autograd.graph.saved_tensors_hooks; a storage counts once),
+on each rank, and how far the resident memory of the process rises above what it was before the step. Prints
+one JSON object per run.
 """
 
 import gc
@@ -29,7 +30,7 @@ from parallel.context import apply_context_parallel, check_context_parallel, sha
 @dataclass(frozen=True)
 class Config:
     ranks: int = 8
-    tokens: int = 512       # of a row, per rank
+    tokens: int = 512  # of a row, per rank
     rows: int = 2
     layers: int = 4
     hidden: int = 128
@@ -42,12 +43,22 @@ def main(cfg: Config) -> None:
     for method in ("ring", "ulysses"):
         check_context_parallel(shape(cfg), cfg.ranks, 1, cfg.ranks * cfg.tokens, method, cfg.kernel)
     alone = replace(cfg, ranks=1)
-    runs = (("none", alone), ("none", replace(alone, tokens=cfg.ranks * cfg.tokens)), ("ulysses", cfg), ("ring", cfg))
+    runs = (
+        ("none", alone),
+        ("none", replace(alone, tokens=cfg.ranks * cfg.tokens)),
+        ("ulysses", cfg),
+        ("ring", cfg),
+    )
     for method, run in runs:
         with tempfile.TemporaryDirectory() as folder:
-            # Forked, not started anew: torch is imported once. This process has run nothing that a fork would upset.
-            ranks = [multiprocessing.get_context("fork").Process(target=measure, args=(run, method, rank, f"{folder}/store"))
-                     for rank in range(run.ranks)]
+            # Forked, not started anew: torch is imported once. This process has run nothing that a fork would
+            # upset.
+            ranks = [
+                multiprocessing.get_context("fork").Process(
+                    target=measure, args=(run, method, rank, f"{folder}/store")
+                )
+                for rank in range(run.ranks)
+            ]
             for rank in ranks:
                 rank.start()
             for rank in ranks:
@@ -57,8 +68,14 @@ def main(cfg: Config) -> None:
 
 
 def shape(cfg: Config) -> LlamaConfig:
-    return LlamaConfig(vocab_size=512, hidden_size=cfg.hidden, intermediate_size=cfg.hidden * 11 // 4,
-                       num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads)
+    return LlamaConfig(
+        vocab_size=512,
+        hidden_size=cfg.hidden,
+        intermediate_size=cfg.hidden * 11 // 4,
+        num_hidden_layers=cfg.layers,
+        num_attention_heads=cfg.heads,
+        num_key_value_heads=cfg.kv_heads,
+    )
 
 
 def measure(cfg: Config, method: str, rank: int, store: str) -> None:
@@ -77,12 +94,12 @@ def measure(cfg: Config, method: str, rank: int, store: str) -> None:
     tokens, labels = share(rows[:, :-1]), share(rows[:, 1:])
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     for p in model.parameters():
-        p.grad = torch.zeros_like(p)                                      # so that they are not in the rise
-    few = 2 * cfg.ranks                                                   # tokens of a first step, for what is made once
-    model(share(rows[:, :few]), share(rows[:, 1:few + 1])).backward()
+        p.grad = torch.zeros_like(p)  # so that they are not in the rise
+    few = 2 * cfg.ranks  # tokens of a first step, for what is made once
+    model(share(rows[:, :few]), share(rows[:, 1 : few + 1])).backward()
     gc.collect()
     dist.barrier()
-    Path("/proc/self/clear_refs").write_text("5")                         # the peak counts from here
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     baseline = psutil.Process().memory_info().rss
 
     kept: dict[int, int] = {}
@@ -102,11 +119,23 @@ def measure(cfg: Config, method: str, rank: int, store: str) -> None:
     dist.all_reduce(loss := loss.detach())
     if rank == 0:
         saved, rise = largest.tolist()
-        print(json.dumps({
-            "method": method, "ranks": cfg.ranks, "row_tokens": seq_len, "tokens_per_rank": tokens.shape[1],
-            "kept_for_backward_mib_per_rank": round(saved / 2**20, 2), "peak_rise_mib_per_rank": round(rise / 2**20, 1),
-            "loss_per_token": round(loss.item() / labels.numel() / cfg.ranks, 5),
-            "rows": cfg.rows, "layers": cfg.layers, "hidden": cfg.hidden}), flush=True)
+        print(
+            json.dumps(
+                {
+                    "method": method,
+                    "ranks": cfg.ranks,
+                    "row_tokens": seq_len,
+                    "tokens_per_rank": tokens.shape[1],
+                    "kept_for_backward_mib_per_rank": round(saved / 2**20, 2),
+                    "peak_rise_mib_per_rank": round(rise / 2**20, 1),
+                    "loss_per_token": round(loss.item() / labels.numel() / cfg.ranks, 5),
+                    "rows": cfg.rows,
+                    "layers": cfg.layers,
+                    "hidden": cfg.hidden,
+                }
+            ),
+            flush=True,
+        )
     dist.barrier()
     dist.destroy_process_group()
 

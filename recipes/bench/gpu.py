@@ -54,10 +54,10 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # so that what was started is ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended too
     check(cfg)
     deadline = float("inf") if cfg.seconds is None else time.monotonic() + cfg.seconds
-    cfg = replace(cfg, out=cfg.out.resolve())                    # commands run in the root of the repository
+    cfg = replace(cfg, out=cfg.out.resolve())  # commands run in the root of the repository
     facts, card = machine(cfg)
     setting = Setting(card, cfg.out, cfg.host_budget_gib, cfg.rehearse_layers)
     parts = plan(setting)
@@ -71,9 +71,12 @@ def main(cfg: Config) -> None:
         write_models(setting)
         results.add({"part": "machine", **facts, "host_budget_gib": cfg.host_budget_gib})
         if card.layers < 32:
-            print(f"This GPU has {facts['device_gib']:.1f} GiB and cannot hold 7B, which takes 100.4. The parts "
-                  f"resident, zero3 and variants measure {card.layers} of its layers, and the parts 7b-* measure 7B "
-                  "with states on the host.", flush=True)
+            print(
+                f"This GPU has {facts['device_gib']:.1f} GiB and cannot hold 7B, which takes 100.4. The parts "
+                f"resident, zero3 and variants measure {card.layers} of its layers, and the parts 7b-* measure 7B "
+                "with states on the host.",
+                flush=True,
+            )
         measure_all(chosen, results, cfg, deadline)
     table = summary(parts, results.lines)
     cfg.out.mkdir(parents=True, exist_ok=True)
@@ -150,7 +153,7 @@ class Results:
             except json.JSONDecodeError:
                 pass  # the machine went away while this one was written
         torn = bool(text) and not text.endswith("\n")
-        self.before = "\n" if torn else ""         # so that the next line is one of its own
+        self.before = "\n" if torn else ""  # so that the next line is one of its own
 
     def add(self, line: dict) -> None:
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **line}
@@ -198,9 +201,14 @@ def measure(part: Part, measurement: Measurement, results: Results, logs: Path) 
     began, said, failures = time.monotonic(), "", []
     with log.open("w") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-u", *measurement.command], cwd=ROOT,
-            env={**os.environ, **measurement.environment}, text=True,
-            stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
+            [sys.executable, "-u", *measurement.command],
+            cwd=ROOT,
+            env={**os.environ, **measurement.environment},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,
+        )
         timer = threading.Timer(measurement.limit_s, end, (process,))
         timer.start()
         try:
@@ -225,7 +233,7 @@ def measure(part: Part, measurement: Measurement, results: Results, logs: Path) 
         ended, said = f"failed with status {status}", last_error(log) or said
     elif failures:
         ended, said = "failed in part", failures[-1]
-    if measurement.command[0] == "-m":           # pytest, whose result is the last line that it prints
+    if measurement.command[0] == "-m":  # pytest, whose result is the last line that it prints
         results.add({**about, "result": {"status": status, "said": said}})
     if ended != "done":
         print(f"   {ended}: {said}", flush=True)
@@ -322,7 +330,7 @@ def row(part: Part, measurement: Measurement, expected: Expected, results: list[
         value = fitting[-1][expected.figure]
         share = difference(expected, value)
         measured, off = number(value), f"{share:+.0%}"
-        if not abs(share) <= FAR_OFF:               # a figure that is not a number is far off too
+        if not abs(share) <= FAR_OFF:  # a figure that is not a number is far off too
             off = f"**{off}**"
     elif fitting and "error" in fitting[-1]:
         measured = fitting[-1]["error"].replace("|", "/")[:160]

@@ -101,7 +101,7 @@ class Setting:
 # ---- predictions: a step -------------------------------------------------------------------------
 
 STEP_TOKENS = 16384
-WAYS = ("zero3 selective", "resident selective", "resident none")   # where states are, and what is recomputed
+WAYS = ("zero3 selective", "resident selective", "resident none")  # where states are, and what is recomputed
 # Seconds that a step of 7B with 16,384 tokens spends on an H200. Work grows with the FLOPs or with the bytes
 # of activations or of parameters; the last column says whether more tokens a step make more of it.
 STEP_7B = {
@@ -338,11 +338,17 @@ def plan(setting: Setting) -> list[Part]:
         return budget_part(setting, name, why, tokens)
 
     parts = [
-        Part("resident", f"{held}, all states on the device, nothing recomputed: the README's promise",
-             (step(setting, "resident none", 4, 2), step(setting, "resident none", 8, 2))),
+        Part(
+            "resident",
+            f"{held}, all states on the device, nothing recomputed: the README's promise",
+            (step(setting, "resident none", 4, 2), step(setting, "resident none", 8, 2)),
+        ),
         Part("kernels", "matrix product, attention, update, copy: what a step is made of", (kernels(card),)),
-        Part("zero3", f"{held} with FSDP2 at ZeRO stage 3, as several ranks would train it",
-             (step(setting, "zero3 selective", 4, 1),)),
+        Part(
+            "zero3",
+            f"{held} with FSDP2 at ZeRO stage 3, as several ranks would train it",
+            (step(setting, "zero3 selective", 4, 1),),
+        ),
         Part("first-tests", "those likeliest to find a wrong number", (tests("riskiest", RISKIEST, 180),)),
         Part("rates", "the wires, the host's memory and its cores: what every plan is made of", (rates(),)),
         budget("3.5b-24", "3.5B under 24 GiB: ours against FSDP2's offload", 4096, 16384),
@@ -363,7 +369,7 @@ def plan(setting: Setting) -> list[Part]:
     return parts
 
 
-RISKIEST = "fused or logits or every_pass or nothing_depends or budget or initial"      # for pytest -k
+RISKIEST = "fused or logits or every_pass or nothing_depends or budget or initial"  # for pytest -k
 
 
 def rates() -> Measurement:
@@ -379,18 +385,27 @@ def variants(setting: Setting) -> tuple[Measurement, ...]:
     measurements = [step(setting, "resident none", 2, 2), step(setting, "resident selective", 4, 1)]
     if setting.card.layers == 32:
         allocator = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-        measurements.append(replace(step(setting, "zero2 selective", 4, 1), name="zero2, expandable segments",
-                                    environment=allocator))
+        measurements.append(
+            replace(
+                step(setting, "zero2 selective", 4, 1),
+                name="zero2, expandable segments",
+                environment=allocator,
+            )
+        )
     return tuple(measurements)
 
 
 def small_models() -> tuple[Measurement, ...]:
     """32 rows each: with 8 rows the GPU waits for the host, and the host's speed would be compared."""
     price = "recipes/bench/step_price.py --model small-110m --seq-len 2048 --dtype bfloat16 --rows 32"
-    speed = ("recipes/benchmark.py --model small-110m --data.seq-len 2048 --train.compile "
-             "--train.global-batch-size 32 --train.micro-batch-size 32")
-    return (Measurement("price", tuple(price.split()), 150),
-            Measurement("small-110m", tuple(speed.split()), 150))
+    speed = (
+        "recipes/benchmark.py --model small-110m --data.seq-len 2048 --train.compile "
+        "--train.global-batch-size 32 --train.micro-batch-size 32"
+    )
+    return (
+        Measurement("price", tuple(price.split()), 150),
+        Measurement("small-110m", tuple(speed.split()), 150),
+    )
 
 
 def write_models(setting: Setting) -> None:

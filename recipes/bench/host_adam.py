@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))      # a clone works without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone works without being installed
 from dtensor_llama import Llama, LlamaConfig, UsageError
 from dtensor_llama.cli import run_recipe
 from memory import ChunkManager, MemoryConfig, Placement
@@ -37,58 +37,74 @@ from memory.placement import GIB, auto_plan
 from memory.tracer import DramStream, Rates, Traced, machine_key
 
 CPU = torch.device("cpu")
-BYTES = 28       # per parameter: gradient 2 and three states 12 read, three states 12 and weight 2 written
+BYTES = 28  # per parameter: gradient 2 and three states 12 read, three states 12 and weight 2 written
 
 
 @dataclass(frozen=True)
 class Config:
-    mi_elements: int = 64        # parameters, in 2^20; 14 bytes each for every contender
+    mi_elements: int = 64  # parameters, in 2^20; 14 bytes each for every contender
     rounds: int = 9
-    threads: int = 0             # 0: as many as torch takes (OMP_NUM_THREADS)
-    model: str = "tiny-10m"      # for the manager's overhead
-    rows: int = 4                # of a step there
+    threads: int = 0  # 0: as many as torch takes (OMP_NUM_THREADS)
+    model: str = "tiny-10m"  # for the manager's overhead
+    rows: int = 4  # of a step there
     tokens: int = 256
 
 
 def main(cfg: Config) -> None:
     if min(cfg.mi_elements, cfg.rounds, cfg.rows, cfg.tokens) < 1 or cfg.threads < 0:
-        raise UsageError("--mi-elements, --rounds, --rows and --tokens must be at least 1, --threads at least 0.")
+        raise UsageError(
+            "--mi-elements, --rounds, --rows and --tokens must be at least 1, --threads at least 0."
+        )
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     n = cfg.mi_elements * 2**20
-    contenders = {"stream": stream(n), "ours_compiled": ours("compiled", n), "ours_blocks": ours("blocks", n),
-                  "torch_fused": torchs(n, fused=True), "torch_foreach": torchs(n, foreach=True),
-                  "deepspeed_cpu_adam": deepspeeds(n)}
+    contenders = {
+        "stream": stream(n),
+        "ours_compiled": ours("compiled", n),
+        "ours_blocks": ours("blocks", n),
+        "torch_fused": torchs(n, fused=True),
+        "torch_foreach": torchs(n, foreach=True),
+        "deepspeed_cpu_adam": deepspeeds(n),
+    }
     seconds = take_turns({name: step for name, step in contenders.items() if step}, cfg.rounds)
-    result = {"machine": machine_key(CPU), "threads": torch.get_num_threads(), "parameters": n,
-              "rounds": cfg.rounds, "stream_gb_s": round(BYTES * n / statistics.median(seconds["stream"]) / 1e9, 2)}
+    result = {
+        "machine": machine_key(CPU),
+        "threads": torch.get_num_threads(),
+        "parameters": n,
+        "rounds": cfg.rounds,
+        "stream_gb_s": round(BYTES * n / statistics.median(seconds["stream"]) / 1e9, 2),
+    }
     for name in list(contenders)[1:]:
         times = seconds.get(name)
         result[name] = times and {
             "g_parameters_s": round(n / statistics.median(times) / 1e9, 3),
             "gb_s": round(BYTES * n / statistics.median(times) / 1e9, 2),
-            "share_of_stream": round(statistics.median(a / b for a, b in zip(seconds["stream"], times, strict=True)), 3)}
+            "share_of_stream": round(
+                statistics.median(a / b for a, b in zip(seconds["stream"], times, strict=True)), 3
+            ),
+        }
     result |= {"calls_per_second": calls_beside(n), "manager_all_resident": manager_overhead(cfg)}
     print(json.dumps(result | {"plan_70b_seconds": plan_seconds()}), flush=True)
 
 
 def take_turns(steps: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, once per round, all in every round, there and back: what disturbs the machine disturbs all alike."""
+    """Seconds of each, once per round, all in every round, there and back: what disturbs the machine disturbs
+    all alike."""
     seconds = {name: [] for name in steps}
     for i in range(rounds + 1):
-        for name, step in list(steps.items())[::-1 if i % 2 else 1]:
+        for name, step in list(steps.items())[:: -1 if i % 2 else 1]:
             start = time.perf_counter()
             step()
-            if i:                                                # the first round touches pages and compiles
+            if i:  # the first round touches pages and compiles
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
-# ---- the update -------------------------------------------------------------------------------------------------------
+# ---- the update --------------------------------------------------------------------------------------------
 
 
 def stream(n: int) -> Callable:
-    return DramStream(BYTES // 2 * n).once                       # read and written: as many bytes as an update moves
+    return DramStream(BYTES // 2 * n).once  # read and written: as many bytes as an update moves
 
 
 def state(n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -98,7 +114,11 @@ def state(n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def ours(kind: str, n: int) -> Callable:
     """As the engine lays chunks out and steps them, one by one."""
-    kernel, hyper, ledger = Kernel(kind, CPU), Hyper(1e-3, 0.9, 0.95, 1e-8, 0.1, 1), Ledger(CPU, {"device": None, "host": None})
+    kernel, hyper, ledger = (
+        Kernel(kind, CPU),
+        Hyper(1e-3, 0.9, 0.95, 1e-8, 0.1, 1),
+        Ledger(CPU, {"device": None, "host": None}),
+    )
     chunks = []
     for start in range(0, n, CHUNK_ELEMENTS):
         chunks.append(Chunk(len(chunks), {}, torch.bfloat16))
@@ -111,12 +131,14 @@ def ours(kind: str, n: int) -> Callable:
     def step():
         for i, chunk in enumerate(chunks):
             states = (chunk.tensors[name] for name in ("master", "exp_avg", "exp_avg_sq", "slab"))
-            kernel.host_step(*states, outbox[i % 2][:chunk.n], None, hyper)
+            kernel.host_step(*states, outbox[i % 2][: chunk.n], None, hyper)
+
     return step
 
 
 def torchs(n: int, **which) -> Callable:
-    """torch.optim.AdamW on float32 masters; gradient and weight cast in a pass each, as it has no other way."""
+    """torch.optim.AdamW on float32 masters; gradient and weight cast in a pass each, as it has no other
+    way."""
     master, _, _, grad = state(n)
     weight, master = torch.empty_like(grad), nn.Parameter(master)
     master.grad = torch.empty_like(master)
@@ -126,20 +148,23 @@ def torchs(n: int, **which) -> Callable:
         master.grad.copy_(grad)
         optimizer.step()
         weight.copy_(master.detach())
+
     return step
 
 
 def deepspeeds(n: int) -> Callable | None:
-    """DeepSpeed's vectorised CPUAdam, given what it wants: a float32 gradient; None where it is not installed or built."""
+    """DeepSpeed's vectorised CPUAdam, given what it wants: a float32 gradient; None where it is not installed
+    or built."""
     if importlib.util.find_spec("deepspeed") is None:
         return None
     try:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
+
         master, _, _, grad = state(n)
         weight, master = torch.empty_like(grad), nn.Parameter(master)
         master.grad = torch.empty_like(master)
         optimizer = DeepSpeedCPUAdam([master], lr=1e-3, adamw_mode=True)
-    except Exception as error:           # it compiles itself on first use, and says in many ways that it could not
+    except Exception as error:  # it compiles itself on first use, and says in many ways that it could not
         print(f"DeepSpeed's CPUAdam is installed and does not run: {error}", file=sys.stderr)
         return None
 
@@ -147,6 +172,7 @@ def deepspeeds(n: int) -> Callable | None:
         master.grad.copy_(grad)
         optimizer.step()
         weight.copy_(master.detach())
+
     return step
 
 
@@ -155,7 +181,7 @@ def calls_beside(n: int, seconds: float = 1.0) -> dict[str, int]:
     before = torch.get_num_threads()
     torch.set_num_threads(n_threads := max(1, before - 1))
     step, calls, x = ours("compiled", n), {}, torch.ones(4)
-    step()                                                           # compiles, for that many threads
+    step()  # compiles, for that many threads
     torch.set_num_threads(before)
     stop = threading.Event()
 
@@ -179,7 +205,7 @@ def calls_beside(n: int, seconds: float = 1.0) -> dict[str, int]:
     return calls
 
 
-# ---- the manager with nothing to do ---------------------------------------------------------------------------------------
+# ---- the manager with nothing to do ------------------------------------------------------------------------
 
 
 def manager_overhead(cfg: Config) -> dict:
@@ -199,11 +225,13 @@ def manager_overhead(cfg: Config) -> dict:
             clip(1.0)
             optimizer.step()
             optimizer.zero_grad()
+
         steps[name] = step
     seconds = take_turns(steps, 3 * cfg.rounds)
     ratio = statistics.median(a / b for a, b in zip(seconds["manager"], seconds["adamw_fused"], strict=True))
     return {"model": cfg.model, "overhead": round(ratio - 1, 4)} | {
-        f"{name}_ms": round(1e3 * statistics.median(times), 2) for name, times in seconds.items()}
+        f"{name}_ms": round(1e3 * statistics.median(times), 2) for name, times in seconds.items()
+    }
 
 
 def plan_seconds() -> dict[str, float]:
@@ -212,8 +240,13 @@ def plan_seconds() -> dict[str, float]:
     for ranks, budget_gib in ((512, 4), (8, 80)):
         sizes = [CHUNK_ELEMENTS] * (n // ranks // CHUNK_ELEMENTS) + [n // ranks % CHUNK_ELEMENTS]
         start = time.perf_counter()
-        auto_plan(sizes, device_budget_bytes=budget_gib * GIB, host_budget_bytes=200 * GIB, rates=rates,
-                  traced=Traced(2 * GIB, 0.5, 1.5))
+        auto_plan(
+            sizes,
+            device_budget_bytes=budget_gib * GIB,
+            host_budget_bytes=200 * GIB,
+            rates=rates,
+            traced=Traced(2 * GIB, 0.5, 1.5),
+        )
         seconds[f"{ranks} ranks, {len(sizes)} chunks"] = round(time.perf_counter() - start, 4)
     return seconds
 

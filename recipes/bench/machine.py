@@ -125,7 +125,7 @@ def versions() -> dict[str, str | None]:
             found[name] = importlib.metadata.version(name) if importlib.util.find_spec(name) else None
         except importlib.metadata.PackageNotFoundError:
             found[name] = "of unknown version"
-    return found | {"torch": torch.__version__}         # with what it was built for
+    return found | {"torch": torch.__version__}  # with what it was built for
 
 
 def seconds_each(work: Callable[[], object], device: torch.device, seconds: float) -> float:

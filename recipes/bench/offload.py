@@ -1,4 +1,5 @@
-"""Training under a memory budget: our chunk manager against everything resident and against those who offload too.
+"""Training under a memory budget: our chunk manager against everything resident and against those who offload
+too.
 
     python recipes/bench/offload.py --model llama2-7b --layers 16 --device-budget-gib 24      # 3.5B, one GPU
     python recipes/bench/offload.py --model llama2-13b --tokens 16384 --contenders ours fsdp2_offload
@@ -29,7 +30,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))      # a clone works without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone works without being installed
 
 import psutil
 import torch
@@ -48,29 +49,29 @@ from parallel.recompute import apply_recompute
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTENDERS = ("ours", "all_resident", "fsdp2_offload", "deepspeed_zero3")
-LR, WEIGHT_DECAY, MAX_NORM = 3e-4, 0.1, 1.0       # as pretrain.py has them
+LR, WEIGHT_DECAY, MAX_NORM = 3e-4, 0.1, 1.0  # as pretrain.py has them
 
 
 @dataclass(frozen=True)
 class Config:
     """Offload under a budget against its peers, taking turns."""
 
-    model: str = "llama2-7b"                       # a preset
-    layers: int | None = None                      # of the model; 16 of llama2-7b are 3.5B
-    device_budget_gib: float | None = None         # None: the whole device
-    host_budget_gib: float | None = None           # None: what is free; give it where memory grows on demand
-    tokens: tuple[int, ...] = (4096, 16384, 65536)     # a step
+    model: str = "llama2-7b"  # a preset
+    layers: int | None = None  # of the model; 16 of llama2-7b are 3.5B
+    device_budget_gib: float | None = None  # None: the whole device
+    host_budget_gib: float | None = None  # None: what is free; give it where memory grows on demand
+    tokens: tuple[int, ...] = (4096, 16384, 65536)  # a step
     seq_len: int = 4096
-    micro_batch_size: int = 4                      # rows of a forward, at most
+    micro_batch_size: int = 4  # rows of a forward, at most
     contenders: tuple[str, ...] = CONTENDERS
     rounds: int = 2
-    steps: int = 3                                 # timed in each turn
-    warmup: int = 5                                # ours traces three, plans, and does one with the plan
-    peer_warmup: int = 2                           # the others have nothing to trace
+    steps: int = 3  # timed in each turn
+    warmup: int = 5  # ours traces three, plans, and does one with the plan
+    peer_warmup: int = 2  # the others have nothing to trace
     dtype: str = "bfloat16"
-    compile: bool = False                          # each block, of all contenders
-    timeout_s: int | None = None                   # of a turn; None: 240, or turn_seconds if that is more
-    turn: str | None = None                        # internal: be this contender, in this process
+    compile: bool = False  # each block, of all contenders
+    timeout_s: int | None = None  # of a turn; None: 240, or turn_seconds if that is more
+    turn: str | None = None  # internal: be this contender, in this process
 
 
 def main(cfg: Config) -> None:
@@ -79,8 +80,10 @@ def main(cfg: Config) -> None:
         raise UsageError(f"--contenders {' '.join(cfg.contenders)}: there are {', '.join(CONTENDERS)}.")
     wrong = [n for n in cfg.tokens if n < cfg.seq_len or n % cfg.seq_len]
     if wrong or min(cfg.rounds, cfg.steps, cfg.micro_batch_size) < 1:
-        raise UsageError(f"--tokens {wrong} must be multiples of --seq-len {cfg.seq_len}; --rounds, --steps and "
-                         "--micro-batch-size at least 1.")
+        raise UsageError(
+            f"--tokens {wrong} must be multiples of --seq-len {cfg.seq_len}; --rounds, --steps and "
+            "--micro-batch-size at least 1."
+        )
     if cfg.host_budget_gib is not None and cfg.host_budget_gib <= 0:
         raise UsageError(f"--host-budget-gib {cfg.host_budget_gib:g} is not possible; use GiB above 0.")
     preset = LlamaConfig.preset(cfg.model)
@@ -112,9 +115,16 @@ def at(cfg: Config, config: LlamaConfig, folder: str, n_tokens: int) -> list[dic
                 measured = {"error": str(error), "refused": True}
             except RuntimeError as error:
                 measured = {"error": str(error)}
-            lines[name] = {"contender": name, "model": cfg.model, "layers": config.num_hidden_layers,
-                           "n_parameters": config.n_parameters, "tokens_per_step": n_tokens,
-                           "device_budget_gib": cfg.device_budget_gib, "rounds": len(turns[name]), **measured}
+            lines[name] = {
+                "contender": name,
+                "model": cfg.model,
+                "layers": config.num_hidden_layers,
+                "n_parameters": config.n_parameters,
+                "tokens_per_step": n_tokens,
+                "device_budget_gib": cfg.device_budget_gib,
+                "rounds": len(turns[name]),
+                **measured,
+            }
             print(json.dumps(lines[name]), flush=True)
     return list(lines.values())
 
@@ -128,8 +138,9 @@ def take_turn(cfg: Config, config: LlamaConfig, name: str, folder: str, n_tokens
         command = peer_command(cfg, name, n_tokens)
     timeout_s = cfg.timeout_s or max(240, turn_seconds(cfg, config, name, n_tokens))
     try:
-        ended = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
-                               timeout=timeout_s)
+        ended = subprocess.run(
+            [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=timeout_s
+        )
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"was not done after {timeout_s} s") from None
     if ended.returncode:
@@ -141,10 +152,27 @@ def take_turn(cfg: Config, config: LlamaConfig, name: str, folder: str, n_tokens
 
 def ours_command(cfg: Config, name: str, folder: str, n_tokens: int) -> list:
     rows = n_tokens // cfg.seq_len
-    command = ["recipes/benchmark.py", "--model", folder, "--data.seq-len", cfg.seq_len,
-               "--train.global-batch-size", rows, "--train.micro-batch-size", min(rows, cfg.micro_batch_size),
-               "--train.recompute", "full", "--train.dtype", cfg.dtype, "--train.lr", LR,
-               "--train.steps", cfg.steps, "--warmup", cfg.warmup]
+    command = [
+        "recipes/benchmark.py",
+        "--model",
+        folder,
+        "--data.seq-len",
+        cfg.seq_len,
+        "--train.global-batch-size",
+        rows,
+        "--train.micro-batch-size",
+        min(rows, cfg.micro_batch_size),
+        "--train.recompute",
+        "full",
+        "--train.dtype",
+        cfg.dtype,
+        "--train.lr",
+        LR,
+        "--train.steps",
+        cfg.steps,
+        "--warmup",
+        cfg.warmup,
+    ]
     if cfg.compile:
         command += ["--train.compile"]
     if name == "all_resident":
@@ -207,10 +235,12 @@ def peer_host_bytes(name: str, config: LlamaConfig) -> tuple[int, str]:
     """The least that a peer needs of the host, and the sum in words."""
     with torch.device("meta"):
         sizes = [4 * parameter.numel() for parameter in Llama(config).parameters()]
-    if name == "fsdp2_offload":          # AdamW's two moments are made by zeros_like, which does not pin
+    if name == "fsdp2_offload":  # AdamW's two moments are made by zeros_like, which does not pin
         pinned, pageable = 2 * sum(map(pinned_bytes, sizes)), 2 * sum(sizes)
-        what = (f"{pinned / GIB:.1f} GiB pinned for float32 weights and gradients, each tensor rounded up to "
-                f"a power of two, and {pageable / GIB:.1f} for AdamW's two moments")
+        what = (
+            f"{pinned / GIB:.1f} GiB pinned for float32 weights and gradients, each tensor rounded up to "
+            f"a power of two, and {pageable / GIB:.1f} for AdamW's two moments"
+        )
         return pinned + pageable, what
     least = 4 * sum(sizes)
     return least, "float32 masters, gradients and two moments"
@@ -221,17 +251,19 @@ def refuse_if_the_host_is_too_small(name: str, config: LlamaConfig, host_budget_
     if name not in ("fsdp2_offload", "deepspeed_zero3"):
         return
     needed, what = peer_host_bytes(name, config)
-    own = GIB + min(9 * GIB, needed // 10)         # torch, CUDA, compiled code, what is copied in passing
+    own = GIB + min(9 * GIB, needed // 10)  # torch, CUDA, compiled code, what is copied in passing
     available = host_budget_gib * GIB if host_budget_gib else psutil.virtual_memory().available
     if needed + own > available:
         budget = "are free (--host-budget-gib, if there is more)"
         if host_budget_gib:
             budget = "--host-budget-gib allows"
-        raise DoesNotFit(f"does not fit the host: it needs {needed / GIB:.1f} GiB ({what}) and about "
-                         f"{own / GIB:.0f} for itself, and {available / GIB:.1f} {budget}")
+        raise DoesNotFit(
+            f"does not fit the host: it needs {needed / GIB:.1f} GiB ({what}) and about "
+            f"{own / GIB:.0f} for itself, and {available / GIB:.1f} {budget}"
+        )
 
 
-# ---- what a turn means -----------------------------------------------------------------------------------------------------
+# ---- what a turn means -------------------------------------------------------------------------------------
 
 
 def judge(name: str, turns_of: dict[str, list[dict]], n_tokens: int, config: LlamaConfig) -> dict:
@@ -246,13 +278,18 @@ def judge(name: str, turns_of: dict[str, list[dict]], n_tokens: int, config: Lla
         facts["ours_over_it"] = step_s / statistics.median(turn["step_seconds"] for turn in ours)
         facts["loss_difference"] = abs(turns[0]["loss"] - ours[0]["loss"])
     alone = plan["seconds"]["forward"] + plan["seconds"]["backward"] if plan else None
-    update_s, moved = turns[-1].get("update_seconds"), 40 * config.n_parameters     # fsdp2: see predict_peer
+    update_s, moved = turns[-1].get("update_seconds"), 40 * config.n_parameters  # fsdp2: see predict_peer
     if name == "ours" and plan:
-        facts |= {"plan": plan["parameters"], "bound": plan["bound"], "predicted_step_seconds": plan["seconds"]["step"]}
+        facts |= {
+            "plan": plan["parameters"],
+            "bound": plan["bound"],
+            "predicted_step_seconds": plan["seconds"]["step"],
+        }
         update_s, moved = plan["host_update_seconds"], plan["host_dram_bytes"]
     elif plan:
-        facts["predicted_step_seconds"] = predict_peer(name, config.n_parameters, alone, Rates.from_json(plan["rates"]),
-                                                       turns[-1].get("n_micros", 1))
+        facts["predicted_step_seconds"] = predict_peer(
+            name, config.n_parameters, alone, Rates.from_json(plan["rates"]), turns[-1].get("n_micros", 1)
+        )
     alone = turns[-1].get("forward_backward_seconds", alone)
     facts["exposed_update_seconds"] = alone and max(0.0, step_s - alone)
     if name != "all_resident" and update_s and plan:
@@ -265,10 +302,11 @@ def predict_peer(name: str, n: int, forward_backward_s: float, rates: Rates, n_m
     if name == "all_resident":
         return forward_backward_s + n / rates.device_adam
     if name == "fsdp2_offload":
-        # For each forward and backward fp32 weights come; fp32 gradients leave once, after the last microbatch.
-        # On one rank FSDP2 makes these copies on the stream that computes, so nothing overlaps and the times
-        # add up; on several ranks, where the copies are part of a prefetched all-gather, it would do better.
-        # Then, alone on the host, the norm reads 4 bytes a parameter, the clip moves 8 and AdamW 28.
+        # For each forward and backward fp32 weights come; fp32 gradients leave once, after the last
+        # microbatch. On one rank FSDP2 makes these copies on the stream that computes, so nothing overlaps
+        # and the times add up; on several ranks, where the copies are part of a prefetched all-gather, it
+        # would do better. Then, alone on the host, the norm reads 4 bytes a parameter, the clip moves 8 and
+        # AdamW 28.
         link = n_micros * 2 * 4 * n / rates.h2d + 4 * n / rates.d2h
         return forward_backward_s + link + 40 * n / rates.dram
     # DeepSpeed: bf16 gradients down, CPUAdam (12 + 12 of states, 4 of gradient, 2 of weight), bf16 weights
@@ -278,32 +316,69 @@ def predict_peer(name: str, n: int, forward_backward_s: float, rates: Rates, n_m
 
 def table(results: list[dict]) -> str:
     cell = lambda line, key, form: format(line[key], form) if line.get(key) is not None else "-"
-    rows = [("tokens", "contender", "tokens/s", "step s", "predicted", "exposed s", "DRAM", "device GiB", "host GiB",
-             "step / ours")]
+    rows = [
+        (
+            "tokens",
+            "contender",
+            "tokens/s",
+            "step s",
+            "predicted",
+            "exposed s",
+            "DRAM",
+            "device GiB",
+            "host GiB",
+            "step / ours",
+        )
+    ]
     for line in results:
-        rows.append((str(line["tokens_per_step"]), line["contender"], *(
-            (cell(line, key, form) for key, form in (
-                ("tokens_per_second", ",.0f"), ("step_seconds", ".3f"), ("predicted_step_seconds", ".3f"),
-                ("exposed_update_seconds", ".3f"), ("dram_share", ".0%"), ("device_memory_gib", ".1f"),
-                ("host_memory_gib", ".1f"), ("ours_over_it", ".2f"))) if "error" not in line else (line["error"][:90],))))
+        rows.append(
+            (
+                str(line["tokens_per_step"]),
+                line["contender"],
+                *(
+                    (
+                        cell(line, key, form)
+                        for key, form in (
+                            ("tokens_per_second", ",.0f"),
+                            ("step_seconds", ".3f"),
+                            ("predicted_step_seconds", ".3f"),
+                            ("exposed_update_seconds", ".3f"),
+                            ("dram_share", ".0%"),
+                            ("device_memory_gib", ".1f"),
+                            ("host_memory_gib", ".1f"),
+                            ("ours_over_it", ".2f"),
+                        )
+                    )
+                    if "error" not in line
+                    else (line["error"][:90],)
+                ),
+            )
+        )
     widths = [max(len(row[i]) for row in rows if len(row) > 3) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(f"{text:>{width}}" for text, width in zip(row, widths, strict=False)) for row in rows)
+    return "\n".join(
+        "  ".join(f"{text:>{width}}" for text, width in zip(row, widths, strict=False)) for row in rows
+    )
 
 
-# ---- the peers, each in its own process --------------------------------------------------------------------------------------
+# ---- the peers, each in its own process --------------------------------------------------------------------
 
 
 def peer(cfg: Config, config: LlamaConfig) -> dict:
     if not torch.cuda.is_available():
-        raise UsageError(f"--contenders {cfg.turn} offloads from a GPU, and there is none; use --contenders ours all_resident.")
+        raise UsageError(
+            f"--contenders {cfg.turn} offloads from a GPU, and there is none; use --contenders ours all_resident."
+        )
     device, dtype = torch.device("cuda", 0), getattr(torch, cfg.dtype)
     if cfg.device_budget_gib:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, cfg.device_budget_gib * GIB / total), device)
     start_process_group(device, 1)
     n_micros = cfg.tokens[0] // cfg.seq_len // cfg.micro_batch_size
-    rows = torch.randint(config.vocab_size, (n_micros, cfg.micro_batch_size, cfg.seq_len + 1),
-                         generator=torch.Generator().manual_seed(0)).to(device)
+    rows = torch.randint(
+        config.vocab_size,
+        (n_micros, cfg.micro_batch_size, cfg.seq_len + 1),
+        generator=torch.Generator().manual_seed(0),
+    ).to(device)
     n_scored = rows[:, :, 1:].numel()
     with torch.device("meta"):
         model = Llama(config)
@@ -317,19 +392,30 @@ def peer(cfg: Config, config: LlamaConfig) -> dict:
         times.append((time.perf_counter() - began, forward_backward_s))
     peaks = memory.take()
     stop_process_group()
-    step_s, alone_s = map(statistics.median, zip(*times[cfg.warmup:], strict=True))
-    return {"step_seconds": step_s, "forward_backward_seconds": alone_s, "update_seconds": step_s - alone_s, "loss": loss,
-            "n_micros": n_micros,
-            "device_memory_gib": peaks.device / GIB, "device_reserved_gib": peaks.device_reserved / GIB,
-            "host_memory_gib": peaks.host / GIB, "host_pinned_gib": peaks.host_pinned / GIB}
+    step_s, alone_s = map(statistics.median, zip(*times[cfg.warmup :], strict=True))
+    return {
+        "step_seconds": step_s,
+        "forward_backward_seconds": alone_s,
+        "update_seconds": step_s - alone_s,
+        "loss": loss,
+        "n_micros": n_micros,
+        "device_memory_gib": peaks.device / GIB,
+        "device_reserved_gib": peaks.device_reserved / GIB,
+        "host_memory_gib": peaks.host / GIB,
+        "host_pinned_gib": peaks.host_pinned / GIB,
+    }
 
 
 def fsdp2_offload(cfg: Config, model: Llama, dtype: torch.dtype, device: torch.device):
     apply_recompute(list(model.model.layers), "full")
     for block in model.model.layers if cfg.compile else ():
         block.compile()
-    how = {"mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
-           "offload_policy": CPUOffloadPolicy(pin_memory=True)}
+    how = {
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        ),
+        "offload_policy": CPUOffloadPolicy(pin_memory=True),
+    }
     for block in model.model.layers:
         fully_shard(block, **how)
     fully_shard(model, reshard_after_forward=False, **how)
@@ -350,6 +436,7 @@ def fsdp2_offload(cfg: Config, model: Llama, dtype: torch.dtype, device: torch.d
         optimizer.step()
         optimizer.zero_grad()
         return total.item(), alone_s
+
     return step
 
 
@@ -360,22 +447,35 @@ def deepspeed_zero3(cfg: Config, model: Llama, dtype: torch.dtype, device: torch
     init_weights(model, 0)
     apply_recompute(list(model.model.layers), "full")
     n_micros = cfg.tokens[0] // cfg.seq_len // cfg.micro_batch_size
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config={
-        "train_micro_batch_size_per_gpu": cfg.micro_batch_size, "gradient_accumulation_steps": n_micros,
-        "gradient_clipping": MAX_NORM, "bf16": {"enabled": dtype == torch.bfloat16},
-        "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": True}},
-        "optimizer": {"type": "AdamW", "params": {"lr": LR, "betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": WEIGHT_DECAY}}})
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=model.parameters(),
+        config={
+            "train_micro_batch_size_per_gpu": cfg.micro_batch_size,
+            "gradient_accumulation_steps": n_micros,
+            "gradient_clipping": MAX_NORM,
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": True}},
+            "optimizer": {
+                "type": "AdamW",
+                "params": {"lr": LR, "betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": WEIGHT_DECAY},
+            },
+        },
+    )
 
     def step(rows: torch.Tensor, n_scored: int) -> tuple[float, float]:
         began, alone_s, total = time.perf_counter(), 0.0, torch.zeros((), device=device)
         for micro in rows:
-            loss = engine(micro[:, :-1], labels=micro[:, 1:]) / n_scored * len(rows)      # it averages over micro-batches
+            loss = (
+                engine(micro[:, :-1], labels=micro[:, 1:]) / n_scored * len(rows)
+            )  # it averages over micro-batches
             engine.backward(loss)
             total += loss.detach() / len(rows)
             torch.cuda.synchronize()
             alone_s = time.perf_counter() - began
-            engine.step()                                             # updates after the last one only
+            engine.step()  # updates after the last one only
         return total.item(), alone_s
+
     return step
 
 

@@ -3,9 +3,9 @@
     python recipes/bench/step_price.py                                  # one process: ours, a plain loop
     torchrun --nproc-per-node 2 recipes/bench/step_price.py             # two: ZeRO 0 and 3 against DDP and bare fully_shard; tp
 
-All variants are built in the same processes and take turns, step by step, so a slow minute slows all alike; each ratio is
-that of median step times. On two processes it also profiles a step under tp 2 on rank 0: where the time goes beside the
-matrix products, whose time is the least a step could take. Prints one JSON line.
+All variants are built in the same processes and take turns, step by step, so a slow minute slows all alike;
+each ratio is that of median step times. On two processes it also profiles a step under tp 2 on rank 0: where
+the time goes beside the matrix products, whose time is the least a step could take. Prints one JSON line.
 """
 
 import json
@@ -17,7 +17,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # pretrain.py, whose step this times
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # pretrain.py, whose step this times
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
@@ -44,15 +44,19 @@ class Config:
 
     model: str = "tiny-15m"
     seq_len: int = 256
-    rows: int = 8                # per step and process
-    steps: int = 20              # timed, of each variant
+    rows: int = 8  # per step and process
+    steps: int = 20  # timed, of each variant
     warmup: int = 3
-    dtype: str = "float32"       # of the computation
+    dtype: str = "float32"  # of the computation
 
 
 def main(cfg: Config) -> None:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     config = LlamaConfig.preset(cfg.model)
@@ -60,23 +64,39 @@ def main(cfg: Config) -> None:
     start_process_group(device, world_size)
     variants = {"plain loop": bare(cfg, device), "ours": ours(cfg, device, ParallelConfig())}
     if world_size > 1:
-        variants = {"DDP": bare(cfg, device, "ddp"), "ours, ZeRO 0": ours(cfg, device, ParallelConfig(zero_stage=0)),
-                    "bare fully_shard": bare(cfg, device, "fsdp"), "ours, ZeRO 3": ours(cfg, device, ParallelConfig()),
-                    "ours, tp": ours(cfg, device, ParallelConfig(tp=world_size))}
-    rows = torch.randint(config.vocab_size, (cfg.rows, cfg.seq_len + 1), generator=torch.Generator().manual_seed(rank))
+        variants = {
+            "DDP": bare(cfg, device, "ddp"),
+            "ours, ZeRO 0": ours(cfg, device, ParallelConfig(zero_stage=0)),
+            "bare fully_shard": bare(cfg, device, "fsdp"),
+            "ours, ZeRO 3": ours(cfg, device, ParallelConfig()),
+            "ours, tp": ours(cfg, device, ParallelConfig(tp=world_size)),
+        }
+    rows = torch.randint(
+        config.vocab_size, (cfg.rows, cfg.seq_len + 1), generator=torch.Generator().manual_seed(rank)
+    )
     batch = Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), None)
     step_s = defaultdict(list)
     for i in range(cfg.warmup + cfg.steps):
         for name, step in variants.items():
             dist.barrier()
             began = time.perf_counter()
-            step(batch).item()                                     # waits for the device
+            step(batch).item()  # waits for the device
             if i >= cfg.warmup:
                 step_s[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(times) for name, times in step_s.items()}
-    result = {**vars(cfg), "world_size": world_size, "device": device.type, "torch": torch.__version__,
-              "threads": torch.get_num_threads(), "step_seconds": medians}
-    pairs = [("ours", "plain loop")] if world_size == 1 else [("ours, ZeRO 0", "DDP"), ("ours, ZeRO 3", "bare fully_shard")]
+    result = {
+        **vars(cfg),
+        "world_size": world_size,
+        "device": device.type,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "step_seconds": medians,
+    }
+    pairs = (
+        [("ours", "plain loop")]
+        if world_size == 1
+        else [("ours, ZeRO 0", "DDP"), ("ours, ZeRO 3", "bare fully_shard")]
+    )
     result["ratios"] = {f"{a} / {b}": medians[a] / medians[b] for a, b in pairs}
     if world_size > 1:
         result["tp_profile_seconds"] = profile_step(variants["ours, tp"], batch)
@@ -86,7 +106,8 @@ def main(cfg: Config) -> None:
 
 
 def bare(cfg: Config, device: torch.device, wrap: str | None = None):
-    """A step as few lines as can do the same: forward, backward, clip, fused AdamW; averaged over ranks by `wrap`."""
+    """A step as few lines as can do the same: forward, backward, clip, fused AdamW; averaged over ranks by
+    `wrap`."""
     dtype = getattr(torch, cfg.dtype)
     model = Llama(LlamaConfig.preset(cfg.model)).to(device)
     init_weights(model, 0)
@@ -94,7 +115,9 @@ def bare(cfg: Config, device: torch.device, wrap: str | None = None):
     if wrap == "ddp":
         called = DistributedDataParallel(model)
     elif wrap == "fsdp":
-        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        precision = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
         for block in model.model.layers:
             fully_shard(block, mp_policy=precision)
         fully_shard(model, mp_policy=precision, reshard_after_forward=False)
@@ -113,7 +136,8 @@ def bare(cfg: Config, device: torch.device, wrap: str | None = None):
 
 
 def ours(cfg: Config, device: torch.device, layout: ParallelConfig):
-    """The step of recipes/pretrain.py. Under tp all ranks read the same rows, so each is dealt its share of the tokens."""
+    """The step of recipes/pretrain.py. Under tp all ranks read the same rows, so each is dealt its share of
+    the tokens."""
     dtype = getattr(torch, cfg.dtype)
     layout = layout.resolve(dist.get_world_size())
     mesh = build_mesh(layout, device.type)
@@ -123,7 +147,9 @@ def ours(cfg: Config, device: torch.device, layout: ParallelConfig):
     for part in parts:
         part.to_empty(device=device)
     init_weights(model, 0)
-    runner = make_step_runner(parts, mesh["pp"], layout.schedule, 1, device, dtype, layout.sequence_shards, layout.zero_stage)
+    runner = make_step_runner(
+        parts, mesh["pp"], layout.schedule, 1, device, dtype, layout.sequence_shards, layout.zero_stage
+    )
     optimizer = build_adamw(model, 3e-4, 0.1)
 
     def step(batch: Batch) -> torch.Tensor:
@@ -141,10 +167,17 @@ def profile_step(step, batch: Batch) -> dict[str, float]:
     total_s = time.perf_counter() - began
     own_s = defaultdict(float)
     for event in profiler.key_averages():
-        kind = ("matrix products" if event.key in ("aten::mm", "aten::addmm", "aten::bmm") else
-                "attention" if "attention" in event.key else
-                "collectives and waiting" if event.key.startswith(("gloo:", "c10d::", "_c10d", "nccl:")) else
-                "optimizer" if "adam" in event.key.lower() else "other tensor operations")
+        kind = (
+            "matrix products"
+            if event.key in ("aten::mm", "aten::addmm", "aten::bmm")
+            else "attention"
+            if "attention" in event.key
+            else "collectives and waiting"
+            if event.key.startswith(("gloo:", "c10d::", "_c10d", "nccl:"))
+            else "optimizer"
+            if "adam" in event.key.lower()
+            else "other tensor operations"
+        )
         own_s[kind] += event.self_cpu_time_total / 1e6
     return {**own_s, "whole step, profiled": total_s}
 

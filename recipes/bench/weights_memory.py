@@ -2,9 +2,10 @@
 
     python recipes/bench/weights_memory.py --layers 11        # about 7.6 GB of llama2-13b's shapes, on disk in bf16
 
-Starts `ranks` fresh processes per phase (gloo, fully_shard over all of them): one set fills a model and saves it, a
-second set, which never saw it, loads it and checks every bit. A rank touches all pages of its shards before a phase, so
-that "over baseline" is what the phase itself adds. Prints one JSON object per phase and rank; removes its files.
+Starts `ranks` fresh processes per phase (gloo, fully_shard over all of them): one set fills a model and saves
+it, a second set, which never saw it, loads it and checks every bit. A rank touches all pages of its shards
+before a phase, so that "over baseline" is what the phase itself adds. Prints one JSON object per phase and
+rank; removes its files.
 """
 
 import json
@@ -30,14 +31,14 @@ from dtensor_llama.weights import local_boxes
 
 @dataclass(frozen=True)
 class Config:
-    model: str = "llama2-13b"       # preset whose shapes are used
-    layers: int = 0                 # its first so many layers; 0: all (26 GB for 13b)
+    model: str = "llama2-13b"  # preset whose shapes are used
+    layers: int = 0  # its first so many layers; 0: all (26 GB for 13b)
     ranks: int = 2
-    held_dtype: str = "bfloat16"    # of the parameters in memory; on disk it is always bfloat16
-    folder: str = ""                # where to write; empty: the system's temporary folder
-    keep_free_gb: int = 30          # refuse if less disk than this would be left
-    phase: str = ""                 # internal: what a started rank does
-    rank: int = 0                   # internal
+    held_dtype: str = "bfloat16"  # of the parameters in memory; on disk it is always bfloat16
+    folder: str = ""  # where to write; empty: the system's temporary folder
+    keep_free_gb: int = 30  # refuse if less disk than this would be left
+    phase: str = ""  # internal: what a started rank does
+    rank: int = 0  # internal
 
 
 def main(cfg: Config) -> None:
@@ -49,14 +50,21 @@ def main(cfg: Config) -> None:
     try:
         needed_gb, free_gb = 2 * shape.n_parameters / 1e9, shutil.disk_usage(folder).free / 1e9
         if free_gb - needed_gb < cfg.keep_free_gb:
-            raise UsageError(f"--layers {cfg.layers}: needs {needed_gb:.0f} GB of {free_gb:.0f} GB free disk, and "
-                             f"--keep-free-gb {cfg.keep_free_gb} would not be left; use fewer layers")
+            raise UsageError(
+                f"--layers {cfg.layers}: needs {needed_gb:.0f} GB of {free_gb:.0f} GB free disk, and "
+                f"--keep-free-gb {cfg.keep_free_gb} would not be left; use fewer layers"
+            )
         for phase in ("save", "load"):
             internal = ["--phase", phase, "--folder", str(folder)]
-            flags = [f"--{key.replace('_', '-')}={value}" for key, value in asdict(cfg).items()
-                     if key not in ("phase", "rank", "folder")]
-            ranks = [subprocess.Popen([sys.executable, __file__, *flags, *internal, "--rank", str(rank)])
-                     for rank in range(cfg.ranks)]
+            flags = [
+                f"--{key.replace('_', '-')}={value}"
+                for key, value in asdict(cfg).items()
+                if key not in ("phase", "rank", "folder")
+            ]
+            ranks = [
+                subprocess.Popen([sys.executable, __file__, *flags, *internal, "--rank", str(rank)])
+                for rank in range(cfg.ranks)
+            ]
             if any([rank.wait() for rank in ranks]):
                 sys.exit(1)
     finally:
@@ -79,7 +87,7 @@ def measure(cfg: Config, shape: LlamaConfig) -> None:
         fill(local, i * cfg.ranks + cfg.rank) if cfg.phase == "save" else local.zero_()
     held_bytes = sum(local.nbytes for local in locals_)
     dist.barrier()
-    Path("/proc/self/clear_refs").write_text("5")       # the peak counts from here
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     baseline, began = psutil.Process().memory_info().rss, time.perf_counter()
     if cfg.phase == "save":
         save_hf(model, Path(cfg.folder) / "hf", dtype=torch.bfloat16)
@@ -91,21 +99,34 @@ def measure(cfg: Config, shape: LlamaConfig) -> None:
         for i, local in enumerate(locals_):
             expected = fill(torch.empty_like(local), i * cfg.ranks + cfg.rank)
             assert torch.equal(local, expected), "what was loaded is not what was saved"
-    print(json.dumps({
-        "phase": cfg.phase, "rank": cfg.rank, "model": cfg.model, "layers": shape.num_hidden_layers,
-        "model_on_disk_gib": round(2 * shape.n_parameters / 2**30, 2), "rank_holds_gib": round(held_bytes / 2**30, 2),
-        "baseline_gib": round(baseline / 2**30, 2), "peak_over_baseline_mib": round((peak - baseline) / 2**20),
-        "seconds": round(seconds, 1), "gib_per_second_all_ranks": round(2 * shape.n_parameters / 2**30 / seconds, 2),
-        "cores": os.cpu_count()}), flush=True)
+    print(
+        json.dumps(
+            {
+                "phase": cfg.phase,
+                "rank": cfg.rank,
+                "model": cfg.model,
+                "layers": shape.num_hidden_layers,
+                "model_on_disk_gib": round(2 * shape.n_parameters / 2**30, 2),
+                "rank_holds_gib": round(held_bytes / 2**30, 2),
+                "baseline_gib": round(baseline / 2**30, 2),
+                "peak_over_baseline_mib": round((peak - baseline) / 2**20),
+                "seconds": round(seconds, 1),
+                "gib_per_second_all_ranks": round(2 * shape.n_parameters / 2**30 / seconds, 2),
+                "cores": os.cpu_count(),
+            }
+        ),
+        flush=True,
+    )
     dist.barrier()
     dist.destroy_process_group()
 
 
 def fill(local: torch.Tensor, seed: int) -> torch.Tensor:
-    """A million random bf16 numbers of this seed, over and over: as good as random for a copy, and made in no time."""
+    """A million random bf16 numbers of this seed, over and over: as good as random for a copy, and made in no
+    time."""
     block = torch.randn(1_000_003, generator=torch.Generator().manual_seed(seed)).bfloat16()
     for part in local.view(-1).split(block.numel()):
-        part.copy_(block[:part.numel()])
+        part.copy_(block[: part.numel()])
     return local
 
 

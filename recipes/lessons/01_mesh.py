@@ -35,50 +35,79 @@ def lesson() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     say("A mesh of 2 x 2, and with whom each rank talks over each axis:")
     talks_to = {axis: dist.get_process_group_ranks(mesh[axis].get_group()) for axis in ("dp", "tp")}
-    say_each(f"at dp {mesh['dp'].get_local_rank()}, tp {mesh['tp'].get_local_rank()}; over dp with ranks "
-             f"{talks_to['dp']}, over tp with {talks_to['tp']}")
+    say_each(
+        f"at dp {mesh['dp'].get_local_rank()}, tp {mesh['tp'].get_local_rank()}; over dp with ranks "
+        f"{talks_to['dp']}, over tp with {talks_to['tp']}"
+    )
 
     # ---- one tensor, several placements ----
-    whole = torch.arange(16.0).view(4, 4)                              # (4, 4), the same on every rank
-    for name, placements in {"rows over dp, columns over tp": [Shard(0), Shard(1)],
-                             "rows over dp, whole over tp": [Shard(0), Replicate()]}.items():
+    whole = torch.arange(16.0).view(4, 4)  # (4, 4), the same on every rank
+    for name, placements in {
+        "rows over dp, columns over tp": [Shard(0), Shard(1)],
+        "rows over dp, whole over tp": [Shard(0), Replicate()],
+    }.items():
         spread = distribute_tensor(whole, mesh, placements)
         say(f"\n0 .. 15 as (4, 4), {name}: {spread.placements}")
         say_each(str(spread.to_local().int().tolist()))
-        assert_close(spread.full_tensor(), whole, rtol=0, atol=0)      # all-gathers over both axes: nothing was lost
+        assert_close(
+            spread.full_tensor(), whole, rtol=0, atol=0
+        )  # all-gathers over both axes: nothing was lost
 
     # ---- changing a placement is a collective ----
     say("\nFrom one placement to another over tp, and what that sends:")
     tp_mesh = mesh["tp"]
-    slices = whole.chunk(2)[tp_mesh.get_local_rank()]                  # (2, 4): rows 0 .. 1 or 2 .. 3
-    pieces = {Shard(0): slices, Replicate(): whole, Partial(): whole / 2}    # halves sum to the whole without rounding
-    for before, after in [(Shard(0), Replicate()), (Partial(), Replicate()), (Partial(), Shard(0)),
-                          (Replicate(), Shard(0))]:
+    slices = whole.chunk(2)[tp_mesh.get_local_rank()]  # (2, 4): rows 0 .. 1 or 2 .. 3
+    pieces = {
+        Shard(0): slices,
+        Replicate(): whole,
+        Partial(): whole / 2,
+    }  # halves sum to the whole without rounding
+    for before, after in [
+        (Shard(0), Replicate()),
+        (Partial(), Replicate()),
+        (Partial(), Shard(0)),
+        (Replicate(), Shard(0)),
+    ]:
         x = DTensor.from_local(pieces[before], tp_mesh, [before])
         with CommDebugMode() as trace:
             y = x.redistribute(placements=[after])
-        say(f"  {before} {tuple(x.to_local().shape)} -> {after} {tuple(y.to_local().shape)}:  {collectives(trace)}")
-        assert_close(y.to_local(), pieces[after], rtol=0, atol=0)      # the same numbers in another place, bit for bit
-    # Shard(0) -> Shard(1) is an all-to-all; DTensor on gloo would gather and forget instead. Lesson 6 sends it by hand.
+        say(
+            f"  {before} {tuple(x.to_local().shape)} -> {after} {tuple(y.to_local().shape)}:  {collectives(trace)}"
+        )
+        assert_close(
+            y.to_local(), pieces[after], rtol=0, atol=0
+        )  # the same numbers in another place, bit for bit
+    # Shard(0) -> Shard(1) is an all-to-all; DTensor on gloo would gather and forget instead. Lesson 6 sends
+    # it by hand.
 
     # ---- a layer on the mesh: what comes out is placed by what went in ----
     torch.manual_seed(0)
-    x, weight = torch.randn(8, 4), torch.randn(4, 6)                   # rows of data; a layer from 4 to 6
+    x, weight = torch.randn(8, 4), torch.randn(4, 6)  # rows of data; a layer from 4 to 6
     grad_y = torch.randn(8, 6)
     plain_weight = weight.clone().requires_grad_()
     plain_y = x @ plain_weight
     plain_y.backward(grad_y)
 
-    spread_weight = distribute_tensor(weight, mesh, [Replicate(), Shard(1)]).requires_grad_()   # (4, 6/tp) on each rank
+    spread_weight = distribute_tensor(
+        weight, mesh, [Replicate(), Shard(1)]
+    ).requires_grad_()  # (4, 6/tp) on each rank
     with CommDebugMode() as trace:
-        y = distribute_tensor(x, mesh, [Shard(0), Replicate()], src_data_rank=None) @ spread_weight      # (8/dp, 6/tp)
-    say(f"\ny = x @ w: x Shard(0) over dp, w Shard(1) over tp. Then y is {y.placements}; forward sent {collectives(trace)}.")
+        y = (
+            distribute_tensor(x, mesh, [Shard(0), Replicate()], src_data_rank=None) @ spread_weight
+        )  # (8/dp, 6/tp)
+    say(
+        f"\ny = x @ w: x Shard(0) over dp, w Shard(1) over tp. Then y is {y.placements}; forward sent {collectives(trace)}."
+    )
     with CommDebugMode() as trace:
         y.backward(distribute_tensor(grad_y, mesh, [Shard(0), Shard(1)], src_data_rank=None))
-    say(f"The gradient of w is {spread_weight.grad.placements}: each dp rank saw other rows, so it has an addend; backward "
-        f"sent {collectives(trace)}.")
+    say(
+        f"The gradient of w is {spread_weight.grad.placements}: each dp rank saw other rows, so it has an addend; backward "
+        f"sent {collectives(trace)}."
+    )
     assert_close(y.full_tensor(), plain_y)
-    assert_close(spread_weight.grad.full_tensor(), plain_weight.grad)      # default fp32 tolerance: dp sums in another order
+    assert_close(
+        spread_weight.grad.full_tensor(), plain_weight.grad
+    )  # default fp32 tolerance: dp sums in another order
     say("\nproven: a matrix product over a 2 x 2 mesh equals that of one process, forward and gradient")
 
 

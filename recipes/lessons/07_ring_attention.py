@@ -1,4 +1,5 @@
-"""**Ring attention: queries stay; keys and values go round all ranks.** Axis cp as in lesson 6, but any number of heads.
+"""**Ring attention: queries stay; keys and values go round all ranks.** Axis cp as in lesson 6, but any
+number of heads.
 
     torchrun --nproc-per-node 2 recipes/lessons/07_ring_attention.py
 
@@ -14,8 +15,9 @@ zigzag         a rank holds a slice from the head of the row and its mirror from
            2  o o \\ .  rank 1           2  o o \\ .  rank 1     zigzag:   both have 2 \\ and 3 o, in each round the same
            3  o o o \\  rank 1           3  o o o \\  rank 0
 
-Backward here is autograd's: a hop's gradient is a hop the other way, so the gradients of keys and values travel home. It
-keeps every rank's keys; parallel/context.py sends them round again instead. Source: Liu et al. 2023, arXiv:2310.01889.
+Backward here is autograd's: a hop's gradient is a hop the other way, so the gradients of keys and values
+travel home. It keeps every rank's keys; parallel/context.py sends them round again instead. Source: Liu et
+al. 2023, arXiv:2310.01889.
 """
 
 import torch
@@ -24,14 +26,14 @@ from common import run_lesson, say, say_each
 from torch import Tensor
 from torch.testing import assert_close
 
-B, T, H, E = 2, 32, 3, 8      # rows, tokens, heads (an odd number: Ulysses could not cut it in 2), head width
+B, T, H, E = 2, 32, 3, 8  # rows, tokens, heads (an odd number: Ulysses could not cut it in 2), head width
 
 
 def hop(x: Tensor, step: int) -> Tensor:
     """Send x to the rank `step` further round the ring and return what comes from the other side."""
     rank, cp = dist.get_rank(), dist.get_world_size()
     received = torch.empty_like(x)
-    sending = dist.isend(x.contiguous(), (rank + step) % cp)            # does not wait: all ranks send first
+    sending = dist.isend(x.contiguous(), (rank + step) % cp)  # does not wait: all ranks send first
     dist.recv(received, (rank - step) % cp)
     sending.wait()
     return received
@@ -59,10 +61,11 @@ def positions_of(rank: int, cp: int, order: str) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """out (B, t, H, E) and lse (B, t, H, 1) over these keys alone; mask (t, s): True where a query sees a key."""
+    """out (B, t, H, E) and lse (B, t, H, 1) over these keys alone; mask (t, s): True where a query sees a
+    key."""
     scores = torch.einsum("bthe,bshe->bths", q, k) / E**0.5
-    scores = scores.masked_fill(~mask[:, None], -1e30)                  # not -inf, whose gradient is nan; exp gives 0 too
-    lse = scores.logsumexp(-1, keepdim=True)                            # no key seen: about -1e30, so it merges as nothing
+    scores = scores.masked_fill(~mask[:, None], -1e30)  # not -inf, whose gradient is nan; exp gives 0 too
+    lse = scores.logsumexp(-1, keepdim=True)  # no key seen: about -1e30, so it merges as nothing
     return torch.einsum("bths,bshe->bthe", (scores - lse).exp(), v), lse
 
 
@@ -73,17 +76,20 @@ def merge(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> tuple[T
 
 
 def ring(q: Tensor, k: Tensor, v: Tensor, order: str) -> tuple[Tensor, list[int]]:
-    """q, k, v (B, T/cp, H, E) of this share -> out, and how many pairs of query and key each round had to score."""
+    """q, k, v (B, T/cp, H, E) of this share -> out, and how many pairs of query and key each round had to
+    score."""
     rank, cp = dist.get_rank(), dist.get_world_size()
     queries, kv, work = positions_of(rank, cp, order), torch.stack([k, v]), []
     for turn in range(cp):
-        source = (rank - turn) % cp                                    # whose keys are here now
-        mask = queries[:, None] >= positions_of(source, cp, order)      # (T/cp, T/cp)
+        source = (rank - turn) % cp  # whose keys are here now
+        mask = queries[:, None] >= positions_of(source, cp, order)  # (T/cp, T/cp)
         work.append(int(mask.sum()))
         if turn == 0:
             out, lse = attend(q, *kv, mask)
         else:
-            out, lse = merge(out, lse, *attend(q, *kv, mask))           # a kernel would skip the slices that are masked
+            out, lse = merge(
+                out, lse, *attend(q, *kv, mask)
+            )  # a kernel would skip the slices that are masked
         if turn + 1 < cp:
             say(f"    forward, hop: k and v {tuple(kv.shape)} go to the next rank")
             kv = Hop.apply(kv)
@@ -93,7 +99,7 @@ def ring(q: Tensor, k: Tensor, v: Tensor, order: str) -> tuple[Tensor, list[int]
 def lesson() -> None:
     rank, cp = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
-    whole = torch.randn(3, B, T, H, E)                                  # q, k, v of all tokens
+    whole = torch.randn(3, B, T, H, E)  # q, k, v of all tokens
     grad_out = torch.randn(B, T, H, E)
     plain = whole.clone().requires_grad_()
     plain_out, _ = attend(*plain, mask=torch.ones(T, T).tril().bool())
@@ -102,18 +108,24 @@ def lesson() -> None:
     for order in ("in order", "zigzag"):
         own = positions_of(rank, cp, order)
         say(f"{order}: pairs of query and key that each rank scores, round by round")
-        share = whole[:, :, own].clone().requires_grad_()               # (3, B, T/cp, H, E)
+        share = whole[:, :, own].clone().requires_grad_()  # (3, B, T/cp, H, E)
         out, work = ring(*share, order)
         out.backward(grad_out[:, own])
         say_each(f"slices {slices_of(rank, cp, order)}: " + " + ".join(map(str, work)) + f" = {sum(work)}")
         total = torch.tensor(work)
-        dist.all_reduce(total, dist.ReduceOp.MAX)                       # a round lasts as long as its busiest rank
-        say(f"  the slowest rank of each round: {' + '.join(map(str, total.tolist()))} = {total.sum()} pairs of time\n")
+        dist.all_reduce(total, dist.ReduceOp.MAX)  # a round lasts as long as its busiest rank
+        say(
+            f"  the slowest rank of each round: {' + '.join(map(str, total.tolist()))} = {total.sum()} pairs of time\n"
+        )
         if order == "zigzag":
-            assert torch.equal(total, torch.tensor(work)), "zigzag must give all ranks equal work in each round"
-        assert_close(out, plain_out[:, own])                            # fp32: only the order of summation differs
-        assert_close(share.grad, plain.grad[:, :, own])                 # of q, k and v, back with their owner
-    say("proven: merging by log-sum-exp gives one process's output and gradients in any order; zigzag shares the work equally")
+            assert torch.equal(total, torch.tensor(work)), (
+                "zigzag must give all ranks equal work in each round"
+            )
+        assert_close(out, plain_out[:, own])  # fp32: only the order of summation differs
+        assert_close(share.grad, plain.grad[:, :, own])  # of q, k and v, back with their owner
+    say(
+        "proven: merging by log-sum-exp gives one process's output and gradients in any order; zigzag shares the work equally"
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""What every lesson needs and none is about: join the processes, leave them in order, print so that it can be read."""
+"""What every lesson needs and none is about: join the processes, leave them in order, print so that it can be
+read."""
 
 import gc
 import sys
 from dataclasses import make_dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))      # a clone works without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone works without being installed
 import torch.distributed as dist
 
 from dtensor_llama.cli import read_launch, run_recipe
@@ -13,17 +14,22 @@ from dtensor_llama.errors import UsageError
 
 
 def run_lesson(lesson, n_ranks: int) -> None:
-    """Call lesson() in each of `n_ranks` gloo processes; another number of them is one clear line and exit status 2."""
+    """Call lesson() in each of `n_ranks` gloo processes; another number of them is one clear line and exit
+    status 2."""
+
     def main(_no_flags) -> None:
         n_here = read_launch().world_size
         if n_here != n_ranks:
-            raise UsageError(f"this lesson is about {n_ranks} processes and there {'is' if n_here == 1 else 'are'} {n_here}; "
-                             f"launch it with torchrun --nproc-per-node {n_ranks} {sys.argv[0]}")
+            raise UsageError(
+                f"this lesson is about {n_ranks} processes and there {'is' if n_here == 1 else 'are'} {n_here}; "
+                f"launch it with torchrun --nproc-per-node {n_ranks} {sys.argv[0]}"
+            )
         dist.init_process_group("gloo")
         lesson()
-        dist.barrier()                # nobody closes a connection that another still reads from
-        gc.collect()                  # drops meshes, whose gloo threads must not outlive the group
+        dist.barrier()  # nobody closes a connection that another still reads from
+        gc.collect()  # drops meshes, whose gloo threads must not outlive the group
         dist.destroy_process_group()
+
     run_recipe(main, make_dataclass("NoFlags", []))
 
 
