@@ -56,15 +56,13 @@ CHECKSUMS = "checksums.json"
 BYTES_AROUND_A_TENSOR = 8192  # in a checkpoint, about: a header, padding, and an entry of .metadata
 # bytes: a disk with less is full, as far as the writer of a checkpoint is concerned
 NOTHING_LEFT = 1 << 20
-FLAT = StateDictOptions(
-    flatten_optimizer_state_dict=True
-)  # states by parameter name: any layout, any pipeline stage
+# states by parameter name: any layout, any pipeline stage
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 # Frozen weights (LoRA) are those the run began with; strict would miss them, _refuse_other_model looks for
 # all others.
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
-warnings.filterwarnings(
-    "ignore", message="torch.distributed is disabled, unavailable"
-)  # one process is no accident
+# one process is no accident
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
 
 @dataclass(frozen=True)
@@ -229,9 +227,8 @@ class Checkpointer:
         """In the background, on every rank."""
         partial = final.with_name(final.name + ".partial")
         if self._rank == 0:
-            shutil.rmtree(
-                partial, ignore_errors=True
-            )  # of a save that failed; DCP makes it before any rank writes
+            # of a save that failed; DCP makes it before any rank writes
+            shutil.rmtree(partial, ignore_errors=True)
         self._needed_bytes = sum(self._everywhere(lambda: _bytes_of(staged)))
         self._everywhere(self._refuse_full_disk if self._rank == 0 else lambda: None)
         writer = dcp.FileSystemWriter(partial, per_thread_copy_ahead=planner.copies_ahead)
@@ -264,17 +261,15 @@ class Checkpointer:
             os.fsync(opened.fileno())
         fsync_folder(partial)
         for abandoned in [path for path in _complete(self.folder) if _step(path) >= _step(final)]:
-            aside = abandoned.with_name(
-                abandoned.name + ".superseded"
-            )  # else `auto` would go back to that history
+            # else `auto` would go back to that history
+            aside = abandoned.with_name(abandoned.name + ".superseded")
             shutil.rmtree(aside, ignore_errors=True)
             abandoned.rename(aside)
         partial.rename(final)
         fsync_folder(self.folder)
         for old in _complete(self.folder)[: -self.keep] if self.keep > 0 else []:
-            waste = old.rename(
-                old.with_name(old.name + ".deleting")
-            )  # never half a folder under a complete name
+            # never half a folder under a complete name
+            waste = old.rename(old.with_name(old.name + ".deleting"))
             shutil.rmtree(waste)
 
 

@@ -90,9 +90,8 @@ class LlamaConfig:
     num_attention_heads: int = 32
     num_key_value_heads: int | None = None  # None: as many as query heads (multi-head attention)
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
-    max_position_embeddings: int = (
-        4096  # the context it was trained for; nothing breaks beyond it but quality
-    )
+    # the context it was trained for; nothing breaks beyond it but quality
+    max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
     tie_word_embeddings: bool = False  # one matrix is both the embedding and the head
@@ -111,9 +110,8 @@ class LlamaConfig:
             check_token_ids(name, getattr(self, name), self.vocab_size)
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        if (
-            self.hidden_size % self.num_attention_heads
-        ):  # even where head_dim is given: transformers refuses it
+        # even where head_dim is given: transformers refuses it
+        if self.hidden_size % self.num_attention_heads:
             raise UsageError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
                 f"{self.num_attention_heads}, and transformers opens no such model; change one of them."

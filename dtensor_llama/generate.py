@@ -46,9 +46,8 @@ def generate_batch(
     new = torch.tensor([[0] * n + tokens for n, tokens in zip(padding, prompts, strict=True)], device=device)
     running = [True] * len(prompts)
     for _ in range(max_new_tokens):
-        logits = model.lm_head(
-            model.model(new, cache=cache)[:, -1]
-        ).float()  # (B, V): the last position's only
+        # (B, V): the last position's only
+        logits = model.lm_head(model.model(new, cache=cache)[:, -1]).float()
         new = sample(logits, temperature, top_p, generator)[:, None]  # (B, 1); of ended rows nobody cares
         ids = [token if goes_on else None for token, goes_on in zip(new[:, 0].tolist(), running, strict=True)]
         yield ids

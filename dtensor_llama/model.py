@@ -155,9 +155,8 @@ class LlamaModel(nn.Module):
             key, padding = torch.arange(first + tokens.shape[1], device=tokens.device), cache.padding[:, None]
             seen = (key >= padding)[:, None] & (key <= at[..., None])  # (B, T, S)
             seen = seen | (key == at[..., None])  # a row of the softmax without any key would be nan
-            return at, Documents(
-                mask=seen[:, None]
-            )  # RoPE is relative: padding moves all positions of a row alike
+            # RoPE is relative: padding moves all positions of a row alike
+            return at, Documents(mask=seen[:, None])
         documents = Documents.from_positions(positions, self.attention_kernel, tokens.device)
         return positions.to(tokens.device, non_blocking=True), documents
 
@@ -177,9 +176,8 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.generation_config: dict | None = (
-            None  # what save_hf writes into generation_config.json; None: from config
-        )
+        # what save_hf writes into generation_config.json; None: from config
+        self.generation_config: dict | None = None
         self.model = LlamaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.cross_entropy = cross_entropy_sum
@@ -260,17 +258,15 @@ def init_weights(model: Llama, seed: int) -> None:
         n_rows = min(run, shape[0] - first)
         whole_run = target.shape == (n_rows, *shape[1:]) and target.is_contiguous()
         if whole_run and target.dtype == torch.float32 and target.device.type == "cpu":
-            target.normal_(
-                0, model.config.initializer_range, generator=stream
-            )  # the same numbers, without a copy
+            # the same numbers, without a copy
+            target.normal_(0, model.config.initializer_range, generator=stream)
             return
         rows = torch.empty(n_rows, *shape[1:]).normal_(0, model.config.initializer_range, generator=stream)
         columns = [slice(o, o + s) for o, s in zip(offsets[1:], sizes[1:], strict=True)]
         target.copy_(rows[(slice(low - first, high - first), *columns)])
 
-    with (
-        ThreadPoolExecutor() as threads
-    ):  # normal_ runs on one core and lets go of the interpreter while it does
+    # normal_ runs on one core and lets go of the interpreter while it does
+    with ThreadPoolExecutor() as threads:
         for name, parameter in model.named_parameters():  # a tied matrix comes once, as the embedding
             run = max(1, INIT_BLOCK_ELEMENTS // max(1, parameter.shape[1:].numel()))  # rows per stream
             with values_to_write(model, name, parameter) as values:

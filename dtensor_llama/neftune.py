@@ -32,9 +32,8 @@ class Neftune:
         for micro in micros:
             B, T = micro.tokens.shape
             rows = first_row + torch.arange(B)[:, None]
-            places = ((self.seed % 2**22 << 40) + (step << 20) + rows) * T + torch.arange(
-                T
-            )  # (B, T): all different
+            # (B, T): all different
+            places = ((self.seed % 2**22 << 40) + (step << 20) + rows) * T + torch.arange(T)
             scale = self.alpha / lengths_of(micro.positions).float().sqrt()  # (B, T)
             self.waiting.append((self.share(places), self.share(scale)))
             first_row += B
@@ -57,9 +56,8 @@ def lengths_of(positions: Tensor) -> Tensor:
 def uniform(places: Tensor, n: int) -> Tensor:
     """(...) int64 -> (..., n) float32 in [-1, 1): the same for the same place, on any device (splitmix64's
     mixing)."""
-    x = (
-        places[..., None] * n + torch.arange(n, device=places.device) + -7046029254386353131
-    )  # 0x9E3779B97F4A7C15
+    # 0x9E3779B97F4A7C15
+    x = places[..., None] * n + torch.arange(n, device=places.device) + -7046029254386353131
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):  # as signed 64-bit numbers
         x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
     x = x ^ (x >> 31 & (1 << 33) - 1)

@@ -170,9 +170,8 @@ def say_where_things_are(
     if not rows:
         print(f"nothing to train: {step} steps are done already, and this run folder has no rows")
         return
-    losses = [row["loss"] for row in rows if row["loss"] is not None] or [
-        float("nan")
-    ]  # none of a skipped step
+    # none of a skipped step
+    losses = [row["loss"] for row in rows if row["loss"] is not None] or [float("nan")]
     last = losses[-20:]
     print(
         f"\nstopped as asked after step {step} of {steps}; the same command goes on from there"

@@ -106,9 +106,8 @@ def load_hf(model: nn.Module, folder: str | Path) -> None:
             )
     everywhere = functools.partial(on_all_ranks, f"loading {folder}")
     held = everywhere(lambda: {name: tuple(param.shape) for name, param in parameters.items()})
-    wanted = {
-        name: shape for one_rank in held for name, shape in one_rank.items()
-    }  # under pp a rank holds a part
+    # under pp a rank holds a part
+    wanted = {name: shape for one_rank in held for name, shape in one_rank.items()}
     tied = getattr(model.config, "tie_word_embeddings", False)
     stored = everywhere(lambda: _checked(folder, wanted, tied), share=False)
 
@@ -275,9 +274,8 @@ def batches(shape: tuple, offsets: tuple, sizes: tuple, most: int) -> Iterator[l
     """The runs of a box, in batches of at most `most` elements. A run is (place in the whole tensor, place in
     the box, length), in elements and row-major order; runs follow each other in the box without gaps."""
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    cut_dim = max(
-        (dim for dim in range(len(shape)) if sizes[dim] != shape[dim]), default=0
-    )  # whole from here on
+    # whole from here on
+    cut_dim = max((dim for dim in range(len(shape)) if sizes[dim] != shape[dim]), default=0)
     ends = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
     run = math.prod(sizes[cut_dim:])
     batch, filled = [], 0
@@ -340,9 +338,8 @@ def _checked(folder: Path, wanted: dict[str, tuple], tied: bool) -> dict[str, St
     elif (folder / INDEX).exists():
         try:
             weight_map = json.loads((folder / INDEX).read_bytes())["weight_map"]
-            file_of = {
-                name: Path(file).name for name, file in weight_map.items()
-            }  # never a path out of the folder
+            # never a path out of the folder
+            file_of = {name: Path(file).name for name, file in weight_map.items()}
             files = sorted(set(file_of.values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(
@@ -399,9 +396,8 @@ def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
         if first == b"version ":
             raise ValueError("a Git LFS pointer, not the weights; run git lfs pull")
         header_bytes = int.from_bytes(first, "little")
-        if len(first) < 8 or header_bytes > min(
-            actual - 8, 100_000_000
-        ):  # the limit of the safetensors library
+        # the limit of the safetensors library
+        if len(first) < 8 or header_bytes > min(actual - 8, 100_000_000):
             raise ValueError(f"unreadable header: cut or not safetensors (file has {actual} bytes)")
         try:
             header = json.loads(opened.read(header_bytes))
@@ -477,9 +473,8 @@ def plan_files(
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
         header, end = {"__metadata__": {"format": "pt"}}, 0
-        names.sort(
-            key=lambda name: -DTYPES[tensors[name][0]].itemsize
-        )  # keeps every tensor aligned to its dtype
+        # keeps every tensor aligned to its dtype
+        names.sort(key=lambda name: -DTYPES[tensors[name][0]].itemsize)
         for name in names:
             dtype, shape = tensors[name]
             header[name] = {
@@ -540,9 +535,8 @@ def _create(
         _write_json(staged / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
     dtypes = [where.dtype for where in stored.values()]
     most = str(DTYPES[max(set(dtypes), key=dtypes.count)]).removeprefix("torch.")
-    settings = (
-        config.to_hf() if hasattr(config, "to_hf") else config.to_dict()
-    )  # ours, or a transformers config
+    # ours, or a transformers config
+    settings = config.to_hf() if hasattr(config, "to_hf") else config.to_dict()
     settings.pop("torch_dtype", None)
     settings |= {"dtype": most, "architectures": settings.get("architectures") or ["LlamaForCausalLM"]}
     _write_json(staged / "config.json", settings)

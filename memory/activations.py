@@ -29,9 +29,8 @@ from torch.distributed.tensor import DTensor
 from dtensor_llama.shards import local
 from memory.lanes import DONE, Lanes
 
-SLOTS_PER_SLAB = (
-    8  # torch rounds pinned memory up to 2^k bytes a slab: of slots of any size at most an eighth is wasted
-)
+# torch rounds pinned memory up to 2^k bytes a slab: of slots of any size at most an eighth is wasted
+SLOTS_PER_SLAB = 8
 ALIGNMENT = 512  # bytes; a slot may hold any dtype
 
 
@@ -40,11 +39,8 @@ class _Input:
     its slot."""
 
     def __init__(self, owner: "ActivationOffload", flat: Tensor, kept: bool, before: Callable):
-        self.owner, self.kept, self.before = (
-            owner,
-            kept,
-            before,
-        )  # before: () -> input of the block before, or None
+        # before: () -> input of the block before, or None
+        self.owner, self.kept, self.before = owner, kept, before
         self.n_bytes, self.dtype = flat.nbytes, flat.dtype
         self.slot: Tensor | None = None  # bytes on the host
         self.moved = DONE  # event: the last copy, either way
@@ -101,10 +97,8 @@ class ActivationOffload:
         self._leaving = self._newest = self._in_use = self._nobody  # weak references to inputs
         self._entering: tuple[Tensor, bool] | None = None  # the input of the block that computes, kept
         self._entered: _Input | None = None  # the same, once autograd has asked for it
-        self._hooks = (
-            self._pack,
-            self._unpack,
-        )  # one pair for all blocks: a compiled block is guarded on which they are
+        # one pair for all blocks: a compiled block is guarded on which they are
+        self._hooks = (self._pack, self._unpack)
         self._inner = [block.forward for block in self.blocks]
         for i, (block, inner) in enumerate(zip(self.blocks, self._inner, strict=True)):
             block.forward = partial(self._forward, i, inner)
@@ -146,9 +140,8 @@ class ActivationOffload:
             or offset < 0
             or offset + _extent(here) > x.numel()
         ):
-            return (
-                tensor.detach() if tensor.grad_fn is not None else tensor
-            )  # an output itself would be a cycle: a leak
+            # an output itself would be a cycle: a leak
+            return tensor.detach() if tensor.grad_fn is not None else tensor
         if self._entered is None:
             self._entered = self._leave(x.detach().as_strided((x.numel(),), (1,)), kept)
         layout = (
@@ -159,9 +152,8 @@ class ActivationOffload:
         return _Saved(self._entered, here.shape, here.stride(), offset, layout)
 
     def _leave(self, flat: Tensor, kept: bool) -> _Input:
-        if (
-            gone := self._leaving()
-        ) is not None:  # its copy had a whole block's time; if that was too short compute waits
+        # its copy had a whole block's time; if that was too short compute waits
+        if (gone := self._leaving()) is not None:
             gone.let_go()
         self._leaving = self._nobody
         input = _Input(self, flat, kept, self._newest)
@@ -172,8 +164,9 @@ class ActivationOffload:
             input.moved = self.lanes.d2h.run(
                 "input of a block",
                 partial(host.copy_, flat, non_blocking=True),
+                # the block before computed it
                 after=[self.lanes.compute.now(), last_read],
-            )  # the block before computed it
+            )
             self._leaving = weakref.ref(input)
         return input
 
@@ -201,9 +194,8 @@ class ActivationOffload:
         if input.flat is None:
             self._fetch(input)
         self.lanes.compute.wait(input.moved)
-        if (
-            done := self._in_use()
-        ) is not input:  # a block's backward begins, so that of the block after is over
+        # a block's backward begins, so that of the block after is over
+        if (done := self._in_use()) is not input:
             if done is not None and not done.kept:
                 done.let_go()
             self._in_use = weakref.ref(input)

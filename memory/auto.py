@@ -1,10 +1,10 @@
 """The policy `auto`: trace some steps with the device as empty as can be, plan from what was measured, and
 keep watch.
 
-steps 1 to 3   all states on the host; a Tracer notes times and peaks              nothing can run out of memory that fits
-in step 1      what no plan can hold is refused; where gradients are clipped, before any weight has changed
-after step 3   ranks agree on the slowest times and highest peaks; every rank makes its plan of them, and moves its chunks
-later          a peak close to the budget, or an update far from its prediction: planned again, between two steps
+    steps 1 to 3   all states on the host; a Tracer notes times and peaks              nothing can run out of memory that fits
+    in step 1      what no plan can hold is refused; where gradients are clipped, before any weight has changed
+    after step 3   ranks agree on the slowest times and highest peaks; every rank makes its plan of them, and moves its chunks
+    later          a peak close to the budget, or an update far from its prediction: planned again, between two steps
 """
 
 from collections.abc import Callable
@@ -175,9 +175,8 @@ class AutoPolicy:
     def _why_again(self) -> str | None:
         """The same answer on every rank: the plan changes when it has to on any."""
         manager, why = self.manager, None
-        update_s = (
-            manager.host_update_seconds() if manager.clips else None
-        )  # in backward it waits for gradients too
+        # in backward it waits for gradients too
+        update_s = manager.host_update_seconds() if manager.clips else None
         usage, held = self.counters.read(), manager.needed(manager.plan, traced=True)["device"]
         peak = usage.peak + usage.non_torch if manager.is_cuda else held + self.traced.non_model_peak_bytes
         expected = manager.plan.seconds.get("update", 0.0)

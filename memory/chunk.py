@@ -28,17 +28,14 @@ from memory.kernel import join_master, split_master
 from memory.lanes import DONE, Lane
 from memory.placement import GIB, Placement
 
-CHUNK_ELEMENTS = (
-    16 * 2**20
-)  # 64 MiB of each float32 tensor: a copy of it runs at the wire's speed, a ring of 4 is 0.6 GiB
-RESIDENT_CHUNK_ELEMENTS = (
-    256 * 2**20
-)  # where nothing moves: a parameter that no chunk's edge cuts is stepped in one launch
+# 64 MiB of each float32 tensor: a copy of it runs at the wire's speed, a ring of 4 is 0.6 GiB
+CHUNK_ELEMENTS = 16 * 2**20
+# where nothing moves: a parameter that no chunk's edge cuts is stepped in one launch
+RESIDENT_CHUNK_ELEMENTS = 256 * 2**20
 MIN_CHUNKS = 32  # of a rank, if they have LEAST_CHUNK_ELEMENTS
 LEAST_CHUNK_ELEMENTS = 4096
-STAGGER = (
-    1024  # bytes: large tensors all begin at one offset in their pages, and a load whose address ends as a
-)
+# bytes: large tensors all begin at one offset in their pages, and a load whose address ends as a
+STAGGER = 1024
 # store's before it does waits for that; 1 to 8 % of the host's AdamW
 ALIGN = 64  # elements: pieces begin at a vector register's and a cache line's boundary
 
@@ -113,9 +110,8 @@ class Managed:
     gate: nn.Module  # whose forward waits for its weight
     pieces: list["Piece"] = field(default_factory=list)
     keeps_grad: bool = False  # its gradient waits for the step where autograd or FSDP left it
-    weight_seen: tuple | None = (
-        None  # what `seen` said of its weight after our last update; None: one may be under way
-    )
+    # what `seen` said of its weight after our last update; None: one may be under way
+    weight_seen: tuple | None = None
     step: int = 0  # updates made
     came: int = 0  # backwards that gave it a gradient since the last update
     arrivals: int = 0  # of them, or of their sum, that were taken in
@@ -377,9 +373,8 @@ def seen(tensor: Tensor) -> tuple[int, int, int]:
 
 
 def flat(tensor: Tensor) -> Tensor:
-    return (
-        local(tensor).detach().view(-1)
-    )  # view raises if it is not contiguous: nothing could be written through a copy
+    # view raises if it is not contiguous: nothing could be written through a copy
+    return local(tensor).detach().view(-1)
 
 
 def like(parameter: nn.Parameter, shard: Tensor) -> Tensor:

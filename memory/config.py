@@ -21,18 +21,16 @@ class MemoryConfig:
     # off: torch's AdamW on the device; auto: the fastest plan in the budget; None: on one GPU that computes
     # in bfloat16 static with all states resident, elsewhere off
     placement: Literal["off", "static", "auto"] | None = None
-    resident: float | None = (
-        None  # static: fraction of the parameters stepped on the device, from the first layer on
-    )
+    # static: fraction of the parameters stepped on the device, from the first layer on
+    resident: float | None = None
     stream: float | None = None  #         fraction that lives on the host and passes through the device
     cpu: float | None = None  #         fraction stepped by the host's cores; the three sum to 1
     device_budget_gib: float | None = None  # per rank, never passed; None: what the device has
     host_budget_gib: float | None = None  # per rank; None: this rank's share of what is free
     activations: bool = False  # keep block inputs on the host between forward and backward
     draw: bool = False  # draw one measured step: who moved and computed what when
-    kernel: Literal["auto", "compiled", "blocks"] = (
-        "auto"  # AdamW by torch.compile, or torch's fused one in blocks
-    )
+    # AdamW by torch.compile, or torch's fused one in blocks
+    kernel: Literal["auto", "compiled", "blocks"] = "auto"
 
     def check(self) -> None:
         """UsageError for what cannot be done, in words; looks at the settings only, so call it before

@@ -27,9 +27,8 @@ from torch.optim.adamw import adamw
 
 from dtensor_llama.errors import UsageError
 
-BLOCK = (
-    256 * 1024
-)  # elements: 1 MiB of fp32 each for gradient, master and both moments stays in a core's cache
+# elements: 1 MiB of fp32 each for gradient, master and both moments stays in a core's cache
+BLOCK = 256 * 1024
 ROW = 1024  # elements: of the (rows, ROW) views that compiled device kernels take
 
 
@@ -88,9 +87,8 @@ def adamw_chunk(
 
 def join_master(weight: Tensor, low: Tensor) -> Tensor:
     """bfloat16 weight and int16 low half -> the float32 master they were split from."""
-    high = (
-        weight.view(torch.int16).int() - (low < 0).int()
-    )  # rounding went up where the low half is a half or more
+    # rounding went up where the low half is a half or more
+    high = weight.view(torch.int16).int() - (low < 0).int()
     return ((high << 16) | (low.int() & 0xFFFF)).view(torch.float32)
 
 
@@ -201,9 +199,8 @@ class Kernel:
             master, exp_avg, exp_avg_sq = torch.zeros(n), torch.zeros(n), torch.zeros(n)
             grad, weight = torch.zeros(n, dtype=grad_dtype), torch.zeros(n, dtype=dtype)
             self.host_step(master, exp_avg, exp_avg_sq, grad, weight, None, NO_CHANGE)
-        torch.set_num_threads(
-            before
-        )  # of threads that begin from now on too, after the host's has set its own
+        # of threads that begin from now on too, after the host's has set its own
+        torch.set_num_threads(before)
 
     def warm_up_device(
         self, device: torch.device, dtype: torch.dtype, grad_dtype: torch.dtype, lengths: set[int]
@@ -340,9 +337,8 @@ def _fused(
 ) -> None:
     """torch's AdamW(fused=True), all float32; scales gradients in place. A clip of nan changes nothing."""
     device = masters[0].device
-    done = torch.full(
-        (len(masters),), hyper.step - 1, dtype=torch.float32, device=device
-    )  # it adds the one being made
+    # it adds the one being made
+    done = torch.full((len(masters),), hyper.step - 1, dtype=torch.float32, device=device)
     grad_scale = None if clip is None else clip.reciprocal()  # it divides by that
     found_inf = None if clip is None else clip.isnan().float()
     adamw(

@@ -24,9 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 HOST_ADAM, DEVICE_ADAM = "host adam", "device adam"
-_empty_host_cache = (
-    getattr(torch.accelerator, "empty_host_cache", None) or torch._C._host_emptyCache
-)  # public from 2.13 on
+# public from 2.13 on
+_empty_host_cache = getattr(torch.accelerator, "empty_host_cache", None) or torch._C._host_emptyCache
 LEFT_FOR_LAUNCHES = 3  # cores of a rank that launch, differentiate and communicate while the host steps
 
 

@@ -204,9 +204,8 @@ class ChunkManager(ChunkStore):
                 f"in float32, or it was stepped with; pass arrivals={n} or more to ChunkManager, or throw the "
                 "first away by optimizer.zero_grad()."
             )
-        if not (
-            one.keeps_grad and self.clips
-        ):  # else it is taken in with all others like it, by finish_backward
+        # else it is taken in with all others like it, by finish_backward
+        if not (one.keeps_grad and self.clips):
             self._arrive(one)
 
     @torch.no_grad()
@@ -214,12 +213,10 @@ class ChunkManager(ChunkStore):
         """A gradient, or with kept gradients their sum so far, is in `parameter.grad`."""
         grad = one.parameter.grad
         if isinstance(grad, DTensor) and grad.placements != one.parameter.placements:
-            grad = grad.redistribute(
-                placements=one.parameter.placements
-            )  # Partial, where no FSDP has reduced it
-            if one.keeps_grad and (
-                self.clips or one.arrivals + 1 == self.arrivals
-            ):  # it is the last one's sum
+            # Partial, where no FSDP has reduced it
+            grad = grad.redistribute(placements=one.parameter.placements)
+            # it is the last one's sum
+            if one.keeps_grad and (self.clips or one.arrivals + 1 == self.arrivals):
                 one.parameter.grad = grad
         grad, ready = local(grad).reshape(-1), self.lanes.compute.now()
         for piece in one.pieces:
@@ -365,10 +362,8 @@ class ChunkManager(ChunkStore):
         self.finish_backward()
         self._mark(None)
         self._begin_update()
-        ready, clip_arrived = (
-            self.lanes.compute.now(),
-            DONE,
-        )  # STREAM need not wait for the residents' Adam, given below
+        # STREAM need not wait for the residents' Adam, given below
+        ready, clip_arrived = self.lanes.compute.now(), DONE
         if self.clip is not None:
             clip_arrived = self.lanes.d2h.run(
                 "clip", partial(self._host_clip.copy_, self.clip, non_blocking=True), after=[ready]

@@ -25,7 +25,8 @@ GIB = 2**30
 RESERVE = 0.03  # of the device budget: fragments of the allocator, and what the warm-up did not see
 # of a step; of plans so close the one with most residents is taken. Otherwise, where all hides behind a
 CLOSE_ENOUGH = 0.0025
-# long forward, the host would hold everything to save the 28 bytes of device traffic of a resident
+# long forward, the host would hold everything to save the 28 bytes of device traffic
+# of a resident
 NEVER = 2**62  # bytes
 DRIFT = 0.20  # an update further than this from its prediction is planned again
 
@@ -51,13 +52,11 @@ class Widths:
     grad: int = 2  # as it waits on the device for RESIDENT and STREAM; 4 where microbatches are summed
     slab: int = 2  # of CPU: as gradients arrive on the host, and as weights leave it through the outbox
     host_sum: int = 0  # of CPU: 4 where gradients arrive several times a step and are summed on the host
-    split_master: bool = (
-        False  # RESIDENT and STREAM keep the low half of the master only: the weight is its high half
-    )
+    # RESIDENT and STREAM keep the low half of the master only: the weight is its high half
+    split_master: bool = False
     ring_slots: int = 4  # chunks that STREAM has on the device at once
-    outbox_slots: int = (
-        2  # chunks of new weights that CPU has on their way from the host: one written, one sent
-    )
+    # chunks of new weights that CPU has on their way from the host: one written, one sent
+    outbox_slots: int = 2
 
     def __post_init__(self):
         if self.split_master and self.weight != 2:
@@ -188,9 +187,8 @@ def splits(n_elements: Sequence[int]) -> Iterator[tuple[int, int, np.ndarray]]:
         n_stream = np.arange(n_tail + 1)
         at = smaller[smaller >= n_resident]
         i = (at - n_resident)[:, None]
-        is_stream = ((i + 1) * n_stream // max(n_tail, 1)) - (
-            i * n_stream // max(n_tail, 1)
-        )  # (smaller, n_stream)
+        # (smaller, n_stream)
+        is_stream = ((i + 1) * n_stream // max(n_tail, 1)) - (i * n_stream // max(n_tail, 1))
         yield n_resident, int(x_r[n_resident]), n_stream * full - (full - sizes[at]) @ is_stream
 
 

@@ -48,12 +48,10 @@ from memory.placement import (
     static_plan,
 )
 
-PASSING_ELEMENTS = (
-    2**18
-)  # of a parameter that a copy between chunks and the host takes at a time: 1 MiB of float32
-IN_FLIGHT_BYTES = (
-    512 * 2**20
-)  # of gradients on their way to the host: else a slow link would fill the device with them
+# of a parameter that a copy between chunks and the host takes at a time: 1 MiB of float32
+PASSING_ELEMENTS = 2**18
+# of gradients on their way to the host: else a slow link would fill the device with them
+IN_FLIGHT_BYTES = 512 * 2**20
 MASTER_AND_MOMENTS = ("master", "exp_avg", "exp_avg_sq")
 
 
@@ -91,9 +89,8 @@ class ChunkStore:
         # file's reader has it, once as bytes and once as a tensor.
         self.passing_bytes = 3 * 4 * max(shard_sizes, default=0)
         self.other_host_bytes = self.slab_bytes + self.passing_bytes
-        all_resident = (
-            config.placement == "static" and config.resident == 1
-        )  # nothing to divide or to overlap
+        # nothing to divide or to overlap
+        all_resident = config.placement == "static" and config.resident == 1
         largest = RESIDENT_CHUNK_ELEMENTS if all_resident else chunk_size(n_here)
         self.chunks = cut(self.managed, chunk_elements or largest)
         self.device = local(self.managed[0].parameter).device if self.managed else torch.device("cpu")
@@ -138,9 +135,8 @@ class ChunkStore:
             )
         # auto: the first steps are traced with the device as empty as the host can make it
         gib = self.config.host_budget_gib
-        room = (
-            self.host_share + self.slab_bytes if gib is None else int(gib * GIB)
-        )  # the slab is there: no longer free
+        # the slab is there: no longer free
+        room = self.host_share + self.slab_bytes if gib is None else int(gib * GIB)
         return least_device_plan(sizes, room - self.other_host_bytes, self.widths)
 
     @property

@@ -54,9 +54,8 @@ def draw_timeline(events: Sequence[Event], path: str | Path, title: str = "one s
     figure, axes = plt.subplots(figsize=(width, height), dpi=150)
     labels = []
     for row, (lane, color) in enumerate(LANES.items()):
-        axes.broken_barh(
-            [(0, per_s * length_s)], (row - 0.38, 0.76), color=IDLE, linewidth=0
-        )  # events are drawn over it
+        # events are drawn over it
+        axes.broken_barh([(0, per_s * length_s)], (row - 0.38, 0.76), color=IDLE, linewidth=0)
         own = sorted((event for event in events if event[1] == lane), key=lambda event: event[2])
         levels = _levels(own)
         n_levels = max(levels, default=0) + 1

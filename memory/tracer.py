@@ -383,9 +383,8 @@ class Tracer:
 
     def __init__(self, groups: dict[str, nn.Module], device: torch.device, counters: Counters | None = None):
         self.device, self.counters = device, counters or Counters.of(device)
-        self.steps: list[
-            list[tuple]
-        ] = []  # per step: (name, phase, moment, bytes now, peak since the last note)
+        # per step: (name, phase, moment, bytes now, peak since the last note)
+        self.steps: list[list[tuple]] = []
         self.peak_reserved = self.non_torch = 0
         self.tracing = False
         self.hooks = [
@@ -469,9 +468,8 @@ class Tracer:
     def _of_step(self, notes: list[tuple]) -> dict[str, Group]:
         sums: dict[str, dict[str, float]] = {}
         for before, after in zip(notes, notes[1:], strict=False):
-            name, phase = (after if before[1] == "between" else before)[
-                :2
-            ]  # before the first group: the first group's
+            # before the first group: the first group's
+            name, phase = (after if before[1] == "between" else before)[:2]
             if phase == "between":
                 continue
             group = sums.setdefault(name, {})

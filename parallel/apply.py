@@ -43,14 +43,12 @@ def parallelize(
             part.set_attention(attention)
         if config.tp > 1:  # then: which slice of each weight; its sequence shards are cut from cp's
             apply_tensor_parallel(part, tp_mesh, config.sequence_parallel)
-        apply_recompute(
-            blocks, recompute
-        )  # then: a recomputed block must replay the traffic of the passes above
+        # then: a recomputed block must replay the traffic of the passes above
+        apply_recompute(blocks, recompute)
         if compile:
             apply_compile(blocks)  # then: one graph per block, recompute included
-        apply_zero(
-            part, blocks, mesh, config.zero_stage, compute_dtype
-        )  # last: shards whatever the passes above left
+        # last: shards whatever the passes above left
+        apply_zero(part, blocks, mesh, config.zero_stage, compute_dtype)
     return parts
 
 

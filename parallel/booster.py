@@ -143,9 +143,8 @@ class Booster:
         least = self.n_micros * self.layout.dp
         self._check(config, self._token_stride, least)  # what does not depend on the batch
         with torch.device("meta"):
-            boosted = Llama(config).to(
-                torch.float32 if self.memory is None else self.dtype
-            )  # masters are the manager's
+            # masters are the manager's
+            boosted = Llama(config).to(torch.float32 if self.memory is None else self.dtype)
         whole = _matching_parameters(model, boosted)
         names = _names_in(optimizer, whole)
         self.mesh = build_mesh(self.layout, self.device.type)
@@ -164,9 +163,8 @@ class Booster:
                 part.cross_entropy = _summed(criterion, part)
         here = hf_parameters(boosted)
         for group, names_of_group in zip(optimizer.param_groups, names, strict=True):
-            group["params"] = [
-                here[name] for name in names_of_group if name in here
-            ]  # with pp, of this rank's stages
+            # with pp, of this rank's stages
+            group["params"] = [here[name] for name in names_of_group if name in here]
         if self.memory is not None:
             embedding, over_stages = (
                 boosted.model.embed_tokens,

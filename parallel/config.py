@@ -20,26 +20,21 @@ class ParallelConfig:
     processes."""
 
     pp: int = 1  # pipeline: ranks that hold different layers
-    dp_replicate: int = (
-        1  # groups of ranks that hold whole copies of the model and read different rows (HSDP)
-    )
-    dp_shard: int = (
-        -1
-    )  # ranks that read different rows and share parameters and optimizer state; -1: all left over
+    # groups of ranks that hold whole copies of the model and read different rows (HSDP)
+    dp_replicate: int = 1
+    # ranks that read different rows and share parameters and optimizer state; -1: all left over
+    dp_shard: int = -1
     cp: int = 1  # context: ranks that hold different tokens of the same rows
     tp: int = 1  # tensor: ranks that hold slices of each matrix
-    zero_stage: Literal[0, 1, 2, 3] = (
-        3  # what ranks of dp_shard x cp share: 1 optimizer state, 2 + gradients, 3 + weights
-    )
-    sequence_parallel: bool = (
-        True  # with tp, split tokens between the matrices, where each rank would do the same
-    )
+    # what ranks of dp_shard x cp share: 1 optimizer state, 2 + gradients, 3 + weights
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    # with tp, split tokens between the matrices, where each rank would do the same
+    sequence_parallel: bool = True
     cp_method: Literal["ulysses", "ring"] = "ulysses"
     schedule: Literal["gpipe", "1f1b", "interleaved-1f1b", "zero-bubble", "zbv", "dualpipev"] = "1f1b"
     virtual_stages: int | None = None  # stages per pp rank; None: what the schedule needs, 1 or 2
-    draw_schedule: bool = (
-        False  # with pp: measure one warm step and draw who did what when, RUN_DIR/schedule.png
-    )
+    # with pp: measure one warm step and draw who did what when, RUN_DIR/schedule.png
+    draw_schedule: bool = False
     microbatches: int | None = None  # per rank and step; None: as many as the batch sizes make
 
     def resolve(self, world_size: int) -> "ParallelConfig":

@@ -195,15 +195,13 @@ def ulysses_attend(
     q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, *, cp_mesh: DeviceMesh, kernel: str
 ) -> Tensor:
     """attention() over whole rows: q (B, T/cp, H, E), k and v (B, T/cp, K, E) -> (B, T/cp, H, E)."""
-    copies = (
-        lcm(k.shape[2], cp_mesh.size()) // k.shape[2]
-    )  # 1 if cp divides K; else the fewest that every rank needs
+    # 1 if cp divides K; else the fewest that every rank needs
+    copies = lcm(k.shape[2], cp_mesh.size()) // k.shape[2]
     if copies > 1:
         k, v = (x.repeat_interleave(copies, dim=2) for x in (k, v))  # (B, T/cp, W, E), W = lcm(K, cp)
     tokens, heads = Shard(1), Shard(2)
-    q, k, v = (
-        _redistribute(x, cp_mesh, tokens, heads) for x in (q, k, v)
-    )  # all-to-all: (B, T, H/cp or W/cp, E)
+    # all-to-all: (B, T, H/cp or W/cp, E)
+    q, k, v = (_redistribute(x, cp_mesh, tokens, heads) for x in (q, k, v))
     out = attention(q, k, v, kernel, documents)  # (B, T, H/cp, E)
     return _redistribute(out, cp_mesh, heads, tokens)  # all-to-all: (B, T/cp, H, E)
 
@@ -232,9 +230,8 @@ def ring_rounds(cp_rank: int, cp: int, n_tokens: int) -> list[Round]:
         if source < cp_rank:
             rounds.append(Round(source, everything, head, causal=False))  # its tail is later than all we have
         else:
-            rounds.append(
-                Round(source, tail, everything, causal=False)
-            )  # our head is earlier than all it has
+            # our head is earlier than all it has
+            rounds.append(Round(source, tail, everything, causal=False))
     return rounds
 
 
@@ -262,9 +259,8 @@ def ring_attention(q, k, v, documents, group_name, kernel):
     kv = [k, v]
     rounds = ring_rounds(group.rank(), group.size(), q.shape[1])
     for hop, (source, queries, keys, causal) in enumerate(rounds):
-        next_kv = (
-            _send_round(kv, group) if hop + 1 < len(rounds) else list
-        )  # travels while the kernel below runs
+        # travels while the kernel below runs
+        next_kv = _send_round(kv, group) if hop + 1 < len(rounds) else list
         mask = _mask(documents, group.rank(), source, queries, keys, causal)
         block_out, block_lse = block_forward(q[:, queries], *(x[:, keys] for x in kv), causal, mask, kernel)
         if hop == 0:
@@ -370,9 +366,8 @@ def _merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> No
     """Take a block's out (B, t, H, E) and lse (B, H, t) into those of the blocks before; -inf: the query saw
     no key."""
     total = torch.logaddexp(lse, block_lse)
-    weight, block_weight = (
-        (x - total).exp().transpose(1, 2)[..., None] for x in (lse, block_lse)
-    )  # (B, t, H, 1)
+    # (B, t, H, 1)
+    weight, block_weight = ((x - total).exp().transpose(1, 2)[..., None] for x in (lse, block_lse))
     out.mul_(weight).add_(block_out * block_weight)
     lse.copy_(total)
 
@@ -481,9 +476,8 @@ def _cuda_backward(grad_out, q, k, v, out, lse, causal, mask):
         if plan.expands_heads:
             k, v = expand_heads(k, H), expand_heads(v, H)
         grad_out, q, k, v, out = _cuda_layout(grad_out, q, k, v, out)
-        lse = F.pad(
-            lse, (0, -t % 32), value=float("inf")
-        ).contiguous()  # exp(score - inf) = 0: what efficient expects
+        # exp(score - inf) = 0: what efficient expects
+        lse = F.pad(lse, (0, -t % 32), value=float("inf")).contiguous()
         grads = _aten._scaled_dot_product_efficient_attention_backward(
             grad_out,
             q,
@@ -529,9 +523,8 @@ def _math_backward(grad_out, q, k, v, out, lse, causal, mask):
     weights = (scores - lse.unflatten(1, (k.shape[2], -1))[..., None]).exp()
     grad_out, out = (x.float().unflatten(2, (k.shape[2], -1)) for x in (grad_out, out))  # (B, t, K, H/K, E)
     grad_weights = torch.einsum("btkge,bske->bkgts", grad_out, v.float())
-    mean = (
-        (grad_out * out).sum(-1).permute(0, 2, 3, 1)[..., None]
-    )  # (B, K, H/K, t, 1): weights * grad, over all keys
+    # (B, K, H/K, t, 1): weights * grad, over all keys
+    mean = (grad_out * out).sum(-1).permute(0, 2, 3, 1)[..., None]
     grad_scores = weights * (grad_weights - mean) / q.shape[-1] ** 0.5
     grad_q = torch.einsum("bkgts,bske->btkge", grad_scores, k.float()).flatten(2, 3)
     grad_k = torch.einsum("bkgts,btkge->bske", grad_scores, groups)

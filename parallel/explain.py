@@ -188,9 +188,8 @@ def bytes_per_rank(run: Run, model: Llama, parts: list[Llama]) -> dict[str, int]
     here = sum(local(p).numel() for unit in blocks + rests for p in unit)
     stage, in_pipeline = run.layout.zero_stage, run.layout.pp > 1
     keeps_gradients = run.n_micros > 1 and (stage < 2 or in_pipeline)
-    gathered = sum(whole[1]) + sum(
-        whole[0] if stage < 3 or in_pipeline else sorted(whole[0])[-2:]
-    )  # one at work, the next
+    # one at work, the next
+    gathered = sum(whole[1]) + sum(whole[0] if stage < 3 or in_pipeline else sorted(whole[0])[-2:])
     facts = {
         "weights": FP32 * here,
         "moments": 2 * FP32 * sum(local(p).numel() for p in model.parameters()),
@@ -233,9 +232,8 @@ def zero_traffic(run: Run, parts: list[Llama]) -> list[dict]:
     ]  # FSDP pads rows to equal shards
     n_units, total = len(blocks + rests), sum(map(sum, sizes))
     gathers, reduces = _times_a_step(run, from_stage=3), _times_a_step(run, from_stage=2)
-    for_backward = (
-        2 if layout.zero_stage == 3 and layout.pp == 1 else 1
-    )  # blocks are gathered again, the rest is not
+    # blocks are gathered again, the rest is not
+    for_backward = 2 if layout.zero_stage == 3 and layout.pp == 1 else 1
     gathered = gathers * (for_backward * sum(sizes[0]) + sum(sizes[1]))
     across, n_across = (
         ("dp_replicate", layout.dp_replicate) if layout.zero_stage > 0 else ("dp_cp", layout.grad_ranks)
@@ -277,17 +275,13 @@ def tp_traffic(run: Run, parts: list[Llama]) -> list[dict]:
         any(part.model.embed_tokens is not None for part in parts),
         any(part.lm_head is not None for part in parts),
     )
-    ends = {
-        "model.embed_tokens": is_first,
-        "model.norm": is_last,
-        "cross_entropy": is_last,
-    }  # lm_head: with labels unused
+    # lm_head: with labels unused
+    ends = {"model.embed_tokens": is_first, "model.norm": is_last, "cross_entropy": is_last}
     n_chunks = -(-run.tokens // loss.tokens_per_chunk(-(-config.vocab_size // layout.tp)))
     for name, _, _, *passes in describe(config, layout.tp, layout.sequence_parallel):
         n_here = n_blocks if ".*." in name else int(ends.get(name, 0))
-        again = (
-            run.recompute != "none" and ".*." in name and not name.endswith("down_proj")
-        )  # whose sum nobody needs again
+        # whose sum nobody needs again
+        again = run.recompute != "none" and ".*." in name and not name.endswith("down_proj")
         for remark, times in zip(passes, (2 if again else 1, 1), strict=True):
             for number, kind in re.findall(r"(\d*) ?(all-gather|all-reduce|reduce-scatter)", remark):
                 if name == "cross_entropy" and number:  # of each chunk: together 3 fp32 numbers a token
@@ -354,9 +348,8 @@ def pp_traffic(run: Run, parts: list[Llama], stages: list[list[int]], pp_rank: i
         )
     ]
     ends = rank_of[0], rank_of[len(rank_of) - 1]
-    if (
-        run.config.tie_word_embeddings and ends[0] != ends[1] and pp_rank in ends
-    ):  # the weight one way, its gradient back
+    # the weight one way, its gradient back
+    if run.config.tie_word_embeddings and ends[0] != ends[1] and pp_rank in ends:
         matrix = parts[0].model.embed_tokens or parts[-1].lm_head
         rows.append(_row("pp", "send", 1, FP32 * local(matrix.weight).numel(), "the tied matrix"))
     return rows

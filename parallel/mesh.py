@@ -16,9 +16,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from parallel.config import AXES, ParallelConfig
 
-warnings.filterwarnings(
-    "ignore", message="Slicing a flattened dim from root mesh"
-)  # its successor is not public yet
+# its successor is not public yet
+warnings.filterwarnings("ignore", message="Slicing a flattened dim from root mesh")
 
 
 def start_process_group(

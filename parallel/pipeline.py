@@ -83,9 +83,8 @@ def split_layers(config: LlamaConfig, n_stages: int) -> list[range]:
         D * E * 2 * (config.num_attention_heads + config.num_key_value_heads)
         + 3 * D * config.intermediate_size
     )
-    costs = [1.0] * (n_stages - 1) + [
-        1.0 + config.vocab_size * D / block_weights
-    ]  # in blocks: one layer each to begin
+    # in blocks: one layer each to begin
+    costs = [1.0] * (n_stages - 1) + [1.0 + config.vocab_size * D / block_weights]
     n_layers = [1] * n_stages
     for _ in range(config.num_hidden_layers - n_stages):
         cheapest = min(range(n_stages), key=lambda stage: (costs[stage], -stage))
@@ -220,9 +219,8 @@ def split_stages(model: Llama, pp_mesh: DeviceMesh, schedule: str, virtual_stage
     if not has_last:
         model.model.norm = None
     if is_tied:
-        model.lm_head = (
-            model.model.embed_tokens if has_first else None
-        )  # both names of the one matrix; never called
+        # both names of the one matrix; never called
+        model.lm_head = model.model.embed_tokens if has_first else None
     elif not has_last:
         model.lm_head = None
     if not has_first:
@@ -243,9 +241,8 @@ class Stage(PipelineStage):
             return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     def backward_one_chunk(self, bwd_chunk_id: int, loss=None, full_backward: bool = True, **kwargs):
-        if (
-            self.is_first and not full_backward
-        ):  # no input to give a gradient to: its I is nothing, its W a whole B
+        # no input to give a gradient to: its I is nothing, its W a whole B
+        if self.is_first and not full_backward:
             return super().backward_one_chunk(bwd_chunk_id, loss=loss, full_backward=False, **kwargs)
         with self._noted(bwd_chunk_id, "B" if full_backward else "I"):
             return super().backward_one_chunk(bwd_chunk_id, loss=loss, full_backward=full_backward, **kwargs)
@@ -293,14 +290,11 @@ class Pipeline:
         placement = stage_indices(schedule, pp_mesh.size(), len(parts))
         self.own, self.last = placement[self.pp_rank], pp_mesh.size() * len(parts) - 1
         self.rank_of = {stage: rank for rank, stages in enumerate(placement) for stage in stages}
-        self.schedule, self.batch_shape = (
-            None,
-            None,
-        )  # made at the first step, for the shape of its microbatches
+        # made at the first step, for the shape of its microbatches
+        self.schedule, self.batch_shape = None, None
         for module in _fsdp_modules(parts):
-            module.set_reshard_after_forward(
-                False, recurse=False
-            )  # reshard after backward: PipelineStage, once a step
+            # reshard after backward: PipelineStage, once a step
+            module.set_reshard_after_forward(False, recurse=False)
 
     def step(
         self,
@@ -332,9 +326,8 @@ class Pipeline:
         )
         inputs = {} if labels is None else {"labels": labels}  # the last part computes the loss itself
         if micros[0].positions is not None:
-            inputs["positions"] = torch.cat(
-                [micro.positions for micro in micros]
-            )  # every part's RoPE and mask
+            # every part's RoPE and mask
+            inputs["positions"] = torch.cat([micro.positions for micro in micros])
         losses = []
         self.schedule.step(*tokens, target=labels, losses=losses, return_outputs=False, **inputs)
         self.sync_tied_gradients()
@@ -452,9 +445,8 @@ class Pipeline:
         """Add the copy's gradient to the owner's. `step` calls it, after the gradients were synced over
         dp."""
         owner, copy = self._tied()
-        if not any(
-            end is not None and end.requires_grad for end in (owner, copy)
-        ):  # frozen, or no end of it here
+        # frozen, or no end of it here
+        if not any(end is not None and end.requires_grad for end in (owner, copy)):
             return
         if owner is not None and copy is not None:
             local(owner.grad).add_(local(copy.grad))

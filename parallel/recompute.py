@@ -1,9 +1,9 @@
 """Activation checkpointing: keep less of forward, compute it again in backward. Source: Chen et al. 2016,
 arXiv:1604.06174.
 
-none       keep everything
-selective  keep what matrix products and attention gave, recompute the cheap rest (norms, RoPE, SwiGLU)
-full       keep only the input of each block: 2 D bytes per token and layer in bf16, for a third more FLOPs
+    none       keep everything
+    selective  keep what matrix products and attention gave, recompute the cheap rest (norms, RoPE, SwiGLU)
+    full       keep only the input of each block: 2 D bytes per token and layer in bf16, for a third more FLOPs
 """
 
 from functools import partial

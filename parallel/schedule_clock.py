@@ -22,9 +22,8 @@ def schedule_order(
     if schedule in ("gpipe", "1f1b"):
         orders = []
         for rank in range(pp):
-            ahead = (
-                n_micros if schedule == "gpipe" else min(n_micros, pp - rank)
-            )  # forwards before the first backward
+            # forwards before the first backward
+            ahead = n_micros if schedule == "gpipe" else min(n_micros, pp - rank)
             pairs = [[("B", rank, i), ("F", rank, i + ahead)] for i in range(n_micros)]
             orders.append(
                 [("F", rank, i) for i in range(ahead)]

@@ -110,9 +110,8 @@ def draw_schedule(events: list[Event], path: str | Path, name: str = "") -> None
     per_inch = 1e3 * (end - begin) / (0.86 * width)  # ms
     ticks, labels = [], []
     for row, (rank, own) in enumerate(stages.items()):
-        axes.broken_barh(
-            [(0, 1e3 * (end - begin))], (row - 0.42, 0.84), color=BUBBLE, linewidth=0
-        )  # work is drawn over it
+        # work is drawn over it
+        axes.broken_barh([(0, 1e3 * (end - begin))], (row - 0.42, 0.84), color=BUBBLE, linewidth=0)
         for event in (e for e in events if e.pp_rank == rank):
             lane_height = 0.84 / len(own)
             bottom = row - 0.42 + own.index(event.stage) * lane_height

@@ -142,9 +142,8 @@ class ProjectionToOneHead(nn.Linear):
 class ProjectionOfAddend(nn.Linear):
     """x W^T of the local parts."""
 
-    output: (
-        Placement | None
-    )  # how the result lies over tp, which makes it a DTensor as W x is; None: it is local
+    # how the result lies over tp, which makes it a DTensor as W x is; None: it is local
+    output: Placement | None
 
     def forward(self, x: DTensor | Tensor) -> DTensor | Tensor:
         if isinstance(x, DTensor):  # whole, its gradients here are addends; split, they are complete

@@ -61,9 +61,8 @@ from parallel.mesh import reads_alone, start_process_group, stop_process_group
 class BenchmarkConfig(PretrainConfig):
     """Time the training step on synthetic rows; with --data.path also on real ones, taking turns."""
 
-    train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(steps=20)
-    )  # steps: how many of each kind are timed
+    # steps: how many of each kind are timed
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=20))
     warmup: int = 3  # steps before the clock starts
 
 

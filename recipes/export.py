@@ -40,9 +40,8 @@ class ExportConfig:
 
     checkpoint: Positional[FilePath]  # folder like runs/pretrain/checkpoints/step-00001000
     out: Positional[FilePath]  # folder to write; what another export left there is replaced
-    dtype: Literal["float32", "bfloat16", "float16"] | None = (
-        None  # of the weights in it; None: the run's --train.dtype
-    )
+    # of the weights in it; None: the run's --train.dtype
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     tokenizer: FilePath | None = None  # Hugging Face folder, tokenizer.json or .model; None: the run's
     base: FilePath | None = None  # LoRA: Hugging Face folder of the frozen weights; None: the run's --model
     max_shard_gb: float = 5.0  # of one safetensors file, and about what this process needs of memory

@@ -52,13 +52,11 @@ class GenerateConfig:
     """Continue prompts with the model in a Hugging Face folder, or chat with it."""
 
     model: FilePath  # Hugging Face folder with config.json, safetensors and tokenizer
-    prompt: UseAppendAction[
-        tuple[str, ...]
-    ] = ()  # text to continue; with --chat a question; may be given several times
+    # text to continue; with --chat a question; may be given several times
+    prompt: UseAppendAction[tuple[str, ...]] = ()
     prompts_file: FilePath | None = None  # more of them, one a line
-    chat: bool = (
-        False  # write prompts as the tokenizer's chat template does; without a prompt: talk, Ctrl-D ends
-    )
+    # write prompts as the tokenizer's chat template does; without a prompt: talk, Ctrl-D ends
+    chat: bool = False
     system: str | None = None  # with --chat: the system prompt
     json: bool = False  # print a line {"prompt", "text"} for each prompt
     max_new_tokens: int = 128
@@ -137,9 +135,8 @@ def main(cfg: GenerateConfig) -> None:
     if tp > 1:
         start_process_group(device, world_size, timeout_s=WAIT_FOR_A_PERSON_S if cfg.chat else 600)
         mesh = build_mesh(ParallelConfig(tp=tp, dp_shard=1), device.type)
-        apply_tensor_parallel(
-            model, mesh["tp"], sequence_parallel=False
-        )  # a step has one token: no sequence to share
+        # a step has one token: no sequence to share
+        apply_tensor_parallel(model, mesh["tp"], sequence_parallel=False)
     model.to_empty(device=device)
     load_hf(model, cfg.model)
     model.set_attention(kernel)

@@ -88,12 +88,10 @@ from parallel.zero import gradient_arrivals
 
 @dataclass(frozen=True)
 class DataConfig:
-    path: tuple[
-        str, ...
-    ] = ()  # files and globs of text, packed or not (data/sources.py); mixed if a:0.7 b:0.3
-    tokenizer: FilePath | None = (
-        None  # Hugging Face folder, tokenizer.json or SentencePiece .model; None: --model's
-    )
+    # files and globs of text, packed or not (data/sources.py); mixed if a:0.7 b:0.3
+    path: tuple[str, ...] = ()
+    # Hugging Face folder, tokenizer.json or SentencePiece .model; None: --model's
+    tokenizer: FilePath | None = None
     seq_len: int | None = None  # tokens per row; None: the context of the model
     document_mask: bool = False  # no token sees another document of its packed row
     # of a .jsonl line, or column of a .parquet, that holds the text; a.b: b inside a
@@ -114,17 +112,14 @@ class TrainConfig:
     min_lr: float | None = None  # where the cosine ends; None: a tenth of lr
     warmup_steps: int | None = None  # None: 2 % of the steps, at most LLaMA-2's 2,000
     weight_decay: float = 0.1
-    max_grad_norm: float = (
-        1.0  # gradients longer than this, over all parameters together, are scaled to it; inf: none
-    )
+    # gradients longer than this, over all parameters together, are scaled to it; inf: none
+    max_grad_norm: float = 1.0
     skip_nonfinite: int = 0  # steps in a row left out for a gradient that is inf or nan; 0: stop at the first
-    dtype: Literal["float32", "bfloat16"] = (
-        "bfloat16"  # of the computation; masters, moments and reductions are fp32
-    )
+    # of the computation; masters, moments and reductions are fp32
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
     compile: bool = False  # torch.compile each block: a minute at the start, faster steps after
-    recompute: Literal["none", "selective", "full"] = (
-        "none"  # activations computed again in backward: memory for time
-    )
+    # activations computed again in backward: memory for time
+    recompute: Literal["none", "selective", "full"] = "none"
     # The kernel; auto: the fastest that can run here, printed with the reason. varlen: documents without a
     # mask.
     attention: Literal["auto", "flash", "varlen", "sdpa", "math"] = "auto"
@@ -282,9 +277,8 @@ def main(cfg: PretrainConfig) -> None:
         step += 1
         # ---- below here nothing changes the weights ----
         pictures.after(step, log.say if log else None)
-        peaks = torch.tensor(
-            memory.take(), dtype=torch.float64
-        )  # of the step's launches: the allocator is the host's
+        # of the step's launches: the allocator is the host's
+        peaks = torch.tensor(memory.take(), dtype=torch.float64)
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
         device_gib, host_gib, reserved_gib, _ = (peaks / GIB).tolist()
         reading.put(
@@ -310,9 +304,8 @@ def main(cfg: PretrainConfig) -> None:
         # was read.
         done = [skipped.judge(row) for row in reading.take(all=bool(last or saves or validates))]
         if validates:
-            held_out = {"": rows} | {
-                name: own for name, own, _ in rows.parts(0) if name
-            }  # all, and each corpus of a mix
+            # all, and each corpus of a mix
+            held_out = {"": rows} | {name: own for name, own, _ in rows.parts(0) if name}
             losses = {
                 name: evaluate(runner, own, cfg.train, cfg.data.document_mask, mesh, layout, device)
                 for name, own in held_out.items()

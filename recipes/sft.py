@@ -100,15 +100,12 @@ from parallel.mesh import reads_alone, start_process_group, stop_process_group
 
 @dataclass(frozen=True)
 class DataConfig:
-    path: tuple[
-        str, ...
-    ] = ()  # files and globs of conversations: .json .jsonl .parquet .arrow .csv, packed or not
-    tokenizer: FilePath | None = (
-        None  # Hugging Face folder, tokenizer.json or SentencePiece .model; None: --model's
-    )
-    seq_len: int | None = (
-        None  # tokens per row; None: what the longest example needs, within the model's context
-    )
+    # files and globs of conversations: .json .jsonl .parquet .arrow .csv, packed or not
+    path: tuple[str, ...] = ()
+    # Hugging Face folder, tokenizer.json or SentencePiece .model; None: --model's
+    tokenizer: FilePath | None = None
+    # tokens per row; None: what the longest example needs, within the model's context
+    seq_len: int | None = None
     overlong: Literal["drop", "truncate"] = "drop"  # examples longer than a row: left out, or cut
     # A record that cannot be trained on: end the run, or leave it out, count it and list it in
     # RUN/bad-records.jsonl.
@@ -121,9 +118,8 @@ class DataConfig:
     template: Literal["auto", "none"] = "auto"
     packing: bool = True  # several examples to a row; none of them sees another
     validation_share: float = 0.02  # of the rows, held out
-    cache_dir: str = (
-        "~/.cache/dtensor-llama"  # tokenized conversations, reused by every run on the same files
-    )
+    # tokenized conversations, reused by every run on the same files
+    cache_dir: str = "~/.cache/dtensor-llama"
 
 
 @dataclass(frozen=True)
@@ -137,18 +133,15 @@ class TrainConfig:
     min_lr: float | None = None  # where the cosine ends; None: a tenth of lr
     warmup_steps: int | None = None  # None: 2 % of the steps, at most LLaMA-2's 2,000
     weight_decay: float = 0.1
-    max_grad_norm: float = (
-        1.0  # gradients longer than this, over all parameters together, are scaled to it; inf: none
-    )
+    # gradients longer than this, over all parameters together, are scaled to it; inf: none
+    max_grad_norm: float = 1.0
     skip_nonfinite: int = 0  # steps in a row left out for a gradient that is inf or nan; 0: stop at the first
     neftune_alpha: float = 0.0  # noise on the embeddings in training (NEFTune): 5 is usual; 0: none
-    dtype: Literal["float32", "bfloat16"] | None = (
-        None  # of the computation; None: bfloat16 on a GPU, float32 without
-    )
+    # of the computation; None: bfloat16 on a GPU, float32 without
+    dtype: Literal["float32", "bfloat16"] | None = None
     compile: bool = False  # torch.compile each block: a minute at the start, faster steps after
-    recompute: Literal["none", "selective", "full"] | None = (
-        None  # None: none if the memory allows, else full
-    )
+    # None: none if the memory allows, else full
+    recompute: Literal["none", "selective", "full"] | None = None
     # The kernel; auto: the fastest that can run here, printed with the reason. varlen: documents without a
     # mask.
     attention: Literal["auto", "flash", "varlen", "sdpa", "math"] = "auto"
@@ -171,9 +164,8 @@ class SftConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     preview: int = 0  # print so many rows, trained tokens bright, and end
-    preview_json: FilePath | None = (
-        None  # write them here as {"tokens", "labels"} (all rows without --preview), and end
-    )
+    # write them here as {"tokens", "labels"} (all rows without --preview), and end
+    preview_json: FilePath | None = None
     run_dir: FilePath = "runs/sft"  # everything this run writes
 
 
@@ -185,9 +177,8 @@ def main(cfg: SftConfig) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
-    dtype = cfg.train.dtype or (
-        "bfloat16" if device.type == "cuda" else "float32"
-    )  # few CPUs are fast at bfloat16
+    # few CPUs are fast at bfloat16
+    dtype = cfg.train.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     compute_dtype, cfg = getattr(torch, dtype), replace(cfg, train=replace(cfg.train, dtype=dtype))
 
     # ---- 2. What is refused, before anything starts; and what was left open --------------------------------
@@ -209,9 +200,8 @@ def main(cfg: SftConfig) -> None:
     if weights:
         check_hf(model, weights)  # reads the headers of the files
     if cfg.lora.rank:
-        apply_lora(
-            model, cfg.lora, frozen_dtype=compute_dtype
-        )  # before the passes, which find adapters like any module
+        # before the passes, which find adapters like any module
+        apply_lora(model, cfg.lora, frozen_dtype=compute_dtype)
     if (
         cfg.train.compile
         and device.type == "cpu"
@@ -277,9 +267,8 @@ def main(cfg: SftConfig) -> None:
         )
         noise.add_to(model.model.embed_tokens)
     checkpoints = Checkpointer(Path(cfg.run_dir, "checkpoints"), keep=cfg.checkpoint.keep)
-    whole = fp32_weights(
-        model, optimizer
-    )  # also before a resumption: a LoRA checkpoint has no frozen weights
+    # also before a resumption: a LoRA checkpoint has no frozen weights
+    whole = fp32_weights(model, optimizer)
     load_hf(whole, weights) if weights else init_weights(whole, cfg.train.seed)
     init_lora(whole, cfg.train.seed)
     meta = checkpoint_meta(cfg, model_config, corpus, seq_len) | {GENERATION: model.generation_config}
@@ -358,9 +347,8 @@ def main(cfg: SftConfig) -> None:
         step += 1
         # ---- below here nothing changes the weights ----
         pictures.after(step, log.say if log else None)
-        peaks = torch.tensor(
-            memory.take(), dtype=torch.float64
-        )  # of the step's launches: the allocator is the host's
+        # of the step's launches: the allocator is the host's
+        peaks = torch.tensor(memory.take(), dtype=torch.float64)
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
         device_gib, host_gib, reserved_gib, _ = (peaks / GIB).tolist()
         reading.put(
@@ -481,9 +469,8 @@ def settle(
     else:
         device_bytes = psutil.virtual_memory().available // read_launch().ranks_per_host
     batch = train.global_batch_size
-    if (
-        batch is None
-    ):  # 32 examples a step, but at least 10 steps an epoch, and a row for each rank and pipeline stage
+    # 32 examples a step, but at least 10 steps an epoch, and a row for each rank and pipeline stage
+    if batch is None:
         per_row, least = rows.n_examples / rows.n_rows, layout.dp * layout.pp * (train.micro_batch_size or 1)
         batch = max(1, math.ceil(min(32 / per_row, rows.n_train / 10) / least)) * least
         reasons.append(f"batch     {batch} rows a step: about {batch * per_row:.0f} examples")
@@ -531,7 +518,8 @@ def checkpoint_meta(cfg: SftConfig, model_config: LlamaConfig, corpus: ChatCorpu
         "--data.seq-len": seq_len,
         "--train.seed": cfg.train.seed,
         "--data.validation-share": cfg.data.validation_share,
-        "--lora": {**asdict(cfg.lora), "targets": list(cfg.lora.targets)},  # a list, as JSON gives it back
+        # a list, as JSON gives it back
+        "--lora": {**asdict(cfg.lora), "targets": list(cfg.lora.targets)},
         "--data.overlong and --data.packing": f"{cfg.data.overlong}, {'packed' if cfg.data.packing else 'not packed'}",
         "--data.path and --data.tokenizer": f"{corpus.n_tokens} tokens in {corpus.n_documents} conversations",
         CONTENT: corpus.content_hash,

@@ -27,9 +27,8 @@ class StepPictures:
     ):
         self.run_dir, self.layout, self.mesh, self.device = Path(cfg.run_dir), layout, mesh, device
         self.manager = optimizer.manager if cfg.memory.draw else None
-        last = self.last = (
-            cfg.train.steps - 1
-        )  # the first steps are not typical, and placement auto plans after three
+        # the first steps are not typical, and placement auto plans after three
+        last = self.last = cfg.train.steps - 1
         self.schedule_step = min(first_step + 2, last) if layout.draw_schedule else None
         self.memory_step = max(first_step, min(first_step + 6, last - 1)) if cfg.memory.draw else None
         self.recorder = None

@@ -63,10 +63,8 @@ def run_on(ranks: int, function, *args, timeout: float = 120, group: bool = True
 
 
 def _collect(workers, timeout: float, folder: str):
-    deadline, grace = (
-        time.monotonic() + timeout,
-        2.0,
-    )  # after one failure the others get `grace` to fail by themselves
+    # after one failure the others get `grace` to fail by themselves
+    deadline, grace = time.monotonic() + timeout, 2.0
     results, failures = [None] * len(workers), []
     pending = {worker.pipe: rank for rank, worker in enumerate(workers)}
     while pending:
@@ -74,12 +72,10 @@ def _collect(workers, timeout: float, folder: str):
         if not ready:
             if not failures:
                 for rank in pending.values():
-                    if _stack_file(
-                        folder, rank
-                    ).exists():  # it begins with that: else the signal would end it
-                        os.kill(
-                            workers[rank].process.pid, signal.SIGUSR1
-                        )  # it writes down where each of its threads stands
+                    # it begins with that: else the signal would end it
+                    if _stack_file(folder, rank).exists():
+                        # it writes down where each of its threads stands
+                        os.kill(workers[rank].process.pid, signal.SIGUSR1)
                 time.sleep(0.5)
                 for rank in pending.values():
                     stack = _stack_file(folder, rank)
@@ -166,9 +162,8 @@ def _forget_meshes() -> None:
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     _clear_sharding_prop_cache()
-    getattr(
-        _redistribute, "clear_redistribute_planner_cache", lambda: None
-    )()  # a dict: nothing below empties it
+    # a dict: nothing below empties it
+    getattr(_redistribute, "clear_redistribute_planner_cache", lambda: None)()
     getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", lambda: None)()
     for name, module in list(sys.modules.items()):
         if name.startswith("torch.distributed.tensor"):

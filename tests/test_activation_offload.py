@@ -319,9 +319,8 @@ def test_every_layout_gives_the_same_bits_with_block_inputs_offloaded(name, reco
     for (loss, grads, peaks), (expected_loss, expected_grads, _) in zip(ours, expected, strict=True):
         assert loss == expected_loss
         assert all(torch.equal(grads[key], grad) for key, grad in expected_grads.items())
-        most = (
-            1 + in_flight + ("zero-bubble" in name)
-        )  # one kept per forward in flight; one whose W is to come
+        # one kept per forward in flight; one whose W is to come
+        most = 1 + in_flight + ("zero-bubble" in name)
         assert peaks and all(2 <= peak <= most for peak in peaks), peaks
 
 

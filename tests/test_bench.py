@@ -325,9 +325,8 @@ def test_fsdp2s_offload_is_predicted_as_a_sum_because_nothing_overlaps_on_one_ra
         device_adam=1e11,
     )
     n, compute_s = 10**9, 2.0
-    link_s = (
-        3 * 8 / 50 + 4 / 25
-    )  # three microbatches: weights twice for each, gradients once a step, all float32
+    # three microbatches: weights twice for each, gradients once a step, all float32
+    link_s = 3 * 8 / 50 + 4 / 25
     assert offload.predict_peer("fsdp2_offload", n, compute_s, rates, 3) == pytest.approx(
         compute_s + link_s + 40 / 200
     )

@@ -143,9 +143,8 @@ def test_a_jinja_template_gives_the_ids_and_the_mask_that_transformers_gives(cha
     prompt = theirs.apply_chat_template(
         TALK[:-1], add_generation_prompt=True, tokenize=True, return_dict=True
     )["input_ids"]
-    assert (
-        chat.encode_prompt(TALK[:-1]) == prompt == ids[: len(prompt)]
-    )  # the answer's newline did not join the prompt's
+    # the answer's newline did not join the prompt's
+    assert chat.encode_prompt(TALK[:-1]) == prompt == ids[: len(prompt)]
 
 
 def test_what_looks_like_a_control_token_stays_text(chatml):
@@ -848,11 +847,8 @@ def test_overlong_examples_are_dropped_or_cut_and_counted(chatml, tmp_path):
     dropped = PackedExamples(corpus, 64, 0, seed=0)
     assert (dropped.n_examples, dropped.n_dropped, dropped.n_truncated) == (2, 2, 0)
     cut = PackedExamples(corpus, 64, 0, seed=0, overlong="truncate")
-    assert (cut.n_examples, cut.n_dropped, cut.n_truncated) == (
-        3,
-        1,
-        1,
-    )  # cut where nothing is answered yet: dropped
+    # cut where nothing is answered yet: dropped
+    assert (cut.n_examples, cut.n_dropped, cut.n_truncated) == (3, 1, 1)
     with pytest.raises(UsageError, match="every example is longer"):
         PackedExamples(corpus, 5, 0, seed=0)
     with pytest.raises(UsageError, match="none is left to train on"):

@@ -207,9 +207,8 @@ def save_while_stepping(folder, steps):
     dcp.save = late_save
     try:
         stall_s = saver.save(1, training_state(model, optimizer, 1))
-        train(
-            model, optimizer, steps, []
-        )  # collectives of training, while the checkpoint's wait in the thread
+        # collectives of training, while the checkpoint's wait in the thread
+        train(model, optimizer, steps, [])
         assert not Path(folder, "step-00000001").exists()
         gate.set()
         saver.wait()
@@ -460,9 +459,8 @@ def test_no_code_hidden_in_a_checkpoint_runs(tmp_path):
         (pickle.dumps(records), "step-00000005 was not loaded: Weights only load failed"),
     ]:
         metadata.write_bytes(content)
-        sums = {
-            file.name: checkpoint._size_and_crc(file) for file in (metadata, data)
-        }  # they can be forged too
+        # they can be forged too
+        sums = {file.name: checkpoint._size_and_crc(file) for file in (metadata, data)}
         (folder / "checksums.json").write_text(json.dumps(sums))
         with pytest.raises((UsageError, RuntimeError), match=said):
             saver.load(folder, state)

@@ -246,9 +246,8 @@ def compiled_loss_equals_eager(split: bool, backend: str | None = None) -> None:
             # bfloat16: the gradient of a logit may be rounded the other way, once
             assert_close(ours, reference, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
         if backend is None:
-            assert (
-                counted.n_graphs == 2
-            )  # one for chunks of every length, and one where no gradient is wanted
+            # one for chunks of every length, and one where no gradient is wanted
+            assert counted.n_graphs == 2
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

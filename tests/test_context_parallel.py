@@ -283,10 +283,8 @@ def bytes_sent(n_heads: int, n_kv_heads: int) -> tuple[int, int]:
 def test_ring_sends_key_value_heads_unexpanded():
     for answer in run_on(4, bytes_sent, 8, 2):
         keys_and_values = 2 * 2 * (T // 4) * 2 * 16 * 4  # both, rows, tokens, K heads, E, bytes
-        assert answer == (
-            3 * keys_and_values,
-            (3 + 4) * keys_and_values,
-        )  # hops: of kv; of kv and of its gradients
+        # hops: of kv; of kv and of its gradients
+        assert answer == (3 * keys_and_values, (3 + 4) * keys_and_values)
 
 
 def heads_redistributed(n_heads: int, n_kv_heads: int) -> list[int]:

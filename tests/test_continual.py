@@ -24,9 +24,8 @@ from dtensor_llama.generate import generate_batch
 SHARED = Path(os.environ.get("DTENSOR_LLAMA_SHARED_DATA", ROOT.parent / "shared" / "data"))
 STORIES, SHAKESPEARE = SHARED / "stories260K", SHARED / "corpus/tinyshakespeare.txt"
 SHARES = {"new": 0.7, "old": 0.3}
-NEW_FALLS = (
-    1.0  # nats a token, at least: of the 4.7 that Shakespeare costs a model which has only read stories
-)
+# nats a token, at least: of the 4.7 that Shakespeare costs a model which has only read stories
+NEW_FALLS = 1.0
 REPLAY_KEEPS = 0.5  # of the old domain's rise without replay, at least
 
 

@@ -173,9 +173,8 @@ def test_every_kind_of_file_gives_the_same_tokens_as_the_plain_way(tokenizer, tm
     (tmp_path / "a.txt").write_text(DOCUMENTS[2], newline="")
     for name in ("a.txt", "b.jsonl", "c.parquet"):
         plain = (tmp_path / name).read_bytes()
-        (tmp_path / f"{name}.gz").write_bytes(
-            gzip.compress(plain[:20]) + gzip.compress(plain[20:])
-        )  # two members
+        # two members
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(plain[:20]) + gzip.compress(plain[20:]))
         with pa.output_stream(tmp_path / f"{name}.zst", compression="zstd") as file:
             file.write(plain)
     (tmp_path / "d.jsonl").write_bytes(
@@ -236,9 +235,8 @@ def test_the_content_hash_is_of_tokens_documents_and_masks_however_they_were_rea
     ]
     first = hash_of(*texts)
     assert len(first) == 64 and hash_of(*texts, chunk_bytes=20) == first
-    assert (
-        hash_of(texts[0], texts[2], texts[1], texts[3], files=2) == first
-    )  # the same documents in the same order
+    # the same documents in the same order
+    assert hash_of(texts[0], texts[2], texts[1], texts[3], files=2) == first
     assert first not in {
         hash_of(*texts[::-1]),
         hash_of(*texts[:3], "and the tsal 3"),
@@ -463,11 +461,8 @@ def test_the_permutation_reaches_a_trillion_tokens_without_a_list():
 
 def test_training_and_held_out_rows_are_all_rows_once_and_epochs_differ(tmp_path):
     rows = PackedRows(make_corpus(tmp_path, range(1008)), seq_len=10, validation_share=0.1, seed=3)
-    assert (rows.n_rows, rows.n_train, rows.n_validation) == (
-        100,
-        90,
-        10,
-    )  # 1,008 tokens: the last 7 make no row
+    # 1,008 tokens: the last 7 make no row
+    assert (rows.n_rows, rows.n_train, rows.n_validation) == (100, 90, 10)
     epochs = [[rows.row_at(position) for position in range(e * 90, e * 90 + 90)] for e in range(3)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2]) and epochs[0] != epochs[1] != epochs[2]
     assert sorted(epochs[0] + rows.validation_rows().tolist()) == list(range(100))
@@ -490,10 +485,8 @@ def test_under_the_document_mask_positions_restart_and_labels_stay_in_their_docu
     [batch] = next(RowReader(rows, 3, 3, 0, 1, document_mask=True))
     by_row = {int(t[0]) // 8: (labels.tolist(), p.tolist()) for t, labels, p in zip(*batch, strict=True)}
     no = -100
-    assert by_row[0] == (
-        [1, 2, 3, 4, no, 6, 7, no],
-        [0, 1, 2, 3, 4, 0, 1, 2],
-    )  # 8 opens the next row and a document
+    # 8 opens the next row and a document
+    assert by_row[0] == ([1, 2, 3, 4, no, 6, 7, no], [0, 1, 2, 3, 4, 0, 1, 2])
     assert by_row[1] == ([9, 10, 11, 12, 13, 14, 15, no], [0, 1, 2, 3, 4, 5, 6, 7])
     assert by_row[2] == ([17, 18, 19, no, 21, 22, 23, 24], [0, 1, 2, 3, 0, 1, 2, 3])
 

@@ -74,10 +74,8 @@ class Wire(TorchDispatchMode):
     def __init__(self, mesh, zero_axis):
         super().__init__()
         self.axes = {mesh[axis].get_group().group_name: axis for axis in ("pp", "cp", "tp", "dp_replicate")}
-        self.zero_group, self.zero_axis = (
-            mesh[zero_axis].get_group().group_name,
-            zero_axis,
-        )  # may be that of cp
+        # may be that of cp
+        self.zero_group, self.zero_axis = mesh[zero_axis].get_group().group_name, zero_axis
         self.counts, self.sent = Counter(), Counter()
 
     def note(self, group, kind, whole_bytes, by_fsdp=False):
@@ -117,9 +115,8 @@ class Wire(TorchDispatchMode):
             "all_reduce",
         ):
             group = _resolve_process_group(args[-1])
-            if (
-                self.axes.get(group.group_name) == "cp"
-            ):  # gloo has no all-to-all: DTensor gathers and takes its share
+            # gloo has no all-to-all: DTensor gathers and takes its share
+            if self.axes.get(group.group_name) == "cp":
                 self.note(group, "all-to-all", args[0].nbytes)
             else:
                 whole = args[0].nbytes * (group.size() if name == "all_gather_into_tensor" else 1)
@@ -223,9 +220,8 @@ def live_bytes() -> int:
         for x in gc.get_objects()
         if isinstance(x, torch.Tensor) and not isinstance(x, DTensor) and x.device.type == "cpu"
     ]
-    tensors += [
-        x.grad for x in tensors if x.is_leaf and x.grad is not None
-    ]  # Python has not met those of plain ones
+    # Python has not met those of plain ones
+    tensors += [x.grad for x in tensors if x.is_leaf and x.grad is not None]
     storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
     return sum(storages.values())
 
@@ -266,9 +262,8 @@ def test_bytes_and_shards_of_a_rank_are_those_explained(ranks, layout):
     )  # what stays plain
     for rank, (most, shapes) in enumerate(run_on(ranks, real_bytes, run)):
         facts = explain(run, rank)
-        assert (
-            0 < most - facts["bytes"]["total"] < 1.2 * FP32 * BLOCK
-        )  # the rest: gradients of a block on their way
+        # the rest: gradients of a block on their way
+        assert 0 < most - facts["bytes"]["total"] < 1.2 * FP32 * BLOCK
         assert shapes == {row["name"]: row["local_shape"] for row in facts["parameters"]}
 
 

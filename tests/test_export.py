@@ -28,9 +28,8 @@ def test_export_equals_the_folder_the_run_wrote_byte_for_byte(reference, tmp_pat
     ended = recipe("export", reference / "checkpoints/step-00000008", tmp_path / "hf")
     assert ended.status == 0, ended
     assert same_folders(tmp_path / "hf", reference / "hf")
-    earlier = recipe(
-        "export", reference / "checkpoints/step-00000003", tmp_path / "hf"
-    )  # over the one before
+    # over the one before
+    earlier = recipe("export", reference / "checkpoints/step-00000003", tmp_path / "hf")
     assert earlier.status == 0 and not same_folders(tmp_path / "hf", reference / "hf")
 
 

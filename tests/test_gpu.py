@@ -133,9 +133,8 @@ def test_the_compiled_loss_equals_the_eager_one(monkeypatch, dtype):
         nll_sum = loss.cross_entropy_sum(hidden, weight, labels)
         results.append([nll_sum.detach(), *torch.autograd.grad(nll_sum, [hidden, weight])])
     for compiled, eager in zip(*results, strict=True):
-        tolerance = (
-            1e-5 if dtype == torch.float32 else 1e-2
-        )  # the gradient of a logit may round the other way
+        # the gradient of a logit may round the other way
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
         assert_close(compiled, eager, rtol=tolerance, atol=tolerance * eager.abs().max().item())
 
 
@@ -162,9 +161,8 @@ def test_every_placement_on_a_gpu_equals_torchs_adamw(plan, max_norm, kernel):
         if who == "manager":
             manager.close()
         of[who] = weights(model)
-    assert_close(
-        of["manager"], of["torch"], rtol=1e-5, atol=1e-7
-    )  # host and device round differently in the last place
+    # host and device round differently in the last place
+    assert_close(of["manager"], of["torch"], rtol=1e-5, atol=1e-7)
 
 
 def test_the_compiled_kernels_of_the_device_are_exact_at_any_length_compiled_once_and_heed_a_factor_of_nan():

@@ -31,9 +31,8 @@ def test_the_newest_step_is_left_for_the_next_turn_unless_somebody_has_to_know()
 
 
 def test_what_comes_between_two_steps_counts_for_neither(monkeypatch):
-    clock = iter(
-        [0.0, 1.0, 7.0, 9.0, 12.0]
-    )  # begin, end; after a validation: begin, end, end of the step that follows
+    # begin, end; after a validation: begin, end, end of the step that follows
+    clock = iter([0.0, 1.0, 7.0, 9.0, 12.0])
     monkeypatch.setattr(of_a_run.time, "perf_counter", lambda: next(clock))
     reading, seconds = LateReader(torch.device("cpu"), late=True), []
     for everything in (True, False, True):
@@ -158,6 +157,5 @@ def test_as_many_bad_steps_as_allowed_are_left_out_by_a_run(inputs, tmp_path):
         (2, None, 2),
         (3, None, 3),
     ]
-    assert [row["loss"] for row in rows] == pytest.approx(
-        [math.log(400)] * 3
-    )  # of 400 tokens none is likelier: no step
+    # of 400 tokens none is likelier: no step
+    assert [row["loss"] for row in rows] == pytest.approx([math.log(400)] * 3)

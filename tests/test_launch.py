@@ -94,9 +94,8 @@ def test_every_size_from_the_least_to_512_gpus_passes_the_checks_of_its_recipe(r
     for gpus in (n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if n >= TABLE[size, gpu].least):
         cfg, layout, n_micros = parsed(recipe, size, gpu, gpus)
         assert n_micros * layout.dp * cfg.train.micro_batch_size == cfg.train.global_batch_size
-        assert (
-            layout.tp * (layout.dp_shard if layout.pp == 1 else 1) <= 16
-        )  # what talks in every layer: a node or two
+        # what talks in every layer: a node or two
+        assert layout.tp * (layout.dp_shard if layout.pp == 1 else 1) <= 16
         if recipe == "pretrain":
             assert cfg.train.global_batch_size * T == 2**22  # LLaMA-2's 4M tokens
         else:
@@ -164,9 +163,8 @@ def test_model_mesh_and_optimizer_are_built_at_full_size_and_a_rank_fits_its_gpu
             )
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         assert len(held) == len([one for one in model.parameters() if one.requires_grad])
-        assert (
-            all(isinstance(parameter, DTensor) for parameter in held) or gpus == 1
-        )  # one process has nothing to spread
+        # one process has nothing to spread
+        assert all(isinstance(parameter, DTensor) for parameter in held) or gpus == 1
         n = n_adapter_parameters(config, cfg.lora) if lora else config.n_parameters
         assert sum(p.numel() for p in held) * layout.pp > 0.9 * n
     gib = memory_gib(size, gpu, gpus, flags(recipe, size, gpu, gpus))

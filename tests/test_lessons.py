@@ -43,25 +43,16 @@ WRONG = [
         'return all_reduce(grad, "the addends of d x, from each slice of up")',
         "return grad",
     ),
-    (
-        "05_sequence_parallel",
-        "all_reduce(addend) if doors is SEQUENCE else addend",
-        "addend",
-    ),  # the norm's gradient
+    # the norm's gradient
+    ("05_sequence_parallel", "all_reduce(addend) if doors is SEQUENCE else addend", "addend"),
     ("06_ulysses", "dist.all_reduce(weight.grad)", "pass"),  # each rank saw other tokens
     ("07_ring_attention", "return hop(grad, -1)", "return grad"),  # gradients stay with the wrong rank
     ("08_pipeline", "targets.numel()  ", "targets[i].numel()  "),  # each microbatch its own mean
     ("09_everything", "grad_scale=layout.grad_ranks", "grad_scale=1"),  # FSDP averages gradients
-    (
-        "10_offload",
-        "dist.all_reduce(squares := own.square().sum())",
-        "squares = own.square().sum()",
-    ),  # a norm per shard
-    (
-        "10_offload",
-        'self.states = [copy(state, "out") for state in states]',
-        "pass",
-    ),  # what was stepped never comes home
+    # a norm per shard
+    ("10_offload", "dist.all_reduce(squares := own.square().sum())", "squares = own.square().sum()"),
+    # what was stepped never comes home
+    ("10_offload", 'self.states = [copy(state, "out") for state in states]', "pass"),
     ("11_memory_timeline", "        if serial:\n", "        if True:\n"),  # no forward starts early
 ]
 

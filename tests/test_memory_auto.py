@@ -160,9 +160,8 @@ def test_only_steps_with_a_forward_are_traced():
     assert [line.split(":")[0] for line in said if line.startswith("memory plan")] == ["memory plan, auto"]
 
 
-LITTLE = (
-    12_885 + 3 * 4 * 33 * 20
-)  # bytes of the host, of which the largest parameter takes three copies in passing
+# bytes of the host, of which the largest parameter takes three copies in passing
+LITTLE = 12_885 + 3 * 4 * 33 * 20
 
 
 def only_one_rank_has_no_room() -> str:

@@ -78,9 +78,8 @@ def measure(plan: str) -> dict[str, tuple[int, int]]:
     """Phase -> (bytes that the plan states, bytes that came on top of an idle process)."""
     phases = {}
     with tempfile.TemporaryDirectory() as folder:
-        save_hf(
-            Llama(replace(CONFIG, hidden_size=64)), Path(folder, "first")
-        )  # what is imported on first use
+        # what is imported on first use
+        save_hf(Llama(replace(CONFIG, hidden_size=64)), Path(folder, "first"))
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # what tests before left behind
         before = resident_bytes()
@@ -165,6 +164,5 @@ def test_13b_starts_and_checkpoints_on_one_h200_and_a_host_of_128_gib():
     host = sum(plan.host_bytes.values())
     assert host <= 0.9 * 120 * GIB  # what a host of 128 GiB has free, less a tenth
     assert plan.host_bytes["other"] == passing < 2 * GIB
-    assert (
-        host + 12 * sum(sizes) > 128 * GIB
-    )  # a copy for a checkpoint would not fit: it is written piece by piece
+    # a copy for a checkpoint would not fit: it is written piece by piece
+    assert host + 12 * sum(sizes) > 128 * GIB

@@ -179,17 +179,15 @@ def test_residents_are_ready_at_once_and_hide_the_updates_of_later_layers():
     placements = [RESIDENT] * 3 + [CPU] * 3
     model, events, stepped_s = clocked(placements, {HOST_ADAM: 1.0, "device adam": 0.1})
     assert of_chunk(events, "device adam")[2][1] == pytest.approx(stepped_s + 0.3)
-    assert model.began_s == pytest.approx(
-        [stepped_s + 0.3 + i for i in range(6)]
-    )  # the forward is never held up
+    # the forward is never held up
+    assert model.began_s == pytest.approx([stepped_s + 0.3 + i for i in range(6)])
 
 
 def test_both_engines_work_at_once_and_the_ring_overlaps_its_copies_with_its_steps(monkeypatch):
     """Of 12 chunks 6 pass through the ring, at 1 s a copy and 0.5 s a step, while the host steps the others
     at 1 s each."""
-    monkeypatch.setattr(
-        "memory.manager.IN_FLIGHT_BYTES", 0
-    )  # gradients in use are not those on their way: nobody waits
+    # gradients in use are not those on their way: nobody waits
+    monkeypatch.setattr("memory.manager.IN_FLIGHT_BYTES", 0)
     seconds = {"h2d chunk": 1.0, "d2h chunk": 1.0, "device adam": 0.5, HOST_ADAM: 1.0, "h2d weights": 0.2}
     model, events, stepped_s = clocked([CPU, STREAM] * 6, seconds, forward_s=0.01)
     loads, steps, stores = (of_chunk(events, lane) for lane in ("h2d", "device adam", "d2h"))
@@ -206,9 +204,8 @@ def test_both_engines_work_at_once_and_the_ring_overlaps_its_copies_with_its_ste
 
 def test_without_clipping_the_update_begins_in_backward():
     model, events, stepped_s = clocked([CPU] * 6, {HOST_ADAM: 1.0}, clips=False)
-    assert of_chunk(events, HOST_ADAM) == {
-        0: (stepped_s, stepped_s + 1.0)
-    }  # all others were over when backward was
+    # all others were over when backward was
+    assert of_chunk(events, HOST_ADAM) == {0: (stepped_s, stepped_s + 1.0)}
     assert model.began_s[0] == pytest.approx(stepped_s + 1.0)
 
 

@@ -319,9 +319,8 @@ def test_the_ledger_peaks_at_what_the_plan_said_and_counts_every_tensor(plan, ar
     held = sum(t.nbytes for t in [*tensors, *slots, *manager.outbox, *model.parameters()])
     assert sum(manager.ledger.held.values()) == held + manager.passing_bytes
     for account, n_bytes in said.items():
-        assert (
-            0.9 * n_bytes <= manager.ledger.peak[account] <= n_bytes
-        )  # gradients lack the gaps between pieces
+        # gradients lack the gaps between pieces
+        assert 0.9 * n_bytes <= manager.ledger.peak[account] <= n_bytes
     manager.close()
 
 
@@ -366,9 +365,8 @@ def test_auto_starts_with_as_much_on_the_host_as_its_budget_allows():
     )
     needed = manager.needed(manager.plan)
     assert {chunk.placement for chunk in manager.chunks} != {CPU} and needed["host"] <= half
-    for placements in itertools.product(
-        Placement, repeat=2
-    ):  # no plan of two kinds fits and holds less on the device
+    # no plan of two kinds fits and holds less on the device
+    for placements in itertools.product(Placement, repeat=2):
         for n_first in range(len(manager.chunks)):
             mixed = [placements[0]] * n_first + [placements[1]] * (len(manager.chunks) - n_first)
             other = manager.needed(replace(manager.plan, placements=tuple(mixed)))

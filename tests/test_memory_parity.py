@@ -16,9 +16,8 @@ from memory.chunk import cut, find_managed
 from memory.placement import static_plan
 
 RESIDENT, STREAM, CPU = Placement
-ON = MemoryConfig(
-    "static", 1, 0, 0, kernel="blocks"
-)  # the compiler takes 10 s to start; one test pays for it
+# the compiler takes 10 s to start; one test pays for it
+ON = MemoryConfig("static", 1, 0, 0, kernel="blocks")
 
 
 class Tiny(nn.Module):
@@ -112,10 +111,11 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 
 N = len(chunk_sizes(model := tiny(), adamw(model), 64))
+# plan_of cuts what is too long
 PLANS = {
     "resident": [RESIDENT] * 2 * N,
     "stream": [STREAM] * 2 * N,
-    "cpu": [CPU] * 2 * N,  # plan_of cuts what is too long
+    "cpu": [CPU] * 2 * N,
     "all three": [RESIDENT] * (N // 3) + [STREAM, CPU] * N,
     "upside down": [CPU, STREAM] * (N // 3) + [RESIDENT] * N,
 }

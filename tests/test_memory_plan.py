@@ -153,9 +153,8 @@ def brute_force(sizes, device_budget, host_budget, rates, traced, widths) -> flo
         device += widths.ring_slots * states * max(sizes) if x_s else 0
         host = (12 + widths.slab + widths.host_sum) * x_c + states * x_s + traced.host_bytes
         host += widths.outbox_slots * widths.slab * max(sizes) if x_c else 0
-        if (
-            device + RESERVE * device_budget > device_budget - 1 or host > host_budget
-        ):  # a byte for the reserve's rounding
+        # a byte for the reserve's rounding
+        if device + RESERVE * device_budget > device_budget - 1 or host > host_budget:
             continue
         link = (states * x_s + widths.slab * x_c) / min(rates.h2d, rates.d2h, rates.duplex / 2)
         dram = ((24 + 4 * widths.slab + widths.host_sum) * x_c + 2 * states * x_s) / rates.dram_under_dma
@@ -222,9 +221,8 @@ def test_500_random_plans_keep_both_budgets_and_are_the_fastest_or_refused_with_
         assert plan.seconds["step"] <= fastest * (1 + CLOSE_ENOUGH) + 1e-9
         all_resident = replace(plan, placements=(Placement.RESIDENT,) * len(sizes))
         assert not fits(all_resident)
-    assert letters(plan) == "r" * letters(plan).count("r") + letters(plan).lstrip(
-        "r"
-    )  # residents are the first
+    # residents are the first
+    assert letters(plan) == "r" * letters(plan).count("r") + letters(plan).lstrip("r")
     assert Plan.from_json(plan.to_json()) == plan
 
 
@@ -332,9 +330,8 @@ def test_host_adam_alone_and_serially_takes_what_the_design_says_others_take():
     n = LlamaConfig.preset("llama2-7b").n_parameters
     for tokens, seconds in ((4096, 1.8), (16384, 3.0), (65536, 7.8)):
         forward = (2 * n + 2 * 4096 * 4096 * 32) * tokens / 592e12
-        assert 4 * forward + 44 * 0.92 * n / 200e9 == pytest.approx(
-            seconds, abs=0.055
-        )  # 8 % of the parameters resident
+        # 8 % of the parameters resident
+        assert 4 * forward + 44 * 0.92 * n / 200e9 == pytest.approx(seconds, abs=0.055)
 
 
 def test_a_plan_of_70b_on_512_ranks_and_on_8_takes_less_than_a_second():

@@ -185,9 +185,8 @@ def test_the_tracer_sees_each_group_forward_and_backward_and_its_peak(recompute)
     model, clock = Net(), Clock()
     apply_recompute(list(model.layers), recompute)
     for i, layer in enumerate(model.layers):
-        layer.register_forward_pre_hook(
-            lambda *_, i=i: clock.set(100 * (i + 1))
-        )  # after the tracer's would be noted
+        # after the tracer's would be noted
+        layer.register_forward_pre_hook(lambda *_, i=i: clock.set(100 * (i + 1)))
     tracer = Tracer({f"layer {i}": layer for i, layer in enumerate(model.layers)}, CPU, clock.counters())
     x = torch.randn(2, 4)
     model(x).backward()  # outside a step: not traced
@@ -205,9 +204,8 @@ def test_the_tracer_sees_each_group_forward_and_backward_and_its_peak(recompute)
     assert all(group.forward_seconds > 0 and group.backward_seconds > 0 for group in traced.groups.values())
     assert traced.forward_seconds == pytest.approx(sum(g.forward_seconds for g in traced.groups.values()))
     assert traced.backward_seconds == pytest.approx(sum(g.backward_seconds for g in traced.groups.values()))
-    assert (
-        traced.groups["layer 0"].backward_peak_bytes == 1000
-    )  # of what comes after the last gradient's arrival
+    # of what comes after the last gradient's arrival
+    assert traced.groups["layer 0"].backward_peak_bytes == 1000
     assert traced.groups["layer 1"].forward_peak_bytes <= 300
     assert (traced.peak_allocated_bytes, traced.non_torch_bytes, traced.peak_reserved_bytes) == (
         1000,

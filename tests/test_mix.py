@@ -150,6 +150,5 @@ def test_a_mixed_run_says_each_source_s_loss_and_does_not_depend_on_ranks(inputs
         assert abs(one["loss"] - two["loss"]) < 2e-5
     last = metrics(tmp_path / "2")[-1]
     own = [last[f"validation_loss/{tmp_path}/{name}.jsonl"] for name in "ab"]
-    assert own[0] != own[1] and last["validation_loss"] == pytest.approx(
-        sum(own) / 2, abs=0.5
-    )  # of other held-out rows
+    # of other held-out rows
+    assert own[0] != own[1] and last["validation_loss"] == pytest.approx(sum(own) / 2, abs=0.5)

@@ -47,9 +47,8 @@ def test_layers_are_split_by_cost_with_any_remainder():
     assert sizes(LLAMA, 2) == [3, 2]
     assert sizes(LLAMA, 4) == [1, 1, 2, 1]  # the one left over goes late, but not to the head
     assert sizes(LLAMA, 5) == [1] * 5
-    wide = LlamaConfig(
-        **{**SHAPE, "vocab_size": 32000}, num_hidden_layers=8
-    )  # the head costs more than all blocks
+    # the head costs more than all blocks
+    wide = LlamaConfig(**{**SHAPE, "vocab_size": 32000}, num_hidden_layers=8)
     assert sizes(wide, 3) == [3, 4, 1]
 
 
@@ -295,9 +294,8 @@ def test_five_adamw_steps_with_zero_or_hsdp_equal_one_process(layout):
     for theirs, held in ranks:
         assert_close(theirs, losses, rtol=0, atol=2e-5)
         for name, weight in held.items():
-            assert_close(
-                weight, weights[name], rtol=0, atol=1e-5
-            )  # fp32: only the order of summation differs
+            # fp32: only the order of summation differs
+            assert_close(weight, weights[name], rtol=0, atol=1e-5)
     assert {name for _, held in ranks for name in held} == set(weights)
 
 

@@ -66,9 +66,8 @@ def test_a_rank_that_compiled_alone_compiles_as_its_peers_do():
 
 
 def redistribute_twice() -> None:
-    from torch.distributed.device_mesh import (
-        init_device_mesh,
-    )  # seconds: not for workers that other tests here time
+    # seconds: not for workers that other tests here time
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("one", "other"))

@@ -82,9 +82,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(inputs, tmp_path, ranks):
     assert recipe("pretrain", *flags(inputs, whole), ranks=ranks).status == 0
     ended = recipe("pretrain", *flags(inputs, stopped), ranks=ranks, stop_at_step=4)
     assert ended.status == 0 and "stopped as asked" in ended.out and len(metrics(stopped)) < 8
-    (stopped / "metrics.jsonl").open("a").write(
-        '{"step": 99, "lo'
-    )  # as a kill in the middle of a line leaves it
+    # as a kill in the middle of a line leaves it
+    (stopped / "metrics.jsonl").open("a").write('{"step": 99, "lo')
     ended = recipe("pretrain", *flags(inputs, stopped), ranks=ranks)
     assert ended.status == 0 and "resuming from" in ended.out
     assert exact(stopped) == exact(whole)
@@ -263,9 +262,8 @@ def test_bfloat16_keeps_float32_masters_and_learns_alike(inputs, reference, tmp_
     assert ended.status == 0, ended
     last, expected = metrics(tmp_path / "run")[-1]["loss"], metrics(reference)[-1]["loss"]
     assert 0 < abs(last - expected) < 0.02
-    assert {weight.dtype for weight in weights(tmp_path / "run").values()} == {
-        torch.float32
-    }  # a fresh model's own
+    # a fresh model's own
+    assert {weight.dtype for weight in weights(tmp_path / "run").values()} == {torch.float32}
     from safetensors import safe_open
 
     with safe_open(tmp_path / "run/hf/model.safetensors", "pt") as exported:

@@ -38,12 +38,8 @@ def served(inputs, tmp_path_factory):
     run_dir, steps, lr = tmp_path_factory.mktemp("served"), 1, "1e-5"
     weights, text = SHARED / "stories260K", SHARED / "corpus/tinyshakespeare.txt"
     if not weights.exists():
-        weights, text, steps, lr = (
-            inputs / "model",
-            inputs / "data.jsonl",
-            40,
-            "1e-2",
-        )  # until it is sure of its next token
+        # until it is sure of its next token
+        weights, text, steps, lr = inputs / "model", inputs / "data.jsonl", 40, "1e-2"
     ended = recipe(
         "pretrain",
         "--model",

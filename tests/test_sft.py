@@ -275,9 +275,8 @@ def test_a_run_does_not_go_on_with_other_answers_in_as_many_tokens(inputs, tmp_p
 def test_a_lora_run_resumes_where_it_stopped(inputs, chat, lora, tmp_path):
     shutil.copytree(lora / "checkpoints/step-00000002", tmp_path / "step-00000002")
     stored = dcp.FileSystemReader(tmp_path / "step-00000002").read_metadata().state_dict_metadata
-    assert all(
-        "_lora.lora_" in name for name in stored if name.startswith("model.")
-    )  # no frozen weights in it
+    # no frozen weights in it
+    assert all("_lora.lora_" in name for name in stored if name.startswith("model."))
     resume = ["--checkpoint.resume", tmp_path / "step-00000002"]
     ended = recipe("sft", *flags(inputs, chat, tmp_path / "run", "--lora.rank", 4, *resume))
     assert ended.status == 0 and "2 steps done" in ended.out, ended
@@ -511,9 +510,8 @@ def test_impossible_flags_are_refused(inputs, chat, tmp_path, more, said):
 
 def test_a_template_without_end_tokens_and_markers_is_refused(inputs, tmp_path):
     shutil.copytree(inputs / "model", tmp_path / "model")
-    (tmp_path / "model/chat_template.jinja").write_text(
-        CHATML
-    )  # this tokenizer has no <|im_end|>: all is text
+    # this tokenizer has no <|im_end|>: all is text
+    (tmp_path / "model/chat_template.jinja").write_text(CHATML)
     write(tmp_path / "chat.jsonl", [{"messages": TALK}])
     line = refused(*flags(inputs, tmp_path, tmp_path / "run"), "--model", tmp_path / "model", name="sft")
     assert "{% generation %}" in line and "chat.jsonl, line 1" in line and "learn to stop" in line

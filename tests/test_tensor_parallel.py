@@ -72,9 +72,8 @@ def assert_gradients_equal(ours: dict, plain: dict):
     assert ours.keys() == plain.keys()
     for name, expected in plain.items():
         difference = ((ours[name] - expected).norm() / expected.norm()).item()
-        assert difference < 1e-4, (
-            f"{name}: {difference}"
-        )  # fp32: only the order of summation differs; 1e-6 is usual
+        # fp32: only the order of summation differs; 1e-6 is usual
+        assert difference < 1e-4, f"{name}: {difference}"
 
 
 # ---- one forward and backward ----
@@ -96,10 +95,8 @@ def one_backward(config, tp, sequence_parallel, recompute, documents):
     initial = whole(model)
     apply_recompute(list(model.model.layers), recompute)
     tokens, labels = rows()
-    before, loss.CHUNK_ELEMENTS = (
-        loss.CHUNK_ELEMENTS,
-        336,
-    )  # 6 tokens for 49 rows, 7 for 48: ranks must agree all the same
+    # 6 tokens for 49 rows, 7 for 48: ranks must agree all the same
+    before, loss.CHUNK_ELEMENTS = loss.CHUNK_ELEMENTS, 336
     nll_sum = model(tokens, labels, packed_positions() if documents else None)
     loss.CHUNK_ELEMENTS = before
     nll_sum.backward()
@@ -190,9 +187,8 @@ def test_five_adamw_steps_equal_one_process(config, dp, tp, sequence_parallel):
             assert_close(its_final[name], weight.detach(), rtol=0, atol=1e-5)
     for step, expected in enumerate(plain_losses):
         losses = [results[rank][1][step] for rank in range(dp * tp)]
-        assert all(
-            losses[rank] == losses[rank // tp * tp] for rank in range(dp * tp)
-        )  # the same on every tp rank
+        # the same on every tp rank
+        assert all(losses[rank] == losses[rank // tp * tp] for rank in range(dp * tp))
         assert abs(sum(losses[::tp]) - expected) < 2e-5
 
 
@@ -262,16 +258,18 @@ def planned(config, sequence_parallel, modules: dict[str, int]) -> list[dict[str
 @pytest.mark.parametrize(
     "sequence_parallel,n_kv_heads,a_block",
     [
+        # norms
         (
             True,
             2,
             [{"all-gather": 2, "reduce-scatter": 2}, {"all-gather": 2, "reduce-scatter": 2, "all-reduce": 2}],
-        ),  # norms
+        ),
+        # and k, v
         (
             True,
             1,
             [{"all-gather": 2, "reduce-scatter": 2}, {"all-gather": 2, "reduce-scatter": 2, "all-reduce": 4}],
-        ),  # and k, v
+        ),
         (False, 2, [{"all-reduce": 2}] * 2),
         (False, 1, [{"all-reduce": 2}, {"all-reduce": 4}]),
     ],

@@ -21,9 +21,8 @@ SHARED = Path(os.environ.get("DTENSOR_LLAMA_SHARED_DATA", ROOT.parent / "shared"
 needs_shared = pytest.mark.skipif(
     not (SHARED / "llama2_tokenizer").is_dir(), reason=f"no real tokenizers in {SHARED}"
 )
-TEXT = (
-    Path(json.decoder.__file__).read_text() + Path(shutil.__file__).read_text()
-)  # real text that every machine has
+# real text that every machine has
+TEXT = Path(json.decoder.__file__).read_text() + Path(shutil.__file__).read_text()
 HARD = [
     "Hello world",
     " leading",
@@ -125,9 +124,8 @@ def test_a_saved_tokenizer_opens_in_transformers_with_the_same_ids(
 ):
     from transformers import AutoTokenizer
 
-    plain = [text for text in HARD if "</s>" not in text] + [
-        TEXT
-    ]  # transformers reads </s> as the control token
+    # transformers reads </s> as the control token
+    plain = [text for text in HARD if "</s>" not in text] + [TEXT]
     for i, source in enumerate((model_file, json_file, folder_with_both)):
         tokenizer, folder = load_tokenizer(source), tmp_path / f"saved{i}"
         tokenizer.save(folder)
@@ -189,10 +187,8 @@ def test_transformers_gives_the_ids_that_training_saw_bos_included(kind, setting
     assert end == tokenizer.eos_id and theirs in (document, [*document, end])
     begins_with_bos = settings.get("add_bos_token", kind != "offsets only")
     assert (document[0] == tokenizer.bos_id) == begins_with_bos
-    if not settings and kind not in (
-        "none",
-        "pieces",
-    ):  # where tokenizer.json says what to add, training had it too
+    # where tokenizer.json says what to add, training had it too
+    if not settings and kind not in ("none", "pieces"):
         assert AutoTokenizer.from_pretrained(base)("def main(self):").input_ids == theirs
     older = tokenizers.Tokenizer.from_file(str(tmp_path / "hf/tokenizer.json"))  # readers of that file alone
     assert older.encode("def main(self):").ids == theirs

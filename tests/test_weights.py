@@ -443,11 +443,8 @@ def load_save_and_count(layout, source, target, dtype):
         return done
 
     try:
-        os.preadv, os.pwrite, weights.STAGING_BYTES = (
-            counting_preadv,
-            counting_pwrite,
-            1000,
-        )  # runs are cut too
+        # runs are cut too
+        os.preadv, os.pwrite, weights.STAGING_BYTES = counting_preadv, counting_pwrite, 1000
         load_hf(model, source)
         save_hf(model, target, max_shard_bytes=20_000)
     finally:

@@ -12,13 +12,12 @@ from collections.abc import Iterator
 
 from dtensor_llama.data.tokenizer import Tokenizer
 
-WINDOW_CHARS = (
-    300  # what a cut is checked on, each side: many times the longest piece of any vocabulary, and too
-)
-# long for `tokenizers` to cache (texts below 256 bytes), which cost 30 MB in each worker
-MAX_TRIES = (
-    24  # whitespaces tried per piece: a tokenizer that fails at all of them (one that strips its text,
-)
+# what a cut is checked on, each side: many times the longest piece of any vocabulary, and too
+WINDOW_CHARS = 300
+# long for `tokenizers` to cache (texts below 256 bytes), which cost 30 MB in each
+# worker
+# whitespaces tried per piece: a tokenizer that fails at all of them (one that strips its text,
+MAX_TRIES = 24
 # say) fails everywhere, and trying each would cost 200 times the tokenizing itself
 GAP = re.compile(r"(?<=\S)\s+(?=\S)")
 WAYS = (  # of starting the right-hand piece: does the whitespace go with it, how many of its first ids go

@@ -96,9 +96,8 @@ class MixedRows:
         total = sum(weight for _, weight in sources.values())
         self.shares = [weight / total for _, weight in sources.values()]
         self.seq_len = self.sources[0].seq_len
-        self._first = np.cumsum(
-            [0, *(rows.n_rows for rows in self.sources)]
-        )  # row number at which a source begins
+        # row number at which a source begins
+        self._first = np.cumsum([0, *(rows.n_rows for rows in self.sources)])
         # Of what is dealt to the sources 0 .. k, the part that goes to 0 .. k - 1, in UNITS.
         self._before = [
             round(UNITS * sum(self.shares[:k]) / sum(self.shares[: k + 1])) for k in range(len(self.shares))

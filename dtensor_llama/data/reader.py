@@ -73,9 +73,8 @@ class RowReader:
         self.position, self.global_batch_size = position, global_batch_size
         self._error, ready, stop = None, queue.Queue(maxsize=STEPS_AHEAD), threading.Event()
         rank_batch_size = global_batch_size // dp_size
-        own = dp_rank * rank_batch_size + np.arange(rank_batch_size).reshape(
-            -1, micro_batch_size
-        )  # (micros, B)
+        # (micros, B)
+        own = dp_rank * rank_batch_size + np.arange(rank_batch_size).reshape(-1, micro_batch_size)
 
         def steps() -> Iterator[list[Batch]]:
             for first in itertools.count(position, STEPS_PERMUTED * global_batch_size):

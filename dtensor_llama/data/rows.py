@@ -88,9 +88,8 @@ class PackedRows:
             seq_len,
             _mix(np.array([seed % 2**64], dtype=np.uint64)),
         )
-        self.n_rows = (
-            max(0, corpus.n_tokens - 1) // seq_len
-        )  # the tokens after the last whole row are dropped
+        # the tokens after the last whole row are dropped
+        self.n_rows = max(0, corpus.n_tokens - 1) // seq_len
         self.n_validation = max(1, round(self.n_rows * validation_share)) if validation_share > 0 else 0
         self.n_train = self.n_rows - self.n_validation
         if self.n_train < 1:

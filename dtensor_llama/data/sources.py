@@ -34,9 +34,8 @@ from dtensor_llama.places import expanded, hub_hint
 RECORD_FORMATS = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".tsv")  # objects of several fields
 FORMATS = (".txt", *RECORD_FORMATS)
 OTHER_ENDINGS = {".ndjson": ".jsonl", ".feather": ".arrow"}  # of the same formats
-CHUNK_BYTES = (
-    1 << 20
-)  # what one worker gets at a time: long enough to hide the hand-over, short enough to balance
+# what one worker gets at a time: long enough to hide the hand-over, short enough to balance
+CHUNK_BYTES = 1 << 20
 BATCH_ROWS = 64  # of a table, decoded at once
 
 

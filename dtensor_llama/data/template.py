@@ -574,9 +574,8 @@ class TextWriter:
                 trained = part == BEGIN
             elif part in self.controls:
                 token = self.controls[part]
-                if (
-                    token.lstrip and runs and isinstance(runs[-1][0], str)
-                ):  # some take the whitespace beside them along
+                # some take the whitespace beside them along
+                if token.lstrip and runs and isinstance(runs[-1][0], str):
                     runs[-1] = runs[-1][0].rstrip(), runs[-1][1]
                 runs.append((self.tokenizer.id_of(part), trained))
                 swallow = token.rstrip

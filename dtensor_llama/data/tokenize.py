@@ -174,9 +174,8 @@ def tokenize(
                 return folder
             if why_not_first:
                 _say(f"note: {why_not_first}; the tokens go to {cache_dir}")
-            shutil.rmtree(
-                staging, ignore_errors=True
-            )  # of a killed run: nobody else writes it under the lock
+            # of a killed run: nobody else writes it under the lock
+            shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
             _write_corpus(files, tokenizer, staging, what, processes, for_process)
             if fingerprint(files, tokenizer, what) != name:

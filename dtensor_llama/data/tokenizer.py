@@ -278,12 +278,8 @@ def _load_pieces(file: Path):
     try:
         model = file.read_bytes()
         return sentencepiece.SentencePieceProcessor(model_proto=model) if model else None
-    except (
-        RuntimeError,
-        OSError,
-        ValueError,
-        TypeError,
-    ):  # what the versions of sentencepiece raise on another format
+    # what the versions of sentencepiece raise on another format
+    except (RuntimeError, OSError, ValueError, TypeError):
         return None
 
 
@@ -377,9 +373,8 @@ def _special_id(name: str, folder: Path, fast: tokenizers.Tokenizer) -> int | No
             return _named_id(name, settings, fast, folder, -1)
     for beside in ("config.json", "generation_config.json"):
         token_id = _settings(folder, beside).get(f"{name}_token_id")
-        token_id = (
-            token_id[0] if isinstance(token_id, list) and token_id else token_id
-        )  # LLaMA-3 lists several EOS
+        # LLaMA-3 lists several EOS
+        token_id = token_id[0] if isinstance(token_id, list) and token_id else token_id
         if isinstance(token_id, int):
             if fast.id_to_token(token_id) is None:
                 raise UsageError(
@@ -475,9 +470,8 @@ def _fast_from_pieces(pieces, model) -> tokenizers.Tokenizer:
         _unigram_from_pieces(pieces, model) if is_unigram else _bpe_from_pieces(pieces, model)
     )
     symbols = _symbols(model)
-    if (
-        symbols and not is_unigram
-    ):  # an added token would do, if the text behind it did not get a dummy prefix
+    # an added token would do, if the text behind it did not get a dummy prefix
+    if symbols and not is_unigram:
         pattern = tokenizers.Regex("|".join(map(re.escape, symbols)))
         fast.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
     parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]

@@ -33,10 +33,8 @@ from memory.tracer import (
     thread_counts,
 )
 
-HOST_BYTES, DEVICE_BYTES = (
-    28,
-    26,
-)  # of Adam per parameter: bfloat16 gradient and weight; the device's master is split
+# of Adam per parameter: bfloat16 gradient and weight; the device's master is split
+HOST_BYTES, DEVICE_BYTES = 28, 26
 
 
 @dataclass(frozen=True)

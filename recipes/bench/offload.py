@@ -466,9 +466,8 @@ def deepspeed_zero3(cfg: Config, model: Llama, dtype: torch.dtype, device: torch
     def step(rows: torch.Tensor, n_scored: int) -> tuple[float, float]:
         began, alone_s, total = time.perf_counter(), 0.0, torch.zeros((), device=device)
         for micro in rows:
-            loss = (
-                engine(micro[:, :-1], labels=micro[:, 1:]) / n_scored * len(rows)
-            )  # it averages over micro-batches
+            # it averages over micro-batches
+            loss = engine(micro[:, :-1], labels=micro[:, 1:]) / n_scored * len(rows)
             engine.backward(loss)
             total += loss.detach() / len(rows)
             torch.cuda.synchronize()

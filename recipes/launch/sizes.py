@@ -44,25 +44,14 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 GPUS = {"a100-40gb": 39, "a100-80gb": 79, "h100-80gb": 79, "h200-141gb": 139}  # GiB that a program gets
-HOST = {
-    "a100-40gb": 128,
-    "a100-80gb": 128,
-    "h100-80gb": 224,
-    "h200-141gb": 224,
-}  # GiB of a node for each GPU, an eighth left
+# GiB of a node for each GPU, an eighth left
+HOST = {"a100-40gb": 128, "a100-80gb": 128, "h100-80gb": 224, "h200-141gb": 224}
 T = 4096  # tokens a row: LLaMA-2's context
 ROWS = {"pretrain": 1024, "sft": 128}  # a step
 LR = {"7b": 3e-4, "13b": 3e-4, "70b": 1.5e-4}
 LORA_RANK = 16
-RATES = (
-    25e9,
-    25e9,
-    50e9,
-    40e9,
-    40e9,
-    {12: 1.2e9},
-    50e9,
-)  # memory.tracer.Rates of an eighth of an A100 node, about
+# memory.tracer.Rates of an eighth of an A100 node, about
+RATES = (25e9, 25e9, 50e9, 40e9, 40e9, {12: 1.2e9}, 50e9)
 
 
 class Plan(NamedTuple):
@@ -72,9 +61,8 @@ class Plan(NamedTuple):
     shard: int  # dp ranks that share by ZeRO, at most; the rest are copies
     micro_rows: int  # at most
     recompute: str
-    one_micro: bool = (
-        False  # a step: its rows are one microbatch of each dp rank, with block inputs on the host
-    )
+    # a step: its rows are one microbatch of each dp rank, with block inputs on the host
+    one_micro: bool = False
 
 
 # fmt: off
@@ -126,9 +114,8 @@ class SizesConfig:
     """Print the flags of a recipe for a model on so many GPUs."""
 
     recipe: Positional[Literal["pretrain", "sft"]]
-    size: Positional[
-        str
-    ]  # 7b, 13b, 70b; for sft also 7b-lora, 7b-offload ...; own: no flags, all of them are yours
+    # 7b, 13b, 70b; for sft also 7b-lora, 7b-offload ...; own: no flags, all of them are yours
+    size: Positional[str]
     gpu: Positional[str]  # a100-40gb, a100-80gb, h100-80gb or h200-141gb
     gpus: Positional[int]  # in all
     why: bool = False  # print the memory of a rank too
@@ -154,9 +141,10 @@ def flags(recipe: str, size: str, gpu: str, gpus: int) -> dict[str, object]:
     more = {
         "": {"--train.compile": None},  # with adapters or a manager it has not been tried
         "lora": {"--lora.rank": LORA_RANK},
+        # 2: NCCL, context
         "offload": {
             "--memory.placement": "auto",
-            "--memory.device-budget-gib": GPUS[gpu] - 2,  # 2: NCCL, context
+            "--memory.device-budget-gib": GPUS[gpu] - 2,
             "--memory.host-budget-gib": HOST[gpu],
             **({"--memory.activations": None} if plan.one_micro else {}),
         },
@@ -215,9 +203,8 @@ def activation_gib(config: LlamaConfig, plan: Plan, micro_rows: int) -> float:
     H, K, E = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     products = (2 * config.hidden_size + 2 * (H + K) * E + 2 * config.intermediate_size) / plan.tp
     kept = products if plan.recompute == "selective" else config.hidden_size / plan.tp
-    n_kept = (
-        2 if plan.one_micro else config.num_hidden_layers
-    )  # memory/activations.py: never more than two on the device
+    # memory/activations.py: never more than two on the device
+    n_kept = 2 if plan.one_micro else config.num_hidden_layers
     working = 4 * products  # its products, their gradients, and fp32 between them
     return 2 * micro_rows * T * (n_kept * kept + working) / 2**30
 
@@ -258,9 +245,8 @@ def memory_gib(size: str, gpu: str, gpus: int, chosen: dict) -> dict[str, float]
     if kind == "lora":
         gib |= {"frozen": 2 * n["frozen"] / GIB, "adapters": 16 * n["trained"] / GIB}
     if kind == "offload":
-        gib["gradients_under_way"] = (6 if layout.dp_shard > 1 else 2) * n[
-            "unit"
-        ] / GIB + 0.5  # FSDP reduces them in fp32
+        # FSDP reduces them in fp32
+        gib["gradients_under_way"] = (6 if layout.dp_shard > 1 else 2) * n["unit"] / GIB + 0.5
         placed = offload_plan(
             n["trained"],
             chosen,
@@ -300,9 +286,8 @@ def elements(config: LlamaConfig, layout: "ParallelConfig", gpus: int, lora: boo
         blocks, rests = (
             [sum(math.prod(computing_shape(p)) for p in unit) for unit in kind] for kind in units(parts)
         )
-    gathered = (
-        sum(sorted(blocks)[-2:]) + sum(rests) if layout.dp_shard > 1 else 0
-    )  # a block at work, and the next
+    # a block at work, and the next
+    gathered = sum(sorted(blocks)[-2:]) + sum(rests) if layout.dp_shard > 1 else 0
     return {"trained": has[True], "frozen": has[False], "unit": max(blocks + rests), "gathered": gathered}
 
 

@@ -49,19 +49,15 @@ def lesson() -> None:
         spread = distribute_tensor(whole, mesh, placements)
         say(f"\n0 .. 15 as (4, 4), {name}: {spread.placements}")
         say_each(str(spread.to_local().int().tolist()))
-        assert_close(
-            spread.full_tensor(), whole, rtol=0, atol=0
-        )  # all-gathers over both axes: nothing was lost
+        # all-gathers over both axes: nothing was lost
+        assert_close(spread.full_tensor(), whole, rtol=0, atol=0)
 
     # ---- changing a placement is a collective ----
     say("\nFrom one placement to another over tp, and what that sends:")
     tp_mesh = mesh["tp"]
     slices = whole.chunk(2)[tp_mesh.get_local_rank()]  # (2, 4): rows 0 .. 1 or 2 .. 3
-    pieces = {
-        Shard(0): slices,
-        Replicate(): whole,
-        Partial(): whole / 2,
-    }  # halves sum to the whole without rounding
+    # halves sum to the whole without rounding
+    pieces = {Shard(0): slices, Replicate(): whole, Partial(): whole / 2}
     for before, after in [
         (Shard(0), Replicate()),
         (Partial(), Replicate()),
@@ -74,9 +70,8 @@ def lesson() -> None:
         say(
             f"  {before} {tuple(x.to_local().shape)} -> {after} {tuple(y.to_local().shape)}:  {collectives(trace)}"
         )
-        assert_close(
-            y.to_local(), pieces[after], rtol=0, atol=0
-        )  # the same numbers in another place, bit for bit
+        # the same numbers in another place, bit for bit
+        assert_close(y.to_local(), pieces[after], rtol=0, atol=0)
     # Shard(0) -> Shard(1) is an all-to-all; DTensor on gloo would gather and forget instead. Lesson 6 sends
     # it by hand.
 
@@ -88,13 +83,11 @@ def lesson() -> None:
     plain_y = x @ plain_weight
     plain_y.backward(grad_y)
 
-    spread_weight = distribute_tensor(
-        weight, mesh, [Replicate(), Shard(1)]
-    ).requires_grad_()  # (4, 6/tp) on each rank
+    # (4, 6/tp) on each rank
+    spread_weight = distribute_tensor(weight, mesh, [Replicate(), Shard(1)]).requires_grad_()
     with CommDebugMode() as trace:
-        y = (
-            distribute_tensor(x, mesh, [Shard(0), Replicate()], src_data_rank=None) @ spread_weight
-        )  # (8/dp, 6/tp)
+        # (8/dp, 6/tp)
+        y = distribute_tensor(x, mesh, [Shard(0), Replicate()], src_data_rank=None) @ spread_weight
     say(
         f"\ny = x @ w: x Shard(0) over dp, w Shard(1) over tp. Then y is {y.placements}; forward sent {collectives(trace)}."
     )
@@ -105,9 +98,8 @@ def lesson() -> None:
         f"sent {collectives(trace)}."
     )
     assert_close(y.full_tensor(), plain_y)
-    assert_close(
-        spread_weight.grad.full_tensor(), plain_weight.grad
-    )  # default fp32 tolerance: dp sums in another order
+    # default fp32 tolerance: dp sums in another order
+    assert_close(spread_weight.grad.full_tensor(), plain_weight.grad)
     say("\nproven: a matrix product over a 2 x 2 mesh equals that of one process, forward and gradient")
 
 

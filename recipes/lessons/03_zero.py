@@ -29,16 +29,14 @@ sent: list[int] = []  # bytes of each message, as the whole tensor that it moves
 
 
 def bytes_alive() -> int:
-    storages = [
-        t.untyped_storage() for t in gc.get_objects() if type(t) is Tensor
-    ]  # views share one: it counts once
+    # views share one: it counts once
+    storages = [t.untyped_storage() for t in gc.get_objects() if type(t) is Tensor]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def free(tensor: Tensor) -> None:
-    tensor.untyped_storage().resize_(
-        0
-    )  # as FSDP does: at once, though gloo's thread may hold the tensor a moment longer
+    # as FSDP does: at once, though gloo's thread may hold the tensor a moment longer
+    tensor.untyped_storage().resize_(0)
 
 
 def all_gather(shard: Tensor) -> Tensor:
@@ -65,13 +63,11 @@ def step(stage: int, rows: list[Tensor], S: int, rank: int) -> tuple[list[Tensor
     own = slice(rank * D // S, (rank + 1) * D // S) if stage >= 1 else slice(None)  # rows of each weight
     masters = [torch.randn(D, D).mul_(1.5 * D**-0.5)[own].clone() for _ in range(N_LAYERS)]
     moments = [(torch.zeros_like(w), torch.zeros_like(w)) for w in masters]
-    make_copy = lambda i: (
-        all_gather(masters[i].bfloat16()) if stage >= 1 else masters[i].bfloat16()
-    )  # (D, D), all of it
+    # (D, D), all of it
+    make_copy = lambda i: all_gather(masters[i].bfloat16()) if stage >= 1 else masters[i].bfloat16()
     done = free if stage == 3 else lambda copy: None
-    copies = [
-        make_copy(i) if stage < 3 else None for i in range(N_LAYERS)
-    ]  # before the step, to keep; or never
+    # before the step, to keep; or never
+    copies = [make_copy(i) if stage < 3 else None for i in range(N_LAYERS)]
     grads, peak = [torch.zeros(D // S if stage >= 2 else D, D) for _ in range(N_LAYERS)], 0
     for x in rows:
         activations = [x]
@@ -107,9 +103,8 @@ def lesson() -> None:
     S, rank, L = dist.get_world_size(), dist.get_rank(), N_LAYERS
     gc.freeze()  # torch's own objects: bytes_alive need not look at them again
     batch = torch.randn(M, S, B, D, generator=torch.Generator().manual_seed(1)).bfloat16()
-    plain_grads, plain_masters, _ = step(
-        0, [rows for micro in batch for rows in micro], S=1, rank=0
-    )  # all rows, alone
+    # all rows, alone
+    plain_grads, plain_masters, _ = step(0, [rows for micro in batch for rows in micro], S=1, rank=0)
     formulas = [  # 4/L: a layer's gradient, whole, while it is made; 2/L: the copy of the layer at work
         ("4 + 8 + 4 + 2 + 4/L", 18 + 4 / L, 8),
         ("12/S + 4 + 2 + 4/L", 12 / S + 6 + 4 / L, 2 + 4),
@@ -128,14 +123,12 @@ def lesson() -> None:
         say(
             f"  {stage}    {formula:23} = {kept:5.2f}{measured:11.2f}{moved:24}{measured_sent:10.2f}   in {len(sent)} messages"
         )
-        assert (
-            abs(measured / kept - 1) < 0.03 and measured_sent == moved
-        )  # 3 %: activations (B, D), and their gradients
+        # 3 %: activations (B, D), and their gradients
+        assert abs(measured / kept - 1) < 0.03 and measured_sent == moved
         own = slice(rank * D // S, (rank + 1) * D // S) if stage >= 1 else slice(None)
         for ours, plain in zip(grads + masters, plain_grads + plain_masters, strict=True):
-            assert_close(
-                ours, plain[own], rtol=1e-5, atol=1e-5
-            )  # fp32 sums of bf16 products, in another order
+            # fp32 sums of bf16 products, in another order
+            assert_close(ours, plain[own], rtol=1e-5, atol=1e-5)
         del grads, masters, ours
     say(
         "\nproven: all four stages make the gradients and weights of one process, and keep and send what the formulas say"

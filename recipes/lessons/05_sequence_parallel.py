@@ -70,9 +70,8 @@ LESSON_4 = (same, all_reduce), (all_reduce, same)
 SEQUENCE = (all_gather, reduce_scatter), (reduce_scatter, all_gather)
 
 
-def blocks(
-    x: Tensor, weights: list[list[Tensor]], enter, leave
-) -> Tensor:  # one process's code, but for the two doors
+# one process's code, but for the two doors
+def blocks(x: Tensor, weights: list[list[Tensor]], enter, leave) -> Tensor:
     for norm, up, down in weights:  # (D,), (F/tp, D), (D, F/tp)
         h = Mirror.apply(F.rms_norm(x, (D,), norm), *enter)  # (B, T, D)
         h = F.silu(h @ up.T) @ down.T  # (B, T, D) sum:tp

@@ -33,9 +33,8 @@ TOKENS, HEADS = 1, 2  # dims of q, k, v and out: (B, T, H, E)
 
 def trade(x: Tensor, split: int, join: int) -> Tensor:
     """Split dim `split` over the ranks and join dim `join`: (B, T/cp, H, E) -> (B, T, H/cp, E), or back."""
-    parts = torch.stack(
-        x.chunk(dist.get_world_size(), dim=split)
-    )  # (cp, B, T/cp, H/cp, E): part r is for rank r
+    # (cp, B, T/cp, H/cp, E): part r is for rank r
+    parts = torch.stack(x.chunk(dist.get_world_size(), dim=split))
     received = torch.empty_like(parts)  # part r is from rank r
     dist.all_to_all_single(received, parts)
     return torch.cat(received.unbind(), dim=join)  # in order of ranks: tokens and heads stay in order
@@ -71,9 +70,8 @@ def ulysses(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def layer(x: Tensor, qkv: Tensor, o: Tensor, attend) -> Tensor:
     """Attention with its projections, (B, t, D) -> (B, t, D); only `attend` knows whether t is T or T/cp."""
-    q, k, v = (
-        (x @ qkv.T).unflatten(-1, (3, H, E)).unbind(2)
-    )  # (B, t, H, E) each. RoPE, which turns q and k by
+    # (B, t, H, E) each. RoPE, which turns q and k by
+    q, k, v = (x @ qkv.T).unflatten(-1, (3, H, E)).unbind(2)
     return attend(q, k, v).flatten(2) @ o.T  # position, would need the true ones of the share
 
 

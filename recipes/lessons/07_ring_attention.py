@@ -87,9 +87,8 @@ def ring(q: Tensor, k: Tensor, v: Tensor, order: str) -> tuple[Tensor, list[int]
         if turn == 0:
             out, lse = attend(q, *kv, mask)
         else:
-            out, lse = merge(
-                out, lse, *attend(q, *kv, mask)
-            )  # a kernel would skip the slices that are masked
+            # a kernel would skip the slices that are masked
+            out, lse = merge(out, lse, *attend(q, *kv, mask))
         if turn + 1 < cp:
             say(f"    forward, hop: k and v {tuple(kv.shape)} go to the next rank")
             kv = Hop.apply(kv)

@@ -69,9 +69,8 @@ def run(
             x = micros[i] if first else x.requires_grad_()
             y = part(x)  # (ROWS, D)
             if last:
-                y = (
-                    (y - targets[i]) ** 2
-                ).sum() / targets.numel()  # this microbatch's share of the mean over all
+                # this microbatch's share of the mean over all
+                y = ((y - targets[i]) ** 2).sum() / targets.numel()
                 loss += y.detach()
             kept[i] = x, y  # y drags along all that backward needs
             most_kept = max(most_kept, len(kept))
@@ -114,9 +113,8 @@ def lesson() -> None:
     for schedule in (gpipe, one_f_one_b):
         works = schedule(stage, n_stages, N_MICRO)
         part = make_layers()[own]  # this rank's layers; the others are forgotten
-        total_s, loss, notes, most_kept = min(
-            run(part, micros, targets, works) for _ in range(4)
-        )  # the fastest of 4
+        # the fastest of 4
+        total_s, loss, notes, most_kept = min(run(part, micros, targets, works) for _ in range(4))
         busy_s = sum(end - start for _, start, end in notes)
         say(
             f"{schedule.__name__}: {total_s * 1e3:.0f} ms; bubbles of equal stages would be {ideal:.0%} of the time"
@@ -132,9 +130,8 @@ def lesson() -> None:
         if stage == n_stages - 1:
             assert_close(loss, plain_loss.item(), rtol=1e-5, atol=0)  # fp32: a sum of four sums
         for ours, plain in zip(part.parameters(), layers[own].parameters(), strict=True):
-            assert_close(
-                ours.grad, plain.grad, rtol=1e-4, atol=1e-8
-            )  # of four microbatches added up, not one batch
+            # of four microbatches added up, not one batch
+            assert_close(ours.grad, plain.grad, rtol=1e-4, atol=1e-8)
     say(
         "\nproven: 2 stages and 4 microbatches give one process's loss and gradients; 1f1b keeps 2 of them where gpipe keeps 4"
     )

@@ -55,9 +55,8 @@ KINDS = (
     "ring-attention-backward",
     "ring-attention",
 )
-axis_of_group: dict[
-    str, str
-] = {}  # of all meshes so far: DTensor may reuse the groups of an earlier, equal one
+# of all meshes so far: DTensor may reuse the groups of an earlier, equal one
+axis_of_group: dict[str, str] = {}
 
 
 class CountMessages(TorchDispatchMode):
@@ -95,13 +94,11 @@ def train_step(
     for part in (parts := parallelize(model, mesh, layout)):
         part.to_empty(device="cpu")  # this rank's shards, without values
     init_weights(model, seed=0)  # from the names: the same under any layout
-    columns = [
-        x[mesh["dp"].get_local_rank() :: layout.dp] for x in (tokens, labels)
-    ]  # (ROWS/dp, T): this dp rank's
+    # (ROWS/dp, T): this dp rank's
+    columns = [x[mesh["dp"].get_local_rank() :: layout.dp] for x in (tokens, labels)]
     if layout.cp > 1:
-        columns = [
-            shard_sequence(x, mesh["cp"], layout.cp_method) for x in columns
-        ]  # (ROWS/dp, T/cp): this cp rank's
+        # (ROWS/dp, T/cp): this cp rank's
+        columns = [shard_sequence(x, mesh["cp"], layout.cp_method) for x in columns]
     micros = [Batch(*row, None) for row in zip(*(x.split(1) for x in columns), strict=True)]
     runner = make_step_runner(
         parts,
@@ -139,9 +136,8 @@ def train_step(
 
 
 def lesson() -> None:
-    logging.getLogger("torch.distributed.tensor").setLevel(
-        logging.ERROR
-    )  # its advice on speed is not for tiny models
+    # its advice on speed is not for tiny models
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
     tokens, labels = torch.randint(TINY.vocab_size, (2, ROWS, T), generator=torch.Generator().manual_seed(1))
     labels[2:, T // 2 :] = -100  # the last rows have fewer scored tokens
     plain = Llama(TINY)  # one process
@@ -153,9 +149,8 @@ def lesson() -> None:
         say(
             f"  loss {loss:.6f}, one process {plain_loss.item():.6f}; gradient norm {norm:.6f}, one process {plain_norm:.6f}\n"
         )
-        assert_close(
-            [loss, norm], [plain_loss.item(), plain_norm], rtol=0, atol=2e-5
-        )  # the project's promise for fp32
+        # the project's promise for fp32
+        assert_close([loss, norm], [plain_loss.item(), plain_norm], rtol=0, atol=2e-5)
         for name, grad in grads.items():
             assert_close(grad, plain.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
 

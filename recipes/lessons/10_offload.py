@@ -22,14 +22,8 @@ from common import run_lesson, say
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-L, D, ROWS, STEPS, CHUNK, MAX_NORM = (
-    3,
-    64,
-    8,
-    10,
-    1024,
-    0.1,
-)  # layers, width, rows per rank; elements; of the gradient
+# layers, width, rows per rank; elements; of the gradient
+L, D, ROWS, STEPS, CHUNK, MAX_NORM = 3, 64, 8, 10, 1024, 0.1
 LR, BETA1, BETA2, EPS, DECAY = 1e-2, 0.9, 0.95, 1e-5, 0.1  # LLaMA-2's but for LR
 PLANS = {"all resident": "R", "all streamed": "S", "all on the CPU": "C", "two of each": "RRSCSC"}
 draw = lambda *shape, seed: torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -66,9 +60,8 @@ class Chunk:
 
     def gradient_arrives(self, grad: Tensor) -> None:
         take("device", grad.nbytes)  # backward has it now; of CPU chunks it leaves
-        self.grad = (
-            copy(grad, "out") if self.place == "C" else grad
-        )  # at once: they never add up on the device
+        # at once: they never add up on the device
+        self.grad = copy(grad, "out") if self.place == "C" else grad
         take("device", -grad.nbytes)
         take(self.home, grad.nbytes)
 
@@ -103,9 +96,8 @@ def train_with(plan: str) -> Tensor:
         (grads,) = torch.autograd.grad(loss_of(weights, draw(2 * ROWS, D, seed=step).chunk(2)[rank]), weights)
         dist.all_reduce(grads)  # lesson 3 reduce-scatters: the same sum
         own = grads.chunk(2)[rank]  # (N/2,)
-        for chunk, grad in reversed(
-            list(zip(chunks, own.split(CHUNK), strict=True))
-        ):  # the last layer's come first
+        # the last layer's come first
+        for chunk, grad in reversed(list(zip(chunks, own.split(CHUNK), strict=True))):
             chunk.gradient_arrives(grad)
         dist.all_reduce(squares := own.square().sum())  # over all shards, once
         for chunk in chunks:  # forward needs the first ones first
@@ -131,9 +123,8 @@ def lesson() -> None:
             f"{name:16}{peak['device'] / n:6.2f}{peak['host'] / n:8.2f}{sent['out'] / n:11.2f}{sent['in'] / n:10.2f}   "
             f"{(ends[-1] - plain).abs().max().item():.1e}"
         )
-        assert_close(
-            ends[-1], plain.detach(), rtol=1e-5, atol=1e-6
-        )  # fp32: only the order of summation differs
+        # fp32: only the order of summation differs
+        assert_close(ends[-1], plain.detach(), rtol=1e-5, atol=1e-6)
         assert torch.equal(ends[-1], ends[0]), "a plan changed the numbers"
     say(
         f"\nproven: {len(PLANS)} plans end with the same weights, bit for bit, and those of torch's AdamW on one process"

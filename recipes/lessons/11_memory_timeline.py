@@ -101,9 +101,8 @@ def lesson() -> None:
         for i in range(STEPS)
     ]
     for host_adam, forward in zip(steps, began[1:], strict=False):
-        done = {
-            int(what.split()[1]): end for what, _, _, end in host_adam
-        }  # chunk, which is layer -> its end
+        # chunk, which is layer -> its end
+        done = {int(what.split()[1]): end for what, _, _, end in host_adam}
         cpu = [chunk.index for chunk in manager.chunks if chunk.placement is Placement.CPU]
         assert sorted(done) == cpu
         assert all(done[layer] <= forward[layer] for layer in cpu), (
