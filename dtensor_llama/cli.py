@@ -138,7 +138,7 @@ def run_recipe(
     except UsageError as error:
         if os.environ.get("LOCAL_RANK", "0") not in ("", "0"):
             time.sleep(3)  # torchrun ends us as soon as rank 0, which printed the same, is gone
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {in_flags(str(error), config_class)}", file=sys.stderr, flush=True)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         rank, said = os.environ.get("RANK", "0"), str(error).partition(" If reserved but unallocated")[0]
@@ -153,6 +153,54 @@ def run_recipe(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def in_flags(message: str, config_class: type) -> str:
+    """A message of the packages as a user of a recipe knows its settings: fields become the recipe's flags.
+
+    The packages know no flags. Their messages name a field of a configuration as Python would, with its value
+    (`tp=3`) or alone in backticks, and put its group in front where two groups have a field of that name
+    (`lora.rank=0`). With the dataclass of pretrain.py:
+
+        tp=3 and sequence_parallel=True: leave `virtual_stages` out, or use tp=2
+        --parallel.tp 3 and --parallel.sequence-parallel: leave --parallel.virtual-stages out, or use --parallel.tp 2
+
+    What is no field of `config_class` stays as it is.
+    """
+    flags = _flags_by_field(config_class, "")
+
+    def with_value(match: re.Match) -> str:
+        flag, value = flags.get(match["field"]), match["value"]
+        if flag is None:
+            return match[0]
+        if value == "False":
+            group, dot, name = flag.rpartition(".")
+            return f"--{group}{dot}no-{name}"
+        return f"--{flag}" if value == "True" else f"--{flag} {value}"
+
+    def alone(match: re.Match) -> str:
+        flag = flags.get(match["field"])
+        return match[0] if flag is None else f"--{flag}"
+
+    message = re.sub(r"`(?P<field>[a-z_.]+)`", alone, message)
+    return re.sub(r"(?<![\w.-])(?P<field>[a-z_.]+)=(?P<value>True\b|False\b|(?=\S))", with_value, message)
+
+
+def _flags_by_field(config_class: type, prefix: str) -> dict[str, str]:
+    """{field: flag without its dashes}: each field as `group.field`, and alone where no other has its name."""
+    flags: dict[str, str] = {}
+    shared = set()
+    hints = get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        flag = prefix + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(hints[field.name]):
+            inner = _flags_by_field(hints[field.name], f"{flag}.")
+            shared |= flags.keys() & inner.keys()
+            flags |= inner | {f"{field.name}.{name}": own for name, own in inner.items()}
+        else:
+            shared |= flags.keys() & {field.name}
+            flags[field.name] = flag
+    return {name: flag for name, flag in flags.items() if name not in shared}
 
 
 def _stdout_is_lost() -> bool:

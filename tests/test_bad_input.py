@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from recipe import ROOT, recipe
 from recipe import pretrain_flags as flags
 
 from dtensor_llama import LlamaConfig
-from dtensor_llama.cli import run_recipe
+from dtensor_llama.cli import in_flags, run_recipe
 from memory import MemoryConfig
+from recipes.sft import SftConfig
 
 
 def refused(*arguments, name: str = "pretrain", ranks: int = 1) -> str:
@@ -223,3 +225,34 @@ def test_a_device_without_more_memory_is_one_line_with_what_would_help(monkeypat
         for part in ("--train.micro-batch-size", "--memory.device-budget-gib", "to allocate 2.00 GiB")
     )
     assert "If reserved" not in said
+
+
+@pytest.mark.parametrize(
+    "message, said",
+    [
+        ("tp=3 does not divide 4 heads", "--parallel.tp 3 does not divide 4 heads"),
+        ("sequence_parallel=False, compile=True", "--parallel.no-sequence-parallel, --train.compile"),
+        ("leave `virtual_stages` out", "leave --parallel.virtual-stages out"),
+        ("lora.rank=8, `lora.rank`, rank=8", "--lora.rank 8, --lora.rank, --lora.rank 8"),
+        ("model=llama and data.seq_len=5", "--model llama and --data.seq-len 5"),
+        (
+            "RANK=3, x.tp=3, x_tp=3, unheard_of=1, `unheard_of`",
+            "RANK=3, x.tp=3, x_tp=3, unheard_of=1, `unheard_of`",
+        ),
+    ],
+)
+def test_a_packages_fields_are_the_recipes_flags_in_what_a_user_reads(message, said):
+    assert in_flags(message, SftConfig) == said
+
+
+def test_a_field_that_two_groups_have_needs_its_group():
+    @dataclass
+    class Group:
+        rank: int = 0
+
+    @dataclass
+    class Config:
+        lora: Group = field(default_factory=Group)
+        other: Group = field(default_factory=Group)
+
+    assert in_flags("rank=1, lora.rank=1", Config) == "rank=1, --lora.rank 1"
