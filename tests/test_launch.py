@@ -17,6 +17,8 @@ from recipe import pretrain_flags as own_flags
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
+from parallel.apply import Computation
+
 LAUNCH = ROOT / "recipes/launch"
 sys.path[:0] = [str(LAUNCH), str(ROOT / "recipes")]
 
@@ -147,7 +149,9 @@ def test_model_mesh_and_optimizer_are_built_at_full_size_and_a_rank_fits_its_gpu
             apply_lora(model, cfg.lora, frozen_dtype=torch.bfloat16)
         if cfg.memory.is_on:
             model.to(torch.bfloat16)
-        parts = parallelize(model, mesh, layout, compute_dtype=torch.bfloat16, recompute=cfg.train.recompute)
+        parts = parallelize(
+            model, mesh, layout, Computation(dtype=torch.bfloat16, recompute=cfg.train.recompute)
+        )
         optimizer = build_adamw(model, cfg.train.lr, cfg.train.weight_decay)
         if cfg.memory.is_on:  # it refuses at once what its budgets cannot hold
             config_here = replace(cfg.memory, kernel="blocks")  # a compiled one would run, to be warm

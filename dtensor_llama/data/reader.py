@@ -25,6 +25,13 @@ class Batch(NamedTuple):
     labels: Tensor  # (B, T) int64: the next token, or NOT_SCORED
     positions: Tensor | None  # (B, T) int64, counted from the document's start; None without document_mask
 
+    def to(self, device: torch.device) -> "Batch":
+        """Copy tokens and labels to the device. Positions stay on the host, where the starts of documents are
+        found without waiting for the device; the model copies them itself."""
+        tokens = self.tokens.to(device, non_blocking=True)
+        labels = self.labels.to(device, non_blocking=True)
+        return Batch(tokens, labels, self.positions)
+
 
 def make_batch(rows: PackedRows, indices: np.ndarray, document_mask: bool, pin_memory: bool = False) -> Batch:
     """The rows `indices` as one batch. Under document_mask a label of another document than its token isn't
