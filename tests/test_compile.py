@@ -19,8 +19,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtensor_llama import Llama, LlamaConfig, loss
+from dtensor_llama.chat.lora import LoraConfig, apply_lora, init_lora
 from dtensor_llama.data.reader import Batch
-from dtensor_llama.lora import LoraConfig, apply_lora, init_lora
 from dtensor_llama.model import init_weights
 from memory.activations import offload_block_inputs
 from parallel import ParallelConfig, build_mesh, parallelize

@@ -13,8 +13,7 @@ from torch.testing import assert_close
 from versions import marks_for
 
 from dtensor_llama import Llama, UsageError, save_hf
-from dtensor_llama.data.reader import Batch
-from dtensor_llama.lora import (
+from dtensor_llama.chat.lora import (
     LoraConfig,
     adapter_parameters,
     apply_lora,
@@ -23,6 +22,7 @@ from dtensor_llama.lora import (
     n_adapter_parameters,
     save_adapter,
 )
+from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
 from parallel import ParallelConfig, build_mesh, parallelize

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from pool import run_on
 
 from dtensor_llama import Llama, LlamaConfig
+from dtensor_llama.chat.lora import LoraConfig, apply_lora
 from dtensor_llama.data.reader import Batch
-from dtensor_llama.lora import LoraConfig, apply_lora
 from dtensor_llama.model import LlamaMLP
 from memory import MemoryConfig
 from parallel import ParallelConfig, build_mesh
