@@ -41,7 +41,7 @@ from dtensor_llama import Llama, LlamaConfig
 from dtensor_llama.attention import choose_attention
 from dtensor_llama.cli import read_launch, run_recipe
 from dtensor_llama.data.reader import Batch, RowReader
-from dtensor_llama.data.rows import PackedRows
+from dtensor_llama.data.sequences import PackedRows
 from dtensor_llama.data.sources import TextOptions
 from dtensor_llama.data.tokenize import prepare_corpus
 from dtensor_llama.data.tokenizer import load_tokenizer

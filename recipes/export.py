@@ -77,7 +77,7 @@ def main(cfg: ExportConfig) -> None:
     if GENERATION in saved.meta:  # else save_hf's, from the ids of the model
         save_generation_config(out, saved.meta[GENERATION])
     if "--lora" in saved.meta:  # of sft.py, which trains with LLaMA-2's template if there is none
-        from dtensor_llama.data.template import ChatTemplate
+        from dtensor_llama.chat.template import ChatTemplate
 
         tokenizer.save(out, chat_template=ChatTemplate(tokenizer).source)
     else:
@@ -111,7 +111,7 @@ def merge_and_save(
 ) -> None:
     """The adapters of a LoRA checkpoint, merged into the weights they were trained beside, held as they were
     held there."""
-    from dtensor_llama.lora import LoraConfig, adapter_parameters, apply_lora, merge_lora
+    from dtensor_llama.chat.lora import LoraConfig, adapter_parameters, apply_lora, merge_lora
 
     refuse_hub_name(str(base), "--base")
     if not base.is_dir():

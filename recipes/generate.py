@@ -275,7 +275,7 @@ def encode(cfg: GenerateConfig, text: str, tokenizer, config: LlamaConfig, templ
 
 
 def chat_template(tokenizer):
-    from dtensor_llama.data.template import ChatTemplate
+    from dtensor_llama.chat.template import ChatTemplate
 
     return ChatTemplate(tokenizer)
 

@@ -38,9 +38,8 @@ from dtensor_llama.checkpoint import Checkpointer, restore_training_state, train
 from dtensor_llama.cli import FilePath, read_launch, run_recipe
 from dtensor_llama.config import generation_config, read_generation_config
 from dtensor_llama.data.mix import open_rows
-from dtensor_llama.data.preview import say_skipped
 from dtensor_llama.data.reader import Batch, RowReader, validation_batches
-from dtensor_llama.data.rows import PackedRows
+from dtensor_llama.data.sequences import PackedRows, say_skipped
 from dtensor_llama.data.sources import TextOptions
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
 from dtensor_llama.flops import hardware_flops_per_token, model_flops_per_token, peak_flops

@@ -48,17 +48,10 @@ from pretrain import (
 
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf, save_hf
 from dtensor_llama.attention import choose_attention
-from dtensor_llama.checkpoint import Checkpointer, training_state
-from dtensor_llama.cli import FilePath, read_launch, run_recipe
-from dtensor_llama.data.chat import ChatOptions
-from dtensor_llama.data.preview import preview, say_data, say_skipped
-from dtensor_llama.data.reader import RowReader, validation_batches
-from dtensor_llama.data.rows import ChatCorpus, PackedExamples
-from dtensor_llama.data.template import ChatTemplate, RawTemplate
-from dtensor_llama.data.tokenize import prepare_chat, template_of
-from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
-from dtensor_llama.flops import hardware_flops_per_token, model_flops_per_token, peak_flops
-from dtensor_llama.lora import (
+from dtensor_llama.chat.answers import answer, held_out_prompts
+from dtensor_llama.chat.conversations import ChatOptions
+from dtensor_llama.chat.corpus import ChatCorpus, prepare_chat
+from dtensor_llama.chat.lora import (
     LoraConfig,
     apply_lora,
     init_lora,
@@ -66,10 +59,19 @@ from dtensor_llama.lora import (
     n_adapter_parameters,
     save_adapter,
 )
+from dtensor_llama.chat.neftune import Neftune
+from dtensor_llama.chat.packing import PackedExamples
+from dtensor_llama.chat.preview import preview, say_data
+from dtensor_llama.chat.template import ChatTemplate, RawTemplate, template_of
+from dtensor_llama.checkpoint import Checkpointer, training_state
+from dtensor_llama.cli import FilePath, read_launch, run_recipe
+from dtensor_llama.data.reader import RowReader, validation_batches
+from dtensor_llama.data.sequences import say_skipped
+from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
+from dtensor_llama.flops import hardware_flops_per_token, model_flops_per_token, peak_flops
 from dtensor_llama.loss import choose_loss
 from dtensor_llama.metrics import GIB, LateReader, PeakMemory, RunLog, SkippedSteps, draw_loss_curve
 from dtensor_llama.model import init_weights
-from dtensor_llama.neftune import Neftune
 from dtensor_llama.places import cache_folders, readable
 from dtensor_llama.run import (
     CONTENT,
@@ -85,7 +87,6 @@ from dtensor_llama.run import (
 from dtensor_llama.weights import check_hf
 from memory import MemoryConfig
 from parallel import ParallelConfig, build_mesh
-from parallel.answers import answer, held_out_prompts
 from parallel.apply import Computation
 from parallel.assemble import Offload, adamw, assemble, check_skips
 from parallel.config import AXES, check_parallel

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training import forward_backward, make_training, nats_of
 
 from dtensor_llama import Llama, LlamaConfig, loss
+from dtensor_llama.chat.lora import LoraConfig, apply_lora, init_lora
 from dtensor_llama.data.reader import Batch
-from dtensor_llama.lora import LoraConfig, apply_lora, init_lora
 from dtensor_llama.model import init_weights
 from memory.activations import offload_block_inputs
 from parallel import ParallelConfig

@@ -26,8 +26,8 @@ import pretrain  # noqa: E402
 from sizes import GPUS, HOST, RATES, TABLE, T, flags, memory_gib  # noqa: E402
 
 from dtensor_llama import Llama, LlamaConfig, UsageError  # noqa: E402
+from dtensor_llama.chat.lora import apply_lora, n_adapter_parameters  # noqa: E402
 from dtensor_llama.cli import parse_cli  # noqa: E402
-from dtensor_llama.lora import apply_lora, n_adapter_parameters  # noqa: E402
 from dtensor_llama.optim import build_adamw  # noqa: E402
 from memory import ChunkManager  # noqa: E402
 from memory.chunk import GIB  # noqa: E402

@@ -14,8 +14,7 @@ from training import forward_backward, make_training
 from versions import marks_for
 
 from dtensor_llama import Llama, UsageError, save_hf
-from dtensor_llama.data.reader import Batch
-from dtensor_llama.lora import (
+from dtensor_llama.chat.lora import (
     LoraConfig,
     adapter_parameters,
     apply_lora,
@@ -24,6 +23,7 @@ from dtensor_llama.lora import (
     n_adapter_parameters,
     save_adapter,
 )
+from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import init_weights
 from parallel import ParallelConfig
 from parallel.apply import Computation

@@ -17,8 +17,8 @@ from pool import run_on
 from training import nats_of
 
 from dtensor_llama import Llama, LlamaConfig
+from dtensor_llama.chat.lora import LoraConfig, apply_lora
 from dtensor_llama.data.reader import Batch
-from dtensor_llama.lora import LoraConfig, apply_lora
 from dtensor_llama.model import LlamaMLP
 from parallel import ParallelConfig, build_mesh
 from parallel.apply import Computation

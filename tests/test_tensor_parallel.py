@@ -16,8 +16,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtensor_llama import Llama, LlamaConfig, loss
+from dtensor_llama.chat.lora import LoraConfig, apply_lora
 from dtensor_llama.errors import UsageError
-from dtensor_llama.lora import LoraConfig, apply_lora
 from dtensor_llama.model import KVCache, init_weights
 from parallel.recompute import apply_recompute
 from parallel.tensor import apply_tensor_parallel, check_tensor_parallel, describe, lora_plan, tensor_plan

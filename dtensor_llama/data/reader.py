@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtensor_llama.data.rows import PackedRows
+from dtensor_llama.data.sequences import PackedRows
 from dtensor_llama.errors import UsageError
 
 NOT_SCORED = -100  # the label that cross-entropy leaves out

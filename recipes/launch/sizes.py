@@ -270,7 +270,7 @@ def elements(config: LlamaConfig, layout: "ParallelConfig", gpus: int, lora: boo
     import torch
 
     from dtensor_llama import Llama
-    from dtensor_llama.lora import LoraConfig, apply_lora
+    from dtensor_llama.chat.lora import LoraConfig, apply_lora
     from dtensor_llama.shards import local
     from parallel import build_mesh, parallelize
     from parallel.explain import computing_shape, pretend, units
