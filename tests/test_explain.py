@@ -49,8 +49,13 @@ def build(run: Run):
     init_weights(training.model, seed=0)
     tokens_and_labels = torch.randint(64, (2, run.n_micros, ROWS, run.seq_len // run.layout.cp))
     micros = [Batch(*micro, None) for micro in zip(*tokens_and_labels, strict=True)]
-    mesh = training.layout.mesh
-    return mesh, training.model, training.stages, lambda: forward_backward(training, micros, 64)
+
+    def step(recorder: Recorder | None = None):
+        if recorder:
+            training.pipeline.recorder = recorder
+        return forward_backward(training, micros, 64)
+
+    return training.layout.mesh, training.model, training.stages, step
 
 
 # ---- traffic ----
