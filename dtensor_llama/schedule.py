@@ -2,10 +2,36 @@
 (arXiv:2307.09288, sec. 2.2)."""
 
 import math
+from typing import Any, NamedTuple
+
+
+class Schedule(NamedTuple):
+    """The settings of the learning rate. `learning_rate` takes any object that has these four fields."""
+
+    steps: int  # optimizer steps of the whole run
+    lr: float  # the peak
+    min_lr: float | None = None  # where the cosine ends; None: a tenth of the peak
+    warmup_steps: int | None = None  # None: 2 % of the steps, at most LLaMA-2's 2,000
+
+    @classmethod
+    def named(cls, settings: dict[str, Any]) -> "Schedule":
+        """Take the four fields from settings by the end of their names: min_lr from "train.min-lr"."""
+        by_field = {name.rpartition(".")[2].replace("-", "_"): value for name, value in settings.items()}
+        return cls(*(by_field[field] for field in cls._fields))
+
+
+def learning_rate(schedule: Schedule, step: int) -> float:
+    """Return the learning rate of step `step` in 0 .. steps - 1."""
+    warmup_steps, min_lr = schedule.warmup_steps, schedule.min_lr
+    if warmup_steps is None:
+        warmup_steps = min(2000, schedule.steps // 50)
+    if min_lr is None:
+        min_lr = schedule.lr / 10
+    return cosine_lr(step, schedule.steps, warmup_steps, schedule.lr, min_lr)
 
 
 def cosine_lr(step: int, steps: int, warmup_steps: int, peak_lr: float, min_lr: float) -> float:
-    """Learning rate of step `step` in 0 .. steps - 1: rises to peak_lr over warmup_steps, ends at min_lr."""
+    """Return the rate of one step: it rises to peak_lr over warmup_steps, and ends at min_lr."""
     if step < warmup_steps:
         return peak_lr * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)

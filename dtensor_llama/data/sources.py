@@ -119,7 +119,7 @@ def expand_paths(patterns: Sequence[str | Path], formats: tuple[str, ...] = FORM
 
 def _matches(pattern: str) -> list[Path]:
     """The files of one argument, at least one. UsageError for what is there and cannot be read as a file."""
-    path = Path(expanded(pattern, "--data.path"))
+    path = Path(expanded(pattern, "data.path"))
     if path.is_dir():
         raise UsageError(
             f"--data.path {pattern}: is a folder; name the files in it, as in '{pattern}/**/*.jsonl'."

@@ -226,8 +226,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     format under that name) and has as many pieces as tokenizer.json without its added tokens. Raises
     UsageError.
     """
-    refuse_hub_name(str(path), "--data.tokenizer")
-    path = Path(expanded(str(path), "--data.tokenizer"))
+    refuse_hub_name(str(path), "tokenizer")
+    path = Path(expanded(str(path), "tokenizer"))
     given = f"--data.tokenizer {path}"
     if not path.exists():
         raise UsageError(
