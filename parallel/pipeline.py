@@ -41,7 +41,6 @@ from torch.utils.checkpoint import GraphExecGroup
 
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.data.reader import Batch
-from dtensor_llama.errors import UsageError
 from dtensor_llama.model import Llama
 from dtensor_llama.shards import local
 from parallel.schedule_picture import Recorder
@@ -104,80 +103,6 @@ def stage_indices(schedule: str, pp: int, virtual_stages: int) -> list[list[int]
     if SCHEDULES[schedule].v_shaped:
         return [[rank, 2 * pp - 1 - rank] for rank in range(pp)]
     return [list(range(rank, pp * virtual_stages, pp)) for rank in range(pp)]
-
-
-def check_pipeline(
-    config: LlamaConfig,
-    pp: int,
-    schedule: str,
-    virtual_stages: int,
-    n_microbatches: int,
-    recompute: str = "none",
-    compile: bool = False,
-) -> None:
-    """UsageError if this pipeline cannot run. n_microbatches: per dp rank and step."""
-    if schedule not in SCHEDULES:
-        raise UsageError(f"--parallel.schedule {schedule} is not one of {', '.join(SCHEDULES)}.")
-    if pp == 1:
-        return
-    kind, flag = SCHEDULES[schedule], f"--parallel.schedule {schedule}"
-    if schedule in ("gpipe", "1f1b") and virtual_stages != 1:
-        raise UsageError(
-            f"{flag} runs one stage per rank and --parallel.virtual-stages is {virtual_stages}; use "
-            "--parallel.virtual-stages 1, or --parallel.schedule interleaved-1f1b or zero-bubble."
-        )
-    if kind.v_shaped and virtual_stages != 2:
-        raise UsageError(
-            f"{flag} runs exactly two stages per rank and --parallel.virtual-stages is {virtual_stages}; "
-            "use --parallel.virtual-stages 2."
-        )
-    least = 2 if schedule == "interleaved-1f1b" else 1
-    if virtual_stages < least:
-        raise UsageError(
-            f"{flag} needs --parallel.virtual-stages of at least {least} and it is {virtual_stages}"
-            + ("; with one stage per rank it would be 1f1b." if least == 2 else ".")
-        )
-    n_stages, n_layers = pp * virtual_stages, config.num_hidden_layers
-    if n_stages > n_layers:
-        works = [f"--parallel.pp {n}" for n in [n_layers // virtual_stages] if n > 1]
-        works += [
-            f"--parallel.virtual-stages {n}" for n in [n_layers // pp] if n >= least and not kind.v_shaped
-        ]
-        raise UsageError(
-            f"--parallel.pp {pp} x --parallel.virtual-stages {virtual_stages} = {n_stages} stages, and the model "
-            f"has {n_layers} layers; each stage needs one. Use at most {' or '.join(works) or '--parallel.pp 1'}"
-            f"{'' if virtual_stages == 1 else ', or --parallel.schedule 1f1b'}."
-        )
-    counted = (
-        f"--train.global-batch-size and --train.micro-batch-size make {n_microbatches} microbatches a step"
-    )
-    least, other = {"1f1b": (pp, "gpipe"), "dualpipev": (2 * pp, "zbv")}.get(schedule, (1, ""))
-    if n_microbatches < least:
-        raise UsageError(
-            f"{flag} needs a microbatch for each of its {least} stages and {counted}; use smaller micro-batches, "
-            f"a larger batch, or --parallel.schedule {other}."
-        )
-    rounds = max(1, n_microbatches // pp)
-    if schedule in ("interleaved-1f1b", "zero-bubble") and n_microbatches % rounds:
-        lower = n_microbatches // pp * pp
-        raise UsageError(
-            f"{flag} sends microbatches in rounds of about --parallel.pp {pp}, all of one size, and {counted}, "
-            f"which {rounds} rounds do not divide; use {lower} or {lower + pp} microbatches."
-        )
-    if kind.splits_backward and torch.__version__.startswith("2.11."):
-        # There the halves cannot pass through an autograd.Function, and the loss is one.
-        raise UsageError(
-            f"{flag} runs backward in two halves, which fails inside torch {torch.__version__}; use a newer "
-            "torch, or --parallel.schedule 1f1b or interleaved-1f1b."
-        )
-    if kind.splits_backward and (compile or recompute == "selective"):
-        # A compiled block has one graph for both gradients and would run it whole, twice; selective lets go
-        # of what it kept after the first half.
-        what = "--train.compile" if compile else "--train.recompute selective"
-        raise UsageError(
-            f"{flag} runs backward in two halves, which {what} cannot do; use --parallel.schedule 1f1b or "
-            f"interleaved-1f1b{'' if compile else ', or --train.recompute full'}."
-        )
 
 
 # ---- Cutting the model -------------------------------------------------------------------------------------

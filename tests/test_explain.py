@@ -340,7 +340,7 @@ def test_the_recipe_draws_the_mesh_and_writes_the_facts(tmp_path):
         (["--memory.placement", "auto"], "--memory.placement auto"),
         (["--gpus", 0], "--gpus 0 is not possible"),
         (["--rank", 4], "--rank 4 is not one of --gpus 4; use 0 to 3"),
-        (["--parallel.tp", 3], "--parallel.tp 3 needs a multiple of 3"),
+        (["--parallel.tp", 3], "--parallel.tp 3, which needs a multiple of 3"),
         (["--parallel.pp", 4, "--train.global-batch-size", 2], "needs a microbatch for each"),
     ],
 )

@@ -33,7 +33,7 @@ from memory import ChunkManager  # noqa: E402
 from memory.chunk import GIB  # noqa: E402
 from memory.tracer import Rates  # noqa: E402
 from parallel import build_mesh, parallelize  # noqa: E402
-from parallel.config import check_parallel  # noqa: E402
+from parallel.config import Job, check_parallel  # noqa: E402
 from parallel.explain import pretend  # noqa: E402
 from parallel.fit import fit  # noqa: E402
 
@@ -74,8 +74,7 @@ def parsed(recipe: str, size: str, gpu: str, gpus: int):
             n_adapter=n_adapter_parameters(config, cfg.lora) if cfg.lora.rank else 0,
             offloads=cfg.memory.is_on,
         )
-    n_micros = check_parallel(
-        layout,
+    job = Job(
         config,
         cfg.data.seq_len,
         cfg.train.global_batch_size,
@@ -85,7 +84,7 @@ def parsed(recipe: str, size: str, gpu: str, gpus: int):
         compile=cfg.train.compile,
         device_type="cuda",
     )
-    return cfg, layout, n_micros
+    return cfg, layout, check_parallel(layout, job)
 
 
 @pytest.mark.parametrize(

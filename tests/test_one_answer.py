@@ -269,7 +269,7 @@ def run_or_refuse(layout: ParallelConfig, shape: str, micro: int, masked: bool, 
     try:
         check_parallel(layout.resolve(ranks), SHAPES[shape], T, ROWS, micro, recompute=recompute)
     except UsageError as refusal:
-        assert "--" in str(refusal) and "\n" not in str(refusal), refusal
+        assert "=" in str(refusal) and "\n" not in str(refusal), refusal
         return "refused"
     if ranks > 8:
         return "too large for a test machine"

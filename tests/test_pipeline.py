@@ -16,13 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training import forward_backward, make_training, nats_of
 from versions import marks_for, needs_split_backward
 
-from dtensor_llama import Llama, LlamaConfig, UsageError
+from dtensor_llama import Llama, LlamaConfig
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
 from parallel import ParallelConfig
 from parallel.apply import Computation
-from parallel.pipeline import SCHEDULES, check_pipeline, split_layers, stage_indices
+from parallel.pipeline import SCHEDULES, split_layers, stage_indices
 from parallel.schedule_picture import Event, Recorder, bubble_share, draw_schedule
 
 CPU = torch.device("cpu")
@@ -67,49 +67,6 @@ def test_layers_are_split_by_cost_with_any_remainder():
 )
 def test_stages_lie_in_a_loop_or_a_v(schedule, pp, virtual_stages, placement):
     assert stage_indices(schedule, pp, virtual_stages) == placement
-
-
-@pytest.mark.parametrize(
-    "asked,said",
-    [
-        ((2, "1f1b2", 1, 4), "1f1b2 is not one of gpipe, 1f1b"),
-        ((8, "1f1b", 1, 8), "8 x .* 1 = 8 stages, .* 5 layers.* at most --parallel.pp 5."),
-        ((2, "interleaved-1f1b", 3, 4), "= 6 stages, .* 5 layers.*--parallel.virtual-stages 2"),
-        ((4, "zbv", 2, 8), "= 8 stages, .* 5 layers.* at most --parallel.pp 2, or --parallel.schedule 1f1b"),
-        ((2, "gpipe", 2, 4), "one stage per rank and --parallel.virtual-stages is 2"),
-        ((2, "dualpipev", 1, 4), "exactly two stages per rank and --parallel.virtual-stages is 1"),
-        ((2, "interleaved-1f1b", 1, 4), "at least 2 and it is 1"),
-        ((2, "zero-bubble", 0, 4), "at least 1 and it is 0"),
-        ((4, "1f1b", 1, 3), "each of its 4 stages and .*global-batch-size.* 3 microbatches.*schedule gpipe"),
-        ((2, "dualpipev", 2, 3), "each of its 4 stages and .* 3 microbatches.*schedule zbv"),
-        ((2, "interleaved-1f1b", 2, 5), "5 microbatches a step, which 2 rounds do not divide; use 4 or 6"),
-        ((2, "zero-bubble", 2, 7), "use 6 or 8 microbatches"),
-        pytest.param(
-            (2, "zbv", 2, 4, "selective"),
-            "schedule zbv .* two halves, .*--train.recompute selective.* or --train.recompute full",
-            marks=needs_split_backward,
-        ),
-        pytest.param(
-            (2, "zero-bubble", 2, 4, "none", True),
-            "schedule zero-bubble .* two halves, .*--train.compile",
-            marks=needs_split_backward,
-        ),
-    ],
-)
-def test_what_cannot_run_is_refused_with_the_flag_the_rule_and_a_way_out(asked, said):
-    with pytest.raises(UsageError, match=said) as error:
-        check_pipeline(LLAMA, *asked)
-    assert "\n" not in str(error.value)
-
-
-def test_a_split_backward_is_refused_where_torch_cannot_do_it(monkeypatch):
-    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
-    check_pipeline(LLAMA, 2, "interleaved-1f1b", 2, 4)
-    for schedule, stages in (("zero-bubble", 2), ("zbv", 2), ("dualpipev", 2)):
-        with pytest.raises(
-            UsageError, match=f"schedule {schedule} .* inside torch 2.11.0.* use a newer torch, or .*1f1b"
-        ):
-            check_pipeline(LLAMA, 2, schedule, stages, 4)
 
 
 # ---- One answer ----
