@@ -72,6 +72,11 @@ class ParallelConfig:
         return self.ranks("dp_cp")
 
     @property
+    def is_ring(self) -> bool:
+        """Whether attention merges the blocks of a ring, for which a kernel must return its log-sum-exp."""
+        return self.cp > 1 and self.cp_method == "ring"
+
+    @property
     def stages_per_rank(self) -> int:
         """Return the number of pipeline stages on each pp rank."""
         default = SCHEDULES[self.schedule].default_virtual_stages
