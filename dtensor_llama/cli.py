@@ -51,6 +51,11 @@ class Launch(NamedTuple):
         """True on the rank that prints and writes the run's records."""
         return self.rank == 0
 
+    def say(self, text: str) -> None:
+        """Print a line, on the rank that prints."""
+        if self.is_main:
+            print(text, flush=True)
+
     def take_device(self) -> torch.device:
         """Return this rank's GPU, which becomes torch's current device, or the CPU if there is no GPU."""
         if not torch.cuda.is_available():
@@ -265,6 +270,12 @@ class AtLeast(NamedTuple):
     low: float
     exclusive: bool = False  # the number must be above `low`
     may_be_infinite: bool = False
+    below: float | None = None  # the number must also be below this
+
+
+def at_least(low: float, *fields: str, exclusive: bool = False) -> list[AtLeast]:
+    """Return the same rule for several fields."""
+    return [AtLeast(field, low, exclusive) for field in fields]
 
 
 def check_numbers(config: Any, rules: list[AtLeast]) -> None:
@@ -274,6 +285,10 @@ def check_numbers(config: Any, rules: list[AtLeast]) -> None:
         value = attrgetter(rule.field)(config)
         if value != math.inf or not rule.may_be_infinite:
             refuse_unless_above(rule.low, f"{rule.field}=", value, rule.exclusive)
+        if rule.below is not None and value is not None and value >= rule.below:
+            raise UsageError(
+                f"{rule.field}={value} is not possible; use {rule.low} or more, and less than {rule.below}."
+            )
 
 
 def refuse_unless_above(low: float, name: str, value: float | None, exclusive: bool) -> None:

@@ -195,6 +195,16 @@ class LlamaConfig:
         }
         return fields | {name: value for name, value in other_fields.items() if name not in fields}
 
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that end a text."""
+        return ends_of(self.eos_token_id)
+
+    def also_ending_at(self, token_ids: list[int]) -> "LlamaConfig":
+        """Add tokens that end a text; each is listed once, in the order in which they came."""
+        ends = list(dict.fromkeys([*ends_of(self.eos_token_id), *token_ids]))
+        return replace(self, eos_token_id=ends if len(ends) > 1 else (ends or [None])[0])
+
     def without_token_fields(self) -> "LlamaConfig":
         """Leave out carried fields that name tokens, which mean nothing for another tokenizer."""
         kept = {name: value for name, value in self.other_fields.items() if not _names_tokens(name)}

@@ -12,7 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dtensor_llama.checkpoint import Checkpointer, restore_training_state, training_state
-from dtensor_llama.cli import CONTENT, commands_for, refuse_unless_above
+from dtensor_llama.cli import CONTENT, Launch, commands_for, refuse_unless_above
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.data.tokenizer import Tokenizer
 from dtensor_llama.errors import UsageError
-from dtensor_llama.metrics import RunLog, draw_loss_curve
+from dtensor_llama.flops import Utilization, peak_flops
+from dtensor_llama.loss import choose_loss
+from dtensor_llama.metrics import RunLog, RunReport, draw_loss_curve
 from dtensor_llama.schedule import Schedule, learning_rate
 
 LOOK_FOR_LAUNCHER_S = 1.0
@@ -224,42 +226,71 @@ class RunFacts:
     """What a run finds out about itself before it trains."""
 
     model_config: LlamaConfig
-    layout: dict[str, Any]  # all parallel settings, resolved
+    rows: Any  # with n_train, n_validation and seq_len: how many there are, to train on and held out, and their T
+    corpus: str
+    layout: Any  # a dataclass with all parallel settings, resolved
     axes: tuple[str, ...]  # those of them that are sizes of mesh axes
     n_microbatches: int
     device: torch.device
     attention: str  # the kernel, and why
-    loss: str  # how it is computed, and why
-    peak: tuple[float, str]  # FLOP/s of one device, and the source of the number
-    n_rows: tuple[int, int]  # to train on, and held out
-    corpus: str
+
+
+def open_report(
+    run_dir: Path,
+    first_step: int,
+    settings: dict[str, Any],
+    facts: RunFacts,
+    data_lines: list[str],
+    launch: Launch,
+) -> RunReport:
+    """Describe the run on the screen and in its config.json, and return what measures and records its steps.
+
+    All ranks enter; the main one prints and writes. first_step: how many steps are done already. settings,
+    data_lines: as in describe_run.
+    """
+    train, seq_len = settings["train"], facts.rows.seq_len
+    utilization = Utilization(
+        facts.model_config,
+        seq_len,
+        train["recompute"],
+        step_tokens=train["global_batch_size"] * seq_len,
+        n_devices=launch.world_size,
+        peak=peak_flops(facts.device, getattr(torch, train["dtype"])),  # measured on a CPU: all ranks enter
+    )
+    log = None
+    if launch.is_main:
+        log = RunLog(run_dir, first_step, train["steps"])
+        describe_run(run_dir, settings, facts, utilization.peak, data_lines, log.say)
+    return RunReport(log, utilization, facts.device, train["skip_nonfinite"])
 
 
 def describe_run(
     run_dir: Path,
     settings: dict[str, Any],
     facts: RunFacts,
+    peak: tuple[float, str],
     data_lines: list[str],
     say: Callable[[str], None],
 ) -> None:
     """Write the run's config.json, and print what is about to happen.
 
     settings: all of the recipe's configuration as nested dicts
+    peak: FLOP/s of one device, and the source of the number
     data_lines: what to print about the data
     """
-    config, (peak, peak_source) = facts.model_config, facts.peak
+    config, (peak_flop_s, peak_source), layout = facts.model_config, peak, asdict(facts.layout)
     record = {
         **settings,
         "model_config": config.to_hf(),
-        "layout": facts.layout,
+        "layout": layout,
         "device": str(facts.device),
         "attention_kernel": facts.attention,
         "n_parameters": config.n_parameters,
         **made_with(),
-        "peak_flops_per_device": peak,
+        "peak_flops_per_device": peak_flop_s,
         "peak_flops_source": peak_source,
-        "n_training_rows": facts.n_rows[0],
-        "n_validation_rows": facts.n_rows[1],
+        "n_training_rows": facts.rows.n_train,
+        "n_validation_rows": facts.rows.n_validation,
         "corpus": facts.corpus,
     }
     (run_dir / "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -267,17 +298,17 @@ def describe_run(
     say(f"model     {settings['model']}: {n_millions:,.1f}M parameters, attention {facts.attention}")
     for line in data_lines:
         say(line)
-    axes = [f"{axis} {facts.layout[axis]}" for axis in facts.axes if facts.layout[axis] > 1]
+    axes = [f"{axis} {layout[axis]}" for axis in facts.axes if layout[axis] > 1]
     say(
         f"layout    {' x '.join(axes) or 'one process'} on {facts.device.type}, ZeRO stage "
-        f"{facts.layout['zero_stage']}; {facts.n_microbatches} microbatches of {train['micro_batch_size']} "
+        f"{layout['zero_stage']}; {facts.n_microbatches} microbatches of {train['micro_batch_size']} "
         "rows per rank and step"
     )
     say(
-        f"numbers   {train['dtype']} compute, float32 masters; MFU against {peak / 1e12:.2f} TFLOP/s "
+        f"numbers   {train['dtype']} compute, float32 masters; MFU against {peak_flop_s / 1e12:.2f} TFLOP/s "
         f"({peak_source})"
     )
-    say(f"loss      {facts.loss}")
+    say("loss      {}: {}".format(*choose_loss(facts.device)))
 
 
 def made_with() -> dict:

@@ -4,6 +4,8 @@
 import math
 from typing import Any, NamedTuple
 
+from dtensor_llama.errors import UsageError
+
 
 class Schedule(NamedTuple):
     """The settings of the learning rate. `learning_rate` takes any object that has these four fields."""
@@ -18,6 +20,13 @@ class Schedule(NamedTuple):
         """Take the four fields from settings by the end of their names: min_lr from "train.min-lr"."""
         by_field = {name.rpartition(".")[2].replace("-", "_"): value for name, value in settings.items()}
         return cls(*(by_field[field] for field in cls._fields))
+
+
+def check_schedule(schedule: Schedule) -> None:
+    """Raise UsageError if the cosine would end above its peak; takes what learning_rate takes."""
+    min_lr, lr = schedule.min_lr, schedule.lr
+    if min_lr is not None and lr is not None and min_lr > lr:
+        raise UsageError(f"min_lr={min_lr} is above lr={lr}; the cosine ends at the lower.")
 
 
 def learning_rate(schedule: Schedule, step: int) -> float:
@@ -36,3 +45,10 @@ def cosine_lr(step: int, steps: int, warmup_steps: int, peak_lr: float, min_lr: 
         return peak_lr * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
     return min_lr + (peak_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def is_due(step: int, every: int, is_last: bool) -> bool:
+    """Return whether something that happens every so many steps, and after the last one, is due after `step` steps.
+
+    every: 0 means never."""
+    return every > 0 and (step % every == 0 or is_last)

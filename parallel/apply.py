@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from dtensor_llama.config import LlamaConfig
 from dtensor_llama.model import Llama
-from parallel.config import ParallelConfig
+from parallel.config import Job, ParallelConfig
 from parallel.context import apply_context_parallel
 from parallel.pipeline import split_stages
 from parallel.recompute import apply_recompute
@@ -24,6 +25,19 @@ class Computation:
     recompute: str = "none"
     compile: bool = False  # torch.compile each block
     attention: str = "sdpa"  # the kernel, one of dtensor_llama/attention.py's
+
+    def job(self, model: LlamaConfig, seq_len: int, global_batch_size: int, micro_batch_size: int) -> Job:
+        """Return what check_parallel has to know of a run that computes like this."""
+        return Job(
+            model,
+            seq_len,
+            global_batch_size,
+            micro_batch_size,
+            self.attention,
+            self.recompute,
+            self.compile,
+            self.device.type,
+        )
 
 
 def parallelize(

@@ -32,6 +32,7 @@ from dtensor_llama.checkpoint import Checkpointer, training_state
 from dtensor_llama.cli import (
     AtLeast,
     FilePath,
+    at_least,
     check_numbers,
     read_launch,
     refuse_compile_without_compiler,
@@ -43,10 +44,8 @@ from dtensor_llama.data.reader import Batch, RowReader, validation_batches
 from dtensor_llama.data.sequences import say_skipped
 from dtensor_llama.data.sources import TextOptions
 from dtensor_llama.data.tokenizer import load_tokenizer
-from dtensor_llama.flops import Utilization, peak_flops
 from dtensor_llama.hf_folder import Base, export
-from dtensor_llama.loss import IGNORE, choose_loss
-from dtensor_llama.metrics import RunLog, RunReport
+from dtensor_llama.loss import IGNORE
 from dtensor_llama.model import init_weights
 from dtensor_llama.places import cache_folders, readable
 from dtensor_llama.run import (
@@ -55,18 +54,18 @@ from dtensor_llama.run import (
     RunRecord,
     StopSignal,
     claim_run_dir,
-    describe_run,
     end_run,
     keep_tokenizer,
+    open_report,
     resume,
 )
-from dtensor_llama.schedule import learning_rate
+from dtensor_llama.schedule import check_schedule, is_due, learning_rate
 from dtensor_llama.weights import check_hf
 from memory import MemoryConfig
 from parallel import ParallelConfig, build_mesh
 from parallel.apply import Computation
 from parallel.assemble import Offload, Training, adamw, assemble, check_skips, settle_memory
-from parallel.config import AXES, Job, check_parallel
+from parallel.config import AXES, check_parallel
 from parallel.mesh import Layout, start_process_group, stop_process_group
 from parallel.step_pictures import StepPictures
 
@@ -136,35 +135,30 @@ class PretrainConfig:
     run_dir: FilePath = "runs/pretrain"  # everything this run writes
 
 
-# What each number must be at least; a rule that involves more than one number is in check_settings.
+# What each number must be at least.
 NUMBERS = [
-    AtLeast("train.steps", 1),
-    AtLeast("train.global_batch_size", 1),
-    AtLeast("train.micro_batch_size", 1),
-    AtLeast("train.validation_rows", 1),
-    AtLeast("data.seq_len", 1),
+    *at_least(1, "train.steps", "train.global_batch_size", "train.micro_batch_size", "data.seq_len"),
+    *at_least(1, "train.validation_rows"),
+    *at_least(0, "train.lr", exclusive=True),
     AtLeast("train.max_grad_norm", 0, exclusive=True, may_be_infinite=True),
-    AtLeast("train.lr", 0, exclusive=True),
-    AtLeast("train.warmup_steps", 0),
-    AtLeast("train.weight_decay", 0),
-    AtLeast("train.min_lr", 0),
-    AtLeast("train.validate_every", 0),
-    AtLeast("train.skip_nonfinite", 0),
-    AtLeast("train.seed", 0),
-    AtLeast("checkpoint.every", 0),
-    AtLeast("checkpoint.keep", 0),
+    AtLeast("data.validation_share", 0, below=1),
+    *at_least(0, "train.warmup_steps", "train.weight_decay", "train.min_lr", "train.validate_every"),
+    *at_least(0, "train.skip_nonfinite", "train.seed", "checkpoint.every", "checkpoint.keep"),
 ]
 
 
 def main(cfg: PretrainConfig) -> None:
     launch = read_launch()
-    is_main = launch.is_main
+    is_main, say = launch.is_main, launch.say
     device, dtype = launch.take_device(), getattr(torch, cfg.train.dtype)
     run_dir, cache_dirs = Path(cfg.run_dir), cache_folders(cfg.data.cache_dir, cfg.run_dir)
 
     # ---- 2. What is refused, before anything starts --------------------------------------------------------
     check_numbers(cfg, NUMBERS)
-    check_settings(cfg)
+    check_schedule(cfg.train)
+    cfg.memory.check()
+    if not cfg.data.path:
+        raise UsageError("`path` is missing; name the files to train on, e.g. path='text/*.txt'.")
     base = Base(cfg.model, cfg.data.tokenizer, cfg.random_init)
     base.check()
     tokenizer = load_tokenizer(base.tokenizer_path)
@@ -177,16 +171,7 @@ def main(cfg: PretrainConfig) -> None:
         cfg.train.attention, device, dtype, merges_blocks=resolved.is_ring, documents=cfg.data.document_mask
     )
     computation = Computation(device, dtype, cfg.train.recompute, cfg.train.compile, kernel)
-    job = Job(
-        model_config,
-        seq_len,
-        cfg.train.global_batch_size,
-        cfg.train.micro_batch_size,
-        kernel,
-        cfg.train.recompute,
-        cfg.train.compile,
-        device.type,
-    )
+    job = computation.job(model_config, seq_len, cfg.train.global_batch_size, cfg.train.micro_batch_size)
     n_microbatches = check_parallel(resolved, job)
     memory, memory_note = settle_memory(cfg.memory, model_config, resolved, n_microbatches, computation)
     check_skips(cfg.train.skip_nonfinite, cfg.train.max_grad_norm, memory)
@@ -206,7 +191,6 @@ def main(cfg: PretrainConfig) -> None:
         cfg.data.path, tokenizer, cache_dirs, text, seq_len, cfg.data.validation_share, cfg.train.seed
     )
     start_process_group(device, launch.world_size, attempt=launch.attempt)
-    say = say_on_screen if is_main else say_nothing
     if memory_note:
         say(f"memory    {memory_note}")
     layout = Layout(resolved, build_mesh(resolved, device.type), n_microbatches)
@@ -237,28 +221,11 @@ def main(cfg: PretrainConfig) -> None:
         position,
         pin_memory=device.type == "cuda",
     )
-    log, peak = None, peak_flops(device, dtype)
+    attention = f"{kernel} ({why})"
+    facts = RunFacts(model_config, rows, rows.contents, resolved, AXES, n_microbatches, device, attention)
     if is_main:
-        log = RunLog(run_dir, step, cfg.train.steps)
         keep_tokenizer(run_dir, tokenizer)
-        facts = RunFacts(
-            model_config,
-            asdict(resolved),
-            AXES,
-            n_microbatches,
-            device,
-            attention=f"{kernel} ({why})",
-            loss="{}: {}".format(*choose_loss(device)),
-            peak=peak,
-            n_rows=(rows.n_train, rows.n_validation),
-            corpus=rows.contents,
-        )
-        describe_run(run_dir, asdict(cfg), facts, lines_on_data(cfg, rows, run_dir), log.say)
-    step_tokens = cfg.train.global_batch_size * seq_len
-    utilization = Utilization(
-        model_config, seq_len, cfg.train.recompute, step_tokens, launch.world_size, peak
-    )
-    report = RunReport(log, utilization, device, cfg.train.skip_nonfinite)
+    report = open_report(run_dir, step, asdict(cfg), facts, lines_on_data(cfg, rows, run_dir), launch)
 
     # ---- 4. The loop ---------------------------------------------------------------------------------------
     stop = StopSignal(launch.launcher_pid, say=report.say)
@@ -281,12 +248,9 @@ def main(cfg: PretrainConfig) -> None:
         pictures.after(step, report.say if is_main else None)
         report.end_step(step, lr, reader.position * seq_len, loss, grad_norm)
         is_last = stopped or step == cfg.train.steps
-        saves = cfg.checkpoint.every and (step % cfg.checkpoint.every == 0 or is_last)
-        validates = (
-            rows.n_validation
-            and cfg.train.validate_every
-            and (step % cfg.train.validate_every == 0 or step == cfg.train.steps)
-        )
+        saves = is_due(step, cfg.checkpoint.every, is_last)
+        at_end = step == cfg.train.steps
+        validates = rows.n_validation and is_due(step, cfg.train.validate_every, at_end)
         # The loss is read while the device computes the next step. Only a step that was read is saved or judged.
         finished = report.finished(wait=bool(is_last or saves or validates))
         validation_losses = {}
@@ -316,7 +280,7 @@ def main(cfg: PretrainConfig) -> None:
     if cfg.checkpoint.export_hf and not stopped:
         export(training.fp32_weights(), run_dir / "hf", dtype, tokenizer)
     if is_main:
-        end_run(log, run_dir, step, cfg.train.steps, stopped)
+        end_run(report.log, run_dir, step, cfg.train.steps, stopped)
         run_lock.close()
     stop_process_group()
 
@@ -385,19 +349,7 @@ def count_targets(batches: list[Batch]) -> int:
     return sum(int((batch.labels != IGNORE).sum()) for batch in batches)
 
 
-# ---- What is refused, what a checkpoint records, what is printed -------------------------------------------
-
-
-def check_settings(cfg: PretrainConfig) -> None:
-    """Refuse settings that no run can have, before anything is read. check_numbers has seen each number alone."""
-    if not cfg.data.path:
-        raise UsageError("`path` is missing; name the files to train on, e.g. path='text/*.txt'.")
-    cfg.memory.check()
-    min_lr, lr, share = cfg.train.min_lr, cfg.train.lr, cfg.data.validation_share
-    if min_lr is not None and min_lr > lr:
-        raise UsageError(f"min_lr={min_lr} is above lr={lr}; the cosine ends at the lower.")
-    if not 0 <= share < 1:
-        raise UsageError(f"validation_share={share} is not a share; use 0 (none) to below 1.")
+# ---- What a checkpoint records, what is printed ------------------ -------------------------------------------
 
 
 def run_record(cfg: PretrainConfig, model_config: LlamaConfig, rows, generation: dict) -> RunRecord:
@@ -436,14 +388,6 @@ def lines_on_data(cfg: PretrainConfig, rows, run_dir: Path) -> list[str]:
         )
     say_skipped([source.corpus for _, source, _ in sources], run_dir, lines.append)
     return lines
-
-
-def say_on_screen(text: str) -> None:
-    print(text, flush=True)
-
-
-def say_nothing(text: str) -> None:
-    pass
 
 
 if __name__ == "__main__":

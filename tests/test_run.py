@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from dtensor_llama.hf_folder import Base, export
 from dtensor_llama.metrics import RunLog, RunReport, read_metrics, skipped_so_far
 from dtensor_llama.run import RunFacts, RunRecord, describe_run, end_run, resume
 from dtensor_llama.schedule import Schedule, cosine_lr, learning_rate
+from parallel import ParallelConfig
 from recipes.sft import SftConfig
 
 CPU = torch.device("cpu")
@@ -339,25 +341,17 @@ def test_a_launch_gives_the_device_and_refuses_compiling_without_a_compiler(monk
 def test_a_run_is_described_in_its_config_json_and_on_the_screen(tmp_path):
     lines = []
     settings = {"model": "tiny", "train": {"micro_batch_size": 2, "dtype": "float32"}, "run_dir": "x"}
-    facts = RunFacts(
-        model_config=SHAPE,
-        layout={"pp": 1, "tp": 2, "cp": 2, "zero_stage": 1},
-        axes=("pp", "cp", "tp"),
-        n_microbatches=4,
-        device=CPU,
-        attention="sdpa (a reason)",
-        loss="chunked (another)",
-        peak=(2e12, "a data sheet"),
-        n_rows=(90, 10),
-        corpus="9 tokens",
-    )
-    describe_run(tmp_path, settings, facts, ["data      9 tokens"], lines.append)
+    rows = SimpleNamespace(n_train=90, n_validation=10, seq_len=8)
+    layout = ParallelConfig(cp=2, tp=2, zero_stage=1)
+    facts = RunFacts(SHAPE, rows, "9 tokens", layout, ("pp", "cp", "tp"), 4, CPU, "sdpa (a reason)")
+    peak = (2e12, "a data sheet")
+    describe_run(tmp_path, settings, facts, peak, ["data      9 tokens"], lines.append)
     assert lines == [
         f"model     tiny: {SHAPE.n_parameters / 1e6:.1f}M parameters, attention sdpa (a reason)",
         "data      9 tokens",
         "layout    cp 2 x tp 2 on cpu, ZeRO stage 1; 4 microbatches of 2 rows per rank and step",
         "numbers   float32 compute, float32 masters; MFU against 2.00 TFLOP/s (a data sheet)",
-        "loss      chunked (another)",
+        "loss      eager: on a CPU compiling takes longer than a short run gains",
     ]
     record = json.loads((tmp_path / "config.json").read_text())
     assert [*record] == [
