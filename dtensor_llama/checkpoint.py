@@ -77,7 +77,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 @dataclass(frozen=True)
 class Deferred:
-    """A tensor of the state that exists only while it is written or read, one at a time.
+    """Stands for a tensor of the state that exists only while it is written or read, one at a time.
 
     It is for states that do not live in tensors of their own (but in the chunks of memory/): gathering all of
     them at once would take as much host memory again as the states themselves.

@@ -259,7 +259,7 @@ def values_by_flag(config: Any, fields: tuple[str, ...]) -> dict[str, Any]:
 
 
 class AtLeast(NamedTuple):
-    """A rule for one number of a configuration, for example AtLeast("train.steps", 1)."""
+    """States a rule for one number of a configuration, for example AtLeast("train.steps", 1)."""
 
     field: str  # dotted, as in "train.steps"
     low: float

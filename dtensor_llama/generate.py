@@ -10,7 +10,7 @@ from dtensor_llama.model import KVCache, Llama
 
 
 class Sampling(NamedTuple):
-    """How the next token is chosen."""
+    """Describes how the next token is chosen."""
 
     temperature: float = 0.0  # 0: always the likeliest token (greedy)
     top_p: float = 1.0  # keep the smallest set of tokens whose probability reaches this (arXiv:1904.09751)

@@ -401,7 +401,7 @@ def skipped_so_far(rows: list[dict]) -> tuple[int, int]:
 
 
 class DevicePeak:
-    """The highest bytes that torch's allocator had on a device since the last `reset` of this object.
+    """Tracks the highest bytes that torch's allocator had on a device since the last `reset` of this object.
 
     torch keeps a single peak for each device, which a reset clears for all readers. Here several readers can
     reset at different moments (PeakMemory once a step, the tracer of placement auto at each group of

@@ -14,8 +14,9 @@ NORM_BLOCK = 256 * 1024  # elements: 2 MiB as float64, which a core's cache hold
 
 @runtime_checkable
 class KeepsMasters(Protocol):
-    """What an optimizer offers beside torch's methods if it keeps the float32 weights (the masters) and the
-    moments itself, as the chunk manager's does: the model's parameters are then only the copies that compute.
+    """Describes what an optimizer offers beside torch's methods if it keeps the float32 weights (the masters)
+    and the moments itself, as the chunk manager's does: the model's parameters are then only the copies that
+    compute.
 
     Checkpoints, exports and clipping ask `isinstance(optimizer, KeepsMasters)`.
     """

@@ -111,7 +111,7 @@ class StopSignal:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a checkpoint records about its run, to be compared when a run resumes from it.
+    """Holds what a checkpoint records about its run, to be compared when a run resumes from it.
 
     The names are those that the user knows, such as flags: they stand in messages and in the checkpoint.
     """
@@ -221,7 +221,7 @@ def changed_settings(saved: dict, now: dict, step: int, rate_of: Callable[[dict]
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a run finds out about itself before it trains."""
+    """Holds what a run finds out about itself before it trains."""
 
     model_config: LlamaConfig
     layout: dict[str, Any]  # all parallel settings, resolved

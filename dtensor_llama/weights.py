@@ -47,7 +47,7 @@ Box = tuple[tuple[int, ...], tuple[int, ...], Tensor]
 
 
 class Stored(NamedTuple):
-    """The place of one tensor on disk."""
+    """Locates one tensor on disk."""
 
     file: str
     dtype: str  # as safetensors calls it
@@ -60,7 +60,7 @@ class Stored(NamedTuple):
 
 
 class FilePlan(NamedTuple):
-    """Which tensor goes where in the files of a model."""
+    """Assigns each tensor of a model its place in files."""
 
     headers: dict[str, bytes]  # file -> its header
     stored: dict[str, Stored]  # tensor -> its place
