@@ -36,19 +36,22 @@ class KeepsMasters(Protocol):
 
 
 def build_adamw(
-    model: nn.Module, lr: float, weight_decay: float, betas=(0.9, 0.95), eps: float = 1e-5
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-5,
+    kind: type[torch.optim.AdamW] = torch.optim.AdamW,
 ) -> torch.optim.AdamW:
-    """Return torch's fused AdamW over the model's parameters, plain or DTensor; vectors (norms) are not
-    decayed.
+    """Build a fused AdamW over the model's parameters, plain or DTensor; vectors (norms) are not decayed.
 
-    Call it after parallelize, since the optimizer steps the shards that this rank holds.
+    Call it after parallelize, since the optimizer steps the shards this rank holds. kind: AdamW or a subclass.
     """
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=lr, betas=betas, eps=eps, fused=True
-    )
+    groups = [group for group in groups if group["params"]]
+    return kind(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ and `real_over_synthetic` is the ratio of their median times (1.0: reading is fr
 """
 
 import json
+import math
 import statistics
 import sys
 import time
@@ -31,30 +32,30 @@ from pretrain import (
     PretrainConfig,
     TrainConfig,
     check_numbers,
-    count_scored,
-    fp32_weights,
-    set_up,
-    settle_memory,
+    count_targets,
     tokenizer_path,
     train_step,
 )
-from step_pictures import StepPictures
 
 from dtensor_llama import Llama, LlamaConfig
 from dtensor_llama.attention import choose_attention
 from dtensor_llama.cli import read_launch, run_recipe
 from dtensor_llama.data.reader import Batch, RowReader
-from dtensor_llama.data.rows import PackedRows
+from dtensor_llama.data.sequences import PackedRows
 from dtensor_llama.data.sources import TextOptions
 from dtensor_llama.data.tokenize import prepare_corpus
 from dtensor_llama.data.tokenizer import load_tokenizer
 from dtensor_llama.flops import hardware_flops_per_token, model_flops_per_token, peak_flops
 from dtensor_llama.metrics import GIB, LateReader, MemoryPeaks, PeakMemory
 from dtensor_llama.model import init_weights
-from dtensor_llama.places import cache_folders
+from dtensor_llama.places import cache_folders, readable
 from memory import ChunkManager, Placement
+from parallel import build_mesh
+from parallel.apply import Computation
+from parallel.assemble import Offload, adamw, assemble, check_skips, settle_memory
 from parallel.config import check_parallel
-from parallel.mesh import reads_alone, start_process_group, stop_process_group
+from parallel.mesh import Layout, start_process_group, stop_process_group
+from parallel.step_pictures import StepPictures
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,9 @@ def main(cfg: BenchmarkConfig) -> None:
     kernel, _ = choose_attention(
         cfg.train.attention, device, dtype, merges_blocks=ring, documents=cfg.data.document_mask
     )
-    layout = cfg.parallel.resolve(world_size)
-    n_micros = check_parallel(
-        layout,
+    resolved = cfg.parallel.resolve(world_size)
+    n_microbatches = check_parallel(
+        resolved,
         config,
         seq_len,
         cfg.train.global_batch_size,
@@ -93,7 +94,10 @@ def main(cfg: BenchmarkConfig) -> None:
         compile=cfg.train.compile,
         device_type=device.type,
     )
-    cfg, chosen = settle_memory(cfg, config, layout, n_micros, device, world_size)
+    computation = Computation(device, dtype, cfg.train.recompute, cfg.train.compile, kernel)
+    memory, chosen = settle_memory(cfg.memory, config, resolved, n_microbatches, computation)
+    check_skips(cfg.train.skip_nonfinite, cfg.train.max_grad_norm, memory)
+    cfg = replace(cfg, memory=memory)
     rows = None
     if cfg.data.path:
         corpus = prepare_corpus(
@@ -109,18 +113,32 @@ def main(cfg: BenchmarkConfig) -> None:
     start_process_group(device, world_size)
     with torch.device("meta"):
         model = Llama(config)
-    mesh, runner, optimizer = set_up(
-        cfg, model, layout, n_micros, kernel, device, seq_len, say=print if rank == 0 else None
+    offload = Offload(
+        cfg.memory,
+        cfg.train.micro_batch_size,
+        seq_len,
+        clips=cfg.train.max_grad_norm < math.inf,
+        ranks_per_host=launch.ranks_per_host,
+        rates_file=readable(cache_folders(cfg.data.cache_dir, cfg.run_dir))[0] / "rates.json",
     )
-    dp_rank = mesh["dp"].get_local_rank()
-    init_weights(fp32_weights(model, optimizer), cfg.train.seed)
+    layout = Layout(resolved, build_mesh(resolved, device.type), n_microbatches)
+    training = assemble(
+        model,
+        layout,
+        computation,
+        adamw(cfg.train.lr, cfg.train.weight_decay),
+        offload,
+        say=print if rank == 0 else lambda text: None,
+    )
+    dp_rank = layout.dp_rank
+    init_weights(training.fp32_weights(), cfg.train.seed)
 
     synthetic = torch.randint(
         config.vocab_size,
-        (n_micros, cfg.train.micro_batch_size, seq_len + 1),
+        (n_microbatches, cfg.train.micro_batch_size, seq_len + 1),
         generator=torch.Generator().manual_seed(dp_rank),
     )
-    positions = [None] * n_micros
+    positions = [None] * n_microbatches
     if cfg.data.document_mask:
         positions = synthetic_positions(synthetic[:, :, 1:].shape, seed=dp_rank)
     sources = {
@@ -136,44 +154,37 @@ def main(cfg: BenchmarkConfig) -> None:
             cfg.train.global_batch_size,
             cfg.train.micro_batch_size,
             dp_rank,
-            layout.dp,
+            resolved.dp,
             cfg.data.document_mask,
             pin_memory=device.type == "cuda",
         )
         sources["real"] = lambda: next(reader)
-    all_steps = replace(cfg.train, steps=cfg.warmup + cfg.train.steps)
-    pictures = StepPictures(replace(cfg, train=all_steps), layout, mesh, optimizer, device, first_step=0)
-    if rank == 0 and (cfg.memory.draw or layout.draw_schedule):
+    n_steps = cfg.warmup + cfg.train.steps
+    pictures = StepPictures(training, Path(cfg.run_dir), 0, n_steps, cfg.memory.draw)
+    if rank == 0 and (cfg.memory.draw or resolved.draw_schedule):
         Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
     peak, peak_source = peak_flops(device, dtype)
-    memory, wait_s = PeakMemory(device), []
+    peak_memory, wait_s = PeakMemory(device), []
     reading, done = LateReader(device), []
-    for i in range(cfg.warmup + cfg.train.steps):
+    for i in range(n_steps):
         for name, next_step in sources.items():  # turn by turn, so that a slow minute slows both
             if len(sources) > 1:
                 dist.barrier()
             reading.begin()
             began = time.perf_counter()
-            micros = next_step()
+            microbatches = next_step()
             waited = time.perf_counter() - began
-            n_scored = torch.tensor(count_scored(micros) * reads_alone(mesh))
-            dist.all_reduce(n_scored)
-            recorder = pictures.before(i) if name == "synthetic" else None
+            n_targets = torch.tensor(count_targets(microbatches))
+            dist.all_reduce(n_targets)
+            if name == "synthetic":
+                pictures.before(i)
+            n_targets = int(n_targets) // layout.ranks_per_batch
             loss, grad_norm = train_step(
-                runner,
-                model,
-                optimizer,
-                micros,
-                int(n_scored),
-                cfg.train.lr,
-                mesh,
-                layout,
-                cfg.train.max_grad_norm,
-                recorder,
+                training, microbatches, n_targets, cfg.train.lr, cfg.train.max_grad_norm
             )
             reading.put({"source": name, "i": i}, loss, grad_norm)
             # As in training the loss is read while the next step is computed, but for steps that take turns.
-            done += reading.take(all=len(sources) > 1 or i + 1 in (cfg.warmup, cfg.warmup + cfg.train.steps))
+            done += reading.take(all=len(sources) > 1 or i + 1 in (cfg.warmup, n_steps))
             if i >= cfg.warmup and name == "real":
                 wait_s.append(waited)
             if name == "synthetic":
@@ -182,7 +193,7 @@ def main(cfg: BenchmarkConfig) -> None:
     for row in done:
         if row["i"] >= cfg.warmup:
             step_s[row["source"]].append(row["step_seconds"])
-    largest = torch.tensor(memory.take(), dtype=torch.float64)
+    largest = torch.tensor(peak_memory.take(), dtype=torch.float64)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     peaks = MemoryPeaks(*largest.tolist())
 
@@ -221,7 +232,7 @@ def main(cfg: BenchmarkConfig) -> None:
             "loss": done[-1]["loss"],
         }
         if cfg.memory.placement == "auto":
-            result["memory_plan"] = plan_facts(optimizer.manager)
+            result["memory_plan"] = plan_facts(training.optimizer.manager)
         if reader:
             result["real_over_synthetic"] = statistics.median(step_s["real"]) / median_s
             result["data_wait_seconds_per_step"] = statistics.median(wait_s)

@@ -26,7 +26,7 @@ from pretrain import PretrainConfig, check_numbers
 
 from dtensor_llama import LlamaConfig, UsageError
 from dtensor_llama.cli import FilePath, run_recipe
-from parallel.config import AXES, check_parallel
+from parallel.config import AXES, Job, check_parallel
 from parallel.explain import Run, explain
 from parallel.schedule_clock import DURATION, draw
 
@@ -55,8 +55,7 @@ def main(cfg: ExplainConfig) -> None:
     config = LlamaConfig.from_hf(cfg.model) if Path(cfg.model).exists() else LlamaConfig.preset(cfg.model)
     seq_len = cfg.data.seq_len or config.max_position_embeddings
     kernel = "sdpa" if train.attention == "auto" else train.attention
-    n_micros = check_parallel(
-        layout,
+    job = Job(
         config,
         seq_len,
         train.global_batch_size,
@@ -66,12 +65,13 @@ def main(cfg: ExplainConfig) -> None:
         compile=train.compile,
         device_type="cuda",
     )
+    n_microbatches = check_parallel(layout, job)
     facts = explain(
         Run(
             config,
             layout,
             seq_len,
-            n_micros,
+            n_microbatches,
             train.micro_batch_size,
             getattr(torch, train.dtype),
             train.recompute,
@@ -80,7 +80,7 @@ def main(cfg: ExplainConfig) -> None:
     )
     print(
         f"{cfg.model}, {config.n_parameters / 1e9:.2f}B parameters, on {cfg.gpus} ranks with ZeRO stage {layout.zero_stage}\n"
-        f"{facts['tokens_per_step']:,} tokens a step: {layout.dp} dp ranks x {n_micros} microbatches x "
+        f"{facts['tokens_per_step']:,} tokens a step: {layout.dp} dp ranks x {n_microbatches} microbatches x "
         f"{train.micro_batch_size} rows x {seq_len} tokens",
         *mesh(facts),
         *parameters(facts),

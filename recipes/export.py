@@ -77,7 +77,7 @@ def main(cfg: ExportConfig) -> None:
     if GENERATION in saved.meta:  # else it stays as save_hf made it, from the ids of the model
         save_generation_config(out, saved.meta[GENERATION])
     if "--lora" in saved.meta:  # a checkpoint of sft.py, which uses LLaMA-2's template if there is none
-        from dtensor_llama.data.template import ChatTemplate
+        from dtensor_llama.chat.template import ChatTemplate
 
         tokenizer.save(out, chat_template=ChatTemplate(tokenizer).source)
     else:
@@ -106,7 +106,7 @@ def merged_model(saved: SavedWeights, config: LlamaConfig, base: Path, frozen_dt
 
     frozen_dtype: of the weights beside which the adapters were trained
     """
-    from dtensor_llama.lora import LoraConfig, adapter_parameters, apply_lora, merge_lora
+    from dtensor_llama.chat.lora import LoraConfig, adapter_parameters, apply_lora, merge_lora
 
     refuse_hub_name(str(base), "base")
     if not base.is_dir():

@@ -37,8 +37,9 @@ from dtensor_llama.places import refuse_hub_name
 from dtensor_llama.terminal import stdout_speaks_utf8
 from dtensor_llama.weights import check_hf
 from parallel import ParallelConfig, build_mesh
+from parallel.config import Job, check_parallel
 from parallel.mesh import start_process_group, stop_process_group
-from parallel.tensor import apply_tensor_parallel, check_tensor_parallel
+from parallel.tensor import apply_tensor_parallel
 
 WAIT_FOR_A_PERSON_S = 7 * 24 * 3600  # how long other tp ranks wait in a collective while the user types
 NUMBERS = [AtLeast("max_new_tokens", 1), AtLeast("temperature", 0), AtLeast("batch_size", 1)]
@@ -93,7 +94,7 @@ def main(cfg: GenerateConfig) -> None:
             f"--model {cfg.model}: its tokenizer has {tokenizer.vocab_size} tokens and its config.json a "
             f"vocabulary of {config.vocab_size}; they do not belong together."
         )
-    check_tensor_parallel(config, tp, 1, sequence_parallel=False)
+    check_parallel(ParallelConfig(tp=tp, dp_shard=1, sequence_parallel=False), Job(config, seq_len=1))
     if world_size != tp:
         command = f"torchrun --nproc-per-node {tp}" if tp > 1 else "plain python"
         raise UsageError(
@@ -274,7 +275,7 @@ def encode(cfg: GenerateConfig, text: str, tokenizer, template) -> list[int]:
 
 
 def chat_template(tokenizer):
-    from dtensor_llama.data.template import ChatTemplate
+    from dtensor_llama.chat.template import ChatTemplate
 
     return ChatTemplate(tokenizer)
 

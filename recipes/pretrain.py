@@ -15,15 +15,12 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
-# its neighbours, also as `python -m recipes.pretrain`
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 if __name__ == "__main__":
     from dtensor_llama.terminal import end_quietly_on_ctrl_c
@@ -32,9 +29,7 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
-from step_pictures import StepPictures
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf, save_hf
@@ -43,16 +38,14 @@ from dtensor_llama.checkpoint import Checkpointer, restore_training_state, train
 from dtensor_llama.cli import FilePath, read_launch, run_recipe
 from dtensor_llama.config import generation_config, read_generation_config
 from dtensor_llama.data.mix import open_rows
-from dtensor_llama.data.preview import say_skipped
 from dtensor_llama.data.reader import Batch, RowReader, validation_batches
-from dtensor_llama.data.rows import PackedRows
+from dtensor_llama.data.sequences import PackedRows, say_skipped
 from dtensor_llama.data.sources import TextOptions
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
-from dtensor_llama.flops import hardware_flops_per_token, matmul_flops, model_flops_per_token, peak_flops
-from dtensor_llama.loss import choose_loss
+from dtensor_llama.flops import hardware_flops_per_token, model_flops_per_token, peak_flops
+from dtensor_llama.loss import IGNORE, choose_loss
 from dtensor_llama.metrics import GIB, LateReader, PeakMemory, RunLog, SkippedSteps, draw_loss_curve
 from dtensor_llama.model import init_weights
-from dtensor_llama.optim import build_adamw
 from dtensor_llama.places import cache_folders, readable
 from dtensor_llama.run import (
     CONTENT,
@@ -69,19 +62,13 @@ from dtensor_llama.run import (
 )
 from dtensor_llama.schedule import cosine_lr
 from dtensor_llama.weights import check_hf
-from memory import ChunkManager, MemoryConfig
-from memory.activations import offload_block_inputs
-from memory.optimizer import ChunkOptimizer
-from memory.tracer import load_rates
-from parallel import ParallelConfig, build_mesh, parallelize
-from parallel.clip import clip_grad_norm
+from memory import MemoryConfig
+from parallel import ParallelConfig, build_mesh
+from parallel.apply import Computation
+from parallel.assemble import Offload, Training, adamw, assemble, check_skips, settle_memory
 from parallel.config import AXES, check_parallel
-from parallel.context import shard_batch
-from parallel.fit import check_states
-from parallel.mesh import reads_alone, start_process_group, stop_process_group
-from parallel.pipeline import Accumulation, Pipeline, make_step_runner
-from parallel.schedule_picture import Recorder
-from parallel.zero import gradient_arrivals
+from parallel.mesh import Layout, start_process_group, stop_process_group
+from parallel.step_pictures import StepPictures
 
 # ---- 1. What can be asked for: each field is a flag --------------------------------------------------------
 
@@ -170,9 +157,9 @@ def main(cfg: PretrainConfig) -> None:
     kernel, why = choose_attention(
         cfg.train.attention, device, compute_dtype, merges_blocks=ring, documents=cfg.data.document_mask
     )
-    layout = cfg.parallel.resolve(world_size)
-    n_micros = check_parallel(
-        layout,
+    resolved = cfg.parallel.resolve(world_size)
+    n_microbatches = check_parallel(
+        resolved,
         model_config,
         seq_len,
         cfg.train.global_batch_size,
@@ -182,7 +169,10 @@ def main(cfg: PretrainConfig) -> None:
         compile=cfg.train.compile,
         device_type=device.type,
     )
-    cfg, chosen = settle_memory(cfg, model_config, layout, n_micros, device, world_size)
+    computation = Computation(device, compute_dtype, cfg.train.recompute, cfg.train.compile, kernel)
+    memory, chosen = settle_memory(cfg.memory, model_config, resolved, n_microbatches, computation)
+    check_skips(cfg.train.skip_nonfinite, cfg.train.max_grad_norm, memory)
+    cfg = dataclasses.replace(cfg, memory=memory)
     with torch.device("meta"):
         model = Llama(model_config)  # names and shapes only: no memory yet
     model.generation_config = generation_settings(cfg, model_config)
@@ -214,71 +204,84 @@ def main(cfg: PretrainConfig) -> None:
     start_process_group(device, world_size, attempt=launch.attempt)
     if is_main and chosen:
         print(f"memory    {chosen}", flush=True)
-    mesh, runner, optimizer = set_up(
-        cfg, model, layout, n_micros, kernel, device, seq_len, say=print if is_main else None
+    offload = Offload(
+        cfg.memory,
+        cfg.train.micro_batch_size,
+        seq_len,
+        clips=cfg.train.max_grad_norm < math.inf,
+        ranks_per_host=launch.ranks_per_host,
+        rates_file=readable(cache_folders(cfg.data.cache_dir, cfg.run_dir))[0] / "rates.json",
     )
+    layout = Layout(resolved, build_mesh(resolved, device.type), n_microbatches)
+    training = assemble(
+        model,
+        layout,
+        computation,
+        adamw(cfg.train.lr, cfg.train.weight_decay),
+        offload,
+        say=print if is_main else lambda text: None,
+    )
+    optimizer = training.optimizer
     checkpoints = Checkpointer(Path(cfg.run_dir, "checkpoints"), keep=cfg.checkpoint.keep)
     meta = checkpoint_meta(cfg, model_config, rows) | {GENERATION: model.generation_config}
     step, position = resume(cfg.checkpoint.resume, model, optimizer, checkpoints, meta, is_main)
     if step == 0:
-        whole = fp32_weights(model, optimizer)
+        whole = training.fp32_weights()
         load_hf(whole, weights) if weights else init_weights(whole, cfg.train.seed)
 
-    dp_rank = mesh["dp"].get_local_rank()
     reader = RowReader(
         rows,
         cfg.train.global_batch_size,
         cfg.train.micro_batch_size,
-        dp_rank,
-        layout.dp,
+        layout.dp_rank,
+        resolved.dp,
         cfg.data.document_mask,
         position,
         pin_memory=device.type == "cuda",
     )
     step_tokens = cfg.train.global_batch_size * seq_len
     peak, peak_source = peak_flops(device, compute_dtype)
-    memory = PeakMemory(device)
+    peak_memory = PeakMemory(device)
     log = None
     if is_main:
         log = RunLog(Path(cfg.run_dir), step, cfg.train.steps)
         keep_tokenizer(Path(cfg.run_dir), tokenizer)
         describe_run(
-            cfg, model_config, layout, rows, n_micros, f"{kernel} ({why})", peak, peak_source, device, log
+            cfg,
+            model_config,
+            resolved,
+            rows,
+            n_microbatches,
+            f"{kernel} ({why})",
+            peak,
+            peak_source,
+            device,
+            log,
         )
 
     # ---- 4. The loop ---------------------------------------------------------------------------------------
     stop = StopSignal(launch.launcher_pid, say=log.say if log else lambda text: None)
     stopped = False
-    pictures = StepPictures(cfg, layout, mesh, optimizer, device, first_step=step)
+    pictures = StepPictures(training, Path(cfg.run_dir), step, cfg.train.steps, cfg.memory.draw)
     reading, skipped = LateReader(device), SkippedSteps(cfg.train.skip_nonfinite)
     if log:  # rows of before a resumption go on counting
         skipped.total = max((row.get("skipped_steps") or 0 for row in log.rows), default=0)
     while step < cfg.train.steps and not stopped:
         reading.begin()
         lr = learning_rate(cfg.train, step)
-        micros = next(reader)  # n_micros batches of (micro_batch_size, T)
-        # How many labels count in the whole global batch, and whether any rank was asked to stop: one
-        # reduction for both. It goes over gloo, from host to host: nobody waits for the device.
-        counts = torch.tensor([count_scored(micros) * reads_alone(mesh), int(stop.asked)])
+        microbatches = next(reader)  # n_microbatches batches of (micro_batch_size, T)
+        # How many labels count in the whole global batch, and whether any rank was asked to stop: one reduction for
+        # both. It goes over gloo, from host to host, so that nothing waits for the device.
+        counts = torch.tensor([count_targets(microbatches), int(stop.asked)])
         dist.all_reduce(counts)
-        n_scored, stopped = max(1, int(counts[0])), bool(counts[1])
-        loss, grad_norm = train_step(
-            runner,
-            model,
-            optimizer,
-            micros,
-            n_scored,
-            lr,
-            mesh,
-            layout,
-            cfg.train.max_grad_norm,
-            pictures.before(step),
-        )
+        n_targets, stopped = max(1, int(counts[0]) // layout.ranks_per_batch), bool(counts[1])
+        pictures.before(step)
+        loss, grad_norm = train_step(training, microbatches, n_targets, lr, cfg.train.max_grad_norm)
         step += 1
         # ---- below here nothing changes the weights ----
         pictures.after(step, log.say if log else None)
         # of the step's launches: the allocator is the host's
-        peaks = torch.tensor(memory.take(), dtype=torch.float64)
+        peaks = torch.tensor(peak_memory.take(), dtype=torch.float64)
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
         device_gib, host_gib, reserved_gib, _ = (peaks / GIB).tolist()
         reading.put(
@@ -306,10 +309,17 @@ def main(cfg: PretrainConfig) -> None:
         if validates:
             # all, and each corpus of a mix
             held_out = {"": rows} | {name: own for name, own, _ in rows.parts(0) if name}
-            losses = {
-                name: evaluate(runner, own, cfg.train, cfg.data.document_mask, mesh, layout, device)
-                for name, own in held_out.items()
-            }
+            losses = {}
+            for name, own in held_out.items():
+                batches = validation_batches(
+                    own,
+                    cfg.train.micro_batch_size,
+                    layout.dp_rank,
+                    resolved.dp,
+                    cfg.data.document_mask,
+                    cfg.train.validation_rows,
+                )
+                losses[name] = evaluate(training, list(batches))
             done[-1] |= {f"validation_loss/{name}".removesuffix("/"): loss for name, loss in losses.items()}
             if is_main:
                 said = ", ".join(f"{name} {loss:.4f}".lstrip() for name, loss in losses.items())
@@ -339,7 +349,7 @@ def main(cfg: PretrainConfig) -> None:
     reader.close()
     checkpoints.close()
     if cfg.checkpoint.export_hf and not stopped:
-        export(fp32_weights(model, optimizer), tokenizer, Path(cfg.run_dir, "hf"), compute_dtype, is_main)
+        export(training.fp32_weights(), tokenizer, Path(cfg.run_dir, "hf"), compute_dtype, is_main)
     if is_main:
         log.close()
         if log.rows:
@@ -349,194 +359,68 @@ def main(cfg: PretrainConfig) -> None:
     stop_process_group()
 
 
-# ---- The parts that benchmark.py and sft.py need too -------------------------------------------------------
-
-
-def settle_memory(
-    cfg: "PretrainConfig",
-    model_config: LlamaConfig,
-    layout: ParallelConfig,
-    n_micros: int,
-    device: torch.device,
-    world_size: int,
-) -> tuple["PretrainConfig", str]:
-    """`cfg` with a memory placement, and in words what was chosen for whoever left it open.
-
-    UsageError if the states alone are more than the GPU has: before anything starts, not out of memory a
-    minute later."""
-    dtype = getattr(torch, cfg.train.dtype)
-    memory, chosen = cfg.memory.settle(device, dtype, world_size)
-    check_skips(cfg.train, memory)
-    if device.type == "cuda":
-        device_bytes = torch.cuda.get_device_properties(device).total_memory
-        check_states(
-            model_config, layout, device_bytes, memory.device_bytes_per_parameter(dtype.itemsize, n_micros)
-        )
-    return dataclasses.replace(cfg, memory=memory), chosen
-
-
-def check_skips(train: TrainConfig, memory: MemoryConfig) -> None:
-    """UsageError if steps with a gradient that is not finite are to be left out, and could not be."""
-    if train.skip_nonfinite and train.max_grad_norm == math.inf and memory.is_on:
-        raise UsageError(
-            f"--train.skip-nonfinite {train.skip_nonfinite} cannot leave out a step under a chunk manager "
-            "with --train.max-grad-norm inf, which steps while gradients arrive; use a --train.max-grad-norm, "
-            "however large, or --memory.placement off."
-        )
-
-
-def set_up(
-    cfg: "PretrainConfig",
-    model: Llama,
-    layout: ParallelConfig,
-    n_micros: int,
-    kernel: str,
-    device: torch.device,
-    seq_len: int,
-    say: Callable[[str], None] | None = None,
-) -> tuple[DeviceMesh, Pipeline | Accumulation, Optimizer]:
-    """Spread `model` (on meta) over the mesh, this rank's shards still without values; returns (mesh, runner,
-    optimizer).
-
-    With a memory placement the parameters are what computes, in --train.dtype, and the float32 masters are
-    the chunk manager's: see fp32_weights. say: prints plans, on one rank."""
-    dtype, memory = getattr(torch, cfg.train.dtype), cfg.memory
-    mesh = build_mesh(layout, device.type)
-    if memory.is_on:
-        model.to(dtype)
-    parts = parallelize(
-        model,
-        mesh,
-        layout,
-        compute_dtype=dtype,
-        recompute=cfg.train.recompute,
-        compile=cfg.train.compile,
-        attention=kernel,
-    )
-    activations = []
-    for part in parts:  # without pp: the model itself
-        part.to_empty(device=device)
-        if memory.activations:
-            input_bytes = (
-                cfg.train.micro_batch_size * seq_len // (layout.cp * layout.sequence_shards) * dtype.itemsize
-            )
-            blocks = [block for block in part.model.layers if block is not None]
-            activations.append(
-                offload_block_inputs(
-                    blocks, device, input_bytes * model.config.hidden_size, n_micros if layout.pp > 1 else 1
-                )
-            )
-    runner = make_step_runner(
-        parts, mesh["pp"], layout.schedule, n_micros, device, dtype, layout.sequence_shards, layout.zero_stage
-    )
-    optimizer = build_adamw(model, cfg.train.lr, cfg.train.weight_decay)
-    if memory.is_on:
-        embedding = model.model.embed_tokens
-        tied_over_stages = model.config.tie_word_embeddings and layout.pp > 1 and embedding is not None
-        ranks_per_host = read_launch().ranks_per_host
-        # measured once
-        rates_file = readable(cache_folders(cfg.data.cache_dir, cfg.run_dir))[0] / "rates.json"
-        # What a step will compute, as if at the speed of matrix products all through: placement auto measures
-        # it later.
-        seconds_per_flop = (
-            cfg.train.global_batch_size * seq_len / dist.get_world_size() / matmul_flops(device, dtype)
-        )
-        forward_s = seconds_per_flop * model_flops_per_token(model.config, seq_len) / 3
-        both_s = seconds_per_flop * hardware_flops_per_token(model.config, seq_len, cfg.train.recompute)
-        optimizer = ChunkManager(
-            model,
-            optimizer,
-            memory,
-            parts=parts,
-            outside=[embedding.weight] if tied_over_stages else [],
-            arrivals=gradient_arrivals(model, layout.zero_stage, layout.pp > 1, n_micros),
-            clips=cfg.train.max_grad_norm < math.inf,
-            rates=load_rates(
-                rates_file, device, memory.kernel, ranks_per_host, say=say or (lambda text: None)
-            ),
-            compute_seconds=(forward_s, both_s - forward_s),
-            activations=activations,
-            say=say or (lambda text: None),
-            ranks_per_host=ranks_per_host,
-        ).optimizer
-    return mesh, runner, optimizer
-
-
-def fp32_weights(model: nn.Module, optimizer: Optimizer) -> nn.Module:
-    """What to load, initialize or save as float32: the model or, with a chunk manager, its masters."""
-    if not isinstance(optimizer, ChunkOptimizer):
-        return model
-    masters = optimizer.masters()
-    masters.generation_config = model.generation_config
-    return masters
-
-
 # ---- The step: one global batch ----------------------------------------------------------------------------
 
 
 def train_step(
-    runner,
-    model: nn.Module,
-    optimizer: Optimizer,
-    micros: list[Batch],
-    n_scored: int,
-    lr: float,
-    mesh: DeviceMesh,
-    layout: ParallelConfig,
-    max_grad_norm: float,
-    recorder: Recorder | None = None,
+    training: Training, microbatches: list[Batch], n_targets: int, lr: float, max_grad_norm: float
 ) -> tuple[Tensor, Tensor]:
-    """Forward and backward of one global batch, clip, step. Returns (loss, gradient norm), the same on every
-    rank.
+    """Forward and backward of one global batch, clip, step. Returns (loss, gradient norm), the same on every rank.
 
-    n_scored: scored labels of the whole global batch, so that sums over micro-batches and ranks give the
-        mean.
+    microbatches: the rows of this dp rank. n_targets: scored labels of the whole global batch, so that the sums over
+    microbatches and ranks give the mean, and neither padding nor accumulation changes it.
     """
-    micros = [shard_batch(micro, mesh["cp"], layout.cp_method) for micro in micros]
+    optimizer, layout = training.optimizer, training.layout
     for group in optimizer.param_groups:
         group["lr"] = lr  # before backward: without clipping the chunk manager steps as gradients arrive
-    # FSDP averages gradients over the ranks that saw other tokens; we want their sum.
-    loss = runner.step(
-        micros, n_scored, grad_scale=layout.grad_ranks, **({"recorder": recorder} if recorder else {})
-    )
-    dist.all_reduce(loss, group=mesh["loss"].get_group())  # each rank has its own tokens' share
-    # One norm over all ranks and axes. The step scales the gradients; if they are not finite, it changes
-    # nothing.
-    grad_norm = clip_grad_norm(model.parameters(), max_grad_norm, optimizer, in_step=True)
+    loss = forward_backward(training, [layout.own_tokens(batch) for batch in microbatches], n_targets)
+    dist.all_reduce(loss, group=layout.loss_group)  # each rank has the share of its own tokens
+    # One norm over all ranks and axes. The step scales the gradients; if they are not finite it changes nothing.
+    grad_norm = optimizer.clip_grad_norm(max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
     return loss, grad_norm
 
 
-def count_scored(micros: list[Batch]) -> int:
-    return sum(int((micro.labels != -100).sum()) for micro in micros)
+def forward_backward(training: Training, microbatches: list[Batch], n_targets: int) -> Tensor:
+    """Forward and backward of all microbatches; gradients add up. Returns this rank's share of the mean loss."""
+    if training.pipeline:  # stages and schedules: parallel/pipeline.py
+        return training.pipeline.step(microbatches, n_targets)
+    loss = torch.zeros((), device=training.device)
+    for i, batch in enumerate(microbatches):
+        training.sync_gradients(last=i == len(microbatches) - 1)  # ZeRO: reduce gradients once, or each time
+        tokens, labels, positions = batch.to(training.device)
+        loss_i = (
+            training.model(tokens, labels=labels, positions=positions) / n_targets
+        )  # (): sum of token losses
+        (
+            loss_i * training.layout.gradient_ranks
+        ).backward()  # FSDP averages over these ranks; we want the sum
+        loss += loss_i.detach()
+    return loss
 
 
-def evaluate(
-    runner,
-    rows: PackedRows,
-    train: TrainConfig,
-    document_mask: bool,
-    mesh: DeviceMesh,
-    layout: ParallelConfig,
-    device: torch.device,
-) -> float:
-    """Mean loss over the first held-out rows. All ranks enter: a sharded forward gathers weights."""
-    batches = list(
-        validation_batches(
-            rows,
-            train.micro_batch_size,
-            mesh["dp"].get_local_rank(),
-            layout.dp,
-            document_mask,
-            train.validation_rows,
-        )
-    )
-    nats = runner.evaluate_step([shard_batch(batch, mesh["cp"], layout.cp_method) for batch in batches])
-    dist.all_reduce(nats, group=mesh["loss"].get_group())
-    n_scored = torch.tensor(count_scored(batches), device=device)
-    dist.all_reduce(n_scored, group=mesh["dp"].get_group())
-    return (nats / n_scored).item()
+@torch.no_grad()
+def evaluate(training: Training, batches: list[Batch]) -> float:
+    """Mean loss of held-out batches. All ranks enter: a sharded forward gathers weights."""
+    layout = training.layout
+    own = [layout.own_tokens(batch) for batch in batches]
+    if training.pipeline:
+        nats = training.pipeline.evaluate(own)
+    else:
+        nats = torch.zeros((), dtype=torch.float64, device=training.device)
+        for batch in own:
+            tokens, labels, positions = batch.to(training.device)
+            nats += training.model(tokens, labels=labels, positions=positions)
+        training.reshard()
+    dist.all_reduce(nats, group=layout.loss_group)
+    n_targets = torch.tensor(count_targets(batches), device=training.device)
+    dist.all_reduce(n_targets, group=layout.mesh["dp"].get_group())
+    return (nats / n_targets).item()
+
+
+def count_targets(batches: list[Batch]) -> int:
+    return sum(int((batch.labels != IGNORE).sum()) for batch in batches)
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:

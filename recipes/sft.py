@@ -35,34 +35,23 @@ import torch.distributed as dist
 from pretrain import (
     CheckpointConfig,
     check_numbers,
-    check_skips,
-    count_scored,
+    count_targets,
     evaluate,
-    fp32_weights,
     generation_settings,
     learning_rate,
     read_model_config,
     resume,
-    set_up,
     settings_of,
     tokenizer_path,
     train_step,
 )
-from step_pictures import StepPictures
 
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf, save_hf
 from dtensor_llama.attention import choose_attention
-from dtensor_llama.checkpoint import Checkpointer, training_state
-from dtensor_llama.cli import FilePath, read_launch, run_recipe
-from dtensor_llama.data.chat import ChatOptions
-from dtensor_llama.data.preview import preview, say_data, say_skipped
-from dtensor_llama.data.reader import RowReader
-from dtensor_llama.data.rows import ChatCorpus, PackedExamples
-from dtensor_llama.data.template import ChatTemplate, RawTemplate
-from dtensor_llama.data.tokenize import prepare_chat, template_of
-from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
-from dtensor_llama.flops import hardware_flops_per_token, model_flops_per_token, peak_flops
-from dtensor_llama.lora import (
+from dtensor_llama.chat.answers import answer, held_out_prompts
+from dtensor_llama.chat.conversations import ChatOptions
+from dtensor_llama.chat.corpus import ChatCorpus, prepare_chat
+from dtensor_llama.chat.lora import (
     LoraConfig,
     apply_lora,
     init_lora,
@@ -70,11 +59,20 @@ from dtensor_llama.lora import (
     n_adapter_parameters,
     save_adapter,
 )
+from dtensor_llama.chat.neftune import Neftune
+from dtensor_llama.chat.packing import PackedExamples
+from dtensor_llama.chat.preview import preview, say_data
+from dtensor_llama.chat.template import ChatTemplate, RawTemplate, template_of
+from dtensor_llama.checkpoint import Checkpointer, training_state
+from dtensor_llama.cli import FilePath, read_launch, run_recipe
+from dtensor_llama.data.reader import RowReader, validation_batches
+from dtensor_llama.data.sequences import say_skipped
+from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
+from dtensor_llama.flops import hardware_flops_per_token, model_flops_per_token, peak_flops
 from dtensor_llama.loss import choose_loss
 from dtensor_llama.metrics import GIB, LateReader, PeakMemory, RunLog, SkippedSteps, draw_loss_curve
 from dtensor_llama.model import init_weights
-from dtensor_llama.neftune import Neftune
-from dtensor_llama.places import cache_folders
+from dtensor_llama.places import cache_folders, readable
 from dtensor_llama.run import (
     CONTENT,
     GENERATION,
@@ -88,12 +86,13 @@ from dtensor_llama.run import (
 )
 from dtensor_llama.weights import check_hf
 from memory import MemoryConfig
-from parallel import ParallelConfig
-from parallel.answers import answer, held_out_prompts
+from parallel import ParallelConfig, build_mesh
+from parallel.apply import Computation
+from parallel.assemble import Offload, adamw, assemble, check_skips
 from parallel.config import AXES, check_parallel
-from parallel.context import embedded_here
 from parallel.fit import fit
-from parallel.mesh import reads_alone, start_process_group, stop_process_group
+from parallel.mesh import Layout, start_process_group, stop_process_group
+from parallel.step_pictures import StepPictures
 
 # ---- 1. What can be asked for: each field is a flag --------------------------------------------------------
 
@@ -186,7 +185,7 @@ def main(cfg: SftConfig) -> None:
     check_more_numbers(cfg)
     cfg.memory.check()
     memory, chosen = cfg.memory.settle(device, compute_dtype, world_size)
-    check_skips(cfg.train, memory)
+    check_skips(cfg.train.skip_nonfinite, cfg.train.max_grad_norm, memory)
     cfg = replace(cfg, memory=memory)
     if not cfg.data.path:
         raise UsageError(
@@ -225,7 +224,7 @@ def main(cfg: SftConfig) -> None:
     ends = [end for end in dict.fromkeys([*ends, *corpus.end_ids]) if end is not None]
     model.config = model_config = replace(model_config, eos_token_id=ends if len(ends) > 1 else ends[0])
     model.generation_config = generation_settings(cfg, model_config)
-    cfg, layout, rows, reasons = settle(cfg, model_config, corpus, tokenizer, device, world_size)
+    cfg, resolved, rows, reasons = settle(cfg, model_config, corpus, tokenizer, device, world_size)
     if cfg.preview or cfg.preview_json:
         if is_main:
             say_data(rows, template.name, print)
@@ -233,12 +232,12 @@ def main(cfg: SftConfig) -> None:
             preview(rows, tokenizer, cfg.preview, cfg.preview_json)
         return
     seq_len = rows.seq_len
-    ring = layout.cp > 1 and layout.cp_method == "ring"
+    ring = resolved.cp > 1 and resolved.cp_method == "ring"
     kernel, why = choose_attention(
         cfg.train.attention, device, compute_dtype, merges_blocks=ring, documents=True
     )
-    n_micros = check_parallel(
-        layout,
+    n_microbatches = check_parallel(
+        resolved,
         model_config,
         seq_len,
         cfg.train.global_batch_size,
@@ -255,20 +254,31 @@ def main(cfg: SftConfig) -> None:
     start_process_group(device, world_size, attempt=launch.attempt)
     if is_main and chosen:
         print(f"memory    {chosen}", flush=True)
-    mesh, runner, optimizer = set_up(
-        cfg, model, layout, n_micros, kernel, device, seq_len, say=print if is_main else None
+    computation = Computation(device, compute_dtype, cfg.train.recompute, cfg.train.compile, kernel)
+    offload = Offload(
+        cfg.memory,
+        cfg.train.micro_batch_size,
+        seq_len,
+        clips=cfg.train.max_grad_norm < math.inf,
+        ranks_per_host=launch.ranks_per_host,
+        rates_file=readable(cache_folders(cfg.data.cache_dir, cfg.run_dir))[0] / "rates.json",
     )
-    dp_rank, noise = mesh["dp"].get_local_rank(), None
+    layout = Layout(resolved, build_mesh(resolved, device.type), n_microbatches)
+    training = assemble(
+        model,
+        layout,
+        computation,
+        adamw(cfg.train.lr, cfg.train.weight_decay),
+        offload,
+        say=print if is_main else lambda text: None,
+    )
+    optimizer, noise = training.optimizer, None
     if cfg.train.neftune_alpha and model.model.embed_tokens is not None:
-        noise = Neftune(
-            cfg.train.neftune_alpha,
-            cfg.train.seed,
-            share=lambda per_token: embedded_here(per_token, mesh, layout.cp_method, layout.sequence_shards),
-        )
+        noise = Neftune(cfg.train.neftune_alpha, cfg.train.seed, share=layout.embedded_tokens)
         noise.add_to(model.model.embed_tokens)
     checkpoints = Checkpointer(Path(cfg.run_dir, "checkpoints"), keep=cfg.checkpoint.keep)
     # also before a resumption: a LoRA checkpoint has no frozen weights
-    whole = fp32_weights(model, optimizer)
+    whole = training.fp32_weights()
     load_hf(whole, weights) if weights else init_weights(whole, cfg.train.seed)
     init_lora(whole, cfg.train.seed)
     meta = checkpoint_meta(cfg, model_config, corpus, seq_len) | {GENERATION: model.generation_config}
@@ -278,15 +288,15 @@ def main(cfg: SftConfig) -> None:
         rows,
         cfg.train.global_batch_size,
         cfg.train.micro_batch_size,
-        dp_rank,
-        layout.dp,
+        layout.dp_rank,
+        resolved.dp,
         document_mask=True,
         position=position,
         pin_memory=device.type == "cuda",
     )
     step_tokens = cfg.train.global_batch_size * seq_len
     peak, peak_source = peak_flops(device, compute_dtype)
-    memory = PeakMemory(device)
+    peak_memory = PeakMemory(device)
     log = None
     if is_main:
         log = RunLog(Path(cfg.run_dir), step, cfg.train.steps)
@@ -294,9 +304,9 @@ def main(cfg: SftConfig) -> None:
         describe_run(
             cfg,
             model_config,
-            layout,
+            resolved,
             rows,
-            n_micros,
+            n_microbatches,
             f"{kernel} ({why})",
             template.name,
             peak,
@@ -307,7 +317,7 @@ def main(cfg: SftConfig) -> None:
         for reason in reasons:
             log.say(reason)
     asked = held_out_prompts(rows, cfg.train.answers, cfg.train.answer_tokens)
-    if asked and layout.pp * layout.cp > 1:
+    if asked and resolved.pp * resolved.cp > 1:
         asked = []
         if is_main:
             log.say(
@@ -317,38 +327,28 @@ def main(cfg: SftConfig) -> None:
     # ---- 4. The loop ---------------------------------------------------------------------------------------
     stop = StopSignal(launch.launcher_pid, say=log.say if log else lambda text: None)
     stopped = False
-    pictures = StepPictures(cfg, layout, mesh, optimizer, device, first_step=step)
+    pictures = StepPictures(training, Path(cfg.run_dir), step, cfg.train.steps, cfg.memory.draw)
     reading, skipped = LateReader(device), SkippedSteps(cfg.train.skip_nonfinite)
     if log:  # rows of before a resumption go on counting
         skipped.total = max((row.get("skipped_steps") or 0 for row in log.rows), default=0)
     while step < cfg.train.steps and not stopped:
         reading.begin()
         lr = learning_rate(cfg.train, step)
-        micros = next(reader)  # n_micros batches of (micro_batch_size, T)
-        # How many labels count in the whole global batch, and whether any rank was asked to stop: one
-        # reduction for both. It goes over gloo, from host to host: nobody waits for the device.
-        counts = torch.tensor([count_scored(micros) * reads_alone(mesh), int(stop.asked)])
+        microbatches = next(reader)  # n_microbatches batches of (micro_batch_size, T)
+        # How many labels count in the whole global batch, and whether any rank was asked to stop: one reduction for
+        # both. It goes over gloo, from host to host, so that nothing waits for the device.
+        counts = torch.tensor([count_targets(microbatches), int(stop.asked)])
         dist.all_reduce(counts)
-        n_scored, stopped = max(1, int(counts[0])), bool(counts[1])
+        n_targets, stopped = max(1, int(counts[0]) // layout.ranks_per_batch), bool(counts[1])
         if noise:
-            noise.next_step(step, dp_rank * cfg.train.global_batch_size // layout.dp, micros)
-        loss, grad_norm = train_step(
-            runner,
-            model,
-            optimizer,
-            micros,
-            n_scored,
-            lr,
-            mesh,
-            layout,
-            cfg.train.max_grad_norm,
-            pictures.before(step),
-        )
+            noise.next_step(step, layout.dp_rank * cfg.train.global_batch_size // resolved.dp, microbatches)
+        pictures.before(step)
+        loss, grad_norm = train_step(training, microbatches, n_targets, lr, cfg.train.max_grad_norm)
         step += 1
         # ---- below here nothing changes the weights ----
         pictures.after(step, log.say if log else None)
         # of the step's launches: the allocator is the host's
-        peaks = torch.tensor(memory.take(), dtype=torch.float64)
+        peaks = torch.tensor(peak_memory.take(), dtype=torch.float64)
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
         device_gib, host_gib, reserved_gib, _ = (peaks / GIB).tolist()
         reading.put(
@@ -374,8 +374,11 @@ def main(cfg: SftConfig) -> None:
         # was read.
         done = [skipped.judge(row) for row in reading.take(all=bool(last or saves or validates))]
         if validates:
-            done[-1]["validation_loss"] = evaluate(runner, rows, cfg.train, True, mesh, layout, device)
-            answers = answer(model, asked, cfg.train.answer_tokens, ends, tokenizer, layout.tp, device)
+            batches = validation_batches(
+                rows, cfg.train.micro_batch_size, layout.dp_rank, resolved.dp, True, cfg.train.validation_rows
+            )
+            done[-1]["validation_loss"] = evaluate(training, list(batches))
+            answers = answer(model, asked, cfg.train.answer_tokens, ends, tokenizer, resolved.tp, device)
             if is_main:
                 log.say(f"step {step}: validation loss {done[-1]['validation_loss']:.4f}")
                 log.text("answers", step, answers)
@@ -404,7 +407,7 @@ def main(cfg: SftConfig) -> None:
     reader.close()
     checkpoints.close()
     if cfg.checkpoint.export_hf and not stopped:
-        whole = fp32_weights(model, optimizer)  # waits for the last update, which adapters need too
+        whole = training.fp32_weights()  # waits for the last update, which adapters need too
         export(model if cfg.lora.rank else whole, cfg, tokenizer, template, compute_dtype, is_main)
     if is_main:
         log.close()

@@ -14,10 +14,12 @@ import sentencepiece
 from recipe import ROOT
 from test_tokenizer import train_byte_level
 
-from dtensor_llama.data import ChatTemplate, PackedExamples, load_tokenizer, prepare_chat
-from dtensor_llama.data.chat import ChatOptions, conversation_of
+from dtensor_llama.chat.conversations import EMPTY_ANSWER, NOTHING_TRAINED, ChatOptions, conversation_of
+from dtensor_llama.chat.corpus import prepare_chat
+from dtensor_llama.chat.packing import PackedExamples, pack
+from dtensor_llama.chat.template import ChatTemplate
 from dtensor_llama.data.reader import make_batch
-from dtensor_llama.data.rows import EMPTY_ANSWER, NOTHING_TRAINED, pack
+from dtensor_llama.data.tokenizer import load_tokenizer
 from dtensor_llama.errors import UsageError
 
 SHARED = Path(os.environ.get("DTENSOR_LLAMA_SHARED_DATA", ROOT.parent / "shared" / "data"))

@@ -22,19 +22,14 @@ import torch
 from test_tokenizer import ROOT, SHARED, TEXT, train_byte_level, train_pieces
 from tokenizers import Regex, pre_tokenizers
 
-from dtensor_llama.data import (
-    PackedRows,
-    RowReader,
-    TokenCorpus,
-    load_tokenizer,
-    prepare_corpus,
-    validation_batches,
-)
+from dtensor_llama.chat.corpus import ChatCorpus, prepare_chat
 from dtensor_llama.data import tokenize as tokenize_module
 from dtensor_llama.data.cut import Cutter
-from dtensor_llama.data.rows import ChatCorpus, permute
+from dtensor_llama.data.reader import RowReader, validation_batches
+from dtensor_llama.data.sequences import PackedRows, TokenCorpus, permute
 from dtensor_llama.data.sources import TextOptions, expand_paths, read_chunks
-from dtensor_llama.data.tokenize import prepare_chat
+from dtensor_llama.data.tokenize import prepare_corpus
+from dtensor_llama.data.tokenizer import load_tokenizer
 from dtensor_llama.errors import UsageError
 
 LLAMA3_WORDS = (
@@ -299,7 +294,9 @@ def test_kill_9_leaves_nothing_that_would_be_used_and_no_process(tokenizer, tmp_
 
 def test_tokenizing_stops_when_the_run_that_asked_for_it_is_killed(tokenizer, tmp_path):
     file, cache = write_jsonl(tmp_path / "a.jsonl", [TEXT] * 200), tmp_path / "cache"
-    code = f"from dtensor_llama.data import *; t = load_tokenizer({str(tokenizer.path)!r})\n"
+    code = "from dtensor_llama.data.tokenize import prepare_corpus\n"
+    code += "from dtensor_llama.data.tokenizer import load_tokenizer\n"
+    code += f"t = load_tokenizer({str(tokenizer.path)!r})\n"
     code += f"prepare_corpus([{str(file)!r}], t, {str(cache)!r})"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
     wait_until(lambda: any(part.stat().st_size for part in cache.glob("*.partial/tokens.bin")))
@@ -556,7 +553,9 @@ def test_an_error_while_reading_reaches_the_caller_and_no_thread_stays(rows):
 
 
 def test_a_reader_never_closed_does_not_disturb_the_exit(rows):
-    code = f"from dtensor_llama.data import *\nrows = PackedRows(TokenCorpus({str(rows.corpus.folder)!r}), 16, 0, 0)\n"
+    code = "from dtensor_llama.data.reader import RowReader\n"
+    code += "from dtensor_llama.data.sequences import PackedRows, TokenCorpus\n"
+    code += f"rows = PackedRows(TokenCorpus({str(rows.corpus.folder)!r}), 16, 0, 0)\n"
     code += "reader = RowReader(rows, 8, 8, 0, 1); next(reader); print(reader.position)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "8\n", "")

@@ -164,7 +164,7 @@ def test_a_tokenizer_in_the_run_folder_is_left_as_it_is(inputs, tmp_path):
 
 def chat_run(inputs, tmp_path, *more) -> Path:
     """A short run of sft.py on a few conversations."""
-    pytest.importorskip("dtensor_llama.lora")
+    pytest.importorskip("dtensor_llama.chat.lora")
     talks = [
         {
             "messages": [

@@ -175,7 +175,7 @@ def test_trained_weights_tell_the_known_story_on_two_ranks():
 
 
 def test_a_chat_remembers_and_an_answer_is_what_the_template_asks_for_on_two_ranks_too(inputs, tmp_path):
-    pytest.importorskip("dtensor_llama.data.template")
+    pytest.importorskip("dtensor_llama.chat.template")
     folder = shutil.copytree(inputs / "model", tmp_path / "model")
     flags = ["--model", folder, "--chat", "--max-new-tokens", 8]
 
@@ -203,7 +203,7 @@ def test_a_chat_remembers_and_an_answer_is_what_the_template_asks_for_on_two_ran
 
 def chat_alone(folder: Path, questions: list[str]) -> list[str]:
     """The answers of a chat, spelt out."""
-    from dtensor_llama.data.template import ChatTemplate
+    from dtensor_llama.chat.template import ChatTemplate
 
     config, tokenizer = LlamaConfig.from_hf(folder), load_tokenizer(folder)
     model, template, turns, answers = Llama(config), ChatTemplate(tokenizer), [], []

@@ -10,8 +10,10 @@ from recipe import metrics, pretrain_flags, recipe
 from test_data import make_corpus
 
 from dtensor_llama import UsageError
-from dtensor_llama.data import MixedRows, PackedRows, RowReader, load_tokenizer, open_rows, validation_batches
-from dtensor_llama.data.mix import parse_mixture
+from dtensor_llama.data.mix import MixedRows, open_rows, parse_mixture
+from dtensor_llama.data.reader import RowReader, validation_batches
+from dtensor_llama.data.sequences import PackedRows
+from dtensor_llama.data.tokenizer import load_tokenizer
 
 WEIGHTS = (0.55, 0.3, 0.15)
 T = 8

@@ -295,7 +295,10 @@ def test_a_base_gives_the_weights_the_ends_and_the_generation_config_of_its_fold
 
     other = Base(str(folder), str(inputs / "tokenizer"))  # fields that name tokens mean nothing for it
     config = other.read_config(tokenizer)
-    assert config.eos_token_id == tokenizer.eos_id and config.other_fields == {"tag": "mine", "use_cache": True}
+    assert config.eos_token_id == tokenizer.eos_id and config.other_fields == {
+        "tag": "mine",
+        "use_cache": True,
+    }
     assert other.generation_config(config) == {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,

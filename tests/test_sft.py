@@ -17,10 +17,10 @@ from test_chat import CHATML, HELLO, TALK, write
 from torch.testing import assert_close
 
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf
+from dtensor_llama.chat.corpus import prepare_chat
+from dtensor_llama.chat.neftune import lengths_of, uniform
 from dtensor_llama.cli import parse_cli
-from dtensor_llama.data.tokenize import prepare_chat
 from dtensor_llama.data.tokenizer import load_tokenizer
-from dtensor_llama.neftune import lengths_of, uniform
 from parallel import ParallelConfig
 from parallel.fit import bytes_needed
 

@@ -13,7 +13,8 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from dtensor_llama.data import load_tokenizer, prepare_corpus
+from dtensor_llama.data.tokenize import prepare_corpus
+from dtensor_llama.data.tokenizer import load_tokenizer
 from dtensor_llama.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -403,6 +404,6 @@ def test_special_tokens_the_vocabulary_lacks_are_refused(json_file):
 
 
 def test_tokenizing_does_not_import_torch():
-    code = "from dtensor_llama.data import load_tokenizer, prepare_corpus, PackedRows; import sys; print(list(sys.modules))"
+    code = "import dtensor_llama.chat.corpus, dtensor_llama.data.mix, sys; print(list(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
     assert "'numpy'" in done.stdout and "'torch'" not in done.stdout

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dtensor_llama.data.rows import PackedRows
+from dtensor_llama.data.sequences import PackedRows
 from dtensor_llama.data.sources import TextOptions
 from dtensor_llama.data.tokenize import prepare_corpus
 from dtensor_llama.data.tokenizer import Tokenizer

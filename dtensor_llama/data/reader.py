@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtensor_llama.data.rows import PackedRows
+from dtensor_llama.data.sequences import PackedRows
 from dtensor_llama.errors import UsageError
 
 NOT_SCORED = -100  # the label that cross-entropy leaves out
@@ -24,6 +24,13 @@ class Batch(NamedTuple):
     tokens: Tensor  # (B, T) int64
     labels: Tensor  # (B, T) int64: the next token, or NOT_SCORED
     positions: Tensor | None  # (B, T) int64, counted from the document's start; None without document_mask
+
+    def to(self, device: torch.device) -> "Batch":
+        """Copy tokens and labels to the device. Positions stay on the host, where the starts of documents are
+        found without waiting for the device; the model copies them itself."""
+        tokens = self.tokens.to(device, non_blocking=True)
+        labels = self.labels.to(device, non_blocking=True)
+        return Batch(tokens, labels, self.positions)
 
 
 def make_batch(rows: PackedRows, indices: np.ndarray, document_mask: bool, pin_memory: bool = False) -> Batch:

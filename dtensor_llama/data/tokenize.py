@@ -40,11 +40,18 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from dtensor_llama.data.chat import UNANSWERED, ChatOptions, Conversation, conversation_of, reasons_in_order
+from dtensor_llama.chat.conversations import (
+    EMPTY_ANSWER,
+    NOTHING_TRAINED,
+    UNANSWERED,
+    ChatOptions,
+    Conversation,
+    conversation_of,
+)
+from dtensor_llama.chat.template import ChatTemplate, RawTemplate, template_of
 from dtensor_llama.data.cut import Cutter
-from dtensor_llama.data.rows import EMPTY_ANSWER, NOTHING_TRAINED, SKIPPED, ChatCorpus, TokenCorpus
+from dtensor_llama.data.sequences import SKIPPED, TokenCorpus, reasons_in_order
 from dtensor_llama.data.sources import FORMATS, RECORD_FORMATS, Chunk, TextOptions, expand_paths, read_chunks
-from dtensor_llama.data.template import ChatTemplate, RawTemplate
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
 from dtensor_llama.errors import BadRecord, UsageError
 from dtensor_llama.places import first_writable, is_full, readable, say_full
@@ -74,27 +81,10 @@ def prepare_corpus(
     be written. Raises UsageError for what is wrong with the files.
     """
     options = TextOptions(text_field) if isinstance(text_field, str) else text_field
-    return TokenCorpus(_prepare(paths, tokenizer, cache_dir, options, processes))
+    return TokenCorpus(prepare(paths, tokenizer, cache_dir, options, processes))
 
 
-def prepare_chat(
-    paths: Sequence[str | Path],
-    tokenizer: Tokenizer,
-    cache_dir: str | Path | Sequence[str | Path],
-    processes: int | None = None,
-    options: ChatOptions = ChatOptions(),
-) -> ChatCorpus:
-    """As prepare_corpus, of conversations in any of the formats of chat.py, written as `options` say."""
-    template_of(tokenizer, options)  # one that cannot be used is the first thing to say
-    return ChatCorpus(_prepare(paths, tokenizer, cache_dir, options, processes))
-
-
-def template_of(tokenizer: Tokenizer, options: ChatOptions) -> ChatTemplate | RawTemplate:
-    """What writes the conversations."""
-    return RawTemplate(tokenizer) if options.template == "none" else ChatTemplate(tokenizer)
-
-
-def _prepare(
+def prepare(
     paths, tokenizer: Tokenizer, cache_dir, what: TextOptions | ChatOptions, processes: int | None
 ) -> Path:
     paths = [paths] if isinstance(paths, str | Path) else paths

@@ -37,6 +37,7 @@ from tyro.conf import Positional
 
 from dtensor_llama import LlamaConfig, UsageError  # torch is imported by --why alone
 from dtensor_llama.cli import run_recipe
+from parallel.apply import Computation
 
 if TYPE_CHECKING:
     from memory.placement import Plan as Placements
@@ -269,7 +270,7 @@ def elements(config: LlamaConfig, layout: "ParallelConfig", gpus: int, lora: boo
     import torch
 
     from dtensor_llama import Llama
-    from dtensor_llama.lora import LoraConfig, apply_lora
+    from dtensor_llama.chat.lora import LoraConfig, apply_lora
     from dtensor_llama.shards import local
     from parallel import build_mesh, parallelize
     from parallel.explain import computing_shape, pretend, units
@@ -280,7 +281,7 @@ def elements(config: LlamaConfig, layout: "ParallelConfig", gpus: int, lora: boo
             model = Llama(config)
         if lora:
             apply_lora(model, LoraConfig(rank=LORA_RANK), frozen_dtype=torch.bfloat16)
-        parts, has = parallelize(model, mesh, layout, compute_dtype=torch.bfloat16), {True: 0, False: 0}
+        parts, has = parallelize(model, mesh, layout, Computation(dtype=torch.bfloat16)), {True: 0, False: 0}
         for parameter in model.parameters():
             has[parameter.requires_grad] += local(parameter).numel()
         blocks, rests = (

@@ -29,11 +29,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dtensor_llama import Llama, LlamaConfig
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import init_weights
-from parallel import ParallelConfig, build_mesh, parallelize
+from parallel import ParallelConfig, build_mesh
+from parallel.apply import Computation
+from parallel.assemble import Training, adamw, assemble
 from parallel.clip import clip_grad_norm
 from parallel.config import AXES, check_parallel
 from parallel.context import shard_sequence
-from parallel.pipeline import make_step_runner
+from parallel.mesh import Layout
 
 TINY = LlamaConfig(
     vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4
@@ -81,6 +83,21 @@ class CountMessages(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
+def forward_backward(training: Training, micros: list[Batch], n_targets: Tensor) -> Tensor:
+    """The step of recipes/pretrain.py: this rank's share of the loss, and gradients summed over microbatches."""
+    if training.pipeline:
+        return training.pipeline.step(micros, n_targets)
+    loss = torch.zeros(())
+    for i, batch in enumerate(micros):
+        training.sync_gradients(last=i == len(micros) - 1)
+        loss_i = training.model(batch.tokens, labels=batch.labels) / n_targets
+        (
+            loss_i * training.layout.gradient_ranks
+        ).backward()  # FSDP averages over these ranks; we want the sum
+        loss += loss_i.detach()
+    return loss
+
+
 def train_step(
     layout: ParallelConfig, tokens: Tensor, labels: Tensor
 ) -> tuple[float, float, dict[str, Tensor]]:
@@ -91,8 +108,9 @@ def train_step(
     mesh = build_mesh(layout, "cpu")
     with torch.device("meta"):
         model = Llama(TINY)  # names and shapes, no memory
-    for part in (parts := parallelize(model, mesh, layout)):
-        part.to_empty(device="cpu")  # this rank's shards, without values
+    training = assemble(
+        model, Layout(layout, mesh, n_micros), Computation(), adamw(lr=3e-4, weight_decay=0.1)
+    )
     init_weights(model, seed=0)  # from the names: the same under any layout
     # (ROWS/dp, T): this dp rank's
     columns = [x[mesh["dp"].get_local_rank() :: layout.dp] for x in (tokens, labels)]
@@ -100,21 +118,11 @@ def train_step(
         # (ROWS/dp, T/cp): this cp rank's
         columns = [shard_sequence(x, mesh["cp"], layout.cp_method) for x in columns]
     micros = [Batch(*row, None) for row in zip(*(x.split(1) for x in columns), strict=True)]
-    runner = make_step_runner(
-        parts,
-        mesh["pp"],
-        layout.schedule,
-        n_micros,
-        torch.device("cpu"),
-        torch.float32,
-        layout.sequence_shards,
-        layout.zero_stage,
-    )
     axis_of_group.update(
         {mesh[axis].get_group().group_name: axis for axis in ("dp_replicate", "fsdp", "cp", "tp", "pp")}
     )
-    with CountMessages() as trace:  # FSDP averages; grad_scale makes it a sum
-        loss = runner.step(micros, (labels != -100).sum(), grad_scale=layout.grad_ranks)
+    with CountMessages() as trace:
+        loss = forward_backward(training, micros, (labels != -100).sum())
     dist.all_reduce(loss, group=mesh["loss"].get_group())
     norm = clip_grad_norm(model.parameters(), max_norm=1e9)  # over every axis, once; clips nothing
 

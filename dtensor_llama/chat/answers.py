@@ -4,7 +4,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from dtensor_llama import Llama
-from dtensor_llama.data.rows import PackedExamples
+from dtensor_llama.chat.packing import PackedExamples
 from dtensor_llama.data.tokenizer import Tokenizer
 
 

@@ -19,7 +19,6 @@ history      of the one-turn formats: earlier [question, answer] pairs
 """
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -62,6 +61,9 @@ FOLLOWS = {
 TRAINED_IF = {"weight": True, "train": True, "trainable": True, "training": True, "loss": True}
 TRAINED_IF |= {"mask": False, "masked": False}  # flag: the value of it that says "trained"
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of one thing, as transformers has them
+# Records that are no conversation to train on are counted as these, and left out.
+EMPTY_ANSWER = "with an empty answer"
+NOTHING_TRAINED = "in which no answer is to be trained"
 UNANSWERED = "end with a turn that nobody answered, which is cut off"
 
 
@@ -345,8 +347,3 @@ def _check_order(turns: list[dict], where: str) -> None:
         raise BadRecord(
             where, "no assistant turn, so nothing to train on", f"its roles are {', '.join(roles)}."
         )
-
-
-def reasons_in_order(skipped: dict[str, int]) -> Iterable[str]:
-    """ "2 no assistant turn", the most frequent first."""
-    return (f"{n:,} {reason}" for reason, n in sorted(skipped.items(), key=lambda pair: -pair[1]))

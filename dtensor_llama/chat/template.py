@@ -27,7 +27,7 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from dtensor_llama.data.chat import THOUGHTS, TOOL_ROLES, Conversation
+from dtensor_llama.chat.conversations import THOUGHTS, TOOL_ROLES, ChatOptions, Conversation
 from dtensor_llama.data.tokenizer import Tokenizer
 from dtensor_llama.errors import BadRecord, UsageError
 
@@ -538,6 +538,11 @@ class RawTemplate:
     def unread(self, conversation: Conversation) -> set[str]:
         """As ChatTemplate.unread."""
         return set()
+
+
+def template_of(tokenizer: Tokenizer, options: ChatOptions) -> ChatTemplate | RawTemplate:
+    """What writes the conversations."""
+    return RawTemplate(tokenizer) if options.template == "none" else ChatTemplate(tokenizer)
 
 
 class TextWriter:

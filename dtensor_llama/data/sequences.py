@@ -8,6 +8,8 @@ position: how far a run has come, in rows of the global order; it never wraps, e
 """
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,6 @@ from dtensor_llama.errors import UsageError
 ROUNDS = 6  # of the Feistel network: 4 make a pseudo-random permutation (Luby and Rackoff 1988), 2 to spare
 
 
-# Records that are no conversation to train on are counted as these, and left out.
-EMPTY_ANSWER = "with an empty answer"
-NOTHING_TRAINED = "in which no answer is to be trained"
 SKIPPED = "bad-records.jsonl"  # those that --data.bad-records skip left out, one a line
 
 
@@ -55,22 +54,6 @@ class TokenCorpus:
             )
 
 
-class ChatCorpus(TokenCorpus):
-    """A folder written by `prepare_chat`: documents are conversations.
-
-    trained: (n_tokens,) uint8, 1 where a token is trained. counts: records of each format, and those left
-    out.
-    unread: fields that nothing reads, and in how many records they stand. end_ids: the tokens that end an
-    answer, at which generation has to stop.
-    """
-
-    def __init__(self, folder: str | Path):
-        super().__init__(folder)
-        meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
-        self.counts, self.unread, self.end_ids = meta["counts"], meta["unread"], meta["end_ids"]
-        self.trained = np.memmap(self.folder / "trained.bin", np.uint8, mode="r")
-
-
 class PackedRows:
     """Rows of `seq_len` tokens, split by `seed` into training rows and a held-out share.
 
@@ -86,7 +69,7 @@ class PackedRows:
         self.corpus, self.seq_len, self._key = (
             corpus,
             seq_len,
-            _mix(np.array([seed % 2**64], dtype=np.uint64)),
+            mix_bits(np.array([seed % 2**64], dtype=np.uint64)),
         )
         # the tokens after the last whole row are dropped
         self.n_rows = max(0, corpus.n_tokens - 1) // seq_len
@@ -127,7 +110,9 @@ class PackedRows:
         """Rows at positions, an array of any shape: every epoch is a permutation of the training rows of its
         own."""
         epochs, index = np.divmod(np.asarray(positions, dtype=np.int64), self.n_train)
-        return self._split(permute(index, self.n_train, _mix(self._key + _mix(epochs.astype(np.uint64)))))
+        return self._split(
+            permute(index, self.n_train, mix_bits(self._key + mix_bits(epochs.astype(np.uint64))))
+        )
 
     def validation_rows(self) -> np.ndarray:
         """All held-out rows, (n_validation,), in an order that never changes."""
@@ -154,116 +139,6 @@ class PackedRows:
         return np.asarray(starts[low:high]) - first
 
 
-class PackedExamples(PackedRows):
-    """Rows of whole conversations, one behind the other, the rest of a row filled with `pad_id`; no row has a
-    part of one.
-
-    A row is `seq_len` tokens here (one more, always padding, completes PackedRows' T + 1), so an example fits
-    if it has at most that many. overlong: "drop" leaves longer ones out, "truncate" keeps their first
-    `seq_len` tokens, unless none of those is trained. packing False: one example a row. Raises UsageError if
-    no row is left to train on.
-
-    n_examples, n_dropped, n_truncated: conversations in rows, too long and left out, too long and cut.
-    """
-
-    def __init__(
-        self,
-        corpus: ChatCorpus,
-        seq_len: int,
-        validation_share: float,
-        seed: int,
-        pad_id: int = 0,
-        overlong: str = "drop",
-        packing: bool = True,
-    ):
-        self.corpus, self.seq_len, self.pad_id = corpus, seq_len, pad_id
-        self._key = _mix(np.array([seed % 2**64], dtype=np.uint64))
-        starts = np.asarray(corpus.document_starts)
-        lengths = np.diff(starts, append=corpus.n_tokens)
-        is_long = lengths > seq_len
-        # trained tokens before each offset, so that a cut example that has none left is seen; int64, 8 bytes
-        # a token, briefly
-        before = np.concatenate([[0], np.cumsum(corpus.trained, dtype=np.int64)]) if is_long.any() else None
-        fits = ~is_long
-        if overlong == "truncate" and before is not None:
-            fits |= before[starts + np.minimum(lengths, seq_len)] > before[starts]
-        self.n_examples, self.n_dropped, self.n_truncated = map(
-            int, (fits.sum(), (~fits).sum(), (fits & is_long).sum())
-        )
-        if not self.n_examples:
-            raise UsageError(
-                f"--data.seq-len {seq_len}: every example is longer (the shortest has {lengths.min()} tokens), "
-                f"and --data.overlong {overlong} leaves nothing to train on; use --data.seq-len {lengths.max()} "
-                f"to keep all" + (", or --data.overlong truncate." if overlong == "drop" else ".")
-            )
-        self.starts, self.lengths = starts[fits], np.minimum(lengths, seq_len)[fits]
-        self.examples, self.row_ends = (
-            pack(self.lengths, seq_len)
-            if packing
-            else (np.arange(self.n_examples), np.arange(1, self.n_examples + 1))
-        )
-        self.n_rows = len(self.row_ends)
-        self.n_validation = max(1, round(self.n_rows * validation_share)) if validation_share > 0 else 0
-        self.n_train = self.n_rows - self.n_validation
-        if self.n_train < 1:
-            raise UsageError(
-                f"--data.path: {self.n_examples} examples make {self.n_rows} row(s) of {seq_len} tokens, and with "
-                f"{self.n_validation} held out none is left to train on; use --data.validation-share 0, a smaller "
-                "--data.seq-len, or more data."
-            )
-
-    def examples_of(self, row: int) -> np.ndarray:
-        """The examples in a row, in order."""
-        return self.examples[self.row_ends[row - 1] if row else 0 : self.row_ends[row]]
-
-    def tokens_of(self, rows: np.ndarray) -> np.ndarray:
-        return self._gather(self.corpus.tokens, rows, self.pad_id).astype(np.int64)
-
-    def trained_of(self, rows: np.ndarray) -> np.ndarray:
-        return self._gather(self.corpus.trained, rows, 0).astype(bool)
-
-    def _gather(self, source: np.ndarray, rows: np.ndarray, fill: int) -> np.ndarray:
-        out = np.full((len(rows), self.seq_len + 1), fill, dtype=source.dtype)
-        for b, row in enumerate(rows):
-            parts = [
-                source[self.starts[i] : self.starts[i] + self.lengths[i]] for i in self.examples_of(int(row))
-            ]
-            joined = np.concatenate(parts)
-            out[b, : len(joined)] = joined
-        return out
-
-    def document_starts_of(self, row: int) -> np.ndarray:
-        """Offsets within the row, 1 .. T, at which another example begins, or the padding."""
-        return np.cumsum(self.lengths[self.examples_of(row)])
-
-
-def pack(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Examples of `lengths` tokens, none above seq_len, into few rows: (examples in the order of rows, end of
-    each row there).
-
-    Best fit, longest first: each goes where it leaves the least room. Which rooms there are is a number's
-    bits, the number of tokens that fit being the bit: finding the smallest that suffices is one shift, at any
-    number of rows.
-    """
-    rows, with_room, rooms = [], [[] for _ in range(seq_len + 1)], 0
-    for example in np.argsort(-lengths, kind="stable"):
-        length = int(lengths[example])
-        fitting = rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            row = with_room[room].pop()
-            if not with_room[room]:
-                rooms &= ~(1 << room)
-        else:
-            room, row = seq_len, len(rows)
-            rows.append([])
-        rows[row].append(example)
-        if room > length:
-            with_room[room - length].append(row)
-            rooms |= 1 << (room - length)
-    return np.concatenate(rows), np.cumsum([len(row) for row in rows])
-
-
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     """Images of indices below n under the pseudo-random bijections of 0 .. n - 1 that uint64 keys of their
     shape name.
@@ -277,16 +152,37 @@ def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     while outside.any():
         left, right = image[outside] >> half_bits, image[outside] & mask
         for round_number in range(ROUNDS):
-            noise = _mix(_mix(keys[outside] + np.uint64(round_number)) ^ right)
+            noise = mix_bits(mix_bits(keys[outside] + np.uint64(round_number)) ^ right)
             left, right = right, left ^ (noise & mask)
         image[outside] = left << half_bits | right
         outside = image >= np.uint64(n)
     return image.astype(np.int64)
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix_bits(x: np.ndarray) -> np.ndarray:
     """The finalizer of splitmix64 (Steele, Lea, Flood 2014): every input bit reaches every output bit."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def say_skipped(corpora: Iterable[TokenCorpus], run_dir: Path | None, say) -> None:
+    """How many bad records were left out and why. They are listed in RUN/bad-records.jsonl, if there is a run
+    folder."""
+    skipped, lists = Counter(), []
+    for corpus in corpora:
+        skipped += Counter(corpus.skipped)
+        lists += [corpus.bad_records] if corpus.skipped else []
+    listed_in = [str(one) for one in lists]
+    if lists and run_dir is not None:
+        listed_in = [str(run_dir / SKIPPED)]
+        (run_dir / SKIPPED).write_bytes(b"".join(one.read_bytes() for one in lists))
+    if skipped:
+        reasons = ", ".join(reasons_in_order(skipped))
+        say(f"skipped   {sum(skipped.values()):,} bad records: {reasons}; listed in {', '.join(listed_in)}")
+
+
+def reasons_in_order(skipped: dict[str, int]) -> Iterable[str]:
+    """ "2 no assistant turn", the most frequent first."""
+    return (f"{n:,} {reason}" for reason, n in sorted(skipped.items(), key=lambda pair: -pair[1]))

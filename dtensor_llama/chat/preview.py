@@ -2,15 +2,13 @@
 labels."""
 
 import json
-from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from dtensor_llama.data.chat import UNANSWERED, reasons_in_order
+from dtensor_llama.chat.conversations import EMPTY_ANSWER, NOTHING_TRAINED, UNANSWERED
+from dtensor_llama.chat.packing import PackedExamples
 from dtensor_llama.data.reader import NOT_SCORED, make_batch
-from dtensor_llama.data.rows import EMPTY_ANSWER, NOTHING_TRAINED, SKIPPED, PackedExamples, TokenCorpus
 from dtensor_llama.data.tokenizer import Tokenizer
 from dtensor_llama.errors import UsageError
 
@@ -92,19 +90,3 @@ def say_data(rows: PackedExamples, template_name: str, say) -> None:
         f"examples, {rows.lengths.sum() / rows.n_rows / rows.seq_len:.0%} full; {n_trained / n_tokens:.0%} of the tokens are "
         f"trained{too_long}"
     )
-
-
-def say_skipped(corpora: Iterable[TokenCorpus], run_dir: Path | None, say) -> None:
-    """How many bad records were left out and why. They are listed in RUN/bad-records.jsonl, if there is a run
-    folder."""
-    skipped, lists = Counter(), []
-    for corpus in corpora:
-        skipped += Counter(corpus.skipped)
-        lists += [corpus.bad_records] if corpus.skipped else []
-    listed_in = [str(one) for one in lists]
-    if lists and run_dir is not None:
-        listed_in = [str(run_dir / SKIPPED)]
-        (run_dir / SKIPPED).write_bytes(b"".join(one.read_bytes() for one in lists))
-    if skipped:
-        reasons = ", ".join(reasons_in_order(skipped))
-        say(f"skipped   {sum(skipped.values()):,} bad records: {reasons}; listed in {', '.join(listed_in)}")
