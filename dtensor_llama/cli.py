@@ -61,8 +61,9 @@ class Launch(NamedTuple):
 
 
 def read_launch() -> Launch:
-    """Read the environment as torchrun sets it; without one, this is a single process. An empty variable
-    counts as unset.
+    """Read the environment as torchrun sets it; without it, this is a single process.
+
+    An empty variable counts as unset.
 
     Raises UsageError if the variables do not fit together, naming the one that is wrong."""
     world_size = _number("WORLD_SIZE", 1, low=1)

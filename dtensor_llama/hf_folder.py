@@ -24,8 +24,7 @@ class Base:
     """Names what a run starts from.
 
     model: a preset or a Hugging Face folder
-    tokenizer: a Hugging Face folder, a tokenizer.json or a SentencePiece .model; None: that of the model's
-        folder
+    tokenizer: a Hugging Face folder, tokenizer.json or SentencePiece .model; None: that in the model's folder
     random_init: take only the shape from the folder, not its weights
     """
 

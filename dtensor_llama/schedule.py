@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Schedule(NamedTuple):
-    """Holds the settings of the learning rate. `learning_rate` takes any object that has these four fields."""
+    """Holds the settings of the learning rate. Any object with these four fields can take its place."""
 
     steps: int  # optimizer steps of the whole run
     lr: float  # the peak
