@@ -66,8 +66,7 @@ def on_first_rank(everywhere: Callable[[Callable], Any], do: Callable[[], Any]) 
 def whole_folder(
     final: Path, staged: Path, aside: Path, everywhere: Callable[[Callable], Any], keep_old: bool = False
 ) -> Iterator[Path]:
-    """Build the folder `final` as `staged`, which is yielded, and rename it when the block ends without an
-    error.
+    """Build the folder `final` as `staged`, which is yielded, and rename it if the block succeeds.
 
     All ranks enter, on a file system that all of them see, and the block must raise on all of them or on
     none. A folder that has the final name already becomes `aside`, and is then removed unless `keep_old`.

@@ -77,7 +77,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 @dataclass(frozen=True)
 class Deferred:
-    """A tensor of the state that exists only while it is written or read, one at a time.
+    """Stands for a tensor of the state that exists only while it is written or read, one at a time.
 
     It is for states that do not live in tensors of their own (but in the chunks of memory/): gathering all of
     them at once would take as much host memory again as the states themselves.
@@ -90,8 +90,9 @@ class Deferred:
 
 
 class Checkpointer:
-    """Saves into, and loads from, one folder that all ranks see. Every rank makes one and calls the same
-    methods in step.
+    """Saves into, and loads from, one folder that all ranks see.
+
+    Every rank makes one and calls the same methods in step.
 
     keep: how many of the newest complete checkpoints to keep; 0 or less keeps all
 
@@ -216,8 +217,7 @@ class Checkpointer:
         _take_values(state, tensors)
 
     def close(self) -> None:
-        """Finish the running save, then end the thread and the process group, in this order. Raises as wait()
-        does."""
+        """Finish the running save, then end the thread and the process group. Raises as wait() does."""
         try:
             self.wait()
         finally:
@@ -319,8 +319,9 @@ def training_state(
     position: int = 0,
     meta: dict | None = None,
 ) -> dict[str, Any]:
-    """Return all that a run needs to resume bit for bit, for Checkpointer.save or (with a new model and
-    optimizer) Checkpointer.load.
+    """Return all that a run needs to resume bit for bit, for Checkpointer.save.
+
+    With a new model and optimizer it is also what Checkpointer.load fills.
 
     step: optimizer steps done; position: rows that were read; meta: any value that JSON can hold
 
@@ -408,8 +409,7 @@ def _with_likes(staged: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]
 
 
 def _take_values(state: dict[str, Any], loaded: dict[str, Any]) -> None:
-    """Replace the entries of the state by the loaded ones, except Deferred ones: their values were written to
-    where they live."""
+    """Replace the entries of the state by the loaded ones. Deferred ones were written to where they live."""
     for key, value in state.items():
         if isinstance(value, dict):
             _take_values(value, loaded[key])
@@ -434,8 +434,7 @@ def _older(path: Path) -> str:
 
 
 def _checksums(path: Path) -> dict[str, tuple[int, int]]:
-    """Return {file: (size in bytes, CRC-32)} as they were written. UsageError if `path` is not a complete
-    checkpoint."""
+    """Return {file: (size in bytes, CRC-32)} as written. UsageError if this is not a complete checkpoint."""
     if path.suffix in (".partial", ".deleting"):
         raise UsageError(
             f"{path}: not a complete checkpoint (it was being written or removed). {_older(path)}"
@@ -517,8 +516,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 class _Reader(dcp.FileSystemReader):
-    """Checks that .metadata names nothing but DCP's records before DCP unpickles it, which it does without
-    limits."""
+    """Checks that .metadata names nothing but DCP's records, since DCP unpickles it without limits."""
 
     def read_metadata(self, *args, **kwargs):
         with open(Path(self.path) / ".metadata", "rb") as opened:
@@ -543,8 +541,7 @@ class _RecordsOnly(pickle.Unpickler):
 
 
 class _SavePlanner(DefaultSavePlanner):
-    """Gives DCP the values of Deferred tensors: copies that were made before, or values read as DCP writes
-    them.
+    """Gives DCP the values of Deferred tensors: copies made before, or values read as DCP writes them.
 
     DCP keeps every tensor that it is given until the file is closed. So all tensors that are read here share
     one buffer. This is right as long as each is written before the next one is asked for, hence

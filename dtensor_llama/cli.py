@@ -66,8 +66,9 @@ class Launch(NamedTuple):
 
 
 def read_launch() -> Launch:
-    """Read the environment as torchrun sets it; without one, this is a single process. An empty variable
-    counts as unset.
+    """Read the environment as torchrun sets it; without it, this is a single process.
+
+    An empty variable counts as unset.
 
     Raises UsageError if the variables do not fit together, naming the one that is wrong."""
     world_size = _number("WORLD_SIZE", 1, low=1)
@@ -264,7 +265,7 @@ def values_by_flag(config: Any, fields: tuple[str, ...]) -> dict[str, Any]:
 
 
 class AtLeast(NamedTuple):
-    """A rule for one number of a configuration, for example AtLeast("train.steps", 1)."""
+    """States a rule for one number of a configuration, for example AtLeast("train.steps", 1)."""
 
     field: str  # dotted, as in "train.steps"
     low: float

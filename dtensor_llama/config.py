@@ -17,16 +17,14 @@ from dtensor_llama.places import expanded, refuse_hub_name
 
 
 def whole_number(name: str, value) -> int:
-    """Return `value` if it is a whole number of at least 1. A float like 16.0 is refused, as in
-    transformers."""
+    """Return `value` if it is a whole number of at least 1; 16.0 is refused, as in transformers."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UsageError(f"{name} is {value!r}; it must be a whole number of at least 1.")
     return value
 
 
 def number(name: str, value, low: float, high: float, rule: str) -> float:
-    """Return `value` as a float if it is a number from `low` to `high`, which nan is not; `rule` is this in
-    words."""
+    """Return `value` as a float if it is a number from `low` to `high`; `rule` states this in words."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not low <= value <= high:
         raise UsageError(f"{name} is {value!r}; it must be {rule}.")
@@ -144,8 +142,8 @@ class LlamaConfig:
 
     @staticmethod
     def preset(name: str) -> "LlamaConfig":
-        """Return the shape called `name`: llama2-7b, llama1-65b, tiny-10m, ... UsageError lists them all if
-        it is unknown."""
+        """Return the shape called `name`, for example llama2-7b or tiny-10m. The UsageError for others lists
+        all."""
         if name not in PRESETS:
             refuse_hub_name(name, "model")
             raise UsageError(f"model={name} is neither a preset nor a folder. Presets: {', '.join(PRESETS)}.")
@@ -178,8 +176,7 @@ class LlamaConfig:
         return config_from_fields(fields, path)
 
     def to_hf(self) -> dict:
-        """Return the content of a `config.json` that old and new transformers open, but for the weights'
-        dtype."""
+        """Return a `config.json` that old and new transformers open, without the dtype of the weights."""
         fields = asdict(self)
         other_fields = fields.pop("other_fields")
         fields |= {
@@ -254,8 +251,7 @@ _NOT_CARRIED = (
 
 
 def config_from_fields(fields: dict, path: Path) -> LlamaConfig:
-    """Make a LlamaConfig from the content of a `config.json`. path: named in the UsageError of a bad
-    field."""
+    """Make a LlamaConfig from the content of a `config.json`, whose path is named in errors."""
     family = fields.get("model_type")
     if family != "llama":
         raise UsageError(

@@ -10,7 +10,7 @@ from dtensor_llama.model import KVCache, Llama
 
 
 class Sampling(NamedTuple):
-    """How the next token is chosen."""
+    """Describes how the next token is chosen."""
 
     temperature: float = 0.0  # 0: always the likeliest token (greedy)
     top_p: float = 1.0  # keep the smallest set of tokens whose probability reaches this (arXiv:1904.09751)
@@ -40,8 +40,7 @@ def generate_batch(
     stop_ids: tuple[int, ...] = (),
     sampling: Sampling = GREEDY,
 ) -> Iterator[list[int | None]]:
-    """Continue prompts of any lengths together. Each step yields the new id of each prompt, None after its
-    stop id.
+    """Continue prompts of any lengths together; yields the new id of each prompt, None after its stop id.
 
     A model split over tp gives every rank the same ids, if their generators are in the same state. Prompts of
     unequal lengths need the attention kernel sdpa or math.
@@ -104,8 +103,7 @@ def _choose(
     stop_ids: tuple[int, ...],
     sampling: Sampling,
 ) -> Iterator[list[int | None]]:
-    """Choose token after token until every row has ended; yields the new id of each row, None after its stop
-    id.
+    """Choose tokens until every row has ended; yields the new id of each row, None after its stop id.
 
     next_logits: (B, V) of the position after the last, from the (B,) tokens chosen last, None at the
         beginning. It gets tokens of rows that have ended too, whose values do not matter.
@@ -123,8 +121,8 @@ def _choose(
 def sample(
     logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draw ids (B,) from softmax(logits / temperature), logits (B, V), cut to its top_p nucleus; or one id ()
-    from logits (V,)."""
+    """Draw ids (B,) from softmax(logits / temperature) cut to its top_p nucleus; logits (B, V), or (V,) for
+    one."""
     if temperature == 0:
         return logits.argmax(-1)
     probabilities, ids = (logits / temperature).softmax(-1).sort(descending=True)
@@ -134,8 +132,7 @@ def sample(
 
 
 class TextStream:
-    """Decodes ids that arrive one by one: `put` returns the text that is new, in whole characters, `end` the
-    rest.
+    """Decodes ids that arrive one by one: `put` returns the new text in whole characters, `end` the rest.
 
     ids: what comes before, which is part of the new text at the first put. The whole text is decoded each
         time, since one token may be a part of a character, or a space that depends on what comes before.

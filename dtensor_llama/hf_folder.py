@@ -1,4 +1,4 @@
-"""What a run takes from a Hugging Face folder, and the folder that it leaves.
+"""The Hugging Face folder that a run starts from, and the one that it leaves.
 
 A run starts from a preset (a shape alone) or from a folder, of which it takes the shape, the weights, the
 tokenizer and the generation config. What it exports is such a folder again, which transformers opens as it
@@ -21,11 +21,10 @@ from dtensor_llama.weights import on_all_ranks, save_hf
 
 @dataclass(frozen=True)
 class Base:
-    """What a run starts from.
+    """Names what a run starts from.
 
     model: a preset or a Hugging Face folder
-    tokenizer: a Hugging Face folder, a tokenizer.json or a SentencePiece .model; None: that of the model's
-        folder
+    tokenizer: a Hugging Face folder, tokenizer.json or SentencePiece .model; None: that in the model's folder
     random_init: take only the shape from the folder, not its weights
     """
 

@@ -30,8 +30,7 @@ GIB = 2**30
 
 
 class RunReport:
-    """Measures the steps of a run on every rank, and writes a row of metrics.jsonl for each on the rank that
-    logs.
+    """Measures the steps of a run on every rank, and writes rows of metrics.jsonl on the rank that logs.
 
         report = RunReport(log, utilization, device, skip_nonfinite)
         while ...:
@@ -62,9 +61,10 @@ class RunReport:
     def end_step(
         self, step: int, lr: float, tokens: int, loss: torch.Tensor, grad_norm: torch.Tensor
     ) -> None:
-        """Note a step that was launched. step: its number from 1; tokens: read since the beginning of the
-        run;
-        loss, grad_norm: scalars on the device, the same on every rank."""
+        """Note a step that was launched.
+
+        step: its number, from 1; tokens: read since the beginning of the run; loss, grad_norm: scalars on the
+        device, the same on every rank"""
         # The peak of a step that is only launched is the peak of its memory: the allocator runs on the host.
         peaks = torch.tensor(self.memory.take(), dtype=torch.float64)
         _highest_of_all_ranks(peaks)
@@ -92,9 +92,12 @@ class RunReport:
         validation_losses: dict[str, float] | None = None,
         answers: list[tuple[str, str]] | None = None,
     ) -> None:
-        """Write finished rows. validation_losses are of the newest of them: "" is the loss of all held-out
-        rows, other names are the sources of a mix. answers: (prompt, answer) pairs, sampled in a
-        validation."""
+        """Write finished rows.
+
+        validation_losses: after the newest of them; "" is the loss of all held-out rows, other names are the
+            sources of a mix
+        answers: (prompt, answer) pairs that were sampled in a validation
+        """
         if validation_losses:
             for name, loss in validation_losses.items():
                 rows[-1][f"validation_loss/{name}" if name else "validation_loss"] = loss
@@ -317,8 +320,7 @@ class LateReader:
             self._from = self._now()
 
     def put(self, row: dict, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        """Note a launched step. The scalars on the device and `step_seconds` join its row when they are
-        read."""
+        """Note a launched step. Its row gets the two scalars and `step_seconds` when they are read."""
         values = torch.stack([loss.detach().double(), grad_norm.detach().double()])
         if self.device.type == "cuda":
             values = torch.empty(2, dtype=torch.float64, pin_memory=True).copy_(values, non_blocking=True)
@@ -327,8 +329,7 @@ class LateReader:
         self._from = end
 
     def take(self, all: bool) -> list[dict]:
-        """Return the rows of the steps that are done, oldest first. With `all` the host waits for the
-        newest."""
+        """Return the rows of the steps that are done, oldest first. `all`: wait for the newest."""
         rows = []
         while len(self._waiting) > (1 if self.late and not all else 0):
             step = self._waiting.popleft()
@@ -401,7 +402,7 @@ def skipped_so_far(rows: list[dict]) -> tuple[int, int]:
 
 
 class DevicePeak:
-    """The highest bytes that torch's allocator had on a device since the last `reset` of this object.
+    """Tracks the highest bytes that torch's allocator had on a device since the last `reset` of this object.
 
     torch keeps a single peak for each device, which a reset clears for all readers. Here several readers can
     reset at different moments (PeakMemory once a step, the tracer of placement auto at each group of
@@ -477,8 +478,7 @@ def pinned_memory_is_resident() -> bool:
 
 
 def resident_bytes_at(address: int, mappings: str) -> int:
-    """Return the `Rss` in bytes of the mapping that holds `address`. mappings: the text of
-    /proc/self/smaps."""
+    """Return the `Rss` in bytes of the mapping that holds `address`, from the text of /proc/self/smaps."""
     here = False
     for line in mappings.splitlines():
         bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)

@@ -14,8 +14,10 @@ NORM_BLOCK = 256 * 1024  # elements: 2 MiB as float64, which a core's cache hold
 
 @runtime_checkable
 class KeepsMasters(Protocol):
-    """What an optimizer offers beside torch's methods if it keeps the float32 weights (the masters) and the
-    moments itself, as the chunk manager's does: the model's parameters are then only the copies that compute.
+    """Describes what an optimizer offers beside torch's methods if it keeps the float32 weights itself.
+
+    The chunk manager's optimizer does: it has these masters and the moments, and the model's parameters are
+    only the copies that compute.
 
     Checkpoints, exports and clipping ask `isinstance(optimizer, KeepsMasters)`.
     """
@@ -27,8 +29,7 @@ class KeepsMasters(Protocol):
         """Return the norm of all gradients on all ranks, and make the next step clip to it."""
 
     def checkpoint_state(self) -> dict[str, Any]:
-        """Return the sections "model" and "optimizer" of a checkpoint, and any others that the optimizer
-        needs."""
+        """Return the sections "model" and "optimizer" of a checkpoint, and others if it needs them."""
 
     def restore(self, state: dict[str, Any]) -> None:
         """Put a loaded `checkpoint_state` into effect."""
@@ -44,7 +45,8 @@ def build_adamw(
 ) -> torch.optim.AdamW:
     """Build a fused AdamW over the model's parameters, plain or DTensor; vectors (norms) are not decayed.
 
-    Call it after parallelize, since the optimizer steps the shards this rank holds. kind: AdamW or a subclass.
+    Call it after parallelize, since the optimizer steps the shards this rank holds. kind: AdamW or a
+    subclass.
     """
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
@@ -74,7 +76,7 @@ def float64_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _norm_by_blocks(tensor: Tensor) -> Tensor:
-    """Return the norm on a CPU, where torch makes a float64 copy of its input: that of a block fits the
+    """Return the norm on a CPU. torch makes a float64 copy of its input, and that of a block fits the
     cache."""
     blocks = tensor.reshape(-1).split(NORM_BLOCK)
     norms = [torch.linalg.vector_norm(block, dtype=torch.float64) for block in blocks]

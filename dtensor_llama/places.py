@@ -73,10 +73,10 @@ def readable(folders: Sequence[str | Path]) -> list[Path]:
 
 
 def first_writable(folders: Sequence[str | Path]) -> tuple[Path, str]:
-    """Return the first of the folders that can be written, made if needed, and why it is not the first of
-    all.
+    """Return the first folder that can be written, made if needed, and why it is not the first of all ("" if
+    so).
 
-    The reason is empty if it is. Raises the OSError of the first one if none can be written."""
+    Raises the OSError of the first one if none can be written."""
     failures = []
     for folder in folders:
         path, reason = _named(folder)

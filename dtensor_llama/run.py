@@ -113,7 +113,7 @@ class StopSignal:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a checkpoint records about its run, to be compared when a run resumes from it.
+    """Holds what a checkpoint records about its run, to be compared when a run resumes from it.
 
     The names are those that the user knows, such as flags: they stand in messages and in the checkpoint.
     """
@@ -223,7 +223,7 @@ def changed_settings(saved: dict, now: dict, step: int, rate_of: Callable[[dict]
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a run finds out about itself before it trains."""
+    """Holds what a run finds out about itself before it trains."""
 
     model_config: LlamaConfig
     rows: Any  # with n_train, n_validation and seq_len: how many there are, to train on and held out, and their T
@@ -312,8 +312,7 @@ def describe_run(
 
 
 def made_with() -> dict:
-    """Return the versions that a run was made with, for its config.json; git_revision is None outside a
-    checkout."""
+    """Return the versions that a run was made with; git_revision is None outside a checkout."""
     git = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
@@ -324,17 +323,18 @@ def made_with() -> dict:
 
 
 def keep_tokenizer(run_dir: Path, tokenizer: Tokenizer, chat_template: str | None = None) -> None:
-    """Save the tokenizer in RUN/tokenizer as training begins, so that a checkpoint can be exported even if
-    the run never ends, or if the files that its flags name are gone. A tokenizer is not written over
-    itself."""
+    """Save the tokenizer in RUN/tokenizer as training begins.
+
+    So a checkpoint can be exported even if the run never ends, or if the files that its flags name are gone.
+    A tokenizer is not written over itself."""
     home = tokenizer.path if tokenizer.path.is_dir() else tokenizer.path.parent
     if home.resolve() != (run_dir / "tokenizer").resolve():
         tokenizer.save(run_dir / "tokenizer", chat_template)
 
 
 def end_run(log: RunLog, run_dir: Path, step: int, steps: int, stopped: bool, chat: bool = False) -> None:
-    """Close the log, draw the loss curve, and print what the run has left where. Call it on the rank that
-    logs.
+    """Close the log, draw the loss curve, and print what the run has left where. Only the rank that logs
+    calls it.
 
     stopped: the run was asked to stop before all `steps` were done
     chat: the model was trained to answer conversations

@@ -8,7 +8,7 @@ from dtensor_llama.errors import UsageError
 
 
 class Schedule(NamedTuple):
-    """The settings of the learning rate. `learning_rate` takes any object that has these four fields."""
+    """Holds the settings of the learning rate. Any object with these four fields can take its place."""
 
     steps: int  # optimizer steps of the whole run
     lr: float  # the peak

@@ -16,8 +16,7 @@ STDOUT, STDERR = 1, 2
 
 
 class LastingStream(io.RawIOBase):
-    """The raw end of stdout or stderr. Output that can no longer be written is dropped, after one note on
-    stderr.
+    """Writes to stdout or stderr. Output that can no longer be written is dropped, after one note on stderr.
 
     Where the output is the result of a program (`required`), the error is raised instead."""
 

@@ -8,8 +8,7 @@ staging buffer: 32 MiB of host memory that every byte passes through, which is a
 A safetensors file is 8 bytes of header length (little endian), a JSON header with dtype, shape and byte range
 of every tensor, and the bytes. So each rank can compute where each of its runs lies, and weights never travel
 between ranks. We pread and pwrite the runs rather than map the files: mapped pages count as this process's
-memory until the file is closed, and a mapped file that is truncated meanwhile is a SIGBUS instead of an
-error.
+memory until the file is closed, and a mapped file that is truncated meanwhile is a SIGBUS, not an error.
 """
 
 import functools
@@ -38,16 +37,15 @@ STAGING_BYTES = 32 << 20  # 8 and 128 MiB load no faster; 32 keeps the Python ca
 INDEX = "model.safetensors.index.json"
 OURS = re.compile(r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 ADAPTER = "_lora.lora_"  # in the name of a parameter that lora.py added: see is_adapter
-WRAPPERS = re.compile(
-    r"_orig_mod\.|_checkpoint_wrapped_module\."
-)  # in the names of compiled or recomputed modules
+# What compiling and recomputing put into the names of modules.
+WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.")
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Box = tuple[tuple[int, ...], tuple[int, ...], Tensor]
 
 
 class Stored(NamedTuple):
-    """The place of one tensor on disk."""
+    """Locates one tensor on disk."""
 
     file: str
     dtype: str  # as safetensors calls it
@@ -60,7 +58,7 @@ class Stored(NamedTuple):
 
 
 class FilePlan(NamedTuple):
-    """Which tensor goes where in the files of a model."""
+    """Assigns each tensor of a model its place in files."""
 
     headers: dict[str, bytes]  # file -> its header
     stored: dict[str, Stored]  # tensor -> its place
@@ -83,8 +81,7 @@ class StandIn(nn.Module):
     """
 
     def empty(self, name: str) -> Tensor:
-        """Return a tensor for the values of one parameter, float32 on the host, sharded as the parameter
-        is."""
+        """Return a float32 tensor on the host for the values of one parameter, sharded like it."""
         raise NotImplementedError
 
     def read(self, name: str) -> Tensor:
@@ -114,12 +111,12 @@ def values_to_write(model: nn.Module, name: str, parameter: nn.Parameter) -> Ite
 
 
 def load_hf(model: nn.Module, folder: str | Path) -> None:
-    """Fill the parameters (plain tensors or DTensors of any placements, any floating dtype) from a Hugging
-    Face folder.
+    """Fill the parameters from a Hugging Face folder. They may be plain tensors or DTensors of any
+    placements.
 
-    All ranks call it; each reads only the slices it holds. Everything is checked before the first parameter
-    changes: one UsageError, the same on all ranks, lists what is missing, unexpected, misshapen or
-        truncated."""
+    All ranks call it; each reads only the slices it holds, in any floating dtype. Everything is checked
+    before the first parameter changes: one UsageError, the same on all ranks, lists what is missing,
+    unexpected, misshapen or truncated."""
     folder, parameters = Path(folder), hf_parameters(model)
     for name, param in parameters.items():
         if param.is_meta:
@@ -160,16 +157,17 @@ def save_hf(
     max_shard_bytes: int = 5_000_000_000,
     generation: Any = None,
 ) -> None:
-    """Write a folder that transformers opens as it is: config, generation config, safetensors (split above
-    the limit).
+    """Write a folder that transformers opens as it is: config, generation config and safetensors.
+
+    dtype: of the files; None: that of the parameters
+    max_shard_bytes: of one file; a larger model is split over several
+    generation: the content of generation_config.json, or a transformers GenerationConfig; None: that of
+        `model.generation_config` if there is one, else the token ids of the model's config
 
     All ranks call it, on a file system that all of them see; of equal boxes the lowest rank writes its own.
-    `dtype` None keeps the parameters'. `generation`: the content of generation_config.json, or a transformers
-    GenerationConfig; None: that of `model.generation_config` if there is one, else the token ids of the
-    model's config. Other files in the folder (a tokenizer) stay. The new folder is built beside the final
-    name and
-    renamed: killed at any instant, that name holds the whole old model, the whole new one, or (between two
-    renames; the next save_hf puts the old one back) nothing. Raises UsageError if it cannot be written."""
+    Other files in the folder (a tokenizer) stay. The new folder is built beside the final name and renamed:
+    killed at any instant, that name holds the whole old model, the whole new one, or (between two renames;
+    the next save_hf puts the old one back) nothing. Raises UsageError if it cannot be written."""
     parameters = hf_parameters(model)
     if len(parameters) < len(hf_parameters(model, adapters=True)):
         raise ValueError(
@@ -245,12 +243,11 @@ def hf_parameters(model: nn.Module, adapters: bool = False) -> dict[str, nn.Para
 
 
 def local_boxes(tensor: Tensor) -> list[Box]:
-    """Return this rank's part of a tensor: (offsets in the whole tensor, sizes, view of the local memory),
-    detached.
+    """Return this rank's part of a tensor as (offsets in the whole tensor, sizes, view of the local memory).
 
-    A plain tensor is one whole box; an empty shard gives none. It works on meta. This is the one place that
-    asks DTensor where its shard lies. Raises ValueError for a shard that is not one box (a _StridedShard that
-    no later axis completes)."""
+    The view is detached. A plain tensor is one whole box; an empty shard gives none. It works on meta. This
+    is the one place that asks DTensor where its shard lies. Raises ValueError for a shard that is not one box
+    (a _StridedShard that no later axis completes)."""
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return [((0,) * tensor.ndim, tuple(tensor.shape), tensor)] if tensor.numel() else []
@@ -278,9 +275,10 @@ def local_boxes(tensor: Tensor) -> list[Box]:
 
 
 def batches(shape: tuple, offsets: tuple, sizes: tuple, most: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Yield the runs of a box, in batches of at most `most` elements. A run is (place in the whole tensor,
-    place in the box, length), in elements and row-major order; runs follow each other in the box without
-    gaps."""
+    """Yield the runs of a box, in batches of at most `most` elements.
+
+    A run is (place in the whole tensor, place in the box, length), in elements and row-major order. Runs
+    follow each other in the box without gaps."""
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
     # The box has the tensor's full size in all dims after this one.
     cut_dim = max((dim for dim in range(len(shape)) if sizes[dim] != shape[dim]), default=0)
@@ -376,8 +374,8 @@ def _find_files(folder: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
-    """Return the tensors of one file, and what is wrong with its length ("": nothing). Raises ValueError if
-    it is unreadable."""
+    """Return the tensors of one file, and what is wrong with its length ("": nothing). ValueError if
+    unreadable."""
     with open(path, "rb") as opened:
         actual = os.fstat(opened.fileno()).st_size
         first = opened.read(8)
@@ -411,8 +409,8 @@ def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
 
 
 def _share(parameters: dict[str, nn.Parameter], dtype: torch.dtype | None) -> dict[str, tuple]:
-    """Return what this rank holds: name -> (safetensors dtype in the file, whole shape, [(offsets, sizes) of
-    its boxes])."""
+    """Return what this rank holds: name -> (dtype in the file, whole shape, [(offsets, sizes) of its
+    boxes])."""
     share = {}
     for name, param in parameters.items():
         if (dtype or param.dtype) not in DTYPE_NAMES:
@@ -425,8 +423,8 @@ def _share(parameters: dict[str, nn.Parameter], dtype: torch.dtype | None) -> di
 
 
 def writers(shares: list[dict[str, tuple]]) -> dict[tuple, int]:
-    """Map (name, offsets, sizes) of every box to the lowest rank that holds it. Asserts that the boxes fill
-    each tensor."""
+    """Map (name, offsets, sizes) of every box to the lowest rank that holds it; assert that no box is
+    missing."""
     writer, unwritten = {}, {}
     for rank, share in enumerate(shares):
         for name, (_, shape, boxes) in share.items():
@@ -520,8 +518,7 @@ def _disk_is_full(folder: Path, needed_bytes: int) -> str:
 
 
 def _create(folder: Path, staged: Path, plan: FilePlan, config: Any, generation: Any) -> None:
-    """Create every file in the staging folder: safetensors with their headers, at full size, and the JSON
-    files."""
+    """Create every file in the staging folder: JSON, and safetensors with their headers, at full size."""
     if plan.n_bytes > free_bytes(staged):
         raise UsageError(_disk_is_full(folder, plan.n_bytes))
     for file, header in plan.headers.items():
@@ -551,8 +548,8 @@ def _create(folder: Path, staged: Path, plan: FilePlan, config: Any, generation:
 
 
 def _keep_other_files(folder: Path, staged: Path) -> None:
-    """Link the files of an earlier folder that no model file replaces, for example a tokenizer's, into the
-    new one."""
+    """Link the files of the old folder that no model file replaces, such as a tokenizer's, into the new
+    one."""
 
     def keep(source, target):
         try:
@@ -574,8 +571,7 @@ def _as_json(value: dict) -> str:
 
 
 def _move(fd: int, where: Stored, box: Box, staging: Tensor, to_file: bool) -> None:
-    """Move a box between the file and this rank's memory through the staging buffer. The dtype is converted
-    on the device."""
+    """Move a box between the file and this rank's memory through the staging buffer, converting the dtype."""
     offsets, sizes, local = box
     dtype, raw = DTYPES[where.dtype], memoryview(staging.numpy())
     flat = local.reshape(-1)  # a view, unless a layout left the shard non-contiguous

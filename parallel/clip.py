@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-from dtensor_llama.optim import clip_factor, float64_norms
+from dtensor_llama.optim import KeepsMasters, clip_factor, float64_norms
 from dtensor_llama.shards import copies, local
 
 
@@ -45,7 +45,7 @@ def clip_grad_norm(
     Nothing here waits for the device, with one exception: an optimizer that is not fused cannot be told on
     the device to change nothing, so the norm is read, and gradients that are not finite are dropped.
     """
-    if hasattr(optimizer, "clip_grad_norm") and not isinstance(optimizer, ClippingAdamW):
+    if isinstance(optimizer, KeepsMasters):
         return optimizer.clip_grad_norm(max_norm)
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
     grads = [parameter.grad for parameter in parameters]

@@ -244,8 +244,7 @@ def read_prompts(cfg: GenerateConfig) -> list[str]:
 
 
 def as_text(argument: str, flag: str) -> str:
-    """Return what was typed, read as UTF-8 whatever encoding the terminal claims. UsageError if it is not
-    UTF-8.
+    """Return what was typed, read as UTF-8 whatever encoding the terminal claims; else UsageError.
 
     flag: where it was typed"""
     # Python keeps bytes that it could not decode as surrogates.

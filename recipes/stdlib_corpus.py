@@ -1,5 +1,4 @@
-"""Real text that every machine has: the source of Python's own standard library, and a tokenizer trained on
-it.
+"""Real text that every machine has: the source of Python's standard library, and a tokenizer trained on it.
 
     python recipes/stdlib_corpus.py --out runs/first
 
