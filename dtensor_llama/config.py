@@ -7,6 +7,7 @@ implement.
 
 import json
 from dataclasses import asdict, dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -131,14 +132,28 @@ class LlamaConfig:
     @property
     def n_parameters(self) -> int:
         """The number of trainable numbers; a tied matrix counts once."""
-        attention = (
-            self.hidden_size * self.head_dim * 2 * (self.num_attention_heads + self.num_key_value_heads)
-        )
-        block = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        block = sum(prod(shape) for shape in self.block_weights().values())
         matrices = 1 if self.tie_word_embeddings else 2
         return (
             self.num_hidden_layers * block + self.hidden_size + matrices * self.vocab_size * self.hidden_size
         )
+
+    def block_weights(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each weight of a block, by its name inside the block."""
+        D, F = self.hidden_size, self.intermediate_size
+        queries = self.num_attention_heads * self.head_dim
+        keys = self.num_key_value_heads * self.head_dim
+        return {
+            "input_layernorm.weight": (D,),
+            "self_attn.q_proj.weight": (queries, D),
+            "self_attn.k_proj.weight": (keys, D),
+            "self_attn.v_proj.weight": (keys, D),
+            "self_attn.o_proj.weight": (D, queries),
+            "post_attention_layernorm.weight": (D,),
+            "mlp.gate_proj.weight": (F, D),
+            "mlp.up_proj.weight": (F, D),
+            "mlp.down_proj.weight": (D, F),
+        }
 
     @staticmethod
     def preset(name: str) -> "LlamaConfig":

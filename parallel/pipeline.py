@@ -20,6 +20,7 @@ as without pp.
 """
 
 from contextlib import nullcontext
+from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -81,13 +82,9 @@ def split_layers(config: LlamaConfig, n_stages: int) -> list[range]:
     up. Of equal stages the later ones get the layers left over: under 1f1b the first holds the activations of
     the most microbatches.
     """
-    D, E = config.hidden_size, config.head_dim
-    block_weights = (
-        D * E * 2 * (config.num_attention_heads + config.num_key_value_heads)
-        + 3 * D * config.intermediate_size
-    )
-    # in blocks: one layer each to begin
-    costs = [1.0] * (n_stages - 1) + [1.0 + config.vocab_size * D / block_weights]
+    matrices = [shape for shape in config.block_weights().values() if len(shape) == 2]
+    head = config.vocab_size * config.hidden_size / sum(map(prod, matrices))
+    costs = [1.0] * (n_stages - 1) + [1.0 + head]  # in blocks; each stage begins with one
     n_layers = [1] * n_stages
     for _ in range(config.num_hidden_layers - n_stages):
         cheapest = min(range(n_stages), key=lambda stage: (costs[stage], -stage))

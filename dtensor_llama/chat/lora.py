@@ -112,18 +112,8 @@ def init_lora(model: nn.Module, seed: int) -> None:
 
 def n_adapter_parameters(model: LlamaConfig, config: LoraConfig) -> int:
     """How many numbers the adapters of a whole model have."""
-    D, E, F = model.hidden_size, model.head_dim, model.intermediate_size
-    queries, keys = model.num_attention_heads * E, model.num_key_value_heads * E
-    ends = {
-        "q_proj": D + queries,
-        "k_proj": D + keys,
-        "v_proj": D + keys,
-        "o_proj": D + queries,
-        "gate_proj": D + F,
-        "up_proj": D + F,
-        "down_proj": D + F,
-    }
-    return model.num_hidden_layers * config.rank * sum(ends[target] for target in config.targets)
+    targets = [shape for name, shape in model.block_weights().items() if name.split(".")[-2] in config.targets]
+    return model.num_hidden_layers * config.rank * sum(map(sum, targets))  # inputs + outputs of each layer
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
