@@ -316,9 +316,8 @@ def forward_backward(training: Training, microbatches: list[Batch], n_targets: i
     for i, batch in enumerate(microbatches):
         training.sync_gradients(last=i == len(microbatches) - 1)  # ZeRO: reduce gradients once, or each time
         tokens, labels, positions = batch.to(training.device)
-        loss_i = (
-            training.model(tokens, labels=labels, positions=positions) / n_targets
-        )  # (): sum of token losses
+        # The model returns the sum of the token losses.
+        loss_i = training.model(tokens, labels=labels, positions=positions) / n_targets
         (
             loss_i * training.layout.gradient_ranks
         ).backward()  # FSDP averages over these ranks; we want the sum
