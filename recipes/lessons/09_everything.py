@@ -33,7 +33,7 @@ from dtensor_llama.model import init_weights
 from parallel import ParallelConfig, build_mesh
 from parallel.apply import Computation
 from parallel.assemble import Training, adamw, assemble
-from parallel.config import AXES, check_parallel
+from parallel.config import AXES, Job, check_parallel
 from parallel.mesh import Layout
 
 TINY = LlamaConfig(
@@ -103,7 +103,7 @@ def train_step(config: ParallelConfig, tokens: Tensor, labels: Tensor) -> tuple[
     Returns the loss, the gradient norm, and the model with the gradients of this rank's parameters.
     """
     config = config.resolve(dist.get_world_size())
-    n_microbatches = check_parallel(config, TINY, T, B, micro_batch_size=1)  # refuses what cannot run
+    n_microbatches = check_parallel(config, Job(TINY, T, B))  # refuses what cannot run
     layout = Layout(config, build_mesh(config, "cpu"), n_microbatches)
     with torch.device("meta"):
         model = Llama(TINY)  # names and shapes, no memory
