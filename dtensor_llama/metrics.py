@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from dtensor_llama.clock import moment, seconds_between
 from dtensor_llama.errors import UsageError
 from dtensor_llama.places import is_full, say_full
 
@@ -220,7 +221,7 @@ class LateReader:
         """A step begins. Its seconds count from the end of the step before, or, after `take(all=True)`, from
         here: what was done in between, a validation or a checkpoint, is not the step's."""
         if self._from is None:
-            self._from = self._now()
+            self._from = moment(self.device)
 
     def put(self, row: dict, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         """loss and grad_norm are scalars on the device; the row gets them, and `step_seconds`, when they are
@@ -228,7 +229,7 @@ class LateReader:
         values = torch.stack([loss.detach().double(), grad_norm.detach().double()])
         if self.device.type == "cuda":
             values = torch.empty(2, dtype=torch.float64, pin_memory=True).copy_(values, non_blocking=True)
-        end = self._now()
+        end = moment(self.device)
         self._waiting.append(_Step(row, values, self._from, end))
         self._from = end
 
@@ -238,23 +239,12 @@ class LateReader:
         rows = []
         while len(self._waiting) > (1 if self.late and not all else 0):
             step = self._waiting.popleft()
-            if self.device.type == "cuda":
-                step.end.synchronize()
-                seconds = step.begin.elapsed_time(step.end) / 1e3
-            else:
-                seconds = step.end - step.begin
+            seconds = seconds_between(step.begin, step.end)  # from here on the values are on the host
             loss, grad_norm = step.values.tolist()
             rows.append(step.row | {"loss": loss, "grad_norm": grad_norm, "step_seconds": seconds})
         if all:
             self._from = None
         return rows
-
-    def _now(self):
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
 
 class _Step(NamedTuple):

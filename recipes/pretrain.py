@@ -69,7 +69,7 @@ from dtensor_llama.run import (
 )
 from dtensor_llama.schedule import cosine_lr
 from dtensor_llama.weights import check_hf
-from memory import ChunkManager, MemoryConfig
+from memory import ChunkManager, Machine, MemoryConfig, TrainingLoop
 from memory.activations import offload_block_inputs
 from memory.optimizer import ChunkOptimizer
 from memory.tracer import load_rates
@@ -443,22 +443,17 @@ def set_up(
         )
         forward_s = seconds_per_flop * model_flops_per_token(model.config, seq_len) / 3
         both_s = seconds_per_flop * hardware_flops_per_token(model.config, seq_len, cfg.train.recompute)
-        optimizer = ChunkManager(
-            model,
-            optimizer,
-            memory,
-            parts=parts,
-            outside=[embedding.weight] if tied_over_stages else [],
-            arrivals=gradient_arrivals(model, layout.zero_stage, layout.pp > 1, n_micros),
+        say = say or (lambda text: None)
+        rates = load_rates(rates_file, device, memory.kernel, ranks_per_host, say=say)
+        machine = Machine(ranks_per_host, rates, compute_seconds=(forward_s, both_s - forward_s), say=say)
+        loop = TrainingLoop(
+            parts,
+            accumulation=gradient_arrivals(model, layout.zero_stage, layout.pp > 1, n_micros),
             clips=cfg.train.max_grad_norm < math.inf,
-            rates=load_rates(
-                rates_file, device, memory.kernel, ranks_per_host, say=say or (lambda text: None)
-            ),
-            compute_seconds=(forward_s, both_s - forward_s),
+            tied=[embedding.weight] if tied_over_stages else [],
             activations=activations,
-            say=say or (lambda text: None),
-            ranks_per_host=ranks_per_host,
-        ).optimizer
+        )
+        optimizer = ChunkManager(model, optimizer, memory, loop, machine).optimizer
     return mesh, runner, optimizer
 
 

@@ -13,7 +13,7 @@ from dtensor_llama.checkpoint import Checkpointer, Deferred, restore_training_st
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
-from memory.chunk import like
+from memory.chunk import from_local_like
 from parallel import ParallelConfig, build_mesh, parallelize
 from parallel.clip import clip_grad_norm
 from parallel.pipeline import make_step_runner
@@ -29,7 +29,7 @@ def whole(model, optimizer) -> dict:
     }
     for name, value in values.items():
         if isinstance(value, Deferred):
-            value = like(value.like, value.read())
+            value = from_local_like(value.like, value.read())
         values[name] = value.full_tensor() if isinstance(value, DTensor) else value
     return values
 

@@ -25,6 +25,8 @@ from common import run_lesson, say, say_each
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from dtensor_llama.gantt import text_row
+
 D, ROWS, N_LAYERS, N_MICRO = 512, 256, 4, 4  # width, rows per microbatch, layers in all, microbatches
 N_CELLS = 40  # columns of the measured timeline
 
@@ -92,13 +94,6 @@ def run(
     return total_s.item(), loss.item(), notes, most_kept
 
 
-def draw(notes: list, total_s: float) -> str:  # what ran in the middle of each cell; dots where nothing did
-    middles = [(cell + 0.5) / N_CELLS * total_s for cell in range(N_CELLS)]
-    return " ".join(
-        next((work for work, start, end in notes if start <= middle < end), "..") for middle in middles
-    )
-
-
 def lesson() -> None:
     stage, n_stages = dist.get_rank(), dist.get_world_size()
     layers = make_layers()
@@ -124,7 +119,8 @@ def lesson() -> None:
             f"{1 - busy_s / total_s:.0%}"
         )
         say(f"  measured, {total_s / N_CELLS * 1e3:.1f} ms a cell:")
-        say_each("|" + draw(notes, total_s))
+        spans = [(f"{work} ", start, end) for work, start, end in notes]
+        say_each("|" + text_row(spans, 0, total_s, N_CELLS, idle=".. ").rstrip())
         if schedule is one_f_one_b:
             assert most_kept == n_stages - stage, "1f1b keeps a microbatch per stage from here on"
         if stage == n_stages - 1:

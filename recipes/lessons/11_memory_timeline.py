@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from memory import ChunkManager, MemoryConfig, Placement
-from memory.timeline import LANES, busy_seconds, draw_timeline
+from dtensor_llama.gantt import busy_seconds, text_row
+from memory import ChunkManager, Home, MemoryConfig, Overrides
+from memory.timeline import LANES, draw_timeline
 
 L, D, ROWS, STEPS = 16, 1536, 16, 6  # layers, width, rows
 N_CELLS = 64  # columns of the timeline in words
@@ -60,7 +61,8 @@ def train(serial: bool) -> tuple[ChunkManager, list[list[float]], Tensor]:
         model, mesh, {f"layers.{i}": RowwiseParallel() if i % 2 else ColwiseParallel() for i in range(L)}
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    manager = ChunkManager(model, optimizer, MIX, chunk_elements=D * D // 2)  # a chunk is a layer's slice
+    slices = Overrides(chunk_elements=D * D // 2)  # a chunk is a layer's slice
+    manager = ChunkManager(model, optimizer, MIX, overrides=slices)
     for i, layer in enumerate(model.layers):  # after the manager's hook, which waits
         layer.register_forward_pre_hook(partial(lambda i, *_: began[-1].append(time.perf_counter()), i))
     manager.record = True
@@ -75,17 +77,11 @@ def train(serial: bool) -> tuple[ChunkManager, list[list[float]], Tensor]:
     return manager, began, torch.cat([p.detach().to_local().flatten() for p in model.parameters()])
 
 
-def in_words(events: list, begin: float, end: float) -> None:
+def draw_lanes(events: list, begin: float, end: float) -> None:
     for lane in LANES:
-        cells = ["."] * N_CELLS
-        for what, its_lane, start, stop in events:
-            if its_lane == lane and stop > begin and start < end:
-                mark = what[0].upper() if lane == "compute" else "#"
-                for cell in range(
-                    *(min(N_CELLS, max(0, int((t - begin) / (end - begin) * N_CELLS))) for t in (start, stop))
-                ):
-                    cells[cell] = mark
-        say(f"  {lane:12}|{''.join(cells)}|")
+        own = [(what, start, stop) for what, its_lane, start, stop in events if its_lane == lane]
+        spans = [(what[0].upper() if lane == "compute" else "#", start, stop) for what, start, stop in own]
+        say(f"  {lane:12}|{text_row(spans, begin, end, N_CELLS)}|")
 
 
 def lesson() -> None:
@@ -103,7 +99,7 @@ def lesson() -> None:
     for host_adam, forward in zip(steps, began[1:], strict=False):
         # chunk, which is layer -> its end
         done = {int(what.split()[1]): end for what, _, _, end in host_adam}
-        cpu = [chunk.index for chunk in manager.chunks if chunk.placement is Placement.CPU]
+        cpu = [chunk.index for chunk in manager.chunks if chunk.home is Home.CPU]
         assert sorted(done) == cpu
         assert all(done[layer] <= forward[layer] for layer in cpu), (
             "a layer computed with a weight of the step before"
@@ -112,14 +108,13 @@ def lesson() -> None:
     assert n_early > 0, "no forward began before the update was over"
     assert torch.equal(weights, expected), "starting early changed the numbers"
 
-    say(
-        f"{L} layers, chunk i is layer i's slice: {' '.join(chunk.placement.value for chunk in manager.chunks)}"
-    )
+    say(f"{L} layers, chunk i is layer i's slice: {' '.join(chunk.home.value for chunk in manager.chunks)}")
     begin, end = began[-2][0], began[-1][-1]
     say(f"from one forward to the end of the next, {1e3 * (end - begin):.0f} ms; F forward, B backward")
-    in_words(events, begin, end)
+    draw_lanes(events, begin, end)
+    host_adam_s = busy_seconds((start, stop) for _, lane, start, stop in events if lane == "host adam")
     say(
-        f"host Adam worked {1e3 * busy_seconds(events, 'host adam') / STEPS:.0f} ms a step; {n_early} of {STEPS - 1} forwards "
+        f"host Adam worked {1e3 * host_adam_s / STEPS:.0f} ms a step; {n_early} of {STEPS - 1} forwards "
         "began before it was done"
     )
     if dist.get_rank() == 0:
