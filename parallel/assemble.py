@@ -25,7 +25,7 @@ from dtensor_llama.errors import UsageError
 from dtensor_llama.flops import hardware_flops_per_token, matmul_flops, model_flops_per_token
 from dtensor_llama.model import Llama
 from dtensor_llama.optim import build_adamw
-from memory import ChunkManager, MemoryConfig
+from memory import ChunkManager, Machine, MemoryConfig, TrainingLoop
 from memory.activations import ActivationOffload, offload_block_inputs
 from memory.optimizer import ChunkOptimizer
 from memory.tracer import load_rates
@@ -136,20 +136,16 @@ def assemble(
             )
         embedding = model.model.embed_tokens
         is_tied_over_stages = model.config.tie_word_embeddings and config.pp > 1 and embedding is not None
-        optimizer = ChunkManager(
-            model,
-            optimizer,
-            offload.config,
-            parts=stages,
-            outside=[embedding.weight] if is_tied_over_stages else [],
-            arrivals=gradient_arrivals(model, config.zero_stage, config.pp > 1, layout.n_microbatches),
+        loop = TrainingLoop(
+            stages,
+            accumulation=gradient_arrivals(model, config.zero_stage, config.pp > 1, layout.n_microbatches),
             clips=offload.clips,
-            rates=rates,
-            compute_seconds=_compute_seconds(model, layout, computation, offload),
+            tied=[embedding.weight] if is_tied_over_stages else [],
             activations=activations,
-            say=say,
-            ranks_per_host=offload.ranks_per_host,
-        ).optimizer
+        )
+        compute_seconds = _compute_seconds(model, layout, computation, offload)
+        machine = Machine(offload.ranks_per_host, rates, compute_seconds, say)
+        optimizer = ChunkManager(model, optimizer, offload.config, loop, machine).optimizer
     return Training(model, stages, pipeline, optimizer, layout, computation)
 
 

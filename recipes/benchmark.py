@@ -50,7 +50,7 @@ from dtensor_llama.loss import IGNORE
 from dtensor_llama.metrics import GIB, LateReader, MemoryPeaks, PeakMemory
 from dtensor_llama.model import init_weights
 from dtensor_llama.places import cache_folders, readable
-from memory import ChunkManager, MemoryConfig, Placement
+from memory import ChunkManager, MemoryConfig
 from parallel import ParallelConfig, build_mesh
 from parallel.apply import Computation
 from parallel.assemble import Offload, Training, adamw, assemble, check_skips, settle_memory
@@ -351,14 +351,13 @@ def synthetic_positions(shape: torch.Size, seed: int, mean_document: int = 512) 
 def plan_facts(manager: ChunkManager) -> dict:
     """What placement auto decided and predicted, and what the host's update took and moved."""
     plan = manager.plan
-    x_r, x_s, x_c = (plan.n_parameters(placement) for placement in Placement)
     return {
-        "parameters": {"resident": x_r, "stream": x_s, "cpu": x_c},
+        "parameters": plan.split._asdict(),
         "seconds": plan.seconds,
         "bound": plan.bound,
         "host_update_seconds": manager.host_update_seconds(),
         "rates": manager.auto.rates.to_json(),
-        "host_dram_bytes": plan.widths.cpu_dram * x_c + 2 * plan.widths.states * x_s,
+        "host_dram_bytes": plan.host_dram_bytes,
     }
 
 

@@ -12,7 +12,7 @@ from training import forward_backward, make_training
 from dtensor_llama.checkpoint import Checkpointer, Deferred, restore_training_state, training_state
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import init_weights
-from memory.chunk import like
+from memory.chunk import from_local_like
 from parallel import ParallelConfig
 
 MICRO = 2
@@ -26,7 +26,7 @@ def whole(model, optimizer) -> dict:
     }
     for name, value in values.items():
         if isinstance(value, Deferred):
-            value = like(value.like, value.read())
+            value = from_local_like(value.like, value.read())
         values[name] = value.full_tensor() if isinstance(value, DTensor) else value
     return values
 

@@ -17,12 +17,12 @@ from dtensor_llama import Llama, LlamaConfig, load_hf, save_hf
 from dtensor_llama.checkpoint import Checkpointer, restore_training_state, training_state
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
-from memory import ChunkManager, MemoryConfig, Placement
+from memory import ChunkManager, Home, MemoryConfig, Overrides
 from memory.chunk import CHUNK_ELEMENTS, GIB
-from memory.placement import auto_plan
+from memory.placement import ChunkSizes, auto_plan
 from memory.tracer import Rates, Traced
 
-RESIDENT, STREAM, CPU = Placement
+RESIDENT, STREAM, CPU = Home
 # One layer as wide as those of 7B: 105M parameters. Smaller matrices would say less of the plan and more of
 # malloc, which keeps freed blocks of less than 32 MB.
 CONFIG = LlamaConfig(
@@ -60,7 +60,8 @@ def manager_of(plan: str) -> ChunkManager:
     optimizer = build_adamw(model, lr=1e-3, weight_decay=0.1)
     sizes = chunk_sizes(model, optimizer, CHUNK)
     config = MemoryConfig("static", 1, 0, 0, kernel="blocks")
-    return ChunkManager(model, optimizer, config, plan=plan_of(sizes, PLANS[plan]), chunk_elements=CHUNK)
+    overrides = Overrides(plan_of(sizes, PLANS[plan]), CHUNK)
+    return ChunkManager(model, optimizer, config, overrides=overrides)
 
 
 def allow_host(manager: ChunkManager, n_bytes: float | None) -> None:
@@ -70,8 +71,8 @@ def allow_host(manager: ChunkManager, n_bytes: float | None) -> None:
 def stated(manager: ChunkManager) -> int:
     """What the plan states for both accounts, which are one RAM here, without the gradients, which no phase
     below has."""
-    gradients = sum(2 * chunk.n for chunk in manager.chunks if chunk.placement is not CPU)
-    return sum(manager.needed(manager.plan).values()) - gradients
+    gradients = sum(2 * chunk.n for chunk in manager.chunks if chunk.home is not CPU)
+    return sum(manager.bytes_needed(manager.plan).values()) - gradients
 
 
 def measure(plan: str) -> dict[str, tuple[int, int]]:
@@ -95,7 +96,7 @@ def measure(plan: str) -> dict[str, tuple[int, int]]:
             init_weights(manager.masters(), seed=0)
 
         note("initialise", start)
-        allow_host(manager, manager.needed(manager.plan)["host"])  # the budget ends where the plan does
+        allow_host(manager, manager.bytes_needed(manager.plan)["host"])  # the budget ends where the plan does
         assert not manager.stages_checkpoints()
         note("export", lambda: save_hf(manager.masters(), Path(folder, "hf"), dtype=torch.bfloat16))
         note("load", lambda: load_hf(manager.masters(), Path(folder, "hf")))
@@ -148,19 +149,14 @@ def test_13b_starts_and_checkpoints_on_one_h200_and_a_host_of_128_gib():
         duplex=100e9,
         dram=200e9,
         dram_under_dma=200e9,
-        host_adam={13: 7e9},
+        host_adam=7e9,
         device_adam=150e9,
     )
     traced = Traced(
         non_model_peak_bytes=12 * GIB, forward_seconds=0.7, backward_seconds=2.1, host_bytes=passing
     )
-    plan = auto_plan(
-        sizes,
-        device_budget_bytes=int(139.8 * GIB),
-        host_budget_bytes=int(0.9 * 120 * GIB),
-        rates=rates,
-        traced=traced,
-    )
+    budgets = {"device": int(139.8 * GIB), "host": int(0.9 * 120 * GIB)}
+    plan = auto_plan(ChunkSizes(tuple(sizes)), budgets, rates, traced)
     host = sum(plan.host_bytes.values())
     assert host <= 0.9 * 120 * GIB  # what a host of 128 GiB has free, less a tenth
     assert plan.host_bytes["other"] == passing < 2 * GIB

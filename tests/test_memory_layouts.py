@@ -21,7 +21,7 @@ from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
 from dtensor_llama.shards import local
-from memory import ChunkManager, MemoryConfig, Placement
+from memory import ChunkManager, Home, MemoryConfig, Overrides, TrainingLoop
 from parallel import ParallelConfig, build_mesh, parallelize
 from parallel.apply import Computation
 from parallel.assemble import Training
@@ -56,23 +56,17 @@ def start(
     adamw = build_adamw(model, lr=1e-3, weight_decay=0.1)
     draw = random.Random(f"{plan_seed} {dist.get_rank()}")  # ranks need not agree where their chunks live
     sizes = chunk_sizes(model, adamw, CHUNK, parts)
-    plan = plan_of(
-        sizes, [Placement.CPU if plan_seed is None else draw.choice(list(Placement)) for _ in sizes]
-    )
+    plan = plan_of(sizes, [Home.CPU if plan_seed is None else draw.choice(list(Home)) for _ in sizes])
     tied_over_stages = (
         SHAPES[shape].tie_word_embeddings and layout.pp > 1 and model.model.embed_tokens is not None
     )
-    manager = ChunkManager(
-        model,
-        adamw,
-        MemoryConfig("static", 1, 0, 0, kernel="blocks", **config),
-        parts=parts,
-        plan=plan,
-        chunk_elements=CHUNK,
-        lanes=lanes,
-        arrivals=n_micros if layout.zero_stage >= 2 and layout.pp == 1 else 1,
-        outside=[model.model.embed_tokens.weight] if tied_over_stages else [],
+    loop = TrainingLoop(
+        parts,
+        accumulation=n_micros if layout.zero_stage >= 2 and layout.pp == 1 else 1,
+        tied=[model.model.embed_tokens.weight] if tied_over_stages else [],
     )
+    config = MemoryConfig("static", 1, 0, 0, kernel="blocks", **config)
+    manager = ChunkManager(model, adamw, config, loop, overrides=Overrides(plan, CHUNK, lanes))
     init_weights(manager.masters(), seed=0)
     owner = Layout(layout, mesh, n_micros)
     pipeline = Pipeline(parts, owner, computation) if layout.pp > 1 else None
@@ -210,7 +204,7 @@ def gradients_that_wait(layout: ParallelConfig, dtype: torch.dtype) -> tuple[int
     forward_backward(training, [mine], (batch.labels != -100).sum())
     manager.finish_backward()
     kept = [p.grad for p in model.parameters()] + [
-        piece.waiting for one in manager.managed for piece in one.pieces
+        piece.grad for one in manager.params for piece in one.pieces
     ]
     storages = {local(one).untyped_storage() for one in kept if one is not None}
     counted = manager.ledger.held["device"] - before
@@ -284,20 +278,15 @@ class Spread(torch.nn.Module):
         return (DTensor.from_local(x, self.mesh, [Shard(0)]) @ self.weight).square().sum().full_tensor()
 
 
-def partial_gradients(placement: Placement, arrivals: int) -> tuple[float, torch.Tensor]:
+def partial_gradients(placement: Home, accumulation: int) -> tuple[float, torch.Tensor]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model = Spread(mesh)
     adamw = torch.optim.AdamW(model.parameters(), lr=1e-2)
     plan = plan_of(chunk_sizes(model, adamw, 64), [placement] * 9)
-    manager = ChunkManager(
-        model,
-        adamw,
-        MemoryConfig("static", 1, 0, 0, kernel="blocks"),
-        plan=plan,
-        chunk_elements=64,
-        arrivals=arrivals,
-    )
-    for i in range(arrivals):
+    loop = TrainingLoop(accumulation=accumulation)
+    config = MemoryConfig("static", 1, 0, 0, kernel="blocks")
+    manager = ChunkManager(model, adamw, config, loop, overrides=Overrides(plan, 64))
+    for i in range(accumulation):
         model(
             torch.randn(4, 16, generator=torch.Generator().manual_seed(10 * i + dist.get_rank()))
         ).backward()
@@ -307,10 +296,10 @@ def partial_gradients(placement: Placement, arrivals: int) -> tuple[float, torch
     return norm, local(model.weight).clone()
 
 
-@pytest.mark.parametrize("arrivals", [1, 3])
-def test_gradients_that_nobody_has_reduced_are_at_every_placement(arrivals):
-    (right, expected), _ = run_on(2, partial_gradients, Placement.CPU, arrivals)
-    for placement in (Placement.RESIDENT, Placement.STREAM):
-        for norm, weight in run_on(2, partial_gradients, placement, arrivals):
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_gradients_that_nobody_has_reduced_are_at_every_placement(accumulation):
+    (right, expected), _ = run_on(2, partial_gradients, Home.CPU, accumulation)
+    for placement in (Home.RESIDENT, Home.STREAM):
+        for norm, weight in run_on(2, partial_gradients, placement, accumulation):
             assert norm == pytest.approx(right, rel=1e-5)
             torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-7)

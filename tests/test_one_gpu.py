@@ -36,7 +36,7 @@ def test_one_gpu_computes_with_bfloat16_weights_as_they_are_unless_told_otherwis
     memory, said = MemoryConfig(placement=asked).settle(device, dtype, world_size)
     assert memory.placement == placement
     assert (memory.resident == 1) == (placement == "static")
-    assert bool(said) == (placement == "static") and ("--memory.placement off" in said) == bool(said)
+    assert bool(said) == (placement == "static") and ("placement=off" in said) == bool(said)
     memory.check()  # what was settled is a valid configuration
 
 
@@ -44,11 +44,9 @@ def test_a_budget_without_a_placement_binds_the_default_of_one_gpu_and_is_refuse
     asked = MemoryConfig(host_budget_gib=4)
     asked.check()
     assert asked.settle(CUDA, BF16, 1)[0].host_budget_gib == 4
-    with pytest.raises(
-        UsageError, match="--memory.host-budget-gib 4 would do nothing, as --memory.placement is off"
-    ):
+    with pytest.raises(UsageError, match="host_budget_gib=4 would do nothing, because placement=off"):
         asked.settle(CPU, BF16, 1)
-    with pytest.raises(UsageError, match="--memory.cpu 1 would do nothing without --memory.placement"):
+    with pytest.raises(UsageError, match="cpu=1 would do nothing without `placement`"):
         MemoryConfig(cpu=1.0).check()
 
 

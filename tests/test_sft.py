@@ -346,7 +346,9 @@ def test_what_fits_only_with_its_states_on_the_host_is_not_refused_where_they_go
         return sft.choose(cfg, config, corpus, tokenizer, read_launch())
 
     settle("--memory.placement", "auto")
-    with pytest.raises(UsageError, match="--memory.placement auto, or --lora.rank 16|placement=auto, or lora.rank=16"):
+    with pytest.raises(
+        UsageError, match="--memory.placement auto, or --lora.rank 16|placement=auto, or lora.rank=16"
+    ):
         settle()
 
 

@@ -52,7 +52,7 @@ ROWS = {"pretrain": 1024, "sft": 128}  # a step
 LR = {"7b": 3e-4, "13b": 3e-4, "70b": 1.5e-4}
 LORA_RANK = 16
 # memory.tracer.Rates of an eighth of an A100 node, about
-RATES = (25e9, 25e9, 50e9, 40e9, 40e9, {12: 1.2e9}, 50e9)
+RATES = (25e9, 25e9, 50e9, 40e9, 40e9, 1.2e9, 50e9)
 
 
 class Plan(NamedTuple):
@@ -297,24 +297,20 @@ def offload_plan(n: int, chosen: dict, n_micros: int, other_gib: float, inputs_g
     RATES and the times put in here, only where it is best. other_gib: of the device, not the manager's;
     inputs_gib: of blocks. UsageError: nothing fits."""
     from memory.chunk import CHUNK_ELEMENTS
-    from memory.placement import Widths, auto_plan
+    from memory.home import StateFormat
+    from memory.placement import ChunkSizes, auto_plan
     from memory.tracer import Rates, Traced
 
-    sizes = [CHUNK_ELEMENTS] * (n // CHUNK_ELEMENTS) + [n % CHUNK_ELEMENTS] * (n % CHUNK_ELEMENTS > 0)
+    sizes = (CHUNK_ELEMENTS,) * (n // CHUNK_ELEMENTS) + (n % CHUNK_ELEMENTS,) * (n % CHUNK_ELEMENTS > 0)
     traced = Traced(
         int(other_gib * GIB),
         forward_seconds=5,
         backward_seconds=15,
         host_bytes=int(inputs_gib * GIB) if "--memory.activations" in chosen else 0,
     )
-    return auto_plan(
-        sizes,
-        device_budget_bytes=chosen["--memory.device-budget-gib"] * GIB,
-        rates=Rates(*RATES),
-        traced=traced,
-        host_budget_bytes=chosen["--memory.host-budget-gib"] * GIB,
-        widths=Widths.of(2, sums=n_micros > 1),
-    )
+    budgets = {which: chosen[f"--memory.{which}-budget-gib"] * GIB for which in ("device", "host")}
+    chunks = ChunkSizes(sizes, StateFormat(accumulates=n_micros > 1))
+    return auto_plan(chunks, budgets, Rates(*RATES), traced)
 
 
 if __name__ == "__main__":
