@@ -11,13 +11,10 @@ whether reading costs training time: steps on real rows and on synthetic ones ta
 import json
 import math
 import statistics
-import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
 if __name__ == "__main__":
     from dtensor_llama.terminal import end_quietly_on_ctrl_c

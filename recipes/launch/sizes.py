@@ -28,10 +28,7 @@ What the numbers come from, for N parameters on nodes of 8 GPUs, rows of 4,096 t
 import math
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone works without being installed
 
 from tyro.conf import Positional
 
