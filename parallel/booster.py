@@ -103,8 +103,8 @@ class Booster:
             start_process_group(device, 1 if local_rank < 0 else None)
             atexit.register(_leave_group)
         resolved = config.resolve(dist.get_world_size())
-        # A placement that was left open is off here, on one GPU too: the optimizer may be any, and gradients may
-        # be accumulated over as many calls of `step` as the caller likes.
+        # A placement that was left open is off here, on one GPU too: the optimizer may be any, and gradients
+        # may be accumulated over as many calls of `step` as the caller likes.
         self.memory = memory if memory is not None and memory.is_on else None
         self.n_microbatches = resolved.microbatches or (2 * resolved.pp if resolved.pp > 1 else 1)
         self.config = dataclasses.replace(resolved, microbatches=self.n_microbatches)
@@ -151,7 +151,8 @@ class Booster:
         names = _names_in(optimizer, whole)
 
         def own_parameters(boosted: Llama) -> torch.optim.Optimizer:
-            """Put into each group this rank's share of its parameters; under pp those of the rank's stages."""
+            """Put into each group this rank's share of its parameters; under pp those of the rank's
+            stages."""
             here = hf_parameters(boosted)
             for group, names_of_group in zip(optimizer.param_groups, names, strict=True):
                 group["params"] = [here[name] for name in names_of_group if name in here]
@@ -283,7 +284,8 @@ class Booster:
 
 
 def forward_backward(training: Training, microbatches: list[Batch], n_targets: Tensor) -> Tensor:
-    """Run forward and backward of all microbatches, as recipes/pretrain.py does; gradients add to what is there.
+    """Run forward and backward of all microbatches, as recipes/pretrain.py does; gradients add to what is
+    there.
 
     Returns this rank's share of the loss, to be summed over layout.loss_group."""
     if training.pipeline:
@@ -373,7 +375,8 @@ def _config_of(model: nn.Module) -> LlamaConfig:
 
 
 def _generation_config_of(model: nn.Module, shape: LlamaConfig) -> dict | None:
-    """What save_hf shall write into generation_config.json: the settings of a transformers model, if it has any."""
+    """What save_hf shall write into generation_config.json: the settings of a transformers model, if it has
+    any."""
     if isinstance(model, Llama):
         return model.generation_config
     settings = getattr(model, "generation_config", None)

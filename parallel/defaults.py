@@ -61,7 +61,8 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The same settings with nothing left open, the layout and the rows that follow, and a reason for each choice."""
+    """The same settings with nothing left open, the layout and the rows that follow, and a reason for each
+    choice."""
 
     settings: dict[str, int | str]  # steps, validate_every, global_batch_size, micro_batch_size, recompute
     layout: ParallelConfig
@@ -79,8 +80,8 @@ def choose_settings(
 ) -> Chosen:
     """Choose what was left open; UsageError if nothing fits the memory.
 
-    pack: makes rows of so many tokens from the corpus. layout: resolved, and whether the user left it open, so that
-    data-parallel ranks may become tensor-parallel ones.
+    pack: makes rows of so many tokens from the corpus. layout: resolved, and whether the user left it open,
+        so that data-parallel ranks may become tensor-parallel ones.
     """
     resolved, is_open = layout
     reasons = []

@@ -97,7 +97,8 @@ class Layout:
         return self.mesh["loss"].get_group()
 
     def own_tokens(self, batch: Batch) -> Batch:
-        """Return the tokens of the batch that this rank holds: all of them, or under cp its share of each row."""
+        """Return the tokens of the batch that this rank holds: all of them, or under cp its share of each
+        row."""
         return shard_batch(batch, self.mesh["cp"], self.config.cp_method)
 
     def embedded_tokens(self, per_token: Tensor) -> Tensor:

@@ -186,12 +186,12 @@ class Stage(PipelineStage):
 class Pipeline:
     """Run forward and backward of an optimizer step, or an evaluation, over the pp axis.
 
-    All ranks of the axis call each method together. stages: of this rank, from split_stages, after all passes and
-    `to_empty`. The batches hold this cp rank's tokens only (layout.own_tokens).
+    All ranks of the axis call each method together. stages: of this rank, from split_stages, after all passes
+    and `to_empty`. The batches hold this cp rank's tokens only (layout.own_tokens).
 
-    Under ZeRO the weights of a stage are gathered once a step, at its first forward, and its gradients are reduced
-    once, after its last backward, whatever the ZeRO stage: else each microbatch would cost the traffic of a whole
-    step.
+    Under ZeRO the weights of a stage are gathered once a step, at its first forward, and its gradients are
+    reduced once, after its last backward, whatever the ZeRO stage: else each microbatch would cost the
+    traffic of a whole step.
     """
 
     def __init__(self, stages: list[Llama], layout: "Layout", computation: "Computation"):
@@ -217,9 +217,9 @@ class Pipeline:
     def step(self, microbatches: list[Batch], n_targets: Tensor | int) -> Tensor:
         """Run forward and backward of all microbatches; gradients are summed over them, then synced over dp.
 
-        n_targets: how many labels of the whole global batch are scored. Returns the sum of the token losses here,
-        divided by n_targets, on ranks with the last stage, and 0 on the others: summed over pp and over the ranks
-        with other tokens it is the loss.
+        n_targets: how many labels of the whole global batch are scored. Returns the sum of the token losses
+            here, divided by n_targets, on ranks with the last stage, and 0 on the others: summed over pp and
+            over the ranks with other tokens it is the loss.
         """
         assert len(microbatches) == self.layout.n_microbatches, (
             len(microbatches),
@@ -234,7 +234,8 @@ class Pipeline:
             stage.recorder = self.recorder
         if self.recorder:
             self.recorder.start()
-        # torch cuts the rows of one whole batch into microbatches again: the same ones, as all have as many rows.
+        # torch cuts the rows of one whole batch into microbatches again: the same ones, as all have as many
+        # rows.
         inputs = {}
         tokens, labels = [], None
         if 0 in self.own:
@@ -253,8 +254,8 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, microbatches: list[Batch]) -> Tensor:
-        """Return the sum of the token losses in nats, float64, over any number of microbatches; 0 on ranks without
-        the last stage.
+        """Return the sum of the token losses in nats, float64, over any number of microbatches; 0 on ranks
+        without the last stage.
 
         All microbatches pass through a rank's first stage, then through its second."""
         self._renew_tied_copy()
@@ -280,9 +281,9 @@ class Pipeline:
                     kept[i] = x
                     continue
                 outgoing.append(x.contiguous())
-                # In looped schedules the last rank sends on to rank 0, which starts to receive only after it has
-                # finished its previous stage. So these sends wait for the last microbatch; else both ranks would
-                # order their sends and receives differently, and deadlock.
+                # In looped schedules the last rank sends on to rank 0, which starts to receive only after it
+                # has finished its previous stage. So these sends wait for the last microbatch; else both
+                # ranks would order their sends and receives differently, and deadlock.
                 is_loop = receiver < self.pp_rank and not self.kind.v_shaped
                 if not is_loop or i == len(microbatches) - 1:
                     for x in outgoing:
@@ -299,8 +300,8 @@ class Pipeline:
         return batch_shape[0], n_tokens, self.stages[0].config.hidden_size
 
     def _build_schedule(self, batch_shape: torch.Size) -> None:
-        """Make torch's stages with buffers for this shape. They are given the shapes of what they receive and send,
-        so torch need not run the model to find out."""
+        """Make torch's stages with buffers for this shape. They are given the shapes of what they receive and
+        send, so torch need not run the model to find out."""
         tokens = torch.empty(batch_shape, dtype=torch.int64, device="meta")
         hidden = torch.empty(
             self._hidden_shape(batch_shape), dtype=self.computation.dtype, device="meta", requires_grad=True
@@ -320,8 +321,8 @@ class Pipeline:
         )
         if not one_each:
             # The runtime gathers a stage before its first use and frees it when three others come before its
-            # next: with four virtual stages that is per microbatch. So we leave it to FSDP, which gathers a stage
-            # at its first forward.
+            # next: with four virtual stages that is per microbatch. So we leave it to FSDP, which gathers a
+            # stage at its first forward.
             schedule.register_custom_function(
                 UNSHARD, lambda action, _: schedule.unsharded_stages.add(action.stage_index)
             )
