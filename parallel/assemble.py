@@ -178,8 +178,9 @@ def check_skips(skip_nonfinite: int, max_grad_norm: float, memory: MemoryConfig)
     """UsageError if steps with a gradient that is not finite are to be skipped, and could not be."""
     if skip_nonfinite and max_grad_norm == math.inf and memory.is_on:
         raise UsageError(
-            f"skip_nonfinite={skip_nonfinite} cannot skip a step under a chunk manager with max_grad_norm=inf, which "
-            "steps while gradients arrive; give `max_grad_norm` a number, however large, or use placement=off."
+            f"skip_nonfinite={skip_nonfinite} cannot skip a step under a chunk manager with "
+            "max_grad_norm=inf, which steps while gradients arrive; give `max_grad_norm` a number, however "
+            "large, or use placement=off."
         )
 
 
@@ -189,8 +190,8 @@ def _offload_activations(
     """Keep the inputs of a stage's blocks, (B, T/cp/tp, D) each, on the host between forward and backward."""
     if offload.seq_len is None:
         raise UsageError(
-            "activations=True needs to know the shape of a microbatch before the first one comes; leave it out here, "
-            "or use recipes/pretrain.py."
+            "activations=True needs to know the shape of a microbatch before the first one comes; leave it "
+            "out here, or use recipes/pretrain.py."
         )
     config = layout.config
     n_tokens = offload.sequences * offload.seq_len // (config.cp * config.sequence_shards)

@@ -1,8 +1,11 @@
 """The process group and the one DeviceMesh. Axes, outermost first: pp, dp_replicate, dp_shard, cp, tp.
 
-rank of a 2 x 1 x 2 x 1 x 2 mesh:        dp_shard 0   dp_shard 1        neighbours differ in tp first: the axis that
-                              pp 0   tp    0  1         2  3            talks most has the shortest wires, pp, which
-                              pp 1   tp    4  5         6  7            talks least, the longest
+    ranks of a 2 x 1 x 2 x 1 x 2 mesh        dp_shard 0   dp_shard 1
+                              pp 0   tp         0  1         2  3
+                              pp 1   tp         4  5         6  7
+
+Neighbouring ranks differ in tp first. So the axis that communicates most has the shortest wires, and pp,
+which communicates least, the longest.
 """
 
 import gc
@@ -114,7 +117,8 @@ def build_mesh(config: ParallelConfig, device_type: str) -> DeviceMesh:
     fsdp   dp_shard x cp: who shares parameters, gradients and optimizer state (ZeRO)
     dp_cp  all three: whose gradients are averaged, since they saw other tokens
     loss   pp and all three: whose shares of the loss add up; ranks of tp all have the same
-    At ZeRO stage 0 there is also `solo`, of size 1: what fully_shard shards over where nothing shall be sharded.
+    At ZeRO stage 0 there is also `solo`, of size 1: fully_shard shards over it where nothing
+    shall be sharded.
     """
     sizes = {axis: getattr(config, axis) for axis in AXES}
     if config.zero_stage == 0:

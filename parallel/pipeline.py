@@ -1,22 +1,27 @@
 """Pipeline parallelism: the layers are split over the pp ranks, and microbatches flow through them.
 
-stage: consecutive layers that run as one; the first has the embedding too, the last the norm and the head
-part: the module of one stage, a Llama whose other stages' modules are None. A rank holds one part, or several
-    where the schedule has virtual stages: then a microbatch visits the rank once per part
-microbatch: what one forward sees, here one Batch. F its forward through a stage, B its backward; zero-bubble
-    schedules split B into I (gradient of the stage's input, which the stage before waits for) and W (of its
-    weights: can wait)
-bubble: time in which a rank has nothing to do: its microbatch is still, or already, elsewhere
-schedule: the order of F, B, I, W on each rank. Two ranks, four microbatches, B twice as long as F; dots are bubbles:
-    gpipe  0 |F0 F1 F2 F3 .. .. .. B0 B0 B1 B1 B2 B2 B3 B3  1f1b  0 |F0 F1 .. .. B0 B0 F2 B1 B1 F3 B2 B2 .. B3 B3
-           1 |.. F0 F1 F2 F3 B0 B0 B1 B1 B2 B2 B3 B3 .. ..        1 |.. F0 B0 B0 F1 B1 B1 F2 B2 B2 F3 B3 B3 .. ..
-    gpipe keeps the activations of all microbatches until backward, 1f1b of at most pp. Sources: Huang et al.
-    2018, arXiv:1811.06965; 1f1b and interleaved: Narayanan et al. 2021, arXiv:2104.04473; zero-bubble and
-    zbv: Qi et al. 2023, arXiv:2401.10241; dualpipev: DeepSeek-V3, arXiv:2412.19437
+    stage       consecutive layers that run as one, as a Llama whose other modules are None. The first has the
+                embedding too, the last the norm and the head. A rank holds one stage, or several where the
+                schedule has virtual stages: then a microbatch visits the rank once per stage.
+    microbatch  what one forward sees, here one Batch. F is its forward through a stage, B its backward.
+                Zero-bubble schedules split B into I, the gradient of the stage's input, which the previous
+                stage waits for, and W, the gradients of its weights, which can wait.
+    bubble      time in which a rank has nothing to do, because its microbatch is on another rank
+    schedule    the order of F, B, I and W on each rank. With two ranks, four microbatches, and a B that takes
+                twice as long as an F (dots are bubbles):
 
-On the wire between stages: hidden states (B, T, D) forward, their gradients backward. Schedules and transfers
-are torch.distributed.pipelining's; this file cuts the model, feeds the microbatches and keeps everything else
-as without pp.
+                gpipe  0 |F0 F1 F2 F3 .. .. .. B0 B0 B1 B1 B2 B2 B3 B3
+                       1 |.. F0 F1 F2 F3 B0 B0 B1 B1 B2 B2 B3 B3 .. ..
+                1f1b   0 |F0 F1 .. .. B0 B0 F2 B1 B1 F3 B2 B2 .. B3 B3
+                       1 |.. F0 B0 B0 F1 B1 B1 F2 B2 B2 F3 B3 B3 .. ..
+
+gpipe keeps the activations of all microbatches until backward, 1f1b those of at most pp microbatches.
+Sources: Huang et al. 2018, arXiv:1811.06965; 1f1b and interleaved: Narayanan et al. 2021, arXiv:2104.04473;
+zero-bubble and zbv: Qi et al. 2023, arXiv:2401.10241; dualpipev: DeepSeek-V3, arXiv:2412.19437.
+
+Between two stages hidden states (B, T, D) are sent forward and their gradients backward. Schedules and
+transfers are those of torch.distributed.pipelining; this file splits the model, feeds the microbatches, and
+keeps everything else as it is without pp.
 """
 
 from contextlib import nullcontext
@@ -158,7 +163,8 @@ def split_stages(model: Llama, pp_mesh: DeviceMesh, schedule: str, virtual_stage
 
 
 class Stage(PipelineStage):
-    """torch's PipelineStage that lets a Recorder watch, and recomputes once per half of a split backward."""
+    """Extends torch's PipelineStage: a Recorder can watch it, and each half of a split backward recomputes "
+    "once."""
 
     recorder: Recorder | None = None
 
@@ -167,7 +173,7 @@ class Stage(PipelineStage):
             return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     def backward_one_chunk(self, bwd_chunk_id: int, loss=None, full_backward: bool = True, **kwargs):
-        # no input to give a gradient to: its I is nothing, its W a whole B
+        # it has no input gradient, so I is empty and W is a whole B
         if self.is_first and not full_backward:
             return super().backward_one_chunk(bwd_chunk_id, loss=loss, full_backward=False, **kwargs)
         with self._noted(bwd_chunk_id, "B" if full_backward else "I"):
@@ -203,10 +209,8 @@ class Pipeline:
         placement = stage_indices(config.schedule, pp_mesh.size(), len(stages))
         self.own, self.last = placement[self.pp_rank], pp_mesh.size() * len(stages) - 1
         self.rank_of = {stage: rank for rank, of_rank in enumerate(placement) for stage in of_rank}
-        self.schedule, self.batch_shape = (
-            None,
-            None,
-        )  # made at the first step, for the shape of its microbatches
+        # The schedule is made at the first step, for the shape of its microbatches.
+        self.schedule, self.batch_shape = None, None
         self.recorder: Recorder | None = None  # set for one step, it notes which rank worked when
         for stage in stages:
             for module in stage.modules():
@@ -221,10 +225,7 @@ class Pipeline:
             here, divided by n_targets, on ranks with the last stage, and 0 on the others: summed over pp and
             over the ranks with other tokens it is the loss.
         """
-        assert len(microbatches) == self.layout.n_microbatches, (
-            len(microbatches),
-            self.layout.n_microbatches,
-        )
+        assert len(microbatches) == self.layout.n_microbatches
         if microbatches[0].tokens.shape != self.batch_shape:
             self._build_schedule(microbatches[0].tokens.shape)
         self._renew_tied_copy()
@@ -234,8 +235,8 @@ class Pipeline:
             stage.recorder = self.recorder
         if self.recorder:
             self.recorder.start()
-        # torch cuts the rows of one whole batch into microbatches again: the same ones, as all have as many
-        # rows.
+        # torch takes one batch and cuts it into microbatches again. They are the same ones, as all have as
+        # many rows.
         inputs = {}
         tokens, labels = [], None
         if 0 in self.own:
