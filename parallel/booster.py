@@ -2,7 +2,7 @@
 
     booster = Booster(ParallelConfig(tp=2, pp=2, microbatches=4, zero_stage=1))
     model, optimizer, dataloader, criterion = booster.boost(model, optimizer, dataloader, criterion)
-    for batch in dataloader:           # Hugging Face's {"input_ids", "labels"}, both (B, T), labels not shifted
+    for batch in dataloader:           # Hugging Face's {"input_ids", "labels"} (B, T), labels not shifted
         loss = booster.step(batch)     # forward, backward: the mean loss of the global batch, on every rank
         booster.clip_grad_norm(1.0)
         optimizer.step()
