@@ -1,4 +1,5 @@
-"""Checkpoints of a chunk manager: exact, under any plan and layout, and those of torch's AdamW."""
+"""Checkpoints of a chunk manager are exact under any plan and layout, and exchangeable with those of
+AdamW."""
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ MICRO = 2
 
 
 def whole(model, optimizer) -> dict:
-    """Masters, moments, steps and settings of this rank's parameters, gathered."""
+    """Return whole masters, moments, steps and settings of this rank's parameters."""
     state = training_state(model, optimizer)
     values = {
         f"{kind}.{name}": value for kind in ("model", "optimizer") for name, value in state[kind].items()
@@ -61,7 +62,7 @@ def load_and_go_on(folder, layout, plan_seed, dtype=torch.float32, more=2):
 
 
 def with_torchs_adamw(folder, load: bool):
-    """One process without a manager: save after 3 steps, or load and say what came."""
+    """Save after 3 steps on one process without a manager, or load; return the state."""
     layout = ParallelConfig().resolve(1)
     mesh = build_mesh(layout, "cpu")
     with torch.device("meta"):
