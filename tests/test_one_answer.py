@@ -267,7 +267,7 @@ def any_layout(draw):
 def run_or_refuse(layout: ParallelConfig, shape: str, micro: int, masked: bool, recompute: str) -> str:
     ranks = layout.pp * layout.dp * layout.cp * layout.tp
     try:
-        check_parallel(layout.resolve(ranks), SHAPES[shape], T, ROWS, micro, recompute=recompute)
+        check_parallel(layout.resolve(ranks), Job(SHAPES[shape], T, ROWS, micro, recompute=recompute))
     except UsageError as refusal:
         assert "=" in str(refusal) and "\n" not in str(refusal), refusal
         return "refused"
