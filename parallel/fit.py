@@ -12,9 +12,9 @@ from math import ceil
 
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.errors import UsageError
+from dtensor_llama.metrics import GIB
 from parallel.config import ParallelConfig
 
-GIB = 2**30
 MAX_MICRO_TOKENS = 16384  # a forward of more gains nothing on any device
 MAX_TP = 8  # beyond a node's fast wires tensor parallelism waits for traffic
 
