@@ -2,6 +2,7 @@
 it works, and what is left over is idle time."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,8 +70,9 @@ def draw_gantt(
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Patch
 
-    begin = min(bar.start_s for row in rows for bar in row.bars)
-    length_s = max(1e-9, max(bar.end_s for row in rows for bar in row.bars) - begin)
+    bars = list(chain.from_iterable(row.bars for row in rows))
+    begin = min(bar.start_s for bar in bars)
+    length_s = max(1e-9, max(bar.end_s for bar in bars) - begin)
     unit, per_s = ("milliseconds", 1e3) if length_s < 10 else ("seconds", 1.0)
     height = sum(max(0.72, 0.42 * row.n_lanes) for row in rows) + (1.7 if legend else 1.3)
     figure, axes = plt.subplots(figsize=(width, height), dpi=150)

@@ -248,16 +248,13 @@ def offload_block_inputs(
     a time, and results are bitwise the same.
 
     blocks: those of one pipeline stage, in forward order, each called with its input first; apply recompute
-    and
-        compile before
+        and compile before
     input_bytes: of the largest input on this rank: sequences x tokens x width x bytes, with tokens / tp under
         sequence parallelism
     in_flight: how many forwards have begun whose backward is not over: 1, or under pp up to all microbatches;
-    each
-        keeps the last block's input
+        each keeps the last block's input
     lanes: what copies run on, `recording` if they are to be drawn. Not the chunk manager's lanes, whose
-    queues hold
-        other work.
+        queues hold other work.
 
     It pins host memory. Call it before training: to pin within a step can hold up other ranks.
     """

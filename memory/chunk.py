@@ -10,6 +10,7 @@ owner      the module whose forward waits until a parameter has its new weight
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from itertools import chain
 from typing import Any
 
 import torch
@@ -131,10 +132,11 @@ class Piece:
 
     param: ParamState
     chunk: "Chunk"
-    index: int  # among all pieces of the rank
     in_shard: slice
     in_chunk: slice
     grad: Tensor | None = None  # a copy of the gradient until the step, if it cannot stay in p.grad
+    norm: Tensor | None = None  # of its gradient: 0-dim, float64
+    host_square: float = 0.0  # the square of its norm, if the host accumulates its gradient
     adding: Any = None  # a future: the gradient of an earlier microbatch is being added on the host
 
     @property
@@ -261,8 +263,7 @@ def owners_of(part: nn.Module) -> dict[nn.Parameter, nn.Module]:
     be read anywhere."""
     wrapped = [module for module in part.modules() if isinstance(module, FSDPModule)]
     lists = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
-    blocks = [block for blocks in lists for block in blocks]
-    modules = dict.fromkeys([part, *(wrapped or blocks)])
+    modules = dict.fromkeys([part, *(wrapped or chain.from_iterable(lists))])
     innermost, owner_of = {}, {}
     for module in modules:  # inner modules come after outer ones
         innermost |= dict.fromkeys(module.parameters(), module)
@@ -278,9 +279,9 @@ def find_params(
     tied: set[nn.Parameter] = frozenset(),
 ) -> list[ParamState]:
     """Return the optimizer's trainable parameters, in the order in which the next forward waits for them."""
-    group_of = {p: group for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-    names = names_of(model)
-    owner_of: dict[nn.Parameter, nn.Module] = {}
+    names, group_of, owner_of = names_of(model), {}, {}
+    for group in optimizer.param_groups:
+        group_of |= {p: group for p in group["params"] if p.requires_grad}
     for part in parts:  # what several parts use is waited for by the first
         owner_of |= {
             p: module for p, module in owners_of(part).items() if p in group_of and p not in owner_of
@@ -316,7 +317,6 @@ def cut(params: list[ParamState], chunk_elements: int, accumulates: bool = False
     assert chunk_elements % ALIGN == 0, chunk_elements
     chunks: list[Chunk] = []
     open_chunks: dict[tuple, Chunk] = {}
-    n_pieces = 0
     for param in params:
         dtype, done, n = param.parameter.dtype, 0, local(param.parameter).numel()
         key = id(param.group), dtype
@@ -327,11 +327,11 @@ def cut(params: list[ParamState], chunk_elements: int, accumulates: bool = False
                 open_chunks[key] = chunk
                 chunks.append(chunk)
             run = min(n - done, chunk_elements - chunk.n)
-            piece = Piece(param, chunk, n_pieces, slice(done, done + run), slice(chunk.n, chunk.n + run))
+            piece = Piece(param, chunk, slice(done, done + run), slice(chunk.n, chunk.n + run))
             param.pieces.append(piece)
             chunk.pieces.append(piece)
             chunk.n = min(chunk_elements, -(-(chunk.n + run) // ALIGN) * ALIGN)
-            done, n_pieces = done + run, n_pieces + 1
+            done += run
     return chunks
 
 

@@ -17,13 +17,11 @@ class TrainingLoop:
 
     parts: the modules that run, in forward order, if they are not the model itself: the stages of a pipeline.
     accumulation: how many gradients of a parameter arrive between two optimizer steps. It is 1 where FSDP or
-    a
-        pipeline sums them first, and the number of microbatches where each gradient is reduced (ZeRO 2 and 3
-        without pp) or where there is no FSDP.
+        a pipeline sums them first. It is the number of microbatches where each gradient is reduced (ZeRO 2
+        and 3 without pp) or where there is no FSDP.
     clips: False: the gradient norm has no bound, so each chunk is stepped during backward as soon as its last
         gradient has arrived, with the learning rate of that moment; `step` does the rest.
-    tied: parameters whose gradient changes after backward or whose weight is read outside forward, for
-    example a
+    tied: parameters whose gradient changes after backward or whose weight is read outside forward, such as a
         matrix that pipeline stages share. `step` returns when they are new.
     activations: offloads of block inputs. Their memory counts on the host, and their copies are drawn too.
     """
@@ -40,11 +38,10 @@ class Machine:
     """What the manager knows of the machine that it runs on.
 
     ranks_per_host: ranks that share the host's memory. A plan uses this rank's part of what is free, unless
-    there
-        is a host budget.
-    rates: measured here if placement auto needs them and they are not given. compute_seconds: an estimate of
-    forward and backward of a step. If rates are known too, a static plan is printed
-        with the step that it predicts.
+        there is a host budget.
+    rates: measured here if placement auto needs them and they are not given.
+    compute_seconds: an estimate of forward and backward of a step. If rates are known too, a static plan is
+        printed with the step that it predicts.
     say: prints plans; give it on one rank only.
     """
 

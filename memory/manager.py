@@ -19,7 +19,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,9 @@ class ChunkManager(ChunkStore):
     """Owns the master weights and moments of a model's trainable parameters; `manager.optimizer` is its face.
 
     model: names the parameters, which are plain or DTensor, float32 or bfloat16. They have values, or will
-    get them
-        from `masters().write`. Make the manager after parallelize and to_empty.
-    optimizer: an AdamW on the parameters that has never stepped. Its groups (the very dicts, so schedulers go
-    on)
-        become those of `manager.optimizer`, which takes its place.
+        get them from `masters().write`. Make the manager after parallelize and to_empty.
+    optimizer: an AdamW on the parameters that has never stepped. Its groups (the very dicts, so that
+        schedulers go on) become those of `manager.optimizer`, which takes its place.
     UsageError, before anything is allocated, if the optimizer or the budgets do not allow it.
     """
 
@@ -73,19 +71,19 @@ class ChunkManager(ChunkStore):
         super().__init__(model, optimizer, config, loop, machine, overrides)
         self.kernel = Kernel(config.kernel, self.device)
         self._zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        copies = [param.copies for param in self.params for _ in param.pieces]
-        self.norms = [self._zero] * len(copies)  # of each piece's gradient, float64
-        self.host_squares = [0.0] * len(copies)  # squared norms of the pieces that the host accumulates
+        self.pieces = list(chain.from_iterable(param.pieces for param in self.params))
+        for piece in self.pieces:
+            piece.norm = self._zero
+        copies = [piece.param.copies for piece in self.pieces]
         # the weight of each piece's square in the sum over the world
         self.shares = 1 / torch.tensor(copies, dtype=torch.float64, device=self.device)
         self.clip: Tensor | None = None  # factor of the next step; nan: the step shall change nothing
         self._host_clip = torch.ones((), pin_memory=self.is_cuda)
         # the last step's event of its clip factor, and the parameters whose step was counted
         self._unconfirmed: tuple[Any, list[ParamState]] | None = None
-        self._in_flight: list[
-            tuple[Any, Tensor]
-        ] = []  # (event, gradient to keep alive until then): being copied
-        self._in_use: list[tuple[Any, list[Tensor]]] = []  # the same, for what the latest update reads
+        # (event, what has to live until then): gradients that are being copied; what the last update reads
+        self._in_flight: list[tuple[Any, Tensor]] = []
+        self._in_use: list[tuple[Any, list[Tensor]]] = []
         self._issued: set[Chunk] = set()  # chunks handed to an engine since the last `step`
         self._is_updating = False  # an update has begun, in backward or in `step`
         self._n_issued = dict.fromkeys(Home, 0)  # chunks stepped: says whose turn it is in ring and buffers
@@ -93,8 +91,8 @@ class ChunkManager(ChunkStore):
         self._host_began_s = self._host_done_s = self._host_update_s = None
         self._steps_s: list[float] | None = []  # when steps ended; None: they have been reported
         self._warm_up()
-        all_params = [p for group in optimizer.param_groups for p in group["params"]]
-        self._frozen = [p for p in all_params if p not in self.param_of]
+        parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+        self._frozen = [p for p in parameters if p not in self.param_of]
         self.owners = _chunks_by_owner(self.parts, self.param_of)
         self._install_hooks()
         self._note_weights(self.params)
@@ -130,8 +128,8 @@ class ChunkManager(ChunkStore):
         may need it later."""
         for chunk_format in {chunk.format for chunk in self.chunks}:
             chunks = [chunk for chunk in self.chunks if chunk.format == chunk_format]
-            on_device = [chunk for chunk in chunks if chunk.home is not Home.CPU]
-            lengths = {piece.n_elements for chunk in on_device for piece in chunk.pieces}
+            on_device = {chunk for chunk in chunks if chunk.home is not Home.CPU}
+            lengths = {piece.n_elements for piece in self.pieces if piece.chunk in on_device}
             dtype = chunk_format.weight_dtype
             grad_dtype = torch.float32 if self.accumulates else dtype
             if len(on_device) < len(chunks):
@@ -227,7 +225,7 @@ class ChunkManager(ChunkStore):
                 piece.adding = self.lanes.thread.submit(self._add_on_host, piece, copied, adds)
                 return
             chunk.grads_copied.append(copied)
-            [self.norms[piece.index]] = float64_norms([grad])
+            [piece.norm] = float64_norms([grad])
         elif "grad_accum" in chunk.tensors:
             self.kernel.sum_into(chunk.tensors["grad_accum"][piece.in_chunk], grad, adds)
         elif not piece.param.keeps_grad:
@@ -240,7 +238,7 @@ class ChunkManager(ChunkStore):
         total, grad = (piece.chunk.tensors[name][piece.in_chunk] for name in ("grad_accum", "grad_buffer"))
         self.kernel.sum_into(total, grad, adds)
         [norm] = float64_norms([total])
-        self.host_squares[piece.index] = norm.item() ** 2 / piece.param.copies
+        piece.host_square = norm.item() ** 2 / piece.param.copies
 
     def _release_finished(self) -> None:
         """Let go of gradients that have been copied or stepped with."""
@@ -263,10 +261,8 @@ class ChunkManager(ChunkStore):
         for param in self.params:
             if param.n_collected == 0 and param.parameter.grad is not None:
                 self._collect(param)
-            elif (
-                param.n_collected and param.keeps_grad and param.parameter.grad is None
-            ):  # by model.zero_grad()
-                self._forget_gradient(param)
+            elif param.n_collected and param.keeps_grad and param.parameter.grad is None:
+                self._forget_gradient(param)  # model.zero_grad() has discarded it
         for parameter in self._frozen:
             if parameter.grad is not None:
                 raise RuntimeError(
@@ -289,7 +285,7 @@ class ChunkManager(ChunkStore):
         param.parameter.grad = None
         for piece in param.pieces:
             piece.adding, piece.grad = piece.adding and piece.adding.result(), None
-            self.norms[piece.index], self.host_squares[piece.index] = self._zero, 0.0
+            piece.norm, piece.host_square = self._zero, 0.0
         param.n_backwards = param.n_collected = 0
 
     # ---- the norm ------------------------------------------------------------------------------------------
@@ -310,16 +306,17 @@ class ChunkManager(ChunkStore):
                 "their gradients arrive; give ChunkManager TrainingLoop(clips=True)."
             )
         self.finish_backward()
-        collected = [piece for param in self.params if param.n_collected for piece in param.pieces]
+        collected = [piece for piece in self.pieces if piece.param.n_collected]
         for piece in collected if self.accumulates else ():
             piece.adding = piece.adding and piece.adding.result()
         on_device = [piece for piece in collected if piece.chunk.home is not Home.CPU]
         norms = float64_norms([self._grad_of(piece) for piece in on_device])
         for piece, norm in zip(on_device, norms, strict=True):
-            self.norms[piece.index] = norm
+            piece.norm = norm
         squares = self._zero.clone()
-        if self.norms:
-            squares = (torch.stack(self.norms).square() * self.shares).sum() + sum(self.host_squares)
+        if self.pieces:
+            squares = (torch.stack([piece.norm for piece in self.pieces]).square() * self.shares).sum()
+            squares += sum(piece.host_square for piece in self.pieces)
         if dist.is_initialized():
             dist.all_reduce(squares)
         norm = squares.sqrt()
@@ -346,7 +343,7 @@ class ChunkManager(ChunkStore):
                 is_due = chunk.home is home and chunk not in self._issued
                 if is_due and any(param.n_collected for param in chunk.params):
                     self._issue(chunk, ready, clip_copied)
-        read = [piece.grad for param in self.params for piece in param.pieces]
+        read = [piece.grad for piece in self.pieces]
         read += [param.parameter.grad for param in self.params] + [self.clip]
         self._in_use.append((self.lanes.adam.now(), [tensor for tensor in read if tensor is not None]))
         counted = [param for param in self.params if param.n_collected]
@@ -358,8 +355,8 @@ class ChunkManager(ChunkStore):
             self._forget_gradient(param)
         self._issued.clear()
         self._is_updating, self.clip = False, None
-        for param in self.params:
-            for piece in param.pieces if param.is_tied else ():
+        for piece in self.pieces:
+            if piece.param.is_tied:
                 piece.chunk.wait()
         if self.auto:
             self.auto.step_ended()
@@ -568,7 +565,7 @@ class ChunkManager(ChunkStore):
     def events(self) -> list[tuple[str, str, float, float]]:
         """See Lanes.events; in the order of their starts. Waits until all is over."""
         self.wait()
-        noted = [event for lanes in self._all_lanes() for event in lanes.events()]
+        noted = chain.from_iterable(lanes.events() for lanes in self._all_lanes())
         return sorted(noted, key=lambda event: event[2])
 
     def draw(self, path: str | Path, title: str) -> None:

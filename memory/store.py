@@ -9,6 +9,8 @@ values     masters and moments by parameter, wherever they are: `read_state`, `w
            plans count as `transit_bytes`
 """
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -89,7 +91,7 @@ class ChunkStore:
         n_threads = host_threads(self.device, machine.ranks_per_host)
         self.lanes = overrides.lanes or Lanes(self.device, n_threads)
         self.is_cuda = self.lanes.is_cuda
-        weights = {parameter for part in self.parts for parameter in part.parameters()}
+        weights = set(chain.from_iterable(part.parameters() for part in self.parts))
         self.weight_bytes = sum(local(weight).nbytes for weight in weights)
         self.host_share = host_share(machine.ranks_per_host, self.is_cuda)
         budgets = {"device": config.device_budget_gib, "host": config.host_budget_gib}

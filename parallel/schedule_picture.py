@@ -8,6 +8,7 @@ if events:
 """
 
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,9 +67,7 @@ class Recorder:
         ]
         everyone = [None] * self.pp if self.pp_rank == 0 else None
         dist.gather_object(events, everyone, group=self.group, group_dst=0)
-        return everyone and sorted(
-            (event for rank in everyone for event in rank), key=lambda e: (e.pp_rank, e.start_s)
-        )
+        return everyone and sorted(chain.from_iterable(everyone), key=lambda e: (e.pp_rank, e.start_s))
 
 
 def bubble_share(events: list[Event]) -> float:

@@ -132,18 +132,7 @@ def main(cfg: ExplainConfig) -> None:
     )
     job = computation.job(config, seq_len, train.global_batch_size, train.micro_batch_size)
     n_microbatches = check_parallel(layout, job)
-    facts = explain(
-        Run(
-            config,
-            layout,
-            seq_len,
-            n_microbatches,
-            train.micro_batch_size,
-            getattr(torch, train.dtype),
-            train.recompute,
-        ),
-        cfg.rank,
-    )
+    facts = explain(Run(layout, job, getattr(torch, train.dtype)), cfg.rank)
     print(
         f"{cfg.model}, {config.n_parameters / 1e9:.2f}B parameters, on {cfg.gpus} ranks with ZeRO stage {layout.zero_stage}\n"
         f"{facts['tokens_per_step']:,} tokens a step: {layout.dp} dp ranks x {n_microbatches} microbatches x "

@@ -79,7 +79,8 @@ from parallel import ParallelConfig, build_mesh
 from parallel.apply import Computation
 from parallel.assemble import Offload, Training, adamw, assemble, check_skips
 from parallel.config import AXES, check_parallel
-from parallel.defaults import Chosen, Footprint, OpenSettings, choose_settings
+from parallel.defaults import Chosen, OpenSettings, choose_settings, memory_of_rank
+from parallel.fit import States
 from parallel.mesh import Layout, start_process_group, stop_process_group
 from parallel.step_pictures import StepPictures
 
@@ -430,8 +431,8 @@ def choose(
     """Choose what the user left open from the data and the hardware, with a reason for each choice."""
     train, data = cfg.train, cfg.data
     asked = OpenSettings.of(train, seq_len=data.seq_len)
-    footprint = Footprint(
-        Footprint.bytes_of(launch.take_device(), launch.ranks_per_host),
+    device_bytes = memory_of_rank(launch.take_device(), launch.ranks_per_host)
+    states = States(
         getattr(torch, train.dtype).itemsize,
         n_adapter=n_adapter_parameters(model, cfg.lora) if cfg.lora.rank else 0,
         offloads=cfg.memory.is_on and cfg.memory.resident != 1,
@@ -447,7 +448,7 @@ def choose(
         overlong=data.overlong,
         packing=data.packing,
     )
-    return choose_settings(asked, model, corpus, pack, (resolved, is_open), footprint)
+    return choose_settings(asked, model, corpus, pack, (resolved, is_open), (device_bytes, states))
 
 
 def run_record(

@@ -1,5 +1,5 @@
-"""Home auto: traced, planned within the budgets, planned again when it was wrong; the numbers stay
-torch's AdamW's."""
+"""Placement auto traces, plans within the budgets, and plans again when it was wrong; the numbers stay those
+of torch's AdamW."""
 
 import json
 from unittest import mock
@@ -39,7 +39,7 @@ def bytes_of(model) -> int:
 
 
 def trained(device_share: float) -> tuple:
-    """20 steps with a device budget of a share of what all-resident takes."""
+    """Train 20 steps with a device budget that is a share of what an all-resident plan takes."""
     said: list[str] = []
     whole = bytes_of(tiny()) * 4 / 0.97
     model, manager = managed(said=said, device_budget_gib=whole * device_share / GIB, host_budget_gib=0.1)
@@ -70,7 +70,7 @@ def test_after_the_warm_up_chunks_are_where_the_budget_lets_them_and_nothing_els
 
 
 def drifting() -> list[str]:
-    """An update 100 times slower than predicted, as the host's clock has it."""
+    """Report an update that is 100 times slower than predicted, and return what the manager printed."""
     said: list[str] = []
     model, manager = managed(said=said, device_budget_gib=bytes_of(tiny()) * 2.5 / GIB, host_budget_gib=0.1)
     train(model, manager.optimizer, WARM_UP_STEPS)
@@ -110,7 +110,7 @@ def test_ranks_agree_on_the_highest_peak():
 
 
 def too_many_activations() -> tuple[str, float, list[str]]:
-    """What is said, how far weights moved, and which hooks of the tracer are left."""
+    """Return the refusal, how far weights moved, and the hooks of the tracer that are left."""
     activations = Counters(lambda: Usage(peak=100_000), lambda: None)
     model, manager = managed(activations, device_budget_gib=50_000 / GIB)
     before = weights(model)
@@ -160,7 +160,7 @@ LITTLE = 12_885 + 3 * 4 * 33 * 20
 
 
 def only_one_rank_has_no_room() -> str:
-    """Room for the warm-up on both, of which one has little on the host; then activations are seen."""
+    """Both ranks have room for the warm-up, one of them little on the host; then activations are seen."""
     activations, little = Counters(lambda: Usage(peak=1000), lambda: None), LITTLE / GIB
     model, manager = managed(
         activations, device_budget_gib=10_400 / GIB, host_budget_gib=1.0 if dist.get_rank() else little

@@ -1,4 +1,5 @@
-"""Checkpoints of a chunk manager: exact, under any plan and layout, and those of torch's AdamW."""
+"""Checkpoints of a chunk manager are exact under any plan and layout, and exchangeable with those of
+AdamW."""
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ MICRO = 2
 
 
 def whole(model, optimizer) -> dict:
-    """Masters, moments, steps and settings of this rank's parameters, gathered."""
+    """Return whole masters, moments, steps and settings of this rank's parameters."""
     state = training_state(model, optimizer)
     values = {
         f"{kind}.{name}": value for kind in ("model", "optimizer") for name, value in state[kind].items()

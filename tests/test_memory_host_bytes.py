@@ -1,5 +1,5 @@
-"""The host memory that a plan states is the memory that the process takes: in starting, loading, exporting,
-checkpointing."""
+"""The host memory that a plan states is the memory that the process takes when it starts, loads, exports and
+writes checkpoints."""
 
 import ctypes
 import gc
@@ -43,7 +43,7 @@ def resident_bytes() -> int:
 
 
 def peak_bytes(work) -> int:
-    """The most resident memory while `work` runs."""
+    """Return the most resident memory while `work` runs."""
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     work()
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
@@ -69,14 +69,14 @@ def allow_host(manager: ChunkManager, n_bytes: float | None) -> None:
 
 
 def stated(manager: ChunkManager) -> int:
-    """What the plan states for both accounts, which are one RAM here, without the gradients, which no phase
-    below has."""
+    """Return what the plan states for both accounts, which share one RAM here, without the gradients, which
+    no phase below has."""
     gradients = sum(2 * chunk.n for chunk in manager.chunks if chunk.home is not CPU)
     return sum(manager.bytes_needed(manager.plan).values()) - gradients
 
 
 def measure(plan: str) -> dict[str, tuple[int, int]]:
-    """Phase -> (bytes that the plan states, bytes that came on top of an idle process)."""
+    """Return for each phase the bytes that the plan states, and those that an idle process did not have."""
     phases = {}
     with tempfile.TemporaryDirectory() as folder:
         # what is imported on first use
@@ -135,7 +135,7 @@ def test_resident_memory_is_within_3_percent_of_what_the_plan_states(plan):
 
 
 def test_13b_starts_and_checkpoints_on_one_h200_and_a_host_of_128_gib():
-    """By the plan's own arithmetic: the fastest plan of 13B on 139 GiB of device and 128 GiB of host holds
+    """By the plan's own arithmetic, the fastest plan of 13B on 139 GiB of device and 128 GiB of host holds
     all that starting, exporting and checkpointing take, and would not with a second copy of the masters, let
     alone of all states."""
     with torch.device("meta"):

@@ -1,5 +1,5 @@
-"""The chunk manager on queues that run late, as a GPU's do: no wait is missing. And on a clock of its own:
-who works when."""
+"""On queues that run late, as those of a GPU do, the chunk manager misses no wait; on a clock of its own each
+lane works when it should."""
 
 from dataclasses import replace
 
@@ -24,7 +24,8 @@ BF16 = torch.bfloat16
 
 
 def trained(homes, lanes=None, steps=4, micros=1, clips=True, dtype=torch.float32) -> torch.Tensor:
-    """Weights after some steps; between two of them layers run without training, and a checkpoint is read."""
+    """Return the weights after some steps. Between them layers run without training, and a checkpoint is
+    read."""
     model, manager = managed(homes, dtype=dtype, accumulation=micros, clips=clips, lanes=lanes)
     for i in range(steps):
         train(model, manager.optimizer, 1, max_norm=0.5 if clips else None, micros=micros)
@@ -66,7 +67,7 @@ SEEDS = (None, *range(8))
 
 @pytest.mark.parametrize("lane,nth", [("h2d", 0), ("device adam", 0), ("d2h", 0)])
 def test_without_one_of_the_waits_of_stream_numbers_are_wrong(lane, nth):
-    """That the emulation sees a missing wait. nth: of the events that a lane waits for."""
+    """The emulation notices a missing wait. nth: which of the events that a lane waits for is left out."""
 
     def careless(asking, after):
         return tuple(
@@ -113,7 +114,7 @@ def test_without_one_of_the_waits_around_the_hosts_step_numbers_are_wrong(event)
 
 
 class Layers(torch.nn.Module):
-    """L layers of one chunk each; on the clock a forward of one takes F seconds, its backward B."""
+    """Layers of one chunk each; on the clock a layer takes forward_s and backward_s seconds."""
 
     def __init__(self, n_layers: int, lanes: ClockLanes, forward_s: float, backward_s: float):
         super().__init__()
@@ -131,8 +132,7 @@ class Layers(torch.nn.Module):
 
 
 def clocked(homes, seconds: dict, forward_s=1.0, backward_s=2.0, steps=3, clips=True):
-    """The model, its manager, and of the last step but one: the moment of `step` and the events from there
-    on."""
+    """Return the model, the events from the last call of `step` on, and the moment of that call."""
     lanes = ClockLanes(
         lambda lane, what: next((s for key, s in seconds.items() if f"{lane} {what}".startswith(key)), 0.0)
     )
@@ -154,7 +154,7 @@ def clocked(homes, seconds: dict, forward_s=1.0, backward_s=2.0, steps=3, clips=
 
 
 def of_chunk(events, lane: str, what: str = "chunk") -> dict[int, tuple[float, float]]:
-    """Start and end by chunk."""
+    """Return start and end of each chunk's work on a lane."""
     return {
         int(said.split()[-1]): (start, end)
         for said, its_lane, start, end in events
@@ -182,7 +182,7 @@ def test_residents_are_ready_at_once_and_hide_the_updates_of_later_layers():
 
 
 def test_both_engines_work_at_once_and_the_ring_overlaps_its_copies_with_its_steps(monkeypatch):
-    """Of 12 chunks 6 pass through the ring, at 1 s a copy and 0.5 s a step, while the host steps the others
+    """6 of 12 chunks pass through the ring, at 1 s a copy and 0.5 s a step, while the host steps the others
     at 1 s each."""
     # gradients in use are not those on their way: nobody waits
     monkeypatch.setattr("memory.manager.IN_FLIGHT_BYTES", 0)
@@ -209,8 +209,8 @@ def test_without_clipping_the_update_begins_in_backward():
 
 @pytest.mark.parametrize("n_resident,n_stream", [(0, 0), (8, 0), (0, 20), (10, 10), (40, 0), (5, 35)])
 def test_a_step_takes_as_long_as_the_plan_predicts(n_resident, n_stream, n=40):
-    """Rates that the clock has too; what the prediction leaves out is the ends of the pipes: a few chunks'
-    worth."""
+    """The plan is given the rates of the clock. It leaves out how the pipes fill and drain: a few chunks'
+    time."""
     state = StateFormat(torch.float32)
     rates = Rates(
         h2d=64 * 16,

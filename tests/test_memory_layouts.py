@@ -1,4 +1,4 @@
-"""The chunk manager under every kind of layout: the numbers of one process with torch's AdamW."""
+"""Under every kind of layout the chunk manager gives the numbers of one process with torch's AdamW."""
 
 import functools
 import random
@@ -42,8 +42,8 @@ def start(
     lanes=None,
     **config,
 ):
-    """What a recipe does: meta, parallelize, to_empty, manager, initial weights through the masters.
-    plan_seed: of random places; None: all on the host."""
+    """Do what a recipe does: meta, parallelize, to_empty, manager, initial weights through the masters.
+    plan_seed: of random homes; None: every chunk is CPU."""
     layout = layout.resolve(dist.get_world_size())
     mesh = build_mesh(layout, "cpu")
     computation = Computation(dtype=dtype, **passes or {})
@@ -166,8 +166,9 @@ def test_a_layout_with_chunks_in_random_places_equals_one_process(ranks, shape, 
 
 
 def jobs_left_as_blocks_begin(layout: ParallelConfig) -> tuple[list[int], int, list[int]]:
-    """In the forward after an update of which the host does nothing until it is waited for: jobs left for it
-    when each block begins; how many there were; and how many of them cover later blocks alone."""
+    """Look at the forward after an update of which the host does nothing until something waits for it. Return
+    how many of its jobs are left when each block begins, how many there were, and how many cover later blocks
+    alone."""
     lanes, micro = QueuedLanes(), ROWS // dist.get_world_size()
     layout, mesh, model, manager, training = start("gqa", layout, micro, None, lanes=lanes)
     blocks, left, later = list(model.model.layers), [], []
@@ -189,8 +190,8 @@ def jobs_left_as_blocks_begin(layout: ParallelConfig) -> tuple[list[int], int, l
 
 @pytest.mark.parametrize("ranks,stage", [(1, 0), (2, 3), (2, 1)])
 def test_blocks_begin_while_the_host_still_steps_later_ones(ranks, stage):
-    """Embedding, norms and head are waited for before all blocks, so they are stepped first: else no update
-    could hide."""
+    """Embedding, norms and head are waited for before all blocks, so they are stepped first; otherwise no
+    update could hide."""
     left, n_jobs, later = run_on(ranks, jobs_left_as_blocks_begin, ParallelConfig(zero_stage=stage))[0]
     assert left == later and n_jobs > left[0] > n_jobs // 4, (left, later, n_jobs)
 
@@ -217,14 +218,15 @@ def gradients_that_wait(layout: ParallelConfig, dtype: torch.dtype) -> tuple[int
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("ranks,stage", [(1, 0), (2, 0), (2, 3)])
 def test_gradients_that_leave_are_kept_alive_by_none_that_waits(ranks, stage, dtype):
-    """FSDP's are views of one buffer a block, and a plain one is whole although only some of it waits."""
+    """FSDP's gradients are views of one buffer per block, and a plain gradient is whole although only some of
+    it waits."""
     for held, counted in run_on(ranks, gradients_that_wait, ParallelConfig(zero_stage=stage), dtype):
         assert 0 < held <= counted, (held, counted)
 
 
 def weights_changed_by_hand(layout: ParallelConfig) -> float:
-    """The largest difference of whole weights, which rank 0 has, from torch's AdamW; chunks are in random
-    places."""
+    """Return the largest difference of whole weights, on rank 0, from those of torch's AdamW; chunks have
+    random homes."""
     with torch.device("meta"):
         other = Llama(SHAPES["gqa"])
     other.to_empty(device="cpu")
@@ -265,7 +267,8 @@ def test_sharded_weights_that_are_loaded_or_changed_by_hand_become_the_masters(r
 
 
 class Spread(torch.nn.Module):
-    """A weight that all ranks hold and each uses with its own rows: autograd leaves its gradient Partial."""
+    """A weight that all ranks hold and each uses with its own rows, so that autograd leaves its gradient
+    Partial."""
 
     def __init__(self, mesh):
         super().__init__()

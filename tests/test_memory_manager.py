@@ -1,4 +1,4 @@
-"""The chunk manager's parts: kernels, split master, ledger, moves, schedule, face, refusals."""
+"""The parts of the chunk manager: kernels, split masters, ledger, moves, schedule, optimizer, refusals."""
 
 import functools
 import itertools
@@ -69,7 +69,7 @@ HYPER, CLIP = HyperParameters(1e-3, 0.9, 0.999, 1e-8, 0.1, 7), torch.tensor(0.37
 
 
 def exact(master, exp_avg, exp_avg_sq, grad):
-    """AdamW in float64."""
+    """Return what AdamW gives in float64."""
     g = grad.double() * CLIP.double()
     m, v = 0.9 * exp_avg.double() + 0.1 * g, 0.999 * exp_avg_sq.double() + 0.001 * g * g
     update = (m / (1 - 0.9**7)) / ((v / (1 - 0.999**7)).sqrt() + 1e-8)
@@ -104,7 +104,8 @@ def bits(tensor):
 
 
 def uncompiled(monkeypatch) -> tuple[Kernel, list]:
-    """A kernel of kind `compiled` whose parts run as they are written, and the shape that each call got."""
+    """Return a kernel of kind `compiled` whose parts run uncompiled, and the list of the shapes that calls
+    get."""
     shapes = []
 
     def as_written(step, **how):
@@ -194,7 +195,7 @@ def test_only_what_a_plan_uses_is_compiled_and_a_later_plan_gets_the_rest_betwee
 
 
 def test_while_the_compiled_kernel_steps_on_the_host_other_threads_run_python():
-    """Else the forward beside it could launch nothing: what the host's step is to hide behind."""
+    """Otherwise the forward, which the host's step is to hide behind, could not launch a kernel."""
     n = 32 * 2**20
     tensors = [torch.zeros(n) for _ in range(3)] + [torch.zeros(n, dtype=BF16) for _ in range(2)]
     kernel, n_threads = Kernel("compiled", torch.device("cpu")), torch.get_num_threads() + 1
@@ -732,8 +733,7 @@ def test_a_state_dict_right_after_a_step_has_the_new_weights():
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_skipped_step_leaves_nothing_behind(plan):
-    """A loss that is nan: its gradients and their clip factor are thrown away, by the optimizer or the
-    model."""
+    """The loss is nan; its gradients and their clip factor are discarded, by the optimizer or the model."""
     model, manager = managed(PLANS[plan])
     train(model, manager.optimizer, 2)
     (model(torch.ones(1, 7)) * math.nan).backward()

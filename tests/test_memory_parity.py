@@ -22,7 +22,7 @@ SMALL_CHUNKS = Overrides(chunk_elements=64)
 
 
 class Tiny(nn.Module):
-    """A few shapes, odd sizes, vectors and matrices; the loss uses all of them."""
+    """Vectors and matrices of odd sizes, all of which the loss uses."""
 
     def __init__(self, sizes=(7, 33, 20, 5)):
         super().__init__()
@@ -60,7 +60,7 @@ def plan_of(sizes, homes):
 
 
 def masters_of(manager) -> dict[str, torch.Tensor]:
-    """The float32 master weights, by name."""
+    """Return the float32 master weights by name."""
     masters = manager.masters()
     return {name: masters.read(name) for name, _ in masters.named_parameters()}
 

@@ -121,8 +121,8 @@ def test_the_vectorised_scan_sees_every_layout_with_its_true_sizes():
 
 
 def brute_force(sizes, budgets, rates, traced, state) -> float | None:
-    """The least step time of all layouts that fit, from MEMORY.md's inequalities written out; None: nothing
-    fits."""
+    """Return the least step time of all layouts that fit, from the inequalities of placement.py written out;
+    None if nothing fits."""
     best = None
     weight, host_sum = state.weight_dtype.itemsize, 4 if state.accumulates else 0
     states, grad = {2: 10, 4: 8}[weight], 4 if state.accumulates else weight

@@ -1,5 +1,5 @@
-"""Rates are measured once per machine and kept; the tracer says when what ran and what it took; the timeline
-is a picture."""
+"""Rates are measured once per machine and kept; the tracer measures what a step needs; the timeline draws
+it."""
 
 import itertools
 import json
@@ -170,7 +170,7 @@ class Net(nn.Module):
 
 
 class Clock:
-    """Bytes that the test decides; each reading is noted."""
+    """Counts bytes that the test decides."""
 
     def __init__(self):
         self.now = self.high = 0
@@ -205,8 +205,8 @@ def test_the_tracer_times_forward_and_backward_and_sees_the_peak_between_blocks(
         tracer.end_step()
     with torch.no_grad():
         model(x)
-    # A moment where forward begins, where the first gradient arrives, where the second forward begins and so on:
-    # four phases of one unit each, with two forwards and two backwards.
+    # A moment where forward begins, where the first gradient arrives, where the second forward begins and so
+    # on: four phases of one unit each, with two forwards and two backwards.
     assert [[phase for phase, _ in notes] for notes in tracer.steps] == [
         ["forward", "backward", "forward", "backward", "end"]
     ] * 3

@@ -35,7 +35,7 @@ from dtensor_llama.optim import build_adamw
 from parallel import ParallelConfig, build_mesh
 from parallel.apply import Computation
 from parallel.assemble import adamw, assemble
-from parallel.config import check_parallel
+from parallel.config import Job, check_parallel
 from parallel.mesh import Layout, start_process_group, stop_process_group
 
 
@@ -61,7 +61,9 @@ def main(cfg: Config) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     config = LlamaConfig.preset(cfg.model)
-    check_parallel(ParallelConfig(tp=world_size).resolve(world_size), config, cfg.seq_len, cfg.rows, cfg.rows)
+    check_parallel(
+        ParallelConfig(tp=world_size).resolve(world_size), Job(config, cfg.seq_len, cfg.rows, cfg.rows)
+    )
     start_process_group(device, world_size)
     variants = {"plain loop": bare(cfg, device), "ours": ours(cfg, device, ParallelConfig())}
     if world_size > 1:
