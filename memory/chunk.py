@@ -20,11 +20,12 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from dtensor_llama.errors import UsageError
+from dtensor_llama.metrics import GIB
 from dtensor_llama.shards import copies, local
+from dtensor_llama.weights import plain_name
 from memory.home import Home, StateFormat
 from memory.kernel import join_master, split_master
 from memory.lanes import DONE, Lane
-from memory.placement import GIB
 
 # 64 MiB per float32 tensor: a copy of it runs at full bandwidth, and a ring of 4 takes 0.6 GiB
 CHUNK_ELEMENTS = 16 * 2**20
@@ -304,11 +305,6 @@ def find_params(
     return [
         ParamState(names[p], p, group_of[p], copies(p), p in tied, module) for p, module in owner_of.items()
     ]
-
-
-def plain_name(name: str) -> str:
-    """Return the name without what torch.compile and activation checkpointing put into it."""
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def names_of(model: nn.Module) -> dict[nn.Parameter, str]:

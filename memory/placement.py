@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dtensor_llama.errors import UsageError
+from dtensor_llama.metrics import GIB
 from memory.home import Home, StateFormat
 from memory.tracer import Rates, Traced
 
-GIB = 2**30
 RESERVE = 0.03  # of the device budget: for fragments in the allocator, and for what the warm-up did not see
 # Plans whose step is within this share of the fastest are ties; the one with the most RESIDENT chunks is
 # taken. Without the tie-break, whenever a long forward hides the whole update, everything would be offloaded

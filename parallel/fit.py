@@ -11,10 +11,10 @@ from math import ceil, prod
 
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.errors import UsageError
+from dtensor_llama.metrics import GIB
 from parallel.config import ParallelConfig
 from parallel.rules import Job
 
-GIB = 2**30
 MAX_MICRO_TOKENS = 16384  # a forward of more tokens is no faster on any device
 MAX_TP = 8  # beyond the fast wires of a node tensor parallelism waits for traffic
 

@@ -40,13 +40,13 @@ from tyro.conf import Positional
 
 from dtensor_llama import LlamaConfig, UsageError  # only --why imports torch
 from dtensor_llama.cli import run_recipe
+from dtensor_llama.metrics import GIB
 from parallel.apply import Computation
 
 if TYPE_CHECKING:
     from memory.placement import Plan
     from parallel import ParallelConfig
 
-GIB = 2**30
 GPUS = {"a100-40gb": 39, "a100-80gb": 79, "h100-80gb": 79, "h200-141gb": 139}  # GiB that a program gets
 # GiB of a node's memory for each GPU, with an eighth left free
 HOST = {"a100-40gb": 128, "a100-80gb": 128, "h100-80gb": 224, "h200-141gb": 224}
