@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from dtensor_llama.data.reader import Batch
-from parallel.config import AXES, ParallelConfig
+from parallel.config import AXES, DERIVED_AXES, ParallelConfig
 from parallel.context import embedded_here, shard_batch
 
 # its successor is not public yet
@@ -110,24 +110,17 @@ class Layout:
 
 
 def build_mesh(config: ParallelConfig, device_type: str) -> DeviceMesh:
-    """The mesh of a resolved config; an axis of size 1 is there too. Derived axes, flattened from their
-    neighbours:
+    """Return the mesh of a resolved config, with its axes (those of size 1 too) and the derived axes of config.py.
 
-    dp     dp_replicate x dp_shard: who reads which rows; the loss is summed over it (and over cp)
-    fsdp   dp_shard x cp: who shares parameters, gradients and optimizer state (ZeRO)
-    dp_cp  all three: whose gradients are averaged, since they saw other tokens
-    loss   pp and all three: whose shares of the loss add up; ranks of tp all have the same
-    At ZeRO stage 0 there is also `solo`, of size 1: fully_shard shards over it where nothing
-    shall be sharded.
+    At ZeRO stage 0 there is also an axis `solo` of size 1, which fully_shard shards over: nothing is sharded.
     """
-    sizes = {axis: getattr(config, axis) for axis in AXES}
+    names = list(AXES)
     if config.zero_stage == 0:
-        sizes = {**{axis: sizes[axis] for axis in AXES[:-1]}, "solo": 1, "tp": config.tp}
-    mesh = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    flatten(mesh["dp_replicate", "dp_shard"], "dp")
-    flatten(mesh["dp_shard", "cp"], "fsdp")
-    flatten(mesh["dp_replicate", "dp_shard", "cp"], "dp_cp")
-    flatten(mesh["pp", "dp_replicate", "dp_shard", "cp"], "loss")
+        names.insert(names.index(DERIVED_AXES["dp_cp"][-1]) + 1, "solo")
+    sizes = [getattr(config, name, 1) for name in names]
+    mesh = init_device_mesh(device_type, tuple(sizes), mesh_dim_names=tuple(names))
+    for name, neighbours in DERIVED_AXES.items():
+        flatten(mesh[neighbours], name)
     return mesh
 
 

@@ -1,10 +1,11 @@
-"""Explain a layout before running it: mesh, placements, bytes per rank, traffic per step, pipeline. Needs no
-GPU.
+"""Explain a layout before running it: mesh, placements, bytes per rank, traffic per step, pipeline. It needs
+no GPU.
 
-    python recipes/explain.py --model llama2-7b --gpus 64 --parallel.tp 8 --parallel.pp 2 --train.global-batch-size 64
+    python recipes/explain.py --model llama2-7b --gpus 64 --parallel.tp 8 --parallel.pp 2 \\
+        --train.global-batch-size 64
 
-Takes any command line of pretrain.py, and how many processes it is for. parallel/explain.py knows; this file
-draws.
+It takes any command line of pretrain.py, and the number of processes that the command line is for. The facts
+come from parallel/explain.py; this file prints them.
 """
 
 import json
@@ -97,9 +98,9 @@ class ExplainConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)  # with a placement it is refused here
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)  # no checkpoint is written here
     run_dir: FilePath = "runs/pretrain"  # nothing is written here
-    gpus: int = 1  # processes it is for: torchrun's nodes x processes per node
-    rank: int = 0  # whose view: the first and the last pipeline stage have more than the others
-    json: FilePath | None = None  # file to write the same to, as data
+    gpus: int = 1  # number of processes that the layout is for: nodes x processes per node
+    rank: int = 0  # the rank to explain: the first and the last pipeline stage have more than the others
+    json: FilePath | None = None  # file to write the same facts to, as data
 
 
 # What each number must be at least.
@@ -118,8 +119,9 @@ def main(cfg: ExplainConfig) -> None:
     check_numbers(cfg, [*NUMBERS, AtLeast("gpus", 1)])
     if cfg.memory.is_on or cfg.memory.activations:
         raise UsageError(
-            f"--memory.placement {cfg.memory.placement} with --memory.activations {cfg.memory.activations} is not "
-            "explained here: these bytes are all on the device. The plan is printed where training starts."
+            f"--memory.placement {cfg.memory.placement} with --memory.activations {cfg.memory.activations} "
+            "is not explained here: these bytes are all on the device. The plan is printed where training "
+            "starts."
         )
     if not 0 <= cfg.rank < cfg.gpus:
         raise UsageError(f"--rank {cfg.rank} is not one of --gpus {cfg.gpus}; use 0 to {cfg.gpus - 1}.")
@@ -134,7 +136,8 @@ def main(cfg: ExplainConfig) -> None:
     n_microbatches = check_parallel(layout, job)
     facts = explain(Run(layout, job, getattr(torch, train.dtype)), cfg.rank)
     print(
-        f"{cfg.model}, {config.n_parameters / 1e9:.2f}B parameters, on {cfg.gpus} ranks with ZeRO stage {layout.zero_stage}\n"
+        f"{cfg.model}, {config.n_parameters / 1e9:.2f}B parameters, on {cfg.gpus} ranks with ZeRO stage "
+        f"{layout.zero_stage}\n"
         f"{facts['tokens_per_step']:,} tokens a step: {layout.dp} dp ranks x {n_microbatches} microbatches x "
         f"{train.micro_batch_size} rows x {seq_len} tokens",
         *mesh(facts),
@@ -148,23 +151,21 @@ def main(cfg: ExplainConfig) -> None:
 
 
 def some(items: list, most: int) -> list:
-    """At most so many of the items: the first ones and the last."""
+    """Return at most that many of the items: the first ones and the last."""
     return items if len(items) <= most else [*items[: most - 1], "  ...", items[-1]]
 
 
 def mesh(facts: dict) -> list[str]:
-    """A line for each place on the outer axes in use, a column for each on the innermost: the ranks there."""
-    *outer, inner = sizes = {axis: facts["layout"][axis] for axis in AXES if facts["layout"][axis] > 1} or {
-        "tp": 1
-    }
+    """Draw the ranks: a line for each place on the outer axes in use, a column for each on the innermost."""
+    sizes = {axis: facts["layout"][axis] for axis in AXES if facts["layout"][axis] > 1} or {AXES[-1]: 1}
+    *outer, inner = sizes
     lines = []
     for first in range(0, facts["world_size"], sizes[inner]):
-        line, left = f"  {inner} |", first // sizes[inner]
+        line, rest = f"  {inner} |", first // sizes[inner]
         for axis in reversed(outer):
-            line, left = f"  {axis} {left % sizes[axis]:<3}{line}", left // sizes[axis]
-        lines.append(
-            line + "".join(f"{rank:>5}" for rank in some(list(range(first, first + sizes[inner])), 8))
-        )
+            line, rest = f"  {axis} {rest % sizes[axis]:<3}{line}", rest // sizes[axis]
+        ranks = some(list(range(first, first + sizes[inner])), 8)
+        lines.append(line + "".join(f"{rank:>5}" for rank in ranks))
     groups = [
         f"  {axis:13}{size:>3}   {' '.join(map(str, some(facts['groups'][axis], 9)))}"
         for axis, size in sizes.items()
@@ -172,15 +173,14 @@ def mesh(facts: dict) -> list[str]:
     return [
         "\nranks by their place on each axis",
         *some(lines, 10),
-        f"\nwhom rank {facts['rank']} meets on each axis",
+        f"\nthe ranks that rank {facts['rank']} meets on each axis",
         *groups,
     ]
 
 
 def parameters(facts: dict) -> list[str]:
-    lines = [
-        f"\n{'parameters of rank ' + str(facts['rank']):51}{'whole':>15}{'here':>15}   split over (S: dim, R: not)"
-    ]
+    title = f"parameters of rank {facts['rank']}"
+    lines = [f"\n{title:51}{'whole':>15}{'here':>15}   split over (S: dim, R: not)"]
     for row in facts["parameters"]:
         whole, here = (" x ".join(map(str, row[key])) for key in ("shape", "local_shape"))
         placed = " ".join(f"{axis} {placement}" for axis, placement in row["placements"].items())
@@ -193,27 +193,24 @@ def parameters(facts: dict) -> list[str]:
 
 
 def traffic(facts: dict) -> list[str]:
-    return [f"\nits traffic in a step\n  {'axis':14}{'kind':16}{'count':>7}{'sent':>14}"] + [
-        f"  {row['axis']:14}{row['kind']:16}{row['count']:>7}{row['sent_bytes'] / 2**20:>14,.1f} MiB   {row['what']}"
-        for row in facts["collectives"]
-    ]
+    lines = [f"\nits traffic in a step\n  {'axis':14}{'kind':16}{'count':>7}{'sent':>14}"]
+    for row in facts["collectives"]:
+        sent = f"{row['sent_bytes'] / 2**20:>14,.1f} MiB"
+        lines.append(f"  {row['axis']:14}{row['kind']:16}{row['count']:>7}{sent}   {row['what']}")
+    return lines
 
 
 def pipeline(facts: dict) -> list[str]:
     if not (about := facts.get("pipeline")):
         return []
-    layers = [
-        ", ".join("{}-{}".format(*about["layers_of_stages"][stage]) for stage in own)
-        for own in about["stages_of_pp_ranks"]
-    ]
+    lines = []
     width = min(28, max(work[-1][0] + DURATION[work[-1][1]] for work in about["work"]))
-    lines = [
-        f"  pp {rank:<3} layers {which:13} |{draw(work, width)}"
-        for rank, (which, work) in enumerate(zip(layers, about["work"], strict=True))
-    ]
+    for rank, (own, work) in enumerate(zip(about["stages_of_pp_ranks"], about["work"], strict=True)):
+        layers = ", ".join("{}-{}".format(*about["layers_of_stages"][stage]) for stage in own)
+        lines.append(f"  pp {rank:<3} layers {layers:13} |{draw(work, width)}")
     return [
-        f"\nschedule {facts['layout']['schedule']}: {about['bubble']:.1%} bubbles, if backward takes as long as two "
-        "forwards (F forward, B backward, I and W its halves)",
+        f"\nschedule {facts['layout']['schedule']}: {about['bubble']:.1%} bubbles, if backward takes as long "
+        "as two forwards (F forward, B backward, I and W its halves)",
         *some(lines, 10),
     ]
 
