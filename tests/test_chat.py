@@ -19,6 +19,7 @@ from dtensor_llama.chat.corpus import prepare_chat
 from dtensor_llama.chat.packing import PackedExamples, pack
 from dtensor_llama.chat.template import ChatTemplate
 from dtensor_llama.data.reader import make_batch
+from dtensor_llama.data.sequences import Packing
 from dtensor_llama.data.tokenizer import load_tokenizer
 from dtensor_llama.errors import UsageError
 
@@ -101,7 +102,7 @@ def test_every_shared_conversation_has_the_mask_that_another_implementation_make
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     lines = [json.loads(line) for line in (SHARED / "sft" / file).read_text().splitlines()][::every]
     corpus = prepare_chat([write(tmp_path / file, lines)], load_tokenizer(folder), tmp_path / "cache")
-    rows = PackedExamples(corpus, 512, validation_share=0, seed=0)
+    rows = PackedExamples(corpus, Packing(512))
     expected = set()
     for line in lines:
         turns = line.get("messages") or [
@@ -208,7 +209,7 @@ def test_the_exported_llama2_template_is_the_one_trained_on(tmp_path):
 )
 def test_a_template_whose_mask_cannot_be_told_is_refused(chatml, template, why):
     with pytest.raises(UsageError, match=why):
-        with_template(chatml, template).encode(TALK, "--data.path x.jsonl, line 3")
+        with_template(chatml, template).encode(TALK, "x.jsonl, line 3")
 
 
 # ---- formats ----
@@ -277,8 +278,8 @@ def test_a_bad_record_is_refused_with_its_file_and_line(chatml, tmp_path, record
     with_template(chatml, CHATML)
     path = write(tmp_path / "chat.jsonl", [{"messages": HELLO}, record])
     with pytest.raises(UsageError, match=said) as refusal:
-        conversation_of(record, f"--data.path {path}, line 2")
-    assert str(refusal.value).startswith(f"--data.path {path}, line 2: ") and "\n" not in str(refusal.value)
+        conversation_of(record, f"{path}, line 2")
+    assert str(refusal.value).startswith(f"{path}, line 2: ") and "\n" not in str(refusal.value)
 
 
 def test_files_of_all_kinds_say_the_same(chatml, tmp_path):
@@ -752,7 +753,7 @@ def test_bad_records_are_skipped_counted_and_listed(chatml, tmp_path):
     listed = [json.loads(line) for line in corpus.bad_records.read_text().splitlines()]
     assert [one["where"].rsplit(" ", 1)[1] for one in listed] == ["2", "3", "4", "5", "6", "7"]
     assert all(
-        one["message"].startswith(f"--data.path {path}, line ") and one["reason"] in one["message"]
+        one["message"].startswith(f"{path}, line ") and one["reason"] in one["message"]
         for one in listed
     )
     path.write_text("\n".join(bad))
@@ -846,14 +847,14 @@ def test_overlong_examples_are_dropped_or_cut_and_counted(chatml, tmp_path):
     asked_long = [{"role": "user", "content": "word " * 200}, {"role": "assistant", "content": "Hello."}]
     path = write(tmp_path / "chat.jsonl", [{"messages": m} for m in (HELLO, HELLO, long, asked_long)])
     corpus = prepare_chat([path], load_tokenizer(chatml), tmp_path / "cache", processes=1)
-    dropped = PackedExamples(corpus, 64, 0, seed=0)
+    dropped = PackedExamples(corpus, Packing(64))
     assert (dropped.n_examples, dropped.n_dropped, dropped.n_truncated) == (2, 2, 0)
-    cut = PackedExamples(corpus, 64, 0, seed=0, overlong="truncate")
+    cut = PackedExamples(corpus, Packing(64), overlong="truncate")
     # cut where nothing is answered yet: dropped
     assert (cut.n_examples, cut.n_dropped, cut.n_truncated) == (3, 1, 1)
     with pytest.raises(UsageError, match="every example is longer"):
-        PackedExamples(corpus, 5, 0, seed=0)
+        PackedExamples(corpus, Packing(5))
     with pytest.raises(UsageError, match="none is left to train on"):
-        PackedExamples(corpus, 64, 0.5, seed=0)
-    unpacked = PackedExamples(corpus, 64, 0, seed=0, packing=False)
+        PackedExamples(corpus, Packing(64, 0.5))
+    unpacked = PackedExamples(corpus, Packing(64), packed=False)
     assert unpacked.n_rows == 2 and len(unpacked.examples_of(1)) == 1
