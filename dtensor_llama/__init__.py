@@ -1,7 +1,7 @@
-"""LLaMA and its training parts. Knows tensors and modules; no mesh, no rank, no environment.
+"""LLaMA and its training parts. This package knows tensors and modules; no mesh, no rank, no environment.
 
-Names are imported when first used: the tokenizing workers import `dtensor_llama.data` in many processes, and
-should not pay for torch in each.
+Names are imported when they are first used: the tokenizing workers import `dtensor_llama.data` in many
+processes, each of which would otherwise spend seconds on importing torch.
 """
 
 from importlib import import_module

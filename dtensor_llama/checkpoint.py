@@ -1,23 +1,22 @@
-"""Training state on disk, by torch.distributed.checkpoint (DCP): written while training goes on, complete or
-not there.
+"""Training state on disk, by torch.distributed.checkpoint (DCP): written while training continues, and
+complete or not there.
 
-    checkpoints/step-00000100/              complete: it gets this name after all ranks wrote and fsynced their files
+    checkpoints/step-00000100/              complete: gets this name after all ranks have fsynced their files
         __0_0.distcp, __1_0.distcp ...      what each rank wrote
         .metadata                           which box of which tensor lies where (DCP's)
         checksums.json                      size and CRC-32 of every file above
     checkpoints/step-00000200.partial/      being written; or, after a kill, waste that the next start removes
-    checkpoints/step-00000300.superseded/   left when a run went back to an older checkpoint and passed this one again
+    checkpoints/step-00000300.superseded/   set aside when a run went back to an older one and saved anew
 
-stage: copy the state to host memory, the only part training waits for. It costs this rank's bytes of state in
-    host memory. The buffers are kept from save to save: filling warm ones takes 0.15 s/GB on a CPU, fresh
-    ones 0.4 s/GB. Where the host has no room for them (a chunk manager's plan says so) tensors are written
-    one after another, and training waits.
+stage: copy the state to host memory, the only part that training waits for. It costs this rank's bytes of
+    state in host memory. The buffers are kept from save to save: filling warm ones takes 0.15 s/GB on a CPU,
+    fresh ones 0.4 s/GB. Where the host has no room for them (a chunk manager's plan decides that), tensors
+    are written one after another, and training waits.
 """
 
 import functools
 import json
 import math
-import os
 import pickle
 import re
 import shutil
@@ -46,47 +45,61 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from dtensor_llama.errors import UsageError
+from dtensor_llama.atomic import (
+    is_first_rank,
+    on_all_ranks,
+    on_first_rank,
+    remove_folder,
+    set_aside,
+    whole_folder,
+    write_durably,
+)
+from dtensor_llama.errors import UsageError, listed, mismatches
+from dtensor_llama.optim import KeepsMasters
 from dtensor_llama.places import free_bytes, is_full, say_full
 from dtensor_llama.shards import copies, local
-from dtensor_llama.weights import ADAPTER, fsync_folder, on_all_ranks
+from dtensor_llama.weights import is_adapter
 
 NAME = re.compile(r"step-(\d{8,})")
 CHECKSUMS = "checksums.json"
-BYTES_AROUND_A_TENSOR = 8192  # in a checkpoint, about: a header, padding, and an entry of .metadata
-# bytes: a disk with less is full, as far as the writer of a checkpoint is concerned
-NOTHING_LEFT = 1 << 20
-# states by parameter name: any layout, any pipeline stage
+BYTES_AROUND_A_TENSOR = (
+    8192  # about what a checkpoint adds to a tensor: a header, padding, an entry of .metadata
+)
+NOTHING_LEFT = 1 << 20  # bytes: the writer of a checkpoint finds a disk with less than this full
+# Names the states by parameter, so that they fit any layout and any pipeline stage.
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
-# Frozen weights (LoRA) are those the run began with; strict would miss them, _refuse_other_model looks for
-# all others.
+# Frozen weights (LoRA) are those that the run began with. DCP's strict loading would miss them;
+# _refuse_other_model looks for all others.
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
-# one process is no accident
+# DCP warns if there is no process group, and a run of one process need not have one.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
 
 @dataclass(frozen=True)
 class Deferred:
-    """A tensor of the state that exists only while it is written or read, one at a time.
+    """Stands for a tensor of the state that exists only while it is written or read, one at a time.
 
-    For states that live elsewhere than in tensors of their own (the chunks of memory/): gathering all of them
-    at once would take the host as much memory again as the states themselves.
+    It is for states that do not live in tensors of their own (but in the chunks of memory/): gathering all of
+    them at once would take as much host memory again as the states themselves.
     """
 
-    like: Tensor  # its shape, dtype and layout; this tensor needs no memory of its own
+    like: Tensor  # has its shape, dtype and layout, and needs no memory of its own
     read: Callable[[], Tensor]  # makes this rank's values on the host, in any shape
-    write: Callable[[Tensor], None]  # takes new ones
-    stages: bool  # the host has room for a copy of all of them, so that training need not wait
+    write: Callable[[Tensor], None]  # takes new values
+    stages: bool  # whether the host has room for a copy of all of them, so that training need not wait
 
 
 class Checkpointer:
-    """Saves into, and loads from, one folder that all ranks see. All of them make one and call the same
-    methods in step.
+    """Saves into, and loads from, one folder that all ranks see.
 
-    keep: how many of the newest complete ones to keep; 0 or less keeps all. Its collectives run in a
-        background thread on a gloo group of its own, so they never interleave with training's. Call close()
-        before destroying the default process group: on gloo a group or thread alive at exit now and then
-        aborts the process."""
+    Every rank makes one and calls the same methods in step.
+
+    keep: how many of the newest complete checkpoints to keep; 0 or less keeps all
+
+    Its collectives run in a background thread on a gloo group of its own, so they never interleave with
+    training's. Call close() before destroying the default process group: on gloo, a group or thread that is
+    alive at exit occasionally aborts the process.
+    """
 
     def __init__(self, folder: str | Path, keep: int = 0):
         self.folder, self.keep = Path(folder), keep
@@ -95,24 +108,24 @@ class Checkpointer:
         )
         self._rank = _rank()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        # Its buffers are kept: fresh pages would cost more than the copy. Pageable: pinning takes longer than
-        # it saves.
+        # The stager keeps its buffers, since fresh pages would cost more than the copy. They are pageable,
+        # since pinning takes longer than it saves.
         self._stager = BlockingAsyncStager(cache_staged_state_dict=True)
-        self._copies: dict[str, Tensor] = {}  # likewise, of Deferred tensors
+        self._copies: dict[str, Tensor] = {}  # buffers for Deferred tensors, also kept
         self._writing: tuple[Path, Future] | None = None
         self._saved: Path | None = None
         self._needed_bytes = 0  # of the newest save, over all ranks
         self._free_when_it_failed = math.inf  # bytes on the disk
         self._everywhere = functools.partial(on_all_ranks, f"checkpoints in {self.folder}", group=self._group)
-        self._everywhere(self._start if self._rank == 0 else lambda: None)
+        on_first_rank(self._everywhere, self._start)
 
     def save(self, step: int, state: dict[str, Any], wait: bool = False) -> float:
-        """Write nested dicts of tensors and plain values; returns how many seconds the caller was held up.
+        """Write nested dicts of tensors and plain values; returns how many seconds the caller waited.
 
-        Waits for the previous save, stages, and leaves the rest to the background unless `wait`. Raises what
-        went wrong in the previous save (with `wait`: in this one), naming its folder. The step just saved is
-        not saved again. Deferred tensors for which the host has no room are written now, one after another,
-        while the caller waits."""
+        It waits for the previous save, stages, and leaves the rest to the background unless `wait`. An error
+        of the previous save (with `wait`: of this one) is raised here, naming its folder. The step that was
+        just saved is not saved again. Deferred tensors for which the host has no room are written at once,
+        one after another, while the caller waits."""
         began = time.perf_counter()
         final = self.folder / f"step-{step:08d}"
         self.wait()
@@ -132,8 +145,8 @@ class Checkpointer:
         return time.perf_counter() - began
 
     def _stage(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A real copy of the state, also of host tensors, which the next step overwrites. Deferred tensors
-        are their `like`."""
+        """Copy the state, host tensors included, since the next step overwrites them. The `like` of a
+        Deferred tensor takes its place."""
         rest = _map_leaves(state, lambda value: None if isinstance(value, Deferred) else value)
         if self._stager.state_dict_cache is None:
             self._stager.state_dict_cache = BlockingAsyncStager().stage(rest)
@@ -147,8 +160,8 @@ class Checkpointer:
             self._copies[name].copy_(one.read().reshape(-1))
 
     def wait(self) -> None:
-        """Until the running save, if any, is complete. Raises if it failed: UsageError if the disk did,
-        naming it."""
+        """Wait until the running save, if any, is complete. Raises if it failed: UsageError, which names the
+        disk, if the disk did."""
         if self._writing is None:
             return
         (final, written), self._writing = self._writing, None
@@ -167,38 +180,35 @@ class Checkpointer:
         self._saved = final
 
     def latest(self) -> Path | None:
-        """The complete checkpoint of the highest step, as rank 0 sees it; None if there is none. It is not
-        verified: load does that, so a damaged newest one is refused by name, never passed over in silence. As
-        load, it waits for a running save first: one group, one conversation at a time."""
+        """Return the complete checkpoint of the highest step, as rank 0 sees it; None if there is none.
+
+        It is not verified: load does that, so that a damaged newest one is refused by name and never passed
+        over in silence. Like load, it waits for a running save first, since both use one process group."""
         self.wait()
-        found = self._everywhere(lambda: _complete(self.folder) if self._rank == 0 else None)[0]
+        found = on_first_rank(self._everywhere, lambda: _complete(self.folder))
         return found[-1] if found else None
 
     def load(self, path: str | Path, state: dict[str, Any]) -> None:
-        """Verify a checkpoint, then fill `state` in place: tensors where they lie (resharded as needed),
-        values anew.
+        """Verify a checkpoint, then fill `state`: tensors in place (resharded as needed), values anew.
 
-        The ranks share the reading for the checksums, then each reads what its boxes need. Raises UsageError,
-        before anything is changed, if it is no checkpoint, not complete, damaged, or of a model with other
+        The ranks share the reading for the checksums, then each reads what its boxes need. Raises UsageError
+        before anything is changed if this is no checkpoint, not complete, damaged, or of a model with other
         tensors."""
         self.wait()
         path = Path(path)
         sums = self._everywhere(lambda: _checksums(path))[0]
         world = dist.get_world_size() if dist.is_initialized() else 1
         mine = sorted(sums, key=lambda name: sums[name][0])[self._rank :: world]  # by size, for even shares
-        damage = sum(
-            self._everywhere(lambda: [bad for name in mine if (bad := _damage(path / name, *sums[name]))]), []
-        )
-        if damage:
-            raise UsageError(f"{path}: damaged checkpoint: {'; '.join(damage)}. {_older(path)}")
+        found = self._everywhere(lambda: [_damage(path / name, *sums[name]) for name in mine])
+        _refuse_damage(path, sum(found, []))
         reader = _Reader(path)
-        wanted = {
-            name for names in self._everywhere(lambda: {n for n, _ in _leaves(state)}) for name in names
-        }
+        names = self._everywhere(lambda: {name for name, _ in _leaves(state)})
         deferred = {name: value for name, value in _leaves(state) if isinstance(value, Deferred)}
         tensors = _map_leaves(state, lambda value: value.like if isinstance(value, Deferred) else value)
         self._everywhere(
-            lambda: _refuse_other_model(path, tensors, wanted, reader.read_metadata().state_dict_metadata)
+            lambda: _refuse_other_model(
+                path, tensors, set().union(*names), reader.read_metadata().state_dict_metadata
+            )
         )
         try:
             dcp.load(tensors, storage_reader=reader, planner=_Planner(deferred), process_group=self._group)
@@ -207,8 +217,7 @@ class Checkpointer:
         _take_values(state, tensors)
 
     def close(self) -> None:
-        """Finish the running save, then end the thread and the process group, in this order. Raises as wait()
-        does."""
+        """Finish the running save, then end the thread and the process group. Raises as wait() does."""
         try:
             self.wait()
         finally:
@@ -219,74 +228,60 @@ class Checkpointer:
             self._group = self._everywhere = None
 
     def _start(self) -> None:
+        """Remove what a killed process has left. Only rank 0 calls it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for waste in [*self.folder.glob("step-*.partial"), *self.folder.glob("step-*.deleting")]:
             shutil.rmtree(waste)
 
     def _write(self, final: Path, staged: dict[str, Any], planner: "_SavePlanner") -> None:
-        """In the background, on every rank."""
-        partial = final.with_name(final.name + ".partial")
-        if self._rank == 0:
-            # of a save that failed; DCP makes it before any rank writes
-            shutil.rmtree(partial, ignore_errors=True)
+        """Write a staged state. This runs in the background, on every rank."""
+        partial, superseded = (final.with_name(final.name + state) for state in (".partial", ".superseded"))
         self._needed_bytes = sum(self._everywhere(lambda: _bytes_of(staged)))
-        self._everywhere(self._refuse_full_disk if self._rank == 0 else lambda: None)
-        writer = dcp.FileSystemWriter(partial, per_thread_copy_ahead=planner.copies_ahead)
-        try:
-            dcp.save(staged, storage_writer=writer, planner=planner, process_group=self._group)
-        except (Exception, CheckpointException):
-            # It is raised on all ranks, so none of them writes any more.
-            free = self._everywhere(lambda: free_bytes(self.folder) if self._rank == 0 else 0)
-            self._free_when_it_failed = free[0]
-            if self._rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)  # half a checkpoint would keep the disk full
-            raise
-        # Read back what this rank wrote: the sums also vouch for what the file system says it has.
-        mine = [*partial.glob(f"__{self._rank}_*"), *([partial / ".metadata"] if self._rank == 0 else [])]
-        sums = self._everywhere(lambda: {file.name: _size_and_crc(file) for file in mine})
-        self._everywhere(lambda: self._publish(partial, final, sums) if self._rank == 0 else None)
+        on_first_rank(self._everywhere, self._refuse_full_disk)
+        with whole_folder(final, partial, superseded, self._everywhere, keep_old=True):
+            writer = dcp.FileSystemWriter(partial, per_thread_copy_ahead=planner.copies_ahead)
+            try:
+                dcp.save(staged, storage_writer=writer, planner=planner, process_group=self._group)
+            except (Exception, CheckpointException):
+                # It is raised on all ranks, so none of them writes any more.
+                self._free_when_it_failed = on_first_rank(self._everywhere, lambda: free_bytes(self.folder))
+                raise
+            # Read back what this rank wrote: the sums also vouch for what the file system says it has.
+            mine = [*partial.glob(f"__{self._rank}_*"), *([partial / ".metadata"] if is_first_rank() else [])]
+            sums = self._everywhere(lambda: {file.name: _size_and_crc(file) for file in mine})
+            on_first_rank(self._everywhere, lambda: self._finish(partial, _step(final), sums))
+        on_first_rank(self._everywhere, self._remove_oldest)
 
     def _refuse_full_disk(self) -> None:
         if free_bytes(self.folder) < self._needed_bytes:
             raise UsageError(say_full(self.folder, self._needed_bytes))
 
-    def _publish(self, partial: Path, final: Path, sums: list[dict]) -> None:
-        """On rank 0, when all have written: the rename that makes it complete, and only then the removal of
-        the old."""
-        with open(partial / CHECKSUMS, "w") as opened:
-            json.dump(
-                {name: of_one for one_rank in sums for name, of_one in one_rank.items()}, opened, indent=1
-            )
-            opened.flush()
-            os.fsync(opened.fileno())
-        fsync_folder(partial)
-        for abandoned in [path for path in _complete(self.folder) if _step(path) >= _step(final)]:
-            # else `auto` would go back to that history
-            aside = abandoned.with_name(abandoned.name + ".superseded")
-            shutil.rmtree(aside, ignore_errors=True)
-            abandoned.rename(aside)
-        partial.rename(final)
-        fsync_folder(self.folder)
+    def _finish(self, partial: Path, step: float, sums: list[dict]) -> None:
+        """Write the checksums, and set aside checkpoints of later steps: a run that went back to an earlier
+        one has abandoned them, and resume="auto" must not return to them."""
+        of_all_files = {name: of_one for one_rank in sums for name, of_one in one_rank.items()}
+        write_durably(partial / CHECKSUMS, json.dumps(of_all_files, indent=1))
+        for later in [path for path in _complete(self.folder) if _step(path) > step]:
+            set_aside(later, later.with_name(later.name + ".superseded"))
+
+    def _remove_oldest(self) -> None:
         for old in _complete(self.folder)[: -self.keep] if self.keep > 0 else []:
-            # never half a folder under a complete name
-            waste = old.rename(old.with_name(old.name + ".deleting"))
-            shutil.rmtree(waste)
+            remove_folder(old)
 
 
 class SavedWeights:
-    """The weights in a complete checkpoint of any layout, for one process without the ranks, the model or the
-    GPU that wrote it. Verified when opened; raises UsageError as Checkpointer.load does.
+    """Reads the weights in a complete checkpoint of any layout, in one process without the ranks, the model
+    or the GPU that wrote it.
 
-    step: of the checkpoint; meta: as given to training_state."""
+    It verifies the checkpoint when it is made, and raises UsageError as Checkpointer.load does.
+    step: of the checkpoint; meta: as given to training_state
+    """
 
     def __init__(self, path: str | Path):
         self.path, sums = Path(path), _checksums(Path(path))
-        with ThreadPoolExecutor() as threads:  # zlib lets go of the interpreter
-            damage = [
-                bad for bad in threads.map(lambda name: _damage(self.path / name, *sums[name]), sums) if bad
-            ]
-        if damage:
-            raise UsageError(f"{path}: damaged checkpoint: {'; '.join(damage)}. {_older(self.path)}")
+        with ThreadPoolExecutor() as threads:  # zlib releases the interpreter lock
+            damage = list(threads.map(lambda name: _damage(self.path / name, *sums[name]), sums))
+        _refuse_damage(self.path, damage)
         self.stored = _Reader(self.path).read_metadata().state_dict_metadata
         state = {"progress": ""}
         self._load(state)
@@ -294,26 +289,19 @@ class SavedWeights:
         self.step, self.meta = progress["step"], progress["meta"]
 
     def check(self, shapes: dict[str, tuple], derived: tuple[str, ...] = ()) -> None:
-        """UsageError unless these, by Hugging Face name, are the weights it holds; `derived` ones may be
-        there too."""
+        """Raise UsageError unless these parameters, by Hugging Face name, are what it holds. `derived` ones
+        may be there too."""
         held = {
-            name.removeprefix("model."): tuple(where.size)
+            name.removeprefix("model."): where.size
             for name, where in self.stored.items()
-            if name.startswith("model.")
+            if name.startswith("model.") and name.removeprefix("model.") not in derived
         }
-        problems = [
-            f"{name}: {held.get(name, 'not')} in the checkpoint, {shapes.get(name, 'not')} in the model"
-            for name in sorted(held | shapes)
-            if held.get(name) != shapes.get(name) and name not in derived
-        ]
+        problems = mismatches(held, {name: shape for name, shape in shapes.items() if name not in derived})
         if problems:
-            raise UsageError(
-                f"{self.path}: checkpoint of other weights: {'; '.join(problems[:5])}"
-                f"{f'; and {len(problems) - 5} more' if len(problems) > 5 else ''}"
-            )
+            raise UsageError(f"{self.path}: checkpoint of other weights: {listed(sorted(problems))}")
 
     def read(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Fill these, by Hugging Face name, converting to their dtype; returns them."""
+        """Fill these tensors, by Hugging Face name, converting to their dtype; returns them."""
         self._load({"model": tensors})
         return tensors
 
@@ -331,17 +319,20 @@ def training_state(
     position: int = 0,
     meta: dict | None = None,
 ) -> dict[str, Any]:
-    """All that a run needs to go on bit for bit, for Checkpointer.save, or (with a new model and optimizer)
-    .load.
+    """Return all that a run needs to resume bit for bit, for Checkpointer.save.
 
-    step: optimizer steps done; position: rows the data reader has dealt; meta: anything JSON can hold.
-        Tensors are the live ones, not copies; those of a chunk manager are Deferred, and the weights its fp32
-        masters. Frozen parameters are left out: load them first. The random states are this rank's own; a
-        rank that has none in the checkpoint (it was written by fewer ranks) keeps its present ones. Gradients
-        are not state: call it between steps."""
+    With a new model and optimizer it is also what Checkpointer.load fills.
+
+    step: optimizer steps done; position: rows that were read; meta: any value that JSON can hold
+
+    Tensors are the live ones, not copies; those of an optimizer that KeepsMasters are Deferred, and the
+    weights are its fp32 masters. Frozen parameters are left out: load them first. The random states are this
+    rank's own; a rank that has none in the checkpoint (it was written by fewer ranks) keeps its present ones.
+    Gradients are not part of the state, so call this between steps."""
     never_stepped = not optimizer.state
-    optimizer.zero_grad() if never_stepped else None  # with gradients around DCP would not make the moments
-    if hasattr(optimizer, "checkpoint_state"):  # a chunk manager's
+    if never_stepped:
+        optimizer.zero_grad()  # DCP makes the moments, which it does only without gradients
+    if isinstance(optimizer, KeepsMasters):
         state = optimizer.checkpoint_state()
     else:
         state = {
@@ -350,7 +341,7 @@ def training_state(
         }
     state["rng"] = {f"{_rank()}.{device}": generator.get_rng_state() for device, generator in _generators()}
     state["progress"] = json.dumps({"step": step, "position": position, "meta": meta or {}})
-    if never_stepped:  # DCP made the moments by a step with lr 0; it must not count in Adam's bias correction
+    if never_stepped:  # DCP made the moments by a step with lr 0, which Adam's bias correction must not count
         for moments in optimizer.state.values():
             if isinstance(moments.get("step"), torch.Tensor):
                 moments["step"].zero_()
@@ -362,7 +353,7 @@ def restore_training_state(state: dict[str, Any], model: nn.Module, optimizer: t
 
     Learning rate, betas and decay of the optimizer's groups become the saved ones, as in
     optimizer.load_state_dict."""
-    if hasattr(optimizer, "checkpoint_state"):
+    if isinstance(optimizer, KeepsMasters):
         optimizer.restore(state)
     else:
         set_model_state_dict(model, state["model"], options=TRAINED)
@@ -377,28 +368,29 @@ def _rank() -> int:
 
 
 def _generators() -> list[tuple[str, Any]]:
-    return [
-        ("cpu", torch),
-        *([("device", torch.get_device_module())] if torch.accelerator.is_available() else []),
-    ]
+    generators = [("cpu", torch)]
+    if torch.accelerator.is_available():
+        generators.append(("device", torch.get_device_module()))
+    return generators
 
 
 def _bytes_of(state: dict[str, Any]) -> int:
-    """About what this rank writes of the tensors: of what several ranks hold alike, its share."""
+    """Estimate what this rank writes of the tensors; what several ranks hold alike is divided among them."""
     tensors = [value for _, value in _leaves(state) if isinstance(value, Tensor)]
     return sum((local(tensor).nbytes + BYTES_AROUND_A_TENSOR) // copies(tensor) for tensor in tensors)
 
 
 def _leaves(state: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every entry of nested dicts, named as DCP does."""
+    """Yield (dotted name, value) of every entry of nested dicts, named as DCP does."""
     for key, value in state.items():
-        yield from (
-            _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
-        )
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _map_leaves(state: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
-    """Nested dicts of the same keys, with every entry changed."""
+    """Return nested dicts of the same keys with every entry changed."""
     return {
         key: _map_leaves(value, change) if isinstance(value, dict) else change(value)
         for key, value in state.items()
@@ -406,7 +398,7 @@ def _map_leaves(state: dict[str, Any], change: Callable[[Any], Any]) -> dict[str
 
 
 def _with_likes(staged: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
-    """The staged entries, and for what is Deferred in the state its `like`."""
+    """Return the staged entries, with the `like` of what is Deferred in the state."""
     whole = {}
     for key, value in state.items():
         if isinstance(value, dict):
@@ -417,8 +409,7 @@ def _with_likes(staged: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]
 
 
 def _take_values(state: dict[str, Any], loaded: dict[str, Any]) -> None:
-    """Entries of the state become the loaded ones. Those that are Deferred stay: their values went where they
-    live."""
+    """Replace the entries of the state by the loaded ones. Deferred ones were written to where they live."""
     for key, value in state.items():
         if isinstance(value, dict):
             _take_values(value, loaded[key])
@@ -427,9 +418,9 @@ def _take_values(state: dict[str, Any], loaded: dict[str, Any]) -> None:
 
 
 def _complete(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    there = folder.iterdir() if folder.is_dir() else []
-    return sorted((path for path in there if NAME.fullmatch(path.name)), key=_step)
+    """Return the complete checkpoints, oldest first."""
+    paths = folder.iterdir() if folder.is_dir() else []
+    return sorted((path for path in paths if NAME.fullmatch(path.name)), key=_step)
 
 
 def _step(path: Path) -> float:
@@ -443,25 +434,29 @@ def _older(path: Path) -> str:
 
 
 def _checksums(path: Path) -> dict[str, tuple[int, int]]:
-    """File name -> size in bytes and CRC-32 as they were written. UsageError if `path` is not a complete
-    checkpoint."""
+    """Return {file: (size in bytes, CRC-32)} as written. UsageError if this is not a complete checkpoint."""
     if path.suffix in (".partial", ".deleting"):
         raise UsageError(
             f"{path}: not a complete checkpoint (it was being written or removed). {_older(path)}"
         )
     if not (path / CHECKSUMS).is_file() and not (path / ".metadata").is_file():
         inside = [one.name for one in _complete(path)]
-        hint = (
-            f"name one inside it, like {inside[-1]}"
-            if inside
-            else "a checkpoint is a folder like step-00000100"
-        )
+        hint = "a checkpoint is a folder like step-00000100"
+        if inside:
+            hint = f"name one inside it, like {inside[-1]}"
         raise UsageError(f"{path}: {'not a checkpoint' if path.exists() else 'no such folder'}; {hint}")
     try:
         sums = json.loads((path / CHECKSUMS).read_bytes())
         return {str(name): (int(size), int(crc)) for name, (size, crc) in sums.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path}: damaged checkpoint: {CHECKSUMS}: {error}. {_older(path)}") from None
+        _refuse_damage(path, [f"{CHECKSUMS}: {error}"])
+
+
+def _refuse_damage(path: Path, damage: list[str]) -> None:
+    """Raise UsageError if any of these descriptions of files is not empty."""
+    damage = [one for one in damage if one]
+    if damage:
+        raise UsageError(f"{path}: damaged checkpoint: {'; '.join(damage)}. {_older(path)}")
 
 
 def _size_and_crc(file: Path) -> tuple[int, int]:
@@ -473,59 +468,55 @@ def _size_and_crc(file: Path) -> tuple[int, int]:
 
 
 def _damage(file: Path, size: int, crc: int) -> str:
-    """What is wrong with a file, in words; empty if nothing is."""
+    """Describe what is wrong with a file; "" if nothing is."""
     if not file.is_file():
         return f"{file.name} is missing"
     if file.stat().st_size != size:
         return f"{file.name} has {file.stat().st_size} bytes, {size} were written"
-    return (
-        ""
-        if _size_and_crc(file)[1] == crc
-        else f"{file.name} does not have the bytes that were written (CRC-32)"
-    )
+    if _size_and_crc(file)[1] != crc:
+        return f"{file.name} does not have the bytes that were written (CRC-32)"
+    return ""
 
 
-def _refuse_other_model(path: Path, state: dict, wanted: set[str], stored: dict[str, Any]) -> None:
-    adapters_here, adapters_there = (any(ADAPTER in name for name in names) for names in (wanted, stored))
-    if adapters_here != adapters_there:
+def _refuse_other_model(path: Path, state: dict, names: set[str], stored: dict[str, Any]) -> None:
+    """Raise UsageError unless the checkpoint has what the run's state needs.
+
+    state: this rank's; names: of all ranks' states; stored: DCP's record of each tensor and value by name"""
+    adapters_here, adapters_there = (any(map(is_adapter, some)) for some in (names, stored))
+    if adapters_there and not adapters_here:
         raise UsageError(
-            f"{path}: "
-            + (
-                "a LoRA checkpoint, of adapters beside frozen weights, and this run trains the whole "
-                "model; use the run's --lora.rank and --lora.targets, or start from its merged hf/ as "
-                "--model."
-                if adapters_there
-                else "a checkpoint of a whole model, and this run trains "
-                "LoRA adapters; leave --lora.rank out, or start anew from its hf/ as --model."
-            )
+            f"{path}: a LoRA checkpoint, of adapters beside frozen weights, and this run trains the whole "
+            "model; use the run's `lora.rank` and `lora.targets`, or start from its merged hf/ as `model`."
         )
-    problems = [
-        f"{name}: {'only' if name in stored else 'not'} in the checkpoint"
-        for name in wanted ^ set(stored)
-        if not name.startswith(("rng.", "plan."))
-    ]
-    problems += [
-        f"{name}: is {list(stored[name].size)}, this run needs {list(value.shape)}"
-        for name, value in _leaves(state)
-        if isinstance(value, torch.Tensor)
-        and name in stored
-        and tuple(getattr(stored[name], "size", ())) != tuple(value.shape)
-    ]
-    if problems:
-        rest = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+    if adapters_here and not adapters_there:
         raise UsageError(
-            f"{path}: checkpoint of another model or optimizer: {'; '.join(sorted(problems)[:20])}{rest}. "
+            f"{path}: a checkpoint of a whole model, and this run trains LoRA adapters; leave `lora.rank` "
+            "out, or start anew from its hf/ as `model`."
+        )
+    wanted = dict.fromkeys(names) | {
+        name: value.shape for name, value in _leaves(state) if isinstance(value, Tensor)
+    }
+    found = {name: getattr(stored[name], "size", ()) for name in stored}
+    own = ("rng.", "plan.")  # of each rank, however many ranks there are
+    found, wanted = (
+        {name: shape for name, shape in shapes.items() if not name.startswith(own)}
+        for shapes in (found, wanted)
+    )
+    problems = mismatches(found, wanted)
+    if problems:
+        raise UsageError(
+            f"{path}: checkpoint of another model or optimizer: {listed(sorted(problems))}. "
             "Resume with the settings in the run folder's config.json"
         )
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What really happened, from among what DCP gathered of all ranks."""
+    """Return the error itself, from among what DCP gathered from all ranks."""
     return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
 class _Reader(dcp.FileSystemReader):
-    """DCP unpickles .metadata without limits; look first that it names nothing but DCP's records."""
+    """Checks that .metadata names nothing but DCP's records, since DCP unpickles it without limits."""
 
     def read_metadata(self, *args, **kwargs):
         with open(Path(self.path) / ".metadata", "rb") as opened:
@@ -550,12 +541,11 @@ class _RecordsOnly(pickle.Unpickler):
 
 
 class _SavePlanner(DefaultSavePlanner):
-    """Hands out the values of Deferred tensors: copies that were made before, or made now, when DCP writes
-    them.
+    """Gives DCP the values of Deferred tensors: copies made before, or values read as DCP writes them.
 
-    DCP keeps every tensor that it was given until the file is closed. So all of those made now lie in one
-    buffer, which is right as long as a tensor is written before the next one is asked for: `copies_ahead` is
-    0 then.
+    DCP keeps every tensor that it is given until the file is closed. So all tensors that are read here share
+    one buffer. This is right as long as each is written before the next one is asked for, hence
+    `copies_ahead` of 0.
     """
 
     def __init__(self, deferred: dict[str, Deferred], copies: dict[str, Tensor]):
@@ -569,8 +559,7 @@ class _SavePlanner(DefaultSavePlanner):
         found = super().lookup_object(index)
         if index.fqn in self.deferred:
             values = self.deferred[index.fqn].read()
-            # Through NumPy, so that its storage is as large as the tensor: DCP would clone a part of a larger
-            # one.
+            # NumPy gives the tensor a storage of its own size: DCP would clone a part of a larger storage.
             lent = torch.from_numpy(self.buffer[: values.nbytes]).view(values.dtype)
             return lent.copy_(values.reshape(-1)).view(found.shape)
         if index.fqn in self.copies:
@@ -579,11 +568,12 @@ class _SavePlanner(DefaultSavePlanner):
 
 
 class _Planner(DefaultLoadPlanner):
-    """Tensors DCP itself reads with weights_only; values it would unpickle without limits, so look first here
-    too.
+    """Reads plain values and Deferred tensors.
 
-    Deferred tensors are filled box by box: DCP reads a box into memory made for it, and it is taken over at
-    once."""
+    DCP reads tensors with weights_only, but would unpickle values without limits, so they are checked first.
+    Deferred tensors are filled box by box: DCP reads a box into memory made for it, which is taken over at
+    once.
+    """
 
     def __init__(self, deferred: dict[str, Deferred] | None = None):
         super().__init__()
@@ -610,7 +600,7 @@ class _Planner(DefaultLoadPlanner):
         if one is None:
             return super().commit_tensor(read_item, tensor)
         shape = local(one.like).shape
-        if tuple(read_item.lengths) != tuple(shape):  # a part of this rank's share, written by another layout
+        if tuple(read_item.lengths) != tuple(shape):  # another layout has written it in smaller boxes
             whole = one.read().view(shape)
             self.transform_tensor(read_item, whole).copy_(tensor)
             tensor = whole

@@ -1,15 +1,23 @@
-"""The door of every recipe: flags become one dataclass, and a user's mistake becomes one line and exit status
-2."""
+"""The door of every recipe: flags become one dataclass, the environment becomes a Launch, and a user's
+mistake becomes one line and exit status 2.
+
+The only module of the packages that knows flags or reads the environment.
+"""
 
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import re
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable
-from typing import Annotated, NamedTuple, TypeVar, get_args, get_type_hints
+from operator import attrgetter
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 import torch
 import tyro
@@ -20,32 +28,49 @@ from dtensor_llama.terminal import hear_ctrl_c_again, make_streams_last
 
 Config = TypeVar("Config")
 
+# The name of a hash of all tokens and masks in the checkpoints of pretrain.py and sft.py.
+CONTENT = "the content of --data.path"
 
-class _Place:
-    """Marks the type of a flag that names a file or a folder."""
 
-
-PLACE = _Place()
-FilePath = Annotated[str, PLACE]  # type of a flag that names a file or folder: `~` is the home folder
+# ---- The launch --------------------------------------------------------------------------------------------
 
 
 class Launch(NamedTuple):
-    """Who this process is among those that torchrun started."""
+    """Describes this process among those that torchrun started."""
 
     rank: int
-    local_rank: int  # among the processes of this machine: which GPU it takes
+    local_rank: int  # among the processes of this machine: it decides which GPU this process takes
     world_size: int
     ranks_per_host: int
     # how often the processes were restarted, where torchrun keeps one store for all attempts
     attempt: int
-    launcher_pid: int | None  # of torchrun; None: nobody launched this process
+    launcher_pid: int | None  # of torchrun; None: this process was started without a launcher
+
+    @property
+    def is_main(self) -> bool:
+        """True on the rank that prints and writes the run's records."""
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print a line, on the rank that prints."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def take_device(self) -> torch.device:
+        """Return this rank's GPU, which becomes torch's current device, or the CPU if there is no GPU."""
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        device = torch.device("cuda", self.local_rank)
+        torch.cuda.set_device(device)
+        return device
 
 
 def read_launch() -> Launch:
-    """From the environment, as torchrun sets it; without one, a single process. An empty variable is an unset
-    one.
+    """Read the environment as torchrun sets it; without it, this is a single process.
 
-    UsageError if the variables do not fit together, naming the one that is wrong."""
+    An empty variable counts as unset.
+
+    Raises UsageError if the variables do not fit together, naming the one that is wrong."""
     world_size = _number("WORLD_SIZE", 1, low=1)
     rank = _number("RANK", 0, low=0)
     local_rank = _number("LOCAL_RANK", 0, low=0)
@@ -70,8 +95,9 @@ def read_launch() -> Launch:
             f"launch with torchrun --nproc-per-node {n_gpus}, or show more of them in "
             "CUDA_VISIBLE_DEVICES."
         )
-    # Where torchrun makes a new store for each start, nodes may count their starts differently, and need no
-    # count.
+    # If torchrun reuses its store across restarts, stale keys remain and each attempt needs a prefix of its
+    # own. If it makes a fresh store, no prefix is needed, and nodes may disagree on the count, so it is not
+    # used.
     shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     attempt = _number("TORCHELASTIC_RESTART_COUNT", 0, low=0) if shares_store else 0
     launcher_pid = os.getppid() if os.environ.get("TORCHELASTIC_RUN_ID") else None
@@ -96,14 +122,28 @@ def _number(name: str, default: int, low: int) -> int:
     return int(text)
 
 
+def refuse_compile_without_compiler(compile: bool, device: torch.device) -> None:
+    """Raise UsageError if torch.compile was asked for on a CPU, and there is no C++ compiler."""
+    if not compile or device.type != "cpu":
+        return
+    compilers = (os.environ.get("CXX", "g++"), "clang++")
+    if not any(map(shutil.which, compilers)):
+        raise UsageError(
+            "`compile` needs a C++ compiler on a CPU and there is none; install g++, or leave it out."
+        )
+
+
+# ---- The recipe: from the command line to the exit status --------------------------------------------------
+
+
 def run_recipe(
     main: Callable[[Config], None], config_class: type[Config], stdout_is_result: bool = False
 ) -> None:
     """Parse the command line into `config_class`, call `main`, and end the process as a shell expects it.
 
     Exit status 0 when main returns, 2 after a UsageError or where the device has no more memory (one line),
-    130 after Ctrl-C; anything else is our defect and keeps its traceback. Of several ranks that make the same
-    mistake the first on a machine speaks.
+    130 after Ctrl-C; any other exception is a defect of ours and keeps its traceback. If several ranks make
+    the same mistake, the first one on a machine prints it.
 
     What is printed never ends a run: see make_streams_last. stdout_is_result: the program exists for what it
     prints. Then a reader that goes away (`| head -1`) ends it with status 141 and without a word, as it ends
@@ -123,47 +163,63 @@ def run_recipe(
         sys.exit(141)
     except OSError as error:
         if stdout_is_result and _stdout_is_lost():
-            said = (
+            message = (
                 f"stdout cannot be written ({error.strerror}), and what is printed is the result; write "
                 "it elsewhere."
             )
         elif is_full(error):
             written = getattr(config, "run_dir", None) or getattr(config, "out", None)
             folder = error.filename or written or os.getcwd()
-            said = f"{say_full(folder)}. Make room, and start the same command again."
+            message = f"{say_full(folder)}. Make room, and start the same command again."
         else:
             raise
-        print(f"error: {said}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _exit_with_error(message)
     except UsageError as error:
         if os.environ.get("LOCAL_RANK", "0") not in ("", "0"):
             time.sleep(3)  # torchrun ends us as soon as rank 0, which printed the same, is gone
-        print(f"error: {in_flags(str(error), config_class)}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _exit_with_error(in_flags(str(error), config_class))
     except torch.OutOfMemoryError as error:
-        rank, said = os.environ.get("RANK", "0"), str(error).partition(" If reserved but unallocated")[0]
-        print(
-            f"error: rank {rank} has no more memory on its device, or in its --memory.device-budget-gib. Training needs less "
-            "with a lower --train.micro-batch-size or --data.seq-len, --train.recompute full, --memory.activations, "
-            f"--memory.placement auto, or more ranks. torch says: {said}",
-            file=sys.stderr,
-            flush=True,
+        details = str(error).partition(" If reserved but unallocated")[0]
+        _exit_with_error(
+            f"rank {os.environ.get('RANK', '0')} has no more memory on its device, or in its "
+            "--memory.device-budget-gib. Training needs less with a lower --train.micro-batch-size or "
+            "--data.seq-len, --train.recompute full, --memory.activations, --memory.placement auto, or more "
+            f"ranks. torch's message: {details}"
         )
-        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
+def _exit_with_error(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def _stdout_is_lost() -> bool:
+    return getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "failed", False)
+
+
+# ---- Fields and flags --------------------------------------------------------------------------------------
+
+
+class _Place:
+    """Marks the type of a flag that names a file or a folder."""
+
+
+PLACE = _Place()
+FilePath = Annotated[str, PLACE]  # type of a flag that names a file or folder: `~` is the home folder
+
+
 def in_flags(message: str, config_class: type) -> str:
-    """A message of the packages as a user of a recipe knows its settings: fields become the recipe's flags.
+    """Return a message of the packages with its fields replaced by the recipe's flags, which the user knows.
 
     The packages know no flags. Their messages name a field of a configuration as Python would, with its value
     (`tp=3`) or alone in backticks, and put its group in front where two groups have a field of that name
     (`lora.rank=0`). With the dataclass of pretrain.py:
 
-        tp=3 and sequence_parallel=True: leave `virtual_stages` out, or use tp=2
-        --parallel.tp 3 and --parallel.sequence-parallel: leave --parallel.virtual-stages out, or use --parallel.tp 2
+        tp=3 and sequence_parallel=True: leave `virtual_stages` out, or use tp=2 --parallel.tp 3 and
+        --parallel.sequence-parallel: leave --parallel.virtual-stages out, or use --parallel.tp 2
 
     What is no field of `config_class` stays as it is.
     """
@@ -187,7 +243,7 @@ def in_flags(message: str, config_class: type) -> str:
 
 
 def _flags_by_field(config_class: type, prefix: str) -> dict[str, str]:
-    """{field: flag without its dashes}: each field as `group.field`, and alone where no other has its name."""
+    """Map each field, as `group.field` and, if no other has its name, alone, to its flag without dashes."""
     flags: dict[str, str] = {}
     shared = set()
     hints = get_type_hints(config_class)
@@ -203,39 +259,74 @@ def _flags_by_field(config_class: type, prefix: str) -> dict[str, str]:
     return {name: flag for name, flag in flags.items() if name not in shared}
 
 
-def _stdout_is_lost() -> bool:
-    return getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "failed", False)
+def values_by_flag(config: Any, fields: tuple[str, ...]) -> dict[str, Any]:
+    """Return {flag: value} of some fields of a recipe's configuration, for example of "train.min_lr"."""
+    return {"--" + field.replace("_", "-"): attrgetter(field)(config) for field in fields}
+
+
+class AtLeast(NamedTuple):
+    """States a rule for one number of a configuration, for example AtLeast("train.steps", 1)."""
+
+    field: str  # dotted, as in "train.steps"
+    low: float
+    exclusive: bool = False  # the number must be above `low`
+    may_be_infinite: bool = False
+    below: float | None = None  # the number must also be below this
+
+
+def at_least(low: float, *fields: str, exclusive: bool = False) -> list[AtLeast]:
+    """Return the same rule for several fields."""
+    return [AtLeast(field, low, exclusive) for field in fields]
+
+
+def check_numbers(config: Any, rules: list[AtLeast]) -> None:
+    """Raise UsageError for the first field that breaks its rule. nan breaks every rule; None means that a
+    setting is left open, and breaks none."""
+    for rule in rules:
+        value = attrgetter(rule.field)(config)
+        if value != math.inf or not rule.may_be_infinite:
+            refuse_unless_above(rule.low, f"{rule.field}=", value, rule.exclusive)
+        if rule.below is not None and value is not None and value >= rule.below:
+            raise UsageError(
+                f"{rule.field}={value} is not possible; use {rule.low} or more, and less than {rule.below}."
+            )
+
+
+def refuse_unless_above(low: float, name: str, value: float | None, exclusive: bool) -> None:
+    if value is not None and not (low < value < math.inf or value == low and not exclusive):
+        rule = f"a number above {low}" if exclusive else f"{low} or more"
+        raise UsageError(f"{name}{value} is not possible; use {rule}.")
 
 
 def parse_cli(config_class: type[Config], args: list[str] | None = None) -> Config:
-    """`config_class` from the command line; flags are its fields, nested ones dotted, hyphens and underscores
-    alike.
+    """Return `config_class` filled from the command line. Its fields are the flags; those of nested
+    dataclasses are dotted; hyphens and underscores are alike.
 
-    Raises UsageError where tyro would draw a box. --help prints everything and exits with 0.
+    Raises UsageError where tyro would draw a box. --help prints all flags and exits with status 0.
     """
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(printed):
             config = tyro.cli(config_class, args=args)
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UsageError(_one_line(said.getvalue())) from None
-    return _with_homes(config, "--")
+        raise UsageError(_one_line(printed.getvalue())) from None
+    return _with_homes(config, "")
 
 
 def _with_homes(config: Config, prefix: str) -> Config:
-    """The dataclass with `~` expanded in every FilePath, nested dataclasses included: `--model=~/llama` gets
-    no help from a shell, which expands it only where it begins a word."""
+    """Return the dataclass with `~` expanded in every FilePath, also in nested dataclasses. A shell expands
+    it only at the beginning of a word, so not in `--model=~/llama`."""
     hints, changed = get_type_hints(type(config), include_extras=True), {}
     for field in dataclasses.fields(config):
-        value, flag = getattr(config, field.name), prefix + field.name.replace("_", "-")
+        value, name = getattr(config, field.name), prefix + field.name
         if dataclasses.is_dataclass(value):
-            changed[field.name] = _with_homes(value, f"{flag}.")
+            changed[field.name] = _with_homes(value, f"{name}.")
         elif isinstance(value, str) and _names_a_place(hints[field.name]):
             if not value:
-                raise UsageError(f"{flag} is empty; name a file or folder, or leave the flag out.")
-            changed[field.name] = expanded(value, flag)
+                raise UsageError(f"`{name}` is empty; name a file or folder, or leave the flag out.")
+            changed[field.name] = expanded(value, name)
     return dataclasses.replace(config, **changed)
 
 
@@ -243,18 +334,47 @@ def _names_a_place(hint) -> bool:
     return PLACE in getattr(hint, "__metadata__", ()) or any(map(_names_a_place, get_args(hint)))
 
 
+# The frames of tyro's boxes: Unicode's box-drawing characters or, on a stdout in ASCII, bars and crosses.
+FRAME = "".join(map(chr, range(0x2500, 0x2580))) + "|+ "
+
+
 def _one_line(box: str) -> str:
-    """What tyro's box (drawn in ASCII where stdout is) says first under its title, and the flags it
-    suggests."""
-    lines = [line.strip("│╭╮╰╯─| ") for line in box.splitlines()]
-    rules = [i for i, line in enumerate(lines) if not line.strip("-")]
-    first = 2 if 1 in rules else 1  # below the title, which may be underlined
-    end = next((i for i in rules if i > first), len(lines))
-    message = " ".join(lines[first:end])
-    mentioned = [flag for line in lines[end:] for flag in re.findall(r"^--[\w.-]+", line)]
-    similar = [flag for flag in dict.fromkeys(mentioned) if flag not in message]
-    return (
-        message
-        + (f" Did you mean {' or '.join(similar[:3])}?" if similar else "")
-        + " See --help for all flags."
-    )
+    """Return the first paragraph of tyro's error box, and the flags that it suggests, as one line.
+
+    A box has a title, a paragraph, and further paragraphs under rules. tyro offers no other public way to the
+    text of its errors; a private module of 1.0.17, tyro._errors, has hooks that may change in any release.
+    tests/test_bad_input.py holds the lines that come out of here.
+    """
+    lines = [line.strip(FRAME) for line in box.splitlines()]
+    text = "\n".join(line if line.strip("-") else "" for line in lines)  # "-----" is a rule in ASCII
+    paragraphs = re.split(r"\n{2,}", text.strip("\n"))
+    first = paragraphs.pop(0).partition("\n")[2]  # without the title
+    if not first and paragraphs:  # the title is underlined, so it is a paragraph of its own
+        first = paragraphs.pop(0)
+    message = " ".join((first or text).split())
+    suggested = re.findall(r"^--[\w.-]+", "\n".join(paragraphs), re.MULTILINE)
+    mentioned = ["--help", *re.findall(r"--[\w.-]+", message)]
+    similar = [flag for flag in dict.fromkeys(suggested) if flag not in mentioned]
+    if similar:
+        message += f" Did you mean {' or '.join(similar[:3])}?"
+    return f"{message} See --help for all flags."
+
+
+# ---- Commands to type --------------------------------------------------------------------------------------
+
+
+def commands_for(hf_folder: Path, chat: bool) -> list[str]:
+    """Return lines with the commands that use an exported model, to be printed at the end of a run.
+
+    Paths are quoted, so that the commands can be typed as they are printed. chat: the model answers
+    conversations.
+    """
+    hf = shlex.quote(str(hf_folder))
+    beside = Path(sys.argv[0]).parent / "generate.py"  # another recipe, beside the one that runs
+    generate = shlex.quote(str(beside)) if beside.is_file() else "recipes/generate.py"
+    prompt = "--chat" if chat else "--prompt 'Once upon a time'"
+    lines = [f"try           python {generate} --model {hf} {prompt}"]
+    if chat:
+        lines.append(f"serve         transformers serve {hf}   (pip install '.[serve]'), or")
+        lines.append(f"              vllm serve {hf}")
+    return lines

@@ -1,12 +1,15 @@
 """LlamaConfig: the shape of a LLaMA, from a preset or from any Hugging Face `config.json` of the family.
 
-Field names are Hugging Face's. A field of a `config.json` that would change the arithmetic in a way
-`model.py` does not implement is refused by name; nothing that matters is ignored.
+Field names are Hugging Face's. Every field of a `config.json` is used, carried on into the `config.json` of
+what is exported, or refused by name because it would change the arithmetic in a way `model.py` does not
+implement.
 """
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from math import prod
 from pathlib import Path
+from typing import Any
 
 from dtensor_llama.errors import UsageError
 from dtensor_llama.places import expanded, refuse_hub_name
@@ -15,16 +18,14 @@ from dtensor_llama.places import expanded, refuse_hub_name
 
 
 def whole_number(name: str, value) -> int:
-    """`value` if it is a whole number of at least 1. A float like 16.0 is refused as transformers refuses
-    it."""
+    """Return `value` if it is a whole number of at least 1; 16.0 is refused, as in transformers."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UsageError(f"{name} is {value!r}; it must be a whole number of at least 1.")
     return value
 
 
 def number(name: str, value, low: float, high: float, rule: str) -> float:
-    """`value` as a float, if it is a number from `low` to `high`, which nan is not; `rule` says so in
-    words."""
+    """Return `value` as a float if it is a number from `low` to `high`; `rule` states this in words."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not low <= value <= high:
         raise UsageError(f"{name} is {value!r}; it must be {rule}.")
@@ -51,7 +52,7 @@ def deviation(name: str, value) -> float:
 
 
 def check_token_ids(name: str, value, vocab_size: int) -> None:
-    """UsageError unless `value` is None, a token of the vocabulary or, for EOS, a list of them. A
+    """Raise UsageError unless `value` is None, a token of the vocabulary or, for EOS, a list of them. A
     pad_token_id of -1 means none in the first conversions of LLaMA, and is carried on as it is."""
     if value is None or (name == "pad_token_id" and type(value) is int and value == -1):
         return
@@ -60,8 +61,8 @@ def check_token_ids(name: str, value, vocab_size: int) -> None:
         if not isinstance(one, int) or isinstance(one, bool) or not 0 <= one < vocab_size:
             several = ", or a list of them" if name == "eos_token_id" else ""
             raise UsageError(
-                f"{name} is {value!r}; it must be null or one of the ids 0 to {vocab_size - 1} that vocab_size "
-                f"allows{several}."
+                f"{name} is {value!r}; it must be null or one of the ids 0 to {vocab_size - 1} that "
+                f"vocab_size allows{several}."
             )
 
 
@@ -90,7 +91,7 @@ class LlamaConfig:
     num_attention_heads: int = 32
     num_key_value_heads: int | None = None  # None: as many as query heads (multi-head attention)
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
-    # the context it was trained for; nothing breaks beyond it but quality
+    # the context it was trained for; beyond it only the quality suffers
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
@@ -99,6 +100,8 @@ class LlamaConfig:
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
     pad_token_id: int | None = None
+    # Fields of a config.json that the arithmetic does not depend on. They are carried on into an export.
+    other_fields: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self):
         for name, check in _CHECKS.items():
@@ -110,7 +113,7 @@ class LlamaConfig:
             check_token_ids(name, getattr(self, name), self.vocab_size)
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        # even where head_dim is given: transformers refuses it
+        # This holds even where head_dim is given, because transformers refuses it.
         if self.hidden_size % self.num_attention_heads:
             raise UsageError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
@@ -128,25 +131,37 @@ class LlamaConfig:
 
     @property
     def n_parameters(self) -> int:
-        """All trainable numbers; a tied matrix counts once."""
-        attention = (
-            self.hidden_size * self.head_dim * 2 * (self.num_attention_heads + self.num_key_value_heads)
-        )
-        block = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        """The number of trainable numbers; a tied matrix counts once."""
+        block = sum(prod(shape) for shape in self.block_weights().values())
         matrices = 1 if self.tie_word_embeddings else 2
         return (
             self.num_hidden_layers * block + self.hidden_size + matrices * self.vocab_size * self.hidden_size
         )
 
+    def block_weights(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each weight of a block, by its name inside the block."""
+        D, F = self.hidden_size, self.intermediate_size
+        queries = self.num_attention_heads * self.head_dim
+        keys = self.num_key_value_heads * self.head_dim
+        return {
+            "input_layernorm.weight": (D,),
+            "self_attn.q_proj.weight": (queries, D),
+            "self_attn.k_proj.weight": (keys, D),
+            "self_attn.v_proj.weight": (keys, D),
+            "self_attn.o_proj.weight": (D, queries),
+            "post_attention_layernorm.weight": (D,),
+            "mlp.gate_proj.weight": (F, D),
+            "mlp.up_proj.weight": (F, D),
+            "mlp.down_proj.weight": (D, F),
+        }
+
     @staticmethod
     def preset(name: str) -> "LlamaConfig":
-        """The shape called `name`: llama2-7b, llama1-65b, tiny-10m, ... UsageError lists them all if
-        unknown."""
+        """Return the shape called `name`, for example llama2-7b or tiny-10m. The UsageError for others lists
+        all."""
         if name not in PRESETS:
-            refuse_hub_name(name, "--model")
-            raise UsageError(
-                f"--model {name} is neither a preset nor a folder. Presets: {', '.join(PRESETS)}."
-            )
+            refuse_hub_name(name, "model")
+            raise UsageError(f"model={name} is neither a preset nor a folder. Presets: {', '.join(PRESETS)}.")
         return PRESETS[name]
 
     @staticmethod
@@ -154,12 +169,12 @@ class LlamaConfig:
         """Read `config.json` of a Hugging Face folder (or that file itself), in both generations of its
         format.
 
-        Older: rope_theta, rope_scaling, torch_dtype at top level. Newer (transformers 5): rope_parameters,
-            dtype. UsageError if there is none, if it is cut short, of another family, or asks for arithmetic
-            we do not have.
+        The older one has rope_theta, rope_scaling and torch_dtype at top level, the newer one (transformers
+        5) rope_parameters and dtype. Raises UsageError if the file is missing, cut short, of another family,
+        or asks for arithmetic that model.py does not have.
         """
-        path = Path(expanded(str(folder), "--model"))
-        refuse_hub_name(str(folder), "--model")
+        path = Path(expanded(str(folder), "model"))
+        refuse_hub_name(str(folder), "model")
         if path.is_dir():
             refuse_adapter(path)
             path = path / "config.json"
@@ -176,20 +191,36 @@ class LlamaConfig:
         return config_from_fields(fields, path)
 
     def to_hf(self) -> dict:
-        """The content of a `config.json` that transformers opens, old and new (without the dtype of the
-        weights)."""
-        return {
-            **asdict(self),
+        """Return a `config.json` that old and new transformers open, without the dtype of the weights."""
+        fields = asdict(self)
+        other_fields = fields.pop("other_fields")
+        fields |= {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "hidden_act": "silu",
             "attention_bias": False,
             "attention_dropout": 0.0,
             "mlp_bias": False,
-            "use_cache": True,
+            "use_cache": other_fields.get("use_cache", True),
             # Readers before transformers 5 know rope_theta (above) alone, later ones prefer rope_parameters.
             "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
         }
+        return fields | {name: value for name, value in other_fields.items() if name not in fields}
+
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that end a text."""
+        return ends_of(self.eos_token_id)
+
+    def also_ending_at(self, token_ids: list[int]) -> "LlamaConfig":
+        """Add tokens that end a text; each is listed once, in the order in which they came."""
+        ends = list(dict.fromkeys([*ends_of(self.eos_token_id), *token_ids]))
+        return replace(self, eos_token_id=ends if len(ends) > 1 else (ends or [None])[0])
+
+    def without_token_fields(self) -> "LlamaConfig":
+        """Leave out carried fields that name tokens, which mean nothing for another tokenizer."""
+        kept = {name: value for name, value in self.other_fields.items() if not _names_tokens(name)}
+        return replace(self, other_fields=kept)
 
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -226,7 +257,16 @@ _NEUTRAL = {
 }
 
 
+# Fields of a config.json that would contradict what is exported: the rotation and the dtype, which are
+# written anew, and statements about the files and the program that the base model came from.
+_NOT_CARRIED = (
+    *("rope_scaling", "dtype", "torch_dtype"),
+    *("_name_or_path", "transformers_version", "auto_map"),
+)
+
+
 def config_from_fields(fields: dict, path: Path) -> LlamaConfig:
+    """Make a LlamaConfig from the content of a `config.json`, whose path is named in errors."""
     family = fields.get("model_type")
     if family != "llama":
         raise UsageError(
@@ -267,13 +307,16 @@ def config_from_fields(fields: dict, path: Path) -> LlamaConfig:
             f"{path}: not supported: {'; '.join(refused)}. Each would change the arithmetic, so it is "
             "refused rather than ignored (supported: silu, no biases, no dropout, plain RoPE)."
         )
-    # Hugging Face's own defaults, where ours (LLaMA-2's) differ from what an absent field or a null means
-    # there.
+    # Hugging Face's own defaults, which hold for an absent field or a null, where ours (LLaMA-2's) differ.
     known = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
     known |= {name: fields[name] for name in LlamaConfig.__dataclass_fields__ if fields.get(name) is not None}
-    # A null is none at all for these two; absent they have LLaMA's ids.
+    # A null means no such token for these two; if they are absent, they have LLaMA's ids.
     known |= {
         name: None for name in ("bos_token_id", "eos_token_id") if name in fields and fields[name] is None
+    }
+    written = LlamaConfig().to_hf().keys() - {"use_cache"}
+    known["other_fields"] = {
+        name: value for name, value in fields.items() if name not in written and name not in _NOT_CARRIED
     }
     try:
         return LlamaConfig(**known | {"rope_theta": rope_theta})
@@ -282,8 +325,8 @@ def config_from_fields(fields: dict, path: Path) -> LlamaConfig:
 
 
 def read_generation_config(folder: str | Path) -> dict:
-    """The content of `generation_config.json` in a Hugging Face folder, empty if there is none. UsageError if
-    it is damaged."""
+    """Return the content of `generation_config.json` in a Hugging Face folder, empty if there is none. Raises
+    UsageError if it is damaged."""
     path = Path(folder, "generation_config.json")
     if not path.is_file():
         return {}
@@ -302,39 +345,39 @@ def read_generation_config(folder: str | Path) -> dict:
 
 
 def ends_of(eos_token_id: int | list[int] | None) -> list[int]:
-    """The tokens that end a text, whichever of the three ways a file has of saying so."""
+    """Return the tokens that end a text as a list, from any of the three forms that a file may have."""
     if eos_token_id is None:
         return []
     return eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
 
 
 def generation_config(base: dict, config: LlamaConfig, same_tokens: bool) -> dict:
-    """The content of the `generation_config.json` of a model that was trained from another, whose file has
-    the content `base`.
+    """Return the content of the `generation_config.json` of a model that was trained from another one.
 
-    Its settings stay, and generation stops at every token that ended a text for the base model or does for
-    `config`.
-    same_tokens: whether the tokenizer is still the base model's; else settings that name tokens mean nothing
-        any more."""
+    base: the content of the other model's file. Its settings stay, and generation stops at every token that
+        ended a text for the base model or ends one for `config`
+    same_tokens: whether the tokenizer is still the base model's; else settings that name tokens are left out
+    """
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     ids = {name: value for name, value in ids.items() if value is not None}
     if not base:
         return {"_from_model_config": True, **ids}
     kept = {name: value for name, value in base.items() if name != "_from_model_config"}
     if not same_tokens:
-        names_tokens = ("token_id", "token_ids", "_tokens", "words_ids", "decoder_ids", "sequence_bias")
-        kept = {
-            name: value
-            for name, value in kept.items()
-            if not name.endswith(names_tokens) or name.startswith("max_") or name.startswith("min_")
-        }
+        kept = {name: value for name, value in kept.items() if not _names_tokens(name)}
     ends = list(dict.fromkeys([*ends_of(kept.get("eos_token_id")), *ends_of(config.eos_token_id)]))
     one_or_several = {"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {}
     return {**ids, **kept, **one_or_several}
 
 
+def _names_tokens(name: str) -> bool:
+    """Return whether the value of a setting consists of token ids."""
+    endings = ("token_id", "token_ids", "_tokens", "words_ids", "decoder_ids", "sequence_bias")
+    return name.endswith(endings) and not name.startswith(("max_", "min_"))
+
+
 def refuse_adapter(folder: Path) -> None:
-    """UsageError if a folder holds a LoRA adapter in peft's format instead of a model."""
+    """Raise UsageError if a folder holds a LoRA adapter in peft's format instead of a model."""
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         try:
             base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get(
@@ -344,8 +387,8 @@ def refuse_adapter(folder: Path) -> None:
             base = None
         raise UsageError(
             f"{folder}: a LoRA adapter, not a whole model: a few matrices beside the weights of "
-            f"{base or 'a base model'}. Give the folder of the merged model (hf/ of the run), or merge it with "
-            "peft: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
+            f"{base or 'a base model'}. Give the folder of the merged model (hf/ of the run), or merge it "
+            "with peft: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
         )
 
 

@@ -1,24 +1,26 @@
-"""The one exception that means: what the user asked for cannot be done."""
+"""The exception for what a user asked for and cannot have, and the list of problems in its message."""
+
+from collections.abc import Mapping, Sequence
 
 
 class UsageError(ValueError):
-    """Wrong input. The message is one line: the flag or file, the values, the rule, and what would work.
+    """Means wrong input. The message is one line: setting or file, the values, the rule, and what would work.
 
-    Recipes print it and exit with status 2; every other exception is a defect of ours and keeps its
-    traceback.
+    It names a setting by its field, `tp=3`; recipes turn that into a flag (cli.in_flags), print the line and
+    exit with status 2. Every other exception is a defect of ours and keeps its traceback.
     """
 
 
 class BadRecord(UsageError):
-    """A record of a data file that cannot be trained on; with --data.bad-records skip it is left out, counted
-    and listed.
+    """Means a record of a data file that cannot be trained on; bad_records="skip" leaves it out and lists it.
 
-    where: file and line, of a conversation also the turn. what_is_wrong: in few words that are the same for
-    all records with this fault, so that they can be counted. more: the values, the rule and what would work;
-    a ":" at its beginning joins it to what comes before."""
+    where: file and line, and the turn of a conversation
+    what_is_wrong: a few words that are the same for all records with this fault, so that they can be counted
+    more: the values, the rule and what would work; a ":" at its beginning joins it to what comes before
+    """
 
     def __init__(self, where: str, what_is_wrong: str, more: str = ""):
-        # all three, so that it survives the way between processes
+        # The exception gets all three, so that it can be pickled and sent from one process to another.
         super().__init__(where, what_is_wrong, more)
         self.of_a_turn = ": turn " in where
         self.reason = f"a turn {what_is_wrong}" if self.of_a_turn else what_is_wrong
@@ -28,3 +30,20 @@ class BadRecord(UsageError):
         if not more.startswith(":"):
             more = f"; {more}" if more else "."
         return f"{where}{' ' if self.of_a_turn else ': '}{what_is_wrong}{more}"
+
+
+def listed(problems: Sequence[str], most: int = 20) -> str:
+    """Join problems for a message of one line; those beyond the first `most` are only counted."""
+    more = len(problems) - most
+    return "; ".join(problems[:most]) + (f"; and {more} more" if more > 0 else "")
+
+
+def mismatches(found: Mapping[str, Sequence | None], wanted: Mapping[str, Sequence | None]) -> list[str]:
+    """Compare tensors by name and shape; return a phrase for each difference. A shape of None fits any."""
+    problems = [f"{name}: missing" for name in wanted if name not in found]
+    for name, shape in found.items():
+        if name not in wanted:
+            problems.append(f"{name}: unexpected")
+        elif None not in (shape, wanted[name]) and tuple(shape) != tuple(wanted[name]):
+            problems.append(f"{name}: is {list(shape)}, must be {list(wanted[name])}")
+    return problems

@@ -1,24 +1,51 @@
-"""FLOPs per token and peak rates: what MFU and HFU are made of. Source: Chowdhery et al. 2022,
-arXiv:2204.02311, app. B."""
+"""FLOPs per token and peak rates, which give MFU and HFU. Source: Chowdhery et al. 2022, arXiv:2204.02311,
+app. B.
+
+MFU: the FLOP/s that the model needs at the measured speed, as a share of the device's peak
+HFU: the same with recomputation counted, so the share of the peak that the device really computes
+"""
 
 import time
+from dataclasses import dataclass
 
 import torch
 
 from dtensor_llama.config import LlamaConfig
 
-# Dense bf16 matrix products, FLOP/s, from NVIDIA's data sheets (without sparsity). Longest matching name
-# wins.
+# Dense bf16 matrix products in FLOP/s, from NVIDIA's data sheets (without sparsity). The longest name that
+# matches wins.
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12, "L40S": 362e12}
 
 
+@dataclass(frozen=True)
+class Utilization:
+    """Turns the seconds of a step into tokens per second, MFU and HFU."""
+
+    config: LlamaConfig
+    seq_len: int
+    recompute: str
+    step_tokens: int  # tokens of the global batch
+    n_devices: int
+    peak: tuple[float, str]  # peak_flops of one device
+
+    def of_step(self, step_seconds: float) -> dict[str, float]:
+        tokens_per_s = self.step_tokens / step_seconds
+        per_device = tokens_per_s / self.n_devices / self.peak[0]
+        return {
+            "tokens_per_second": tokens_per_s,
+            "mfu": per_device * model_flops_per_token(self.config, self.seq_len),
+            "hfu": per_device * hardware_flops_per_token(self.config, self.seq_len, self.recompute),
+        }
+
+
 def model_flops_per_token(config: LlamaConfig, seq_len: int, convention: str = "full") -> float:
-    """FLOPs of forward and backward per token, never counting recomputation.
+    """Return the FLOPs of forward and backward per token, without recomputation.
 
     full    6 (N - N_embed) + 12 L H E T: attention counted over all T keys, as PaLM and most papers do
-    causal  the same with half the attention: what a causal kernel really computes
+    causal  the same with half the attention, which is what a causal kernel really computes
     6n      6 N, embedding included, no attention: the rule of thumb
-    N_embed is the embedding that is looked up, not multiplied; a tied one is multiplied (as the head), so it counts.
+    N_embed is the embedding that is looked up, not multiplied. A tied one is multiplied (as the head), so it
+    counts.
     """
     if convention == "6n":
         return 6.0 * config.n_parameters
@@ -28,53 +55,52 @@ def model_flops_per_token(config: LlamaConfig, seq_len: int, convention: str = "
 
 
 def hardware_flops_per_token(config: LlamaConfig, seq_len: int, recompute: str) -> float:
-    """As `full` above, plus what is computed a second time: a forward of the blocks when `recompute` is
-    full."""
+    """Return the FLOPs of convention `full` plus a second forward of the blocks, if `recompute` is full."""
     head = 6.0 * config.vocab_size * config.hidden_size
     model_flops = model_flops_per_token(config, seq_len)
     return model_flops + (model_flops - head) / 3 if recompute == "full" else model_flops
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Peak matmul FLOP/s of one device and where the number is from: a data sheet, else a matmul timed now
-    (0.3 s)."""
+    """Return the peak matmul FLOP/s of one device, and the source of the number.
+
+    The source is a data sheet where the device is known, else a matmul that is timed now (0.3 s)."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         known = [key for key in PEAK_FLOPS if key in name]
         if known and dtype == torch.bfloat16:
             return PEAK_FLOPS[max(known, key=len)], f"data sheet of {name}"
-    return matmul_flops(
-        device, dtype
-    ), f"timed {str(dtype).removeprefix('torch.')} matmul on this {device.type}"
+    source = f"timed {str(dtype).removeprefix('torch.')} matmul on this {device.type}"
+    return matmul_flops(device, dtype), source
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """FLOP/s of a large matrix product, measured: what this device can do; a data sheet says what it could.
+    """Measure the FLOP/s of a large matrix product, which is what this device reaches in practice.
 
     The factors are random, because a GPU that multiplies ones draws less power and keeps a higher clock: 894
-    TFLOP/s on an H100 where random factors give 788. A third of `seconds` warms up, and of the rest the best
-    go counts.
+    TFLOP/s on an H100 where random factors give 788. A third of `seconds` warms up, and the best measurement
+    of the rest counts.
     """
     on_gpu = device.type == "cuda"
-    n, products_a_go = (8192, 8) if on_gpu else (1024, 1)
+    n, products_per_measurement = (8192, 8) if on_gpu else (1024, 1)
     stream = torch.Generator(device).manual_seed(0)  # its own: the run's random numbers stay as they were
     a, b = (torch.randn(n, n, generator=stream, device=device).to(dtype) for _ in range(2))
     product = torch.empty(n, n, device=device, dtype=dtype)
 
-    def go() -> float:
-        """Seconds of one product."""
+    def measure() -> float:
+        """Return the seconds of one product."""
         start = time.perf_counter()
-        for _ in range(products_a_go):
+        for _ in range(products_per_measurement):
             torch.mm(a, b, out=product)
         if on_gpu:
             torch.cuda.synchronize(device)
-        return (time.perf_counter() - start) / products_a_go
+        return (time.perf_counter() - start) / products_per_measurement
 
     warm_up_ends = time.perf_counter() + seconds / 3
-    go()
+    measure()
     while time.perf_counter() < warm_up_ends:
-        go()
-    best, ends = go(), time.perf_counter() + seconds * 2 / 3
+        measure()
+    best, ends = measure(), time.perf_counter() + seconds * 2 / 3
     while time.perf_counter() < ends:
-        best = min(best, go())
+        best = min(best, measure())
     return 2.0 * n**3 / best

@@ -1,6 +1,7 @@
 """Text from a trained model: one token after another, over a cache of keys and values."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,17 +9,26 @@ from torch import Tensor
 from dtensor_llama.model import KVCache, Llama
 
 
+class Sampling(NamedTuple):
+    """Describes how the next token is chosen."""
+
+    temperature: float = 0.0  # 0: always the likeliest token (greedy)
+    top_p: float = 1.0  # keep the smallest set of tokens whose probability reaches this (arXiv:1904.09751)
+    generator: torch.Generator | None = None  # on the model's device
+
+
+GREEDY = Sampling()
+
+
 def generate(
     model: Llama,
     tokens: list[int],
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
     stop_ids: tuple[int, ...] = (),
-    generator: torch.Generator | None = None,
+    sampling: Sampling = GREEDY,
 ) -> Iterator[int]:
-    """As generate_batch for one prompt: yields each new id, the stop id too."""
-    for (token,) in generate_batch(model, [tokens], max_new_tokens, temperature, top_p, stop_ids, generator):
+    """Continue one prompt as generate_batch does; yields each new id, the stop id included."""
+    for (token,) in generate_batch(model, [tokens], max_new_tokens, stop_ids, sampling):
         yield token
 
 
@@ -27,29 +37,81 @@ def generate_batch(
     model: Llama,
     prompts: list[list[int]],
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
     stop_ids: tuple[int, ...] = (),
-    generator: torch.Generator | None = None,
+    sampling: Sampling = GREEDY,
 ) -> Iterator[list[int | None]]:
-    """Continue prompts of any lengths together; yields, as they are found, the new id of each, None after its
-    stop id.
+    """Continue prompts of any lengths together; yields the new id of each prompt, None after its stop id.
 
-    temperature 0 is greedy. top_p keeps the smallest set of tokens whose probability reaches it (Holtzman et
-    al. 2020, arXiv:1904.09751). `generator` lives on the model's device. A model split over tp gives every
-    rank the same ids, if their generators are in the same state. Prompts of unequal lengths need the kernel
-    sdpa or math.
+    A model split over tp gives every rank the same ids, if their generators are in the same state. Prompts of
+    unequal lengths need the attention kernel sdpa or math.
     """
     device, longest = model.lm_head.weight.device, max(map(len, prompts))
     padding = [longest - len(tokens) for tokens in prompts]
     cache = KVCache(longest + max_new_tokens, torch.tensor(padding, device=device) if any(padding) else None)
-    new = torch.tensor([[0] * n + tokens for n, tokens in zip(padding, prompts, strict=True)], device=device)
-    running = [True] * len(prompts)
+    padded = [[0] * n + tokens for n, tokens in zip(padding, prompts, strict=True)]
+    prompt_rows = torch.tensor(padded, device=device)
+
+    def next_logits(new: Tensor | None) -> Tensor:
+        hidden = model.model(prompt_rows if new is None else new[:, None], cache=cache)
+        return model.lm_head(hidden[:, -1]).float()  # (B, V): of the last position only
+
+    yield from _choose(next_logits, len(prompts), max_new_tokens, stop_ids, sampling)
+
+
+@torch.no_grad()
+def continue_whole_rows(
+    model: Llama,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    stop_ids: tuple[int, ...],
+    row_multiple: int = 1,
+) -> list[list[int]]:
+    """Continue prompts greedily, without a cache: whole rows are computed anew for each token. Returns the
+    new ids of each prompt, the stop id included.
+
+    A model in the middle of its training can do this on the ranks that it is sharded over, because this is
+    the forward of its training. row_multiple: what the number of tokens in a row must divide by, under
+    sequence parallelism that of the tp ranks.
+    """
+    longest = max(map(len, prompts)) + max_new_tokens
+    device = next(model.parameters()).device
+    rows = torch.zeros(
+        len(prompts), -(-longest // row_multiple) * row_multiple, dtype=torch.int64, device=device
+    )
+    for row, prompt in zip(rows, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
+    index = torch.arange(len(prompts), device=device)
+    ends = torch.tensor([len(prompt) for prompt in prompts], device=device)
+
+    def next_logits(new: Tensor | None) -> Tensor:
+        if new is not None:
+            rows[index, ends] = new
+            ends.add_(1)
+        return model(rows)[index, ends - 1]  # (B, V), from (B, T, V)
+
+    new_ids = [[] for _ in prompts]
+    for ids in _choose(next_logits, len(prompts), max_new_tokens, stop_ids, GREEDY):
+        for row, token in zip(new_ids, ids, strict=True):
+            row += [] if token is None else [token]
+    return new_ids
+
+
+def _choose(
+    next_logits: Callable[[Tensor | None], Tensor],
+    n_rows: int,
+    max_new_tokens: int,
+    stop_ids: tuple[int, ...],
+    sampling: Sampling,
+) -> Iterator[list[int | None]]:
+    """Choose tokens until every row has ended; yields the new id of each row, None after its stop id.
+
+    next_logits: (B, V) of the position after the last, from the (B,) tokens chosen last, None at the
+        beginning. It gets tokens of rows that have ended too, whose values do not matter.
+    """
+    running, new = [True] * n_rows, None
     for _ in range(max_new_tokens):
-        # (B, V): the last position's only
-        logits = model.lm_head(model.model(new, cache=cache)[:, -1]).float()
-        new = sample(logits, temperature, top_p, generator)[:, None]  # (B, 1); of ended rows nobody cares
-        ids = [token if goes_on else None for token, goes_on in zip(new[:, 0].tolist(), running, strict=True)]
+        new = sample(next_logits(new), *sampling)
+        ids = [token if goes_on else None for token, goes_on in zip(new.tolist(), running, strict=True)]
         yield ids
         running = [token is not None and token not in stop_ids for token in ids]
         if not any(running):
@@ -59,22 +121,21 @@ def generate_batch(
 def sample(
     logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Ids (B,) drawn from softmax(logits / temperature), logits (B, V), cut to its top_p nucleus; likewise ()
-    of (V,)."""
+    """Draw ids (B,) from softmax(logits / temperature) cut to its top_p nucleus; logits (B, V), or (V,) for
+    one."""
     if temperature == 0:
         return logits.argmax(-1)
     probabilities, ids = (logits / temperature).softmax(-1).sort(descending=True)
-    before = probabilities.cumsum(-1) - probabilities  # mass of likelier tokens
+    before = probabilities.cumsum(-1) - probabilities  # the probability of likelier tokens
     probabilities[before >= top_p] = 0  # the first is always kept: before = 0
     return ids.gather(-1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(-1)
 
 
 class TextStream:
-    """The text of ids that arrive one by one: `put` returns what is new of it, whole characters only, `end`
-    the rest.
+    """Decodes ids that arrive one by one: `put` returns the new text in whole characters, `end` the rest.
 
-    ids: what comes before, shown as new at the first put. The whole is decoded each time: one token may be a
-        part of a character, or a space that depends on what comes before.
+    ids: what comes before, which is part of the new text at the first put. The whole text is decoded each
+        time, since one token may be a part of a character, or a space that depends on what comes before.
     """
 
     def __init__(self, tokenizer, ids: list[int]):

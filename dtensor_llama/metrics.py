@@ -1,5 +1,9 @@
-"""What a run says of itself: metrics.jsonl, TensorBoard, a progress bar, the loss curve as PNG. One process
-writes it."""
+"""Measurements of a run and where they go: metrics.jsonl, TensorBoard, a progress bar, the loss curve as PNG.
+
+RunReport   what a training loop calls: it measures each step on every rank, and one rank writes the rows
+RunLog      writes them: metrics.jsonl, TensorBoard and the progress bar
+LateReader, SkippedSteps, PeakMemory   what RunReport measures with; a loop may also use them alone
+"""
 
 import contextlib
 import json
@@ -16,22 +20,118 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from dtensor_llama.errors import UsageError
+from dtensor_llama.flops import Utilization
 from dtensor_llama.places import is_full, say_full
 
 GIB = 2**30
+
+
+class RunReport:
+    """Measures the steps of a run on every rank, and writes rows of metrics.jsonl on the rank that logs.
+
+        report = RunReport(log, utilization, device, skip_nonfinite)
+        while ...:
+            report.begin_step()
+            loss, grad_norm = ...               # forward, backward, clip, step
+            report.end_step(step, lr, tokens, loss, grad_norm)
+            rows = report.finished(wait=saves or validates)
+            report.write(rows, validation_losses)
+
+    Every rank makes one and calls the same methods: peaks of memory are the highest over all ranks. Without a
+    process group this process is the only rank. log: the RunLog of the rank that writes; None on all others.
+    skip_nonfinite: how many steps in a row may be left out because their gradient is not finite.
+    """
+
+    def __init__(
+        self, log: "RunLog | None", utilization: Utilization, device: torch.device, skip_nonfinite: int
+    ):
+        self.log, self.utilization = log, utilization
+        self.reading, self.memory = LateReader(device), PeakMemory(device)
+        # Only the rank that logs knows the rows of before a resumption; all ranks must count alike.
+        counts = torch.tensor(skipped_so_far(log.rows if log else []))
+        _highest_of_all_ranks(counts)
+        self.skipped = SkippedSteps(skip_nonfinite, *counts.tolist())
+
+    def begin_step(self) -> None:
+        self.reading.begin()
+
+    def end_step(
+        self, step: int, lr: float, tokens: int, loss: torch.Tensor, grad_norm: torch.Tensor
+    ) -> None:
+        """Note a step that was launched.
+
+        step: its number, from 1; tokens: read since the beginning of the run; loss, grad_norm: scalars on the
+        device, the same on every rank"""
+        # The peak of a step that is only launched is the peak of its memory: the allocator runs on the host.
+        peaks = torch.tensor(self.memory.take(), dtype=torch.float64)
+        _highest_of_all_ranks(peaks)
+        device_gib, host_gib, reserved_gib, _ = (peaks / GIB).tolist()
+        row = {
+            "step": step,
+            "lr": lr,
+            "tokens": tokens,
+            "device_memory_gib": device_gib,
+            "device_reserved_gib": reserved_gib,
+            "host_memory_gib": host_gib,
+        }
+        self.reading.put(row, loss, grad_norm)
+
+    def finished(self, wait: bool) -> list[dict]:
+        """Return the rows of the steps that are done, oldest first; `wait`: including the newest step.
+
+        Without `wait` a GPU's newest step is left for the next call: its loss is read while the device
+        computes the step after it. UsageError if too many steps in a row were not finite."""
+        return [self.skipped.judge(row) for row in self.reading.take(all=wait)]
+
+    def write(
+        self,
+        rows: list[dict],
+        validation_losses: dict[str, float] | None = None,
+        answers: list[tuple[str, str]] | None = None,
+    ) -> None:
+        """Write finished rows.
+
+        validation_losses: after the newest of them; "" is the loss of all held-out rows, other names are the
+            sources of a mix
+        answers: (prompt, answer) pairs that were sampled in a validation
+        """
+        if validation_losses:
+            for name, loss in validation_losses.items():
+                rows[-1][f"validation_loss/{name}" if name else "validation_loss"] = loss
+            losses = ", ".join(f"{name} {loss:.4f}".lstrip() for name, loss in validation_losses.items())
+            self.say(f"step {rows[-1]['step']}: validation loss {losses}")
+        if self.log is None:
+            return
+        if answers:
+            self.log.text("answers", rows[-1]["step"], answers)
+        for row in rows:
+            first = {name: row[name] for name in ("step", "loss", "grad_norm")}
+            self.log.step(first | row | self.utilization.of_step(row["step_seconds"]))
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar, on the rank that logs."""
+        if self.log:
+            self.log.say(text)
+
+
+def _highest_of_all_ranks(values: torch.Tensor) -> None:
+    """Replace each value, on the host, by its maximum over all ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
 
 
 class RunLog:
     """Writes one row per step to the run folder, and shows a bar with tokens/s and the time left.
 
     After a resume at `first_step` the rows of later steps, which a killed run may have left, are removed
-    first: there is one row per step, whatever happened. Made and used on one rank only; it runs no
+    first, so that there is always one row per step. It is made and used on one rank only, and runs no
     collectives.
 
-    A row that cannot be written, for example on a full disk, is kept and tried again with the next one:
-    training goes on, and says so once. TensorBoard's events are left out from then on.
+    A row that cannot be written, for example on a full disk, is kept and tried again with the next one.
+    Training goes on, and one line says so. TensorBoard's events are left out from then on.
     """
 
     def __init__(self, run_dir: Path, first_step: int, steps: int):
@@ -55,8 +155,7 @@ class RunLog:
         self.tensorboard = writer(folder, purge_step=purge_step)
 
     def step(self, row: dict) -> None:
-        """`row` is a line of metrics.jsonl: step, loss, grad_norm, lr, tokens, ...; numbers, or None where
-        unknown."""
+        """Write a line of metrics.jsonl: step, loss, grad_norm, lr, tokens, ...; None stands for unknown."""
         self.rows.append(row)
         self.waiting.append((json.dumps(row) + "\n").encode())
         self._write_rows()
@@ -73,10 +172,10 @@ class RunLog:
         data, was_full = b"".join(self.waiting), len(self.waiting) > 1
         try:
             written = 0
-            while written < len(data):  # without a buffer a write may take a part only
+            while written < len(data):  # an unbuffered write may take only a part
                 written += self.file.write(data[written:])
         except OSError as error:
-            with contextlib.suppress(OSError):  # never half a row under a whole one
+            with contextlib.suppress(OSError):  # remove a half-written row before another follows it
                 os.ftruncate(self.file.fileno(), self.good_bytes)
             if not was_full:
                 self.say(
@@ -88,7 +187,7 @@ class RunLog:
         self.waiting.clear()
 
     def _to_tensorboard(self, do: Callable[[], None]) -> None:
-        """Call `do`; when it fails, its thread or its file is gone, and there are no more events."""
+        """Call `do`. If it fails, TensorBoard's thread or file is gone, and no more events are written."""
         try:
             do()
         except OSError as error:
@@ -102,14 +201,13 @@ class RunLog:
         return say_full(self.path.parent) if is_full(error) else str(error)
 
     def _on_thread_failure(self, failure) -> None:
-        """TensorBoard writes in a thread. What fails there it raises here too, so its traceback need not be
-        printed."""
+        """Print no traceback of TensorBoard's writing thread: its error is raised in the main thread too."""
         of_tensorboard = type(failure.thread).__module__.startswith("tensorboard.")
         if not (of_tensorboard and issubclass(failure.exc_type, OSError)):
             self._threads_hook(failure)
 
     def text(self, name: str, step: int, answers: list[tuple[str, str]]) -> None:
-        """(prompt, answer) pairs after `step`: printed shortened, whole in TensorBoard's text tab."""
+        """Print (prompt, answer) pairs shortened, and write them whole to TensorBoard's text tab."""
         for prompt, answer in answers:
             self.say(f"    {' '.join(prompt.split())[-80:]!r} -> {' '.join(answer.split())[:160]!r}")
         rows = [f"**{prompt}**\n\n{answer}" for prompt, answer in answers]
@@ -121,7 +219,7 @@ class RunLog:
         self.bar.say(text)
 
     def close(self) -> None:
-        """UsageError if rows are left that could not be written."""
+        """Write what is left and end the bar. Raises UsageError if rows cannot be written."""
         self._write_rows()
         self.bar.close()
         self.file.close()
@@ -137,7 +235,7 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a last line that a kill cut short is left out. No file: no rows."""
+    """Return the rows of a metrics.jsonl, none if there is no file. A last line that was cut is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -148,14 +246,14 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def draw_loss_curve(rows: list[dict], path: Path) -> None:
-    """Loss over tokens as a PNG: each step faint, a running mean over it, validation as dots."""
+    """Draw the loss over tokens as a PNG: each step faint, a running mean over it, validation as dots."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
-    rows = [row for row in rows if row["loss"] is not None]  # of a skipped step there may be none
+    rows = [row for row in rows if row["loss"] is not None]  # a skipped step may have no loss
     tokens, losses = [row["tokens"] / 1e6 for row in rows], [row["loss"] for row in rows]
     window = max(1, len(losses) // 50)
     smooth = [
@@ -183,7 +281,7 @@ def draw_loss_curve(rows: list[dict], path: Path) -> None:
     axes.legend(frameon=False)
     try:
         figure.savefig(path)
-    except OSError as error:  # the picture shows what metrics.jsonl has
+    except OSError as error:  # not fatal: metrics.jsonl has the numbers
         path.unlink(missing_ok=True)
         reason = say_full(path.parent) if is_full(error) else error
         print(f"note: {path} cannot be drawn ({reason})", flush=True)
@@ -194,37 +292,35 @@ class LateReader:
     """Reads the loss and the gradient norm of a step while the device computes the next one.
 
     `.item()` right after a step would leave the device idle from the moment it has the loss until the next
-    step has been
-    launched: some milliseconds for the log, the data and the collectives. So their copy to the host is queued
-        behind the step that makes them, and is read when the next step has been launched, or before, if
-        somebody has to know.
+    step has been launched: some milliseconds for the log, the data and the collectives. So the copy of both
+    numbers to the host is queued behind the step that makes them. It is read after the next step has been
+    launched, or before, if a decision depends on it.
 
         reading = LateReader(device)
         while ...:
             reading.begin()
             loss, grad_norm = train_step(...)
             reading.put(row, loss, grad_norm)
-            for row in reading.take(all=saves or validates):      # without `all` the newest step is left for the next turn
+            for row in reading.take(all=saves or validates):   # without `all` the newest step waits a turn
                 log.step(row)
     """
 
     def __init__(self, device: torch.device, late: bool | None = None):
-        """late: None: on a GPU. A CPU has computed a step when it returns; its row need not wait for the next
-        one."""
+        """late: None reads late on a GPU only. A CPU has computed a step when it returns, so its row need not
+        wait for the next one."""
         self.device = device
         self.late = device.type == "cuda" if late is None else late
         self._waiting: deque[_Step] = deque()
         self._from = None  # the moment from which the step under way counts
 
     def begin(self) -> None:
-        """A step begins. Its seconds count from the end of the step before, or, after `take(all=True)`, from
-        here: what was done in between, a validation or a checkpoint, is not the step's."""
+        """Begin a step. Its seconds count from the end of the step before or, after `take(all=True)`, from
+        now, so that a validation or a checkpoint in between counts for no step."""
         if self._from is None:
             self._from = self._now()
 
     def put(self, row: dict, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        """loss and grad_norm are scalars on the device; the row gets them, and `step_seconds`, when they are
-        read."""
+        """Note a launched step. Its row gets the two scalars and `step_seconds` when they are read."""
         values = torch.stack([loss.detach().double(), grad_norm.detach().double()])
         if self.device.type == "cuda":
             values = torch.empty(2, dtype=torch.float64, pin_memory=True).copy_(values, non_blocking=True)
@@ -233,8 +329,7 @@ class LateReader:
         self._from = end
 
     def take(self, all: bool) -> list[dict]:
-        """The rows of the steps that are over, oldest first; `all`: the newest too, for which the host then
-        waits."""
+        """Return the rows of the steps that are done, oldest first. `all`: wait for the newest."""
         rows = []
         while len(self._waiting) > (1 if self.late and not all else 0):
             step = self._waiting.popleft()
@@ -259,26 +354,25 @@ class LateReader:
 
 class _Step(NamedTuple):
     row: dict
-    values: torch.Tensor  # (2,) float64 on the host, on a GPU still on its way until `end`
-    begin: Any  # moments: events of the device, or seconds where the host is the device
+    values: torch.Tensor  # (2,) float64 on the host; a GPU's copy is complete at `end`
+    begin: Any  # moments: events of a GPU, or seconds where the host computes
     end: Any
 
 
 class SkippedSteps:
-    """Counts the steps whose gradient was not finite. Such a step changed nothing (parallel/clip.py), but
-    under a chunk manager without clipping, where none may be left out.
+    """Counts the steps whose gradient was not finite, and refuses more than `allowed` in a row.
 
-    allowed: how many in a row a run may have (--train.skip-nonfinite).
+    Such a step changes nothing (parallel/clip.py), except under a chunk manager without clipping, which steps
+    while gradients arrive and cannot leave a step out. total, in_a_row: counts of before a resumption.
     """
 
-    def __init__(self, allowed: int):
-        self.allowed = allowed
-        self.in_a_row = self.total = 0
+    def __init__(self, allowed: int, total: int = 0, in_a_row: int = 0):
+        self.allowed, self.total, self.in_a_row = allowed, total, in_a_row
 
     def judge(self, row: dict) -> dict:
-        """The row of a step as it is to be written: what is not finite is None, which JSON has, and
-        `skipped_steps` is the number of such steps so far. UsageError if there were more in a row than
-        allowed; all ranks see the same."""
+        """Return the row of a step as it is to be written: values that are not finite become None, which JSON
+        has, and `skipped_steps` is the number of such steps so far. Raises UsageError if there were more in a
+        row than allowed, on every rank, since all ranks see the same values."""
         not_finite = [name for name in ("loss", "grad_norm") if not math.isfinite(row[name])]
         if not not_finite:
             self.in_a_row = 0
@@ -289,20 +383,30 @@ class SkippedSteps:
             name, value = not_finite[-1].replace("grad_norm", "gradient norm"), row[not_finite[-1]]
             before = f" after {self.allowed} others in a row" if self.allowed else ""
             raise UsageError(
-                f"the {name} of step {row['step']} is {value}{before}: nothing of that step was written, and the "
-                "newest checkpoint is from before. Lower --train.lr, look at the data of "
-                f"that step, or use --train.skip-nonfinite {self.allowed + 1} or more, which leaves out so many "
-                "such steps in a row."
+                f"the {name} of step {row['step']} is {value}{before}: nothing of that step was written, and "
+                "the newest checkpoint is from before. Use a lower `lr`, look at the data of that step, or "
+                f"allow more such steps in a row with skip_nonfinite={self.allowed + 1} or more."
             )
         return row | dict.fromkeys(not_finite) | {"skipped_steps": self.total}
 
 
-class DevicePeak:
-    """The highest bytes that torch's allocator had on a device since the last `reset` of this object.
+def skipped_so_far(rows: list[dict]) -> tuple[int, int]:
+    """Return how many steps of these rows were skipped, and how many of those are the last ones in a row."""
+    total = max((row.get("skipped_steps") or 0 for row in rows), default=0)
+    in_a_row = 0
+    for row in reversed(rows):
+        if "skipped_steps" not in row:
+            break
+        in_a_row += 1
+    return total, in_a_row
 
-    torch keeps a single peak for each device, so whoever resets it takes it from everybody else. Here several
-    readers can reset at different moments (PeakMemory once a step, the tracer of placement auto at each group
-    of modules), because every reset first notes the peak for all the others.
+
+class DevicePeak:
+    """Tracks the highest bytes that torch's allocator had on a device since the last `reset` of this object.
+
+    torch keeps a single peak for each device, which a reset clears for all readers. Here several readers can
+    reset at different moments (PeakMemory once a step, the tracer of placement auto at each group of
+    modules), because every reset first notes the peak for all the others.
     """
 
     _readers: ClassVar[weakref.WeakSet] = weakref.WeakSet()
@@ -314,7 +418,7 @@ class DevicePeak:
         self.reset()
 
     def read(self) -> tuple[int, int]:
-        """Peaks of the allocated and of the reserved bytes. A device budget binds what is reserved."""
+        """Return the peaks of the allocated and of the reserved bytes. A device budget limits the latter."""
         stats = torch.cuda.memory_stats(self.index)
         self.allocated = max(self.allocated, stats.get("allocated_bytes.all.peak", 0))
         self.reserved = max(self.reserved, stats.get("reserved_bytes.all.peak", 0))
@@ -329,7 +433,8 @@ class DevicePeak:
 
 
 class MemoryPeaks(NamedTuple):
-    """Bytes of one rank. `host` is a little high where Linux leaves out pinned memory: a sum of two peaks."""
+    """Peaks of one rank in bytes. `host` is a sum of two peaks, so a little high, where Linux does not count
+    pinned memory as resident."""
 
     device: int  # allocated by torch; 0 where the host is the device
     host: int  # resident memory of the process, pinned memory included
@@ -338,7 +443,7 @@ class MemoryPeaks(NamedTuple):
 
 
 class PeakMemory:
-    """Highest memory use since the last call."""
+    """Measures the highest memory use of this process between two calls of `take`."""
 
     def __init__(self, device: torch.device):
         self.on_device = DevicePeak(device) if device.type == "cuda" else None
@@ -358,11 +463,11 @@ class PeakMemory:
 
 
 def pinned_memory_is_resident() -> bool:
-    """Whether the resident memory that Linux states for this process holds its pinned memory too.
+    """Return whether Linux counts pinned memory as resident memory of this process.
 
     The pages belong to the GPU's driver, and whether they count depends on how it maps them. So we pin a
-    little, and look up what /proc/self/smaps says of the mapping that holds it. Where nobody may read that
-    file the answer is yes.
+    little memory, and look up the mapping that holds it in /proc/self/smaps. The answer is yes where that
+    file cannot be read.
     """
     probe = torch.ones(2**21, dtype=torch.uint8, pin_memory=True)
     try:
@@ -373,7 +478,7 @@ def pinned_memory_is_resident() -> bool:
 
 
 def resident_bytes_at(address: int, mappings: str) -> int:
-    """The `Rss` of the mapping that holds `address`, in bytes. mappings: the text of /proc/self/smaps."""
+    """Return the `Rss` in bytes of the mapping that holds `address`, from the text of /proc/self/smaps."""
     here = False
     for line in mappings.splitlines():
         bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
@@ -385,14 +490,14 @@ def resident_bytes_at(address: int, mappings: str) -> int:
 
 
 def _peak_resident_bytes() -> int:
-    """The high-water mark since the last call, or since the start where Linux lets nobody reset it."""
+    """Return the high-water mark since the last call, or since the start where Linux forbids a reset."""
     status = Path("/proc/self/status").read_text() if Path("/proc/self/status").exists() else ""
     high_water = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
     if high_water:
         try:
             Path("/proc/self/clear_refs").write_text("5")  # Linux: start the high-water mark anew
         except OSError:
-            pass  # a locked-down container: the peak of the run, then
+            pass  # a locked-down container: the mark stays the peak of the whole run
         return int(high_water[0]) * 1024
     import psutil
 
@@ -400,7 +505,7 @@ def _peak_resident_bytes() -> int:
 
 
 class _Bar:
-    """A rich progress bar on a terminal, else a line now and then."""
+    """Shows a rich progress bar on a terminal, else prints a line every 15 seconds."""
 
     LINE_EVERY_S = 15.0
 

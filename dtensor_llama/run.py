@@ -1,80 +1,90 @@
 """A run folder and the process that trains into it: claimed by one run, stopped in order, resumed as the same
-run."""
+run, and described in config.json and on the screen."""
 
 import fcntl
+import json
 import math
 import os
 import platform
 import shlex
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
+from dtensor_llama.checkpoint import Checkpointer, restore_training_state, training_state
+from dtensor_llama.cli import CONTENT, Launch, commands_for, refuse_unless_above
+from dtensor_llama.config import LlamaConfig
 from dtensor_llama.data.tokenizer import Tokenizer
 from dtensor_llama.errors import UsageError
+from dtensor_llama.flops import Utilization, peak_flops
+from dtensor_llama.loss import choose_loss
+from dtensor_llama.metrics import RunLog, RunReport, draw_loss_curve
+from dtensor_llama.schedule import Schedule, learning_rate
 
 LOOK_FOR_LAUNCHER_S = 1.0
 
-# Names in what a checkpoint says about its run, beside the flags that must be the same.
-CONTENT = "the content of --data.path"  # a hash of tokens and masks
-GENERATION = "generation_config.json"  # its content; says nothing about the training
-SETTINGS = "settings"  # {flag: value} of what a resumed run may have otherwise, and is told about
+# Names in what a checkpoint records about its run, beside what must be the same.
+GENERATION = "generation_config.json"  # its content, which does not concern the training
+SETTINGS = "settings"  # {name: value} of settings that a resumed run may change
 
 
 def refuse_below(low: float, flags: dict[str, float | None], *, exclusive: bool = False) -> None:
-    """UsageError for the first {flag: value} under `low`, at it if exclusive, infinite or nan; None is not
-    asked for."""
+    """Raise UsageError for the first {flag: value} below `low`; `exclusive` refuses `low` itself too."""
     for flag, value in flags.items():
-        if value is not None and not (low < value < float("inf") or value == low and not exclusive):
-            rule = f"a number above {low}" if exclusive else f"{low} or more"
-            raise UsageError(f"{flag} {value} is not possible; use {rule}.")
+        refuse_unless_above(low, f"{flag} ", value, exclusive)
+
+
+# ---- The run folder and the process ------------------------------------------------------------------------
 
 
 def claim_run_dir(run_dir: Path, fresh: bool):
-    """Make the folder ours: refused while another process trains in it and, if `fresh`, when it holds a run
-    already.
+    """Reserve the folder for this process; refused while another process trains in it and, if `fresh`, when
+    it holds a run already.
 
-    Returns the open lock file; the claim ends when it is closed, or with the process.
+    Returns the open lock file. The claim ends when it is closed, or with the process.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = open(run_dir / ".lock", "w")
     except OSError as error:
         raise UsageError(
-            f"--run-dir {run_dir} cannot be written ({error.strerror}); choose another folder."
+            f"run_dir={run_dir} cannot be written ({error.strerror}); choose another folder."
         ) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise UsageError(
-            f"--run-dir {run_dir} is in use by another running process; wait for it to end, or choose another "
+            f"run_dir={run_dir} is in use by another running process; wait for it to end, or choose another "
             "folder."
         ) from None
     found = [name for name in ("metrics.jsonl", "checkpoints", "hf") if (run_dir / name).exists()]
     if fresh and found:
         raise UsageError(
-            f"--run-dir {run_dir} is already in use: it holds a run ({', '.join(found)}), and "
-            "--checkpoint.resume never would write over it; choose another folder, or --checkpoint.resume "
-            "auto to go on with it."
+            f"run_dir={run_dir} is already in use: it holds a run ({', '.join(found)}), which resume=never "
+            "would overwrite; choose another folder, or resume=auto to continue that run."
         )
     return lock
 
 
 class StopSignal:
-    """`asked` becomes true on SIGTERM or Ctrl-C; the loop finishes its step, writes a checkpoint and ends. A
-    second Ctrl-C ends at once. (torchrun turns one Ctrl-C into an interrupt and a termination, so those two
-    count as one.) So it does when the terminal is closed, unless the run was started with nohup, which goes
-    on then.
+    """Sets `asked` on SIGTERM or Ctrl-C; the loop then finishes its step, writes a checkpoint and ends.
 
-    launcher_pid: of the torchrun that started this process, if one did. A launcher that is killed (the kernel
-        does it when memory runs out) cannot end its ranks, which would train on and keep the run folder
-        locked. So `asked` becomes true within a second or two of its end, and `say` is told.
+    A second Ctrl-C ends the process at once. (torchrun turns one Ctrl-C into an interrupt and a termination,
+    which therefore count as one.) Closing the terminal also sets `asked`, unless the run was started with
+    nohup.
+
+    launcher_pid: the torchrun that started this process, if there is one. A launcher that is killed (the
+        kernel does it when memory runs out) cannot end its ranks, which would train on and keep the run
+        folder locked. So `asked` is set within a second or two of its end, and `say` prints a line.
     """
 
     def __init__(self, launcher_pid: int | None = None, say: Callable[[str], None] = lambda text: None):
@@ -98,61 +108,211 @@ class StopSignal:
         self.asked = True
 
 
+# ---- Resuming ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Holds what a checkpoint records about its run, to be compared when a run resumes from it.
+
+    The names are those that the user knows, such as flags: they stand in messages and in the checkpoint.
+    """
+
+    fixed: dict[str, Any]  # must be the same, or the data position and the weights would mean something else
+    settings: dict[str, Any]  # may change, and the resumed run prints how; Schedule's fields are among them
+    generation: dict[str, Any]  # the content of generation_config.json, for an export
+    # Names in `fixed` that older checkpoints lack. They are then not compared, and a line says so.
+    added_later: tuple[str, ...] = (CONTENT,)
+
+    def to_meta(self) -> dict[str, Any]:
+        """Return the `meta` for training_state."""
+        return {**self.fixed, SETTINGS: self.settings, GENERATION: self.generation}
+
+
+def resume(
+    asked: str,
+    checkpoints: Checkpointer,
+    model: nn.Module,
+    optimizer: Optimizer,
+    record: RunRecord,
+    say: Callable[[str], None],
+) -> tuple[int, int]:
+    """Load the checkpoint that was asked for; returns (steps done, rows read), zeros for a fresh start.
+
+    asked: "auto" for the newest checkpoint if there is one, "never", or a checkpoint's folder
+    record: of this run; UsageError unless the checkpoint's agrees
+    say: prints on one rank what is resumed and what has changed
+    """
+    if asked == "never":
+        return 0, 0
+    path = checkpoints.latest() if asked == "auto" else Path(asked)
+    if path is None:
+        return 0, 0
+    present = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
+    state = training_state(model, optimizer)
+    checkpoints.load(path, state)
+    progress = restore_training_state(state, model, optimizer)
+    step, meta = progress["step"], progress["meta"]
+    refuse_other_run(path, meta, record.fixed)
+    for group, setting in zip(optimizer.param_groups, present, strict=True):
+        group.update(setting)  # weight decay and the like are what this run asks for, not what was saved
+    say(f"resuming from {path}: {step} steps done")
+    for name in record.added_later:
+        if record.fixed.get(name) and not meta.get(name):
+            say(f"resuming  unchecked: the checkpoint does not record {name}; it must be the same as before")
+
+    def rate_of(settings: dict[str, Any]) -> float:
+        return learning_rate(Schedule.named(settings), step)
+
+    for change in changed_settings(meta, record.to_meta(), step, rate_of):
+        say(f"resuming  {change}")
+    return step, progress["position"]
+
+
 def refuse_other_run(checkpoint: Path, saved: dict, now: dict) -> None:
-    """UsageError if a {flag: value} of `now` is not what the checkpoint was `saved` with: its position would
-    mean nothing.
+    """Raise UsageError if a {name: value} of `now` differs from what the checkpoint was saved with.
 
     A checkpoint from before there was a hash of the data has none, and is not refused for that."""
-    for flag, value in now.items():
-        unknown = flag == CONTENT and not (saved.get(flag) and value)
-        if flag not in (SETTINGS, GENERATION) and not unknown and saved.get(flag) != value:
-            raise UsageError(
-                f"{flag} is not what checkpoint {checkpoint} was trained with "
-                f"({_difference(saved.get(flag), value)}); use the same, or another --run-dir for a new run."
-            )
-
-
-def _difference(saved, value) -> str:
-    if isinstance(saved, dict) and isinstance(value, dict):
-        return ", ".join(
-            f"{key} {saved.get(key)} -> {value.get(key)}" for key in value if saved.get(key) != value.get(key)
+    for name, value in now.items():
+        was = saved.get(name)
+        unknown = name == CONTENT and not (was and value)
+        if name in (SETTINGS, GENERATION) or unknown or _compared(was) == _compared(value):
+            continue
+        changes = f"{was} -> {value}"
+        if isinstance(was, dict) and isinstance(value, dict):
+            changes = ", ".join(_changes(_compared(was), _compared(value)))
+        raise UsageError(
+            f"{name} is not what checkpoint {checkpoint} was trained with ({changes}); use the same, or "
+            "another `run_dir` for a new run."
         )
-    return f"{saved} -> {value}"
+
+
+def _compared(value: Any) -> Any:
+    """Leave out of a model's settings those fields of its config.json that only pass through."""
+    if not isinstance(value, dict):
+        return value
+    return {name: own for name, own in value.items() if name != "other_fields"}
+
+
+def _changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} {before.get(name)} -> {after[name]}" for name in after if before.get(name) != after[name]
+    ]
 
 
 def changed_settings(saved: dict, now: dict, step: int, rate_of: Callable[[dict], float]) -> list[str]:
-    """In words, which settings a resumed run has that the checkpoint was not trained with, and what that does
-    to the learning rate of the next step. saved, now: what refuse_other_run compares. rate_of: settings ->
-    that learning rate."""
+    """Describe the settings that a resumed run has changed, and what this does to the learning rate.
+
+    saved, now: what RunRecord.to_meta made for the checkpoint and for this run
+    rate_of: returns the learning rate of the next step under the given settings
+    """
     before, after = saved.get(SETTINGS, {}), now[SETTINGS]
-    changed = [
-        f"{flag} {before[flag]} -> {value}"
-        for flag, value in after.items()
-        if flag in before and before[flag] != value
-    ]
-    if not changed:
+    changes = _changes(before, {name: value for name, value in after.items() if name in before})
+    if not changes:
         return []
-    said = [f"not as the checkpoint was trained: {', '.join(changed)}"]
+    lines = [f"not as the checkpoint was trained: {', '.join(changes)}"]
     old_rate, new_rate = rate_of({**after, **before}), rate_of(after)
     if not math.isclose(old_rate, new_rate, rel_tol=1e-6):
-        times = f" ({new_rate / old_rate:.3g} times)" if old_rate else ""
-        said.append(
-            f"the learning rate of step {step + 1} is {new_rate:.3g} and would have been {old_rate:.3g}{times}"
-        )
-    return said
+        line = f"the learning rate of step {step + 1} is {new_rate:.3g} and would have been {old_rate:.3g}"
+        lines.append(line + (f" ({new_rate / old_rate:.3g} times)" if old_rate else ""))
+    return lines
 
 
-def keep_tokenizer(run_dir: Path, tokenizer: Tokenizer, chat_template: str | None = None) -> None:
-    """Save it in RUN/tokenizer as training begins: a checkpoint can then be exported though the run never
-    came to its end, and though what its flags named is gone. A tokenizer that lies there already is not
-    written over itself."""
-    home = tokenizer.path if tokenizer.path.is_dir() else tokenizer.path.parent
-    if home.resolve() != (run_dir / "tokenizer").resolve():
-        tokenizer.save(run_dir / "tokenizer", chat_template)
+# ---- Descriptions ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """Holds what a run finds out about itself before it trains."""
+
+    model_config: LlamaConfig
+    rows: Any  # with n_train, n_validation and seq_len: how many there are, to train on and held out, and their T
+    corpus: str
+    layout: Any  # a dataclass with all parallel settings, resolved
+    axes: tuple[str, ...]  # those of them that are sizes of mesh axes
+    n_microbatches: int
+    device: torch.device
+    attention: str  # the kernel, and why
+
+
+def open_report(
+    run_dir: Path,
+    first_step: int,
+    settings: dict[str, Any],
+    facts: RunFacts,
+    data_lines: list[str],
+    launch: Launch,
+) -> RunReport:
+    """Describe the run on the screen and in its config.json, and return what measures and records its steps.
+
+    All ranks enter; the main one prints and writes. first_step: how many steps are done already. settings,
+    data_lines: as in describe_run.
+    """
+    train, seq_len = settings["train"], facts.rows.seq_len
+    utilization = Utilization(
+        facts.model_config,
+        seq_len,
+        train["recompute"],
+        step_tokens=train["global_batch_size"] * seq_len,
+        n_devices=launch.world_size,
+        peak=peak_flops(facts.device, getattr(torch, train["dtype"])),  # measured on a CPU: all ranks enter
+    )
+    log = None
+    if launch.is_main:
+        log = RunLog(run_dir, first_step, train["steps"])
+        describe_run(run_dir, settings, facts, utilization.peak, data_lines, log.say)
+    return RunReport(log, utilization, facts.device, train["skip_nonfinite"])
+
+
+def describe_run(
+    run_dir: Path,
+    settings: dict[str, Any],
+    facts: RunFacts,
+    peak: tuple[float, str],
+    data_lines: list[str],
+    say: Callable[[str], None],
+) -> None:
+    """Write the run's config.json, and print what is about to happen.
+
+    settings: all of the recipe's configuration as nested dicts
+    peak: FLOP/s of one device, and the source of the number
+    data_lines: what to print about the data
+    """
+    config, (peak_flop_s, peak_source), layout = facts.model_config, peak, asdict(facts.layout)
+    record = {
+        **settings,
+        "model_config": config.to_hf(),
+        "layout": layout,
+        "device": str(facts.device),
+        "attention_kernel": facts.attention,
+        "n_parameters": config.n_parameters,
+        **made_with(),
+        "peak_flops_per_device": peak_flop_s,
+        "peak_flops_source": peak_source,
+        "n_training_rows": facts.rows.n_train,
+        "n_validation_rows": facts.rows.n_validation,
+        "corpus": facts.corpus,
+    }
+    (run_dir / "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    train, n_millions = settings["train"], config.n_parameters / 1e6
+    say(f"model     {settings['model']}: {n_millions:,.1f}M parameters, attention {facts.attention}")
+    for line in data_lines:
+        say(line)
+    axes = [f"{axis} {layout[axis]}" for axis in facts.axes if layout[axis] > 1]
+    say(
+        f"layout    {' x '.join(axes) or 'one process'} on {facts.device.type}, ZeRO stage "
+        f"{layout['zero_stage']}; {facts.n_microbatches} microbatches of {train['micro_batch_size']} "
+        "rows per rank and step"
+    )
+    say(
+        f"numbers   {train['dtype']} compute, float32 masters; MFU against {peak_flop_s / 1e12:.2f} TFLOP/s "
+        f"({peak_source})"
+    )
+    say("loss      {}: {}".format(*choose_loss(facts.device)))
 
 
 def made_with() -> dict:
-    """What a run was made with, for its config.json; git_revision is None outside a checkout."""
+    """Return the versions that a run was made with; git_revision is None outside a checkout."""
     git = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
@@ -162,45 +322,47 @@ def made_with() -> dict:
     }
 
 
+def keep_tokenizer(run_dir: Path, tokenizer: Tokenizer, chat_template: str | None = None) -> None:
+    """Save the tokenizer in RUN/tokenizer as training begins.
+
+    So a checkpoint can be exported even if the run never ends, or if the files that its flags name are gone.
+    A tokenizer is not written over itself."""
+    home = tokenizer.path if tokenizer.path.is_dir() else tokenizer.path.parent
+    if home.resolve() != (run_dir / "tokenizer").resolve():
+        tokenizer.save(run_dir / "tokenizer", chat_template)
+
+
+def end_run(log: RunLog, run_dir: Path, step: int, steps: int, stopped: bool, chat: bool = False) -> None:
+    """Close the log, draw the loss curve, and print what the run has left where. Only the rank that logs
+    calls it.
+
+    stopped: the run was asked to stop before all `steps` were done
+    chat: the model was trained to answer conversations
+    """
+    log.close()
+    if log.rows:
+        draw_loss_curve(log.rows, run_dir / "loss.png")
+    say_where_things_are(run_dir, log.rows, step, steps, stopped, chat)
+
+
 def say_where_things_are(
     run_dir: Path, rows: list[dict], step: int, steps: int, stopped: bool, chat: bool = False
 ) -> None:
-    """The closing words of a run. rows: of metrics.jsonl; stopped: asked to, before all `steps` were done;
-    chat: what it trained answers conversations."""
+    """Print the closing lines of a run; arguments as in end_run, rows as in metrics.jsonl."""
     if not rows:
         print(f"nothing to train: {step} steps are done already, and this run folder has no rows")
         return
-    # none of a skipped step
+    # A skipped step may have no loss.
     losses = [row["loss"] for row in rows if row["loss"] is not None] or [float("nan")]
     last = losses[-20:]
-    print(
-        f"\nstopped as asked after step {step} of {steps}; the same command goes on from there"
-        if stopped
-        else f"\ndone: {step} steps, loss {losses[0]:.3f} -> {sum(last) / len(last):.3f} "
-        f"(mean of the last {len(last)})"
-    )
-    # to be typed as they are
-    hf, logs = (shlex.quote(str(run_dir / name)) for name in ("hf", "tensorboard"))
-    print(
-        f"run folder    {run_dir}\ntensorboard   tensorboard --logdir {logs}\n"
-        f"loss curve    {run_dir / 'loss.png'}"
-    )
+    if stopped:
+        print(f"\nstopped as asked after step {step} of {steps}; the same command goes on from there")
+    else:
+        mean = sum(last) / len(last)
+        print(f"\ndone: {step} steps, loss {losses[0]:.3f} -> {mean:.3f} (mean of the last {len(last)})")
+    print(f"run folder    {run_dir}")
+    print(f"tensorboard   tensorboard --logdir {shlex.quote(str(run_dir / 'tensorboard'))}")
+    print(f"loss curve    {run_dir / 'loss.png'}")
     if (run_dir / "hf").is_dir() and not stopped:
-        asking = "--chat" if chat else "--prompt 'Once upon a time'"
-        print(
-            f"model         {run_dir / 'hf'}   (Hugging Face format)\n"
-            f"try           python {_neighbour('generate.py')} --model {hf} {asking}",
-            flush=True,
-        )
-    if chat and (run_dir / "hf").is_dir() and not stopped:
-        print(
-            f"serve         transformers serve {hf}   (pip install '.[serve]'), or\n"
-            f"              vllm serve {hf}",
-            flush=True,
-        )
-
-
-def _neighbour(name: str) -> str:
-    """Another recipe beside the one that runs, as a shell takes it from the current folder."""
-    beside = Path(sys.argv[0]).parent / name
-    return shlex.quote(str(beside)) if beside.is_file() else f"recipes/{name}"
+        print(f"model         {run_dir / 'hf'}   (Hugging Face format)")
+        print("\n".join(commands_for(run_dir / "hf", chat)), flush=True)

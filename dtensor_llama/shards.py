@@ -1,4 +1,4 @@
-"""A tensor as this rank holds it: plain, or a DTensor of which it has a shard."""
+"""This rank's part of a tensor: all of a plain one, or its shard of a DTensor."""
 
 import torch
 import torch.distributed as dist
@@ -6,14 +6,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
-@torch.no_grad()  # without autograd to_local is a mere look-up: a step asks for hundreds
+@torch.no_grad()  # without autograd to_local is a mere look-up, and a step does hundreds of them
 def local(tensor: Tensor) -> Tensor:
-    """This rank's shard, or the plain tensor, in the same memory; of no autograd graph."""
+    """Return this rank's shard, or the plain tensor, in the same memory and outside of any autograd graph."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def copies(tensor: Tensor) -> int:
-    """Ranks that hold the same elements as this one; a plain tensor is held alike by every rank."""
+    """Return how many ranks hold the same elements as this one; every rank holds the same plain tensors."""
     if not isinstance(tensor, DTensor):
         return dist.get_world_size() if dist.is_initialized() else 1
     ranks = 1

@@ -1,9 +1,8 @@
-"""What a process prints to and hears from: stdout and stderr that cannot end a run, and Ctrl-C before main
-begins.
+"""The terminal of a run: stdout and stderr that cannot end it, and Ctrl-C before main begins.
 
-Training takes days, and whoever watched it may be gone: a pipe without a reader (`| head -1`), a closed
-terminal, a full disk under a redirected log, an encoding without the character that shall be printed. None of
-them may cost a step. This module imports neither torch nor anything else that takes time.
+Training takes days, and its output may have no reader any more: a pipe that is closed (`| head -1`), a closed
+terminal, a full disk under a redirected log, an encoding without the character to be printed. None of them
+may cost a step. This module imports neither torch nor anything else that takes time.
 """
 
 import contextlib
@@ -17,10 +16,9 @@ STDOUT, STDERR = 1, 2
 
 
 class LastingStream(io.RawIOBase):
-    """The raw end of stdout or stderr. What can no longer be written is dropped, and that is said once, on
-    stderr.
+    """Writes to stdout or stderr. Output that can no longer be written is dropped, after one note on stderr.
 
-    Where the output is the result of a program (`required`), the error goes on to whoever prints instead."""
+    Where the output is the result of a program (`required`), the error is raised instead."""
 
     def __init__(self, fd: int, required: bool):
         super().__init__()
@@ -40,30 +38,30 @@ class LastingStream(io.RawIOBase):
         while not self.failed:
             try:
                 return os.write(self.fd, data)
-            except BlockingIOError:  # somebody made the terminal non-blocking
+            except BlockingIOError:  # another program has made the terminal non-blocking
                 select.select([], [self.fd], [])
             except OSError as error:
                 self.failed = True
                 if self.required:
                     raise
-                self._say_that_it_failed(error)
+                self._note_failure(error)
         return len(data)
 
-    def _say_that_it_failed(self, error: OSError) -> None:
+    def _note_failure(self, error: OSError) -> None:
         if self.fd == STDERR:
-            return  # there is nowhere left to say it
+            return  # there is no stream left to write to
         with contextlib.suppress(OSError):
             note = f"note: stdout can no longer be written ({error.strerror}); the run goes on without it\n"
             os.write(STDERR, note.encode())
 
 
 def make_streams_last(stdout_is_result: bool = False) -> None:
-    """Replace sys.stdout and sys.stderr by streams whose print never raises: not for an encoding, not for a
-    lost reader.
+    """Replace sys.stdout and sys.stderr by streams to which print never raises, neither for an encoding nor
+    for a lost reader.
 
-    stdout_is_result: what is printed is what the program is for, so a stdout that cannot be written is an
-    OSError there. Characters that the encoding lacks are written as escapes. Streams that a test or a
-    notebook put there stay."""
+    stdout_is_result: the program exists for what it prints, so a stdout that cannot be written raises
+        OSError. Characters that the encoding lacks are written as escapes. Streams that a test or a notebook
+        has set stay."""
     _fill_closed_descriptors()
     for name, fd in (("stdout", STDOUT), ("stderr", STDERR)):
         stream = getattr(sys, name)
@@ -84,20 +82,20 @@ def make_streams_last(stdout_is_result: bool = False) -> None:
         )
         setattr(sys, name, text)
     if sys.stdin is not None and sys.stdin is sys.__stdin__:
-        # bytes that are no text are refused where they are used
+        # Bytes that are not text are kept, and refused where they are used.
         sys.stdin.reconfigure(errors="surrogateescape")
 
 
 def _fileno(stream) -> int | None:
     try:
         return stream.fileno()
-    except (OSError, ValueError):  # of a closed stream, or of one in memory
+    except (OSError, ValueError):  # a closed stream, or one in memory
         return None
 
 
 def _fill_closed_descriptors() -> None:
-    """Open what was closed among the descriptors 0, 1 and 2: else the next file that is opened would get what
-    is printed."""
+    """Open those of the descriptors 0, 1 and 2 that are closed. Otherwise the next file to be opened would
+    take their number, and receive what is printed."""
     while True:
         fd = os.open(os.devnull, os.O_RDWR)
         if fd > STDERR:
@@ -110,15 +108,15 @@ def stdout_speaks_utf8() -> bool:
 
 
 def end_quietly_on_ctrl_c() -> None:
-    """Until main begins. A recipe calls this before its long imports, where Ctrl-C would show a page of
-    traceback."""
-    # else whoever started us ignores Ctrl-C
+    """Make Ctrl-C end the process without a traceback, until main begins. A recipe calls this before its long
+    imports."""
+    # Another handler means that the parent process ignores Ctrl-C, and this process shall do so too.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end_quietly)
 
 
 def hear_ctrl_c_again() -> None:
-    """From here on Ctrl-C is a KeyboardInterrupt, as in any Python program."""
+    """Make Ctrl-C raise KeyboardInterrupt again, as in any Python program."""
     if signal.getsignal(signal.SIGINT) is _end_quietly:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1,15 +1,14 @@
 """Hugging Face safetensors in and out of a model of any layout, a slice at a time.
 
 box: the part of a tensor that this rank holds, as (offsets, sizes) in the whole tensor
-run: elements that are neighbours both in the file and in the box: what one read or write moves
-staging buffer: 32 MiB of host memory that every byte passes through, all that loading or saving adds
+run: elements that are neighbours both in the file and in the box, so that one read or write moves them
+staging buffer: 32 MiB of host memory that every byte passes through, which is all that loading or saving adds
     (converting to another dtype takes as much again for a moment)
 
-A safetensors file is 8 bytes of header length (little endian), a JSON header that gives dtype, shape and byte
-range of every tensor, and the bytes. So each rank can compute where each of its runs lies, and weights never
-travel between ranks. We pread and pwrite the runs rather than map the files: mapped pages count as this
-process's memory until the file is closed, and a mapped file that is cut under us is a SIGBUS instead of an
-error.
+A safetensors file is 8 bytes of header length (little endian), a JSON header with dtype, shape and byte range
+of every tensor, and the bytes. So each rank can compute where each of its runs lies, and weights never travel
+between ranks. We pread and pwrite the runs rather than map the files: mapped pages count as this process's
+memory until the file is closed, and a mapped file that is truncated meanwhile is a SIGBUS, not an error.
 """
 
 import functools
@@ -29,27 +28,47 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from dtensor_llama.atomic import on_all_ranks, on_first_rank, replace_file, whole_folder, write_durably
 from dtensor_llama.config import refuse_adapter
-from dtensor_llama.errors import UsageError
-from dtensor_llama.places import free_bytes, say_full
+from dtensor_llama.errors import UsageError, listed, mismatches
+from dtensor_llama.places import free_bytes, is_full, say_full
 
 STAGING_BYTES = 32 << 20  # 8 and 128 MiB load no faster; 32 keeps the Python calls rare
 INDEX = "model.safetensors.index.json"
 OURS = re.compile(r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-ADAPTER = "_lora.lora_"  # in the name of a parameter that lora.py added
+ADAPTER = "_lora.lora_"  # in the name of a parameter that lora.py added: see is_adapter
+# What compiling and recomputing put into the names of modules.
+WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.")
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Box = tuple[tuple[int, ...], tuple[int, ...], Tensor]
 
 
 class Stored(NamedTuple):
-    """Where one tensor lies: file, safetensors' name of its dtype, shape, first byte counted from the file's
-    start."""
+    """Locates one tensor on disk."""
 
     file: str
-    dtype: str
+    dtype: str  # as safetensors calls it
     shape: tuple[int, ...]
-    start: int
+    start: int  # the first byte, counted from the beginning of the file
+
+    @property
+    def n_bytes(self) -> int:
+        return _bytes(self.dtype, self.shape)
+
+
+class FilePlan(NamedTuple):
+    """Assigns each tensor of a model its place in files."""
+
+    headers: dict[str, bytes]  # file -> its header
+    stored: dict[str, Stored]  # tensor -> its place
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(where.n_bytes for where in self.stored.values())
+
+    def names_in(self, file: str) -> list[str]:
+        return [name for name, where in self.stored.items() if where.file == file]
 
 
 class StandIn(nn.Module):
@@ -62,27 +81,27 @@ class StandIn(nn.Module):
     """
 
     def empty(self, name: str) -> Tensor:
-        """A tensor for the values of one parameter, float32 on the host, spread as the parameter is."""
+        """Return a float32 tensor on the host for the values of one parameter, sharded like it."""
         raise NotImplementedError
 
     def read(self, name: str) -> Tensor:
-        """As `empty`, with a copy of the values of now."""
+        """Return a tensor as `empty` does, with a copy of the present values."""
         raise NotImplementedError
 
     def write(self, name: str, values: Tensor) -> None:
-        """The values of one parameter become these, which are spread as `empty` has it."""
+        """Replace the values of one parameter by these, which are sharded as those of `empty`."""
         raise NotImplementedError
 
 
 def values_to_read(model: nn.Module, name: str, parameter: nn.Parameter) -> Tensor:
-    """The values of a parameter of the model: itself, or of a StandIn a copy."""
+    """Return the values of a parameter of the model: the parameter itself, or a copy from a StandIn."""
     return model.read(name) if isinstance(model, StandIn) else parameter
 
 
 @contextmanager
 def values_to_write(model: nn.Module, name: str, parameter: nn.Parameter) -> Iterator[Tensor]:
-    """What to fill, all of it, with new values of a parameter of the model: itself, or memory that a StandIn
-    takes from."""
+    """Yield the tensor to fill, wholly, with new values of a parameter of the model: the parameter itself, or
+    memory from which a StandIn takes them when the block ends."""
     if not isinstance(model, StandIn):
         yield parameter
         return
@@ -92,12 +111,12 @@ def values_to_write(model: nn.Module, name: str, parameter: nn.Parameter) -> Ite
 
 
 def load_hf(model: nn.Module, folder: str | Path) -> None:
-    """Fill the parameters (plain tensors or DTensors of any placements, any floating dtype) from a Hugging
-    Face folder.
+    """Fill the parameters from a Hugging Face folder. They may be plain tensors or DTensors of any
+    placements.
 
-    All ranks call it; each reads only the slices it holds. Everything is checked before the first parameter
-    changes: raises one UsageError, the same on all ranks, that lists whatever is missing, unexpected,
-    misshapen or cut."""
+    All ranks call it; each reads only the slices it holds, in any floating dtype. Everything is checked
+    before the first parameter changes: one UsageError, the same on all ranks, lists what is missing,
+    unexpected, misshapen or truncated."""
     folder, parameters = Path(folder), hf_parameters(model)
     for name, param in parameters.items():
         if param.is_meta:
@@ -106,7 +125,7 @@ def load_hf(model: nn.Module, folder: str | Path) -> None:
             )
     everywhere = functools.partial(on_all_ranks, f"loading {folder}")
     held = everywhere(lambda: {name: tuple(param.shape) for name, param in parameters.items()})
-    # under pp a rank holds a part
+    # Under pp a rank holds only some of the parameters.
     wanted = {name: shape for one_rank in held for name, shape in one_rank.items()}
     tied = getattr(model.config, "tie_word_embeddings", False)
     stored = everywhere(lambda: _checked(folder, wanted, tied), share=False)
@@ -125,13 +144,10 @@ def load_hf(model: nn.Module, folder: str | Path) -> None:
 
 
 def check_hf(model: nn.Module, folder: str | Path) -> None:
-    """Raise the UsageError that load_hf would raise for this whole model, which may be on `meta`. Reads only
-    headers and needs no process group, so a recipe can refuse bad weights before anything starts."""
-    _checked(
-        Path(folder),
-        {name: tuple(param.shape) for name, param in hf_parameters(model).items()},
-        getattr(model.config, "tie_word_embeddings", False),
-    )
+    """Raise the UsageError that load_hf would raise for this whole model, which may be on `meta`. It reads
+    only headers and needs no process group, so a recipe can refuse bad weights before anything starts."""
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    _checked(Path(folder), {name: tuple(one.shape) for name, one in hf_parameters(model).items()}, tied)
 
 
 def save_hf(
@@ -139,59 +155,42 @@ def save_hf(
     folder: str | Path,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    generation: Any = None,
 ) -> None:
-    """Write a folder that transformers opens as it is: config, generation config, safetensors (split above
-    the limit).
+    """Write a folder that transformers opens as it is: config, generation config and safetensors.
+
+    dtype: of the files; None: that of the parameters
+    max_shard_bytes: of one file; a larger model is split over several
+    generation: the content of generation_config.json, or a transformers GenerationConfig; None: that of
+        `model.generation_config` if there is one, else the token ids of the model's config
 
     All ranks call it, on a file system that all of them see; of equal boxes the lowest rank writes its own.
-    `dtype` None keeps the parameters'. Other files in the folder (a tokenizer) stay. The new folder is built
-    beside the final name and renamed: killed at any instant, that name holds the whole old model, the whole
-    new one, or (between two renames; the next save_hf puts the old one back) nothing. Raises UsageError if it
-    cannot be written."""
-    folder, parameters = Path(os.path.realpath(folder)), hf_parameters(model)
+    Other files in the folder (a tokenizer) stay. The new folder is built beside the final name and renamed:
+    killed at any instant, that name holds the whole old model, the whole new one, or (between two renames;
+    the next save_hf puts the old one back) nothing. Raises UsageError if it cannot be written."""
+    parameters = hf_parameters(model)
     if len(parameters) < len(hf_parameters(model, adapters=True)):
         raise ValueError(
             "the model has LoRA adapters, which save_hf would leave out; merge_lora(model) first"
         )
     rank = dist.get_rank() if dist.is_initialized() else 0
-    everywhere = functools.partial(on_all_ranks, f"saving {folder}")
-    shares = everywhere(lambda: _share(parameters, dtype))
-    headers, stored = plan_files(
-        {name: share[:2] for one in shares for name, share in one.items()}, max_shard_bytes
-    )
+    shares = on_all_ranks(f"saving {folder}", lambda: _share(parameters, dtype))
+    tensors = {name: share[:2] for one_rank in shares for name, share in one_rank.items()}
     writer = writers(shares)
-    staged = folder.with_name(f".{folder.name}.being-written")
 
-    def write():
-        staging = torch.empty(STAGING_BYTES, dtype=torch.uint8)
-        for file in headers:
-            with open(staged / file, "r+b", buffering=0) as opened:
-                for name in [name for name in parameters if stored[name].file == file]:
-                    mine = [
-                        box[:2]
-                        for box in local_boxes(parameters[name])
-                        if writer[name, box[0], box[1]] == rank
-                    ]
-                    for box in local_boxes(values_to_read(model, name, parameters[name])) if mine else ():
-                        if box[:2] in mine:
-                            _move(opened.fileno(), stored[name], box, staging, to_file=True)
-                os.fsync(opened.fileno())
+    def own_boxes(names: list[str]) -> Iterator[tuple[str, Box]]:
+        for name in names:
+            boxes = local_boxes(parameters[name]) if name in parameters else []
+            mine = [box[:2] for box in boxes if writer[name, box[0], box[1]] == rank]
+            if not mine:
+                continue
+            for box in local_boxes(values_to_read(model, name, parameters[name])):
+                if box[:2] in mine:
+                    yield name, box
 
-    try:
-        settings = model.config, getattr(model, "generation_config", None)
-        everywhere(lambda: _create(folder, staged, headers, stored, *settings) if rank == 0 else None)
-        everywhere(write)
-        everywhere(lambda: _publish(staged, folder) if rank == 0 else None)
-    finally:
-        if rank == 0:
-            shutil.rmtree(staged, ignore_errors=True)  # there still only after a failure
-
-
-def save_generation_config(folder: str | Path, settings: dict) -> None:
-    """Put `settings` into the generation_config.json of a folder that is complete, in one step."""
-    staged = Path(folder, ".generation_config.json.being-written")
-    _write_json(staged, settings)
-    staged.rename(Path(folder, "generation_config.json"))
+    if generation is None:
+        generation = getattr(model, "generation_config", None)
+    _save(Path(folder), plan_files(tensors, max_shard_bytes), model.config, generation, own_boxes)
 
 
 def save_hf_in_parts(
@@ -202,60 +201,65 @@ def save_hf_in_parts(
     read: Callable[[list[str]], dict[str, Tensor]],
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """As save_hf writes a model of these parameters (name -> shape), byte for byte, in one process that never
-    holds all of
-    it: `read(names)` makes the tensors of one file, at most max_shard_bytes of `dtype` (or one tensor that is
-        larger)."""
-    folder = Path(os.path.realpath(folder))
-    headers, stored = plan_files(
-        {name: (DTYPE_NAMES[dtype], tuple(shape)) for name, shape in shapes.items()}, max_shard_bytes
-    )
-    staged = folder.with_name(f".{folder.name}.being-written")
+    """Write what save_hf would write of a model with these parameters (name -> shape), byte for byte, in one
+    process that never holds all of it.
 
-    def write():
-        _create(folder, staged, headers, stored, config)
-        staging = torch.empty(STAGING_BYTES, dtype=torch.uint8)
-        for file in headers:
-            tensors = read([name for name in shapes if stored[name].file == file])
-            with open(staged / file, "r+b", buffering=0) as opened:
-                for name, tensor in tensors.items():
-                    for box in local_boxes(tensor):
-                        _move(opened.fileno(), stored[name], box, staging, to_file=True)
-                os.fsync(opened.fileno())
-        _publish(staged, folder)
+    read: makes the tensors of one file, at most max_shard_bytes of `dtype` (or one tensor that is larger)
+    """
+    tensors = {name: (DTYPE_NAMES[dtype], tuple(shape)) for name, shape in shapes.items()}
 
-    try:
-        on_all_ranks(f"saving {folder}", write)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)  # there still only after a failure
+    def boxes(names: list[str]) -> Iterator[tuple[str, Box]]:
+        for name, tensor in read(names).items():
+            for box in local_boxes(tensor):
+                yield name, box
+
+    _save(Path(folder), plan_files(tensors, max_shard_bytes), config, None, boxes)
+
+
+def save_generation_config(folder: str | Path, settings: dict) -> None:
+    """Put `settings` into the generation_config.json of a folder that is complete, in one step."""
+    replace_file(Path(folder, "generation_config.json"), _as_json(settings))
+
+
+def is_adapter(name: str) -> bool:
+    """Return whether a parameter of this name belongs to a LoRA adapter."""
+    return ADAPTER in name
+
+
+def plain_name(name: str) -> str:
+    """Return a parameter's name without what compiling or recomputing puts into it."""
+    return WRAPPERS.sub("", name)
 
 
 def hf_parameters(model: nn.Module, adapters: bool = False) -> dict[str, nn.Parameter]:
-    """Parameters by Hugging Face name, tied ones once, without what compiling or recomputing puts into names.
+    """Return the parameters by Hugging Face name, tied ones once.
 
-    adapters: those of LoRA too, which no Hugging Face model has."""
-    wrappers = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.")
+    adapters: include those of LoRA, which no Hugging Face model has."""
     return {
-        wrappers.sub("", name): param
-        for name, param in model.named_parameters()
-        if adapters or ADAPTER not in name
+        plain_name(name): parameter
+        for name, parameter in model.named_parameters()
+        if adapters or not is_adapter(name)
     }
 
 
 def local_boxes(tensor: Tensor) -> list[Box]:
-    """This rank's part of a tensor: (offsets in the whole tensor, sizes, view of the local memory), detached.
+    """Return this rank's part of a tensor as (offsets in the whole tensor, sizes, view of the local memory).
 
-    A plain tensor is one whole box; an empty shard gives none. Works on meta. The one place that asks DTensor
-    where its shard lies. Raises ValueError for a shard that is not one box (a _StridedShard that no later
-    axis completes)."""
+    The view is detached. A plain tensor is one whole box; an empty shard gives none. It works on meta. This
+    is the one place that asks DTensor where its shard lies. Raises ValueError for a shard that is not one box
+    (a _StridedShard that no later axis completes)."""
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return [((0,) * tensor.ndim, tuple(tensor.shape), tensor)] if tensor.numel() else []
     if tensor.device_mesh.get_coordinate() is None:  # this rank is not in the tensor's mesh
         return []
     local = tensor.to_local()
-    (chunk,) = tensor.__create_chunk_list__()  # what DCP asks; refuses Partial; right for tp inside FSDP
-    pieces = {}  # dim -> pieces: an FSDP axis outside tp takes one of each tp slice, then tp picks among them
+    (chunk,) = (
+        tensor.__create_chunk_list__()
+    )  # as DCP does; it refuses Partial, and is right for tp inside FSDP
+    # dim -> number of pieces: an FSDP axis outside tp takes one piece of each tp slice, then tp picks among
+    # them.
+    pieces = {}
     for axis, placement in enumerate(tensor.placements):
         if not placement.is_replicate():
             split = getattr(placement, "split_factor", None)  # only a _StridedShard has one
@@ -271,10 +275,12 @@ def local_boxes(tensor: Tensor) -> list[Box]:
 
 
 def batches(shape: tuple, offsets: tuple, sizes: tuple, most: int) -> Iterator[list[tuple[int, int, int]]]:
-    """The runs of a box, in batches of at most `most` elements. A run is (place in the whole tensor, place in
-    the box, length), in elements and row-major order; runs follow each other in the box without gaps."""
+    """Yield the runs of a box, in batches of at most `most` elements.
+
+    A run is (place in the whole tensor, place in the box, length), in elements and row-major order. Runs
+    follow each other in the box without gaps."""
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    # whole from here on
+    # The box has the tensor's full size in all dims after this one.
     cut_dim = max((dim for dim in range(len(shape)) if sizes[dim] != shape[dim]), default=0)
     ends = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
     run = math.prod(sizes[cut_dim:])
@@ -292,103 +298,83 @@ def batches(shape: tuple, offsets: tuple, sizes: tuple, most: int) -> Iterator[l
         yield batch
 
 
-def on_all_ranks(
-    what: str, do: Callable[[], Any], group: dist.ProcessGroup | None = None, share: bool = True
-) -> Any:
-    """Run `do()` on every rank of the group (default: all) and return the results in rank order (share=False:
-    only this rank's). Without a process group this process is the only rank.
-
-    If it raises on one rank it raises on all, so that none is left waiting in a collective. An OSError
-    becomes a UsageError that says what was being done: a full disk is for the user to mend."""
-    result = error = None
-    try:
-        result = do()
-    except OSError as caught:
-        error = UsageError(f"{what}: {caught}")
-    except Exception as caught:
-        error = caught
-    failure = error and (isinstance(error, UsageError), f"{type(error).__name__}: {error}", str(error))
-    if dist.is_initialized():
-        answers = [None] * dist.get_world_size(group)
-        dist.all_gather_object(answers, (result if share else None, failure), group=group)
-    else:
-        answers = [(result, failure)]
-    if error is not None:
-        raise error
-    for rank, (_, failure) in enumerate(answers):
-        if failure:
-            raise (
-                UsageError(failure[2])
-                if failure[0]
-                else RuntimeError(f"{what}, on rank {rank}: {failure[1]}")
-            )
-    return [one for one, _ in answers] if share else result
-
-
 def _checked(folder: Path, wanted: dict[str, tuple], tied: bool) -> dict[str, Stored]:
-    """Where every wanted tensor lies; raises UsageError that lists all that is wrong with the folder for this
-    model."""
-    if not folder.is_dir():
+    """Return the place of every tensor in the folder. Raises one UsageError that lists all that does not fit
+    a model with the `wanted` parameters (name -> shape)."""
+    stored, problems, indexed = _read_headers(folder)
+    found = {name: where.shape for name, where in stored.items()}
+    for name in stored:
+        is_derived = name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+        if is_derived and name not in wanted:
+            del found[name]
+    # A problem with a file stands for its tensors.
+    lost = indexed - stored.keys() if stored or not problems else wanted.keys()
+    problems += mismatches(found, {name: shape for name, shape in wanted.items() if name not in lost})
+    problems += [
+        f"{name}: dtype {where.dtype}, only {', '.join(DTYPES)} are read"
+        for name, where in stored.items()
+        if name in wanted and where.dtype not in DTYPES
+    ]
+    if problems:
         raise UsageError(
-            f"{folder}: no such folder; weights are read from a local folder with model.safetensors"
+            f"{folder}: weights do not fit this model: {listed(problems)}. "
+            "Use the folder's own config.json, or fetch the files again"
         )
-    file_of, problems, stored = {}, [], {}
-    if (folder / "model.safetensors").exists():  # first, as transformers does
-        files = ["model.safetensors"]
-    elif (folder / INDEX).exists():
-        try:
-            weight_map = json.loads((folder / INDEX).read_bytes())["weight_map"]
-            # never a path out of the folder
-            file_of = {name: Path(file).name for name, file in weight_map.items()}
-            files = sorted(set(file_of.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(
-                f"{folder / INDEX}: not an index of safetensors files ({error}); fetch it again"
-            ) from None
-    else:
-        refuse_adapter(folder)
-        there = sorted(
-            p.name for p in folder.iterdir() if re.search(r"\.(safetensors|bin|pth?|gguf|ckpt)$", p.name)
-        )
-        raise UsageError(
-            f"{folder}: no model.safetensors and no {INDEX}; it has {', '.join(there[:5]) or 'no weights at all'}. "
-            "Only safetensors are opened: pickles run code. Convert with transformers: "
-            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
-        )
+    return stored
+
+
+def _read_headers(folder: Path) -> tuple[dict[str, Stored], list[str], set[str]]:
+    """Return the tensors in the folder's files, what is wrong with the files, and the names in its index.
+    Raises UsageError if there are no safetensors."""
+    files, file_of = _find_files(folder)
+    stored, problems = {}, []
     for file in files:
         try:
             header, size_problem = _read_header(folder / file)
         except (OSError, ValueError) as error:
             problems.append(f"{file}: {'no such file' if isinstance(error, FileNotFoundError) else error}")
             continue
-        problems += [f"{file}: {size_problem}"] if size_problem else []
+        if size_problem:
+            problems.append(f"{file}: {size_problem}")
         problems += [
             f"{name}: in {INDEX} but not in {file}"
-            for name, its in file_of.items()
-            if its == file and name not in header
+            for name, its_file in file_of.items()
+            if its_file == file and name not in header
         ]
         stored |= header
-    if stored or not problems:  # what only lies in a bad file is not listed as missing: the file is
-        problems += [f"{name}: missing" for name in wanted if name not in stored and name not in file_of]
-    for name, where in stored.items():
-        derived = name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
-        if name not in wanted and not derived:
-            problems.append(f"{name}: unexpected")
-        elif name in wanted and where.shape != wanted[name]:
-            problems.append(f"{name}: is {list(where.shape)}, the model needs {list(wanted[name])}")
-        elif name in wanted and where.dtype not in DTYPES:
-            problems.append(f"{name}: dtype {where.dtype}, only {', '.join(DTYPES)} are read")
-    if problems:
-        rest = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+    return stored, problems, set(file_of)
+
+
+def _find_files(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """Return the folder's safetensors files, and from its index, if it has one, {tensor: file}."""
+    if not folder.is_dir():
         raise UsageError(
-            f"{folder}: weights do not fit this model: {'; '.join(problems[:20])}{rest}. "
-            "Use the folder's own config.json, or fetch the files again"
+            f"{folder}: no such folder; weights are read from a local folder with model.safetensors"
         )
-    return stored
+    if (folder / "model.safetensors").exists():  # first, as transformers does
+        return ["model.safetensors"], {}
+    if not (folder / INDEX).exists():
+        refuse_adapter(folder)
+        kinds = re.compile(r"\.(safetensors|bin|pth?|gguf|ckpt)$")
+        others = sorted(path.name for path in folder.iterdir() if kinds.search(path.name))
+        raise UsageError(
+            f"{folder}: no model.safetensors and no {INDEX}; it has "
+            f"{', '.join(others[:5]) or 'no weights at all'}. Only safetensors are opened: pickles run code. "
+            "Convert with transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+        )
+    try:
+        weight_map = json.loads((folder / INDEX).read_bytes())["weight_map"]
+        # Only the last part of a path is used, so that an index cannot name files outside the folder.
+        file_of = {name: Path(file).name for name, file in weight_map.items()}
+        return sorted(set(file_of.values())), file_of
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{folder / INDEX}: not an index of safetensors files ({error}); fetch it again"
+        ) from None
 
 
 def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
-    """The tensors of one file, and what is wrong with its length ("": nothing). Raises ValueError if
+    """Return the tensors of one file, and what is wrong with its length ("": nothing). ValueError if
     unreadable."""
     with open(path, "rb") as opened:
         actual = os.fstat(opened.fileno()).st_size
@@ -396,7 +382,7 @@ def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
         if first == b"version ":
             raise ValueError("a Git LFS pointer, not the weights; run git lfs pull")
         header_bytes = int.from_bytes(first, "little")
-        # the limit of the safetensors library
+        # 100 MB is the limit of the safetensors library.
         if len(first) < 8 or header_bytes > min(actual - 8, 100_000_000):
             raise ValueError(f"unreadable header: cut or not safetensors (file has {actual} bytes)")
         try:
@@ -413,15 +399,17 @@ def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
                 end = stop
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"unreadable header: {error}") from None
-    whole = 8 + header_bytes + end
-    return {
-        name: Stored(path.name, dtype, shape, 8 + header_bytes + start)
+    data_start = 8 + header_bytes
+    stored = {
+        name: Stored(path.name, dtype, shape, data_start + start)
         for name, (dtype, shape, start, _) in tensors.items()
-    }, "" if whole == actual else f"header says {whole} bytes, file has {actual}"
+    }
+    expected = data_start + end
+    return stored, "" if expected == actual else f"header says {expected} bytes, file has {actual}"
 
 
 def _share(parameters: dict[str, nn.Parameter], dtype: torch.dtype | None) -> dict[str, tuple]:
-    """What this rank holds: name -> (safetensors dtype in the file, whole shape, [(offsets, sizes) of its
+    """Return what this rank holds: name -> (dtype in the file, whole shape, [(offsets, sizes) of its
     boxes])."""
     share = {}
     for name, param in parameters.items():
@@ -435,8 +423,8 @@ def _share(parameters: dict[str, nn.Parameter], dtype: torch.dtype | None) -> di
 
 
 def writers(shares: list[dict[str, tuple]]) -> dict[tuple, int]:
-    """(name, offsets, sizes) of every box -> the lowest rank that holds it. Asserts that the boxes fill each
-    tensor."""
+    """Map (name, offsets, sizes) of every box to the lowest rank that holds it; assert that no box is
+    missing."""
     writer, unwritten = {}, {}
     for rank, share in enumerate(shares):
         for name, (_, shape, boxes) in share.items():
@@ -450,14 +438,9 @@ def writers(shares: list[dict[str, tuple]]) -> dict[tuple, int]:
     return writer
 
 
-def plan_files(
-    tensors: dict[str, tuple[str, tuple]], max_bytes: int
-) -> tuple[dict[str, bytes], dict[str, Stored]]:
-    """Deal tensors (name -> dtype name, shape) to files of at most max_bytes (a larger tensor has one to
-    itself).
-
-    Returns each file's header bytes and each tensor's place. Depends on names and shapes only, never on the
-    layout."""
+def plan_files(tensors: dict[str, tuple[str, tuple]], max_bytes: int) -> FilePlan:
+    """Distribute tensors (name -> dtype name, shape) over files of at most max_bytes (a larger tensor has one
+    to itself). The plan depends on names and shapes only, never on the layout."""
 
     def natural(name):  # layers.2 before layers.10
         return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
@@ -488,70 +471,85 @@ def plan_files(
         headers[file] = len(text).to_bytes(8, "little") + text
         for name in names:
             stored[name] = Stored(file, *tensors[name], len(headers[file]) + header[name]["data_offsets"][0])
-    return headers, stored
+    return FilePlan(headers, stored)
 
 
 def _bytes(dtype: str, shape: tuple) -> int:
     return math.prod(shape) * DTYPES[dtype].itemsize
 
 
-def _create(
+def _save(
     folder: Path,
-    staged: Path,
-    headers: dict[str, bytes],
-    stored: dict[str, Stored],
+    plan: FilePlan,
     config: Any,
-    generation: Any = None,
+    generation: Any,
+    boxes: Callable[[list[str]], Iterator[tuple[str, Box]]],
 ) -> None:
-    """Rank 0's part of a save: the staging folder with every file at its full size, headers and JSON
-    written."""
-    replaced, here = folder.with_name(f".{folder.name}.replaced"), Path.cwd().resolve()
-    if (
-        folder in (here, *here.parents)
-        or os.path.ismount(folder)
-        or (folder.exists() and not folder.is_dir())
-    ):
-        raise UsageError(
-            f"{folder}: cannot be replaced in one step (a file, a mount point, or the current folder or "
-            f"one above it); save into a folder of its own, like {folder / 'hf'}"
-        )
-    if replaced.exists() and not folder.exists():  # a save was killed between its two renames
-        replaced.rename(folder)
-    for leftover in (replaced, staged):
-        shutil.rmtree(leftover, ignore_errors=True)
-    staged.mkdir(parents=True)
-    total_bytes = sum(_bytes(where.dtype, where.shape) for where in stored.values())
-    if total_bytes > free_bytes(staged):
-        raise UsageError(
-            f"{folder} is not written: {say_full(folder, total_bytes)}, beside what is there. "
-            "The checkpoints stay: recipes/export.py writes the same from the newest one."
-        )
-    for file, header in headers.items():
+    """Write a Hugging Face folder in one step. boxes: yields (name, box) of what this rank writes of the
+    tensors of one file."""
+    folder = Path(os.path.realpath(folder))
+    staged, aside = (folder.with_name(f".{folder.name}.{state}") for state in ("being-written", "replaced"))
+    everywhere = functools.partial(on_all_ranks, f"saving {folder}")
+
+    def write():
+        staging = torch.empty(STAGING_BYTES, dtype=torch.uint8)
+        try:
+            for file in plan.headers:
+                with open(staged / file, "r+b", buffering=0) as opened:
+                    for name, box in boxes(plan.names_in(file)):
+                        _move(opened.fileno(), plan.stored[name], box, staging, to_file=True)
+                    os.fsync(opened.fileno())
+        except OSError as error:
+            if is_full(error):
+                raise UsageError(_disk_is_full(folder, plan.n_bytes)) from None
+            raise
+
+    with whole_folder(folder, staged, aside, everywhere):
+        on_first_rank(everywhere, lambda: _create(folder, staged, plan, config, generation))
+        everywhere(write)
+        on_first_rank(everywhere, lambda: _keep_other_files(folder, staged))
+
+
+def _disk_is_full(folder: Path, needed_bytes: int) -> str:
+    return (
+        f"{folder} is not written: {say_full(folder, needed_bytes)}, beside what is there. "
+        "The checkpoints stay: recipes/export.py writes the same from the newest one."
+    )
+
+
+def _create(folder: Path, staged: Path, plan: FilePlan, config: Any, generation: Any) -> None:
+    """Create every file in the staging folder: JSON, and safetensors with their headers, at full size."""
+    if plan.n_bytes > free_bytes(staged):
+        raise UsageError(_disk_is_full(folder, plan.n_bytes))
+    for file, header in plan.headers.items():
         (staged / file).write_bytes(header)
-        its = [where for where in stored.values() if where.file == file]
-        os.truncate(staged / file, len(header) + sum(_bytes(where.dtype, where.shape) for where in its))
-    if len(headers) > 1:
-        weight_map = {name: where.file for name, where in stored.items()}
-        _write_json(staged / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
-    dtypes = [where.dtype for where in stored.values()]
-    most = str(DTYPES[max(set(dtypes), key=dtypes.count)]).removeprefix("torch.")
-    # ours, or a transformers config
+        os.truncate(
+            staged / file, len(header) + sum(plan.stored[name].n_bytes for name in plan.names_in(file))
+        )
+    if len(plan.headers) > 1:
+        weight_map = {name: where.file for name, where in plan.stored.items()}
+        index = {"metadata": {"total_size": plan.n_bytes}, "weight_map": weight_map}
+        write_durably(staged / INDEX, _as_json(index))
+    dtypes = [where.dtype for where in plan.stored.values()]
+    most_frequent = DTYPES[max(set(dtypes), key=dtypes.count)]
+    # The config is ours, or transformers'.
     settings = config.to_hf() if hasattr(config, "to_hf") else config.to_dict()
     settings.pop("torch_dtype", None)
-    settings |= {"dtype": most, "architectures": settings.get("architectures") or ["LlamaForCausalLM"]}
-    _write_json(staged / "config.json", settings)
+    settings["dtype"] = str(most_frequent).removeprefix("torch.")
+    settings["architectures"] = settings.get("architectures") or ["LlamaForCausalLM"]
+    write_durably(staged / "config.json", _as_json(settings))
     if generation is None:
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         ids = {name: settings[name] for name in names if settings.get(name) is not None}
         generation = {"_from_model_config": True, **ids}
-    elif not isinstance(generation, dict):  # of a transformers model; without what are defaults there
+    elif not isinstance(generation, dict):  # a transformers GenerationConfig; its defaults are left out
         generation = json.loads(generation.to_json_string())
-    _write_json(staged / "generation_config.json", generation)
+    write_durably(staged / "generation_config.json", _as_json(generation))
 
 
-def _publish(staged: Path, folder: Path) -> None:
-    """Rank 0's part of a save: give the finished staging folder the final name, with the other files of the
-    old one."""
+def _keep_other_files(folder: Path, staged: Path) -> None:
+    """Link the files of the old folder that no model file replaces, such as a tokenizer's, into the new
+    one."""
 
     def keep(source, target):
         try:
@@ -562,38 +560,18 @@ def _publish(staged: Path, folder: Path) -> None:
     def replaced_files(directory, names):
         return [name for name in names if Path(directory) == folder and OURS.fullmatch(name)]
 
-    replaced = folder.with_name(f".{folder.name}.replaced")
     if folder.exists():
         shutil.copytree(
             folder, staged, copy_function=keep, ignore=replaced_files, symlinks=True, dirs_exist_ok=True
         )
-    fsync_folder(staged)
-    if folder.exists():
-        folder.rename(replaced)
-    staged.rename(folder)
-    fsync_folder(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make the folder's entries (new files, renames) survive a power cut."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _write_json(path: Path, value: dict) -> None:
-    with open(path, "w") as opened:
-        opened.write(json.dumps(value, indent=2) + "\n")
-        opened.flush()
-        os.fsync(opened.fileno())
+def _as_json(value: dict) -> str:
+    return json.dumps(value, indent=2) + "\n"
 
 
 def _move(fd: int, where: Stored, box: Box, staging: Tensor, to_file: bool) -> None:
-    """A box between the file and this rank's memory, through the staging buffer; dtype is converted on the
-    device."""
+    """Move a box between the file and this rank's memory through the staging buffer, converting the dtype."""
     offsets, sizes, local = box
     dtype, raw = DTYPES[where.dtype], memoryview(staging.numpy())
     flat = local.reshape(-1)  # a view, unless a layout left the shard non-contiguous
@@ -601,8 +579,8 @@ def _move(fd: int, where: Stored, box: Box, staging: Tensor, to_file: bool) -> N
         first, count = batch[0][1], sum(length for _, _, length in batch)
         part, staged = flat[first : first + count], staging[: count * dtype.itemsize].view(dtype)
         if to_file:
-            # A copy from a device would cast on the wrong side of the link; on the host it casts without
-            # another buffer.
+            # copy_ from a device would cast on the host side of the link; on the host it needs no other
+            # buffer.
             staged.copy_(part if part.device.type == "cpu" else part.to(dtype))
         for at, in_box, length in batch:
             piece = raw[(in_box - first) * dtype.itemsize :][: length * dtype.itemsize]

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from memory.lanes import DONE, Lanes, hold_to_budget
 from memory.optimizer import ChunkOptimizer, check_adamw
 from memory.placement import Placement, Plan, describe_measured, with_prediction
 from memory.store import IN_FLIGHT_BYTES, MASTER_AND_MOMENTS, ChunkStore
+from memory.timeline import draw_timeline
 from memory.tracer import Rates, Traced, measure_rates
 
 MEASURED_STEPS = 5  # with a plan, of which the median is told
@@ -591,6 +593,10 @@ class ChunkManager(ChunkStore):
             for name, module in part.named_modules()
         }
         return {names[module]: module for module in self._gates}
+
+    def draw(self, path: str | Path, title: str) -> None:
+        """Write a PNG of who moved and computed what while `record` was true."""
+        draw_timeline(self.events, path, title)
 
     def close(self) -> None:
         """Finish, take the hooks off and end the host's thread."""

@@ -29,7 +29,7 @@ REFUSED = ("amsgrad", "maximize", "capturable", "differentiable", "foreach")  # 
 
 def check_adamw(optimizer: torch.optim.Optimizer) -> None:
     """UsageError if it asks for anything but plain AdamW, or has state that would be lost."""
-    if type(optimizer) is not torch.optim.AdamW:
+    if not isinstance(optimizer, torch.optim.AdamW) or type(optimizer).step is not torch.optim.AdamW.step:
         raise UsageError(
             f"the chunk manager steps torch.optim.AdamW, and was given {type(optimizer).__name__}; use AdamW, or "
             "--memory.placement off."

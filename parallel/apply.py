@@ -1,10 +1,13 @@
 """parallelize: spread a LLaMA over a mesh, from outside, pass by pass."""
 
+from dataclasses import dataclass
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from dtensor_llama.config import LlamaConfig
 from dtensor_llama.model import Llama
-from parallel.config import ParallelConfig
+from parallel.config import Job, ParallelConfig
 from parallel.context import apply_context_parallel
 from parallel.pipeline import split_stages
 from parallel.recompute import apply_recompute
@@ -12,15 +15,36 @@ from parallel.tensor import apply_tensor_parallel
 from parallel.zero import apply_zero
 
 
+@dataclass(frozen=True)
+class Computation:
+    """How the model computes, whatever the mesh."""
+
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32  # of weights, activations and collectives in forward and backward
+    # Activation checkpointing: which activations are computed again in backward, "none", "selective" or "full".
+    recompute: str = "none"
+    compile: bool = False  # torch.compile each block
+    attention: str = "sdpa"  # the kernel, one of dtensor_llama/attention.py's
+
+    def job(self, model: LlamaConfig, seq_len: int, global_batch_size: int, micro_batch_size: int) -> Job:
+        """Return what check_parallel has to know of a run that computes like this."""
+        return Job(
+            model,
+            seq_len,
+            global_batch_size,
+            micro_batch_size,
+            self.attention,
+            self.recompute,
+            self.compile,
+            self.device.type,
+        )
+
+
 def parallelize(
     model: Llama,
     mesh: DeviceMesh,
     config: ParallelConfig,
-    *,
-    compute_dtype: torch.dtype = torch.float32,
-    recompute: str = "none",
-    compile: bool = False,
-    attention: str = "sdpa",
+    computation: Computation = Computation(),
 ) -> list[Llama]:
     """Change `model` (on `meta` or real) in place into this rank's share of it; returns its pipeline stages
     in order.
@@ -38,17 +62,17 @@ def parallelize(
     for part in parts:
         blocks = [block for block in part.model.layers if block is not None]
         if config.cp > 1:  # then: which tokens, and how to attend to those of other ranks
-            apply_context_parallel(part, cp_mesh, config.cp_method, attention)
+            apply_context_parallel(part, cp_mesh, config.cp_method, computation.attention)
         else:
-            part.set_attention(attention)
+            part.set_attention(computation.attention)
         if config.tp > 1:  # then: which slice of each weight; its sequence shards are cut from cp's
             apply_tensor_parallel(part, tp_mesh, config.sequence_parallel)
         # then: a recomputed block must replay the traffic of the passes above
-        apply_recompute(blocks, recompute)
-        if compile:
+        apply_recompute(blocks, computation.recompute)
+        if computation.compile:
             apply_compile(blocks)  # then: one graph per block, recompute included
         # last: shards whatever the passes above left
-        apply_zero(part, blocks, mesh, config.zero_stage, compute_dtype)
+        apply_zero(part, blocks, mesh, config.zero_stage, computation.dtype)
     return parts
 
 

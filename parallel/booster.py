@@ -32,18 +32,18 @@ from torch import Tensor, nn
 from dtensor_llama import Llama, LlamaConfig, UsageError, save_hf
 from dtensor_llama.attention import choose_attention
 from dtensor_llama.checkpoint import NAME, Checkpointer, restore_training_state, training_state
-from dtensor_llama.config import config_from_fields
+from dtensor_llama.config import config_from_fields, generation_config
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.loss import IGNORE
 from dtensor_llama.model import init_weights
 from dtensor_llama.weights import hf_parameters, local_boxes, values_to_write
-from parallel.apply import parallelize
+from memory import MemoryConfig
+from parallel.apply import Computation
+from parallel.assemble import Offload, Training, assemble
 from parallel.clip import clip_grad_norm
 from parallel.config import ParallelConfig, check_parallel
-from parallel.context import n_slices, shard_batch
-from parallel.mesh import build_mesh, reads_alone, start_process_group
-from parallel.pipeline import make_step_runner
-from parallel.zero import gradient_arrivals
+from parallel.context import n_slices
+from parallel.mesh import Layout, build_mesh, start_process_group
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 EXIT_WAIT = timedelta(seconds=20)
@@ -66,7 +66,7 @@ class Booster:
     def __init__(
         self,
         config: ParallelConfig,
-        memory=None,
+        memory: MemoryConfig | None = None,
         *,
         dtype: torch.dtype = torch.float32,
         recompute: str = "none",
@@ -75,39 +75,41 @@ class Booster:
         seed: int = 0,
         device: torch.device | None = None,
     ):
-        if memory is not None and not hasattr(memory, "manage"):
+        if memory is not None and not isinstance(memory, MemoryConfig):
             raise UsageError(
                 f"Booster was given {type(memory).__name__} for memory; pass memory.MemoryConfig(...) or None."
             )
         if memory is not None:
             memory.check()
+            if memory.activations:
+                raise UsageError(
+                    "MemoryConfig(activations=True) needs to know the shape of a microbatch before the first one "
+                    "comes, and the Booster does not; leave it out and use recompute='full', or write the loop of "
+                    "recipes/pretrain.py."
+                )
         if dtype not in (torch.float32, torch.bfloat16):
             raise UsageError(f"Booster(dtype={dtype}) is not possible; use torch.bfloat16 or torch.float32.")
-        local_rank = dist.get_node_local_rank(fallback_rank=-1)  # -1: no launcher
+        local_rank = dist.get_node_local_rank(fallback_rank=-1)  # -1: there is no launcher
         if device is None:
             kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
             device = torch.device(kind.type, max(local_rank, 0)) if kind else torch.device("cpu")
         if device.type != "cpu":
             torch.accelerator.set_device_index(device.index or 0)
-        self.device, self.dtype, self.recompute, self.compile, self.seed = (
-            device,
-            dtype,
-            recompute,
-            compile,
-            seed,
-        )
         ring = config.cp != 1 and config.cp_method == "ring"
-        self.attention, _ = choose_attention(attention, device, dtype, merges_blocks=ring)
+        kernel, _ = choose_attention(attention, device, dtype, merges_blocks=ring)
+        self.computation = Computation(device, dtype, recompute, compile, kernel)
+        self.seed = seed
         if not dist.is_initialized():
             start_process_group(device, 1 if local_rank < 0 else None)
             atexit.register(_leave_group)
-        layout = config.resolve(dist.get_world_size())
-        # A placement that was left open is off here, on one GPU too: the optimizer may be any, and gradients
-        # may arrive as often as the caller likes.
+        resolved = config.resolve(dist.get_world_size())
+        # A placement that was left open is off here, on one GPU too: the optimizer may be any, and gradients may
+        # be accumulated over as many calls of `step` as the caller likes.
         self.memory = memory if memory is not None and memory.is_on else None
-        self.n_micros = layout.microbatches or (2 * layout.pp if layout.pp > 1 else 1)
-        self.layout = dataclasses.replace(layout, microbatches=self.n_micros)
+        self.n_microbatches = resolved.microbatches or (2 * resolved.pp if resolved.pp > 1 else 1)
+        self.config = dataclasses.replace(resolved, microbatches=self.n_microbatches)
         self.steps = 0  # calls of `step`
+        self.training: Training | None = None
         self.model = self.optimizer = self.dataloader = self.criterion = None
 
     def boost(
@@ -134,82 +136,43 @@ class Booster:
             a mean over scored tokens: microbatches and ranks count by their labels[:, 1:] that are not -100.
             Not under cp: no rank has whole rows.
         """
-        config = _config_of(model)
-        if criterion is not None and self.layout.cp > 1:
+        shape = _config_of(model)
+        if criterion is not None and self.config.cp > 1:
             raise UsageError(
                 "a criterion of your own needs the logits of whole rows, and under ParallelConfig(cp="
-                f"{self.layout.cp}) no rank has them; use criterion=None (the causal-LM loss), or cp=1."
+                f"{self.config.cp}) no rank has them; use criterion=None (the causal-LM loss), or cp=1."
             )
-        least = self.n_micros * self.layout.dp
-        self._check(config, self._token_stride, least)  # what does not depend on the batch
+        least = self.n_microbatches * self.config.dp
+        self._check(shape, self._token_stride, least)  # what does not depend on the batch
         with torch.device("meta"):
-            # masters are the manager's
-            boosted = Llama(config).to(torch.float32 if self.memory is None else self.dtype)
+            boosted = Llama(shape).float()
+        boosted.generation_config = _generation_config_of(model, shape)
         whole = _matching_parameters(model, boosted)
         names = _names_in(optimizer, whole)
-        self.mesh = build_mesh(self.layout, self.device.type)
-        parts = parallelize(
-            boosted,
-            self.mesh,
-            self.layout,
-            compute_dtype=self.dtype,
-            recompute=self.recompute,
-            compile=self.compile,
-            attention=self.attention,
-        )
-        for part in parts:
-            part.to_empty(device=self.device)
-            if criterion is not None:
-                part.cross_entropy = _summed(criterion, part)
-        here = hf_parameters(boosted)
-        for group, names_of_group in zip(optimizer.param_groups, names, strict=True):
-            # with pp, of this rank's stages
-            group["params"] = [here[name] for name in names_of_group if name in here]
-        if self.memory is not None:
-            embedding, over_stages = (
-                boosted.model.embed_tokens,
-                config.tie_word_embeddings and self.layout.pp > 1,
-            )
-            optimizer = self.memory.manage(
-                boosted,
-                optimizer,
-                parts=parts,
-                outside=[embedding.weight] if over_stages and embedding is not None else [],
-                arrivals=gradient_arrivals(
-                    boosted, self.layout.zero_stage, self.layout.pp > 1, self.n_micros
-                ),
-                ranks_per_host=_ranks_of_this_host(),
-                say=print if dist.get_rank() == 0 else lambda text: None,
-            ).optimizer
-        masters = boosted if self.memory is None else optimizer.masters()
+
+        def own_parameters(boosted: Llama) -> torch.optim.Optimizer:
+            """Put into each group this rank's share of its parameters; under pp those of the rank's stages."""
+            here = hf_parameters(boosted)
+            for group, names_of_group in zip(optimizer.param_groups, names, strict=True):
+                group["params"] = [here[name] for name in names_of_group if name in here]
+            return optimizer
+
+        layout = Layout(self.config, build_mesh(self.config, self.device.type), self.n_microbatches)
+        offload = Offload(self.memory, ranks_per_host=_ranks_of_this_host()) if self.memory else None
+        say = print if dist.get_rank() == 0 else lambda text: None
+        self.training = assemble(boosted, layout, self.computation, own_parameters, offload, say)
+        if criterion is not None:
+            for stage in self.training.stages:
+                stage.cross_entropy = _summed(criterion, stage)
         if next(iter(whole.values())).is_meta:
-            init_weights(masters, self.seed)
+            init_weights(self.training.fp32_weights(), self.seed)
         else:
-            copy_weights(whole, masters)
-        self.runner = make_step_runner(
-            parts,
-            self.mesh["pp"],
-            self.layout.schedule,
-            self.n_micros,
-            self.device,
-            self.dtype,
-            self.layout.sequence_shards,
-            self.layout.zero_stage,
-        )
-        self.model, self.optimizer, self.criterion, self._checked_shape = boosted, optimizer, criterion, None
-        self.dataloader = (
-            None
-            if dataloader is None
-            else OwnRows(
-                dataloader,
-                self.mesh["dp"].get_local_rank(),
-                self.layout.dp,
-                self.n_micros,
-                self._token_stride,
-                self.device,
-            )
-        )
-        return boosted, optimizer, self.dataloader, criterion
+            copy_weights(whole, self.training.fp32_weights())
+        self.model, self.optimizer, self.criterion = boosted, self.training.optimizer, criterion
+        self._checked_shape, self.dataloader = None, None
+        if dataloader is not None:
+            self.dataloader = OwnRows(dataloader, layout, self._token_stride, self.device)
+        return boosted, self.optimizer, self.dataloader, criterion
 
     def step(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Forward and backward of this dp rank's rows {"input_ids", "labels"} (B, T); gradients add to what
@@ -220,24 +183,22 @@ class Booster:
         """
         tokens, labels = _columns(batch)
         if tokens.shape != self._checked_shape:
-            if len(tokens) % self.n_micros:
+            if len(tokens) % self.n_microbatches:
                 raise UsageError(
-                    f"booster.step was given {len(tokens)} rows, which microbatches={self.n_micros} does not "
+                    f"booster.step was given {len(tokens)} rows, which microbatches={self.n_microbatches} does not "
                     "divide; take batches from the dataloader that boost returned, which fills them up."
                 )
-            self._check(self.model.config, tokens.shape[1], len(tokens) * self.layout.dp)
+            self._check(self.model.config, tokens.shape[1], len(tokens) * self.config.dp)
             self._checked_shape = tokens.shape
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # what position t must predict: t + 1
-        n_scored = ((targets != IGNORE).sum() * reads_alone(self.mesh)).to(self.device)
-        dist.all_reduce(n_scored)
+        layout = self.training.layout
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # position t must predict token t + 1
+        n_targets = (targets != IGNORE).sum().to(self.device)
+        dist.all_reduce(n_targets, group=layout.mesh["dp"].get_group())
         columns = [tokens, targets if self.criterion is None else labels]
-        micros = [
-            shard_batch(Batch(*micro, None), self.mesh["cp"], self.layout.cp_method)
-            for micro in zip(*(x.chunk(self.n_micros) for x in columns), strict=True)
-        ]
-        # FSDP averages gradients over the ranks that saw other tokens; we want their sum.
-        loss = self.runner.step(micros, n_scored.clamp(min=1), grad_scale=self.layout.grad_ranks)
-        dist.all_reduce(loss, group=self.mesh["loss"].get_group())  # each rank has its own tokens' share
+        cut = zip(*(column.chunk(self.n_microbatches) for column in columns), strict=True)
+        microbatches = [layout.own_tokens(Batch(*microbatch, None)) for microbatch in cut]
+        loss = forward_backward(self.training, microbatches, n_targets.clamp(min=1))
+        dist.all_reduce(loss, group=layout.loss_group)  # each rank has its own tokens' share
         self.steps += 1
         return loss
 
@@ -254,7 +215,7 @@ class Booster:
 
     def save_hf(self, model: Llama, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a folder that transformers opens (save your tokenizer beside it); dtype None: fp32."""
-        save_hf(model if self.memory is None else self.optimizer.masters(), folder, dtype)
+        save_hf(self.training.fp32_weights(), folder, dtype)
 
     def save(self, folder: str | Path) -> None:
         """Write all that training needs to go on, as folder/step-00000042 after 42 calls of `step`. Between
@@ -300,21 +261,43 @@ class Booster:
     def _token_stride(self) -> int:
         """What the tokens of a row must be a multiple of, to be cut over cp and, under sequence parallelism,
         tp."""
-        slices = n_slices(self.layout.cp_method, self.layout.cp) if self.layout.cp > 1 else 1
-        return slices * self.layout.sequence_shards
+        slices = n_slices(self.config.cp_method, self.config.cp) if self.config.cp > 1 else 1
+        return slices * self.config.sequence_shards
 
-    def _check(self, config: LlamaConfig, seq_len: int, global_batch_size: int) -> None:
+    @property
+    def device(self) -> torch.device:
+        return self.computation.device
+
+    def _check(self, shape: LlamaConfig, seq_len: int, global_batch_size: int) -> None:
         check_parallel(
-            self.layout,
-            config,
+            self.config,
+            shape,
             seq_len,
             global_batch_size,
-            global_batch_size // (self.n_micros * self.layout.dp),
-            attention=self.attention,
-            recompute=self.recompute,
-            compile=self.compile,
+            global_batch_size // (self.n_microbatches * self.config.dp),
+            attention=self.computation.attention,
+            recompute=self.computation.recompute,
+            compile=self.computation.compile,
             device_type=self.device.type,
         )
+
+
+def forward_backward(training: Training, microbatches: list[Batch], n_targets: Tensor) -> Tensor:
+    """Run forward and backward of all microbatches, as recipes/pretrain.py does; gradients add to what is there.
+
+    Returns this rank's share of the loss, to be summed over layout.loss_group."""
+    if training.pipeline:
+        return training.pipeline.step(microbatches, n_targets)
+    loss = torch.zeros((), device=training.device)
+    for i, batch in enumerate(microbatches):
+        training.sync_gradients(last=i == len(microbatches) - 1)
+        tokens, labels, positions = batch.to(training.device)
+        loss_i = training.model(tokens, labels=labels, positions=positions) / n_targets
+        (
+            loss_i * training.layout.gradient_ranks
+        ).backward()  # FSDP averages over these ranks; we want the sum
+        loss += loss_i.detach()
+    return loss
 
 
 class OwnRows:
@@ -325,17 +308,13 @@ class OwnRows:
     pass holds.
     """
 
-    def __init__(
-        self,
-        dataloader: Iterable,
-        dp_rank: int,
-        dp: int,
-        n_micros: int,
-        token_stride: int,
-        device: torch.device,
-    ):
-        self.dataloader, self.dp_rank, self.dp, self.device = dataloader, dp_rank, dp, device
-        self.n_micros, self.token_stride = n_micros, token_stride
+    def __init__(self, dataloader: Iterable, layout: Layout, token_stride: int, device: torch.device):
+        self.dataloader, self.layout, self.token_stride, self.device = (
+            dataloader,
+            layout,
+            token_stride,
+            device,
+        )
         self.n_dealt = 0  # batches of this pass that were handed out
         self.n_to_skip = 0  # of the next pass: set by Booster.load
 
@@ -350,9 +329,11 @@ class OwnRows:
                 continue
             tokens, labels = _columns(batch)
             self._refuse_other_batches(tokens, labels)
-            missing = (0, -tokens.shape[1] % self.token_stride, 0, -len(tokens) % (self.dp * self.n_micros))
+            dp, dp_rank = self.layout.config.dp, self.layout.dp_rank
+            n_rows_missing = -len(tokens) % (dp * self.layout.n_microbatches)
+            missing = (0, -tokens.shape[1] % self.token_stride, 0, n_rows_missing)
             tokens, labels = F.pad(tokens, missing), F.pad(labels, missing, value=IGNORE)
-            own = slice(self.dp_rank * len(tokens) // self.dp, (self.dp_rank + 1) * len(tokens) // self.dp)
+            own = slice(dp_rank * len(tokens) // dp, (dp_rank + 1) * len(tokens) // dp)
             yield {"input_ids": tokens[own], "labels": labels[own]}
 
     def _refuse_other_batches(self, tokens: Tensor, labels: Tensor) -> None:
@@ -389,6 +370,14 @@ def _config_of(model: nn.Module) -> LlamaConfig:
             "transformers.LlamaForCausalLM."
         )
     return config_from_fields(model.config.to_dict(), Path("model.config"))
+
+
+def _generation_config_of(model: nn.Module, shape: LlamaConfig) -> dict | None:
+    """What save_hf shall write into generation_config.json: the settings of a transformers model, if it has any."""
+    if isinstance(model, Llama):
+        return model.generation_config
+    settings = getattr(model, "generation_config", None)
+    return None if settings is None else generation_config(settings.to_diff_dict(), shape, same_tokens=True)
 
 
 def _matching_parameters(model: nn.Module, ours: Llama) -> dict[str, Tensor]:

@@ -8,8 +8,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-from dtensor_llama.optim import clip_factor, float64_norms
+from dtensor_llama.optim import KeepsMasters, clip_factor, float64_norms
 from dtensor_llama.shards import copies, local
+
+
+class ClippingAdamW(torch.optim.AdamW):
+    """torch's AdamW with the one method more that the chunk manager's optimizer has, so that a training loop
+    reads the same with either."""
+
+    def clip_grad_norm(self, max_norm: float) -> Tensor:
+        """Let the next step scale the gradients down to `max_norm`. Return their norm, over every axis of the
+        mesh; if it is inf or nan the next step changes nothing."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        return clip_grad_norm(parameters, max_norm, self, in_step=True)
 
 
 @torch.no_grad()
@@ -34,7 +45,7 @@ def clip_grad_norm(
     Nothing here waits for the device, with one exception: an optimizer that is not fused cannot be told on
     the device to change nothing, so the norm is read, and gradients that are not finite are dropped.
     """
-    if hasattr(optimizer, "clip_grad_norm"):
+    if isinstance(optimizer, KeepsMasters):
         return optimizer.clip_grad_norm(max_norm)
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
     grads = [parameter.grad for parameter in parameters]

@@ -39,64 +39,12 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.attention import SDPBackend
 
 from dtensor_llama.attention import Documents, SdpaPlan, attention, expand_heads, pad_head_width, plan_sdpa
-from dtensor_llama.config import LlamaConfig
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.errors import UsageError
 from dtensor_llama.model import Llama
 
 METHODS = ("ulysses", "ring")
 _aten = torch.ops.aten
-
-
-def check_context_parallel(
-    config: LlamaConfig,
-    cp: int,
-    tp: int,
-    seq_len: int,
-    method: str,
-    kernel: str = "sdpa",
-    sequence_parallel: bool = True,
-) -> None:
-    """UsageError if rows of `seq_len` tokens cannot be trained with cp ranks a row, tp ranks a layer, and
-    this kernel."""
-    _check_method(method, kernel if cp > 1 else "sdpa")
-    if cp < 1:
-        raise UsageError(
-            f"--parallel.cp {cp} is not possible; use a number of processes, or 1 for whole rows."
-        )
-    tp_split = tp if sequence_parallel else 1  # the norms split a share over tp once more
-    stride = n_slices(method, cp) * tp_split
-    if cp > 1 and seq_len % stride:
-        rule = f"{'2 x ' if method == 'ring' else ''}--parallel.cp {cp}" + (
-            f" x --parallel.tp {tp} (sequence parallel)" if tp_split > 1 else ""
-        )
-        lower = seq_len // stride * stride
-        raise UsageError(
-            f"--data.seq-len {seq_len} is not a multiple of {rule} = {stride}, which --parallel.cp-method "
-            f"{method} needs; use --data.seq-len {f'{lower} or ' if lower else ''}{lower + stride}."
-        )
-    heads = config.num_attention_heads // tp
-    if method == "ulysses" and heads % cp:
-        fits = " or ".join(
-            str(n) for n in range(2, heads + 1) if heads % n == 0 and seq_len % (n * tp_split) == 0
-        )
-        raise UsageError(
-            f"--parallel.cp {cp} with --parallel.cp-method ulysses does not divide the {heads} query heads "
-            f"of a rank ({config.num_attention_heads} heads / --parallel.tp {tp}); each cp rank attends "
-            f"with whole heads. Use {f'--parallel.cp {fits}, or ' if fits else ''}--parallel.cp-method ring."
-        )
-
-
-def _check_method(method: str, kernel: str) -> None:
-    if method not in METHODS:
-        raise UsageError(f"--parallel.cp-method {method} is not one of {', '.join(METHODS)}.")
-    if method == "ring" and kernel in ("flash", "varlen"):
-        package = "the flash-attn package" if kernel == "flash" else "torch's varlen_attn"
-        raise UsageError(
-            f"--train.attention {kernel} cannot run under --parallel.cp-method ring: {package} has "
-            "no backward that takes the log-sum-exp of all ranks. Use --train.attention sdpa "
-            "(torch's own FlashAttention), or --parallel.cp-method ulysses."
-        )
 
 
 # ---- who has which tokens ----
@@ -149,13 +97,12 @@ def embedded_here(per_token: Tensor, mesh: DeviceMesh, cp_method: str, sequence_
 def apply_context_parallel(model: Llama, cp_mesh: DeviceMesh, method: str, kernel: str) -> None:
     """From now on `model` takes this rank's share of the tokens and attends to whole rows.
 
-    cp_mesh: the 1-D `cp` axis. method: ulysses or ring. kernel: one of attention.py's, where ring has neither
-        flash nor varlen (UsageError). Takes the place of `set_attention`, which would undo it. The model is
+    cp_mesh: the 1-D `cp` axis. method: ulysses or ring. kernel: one of attention.py's, of which
+        ring has neither flash nor varlen. Takes the place of `set_attention`, which would undo it. The model is
         called with tokens and labels from `shard_sequence` and with `positions` whole, (B, T), or None if
         each row is one document. Comes before apply_tensor_parallel: where that splits the input of a
         pipeline stage once more, it wraps the `locate` set here.
     """
-    _check_method(method, kernel)
     if method == "ulysses":
         attend = partial(ulysses_attend, cp_mesh=cp_mesh, kernel=kernel)
     else:

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Placement
 
 from dtensor_llama import Llama, LlamaConfig, loss
 from dtensor_llama.shards import local
-from parallel.apply import parallelize
+from parallel.apply import Computation, parallelize
 from parallel.config import AXES, ParallelConfig
 from parallel.mesh import build_mesh
 from parallel.pipeline import split_layers, stage_indices
@@ -90,7 +90,9 @@ def explain(run: Run, rank: int = 0) -> dict:
         mesh = build_mesh(layout, "cpu")
         with torch.device("meta"):
             model = Llama(config).float()
-        parts = parallelize(model, mesh, layout, compute_dtype=run.compute_dtype, recompute=run.recompute)
+        parts = parallelize(
+            model, mesh, layout, Computation(dtype=run.compute_dtype, recompute=run.recompute)
+        )
         stages = stage_indices(layout.schedule, layout.pp, len(parts))
         coordinates = {axis: mesh[axis].get_local_rank() for axis in AXES}
         facts = {

@@ -7,14 +7,18 @@ rank of a 2 x 1 x 2 x 1 x 2 mesh:        dp_shard 0   dp_shard 1        neighbou
 
 import gc
 import warnings
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
+from dtensor_llama.data.reader import Batch
 from parallel.config import AXES, ParallelConfig
+from parallel.context import embedded_here, shard_batch
 
 # its successor is not public yet
 warnings.filterwarnings("ignore", message="Slicing a flattened dim from root mesh")
@@ -60,6 +64,47 @@ def stop_process_group() -> None:
         dist.destroy_process_group()
 
 
+@dataclass(frozen=True)
+class Layout:
+    """A resolved ParallelConfig, the mesh that was built for it, and the number of microbatches in a step.
+
+    n_microbatches: how many forwards a rank computes in one optimizer step; with pp they fill the pipeline,
+        without pp their gradients are accumulated.
+    """
+
+    config: ParallelConfig
+    mesh: DeviceMesh
+    n_microbatches: int
+
+    @property
+    def dp_rank(self) -> int:
+        """Which of the dp groups this rank belongs to; it decides which rows the rank reads."""
+        return self.mesh["dp"].get_local_rank()
+
+    @property
+    def ranks_per_batch(self) -> int:
+        """How many ranks read the same rows. A sum over the world counts each row so many times."""
+        return dist.get_world_size() // self.config.dp
+
+    @property
+    def gradient_ranks(self) -> int:
+        """Over how many ranks FSDP averages a gradient. The loss is scaled by it, since we want the sum."""
+        return self.config.grad_ranks
+
+    @property
+    def loss_group(self) -> dist.ProcessGroup:
+        """The ranks whose shares of the loss add up: all that hold other layers, rows or tokens."""
+        return self.mesh["loss"].get_group()
+
+    def own_tokens(self, batch: Batch) -> Batch:
+        """Return the tokens of the batch that this rank holds: all of them, or under cp its share of each row."""
+        return shard_batch(batch, self.mesh["cp"], self.config.cp_method)
+
+    def embedded_tokens(self, per_token: Tensor) -> Tensor:
+        """Return, of a value per token (B, T) of whole rows, those of the tokens that this rank embeds."""
+        return embedded_here(per_token, self.mesh, self.config.cp_method, self.config.sequence_shards)
+
+
 def build_mesh(config: ParallelConfig, device_type: str) -> DeviceMesh:
     """The mesh of a resolved config; an axis of size 1 is there too. Derived axes, flattened from their
     neighbours:
@@ -79,11 +124,6 @@ def build_mesh(config: ParallelConfig, device_type: str) -> DeviceMesh:
     flatten(mesh["dp_replicate", "dp_shard", "cp"], "dp_cp")
     flatten(mesh["pp", "dp_replicate", "dp_shard", "cp"], "loss")
     return mesh
-
-
-def reads_alone(mesh: DeviceMesh) -> bool:
-    """Of the ranks that read the same rows (those of pp, cp and tp), true on one: whose counts count."""
-    return all(mesh[axis].get_local_rank() == 0 for axis in ("pp", "cp", "tp"))
 
 
 def flatten(mesh: DeviceMesh, name: str) -> DeviceMesh:

@@ -20,7 +20,8 @@ as without pp.
 """
 
 from contextlib import nullcontext
-from typing import NamedTuple
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -41,11 +42,14 @@ from torch.utils.checkpoint import GraphExecGroup
 
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.data.reader import Batch
-from dtensor_llama.errors import UsageError
 from dtensor_llama.model import Llama
 from dtensor_llama.shards import local
 from parallel.schedule_picture import Recorder
-from parallel.zero import set_gradient_sync
+from parallel.zero import reshard
+
+if TYPE_CHECKING:
+    from parallel.apply import Computation
+    from parallel.mesh import Layout
 
 
 class ScheduleKind(NamedTuple):
@@ -78,13 +82,9 @@ def split_layers(config: LlamaConfig, n_stages: int) -> list[range]:
     up. Of equal stages the later ones get the layers left over: under 1f1b the first holds the activations of
     the most microbatches.
     """
-    D, E = config.hidden_size, config.head_dim
-    block_weights = (
-        D * E * 2 * (config.num_attention_heads + config.num_key_value_heads)
-        + 3 * D * config.intermediate_size
-    )
-    # in blocks: one layer each to begin
-    costs = [1.0] * (n_stages - 1) + [1.0 + config.vocab_size * D / block_weights]
+    matrices = [shape for shape in config.block_weights().values() if len(shape) == 2]
+    head = config.vocab_size * config.hidden_size / sum(map(prod, matrices))
+    costs = [1.0] * (n_stages - 1) + [1.0 + head]  # in blocks; each stage begins with one
     n_layers = [1] * n_stages
     for _ in range(config.num_hidden_layers - n_stages):
         cheapest = min(range(n_stages), key=lambda stage: (costs[stage], -stage))
@@ -100,80 +100,6 @@ def stage_indices(schedule: str, pp: int, virtual_stages: int) -> list[list[int]
     if SCHEDULES[schedule].v_shaped:
         return [[rank, 2 * pp - 1 - rank] for rank in range(pp)]
     return [list(range(rank, pp * virtual_stages, pp)) for rank in range(pp)]
-
-
-def check_pipeline(
-    config: LlamaConfig,
-    pp: int,
-    schedule: str,
-    virtual_stages: int,
-    n_microbatches: int,
-    recompute: str = "none",
-    compile: bool = False,
-) -> None:
-    """UsageError if this pipeline cannot run. n_microbatches: per dp rank and step."""
-    if schedule not in SCHEDULES:
-        raise UsageError(f"--parallel.schedule {schedule} is not one of {', '.join(SCHEDULES)}.")
-    if pp == 1:
-        return
-    kind, flag = SCHEDULES[schedule], f"--parallel.schedule {schedule}"
-    if schedule in ("gpipe", "1f1b") and virtual_stages != 1:
-        raise UsageError(
-            f"{flag} runs one stage per rank and --parallel.virtual-stages is {virtual_stages}; use "
-            "--parallel.virtual-stages 1, or --parallel.schedule interleaved-1f1b or zero-bubble."
-        )
-    if kind.v_shaped and virtual_stages != 2:
-        raise UsageError(
-            f"{flag} runs exactly two stages per rank and --parallel.virtual-stages is {virtual_stages}; "
-            "use --parallel.virtual-stages 2."
-        )
-    least = 2 if schedule == "interleaved-1f1b" else 1
-    if virtual_stages < least:
-        raise UsageError(
-            f"{flag} needs --parallel.virtual-stages of at least {least} and it is {virtual_stages}"
-            + ("; with one stage per rank it would be 1f1b." if least == 2 else ".")
-        )
-    n_stages, n_layers = pp * virtual_stages, config.num_hidden_layers
-    if n_stages > n_layers:
-        works = [f"--parallel.pp {n}" for n in [n_layers // virtual_stages] if n > 1]
-        works += [
-            f"--parallel.virtual-stages {n}" for n in [n_layers // pp] if n >= least and not kind.v_shaped
-        ]
-        raise UsageError(
-            f"--parallel.pp {pp} x --parallel.virtual-stages {virtual_stages} = {n_stages} stages, and the model "
-            f"has {n_layers} layers; each stage needs one. Use at most {' or '.join(works) or '--parallel.pp 1'}"
-            f"{'' if virtual_stages == 1 else ', or --parallel.schedule 1f1b'}."
-        )
-    counted = (
-        f"--train.global-batch-size and --train.micro-batch-size make {n_microbatches} microbatches a step"
-    )
-    least, other = {"1f1b": (pp, "gpipe"), "dualpipev": (2 * pp, "zbv")}.get(schedule, (1, ""))
-    if n_microbatches < least:
-        raise UsageError(
-            f"{flag} needs a microbatch for each of its {least} stages and {counted}; use smaller micro-batches, "
-            f"a larger batch, or --parallel.schedule {other}."
-        )
-    rounds = max(1, n_microbatches // pp)
-    if schedule in ("interleaved-1f1b", "zero-bubble") and n_microbatches % rounds:
-        lower = n_microbatches // pp * pp
-        raise UsageError(
-            f"{flag} sends microbatches in rounds of about --parallel.pp {pp}, all of one size, and {counted}, "
-            f"which {rounds} rounds do not divide; use {lower} or {lower + pp} microbatches."
-        )
-    if kind.splits_backward and torch.__version__.startswith("2.11."):
-        # There the halves cannot pass through an autograd.Function, and the loss is one.
-        raise UsageError(
-            f"{flag} runs backward in two halves, which fails inside torch {torch.__version__}; use a newer "
-            "torch, or --parallel.schedule 1f1b or interleaved-1f1b."
-        )
-    if kind.splits_backward and (compile or recompute == "selective"):
-        # A compiled block has one graph for both gradients and would run it whole, twice; selective lets go
-        # of what it kept after the first half.
-        what = "--train.compile" if compile else "--train.recompute selective"
-        raise UsageError(
-            f"{flag} runs backward in two halves, which {what} cannot do; use --parallel.schedule 1f1b or "
-            f"interleaved-1f1b{'' if compile else ', or --train.recompute full'}."
-        )
 
 
 # ---- Cutting the model -------------------------------------------------------------------------------------
@@ -258,174 +184,160 @@ class Stage(PipelineStage):
 
 
 class Pipeline:
-    """Runs optimizer steps and evaluations over the pp axis. All ranks of pp_mesh call each method, in step.
+    """Run forward and backward of an optimizer step, or an evaluation, over the pp axis.
 
-    parts: from split_stages, after all passes and `to_empty`. sequence_shards: how many ranks share the T of
-        a batch between blocks (tp under sequence parallelism; a batch has this cp rank's tokens only).
-        compute_dtype: of hidden states.
+    All ranks of the axis call each method together. stages: of this rank, from split_stages, after all passes and
+    `to_empty`. The batches hold this cp rank's tokens only (layout.own_tokens).
 
-    Under ZeRO a part's weights are gathered once a step, at its first forward, and gradients are reduced
-    once, after its last backward, at every stage from 0 to 3: else each microbatch would cost the traffic of
-    a whole step.
+    Under ZeRO the weights of a stage are gathered once a step, at its first forward, and its gradients are reduced
+    once, after its last backward, whatever the ZeRO stage: else each microbatch would cost the traffic of a whole
+    step.
     """
 
-    def __init__(
-        self,
-        parts: list[Llama],
-        pp_mesh: DeviceMesh,
-        schedule: str,
-        n_microbatches: int,
-        device: torch.device,
-        compute_dtype: torch.dtype = torch.float32,
-        sequence_shards: int = 1,
-    ):
-        self.parts, self.kind, self.n_microbatches, self.device = (
-            parts,
-            SCHEDULES[schedule],
-            n_microbatches,
-            device,
-        )
-        self.compute_dtype, self.sequence_shards = compute_dtype, sequence_shards
+    def __init__(self, stages: list[Llama], layout: "Layout", computation: "Computation"):
+        self.stages, self.layout, self.computation = stages, layout, computation
+        self.device = computation.device
+        pp_mesh, config = layout.mesh["pp"], layout.config
+        self.kind = SCHEDULES[config.schedule]
         self.group, self.pp_rank = pp_mesh.get_group(), pp_mesh.get_local_rank()
-        placement = stage_indices(schedule, pp_mesh.size(), len(parts))
-        self.own, self.last = placement[self.pp_rank], pp_mesh.size() * len(parts) - 1
-        self.rank_of = {stage: rank for rank, stages in enumerate(placement) for stage in stages}
-        # made at the first step, for the shape of its microbatches
-        self.schedule, self.batch_shape = None, None
-        for module in _fsdp_modules(parts):
-            # reshard after backward: PipelineStage, once a step
-            module.set_reshard_after_forward(False, recurse=False)
+        placement = stage_indices(config.schedule, pp_mesh.size(), len(stages))
+        self.own, self.last = placement[self.pp_rank], pp_mesh.size() * len(stages) - 1
+        self.rank_of = {stage: rank for rank, of_rank in enumerate(placement) for stage in of_rank}
+        self.schedule, self.batch_shape = (
+            None,
+            None,
+        )  # made at the first step, for the shape of its microbatches
+        self.recorder: Recorder | None = None  # set for one step, it notes which rank worked when
+        for stage in stages:
+            for module in stage.modules():
+                if isinstance(module, FSDPModule):
+                    # PipelineStage reshards after the last backward of a step.
+                    module.set_reshard_after_forward(False, recurse=False)
 
-    def step(
-        self,
-        micros: list[Batch],
-        n_scored: Tensor | int,
-        grad_scale: float = 1,
-        recorder: Recorder | None = None,
-    ) -> Tensor:
-        """Forward and backward of n_microbatches; gradients are summed over them, then synced over dp.
+    def step(self, microbatches: list[Batch], n_targets: Tensor | int) -> Tensor:
+        """Run forward and backward of all microbatches; gradients are summed over them, then synced over dp.
 
-        Each label counts grad_scale / n_scored in the gradients (n_scored: scored labels of the whole global
-        batch). Returns the sum of the microbatches' token losses / n_scored, 0 on ranks without the last
-        stage: summed over pp and whoever has other tokens it is the loss. recorder: notes who worked when.
+        n_targets: how many labels of the whole global batch are scored. Returns the sum of the token losses here,
+        divided by n_targets, on ranks with the last stage, and 0 on the others: summed over pp and over the ranks
+        with other tokens it is the loss.
         """
-        assert len(micros) == self.n_microbatches, (len(micros), self.n_microbatches)
-        if micros[0].tokens.shape != self.batch_shape:
-            self._build_schedule(micros[0].tokens.shape)
-        self._renew_tied_copy()
-        self.loss_scale = grad_scale / n_scored
-        for stage in self.torch_stages:
-            stage.recorder = recorder
-        if recorder:
-            recorder.start()
-        # torch cuts the rows of one whole batch into microbatches again: the same ones, as all have as many
-        # rows
-        tokens = [torch.cat([micro.tokens for micro in micros]).to(self.device)] if 0 in self.own else []
-        labels = (
-            torch.cat([micro.labels for micro in micros]).to(self.device) if self.last in self.own else None
+        assert len(microbatches) == self.layout.n_microbatches, (
+            len(microbatches),
+            self.layout.n_microbatches,
         )
-        inputs = {} if labels is None else {"labels": labels}  # the last part computes the loss itself
-        if micros[0].positions is not None:
-            # every part's RoPE and mask
-            inputs["positions"] = torch.cat([micro.positions for micro in micros])
+        if microbatches[0].tokens.shape != self.batch_shape:
+            self._build_schedule(microbatches[0].tokens.shape)
+        self._renew_tied_copy()
+        gradient_ranks = self.layout.gradient_ranks
+        self.loss_scale = gradient_ranks / n_targets  # FSDP averages over these ranks; we want the sum
+        for stage in self.torch_stages:
+            stage.recorder = self.recorder
+        if self.recorder:
+            self.recorder.start()
+        # torch cuts the rows of one whole batch into microbatches again: the same ones, as all have as many rows.
+        inputs = {}
+        tokens, labels = [], None
+        if 0 in self.own:
+            tokens = [torch.cat([batch.tokens for batch in microbatches]).to(self.device)]
+        if self.last in self.own:  # the last stage computes the loss itself
+            labels = torch.cat([batch.labels for batch in microbatches]).to(self.device)
+            inputs["labels"] = labels
+        if microbatches[0].positions is not None:  # every stage needs them, for RoPE and the attention mask
+            inputs["positions"] = torch.cat([batch.positions for batch in microbatches])
         losses = []
         self.schedule.step(*tokens, target=labels, losses=losses, return_outputs=False, **inputs)
         self.sync_tied_gradients()
-        return (
-            torch.stack(losses).detach().sum() / grad_scale if losses else torch.zeros((), device=self.device)
-        )
+        if not losses:
+            return torch.zeros((), device=self.device)
+        return torch.stack(losses).detach().sum() / gradient_ranks
 
     @torch.no_grad()
-    def evaluate_step(self, micros: list[Batch]) -> Tensor:
-        """Sum of the token losses in nats over any number of microbatches, 0 on ranks without the last stage.
+    def evaluate(self, microbatches: list[Batch]) -> Tensor:
+        """Return the sum of the token losses in nats, float64, over any number of microbatches; 0 on ranks without
+        the last stage.
 
-        All microbatches pass through a rank's first part, then through its second."""
+        All microbatches pass through a rank's first stage, then through its second."""
         self._renew_tied_copy()
-        nats, sends, kept = torch.zeros((), dtype=torch.float64, device=self.device), [], {}
-        for stage, part in zip(self.own, self.parts, strict=True):
+        nats = torch.zeros((), dtype=torch.float64, device=self.device)
+        sends, kept = [], {}
+        for index, stage in zip(self.own, self.stages, strict=True):
             outgoing = []
-            for i, micro in enumerate(micros):
-                if stage == 0:
-                    x = micro.tokens.to(self.device)
-                elif self.rank_of[stage - 1] == self.pp_rank:
+            for i, batch in enumerate(microbatches):
+                if index == 0:
+                    x = batch.tokens.to(self.device)
+                elif self.rank_of[index - 1] == self.pp_rank:
                     x = kept.pop(i)
                 else:
-                    x = torch.empty(
-                        self._hidden_shape(micro.tokens.shape), dtype=self.compute_dtype, device=self.device
-                    )
-                    dist.recv(x, group=self.group, group_src=self.rank_of[stage - 1])
-                x = part(x, labels=micro.labels.to(self.device), positions=micro.positions)
-                if stage == self.last:
+                    shape = self._hidden_shape(batch.tokens.shape)
+                    x = torch.empty(shape, dtype=self.computation.dtype, device=self.device)
+                    dist.recv(x, group=self.group, group_src=self.rank_of[index - 1])
+                x = stage(x, labels=batch.labels.to(self.device), positions=batch.positions)
+                if index == self.last:
                     nats += x
-                elif self.rank_of[stage + 1] == self.pp_rank:
+                    continue
+                receiver = self.rank_of[index + 1]
+                if receiver == self.pp_rank:
                     kept[i] = x
-                else:
-                    outgoing.append(x.contiguous())
-                    # Round the loop to rank 0, which listens only after its last microbatch of the stage
-                    # before: what two ranks exchange has to be in the same order on both.
-                    round_the_loop = self.rank_of[stage + 1] < self.pp_rank and not self.kind.v_shaped
-                    if not round_the_loop or i == len(micros) - 1:
-                        sends += [
-                            (dist.isend(x, group=self.group, group_dst=self.rank_of[stage + 1]), x)
-                            for x in outgoing
-                        ]
-                        outgoing = []
+                    continue
+                outgoing.append(x.contiguous())
+                # In looped schedules the last rank sends on to rank 0, which starts to receive only after it has
+                # finished its previous stage. So these sends wait for the last microbatch; else both ranks would
+                # order their sends and receives differently, and deadlock.
+                is_loop = receiver < self.pp_rank and not self.kind.v_shaped
+                if not is_loop or i == len(microbatches) - 1:
+                    for x in outgoing:
+                        sends.append((dist.isend(x, group=self.group, group_dst=receiver), x))
+                    outgoing = []
         for work, _ in sends:
             work.wait()
-        for module in _fsdp_modules(self.parts):
-            module.reshard()  # without a backward they would stay gathered, and be stale after the next step
+        reshard(self.stages)
         return nats
 
     def _hidden_shape(self, batch_shape: torch.Size) -> tuple[int, int, int]:
-        return batch_shape[0], batch_shape[1] // self.sequence_shards, self.parts[0].config.hidden_size
+        """(B, T, D) of the hidden states between two stages, with the T that a tp rank holds there."""
+        n_tokens = batch_shape[1] // self.layout.config.sequence_shards
+        return batch_shape[0], n_tokens, self.stages[0].config.hidden_size
 
     def _build_schedule(self, batch_shape: torch.Size) -> None:
-        """Stages with buffers for this shape. Told what they receive and send, torch need not run the model
-        to find out."""
+        """Make torch's stages with buffers for this shape. They are given the shapes of what they receive and send,
+        so torch need not run the model to find out."""
         tokens = torch.empty(batch_shape, dtype=torch.int64, device="meta")
         hidden = torch.empty(
-            self._hidden_shape(batch_shape), dtype=self.compute_dtype, device="meta", requires_grad=True
+            self._hidden_shape(batch_shape), dtype=self.computation.dtype, device="meta", requires_grad=True
         )
         loss = torch.empty((), device="meta", requires_grad=True)
-        stages = [
-            Stage(
-                part,
-                stage,
-                self.last + 1,
-                self.device,
-                group=self.group,
-                input_args=hidden if stage else tokens,
-                output_args=loss if stage == self.last else hidden,
-            )
-            for stage, part in zip(self.own, self.parts, strict=True)
-        ]
+        torch_stages = []
+        for index, stage in zip(self.own, self.stages, strict=True):
+            takes, gives = hidden if index else tokens, loss if index == self.last else hidden
+            shapes = {"input_args": takes, "output_args": gives}
+            torch_stages.append(Stage(stage, index, self.last + 1, self.device, group=self.group, **shapes))
         one_each = self.kind.torch_class in (ScheduleGPipe, Schedule1F1B)
         schedule = self.kind.torch_class(
-            stages[0] if one_each else stages,
-            self.n_microbatches,
+            torch_stages[0] if one_each else torch_stages,
+            self.layout.n_microbatches,
             scale_grads=False,
             loss_fn=lambda loss_sum, _: loss_sum * self.loss_scale,
         )
         if not one_each:
-            # The runtime gathers a part before its first use and frees it when three others come before its
-            # next: with four virtual stages that is per microbatch. So leave it to FSDP, which gathers a part
+            # The runtime gathers a stage before its first use and frees it when three others come before its
+            # next: with four virtual stages that is per microbatch. So we leave it to FSDP, which gathers a stage
             # at its first forward.
             schedule.register_custom_function(
                 UNSHARD, lambda action, _: schedule.unsharded_stages.add(action.stage_index)
             )
             schedule.register_custom_function(RESHARD, lambda action, _: None)
-        self.schedule, self.torch_stages, self.batch_shape = schedule, stages, batch_shape
+        self.schedule, self.torch_stages, self.batch_shape = schedule, torch_stages, batch_shape
 
     # ---- a tied matrix: the owner is the embedding of the first stage, the copy the head of the last ----
     # Each rank passes on its shard. The two ranks have the same place on every other axis, so their shards
     # correspond.
 
     def _tied(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-        if not self.parts[0].config.tie_word_embeddings:
+        if not self.stages[0].config.tie_word_embeddings:
             return None, None
         return (
-            self.parts[0].model.embed_tokens.weight if 0 in self.own else None,
-            self.parts[-1].lm_head.weight if self.last in self.own else None,
+            self.stages[0].model.embed_tokens.weight if 0 in self.own else None,
+            self.stages[-1].lm_head.weight if self.last in self.own else None,
         )
 
     @torch.no_grad()
@@ -458,58 +370,3 @@ class Pipeline:
             local(owner.grad).add_(received)
         if copy is not None:
             copy.grad = None
-
-
-class Accumulation:
-    """The same methods without pp: one microbatch after another through the whole model."""
-
-    def __init__(self, model: nn.Module, device: torch.device, zero_stage: int = 3):
-        self.model, self.device, self.zero_stage = model, device, zero_stage
-
-    def step(self, micros: list[Batch], n_scored: Tensor | int, grad_scale: float = 1) -> Tensor:
-        """As Pipeline.step."""
-        loss_sum = torch.zeros((), device=self.device)
-        for i, micro in enumerate(micros):
-            if isinstance(self.model, FSDPModule):
-                set_gradient_sync(self.model, self.zero_stage, last=i == len(micros) - 1)
-            loss = self._loss_sum(micro) / n_scored
-            (loss * grad_scale).backward()
-            loss_sum += loss.detach()
-        return loss_sum
-
-    @torch.no_grad()
-    def evaluate_step(self, micros: list[Batch]) -> Tensor:
-        """As Pipeline.evaluate_step."""
-        nats = torch.zeros((), dtype=torch.float64, device=self.device)
-        for micro in micros:
-            nats += self._loss_sum(micro)
-        for module in _fsdp_modules([self.model]):
-            # without a backward the root would stay gathered, and be stale after the next step
-            module.reshard()
-        return nats
-
-    def _loss_sum(self, micro: Batch) -> Tensor:
-        tokens, labels = (x.to(self.device, non_blocking=True) for x in (micro.tokens, micro.labels))
-        return self.model(tokens, labels=labels, positions=micro.positions)
-
-
-def make_step_runner(
-    parts: list[nn.Module],
-    pp_mesh: DeviceMesh | None,
-    schedule: str,
-    n_microbatches: int,
-    device: torch.device,
-    compute_dtype: torch.dtype = torch.float32,
-    sequence_shards: int = 1,
-    zero_stage: int = 3,
-) -> Pipeline | Accumulation:
-    """What the training loop calls: `step` and `evaluate_step`, over pp_mesh or (None, or of size 1) without
-    pp."""
-    if pp_mesh is None or pp_mesh.size() == 1:
-        (model,) = parts
-        return Accumulation(model, device, zero_stage)
-    return Pipeline(parts, pp_mesh, schedule, n_microbatches, device, compute_dtype, sequence_shards)
-
-
-def _fsdp_modules(parts: list[nn.Module]) -> list[FSDPModule]:
-    return [module for part in parts for module in part.modules() if isinstance(module, FSDPModule)]

@@ -290,45 +290,6 @@ def describe(
     return [(name, *row[1:]) for name, row in tensor_plan(config, tp, sequence_parallel).items()]
 
 
-def check_tensor_parallel(config: LlamaConfig, tp: int, seq_len: int, sequence_parallel: bool) -> None:
-    """UsageError if `config` with rows of `seq_len` tokens cannot be split `tp` ways; needs no process
-    group."""
-    H, K, F, V = (
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.intermediate_size,
-        config.vocab_size,
-    )
-    rules = [  # (what is wrong, which tp are right)
-        (f"does not divide the {H} query heads; every tp rank needs whole heads", lambda n: H % n == 0),
-        (
-            f"neither divides the {K} key/value heads nor is a multiple of them; a rank needs whole heads, or one that it shares",
-            lambda n: K % n == 0 or n % K == 0,
-        ),
-        (f"does not divide the feed-forward width {F}", lambda n: F % n == 0),
-        (
-            f"leaves the last rank without a row of the {V} tokens of the vocabulary",
-            lambda n: -(-V // n) * (n - 1) < V,
-        ),
-    ]
-    if sequence_parallel:
-        rules.append(
-            (
-                f"does not divide --data.seq-len {seq_len}, whose tokens sequence parallelism splits "
-                "(--parallel.no-sequence-parallel would not)",
-                lambda n: seq_len % n == 0,
-            )
-        )
-    if tp < 1:
-        raise UsageError(
-            f"--parallel.tp {tp} is not possible; use a number of processes, 1 for no tensor parallelism."
-        )
-    for wrong, right in rules:
-        if not right(tp):
-            works = [str(n) for n in range(1, H + 1) if all(rule(n) for _, rule in rules)]
-            raise UsageError(f"--parallel.tp {tp} {wrong}. Use --parallel.tp {' or '.join(works)}.")
-
-
 def apply_tensor_parallel(model: Llama, tp_mesh: DeviceMesh, sequence_parallel: bool = True) -> None:
     """Split `model` in place over the 1-D mesh; all its parameters become DTensors on it.
 

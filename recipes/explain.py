@@ -9,12 +9,11 @@ draws.
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
-# its neighbours, also as `python -m recipes.explain`
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 if __name__ == "__main__":
     from dtensor_llama.terminal import end_quietly_on_ctrl_c
@@ -22,56 +21,121 @@ if __name__ == "__main__":
     end_quietly_on_ctrl_c()  # the imports below take seconds
 
 import torch
-from pretrain import PretrainConfig, check_numbers
 
 from dtensor_llama import LlamaConfig, UsageError
-from dtensor_llama.cli import FilePath, run_recipe
+from dtensor_llama.cli import AtLeast, FilePath, at_least, check_numbers, run_recipe
+from memory import MemoryConfig
+from parallel import ParallelConfig
+from parallel.apply import Computation
 from parallel.config import AXES, check_parallel
 from parallel.explain import Run, explain
 from parallel.schedule_clock import DURATION, draw
 
+# ---- What can be asked for: the flags of pretrain.py, so that its command can be explained -------------------
+
 
 @dataclass(frozen=True)
-class ExplainConfig(PretrainConfig):
+class DataConfig:
+    # files and globs of text, packed or not (data/sources.py); mixed if a:0.7 b:0.3
+    path: tuple[str, ...] = ()
+    # Hugging Face folder, tokenizer.json or SentencePiece .model; None: --model's
+    tokenizer: FilePath | None = None
+    seq_len: int | None = None  # tokens per row; None: the context of the model
+    document_mask: bool = False  # no token sees another document of its packed row
+    # of a .jsonl line, or column of a .parquet, that holds the text; a.b: b inside a
+    text_field: str = "text"
+    # A record that has no text: end the run, or leave it out, count it and list it in RUN/bad-records.jsonl.
+    bad_records: Literal["refuse", "skip"] = "refuse"
+    validation_share: float = 0.01  # of the rows, held out
+    cache_dir: str = "~/.cache/dtensor-llama"  # tokenized text, reused by every run on the same files
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 1000  # optimizer steps
+    global_batch_size: int = 32  # rows per step, over all ranks
+    micro_batch_size: int = 1  # rows per rank and forward: first thing to lower when memory runs out
+    seed: int = 0  # of the initial weights and of the order of rows
+    lr: float = 3e-4  # peak; LLaMA-2: 3e-4 for 7b and 13b, 1.5e-4 for 70b, at 4M tokens a step
+    min_lr: float | None = None  # where the cosine ends; None: a tenth of lr
+    warmup_steps: int | None = None  # None: 2 % of the steps, at most LLaMA-2's 2,000
+    weight_decay: float = 0.1
+    # gradients longer than this, over all parameters together, are scaled to it; inf: none
+    max_grad_norm: float = 1.0
+    skip_nonfinite: int = 0  # steps in a row left out for a gradient that is inf or nan; 0: stop at the first
+    # of the computation; masters, moments and reductions are fp32
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    compile: bool = False  # torch.compile each block: a minute at the start, faster steps after
+    # activations computed again in backward: memory for time
+    recompute: Literal["none", "selective", "full"] = "none"
+    # The kernel; auto: the fastest that can run here, printed with the reason. varlen: documents without a
+    # mask.
+    attention: Literal["auto", "flash", "varlen", "sdpa", "math"] = "auto"
+    validate_every: int = 100  # steps between validation losses; 0: never
+    validation_rows: int = 64  # rows of the held-out share that are used each time
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 500  # steps between checkpoints; 0: none
+    keep: int = 3  # newest ones to keep; 0: all
+    export_hf: bool = True  # write hf/ at the end, in --train.dtype
+    resume: FilePath = "auto"  # auto: go on where this run folder stands, else start; never; or a checkpoint
+
+
+@dataclass(frozen=True)
+class ExplainConfig:
     """Explain what a layout means for one rank."""
 
+    model: FilePath  # preset (llama2-7b, tiny-10m, ...) or a Hugging Face folder, of which the shape is taken
+    random_init: bool = False  # weights are not read here
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)  # with a placement it is refused here
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)  # no checkpoint is written here
+    run_dir: FilePath = "runs/pretrain"  # nothing is written here
     gpus: int = 1  # processes it is for: torchrun's nodes x processes per node
     rank: int = 0  # whose view: the first and the last pipeline stage have more than the others
     json: FilePath | None = None  # file to write the same to, as data
 
 
+# What each number must be at least.
+NUMBERS = [
+    *at_least(1, "train.steps", "train.global_batch_size", "train.micro_batch_size", "data.seq_len"),
+    *at_least(1, "train.validation_rows"),
+    *at_least(0, "train.lr", exclusive=True),
+    AtLeast("train.max_grad_norm", 0, exclusive=True, may_be_infinite=True),
+    AtLeast("data.validation_share", 0, below=1),
+    *at_least(0, "train.warmup_steps", "train.weight_decay", "train.min_lr", "train.validate_every"),
+    *at_least(0, "train.skip_nonfinite", "train.seed", "checkpoint.every", "checkpoint.keep"),
+]
+
+
 def main(cfg: ExplainConfig) -> None:
-    check_numbers(cfg)
+    check_numbers(cfg, [*NUMBERS, AtLeast("gpus", 1)])
     if cfg.memory.is_on or cfg.memory.activations:
         raise UsageError(
             f"--memory.placement {cfg.memory.placement} with --memory.activations {cfg.memory.activations} is not "
             "explained here: these bytes are all on the device. The plan is printed where training starts."
         )
-    if cfg.gpus < 1:
-        raise UsageError(f"--gpus {cfg.gpus} is not possible; use a whole number of at least 1.")
     if not 0 <= cfg.rank < cfg.gpus:
         raise UsageError(f"--rank {cfg.rank} is not one of --gpus {cfg.gpus}; use 0 to {cfg.gpus - 1}.")
     train, layout = cfg.train, cfg.parallel.resolve(cfg.gpus)
     config = LlamaConfig.from_hf(cfg.model) if Path(cfg.model).exists() else LlamaConfig.preset(cfg.model)
     seq_len = cfg.data.seq_len or config.max_position_embeddings
     kernel = "sdpa" if train.attention == "auto" else train.attention
-    n_micros = check_parallel(
-        layout,
-        config,
-        seq_len,
-        train.global_batch_size,
-        train.micro_batch_size,
-        attention=kernel,
-        recompute=train.recompute,
-        compile=train.compile,
-        device_type="cuda",
+    computation = Computation(
+        torch.device("cuda"), getattr(torch, train.dtype), train.recompute, train.compile, kernel
     )
+    job = computation.job(config, seq_len, train.global_batch_size, train.micro_batch_size)
+    n_microbatches = check_parallel(layout, job)
     facts = explain(
         Run(
             config,
             layout,
             seq_len,
-            n_micros,
+            n_microbatches,
             train.micro_batch_size,
             getattr(torch, train.dtype),
             train.recompute,
@@ -80,7 +144,7 @@ def main(cfg: ExplainConfig) -> None:
     )
     print(
         f"{cfg.model}, {config.n_parameters / 1e9:.2f}B parameters, on {cfg.gpus} ranks with ZeRO stage {layout.zero_stage}\n"
-        f"{facts['tokens_per_step']:,} tokens a step: {layout.dp} dp ranks x {n_micros} microbatches x "
+        f"{facts['tokens_per_step']:,} tokens a step: {layout.dp} dp ranks x {n_microbatches} microbatches x "
         f"{train.micro_batch_size} rows x {seq_len} tokens",
         *mesh(facts),
         *parameters(facts),

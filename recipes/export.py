@@ -1,4 +1,4 @@
-"""Export a checkpoint of any layout to a Hugging Face folder: in one process, without a GPU, without the
+"""Export a checkpoint of any layout to a Hugging Face folder: in one process, without a GPU, and without the
 ranks that wrote it.
 
     python recipes/export.py runs/pretrain/checkpoints/step-00001000 exported
@@ -27,7 +27,7 @@ from tyro.conf import Positional
 
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf, save_hf
 from dtensor_llama.checkpoint import SavedWeights
-from dtensor_llama.cli import FilePath, run_recipe
+from dtensor_llama.cli import AtLeast, FilePath, check_numbers, run_recipe
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
 from dtensor_llama.places import refuse_hub_name
 from dtensor_llama.run import GENERATION
@@ -48,8 +48,7 @@ class ExportConfig:
 
 
 def main(cfg: ExportConfig) -> None:
-    if not 0 < cfg.max_shard_gb < float("inf"):
-        raise UsageError(f"--max-shard-gb {cfg.max_shard_gb} is not possible; use a number above 0.")
+    check_numbers(cfg, [AtLeast("max_shard_gb", 0, exclusive=True)])
     checkpoint, out = Path(cfg.checkpoint), Path(cfg.out)
     if out.resolve() in (checkpoint.resolve(), *checkpoint.resolve().parents):
         raise UsageError(f"{out} holds the checkpoint itself; export into a folder of its own.")
@@ -59,24 +58,25 @@ def main(cfg: ExportConfig) -> None:
     dtype_name = cfg.dtype or run.get("train", {}).get("dtype")
     if dtype_name is None:
         raise UsageError(
-            f"--dtype is missing, and there is no {run_dir / 'config.json'} that says what the run computed in; "
-            "use --dtype bfloat16 or --dtype float32."
+            f"--dtype is missing, and there is no {run_dir / 'config.json'} that records what the run "
+            "computed in; use --dtype bfloat16 or --dtype float32."
         )
     dtype = getattr(torch, dtype_name)
     tokenizer = find_tokenizer(cfg, run_dir, run)
     if "--model" not in saved.meta:
         raise UsageError(
-            f"{checkpoint} does not say what model it is of; only checkpoints of the recipes can be exported."
+            f"{checkpoint} does not record its model; only checkpoints of the recipes can be exported."
         )
     config = LlamaConfig(**saved.meta["--model"])
     if saved.meta.get("--lora", {}).get("rank"):
         base = Path(cfg.base or run.get("model", "(unknown)"))
-        merge_and_save(saved, config, base, run.get("train", {}).get("dtype"), dtype, out)
+        model = merged_model(saved, config, base, run.get("train", {}).get("dtype") or dtype_name)
+        save_hf(model, out, dtype=dtype)
     else:
         save(saved, config, dtype, out, int(cfg.max_shard_gb * 1e9))
-    if GENERATION in saved.meta:  # else save_hf's, from the ids of the model
+    if GENERATION in saved.meta:  # else it stays as save_hf made it, from the ids of the model
         save_generation_config(out, saved.meta[GENERATION])
-    if "--lora" in saved.meta:  # of sft.py, which trains with LLaMA-2's template if there is none
+    if "--lora" in saved.meta:  # a checkpoint of sft.py, which uses LLaMA-2's template if there is none
         from dtensor_llama.chat.template import ChatTemplate
 
         tokenizer.save(out, chat_template=ChatTemplate(tokenizer).source)
@@ -101,40 +101,33 @@ def save(
     save_hf_in_parts(out, config, shapes, dtype, read, max_shard_bytes)
 
 
-def merge_and_save(
-    saved: SavedWeights,
-    config: LlamaConfig,
-    base: Path,
-    frozen_dtype: str | None,
-    dtype: torch.dtype,
-    out: Path,
-) -> None:
-    """The adapters of a LoRA checkpoint, merged into the weights they were trained beside, held as they were
-    held there."""
+def merged_model(saved: SavedWeights, config: LlamaConfig, base: Path, frozen_dtype: str) -> Llama:
+    """Return the base model with the adapters of a LoRA checkpoint merged into its weights.
+
+    frozen_dtype: of the weights beside which the adapters were trained
+    """
     from dtensor_llama.chat.lora import LoraConfig, adapter_parameters, apply_lora, merge_lora
 
-    refuse_hub_name(str(base), "--base")
+    refuse_hub_name(str(base), "base")
     if not base.is_dir():
         raise UsageError(
-            f"{saved.path} holds LoRA adapters, and the model they belong to is not at {base}; name its folder "
-            "with --base."
+            f"{saved.path} holds LoRA adapters, and the model they belong to is not at {base}; name its "
+            "folder with --base."
         )
     with torch.device("meta"):
         model = Llama(config)
     check_hf(model, base)
-    apply_lora(
-        model, LoraConfig(**saved.meta["--lora"]), getattr(torch, frozen_dtype) if frozen_dtype else dtype
-    )
+    apply_lora(model, LoraConfig(**saved.meta["--lora"]), getattr(torch, frozen_dtype))
     saved.check({name: tuple(parameter.shape) for name, parameter in adapter_parameters(model).items()})
     model.to_empty(device="cpu")
     load_hf(model, base)
     saved.read({name: parameter.detach() for name, parameter in adapter_parameters(model).items()})
     merge_lora(model)
-    save_hf(model, out, dtype=dtype)
+    return model
 
 
 def read_run(run_dir: Path) -> dict:
-    """The settings of the run whose folder it is; empty if there is none."""
+    """Return the settings of the run in this folder; empty if there is none."""
     try:
         run = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
     except OSError:
@@ -149,22 +142,22 @@ def read_run(run_dir: Path) -> dict:
 
 
 def find_tokenizer(cfg: ExportConfig, run_dir: Path, run: dict) -> Tokenizer:
-    """What --tokenizer says, else what the run trained with: kept in its folder, or where its flags found
-    it."""
+    """Return the tokenizer that --tokenizer names, else the one of the run: kept in its folder, or where its
+    own flags found it."""
     asked = run.get("data", {}).get("tokenizer") or run.get("model")
     if cfg.tokenizer:
-        refuse_hub_name(cfg.tokenizer, "--tokenizer")
-    places = (
-        [cfg.tokenizer]
-        if cfg.tokenizer
-        else [run_dir / "tokenizer", run_dir / "hf", *([asked] if asked else [])]
-    )
-    there = [place for place in places if Path(place).exists()]
-    if not there:
+        refuse_hub_name(cfg.tokenizer, "tokenizer")
+    places = [run_dir / "tokenizer", run_dir / "hf"]
+    if cfg.tokenizer:
+        places = [cfg.tokenizer]
+    elif asked:
+        places.append(asked)
+    found = [place for place in places if Path(place).exists()]
+    if not found:
         raise UsageError(
             f"no tokenizer: there is no {' and no '.join(map(str, places))}; name it with --tokenizer."
         )
-    return load_tokenizer(there[0])
+    return load_tokenizer(found[0])
 
 
 if __name__ == "__main__":

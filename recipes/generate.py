@@ -1,5 +1,5 @@
-"""Text from a trained model: continue prompts, many at once, or chat. On one process, or split over several
-by tp.
+"""Text from a trained model: continue prompts, many at once, or chat. The model is on one process, or split
+over several by tp.
 
     python recipes/generate.py --model runs/pretrain/hf --prompt 'Once upon a time' --max-new-tokens 100
     python recipes/generate.py --model runs/pretrain/hf --prompts-file prompts.txt --json > answers.jsonl
@@ -9,6 +9,7 @@ The text of a single prompt, and of an answer in a chat, is printed as it is pro
 """
 
 import codecs
+import contextlib
 import json
 import sys
 from dataclasses import dataclass, field
@@ -28,18 +29,20 @@ from tyro.conf import UseAppendAction
 
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf
 from dtensor_llama.attention import choose_attention
-from dtensor_llama.cli import FilePath, read_launch, run_recipe
+from dtensor_llama.cli import AtLeast, FilePath, check_numbers, read_launch, run_recipe
 from dtensor_llama.config import ends_of, read_generation_config
 from dtensor_llama.data.tokenizer import load_tokenizer
-from dtensor_llama.generate import TextStream, generate_batch
+from dtensor_llama.generate import Sampling, TextStream, generate_batch
 from dtensor_llama.places import refuse_hub_name
 from dtensor_llama.terminal import stdout_speaks_utf8
 from dtensor_llama.weights import check_hf
 from parallel import ParallelConfig, build_mesh
+from parallel.config import Job, check_parallel
 from parallel.mesh import start_process_group, stop_process_group
-from parallel.tensor import apply_tensor_parallel, check_tensor_parallel
+from parallel.tensor import apply_tensor_parallel
 
-WAIT_FOR_A_PERSON_S = 7 * 24 * 3600  # other tp ranks wait in a collective while somebody types
+WAIT_FOR_A_PERSON_S = 7 * 24 * 3600  # how long other tp ranks wait in a collective while the user types
+NUMBERS = [AtLeast("max_new_tokens", 1), AtLeast("temperature", 0), AtLeast("batch_size", 1)]
 
 
 @dataclass(frozen=True)
@@ -72,21 +75,14 @@ class GenerateConfig:
 def main(cfg: GenerateConfig) -> None:
     launch = read_launch()
     rank, world_size = launch.rank, launch.world_size
-    device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = launch.take_device()
     dtype, tp = getattr(torch, cfg.dtype), cfg.parallel.tp
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
 
     # ---- 1. What is refused --------------------------------------------------------------------------------
-    for flag, value, rule, fine in (
-        ("--max-new-tokens", cfg.max_new_tokens, "at least 1", cfg.max_new_tokens >= 1),
-        ("--temperature", cfg.temperature, "0 (greedy) or more", 0 <= cfg.temperature < float("inf")),
-        ("--top-p", cfg.top_p, "above 0 and at most 1", 0 < cfg.top_p <= 1),
-        ("--batch-size", cfg.batch_size, "at least 1", cfg.batch_size >= 1),
-    ):
-        if not fine:
-            raise UsageError(f"{flag} {value} is not possible; it must be {rule}.")
-    refuse_hub_name(cfg.model, "--model")
+    check_numbers(cfg, NUMBERS)
+    if not 0 < cfg.top_p <= 1:
+        raise UsageError(f"--top-p {cfg.top_p} is not possible; it must be above 0 and at most 1.")
+    refuse_hub_name(cfg.model, "model")
     if not Path(cfg.model).is_dir():
         raise UsageError(
             f"--model {cfg.model} is not a folder; text comes from trained weights, e.g. runs/pretrain/hf."
@@ -98,11 +94,12 @@ def main(cfg: GenerateConfig) -> None:
             f"--model {cfg.model}: its tokenizer has {tokenizer.vocab_size} tokens and its config.json a "
             f"vocabulary of {config.vocab_size}; they do not belong together."
         )
-    check_tensor_parallel(config, tp, 1, sequence_parallel=False)
+    check_parallel(ParallelConfig(tp=tp, dp_shard=1, sequence_parallel=False), Job(config, seq_len=1))
     if world_size != tp:
-        launch = f"torchrun --nproc-per-node {tp}" if tp > 1 else "plain python"
+        command = f"torchrun --nproc-per-node {tp}" if tp > 1 else "plain python"
         raise UsageError(
-            f"--parallel.tp {tp} is for {tp} process(es) and torchrun started {world_size}; launch with {launch}."
+            f"--parallel.tp {tp} is for {tp} process(es) and torchrun started {world_size}; launch with "
+            f"{command}."
         )
     if cfg.system is not None and not cfg.chat:
         raise UsageError("--system is for --chat; a prompt to continue has no system prompt.")
@@ -110,7 +107,7 @@ def main(cfg: GenerateConfig) -> None:
     if not texts and not cfg.chat:
         raise UsageError("--prompt is missing; give texts to continue, a --prompts-file, or --chat.")
     template = chat_template(tokenizer) if cfg.chat else None
-    prompts = [encode(cfg, text, tokenizer, config, template) for text in texts]
+    prompts = [encode(cfg, text, tokenizer, template) for text in texts]
     longest = max(map(len, prompts), default=0) + cfg.max_new_tokens
     if longest > config.max_position_embeddings and rank == 0:
         print(
@@ -135,24 +132,21 @@ def main(cfg: GenerateConfig) -> None:
     if tp > 1:
         start_process_group(device, world_size, timeout_s=WAIT_FOR_A_PERSON_S if cfg.chat else 600)
         mesh = build_mesh(ParallelConfig(tp=tp, dp_shard=1), device.type)
-        # a step has one token: no sequence to share
+        # Each step has one token, so there is no sequence to shard.
         apply_tensor_parallel(model, mesh["tp"], sequence_parallel=False)
     model.to_empty(device=device)
     load_hf(model, cfg.model)
     model.set_attention(kernel)
-    randomness = torch.Generator(device).manual_seed(cfg.seed)  # the same draws on every rank
+    # Every rank draws the same tokens.
+    sampling = Sampling(cfg.temperature, cfg.top_p, torch.Generator(device).manual_seed(cfg.seed))
     stop_ids = find_stop_ids(cfg, config, template)
 
     def continue_all(prompts: list[list[int]], show=None) -> list[str]:
-        """The text that follows each prompt; `show` gets that of a single one, prompt included unless a chat,
-        as it comes."""
-        ids, streams = (
-            [[] for _ in prompts],
-            [TextStream(tokenizer, [] if template else tokens) for tokens in prompts],
-        )
-        for step in generate_batch(
-            model, prompts, cfg.max_new_tokens, cfg.temperature, cfg.top_p, stop_ids, randomness
-        ):
+        """Return the text that follows each prompt. `show` is called with the text of a single prompt as it
+        comes, which begins with the prompt except in a chat."""
+        ids = [[] for _ in prompts]
+        streams = [TextStream(tokenizer, [] if template else tokens) for tokens in prompts]
+        for step in generate_batch(model, prompts, cfg.max_new_tokens, stop_ids, sampling):
             for own, stream, token in zip(ids, streams, step, strict=True):
                 if token is not None and token not in stop_ids:
                     own.append(token)
@@ -160,69 +154,74 @@ def main(cfg: GenerateConfig) -> None:
                         show(stream.put(token))
         if show:
             show(streams[0].end() + "\n")
-        return [
-            tokenizer.decode(own)
-            if template
-            else tokenizer.decode(tokens + own)[len(tokenizer.decode(tokens)) :]
-            for tokens, own in zip(prompts, ids, strict=True)
-        ]
+        if template:
+            return [tokenizer.decode(own) for own in ids]
+        wholes = [tokenizer.decode(tokens + own) for tokens, own in zip(prompts, ids, strict=True)]
+        starts = [tokenizer.decode(tokens) for tokens in prompts]
+        return [whole[len(start) :] for whole, start in zip(wholes, starts, strict=True)]
 
-    def say(text: str) -> None:
+    def show(text: str) -> None:
         if rank == 0:
             print(text, end="", flush=True)
 
     # ---- 3. Text -------------------------------------------------------------------------------------------
     if not texts:
-        talk(cfg, config, template, continue_all, say, rank, tp)
+        talk(cfg, config.max_position_embeddings, template, continue_all, show)
     elif len(texts) == 1 and not cfg.json:
-        continue_all(prompts, say)
-    for first in range(0, len(texts), cfg.batch_size) if len(texts) > 1 or cfg.json else ():
-        batch = slice(first, first + cfg.batch_size)
-        for number, (text, more) in enumerate(
-            zip(texts[batch], continue_all(prompts[batch]), strict=True), first + 1
-        ):
-            if cfg.json:
-                say(json.dumps({"prompt": text, "text": more}, ensure_ascii=not stdout_speaks_utf8()) + "\n")
-            else:
-                say(f"==== {number} of {len(texts)}: {text}\n{more}\n")
+        continue_all(prompts, show)
+    else:
+        for first in range(0, len(texts), cfg.batch_size):
+            batch = slice(first, first + cfg.batch_size)
+            more = continue_all(prompts[batch])
+            for number, (text, new) in enumerate(zip(texts[batch], more, strict=True), first + 1):
+                if cfg.json:
+                    line = {"prompt": text, "text": new}
+                    show(json.dumps(line, ensure_ascii=not stdout_speaks_utf8()) + "\n")
+                else:
+                    show(f"==== {number} of {len(texts)}: {text}\n{new}\n")
     stop_process_group()
 
 
-def talk(cfg: GenerateConfig, config: LlamaConfig, template, continue_all, say, rank: int, tp: int) -> None:
-    """A conversation with whoever is at the terminal of rank 0, until the end of its input."""
-    system = [{"role": "system", "content": as_text(cfg.system, "--system")}] if cfg.system else []
-    turns = []
+def talk(cfg: GenerateConfig, context: int, template, continue_all, show) -> None:
+    """Hold a conversation with the user at the terminal of rank 0, until the end of the input.
+
+    context: how many tokens the model was trained on; older turns are left out beyond it
+    """
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    system, turns = system_turn(cfg), []
     while True:
-        asked = [None]
-        if rank == 0:
-            try:
-                asked = [input("> " if sys.stdin.isatty() else "")]
-            except EOFError:
-                pass
-        if tp > 1:
-            dist.broadcast_object_list(asked, src=0)
-        if asked[0] is None:
+        typed = [None]
+        if is_main:
+            with contextlib.suppress(EOFError):
+                typed = [input("> " if sys.stdin.isatty() else "")]
+        if dist.is_initialized():
+            dist.broadcast_object_list(typed, src=0)
+        if typed[0] is None:
             return
         try:
-            question = as_text(asked[0], "the question")
+            question = as_text(typed[0], "the question")
         except UsageError as error:
-            if rank == 0:
+            if is_main:
                 print(f"not asked: {error}", file=sys.stderr, flush=True)
             continue
         if not question.strip():
             continue
         turns.append({"role": "user", "content": question})
         tokens = template.encode_prompt(system + turns)
-        while len(tokens) + cfg.max_new_tokens > config.max_position_embeddings and len(turns) > 1:
+        while len(tokens) + cfg.max_new_tokens > context and len(turns) > 1:
             del turns[:2]
             tokens = template.encode_prompt(system + turns)
-            say("(the oldest question and answer are forgotten: the model's context is full)\n")
-        turns.append({"role": "assistant", "content": continue_all([tokens], say)[0].strip()})
+            show("(the oldest question and answer are forgotten: the model's context is full)\n")
+        turns.append({"role": "assistant", "content": continue_all([tokens], show)[0].strip()})
+
+
+def system_turn(cfg: GenerateConfig) -> list[dict]:
+    return [{"role": "system", "content": as_text(cfg.system, "--system")}] if cfg.system else []
 
 
 def read_prompts(cfg: GenerateConfig) -> list[str]:
-    """What --prompt and --prompts-file say. A line of the file ends at a newline only: other separators that
-    Unicode has, such as a form feed or U+2028, are characters of a prompt."""
+    """Return the prompts of --prompt and --prompts-file. A line of the file ends at a newline only: other
+    separators that Unicode has, such as a form feed or U+2028, are characters of a prompt."""
     prompts = [as_text(prompt, "--prompt") for prompt in cfg.prompt]
     if cfg.prompts_file is None:
         return prompts
@@ -245,9 +244,10 @@ def read_prompts(cfg: GenerateConfig) -> list[str]:
 
 
 def as_text(argument: str, flag: str) -> str:
-    """What was typed, read as UTF-8 whatever the terminal's encoding is said to be. UsageError if it is not
-    that."""
-    # bytes that Python could not decode stand in it as these
+    """Return what was typed, read as UTF-8 whatever encoding the terminal claims; else UsageError.
+
+    flag: where it was typed"""
+    # Python keeps bytes that it could not decode as surrogates.
     typed = argument.encode("utf-8", "surrogateescape")
     try:
         return typed.decode()
@@ -259,11 +259,10 @@ def as_text(argument: str, flag: str) -> str:
         ) from None
 
 
-def encode(cfg: GenerateConfig, text: str, tokenizer, config: LlamaConfig, template) -> list[int]:
-    """The ids that the model shall continue."""
+def encode(cfg: GenerateConfig, text: str, tokenizer, template) -> list[int]:
+    """Return the ids that the model shall continue."""
     if template:
-        system = [{"role": "system", "content": as_text(cfg.system, "--system")}] if cfg.system else []
-        return template.encode_prompt([*system, {"role": "user", "content": text}])
+        return template.encode_prompt([*system_turn(cfg), {"role": "user", "content": text}])
     tokens = tokenizer.encode(text)
     if tokenizer.adds.bos:  # as the documents of training began
         tokens = [tokenizer.bos_id, *tokens]
@@ -281,8 +280,8 @@ def chat_template(tokenizer):
 
 
 def find_stop_ids(cfg: GenerateConfig, config: LlamaConfig, template) -> tuple[int, ...]:
-    """What ends a text: config.json's and generation_config.json's EOS (one or several), and what ends a turn
-    in a chat."""
+    """Return the tokens that end a text: the EOS tokens of config.json and generation_config.json, and the
+    token that ends a turn in a chat."""
     ids = {*ends_of(config.eos_token_id), *ends_of(read_generation_config(cfg.model).get("eos_token_id"))}
     if template:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

@@ -9,21 +9,13 @@ folder then holds config.json, metrics.jsonl, tensorboard/, loss.png, tokenizer/
 transformers opens as it is.
 """
 
-import dataclasses
-import json
 import math
-import os
-import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
-# its neighbours, also as `python -m recipes.pretrain`
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 if __name__ == "__main__":
     from dtensor_llama.terminal import end_quietly_on_ctrl_c
@@ -32,55 +24,50 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
-from step_pictures import StepPictures
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.optim import Optimizer
+from torch import Tensor
 
-from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf, save_hf
+from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf
 from dtensor_llama.attention import choose_attention
-from dtensor_llama.checkpoint import Checkpointer, restore_training_state, training_state
-from dtensor_llama.cli import FilePath, read_launch, run_recipe
-from dtensor_llama.config import generation_config, read_generation_config
+from dtensor_llama.checkpoint import Checkpointer, training_state
+from dtensor_llama.cli import (
+    AtLeast,
+    FilePath,
+    at_least,
+    check_numbers,
+    read_launch,
+    refuse_compile_without_compiler,
+    run_recipe,
+    values_by_flag,
+)
 from dtensor_llama.data.mix import open_rows
-from dtensor_llama.data.reader import Batch, RowReader, validation_batches
-from dtensor_llama.data.sequences import PackedRows, say_skipped
+from dtensor_llama.data.reader import Batch, Batching, RowReader, validation_batches
+from dtensor_llama.data.sequences import Packing, say_skipped
 from dtensor_llama.data.sources import TextOptions
-from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
-from dtensor_llama.flops import hardware_flops_per_token, matmul_flops, model_flops_per_token, peak_flops
-from dtensor_llama.loss import choose_loss
-from dtensor_llama.metrics import GIB, LateReader, PeakMemory, RunLog, SkippedSteps, draw_loss_curve
+from dtensor_llama.data.tokenizer import load_tokenizer
+from dtensor_llama.hf_folder import Base, export
+from dtensor_llama.loss import IGNORE
 from dtensor_llama.model import init_weights
-from dtensor_llama.optim import build_adamw
 from dtensor_llama.places import cache_folders, readable
 from dtensor_llama.run import (
     CONTENT,
-    GENERATION,
-    SETTINGS,
+    RunFacts,
+    RunRecord,
     StopSignal,
-    changed_settings,
     claim_run_dir,
+    end_run,
     keep_tokenizer,
-    made_with,
-    refuse_below,
-    refuse_other_run,
-    say_where_things_are,
+    open_report,
+    resume,
 )
-from dtensor_llama.schedule import cosine_lr
+from dtensor_llama.schedule import check_schedule, is_due, learning_rate
 from dtensor_llama.weights import check_hf
-from memory import ChunkManager, MemoryConfig
-from memory.activations import offload_block_inputs
-from memory.optimizer import ChunkOptimizer
-from memory.tracer import load_rates
-from parallel import ParallelConfig, build_mesh, parallelize
-from parallel.clip import clip_grad_norm
+from memory import MemoryConfig
+from parallel import ParallelConfig, build_mesh
+from parallel.apply import Computation
+from parallel.assemble import Offload, Training, adamw, assemble, check_skips, settle_memory
 from parallel.config import AXES, check_parallel
-from parallel.context import shard_batch
-from parallel.fit import check_states
-from parallel.mesh import reads_alone, start_process_group, stop_process_group
-from parallel.pipeline import Accumulation, Pipeline, make_step_runner
-from parallel.schedule_picture import Recorder
-from parallel.zero import gradient_arrivals
+from parallel.mesh import Layout, start_process_group, stop_process_group
+from parallel.step_pictures import StepPictures
 
 # ---- 1. What can be asked for: each field is a flag --------------------------------------------------------
 
@@ -148,616 +135,244 @@ class PretrainConfig:
     run_dir: FilePath = "runs/pretrain"  # everything this run writes
 
 
+# What each number must be at least.
+NUMBERS = [
+    *at_least(1, "train.steps", "train.global_batch_size", "train.micro_batch_size", "data.seq_len"),
+    *at_least(1, "train.validation_rows"),
+    *at_least(0, "train.lr", exclusive=True),
+    AtLeast("train.max_grad_norm", 0, exclusive=True, may_be_infinite=True),
+    AtLeast("data.validation_share", 0, below=1),
+    *at_least(0, "train.warmup_steps", "train.weight_decay", "train.min_lr", "train.validate_every"),
+    *at_least(0, "train.skip_nonfinite", "train.seed", "checkpoint.every", "checkpoint.keep"),
+]
+
+
 def main(cfg: PretrainConfig) -> None:
     launch = read_launch()
-    rank, world_size = launch.rank, launch.world_size
-    is_main = rank == 0
-    device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    compute_dtype = getattr(torch, cfg.train.dtype)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    is_main, say = launch.is_main, launch.say
+    device, dtype = launch.take_device(), getattr(torch, cfg.train.dtype)
+    run_dir, cache_dirs = Path(cfg.run_dir), cache_folders(cfg.data.cache_dir, cfg.run_dir)
 
     # ---- 2. What is refused, before anything starts --------------------------------------------------------
-    check_numbers(cfg)
-    if not cfg.data.path:
-        raise UsageError("--data.path is missing; name the files to train on, e.g. --data.path 'text/*.txt'.")
+    check_numbers(cfg, NUMBERS)
+    check_schedule(cfg.train)
     cfg.memory.check()
-    tokenizer = load_tokenizer(tokenizer_path(cfg))
-    model_config = read_model_config(cfg, tokenizer)
+    if not cfg.data.path:
+        raise UsageError("`path` is missing; name the files to train on, e.g. path='text/*.txt'.")
+    base = Base(cfg.model, cfg.data.tokenizer, cfg.random_init)
+    base.check()
+    tokenizer = load_tokenizer(base.tokenizer_path)
+    model_config = base.read_config(tokenizer)
     seq_len = cfg.data.seq_len or model_config.max_position_embeddings
-    ring = cfg.parallel.cp > 1 and cfg.parallel.cp_method == "ring"
+    resolved = cfg.parallel.resolve(
+        launch.world_size
+    )  # every axis has its size; -1 is what the others leave over
     kernel, why = choose_attention(
-        cfg.train.attention, device, compute_dtype, merges_blocks=ring, documents=cfg.data.document_mask
+        cfg.train.attention, device, dtype, merges_blocks=resolved.is_ring, documents=cfg.data.document_mask
     )
-    layout = cfg.parallel.resolve(world_size)
-    n_micros = check_parallel(
-        layout,
-        model_config,
-        seq_len,
-        cfg.train.global_batch_size,
-        cfg.train.micro_batch_size,
-        attention=kernel,
-        recompute=cfg.train.recompute,
-        compile=cfg.train.compile,
-        device_type=device.type,
-    )
-    cfg, chosen = settle_memory(cfg, model_config, layout, n_micros, device, world_size)
+    computation = Computation(device, dtype, cfg.train.recompute, cfg.train.compile, kernel)
+    job = computation.job(model_config, seq_len, cfg.train.global_batch_size, cfg.train.micro_batch_size)
+    n_microbatches = check_parallel(resolved, job)
+    memory, memory_note = settle_memory(cfg.memory, model_config, resolved, n_microbatches, computation)
+    check_skips(cfg.train.skip_nonfinite, cfg.train.max_grad_norm, memory)
+    cfg = replace(cfg, memory=memory)
     with torch.device("meta"):
         model = Llama(model_config)  # names and shapes only: no memory yet
-    model.generation_config = generation_settings(cfg, model_config)
-    weights = Path(cfg.model) if Path(cfg.model).is_dir() and not cfg.random_init else None
-    if weights:
-        check_hf(model, weights)  # reads the headers of the files
-    if (
-        cfg.train.compile
-        and device.type == "cpu"
-        and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
-    ):
-        raise UsageError(
-            "--train.compile needs a C++ compiler on a CPU and there is none; install g++, or leave it out."
-        )
-    if is_main:  # the claim is held until the run ends
-        run_lock = claim_run_dir(Path(cfg.run_dir), fresh=cfg.checkpoint.resume == "never")
+    model.generation_config = base.generation_config(model_config)
+    if base.weights:
+        check_hf(model, base.weights)  # reads the headers of the files
+    refuse_compile_without_compiler(cfg.train.compile, device)
+    if is_main:
+        run_lock = claim_run_dir(run_dir, fresh=cfg.checkpoint.resume == "never")  # held until the run ends
 
     # ---- 3. The parts --------------------------------------------------------------------------------------
     text = TextOptions(cfg.data.text_field, cfg.data.bad_records)
-    rows = open_rows(
-        cfg.data.path,
-        tokenizer,
-        cache_folders(cfg.data.cache_dir, cfg.run_dir),
-        text,
-        seq_len,
-        cfg.data.validation_share,
-        cfg.train.seed,
-    )
-    start_process_group(device, world_size, attempt=launch.attempt)
-    if is_main and chosen:
-        print(f"memory    {chosen}", flush=True)
-    mesh, runner, optimizer = set_up(
-        cfg, model, layout, n_micros, kernel, device, seq_len, say=print if is_main else None
-    )
-    checkpoints = Checkpointer(Path(cfg.run_dir, "checkpoints"), keep=cfg.checkpoint.keep)
-    meta = checkpoint_meta(cfg, model_config, rows) | {GENERATION: model.generation_config}
-    step, position = resume(cfg.checkpoint.resume, model, optimizer, checkpoints, meta, is_main)
-    if step == 0:
-        whole = fp32_weights(model, optimizer)
-        load_hf(whole, weights) if weights else init_weights(whole, cfg.train.seed)
-
-    dp_rank = mesh["dp"].get_local_rank()
-    reader = RowReader(
-        rows,
-        cfg.train.global_batch_size,
+    packing = Packing(seq_len, cfg.data.validation_share, cfg.train.seed)
+    rows = open_rows(cfg.data.path, tokenizer, cache_dirs, text, packing)
+    start_process_group(device, launch.world_size, attempt=launch.attempt)
+    if memory_note:
+        say(f"memory    {memory_note}")
+    layout = Layout(resolved, build_mesh(resolved, device.type), n_microbatches)
+    offload = Offload(
+        cfg.memory,
         cfg.train.micro_batch_size,
-        dp_rank,
-        layout.dp,
-        cfg.data.document_mask,
-        position,
-        pin_memory=device.type == "cuda",
+        seq_len,
+        clips=cfg.train.max_grad_norm < math.inf,
+        ranks_per_host=launch.ranks_per_host,
+        rates_file=readable(cache_dirs)[0] / "rates.json",
     )
-    step_tokens = cfg.train.global_batch_size * seq_len
-    peak, peak_source = peak_flops(device, compute_dtype)
-    memory = PeakMemory(device)
-    log = None
+    build_optimizer = adamw(cfg.train.lr, cfg.train.weight_decay)
+    training = assemble(model, layout, computation, build_optimizer, offload, say)
+    checkpoints = Checkpointer(run_dir / "checkpoints", keep=cfg.checkpoint.keep)
+    record = run_record(cfg, model_config, rows, model.generation_config)
+    step, position = resume(cfg.checkpoint.resume, checkpoints, model, training.optimizer, record, say)
+    if step == 0:
+        weights = training.fp32_weights()
+        load_hf(weights, base.weights) if base.weights else init_weights(weights, cfg.train.seed)
+
+    batch_sizes = cfg.train.global_batch_size, cfg.train.micro_batch_size
+    pins = device.type == "cuda"
+    batching = Batching(*batch_sizes, layout.dp_rank, resolved.dp, cfg.data.document_mask, pins)
+    reader = RowReader(rows, batching, position)
+    attention = f"{kernel} ({why})"
+    facts = RunFacts(model_config, rows, rows.contents, resolved, AXES, n_microbatches, device, attention)
     if is_main:
-        log = RunLog(Path(cfg.run_dir), step, cfg.train.steps)
-        keep_tokenizer(Path(cfg.run_dir), tokenizer)
-        describe_run(
-            cfg, model_config, layout, rows, n_micros, f"{kernel} ({why})", peak, peak_source, device, log
-        )
+        keep_tokenizer(run_dir, tokenizer)
+    report = open_report(run_dir, step, asdict(cfg), facts, lines_on_data(cfg, rows, run_dir), launch)
 
     # ---- 4. The loop ---------------------------------------------------------------------------------------
-    stop = StopSignal(launch.launcher_pid, say=log.say if log else lambda text: None)
+    stop = StopSignal(launch.launcher_pid, say=report.say)
     stopped = False
-    pictures = StepPictures(cfg, layout, mesh, optimizer, device, first_step=step)
-    reading, skipped = LateReader(device), SkippedSteps(cfg.train.skip_nonfinite)
-    if log:  # rows of before a resumption go on counting
-        skipped.total = max((row.get("skipped_steps") or 0 for row in log.rows), default=0)
+    pictures = StepPictures(training, run_dir, step, cfg.train.steps, cfg.memory.draw)
     while step < cfg.train.steps and not stopped:
-        reading.begin()
+        report.begin_step()
         lr = learning_rate(cfg.train, step)
-        micros = next(reader)  # n_micros batches of (micro_batch_size, T)
-        # How many labels count in the whole global batch, and whether any rank was asked to stop: one
-        # reduction for both. It goes over gloo, from host to host: nobody waits for the device.
-        counts = torch.tensor([count_scored(micros) * reads_alone(mesh), int(stop.asked)])
+        microbatches = next(reader)  # n_microbatches batches of (micro_batch_size, T)
+        # How many labels count in the whole global batch, and whether any rank was asked to stop: one reduction
+        # for both. It goes over gloo, from host to host, so that nothing waits for the device.
+        counts = torch.tensor([count_targets(microbatches), int(stop.asked)])
         dist.all_reduce(counts)
-        n_scored, stopped = max(1, int(counts[0])), bool(counts[1])
-        loss, grad_norm = train_step(
-            runner,
-            model,
-            optimizer,
-            micros,
-            n_scored,
-            lr,
-            mesh,
-            layout,
-            cfg.train.max_grad_norm,
-            pictures.before(step),
-        )
+        n_targets, stopped = max(1, int(counts[0]) // layout.ranks_per_batch), bool(counts[1])
+        pictures.before(step)
+        loss, grad_norm = train_step(training, microbatches, n_targets, lr, cfg.train.max_grad_norm)
         step += 1
+
         # ---- below here nothing changes the weights ----
-        pictures.after(step, log.say if log else None)
-        # of the step's launches: the allocator is the host's
-        peaks = torch.tensor(memory.take(), dtype=torch.float64)
-        dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-        device_gib, host_gib, reserved_gib, _ = (peaks / GIB).tolist()
-        reading.put(
-            {
-                "step": step,
-                "lr": lr,
-                "tokens": reader.position * seq_len,
-                "device_memory_gib": device_gib,
-                "device_reserved_gib": reserved_gib,
-                "host_memory_gib": host_gib,
-            },
-            loss,
-            grad_norm,
-        )
-        last = stopped or step == cfg.train.steps
-        saves = cfg.checkpoint.every and (step % cfg.checkpoint.every == 0 or last)
-        validates = (
-            rows.n_validation
-            and cfg.train.validate_every
-            and (step % cfg.train.validate_every == 0 or step == cfg.train.steps)
-        )
-        # The loss is read while the device computes the next step; what is saved or judged is of a step that
-        # was read.
-        done = [skipped.judge(row) for row in reading.take(all=bool(last or saves or validates))]
+        pictures.after(step, report.say if is_main else None)
+        report.end_step(step, lr, reader.position * seq_len, loss, grad_norm)
+        is_last = stopped or step == cfg.train.steps
+        saves = is_due(step, cfg.checkpoint.every, is_last)
+        at_end = step == cfg.train.steps
+        validates = rows.n_validation and is_due(step, cfg.train.validate_every, at_end)
+        # The loss is read while the device computes the next step. Only a step that was read is saved or judged.
+        finished = report.finished(wait=bool(is_last or saves or validates))
+        validation_losses = {}
         if validates:
-            # all, and each corpus of a mix
-            held_out = {"": rows} | {name: own for name, own, _ in rows.parts(0) if name}
-            losses = {
-                name: evaluate(runner, own, cfg.train, cfg.data.document_mask, mesh, layout, device)
-                for name, own in held_out.items()
-            }
-            done[-1] |= {f"validation_loss/{name}".removesuffix("/"): loss for name, loss in losses.items()}
-            if is_main:
-                said = ", ".join(f"{name} {loss:.4f}".lstrip() for name, loss in losses.items())
-                log.say(f"step {step}: validation loss {said}")
-        for row in done if is_main else ():
-            tokens_per_s = step_tokens / row["step_seconds"]
-            per_device = tokens_per_s / world_size / peak
-            log.step(
-                {"step": row["step"], "loss": row["loss"], "grad_norm": row["grad_norm"]}
-                | row
-                | {
-                    "tokens_per_second": tokens_per_s,
-                    "mfu": per_device * model_flops_per_token(model_config, seq_len),
-                    "hfu": per_device * hardware_flops_per_token(model_config, seq_len, cfg.train.recompute),
-                }
-            )
+            held_out = {"": rows}  # all of them together, and below each source of a mix
+            held_out |= {name: source for name, source, _ in rows.parts(0) if name}
+            for name, source in held_out.items():
+                batches = validation_batches(source, batching, cfg.train.validation_rows)
+                validation_losses[name] = evaluate(training, list(batches))
+        report.write(finished, validation_losses)
         if saves:
-            stall_s = checkpoints.save(
-                step, training_state(model, optimizer, step, reader.position, meta), wait=last
-            )
-            if is_main:
-                log.say(
-                    f"step {step}: checkpoint {'written' if last else 'under way'}; training waited {stall_s:.2f} s"
-                )
+            state = training_state(model, training.optimizer, step, reader.position, record.to_meta())
+            waited_s = checkpoints.save(step, state, wait=is_last)
+            state_of_it = "written" if is_last else "under way"
+            report.say(f"step {step}: checkpoint {state_of_it}; training waited {waited_s:.2f} s")
 
     # ---- 5. The end ----------------------------------------------------------------------------------------
     reader.close()
     checkpoints.close()
     if cfg.checkpoint.export_hf and not stopped:
-        export(fp32_weights(model, optimizer), tokenizer, Path(cfg.run_dir, "hf"), compute_dtype, is_main)
+        export(training.fp32_weights(), run_dir / "hf", dtype, tokenizer)
     if is_main:
-        log.close()
-        if log.rows:
-            draw_loss_curve(log.rows, Path(cfg.run_dir, "loss.png"))
-        say_where_things_are(Path(cfg.run_dir), log.rows, step, cfg.train.steps, stopped)
+        end_run(report.log, run_dir, step, cfg.train.steps, stopped)
         run_lock.close()
     stop_process_group()
-
-
-# ---- The parts that benchmark.py and sft.py need too -------------------------------------------------------
-
-
-def settle_memory(
-    cfg: "PretrainConfig",
-    model_config: LlamaConfig,
-    layout: ParallelConfig,
-    n_micros: int,
-    device: torch.device,
-    world_size: int,
-) -> tuple["PretrainConfig", str]:
-    """`cfg` with a memory placement, and in words what was chosen for whoever left it open.
-
-    UsageError if the states alone are more than the GPU has: before anything starts, not out of memory a
-    minute later."""
-    dtype = getattr(torch, cfg.train.dtype)
-    memory, chosen = cfg.memory.settle(device, dtype, world_size)
-    check_skips(cfg.train, memory)
-    if device.type == "cuda":
-        device_bytes = torch.cuda.get_device_properties(device).total_memory
-        check_states(
-            model_config, layout, device_bytes, memory.device_bytes_per_parameter(dtype.itemsize, n_micros)
-        )
-    return dataclasses.replace(cfg, memory=memory), chosen
-
-
-def check_skips(train: TrainConfig, memory: MemoryConfig) -> None:
-    """UsageError if steps with a gradient that is not finite are to be left out, and could not be."""
-    if train.skip_nonfinite and train.max_grad_norm == math.inf and memory.is_on:
-        raise UsageError(
-            f"--train.skip-nonfinite {train.skip_nonfinite} cannot leave out a step under a chunk manager "
-            "with --train.max-grad-norm inf, which steps while gradients arrive; use a --train.max-grad-norm, "
-            "however large, or --memory.placement off."
-        )
-
-
-def set_up(
-    cfg: "PretrainConfig",
-    model: Llama,
-    layout: ParallelConfig,
-    n_micros: int,
-    kernel: str,
-    device: torch.device,
-    seq_len: int,
-    say: Callable[[str], None] | None = None,
-) -> tuple[DeviceMesh, Pipeline | Accumulation, Optimizer]:
-    """Spread `model` (on meta) over the mesh, this rank's shards still without values; returns (mesh, runner,
-    optimizer).
-
-    With a memory placement the parameters are what computes, in --train.dtype, and the float32 masters are
-    the chunk manager's: see fp32_weights. say: prints plans, on one rank."""
-    dtype, memory = getattr(torch, cfg.train.dtype), cfg.memory
-    mesh = build_mesh(layout, device.type)
-    if memory.is_on:
-        model.to(dtype)
-    parts = parallelize(
-        model,
-        mesh,
-        layout,
-        compute_dtype=dtype,
-        recompute=cfg.train.recompute,
-        compile=cfg.train.compile,
-        attention=kernel,
-    )
-    activations = []
-    for part in parts:  # without pp: the model itself
-        part.to_empty(device=device)
-        if memory.activations:
-            input_bytes = (
-                cfg.train.micro_batch_size * seq_len // (layout.cp * layout.sequence_shards) * dtype.itemsize
-            )
-            blocks = [block for block in part.model.layers if block is not None]
-            activations.append(
-                offload_block_inputs(
-                    blocks, device, input_bytes * model.config.hidden_size, n_micros if layout.pp > 1 else 1
-                )
-            )
-    runner = make_step_runner(
-        parts, mesh["pp"], layout.schedule, n_micros, device, dtype, layout.sequence_shards, layout.zero_stage
-    )
-    optimizer = build_adamw(model, cfg.train.lr, cfg.train.weight_decay)
-    if memory.is_on:
-        embedding = model.model.embed_tokens
-        tied_over_stages = model.config.tie_word_embeddings and layout.pp > 1 and embedding is not None
-        ranks_per_host = read_launch().ranks_per_host
-        # measured once
-        rates_file = readable(cache_folders(cfg.data.cache_dir, cfg.run_dir))[0] / "rates.json"
-        # What a step will compute, as if at the speed of matrix products all through: placement auto measures
-        # it later.
-        seconds_per_flop = (
-            cfg.train.global_batch_size * seq_len / dist.get_world_size() / matmul_flops(device, dtype)
-        )
-        forward_s = seconds_per_flop * model_flops_per_token(model.config, seq_len) / 3
-        both_s = seconds_per_flop * hardware_flops_per_token(model.config, seq_len, cfg.train.recompute)
-        optimizer = ChunkManager(
-            model,
-            optimizer,
-            memory,
-            parts=parts,
-            outside=[embedding.weight] if tied_over_stages else [],
-            arrivals=gradient_arrivals(model, layout.zero_stage, layout.pp > 1, n_micros),
-            clips=cfg.train.max_grad_norm < math.inf,
-            rates=load_rates(
-                rates_file, device, memory.kernel, ranks_per_host, say=say or (lambda text: None)
-            ),
-            compute_seconds=(forward_s, both_s - forward_s),
-            activations=activations,
-            say=say or (lambda text: None),
-            ranks_per_host=ranks_per_host,
-        ).optimizer
-    return mesh, runner, optimizer
-
-
-def fp32_weights(model: nn.Module, optimizer: Optimizer) -> nn.Module:
-    """What to load, initialize or save as float32: the model or, with a chunk manager, its masters."""
-    if not isinstance(optimizer, ChunkOptimizer):
-        return model
-    masters = optimizer.masters()
-    masters.generation_config = model.generation_config
-    return masters
 
 
 # ---- The step: one global batch ----------------------------------------------------------------------------
 
 
 def train_step(
-    runner,
-    model: nn.Module,
-    optimizer: Optimizer,
-    micros: list[Batch],
-    n_scored: int,
-    lr: float,
-    mesh: DeviceMesh,
-    layout: ParallelConfig,
-    max_grad_norm: float,
-    recorder: Recorder | None = None,
+    training: Training, microbatches: list[Batch], n_targets: int, lr: float, max_grad_norm: float
 ) -> tuple[Tensor, Tensor]:
-    """Forward and backward of one global batch, clip, step. Returns (loss, gradient norm), the same on every
-    rank.
+    """Forward and backward of one global batch, clip, step. Returns (loss, gradient norm), the same on every rank.
 
-    n_scored: scored labels of the whole global batch, so that sums over micro-batches and ranks give the
-        mean.
+    microbatches: the rows of this dp rank. n_targets: scored labels of the whole global batch, so that the sums over
+    microbatches and ranks give the mean, and neither padding nor accumulation changes it.
     """
-    micros = [shard_batch(micro, mesh["cp"], layout.cp_method) for micro in micros]
+    optimizer, layout = training.optimizer, training.layout
     for group in optimizer.param_groups:
         group["lr"] = lr  # before backward: without clipping the chunk manager steps as gradients arrive
-    # FSDP averages gradients over the ranks that saw other tokens; we want their sum.
-    loss = runner.step(
-        micros, n_scored, grad_scale=layout.grad_ranks, **({"recorder": recorder} if recorder else {})
-    )
-    dist.all_reduce(loss, group=mesh["loss"].get_group())  # each rank has its own tokens' share
-    # One norm over all ranks and axes. The step scales the gradients; if they are not finite, it changes
-    # nothing.
-    grad_norm = clip_grad_norm(model.parameters(), max_grad_norm, optimizer, in_step=True)
+    loss = forward_backward(training, [layout.own_tokens(batch) for batch in microbatches], n_targets)
+    dist.all_reduce(loss, group=layout.loss_group)  # each rank has the share of its own tokens
+    # One norm over all ranks and axes. The step scales the gradients; if they are not finite it changes nothing.
+    grad_norm = optimizer.clip_grad_norm(max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
     return loss, grad_norm
 
 
-def count_scored(micros: list[Batch]) -> int:
-    return sum(int((micro.labels != -100).sum()) for micro in micros)
+def forward_backward(training: Training, microbatches: list[Batch], n_targets: int) -> Tensor:
+    """Forward and backward of all microbatches; gradients add up. Returns this rank's share of the mean loss."""
+    if training.pipeline:  # stages and schedules: parallel/pipeline.py
+        return training.pipeline.step(microbatches, n_targets)
+    loss = torch.zeros((), device=training.device)
+    for i, batch in enumerate(microbatches):
+        training.sync_gradients(last=i == len(microbatches) - 1)  # ZeRO: reduce gradients once, or each time
+        tokens, labels, positions = batch.to(training.device)
+        # The model returns the sum of the token losses.
+        loss_i = training.model(tokens, labels=labels, positions=positions) / n_targets
+        (
+            loss_i * training.layout.gradient_ranks
+        ).backward()  # FSDP averages over these ranks; we want the sum
+        loss += loss_i.detach()
+    return loss
 
 
-def evaluate(
-    runner,
-    rows: PackedRows,
-    train: TrainConfig,
-    document_mask: bool,
-    mesh: DeviceMesh,
-    layout: ParallelConfig,
-    device: torch.device,
-) -> float:
-    """Mean loss over the first held-out rows. All ranks enter: a sharded forward gathers weights."""
-    batches = list(
-        validation_batches(
-            rows,
-            train.micro_batch_size,
-            mesh["dp"].get_local_rank(),
-            layout.dp,
-            document_mask,
-            train.validation_rows,
-        )
-    )
-    nats = runner.evaluate_step([shard_batch(batch, mesh["cp"], layout.cp_method) for batch in batches])
-    dist.all_reduce(nats, group=mesh["loss"].get_group())
-    n_scored = torch.tensor(count_scored(batches), device=device)
-    dist.all_reduce(n_scored, group=mesh["dp"].get_group())
-    return (nats / n_scored).item()
+@torch.no_grad()
+def evaluate(training: Training, batches: list[Batch]) -> float:
+    """Mean loss of held-out batches. All ranks enter: a sharded forward gathers weights."""
+    layout = training.layout
+    own = [layout.own_tokens(batch) for batch in batches]
+    if training.pipeline:
+        nats = training.pipeline.evaluate(own)
+    else:
+        nats = torch.zeros((), dtype=torch.float64, device=training.device)
+        for batch in own:
+            tokens, labels, positions = batch.to(training.device)
+            nats += training.model(tokens, labels=labels, positions=positions)
+        training.reshard()
+    dist.all_reduce(nats, group=layout.loss_group)
+    n_targets = torch.tensor(count_targets(batches), device=training.device)
+    dist.all_reduce(n_targets, group=layout.mesh["dp"].get_group())
+    return (nats / n_targets).item()
 
 
-def learning_rate(train: TrainConfig, step: int) -> float:
-    warmup = min(2000, train.steps // 50) if train.warmup_steps is None else train.warmup_steps
-    return cosine_lr(
-        step, train.steps, warmup, train.lr, train.lr / 10 if train.min_lr is None else train.min_lr
-    )
+def count_targets(batches: list[Batch]) -> int:
+    return sum(int((batch.labels != IGNORE).sum()) for batch in batches)
 
 
-# ---- What is refused ---------------------------------------------------------------------------------------
+# ---- What a checkpoint records, what is printed ------------------ -------------------------------------------
 
 
-def check_numbers(cfg: PretrainConfig) -> None:
-    """Refuse numbers that no run can have."""
-    train, data = cfg.train, cfg.data
-    refuse_below(
-        1,
-        {
-            "--train.steps": train.steps,
-            "--train.global-batch-size": train.global_batch_size,
-            "--train.micro-batch-size": train.micro_batch_size,
-            "--train.validation-rows": train.validation_rows,
-            "--data.seq-len": data.seq_len,
-        },
-    )
-    clip = {} if train.max_grad_norm == math.inf else {"--train.max-grad-norm": train.max_grad_norm}
-    refuse_below(0, {"--train.lr": train.lr, **clip}, exclusive=True)
-    refuse_below(
-        0,
-        {
-            "--train.warmup-steps": train.warmup_steps,
-            "--train.weight-decay": train.weight_decay,
-            "--train.min-lr": train.min_lr,
-            "--train.validate-every": train.validate_every,
-            "--train.skip-nonfinite": train.skip_nonfinite,
-            "--train.seed": train.seed,
-            "--checkpoint.every": cfg.checkpoint.every,
-            "--checkpoint.keep": cfg.checkpoint.keep,
-        },
-    )
-    if train.min_lr is not None and train.lr is not None and train.min_lr > train.lr:
-        raise UsageError(
-            f"--train.min-lr {train.min_lr} is above --train.lr {train.lr}; the cosine ends at the lower."
-        )
-    if not 0 <= data.validation_share < 1:
-        raise UsageError(
-            f"--data.validation-share {data.validation_share} is not a share; use 0 (none) to below 1."
-        )
-    if cfg.random_init and not Path(cfg.model).is_dir():
-        raise UsageError(
-            f"--random-init takes the shape of a Hugging Face folder, and --model {cfg.model} is none; a "
-            "preset starts from random weights anyway."
-        )
-
-
-def tokenizer_path(cfg: PretrainConfig) -> Path:
-    if cfg.data.tokenizer is not None:
-        return Path(cfg.data.tokenizer)
-    if Path(cfg.model).is_dir():
-        return Path(cfg.model)
-    LlamaConfig.preset(cfg.model)  # an unknown name is the first thing to say
-    raise UsageError(
-        f"--data.tokenizer is missing, and the preset --model {cfg.model} has none of its own; give a Hugging "
-        "Face folder, a tokenizer.json or a SentencePiece .model."
-    )
-
-
-def read_model_config(cfg: PretrainConfig, tokenizer: Tokenizer) -> LlamaConfig:
-    """The shape to train, with the tokenizer's ids of begin and end."""
-    looks_like_path = os.sep in cfg.model or Path(cfg.model).exists()
-    config = LlamaConfig.from_hf(cfg.model) if looks_like_path else LlamaConfig.preset(cfg.model)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UsageError(
-            f"--data.tokenizer has {tokenizer.vocab_size} tokens and --model {cfg.model} a vocabulary of "
-            f"{config.vocab_size}; use the tokenizer the model was made for, or a model with a vocabulary of "
-            f"at least {tokenizer.vocab_size}."
-        )
-    if Path(cfg.model).is_dir() and cfg.data.tokenizer is None:
-        return config  # the folder's own: its config.json says it already, and may list several
-    return dataclasses.replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
-
-
-def generation_settings(cfg: PretrainConfig, model_config: LlamaConfig) -> dict:
-    """The generation_config.json of what is exported: the base model's, if there is one, with the ends of
-    `model_config`."""
-    continues = Path(cfg.model).is_dir() and not cfg.random_init
-    base = read_generation_config(cfg.model) if continues else {}
-    return generation_config(base, model_config, same_tokens=cfg.data.tokenizer is None)
-
-
-# ---- Resuming ----------------------------------------------------------------------------------------------
-
-
-def checkpoint_meta(cfg: PretrainConfig, model_config: LlamaConfig, rows: PackedRows) -> dict:
-    """What must be the same for a checkpoint's data position and weights to mean the same: {flag: value}.
-    SETTINGS beside it may change, and a resumed run says so."""
-    return {
+def run_record(cfg: PretrainConfig, model_config: LlamaConfig, rows, generation: dict) -> RunRecord:
+    """What a checkpoint records about its run, and what must be the same for its data position and weights to
+    mean the same in a run that resumes from it."""
+    fixed = {
         "--model": asdict(model_config),
         "--data.seq-len": rows.seq_len,
-        "--train.seed": cfg.train.seed,
-        "--data.validation-share": cfg.data.validation_share,
+        **values_by_flag(cfg, ("train.seed", "data.validation_share")),
         "--data.path and --data.tokenizer": rows.contents,
         CONTENT: rows.content_hash,
-        SETTINGS: settings_of(cfg),
     }
-
-
-def settings_of(cfg: PretrainConfig) -> dict:
-    """{flag: value} of what changes the numbers of a run and may be otherwise when it goes on; the schedule
-    comes first."""
-    train = cfg.train
-    settings = {
-        "--train.steps": train.steps,
-        "--train.lr": train.lr,
-        "--train.min-lr": train.min_lr,
-        "--train.warmup-steps": train.warmup_steps,
-        "--train.global-batch-size": train.global_batch_size,
-        "--train.weight-decay": train.weight_decay,
-        "--train.max-grad-norm": train.max_grad_norm,
-        "--train.dtype": train.dtype,
-    }
-    if isinstance(cfg, PretrainConfig):  # sft.py always masks, and may have noise
-        return settings | {"--data.document-mask": cfg.data.document_mask}
-    return settings | {"--train.neftune-alpha": train.neftune_alpha}
-
-
-def rate_at(step: int, settings: dict) -> float:
-    """The learning rate of a step under the schedule of other `settings`."""
-    schedule = TrainConfig(
-        steps=settings["--train.steps"],
-        lr=settings["--train.lr"],
-        min_lr=settings["--train.min-lr"],
-        warmup_steps=settings["--train.warmup-steps"],
+    may_change = (
+        "train.steps",
+        "train.lr",
+        "train.min_lr",
+        "train.warmup_steps",
+        "train.global_batch_size",
+        "train.weight_decay",
+        "train.max_grad_norm",
+        "train.dtype",
+        "data.document_mask",
     )
-    return learning_rate(schedule, step)
+    return RunRecord(fixed, values_by_flag(cfg, may_change), generation)
 
 
-def resume(
-    asked: str, model: nn.Module, optimizer: Optimizer, checkpoints: Checkpointer, meta: dict, is_main: bool
-) -> tuple[int, int]:
-    """Load what --checkpoint.resume says; returns (steps done, rows read), zeros for a fresh start. meta: of
-    this run, which must be the checkpoint's."""
-    path = checkpoints.latest() if asked == "auto" else None if asked == "never" else Path(asked)
-    if path is None:
-        return 0, 0
-    settings = [
-        {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
-    ]
-    state = training_state(model, optimizer)
-    checkpoints.load(path, state)
-    progress = restore_training_state(state, model, optimizer)
-    refuse_other_run(path, progress["meta"], meta)
-    for group, setting in zip(optimizer.param_groups, settings, strict=True):
-        group.update(setting)  # decay and the like are what was asked for now, not what was saved
-    if is_main:
-        print(f"resuming from {path}: {progress['step']} steps done", flush=True)
-        rate_of = partial(rate_at, progress["step"])
-        for change in changed_settings(progress["meta"], meta, progress["step"], rate_of):
-            print(f"resuming  {change}", flush=True)
-    return progress["step"], progress["position"]
-
-
-# ---- Telling -----------------------------------------------------------------------------------------------
-
-
-def describe_run(
-    cfg,
-    model_config,
-    layout,
-    rows: PackedRows,
-    n_micros: int,
-    attention: str,
-    peak: float,
-    peak_source: str,
-    device,
-    log: RunLog,
-) -> None:
-    """Print what is about to happen and write config.json."""
-    record = {
-        **asdict(cfg),
-        "model_config": model_config.to_hf(),
-        "layout": asdict(layout),
-        "device": str(device),
-        "attention_kernel": attention,
-        "n_parameters": model_config.n_parameters,
-        **made_with(),
-        "peak_flops_per_device": peak,
-        "peak_flops_source": peak_source,
-        "n_training_rows": rows.n_train,
-        "n_validation_rows": rows.n_validation,
-        "corpus": rows.contents,
-    }
-    Path(cfg.run_dir, "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    log.say(
-        f"model     {cfg.model}: {model_config.n_parameters / 1e6:,.1f}M parameters, attention {attention}"
-    )
-    for name, own, n_read in rows.parts(cfg.train.steps * cfg.train.global_batch_size):
-        log.say(
-            f"data      {name and name + ': '}{own.corpus.n_tokens:,} tokens: {own.n_train:,} rows of {rows.seq_len} to "
-            f"train on, {own.n_validation:,} held out; this run reads them {n_read / own.n_train:.2f} times"
+def lines_on_data(cfg: PretrainConfig, rows, run_dir: Path) -> list[str]:
+    """Describe each source of the data: its tokens, how many rows they make, and how often this run reads them."""
+    lines = []
+    sources = rows.parts(cfg.train.steps * cfg.train.global_batch_size)
+    for name, source, n_read in sources:
+        lines.append(
+            f"data      {name + ': ' if name else ''}{source.corpus.n_tokens:,} tokens: {source.n_train:,} rows of "
+            f"{rows.seq_len} to train on, {source.n_validation:,} held out; this run reads them "
+            f"{n_read / source.n_train:.2f} times"
         )
-    say_skipped([own.corpus for _, own, _ in rows.parts(0)], Path(cfg.run_dir), log.say)
-    axes = (
-        " x ".join(f"{axis} {getattr(layout, axis)}" for axis in AXES if getattr(layout, axis) > 1)
-        or "one process"
-    )
-    log.say(
-        f"layout    {axes} on {device.type}, ZeRO stage {layout.zero_stage}; {n_micros} micro-batches of "
-        f"{cfg.train.micro_batch_size} rows per rank and step"
-    )
-    log.say(
-        f"numbers   {cfg.train.dtype} compute, float32 masters; MFU against {peak / 1e12:.2f} TFLOP/s ({peak_source})"
-    )
-    log.say("loss      {}: {}".format(*choose_loss(device)))
-
-
-def export(model: Llama, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype, is_main: bool) -> None:
-    """Write the folder that transformers opens. All ranks enter: each writes the shards it owns."""
-    save_hf(model, folder, dtype=dtype)
-    if is_main:
-        tokenizer.save(folder)
-    dist.barrier()
+    say_skipped([source.corpus for _, source, _ in sources], run_dir, lines.append)
+    return lines
 
 
 if __name__ == "__main__":

@@ -4,53 +4,30 @@
     torchrun --nproc-per-node 8 recipes/sft.py --model llama2-7b/ --data.path 'chats/*.parquet' --lora.rank 16
     python recipes/sft.py --model llama2-7b/ --data.path chat.jsonl --preview 3        # what would be trained, in colour
 
-pretrain.py with other data: it imports the step, the evaluation and the set-up from there; where the two
-differ, fine-tuning differs. Rows are whole conversations, only what the assistant says is scored, and what
-the user leaves open (None below) is chosen from the data and the hardware, and said. The run folder holds
-what pretrain's does and, with LoRA, hf-adapter/ beside the merged hf/.
+The same file as pretrain.py with other data, and the same step. A row holds whole conversations, only what the
+assistant says is scored, and what the user leaves open (None below) is chosen from the data and the hardware,
+with the reason printed. The run folder holds what pretrain's does and, with LoRA, hf-adapter/ beside the merged
+hf/.
 """
 
-import json
 import math
-import os
-import shutil
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
-# its neighbours, also as `python -m recipes.sft`
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 if __name__ == "__main__":
     from dtensor_llama.terminal import end_quietly_on_ctrl_c
 
     end_quietly_on_ctrl_c()  # the imports below take seconds
 
-import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
-from pretrain import (
-    CheckpointConfig,
-    check_numbers,
-    check_skips,
-    count_scored,
-    evaluate,
-    fp32_weights,
-    generation_settings,
-    learning_rate,
-    read_model_config,
-    resume,
-    set_up,
-    settings_of,
-    tokenizer_path,
-    train_step,
-)
-from step_pictures import StepPictures
+from torch import Tensor
 
-from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf, save_hf
+from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf
 from dtensor_llama.attention import choose_attention
 from dtensor_llama.chat.answers import answer, held_out_prompts
 from dtensor_llama.chat.conversations import ChatOptions
@@ -66,35 +43,47 @@ from dtensor_llama.chat.lora import (
 from dtensor_llama.chat.neftune import Neftune
 from dtensor_llama.chat.packing import PackedExamples
 from dtensor_llama.chat.preview import preview, say_data
-from dtensor_llama.chat.template import ChatTemplate, RawTemplate, template_of
+from dtensor_llama.chat.template import template_of
 from dtensor_llama.checkpoint import Checkpointer, training_state
-from dtensor_llama.cli import FilePath, read_launch, run_recipe
-from dtensor_llama.data.reader import RowReader
-from dtensor_llama.data.sequences import say_skipped
+from dtensor_llama.cli import (
+    AtLeast,
+    FilePath,
+    Launch,
+    at_least,
+    check_numbers,
+    read_launch,
+    refuse_compile_without_compiler,
+    run_recipe,
+    values_by_flag,
+)
+from dtensor_llama.data.reader import Batch, Batching, RowReader, validation_batches
+from dtensor_llama.data.sequences import Packing, say_skipped
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
-from dtensor_llama.flops import hardware_flops_per_token, model_flops_per_token, peak_flops
-from dtensor_llama.loss import choose_loss
-from dtensor_llama.metrics import GIB, LateReader, PeakMemory, RunLog, SkippedSteps, draw_loss_curve
+from dtensor_llama.hf_folder import Base, export, save_tokenizer
+from dtensor_llama.loss import IGNORE
 from dtensor_llama.model import init_weights
-from dtensor_llama.places import cache_folders
+from dtensor_llama.places import cache_folders, readable
 from dtensor_llama.run import (
     CONTENT,
-    GENERATION,
-    SETTINGS,
+    RunFacts,
+    RunRecord,
     StopSignal,
     claim_run_dir,
+    end_run,
     keep_tokenizer,
-    made_with,
-    refuse_below,
-    say_where_things_are,
+    open_report,
+    resume,
 )
+from dtensor_llama.schedule import check_schedule, is_due, learning_rate
 from dtensor_llama.weights import check_hf
 from memory import MemoryConfig
-from parallel import ParallelConfig
+from parallel import ParallelConfig, build_mesh
+from parallel.apply import Computation
+from parallel.assemble import Offload, Training, adamw, assemble, check_skips
 from parallel.config import AXES, check_parallel
-from parallel.context import embedded_here
-from parallel.fit import fit
-from parallel.mesh import reads_alone, start_process_group, stop_process_group
+from parallel.defaults import Chosen, Footprint, OpenSettings, choose_settings
+from parallel.mesh import Layout, start_process_group, stop_process_group
+from parallel.step_pictures import StepPictures
 
 # ---- 1. What can be asked for: each field is a flag --------------------------------------------------------
 
@@ -153,6 +142,14 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 500  # steps between checkpoints; 0: none
+    keep: int = 3  # newest ones to keep; 0: all
+    export_hf: bool = True  # write hf/ at the end, in --train.dtype
+    resume: FilePath = "auto"  # auto: go on where this run folder stands, else start; never; or a checkpoint
+
+
+@dataclass(frozen=True)
 class SftConfig:
     """Fine-tune the model in a Hugging Face folder on conversations."""
 
@@ -170,436 +167,308 @@ class SftConfig:
     run_dir: FilePath = "runs/sft"  # everything this run writes
 
 
+# What each number must be at least.
+NUMBERS = [
+    *at_least(1, "train.steps", "train.global_batch_size", "train.micro_batch_size", "data.seq_len"),
+    *at_least(1, "train.validation_rows", "train.answer_tokens"),
+    *at_least(0, "train.epochs", "train.lr", exclusive=True),
+    AtLeast("train.max_grad_norm", 0, exclusive=True, may_be_infinite=True),
+    AtLeast("data.validation_share", 0, below=1),
+    *at_least(0, "train.warmup_steps", "train.weight_decay", "train.min_lr", "train.validate_every"),
+    *at_least(0, "train.skip_nonfinite", "train.neftune_alpha", "train.answers", "train.seed"),
+    *at_least(0, "lora.rank", "preview", "checkpoint.every", "checkpoint.keep"),
+]
+
+
 def main(cfg: SftConfig) -> None:
     launch = read_launch()
-    rank, world_size = launch.rank, launch.world_size
-    is_main = rank == 0
-    device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-
-    # few CPUs are fast at bfloat16
-    dtype = cfg.train.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    compute_dtype, cfg = getattr(torch, dtype), replace(cfg, train=replace(cfg.train, dtype=dtype))
+    is_main, device = launch.is_main, launch.take_device()
+    say = launch.say
+    # Few CPUs are fast at bfloat16.
+    dtype_name = cfg.train.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    dtype, cfg = getattr(torch, dtype_name), replace(cfg, train=replace(cfg.train, dtype=dtype_name))
+    run_dir, cache_dirs = Path(cfg.run_dir), cache_folders(cfg.data.cache_dir, cfg.run_dir)
 
     # ---- 2. What is refused, before anything starts; and what was left open --------------------------------
-    check_numbers(cfg)
-    check_more_numbers(cfg)
+    check_numbers(cfg, NUMBERS)
+    check_schedule(cfg.train)
     cfg.memory.check()
-    memory, chosen = cfg.memory.settle(device, compute_dtype, world_size)
-    check_skips(cfg.train, memory)
-    cfg = replace(cfg, memory=memory)
     if not cfg.data.path:
-        raise UsageError(
-            "--data.path is missing; name the conversations to train on, e.g. --data.path chat.jsonl."
-        )
-    tokenizer = load_tokenizer(tokenizer_path(cfg))
-    model_config = read_model_config(cfg, tokenizer)
+        raise UsageError("`path` is missing; name the conversations to train on, e.g. path=chat.jsonl.")
+    memory, memory_note = cfg.memory.settle(device, dtype, launch.world_size)
+    check_skips(cfg.train.skip_nonfinite, cfg.train.max_grad_norm, memory)
+    cfg = replace(cfg, memory=memory)
+    base = Base(cfg.model, cfg.data.tokenizer, cfg.random_init)
+    base.check()
+    tokenizer = load_tokenizer(base.tokenizer_path)
+    model_config = base.read_config(tokenizer)
     with torch.device("meta"):
         model = Llama(model_config)  # names and shapes only: no memory yet
-    weights = Path(cfg.model) if Path(cfg.model).is_dir() and not cfg.random_init else None
-    if weights:
-        check_hf(model, weights)  # reads the headers of the files
-    if cfg.lora.rank:
-        # before the passes, which find adapters like any module
-        apply_lora(model, cfg.lora, frozen_dtype=compute_dtype)
-    if (
-        cfg.train.compile
-        and device.type == "cpu"
-        and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
-    ):
-        raise UsageError(
-            "--train.compile needs a C++ compiler on a CPU and there is none; install g++, or leave it out."
-        )
+    if base.weights:
+        check_hf(model, base.weights)  # reads the headers of the files
+    if cfg.lora.rank:  # before the passes, which find adapters like any module
+        apply_lora(model, cfg.lora, frozen_dtype=dtype)
+    refuse_compile_without_compiler(cfg.train.compile, device)
     chat = ChatOptions(cfg.data.bad_records, cfg.data.train_on, cfg.data.template)
     template = template_of(tokenizer, chat)
-    corpus = prepare_chat(
-        cfg.data.path, tokenizer, cache_folders(cfg.data.cache_dir, cfg.run_dir), options=chat
-    )
-    # A base model's config.json may know another end than the chat template has; what is exported must stop
-    # at both.
-    ends = (
-        model_config.eos_token_id
-        if isinstance(model_config.eos_token_id, list)
-        else [model_config.eos_token_id]
-    )
-    ends = [end for end in dict.fromkeys([*ends, *corpus.end_ids]) if end is not None]
-    model.config = model_config = replace(model_config, eos_token_id=ends if len(ends) > 1 else ends[0])
-    model.generation_config = generation_settings(cfg, model_config)
-    cfg, layout, rows, reasons = settle(cfg, model_config, corpus, tokenizer, device, world_size)
+    corpus = prepare_chat(cfg.data.path, tokenizer, cache_dirs, options=chat)
+    # The chat template may end an answer with another token than the config.json of a base model has. What is
+    # exported must stop at both.
+    model.config = model_config = model_config.also_ending_at(corpus.end_ids)
+    model.generation_config = base.generation_config(model_config)
+    chosen = choose(cfg, model_config, corpus, tokenizer, launch)
+    resolved, rows = chosen.layout, chosen.rows
+    lr = cfg.train.lr or (2e-4 if cfg.lora.rank else 2e-5)
+    train, data = replace(cfg.train, **chosen.settings, lr=lr), replace(cfg.data, seq_len=rows.seq_len)
+    cfg = replace(cfg, train=train, data=data)
+    check_schedule(cfg.train)  # once more, as the peak may have been open
     if cfg.preview or cfg.preview_json:
         if is_main:
-            say_data(rows, template.name, print)
-            say_skipped([corpus], None, print)
+            say_data(rows, template.name, say)
+            say_skipped([corpus], None, say)
             preview(rows, tokenizer, cfg.preview, cfg.preview_json)
         return
     seq_len = rows.seq_len
-    ring = layout.cp > 1 and layout.cp_method == "ring"
     kernel, why = choose_attention(
-        cfg.train.attention, device, compute_dtype, merges_blocks=ring, documents=True
+        cfg.train.attention, device, dtype, merges_blocks=resolved.is_ring, documents=True
     )
-    n_micros = check_parallel(
-        layout,
-        model_config,
-        seq_len,
-        cfg.train.global_batch_size,
-        cfg.train.micro_batch_size,
-        attention=kernel,
-        recompute=cfg.train.recompute,
-        compile=cfg.train.compile,
-        device_type=device.type,
-    )
-    if is_main:  # the claim is held until the run ends
-        run_lock = claim_run_dir(Path(cfg.run_dir), fresh=cfg.checkpoint.resume == "never")
+    computation = Computation(device, dtype, cfg.train.recompute, cfg.train.compile, kernel)
+    job = computation.job(model_config, seq_len, cfg.train.global_batch_size, cfg.train.micro_batch_size)
+    n_microbatches = check_parallel(resolved, job)
+    if is_main:
+        run_lock = claim_run_dir(run_dir, fresh=cfg.checkpoint.resume == "never")  # held until the run ends
 
     # ---- 3. The parts --------------------------------------------------------------------------------------
-    start_process_group(device, world_size, attempt=launch.attempt)
-    if is_main and chosen:
-        print(f"memory    {chosen}", flush=True)
-    mesh, runner, optimizer = set_up(
-        cfg, model, layout, n_micros, kernel, device, seq_len, say=print if is_main else None
-    )
-    dp_rank, noise = mesh["dp"].get_local_rank(), None
-    if cfg.train.neftune_alpha and model.model.embed_tokens is not None:
-        noise = Neftune(
-            cfg.train.neftune_alpha,
-            cfg.train.seed,
-            share=lambda per_token: embedded_here(per_token, mesh, layout.cp_method, layout.sequence_shards),
-        )
-        noise.add_to(model.model.embed_tokens)
-    checkpoints = Checkpointer(Path(cfg.run_dir, "checkpoints"), keep=cfg.checkpoint.keep)
-    # also before a resumption: a LoRA checkpoint has no frozen weights
-    whole = fp32_weights(model, optimizer)
-    load_hf(whole, weights) if weights else init_weights(whole, cfg.train.seed)
-    init_lora(whole, cfg.train.seed)
-    meta = checkpoint_meta(cfg, model_config, corpus, seq_len) | {GENERATION: model.generation_config}
-    step, position = resume(cfg.checkpoint.resume, model, optimizer, checkpoints, meta, is_main)
-
-    reader = RowReader(
-        rows,
-        cfg.train.global_batch_size,
+    start_process_group(device, launch.world_size, attempt=launch.attempt)
+    if memory_note:
+        say(f"memory    {memory_note}")
+    layout = Layout(resolved, build_mesh(resolved, device.type), n_microbatches)
+    offload = Offload(
+        cfg.memory,
         cfg.train.micro_batch_size,
-        dp_rank,
-        layout.dp,
-        document_mask=True,
-        position=position,
-        pin_memory=device.type == "cuda",
+        seq_len,
+        clips=cfg.train.max_grad_norm < math.inf,
+        ranks_per_host=launch.ranks_per_host,
+        rates_file=readable(cache_dirs)[0] / "rates.json",
     )
-    step_tokens = cfg.train.global_batch_size * seq_len
-    peak, peak_source = peak_flops(device, compute_dtype)
-    memory = PeakMemory(device)
-    log = None
+    build_optimizer = adamw(cfg.train.lr, cfg.train.weight_decay)
+    training = assemble(model, layout, computation, build_optimizer, offload, say)
+    noise = None
+    if cfg.train.neftune_alpha and model.model.embed_tokens is not None:  # not on later stages of a pipeline
+        noise = Neftune(cfg.train.neftune_alpha, cfg.train.seed, share=layout.embedded_tokens)
+        noise.add_to(model.model.embed_tokens)
+    # The weights are loaded before a resumption too, since a LoRA checkpoint has no frozen ones.
+    weights = training.fp32_weights()
+    load_hf(weights, base.weights) if base.weights else init_weights(weights, cfg.train.seed)
+    init_lora(weights, cfg.train.seed)
+    checkpoints = Checkpointer(run_dir / "checkpoints", keep=cfg.checkpoint.keep)
+    record = run_record(cfg, model_config, rows, model.generation_config)
+    step, position = resume(cfg.checkpoint.resume, checkpoints, model, training.optimizer, record, say)
+
+    batch_sizes = cfg.train.global_batch_size, cfg.train.micro_batch_size
+    pins = device.type == "cuda"
+    batching = Batching(*batch_sizes, layout.dp_rank, resolved.dp, document_mask=True, pin_memory=pins)
+    reader = RowReader(rows, batching, position)
+    attention = f"{kernel} ({why})"
+    facts = RunFacts(
+        model_config, rows, str(corpus.folder), resolved, AXES, n_microbatches, device, attention
+    )
     if is_main:
-        log = RunLog(Path(cfg.run_dir), step, cfg.train.steps)
-        keep_tokenizer(Path(cfg.run_dir), tokenizer, template.source)
-        describe_run(
-            cfg,
-            model_config,
-            layout,
-            rows,
-            n_micros,
-            f"{kernel} ({why})",
-            template.name,
-            peak,
-            peak_source,
-            device,
-            log,
+        keep_tokenizer(run_dir, tokenizer, template.source)
+    report = open_report(run_dir, step, asdict(cfg), facts, lines_on_data(cfg, rows, template.name), launch)
+    for reason in chosen.reasons:
+        report.say(reason)
+    prompts = held_out_prompts(rows, cfg.train.answers, cfg.train.answer_tokens)
+    if prompts and resolved.pp * resolved.cp > 1:
+        prompts = []
+        report.say(
+            "answers   none are sampled in training: no rank of a pipeline or of cp sees whole rows in a whole model"
         )
-        for reason in reasons:
-            log.say(reason)
-    asked = held_out_prompts(rows, cfg.train.answers, cfg.train.answer_tokens)
-    if asked and layout.pp * layout.cp > 1:
-        asked = []
-        if is_main:
-            log.say(
-                "answers   none are sampled in training: no rank of a pipeline or of cp sees whole rows in a whole model"
-            )
 
     # ---- 4. The loop ---------------------------------------------------------------------------------------
-    stop = StopSignal(launch.launcher_pid, say=log.say if log else lambda text: None)
+    stop = StopSignal(launch.launcher_pid, say=report.say)
     stopped = False
-    pictures = StepPictures(cfg, layout, mesh, optimizer, device, first_step=step)
-    reading, skipped = LateReader(device), SkippedSteps(cfg.train.skip_nonfinite)
-    if log:  # rows of before a resumption go on counting
-        skipped.total = max((row.get("skipped_steps") or 0 for row in log.rows), default=0)
+    pictures = StepPictures(training, run_dir, step, cfg.train.steps, cfg.memory.draw)
     while step < cfg.train.steps and not stopped:
-        reading.begin()
+        report.begin_step()
         lr = learning_rate(cfg.train, step)
-        micros = next(reader)  # n_micros batches of (micro_batch_size, T)
-        # How many labels count in the whole global batch, and whether any rank was asked to stop: one
-        # reduction for both. It goes over gloo, from host to host: nobody waits for the device.
-        counts = torch.tensor([count_scored(micros) * reads_alone(mesh), int(stop.asked)])
+        microbatches = next(reader)  # n_microbatches batches of (micro_batch_size, T)
+        # How many labels count in the whole global batch, and whether any rank was asked to stop: one reduction
+        # for both. It goes over gloo, from host to host, so that nothing waits for the device.
+        counts = torch.tensor([count_targets(microbatches), int(stop.asked)])
         dist.all_reduce(counts)
-        n_scored, stopped = max(1, int(counts[0])), bool(counts[1])
+        n_targets, stopped = max(1, int(counts[0]) // layout.ranks_per_batch), bool(counts[1])
         if noise:
-            noise.next_step(step, dp_rank * cfg.train.global_batch_size // layout.dp, micros)
-        loss, grad_norm = train_step(
-            runner,
-            model,
-            optimizer,
-            micros,
-            n_scored,
-            lr,
-            mesh,
-            layout,
-            cfg.train.max_grad_norm,
-            pictures.before(step),
-        )
+            first_row = layout.dp_rank * cfg.train.global_batch_size // resolved.dp
+            noise.next_step(step, first_row, microbatches)
+        pictures.before(step)
+        loss, grad_norm = train_step(training, microbatches, n_targets, lr, cfg.train.max_grad_norm)
         step += 1
+
         # ---- below here nothing changes the weights ----
-        pictures.after(step, log.say if log else None)
-        # of the step's launches: the allocator is the host's
-        peaks = torch.tensor(memory.take(), dtype=torch.float64)
-        dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-        device_gib, host_gib, reserved_gib, _ = (peaks / GIB).tolist()
-        reading.put(
-            {
-                "step": step,
-                "lr": lr,
-                "tokens": reader.position * seq_len,
-                "device_memory_gib": device_gib,
-                "device_reserved_gib": reserved_gib,
-                "host_memory_gib": host_gib,
-            },
-            loss,
-            grad_norm,
-        )
-        last = stopped or step == cfg.train.steps
-        saves = cfg.checkpoint.every and (step % cfg.checkpoint.every == 0 or last)
-        validates = (
-            rows.n_validation
-            and cfg.train.validate_every
-            and (step % cfg.train.validate_every == 0 or step == cfg.train.steps)
-        )
-        # The loss is read while the device computes the next step; what is saved or judged is of a step that
-        # was read.
-        done = [skipped.judge(row) for row in reading.take(all=bool(last or saves or validates))]
+        pictures.after(step, report.say if is_main else None)
+        report.end_step(step, lr, reader.position * seq_len, loss, grad_norm)
+        is_last = stopped or step == cfg.train.steps
+        saves = is_due(step, cfg.checkpoint.every, is_last)
+        at_end = step == cfg.train.steps
+        validates = rows.n_validation and is_due(step, cfg.train.validate_every, at_end)
+        # The loss is read while the device computes the next step. Only a step that was read is saved or judged.
+        finished = report.finished(wait=bool(is_last or saves or validates))
+        validation_losses, answers = {}, []
         if validates:
-            done[-1]["validation_loss"] = evaluate(runner, rows, cfg.train, True, mesh, layout, device)
-            answers = answer(model, asked, cfg.train.answer_tokens, ends, tokenizer, layout.tp, device)
-            if is_main:
-                log.say(f"step {step}: validation loss {done[-1]['validation_loss']:.4f}")
-                log.text("answers", step, answers)
-        for row in done if is_main else ():
-            tokens_per_s = step_tokens / row["step_seconds"]
-            per_device = tokens_per_s / world_size / peak
-            log.step(
-                {"step": row["step"], "loss": row["loss"], "grad_norm": row["grad_norm"]}
-                | row
-                | {
-                    "tokens_per_second": tokens_per_s,
-                    "mfu": per_device * model_flops_per_token(model_config, seq_len),
-                    "hfu": per_device * hardware_flops_per_token(model_config, seq_len, cfg.train.recompute),
-                }
+            batches = validation_batches(rows, batching, cfg.train.validation_rows)
+            validation_losses[""] = evaluate(training, list(batches))
+            answers = answer(
+                model, prompts, cfg.train.answer_tokens, model_config.ends, tokenizer, resolved.tp
             )
+        report.write(finished, validation_losses, answers)
         if saves:
-            stall_s = checkpoints.save(
-                step, training_state(model, optimizer, step, reader.position, meta), wait=last
-            )
-            if is_main:
-                log.say(
-                    f"step {step}: checkpoint {'written' if last else 'under way'}; training waited {stall_s:.2f} s"
-                )
+            state = training_state(model, training.optimizer, step, reader.position, record.to_meta())
+            waited_s = checkpoints.save(step, state, wait=is_last)
+            state_of_it = "written" if is_last else "under way"
+            report.say(f"step {step}: checkpoint {state_of_it}; training waited {waited_s:.2f} s")
 
     # ---- 5. The end ----------------------------------------------------------------------------------------
     reader.close()
     checkpoints.close()
     if cfg.checkpoint.export_hf and not stopped:
-        whole = fp32_weights(model, optimizer)  # waits for the last update, which adapters need too
-        export(model if cfg.lora.rank else whole, cfg, tokenizer, template, compute_dtype, is_main)
+        weights = training.fp32_weights()  # waits for the last update, which adapters need too
+        if cfg.lora.rank:
+            save_adapter(model, run_dir / "hf-adapter", cfg.lora, cfg.model)
+            save_tokenizer(tokenizer, run_dir / "hf-adapter", template.source)
+            merge_lora(model)
+            weights = model
+        export(weights, run_dir / "hf", dtype, tokenizer, template.source)
     if is_main:
-        log.close()
-        if log.rows:
-            draw_loss_curve(log.rows, Path(cfg.run_dir, "loss.png"))
-        say_where_things_are(
-            Path(cfg.run_dir), log.rows, step, cfg.train.steps, stopped, chat=cfg.data.template != "none"
-        )
+        end_run(report.log, run_dir, step, cfg.train.steps, stopped, chat=cfg.data.template != "none")
         run_lock.close()
     stop_process_group()
 
 
-# ---- What is refused ---------------------------------------------------------------------------------------
+# ---- The step: one global batch ----------------------------------------------------------------------------
 
 
-def check_more_numbers(cfg: SftConfig) -> None:
-    """As pretrain's check_numbers, of what only fine-tuning has."""
-    train = cfg.train
-    refuse_below(0, {"--train.epochs": train.epochs}, exclusive=True)
-    refuse_below(1, {"--train.answer-tokens": train.answer_tokens})
-    refuse_below(
-        0,
-        {
-            "--train.neftune-alpha": train.neftune_alpha,
-            "--lora.rank": cfg.lora.rank,
-            "--train.answers": train.answers,
-            "--preview": cfg.preview,
-        },
-    )
+def train_step(
+    training: Training, microbatches: list[Batch], n_targets: int, lr: float, max_grad_norm: float
+) -> tuple[Tensor, Tensor]:
+    """Forward and backward of one global batch, clip, step. Returns (loss, gradient norm), the same on every rank.
+
+    microbatches: the rows of this dp rank. n_targets: scored labels of the whole global batch, so that the sums over
+    microbatches and ranks give the mean, and neither padding nor accumulation changes it.
+    """
+    optimizer, layout = training.optimizer, training.layout
+    for group in optimizer.param_groups:
+        group["lr"] = lr  # before backward: without clipping the chunk manager steps as gradients arrive
+    loss = forward_backward(training, [layout.own_tokens(batch) for batch in microbatches], n_targets)
+    dist.all_reduce(loss, group=layout.loss_group)  # each rank has the share of its own tokens
+    # One norm over all ranks and axes. The step scales the gradients; if they are not finite it changes nothing.
+    grad_norm = optimizer.clip_grad_norm(max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss, grad_norm
 
 
-def settle(
-    cfg: SftConfig,
-    model: LlamaConfig,
-    corpus: ChatCorpus,
-    tokenizer: Tokenizer,
-    device: torch.device,
-    world_size: int,
-) -> tuple[SftConfig, ParallelConfig, PackedExamples, list[str]]:
-    """What the user left open, chosen from the data and the hardware: (settled config, resolved layout, rows,
-    the reasons)."""
-    train, layout, reasons = cfg.train, cfg.parallel.resolve(world_size), []
-    lengths = np.diff(corpus.document_starts, append=corpus.n_tokens)
-    seq_len = cfg.data.seq_len
-    if seq_len is None:
-        seq_len = min(model.max_position_embeddings, max(256, 1 << (int(lengths.max()) - 1).bit_length()))
-        reasons.append(
-            f"rows      of {seq_len} tokens: the longest example has {lengths.max():,}, the model's context is "
-            f"{model.max_position_embeddings:,}"
-        )
-    rows = PackedExamples(
-        corpus,
-        seq_len,
-        cfg.data.validation_share,
-        train.seed,
-        pad_id=tokenizer.eos_id or 0,
-        overlong=cfg.data.overlong,
-        packing=cfg.data.packing,
-    )
-    if device.type == "cuda":
-        device_bytes = torch.cuda.get_device_properties(device).total_memory
+def forward_backward(training: Training, microbatches: list[Batch], n_targets: int) -> Tensor:
+    """Forward and backward of all microbatches; gradients add up. Returns this rank's share of the mean loss."""
+    if training.pipeline:  # stages and schedules: parallel/pipeline.py
+        return training.pipeline.step(microbatches, n_targets)
+    loss = torch.zeros((), device=training.device)
+    for i, batch in enumerate(microbatches):
+        training.sync_gradients(last=i == len(microbatches) - 1)  # ZeRO: reduce gradients once, or each time
+        tokens, labels, positions = batch.to(training.device)
+        # The model returns the sum of the token losses.
+        loss_i = training.model(tokens, labels=labels, positions=positions) / n_targets
+        (
+            loss_i * training.layout.gradient_ranks
+        ).backward()  # FSDP averages over these ranks; we want the sum
+        loss += loss_i.detach()
+    return loss
+
+
+@torch.no_grad()
+def evaluate(training: Training, batches: list[Batch]) -> float:
+    """Mean loss of held-out batches. All ranks enter: a sharded forward gathers weights."""
+    layout = training.layout
+    own = [layout.own_tokens(batch) for batch in batches]
+    if training.pipeline:
+        nats = training.pipeline.evaluate(own)
     else:
-        device_bytes = psutil.virtual_memory().available // read_launch().ranks_per_host
-    batch = train.global_batch_size
-    # 32 examples a step, but at least 10 steps an epoch, and a row for each rank and pipeline stage
-    if batch is None:
-        per_row, least = rows.n_examples / rows.n_rows, layout.dp * layout.pp * (train.micro_batch_size or 1)
-        batch = max(1, math.ceil(min(32 / per_row, rows.n_train / 10) / least)) * least
-        reasons.append(f"batch     {batch} rows a step: about {batch * per_row:.0f} examples")
-    open_layout = replace(cfg.parallel, dp_shard=-1) == ParallelConfig() and world_size > 1
-    layout, recompute, micro, why = fit(
-        model,
-        layout,
-        device_bytes,
-        seq_len,
-        max(1, batch // layout.pp),
-        tries_tp=open_layout,
-        recompute=train.recompute,
-        micro_batch_size=train.micro_batch_size,
-        itemsize=getattr(torch, train.dtype).itemsize,
+        nats = torch.zeros((), dtype=torch.float64, device=training.device)
+        for batch in own:
+            tokens, labels, positions = batch.to(training.device)
+            nats += training.model(tokens, labels=labels, positions=positions)
+        training.reshard()
+    dist.all_reduce(nats, group=layout.loss_group)
+    n_targets = torch.tensor(count_targets(batches), device=training.device)
+    dist.all_reduce(n_targets, group=layout.mesh["dp"].get_group())
+    return (nats / n_targets).item()
+
+
+def count_targets(batches: list[Batch]) -> int:
+    return sum(int((batch.labels != IGNORE).sum()) for batch in batches)
+
+
+# ---- What is chosen, what a checkpoint records, what is printed ------------------ ---------------------------
+
+
+def choose(
+    cfg: SftConfig, model: LlamaConfig, corpus: ChatCorpus, tokenizer: Tokenizer, launch: Launch
+) -> Chosen:
+    """Choose what the user left open from the data and the hardware, with a reason for each choice."""
+    train, data = cfg.train, cfg.data
+    asked = OpenSettings.of(train, seq_len=data.seq_len)
+    footprint = Footprint(
+        Footprint.bytes_of(launch.take_device(), launch.ranks_per_host),
+        getattr(torch, train.dtype).itemsize,
         n_adapter=n_adapter_parameters(model, cfg.lora) if cfg.lora.rank else 0,
         offloads=cfg.memory.is_on and cfg.memory.resident != 1,
     )
-    if train.recompute is None or train.micro_batch_size is None or open_layout:
-        reasons.append(f"memory    {why}")
-    steps = train.steps or max(1, math.ceil(train.epochs * rows.n_train / batch))
-    every = max(1, steps // 10) if train.validate_every is None else train.validate_every
-    train = replace(
-        train,
-        steps=steps,
-        global_batch_size=batch,
-        micro_batch_size=micro,
-        recompute=recompute,
-        lr=train.lr or (2e-4 if cfg.lora.rank else 2e-5),
-        validate_every=every,
-    )
-    if train.min_lr is not None and train.min_lr > train.lr:
-        raise UsageError(
-            f"--train.min-lr {train.min_lr} is above the peak of {train.lr}; the cosine ends at the lower."
-        )
-    return replace(cfg, train=train, data=replace(cfg.data, seq_len=seq_len)), layout, rows, reasons
+    resolved = cfg.parallel.resolve(launch.world_size)
+    is_open = replace(cfg.parallel, dp_shard=-1) == ParallelConfig() and launch.world_size > 1
+    pad_id = tokenizer.eos_id or 0
+
+    def pack(seq_len: int) -> PackedExamples:
+        packing = Packing(seq_len, data.validation_share, train.seed)
+        return PackedExamples(corpus, packing, pad_id, data.overlong, packed=data.packing)
+
+    return choose_settings(asked, model, corpus, pack, (resolved, is_open), footprint)
 
 
-# ---- Resuming ----------------------------------------------------------------------------------------------
-
-
-def checkpoint_meta(cfg: SftConfig, model_config: LlamaConfig, corpus: ChatCorpus, seq_len: int) -> dict:
-    """What must be the same for a checkpoint's data position and weights to mean the same: {flag: value}."""
-    return {
+def run_record(
+    cfg: SftConfig, model_config: LlamaConfig, rows: PackedExamples, generation: dict
+) -> RunRecord:
+    """What a checkpoint records about its run, and what must be the same for its data position and weights to
+    mean the same in a run that resumes from it."""
+    fixed = {
         "--model": asdict(model_config),
-        "--data.seq-len": seq_len,
-        "--train.seed": cfg.train.seed,
-        "--data.validation-share": cfg.data.validation_share,
-        # a list, as JSON gives it back
-        "--lora": {**asdict(cfg.lora), "targets": list(cfg.lora.targets)},
+        **values_by_flag(cfg, ("data.seq_len", "train.seed", "data.validation_share")),
+        "--lora": {**asdict(cfg.lora), "targets": list(cfg.lora.targets)},  # a list, as JSON gives it back
         "--data.overlong and --data.packing": f"{cfg.data.overlong}, {'packed' if cfg.data.packing else 'not packed'}",
-        "--data.path and --data.tokenizer": f"{corpus.n_tokens} tokens in {corpus.n_documents} conversations",
-        CONTENT: corpus.content_hash,
-        SETTINGS: settings_of(cfg),
+        "--data.path and --data.tokenizer": rows.contents,
+        CONTENT: rows.content_hash,
     }
+    may_change = (
+        "train.steps",
+        "train.lr",
+        "train.min_lr",
+        "train.warmup_steps",
+        "train.global_batch_size",
+        "train.weight_decay",
+        "train.max_grad_norm",
+        "train.dtype",
+        "train.neftune_alpha",
+    )
+    return RunRecord(fixed, values_by_flag(cfg, may_change), generation)
 
 
-# ---- Telling -----------------------------------------------------------------------------------------------
-
-
-def describe_run(
-    cfg,
-    model_config,
-    layout,
-    rows: PackedExamples,
-    n_micros: int,
-    attention: str,
-    template_name: str,
-    peak: float,
-    peak_source: str,
-    device,
-    log: RunLog,
-) -> None:
-    """Print what is about to happen and write config.json."""
-    record = {
-        **asdict(cfg),
-        "model_config": model_config.to_hf(),
-        "layout": asdict(layout),
-        "device": str(device),
-        "attention_kernel": attention,
-        "n_parameters": model_config.n_parameters,
-        **made_with(),
-        "peak_flops_per_device": peak,
-        "peak_flops_source": peak_source,
-        "n_training_rows": rows.n_train,
-        "n_validation_rows": rows.n_validation,
-        "corpus": str(rows.corpus.folder),
-    }
-    Path(cfg.run_dir, "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+def lines_on_data(cfg: SftConfig, rows: PackedExamples, template_name: str) -> list[str]:
+    """Describe the conversations, the records that were left out, and how often this run reads the rows."""
+    lines = []
+    say_data(rows, template_name, lines.append)
+    say_skipped([rows.corpus], Path(cfg.run_dir), lines.append)
     epochs = cfg.train.steps * cfg.train.global_batch_size / rows.n_train
-    log.say(
-        f"model     {cfg.model}: {model_config.n_parameters / 1e6:,.1f}M parameters, attention {attention}"
-    )
-    say_data(rows, template_name, log.say)
-    say_skipped([rows.corpus], Path(cfg.run_dir), log.say)
-    log.say(f"epochs    {epochs:.2f}: {cfg.train.steps} steps of {cfg.train.global_batch_size} rows")
-    axes = (
-        " x ".join(f"{axis} {getattr(layout, axis)}" for axis in AXES if getattr(layout, axis) > 1)
-        or "one process"
-    )
-    log.say(
-        f"layout    {axes} on {device.type}, ZeRO stage {layout.zero_stage}; {n_micros} micro-batches of "
-        f"{cfg.train.micro_batch_size} rows per rank and step"
-    )
-    log.say(
-        f"numbers   {cfg.train.dtype} compute, float32 masters; MFU against {peak / 1e12:.2f} TFLOP/s ({peak_source})"
-    )
-    log.say("loss      {}: {}".format(*choose_loss(device)))
-
-
-def export(
-    model: Llama,
-    cfg: SftConfig,
-    tokenizer: Tokenizer,
-    template: ChatTemplate | RawTemplate,
-    dtype: torch.dtype,
-    is_main: bool,
-) -> None:
-    """Write hf/, which transformers opens, template and all, and with LoRA hf-adapter/, which peft opens over
-    --model. All ranks enter: each writes the shards it owns."""
-    hf, adapter = Path(cfg.run_dir, "hf"), Path(cfg.run_dir, "hf-adapter")
-    if cfg.lora.rank:
-        save_adapter(model, adapter, cfg.lora, base_model=cfg.model)
-        merge_lora(model)
-    save_hf(model, hf, dtype=dtype)
-    if is_main:
-        for folder in [hf, adapter] if cfg.lora.rank else [hf]:
-            tokenizer.save(folder, chat_template=template.source)
-    dist.barrier()
+    lines.append(f"epochs    {epochs:.2f}: {cfg.train.steps} steps of {cfg.train.global_batch_size} rows")
+    return lines
 
 
 if __name__ == "__main__":

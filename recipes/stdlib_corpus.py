@@ -1,5 +1,4 @@
-"""Real text that every machine has: the source of Python's own standard library, and a tokenizer trained on
-it.
+"""Real text that every machine has: the source of Python's standard library, and a tokenizer trained on it.
 
     python recipes/stdlib_corpus.py --out runs/first
 
@@ -21,6 +20,7 @@ if __name__ == "__main__":
     end_quietly_on_ctrl_c()  # the imports below take seconds
 
 from dtensor_llama import UsageError
+from dtensor_llama.atomic import replace_file
 from dtensor_llama.cli import FilePath, run_recipe
 
 BEGIN, END = "<s>", "</s>"
@@ -47,7 +47,8 @@ class CorpusConfig:
 def main(cfg: CorpusConfig) -> None:
     if not 258 <= cfg.vocab_size <= 65536:
         raise UsageError(
-            f"--vocab-size {cfg.vocab_size} is not possible; 256 bytes and 2 marks come first: use 258 to 65536."
+            f"--vocab-size {cfg.vocab_size} is not possible; 256 bytes and 2 marks come first: use 258 "
+            "to 65536."
         )
     out = Path(cfg.out)
     texts = list(standard_library())
@@ -56,20 +57,18 @@ def main(cfg: CorpusConfig) -> None:
         return
     out.mkdir(parents=True, exist_ok=True)
     train_tokenizer([text for _, text in texts], cfg.vocab_size, out / "tokenizer")
-    partial = out / "stdlib.jsonl.partial"
-    partial.write_text(
-        "".join(json.dumps({"text": text, "path": path}) + "\n" for path, text in texts), encoding="utf-8"
-    )
-    partial.replace(out / "stdlib.jsonl")
+    lines = [json.dumps({"text": text, "path": path}) + "\n" for path, text in texts]
+    replace_file(out / "stdlib.jsonl", "".join(lines))
     n_bytes = sum(len(text.encode()) for _, text in texts)
     print(
-        f"{len(texts):,} modules, {n_bytes / 1e6:.1f} MB -> {out}/stdlib.jsonl and a tokenizer of {cfg.vocab_size} pieces"
+        f"{len(texts):,} modules, {n_bytes / 1e6:.1f} MB -> {out}/stdlib.jsonl and a tokenizer of "
+        f"{cfg.vocab_size} pieces"
     )
 
 
 def standard_library():
-    """(path, source) of each module; tests, character tables and the help texts of pydoc are left out: little
-    of it is code."""
+    """Yield (path, source) of each module, without tests, character tables and the help texts of pydoc, in
+    which there is little code."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for file in sorted(root.rglob("*.py")):
         parts = file.relative_to(root).parts
@@ -84,8 +83,8 @@ def standard_library():
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, folder: Path) -> None:
-    """A byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909, over bytes as in GPT-2), with Hugging Face's
-    library."""
+    """Train a byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909, over bytes as in GPT-2) with Hugging
+    Face's library."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

@@ -12,6 +12,7 @@ from pool import run_on
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from training import forward_backward, make_training
 from versions import marks_for
 
 from dtensor_llama import Llama, LlamaConfig
@@ -19,8 +20,8 @@ from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import init_weights
 from memory.activations import offload_block_inputs
 from memory.lanes import DONE
-from parallel import ParallelConfig, build_mesh, parallelize
-from parallel.pipeline import make_step_runner
+from parallel import ParallelConfig
+from parallel.apply import Computation
 from parallel.recompute import MODES, apply_recompute
 
 CONFIG = LlamaConfig(
@@ -264,41 +265,27 @@ def step_under(layout: dict, recompute: str, in_flight: int, offload: bool):
     """On a rank: one step of 4 microbatches; (loss, local gradients by name, peak of inputs on the device,
     most expected)."""
     layout = ParallelConfig(**layout).resolve(torch.distributed.get_world_size())
-    mesh = build_mesh(layout, "cpu")
-    with torch.device("meta"):
-        model = Llama(CONFIG)
-    parts = parallelize(model, mesh, layout, recompute=recompute)
-    for part in parts:
-        part.to_empty(device="cpu")
+    training = make_training(CONFIG, layout, 4, Computation(recompute=recompute))
+    model = training.model
     init_weights(model, seed=0)
     n_here = T // layout.cp // (layout.tp if layout.sequence_parallel else 1)
     input_bytes = n_here * CONFIG.hidden_size * 4
     offloads = (
         [
             offload_block_inputs([b for b in part.model.layers if b is not None], CPU, input_bytes, in_flight)
-            for part in parts
+            for part in training.stages
         ]
         if offload
         else []
     )
     n_micros = 4
-    runner = make_step_runner(
-        parts,
-        mesh["pp"],
-        layout.schedule,
-        n_micros,
-        CPU,
-        torch.float32,
-        layout.sequence_shards,
-        layout.zero_stage,
-    )
     tokens, labels = torch.randint(
         CONFIG.vocab_size,
         (2, n_micros, T // layout.cp),
-        generator=torch.Generator().manual_seed(mesh["dp"].get_local_rank()),
+        generator=torch.Generator().manual_seed(training.layout.dp_rank),
     )
     micros = [Batch(*rows, None) for rows in zip(tokens.split(1), labels.split(1), strict=True)]
-    loss = runner.step(micros, labels.numel())
+    loss = forward_backward(training, micros, labels.numel())
     grads = {
         name: (p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad).clone()
         for name, p in model.named_parameters()

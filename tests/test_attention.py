@@ -27,6 +27,7 @@ from dtensor_llama import attention as module
 from dtensor_llama.attention import Documents, attention, choose_attention, plan_sdpa
 from dtensor_llama.model import OnHost
 from parallel import ParallelConfig, build_mesh, parallelize
+from parallel.apply import Computation
 from parallel.recompute import apply_recompute
 
 FLASH = SDPBackend.FLASH_ATTENTION
@@ -266,7 +267,7 @@ def test_another_number_of_documents_compiles_nothing_anew(recompute, backend):
 
 def arguments_that_fsdp_sees() -> list[type]:
     mesh = build_mesh(ParallelConfig(dp_shard=2), "cpu")
-    (model,) = parallelize(Llama(GQA), mesh, ParallelConfig(dp_shard=2), attention="varlen")
+    (model,) = parallelize(Llama(GQA), mesh, ParallelConfig(dp_shard=2), Computation(attention="varlen"))
     tokens, positions, _ = packed_rows(step=3)
     seen = []
     original = FSDPState._root_pre_forward

@@ -281,7 +281,7 @@ def refused(what):
         "another's": "not the model's",
         "cp criterion": "cp=2",
         "layers": "4 stages",
-        "heads": "--parallel.tp 2 does not divide the 1 query heads",
+        "heads": "tp=2 does not divide the 1 query heads",
         "positions": "position_ids",
         "left padding": "pad on the right",
         "scored padding": "set labels of padding to -100",

@@ -401,10 +401,10 @@ def test_what_is_no_checkpoint_is_refused_as_such(tmp_path):
     [
         (
             {"hidden_size": 16, "head_dim": 8},
-            r"model.lm_head.weight: is \[50, 32\], this run needs \[50, 16\]",
+            r"model.lm_head.weight: is \[50, 32\], must be \[50, 16\]",
         ),
-        ({"num_hidden_layers": 3}, "model.model.layers.2.*: not in the checkpoint.*and .* more"),
-        ({"num_hidden_layers": 1}, "model.model.layers.1.*: only in the checkpoint"),
+        ({"num_hidden_layers": 3}, "model.model.layers.2.*: missing.*and .* more"),
+        ({"num_hidden_layers": 1}, "model.model.layers.1.*: unexpected"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused_and_nothing_is_changed(tmp_path, changes, said):

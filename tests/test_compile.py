@@ -17,15 +17,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
+from training import forward_backward, make_training, nats_of
 
 from dtensor_llama import Llama, LlamaConfig, loss
 from dtensor_llama.chat.lora import LoraConfig, apply_lora, init_lora
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import init_weights
 from memory.activations import offload_block_inputs
-from parallel import ParallelConfig, build_mesh, parallelize
-from parallel.context import shard_batch
-from parallel.pipeline import make_step_runner
+from parallel import ParallelConfig
+from parallel.apply import Computation
 from parallel.tensor import apply_tensor_parallel, vocab_parallel_cross_entropy
 
 GQA = LlamaConfig(
@@ -83,46 +83,33 @@ def graphs_after_each_phase(run: Run, documents: bool) -> list[int]:
     over."""
     counted = CountedGraphs()
     layout = ParallelConfig(**run.layout).resolve(run.ranks)
-    mesh = build_mesh(layout, "cpu")
     with torch.device("meta"):
         model = Llama(run.config)
     if run.lora:
         apply_lora(model, LoraConfig(rank=2))
+    computation = Computation(recompute=run.recompute, compile=True, attention=run.attention)
     # fullgraph: a graph break is an error, and so is a block that was compiled too often and would now run
     # eagerly
     with mock.patch("torch.compile", partial(torch.compile, backend=counted, fullgraph=True)):
-        parts = parallelize(
-            model, mesh, layout, recompute=run.recompute, compile=True, attention=run.attention
-        )
-    for part in parts:
-        part.to_empty(device=CPU)
-        if run.activations:
-            blocks = [block for block in part.model.layers if block is not None]
+        training = make_training(model, layout, N_MICROS, computation)
+    if run.activations:
+        for stage in training.stages:
+            blocks = [block for block in stage.model.layers if block is not None]
             offload_block_inputs(blocks, CPU, input_bytes=T * GQA.hidden_size * 4, in_flight=N_MICROS)
     init_weights(model, seed=0)
     if run.lora:
         init_lora(model, seed=0)
-    runner = make_step_runner(
-        parts,
-        mesh["pp"],
-        layout.schedule,
-        N_MICROS,
-        CPU,
-        torch.float32,
-        layout.sequence_shards,
-        layout.zero_stage,
-    )
     n_graphs = []
     for seed, phase in enumerate(["step", "step", "step", "validation", "step", "validation"]):
         batches = packed_batches(seed, N_MICROS if phase == "step" else 3)
         if not documents:
             batches = [batch._replace(positions=None) for batch in batches]
-        batches = [shard_batch(batch, mesh["cp"], layout.cp_method) for batch in batches]
+        batches = [training.layout.own_tokens(batch) for batch in batches]
         if phase == "step":
-            runner.step(batches, N_MICROS * T)
+            forward_backward(training, batches, N_MICROS * T)
             model.zero_grad()
         else:
-            runner.evaluate_step(batches)
+            nats_of(training, batches)
         n_graphs.append(counted.n_graphs)
     return n_graphs
 

@@ -9,13 +9,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
 
-from dtensor_llama import Llama, LlamaConfig, UsageError
+from dtensor_llama import Llama, LlamaConfig
 from dtensor_llama.attention import Documents, attention
 from dtensor_llama.model import init_weights
 from parallel import context
 from parallel.context import (
     apply_context_parallel,
-    check_context_parallel,
     ring_rounds,
     shard_sequence,
     slices_of,
@@ -321,61 +320,6 @@ def located(method: str) -> tuple[list[int], list[int]]:
 def test_positions_are_the_true_ones_of_each_share():
     assert run_on(2, located, "ulysses") == [([0, 1, 2, 3], [0, 1, 2, 0]), ([4, 5, 6, 7], [1, 2, 3, 4])]
     assert run_on(2, located, "ring") == [([0, 1, 6, 7], [0, 1, 3, 4]), ([2, 3, 4, 5], [2, 0, 1, 2])]
-
-
-# ---- refusals ----
-
-
-@pytest.mark.parametrize(
-    "changes,said",
-    [
-        (
-            {"seq_len": 4100},
-            "--data.seq-len 4100 is not a multiple of 2 x --parallel.cp 4 = 8, .* use --data.seq-len 4096 or 4104",
-        ),
-        (
-            {"seq_len": 4104, "tp": 2},
-            r"x --parallel.tp 2 \(sequence parallel\) = 16, .* use --data.seq-len 4096 or 4112",
-        ),
-        ({"seq_len": 6}, "use --data.seq-len 8"),
-        (
-            {"seq_len": 4098, "method": "ulysses"},
-            "not a multiple of --parallel.cp 4 = 4, .* use --data.seq-len 4096 or 4100",
-        ),
-        (
-            {"cp": 16, "method": "ulysses"},
-            "--parallel.cp 16 .* 8 query heads .*8 heads / --parallel.tp 1.* Use "
-            "--parallel.cp 2 or 4 or 8, or --parallel.cp-method ring",
-        ),
-        (
-            {"cp": 2, "tp": 8, "method": "ulysses"},
-            "does not divide the 1 query heads.* Use --parallel.cp-method ring",
-        ),
-        (
-            {"kernel": "flash"},
-            "--train.attention flash .* --parallel.cp-method ring.* Use --train.attention sdpa",
-        ),
-        (
-            {"kernel": "varlen"},
-            "--train.attention varlen .* --parallel.cp-method ring.* Use --train.attention sdpa",
-        ),
-        ({"method": "star"}, "--parallel.cp-method star is not one of ulysses, ring"),
-        ({"cp": 0}, "--parallel.cp 0"),
-    ],
-)
-def test_what_cannot_be_split_is_refused_with_what_would_work(changes, said):
-    with pytest.raises(UsageError, match=said) as error:
-        check_context_parallel(
-            **{"config": GQA, "cp": 4, "tp": 1, "seq_len": 4096, "method": "ring", **changes}
-        )
-    assert "\n" not in str(error.value)
-
-
-def test_what_can_be_split_is_accepted():
-    check_context_parallel(GQA, cp=4, tp=2, seq_len=4096, method="ulysses", kernel="flash")
-    check_context_parallel(GQA, cp=16, tp=8, seq_len=4096, method="ring")
-    check_context_parallel(GQA, cp=4, tp=2, seq_len=4104, method="ring", sequence_parallel=False)
-    check_context_parallel(GQA, cp=1, tp=1, seq_len=17, method="ring", kernel="flash")
 
 
 # ---- GPU ----

@@ -19,7 +19,7 @@ from recipe import ROOT, metrics, recipe
 
 from dtensor_llama import Llama, LlamaConfig, load_hf
 from dtensor_llama.data.tokenizer import load_tokenizer
-from dtensor_llama.generate import generate_batch
+from dtensor_llama.generate import Sampling, generate_batch
 
 SHARED = Path(os.environ.get("DTENSOR_LLAMA_SHARED_DATA", ROOT.parent / "shared" / "data"))
 STORIES, SHAKESPEARE = SHARED / "stories260K", SHARED / "corpus/tinyshakespeare.txt"
@@ -33,9 +33,8 @@ def tell_stories(n: int, n_tokens: int) -> list[str]:
     model, tokenizer = Llama(LlamaConfig.from_hf(STORIES)), load_tokenizer(STORIES)
     load_hf(model, STORIES)
     bos, ends, told = tokenizer.bos_id, (tokenizer.bos_id, tokenizer.eos_id), [[] for _ in range(n)]
-    for step in generate_batch(
-        model, [[bos]] * n, n_tokens, 1.0, 1.0, ends, torch.Generator().manual_seed(0)
-    ):
+    sampling = Sampling(1.0, 1.0, torch.Generator().manual_seed(0))
+    for step in generate_batch(model, [[bos]] * n, n_tokens, ends, sampling):
         for story, token in zip(told, step, strict=True):
             story += [] if token is None or token in ends else [token]
     return [tokenizer.decode(story) for story in told]

@@ -16,16 +16,18 @@ from recipe import recipe
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from training import forward_backward, make_training
 from versions import marks_for
 
-from dtensor_llama import Llama, LlamaConfig, loss
+from dtensor_llama import LlamaConfig, loss
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
 from dtensor_llama.shards import local
-from parallel import ParallelConfig, build_mesh, context, parallelize
+from parallel import ParallelConfig, context
+from parallel.apply import Computation
 from parallel.explain import FP32, Run, explain
-from parallel.pipeline import SCHEDULES, make_step_runner
+from parallel.pipeline import SCHEDULES
 from parallel.schedule_clock import clock, draw, schedule_order
 from parallel.schedule_picture import Recorder
 
@@ -42,27 +44,18 @@ CHUNK = 7 * 32  # elements of the loss's chunks: so small that there are several
 
 
 def build(run: Run):
-    layout = run.layout
-    mesh = build_mesh(layout, "cpu")
-    with torch.device("meta"):
-        model = Llama(run.config)
-    parts = parallelize(model, mesh, layout, compute_dtype=run.compute_dtype, recompute=run.recompute)
-    for part in parts:
-        part.to_empty(device="cpu")
-    init_weights(model, seed=0)
-    runner = make_step_runner(
-        parts,
-        mesh["pp"],
-        layout.schedule,
-        run.n_micros,
-        torch.device("cpu"),
-        run.compute_dtype,
-        layout.sequence_shards,
-        layout.zero_stage,
-    )
-    tokens_and_labels = torch.randint(64, (2, run.n_micros, ROWS, run.seq_len // layout.cp))
+    computation = Computation(dtype=run.compute_dtype, recompute=run.recompute)
+    training = make_training(run.config, run.layout, run.n_micros, computation)
+    init_weights(training.model, seed=0)
+    tokens_and_labels = torch.randint(64, (2, run.n_micros, ROWS, run.seq_len // run.layout.cp))
     micros = [Batch(*micro, None) for micro in zip(*tokens_and_labels, strict=True)]
-    return mesh, model, parts, lambda *recorder: runner.step(micros, 64, 1.0, *recorder)
+
+    def step(recorder: Recorder | None = None):
+        if recorder:
+            training.pipeline.recorder = recorder
+        return forward_backward(training, micros, 64)
+
+    return training.layout.mesh, training.model, training.stages, step
 
 
 # ---- traffic ----
@@ -347,7 +340,7 @@ def test_the_recipe_draws_the_mesh_and_writes_the_facts(tmp_path):
         (["--memory.placement", "auto"], "--memory.placement auto"),
         (["--gpus", 0], "--gpus 0 is not possible"),
         (["--rank", 4], "--rank 4 is not one of --gpus 4; use 0 to 3"),
-        (["--parallel.tp", 3], "--parallel.tp 3 needs a multiple of 3"),
+        (["--parallel.tp", 3], "--parallel.tp 3, which needs a multiple of 3"),
         (["--parallel.pp", 4, "--train.global-batch-size", 2], "needs a microbatch for each"),
     ],
 )

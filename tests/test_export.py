@@ -239,8 +239,12 @@ def test_the_generation_config_of_the_base_is_carried_on_with_every_end(inputs, 
     from transformers import GenerationConfig
 
     own = [flag for flag in flags(inputs, tmp_path / "run", *more, steps=1) if flag != "--random-init"]
-    own[own.index("--model") + 1] = model_with_sampling(inputs, tmp_path)
+    base = model_with_sampling(inputs, tmp_path)
+    config = json.loads((base / "config.json").read_text()) | {"tag": {"kept": True}}
+    (base / "config.json").write_text(json.dumps(config))
+    own[own.index("--model") + 1] = base
     assert recipe("pretrain", *own).status == 0
+    assert json.loads((tmp_path / "run/hf/config.json").read_text())["tag"] == {"kept": True}
     theirs = GenerationConfig.from_pretrained(tmp_path / "run/hf")
     assert {name: getattr(theirs, name) for name in SAMPLING} == SAMPLING
     assert theirs.eos_token_id == [5, 6, 1] and theirs.bos_token_id == 0

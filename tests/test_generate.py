@@ -13,7 +13,7 @@ from recipe import ROOT, recipe
 
 from dtensor_llama import Llama, LlamaConfig, load_hf
 from dtensor_llama.data.tokenizer import load_tokenizer
-from dtensor_llama.generate import TextStream, generate, generate_batch
+from dtensor_llama.generate import Sampling, TextStream, continue_whole_rows, generate, generate_batch
 from dtensor_llama.model import init_weights
 from parallel import ParallelConfig, build_mesh
 from parallel.tensor import apply_tensor_parallel
@@ -86,10 +86,24 @@ def test_a_row_that_ended_says_no_more_and_the_others_go_on(expected):
     assert rows[1][-1] is None
 
 
+@pytest.mark.parametrize("row_multiple", [1, 8])
+def test_without_a_cache_the_likeliest_tokens_are_those_with_one(expected, row_multiple):
+    stop = expected[1][5]
+    rows = continue_whole_rows(Llama(CONFIG), PROMPTS, N, (stop,), row_multiple)
+    assert rows == [
+        whole[: whole.index(stop) + 1] if stop in whole else whole for whole in (row[:N] for row in expected)
+    ]
+
+
 def test_draws_follow_the_seed_in_a_batch_too():
     def draw(seed):
         return columns(
-            generate_batch(Llama(CONFIG), PROMPTS, N, 1.0, 0.9, (), torch.Generator().manual_seed(seed))
+            generate_batch(
+                Llama(CONFIG),
+                PROMPTS,
+                N,
+                sampling=Sampling(1.0, 0.9, torch.Generator().manual_seed(seed)),
+            )
         )
 
     assert draw(1) == draw(1) != draw(2)

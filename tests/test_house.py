@@ -1,10 +1,17 @@
-"""The house stands as the README draws it: import arrows, numbers in docs' formulas, schedule and log as
-tables."""
+"""The house stands as its documents describe it: imports, budgets, words, formulas and tables."""
 
 import ast
 import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+import tokenize
+from functools import cache
 from pathlib import Path
 
+import budgets
 import pytest
 from recipe import ROOT
 
@@ -14,30 +21,229 @@ from dtensor_llama.metrics import RunLog, draw_loss_curve, read_metrics
 from dtensor_llama.schedule import cosine_lr
 from parallel import ParallelConfig
 
+PACKAGES = ("dtensor_llama", "memory", "parallel")
 ALLOWED = {
     "dtensor_llama": {"dtensor_llama"},
     "parallel": {"parallel", "dtensor_llama"},
     "memory": {"memory", "dtensor_llama"},
 }
+COMPOSES = ("parallel/assemble.py", "parallel/booster.py")  # the only files of parallel/ that import memory
+RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.py"))
+
+
+# ---- What the tests below count ----------------------------------------------------------------------------
+
+
+def source_files(*folders: str) -> list[str]:
+    """Return the Python files below the folders, as paths from the root with slashes."""
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    return sorted(path.relative_to(ROOT).as_posix() for path in paths)
+
+
+@cache
+def parse(file: str) -> ast.Module:
+    return ast.parse((ROOT / file).read_text(encoding="utf-8"))
+
+
+def lines_of(file: str) -> list[str]:
+    return (ROOT / file).read_text(encoding="utf-8").splitlines()
+
+
+def docstrings(file: str) -> list[ast.Constant]:
+    with_docstring = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(parse(file)) if isinstance(node, with_docstring)]
+    return [node.body[0].value for node in nodes if ast.get_docstring(node)]
+
+
+def count_nodes(file: str) -> int:
+    """Return the nodes of a file's syntax tree. A docstring is two of them, an expression and a constant."""
+    return sum(1 for _ in ast.walk(parse(file))) - 2 * len(docstrings(file))
+
+
+def imported_names(file: str) -> list[str]:
+    names = []
+    for node in ast.walk(parse(file)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names.append(node.module or "")
+    return names
+
+
+def matches(pattern: str, *folders: str, leave_out: tuple[str, ...] = ()) -> list[str]:
+    """Return file:line of each line below the folders that has the pattern."""
+    found = []
+    for file in source_files(*folders):
+        if file not in leave_out:
+            lines = enumerate(lines_of(file), 1)
+            found += [
+                f"{file}:{number}: {line.strip()}" for number, line in lines if re.search(pattern, line)
+            ]
+    return found
+
+
+def hold(budget: budgets.Budget, n: int, what: str) -> None:
+    """Fail where a number has grown above its budget, or has shrunk so far that the budget should follow."""
+    assert n <= budget.now, f"{what}: {n:,}, and the budget is {budget.now:,} (the aim is {budget.aim:,})"
+    slack = max(budget.now // 20, 5)
+    assert budget.now <= budget.aim or n >= budget.now - slack, (
+        f"{what}: {n:,} is well below the {budget.now:,} of tests/budgets.py; lower `now` there"
+    )
+
+
+# ---- Imports -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("package", ALLOWED)
 def test_imports_point_one_way(package):
-    ours = {"dtensor_llama", "parallel", "memory", "recipes"}
-    for file in (ROOT / package).rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            names = (
-                [alias.name for alias in node.names]
-                if isinstance(node, ast.Import)
-                else [node.module or ""]
-                if isinstance(node, ast.ImportFrom)
-                else []
-            )
-            for name in names:
-                root = name.split(".")[0]
-                assert root not in ours or root in ALLOWED[package], (
-                    f"{file.relative_to(ROOT)} imports {name}"
-                )
+    for file in source_files(package):
+        allowed = ALLOWED[package] | ({"memory"} if file in COMPOSES else set())
+        for name in imported_names(file):
+            root = name.split(".")[0]
+            assert root not in (*PACKAGES, "recipes") or root in allowed, f"{file} imports {name}"
+
+
+def test_recipes_import_installed_packages_only():
+    for recipe in RECIPES:
+        file = f"recipes/{recipe}"
+        neighbours = {name.removesuffix(".py") for name in RECIPES} | {"recipes"}
+        found = [name for name in imported_names(file) if name.split(".")[0] in neighbours]
+        assert not found, f"{file} imports {found}, which is not there when the file is copied"
+        assert "sys.path" not in (ROOT / file).read_text(), f"{file} changes sys.path"
+
+
+RUN_COPIES = """
+import os, runpy, sys
+import torch.distributed.tensor, tyro, dtensor_llama, memory, parallel     # imported once for all recipes
+failed = []
+for path in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        os.chdir(os.path.dirname(path))
+        sys.argv, sys.path[0] = [path, "--help"], os.path.dirname(path)
+        sys.stdout = open(os.devnull, "w")
+        runpy.run_path(path, run_name="__main__")
+        os._exit(3)                                                        # --help raises SystemExit before
+    failed += [path] * (os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0)
+sys.exit(f"no --help from {failed}" if failed else 0)
+"""
+
+
+def test_each_recipe_runs_from_an_empty_folder(tmp_path):
+    copies = []
+    for recipe in RECIPES:
+        copy = tmp_path / recipe.removesuffix(".py") / recipe
+        copy.parent.mkdir()
+        copy.write_bytes((ROOT / "recipes" / recipe).read_bytes())
+        copies.append(str(copy))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", RUN_COPIES, *copies]
+    ended = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_the_backward_pass_is_in_the_recipes():
+    """Only the Booster calls `.backward()` for its user; torch's pipeline schedules do it inside torch."""
+    for file in source_files(*PACKAGES):
+        calls = [
+            node.lineno
+            for node in ast.walk(parse(file))
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == "backward"
+        ]
+        assert not calls or file == "parallel/booster.py", f"{file} calls .backward() in lines {calls}"
+
+
+# ---- Budgets: tests/budgets.py -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("room", budgets.NODES)
+def test_a_room_keeps_its_budget_of_syntax_nodes(room):
+    if room == "the spine":
+        n = sum(map(count_nodes, budgets.SPINE))
+    elif room == "dtensor_llama and parallel":
+        files = source_files("dtensor_llama", "parallel")
+        n = sum(count_nodes(file) for file in files if not file.startswith(budgets.NOT_COUNTED))
+    elif room == "memory":
+        n = sum(map(count_nodes, source_files("memory")))
+    elif room == "a lesson":
+        n = max(map(count_nodes, source_files("recipes/lessons")))
+    else:
+        n = count_nodes(room)
+    hold(budgets.NODES[room], n, room)
+
+
+def test_every_recipe_has_a_budget():
+    assert {f"recipes/{name}" for name in RECIPES} <= set(budgets.NODES)
+    assert all((ROOT / file).exists() for file in budgets.SPINE)
+
+
+@pytest.mark.parametrize("folder", [*PACKAGES, "recipes"])
+def test_code_is_not_squeezed(folder):
+    files = source_files(folder)
+    n_nodes, n_lines = sum(map(count_nodes, files)), sum(len(lines_of(file)) for file in files)
+    assert n_nodes <= budgets.DENSITY * n_lines, f"{folder}: {n_nodes / n_lines:.1f} nodes a line"
+
+
+def test_no_line_is_longer_than_a_screen_is_wide():
+    long = matches(rf"^.{{{budgets.COLUMNS + 1},}}", *PACKAGES, "recipes", "docs")
+    assert not long, "\n".join(long)
+
+
+def test_functions_have_few_parameters():
+    found = set()
+    for file in source_files(*PACKAGES, "recipes"):
+        for node in ast.walk(parse(file)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                own = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+                names = [arg.arg for arg in [*own, node.args.vararg, node.args.kwarg] if arg]
+                names = [name for name in names if name not in ("self", "cls", "ctx")]
+                if len(names) > budgets.PARAMETERS:
+                    found.add((file, node.name))
+    assert found == budgets.KERNELS | budgets.MANY_PARAMETERS
+
+
+@pytest.mark.parametrize("recipe", budgets.EXPLAINED)
+def test_a_recipe_explains_itself(recipe):
+    explained = set()
+    for token in tokenize.generate_tokens(iter([f"{line}\n" for line in lines_of(recipe)] + [""]).__next__):
+        if token.type == tokenize.COMMENT:
+            explained.add(token.start[0])
+    for docstring in docstrings(recipe):
+        explained |= set(range(docstring.lineno, docstring.end_lineno + 1))
+    assert len(explained) >= budgets.EXPLAINED[recipe] * len(lines_of(recipe))
+
+
+# ---- Words -------------------------------------------------------------------------------------------------
+
+
+def test_docstrings_are_sentences():
+    found = []
+    for file in source_files(*PACKAGES, "recipes", "docs"):
+        for docstring in docstrings(file):
+            if docstring.value.split()[0].strip(",.:;`*") in budgets.VERBLESS:
+                found.append(f"{file}:{docstring.lineno}: {docstring.value.splitlines()[0]}")
+    hold(budgets.VERBLESS_DOCSTRINGS, len(found), "\n".join([*found, "docstrings without a verb"]))
+
+
+def test_packages_know_no_flags():
+    """A package names the field, as in `tp=3`; run_recipe turns fields into the flags of its recipe."""
+    flag = r"--(data|train|parallel|memory|checkpoint|lora)\.[a-z]|--model\b|--run-dir\b"
+    found = matches(flag, *PACKAGES, leave_out=("dtensor_llama/cli.py",))
+    hold(budgets.FLAGS_IN_PACKAGES, len(found), "\n".join([*found, "lines that name a flag"]))
+
+
+def test_microbatch_is_one_word():
+    """The flag --train.micro-batch-size and its field keep their names; everything else says microbatch."""
+    other = r"micro-batch(?!-size)|micro_batch(?!_size)|\bn_?micro\b|\b(n_)?micros\b"
+    found = matches(rf"(?i){other}", *PACKAGES, "recipes")
+    hold(budgets.OTHER_MICROBATCHES, len(found), "\n".join([*found, "other spellings of microbatch"]))
+
+
+# ---- Documents, formulas and tables ------------------------------------------------------------------------
 
 
 def test_the_library_reads_no_environment_and_asks_for_no_accelerator_by_name():
@@ -117,10 +323,21 @@ def test_a_layout_that_does_not_fit_the_processes_is_refused(sizes, world, said)
         ParallelConfig(**sizes).resolve(world)
 
 
-def test_docs_name_only_files_that_exist():
-    text = (ROOT / "README.md").read_text()
-    for target in __import__("re").findall(r"\]\(([\w./-]+)\)", text):
-        assert (ROOT / target).exists(), target
+DOCUMENTS = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
+def test_the_map_is_of_this_source():
+    written = runpy.run_path(str(ROOT / "docs" / "make_map.py"))["make_map"]()
+    assert (ROOT / "docs" / "map.md").read_text(encoding="utf-8") == written, (
+        "docs/map.md is stale: run make map"
+    )
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_documents_link_only_to_files_that_exist(document):
+    path = ROOT / document
+    for target in re.findall(r"\]\(([\w./-]+)\)", path.read_text(encoding="utf-8")):
+        assert (path.parent / target).exists(), target
 
 
 def test_constraints_pin_what_pyproject_asks_for():

@@ -64,7 +64,7 @@ def test_as_many_steps_in_a_row_as_allowed_are_left_out_and_the_rows_stay_json()
         "grad_norm": None,
         "skipped_steps": 1,
     }
-    with pytest.raises(UsageError, match="after 2 others in a row.*--train.skip-nonfinite 3"):
+    with pytest.raises(UsageError, match="after 2 others in a row.*skip_nonfinite=3"):
         steps.judge(bad)
 
 

@@ -17,6 +17,8 @@ from recipe import pretrain_flags as own_flags
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
+from parallel.apply import Computation
+
 LAUNCH = ROOT / "recipes/launch"
 sys.path[:0] = [str(LAUNCH), str(ROOT / "recipes")]
 
@@ -31,7 +33,7 @@ from memory import ChunkManager  # noqa: E402
 from memory.chunk import GIB  # noqa: E402
 from memory.tracer import Rates  # noqa: E402
 from parallel import build_mesh, parallelize  # noqa: E402
-from parallel.config import check_parallel  # noqa: E402
+from parallel.config import Job, check_parallel  # noqa: E402
 from parallel.explain import pretend  # noqa: E402
 from parallel.fit import fit  # noqa: E402
 
@@ -72,8 +74,7 @@ def parsed(recipe: str, size: str, gpu: str, gpus: int):
             n_adapter=n_adapter_parameters(config, cfg.lora) if cfg.lora.rank else 0,
             offloads=cfg.memory.is_on,
         )
-    n_micros = check_parallel(
-        layout,
+    job = Job(
         config,
         cfg.data.seq_len,
         cfg.train.global_batch_size,
@@ -83,7 +84,7 @@ def parsed(recipe: str, size: str, gpu: str, gpus: int):
         compile=cfg.train.compile,
         device_type="cuda",
     )
-    return cfg, layout, n_micros
+    return cfg, layout, check_parallel(layout, job)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,9 @@ def test_model_mesh_and_optimizer_are_built_at_full_size_and_a_rank_fits_its_gpu
             apply_lora(model, cfg.lora, frozen_dtype=torch.bfloat16)
         if cfg.memory.is_on:
             model.to(torch.bfloat16)
-        parts = parallelize(model, mesh, layout, compute_dtype=torch.bfloat16, recompute=cfg.train.recompute)
+        parts = parallelize(
+            model, mesh, layout, Computation(dtype=torch.bfloat16, recompute=cfg.train.recompute)
+        )
         optimizer = build_adamw(model, cfg.train.lr, cfg.train.weight_decay)
         if cfg.memory.is_on:  # it refuses at once what its budgets cannot hold
             config_here = replace(cfg.memory, kernel="blocks")  # a compiled one would run, to be warm

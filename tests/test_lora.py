@@ -10,6 +10,7 @@ from pool import run_on
 from safetensors.torch import load_file
 from test_one_answer import GQA, ROWS, rows_of, whole_weights
 from torch.testing import assert_close
+from training import forward_backward, make_training
 from versions import marks_for
 
 from dtensor_llama import Llama, UsageError, save_hf
@@ -24,12 +25,10 @@ from dtensor_llama.chat.lora import (
 )
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import init_weights
-from dtensor_llama.optim import build_adamw
-from parallel import ParallelConfig, build_mesh, parallelize
+from parallel import ParallelConfig
+from parallel.apply import Computation
 from parallel.clip import clip_grad_norm
 from parallel.config import check_parallel
-from parallel.context import shard_batch
-from parallel.pipeline import make_step_runner
 
 LORA = LoraConfig(rank=4, alpha=8)
 SHAPES = {
@@ -51,38 +50,23 @@ def three_steps(
     config = SHAPES[shape]
     layout = layout.resolve(dist.get_world_size())
     n_micros = check_parallel(layout, config, 32, ROWS, micro, recompute=recompute)
-    mesh = build_mesh(layout, "cpu")
     with torch.device("meta"):
         model = Llama(config)
     apply_lora(model, LORA, frozen_dtype=dtype)
-    parts = parallelize(model, mesh, layout, compute_dtype=dtype, recompute=recompute)
-    for part in parts:
-        part.to_empty(device="cpu")
+    computation = Computation(dtype=dtype, recompute=recompute)
+    training = make_training(model, layout, n_micros, computation, lr=1e-2, weight_decay=0.0)
+    mesh, optimizer = training.layout.mesh, training.optimizer
     init_weights(model, seed=0)
     init_lora(model, seed=0)
-    runner = make_step_runner(
-        parts,
-        mesh["pp"],
-        layout.schedule,
-        n_micros,
-        torch.device("cpu"),
-        dtype,
-        layout.sequence_shards,
-        layout.zero_stage,
-    )
     initial = whole_weights(model)
-    optimizer = build_adamw(model, lr=1e-2, weight_decay=0.0)
     losses, norms = [], []
     for step in range(3):
         batch = rows_of(step, masked=True)
         n_scored = (batch.labels != -100).sum()
         mine = [x.chunk(layout.dp)[mesh["dp"].get_local_rank()] for x in batch]
         micros = [Batch(*(x[i : i + micro] for x in mine)) for i in range(0, ROWS // layout.dp, micro)]
-        loss = runner.step(
-            [shard_batch(m, mesh["cp"], layout.cp_method) for m in micros],
-            n_scored,
-            grad_scale=layout.grad_ranks,
-        )
+        own = [training.layout.own_tokens(batch) for batch in micros]
+        loss = forward_backward(training, own, n_scored)
         dist.all_reduce(loss, group=mesh["loss"].get_group())
         norms.append(clip_grad_norm(model.parameters(), 0.5).item())
         optimizer.step()

@@ -7,16 +7,13 @@ from pool import run_on
 from test_memory_layouts import start, step
 from test_one_answer import ROWS, SHAPES, rows_of
 from torch.distributed.tensor import DTensor
+from training import forward_backward, make_training
 
-from dtensor_llama import Llama
 from dtensor_llama.checkpoint import Checkpointer, Deferred, restore_training_state, training_state
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import init_weights
-from dtensor_llama.optim import build_adamw
 from memory.chunk import like
-from parallel import ParallelConfig, build_mesh, parallelize
-from parallel.clip import clip_grad_norm
-from parallel.pipeline import make_step_runner
+from parallel import ParallelConfig
 
 MICRO = 2
 
@@ -35,43 +32,37 @@ def whole(model, optimizer) -> dict:
 
 
 def save_and_go_on(folder, layout, plan_seed, dtype=torch.float32, steps=3, more=2):
-    layout, mesh, model, manager, runner = start("gqa", layout, MICRO, plan_seed, dtype)
+    layout, mesh, model, manager, training = start("gqa", layout, MICRO, plan_seed, dtype)
     for i in range(steps):
-        step(i, layout, mesh, manager.optimizer, runner, MICRO)
+        step(i, layout, mesh, manager.optimizer, training, MICRO)
     saver = Checkpointer(folder)
     at_save = whole(model, manager.optimizer)
     saver.save(steps, training_state(model, manager.optimizer, steps))
-    later = [step(i, layout, mesh, manager.optimizer, runner, MICRO) for i in range(steps, steps + more)]
+    later = [step(i, layout, mesh, manager.optimizer, training, MICRO) for i in range(steps, steps + more)]
     saver.close()
     manager.close()
     return at_save, later, whole(model, manager.optimizer)
 
 
 def load_and_go_on(folder, layout, plan_seed, dtype=torch.float32, more=2):
-    layout, mesh, model, manager, runner = start("gqa", layout, MICRO, plan_seed, dtype)
+    layout, mesh, model, manager, training = start("gqa", layout, MICRO, plan_seed, dtype)
     saver = Checkpointer(folder)
     state = training_state(model, manager.optimizer)
     saver.load(saver.latest(), state)
     done = restore_training_state(state, model, manager.optimizer)["step"]
     saver.close()
     at_load = whole(model, manager.optimizer)
-    later = [step(i, layout, mesh, manager.optimizer, runner, MICRO) for i in range(done, done + more)]
+    later = [step(i, layout, mesh, manager.optimizer, training, MICRO) for i in range(done, done + more)]
     manager.close()
     return at_load, later, whole(model, manager.optimizer)
 
 
 def with_torchs_adamw(folder, load: bool):
     """One process without a manager: save after 3 steps, or load and say what came."""
-    layout = ParallelConfig().resolve(1)
-    mesh = build_mesh(layout, "cpu")
-    with torch.device("meta"):
-        model = Llama(SHAPES["gqa"])
-    parallelize(model, mesh, layout)
-    model.to_empty(device="cpu")
+    training = make_training(SHAPES["gqa"], ParallelConfig(), ROWS // MICRO)
+    model, optimizer = training.model, training.optimizer
     init_weights(model, seed=0)
-    optimizer = build_adamw(model, lr=1e-3, weight_decay=0.1)
     saver = Checkpointer(folder)
-    runner = make_step_runner([model], mesh["pp"], layout.schedule, ROWS // MICRO, torch.device("cpu"))
     if load:
         state = training_state(model, optimizer)
         saver.load(saver.latest(), state)
@@ -80,11 +71,9 @@ def with_torchs_adamw(folder, load: bool):
         return whole(model, optimizer)
     for i in range(3):
         batch = rows_of(i, masked=True)
-        runner.step(
-            [Batch(*(x[j : j + MICRO] for x in batch)) for j in range(0, ROWS, MICRO)],
-            (batch.labels != -100).sum(),
-        )
-        clip_grad_norm(model.parameters(), 0.5)
+        micros = [Batch(*(x[j : j + MICRO] for x in batch)) for j in range(0, ROWS, MICRO)]
+        forward_backward(training, micros, (batch.labels != -100).sum())
+        optimizer.clip_grad_norm(0.5)
         optimizer.step()
         optimizer.zero_grad()
     saver.save(3, training_state(model, optimizer, 3), wait=True)
@@ -135,11 +124,11 @@ def test_a_checkpoint_of_torchs_adamw_goes_on_with_chunks_and_back(tmp_path):
 
 
 def save_before_the_first_step(folder):
-    layout, mesh, model, manager, runner = start("gqa", ParallelConfig(), MICRO, 1)
+    layout, mesh, model, manager, training = start("gqa", ParallelConfig(), MICRO, 1)
     saver = Checkpointer(folder)
     saver.save(0, training_state(model, manager.optimizer, 0), wait=True)
     saver.close()
-    later = [step(i, layout, mesh, manager.optimizer, runner, MICRO) for i in range(2)]
+    later = [step(i, layout, mesh, manager.optimizer, training, MICRO) for i in range(2)]
     assert dist.is_initialized()
     return whole(model, manager.optimizer), later
 

@@ -13,6 +13,7 @@ from test_one_answer import ROWS, SHAPES, STEPS, five_steps, rows_of, whole_weig
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from training import forward_backward
 from versions import needs_split_backward
 
 from dtensor_llama import Llama
@@ -22,8 +23,11 @@ from dtensor_llama.optim import build_adamw
 from dtensor_llama.shards import local
 from memory import ChunkManager, MemoryConfig, Placement
 from parallel import ParallelConfig, build_mesh, parallelize
+from parallel.apply import Computation
+from parallel.assemble import Training
 from parallel.context import shard_batch
-from parallel.pipeline import make_step_runner
+from parallel.mesh import Layout
+from parallel.pipeline import Pipeline
 
 CHUNK = 1024  # elements: tens of chunks on each rank, most matrices in several
 
@@ -42,9 +46,10 @@ def start(
     plan_seed: of random places; None: all on the host."""
     layout = layout.resolve(dist.get_world_size())
     mesh = build_mesh(layout, "cpu")
+    computation = Computation(dtype=dtype, **passes or {})
     with torch.device("meta"):
         model = Llama(SHAPES[shape]).to(dtype)
-    parts = parallelize(model, mesh, layout, compute_dtype=dtype, **passes or {})
+    parts = parallelize(model, mesh, layout, computation)
     for part in parts:
         part.to_empty(device="cpu")
     n_micros = ROWS // layout.dp // micro
@@ -69,25 +74,18 @@ def start(
         outside=[model.model.embed_tokens.weight] if tied_over_stages else [],
     )
     init_weights(manager.masters(), seed=0)
-    runner = make_step_runner(
-        parts,
-        mesh["pp"],
-        layout.schedule,
-        n_micros,
-        torch.device("cpu"),
-        dtype,
-        layout.sequence_shards,
-        layout.zero_stage,
-    )
-    return layout, mesh, model, manager, runner
+    owner = Layout(layout, mesh, n_micros)
+    pipeline = Pipeline(parts, owner, computation) if layout.pp > 1 else None
+    training = Training(model, parts, pipeline, manager.optimizer, owner, computation)
+    return layout, mesh, model, manager, training
 
 
-def step(number: int, layout, mesh, optimizer, runner, micro: int) -> tuple[float, float]:
+def step(number: int, layout, mesh, optimizer, training, micro: int) -> tuple[float, float]:
     batch = rows_of(number, masked=True)
     mine = [x.chunk(layout.dp)[mesh["dp"].get_local_rank()] for x in batch]
     micros = [Batch(*(x[i : i + micro] for x in mine)) for i in range(0, ROWS // layout.dp, micro)]
     micros = [shard_batch(one, mesh["cp"], layout.cp_method) for one in micros]
-    loss = runner.step(micros, (batch.labels != -100).sum(), grad_scale=layout.grad_ranks)
+    loss = forward_backward(training, micros, (batch.labels != -100).sum())
     dist.all_reduce(loss, group=mesh["loss"].get_group())
     norm = optimizer.clip_grad_norm(0.5)
     optimizer.step()
@@ -96,11 +94,11 @@ def step(number: int, layout, mesh, optimizer, runner, micro: int) -> tuple[floa
 
 
 def managed_steps(shape: str, layout: ParallelConfig, micro: int, plan_seed: int, passes: dict) -> dict:
-    layout, mesh, model, manager, runner = start(shape, layout, micro, plan_seed, passes=passes)
+    layout, mesh, model, manager, training = start(shape, layout, micro, plan_seed, passes=passes)
     initial, said = whole_weights(model), []
     manager.say = said.append
     losses, norms = zip(
-        *(step(i, layout, mesh, manager.optimizer, runner, micro) for i in range(STEPS)), strict=True
+        *(step(i, layout, mesh, manager.optimizer, training, micro) for i in range(STEPS)), strict=True
     )
     manager.close()
     assert said == [], said  # nobody but the manager has changed a weight
@@ -177,16 +175,16 @@ def jobs_left_as_blocks_begin(layout: ParallelConfig) -> tuple[list[int], int, l
     """In the forward after an update of which the host does nothing until it is waited for: jobs left for it
     when each block begins; how many there were; and how many of them cover later blocks alone."""
     lanes, micro = QueuedLanes(), ROWS // dist.get_world_size()
-    layout, mesh, model, manager, runner = start("gqa", layout, micro, None, lanes=lanes)
+    layout, mesh, model, manager, training = start("gqa", layout, micro, None, lanes=lanes)
     blocks, left, later = list(model.model.layers), [], []
     for number, block in enumerate(blocks):
         after = {p for other in blocks[number + 1 :] for p in other.parameters()}
         later.append(sum(all(one.parameter in after for one in chunk.managed) for chunk in manager.chunks))
         block.register_forward_pre_hook(lambda *_: left.append(len(lanes.thread.queue.jobs)))
-    step(0, layout, mesh, manager.optimizer, runner, micro)
+    step(0, layout, mesh, manager.optimizer, training, micro)
     manager.wait()
     left.clear()
-    step(1, layout, mesh, manager.optimizer, runner, micro)
+    step(1, layout, mesh, manager.optimizer, training, micro)
     n_jobs = len(lanes.thread.queue.jobs)
     left.clear()
     with torch.no_grad():
@@ -205,11 +203,11 @@ def test_blocks_begin_while_the_host_still_steps_later_ones(ranks, stage):
 
 def gradients_that_wait(layout: ParallelConfig, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of the storages that gradients keep alive until the step, and what the ledger counts of them."""
-    layout, mesh, model, manager, runner = start("gqa", layout, ROWS // dist.get_world_size(), 1, dtype)
+    layout, mesh, model, manager, training = start("gqa", layout, ROWS // dist.get_world_size(), 1, dtype)
     before = manager.ledger.held["device"]
     batch = rows_of(0, masked=True)
     mine = Batch(*(x.chunk(layout.dp)[mesh["dp"].get_local_rank()] for x in batch))
-    runner.step([mine], (batch.labels != -100).sum(), grad_scale=layout.grad_ranks)
+    forward_backward(training, [mine], (batch.labels != -100).sum())
     manager.finish_backward()
     kept = [p.grad for p in model.parameters()] + [
         piece.waiting for one in manager.managed for piece in one.pieces
@@ -239,7 +237,7 @@ def weights_changed_by_hand(layout: ParallelConfig) -> float:
     init_weights(other, seed=5)
     ends = []
     for manage in (True, False):
-        resolved, mesh, model, manager, runner = start(
+        resolved, mesh, model, manager, training = start(
             "gqa", layout, ROWS // dist.get_world_size(), 1 if manage else None
         )
         if not manage:
@@ -249,7 +247,7 @@ def weights_changed_by_hand(layout: ParallelConfig) -> float:
         for i in range(3):
             batch = rows_of(i, masked=True)
             mine = Batch(*(x.chunk(resolved.dp)[mesh["dp"].get_local_rank()] for x in batch))
-            runner.step([mine], (batch.labels != -100).sum(), grad_scale=resolved.grad_ranks)
+            forward_backward(training, [mine], (batch.labels != -100).sum())
             optimizer.step()
             optimizer.zero_grad()
             if i == 0:

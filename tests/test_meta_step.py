@@ -7,22 +7,24 @@ Rows come from the CPU, as the reader gives them. Not covered: FSDP and pipeline
 devices, and what only happens on `cuda`.
 """
 
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from pool import run_on
+from training import nats_of
 
 from dtensor_llama import Llama, LlamaConfig
 from dtensor_llama.chat.lora import LoraConfig, apply_lora
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import LlamaMLP
-from memory import MemoryConfig
 from parallel import ParallelConfig, build_mesh
+from parallel.apply import Computation
+from parallel.assemble import adamw, assemble
+from parallel.mesh import Layout
+from recipes import pretrain
 
 T, N_MICROS = 4096, 2
 META = torch.device("meta")
@@ -70,39 +72,30 @@ DEFECTS = {
 def recipe_step(step: Step, defect: str = "none") -> tuple[str, str, str]:
     """Set up and run one step and a validation as recipes/pretrain.py does; where its loss, gradient norm and
     nats are."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-    import pretrain
     import torch.testing._internal.distributed.fake_pg  # noqa: F401  its collectives return at once: peers are not needed
 
     dist.init_process_group("fake", store=dist.HashStore(), rank=step.tp - 1, world_size=step.tp)
     config = replace(LlamaConfig.preset(step.preset), num_hidden_layers=step.n_layers)
-    train = pretrain.TrainConfig(recompute=step.recompute, global_batch_size=N_MICROS)
-    layout = ParallelConfig(tp=step.tp).resolve(step.tp)
-    cfg = pretrain.PretrainConfig(
-        step.preset, train=train, parallel=layout, memory=MemoryConfig(placement="off")
-    )
+    sizes = ParallelConfig(tp=step.tp).resolve(step.tp)
     with META:
         model = Llama(config)
     if step.lora:
         apply_lora(model, LoraConfig(rank=16), torch.bfloat16)
     model.to(torch.bfloat16)  # weights that compute as they are: nothing is left for FSDP to cast
 
-    with (
-        mock.patch.object(pretrain, "build_mesh", lambda layout, device_type: build_mesh(layout, "cpu")),
-        mock.patch("parallel.apply.apply_zero", lambda *args: None),
-    ):
-        mesh, runner, optimizer = pretrain.set_up(cfg, model, layout, N_MICROS, "sdpa", META, T)
+    layout = Layout(sizes, build_mesh(sizes, "cpu"), N_MICROS)
+    computation = Computation(META, torch.bfloat16, step.recompute)
+    with mock.patch("parallel.apply.apply_zero", lambda *args: None):
+        training = assemble(model, layout, computation, adamw(3e-4, 0.1))
     micros = [
         Batch(*torch.zeros(2, 1, T, dtype=torch.int64), packed_positions() if step.packed else None)
         for _ in range(N_MICROS)
     ]
     with mock.patch.object(LlamaMLP, "forward", DEFECTS[defect]):
-        loss, grad_norm = pretrain.train_step(
-            runner, model, optimizer, micros, N_MICROS * T, 3e-4, mesh, layout, 1.0
-        )
-        nats = runner.evaluate_step(micros[:1])
+        loss, grad_norm = pretrain.train_step(training, micros, N_MICROS * T, 3e-4, 1.0)
+        nats = nats_of(training, micros[:1])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert trained and all("exp_avg" in optimizer.state[parameter] for parameter in trained)
+    assert trained and all("exp_avg" in training.optimizer.state[parameter] for parameter in trained)
     return loss.device.type, grad_norm.device.type, nats.device.type
 
 

@@ -161,6 +161,8 @@ def test_parameter_names_and_count_are_those_of_transformers():
             n: p.shape for n, p in twin.named_parameters()
         }
         assert config.n_parameters == sum(p.numel() for p in model.parameters())
+        block = {name: tuple(p.shape) for name, p in model.model.layers[0].named_parameters()}
+        assert config.block_weights() == block
 
 
 def test_presets_are_the_published_sizes():

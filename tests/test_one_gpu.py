@@ -1,17 +1,16 @@
 """What one GPU does by default, and what is refused before it is tried: decisions, so they need no GPU."""
 
 import math
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from recipe import ROOT
 
 from dtensor_llama import LlamaConfig, UsageError
 from memory import MemoryConfig
 from memory.chunk import GIB
 from parallel import ParallelConfig
+from parallel.assemble import check_skips
 from parallel.fit import check_states
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -63,16 +62,10 @@ def test_a_budget_without_a_placement_binds_the_default_of_one_gpu_and_is_refuse
     ],
 )
 def test_steps_are_left_out_only_where_nothing_was_stepped_yet(skips, max_norm, memory, possible):
-    sys.path.insert(0, str(ROOT / "recipes"))
-    from pretrain import TrainConfig, check_skips
-
-    train = TrainConfig(skip_nonfinite=skips, max_grad_norm=max_norm)
     if possible:
-        return check_skips(train, memory)
-    with pytest.raises(
-        UsageError, match="--train.skip-nonfinite 1 cannot leave out a step.*--train.max-grad-norm inf"
-    ):
-        check_skips(train, memory)
+        return check_skips(skips, max_norm, memory)
+    with pytest.raises(UsageError, match="skip_nonfinite=1 cannot skip a step.*max_grad_norm=inf"):
+        check_skips(skips, max_norm, memory)
 
 
 ONE, TWO = ParallelConfig().resolve(1), ParallelConfig().resolve(2)

@@ -13,14 +13,16 @@ import torch.distributed as dist
 from pool import RankFailed, run_on
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
+from training import forward_backward, make_training, nats_of
 from versions import marks_for, needs_split_backward
 
-from dtensor_llama import Llama, LlamaConfig, UsageError
+from dtensor_llama import Llama, LlamaConfig
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
-from parallel import ParallelConfig, build_mesh, parallelize
-from parallel.pipeline import SCHEDULES, check_pipeline, make_step_runner, split_layers, stage_indices
+from parallel import ParallelConfig
+from parallel.apply import Computation
+from parallel.pipeline import SCHEDULES, split_layers, stage_indices
 from parallel.schedule_picture import Event, Recorder, bubble_share, draw_schedule
 
 CPU = torch.device("cpu")
@@ -67,49 +69,6 @@ def test_stages_lie_in_a_loop_or_a_v(schedule, pp, virtual_stages, placement):
     assert stage_indices(schedule, pp, virtual_stages) == placement
 
 
-@pytest.mark.parametrize(
-    "asked,said",
-    [
-        ((2, "1f1b2", 1, 4), "1f1b2 is not one of gpipe, 1f1b"),
-        ((8, "1f1b", 1, 8), "8 x .* 1 = 8 stages, .* 5 layers.* at most --parallel.pp 5."),
-        ((2, "interleaved-1f1b", 3, 4), "= 6 stages, .* 5 layers.*--parallel.virtual-stages 2"),
-        ((4, "zbv", 2, 8), "= 8 stages, .* 5 layers.* at most --parallel.pp 2, or --parallel.schedule 1f1b"),
-        ((2, "gpipe", 2, 4), "one stage per rank and --parallel.virtual-stages is 2"),
-        ((2, "dualpipev", 1, 4), "exactly two stages per rank and --parallel.virtual-stages is 1"),
-        ((2, "interleaved-1f1b", 1, 4), "at least 2 and it is 1"),
-        ((2, "zero-bubble", 0, 4), "at least 1 and it is 0"),
-        ((4, "1f1b", 1, 3), "each of its 4 stages and .*global-batch-size.* 3 microbatches.*schedule gpipe"),
-        ((2, "dualpipev", 2, 3), "each of its 4 stages and .* 3 microbatches.*schedule zbv"),
-        ((2, "interleaved-1f1b", 2, 5), "5 microbatches a step, which 2 rounds do not divide; use 4 or 6"),
-        ((2, "zero-bubble", 2, 7), "use 6 or 8 microbatches"),
-        pytest.param(
-            (2, "zbv", 2, 4, "selective"),
-            "schedule zbv .* two halves, .*--train.recompute selective.* or --train.recompute full",
-            marks=needs_split_backward,
-        ),
-        pytest.param(
-            (2, "zero-bubble", 2, 4, "none", True),
-            "schedule zero-bubble .* two halves, .*--train.compile",
-            marks=needs_split_backward,
-        ),
-    ],
-)
-def test_what_cannot_run_is_refused_with_the_flag_the_rule_and_a_way_out(asked, said):
-    with pytest.raises(UsageError, match=said) as error:
-        check_pipeline(LLAMA, *asked)
-    assert "\n" not in str(error.value)
-
-
-def test_a_split_backward_is_refused_where_torch_cannot_do_it(monkeypatch):
-    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
-    check_pipeline(LLAMA, 2, "interleaved-1f1b", 2, 4)
-    for schedule, stages in (("zero-bubble", 2), ("zbv", 2), ("dualpipev", 2)):
-        with pytest.raises(
-            UsageError, match=f"schedule {schedule} .* inside torch 2.11.0.* use a newer torch, or .*1f1b"
-        ):
-            check_pipeline(LLAMA, 2, schedule, stages, 4)
-
-
 # ---- One answer ----
 
 
@@ -136,17 +95,10 @@ def count_scored(micros):
 
 
 def build(config, n_micros, recompute="none", **layout):
-    """(model, runner, mesh, layout) on this rank, of the world's size, with the initial weights of seed 0."""
-    layout = ParallelConfig(**layout).resolve(dist.get_world_size())
-    mesh = build_mesh(layout, "cpu")
-    with torch.device("meta"):
-        model = Llama(config)
-    parts = parallelize(model, mesh, layout, recompute=recompute)
-    for part in parts:
-        part.to_empty(device=CPU)
-    init_weights(model, seed=0)
-    runner = make_step_runner(parts, mesh["pp"], layout.schedule, n_micros, CPU, zero_stage=layout.zero_stage)
-    return model, runner, mesh, layout
+    """A Training on this rank, of the world's size, with the initial weights of seed 0."""
+    training = make_training(config, ParallelConfig(**layout), n_micros, Computation(recompute=recompute))
+    init_weights(training.model, seed=0)
+    return training
 
 
 def gradients_of(model):
@@ -156,18 +108,23 @@ def gradients_of(model):
     }
 
 
-def evaluate_and_step(model, runner, n_micros, documents):
-    """Nats of 3 microbatches, the loss of n_micros, and gradients, which a scale of 3 makes three times as
-    large."""
+def evaluate_and_step(training, n_micros, documents):
+    """Nats of 3 microbatches, the loss of n_micros, and its gradients."""
     micros = make_micros(n_micros, documents=documents)
-    nats = runner.evaluate_step(micros[:3]).item()
-    return nats, runner.step(micros, count_scored(micros), grad_scale=3.0).item(), gradients_of(model)
+    nats = nats_of(training, micros[:3]).item()
+    loss = forward_backward(training, micros, count_scored(micros)).item()
+    return nats, loss, gradients_of(training.model)
+
+
+def losses_of(model, micros, n_targets):
+    """What the model says alone: the share of each microbatch in the loss, ready for backward."""
+    return [model(tokens, labels=labels, positions=at) / n_targets for tokens, labels, at in micros]
 
 
 def on_a_pipeline(cases):
     answers = []
     for config, schedule, virtual_stages, n_micros, documents, recompute in cases:
-        model, runner, *_ = build(
+        training = build(
             config,
             n_micros,
             recompute,
@@ -175,16 +132,19 @@ def on_a_pipeline(cases):
             schedule=schedule,
             virtual_stages=virtual_stages,
         )
-        answers.append(evaluate_and_step(model, runner, n_micros, documents))
+        answers.append(evaluate_and_step(training, n_micros, documents))
     return answers
 
 
 @functools.cache
 def on_one_process(config, n_micros, documents):
     model = Llama(config)
-    return evaluate_and_step(
-        model, make_step_runner([model], None, "1f1b", n_micros, CPU), n_micros, documents
-    )
+    micros = make_micros(n_micros, documents=documents)
+    with torch.no_grad():
+        nats = sum(losses_of(model, micros[:3], 1)).item()
+    loss = sum(losses_of(model, micros, count_scored(micros)))
+    loss.backward()
+    return nats, loss.item(), gradients_of(model)
 
 
 def assert_one_answer(cases, ranks):
@@ -242,33 +202,36 @@ def test_few_microbatches_leave_bubbles_but_no_errors(schedule):
 
 def train(steps, n_micros, layout):
     """Losses of AdamW steps, and this rank's final weights, whole."""
-    model, runner, mesh, layout = build(TIED, n_micros, **layout)
-    optimizer = build_adamw(model, lr=1e-3, weight_decay=0.1, eps=1e-5)
+    training = build(TIED, n_micros, **layout)
+    layout, optimizer = training.layout, training.optimizer
     losses = []
     for step in range(steps):
-        everyones = [make_micros(n_micros, step, dp_rank, documents=True) for dp_rank in range(layout.dp)]
+        everyones = [
+            make_micros(n_micros, step, dp_rank, documents=True) for dp_rank in range(layout.config.dp)
+        ]
         n_scored = sum(map(count_scored, everyones))
         if step == 2:
-            runner.evaluate_step(everyones[0][:2])  # between two steps it leaves nothing behind
-        loss = runner.step(everyones[mesh["dp"].get_local_rank()], n_scored, grad_scale=layout.dp)
+            nats_of(training, everyones[0][:2])  # between two steps it leaves nothing behind
+        loss = forward_backward(training, everyones[layout.dp_rank], n_scored)
         dist.all_reduce(loss)
         losses.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
-    return losses, {name: p.detach().full_tensor() for name, p in model.named_parameters()}
+    return losses, {name: p.detach().full_tensor() for name, p in training.model.named_parameters()}
 
 
 @functools.cache
 def trained_by_one_process(steps, n_micros):
     model = Llama(TIED)
-    runner = make_step_runner([model], None, "1f1b", 2 * n_micros, CPU)
     optimizer = build_adamw(model, lr=1e-3, weight_decay=0.1, eps=1e-5)
     losses = []
     for step in range(steps):
         micros = [
             micro for dp_rank in range(2) for micro in make_micros(n_micros, step, dp_rank, documents=True)
         ]
-        losses.append(runner.step(micros, count_scored(micros)).item())
+        loss = sum(losses_of(model, micros, count_scored(micros)))
+        loss.backward()
+        losses.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
     return losses, {name: p.detach() for name, p in model.named_parameters()}
@@ -313,10 +276,10 @@ class CountCollectives(TorchDispatchMode):
 def collectives_of_a_step(layout, n_micros_each):
     counted = []
     for n_micros in n_micros_each:
-        _, runner, *_ = build(LlamaConfig(**SHAPE, num_hidden_layers=8), n_micros, **layout)
+        training = build(LlamaConfig(**SHAPE, num_hidden_layers=8), n_micros, **layout)
         micros = make_micros(n_micros)
         with CountCollectives() as counts:
-            runner.step(micros, 1)
+            forward_backward(training, micros, 1)
         counted.append((counts["_allgather_base_"], counts["_reduce_scatter_base_"]))
     return counted
 
@@ -339,11 +302,11 @@ def test_zero_traffic_of_a_step_does_not_grow_with_microbatches(layout, groups):
 
 
 def blocks_computed(schedule, recompute):
-    model, runner, *_ = build(LLAMA, 4, recompute, pp=2, schedule=schedule)
-    blocks, forwards = [block for block in model.model.layers if block is not None], []
+    training = build(LLAMA, 4, recompute, pp=2, schedule=schedule)
+    blocks, forwards = [block for block in training.model.model.layers if block is not None], []
     for block in blocks:
         block.mlp.register_forward_pre_hook(partial(lambda forwards, *_: forwards.append(1), forwards))
-    runner.step(make_micros(4), 1)
+    training.pipeline.step(make_micros(4), 1)
     return len(forwards) / 4 / len(blocks)
 
 
@@ -364,10 +327,10 @@ def test_full_recompute_costs_one_forward_per_backward_or_half_of_one(schedule, 
 
 
 def recorded_step(schedule):
-    _, runner, mesh, _ = build(LLAMA, 4, pp=2, schedule=schedule)
-    recorder = Recorder(mesh["pp"], CPU)
+    training = build(LLAMA, 4, pp=2, schedule=schedule)
+    recorder = training.pipeline.recorder = Recorder(training.layout.mesh["pp"], CPU)
     for _ in range(2):  # the first sets things up
-        runner.step(make_micros(4), 1, recorder=recorder)
+        training.pipeline.step(make_micros(4), 1)
     return recorder.gather()
 
 
@@ -401,14 +364,16 @@ def test_the_bubble_share_is_what_the_ranks_did_not_work():
 
 
 def step_with_a_failure(failing_rank):
-    model, runner, *_ = build(LLAMA, 4, pp=2)
+    training = build(LLAMA, 4, pp=2)
     if dist.get_rank() == failing_rank:
 
         def fail(*_):
             raise ValueError("a block gave up")
 
-        [block for block in model.model.layers if block is not None][-1].register_forward_pre_hook(fail)
-    runner.step(make_micros(4), 1)
+        [block for block in training.model.model.layers if block is not None][-1].register_forward_pre_hook(
+            fail
+        )
+    training.pipeline.step(make_micros(4), 1)
 
 
 def test_a_failing_stage_ends_the_others_in_seconds():

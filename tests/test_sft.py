@@ -19,9 +19,9 @@ from torch.testing import assert_close
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf
 from dtensor_llama.chat.corpus import prepare_chat
 from dtensor_llama.chat.neftune import lengths_of, uniform
-from dtensor_llama.cli import parse_cli
+from dtensor_llama.cli import parse_cli, read_launch
 from dtensor_llama.data.tokenizer import load_tokenizer
-from parallel import ParallelConfig
+from parallel import ParallelConfig, defaults
 from parallel.fit import bytes_needed
 
 sys.path.append(str(ROOT / "recipes"))
@@ -339,14 +339,14 @@ def test_what_fits_only_with_its_states_on_the_host_is_not_refused_where_they_go
     layout = ParallelConfig().resolve(1)
     light, whole = (bytes_needed(config, layout, 256, "none", 0, 4, offloads) for offloads in (True, False))
     available = (light + whole) / 2 / 0.9
-    monkeypatch.setattr(sft.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(available)))
+    monkeypatch.setattr(defaults.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(available)))
 
     def settle(*more):
         cfg = parse_cli(sft.SftConfig, list(map(str, flags(inputs, chat, "none", *more))))
-        return sft.settle(cfg, config, corpus, tokenizer, torch.device("cpu"), world_size=1)
+        return sft.choose(cfg, config, corpus, tokenizer, read_launch())
 
     settle("--memory.placement", "auto")
-    with pytest.raises(UsageError, match="--memory.placement auto, or --lora.rank 16"):
+    with pytest.raises(UsageError, match="--memory.placement auto, or --lora.rank 16|placement=auto, or lora.rank=16"):
         settle()
 
 

@@ -1,5 +1,6 @@
 """Hugging Face weights in and out: bitwise, sharded, slice by slice, and never half a model on disk."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -166,6 +167,43 @@ def test_the_generation_config_of_a_transformers_model_is_saved_as_it_is(tmp_pat
     assert (again.do_sample, again.temperature, again.eos_token_id) == (True, 0.6, [2, 7])
 
 
+def test_a_generation_config_that_is_given_is_saved_and_not_that_of_the_model(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).generation_config
+    theirs.update(do_sample=True, temperature=0.6)
+    model = llama()
+    for number, given in enumerate((theirs, {"temperature": 0.5})):
+        save_hf(model, tmp_path / str(number), generation=given)
+        saved = transformers.GenerationConfig.from_pretrained(tmp_path / str(number))
+        assert saved.temperature == (0.6, 0.5)[number]
+
+
+def test_fields_of_a_config_that_do_not_concern_the_arithmetic_are_carried_on(tmp_path):
+    save_hf(llama(), tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    carried = {"use_cache": False, "pretraining_tp": 2, "tag": {"deep": [1]}, "sep_token_id": None}
+    contradicts = {
+        "torch_dtype": "float16",
+        "_name_or_path": "owner/base",
+        "transformers_version": "4.31.0",
+        "auto_map": {"AutoModelForCausalLM": "code.py"},
+        "rope_scaling": None,
+    }
+    before = json.loads(config.read_text())
+    config.write_text(json.dumps(before | carried | contradicts))
+    model = Llama(LlamaConfig.from_hf(tmp_path / "base"))
+    save_hf(model, tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert saved == before | carried
+    pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert LlamaConfig(**through_json(model.config)).to_hf() == model.config.to_hf()
+
+
+def through_json(config: LlamaConfig) -> dict:
+    """The fields of a config as a checkpoint has them: through JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
 @pytest.mark.skipif(not (DATA / "stories260K").exists(), reason="needs shared/data/stories260K")
 def test_trained_stories260k_loads_and_gives_the_logits_of_transformers():
     transformers = pytest.importorskip("transformers")
@@ -249,7 +287,7 @@ DAMAGE = {
         ),
         [
             f"{NORM}: in",
-            rf"{UP}: is \[7, 3\], the model needs \[48, 32\]",
+            rf"{UP}: is \[7, 3\], must be \[48, 32\]",
             "down_proj.weight: dtype I8, only F32, BF16, F16",
             "q_proj.bias: unexpected",
         ],
@@ -546,7 +584,8 @@ def test_what_one_rank_finds_is_raised_on_all(tmp_path):
     cut_file(tmp_path / "hf")
     for loading, saving in run_on(2, refusals, tmp_path / "hf", tmp_path / "out"):
         assert "header says" in loading
-        assert f"saving {tmp_path / 'out'}" in saving and "No space left" in saving
+        assert f"{tmp_path / 'out'} is not written: no space is left on the disk of" in saving
+        assert "about 0.1 MB are needed" in saving and "MB are free, beside what is there" in saving
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]  # the half-written folder is gone
 
 

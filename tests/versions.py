@@ -5,7 +5,7 @@ import torch
 
 from parallel.pipeline import SCHEDULES
 
-# The recipes refuse these schedules on torch 2.11; test_pipeline.py holds that refusal on every version.
+# The recipes refuse these schedules on torch 2.11; test_rules.py holds that refusal on every version.
 needs_split_backward = pytest.mark.skipif(
     torch.__version__.startswith("2.11."),
     reason="torch 2.11 cannot run backward in two halves through an autograd.Function, and our loss is one",

@@ -1,6 +1,5 @@
 """Answers of a model in the middle of its training, on the ranks it is sharded over."""
 
-import torch
 from torch.distributed.fsdp import FSDPModule
 
 from dtensor_llama.chat.packing import PackedExamples
@@ -10,7 +9,8 @@ from dtensor_llama.model import Llama
 
 
 def held_out_prompts(rows: PackedExamples, n_prompts: int, n_new: int) -> list[list[int]]:
-    """Return the ids of the first held-out examples up to their first answer, those with room for n_new tokens."""
+    """Return the ids of the first held-out examples up to their first answer, those with room for n_new
+    tokens."""
     prompts = []
     for row in rows.validation_rows():
         for example in rows.examples_of(int(row)):
@@ -29,7 +29,8 @@ def answer(
     tokenizer: Tokenizer,
     tp: int,
 ) -> list[tuple[str, str]]:
-    """Return the likeliest (prompt, answer) texts. All ranks enter and do the same: a sharded forward gathers weights.
+    """Return the likeliest (prompt, answer) texts. All ranks enter and do the same: a sharded forward gathers
+    weights.
 
     tp: the size of that axis, which the number of tokens must divide by under sequence parallelism."""
     if not prompts:

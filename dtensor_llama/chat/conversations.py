@@ -1,19 +1,20 @@
-"""Records of the common fine-tuning formats as conversations: a system prompt, then turns of user and assistant.
+"""Records of the common fine-tuning formats as conversations: a system prompt, then user and assistant turns.
 
-    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}      OpenAI
-    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}          ShareGPT
-    {"instruction": "Say hello", "input": "in French", "output": "Bonjour.", "history": [["A", "B"]]}  Alpaca
-    {"prompt": "Hi", "completion": "Hello."}    {"question": "Hi", "answer": "Hello."}                 one turn each
+OpenAI     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
+ShareGPT   {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}
+Alpaca     {"instruction": "Say hello", "input": "in French", "output": "Bonjour.", "history": [["A", "B"]]}
+one turn   {"prompt": "Hi", "completion": "Hello."}    {"question": "Hi", "answer": "Hello."}
 
-The fields of each record show its format, so files may be mixed. Every defect is a BadRecord that names the file and
-the line. Whatever the format, turns are messages as transformers' apply_chat_template takes them: {"role", "content"}
-and whatever else a turn has, such as tool_calls. As there, null fields are left out. Three things are taken out of a
-record:
+The fields of each record show its format, so files may be mixed. Every defect is a BadRecord that names the
+file and the line. Whatever the format, turns are messages as transformers' apply_chat_template takes them:
+{"role", "content"} and whatever else a turn has, such as tool_calls. As there, null fields are left out.
+Three things are taken out of a record:
 
-turn flags   `weight`, `train`, `trainable`, `training`, `loss` (true: trained) and `mask`, `masked` (true: left out of
-             the loss), of a turn or, for all its answers, of the record. A flag is true or false, 1 or 0.
-variables    `tools` (or `functions`), `documents` and `chat_template_kwargs` of a record: what a template gets besides
-             the turns
+turn flags   `weight`, `train`, `trainable`, `training`, `loss` (true: trained) and `mask`, `masked` (true:
+             left out of the loss), of a turn or, for all its answers, of the record. A flag is true or
+             false, 1 or 0.
+variables    `tools` (or `functions`), `documents` and `chat_template_kwargs` of a record: what a template
+             gets besides the turns
 history      of the one-turn formats: earlier [question, answer] pairs
 """
 
@@ -36,12 +37,20 @@ ROLES |= {"developer": "system", "human": "user", "observation": "tool", "functi
 ROLES |= dict.fromkeys(("gpt", "chatgpt", "model", "bot"), "assistant")
 CALL_ROLES = ("function_call", "tool_call")  # ShareGPT: a turn of the assistant that is the JSON of its calls
 TOOL_ROLES = ("tool", "ipython", "function")  # a turn that holds what a tool returned
-FOLLOWS = {"start": ("user",), "user": ("assistant",), "assistant": ("user", *TOOL_ROLES)}  # role: the next ones
+FOLLOWS = {
+    "start": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", *TOOL_ROLES),
+}  # role: the next ones
 FOLLOWS |= {role: (*TOOL_ROLES, "assistant", "user") for role in TOOL_ROLES}
 # flag: which value of it means "trained"
 TRAINED_IF = dict.fromkeys(("weight", "train", "trainable", "training", "loss"), True)
 TRAINED_IF |= {"mask": False, "masked": False}
-THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # three names of one thing, as transformers has them
+THOUGHTS = (
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+)  # three names of one thing, as transformers has them
 VARIABLES = ("tools", "functions", "documents", "chat_template_kwargs")
 # Records that are not trained on are counted under these names, and left out.
 EMPTY_ANSWER = "with an empty answer"
@@ -51,7 +60,7 @@ UNANSWERED = "end with a turn without an answer, which is cut off"
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """What decides how records become examples.
+    """Decides how records become examples.
 
     bad_records: whether a record that cannot be trained on ends the run, or is left out and listed.
     train_on: the answers of the assistant, the last of them, or every token.
@@ -66,9 +75,10 @@ class ChatOptions:
 class Conversation:
     """A record that was read. It ends with a turn of the assistant.
 
-    format: its name. turns: messages for a template. flags: whether the record says that a turn is trained (None: it
-        says nothing). variables: what the template gets besides the turns.
-    unread: fields of the record that nothing here reads. n_unanswered: turns without an answer that were cut off.
+    format: its name. turns: messages for a template. flags: whether the record says that a turn is trained
+        (None: it says nothing). variables: what the template gets besides the turns.
+    unread: fields of the record that nothing here reads. n_unanswered: turns without an answer that were cut
+        off.
     """
 
     format: str
@@ -83,13 +93,16 @@ Turns = tuple[list[dict], list[bool | None]]  # messages, and the flag of each
 
 
 def conversation_of(record: dict, where: str) -> Conversation:
-    """Read a record. Raises BadRecord, beginning with `where`, if its format is unknown or its turns are wrong."""
+    """Read a record. Raises BadRecord, beginning with `where`, if its format is unknown or its turns are
+    wrong."""
     name = next((name for name, of_list in LISTS.items() if record.get(of_list) is not None), None)
     if name is not None:
         used = [LISTS[name]]
         turns, flags = _turns_of_list(record[LISTS[name]], where, LISTS[name])
         if record.get("history"):
-            raise BadRecord(where, f"'history' beside {LISTS[name]!r}", "put the earlier turns into the list.")
+            raise BadRecord(
+                where, f"'history' beside {LISTS[name]!r}", "put the earlier turns into the list."
+            )
     else:
         name = _pair_format(record, where)
         used = [*PAIRS[name], "history", *THOUGHTS]
@@ -106,7 +119,9 @@ def conversation_of(record: dict, where: str) -> Conversation:
     used += ["system", *VARIABLES, *TRAINED_IF]
     unread = tuple(one for one, value in record.items() if one not in used and value is not None)
     n_unanswered = len(turns) - n_turns
-    return Conversation(name, turns[:n_turns], flags[:n_turns], _variables(record, where), unread, n_unanswered)
+    return Conversation(
+        name, turns[:n_turns], flags[:n_turns], _variables(record, where), unread, n_unanswered
+    )
 
 
 def flag_of(fields: dict, at: str) -> bool | None:
@@ -120,8 +135,8 @@ def flag_of(fields: dict, at: str) -> bool | None:
             raise BadRecord(
                 at,
                 f"{name!r} is {value!r:.40}",
-                "a turn is trained or it is not: use true or false, 1 or 0; or give the field another name, if it means "
-                "something else.",
+                "a turn is trained or it is not: use true or false, 1 or 0; or give the field another "
+                "name, if it means something else.",
             )
         said[name] = bool(value) == meaning
     if len(set(said.values())) > 1:
@@ -264,7 +279,8 @@ def _as_function(function: dict) -> dict:
 
 
 def _parsed(text: str, at: str, name: str, **otherwise):
-    """Return the value of the JSON in `text`. If it is none, return `otherwise` where that is given, else refuse it."""
+    """Return the value of the JSON in `text`. If it is none, return `otherwise` where that is given, else
+    refuse it."""
     try:
         return json.loads(text)
     except ValueError:
@@ -310,9 +326,9 @@ def _check_order(turns: list[dict], where: str) -> None:
             raise BadRecord(
                 where,
                 "turns out of order",
-                f": turn {number + 1} is by the {role} and {follows}; after a system prompt, if any, user and assistant "
-                "take turns, and the user begins. What tools return stands behind the turn of the assistant that called "
-                "them.",
+                f": turn {number + 1} is by the {role} and {follows}; after a system prompt, if any, user "
+                "and assistant take turns, and the user begins. What tools return stands behind the turn "
+                "of the assistant that called them.",
             )
         before = role
     if "assistant" not in roles:

@@ -29,9 +29,10 @@ CHAT_VERSION = 2  # of how conversations become ids, in conversations.py and tem
 class ChatCorpus(TokenCorpus):
     """A folder written by `prepare_chat`: its documents are conversations.
 
-    trained: (n_tokens,) uint8, 1 where a token is trained. counts: records of each format, and those left out.
-    unread: {field that nothing reads: in how many records it stands}. end_ids: the tokens that end an answer, at
-        which generation has to stop.
+    trained: (n_tokens,) uint8, 1 where a token is trained. counts: records of each format, and those left
+        out.
+    unread: {field that nothing reads: in how many records it stands}. end_ids: the tokens that end an answer,
+        at which generation has to stop.
     """
 
     def __init__(self, folder: str | Path):
@@ -47,12 +48,14 @@ def prepare_chat(
     processes: int | None = None,
     options: ChatOptions = ChatOptions(),
 ) -> ChatCorpus:
-    """Return the corpus of conversations in any of the formats of conversations.py, as prepare_corpus does."""
+    """Return the corpus of conversations in any of the formats of conversations.py, as prepare_corpus
+    does."""
     return ChatCorpus(prepare(paths, ChatEncoding(tokenizer, options), cache_dir, processes))
 
 
 class ChatEncoding:
-    """Writes each conversation by the template, with a mask of what is trained. See data.encoding.Encoding."""
+    """Writes each conversation by the template, with a mask of what is trained. See
+    data.encoding.Encoding."""
 
     formats, text_field, cutter = RECORD_FORMATS, None, None
     files, a_document = (
@@ -103,7 +106,8 @@ class ChatEncoding:
 
 
 def _why_left_out(conversation: Conversation) -> str | None:
-    """Return why a conversation is left out, as `counts` calls it: an answer that is to be trained is empty."""
+    """Return why a conversation is left out, as `counts` calls it: an answer that is to be trained is
+    empty."""
     for turn, flag in zip(conversation.turns, conversation.flags, strict=True):
         says = turn.get("content", "").strip() or turn.get("tool_calls") or turn.get("function_call")
         if turn["role"] == "assistant" and not says and flag is not False:

@@ -1,12 +1,13 @@
-"""LoRA: frozen weights W, and beside some of them a trained product of two thin matrices: y = W x + (alpha / rank) B A x.
+"""LoRA: frozen weights W, and beside some of them a trained product of two thin matrices: y = W x + (alpha /
+rank) B A x.
 
-A (rank, inputs) starts random, B (outputs, rank) at zero, so that training starts from the model as it was. Source: Hu
-et al. 2021, arXiv:2106.09685. Files and initial values are those of the peft package. There is no dropout on x before
-A, as the model has none either: adapter_config.json says lora_dropout 0.
+A (rank, inputs) starts random, B (outputs, rank) at zero, so that training starts from the model as it was.
+Source: Hu et al. 2021, arXiv:2106.09685. Files and initial values are those of the peft package. There is no
+dropout on x before A, as the model has none either: adapter_config.json says lora_dropout 0.
 
-The adapter of `q_proj` is its neighbour `q_proj_lora` (lora_A, lora_B), which a hook adds to its output. q_proj itself
-does not change, so weights load, split and save under their own names. Apply LoRA first, before any parallelism: the
-passes of parallel/ then find the adapters like any other module.
+The adapter of `q_proj` is its neighbour `q_proj_lora` (lora_A, lora_B), which a hook adds to its output.
+q_proj itself does not change, so weights load, split and save under their own names. Apply LoRA first, before
+any parallelism: the passes of parallel/ then find the adapters like any other module.
 """
 
 import json
@@ -41,7 +42,8 @@ class LoraConfig:
 
 
 class Lora(nn.Module):
-    """x (..., inputs) -> scale B A x (..., outputs). Its matrices are modules, so that tensor parallelism finds them."""
+    """x (..., inputs) -> scale B A x (..., outputs). Its matrices are modules, so that tensor parallelism
+    finds them."""
 
     def __init__(self, linear: nn.Linear, config: LoraConfig):
         super().__init__()
@@ -54,23 +56,25 @@ class Lora(nn.Module):
 
 
 def apply_lora(model: Llama, config: LoraConfig, frozen_dtype: torch.dtype | None = None) -> None:
-    """Freeze `model`, whole and on one device or on `meta`, and give each linear in config.targets an adapter.
+    """Freeze `model`, whole and on one device or on `meta`, and give each linear in config.targets an
+    adapter.
 
-    frozen_dtype: of the frozen weights afterwards (bfloat16: 2 bytes each); adapters are fp32. Call init_lora once they
-        have memory. Raises UsageError for a rank below 1 and for targets that do not exist."""
+    frozen_dtype: of the frozen weights afterwards (bfloat16: 2 bytes each); adapters are fp32. Call init_lora
+        once they have memory. Raises UsageError for a rank below 1 and for targets that do not exist."""
     if config.rank < 1 or not 0 < config.scale < math.inf:  # in this order: scale divides by the rank
         raise UsageError(
-            f"lora.rank={config.rank} lora.alpha={config.alpha} is not possible; use a rank of at least 1 and an alpha "
-            "above 0."
+            f"lora.rank={config.rank} lora.alpha={config.alpha} is not possible; use a rank of at least 1 "
+            "and an alpha above 0."
         )
-    # The head is a linear too, but the loss multiplies by its weight itself: an adapter there would have no effect.
+    # The head is a linear too, but the loss multiplies by its weight itself: an adapter there would have no
+    # effect.
     linears = {name: module for name, module in model.model.named_modules() if isinstance(module, nn.Linear)}
     existing = list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
     wrong = [target for target in config.targets if target not in existing]
     if wrong or not config.targets:
         raise UsageError(
-            f"lora.targets={' '.join(wrong) or 'none'}: the model has no linear layer of that name in its blocks; there "
-            f"are {', '.join(existing)}."
+            f"lora.targets={' '.join(wrong) or 'none'}: the model has no linear layer of that name in its "
+            f"blocks; there are {', '.join(existing)}."
         )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -106,11 +110,10 @@ def init_lora(model: nn.Module, seed: int) -> None:
 
 def n_adapter_parameters(model: LlamaConfig, config: LoraConfig) -> int:
     """Return how many numbers the adapters of a whole model have."""
-    D, E, F = model.hidden_size, model.head_dim, model.intermediate_size
-    other_side = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), F)
-    other_side |= dict.fromkeys(("q_proj", "o_proj"), model.num_attention_heads * E)
-    other_side |= dict.fromkeys(("k_proj", "v_proj"), model.num_key_value_heads * E)
-    return model.num_hidden_layers * config.rank * sum(D + other_side[target] for target in config.targets)
+    targets = [
+        shape for name, shape in model.block_weights().items() if name.split(".")[-2] in config.targets
+    ]
+    return model.num_hidden_layers * config.rank * sum(map(sum, targets))  # inputs + outputs of each layer
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -130,10 +133,11 @@ def adapted(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear, Lora]
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """Add scale B A to W in place, and remove the adapters: what is left is an ordinary model with the same answers.
+    """Add scale B A to W in place, and remove the adapters: what is left is an ordinary model with the same
+    answers.
 
-    All ranks call it. A rank adds what belongs to its own part of W; only the thin matrices are gathered. The sum is made
-    in fp32 and rounded to W's dtype once."""
+    All ranks call it. A rank adds what belongs to its own part of W; only the thin matrices are gathered. The
+    sum is made in fp32 and rounded to W's dtype once."""
     for parent, name, linear, adapter in adapted(model):
         a, b = (_whole(matrix.weight).float() for matrix in (adapter.lora_A, adapter.lora_B))
         for (row, column), (rows, columns), local in local_boxes(linear.weight):
@@ -178,7 +182,9 @@ def save_adapter(model: nn.Module, folder: str | Path, config: LoraConfig, base_
 
     def write():
         folder.mkdir(parents=True, exist_ok=True)
-        matrices = {f"base_model.model.{name.replace(ADAPTER, '.lora_')}": whole[name] for name in sorted(whole)}
+        matrices = {
+            f"base_model.model.{name.replace(ADAPTER, '.lora_')}": whole[name] for name in sorted(whole)
+        }
         save_file(matrices, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 

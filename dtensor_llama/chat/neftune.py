@@ -1,8 +1,9 @@
-"""NEFTune: noise on the embeddings, in training only, makes fine-tuned answers better (Jain et al. 2023, arXiv:2310.05914).
+"""NEFTune: noise on the embeddings, in training only, makes fine-tuned answers better (Jain et al. 2023,
+arXiv:2310.05914).
 
-Each of the L tokens x D dims of an example gets uniform noise within alpha / sqrt(L D). The noise is not drawn but
-computed from the seed, the step, the row and the place in it: every rank of any layout makes the same noise for the
-tokens it has.
+Each of the L tokens x D dims of an example gets uniform noise within alpha / sqrt(L D). The noise is not
+drawn but computed from the seed, the step, the row and the place in it: every rank of any layout makes the
+same noise for the tokens it has.
 """
 
 from collections import deque
@@ -17,7 +18,8 @@ from dtensor_llama.data.sequences import splitmix64
 class Neftune:
     """Adds noise to the embeddings of the microbatches that next_step has announced.
 
-    Call `add_to` once and `next_step` before each step. A forward that was not announced (validation) gets no noise.
+    Call `add_to` once and `next_step` before each step. A forward that was not announced (validation) gets no
+    noise.
     """
 
     def __init__(self, alpha: float, seed: int, share=lambda per_token: per_token):
@@ -37,7 +39,9 @@ class Neftune:
         for micro in micros:
             B, T = micro.tokens.shape
             rows = first_row + torch.arange(B)[:, None]
-            places = ((self.seed % 2**22 << 40) + (step << 20) + rows) * T + torch.arange(T)  # (B, T): all differ
+            places = ((self.seed % 2**22 << 40) + (step << 20) + rows) * T + torch.arange(
+                T
+            )  # (B, T): all differ
             scale = self.alpha / lengths_of(micro.positions).float().sqrt()  # (B, T)
             self.waiting.append((self.share(places), self.share(scale)))
             first_row += B
@@ -51,7 +55,8 @@ class Neftune:
 
 
 def lengths_of(positions: Tensor) -> Tensor:
-    """Return (B, T): how many tokens the document of each token has; positions restart at 0 where one begins."""
+    """Return (B, T): how many tokens the document of each token has; positions restart at 0 where one
+    begins."""
     documents = (positions == 0).cumsum(1)  # (B, T): which document, from 1
     counts = torch.zeros(positions.shape[0], positions.shape[1] + 1, dtype=torch.int64)
     return counts.scatter_add_(1, documents, torch.ones_like(documents)).gather(1, documents)

@@ -12,11 +12,12 @@ from dtensor_llama.errors import UsageError
 class PackedExamples(Shuffled):
     """Sequences of whole conversations (examples), one behind another, the rest filled with `pad_id`.
 
-    A sequence has `seq_len` tokens and one more, which is always padding, so an example fits if it has at most
-    seq_len tokens.
+    A sequence has `seq_len` tokens and one more, which is always padding, so an example fits if it has at
+    most seq_len tokens.
 
-    overlong: "drop" leaves longer examples out; "truncate" keeps their first seq_len tokens, if any of these is
-        trained. packed False: one example a sequence. Raises UsageError if no sequence is left to train on.
+    overlong: "drop" leaves longer examples out; "truncate" keeps their first seq_len tokens, if any of these
+        is trained. packed False: one example a sequence. Raises UsageError if no sequence is left to train
+        on.
     n_examples, n_dropped, n_truncated: examples in sequences, those left out and those cut for their length.
     """
 
@@ -34,8 +35,8 @@ class PackedExamples(Shuffled):
         is_long = lengths > T
         fits = ~is_long
         if overlong == "truncate" and is_long.any():
-            # before: the number of trained tokens before each offset. It shows which examples have none left when
-            # cut; it takes 8 bytes a token for a moment.
+            # before: the number of trained tokens before each offset. It shows which examples have none left
+            # when cut; it takes 8 bytes a token for a moment.
             before = np.concatenate([[0], np.cumsum(corpus.trained, dtype=np.int64)])
             fits |= before[starts + np.minimum(lengths, T)] > before[starts]
         self.n_examples, self.n_dropped = int(fits.sum()), int((~fits).sum())
@@ -44,7 +45,8 @@ class PackedExamples(Shuffled):
             or_cut = ", or overlong=truncate" if overlong == "drop" else ""
             raise UsageError(
                 f"seq_len={T}: every example is longer (the shortest has {lengths.min()} tokens), and "
-                f"overlong={overlong} leaves nothing to train on; use seq_len={lengths.max()} to keep all{or_cut}."
+                f"overlong={overlong} leaves nothing to train on; use seq_len={lengths.max()} to keep "
+                f"all{or_cut}."
             )
         self.starts, self.lengths = starts[fits], np.minimum(lengths, T)[fits]
         if packed:
@@ -54,9 +56,9 @@ class PackedExamples(Shuffled):
         super().__init__(len(self.row_ends), packing)
         if self.n_train < 1:
             raise UsageError(
-                f"`data.path`: {self.n_examples} examples make {self.n_rows} sequence(s) of {T} tokens, and with "
-                f"{self.n_validation} held out none is left to train on; use validation_share=0, a smaller `seq_len`, "
-                "or more data."
+                f"`data.path`: {self.n_examples} examples make {self.n_rows} sequence(s) of {T} tokens, and "
+                f"with {self.n_validation} held out none is left to train on; use validation_share=0, a "
+                "smaller `seq_len`, or more data."
             )
 
     def parts(self, n_rows: int) -> list[tuple[str, "PackedExamples", int]]:
@@ -105,9 +107,9 @@ class PackedExamples(Shuffled):
 def pack(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
     """Pack examples of `lengths` tokens, none above seq_len, into few rows by best fit, the longest first.
 
-    Returns the examples in the order of the rows, and where each row ends in that list. Best fit puts an example into
-    the row where it leaves the least room. `rooms` is a bit mask: bit n is set if some row has n free tokens. The
-    lowest set bit of `rooms >> length` is the tightest row that fits.
+    Returns the examples in the order of the rows, and where each row ends in that list. Best fit puts an
+    example into the row where it leaves the least room. `rooms` is a bit mask: bit n is set if some row has n
+    free tokens. The lowest set bit of `rooms >> length` is the tightest row that fits.
     """
     rows, rows_with_room, rooms = [], [[] for _ in range(seq_len + 1)], 0
     for example in np.argsort(-lengths, kind="stable"):

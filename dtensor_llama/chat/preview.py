@@ -81,7 +81,9 @@ def say_data(rows: PackedExamples, template_name: str, log: Callable[[str], None
         log(f"fields    not read, as neither the format nor the template has a use for them: {named}{more}")
     too_long = ""
     if rows.n_dropped:
-        too_long += f"; {rows.n_dropped:,} longer than a row were DROPPED (overlong=truncate keeps their beginnings)"
+        too_long += (
+            f"; {rows.n_dropped:,} longer than a row were DROPPED (overlong=truncate keeps their beginnings)"
+        )
     if rows.n_truncated:
         too_long += f"; {rows.n_truncated:,} longer than a row were CUT (overlong=drop leaves them out)"
     full = rows.lengths.sum() / rows.n_rows / rows.seq_len

@@ -1,19 +1,22 @@
-"""Conversations to token ids and a mask of what is trained: the assistant's turns and the tokens that end them.
+"""Conversations to token ids and a mask of what is trained: the assistant's turns and the tokens that end
+them.
 
-The template is the tokenizer's own (Jinja, as transformers renders it), else LLaMA-2's. Three things are ours:
+The template is the tokenizer's own (Jinja, as transformers renders it), else LLaMA-2's. Three things are
+ours:
 
-control tokens     come from the template alone. "</s>" in what a person wrote is characters, not the end. (LLaMA-2's
-                   [INST] and <<SYS>> are no control tokens but characters themselves: they stay what they are.)
-the mask           comes from {% generation %} markers if the template has them. Else an assistant's turn is what
-                   rendering it adds to rendering all before it with a generation prompt; a template for which that
-                   does not hold is refused. If the prompt opens a thought (<think>) and the template writes the turn
-                   without one, the turn begins where that opening would stand.
-where ids are cut  the ids before an answer are those of the prompt that asks for it, as in generation. A space that the
-                   template puts before the answer belongs to the answer, as in its first piece ("▁Hello").
+control tokens     come from the template alone. "</s>" in what a person wrote is characters, not the end.
+                   (LLaMA-2's [INST] and <<SYS>> are no control tokens but characters, and stay so.)
+the mask           comes from {% generation %} markers if the template has them. Else an assistant's turn is
+                   what rendering it adds to rendering all before it with a generation prompt; a template for
+                   which that does not hold is refused. If the prompt opens a thought (<think>) and the
+                   template writes the turn without one, the turn begins where that opening would stand.
+where ids are cut  the ids before an answer are those of the prompt that asks for it, as in generation. A
+                   space that the template puts before the answer belongs to the answer, as in its first
+                   piece.
 
-LLaMA-2's format, as in Meta's llama/generation.py: each pair of turns is BOS, "[INST] question [/INST] answer ", EOS,
-with the system prompt inside the first question. The trained part is "answer ", its last space too, and EOS: without
-that space the model would never get to the EOS behind it.
+LLaMA-2's format, as in Meta's llama/generation.py: each pair of turns is BOS, "[INST] question [/INST]
+answer ", EOS, with the system prompt inside the first question. The trained part is "answer ", its last space
+too, and EOS: without that space the model would never get to the EOS behind it.
 """
 
 import json
@@ -41,7 +44,8 @@ LLAMA2_TEMPLATE = """\
 {% if turn['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}\
 {% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"""
 PROBE = "\ufdd3"  # stands for what a turn says, to find out where a template writes it
-# The end of a generation prompt that opens a thought, or writes an empty one: <think>, <|begin_of_thought|>, [THINK].
+# The end of a generation prompt that opens a thought, or writes an empty one: <think>, <|begin_of_thought|>,
+# [THINK].
 OPENED_THOUGHT = re.compile(
     r"(?i)(?:<[^<>/]*(?:think|thought)[^<>/]*>|\[think\])\s*(?:(?:</think(?:ing)?>|\[/think\])\s*)?\Z"
 )
@@ -78,21 +82,23 @@ class _Chat:
 class ChatTemplate:
     """Writes conversations as one tokenizer does.
 
-    name: for printing. source: the Jinja text, to be saved with the model. identity: all that decides what is written.
-    Raises UsageError for a template that cannot be read, and for a tokenizer without any token to end a turn with.
+    name: for printing. source: the Jinja text, to be saved with the model. identity: all that decides what is
+        written. Raises UsageError for a template that cannot be read, and for a tokenizer without any token
+        to end a turn with.
     """
 
     def __init__(self, tokenizer: Tokenizer, own: str | None = None):
         """own: one of the tokenizer's templates; None: the one that transformers would use.
 
-        As there, conversations with tools have a template of their own if the tokenizer has one called tool_use."""
-        self.tokenizer, self.where, self.with_tools = tokenizer, f"data.tokenizer={tokenizer.path}", None
+        As there, conversations with tools have a template of their own if the tokenizer has one called
+        tool_use."""
+        self.tokenizer, self.where, self.with_tools = tokenizer, f"tokenizer={tokenizer.path}", None
         if own is None:
             templates, own = tokenizer.chat_templates, tokenizer.chat_template
             if templates and own is None:
                 raise UsageError(
-                    f"{self.where}: it has the chat templates {', '.join(templates)}, and none is called default, so "
-                    "that it is not known which one to use; call one default."
+                    f"{self.where}: it has the chat templates {', '.join(templates)}, and none is called "
+                    "default, so that it is not known which one to use; call one default."
                 )
             if "tool_use" in templates:
                 self.with_tools = ChatTemplate(tokenizer, templates["tool_use"])
@@ -128,7 +134,8 @@ class ChatTemplate:
         """Return (ids, which of them are the assistant's) of a conversation that ends with the assistant.
 
         The assistant's are all its turns and the control tokens that end them, and nothing else.
-        turns: messages as transformers' apply_chat_template takes them. variables: what the template gets besides.
+        turns: messages as transformers' apply_chat_template takes them. variables: what the template gets
+            besides.
         where: the beginning of the message of a BadRecord.
         """
         chosen = self._for(variables)
@@ -148,7 +155,8 @@ class ChatTemplate:
         return self.writer.encode_runs(runs)
 
     def encode_prompt(self, turns: list[dict], variables: dict | None = None) -> list[int]:
-        """Return the ids of a conversation that ends with the user or a tool, up to where the answer begins."""
+        """Return the ids of a conversation that ends with the user or a tool, up to where the answer
+        begins."""
         chosen = self._for(variables)
         if chosen is not self:
             return chosen.encode_prompt(turns, variables)
@@ -174,8 +182,8 @@ class ChatTemplate:
     # ---- what a template can write ----
 
     def _as_named_here(self, chat: _Chat) -> _Chat:
-        """Return the conversation with OpenAI's older names, function_call and the role function, as the newer ones
-        if the template has only those."""
+        """Return the conversation with OpenAI's older names, function_call and the role function, as the
+        newer ones if the template has only those."""
         if "function_call" in self.words or "tool_calls" not in self.words:
             return chat
         turns = []
@@ -209,7 +217,8 @@ class ChatTemplate:
                     )
 
     def _refuse_unwritten_turns(self, chat: _Chat) -> None:
-        """Raise BadRecord for a turn that the template leaves out, or writes as if the assistant had said it."""
+        """Raise BadRecord for a turn that the template leaves out, or writes as if the assistant had said
+        it."""
         fields = ("content", "tool_calls", "reasoning_content")
         turns = tuple((turn["role"], *(bool(turn.get(name)) for name in fields)) for turn in chat.turns)
         shape = turns, tuple(chat.variables)
@@ -242,16 +251,16 @@ class ChatTemplate:
         self.accepted_shapes.add(shape)
 
     def _refuse_unwritten_thought(self, text: str, turn: dict, chat: _Chat) -> None:
-        """Raise BadRecord if the template leaves out the thought in the last answer. Earlier ones may be left out, as
-        they are in generation."""
+        """Raise BadRecord if the template leaves out the thought in the last answer. Earlier ones may be left
+        out, as they are in generation."""
         before, ended, _ = (turn.get("content") or "").partition("</think>")
         thought = turn.get("reasoning_content") or (before.split("<think>")[-1] if ended else "")
         if thought.strip() not in _without_marks(text).replace(ESCAPE, ""):
             raise self._bad(
                 chat.where,
                 "has a thought that the chat template does not write",
-                "takes it out of the last answer, so that it would not be trained; give one that keeps it, or take the "
-                "thought out.",
+                "takes it out of the last answer, so that it would not be trained; give one that keeps it, "
+                "or take the thought out.",
             )
 
     # ---- control text that a person wrote ----
@@ -259,11 +268,13 @@ class ChatTemplate:
     def _protected(
         self, chat: _Chat, add_generation_prompt: bool = False
     ) -> tuple[_Chat, dict[int, set[str]]]:
-        """Return the conversation with an ESCAPE in what looks like a control token, and {turn: such texts left whole}.
+        """Return the conversation with an ESCAPE in what looks like a control token, and {turn: such texts
+        left whole}.
 
-        encode_runs takes the ESCAPE out again. Texts are left whole if the template looks for them in there and would
-        write something else. What the assistant says is protected less: a token that is not special (<think>,
-        <tool_call>), or that the template looks for, is vocabulary of the assistant, and is read as in transformers.
+        encode_runs takes the ESCAPE out again. Texts are left whole if the template looks for them in there
+        and would write something else. What the assistant says is protected less: a token that is not special
+        (<think>, <tool_call>), or that the template looks for, is vocabulary of the assistant, and is read as
+        in transformers.
         """
         for text in _strings(chat.turns):
             if any(mark in text for mark in (ESCAPE, BEGIN, END, PROBE)):
@@ -319,7 +330,8 @@ class ChatTemplate:
         return _map_strings(turn, lambda text: self.writer.escaped(text, texts)) | {"role": turn["role"]}
 
     def _protected_in(self, text: str, chat: _Chat, unprotected: dict[int, set[str]]) -> str:
-        """Return `text` with an ESCAPE in the control texts that were left whole, except in the assistant's turns."""
+        """Return `text` with an ESCAPE in the control texts that were left whole, except in the assistant's
+        turns."""
         at_char = 0
         for at, turn in enumerate(chat.turns if unprotected else []):
             said = turn["content"].strip() if isinstance(turn.get("content"), str) else ""
@@ -329,7 +341,8 @@ class ChatTemplate:
                     raise self._bad(
                         f"{chat.where}: turn {at + 1}",
                         "has control text that the chat template rewrites",
-                        f"writes {', '.join(unprotected[at])} itself, and the two cannot be told apart; take it out.",
+                        f"writes {', '.join(unprotected[at])} itself, and the two cannot be told apart; "
+                        "take it out.",
                     )
                 escaped = self.writer.escaped(said, unprotected[at])
                 text = text[:found] + escaped + text[found + len(said) :]
@@ -356,9 +369,7 @@ class ChatTemplate:
             ) from None
 
     def _refuse_as_the_template_says(self, message: str):
-        raise self._bad(
-            self._rendering, "the chat template refuses this conversation", f"says: {message}"
-        )
+        raise self._bad(self._rendering, "the chat template refuses this conversation", f"says: {message}")
 
     def _marked(self, text: str, chat: _Chat) -> str:
         """Return `text` with BEGIN and END around each answer."""
@@ -371,11 +382,13 @@ class ChatTemplate:
         return text
 
     def _begin_of_answer(self, text: str, chat: _Chat, at: int) -> int:
-        """Return where turn `at` begins in `text`: where the generation prompt ends that asks for it; -1: nowhere.
+        """Return where turn `at` begins in `text`: where the generation prompt ends that asks for it; -1:
+        nowhere.
 
-        Some templates leave out the earlier thoughts once another question follows. Then what comes before the turn is
-        not the prompt that asked for it, but it ends with the same header: the one that a generation prompt adds. If
-        that header opens a thought and the turn has none, the turn begins behind the rest of the header."""
+        Some templates leave out the earlier thoughts once another question follows. Then what comes before
+        the turn is not the prompt that asked for it, but it ends with the same header: the one that a
+        generation prompt adds. If that header opens a thought and the turn has none, the turn begins behind
+        the rest of the header."""
         asked = self._render(chat.first(at), add_generation_prompt=True)
         if text.startswith(asked):
             return len(asked)
@@ -393,8 +406,8 @@ class ChatTemplate:
     def _end_of_answer(self, text: str, chat: _Chat, at: int) -> int:
         """Return where turn `at` ends in `text`: where rendering it as the last one does.
 
-        Some templates write more behind the last turn, such as the header of another answer; then it ends with the
-        control token behind what it says."""
+        Some templates write more behind the last turn, such as the header of another answer; then it ends
+        with the control token behind what it says."""
         through = self._render(chat.first(at + 1))
         followed = text
         if at + 1 == len(chat.turns):
@@ -432,17 +445,20 @@ class ChatTemplate:
         return self._bad(
             chat.where,
             "which tokens are the assistant's cannot be told",
-            f"{'has' if self.has_markers else 'has no'} {{% generation %}} markers, and {why}. Put {{% generation %}} "
-            "and {% endgeneration %} around what the assistant writes in it, its end token included.",
+            f"{'has' if self.has_markers else 'has no'} {{% generation %}} markers, and {why}. Put {{% "
+            "generation %} and {% endgeneration %} around what the assistant writes in it, its end "
+            "token included.",
         )
 
     def _bad(self, where: str, what_is_wrong: str, of_the_template: str) -> BadRecord:
-        return BadRecord(where, what_is_wrong, f"the chat_template of {self.tokenizer.path} {of_the_template}")
+        return BadRecord(
+            where, what_is_wrong, f"the chat_template of {self.tokenizer.path} {of_the_template}"
+        )
 
 
 class RawTemplate:
-    """Writes BOS if the tokenizer adds one, the prompt as it is, the completion as it is, and EOS; the last two are
-    trained. It is used as ChatTemplate is.
+    """Writes BOS if the tokenizer adds one, the prompt as it is, the completion as it is, and EOS; the last
+    two are trained. It is used as ChatTemplate is.
 
     source: the template that came with the tokenizer, which is kept."""
 
@@ -451,8 +467,8 @@ class RawTemplate:
     def __init__(self, tokenizer: Tokenizer):
         if tokenizer.eos_id is None:
             raise UsageError(
-                f"data.tokenizer={tokenizer.path}: it has no EOS token, which ends a completion with template=none; "
-                "give a tokenizer with one."
+                f"tokenizer={tokenizer.path}: it has no EOS token, which ends a completion with "
+                "template=none; give a tokenizer with one."
             )
         self.tokenizer, self.writer = tokenizer, TextWriter(tokenizer)
         self.source = self.identity = tokenizer.chat_template
@@ -467,8 +483,8 @@ class RawTemplate:
             raise BadRecord(
                 where,
                 "more than a prompt and a completion",
-                f"template=none has no way to write {what}; use template=auto, or give the fields prompt and completion "
-                "only.",
+                f"template=none has no way to write {what}; use template=auto, or give the fields prompt "
+                "and completion only.",
             )
         prompt, completion = (turn["content"] for turn in turns)
         begin = [(self.tokenizer.bos_id, False)] if self.tokenizer.adds.bos else []

@@ -18,7 +18,8 @@ Run = tuple[str | int, bool]  # characters, or the id of a control token; and wh
 class TextWriter:
     """Writes text as ids.
 
-    controls: {text: AddedToken} of what means one id where a template writes it. special: those that it alone may write.
+    controls: {text: AddedToken} of what means one id where a template writes it. special: those that it alone
+        may write.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -51,7 +52,9 @@ class TextWriter:
                 trained = part == BEGIN
             elif part in self.controls:
                 token = self.controls[part]
-                if token.lstrip and runs and isinstance(runs[-1][0], str):  # some take the blanks beside them along
+                if (
+                    token.lstrip and runs and isinstance(runs[-1][0], str)
+                ):  # some take the blanks beside them along
                     runs[-1] = runs[-1][0].rstrip(), runs[-1][1]
                 runs.append((self.tokenizer.id_of(part), trained))
                 strips_next = token.rstrip
@@ -61,8 +64,8 @@ class TextWriter:
         return [run for run in runs if run[0] != ""]
 
     def trimmed(self, runs: list[Run]) -> list[Run]:
-        """Return the runs with trained turns that end with a control token: one just behind the END mark is trained
-        too, blanks behind one are not."""
+        """Return the runs with trained turns that end with a control token: one just behind the END mark is
+        trained too, blanks behind one are not."""
         runs = list(runs)
         for i, (what, trained) in enumerate(runs):
             ends_here = trained and (i + 1 == len(runs) or not runs[i + 1][1])
@@ -77,7 +80,8 @@ class TextWriter:
     def encode_runs(self, runs: list[Run]) -> tuple[list[int], list[bool]]:
         """Return (ids, whether each is trained).
 
-        Text between two control tokens is encoded as one, as in transformers, but cut where training begins."""
+        Text between two control tokens is encoded as one, as in transformers, but cut where training
+        begins."""
         ids, mask = [], []
         first, done = 0, ""  # the ids since the last control token begin at `first`, and `done` is their text
         for what, trained in runs:
@@ -108,5 +112,6 @@ class TextWriter:
 
 
 def _any_of(texts: Iterable[str]) -> str:
-    """Return a regular expression for any of `texts`, the longest first; for none of them one that never matches."""
+    """Return a regular expression for any of `texts`, the longest first; for none of them one that never
+    matches."""
     return "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or "(?!)"

@@ -1,8 +1,10 @@
 """Cuts a long text into pieces whose ids, joined, are exactly the ids of the whole text.
 
-Why: one core should not have to tokenize a whole book, nor memory to hold it. The libraries also slow down on long
-    texts: LLaMA's BPE has no words, a text is one long word (2.5 MB/s on pieces of 1 MB, 6.5 MB/s on 16 kB).
-Where: only at whitespace between two other characters, and only where the tokenizer is seen to put a token boundary.
+Why: one core should not have to tokenize a whole book, nor memory to hold it. The libraries also slow down on
+    long texts: LLaMA's BPE has no words, a text is one long word (2.5 MB/s on pieces of 1 MB, 6.5 MB/s on 16
+    kB).
+Where: only at whitespace between two other characters, and only where the tokenizer is seen to put a token
+    boundary.
 """
 
 import re
@@ -10,14 +12,15 @@ from collections.abc import Iterator
 
 from dtensor_llama.data.tokenizer import Tokenizer
 
-# Characters on each side on which a cut is checked: many times the longest piece of any vocabulary. Shorter texts
-# (below 256 bytes) would be cached by `tokenizers`, which costs 30 MB in each worker.
+# Characters on each side on which a cut is checked: many times the longest piece of any vocabulary. Shorter
+# texts (below 256 bytes) would be cached by `tokenizers`, which costs 30 MB in each worker.
 WINDOW_CHARS = 300
-# Whitespaces tried per piece. A tokenizer that fails at all of them (one that strips its text, for example) fails
-# everywhere, and trying each would cost 200 times the tokenizing itself.
+# Whitespaces tried per piece. A tokenizer that fails at all of them (one that strips its text, for example)
+# fails everywhere, and trying each would cost 200 times the tokenizing itself.
 MAX_TRIES = 24
 GAP = re.compile(r"(?<=\S)\s+(?=\S)")
-WAYS = (  # of starting the right-hand piece: (does it keep the whitespace, how many of its first ids are dropped)
+# of starting the right-hand piece: (does it keep the whitespace, how many of its first ids are dropped)
+WAYS = (
     (True, 0),  # byte-level BPE: nothing is added at a text's start
     (True, 1),  # SentencePiece: the dummy prefix that it puts before the right-hand piece is dropped again
     (False, 0),  # SentencePiece at a single space: the dummy prefix stands for that space
@@ -52,7 +55,8 @@ class Cutter:
         return None
 
     def pieces(self, text: str, size: int, skip: int = 0) -> Iterator[tuple[str, int]]:
-        """Yield (piece of about `size` characters, ids to skip at its start); `skip` is that of the text itself."""
+        """Yield (piece of about `size` characters, ids to skip at its start); `skip` is that of the text
+        itself."""
         start, reach = 0, size
         while start + reach + size // 2 < len(text):  # a rest of up to half a piece joins the last one
             cut = self.find(text, start + reach, min(start + reach + size, len(text)))

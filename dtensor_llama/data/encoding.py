@@ -1,4 +1,5 @@
-"""Chunks of files to token ids, in the processes that tokenize: what they return, and how plain texts become ids."""
+"""Chunks of files to token ids, in the processes that tokenize: what they return, and how plain texts become
+ids."""
 
 import json
 from collections import Counter
@@ -19,8 +20,10 @@ PIECE_CHARS = 16384  # a worker cuts longer texts: both libraries are fastest on
 class Found:
     """Counts what the records of some chunks were.
 
-    counts: records of each format, and of each kind that is treated apart. skipped: bad records by what is wrong.
-    skipped_lines: a JSON line for each of those. unread: fields that nothing reads. end_ids: tokens that end an answer.
+    counts: records of each format, and of each kind that is treated apart. skipped: bad records by what is
+        wrong.
+    skipped_lines: a JSON line for each of those. unread: fields that nothing reads. end_ids: tokens that end
+        an answer.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -62,7 +65,7 @@ class Encoded(NamedTuple):
 
 
 class Encoding(Protocol):
-    """How the records of a corpus become token ids. The processes that tokenize share one by fork."""
+    """Turns the records of a corpus into token ids. The processes that tokenize share one by fork."""
 
     tokenizer: Tokenizer
     formats: tuple[str, ...]  # kinds of files that can be read

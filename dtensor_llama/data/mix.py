@@ -1,9 +1,10 @@
-"""Several corpora as one stream of sequences, each with its share, as in data.path = web/*.jsonl:0.7 books/*.txt:0.3.
+"""Several corpora as one stream of sequences, each with its share, as in data.path = web/*.jsonl:0.7
+books/*.txt:0.3.
 
 source: the packed sequences of one argument; its epochs and its held-out sequences are its own
-share: its part of the sequences, and so of the tokens, since all sequences have one length. It is dealt and not drawn
-    by chance: any stretch of n sequences has n x share of them, give or take one per source, so that each step sees
-    the mixture that was asked for.
+share: its part of the sequences, and so of the tokens, since all sequences have one length. It is dealt and
+    not drawn by chance: any stretch of n sequences has n x share of them, give or take one per source, so
+    that each step sees the mixture that was asked for.
 """
 
 import math
@@ -28,7 +29,8 @@ def open_rows(
     text: TextOptions,
     packing: Packing,
 ) -> "PackedRows | MixedRows":
-    """Return the sequences of `paths`, tokenized now if needed: all of them together, or mixed if they have weights."""
+    """Return the sequences of `paths`, tokenized now if needed: all of them together, or mixed if they have
+    weights."""
     mixture = parse_mixture(paths)
     if mixture is None:
         return PackedRows(prepare_corpus(paths, tokenizer, cache_dir, text), packing)
@@ -44,8 +46,8 @@ def open_rows(
 def parse_mixture(paths: Sequence[str]) -> dict[str, float] | None:
     """Return {path: weight} of arguments like "a.txt:0.7"; None if none has a weight. Only proportions count.
 
-    If a file with the whole name exists, the argument is a path without a weight. Raises UsageError for weights that
-    are not possible."""
+    If a file with the whole name exists, the argument is a path without a weight. Raises UsageError for
+    weights that are not possible."""
     weights, plain = {}, []
     for argument in map(str, paths):
         path, _, text = argument.rpartition(":")
@@ -54,18 +56,20 @@ def parse_mixture(paths: Sequence[str]) -> dict[str, float] | None:
             plain.append(argument)
         elif not 0 < weight < math.inf:
             raise UsageError(
-                f"data.path={argument}: the weight {text} is not possible; use a number above 0, or leave the path out."
+                f"data.path={argument}: the weight {text} is not possible; use a number above 0, or leave "
+                "the path out."
             )
         elif path in weights:
             raise UsageError(
-                f"data.path={path} is there twice, with the weights {weights[path]:g} and {weight:g}; use one."
+                f"data.path={path} is there twice, with the weights {weights[path]:g} and {weight:g}; use "
+                "one."
             )
         else:
             weights[path] = weight
     if weights and plain:
         raise UsageError(
-            f"data.path={plain[0]} has no weight and {next(iter(weights))} has one; give all of them one, like "
-            f"{plain[0]}:{min(weights.values()):g}, or none."
+            f"data.path={plain[0]} has no weight and {next(iter(weights))} has one; give all of them one, "
+            f"like {plain[0]}:{min(weights.values()):g}, or none."
         )
     return weights or None
 
@@ -84,8 +88,9 @@ def _weight(text: str, path: str) -> float | None:
 class MixedRows:
     """Deals the sequences of several sources, {name: (sequences, weight)}, by weight; used as PackedRows is.
 
-    Which row stands at a position is a pure function, as in PackedRows. The numbers of a source's rows come after
-    those of the sources before it. Raises UsageError if a weight is so small that it would never be dealt.
+    Which row stands at a position is a pure function, as in PackedRows. The numbers of a source's rows come
+    after those of the sources before it. Raises UsageError if a weight is so small that it would never be
+    dealt.
     """
 
     def __init__(self, sources: dict[str, tuple[Sequences, float]]):
@@ -103,8 +108,8 @@ class MixedRows:
         for name, share, before in zip(self.names[1:], self.shares[1:], self._before[1:], strict=True):
             if before in (0, UNITS):
                 raise UsageError(
-                    f"data.path={name}: its share of {share:.1e} of the sequences is too small, or too large beside "
-                    "the others, to be dealt; use weights closer together."
+                    f"data.path={name}: its share of {share:.1e} of the sequences is too small, or too "
+                    "large beside the others, to be dealt; use weights closer together."
                 )
         # Sequences are held out in the same proportions, until one source has no more.
         source, index = self._deal(np.arange(held_out.sum()))
@@ -114,8 +119,8 @@ class MixedRows:
     def _deal(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (source, position in the source's own order) for each position.
 
-        The last source is split off the others, then the last of those, and so on. Of n rows floor(n x part) go to
-        the others, so row n goes there if that number grows by one."""
+        The last source is split off the others, then the last of those, and so on. Of n rows floor(n x part)
+        go to the others, so row n goes there if that number grows by one."""
         source, index = np.zeros_like(positions), positions.copy()
         undecided = np.ones(positions.shape, dtype=bool)
         for k in range(len(self.sources) - 1, 0, -1):

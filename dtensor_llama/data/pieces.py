@@ -1,11 +1,11 @@
 """SentencePiece models as tokenizer.json, for transformers and every other reader of that file.
 
-piece: an entry of the vocabulary; pieces: the SentencePieceProcessor that encodes   model: what it has read
-dummy prefix: the space that SentencePiece puts before every text, so that a word has the same ids at the start of a
-text as inside one; some models have it behind the text instead   byte fallback: a character without a piece becomes
-its UTF-8 bytes
+piece          an entry of the vocabulary; `pieces` is the SentencePieceProcessor, `model` what it has read
+dummy prefix   the space that SentencePiece puts before every text, so that a word has the same ids at the
+               start of a text as inside one; some models have it behind the text instead
+byte fallback  a character without a piece becomes its UTF-8 bytes
 
-A conversion counts only if it gives the same ids on many probes, since training encodes with SentencePiece itself.
+A conversion counts only if it gives the same ids on many probes: training encodes with SentencePiece itself.
 """
 
 import re
@@ -47,8 +47,11 @@ def has_dummy_prefix(pieces) -> bool:
     return "".join(pieces.encode("a", out_type=str)).startswith("▁")
 
 
-def as_tokenizer_json(pieces, given: tokenizers.Tokenizer | None, added: list, file: Path) -> tokenizers.Tokenizer:
-    """Return a tokenizer.json that gives the ids of `pieces`: the one that came with it, else one built from it.
+def as_tokenizer_json(
+    pieces, given: tokenizers.Tokenizer | None, added: list, file: Path
+) -> tokenizers.Tokenizer:
+    """Return a tokenizer.json that gives the ids of `pieces`: the one that came with it, else one built from
+    it.
 
     added: (id, AddedToken) of the tokens behind the pieces. Raises UsageError if there is none."""
     model = sentencepiece_model_pb2.ModelProto.FromString(pieces.serialized_model_proto())
@@ -69,15 +72,15 @@ def as_tokenizer_json(pieces, given: tokenizers.Tokenizer | None, added: list, f
             break
     else:
         raise UsageError(
-            f"data.tokenizer={file}: no tokenizer.json gives the ids of this SentencePiece model, so that transformers "
-            "could not open what was trained with it (models of whole words that fall back to bytes, or with spaces "
-            "behind the words, are such). Give a tokenizer.json instead."
+            f"tokenizer={file}: no tokenizer.json gives the ids of this SentencePiece model, so that "
+            "transformers could not open what was trained with it (models of whole words that fall back to "
+            "bytes, or with spaces behind the words, are such). Give a tokenizer.json instead."
         )
     built.add_tokens([token for _, token in added])  # they keep their ids
     now = built.get_added_tokens_decoder()
     if any(i not in now or now[i].content != token.content for i, token in added):
         raise UsageError(
-            f"data.tokenizer={file.parent}: tokens are added with gaps between their ids, {[i for i, _ in added]} "
+            f"tokenizer={file.parent}: tokens are added with gaps between their ids, {[i for i, _ in added]} "
             f"behind {len(pieces)} pieces; fill the gaps with unused tokens."
         )
     return built
@@ -85,7 +88,9 @@ def as_tokenizer_json(pieces, given: tokenizers.Tokenizer | None, added: list, f
 
 def _probes(model) -> list[str]:
     # The names of bytes and control tokens are hardly ever met in a text; PROBES has some.
-    texts = [one.piece.replace("▁", " ") for one in model.pieces if one.type in (one.NORMAL, one.USER_DEFINED)]
+    texts = [
+        one.piece.replace("▁", " ") for one in model.pieces if one.type in (one.NORMAL, one.USER_DEFINED)
+    ]
     texts = texts[:: len(texts) // 4000 + 1]
     probes = [*PROBES, *("".join(texts[i : i + 100]) for i in range(0, len(texts), 100))]
     for symbol in _symbols(model):
@@ -94,7 +99,8 @@ def _probes(model) -> list[str]:
 
 
 def _symbols(model) -> list[str]:
-    """Return what is always a piece of its own in a text (user-defined symbols), in the order of the search."""
+    """Return what is always a piece of its own in a text (user-defined symbols), in the order of the
+    search."""
     symbols = [one.piece for one in model.pieces if one.type == one.USER_DEFINED]
     return sorted(symbols, key=len, reverse=True)
 
@@ -124,8 +130,9 @@ def _converted(pieces, model) -> tokenizers.Tokenizer:
 
 
 def _bpe(pieces, model) -> models.BPE:
-    """SentencePiece joins the neighbours that make the piece of the highest score; `tokenizers` wants that as a list of
-    pairs in order of preference. Source: generate_merges in transformers' convert_slow_tokenizer.py."""
+    """SentencePiece joins the neighbours that make the piece of the highest score; `tokenizers` wants that as
+    a list of pairs in order of preference. Source: generate_merges in transformers'
+    convert_slow_tokenizer.py."""
     plain = {one.piece: i for i, one in enumerate(model.pieces) if one.type == one.NORMAL}
     ranked = []
     for piece, i in plain.items():
@@ -145,8 +152,9 @@ def _bpe(pieces, model) -> models.BPE:
 
 
 def _unigram(pieces, model) -> models.Unigram:
-    """The pieces of a text are those with the largest sum of scores. SentencePiece has user-defined symbols always win,
-    and looks for no control tokens and bytes in a text; `tokenizers` does, unless they score too badly.
+    """The pieces of a text are those with the largest sum of scores. SentencePiece has user-defined symbols
+    always win, and looks for no control tokens and bytes in a text; `tokenizers` does, unless they score too
+    badly.
 
     Source: PopulateNodes in sentencepiece's unigram_model.cc."""
     best = max((one.score for one in model.pieces if one.type == one.NORMAL), default=0.0)
@@ -157,7 +165,8 @@ def _unigram(pieces, model) -> models.Unigram:
             score = len(one.piece) * best - 0.1
         elif one.type != one.NORMAL:
             score = NEVER
-        # Nine digits hold all of a float32, and are few enough that `tokenizers` reads back from a file what it wrote.
+        # Nine digits hold all of a float32, and are few enough that `tokenizers` reads back from a file what
+        # it wrote.
         scored.append((one.piece, float(f"{score:.9g}")))
     return models.Unigram(scored, unk_id=pieces.unk_id(), byte_fallback=model.trainer_spec.byte_fallback)
 
@@ -168,8 +177,8 @@ def _words(pieces, model) -> models.WordLevel:
 
 
 def _any_known_word(model) -> str:
-    """Return a regular expression for whole known words. What lies between them, one unknown word or many, is one token
-    in SentencePiece too.
+    """Return a regular expression for whole known words. What lies between them, one unknown word or many, is
+    one token in SentencePiece too.
 
     It is nested like a tree of the words' beginnings: a plain list of 32,000 words takes 40 times as long."""
     tree: dict = {}
@@ -190,8 +199,8 @@ def _any_known_word(model) -> str:
 def _normalizer(pieces, model, splits_crlf: bool) -> normalizers.Normalizer:
     """Return SentencePiece's steps before it looks for pieces.
 
-    splits_crlf: `tokenizers` looks up characters as people see them, so that a carriage return before a newline is lost
-        if both become spaces."""
+    splits_crlf: `tokenizers` looks up characters as people see them, so that a carriage return before a
+        newline is lost if both become spaces."""
     spec, steps = model.normalizer_spec, []
     if spec.precompiled_charsmap:
         steps += [normalizers.Replace("\r\n", "  ")] if splits_crlf else []

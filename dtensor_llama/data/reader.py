@@ -4,7 +4,7 @@ import itertools
 import queue
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,16 +21,24 @@ STEPS_PERMUTED = 64  # steps whose rows are looked up at once: numpy takes 1 ms 
 
 
 class Batch(NamedTuple):
-    """Some sequences (rows) of T tokens. positions count from the start of each document; None without a mask."""
+    """Some sequences (rows) of T tokens. positions count from the start of each document; None without a
+    mask."""
 
     tokens: Tensor  # (B, T) int64
     labels: Tensor  # (B, T) int64: the next token, or IGNORE
     positions: Tensor | None  # (B, T) int64
 
+    def to(self, device: torch.device) -> "Batch":
+        """Copy tokens and labels to the device. Positions stay on the host, where the starts of documents are
+        found without waiting for the device; the model copies them itself."""
+        tokens = self.tokens.to(device, non_blocking=True)
+        labels = self.labels.to(device, non_blocking=True)
+        return Batch(tokens, labels, self.positions)
+
 
 @dataclass(frozen=True)
 class Batching:
-    """How the rows of a step become the microbatches of one dp rank.
+    """Decides how the rows of a step become the microbatches of one dp rank.
 
     Each rank takes a contiguous slice of the rows of a step, so that these depend neither on dp_size nor on
     micro_batch_size. Raises UsageError if the rows cannot be shared alike.
@@ -47,8 +55,8 @@ class Batching:
         stride = self.dp_size * self.micro_batch_size
         if min(self.global_batch_size, self.micro_batch_size) < 1 or self.global_batch_size % stride:
             raise UsageError(
-                f"global_batch_size={self.global_batch_size} cannot be shared by {self.dp_size} dp rank(s) in "
-                f"microbatches of micro_batch_size={self.micro_batch_size} rows; use a multiple of "
+                f"global_batch_size={self.global_batch_size} cannot be shared by {self.dp_size} dp rank(s) "
+                f"in microbatches of micro_batch_size={self.micro_batch_size} rows; use a multiple of "
                 f"{max(stride, self.dp_size)}."
             )
 
@@ -81,17 +89,12 @@ def make_batch(
     return Batch(*batch)
 
 
-def count_targets(batches: Iterable[Batch]) -> int:
-    """Count the labels that are trained on."""
-    return sum(int((batch.labels != IGNORE).sum()) for batch in batches)
-
-
 class RowReader:
     """Gives the microbatches of one dp rank, a list for each step; endless, epoch after epoch.
 
-    A step takes the next `global_batch_size` rows of the global order. `position` counts the rows of the steps that
-    were handed out, not those that the thread has read ahead: a reader made with it continues exactly there, on any
-    number of ranks.
+    A step takes the next `global_batch_size` rows of the global order. `position` counts the rows of the
+    steps that were handed out, not those that the thread has read ahead: a reader made with it continues
+    exactly there, on any number of ranks.
     """
 
     def __init__(self, sequences: Sequences, batching: Batching, position: int = 0):
@@ -103,8 +106,8 @@ class RowReader:
             name="row-reader",
             daemon=True,
         )
-        # The finalizer also runs when the interpreter exits. A thread that is inside of torch at that moment would
-        # abort the process ("terminate called without an active exception").
+        # The finalizer also runs when the interpreter exits. A thread that is inside of torch at that moment
+        # would abort the process ("terminate called without an active exception").
         self._close = weakref.finalize(self, _stop_reading, self._ready, stop, thread)
         thread.start()
 
@@ -161,9 +164,9 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """Return this rank's share of the first `max_rows` held-out rows, in whole microbatches.
 
-    Each rank gets the same number of batches, because a sharded forward is a collective. Missing rows are filled with
-    rows without a label to train on, so that the sums of losses and of labels over the ranks do not depend on
-    dp_size.
+    Each rank gets the same number of batches, because a sharded forward is a collective. Missing rows are
+    filled with rows without a label to train on, so that the sums of losses and of labels over the ranks do
+    not depend on dp_size.
     """
     held_out = sequences.validation_rows()[:max_rows]
     size, stride = batching.micro_batch_size, batching.dp_size * batching.micro_batch_size

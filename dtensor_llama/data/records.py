@@ -1,7 +1,7 @@
 """Records of the files that do not hold one JSON object a line: .json, .csv and .tsv, .parquet and .arrow.
 
-Each reader yields (where, record) in the order of the file, with `where` as in "line 3". Every defect is a UsageError:
-nothing is guessed about a file that is not what its name says, and nothing in it is passed over.
+Each reader yields (where, record) in the order of the file, with `where` as in "line 3". Every defect is a
+UsageError: nothing is guessed about a file that is not what its name says, and nothing in it is passed over.
 """
 
 import csv
@@ -29,8 +29,8 @@ BATCH_ROWS = 64  # of a table, decoded at once
 
 
 def json_records(text: str, path: Path, text_field: str | None) -> Records:
-    """Yield the objects of a .json. It holds lists, or objects, one after another over any number of lines, or an
-    object with the list, like {"data": [...]}.
+    """Yield the objects of a .json. It holds lists, or objects, one after another over any number of lines,
+    or an object with the list, like {"data": [...]}.
 
     text_field: the field of plain texts; an object that has it is a record; None: there is no such field."""
     for where, value in _Json(text, path).values():
@@ -49,8 +49,8 @@ def _wrapper(value: dict, where: str) -> str | None:
     found = [name for name in lists if name.lower() in WRAPPERS]
     if found and len(lists) > 1:
         raise UsageError(
-            f"{where}: an object with several lists of records, {' and '.join(lists)}; put the one to train on into "
-            "a file of its own."
+            f"{where}: an object with several lists of records, {' and '.join(lists)}; put the one to train "
+            "on into a file of its own."
         )
     return found[0] if found else None
 
@@ -119,7 +119,8 @@ class _Json:
 
     def _not_closed(self, opened_in: str) -> UsageError:
         return UsageError(
-            f"{self.path}: the array is not closed, which begins in {opened_in}; the file is cut short: fetch it again."
+            f"{self.path}: the array is not closed, which begins in {opened_in}; the file is cut short: "
+            "fetch it again."
         )
 
 
@@ -129,8 +130,8 @@ class _Json:
 def csv_records(lines: Iterator[str], path: Path, delimiter: str) -> Records:
     """Yield the rows of a .csv or .tsv under its header line, as {column: text}.
 
-    If the header has no such delimiter but semicolons or tabs, these are the delimiter: spreadsheets write them where
-    the comma marks decimals."""
+    If the header has no such delimiter but semicolons or tabs, these are the delimiter: spreadsheets write
+    them where the comma marks decimals."""
     csv.field_size_limit(sys.maxsize)  # a field may hold a whole document
     header_line = next(lines, "")
     if delimiter not in header_line:
@@ -143,8 +144,8 @@ def csv_records(lines: Iterator[str], path: Path, delimiter: str) -> Records:
             row = next(rows, None)
         except csv.Error as error:
             raise UsageError(
-                f"{path}, {where}: broken CSV ({error}); a field with a quote, a line break or the delimiter in it "
-                "stands in double quotes, and a quote in there is doubled."
+                f"{path}, {where}: broken CSV ({error}); a field with a quote, a line break or the "
+                "delimiter in it stands in double quotes, and a quote in there is doubled."
             ) from None
         first_line = rows.line_num + 1
         if row is None:
@@ -156,7 +157,8 @@ def csv_records(lines: Iterator[str], path: Path, delimiter: str) -> Records:
             twice = next((name for name in columns if columns.count(name) > 1), None)
             if twice is not None:
                 raise UsageError(
-                    f"{path}, {where}: the column {twice!r} is there twice; give each column a name of its own."
+                    f"{path}, {where}: the column {twice!r} is there twice; give each column a name of its "
+                    "own."
                 )
             continue
         if len(row) != len(columns):
@@ -171,7 +173,8 @@ def csv_records(lines: Iterator[str], path: Path, delimiter: str) -> Records:
 
 
 def parquet_records(file, path: Path, text_field: str | None, buffer_bytes: int) -> Records:
-    """Yield the rows of a .parquet; with a text_field only that column, or that field of a column of structs."""
+    """Yield the rows of a .parquet; with a text_field only that column, or that field of a column of
+    structs."""
     parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=buffer_bytes)
     columns = None
     if text_field is not None:
@@ -205,7 +208,8 @@ def _rows(path: Path, batches: Iterable[pa.RecordBatch]) -> Records:
 
 
 def _open_arrow(file, path: Path):
-    """Open an Arrow file, or an Arrow stream, which is what the datasets library writes under the same ending."""
+    """Open an Arrow file, or an Arrow stream, which is what the datasets library writes under the same
+    ending."""
     head = file.read(8)
     file.seek(-4, 2)
     tail = file.read(4)
@@ -233,7 +237,8 @@ def _column_of(path: Path, schema: pa.Schema, text_field: str) -> str:
     if kind is None:
         names = ", ".join(itertools.chain.from_iterable(map(_columns_in, schema))) or "none"
         raise UsageError(
-            f"{path}: no column {text_field!r}; it has {names}. Name the one that holds the text with `text_field`."
+            f"{path}: no column {text_field!r}; it has {names}. Name the one that holds the text with "
+            "`text_field`."
         )
     return column
 

@@ -1,10 +1,12 @@
-"""Packed sequences over a tokenized corpus: which tokens stand in each sequence, and in what order they are read.
+"""Packed sequences over a tokenized corpus: which tokens stand in each sequence, and in what order they are
+read.
 
-sequence (row): T + 1 consecutive tokens, T inputs and T labels shifted by one; its last token is also the first of
-    the next sequence
+sequence (row): T + 1 consecutive tokens, T inputs and T labels shifted by one; its last token is also the
+    first of the next sequence
 position: how far a run has come in the global order of sequences. It never wraps: epoch = position // n_train
 
-Everything is a pure function of (corpus, seq_len, seed). No list of sequences is stored, however long the corpus.
+Everything is a pure function of (corpus, seq_len, seed). No list of sequences is stored, however long the
+corpus.
 """
 
 import json
@@ -25,7 +27,8 @@ SKIPPED = "bad-records.jsonl"  # lists the records that bad_records="skip" left 
 
 
 class Sequences(Protocol):
-    """What the reader and the recipes need from data of your own: token sequences of one length, by number.
+    """Describes what data of your own must have for the reader and the recipes: token sequences of one
+    length.
 
     n_train and n_validation count the sequences to train on in an epoch, and the held-out ones.
     contents and content_hash name the data: a checkpoint resumes only on data with the same ones.
@@ -49,7 +52,8 @@ class TokenCorpus:
     """A folder written by `prepare_corpus`, mapped into memory: opening it reads no tokens.
 
     tokens: (n_tokens,) uint16 or uint32. document_starts: (n_documents,) int64, offsets into `tokens`.
-    content_hash: the same for the same tokens, documents and masks, and for no others; "" if the folder has none.
+    content_hash: the same for the same tokens, documents and masks, and for no others; "" if the folder has
+        none.
     settings: {field: value} of the options that decided which records became which tokens.
     skipped: {what is wrong: how many records were left out for it}. bad_records: the file that lists them.
     """
@@ -80,7 +84,7 @@ class TokenCorpus:
 
 @dataclass(frozen=True)
 class Packing:
-    """What decides how the tokens of a corpus become sequences, and which of them are held out."""
+    """Decides how the tokens of a corpus become sequences, and which of them are held out."""
 
     seq_len: int  # T
     validation_share: float = 0.0  # of the sequences, at least one of them; 0: none
@@ -89,13 +93,14 @@ class Packing:
     def __post_init__(self):
         if self.seq_len < 1 or not 0 <= self.validation_share < 1:
             raise UsageError(
-                f"seq_len={self.seq_len} must be at least 1, and validation_share={self.validation_share} at least 0 "
-                "and below 1."
+                f"seq_len={self.seq_len} must be at least 1, and validation_share={self.validation_share} "
+                "at least 0 and below 1."
             )
 
 
 class Shuffled:
-    """Splits the numbers of n_rows sequences into those to train on and a held-out share, and shuffles both."""
+    """Splits the numbers of n_rows sequences into those to train on and a held-out share, and shuffles
+    both."""
 
     def __init__(self, n_rows: int, packing: Packing):
         self.n_rows, self.seq_len, share = n_rows, packing.seq_len, packing.validation_share
@@ -130,8 +135,8 @@ class PackedRows(Shuffled):
             fitting = (corpus.n_tokens - 1) // (2 if packing.validation_share > 0 else 1)
             shorter = f"use seq_len={fitting} or less, or " if fitting > 0 else ""
             raise UsageError(
-                f"seq_len={T}: the data has {corpus.n_tokens} tokens, {self.n_rows} sequences of {T} + 1; with "
-                f"{self.n_validation} held out none is left to train on: {shorter}give more text."
+                f"seq_len={T}: the data has {corpus.n_tokens} tokens, {self.n_rows} sequences of {T} + 1; "
+                f"with {self.n_validation} held out none is left to train on: {shorter}give more text."
             )
 
     @property
@@ -168,10 +173,12 @@ class PackedRows(Shuffled):
 
 
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Map indices below n by pseudo-random bijections of 0 .. n - 1; keys (int64, of their shape) choose which.
+    """Map indices below n by pseudo-random bijections of 0 .. n - 1; keys (int64, of their shape) choose
+    which.
 
-    A Feistel network permutes the 2^(2h) >= n numbers of 2h bits. An image that is not below n is fed in again until
-    it is (cycle walking, Black and Rogaway 2002: fewer than 4 times on average), which leaves a bijection.
+    A Feistel network permutes the 2^(2h) >= n numbers of 2h bits. An image that is not below n is fed in
+    again until it is (cycle walking, Black and Rogaway 2002: fewer than 4 times on average), which leaves a
+    bijection.
     """
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
     mask = (1 << half_bits) - 1
@@ -190,7 +197,8 @@ def splitmix64(x):
     """Mix the bits of an int64 array of numpy or torch: each input bit reaches each output bit.
 
     Source: Steele, Lea and Flood 2014. The constants are 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9 and
-    0x94D049BB133111EB as signed numbers, since torch has no arithmetic on uint64; the masks make shifts logical.
+        0x94D049BB133111EB as signed numbers, since torch has no arithmetic on uint64; the masks make shifts
+        logical.
     """
     x = x + -7046029254386353131
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * -4658895280553007687
@@ -199,7 +207,8 @@ def splitmix64(x):
 
 
 def say_skipped(corpora: Iterable[TokenCorpus], run_dir: Path | None, log: Callable[[str], None]) -> None:
-    """Log how many bad records were left out and why, and list them in RUN/bad-records.jsonl if there is a run folder."""
+    """Log how many bad records were left out and why, and list them in RUN/bad-records.jsonl if there is a
+    run folder."""
     corpora = [corpus for corpus in corpora if corpus.skipped]
     if not corpora:
         return

@@ -1,7 +1,9 @@
-"""Files to chunks of about a mebibyte, and chunks to documents, in memory that does not depend on a file's size.
+"""Files to chunks of about a mebibyte, and chunks to documents, in memory that does not depend on a file's
+size.
 
-One process reads (`read_chunks`); others, which tokenize, turn chunks into documents (`Chunk.documents`), so that
-parsing does not slow the reading. Every defect of a file is a UsageError that names the file and the line or row.
+One process reads (`read_chunks`); others, which tokenize, turn chunks into documents (`Chunk.documents`), so
+that parsing does not slow the reading. Every defect of a file is a UsageError that names the file and the
+line or row.
 """
 
 import codecs
@@ -45,7 +47,7 @@ def refuse(where: str, error: UsageError) -> None:
 
 @dataclass(frozen=True)
 class TextOptions:
-    """What decides which texts a corpus has.
+    """Decides which texts a corpus has.
 
     field: the field of a record, or the column, that holds the text; a.b is the field b of the object in a.
     bad_records: whether a record without a text ends the run, or is left out and listed."""
@@ -108,7 +110,8 @@ class Chunk:
 
 
 def expand_paths(patterns: Sequence[str | Path], formats: tuple[str, ...] = FORMATS) -> list[Path]:
-    """Return the files that `patterns` (files and globs, `**` too) name: absolute, sorted, each once, of `formats`.
+    """Return the files that `patterns` (files and globs, `**` too) name: absolute, sorted, each once, of
+    `formats`.
 
     A link keeps its own name, as its ending shows what the file holds: in the cache of the Hugging Face Hub,
     data.jsonl is a link to a file that is called by its hash. Of two links to one file the first counts."""
@@ -125,7 +128,8 @@ def expand_paths(patterns: Sequence[str | Path], formats: tuple[str, ...] = FORM
 
 
 def _matches(pattern: str) -> list[Path]:
-    """Return the files of one argument, at least one. UsageError for what exists and cannot be read as a file."""
+    """Return the files of one argument, at least one. UsageError for what exists and cannot be read as a
+    file."""
     path = Path(expanded(pattern, "data.path"))
     given = f"data.path={pattern}"
     if path.is_dir():
@@ -142,8 +146,8 @@ def _matches(pattern: str) -> list[Path]:
     for match in matches:
         if match.is_symlink() and not match.exists():
             raise UsageError(
-                f"{match}: is a link to {os.readlink(match)}, which does not exist; fetch the data again, or leave the "
-                "link out."
+                f"{match}: is a link to {os.readlink(match)}, which does not exist; fetch the data again, "
+                "or leave the link out."
             )
     matches = [match for match in matches if match.is_file()]
     if not matches:
@@ -161,7 +165,8 @@ def _taken_literally(path: Path) -> str:
 
 
 def _named_by_its_kind(names: list[Path], target: Path, formats: tuple[str, ...]) -> Path:
-    """Return the first of the names of one file whose ending is known, else that of the file they are links to."""
+    """Return the first of the names of one file whose ending is known, else that of the file they are links
+    to."""
     return next((name for name in [*names, target] if _kind_of(name)[0] in formats), names[0])
 
 
@@ -175,7 +180,8 @@ def _kind_of(path: Path) -> tuple[str, str | None]:
 def _check_format(path: Path, formats: tuple[str, ...]) -> None:
     if _kind_of(path)[0] not in formats:
         raise UsageError(
-            f"{path}: unknown kind of file; {_listed(formats)} can be read, and {_listed(tuple(COMPRESSIONS))} of each."
+            f"{path}: unknown kind of file; {_listed(formats)} can be read, and "
+            f"{_listed(tuple(COMPRESSIONS))} of each."
         )
 
 
@@ -219,8 +225,8 @@ def read_chunks(
             raise long_window_error(path) from None
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"{path}: cannot be read to its end ({reason}); it may be cut short or damaged: fetch it again or leave it "
-            "out."
+            f"{path}: cannot be read to its end ({reason}); it may be cut short or damaged: fetch it again "
+            "or leave it out."
         ) from None
 
 
@@ -256,7 +262,8 @@ def _n_chars(value) -> int:
 
 
 def _blocks(path: Path, stream, chunk_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """Yield (number of the line in which it starts, bytes) of each block of a text file, without a byte-order mark."""
+    """Yield (number of the line in which it starts, bytes) of each block of a text file, without a byte-order
+    mark."""
     line, block = 1, stream.read(chunk_bytes).removeprefix(codecs.BOM_UTF8)
     while block:
         zero = block.find(b"\0")
@@ -291,8 +298,8 @@ def _decoded(line: bytes, where: str) -> str:
 
 def _not_utf8(where: str, error: UnicodeDecodeError) -> UsageError:
     return UsageError(
-        f"{where}: byte 0x{error.object[error.start]:02x} is not UTF-8 text; convert the file (iconv -t utf-8) or leave "
-        "it out."
+        f"{where}: byte 0x{error.object[error.start]:02x} is not UTF-8 text; convert the file (iconv -t "
+        "utf-8) or leave it out."
     )
 
 
@@ -308,7 +315,8 @@ def _read_jsonl(path: Path, stream, chunk_bytes: int) -> Iterator[Chunk]:
 
 
 def _read_txt(path: Path, stream, cutter: Cutter, chunk_bytes: int) -> Iterator[Chunk]:
-    """Yield the pieces of a file that is one document, cut so that their ids, joined, are those of the whole."""
+    """Yield the pieces of a file that is one document, cut so that their ids, joined, are those of the
+    whole."""
     decoder, text, line = codecs.getincrementaldecoder("utf-8")(), "", 1
     skip, opens, reach = 0, True, chunk_bytes
     try:
@@ -373,8 +381,8 @@ def _text_of_record(record: dict, where: str, text_field: str) -> str:
             raise BadRecord(
                 where,
                 f"no field {text_field!r}",
-                f"its fields are {_names_in(record)}. Name the one that holds the text with `text_field`, as in a.b if "
-                "it stands inside of another.",
+                f"its fields are {_names_in(record)}. Name the one that holds the text with `text_field`, "
+                "as in a.b if it stands inside of another.",
             )
         value = value[name]
     return checked_text(value, where, text_field)

@@ -2,18 +2,18 @@
 
   python -m dtensor_llama.data.tokenize --path 'data/**/*.jsonl' --tokenizer llama2/ --cache-dir runs/tokens
 
-One process reads and writes, one worker per core parses and encodes, and only a few chunks per worker are under way:
-memory depends on the number of cores, not on the corpus. This process never imports torch. It forks, which is safe
-only before threads exist, so `prepare_corpus`, which does the same for a training script, starts this module as a
-program when there is work.
+One process reads and writes, one worker per core parses and encodes, and only a few chunks per worker are
+under way: memory depends on the number of cores, not on the corpus. This process never imports torch. It
+forks, which is safe only before threads exist; so `prepare_corpus`, which does the same for a training run,
+starts this module as a program when there is work.
 
 <cache-dir>/<fingerprint>/
-  tokens.bin      each document as BOS, ids, EOS, in uint16 or uint32; BOS if the tokenizer adds it to a text, EOS if
-                  there is one
+  tokens.bin      each document as BOS, ids, EOS, in uint16 or uint32; BOS if the tokenizer adds it to a text,
+                  EOS if there is one
   documents.bin   int64 offset in tokens.bin at which each document starts
   trained.bin     of conversations only: a byte for each token, 1 where it is trained, 0 elsewhere
-  meta.json       counts, the type of tokens.bin, the files and options, and content_hash: a hash of the bytes of the
-                  other files, which tells equal tokens from as many other ones
+  meta.json       counts, the type of tokens.bin, the files and options, and content_hash: a hash of the bytes
+                  of the other files, which tells equal tokens from as many other ones
 """
 
 import argparse
@@ -59,13 +59,15 @@ def prepare_corpus(
     text_field: str | TextOptions = "text",
     processes: int | None = None,
 ) -> TokenCorpus:
-    """Return the corpus of `paths` (files and globs), tokenized now unless that was done and nothing changed since.
+    """Return the corpus of `paths` (files and globs), tokenized now unless that was done and nothing changed
+    since.
 
-    Any number of ranks and runs may call this at once: one tokenizes, the others wait for it. Progress goes to stderr.
+    Any number of ranks and runs may call this at once: one tokenizes, the others wait for it. Progress goes
+    to stderr.
 
     text_field: the field that holds the text, or all options of texts
-    cache_dir: a folder, or several: the corpus is read where it is found, and written into the first one that can be
-        written
+    cache_dir: a folder, or several: the corpus is read where it is found, and written into the first one that
+        can be written
     Raises UsageError for what is wrong with the files.
     """
     options = TextOptions(text_field) if isinstance(text_field, str) else text_field
@@ -119,10 +121,11 @@ def tokenize(
     processes: int,
     for_process: int | None = None,
 ) -> Path:
-    """Write the corpus unless it exists; return its folder. A second process that wants it waits here for the first.
+    """Write the corpus unless it exists; return its folder. A second process that wants it waits here for the
+    first.
 
-    cache_dirs: the corpus is written into the first of them that can be written, which is the same one for all
-        processes."""
+    cache_dirs: the corpus is written into the first of them that can be written, which is the same one for
+        all processes."""
     files = expand_paths(paths, encoding.formats)
     name = fingerprint(files, encoding)
     found = _find(cache_dirs, name)
@@ -244,7 +247,8 @@ def _write_corpus(
             file.flush_to_disk()
     elapsed_s = time.monotonic() - began_s
     _print(
-        f"tokenized {total_bytes / 1e6:,.1f} MB: {n_documents:,} documents, {n_tokens:,} tokens in {elapsed_s:.1f} s"
+        f"tokenized {total_bytes / 1e6:,.1f} MB: {n_documents:,} documents, {n_tokens:,} tokens in "
+        f"{elapsed_s:.1f} s"
     )
 
 
@@ -255,7 +259,8 @@ def _print(line: str) -> None:
 def _in_order(
     pool: ProcessPoolExecutor, files: list[Path], encoding: Encoding, processes: int
 ) -> Iterator[tuple[Encoded, int]]:
-    """Yield each encoded chunk and its bytes of input in the order of the corpus, with a few of them under way."""
+    """Yield each encoded chunk and its bytes of input in the order of the corpus, with a few of them under
+    way."""
     under_way = deque()
     chunks = (chunk for file in files for chunk in read_chunks(file, encoding.text_field, encoding.cutter))
     while True:
@@ -280,7 +285,8 @@ def _start_worker(encoding: Encoding) -> None:
 
 
 def _die_with_parent() -> None:
-    """End this worker when its parent is killed: it would wait for chunks for ever, and hold the parent's lock."""
+    """End this worker when its parent is killed: it would wait for chunks for ever, and hold the parent's
+    lock."""
     wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 

@@ -1,7 +1,7 @@
 """One tokenizer interface over SentencePiece models and Hugging Face's tokenizer.json.
 
-Where a SentencePiece model is known its ids are the reference: the models we continue to train learned from them. See
-pieces.py for the tokenizer.json that is exported with it.
+Where a SentencePiece model is known its ids are the reference: the models we continue to train learned from
+them. See pieces.py for the tokenizer.json that is exported with it.
 """
 
 import hashlib
@@ -18,8 +18,12 @@ from dtensor_llama.places import expanded, refuse_hub_name
 
 WELL_KNOWN = {"bos": ("<s>", "<|begin_of_text|>"), "eos": ("</s>", "<|end_of_text|>", "<|endoftext|>")}
 ADDED_FIELDS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")  # of an AddedToken
-TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"  # as transformers has them
-# Settings of a tokenizer_config.json that an export does not take over. These are paths and classes of another machine:
+TEMPLATE_FILE, TEMPLATE_FOLDER = (
+    "chat_template.jinja",
+    "additional_chat_templates",
+)  # as transformers has them
+# Settings of a tokenizer_config.json that an export does not take over. These are paths and classes of
+# another machine:
 NOT_KEPT = {"tokenizer_class", "auto_map", "tokenizer_file", "vocab_file", "merges_file", "name_or_path"}
 NOT_KEPT |= {"special_tokens_map_file", "backend", "is_local", "legacy", "from_slow", "sp_model_kwargs"}
 NOT_KEPT |= {"clean_up_tokenization_spaces"}
@@ -29,25 +33,27 @@ NOT_KEPT |= {"added_tokens_decoder"}
 
 
 class EndIds(NamedTuple):
-    """The tokens of begin and end; None where a tokenizer has none."""
+    """Holds the tokens of begin and end; None where a tokenizer has none."""
 
     bos: int | None
     eos: int | None
 
 
 class AddedEnds(NamedTuple):
-    """Which of these tokens transformers puts around a text on its own."""
+    """Tells which of these tokens transformers puts around a text on its own."""
 
     bos: bool
     eos: bool
 
 
 class Tokenizer:
-    """Text to ids and back. `encode` adds neither BOS nor EOS, and reads `</s>` inside a text as plain characters.
+    """Text to ids and back. `encode` adds neither BOS nor EOS, and reads `</s>` inside a text as plain
+    characters.
 
-    vocab_size: one more than the largest id, added tokens included. bos_id, eos_id: None where the tokenizer has none.
-    adds: what transformers would put around a text. A document of training begins with BOS if adds.bos is true, as a
-        prompt of generate.py does; it always ends with EOS.
+    vocab_size: one more than the largest id, added tokens included. bos_id, eos_id: None where the tokenizer
+        has none.
+    adds: what transformers would put around a text. A document of training begins with BOS if adds.bos is
+        true, as a prompt of generate.py does; it always ends with EOS.
     fingerprint: a hash of what decides the ids, BOS and EOS included. path: where it was loaded from.
     """
 
@@ -87,14 +93,16 @@ class Tokenizer:
 
     @property
     def control_tokens(self) -> dict[str, AddedToken]:
-        """Return {text: AddedToken} of what a chat template may write to mean one id: added tokens, BOS and EOS."""
+        """Return {text: AddedToken} of what a chat template may write to mean one id: added tokens, BOS and
+        EOS."""
         ends = [self.token_of(i) for i in (self.bos_id, self.eos_id) if i is not None]
         added = {token.content: token for _, token in self._added_tokens()}
         return {token: AddedToken(token) for token in ends} | added
 
     @property
     def plain(self) -> "Tokenizer":
-        """Return a tokenizer that reads added tokens as text even where tokenizer.json does not call them special."""
+        """Return a tokenizer that reads added tokens as text even where tokenizer.json does not call them
+        special."""
         if self._pieces is not None:
             return self
         source = json.loads(self._fast.to_str())
@@ -104,8 +112,8 @@ class Tokenizer:
 
     @property
     def prefixes_every_text(self) -> bool:
-        """Return whether a text after a control token gets its dummy prefix, as one at the start does (if there is
-        one)."""
+        """Return whether a text after a control token gets its dummy prefix, as one at the start does (if
+        there is one)."""
         if self._pieces is not None or self.bos_id is None:
             return True
         self._fast.encode_special_tokens = False
@@ -120,8 +128,9 @@ class Tokenizer:
 
     @property
     def chat_templates(self) -> dict[str, str]:
-        """Return {name: Jinja source} of the chat templates that came with the tokenizer, as transformers finds them:
-        in files of their own, else in tokenizer_config.json. "tool_use" is the one for conversations with tools."""
+        """Return {name: Jinja source} of the chat templates that came with the tokenizer, as transformers
+        finds them: in files of their own, else in tokenizer_config.json. "tool_use" is the one for
+        conversations with tools."""
         if self._neighbours is None:
             return {}
         files = {"default": self._neighbours / TEMPLATE_FILE}
@@ -136,16 +145,18 @@ class Tokenizer:
 
     @property
     def _neighbours(self) -> Path | None:
-        """Return the folder of the files that belong to the tokenizer. None for a .model by itself: what lies beside it
-        may belong to another tokenizer."""
+        """Return the folder of the files that belong to the tokenizer. None for a .model by itself: what lies
+        beside it may belong to another tokenizer."""
         if self.path.suffix == ".model":
             return None
         return self.path if self.path.is_dir() else self.path.parent
 
     def save(self, folder: str | Path, chat_template: str | None = None) -> None:
-        """Write tokenizer.json, tokenizer_config.json and what came with them, for transformers' AutoTokenizer.
+        """Write tokenizer.json, tokenizer_config.json and what came with them, for transformers'
+        AutoTokenizer.
 
-        chat_template: the one that training used, if any. Several that came with the tokenizer stay as they are."""
+        chat_template: the one that training used, if any. Several that came with the tokenizer stay as they
+            are."""
         folder, home = Path(folder), self._neighbours
         folder.mkdir(parents=True, exist_ok=True)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -191,15 +202,16 @@ class Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Open a Hugging Face folder, a tokenizer.json or a SentencePiece .model.
 
-    In a folder with both files the SentencePiece model is the reference if it is one (LLaMA-3 has another format under
-    that name) and has as many pieces as tokenizer.json without its added tokens. Raises UsageError.
+    In a folder with both files the SentencePiece model is the reference if it is one (LLaMA-3 has another
+    format under that name) and has as many pieces as tokenizer.json without its added tokens. Raises
+    UsageError.
     """
-    refuse_hub_name(str(path), "data.tokenizer")
-    path = Path(expanded(str(path), "data.tokenizer"))
+    refuse_hub_name(str(path), "tokenizer")
+    path = Path(expanded(str(path), "tokenizer"))
     if not path.exists():
         raise UsageError(
-            f"data.tokenizer={path}: there is no such file or folder; give a Hugging Face folder, a tokenizer.json or a "
-            "SentencePiece .model on this machine."
+            f"tokenizer={path}: there is no such file or folder; give a Hugging Face folder, a "
+            "tokenizer.json or a SentencePiece .model on this machine."
         )
     home = path if path.is_dir() else path.parent
     json_file = home / "tokenizer.json" if path.is_dir() else path
@@ -210,9 +222,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if fast is None and pieces is None:
         problem = "no tokenizer; give a tokenizer.json, a SentencePiece .model or a folder with one"
         if has_model:
-            problem = f"{model_file.name} is not a SentencePiece model (damaged, or another format); give the "
+            problem = (
+                f"{model_file.name} is not a SentencePiece model (damaged, or another format); give the "
+            )
             problem += "tokenizer.json that belongs to it"
-        raise UsageError(f"data.tokenizer={path}: {problem}.")
+        raise UsageError(f"tokenizer={path}: {problem}.")
     settings = _settings(home, "tokenizer_config.json") if path.suffix != ".model" else {}
     if pieces is None or fast is not None and fast.get_vocab_size(with_added_tokens=False) != len(pieces):
         ids = EndIds(_special_id("bos", home, fast), _special_id("eos", home, fast))
@@ -252,7 +266,8 @@ def _settings(folder: Path, name: str) -> dict:
 
 
 def _named_id(name: str, settings: dict, fast: tokenizers.Tokenizer, folder: Path) -> int | None:
-    """Return the id of settings["bos_token"]: text, an object with `content`, an id, or null or below 0 for none."""
+    """Return the id of settings["bos_token"]: text, an object with `content`, an id, or null or below 0 for
+    none."""
     token = settings[f"{name}_token"]
     token = token.get("content") if isinstance(token, dict) else token
     if isinstance(token, str):
@@ -263,8 +278,8 @@ def _named_id(name: str, settings: dict, fast: tokenizers.Tokenizer, folder: Pat
 
 
 def _special_id(name: str, folder: Path, fast: tokenizers.Tokenizer) -> int | None:
-    """Return BOS or EOS of a tokenizer.json, which does not name them: from the files beside it, else by the names in
-    common use."""
+    """Return BOS or EOS of a tokenizer.json, which does not name them: from the files beside it, else by the
+    names in common use."""
     for beside in ("tokenizer_config.json", "special_tokens_map.json"):
         settings = _settings(folder, beside)
         if f"{name}_token" in settings:
@@ -276,8 +291,8 @@ def _special_id(name: str, folder: Path, fast: tokenizers.Tokenizer) -> int | No
         if isinstance(token_id, int):
             if fast.id_to_token(token_id) is None:
                 raise UsageError(
-                    f"{folder}: {beside} says {name}_token_id {token_id}, which the tokenizer does not have; give the "
-                    "tokenizer that belongs to it."
+                    f"{folder}: {beside} says {name}_token_id {token_id}, which the tokenizer does not "
+                    "have; give the tokenizer that belongs to it."
                 )
             return token_id
     known = [fast.token_to_id(token) for token in WELL_KNOWN[name]]
@@ -285,8 +300,8 @@ def _special_id(name: str, folder: Path, fast: tokenizers.Tokenizer) -> int | No
 
 
 def _added_ends(settings: dict, fast: tokenizers.Tokenizer | None, ids: EndIds, folder: Path) -> AddedEnds:
-    """Return what goes around a text: as tokenizer_config.json says, else as the post-processor of tokenizer.json does,
-    else BOS, if there is one.
+    """Return what goes around a text: as tokenizer_config.json says, else as the post-processor of
+    tokenizer.json does, else BOS, if there is one.
 
     (transformers before 5 and llama.cpp read the first, later ones the second.)"""
     bos, eos = True, False
@@ -297,7 +312,9 @@ def _added_ends(settings: dict, fast: tokenizers.Tokenizer | None, ids: EndIds, 
     for name in adds:
         said = settings.get(name)
         if not isinstance(said, bool | None):
-            raise UsageError(f"{folder / 'tokenizer_config.json'}: {name} is {said!r}; it must be true or false.")
+            raise UsageError(
+                f"{folder / 'tokenizer_config.json'}: {name} is {said!r}; it must be true or false."
+            )
         adds[name] = adds[name] if said is None else said
     return AddedEnds(
         adds["add_bos_token"] and ids.bos is not None, adds["add_eos_token"] and ids.eos is not None
@@ -332,8 +349,8 @@ def _prefixes_first_word(fast: tokenizers.Tokenizer) -> bool | None:
 def _tokens_behind(pieces, fast: tokenizers.Tokenizer | None, settings: dict, folder: Path | None) -> list:
     """Return (id, AddedToken) of the tokens that a fine-tuning added behind the pieces, in order.
 
-    They come from tokenizer.json, else from tokenizer_config.json and added_tokens.json. folder: None for a .model by
-    itself, whose neighbours may not belong to it."""
+    They come from tokenizer.json, else from tokenizer_config.json and added_tokens.json. folder: None for a
+    .model by itself, whose neighbours may not belong to it."""
     added = {}
     if fast is not None:
         added = fast.get_added_tokens_decoder()

@@ -1,4 +1,5 @@
-"""Compressed files as streams of bytes: gzip, zstd with any window, bzip2 and xz, also several members or frames."""
+"""Compressed files as streams of bytes: gzip, zstd with any window, bzip2 and xz, also several members or
+frames."""
 
 import contextlib
 import importlib
@@ -15,8 +16,8 @@ from dtensor_llama.errors import UsageError
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 PYTHON_MODULES = {"bz2": ("bz2", "bzip2"), "xz": ("lzma", "xz")}  # compression: (module, program)
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-# Bytes of past text that the library allows a frame to refer to; `zstd --long=28` and above write frames that need
-# more.
+# Bytes of past text that the library allows a frame to refer to; `zstd --long=28` and above write frames that
+# need more.
 USUAL_WINDOW = 1 << 27
 NEEDS_WINDOW = "requires too much memory"  # the library's error for such a frame
 UNPACK_ERRORS = (OSError, EOFError)
@@ -42,8 +43,8 @@ def open_compressed(path: Path, file, compression: str | None):
             return importlib.import_module(module).open(file)
         except ImportError:
             raise UsageError(
-                f"{path}: this Python was built without {compression}; unpack the file with {program} -d, or use "
-                "another Python."
+                f"{path}: this Python was built without {compression}; unpack the file with {program} -d, "
+                "or use another Python."
             ) from None
     if compression == "zstd" and _zstd_window(file) > USUAL_WINDOW:
         return _open_long_zstd(path, file)
@@ -53,14 +54,15 @@ def open_compressed(path: Path, file, compression: str | None):
 def long_window_error(path: Path) -> UsageError:
     """Return the error for a file that was compressed with `zstd --long` and cannot be unpacked here."""
     return UsageError(
-        f"{path}: compressed with zstd --long, so that unpacking it needs more memory than usual, for which the "
-        "package zstandard or the program zstd is needed; install one of them (pip install zstandard), or write the "
-        f"file anew: zstd -dc --long=31 {shlex.quote(path.name)} | zstd -o another.zst."
+        f"{path}: compressed with zstd --long, so that unpacking it needs more memory than usual, for which "
+        "the package zstandard or the program zstd is needed; install one of them (pip install zstandard), "
+        f"or write the file anew: zstd -dc --long=31 {shlex.quote(path.name)} | zstd -o another.zst."
     )
 
 
 def _zstd_window(file) -> int:
-    """Return the bytes of window that the first frame needs (RFC 8878, section 3.1.1); 0 if it is no usual frame."""
+    """Return the bytes of window that the first frame needs (RFC 8878, section 3.1.1); 0 if it is no usual
+    frame."""
     head = file.read(14)
     file.seek(0)
     if len(head) < 6 or not head.startswith(ZSTD_MAGIC):

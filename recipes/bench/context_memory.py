@@ -24,7 +24,8 @@ import tyro
 from torch.distributed.device_mesh import init_device_mesh
 
 from dtensor_llama import Llama, LlamaConfig, UsageError
-from parallel.context import apply_context_parallel, check_context_parallel, shard_sequence
+from parallel.config import Job, ParallelConfig, check_parallel
+from parallel.context import apply_context_parallel, shard_sequence
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Config:
 
 def main(cfg: Config) -> None:
     for method in ("ring", "ulysses"):
-        check_context_parallel(shape(cfg), cfg.ranks, 1, cfg.ranks * cfg.tokens, method, cfg.kernel)
+        layout = ParallelConfig(cp=cfg.ranks, dp_shard=1, cp_method=method)
+        check_parallel(layout, Job(shape(cfg), cfg.ranks * cfg.tokens, attention=cfg.kernel))
     alone = replace(cfg, ranks=1)
     runs = (
         ("none", alone),

@@ -32,10 +32,11 @@ from dtensor_llama.cli import run_recipe
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
-from parallel import ParallelConfig, build_mesh, parallelize
+from parallel import ParallelConfig, build_mesh
+from parallel.apply import Computation
+from parallel.assemble import adamw, assemble
 from parallel.config import check_parallel
-from parallel.mesh import start_process_group, stop_process_group
-from parallel.pipeline import make_step_runner
+from parallel.mesh import Layout, start_process_group, stop_process_group
 
 
 @dataclass(frozen=True)
@@ -139,22 +140,16 @@ def ours(cfg: Config, device: torch.device, layout: ParallelConfig):
     """The step of recipes/pretrain.py. Under tp all ranks read the same rows, so each is dealt its share of
     the tokens."""
     dtype = getattr(torch, cfg.dtype)
-    layout = layout.resolve(dist.get_world_size())
-    mesh = build_mesh(layout, device.type)
+    resolved = layout.resolve(dist.get_world_size())
     with torch.device("meta"):
         model = Llama(LlamaConfig.preset(cfg.model))
-    parts = parallelize(model, mesh, layout, compute_dtype=dtype)
-    for part in parts:
-        part.to_empty(device=device)
+    layout = Layout(resolved, build_mesh(resolved, device.type), n_microbatches=1)
+    training = assemble(model, layout, Computation(device, dtype), adamw(3e-4, 0.1))
     init_weights(model, 0)
-    runner = make_step_runner(
-        parts, mesh["pp"], layout.schedule, 1, device, dtype, layout.sequence_shards, layout.zero_stage
-    )
-    optimizer = build_adamw(model, 3e-4, 0.1)
 
     def step(batch: Batch) -> torch.Tensor:
-        n_scored = torch.tensor(batch.labels.numel() * layout.dp, device=device)
-        return train_step(runner, model, optimizer, [batch], n_scored, 3e-4, mesh, layout, 1.0)[0]
+        n_targets = batch.labels.numel() * resolved.dp
+        return train_step(training, [batch], n_targets, 3e-4, 1.0)[0]
 
     return step
 

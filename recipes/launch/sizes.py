@@ -37,6 +37,7 @@ from tyro.conf import Positional
 
 from dtensor_llama import LlamaConfig, UsageError  # torch is imported by --why alone
 from dtensor_llama.cli import run_recipe
+from parallel.apply import Computation
 
 if TYPE_CHECKING:
     from memory.placement import Plan as Placements
@@ -280,7 +281,7 @@ def elements(config: LlamaConfig, layout: "ParallelConfig", gpus: int, lora: boo
             model = Llama(config)
         if lora:
             apply_lora(model, LoraConfig(rank=LORA_RANK), frozen_dtype=torch.bfloat16)
-        parts, has = parallelize(model, mesh, layout, compute_dtype=torch.bfloat16), {True: 0, False: 0}
+        parts, has = parallelize(model, mesh, layout, Computation(dtype=torch.bfloat16)), {True: 0, False: 0}
         for parameter in model.parameters():
             has[parameter.requires_grad] += local(parameter).numel()
         blocks, rests = (

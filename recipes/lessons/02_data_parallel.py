@@ -1,53 +1,59 @@
-"""**Data parallelism: every rank has the whole model and reads other rows; gradients are summed.** The first
-axis, dp.
+"""Lesson 2: in data parallelism every rank has the whole model and reads other sequences.
+
+This is the first axis, dp. Gradients are summed over it.
 
     torchrun --nproc-per-node 2 recipes/lessons/02_data_parallel.py
 
-replica       a rank's copy of the model; all start equal, get the same gradients, and so stay equal without being sent
-all-reduce    everyone gives an addend, everyone gets the sum
-bucket        many gradients laid end to end, so that one message carries them: a message has a price of its own
-scored token  a token whose label counts; padding does not (label -100). Ranks have different numbers of them!
+replica       a rank's copy of the model; replicas start equal and get equal gradients, so they stay equal
+all-reduce    every rank gives a partial sum, every rank gets the total
+bucket        many gradients laid end to end, so that one message carries all; each message has a fixed cost
+target        a label that counts; padding has label -100 and does not. Ranks have different numbers of them!
 
-        rows 0 1 2 3          rank 0: rows 0 1 -> model -> loss sum, gradient addend ---+  all-reduce  +--> step
-                              rank 1: rows 2 3 -> model -> loss sum, gradient addend ---+   (sum)      +--> step
+    sequences 0 1 2 3     rank 0: sequences 0 1 -> model -> loss, partial gradient --+  all-reduce +--> step
+                          rank 1: sequences 2 3 -> model -> loss, partial gradient --+   (sum)     +--> step
 
-The trap: each rank's mean loss, averaged over ranks, is another number than the mean over all tokens. So the
-loss is the sum over scored tokens divided by their number in the whole batch, and that number is all-reduced
-first.
+The trap: the average of the ranks' mean losses is not the mean over all targets. So the loss is the sum over
+targets divided by the number of targets in the whole batch, and that number is all-reduced first.
 """
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import run_lesson, say, say_each
+from common import print_each, print_once, run_lesson
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-B, T, D, V = 4, 8, 16, 50  # rows and tokens of the whole batch, model width, vocabulary
+B, T, D, V = 4, 8, 16, 50  # sequences of the whole batch, tokens in each, model width, vocabulary
 STEPS = 3
 
 
 def make_model() -> nn.Module:
-    """The same initial weights wherever it is called: from the seed, never from the rank."""
+    """Return a model whose initial weights are the same on every rank: they depend on the seed alone."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Embedding(V, D), nn.Linear(D, 4 * D), nn.SiLU(), nn.Linear(4 * D, V))
 
 
 def make_batch(step: int) -> tuple[Tensor, Tensor]:
-    """Tokens and labels (B, T); later rows are shorter, so the last rank has few scored tokens."""
-    draw = torch.Generator().manual_seed(step)
-    tokens, labels = torch.randint(V, (2, B, T), generator=draw)
-    for row in range(B):
-        labels[row, T - 2 * row :] = -100  # scored: 8, 6, 4, 2
+    """Return tokens and labels (B, T); later sequences are shorter, so the last rank has few targets."""
+    tokens, labels = torch.randint(V, (2, B, T), generator=torch.Generator().manual_seed(step))
+    for i in range(B):
+        labels[i, T - 2 * i :] = -100  # 8, 6, 4 and 2 targets are left
     return tokens, labels
 
 
 def nll_sum(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    logits = model(tokens)  # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+
+
+@torch.no_grad()
+def sgd_step(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter -= 0.5 * parameter.grad
 
 
 def train_alone() -> tuple[nn.Module, list[float]]:
-    """One process that reads all rows: what must come out."""
+    """Train one process on all sequences: the result that data parallelism must reproduce."""
     model, losses = make_model(), []
     for step in range(STEPS):
         tokens, labels = make_batch(step)
@@ -59,66 +65,71 @@ def train_alone() -> tuple[nn.Module, list[float]]:
     return model, losses
 
 
+def sum_gradients(model: nn.Module) -> Tensor:
+    """All-reduce the gradients of all parameters in one bucket, and return the bucket."""
+    parameters = list(model.parameters())
+    bucket = torch.cat([p.grad.flatten() for p in parameters])  # (N,): all gradients, one message
+    dist.all_reduce(bucket)
+    summed = bucket.split([p.numel() for p in parameters])
+    for parameter, grad in zip(parameters, summed, strict=True):
+        parameter.grad.copy_(grad.view_as(parameter))
+    return bucket
+
+
 def train_together() -> tuple[nn.Module, list[float]]:
-    """The same on the ranks there are; what is new are the three all-reduces."""
+    """Train the same model on all ranks; only the three all-reduces are new."""
     rank, dp = dist.get_rank(), dist.get_world_size()
     model, losses = make_model(), []
     for step in range(STEPS):
-        tokens, labels = (x.chunk(dp)[rank] for x in make_batch(step))  # (B/dp, T): this rank's rows
-        own_scored = (labels != -100).sum()
-        n_scored = own_scored.clone()
-        dist.all_reduce(n_scored)  # labels that count in the whole batch
-        loss = nll_sum(model, tokens, labels) / n_scored  # this rank's share of the loss, an addend
+        tokens, labels = (x.chunk(dp)[rank] for x in make_batch(step))  # (B/dp, T): this rank's sequences
+        own_targets = (labels != -100).sum()
+        n_targets = own_targets.clone()
+        dist.all_reduce(n_targets)  # targets in the whole batch
+        loss = nll_sum(model, tokens, labels) / n_targets  # this rank's share of the loss
         model.zero_grad()
-        loss.backward()  # .grad: addends too
-        bucket = torch.cat([p.grad.flatten() for p in model.parameters()])  # (N,): all gradients, one message
-        dist.all_reduce(bucket)
-        for parameter, grad in zip(
-            model.parameters(), bucket.split([p.numel() for p in model.parameters()]), strict=True
-        ):
-            parameter.grad.copy_(grad.view_as(parameter))
+        loss.backward()  # .grad holds a partial sum too
+        bucket = sum_gradients(model)
         sgd_step(model)
         whole_loss = loss.detach().clone()
         dist.all_reduce(whole_loss)  # for printing only
         losses.append(whole_loss.item())
-        if step == 0:
-            say(
-                f"step 0: all-reduce of the count (), then of one bucket {tuple(bucket.shape)} with the gradients of "
-                f"{len(list(model.parameters()))} parameters, then of the loss ()"
-            )
-            say_each(
-                f"rows {rank * B // dp} .. {(rank + 1) * B // dp - 1}, {own_scored} of {n_scored} scored tokens, own mean "
-                f"{(loss * n_scored / own_scored).item():.4f}, share of the loss {loss.item():.4f}"
-            )
-            mean_of_means = loss.detach() * n_scored / own_scored / dp
-            dist.all_reduce(mean_of_means)
-            say(
-                f"  the shares add up to {losses[0]:.4f}; the mean of the means would be {mean_of_means.item():.4f}: wrong"
-            )
+        if step > 0:
+            continue
+        # ---- below here the first step is only printed ----
+        print_once(
+            f"step 0: all-reduce of the number of targets (), of one bucket {tuple(bucket.shape)} "
+            "with all gradients, and of the loss ()"
+        )
+        own_mean = loss.detach() * n_targets / own_targets
+        print_each(
+            f"sequences {rank * B // dp} .. {(rank + 1) * B // dp - 1}, {own_targets} of {n_targets} "
+            f"targets, own mean {own_mean.item():.4f}, share of the loss {loss.item():.4f}"
+        )
+        mean_of_means = own_mean / dp
+        dist.all_reduce(mean_of_means)
+        print_once(
+            f"  the shares add up to {losses[0]:.4f}; "
+            f"the mean of the means would be {mean_of_means.item():.4f}: wrong"
+        )
     return model, losses
-
-
-@torch.no_grad()
-def sgd_step(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        parameter -= 0.5 * parameter.grad
 
 
 def lesson() -> None:
     alone, losses_alone = train_alone()
     together, losses = train_together()
-    say("\nstep   one process   data parallel")
+    print_once("\nstep   one process   data parallel")
     for step, (one, many) in enumerate(zip(losses_alone, losses, strict=True)):
-        say(f"{step:4}   {one:11.6f}   {many:13.6f}")
+        print_once(f"{step:4}   {one:11.6f}   {many:13.6f}")
     assert_close(losses, losses_alone, rtol=0, atol=2e-6)  # fp32: only the order of summation differs
     for ours, plain in zip(together.parameters(), alone.parameters(), strict=True):
         assert_close(ours.grad, plain.grad, rtol=1e-5, atol=1e-6)
         assert_close(ours, plain, rtol=1e-5, atol=1e-6)
         from_rank_0 = ours.detach().clone()
         dist.broadcast(from_rank_0, src=0)
-        assert torch.equal(ours, from_rank_0), "replicas drifted apart"  # bit for bit: all got the same sum
-    say(
-        f"\nproven: {STEPS} steps on 2 ranks give the losses, gradients and weights of one process, and equal replicas"
+        assert torch.equal(ours, from_rank_0), "replicas drifted apart"  # equal bit for bit: all got one sum
+    print_once(
+        f"\nproven: {STEPS} steps on 2 ranks give the losses, gradients and weights of one process, "
+        "and equal replicas"
     )
 
 

@@ -1,41 +1,41 @@
-"""**ZeRO: data parallel ranks share what they would otherwise all keep.** Lesson 2 kept everything on every
-rank.
+"""Lesson 3: with ZeRO, data parallel ranks share the state that lesson 2 kept whole on every rank.
 
     torchrun --nproc-per-node 2 recipes/lessons/03_zero.py
 
-masters, moments  fp32 weights, and Adam's two fp32 averages: 4 + 8 bytes a parameter, needed once a step
-copy              the weights in bf16, 2 bytes, that compute; gradients are summed in fp32, 4 bytes
-shard             the rows of a weight that a rank owns and steps: 1/S of them, with S ranks
+masters, moments  fp32 weights and Adam's two fp32 averages: 4 + 8 bytes per parameter, needed once a step
+copy              the bf16 weights that compute, 2 bytes; gradients are summed in fp32, 4 bytes
+shard             the rows of a weight that one rank owns and updates: 1/S of them, with S ranks
 
-         masters moments gradients copy     S = 2, what rank 0 keeps for one weight: # owned or whole, . not here
-stage 0    ####    ####    ####    ####     as in lesson 2: all-reduce of gradients
-      1    ##..    ##..    ####    ####     a rank steps its shard, then all gather the copies: no byte is sent twice
-      2    ##..    ##..    ##..    ####     gradients are reduce-scattered layer by layer, in every microbatch
-      3    ##..    ##..    ##..    ##..     the copy of a layer is gathered when it computes, forward and backward, and freed
+         masters moments gradients copy   S = 2; what rank 0 keeps of a weight: # owned or whole, . elsewhere
+stage 0    ####    ####    ####    ####   as in lesson 2: all-reduce of gradients
+      1    ##..    ##..    ####    ####   a rank updates its shard, then all ranks gather the copies
+      2    ##..    ##..    ##..    ####   gradients are reduce-scattered layer by layer, in every microbatch
+      3    ##..    ##..    ##..    ##..   a layer's copy is gathered before it computes, and freed after
 
-Without autograd, so that every byte alive has a name in this file. Source: Rajbhandari et al. 2020,
-arXiv:1910.02054."""
+The lesson uses no autograd, so that every byte in memory has a name in this file.
+Source: Rajbhandari et al. 2020, arXiv:1910.02054.
+"""
 
 import gc
 
 import torch
 import torch.distributed as dist
-from common import run_lesson, say
+from common import print_once, run_lesson
 from torch import Tensor
 from torch.testing import assert_close
 
-N_LAYERS, D, B, M = 8, 256, 4, 2  # layers of D x D, rows per rank and microbatch, microbatches a step
-sent: list[int] = []  # bytes of each message, as the whole tensor that it moves
+N_LAYERS, D, B, M = 8, 256, 4, 2  # layers of D x D, samples per rank and microbatch, microbatches a step
+sent: list[int] = []  # bytes of each message, counted as the whole tensor that it moves
 
 
-def bytes_alive() -> int:
-    # views share one: it counts once
+def bytes_in_memory() -> int:
     storages = [t.untyped_storage() for t in gc.get_objects() if type(t) is Tensor]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    by_address = {storage.data_ptr(): storage.nbytes() for storage in storages}  # views share one storage
+    return sum(by_address.values())
 
 
 def free(tensor: Tensor) -> None:
-    # as FSDP does: at once, though gloo's thread may hold the tensor a moment longer
+    """Free the memory at once, as FSDP does, although gloo's thread may hold the tensor a moment longer."""
     tensor.untyped_storage().resize_(0)
 
 
@@ -47,91 +47,105 @@ def all_gather(shard: Tensor) -> Tensor:
     return whole
 
 
-def reduce_scatter(addend: Tensor, S: int) -> Tensor:
-    shard = addend.new_empty(D // S, D)  # (D, D) sum:dp -> (D/S, D)
-    dist.reduce_scatter(shard, list(addend.chunk(S)))
-    sent.append(addend.nbytes)
-    free(addend)
+def reduce_scatter(partial: Tensor, S: int) -> Tensor:
+    shard = partial.new_empty(D // S, D)  # (D, D) Partial(dp) -> (D/S, D)
+    dist.reduce_scatter(shard, list(partial.chunk(S)))
+    sent.append(partial.nbytes)
+    free(partial)
     return shard
 
 
-def step(stage: int, rows: list[Tensor], S: int, rank: int) -> tuple[list[Tensor], list[Tensor], int]:
-    """One Adam step of y = relu(relu(x W0^T) W1^T) ..., loss = sum(y^2) / 2, over the rows of M microbatches
-    (B, D). Returns what this rank owns, gradients and masters, and the most bytes that were alive. S = 1: one
-    process."""
+def step(stage: int, batches: list[Tensor], S: int, rank: int) -> tuple[list[Tensor], list[Tensor], int]:
+    """Do one Adam step of y = relu(relu(x W0^T) W1^T) ... with loss = sum(y^2) / 2, x (B, D) a microbatch.
+
+    Returns this rank's gradients and masters, and the largest number of bytes in memory. S = 1: one process.
+    """
     torch.manual_seed(0)
     own = slice(rank * D // S, (rank + 1) * D // S) if stage >= 1 else slice(None)  # rows of each weight
     masters = [torch.randn(D, D).mul_(1.5 * D**-0.5)[own].clone() for _ in range(N_LAYERS)]
     moments = [(torch.zeros_like(w), torch.zeros_like(w)) for w in masters]
-    # (D, D), all of it
-    make_copy = lambda i: all_gather(masters[i].bfloat16()) if stage >= 1 else masters[i].bfloat16()
-    done = free if stage == 3 else lambda copy: None
-    # before the step, to keep; or never
-    copies = [make_copy(i) if stage < 3 else None for i in range(N_LAYERS)]
-    grads, peak = [torch.zeros(D // S if stage >= 2 else D, D) for _ in range(N_LAYERS)], 0
-    for x in rows:
+    grads = [torch.zeros(D // S if stage >= 2 else D, D) for _ in range(N_LAYERS)]
+    peak = 0
+
+    def make_copy(layer: int) -> Tensor:
+        copy = masters[layer].bfloat16()
+        return all_gather(copy) if stage >= 1 else copy  # (D, D)
+
+    copies = [make_copy(layer) for layer in range(N_LAYERS)] if stage < 3 else None  # kept for the whole step
+
+    def multiply(x: Tensor, layer: int, transposed: bool) -> Tensor:
+        nonlocal peak
+        copy = copies[layer] if copies else make_copy(layer)  # stage 3: gathered in forward and in backward
+        y = x @ (copy.T if transposed else copy)
+        peak = max(peak, bytes_in_memory())  # most is in memory while a copy is
+        if stage == 3:
+            free(copy)
+        return y
+
+    for x in batches:
         activations = [x]
-        for i in range(N_LAYERS):  # ---- forward ----
-            copy = make_copy(i) if stage == 3 else copies[i]
-            activations.append((activations[-1] @ copy.T).relu())  # (B, D)
-            done(copy)
+        for layer in range(N_LAYERS):  # ---- forward ----
+            activations.append(multiply(activations[-1], layer, transposed=True).relu())  # (B, D)
         grad = activations[-1]  # d loss / d y
-        for i in reversed(range(N_LAYERS)):  # ---- backward ----
-            copy = make_copy(i) if stage == 3 else copies[i]  # stage 3: gathered a second time
-            grad = grad * (activations[i + 1] > 0)  # through relu
-            grad_w = (grad.T @ activations[i]).float()  # (D, D) sum:dp, of these rows only
-            grad = grad @ copy
-            peak = max(peak, bytes_alive())  # now most is alive
-            done(copy)
+        for layer in reversed(range(N_LAYERS)):  # ---- backward ----
+            grad = grad * (activations[layer + 1] > 0)  # through relu
+            grad_w = (grad.T @ activations[layer]).float()  # (D, D) Partial(dp): of this rank's samples only
+            grad = multiply(grad, layer, transposed=False)
             if stage >= 2:
                 grad_w = reduce_scatter(grad_w, S)  # (D/S, D), in every microbatch
-            grads[i] += grad_w
+            grads[layer] += grad_w
             free(grad_w)
-    for i in range(N_LAYERS):  # ---- once a step ----
+    for layer in range(N_LAYERS):  # ---- once a step ----
         if stage == 1:
-            grads[i] = reduce_scatter(grads[i], S)
+            grads[layer] = reduce_scatter(grads[layer], S)
         elif stage == 0 and S > 1:
-            dist.all_reduce(grads[i])
-            sent.append(2 * grads[i].nbytes)  # a reduce-scatter and an all-gather
-        mean, square = moments[i][0].lerp_(grads[i], 0.1), moments[i][1].lerp_(grads[i] ** 2, 0.05)
-        masters[i] -= 1e-3 * (mean / 0.1) / ((square / 0.05).sqrt() + 1e-8)  # Adam's first step
+            dist.all_reduce(grads[layer])
+            sent.append(2 * grads[layer].nbytes)  # an all-reduce is a reduce-scatter and an all-gather
+        mean = moments[layer][0].lerp_(grads[layer], 0.1)
+        square = moments[layer][1].lerp_(grads[layer] ** 2, 0.05)
+        masters[layer] -= 1e-3 * (mean / 0.1) / ((square / 0.05).sqrt() + 1e-8)  # Adam's first step
     return grads, masters, peak
 
 
 @torch.no_grad()
 def lesson() -> None:
     S, rank, L = dist.get_world_size(), dist.get_rank(), N_LAYERS
-    gc.freeze()  # torch's own objects: bytes_alive need not look at them again
+    gc.freeze()  # bytes_in_memory need not look at torch's own objects again
     batch = torch.randn(M, S, B, D, generator=torch.Generator().manual_seed(1)).bfloat16()
-    # all rows, alone
-    plain_grads, plain_masters, _ = step(0, [rows for micro in batch for rows in micro], S=1, rank=0)
-    formulas = [  # 4/L: a layer's gradient, whole, while it is made; 2/L: the copy of the layer at work
+    plain_grads, plain_masters, _ = step(
+        0, list(batch.flatten(0, 1)), S=1, rank=0
+    )  # one process, all samples
+    formulas = [  # 4/L is the whole gradient of the layer at work; 2/L is the copy of the layer at work
         ("4 + 8 + 4 + 2 + 4/L", 18 + 4 / L, 8),
         ("12/S + 4 + 2 + 4/L", 12 / S + 6 + 4 / L, 2 + 4),
         ("(12 + 4)/S + 2 + 4/L", 16 / S + 2 + 4 / L, 2 + 4 * M),
         ("(12 + 4)/S + 2/L + 4/L", 16 / S + 6 / L, 8 * M),
     ]
-    say(
-        f"{L * D * D:,} parameters in L = {L} layers, S = {S} ranks, M = {M} microbatches; all in bytes per parameter\n"
-        f"stage  kept, formula                  measured    sent a step, formula  measured"
+    n = L * D * D
+    print_once(
+        f"{n:,} parameters in L = {L} layers, S = {S} ranks, M = {M} microbatches; bytes per parameter"
     )
+    print_once("stage  kept, formula                  measured    sent a step, formula  measured")
     for stage, (formula, kept, moved) in enumerate(formulas):
-        before = bytes_alive()
+        before = bytes_in_memory()
         sent.clear()
         grads, masters, peak = step(stage, list(batch[:, rank]), S, rank)
-        measured, measured_sent = (peak - before) / (L * D * D), sum(sent) / (L * D * D)
-        say(
-            f"  {stage}    {formula:23} = {kept:5.2f}{measured:11.2f}{moved:24}{measured_sent:10.2f}   in {len(sent)} messages"
+        measured, measured_sent = (peak - before) / n, sum(sent) / n
+        print_once(
+            f"  {stage}    {formula:23} = {kept:5.2f}{measured:11.2f}"
+            f"{moved:24}{measured_sent:10.2f}   in {len(sent)} messages"
         )
-        # 3 %: activations (B, D), and their gradients
-        assert abs(measured / kept - 1) < 0.03 and measured_sent == moved
+        assert abs(measured / kept - 1) < 0.03  # 3 %: the activations (B, D) and their gradients
+        assert measured_sent == moved
         own = slice(rank * D // S, (rank + 1) * D // S) if stage >= 1 else slice(None)
         for ours, plain in zip(grads + masters, plain_grads + plain_masters, strict=True):
-            # fp32 sums of bf16 products, in another order
-            assert_close(ours, plain[own], rtol=1e-5, atol=1e-5)
+            assert_close(
+                ours, plain[own], rtol=1e-5, atol=1e-5
+            )  # fp32 sums of bf16 products, in another order
         del grads, masters, ours
-    say(
-        "\nproven: all four stages make the gradients and weights of one process, and keep and send what the formulas say"
+    print_once(
+        "\nproven: all four stages make the gradients and weights of one process, "
+        "and keep and send what the formulas say"
     )
 
 

@@ -1,39 +1,43 @@
-"""**Ring attention: queries stay; keys and values go round all ranks.** Axis cp as in lesson 6, but any
-number of heads.
+"""Lesson 7: in ring attention the queries stay, and the keys and values go round all ranks.
+
+The axis is cp as in lesson 6, but any number of heads will do.
 
     torchrun --nproc-per-node 2 recipes/lessons/07_ring_attention.py
 
-hop            each rank sends the keys and values it holds to the next rank and gets those of the one before
-log-sum-exp    lse = log of the sum of exp(score) over the keys seen so far. Outputs over two sets of keys merge exactly:
-               out = out_1 exp(lse_1 - lse) + out_2 exp(lse_2 - lse), with lse = log(exp(lse_1) + exp(lse_2))
-zigzag         a rank holds a slice from the head of the row and its mirror from the tail. Under the causal mask an early
-               query has few keys and a late one many, so shares of consecutive tokens would be unequal work:
+hop            each rank sends the keys and values it holds to the next rank, and gets those of the last
+log-sum-exp    lse = log of the sum of exp(score) over the keys seen so far. Two outputs over two sets of keys
+               merge exactly: out = out_1 exp(lse_1 - lse) + out_2 exp(lse_2 - lse), with
+               lse = log(exp(lse_1) + exp(lse_2))
+zigzag         a rank holds a slice from the head of the sequence and its mirror from the tail. Under the
+               causal mask an early query sees few keys and a late one many: in order, the work is unequal:
 
-        keys  0 1 2 3                keys  0 1 2 3        o  a query slice that sees a key slice (\\ half of it)
-     query 0  \\ . . .  rank 0     query 0  \\ . . .  rank 0
-           1  o \\ . .  rank 0           1  o \\ . .  rank 1     in order: rank 0 has 2 \\ and 1 o, rank 1 2 \\ and 5 o
-           2  o o \\ .  rank 1           2  o o \\ .  rank 1     zigzag:   both have 2 \\ and 3 o, in each round the same
-           3  o o o \\  rank 1           3  o o o \\  rank 0
+      in order  keys  0 1 2 3           zigzag  keys  0 1 2 3
+             query 0  \\ . . .  rank 0        query 0  \\ . . .  rank 0   o  the queries see these keys
+                   1  o \\ . .  rank 0              1  o \\ . .  rank 1   \\  the queries see half of them
+                   2  o o \\ .  rank 1              2  o o \\ .  rank 1
+                   3  o o o \\  rank 1              3  o o o \\  rank 0
 
-Backward here is autograd's: a hop's gradient is a hop the other way, so the gradients of keys and values
-travel home. It keeps every rank's keys; parallel/context.py sends them round again instead. Source: Liu et
-al. 2023, arXiv:2310.01889.
+In order, rank 0 has 2 \\ and 1 o, and rank 1 has 2 \\ and 5 o. In zigzag order both have 2 \\ and 3 o, and as
+much in each round. Backward here is autograd's: the gradient of a hop is a hop in the other direction, so the
+gradients of keys and values travel home. It keeps the keys of all ranks; parallel/context.py sends them round
+again instead.
+Source: Liu et al. 2023, arXiv:2310.01889.
 """
 
 import torch
 import torch.distributed as dist
-from common import run_lesson, say, say_each
+from common import print_each, print_once, run_lesson
 from torch import Tensor
 from torch.testing import assert_close
 
-B, T, H, E = 2, 32, 3, 8  # rows, tokens, heads (an odd number: Ulysses could not cut it in 2), head width
+B, T, H, E = 2, 32, 3, 8  # sequences, tokens, heads (odd: Ulysses could not cut them in 2), head width
 
 
 def hop(x: Tensor, step: int) -> Tensor:
     """Send x to the rank `step` further round the ring and return what comes from the other side."""
     rank, cp = dist.get_rank(), dist.get_world_size()
     received = torch.empty_like(x)
-    sending = dist.isend(x.contiguous(), (rank + step) % cp)  # does not wait: all ranks send first
+    sending = dist.isend(x.contiguous(), (rank + step) % cp)  # returns at once, so that all ranks send first
     dist.recv(received, (rank - step) % cp)
     sending.wait()
     return received
@@ -46,53 +50,58 @@ class Hop(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        say(f"    backward, hop back: gradients of k and v {tuple(grad.shape)} go one rank home")
+        print_once(f"    backward, hop back: gradients of k and v {tuple(grad.shape)} go one rank home")
         return hop(grad, -1)
 
 
 def slices_of(rank: int, cp: int, order: str) -> list[int]:
-    """Which 2 of a row's 2 cp slices a rank holds."""
+    """Return which 2 of a sequence's 2 cp slices a rank holds."""
     return [rank, 2 * cp - 1 - rank] if order == "zigzag" else [2 * rank, 2 * rank + 1]
 
 
 def positions_of(rank: int, cp: int, order: str) -> Tensor:
-    """(T/cp,): the true positions of a share's tokens."""
-    return torch.cat([torch.arange(T).chunk(2 * cp)[i] for i in slices_of(rank, cp, order)])
+    """Return the true positions (T/cp,) of the tokens in a rank's shard."""
+    slices = torch.arange(T).chunk(2 * cp)
+    return torch.cat([slices[i] for i in slices_of(rank, cp, order)])
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """out (B, t, H, E) and lse (B, t, H, 1) over these keys alone; mask (t, s): True where a query sees a
-    key."""
+    """Return the output (B, t, H, E) and the lse (B, t, H, 1) over these keys alone.
+
+    mask (t, s) is True where a query sees a key.
+    """
     scores = torch.einsum("bthe,bshe->bths", q, k) / E**0.5
     scores = scores.masked_fill(~mask[:, None], -1e30)  # not -inf, whose gradient is nan; exp gives 0 too
-    lse = scores.logsumexp(-1, keepdim=True)  # no key seen: about -1e30, so it merges as nothing
+    lse = scores.logsumexp(-1, keepdim=True)  # about -1e30 if a query saw no key: it merges as nothing
     return torch.einsum("bths,bshe->bthe", (scores - lse).exp(), v), lse
 
 
 def merge(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """The output over both sets of keys, from those over each."""
+    """Return output and lse over both sets of keys, from those over each set."""
     total = torch.logaddexp(lse, new_lse)
     return out * (lse - total).exp() + new_out * (new_lse - total).exp(), total
 
 
 def ring(q: Tensor, k: Tensor, v: Tensor, order: str) -> tuple[Tensor, list[int]]:
-    """q, k, v (B, T/cp, H, E) of this share -> out, and how many pairs of query and key each round had to
-    score."""
+    """Attend from this rank's queries (B, T/cp, H, E) to the keys of all ranks, one rank's keys per round.
+
+    Returns the output, and how many pairs of query and key each round had to score.
+    """
     rank, cp = dist.get_rank(), dist.get_world_size()
-    queries, kv, work = positions_of(rank, cp, order), torch.stack([k, v]), []
+    queries, kv, n_pairs = positions_of(rank, cp, order), torch.stack([k, v]), []
     for turn in range(cp):
-        source = (rank - turn) % cp  # whose keys are here now
+        source = (rank - turn) % cp  # the rank whose keys are here now
         mask = queries[:, None] >= positions_of(source, cp, order)  # (T/cp, T/cp)
-        work.append(int(mask.sum()))
+        n_pairs.append(int(mask.sum()))
+        new_out, new_lse = attend(q, kv[0], kv[1], mask)  # a fused kernel would skip the masked slices
         if turn == 0:
-            out, lse = attend(q, *kv, mask)
+            out, lse = new_out, new_lse
         else:
-            # a kernel would skip the slices that are masked
-            out, lse = merge(out, lse, *attend(q, *kv, mask))
+            out, lse = merge(out, lse, new_out, new_lse)
         if turn + 1 < cp:
-            say(f"    forward, hop: k and v {tuple(kv.shape)} go to the next rank")
+            print_once(f"    forward, hop: k and v {tuple(kv.shape)} go to the next rank")
             kv = Hop.apply(kv)
-    return out, work
+    return out, n_pairs
 
 
 def lesson() -> None:
@@ -106,24 +115,22 @@ def lesson() -> None:
 
     for order in ("in order", "zigzag"):
         own = positions_of(rank, cp, order)
-        say(f"{order}: pairs of query and key that each rank scores, round by round")
-        share = whole[:, :, own].clone().requires_grad_()  # (3, B, T/cp, H, E)
-        out, work = ring(*share, order)
+        print_once(f"{order}: pairs of query and key that each rank scores, round by round")
+        shard = whole[:, :, own].clone().requires_grad_()  # (3, B, T/cp, H, E)
+        out, n_pairs = ring(*shard, order)
         out.backward(grad_out[:, own])
-        say_each(f"slices {slices_of(rank, cp, order)}: " + " + ".join(map(str, work)) + f" = {sum(work)}")
-        total = torch.tensor(work)
-        dist.all_reduce(total, dist.ReduceOp.MAX)  # a round lasts as long as its busiest rank
-        say(
-            f"  the slowest rank of each round: {' + '.join(map(str, total.tolist()))} = {total.sum()} pairs of time\n"
-        )
+        print_each(f"slices {slices_of(rank, cp, order)}: {' + '.join(map(str, n_pairs))} = {sum(n_pairs)}")
+        slowest = torch.tensor(n_pairs)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)  # a round lasts as long as its busiest rank
+        rounds = " + ".join(map(str, slowest.tolist()))
+        print_once(f"  the slowest rank of each round: {rounds} = {slowest.sum()} pairs of time\n")
         if order == "zigzag":
-            assert torch.equal(total, torch.tensor(work)), (
-                "zigzag must give all ranks equal work in each round"
-            )
+            assert n_pairs == slowest.tolist(), "zigzag must give all ranks equal work in each round"
         assert_close(out, plain_out[:, own])  # fp32: only the order of summation differs
-        assert_close(share.grad, plain.grad[:, :, own])  # of q, k and v, back with their owner
-    say(
-        "proven: merging by log-sum-exp gives one process's output and gradients in any order; zigzag shares the work equally"
+        assert_close(shard.grad, plain.grad[:, :, own])  # of q, k and v, back on the rank that owns them
+    print_once(
+        "proven: merging by log-sum-exp gives one process's output and gradients in any order; "
+        "zigzag shares the work equally"
     )
 
 

@@ -1,32 +1,34 @@
-"""**The timeline of an offloaded step: what runs at once, and what waits for what.** Lesson 10 said where;
-this one says when.
+"""Lesson 11: the update of an offloaded step runs beside the next forward.
+
+Lesson 10 was about where things are; this one is about when things happen.
 
     torchrun --nproc-per-node 2 recipes/lessons/11_memory_timeline.py
 
 C_f, C_b, U   seconds of forward, of backward, and of the update of all chunks
-lane          what works in order: the computation, the wire out (d2h) and in (h2d), host Adam, device Adam
+lane          a worker that does one thing after another: the computation, the wire out of the device (d2h),
+              the wire into it (h2d), Adam on the host, Adam on the device
 
-  serial     |-- forward --|---- backward ----|---- update ----|-- forward --|          step = C_f + C_b + U
-  offload    |-- forward --|---- backward ----|-- f o r w a r d --|                     step = C_b + max(C_f, U)
+  serial     |-- forward --|---- backward ----|---- update ----|-- forward --|      step = C_f + C_b + U
+  offload    |-- forward --|---- backward ----|-- f o r w a r d --|                 step = C_b + max(C_f, U)
                               gradients out   |---- update ----|
 
-Clipping needs the whole norm, so the update waits for all of backward. But forward does not need all of the
-update: it starts with layer 0. Chunks are stepped in forward order, residents (the first layers) at once, and
-each layer waits for the chunks that cover it and for no other. So host Adam, which is slow, hides behind the
-forward of the layers before.
+Clipping needs the whole norm, so the update waits until all of backward is done. But forward does not need
+all of the update: it starts with layer 0. Chunks are updated in forward order, resident ones (the first
+layers) at once, and each layer waits for the chunks that cover it and for no other. So Adam on the host,
+which is slow, hides behind the forward of the layers before.
 
 This is the project's own manager on lesson 4's slices, measured and drawn. Without a GPU the device's lanes
-are the calling thread, so that only host Adam runs beside it; the order is the same. Gaps are the machine's
-other work."""
+are the calling thread, so that only Adam on the host runs beside it; the order is the same. Gaps are other
+work of the machine.
+"""
 
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from common import run_lesson, say
+from common import print_once, run_lesson
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -34,8 +36,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from memory import ChunkManager, MemoryConfig, Placement
 from memory.timeline import LANES, busy_seconds, draw_timeline
 
-L, D, ROWS, STEPS = 16, 1536, 16, 6  # layers, width, rows
-N_CELLS = 64  # columns of the timeline in words
+L, D, ROWS, STEPS = 16, 1536, 16, 6  # layers, width, samples
+N_CELLS = 64  # columns of the timeline in letters
 MIX = MemoryConfig("static", resident=0.125, stream=0.125, cpu=0.75, kernel="blocks")
 
 
@@ -51,89 +53,92 @@ class Layers(nn.Module):
 
 
 def train(serial: bool) -> tuple[ChunkManager, list[list[float]], Tensor]:
-    """STEPS steps; serial: nothing starts before the update is over. Returns the manager with its events,
-    when each layer's forward began (STEPS, L), and this rank's weights."""
+    """Do STEPS steps; with `serial`, nothing starts before the update is over.
+
+    Returns the manager with its events, when each layer's forward began (STEPS, L), and this rank's weights.
+    """
     torch.manual_seed(0)
     model, began = Layers(), []
     mesh = init_device_mesh("cpu", (2,))
-    parallelize_module(
-        model, mesh, {f"layers.{i}": RowwiseParallel() if i % 2 else ColwiseParallel() for i in range(L)}
-    )
+    slices = {f"layers.{i}": RowwiseParallel() if i % 2 else ColwiseParallel() for i in range(L)}
+    parallelize_module(model, mesh, slices)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     manager = ChunkManager(model, optimizer, MIX, chunk_elements=D * D // 2)  # a chunk is a layer's slice
-    for i, layer in enumerate(model.layers):  # after the manager's hook, which waits
-        layer.register_forward_pre_hook(partial(lambda i, *_: began[-1].append(time.perf_counter()), i))
+
+    def note_begin(layer: nn.Module, args: tuple) -> None:
+        began[-1].append(time.perf_counter())
+
+    for layer in model.layers:
+        layer.register_forward_pre_hook(note_begin)  # runs after the manager's hook, which waits
     manager.record = True
     for step in range(STEPS):
         began.append([])
-        model(torch.randn(ROWS, D, generator=torch.Generator().manual_seed(step))).backward()
+        samples = torch.randn(ROWS, D, generator=torch.Generator().manual_seed(step))
+        model(samples).backward()
         manager.clip_grad_norm(1e-3)
-        manager.optimizer.step()  # returns while host Adam works
+        manager.optimizer.step()  # returns while Adam works on the host
         if serial:
             manager.wait()
     manager.wait()
     return manager, began, torch.cat([p.detach().to_local().flatten() for p in model.parameters()])
 
 
-def in_words(events: list, begin: float, end: float) -> None:
+def print_timeline(events: list, begin: float, end: float) -> None:
+    """Print one line of N_CELLS letters for each lane."""
+    cell_seconds = (end - begin) / N_CELLS
     for lane in LANES:
         cells = ["."] * N_CELLS
         for what, its_lane, start, stop in events:
-            if its_lane == lane and stop > begin and start < end:
-                mark = what[0].upper() if lane == "compute" else "#"
-                for cell in range(
-                    *(min(N_CELLS, max(0, int((t - begin) / (end - begin) * N_CELLS))) for t in (start, stop))
-                ):
-                    cells[cell] = mark
-        say(f"  {lane:12}|{''.join(cells)}|")
+            if its_lane != lane or stop <= begin or start >= end:
+                continue
+            first = max(0, int((start - begin) / cell_seconds))
+            last = min(N_CELLS, int((stop - begin) / cell_seconds))
+            for cell in range(first, last):
+                cells[cell] = what[0].upper() if lane == "compute" else "#"
+        print_once(f"  {lane:12}|{''.join(cells)}|")
+
+
+def updates_of_each_step(events: list, began: list[list[float]]) -> list[dict[int, float]]:
+    """Return, for each step, when Adam on the host was done with each layer's chunk: {layer: end}."""
+    done = [{} for _ in range(STEPS)]
+    for what, lane, start, end in events:
+        if lane == "host adam":
+            step = sum(start > forward[-1] for forward in began) - 1  # the last step whose forward was over
+            done[step][int(what.split()[1])] = end  # chunk i is layer i's slice
+    return done
 
 
 def lesson() -> None:
     *_, expected = train(serial=True)
     manager, began, weights = train(serial=False)
     events, n_early = manager.events, 0
-    steps = [
-        [
-            e
-            for e in events
-            if e[1] == "host adam" and began[i][-1] < e[2] and (i + 2 > STEPS or e[2] < began[i + 1][-1])
-        ]
-        for i in range(STEPS)
-    ]
-    for host_adam, forward in zip(steps, began[1:], strict=False):
-        # chunk, which is layer -> its end
-        done = {int(what.split()[1]): end for what, _, _, end in host_adam}
-        cpu = [chunk.index for chunk in manager.chunks if chunk.placement is Placement.CPU]
-        assert sorted(done) == cpu
-        assert all(done[layer] <= forward[layer] for layer in cpu), (
-            "a layer computed with a weight of the step before"
-        )
+    on_cpu = [chunk.index for chunk in manager.chunks if chunk.placement is Placement.CPU]
+    for done, forward in zip(updates_of_each_step(events, began)[:-1], began[1:], strict=True):
+        assert sorted(done) == on_cpu
+        for layer in on_cpu:
+            assert done[layer] <= forward[layer], "a layer computed with a weight of the step before"
         n_early += forward[0] < max(done.values())
     assert n_early > 0, "no forward began before the update was over"
     assert torch.equal(weights, expected), "starting early changed the numbers"
 
-    say(
-        f"{L} layers, chunk i is layer i's slice: {' '.join(chunk.placement.value for chunk in manager.chunks)}"
-    )
+    placements = " ".join(chunk.placement.value for chunk in manager.chunks)
+    print_once(f"{L} layers, chunk i is layer i's slice: {placements}")
     begin, end = began[-2][0], began[-1][-1]
-    say(f"from one forward to the end of the next, {1e3 * (end - begin):.0f} ms; F forward, B backward")
-    in_words(events, begin, end)
-    say(
-        f"host Adam worked {1e3 * busy_seconds(events, 'host adam') / STEPS:.0f} ms a step; {n_early} of {STEPS - 1} forwards "
-        "began before it was done"
-    )
+    print_once(f"one forward to the end of the next: {1e3 * (end - begin):.0f} ms; F forward, B backward")
+    print_timeline(events, begin, end)
+    host_adam_ms = 1e3 * busy_seconds(events, "host adam") / STEPS
+    print_once(f"Adam on the host worked {host_adam_ms:.0f} ms a step")
+    print_once(f"{n_early} of {STEPS - 1} forwards began before it was done")
     if dist.get_rank() == 0:
         path = Path(tempfile.gettempdir(), "memory-timeline.png")
         shown = [(what, lane, max(begin, start), min(end, stop)) for what, lane, start, stop in events]
-        draw_timeline(
-            [event for event in shown if event[2] < event[3]],
-            path,
-            f"{L} layers, two forwards and a backward",
-        )
-        say(f"drawn in {path}")
+        shown = [event for event in shown if event[2] < event[3]]
+        draw_timeline(shown, path, f"{L} layers, two forwards and a backward")
+        print_once(f"drawn in {path}")
     manager.close()
-    say(
-        f"\nproven: {STEPS} steps in which forward did not wait for the update end with the weights of steps in which it did"
+    print_once(
+        f"\nproven: {STEPS} steps in which forward did not wait for the update "
+        "end with the weights of steps in which it did"
     )
 
 

@@ -1,0 +1,129 @@
+"""What a fine-tuning trains with where the user left a setting open: chosen from the data and the hardware.
+
+Each choice has a sentence of its own, which the recipe prints.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from dtensor_llama.chat.corpus import ChatCorpus
+from dtensor_llama.chat.packing import PackedExamples
+from dtensor_llama.config import LlamaConfig
+from parallel.config import ParallelConfig
+from parallel.fit import fit
+
+EXAMPLES_PER_STEP = 32  # a batch that fine-tuning recipes use, where the data are many
+STEPS_PER_EPOCH = 10  # at least: few data get smaller batches, not fewer steps
+VALIDATIONS = 10  # of a run
+
+
+@dataclass(frozen=True)
+class OpenSettings:
+    """The settings of a fine-tuning that may be None, which leaves them open."""
+
+    epochs: float
+    steps: int | None
+    validate_every: int | None
+    seq_len: int | None
+    global_batch_size: int | None
+    micro_batch_size: int | None
+    recompute: str | None
+
+    @classmethod
+    def of(cls, train: Any, seq_len: int | None) -> "OpenSettings":
+        """Take all but seq_len from the attributes of these names."""
+        others = {field.name: getattr(train, field.name) for field in fields(cls) if field.name != "seq_len"}
+        return cls(seq_len=seq_len, **others)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What decides how much memory a rank needs, and how much it has."""
+
+    device_bytes: int
+    itemsize: int  # bytes of the numbers that compute
+    n_adapter: int  # trained parameters if all others are frozen, else 0
+    offloads: bool  # whether states may live on the host
+
+    @staticmethod
+    def bytes_of(device: torch.device, ranks_per_host: int) -> int:
+        """Return the memory of a GPU or, without one, this rank's share of what the host has free."""
+        if device.type == "cuda":
+            return torch.cuda.get_device_properties(device).total_memory
+        return psutil.virtual_memory().available // ranks_per_host
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The same settings with nothing left open, the layout and the rows that follow, and a reason for each choice."""
+
+    settings: dict[str, int | str]  # steps, validate_every, global_batch_size, micro_batch_size, recompute
+    layout: ParallelConfig
+    rows: PackedExamples
+    reasons: list[str]
+
+
+def choose_settings(
+    asked: OpenSettings,
+    model: LlamaConfig,
+    corpus: ChatCorpus,
+    pack: Callable[[int], PackedExamples],
+    layout: tuple[ParallelConfig, bool],
+    footprint: Footprint,
+) -> Chosen:
+    """Choose what was left open; UsageError if nothing fits the memory.
+
+    pack: makes rows of so many tokens from the corpus. layout: resolved, and whether the user left it open, so that
+    data-parallel ranks may become tensor-parallel ones.
+    """
+    resolved, is_open = layout
+    reasons = []
+    seq_len = asked.seq_len
+    if seq_len is None:
+        longest = int(np.diff(corpus.document_starts, append=corpus.n_tokens).max())
+        seq_len = min(model.max_position_embeddings, max(256, 1 << (longest - 1).bit_length()))
+        reasons.append(
+            f"rows      of {seq_len} tokens: the longest example has {longest:,}, the model's context is "
+            f"{model.max_position_embeddings:,}"
+        )
+    rows = pack(seq_len)
+    batch = asked.global_batch_size
+    if batch is None:
+        per_row = rows.n_examples / rows.n_rows
+        least = (
+            resolved.dp * resolved.pp * (asked.micro_batch_size or 1)
+        )  # a row for each rank and pipeline stage
+        wanted = min(EXAMPLES_PER_STEP / per_row, rows.n_train / STEPS_PER_EPOCH)
+        batch = max(1, math.ceil(wanted / least)) * least
+        reasons.append(f"batch     {batch} rows a step: about {batch * per_row:.0f} examples")
+    resolved, recompute, micro, why = fit(
+        model,
+        resolved,
+        footprint.device_bytes,
+        seq_len,
+        max(1, batch // resolved.pp),
+        tries_tp=is_open,
+        recompute=asked.recompute,
+        micro_batch_size=asked.micro_batch_size,
+        itemsize=footprint.itemsize,
+        n_adapter=footprint.n_adapter,
+        offloads=footprint.offloads,
+    )
+    if asked.recompute is None or asked.micro_batch_size is None or is_open:
+        reasons.append(f"memory    {why}")
+    steps = asked.steps or max(1, math.ceil(asked.epochs * rows.n_train / batch))
+    every = max(1, steps // VALIDATIONS) if asked.validate_every is None else asked.validate_every
+    settings = {
+        "steps": steps,
+        "validate_every": every,
+        "global_batch_size": batch,
+        "micro_batch_size": micro,
+        "recompute": recompute,
+    }
+    return Chosen(settings, resolved, rows, reasons)
