@@ -37,8 +37,8 @@ from dtensor_llama.cli import (
     values_by_flag,
 )
 from dtensor_llama.data.mix import open_rows
-from dtensor_llama.data.reader import Batch, RowReader, validation_batches
-from dtensor_llama.data.sequences import say_skipped
+from dtensor_llama.data.reader import Batch, Batching, RowReader, validation_batches
+from dtensor_llama.data.sequences import Packing, say_skipped
 from dtensor_llama.data.sources import TextOptions
 from dtensor_llama.data.tokenizer import load_tokenizer
 from dtensor_llama.hf_folder import Base, export
@@ -189,9 +189,8 @@ def main(cfg: PretrainConfig) -> None:
 
     # ---- 3. The parts --------------------------------------------------------------------------------------
     text = TextOptions(cfg.data.text_field, cfg.data.bad_records)
-    rows = open_rows(
-        cfg.data.path, tokenizer, cache_dirs, text, seq_len, cfg.data.validation_share, cfg.train.seed
-    )
+    packing = Packing(seq_len, cfg.data.validation_share, cfg.train.seed)
+    rows = open_rows(cfg.data.path, tokenizer, cache_dirs, text, packing)
     start_process_group(device, launch.world_size, attempt=launch.attempt)
     if memory_note:
         say(f"memory    {memory_note}")
@@ -214,15 +213,9 @@ def main(cfg: PretrainConfig) -> None:
         load_hf(weights, base.weights) if base.weights else init_weights(weights, cfg.train.seed)
 
     batch_sizes = cfg.train.global_batch_size, cfg.train.micro_batch_size
-    reader = RowReader(
-        rows,
-        *batch_sizes,
-        layout.dp_rank,
-        resolved.dp,
-        cfg.data.document_mask,
-        position,
-        pin_memory=device.type == "cuda",
-    )
+    pins = device.type == "cuda"
+    batching = Batching(*batch_sizes, layout.dp_rank, resolved.dp, cfg.data.document_mask, pins)
+    reader = RowReader(rows, batching, position)
     attention = f"{kernel} ({why})"
     facts = RunFacts(model_config, rows, rows.contents, resolved, AXES, n_microbatches, device, attention)
     if is_main:
@@ -261,14 +254,7 @@ def main(cfg: PretrainConfig) -> None:
             held_out = {"": rows}  # all of them together, and below each source of a mix
             held_out |= {name: source for name, source, _ in rows.parts(0) if name}
             for name, source in held_out.items():
-                batches = validation_batches(
-                    source,
-                    cfg.train.micro_batch_size,
-                    layout.dp_rank,
-                    resolved.dp,
-                    cfg.data.document_mask,
-                    cfg.train.validation_rows,
-                )
+                batches = validation_batches(source, batching, cfg.train.validation_rows)
                 validation_losses[name] = evaluate(training, list(batches))
         report.write(finished, validation_losses)
         if saves:

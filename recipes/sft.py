@@ -12,7 +12,6 @@ beside the merged hf/.
 
 import math
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -54,8 +53,8 @@ from dtensor_llama.cli import (
     run_recipe,
     values_by_flag,
 )
-from dtensor_llama.data.reader import Batch, RowReader, validation_batches
-from dtensor_llama.data.sequences import say_skipped
+from dtensor_llama.data.reader import Batch, Batching, RowReader, validation_batches
+from dtensor_llama.data.sequences import Packing, say_skipped
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
 from dtensor_llama.hf_folder import Base, export, save_tokenizer
 from dtensor_llama.loss import IGNORE
@@ -268,15 +267,9 @@ def main(cfg: SftConfig) -> None:
     step, position = resume(cfg.checkpoint.resume, checkpoints, model, training.optimizer, record, say)
 
     batch_sizes = cfg.train.global_batch_size, cfg.train.micro_batch_size
-    reader = RowReader(
-        rows,
-        *batch_sizes,
-        layout.dp_rank,
-        resolved.dp,
-        document_mask=True,
-        position=position,
-        pin_memory=device.type == "cuda",
-    )
+    pins = device.type == "cuda"
+    batching = Batching(*batch_sizes, layout.dp_rank, resolved.dp, document_mask=True, pin_memory=pins)
+    reader = RowReader(rows, batching, position)
     attention = f"{kernel} ({why})"
     facts = RunFacts(
         model_config, rows, str(corpus.folder), resolved, AXES, n_microbatches, device, attention
@@ -325,12 +318,10 @@ def main(cfg: SftConfig) -> None:
         finished = report.finished(wait=bool(is_last or saves or validates))
         validation_losses, answers = {}, []
         if validates:
-            batches = validation_batches(
-                rows, cfg.train.micro_batch_size, layout.dp_rank, resolved.dp, True, cfg.train.validation_rows
-            )
+            batches = validation_batches(rows, batching, cfg.train.validation_rows)
             validation_losses[""] = evaluate(training, list(batches))
             answers = answer(
-                model, prompts, cfg.train.answer_tokens, model_config.ends, tokenizer, resolved.tp, device
+                model, prompts, cfg.train.answer_tokens, model_config.ends, tokenizer, resolved.tp
             )
         report.write(finished, validation_losses, answers)
         if saves:
@@ -439,15 +430,12 @@ def choose(
     )
     resolved = cfg.parallel.resolve(launch.world_size)
     is_open = replace(cfg.parallel, dp_shard=-1) == ParallelConfig() and launch.world_size > 1
-    pack = partial(
-        PackedExamples,
-        corpus,
-        validation_share=data.validation_share,
-        seed=train.seed,
-        pad_id=tokenizer.eos_id or 0,
-        overlong=data.overlong,
-        packing=data.packing,
-    )
+    pad_id = tokenizer.eos_id or 0
+
+    def pack(seq_len: int) -> PackedExamples:
+        packing = Packing(seq_len, data.validation_share, train.seed)
+        return PackedExamples(corpus, packing, pad_id, data.overlong, packed=data.packing)
+
     return choose_settings(asked, model, corpus, pack, (resolved, is_open), (device_bytes, states))
 
 
@@ -456,14 +444,13 @@ def run_record(
 ) -> RunRecord:
     """What a checkpoint records about its run, and what must be the same for its data position and weights to
     mean the same in a run that resumes from it."""
-    corpus = rows.corpus
     fixed = {
         "--model": asdict(model_config),
         **values_by_flag(cfg, ("data.seq_len", "train.seed", "data.validation_share")),
         "--lora": {**asdict(cfg.lora), "targets": list(cfg.lora.targets)},  # a list, as JSON gives it back
         "--data.overlong and --data.packing": f"{cfg.data.overlong}, {'packed' if cfg.data.packing else 'not packed'}",
-        "--data.path and --data.tokenizer": f"{corpus.n_tokens} tokens in {corpus.n_documents} conversations",
-        CONTENT: corpus.content_hash,
+        "--data.path and --data.tokenizer": rows.contents,
+        CONTENT: rows.content_hash,
     }
     may_change = (
         "train.steps",

@@ -11,14 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import sentencepiece
+import tokenizers
 from recipe import ROOT
-from test_tokenizer import train_byte_level
+from test_tokenizer import train_byte_level, train_pieces
 
 from dtensor_llama.chat.conversations import EMPTY_ANSWER, NOTHING_TRAINED, ChatOptions, conversation_of
 from dtensor_llama.chat.corpus import prepare_chat
 from dtensor_llama.chat.packing import PackedExamples, pack
 from dtensor_llama.chat.template import ChatTemplate
 from dtensor_llama.data.reader import make_batch
+from dtensor_llama.data.sequences import Packing
 from dtensor_llama.data.tokenizer import load_tokenizer
 from dtensor_llama.errors import UsageError
 
@@ -101,7 +103,7 @@ def test_every_shared_conversation_has_the_mask_that_another_implementation_make
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     lines = [json.loads(line) for line in (SHARED / "sft" / file).read_text().splitlines()][::every]
     corpus = prepare_chat([write(tmp_path / file, lines)], load_tokenizer(folder), tmp_path / "cache")
-    rows = PackedExamples(corpus, 512, validation_share=0, seed=0)
+    rows = PackedExamples(corpus, Packing(512))
     expected = set()
     for line in lines:
         turns = line.get("messages") or [
@@ -155,7 +157,7 @@ def test_what_looks_like_a_control_token_stays_text(chatml):
     ids, mask = chat.encode(
         [{"role": "user", "content": evil}, {"role": "assistant", "content": "<|im_end|> no"}], "here"
     )
-    controls = [chat.tokenizer.token_of(i) for i in ids if chat.tokenizer.token_of(i) in chat.controls]
+    controls = [chat.tokenizer.token_of(i) for i in ids if chat.tokenizer.token_of(i) in chat.writer.controls]
     assert controls == ["<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>"]
     assert chat.tokenizer.decode(ids) == f"user\n{evil}\nassistant\n<|im_end|> no\n"
     assert (
@@ -208,7 +210,7 @@ def test_the_exported_llama2_template_is_the_one_trained_on(tmp_path):
 )
 def test_a_template_whose_mask_cannot_be_told_is_refused(chatml, template, why):
     with pytest.raises(UsageError, match=why):
-        with_template(chatml, template).encode(TALK, "--data.path x.jsonl, line 3")
+        with_template(chatml, template).encode(TALK, "x.jsonl, line 3")
 
 
 # ---- formats ----
@@ -277,8 +279,8 @@ def test_a_bad_record_is_refused_with_its_file_and_line(chatml, tmp_path, record
     with_template(chatml, CHATML)
     path = write(tmp_path / "chat.jsonl", [{"messages": HELLO}, record])
     with pytest.raises(UsageError, match=said) as refusal:
-        conversation_of(record, f"--data.path {path}, line 2")
-    assert str(refusal.value).startswith(f"--data.path {path}, line 2: ") and "\n" not in str(refusal.value)
+        conversation_of(record, f"{path}, line 2")
+    assert str(refusal.value).startswith(f"{path}, line 2: ") and "\n" not in str(refusal.value)
 
 
 def test_files_of_all_kinds_say_the_same(chatml, tmp_path):
@@ -639,7 +641,7 @@ def test_what_is_trained_can_be_chosen(chatml, template):
         chat, some
     )
     for flag, train_on in ((True, "answers"), (False, "all")):
-        with pytest.raises(UsageError, match="turn 1 is by the user and its flag .*--data.train-on"):
+        with pytest.raises(UsageError, match="turn 1 is by the user and its flag .*train_on="):
             encode(chat, {"messages": [FOUR[0] | {"train": flag}, *FOUR[1:]]}, train_on)
     assert (
         encode(chat, {"messages": [FOUR[0] | {"train": False}, *FOUR[1:]]}).trained
@@ -726,6 +728,103 @@ def test_a_template_that_always_asks_for_an_answer_trains_no_header(chatml):
         assert example.ends == {chat.tokenizer.id_of("<|im_end|>")}
 
 
+# As in DeepSeek-R1: the generation prompt opens a thought, and answers are written without theirs.
+R1 = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]").replace(
+    "{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}"
+)
+
+
+def test_where_the_prompt_opens_a_thought_an_answer_without_one_begins_behind_the_header(agent):
+    import transformers
+
+    chat, theirs = with_template(agent, R1), transformers.AutoTokenizer.from_pretrained(agent)
+    turns = [*FOUR[:1], {"role": "assistant", "content": "<think>\nHm.\n</think>first"}, *FOUR[2:]]
+    example = encode(chat, {"messages": turns})
+    assert (
+        example.ids
+        == theirs.apply_chat_template(turns, chat_template=R1, tokenize=True, return_dict=True)["input_ids"]
+    )
+    assert trained_text(chat, example) == "first<|im_end|>second<|im_end|>"
+    marked = MARKED.replace(
+        "m['content'] + '<|im_end|>' }}{% endg", "m['content'].split('</think>')[-1] + '<|im_end|>' }}{% endg"
+    )
+    by_markers = theirs.apply_chat_template(
+        turns, chat_template=marked, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert example.ids == by_markers["input_ids"]
+    assert example.trained == [bool(one) for one in by_markers["assistant_masks"]]
+    # a thought that the template writes is trained, behind the one that the prompt opens
+    keeps = R1.replace("m['content'].split('</think>')[-1]", "m['content']")
+    keeping = encode(with_template(agent, keeps), {"messages": turns[:2]})
+    assert trained_text(chat, keeping) == "Hm.\n</think>first<|im_end|>"
+
+
+@pytest.mark.parametrize("thought", [{"content": "<think>\nHm.</think>a"}, {"content": "Hm.</think>a"}])
+def test_a_thought_that_the_template_takes_out_of_the_last_answer_is_refused(agent, thought):
+    turns = [FOUR[0], {"role": "assistant", **thought}]
+    with pytest.raises(UsageError, match="has a thought that the chat template does not write"):
+        encode(with_template(agent, R1), {"messages": turns})
+
+
+def test_conversations_with_tools_have_the_template_called_tool_use_as_in_transformers(agent, tmp_path):
+    import shutil
+
+    import transformers
+
+    shutil.copytree(agent, tmp_path / "named")
+    (tmp_path / "named/chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((agent / "tokenizer_config.json").read_text())
+    for named in (
+        [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": AGENT}],
+        {"default": CHATML, "tool_use": AGENT},
+    ):
+        (tmp_path / "named/tokenizer_config.json").write_text(json.dumps(config | {"chat_template": named}))
+        chat = ChatTemplate(load_tokenizer(tmp_path / "named"))
+        theirs = transformers.AutoTokenizer.from_pretrained(agent)
+        theirs.chat_template = {"default": CHATML, "tool_use": AGENT}
+        for tools, turns in ((TOOLS, TOOL_TALK[:6]), (None, HELLO)):
+            record = {"messages": turns} | ({"tools": tools} if tools else {})
+            ids = theirs.apply_chat_template(turns, tools=tools, tokenize=True, return_dict=True)["input_ids"]
+            assert encode(chat, record).ids == ids
+            prompt = theirs.apply_chat_template(
+                turns[:-1], tools=tools, add_generation_prompt=True, tokenize=True, return_dict=True
+            )["input_ids"]
+            assert (
+                chat.encode_prompt(
+                    conversation_of(record, "here").turns[:-1], {"tools": tools} if tools else {}
+                )
+                == prompt
+            )
+    (tmp_path / "named/tokenizer_config.json").write_text(
+        json.dumps(config | {"chat_template": {"tool_use": AGENT, "rag": CHATML}})
+    )
+    with pytest.raises(UsageError, match="chat templates tool_use, rag, and none is called default"):
+        ChatTemplate(load_tokenizer(tmp_path / "named"))
+
+
+@pytest.mark.parametrize(
+    "options", [{"treat_whitespace_as_suffix": True}, {"model_type": "word", "byte_fallback": False}]
+)
+def test_other_sentencepiece_models_write_chats_with_the_ids_of_transformers(tmp_path, options):
+    import transformers
+
+    pieces = train_pieces(tmp_path, **options)
+    load_tokenizer(pieces).save(tmp_path / "base")
+    fast = tokenizers.Tokenizer.from_file(str(tmp_path / "base/tokenizer.json"))
+    fast.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    fast.save(str(tmp_path / "base/tokenizer.json"))
+    chat = with_template(tmp_path / "base", CHATML)
+    chat.tokenizer.save(tmp_path / "hf", chat_template=CHATML)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    turns = [{"role": "user", "content": "if not self"}, {"role": "assistant", "content": "return  None"}]
+    ids, mask = chat.encode(turns, "here")
+    prompt = theirs.apply_chat_template(
+        turns[:1], add_generation_prompt=True, tokenize=True, return_dict=True
+    )["input_ids"]
+    assert chat.encode_prompt(turns[:1]) == prompt == ids[: len(prompt)] and mask.index(True) == len(prompt)
+    assert ids[len(prompt) : -2] == chat.tokenizer.encode("return  None")
+
+
 # ---- bad records; no template ----
 
 
@@ -752,8 +851,7 @@ def test_bad_records_are_skipped_counted_and_listed(chatml, tmp_path):
     listed = [json.loads(line) for line in corpus.bad_records.read_text().splitlines()]
     assert [one["where"].rsplit(" ", 1)[1] for one in listed] == ["2", "3", "4", "5", "6", "7"]
     assert all(
-        one["message"].startswith(f"--data.path {path}, line ") and one["reason"] in one["message"]
-        for one in listed
+        one["message"].startswith(f"{path}, line ") and one["reason"] in one["message"] for one in listed
     )
     path.write_text("\n".join(bad))
     with pytest.raises(
@@ -787,9 +885,7 @@ def test_without_a_template_prompt_and_completion_are_written_as_they_are(tmp_pa
         {"instruction": "a", "output": "b"},
         {"prompt": "a", "completion": "b", "tools": TOOLS},
     ):
-        with pytest.raises(
-            UsageError, match="line 1: more than a prompt and a completion; --data.template none"
-        ):
+        with pytest.raises(UsageError, match="line 1: more than a prompt and a completion; template=none"):
             prepare_chat(
                 [write(tmp_path / "y.jsonl", [record])],
                 tokenizer,
@@ -846,14 +942,14 @@ def test_overlong_examples_are_dropped_or_cut_and_counted(chatml, tmp_path):
     asked_long = [{"role": "user", "content": "word " * 200}, {"role": "assistant", "content": "Hello."}]
     path = write(tmp_path / "chat.jsonl", [{"messages": m} for m in (HELLO, HELLO, long, asked_long)])
     corpus = prepare_chat([path], load_tokenizer(chatml), tmp_path / "cache", processes=1)
-    dropped = PackedExamples(corpus, 64, 0, seed=0)
+    dropped = PackedExamples(corpus, Packing(64))
     assert (dropped.n_examples, dropped.n_dropped, dropped.n_truncated) == (2, 2, 0)
-    cut = PackedExamples(corpus, 64, 0, seed=0, overlong="truncate")
+    cut = PackedExamples(corpus, Packing(64), overlong="truncate")
     # cut where nothing is answered yet: dropped
     assert (cut.n_examples, cut.n_dropped, cut.n_truncated) == (3, 1, 1)
     with pytest.raises(UsageError, match="every example is longer"):
-        PackedExamples(corpus, 5, 0, seed=0)
+        PackedExamples(corpus, Packing(5))
     with pytest.raises(UsageError, match="none is left to train on"):
-        PackedExamples(corpus, 64, 0.5, seed=0)
-    unpacked = PackedExamples(corpus, 64, 0, seed=0, packing=False)
+        PackedExamples(corpus, Packing(64, 0.5))
+    unpacked = PackedExamples(corpus, Packing(64), packed=False)
     assert unpacked.n_rows == 2 and len(unpacked.examples_of(1)) == 1

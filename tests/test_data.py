@@ -12,6 +12,7 @@ import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -25,8 +26,8 @@ from tokenizers import Regex, pre_tokenizers
 from dtensor_llama.chat.corpus import ChatCorpus, prepare_chat
 from dtensor_llama.data import tokenize as tokenize_module
 from dtensor_llama.data.cut import Cutter
-from dtensor_llama.data.reader import RowReader, validation_batches
-from dtensor_llama.data.sequences import PackedRows, TokenCorpus, permute
+from dtensor_llama.data.reader import Batching, RowReader, validation_batches
+from dtensor_llama.data.sequences import PackedRows, Packing, TokenCorpus, permute
 from dtensor_llama.data.sources import TextOptions, expand_paths, read_chunks
 from dtensor_llama.data.tokenize import prepare_corpus
 from dtensor_llama.data.tokenizer import load_tokenizer
@@ -329,7 +330,8 @@ def test_at_most_a_few_chunks_are_under_way_whatever_the_corpus(monkeypatch):
     monkeypatch.setattr(
         tokenize_module, "read_chunks", lambda *_: (type("C", (), {"input_bytes": 1})() for _ in range(99))
     )
-    peaks = [len(under_way) for _ in tokenize_module._in_order(Pool(), ["file"], "text", None, processes=2)]
+    encoding = SimpleNamespace(text_field="text", cutter=None)
+    peaks = [len(under_way) for _ in tokenize_module._in_order(Pool(), ["file"], encoding, processes=2)]
     assert len(peaks) == 99 and max(peaks) < tokenize_module.CHUNKS_PER_WORKER * 2
 
 
@@ -362,7 +364,7 @@ def zstd_bytes(data: bytes) -> bytes:
         (
             "a.jsonl",
             bad_jsonl(b'{"body": "x", "id": 1}'),
-            "line 3: no field 'text'; its fields are body, id.*--data.text-field",
+            "line 3: no field 'text'; its fields are body, id.*`text_field`",
         ),
         ("a.jsonl", bad_jsonl(b'{"text": 5}'), "line 3: 'text' holds int, expected a string"),
         ("a.jsonl", bad_jsonl(b'{"text": null}'), "line 3: 'text' holds NoneType, expected a string"),
@@ -382,7 +384,7 @@ def zstd_bytes(data: bytes) -> bytes:
         (
             "a.parquet",
             parquet_bytes(body=["x"], id=[1]),
-            "no column 'text'; it has body, id.*--data.text-field",
+            "no column 'text'; it has body, id.*`text_field`",
         ),
         ("a.parquet", parquet_bytes(text=[1, 2]), "row 1: 'text' holds int, expected a string"),
         ("a.parquet", parquet_bytes(text=["x", None]), "row 2: 'text' holds NoneType, expected a string"),
@@ -393,7 +395,7 @@ def test_a_bad_file_is_named_with_the_line(tokenizer, tmp_path, name, content, m
     with pytest.raises(UsageError, match=message) as error:
         for chunk in read_chunks(tmp_path / name, "text", Cutter(tokenizer), chunk_bytes=64):
             chunk.documents("text")
-    assert str(error.value).startswith(f"--data.path {tmp_path / name}") and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"{tmp_path / name}") and "\n" not in str(error.value)
 
 
 def test_paths_that_name_nothing_readable_are_refused(tmp_path):
@@ -405,7 +407,7 @@ def test_paths_that_name_nothing_readable_are_refused(tmp_path):
         ("a.doc", r"a\.doc: unknown kind of file"),
         ("*", r"a\.doc: unknown kind of file"),
     ):
-        with pytest.raises(UsageError, match=f"--data.path .*{message}"):
+        with pytest.raises(UsageError, match=message):
             expand_paths([tmp_path / pattern])
     with pytest.raises(UsageError, match="no file was named"):
         expand_paths([])
@@ -432,8 +434,7 @@ def test_the_command_prints_one_line_and_exits_with_2(tokenizer, tmp_path):
     done = subprocess.run(command("nope.txt", tokenizer, tmp_path), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert (
-        done.stderr.startswith("error: --data.path nope.txt: no file matches")
-        and done.stderr.count("\n") == 1
+        done.stderr.startswith("error: data.path=nope.txt: no file matches") and done.stderr.count("\n") == 1
     )
 
 
@@ -443,7 +444,7 @@ def test_the_command_prints_one_line_and_exits_with_2(tokenizer, tmp_path):
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 65, 1000, 65_537])
 def test_the_permutation_is_a_bijection_and_its_key_matters(n):
     index = np.arange(n)
-    images = [permute(index, n, np.full(n, key, dtype=np.uint64)) for key in (0, 1)]
+    images = [permute(index, n, np.full(n, key)) for key in (0, 1)]
     assert all(sorted(image.tolist()) == index.tolist() for image in images)
     if n >= 64:
         assert (images[0] == images[1]).mean() < 0.1 and (images[0] == index).mean() < 0.1
@@ -452,25 +453,25 @@ def test_the_permutation_is_a_bijection_and_its_key_matters(n):
 
 def test_the_permutation_reaches_a_trillion_tokens_without_a_list():
     n = 10**12
-    image = permute(np.arange(n - 1000, n), n, np.full(1000, 7, dtype=np.uint64))
+    image = permute(np.arange(n - 1000, n), n, np.full(1000, 7))
     assert len(set(image.tolist())) == 1000 and image.min() >= 0 and image.max() < n
 
 
 def test_training_and_held_out_rows_are_all_rows_once_and_epochs_differ(tmp_path):
-    rows = PackedRows(make_corpus(tmp_path, range(1008)), seq_len=10, validation_share=0.1, seed=3)
+    rows = PackedRows(make_corpus(tmp_path, range(1008)), Packing(10, 0.1, seed=3))
     # 1,008 tokens: the last 7 make no row
     assert (rows.n_rows, rows.n_train, rows.n_validation) == (100, 90, 10)
-    epochs = [[rows.row_at(position) for position in range(e * 90, e * 90 + 90)] for e in range(3)]
+    epochs = [rows.rows_at(np.arange(e * 90, e * 90 + 90)).tolist() for e in range(3)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2]) and epochs[0] != epochs[1] != epochs[2]
     assert sorted(epochs[0] + rows.validation_rows().tolist()) == list(range(100))
-    other_seed = PackedRows(rows.corpus, 10, 0.1, seed=4)
+    other_seed = PackedRows(rows.corpus, Packing(10, 0.1, seed=4))
     assert set(other_seed.validation_rows()) != set(rows.validation_rows())
 
 
 def test_a_row_has_the_next_token_as_label(tmp_path):
-    rows = PackedRows(make_corpus(tmp_path, range(31)), seq_len=10, validation_share=0, seed=0)
-    [batch] = next(RowReader(rows, 3, 3, 0, 1))
-    order = [rows.row_at(position) for position in range(3)]
+    rows = PackedRows(make_corpus(tmp_path, range(31)), Packing(10))
+    [batch] = next(RowReader(rows, Batching(3, 3)))
+    order = rows.rows_at(np.arange(3)).tolist()
     assert batch.tokens.tolist() == [list(range(row * 10, row * 10 + 10)) for row in order]
     assert torch.equal(batch.labels, batch.tokens + 1) and batch.positions is None
     assert batch.tokens.dtype == batch.labels.dtype == torch.int64 and sorted(order) == [0, 1, 2]
@@ -478,8 +479,8 @@ def test_a_row_has_the_next_token_as_label(tmp_path):
 
 def test_under_the_document_mask_positions_restart_and_labels_stay_in_their_document(tmp_path):
     corpus = make_corpus(tmp_path, range(25), starts=[0, 5, 8, 16, 20])
-    rows = PackedRows(corpus, seq_len=8, validation_share=0, seed=0)
-    [batch] = next(RowReader(rows, 3, 3, 0, 1, document_mask=True))
+    rows = PackedRows(corpus, Packing(8))
+    [batch] = next(RowReader(rows, Batching(3, 3, document_mask=True)))
     by_row = {int(t[0]) // 8: (labels.tolist(), p.tolist()) for t, labels, p in zip(*batch, strict=True)}
     no = -100
     # 8 opens the next row and a document
@@ -491,9 +492,8 @@ def test_under_the_document_mask_positions_restart_and_labels_stay_in_their_docu
 @pytest.fixture
 def rows(tmp_path):
     starts = np.unique(np.random.default_rng(0).integers(0, 3000, 200))
-    return PackedRows(
-        make_corpus(tmp_path / "rows", np.arange(3000) % 500, [0, *starts[starts > 0]]), 16, 0.05, seed=1
-    )
+    corpus = make_corpus(tmp_path / "rows", np.arange(3000) % 500, [0, *starts[starts > 0]])
+    return PackedRows(corpus, Packing(16, 0.05, seed=1))
 
 
 def steps_of(
@@ -501,7 +501,7 @@ def steps_of(
 ) -> list[list[list[int]]]:
     """Token rows of each step in global order: the micro-batches of the dp ranks one after another."""
     readers = [
-        RowReader(rows, global_batch_size, micro_batch_size, r, dp_size, True, position)
+        RowReader(rows, Batching(global_batch_size, micro_batch_size, r, dp_size, True), position)
         for r in range(dp_size)
     ]
     steps = [
@@ -531,7 +531,7 @@ def test_a_reader_resumed_anywhere_goes_on_exactly_also_on_another_layout(rows):
 
 
 def test_position_counts_steps_handed_out_not_those_read_ahead(rows):
-    reader = RowReader(rows, 8, 8, 0, 1)
+    reader = RowReader(rows, Batching(8, 8))
     wait_until(lambda: reader._ready.full())
     assert reader.position == 0
     next(reader)
@@ -541,7 +541,7 @@ def test_position_counts_steps_handed_out_not_those_read_ahead(rows):
 
 def test_an_error_while_reading_reaches_the_caller_and_no_thread_stays(rows):
     rows.corpus.tokens = rows.corpus.tokens[:100]
-    reader = RowReader(rows, 8, 8, 0, 1)
+    reader = RowReader(rows, Batching(8, 8))
     for _ in range(2):
         with pytest.raises(ValueError, match="same shape"):
             next(reader)
@@ -553,10 +553,10 @@ def test_an_error_while_reading_reaches_the_caller_and_no_thread_stays(rows):
 
 
 def test_a_reader_never_closed_does_not_disturb_the_exit(rows):
-    code = "from dtensor_llama.data.reader import RowReader\n"
-    code += "from dtensor_llama.data.sequences import PackedRows, TokenCorpus\n"
-    code += f"rows = PackedRows(TokenCorpus({str(rows.corpus.folder)!r}), 16, 0, 0)\n"
-    code += "reader = RowReader(rows, 8, 8, 0, 1); next(reader); print(reader.position)"
+    code = "from dtensor_llama.data.reader import Batching, RowReader\n"
+    code += "from dtensor_llama.data.sequences import PackedRows, Packing, TokenCorpus\n"
+    code += f"rows = PackedRows(TokenCorpus({str(rows.corpus.folder)!r}), Packing(16))\n"
+    code += "reader = RowReader(rows, Batching(8, 8)); next(reader); print(reader.position)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "8\n", "")
 
@@ -565,8 +565,11 @@ def test_a_reader_never_closed_does_not_disturb_the_exit(rows):
 def test_validation_sums_do_not_depend_on_dp_size_and_every_rank_gets_as_many_batches(rows, document_mask):
     def scored(dp_size, micro_batch_size, max_rows=None):
         ranks = [
-            list(validation_batches(rows, micro_batch_size, r, dp_size, document_mask, max_rows))
+            list(validation_batches(rows, batching, max_rows))
             for r in range(dp_size)
+            for batching in [
+                Batching(dp_size * micro_batch_size, micro_batch_size, r, dp_size, document_mask)
+            ]
         ]
         assert len({len(batches) for batches in ranks}) == 1
         batches = [batch for batches in ranks for batch in batches]
@@ -584,21 +587,19 @@ def test_validation_sums_do_not_depend_on_dp_size_and_every_rank_gets_as_many_ba
 def test_too_few_tokens_are_refused_with_the_length_that_would_work(tmp_path):
     corpus = make_corpus(tmp_path, range(101))
     for share, works in ((0.1, 50), (0, 100)):
-        with pytest.raises(UsageError, match=f"the data has 101 tokens.* use --data.seq-len {works} or less"):
-            PackedRows(corpus, works + 1, share, seed=0)
-        assert PackedRows(corpus, works, share, seed=0).n_train == 1
+        with pytest.raises(UsageError, match=f"the data has 101 tokens.* use seq_len={works} or less"):
+            PackedRows(corpus, Packing(works + 1, share))
+        assert PackedRows(corpus, Packing(works, share)).n_train == 1
     with pytest.raises(UsageError, match="give more text"):
-        PackedRows(make_corpus(tmp_path / "tiny", [1, 2]), 4, 0.1, seed=0)
-    with pytest.raises(UsageError, match="--data.seq-len 0"):
-        PackedRows(corpus, 0, 0.1, seed=0)
+        PackedRows(make_corpus(tmp_path / "tiny", [1, 2]), Packing(4, 0.1))
+    with pytest.raises(UsageError, match="seq_len=0"):
+        Packing(0, 0.1)
 
 
-def test_a_batch_that_cannot_be_dealt_is_refused(rows):
+def test_a_batch_that_cannot_be_dealt_is_refused():
     for global_batch_size, micro_batch_size, dp_size in ((6, 2, 2), (8, 3, 1), (0, 1, 1), (8, 0, 1)):
-        with pytest.raises(
-            UsageError, match=f"--train.global-batch-size {global_batch_size} .*use a multiple of"
-        ):
-            RowReader(rows, global_batch_size, micro_batch_size, 0, dp_size)
+        with pytest.raises(UsageError, match=f"global_batch_size={global_batch_size} .*use a multiple of"):
+            Batching(global_batch_size, micro_batch_size, 0, dp_size)
 
 
 NESTED = [{"meta": {"a": {"body": f"text {i}", "n": i}, "b": i}, "n": i} for i in range(40)]
@@ -619,9 +620,7 @@ def nested_files(folder: Path, records: list[dict]) -> list[Path]:
 def test_a_text_inside_of_another_field_is_named_with_a_dot(tmp_path):
     for file in nested_files(tmp_path, NESTED):
         assert texts_of(file, text_field="meta.a.body") == NESTED_TEXTS, file
-        with pytest.raises(
-            UsageError, match=f"--data.path {file}.*no (field|column) 'meta.body'.*meta.b.*--data.text-field"
-        ):
+        with pytest.raises(UsageError, match=f"{file}.*no (field|column) 'meta.body'.*meta.b.*`text_field`"):
             texts_of(file, text_field="meta.body")
         with pytest.raises(UsageError, match="(no field|no column) 'n.body'"):
             texts_of(file, text_field="n.body")
@@ -660,7 +659,7 @@ def test_records_without_a_text_are_skipped_and_listed(tokenizer, tmp_path):
         assert corpus.content_hash == plain.content_hash
         listed = [json.loads(line) for line in corpus.bad_records.read_text().splitlines()]
         assert sum(corpus.skipped.values()) == lost == len(listed)
-        assert all(one["where"].startswith(f"--data.path {tmp_path / name}, ") for one in listed)
+        assert all(one["where"].startswith(f"{tmp_path / name}, ") for one in listed)
         assert all(one["message"].startswith(one["where"]) for one in listed)
 
 
@@ -737,7 +736,7 @@ def test_a_json_that_is_not_what_it_seems_is_refused_with_its_line(tmp_path, con
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(UsageError, match=message) as error:
         texts_of(tmp_path / "a.json")
-    assert str(error.value).startswith(f"--data.path {tmp_path / 'a.json'}") and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"{tmp_path / 'a.json'}") and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

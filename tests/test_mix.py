@@ -11,8 +11,9 @@ from test_data import make_corpus
 
 from dtensor_llama import UsageError
 from dtensor_llama.data.mix import MixedRows, open_rows, parse_mixture
-from dtensor_llama.data.reader import RowReader, validation_batches
-from dtensor_llama.data.sequences import PackedRows
+from dtensor_llama.data.reader import Batching, RowReader, validation_batches
+from dtensor_llama.data.sequences import PackedRows, Packing
+from dtensor_llama.data.sources import TextOptions
 from dtensor_llama.data.tokenizer import load_tokenizer
 
 WEIGHTS = (0.55, 0.3, 0.15)
@@ -27,7 +28,10 @@ def mixed(tmp_path) -> MixedRows:
         for k in range(len(WEIGHTS))
     ]
     return MixedRows(
-        {f"source-{k}": (PackedRows(corpora[k], T, 0.1, seed=5), weight) for k, weight in enumerate(WEIGHTS)}
+        {
+            f"source-{k}": (PackedRows(corpora[k], Packing(T, 0.1, seed=5)), weight)
+            for k, weight in enumerate(WEIGHTS)
+        }
     )
 
 
@@ -61,13 +65,13 @@ def test_held_out_rows_have_the_shares_too_and_none_comes_twice(mixed):
     assert all(
         counts[k] == pytest.approx(mixed.n_validation * weight, abs=2) for k, weight in enumerate(WEIGHTS)
     )
-    assert sum(len(batch.tokens) for batch in validation_batches(mixed, 4, 0, 1)) >= mixed.n_validation
+    assert sum(len(batch.tokens) for batch in validation_batches(mixed, Batching(4, 4))) >= mixed.n_validation
 
 
 def test_rows_and_position_do_not_depend_on_ranks_or_stops(mixed):
     def read(ranks: int, first: int, steps: int) -> torch.Tensor:
         readers = [
-            RowReader(mixed, 12, 12 // ranks, rank, ranks, document_mask=True, position=first)
+            RowReader(mixed, Batching(12, 12 // ranks, rank, ranks, document_mask=True), position=first)
             for rank in range(ranks)
         ]
         taken = [
@@ -93,7 +97,7 @@ def test_paths_with_weights_are_a_mixture_and_others_are_what_they_were(inputs, 
     one, two = tmp_path / "a.txt", tmp_path / "b:0.5.txt"
     one.write_text("alpha beta " * 400)
     two.write_text("gamma delta " * 400)
-    arguments = tmp_path / "cache", "text", 16, 0.1, 0
+    arguments = tmp_path / "cache", TextOptions(), Packing(16, 0.1)
     tokenizer = load_tokenizer(inputs / "tokenizer")
     rows = open_rows([f"{one}:7", f"{tmp_path}/b*:3"], tokenizer, *arguments)
     assert rows.shares == [0.7, 0.3] and rows.contents.startswith("0.7 x (")
@@ -116,24 +120,22 @@ def test_paths_with_weights_are_a_mixture_and_others_are_what_they_were(inputs, 
     ],
 )
 def test_weights_that_cannot_be_are_refused_in_words(paths, said):
-    with pytest.raises(UsageError, match="--data.path") as refused:
+    with pytest.raises(UsageError, match="data.path=") as refused:
         parse_mixture(paths)
     assert said in str(refused.value)
 
 
 def test_a_source_that_cannot_be_read_is_named(inputs, tmp_path):
     (tmp_path / "a.txt").write_text("too short")
-    with pytest.raises(UsageError, match="a.txt: --data.seq-len 16"):
+    with pytest.raises(UsageError, match="a.txt: seq_len=16"):
         open_rows(
             [f"{tmp_path}/a.txt:1"],
             load_tokenizer(inputs / "tokenizer"),
             tmp_path / "cache",
-            "text",
-            16,
-            0.1,
-            0,
+            TextOptions(),
+            Packing(16, 0.1),
         )
-    source = PackedRows(make_corpus(tmp_path / "c", range(1000)), T, 0.1, seed=0)
+    source = PackedRows(make_corpus(tmp_path / "c", range(1000)), Packing(T, 0.1))
     with pytest.raises(UsageError, match="too small"):
         MixedRows({"much": (source, 1.0), "hardly": (source, 1e-12)})
 

@@ -375,7 +375,7 @@ def test_bad_records_are_left_out_and_listed_in_the_run_folder(inputs, chat, tmp
     ), ended.out
     assert "not read" in ended.out and "id (1)" in ended.out
     assert [json.loads(line)["where"] for line in listed.read_text().splitlines()] == [
-        f"--data.path {path}, line {number}" for number in (1, len(good) + 2)
+        f"{path}, line {number}" for number in (1, len(good) + 2)
     ]
 
 
@@ -411,7 +411,7 @@ def test_pretraining_leaves_out_and_lists_records_without_a_text(inputs, tmp_pat
     listed = [
         json.loads(line)["where"] for line in (tmp_path / "run/bad-records.jsonl").read_text().splitlines()
     ]
-    assert listed == [f"--data.path {path}, line {len(good) + number}" for number in (1, 2)]
+    assert listed == [f"{path}, line {len(good) + number}" for number in (1, 2)]
 
 
 def test_all_of_an_example_can_be_trained_or_its_last_answer_only(inputs, tmp_path):

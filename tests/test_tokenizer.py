@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -338,6 +339,20 @@ KINDS = {
     "unigram, symbols": {"model_type": "unigram", "user_defined_symbols": ["<sep>", "self"]},
     "no dummy prefix": {"add_dummy_prefix": False},
     "characters": {"model_type": "char", "byte_fallback": False},
+    "words": {"model_type": "word", "byte_fallback": False},
+    "words, nfkc": {
+        "model_type": "word",
+        "byte_fallback": False,
+        "normalization_rule_name": "nmt_nfkc",
+        "remove_extra_whitespaces": True,
+    },
+    "words, space behind": {
+        "model_type": "word",
+        "byte_fallback": False,
+        "treat_whitespace_as_suffix": True,
+    },
+    "space behind": {"treat_whitespace_as_suffix": True},
+    "space behind, fewer spaces": {"treat_whitespace_as_suffix": True, "remove_extra_whitespaces": True},
 }
 
 
@@ -366,12 +381,45 @@ def test_every_kind_of_sentencepiece_model_trains_and_is_exported_with_its_ids(t
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
 
 
-@pytest.mark.parametrize(
-    "options", [{"treat_whitespace_as_suffix": True}, {"model_type": "word", "byte_fallback": False}]
-)
-def test_a_sentencepiece_model_without_an_exact_tokenizer_json_is_refused(tmp_path, options):
+def test_a_sentencepiece_model_without_an_exact_tokenizer_json_is_refused(tmp_path):
+    """The bytes of an unknown word include its space, which no model of `tokenizers` gives."""
     with pytest.raises(UsageError, match=r"m\.model.*Give a tokenizer\.json instead"):
-        load_tokenizer(train_pieces(tmp_path, **options))
+        load_tokenizer(train_pieces(tmp_path, model_type="word", byte_fallback=True))
+
+
+def test_a_large_vocabulary_of_words_is_searched_quickly(tmp_path):
+    """A list of 20,000 words in the pattern of the exported tokenizer.json takes a second for 20 kB of text."""
+    words = [f"w{i:x}" for i in range(20_000)]
+    (tmp_path / "words.txt").write_text("\n".join(words))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "words.txt"),
+        model_prefix=str(tmp_path / "w"),
+        model_type="word",
+        vocab_size=19_000,
+        minloglevel=2,
+    )
+    load_tokenizer(tmp_path / "w.model").save(tmp_path / "hf")
+    fast = tokenizers.Tokenizer.from_file(str(tmp_path / "hf/tokenizer.json"))
+    began_s = time.process_time()
+    assert len(fast.encode(" ".join(words[::4])).ids) > 1000
+    assert time.process_time() - began_s < 1
+
+
+def test_templates_by_name_are_found_where_transformers_finds_them_and_exported(json_file, tmp_path):
+    from transformers import AutoTokenizer
+
+    folder, named = json_file.parent, [{"name": name, "template": name} for name in ("default", "tool_use")]
+    edit_json(folder / "tokenizer_config.json", chat_template=named)
+    for _ in range(2):
+        tokenizer = load_tokenizer(folder)
+        assert tokenizer.chat_templates == {"default": "default", "tool_use": "tool_use"}
+        tokenizer.save(tmp_path / "hf", chat_template="default")
+        theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+        assert theirs.chat_template == tokenizer.chat_templates
+        edit_json(folder / "tokenizer_config.json", chat_template="not this one")
+        (folder / "chat_template.jinja").write_text("default")
+        (folder / "additional_chat_templates").mkdir(exist_ok=True)
+        (folder / "additional_chat_templates/tool_use.jinja").write_text("tool_use")
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,20 @@
-"""Records of the common fine-tuning formats to conversations: a system prompt, then user and assistant in
-turns.
+"""Records of the common fine-tuning formats as conversations: a system prompt, then user and assistant turns.
 
-    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}      OpenAI
-    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}          ShareGPT
-    {"instruction": "Say hello", "input": "in French", "output": "Bonjour.", "history": [["Hi", "Hi"]]} Alpaca
-    {"prompt": "Hi", "completion": "Hello."}    {"question": "Hi", "answer": "Hello."}                 one turn each
+OpenAI     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
+ShareGPT   {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}
+Alpaca     {"instruction": "Say hello", "input": "in French", "output": "Bonjour.", "history": [["A", "B"]]}
+one turn   {"prompt": "Hi", "completion": "Hello."}    {"question": "Hi", "answer": "Hello."}
 
-Which one it is shows in a record's fields, one by one: files may be mixed. Every defect is a BadRecord that
-names the file and the line. Whatever the format, turns are messages as transformers' apply_chat_template
-takes them: {"role", "content"} and whatever else a turn has, such as tool_calls. Null fields are left out, as
-there. Three things are taken out of a record:
+The fields of each record show its format, so files may be mixed. Every defect is a BadRecord that names the
+file and the line. Whatever the format, turns are messages as transformers' apply_chat_template takes them:
+{"role", "content"} and whatever else a turn has, such as tool_calls. As there, null fields are left out.
+Three things are taken out of a record:
 
-turn flags   `weight`, `train`, `trainable`, `training`, `loss` (true: trained) and `mask`, `masked` (true: left out of
-             the loss) of a turn, or of the whole record for all its answers. A flag is true or false, 1 or 0.
-variables    `tools` (or `functions`), `documents` and `chat_template_kwargs` of a record: what a template is given
-             besides the turns
+turn flags   `weight`, `train`, `trainable`, `training`, `loss` (true: trained) and `mask`, `masked` (true:
+             left out of the loss), of a turn or, for all its answers, of the record. A flag is true or
+             false, 1 or 0.
+variables    `tools` (or `functions`), `documents` and `chat_template_kwargs` of a record: what a template
+             gets besides the turns
 history      of the one-turn formats: earlier [question, answer] pairs
 """
 
@@ -26,54 +26,45 @@ from dtensor_llama.data.sources import checked_text
 from dtensor_llama.errors import BadRecord
 
 LISTS = {"OpenAI messages": "messages", "ShareGPT": "conversations"}  # format: its field, a list of turns
-PAIRS = {  # format: (what the user asks, what is put under it if there is any, what the assistant answers)
+PAIRS = {  # format: (the user's question, what is put under it if there is any, the assistant's answer)
     "Alpaca": ("instruction", "input", "output"),
     "prompt/completion": ("prompt", None, "completion"),
     "question/answer": ("question", None, "answer"),
 }
 TURN_FIELDS = (("role", "content"), ("from", "value"))
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "ipython": "ipython",
-    "function": "function",
-}
-# ShareGPT: a turn of the assistant that is the JSON of its calls
-CALL_ROLES = ("function_call", "tool_call")
-TOOL_ROLES = ("tool", "ipython", "function")  # what a tool returned
+ROLES = {role: role for role in ("system", "user", "assistant", "tool", "ipython", "function")}
+ROLES |= {"developer": "system", "human": "user", "observation": "tool", "function_response": "tool"}
+ROLES |= dict.fromkeys(("gpt", "chatgpt", "model", "bot"), "assistant")
+CALL_ROLES = ("function_call", "tool_call")  # ShareGPT: a turn of the assistant that is the JSON of its calls
+TOOL_ROLES = ("tool", "ipython", "function")  # a turn that holds what a tool returned
 FOLLOWS = {
     "start": ("user",),
     "user": ("assistant",),
     "assistant": ("user", *TOOL_ROLES),
-    # role: which ones may come next
-    **{role: (*TOOL_ROLES, "assistant", "user") for role in TOOL_ROLES},
-}
-TRAINED_IF = {"weight": True, "train": True, "trainable": True, "training": True, "loss": True}
-TRAINED_IF |= {"mask": False, "masked": False}  # flag: the value of it that says "trained"
-THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of one thing, as transformers has them
-# Records that are no conversation to train on are counted as these, and left out.
+}  # role: the next ones
+FOLLOWS |= {role: (*TOOL_ROLES, "assistant", "user") for role in TOOL_ROLES}
+# flag: which value of it means "trained"
+TRAINED_IF = dict.fromkeys(("weight", "train", "trainable", "training", "loss"), True)
+TRAINED_IF |= {"mask": False, "masked": False}
+THOUGHTS = (
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+)  # three names of one thing, as transformers has them
+VARIABLES = ("tools", "functions", "documents", "chat_template_kwargs")
+# Records that are not trained on are counted under these names, and left out.
 EMPTY_ANSWER = "with an empty answer"
 NOTHING_TRAINED = "in which no answer is to be trained"
-UNANSWERED = "end with a turn that nobody answered, which is cut off"
+UNANSWERED = "end with a turn without an answer, which is cut off"
 
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """What decides how records become examples, besides the template: the flags of recipes/sft.py.
+    """Decides how records become examples.
 
-    bad_records: whether a record that cannot be trained on ends the run or is left out and listed.
+    bad_records: whether a record that cannot be trained on ends the run, or is left out and listed.
     train_on: the answers of the assistant, the last of them, or every token.
-    template: the tokenizer's own or LLaMA-2's; "none": prompt and completion as they are."""
+    template: "auto" for the tokenizer's own or LLaMA-2's; "none" for prompt and completion as they are."""
 
     bad_records: Literal["refuse", "skip"] = "refuse"
     train_on: Literal["answers", "last-answer", "all"] = "answers"
@@ -82,12 +73,13 @@ class ChatOptions:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A record, read. It ends with a turn of the assistant.
+    """A record that was read. It ends with a turn of the assistant.
 
-    format: its name. turns: messages for a template. flags: of each turn whether its record says that it is
-    trained (None: it says nothing). variables: what the template is given besides the turns. unread: fields
-    of the record that nothing here reads. n_unanswered: turns at its end that were cut off, as nobody
-    answered them."""
+    format: its name. turns: messages for a template. flags: whether the record says that a turn is trained
+        (None: it says nothing). variables: what the template gets besides the turns.
+    unread: fields of the record that nothing here reads. n_unanswered: turns without an answer that were cut
+        off.
+    """
 
     format: str
     turns: list[dict]
@@ -97,8 +89,12 @@ class Conversation:
     n_unanswered: int = 0
 
 
+Turns = tuple[list[dict], list[bool | None]]  # messages, and the flag of each
+
+
 def conversation_of(record: dict, where: str) -> Conversation:
-    """BadRecord, beginning with `where`, if the record is of no known format or its turns are wrong."""
+    """Read a record. Raises BadRecord, beginning with `where`, if its format is unknown or its turns are
+    wrong."""
     name = next((name for name, of_list in LISTS.items() if record.get(of_list) is not None), None)
     if name is not None:
         used = [LISTS[name]]
@@ -108,28 +104,28 @@ def conversation_of(record: dict, where: str) -> Conversation:
                 where, f"'history' beside {LISTS[name]!r}", "put the earlier turns into the list."
             )
     else:
-        name, used = _pair_format(record, where)
+        name = _pair_format(record, where)
+        used = [*PAIRS[name], "history", *THOUGHTS]
         turns, flags = _turns_of_pair(record, name, where)
-        used += ["history", *THOUGHTS]
     if record.get("system") and not (turns and turns[0]["role"] == "system"):
         turns = [{"role": "system", "content": checked_text(record["system"], where, "system")}, *turns]
         flags = [None, *flags]
     own = flag_of(record, where)
-    flags = [
-        own if flag is None and turn["role"] == "assistant" else flag
-        for turn, flag in zip(turns, flags, strict=True)
-    ]
+    for at, turn in enumerate(turns):
+        if flags[at] is None and turn["role"] == "assistant":
+            flags[at] = own
     _check_order(turns, where)
     n_turns = max(at for at, turn in enumerate(turns, 1) if turn["role"] == "assistant")
-    used += ["system", "tools", "functions", "documents", "chat_template_kwargs", *TRAINED_IF]
+    used += ["system", *VARIABLES, *TRAINED_IF]
     unread = tuple(one for one, value in record.items() if one not in used and value is not None)
+    n_unanswered = len(turns) - n_turns
     return Conversation(
-        name, turns[:n_turns], flags[:n_turns], _variables(record, where), unread, len(turns) - n_turns
+        name, turns[:n_turns], flags[:n_turns], _variables(record, where), unread, n_unanswered
     )
 
 
 def flag_of(fields: dict, at: str) -> bool | None:
-    """Whether the flags among `fields` say that this is trained; None if there is none."""
+    """Return whether the flags among `fields` say that this is trained; None if there is none."""
     said = {}
     for name, meaning in TRAINED_IF.items():
         value = fields.get(name)
@@ -139,8 +135,8 @@ def flag_of(fields: dict, at: str) -> bool | None:
             raise BadRecord(
                 at,
                 f"{name!r} is {value!r:.40}",
-                "what is said is trained or it is not: use true or false, 1 or 0; "
-                "or give the field another name, if it means something else.",
+                "a turn is trained or it is not: use true or false, 1 or 0; or give the field another "
+                "name, if it means something else.",
             )
         said[name] = bool(value) == meaning
     if len(set(said.values())) > 1:
@@ -151,35 +147,34 @@ def flag_of(fields: dict, at: str) -> bool | None:
 # ---- the one-turn formats ----
 
 
-def _pair_format(record: dict, where: str) -> tuple[str, list[str]]:
-    """(format, its fields) of a record that is no list of turns."""
+def _pair_format(record: dict, where: str) -> str:
+    """Return the format of a record that is no list of turns."""
     fields = ", ".join(list(record)[:20]) or "none"
-    name = max(PAIRS, key=lambda name: sum(record.get(one) is not None for one in PAIRS[name] if one))
-    asks, below, answers = PAIRS[name]
-    if record.get(asks) is None and record.get(answers) is None:
+    name = max(PAIRS, key=lambda name: sum(record.get(one) is not None for one in PAIRS[name]))
+    question, _, answer = PAIRS[name]
+    missing = [one for one in (question, answer) if record.get(one) is None]
+    if len(missing) == 2:
         known = [*LISTS.values(), *(f"{pair[0]} + {pair[2]}" for pair in PAIRS.values())]
         raise BadRecord(
             where, "unknown format", f"its fields are {fields}, and a conversation has {', or '.join(known)}."
         )
-    for one in (asks, answers):
-        if record.get(one) is None:
-            raise BadRecord(where, f"no field {one!r}, which {name} needs", f"its fields are {fields}.")
-    return name, [asks, answers] + ([below] if below else [])
+    if missing:
+        raise BadRecord(where, f"no field {missing[0]!r}, which {name} needs", f"its fields are {fields}.")
+    return name
 
 
-def _turns_of_pair(record: dict, name: str, where: str) -> tuple[list[dict], list[bool | None]]:
+def _turns_of_pair(record: dict, name: str, where: str) -> Turns:
     asks, below, answers = PAIRS[name]
-    # both are lists of turns
-    if isinstance(record[asks], list) and isinstance(record[answers], list):
+    if isinstance(record[asks], list) and isinstance(record[answers], list):  # both are lists of turns
         turns, flags = _turns_of_list(record[asks], where, asks)
         answer_turns, answer_flags = _turns_of_list(record[answers], where, answers)
         turns, flags = turns + answer_turns, flags + answer_flags
     else:
         question = checked_text(record[asks], where, asks)
-        answer = {"role": "assistant", "content": checked_text(record[answers], where, answers)}
         if below and record.get(below):
             question += "\n\n" + checked_text(record[below], where, below)
-        turns = [{"role": "user", "content": question}, answer]
+        answer = checked_text(record[answers], where, answers)
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         flags = [None, None]
     thought = _thought(record, where)
     if thought:
@@ -189,11 +184,9 @@ def _turns_of_pair(record: dict, name: str, where: str) -> tuple[list[dict], lis
 
 
 def _history(history, where: str) -> list[dict]:
-    """The turns of [[question, answer], ...]."""
-    if not history:
-        return []
+    """Return the turns of [[question, answer], ...]."""
     turns = []
-    for number, pair in enumerate(history if isinstance(history, list) else [history], 1):
+    for number, pair in enumerate(history if isinstance(history, list) else [history] if history else [], 1):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise BadRecord(
                 where,
@@ -208,36 +201,34 @@ def _history(history, where: str) -> list[dict]:
 # ---- lists of turns ----
 
 
-def _turns_of_list(turns, where: str, of_list: str) -> tuple[list[dict], list[bool | None]]:
-    """(messages, flags) of a list of turns."""
-    if isinstance(turns, str):
-        # a table's cell may be the JSON of the list
+def _turns_of_list(turns, where: str, of_list: str) -> Turns:
+    if isinstance(turns, str):  # a table's cell may be the JSON of the list
         turns = _parsed(turns, where, of_list, otherwise=turns)
-    if not isinstance(turns, list) or not turns:
-        what = "no turn" if turns == [] else type(turns).__name__
-        raise BadRecord(where, f"{of_list!r} holds {what}", "expected a list of turns.")
+    if not isinstance(turns, list):
+        raise BadRecord(where, f"{of_list!r} holds {type(turns).__name__}", "expected a list of turns.")
     messages, flags = [], []
     for number, turn in enumerate(turns, 1):
-        message = _message_of(turn, f"{where}: turn {number} of {of_list!r}")
+        at = f"{where}: turn {number} of {of_list!r}"
+        message = _message_of(turn, at)
         if message is not None:
             messages.append(message)
-            flags.append(flag_of(turn, f"{where}: turn {number} of {of_list!r}"))
+            flags.append(flag_of(turn, at))
     if not messages:
         raise BadRecord(where, f"{of_list!r} holds no turn", "expected a list of turns.")
     return messages, flags
 
 
 def _message_of(turn, at: str) -> dict | None:
-    """A turn as a template takes it; None for a system prompt that is null."""
+    """Return a turn as a template takes it; None for a system prompt that is null."""
     if not isinstance(turn, dict):
         raise BadRecord(at, f"is {type(turn).__name__}", "expected an object.")
     role_field, text_field = next(
         (pair for pair in TURN_FIELDS if turn.get(pair[0]) is not None), TURN_FIELDS[0]
     )
-    for one in (role_field, text_field):
-        has_other = one == text_field and (one in turn or turn.get("tool_calls") or turn.get("function_call"))
-        if turn.get(one) is None and not has_other:
-            raise BadRecord(at, f"has no {one!r}", f"its fields are {', '.join(turn) or 'none'}.")
+    has_content = text_field in turn or turn.get("tool_calls") or turn.get("function_call")
+    if turn.get(role_field) is None or not has_content:
+        missing = role_field if turn.get(role_field) is None else text_field
+        raise BadRecord(at, f"has no {missing!r}", f"its fields are {', '.join(turn) or 'none'}.")
     said_by = str(turn[role_field]).lower()
     role = "assistant" if said_by in CALL_ROLES else ROLES.get(said_by)
     if role is None:
@@ -248,24 +239,19 @@ def _message_of(turn, at: str) -> dict | None:
     if content is None and role == "system":
         return None
     taken = (role_field, text_field, *TURN_FIELDS[0], *TRAINED_IF)
-    message = {"role": role} | {
-        name: value for name, value in turn.items() if name not in taken and value is not None
-    }
+    others = {name: value for name, value in turn.items() if name not in taken and value is not None}
     if said_by in CALL_ROLES:
         calls = _parsed(content or "", at, text_field)
-        return message | {
-            "tool_calls": [_as_function(call) for call in (calls if isinstance(calls, list) else [calls])]
-        }
-    if message.get("tool_calls") == []:
-        del message["tool_calls"]  # as null is; some templates ask only whether the field is there
-    calls_or_thinks = any(message.get(name) for name in ("tool_calls", "function_call", *THOUGHTS))
+        calls = [_as_function(call) for call in (calls if isinstance(calls, list) else [calls])]
+        return {"role": role, **others, "tool_calls": calls}
+    if others.get("tool_calls") == []:
+        del others["tool_calls"]  # as null is; some templates ask only whether the field is there
+    calls_or_thinks = any(others.get(name) for name in ("tool_calls", "function_call", *THOUGHTS))
     if content is None and not calls_or_thinks:
         content = ""  # a tool that returned nothing, an answer that is empty
-    if content is not None:
-        message = {"role": role, "content": content} | message
+    message = {"role": role, **others} if content is None else {"role": role, "content": content, **others}
     thought = _thought(message, at)
-    # whatever it is called, a template finds it under the name that it reads
-    if thought:
+    if thought:  # a template finds it under the name that it reads
         message = {"thinking": thought, **message, "reasoning_content": thought}
     return message
 
@@ -286,14 +272,15 @@ def _thought(fields: dict, at: str) -> str | None:
 
 
 def _as_function(function: dict) -> dict:
-    """A bare function, or a call of one, in the envelope that templates open."""
+    """Return a function, or a call of one, in the envelope that templates open."""
     if isinstance(function, dict) and "function" in function:
         return function
     return {"type": "function", "function": function}
 
 
 def _parsed(text: str, at: str, name: str, **otherwise):
-    """What the JSON in `text` stands for. BadRecord if it is none, or `otherwise`, where that is given."""
+    """Return the value of the JSON in `text`. If it is none, return `otherwise` where that is given, else
+    refuse it."""
     try:
         return json.loads(text)
     except ValueError:
@@ -303,28 +290,29 @@ def _parsed(text: str, at: str, name: str, **otherwise):
 
 
 def _variables(record: dict, where: str) -> dict:
-    """{name: value} of what a template is given besides the turns."""
+    """Return {name: value} of what a template gets besides the turns."""
     variables = {}
-    for name in ("tools", "functions", "documents", "chat_template_kwargs"):
+    for name in VARIABLES:
         value = record.get(name)
-        value = _parsed(value, where, name) if isinstance(value, str) and value.strip() else value
+        if isinstance(value, str) and value.strip():
+            value = _parsed(value, where, name)
         if not value:
             continue
         if name == "chat_template_kwargs":
             if not isinstance(value, dict):
-                raise BadRecord(
-                    where, f"{name!r} holds {type(value).__name__}", "expected an object of names and values."
-                )
+                what = type(value).__name__
+                raise BadRecord(where, f"{name!r} holds {what}", "expected an object of names and values.")
             variables |= {one: given for one, given in value.items() if given is not None}
             continue
         value = [_parsed(one, where, name) if isinstance(one, str) else one for one in value]
-        if not isinstance(value, list) or any(not isinstance(one, dict) for one in value):
+        if any(not isinstance(one, dict) for one in value):
             raise BadRecord(
                 where, f"{name!r} is no list of objects", "expected a JSON schema for each of them."
             )
         if name == "functions":
-            name, value = "tools", [_as_function(one) for one in value]
-        variables[name] = value
+            variables["tools"] = [_as_function(one) for one in value]
+        else:
+            variables[name] = value
     return variables
 
 
@@ -339,8 +327,8 @@ def _check_order(turns: list[dict], where: str) -> None:
                 where,
                 "turns out of order",
                 f": turn {number + 1} is by the {role} and {follows}; after a system prompt, if any, user "
-                "and assistant take turns, and the user begins. What tools return stands behind the turn of "
-                "the assistant that called them.",
+                "and assistant take turns, and the user begins. What tools return stands behind the turn "
+                "of the assistant that called them.",
             )
         before = role
     if "assistant" not in roles:

@@ -1,32 +1,44 @@
-"""Conversations tokenized once, into files that training maps into memory."""
+"""Conversations to a corpus of token ids and masks, made once, which training maps into memory."""
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from dtensor_llama.chat.conversations import ChatOptions
+from dtensor_llama.chat.conversations import (
+    EMPTY_ANSWER,
+    NOTHING_TRAINED,
+    UNANSWERED,
+    ChatOptions,
+    Conversation,
+    conversation_of,
+)
 from dtensor_llama.chat.template import template_of
+from dtensor_llama.data.encoding import Encoded, Found
 from dtensor_llama.data.sequences import TokenCorpus
+from dtensor_llama.data.sources import RECORD_FORMATS, Chunk
 from dtensor_llama.data.tokenize import prepare
 from dtensor_llama.data.tokenizer import Tokenizer
+from dtensor_llama.errors import UsageError
+
+CHAT_VERSION = 2  # of how conversations become ids, in conversations.py and template.py
 
 
 class ChatCorpus(TokenCorpus):
-    """A folder written by `prepare_chat`: documents are conversations.
+    """A folder written by `prepare_chat`: its documents are conversations.
 
     trained: (n_tokens,) uint8, 1 where a token is trained. counts: records of each format, and those left
-    out.
-    unread: fields that nothing reads, and in how many records they stand. end_ids: the tokens that end an
-    answer, at which generation has to stop.
+        out.
+    unread: {field that nothing reads: in how many records it stands}. end_ids: the tokens that end an answer,
+        at which generation has to stop.
     """
 
     def __init__(self, folder: str | Path):
         super().__init__(folder)
-        meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
-        self.counts, self.unread, self.end_ids = meta["counts"], meta["unread"], meta["end_ids"]
-        self.trained = np.memmap(self.folder / "trained.bin", np.uint8, mode="r")
+        self.counts, self.unread = self.meta["counts"], self.meta["unread"]
+        self.end_ids, self.trained = self.meta["end_ids"], self._mapped("trained.bin", np.uint8)
 
 
 def prepare_chat(
@@ -36,6 +48,68 @@ def prepare_chat(
     processes: int | None = None,
     options: ChatOptions = ChatOptions(),
 ) -> ChatCorpus:
-    """As prepare_corpus, of conversations in any of the formats of chat.py, written as `options` say."""
-    template_of(tokenizer, options)  # one that cannot be used is the first thing to say
-    return ChatCorpus(prepare(paths, tokenizer, cache_dir, options, processes))
+    """Return the corpus of conversations in any of the formats of conversations.py, as prepare_corpus
+    does."""
+    return ChatCorpus(prepare(paths, ChatEncoding(tokenizer, options), cache_dir, processes))
+
+
+class ChatEncoding:
+    """Writes each conversation by the template, with a mask of what is trained. See
+    data.encoding.Encoding."""
+
+    formats, text_field, cutter = RECORD_FORMATS, None, None
+    files, a_document = (
+        ("tokens.bin", "documents.bin", "trained.bin"),
+        "conversation with any answer to train on",
+    )
+
+    def __init__(self, tokenizer: Tokenizer, options: ChatOptions):
+        self.tokenizer, self.options, self.meta = tokenizer, options, {"chat": asdict(options)}
+        self.template = template_of(tokenizer, options)
+
+    def identity(self) -> object:
+        return "chat", CHAT_VERSION, self.template.identity, asdict(self.options)
+
+    def arguments(self) -> list[str]:
+        return ["--chat", json.dumps(asdict(self.options))]
+
+    def encode(self, chunk: Chunk) -> Encoded:
+        ids, starts, trained, found = [], [], [], Found()
+        skip = found.skip_or_refuse(self.options.bad_records)
+        for where, record in chunk.records(skip):
+            try:
+                conversation = conversation_of(record, where)
+                left_out, example = _why_left_out(conversation), None
+                if left_out is None:
+                    example = self.template.example(conversation, where, self.options.train_on)
+            except UsageError as error:
+                skip(where, error)
+                continue
+            found.counts[conversation.format] += 1
+            found.counts[UNANSWERED] += conversation.n_unanswered > 0
+            found.unread.update([*conversation.unread, *self.template.unread(conversation)])
+            if example is not None and not any(example.trained):
+                left_out = NOTHING_TRAINED
+            if left_out is not None:
+                found.counts[left_out] += 1
+                continue
+            found.end_ids |= example.ends
+            starts.append(len(ids))
+            ids += example.ids
+            trained += example.trained
+        return Encoded(
+            np.array(ids, dtype=np.uint32),
+            np.array(starts, dtype=np.int64),
+            np.array(trained, dtype=np.uint8),
+            found,
+        )
+
+
+def _why_left_out(conversation: Conversation) -> str | None:
+    """Return why a conversation is left out, as `counts` calls it: an answer that is to be trained is
+    empty."""
+    for turn, flag in zip(conversation.turns, conversation.flags, strict=True):
+        says = turn.get("content", "").strip() or turn.get("tool_calls") or turn.get("function_call")
+        if turn["role"] == "assistant" and not says and flag is not False:
+            return EMPTY_ANSWER
+    return None

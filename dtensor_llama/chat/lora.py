@@ -2,12 +2,12 @@
 rank) B A x.
 
 A (rank, inputs) starts random, B (outputs, rank) at zero, so that training starts from the model as it was.
-Source: Hu et al. 2021, arXiv:2106.09685. Files and initial values as in the peft package. No dropout on x
-    before A, as the model has none either: adapter_config.json says lora_dropout 0.
+Source: Hu et al. 2021, arXiv:2106.09685. Files and initial values are those of the peft package. There is no
+dropout on x before A, as the model has none either: adapter_config.json says lora_dropout 0.
 
-The adapter of `q_proj` is its neighbour `q_proj_lora` (lora_A, lora_B), added to its output by a hook: q_proj
-stays what it was, so weights load, split and save under their own names. Apply it first, before any
-parallelism: the passes of parallel/ then find the adapters like any other module.
+The adapter of `q_proj` is its neighbour `q_proj_lora` (lora_A, lora_B), which a hook adds to its output.
+q_proj itself does not change, so weights load, split and save under their own names. Apply LoRA first, before
+any parallelism: the passes of parallel/ then find the adapters like any other module.
 """
 
 import json
@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.errors import UsageError
 from dtensor_llama.model import Llama
-from dtensor_llama.weights import ADAPTER, hf_parameters, local_boxes, on_all_ranks, values_to_write, writers
+from dtensor_llama.weights import ADAPTER, hf_parameters, local_boxes, on_all_ranks, values_to_write
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class LoraConfig:
 
 
 class Lora(nn.Module):
-    """x (..., inputs) -> scale B A x (..., outputs). Its two matrices are modules, so that tensor parallelism
+    """x (..., inputs) -> scale B A x (..., outputs). Its matrices are modules, so that tensor parallelism
     finds them."""
 
     def __init__(self, linear: nn.Linear, config: LoraConfig):
@@ -56,25 +56,25 @@ class Lora(nn.Module):
 
 
 def apply_lora(model: Llama, config: LoraConfig, frozen_dtype: torch.dtype | None = None) -> None:
-    """Freeze `model`, whole and on one device or on `meta`, and give each linear named in config.targets an
+    """Freeze `model`, whole and on one device or on `meta`, and give each linear in config.targets an
     adapter.
 
-    frozen_dtype: what the frozen weights become (bfloat16: 2 bytes each); adapters are fp32. Call init_lora
-        once they have memory. Raises UsageError for a rank below 1 and for targets that are not there."""
+    frozen_dtype: of the frozen weights afterwards (bfloat16: 2 bytes each); adapters are fp32. Call init_lora
+        once they have memory. Raises UsageError for a rank below 1 and for targets that do not exist."""
     if config.rank < 1 or not 0 < config.scale < math.inf:  # in this order: scale divides by the rank
         raise UsageError(
-            f"--lora.rank {config.rank} --lora.alpha {config.alpha} is not possible; use a rank of at least 1 and "
-            "an alpha above 0."
+            f"lora.rank={config.rank} lora.alpha={config.alpha} is not possible; use a rank of at least 1 "
+            "and an alpha above 0."
         )
-    # The head is a linear too, but the loss multiplies by its weight itself: an adapter there would not be
-    # heard.
+    # The head is a linear too, but the loss multiplies by its weight itself: an adapter there would have no
+    # effect.
     linears = {name: module for name, module in model.model.named_modules() if isinstance(module, nn.Linear)}
-    there = list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
-    wrong = [target for target in config.targets if target not in there]
+    existing = list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
+    wrong = [target for target in config.targets if target not in existing]
     if wrong or not config.targets:
         raise UsageError(
-            f"--lora.targets {' '.join(wrong)}: the model has no linear layer of that name in its blocks; there "
-            f"are {', '.join(there)}."
+            f"lora.targets={' '.join(wrong) or 'none'}: the model has no linear layer of that name in its "
+            f"blocks; there are {', '.join(existing)}."
         )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -94,24 +94,22 @@ def _add(adapter: Lora, linear: nn.Linear, args: tuple[Tensor], output: Tensor) 
 
 @torch.no_grad()
 def init_lora(model: nn.Module, seed: int) -> None:
-    """Initial values of all adapters, which depend on the seed and the name only, never on how they are
-    spread.
+    """Give all adapters their initial values, which depend on the seed and the name, never on the layout.
 
-    B is zero, A uniform within 1 / sqrt(inputs): Kaiming's with a = sqrt(5), as peft and nn.Linear have
-    it."""
+    B is zero, A uniform within 1 / sqrt(inputs): Kaiming's with a = sqrt(5), as in peft and nn.Linear."""
     for name, parameter in adapter_parameters(model).items():
         whole = torch.zeros(parameter.shape)
         if "lora_A" in name:
             key = int.from_bytes(sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1
-            stream, bound = torch.Generator().manual_seed(key), parameter.shape[1] ** -0.5
-            whole.uniform_(-bound, bound, generator=stream)
+            bound = parameter.shape[1] ** -0.5
+            whole.uniform_(-bound, bound, generator=torch.Generator().manual_seed(key))
         with values_to_write(model, name, parameter) as values:
             for offsets, sizes, local in local_boxes(values):
                 local.copy_(whole[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))])
 
 
 def n_adapter_parameters(model: LlamaConfig, config: LoraConfig) -> int:
-    """How many numbers the adapters of a whole model have."""
+    """Return how many numbers the adapters of a whole model have."""
     targets = [
         shape for name, shape in model.block_weights().items() if name.split(".")[-2] in config.targets
     ]
@@ -119,23 +117,23 @@ def n_adapter_parameters(model: LlamaConfig, config: LoraConfig) -> int:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapters' matrices by name, as in model.layers.0.self_attn.q_proj_lora.lora_A.weight."""
-    return {
-        name: parameter for name, parameter in hf_parameters(model, adapters=True).items() if ADAPTER in name
-    }
+    """Return the adapters' matrices by name, as in model.layers.0.self_attn.q_proj_lora.lora_A.weight."""
+    parameters = hf_parameters(model, adapters=True)
+    return {name: parameter for name, parameter in parameters.items() if ADAPTER in name}
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear, Lora]]:
-    """(parent, name, linear, adapter) of every linear of this rank that has one."""
+    """Yield (parent, name, linear, adapter) of every linear of this rank that has an adapter."""
     for parent in list(model.modules()):
         for name, linear in list(parent.named_children()):
-            if isinstance(adapter := getattr(parent, name + "_lora", None), Lora):
+            adapter = getattr(parent, name + "_lora", None)
+            if isinstance(adapter, Lora):
                 yield parent, name, linear, adapter
 
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """W becomes W + scale B A, in place, and the adapters go: what is left is an ordinary model of the same
+    """Add scale B A to W in place, and remove the adapters: what is left is an ordinary model with the same
     answers.
 
     All ranks call it. A rank adds what belongs to its own part of W; only the thin matrices are gathered. The
@@ -153,48 +151,41 @@ def _whole(parameter: nn.Parameter) -> Tensor:
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
+@torch.no_grad()
 def save_adapter(model: nn.Module, folder: str | Path, config: LoraConfig, base_model: str) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, which peft opens over the base model. All
-    ranks call it; rank 0 is sent what it does not hold, and writes."""
-    folder, parameters = Path(folder), adapter_parameters(model)
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    boxes = {name: local_boxes(parameter) for name, parameter in parameters.items()}
-    share = {name: ("F32", tuple(parameters[name].shape), [box[:2] for box in boxes[name]]) for name in boxes}
-    shares = on_all_ranks(f"saving {folder}", lambda: share)
-    writer = writers(shares)
-    mine = [
-        (name, offsets, local.float().cpu())
-        for name in boxes
-        for offsets, sizes, local in boxes[name]
-        if writer[name, offsets, sizes] == rank
-    ]
-    everyones = [None] * dist.get_world_size() if dist.is_initialized() and rank == 0 else None
+    """Write adapter_config.json and adapter_model.safetensors, which peft opens over the base model.
+
+    All ranks call it. Rank 0 writes, and gets each matrix from the first rank that has it."""
+    folder, rank = Path(folder), dist.get_rank() if dist.is_initialized() else 0
+    whole = {name: _whole(parameter).float().cpu() for name, parameter in adapter_parameters(model).items()}
+    first_rank = {}
+    for other, names in enumerate(on_all_ranks(f"saving {folder}", lambda: list(whole))):
+        first_rank = dict.fromkeys(names, other) | first_rank
+    whole = {name: matrix for name, matrix in whole.items() if first_rank[name] == rank}
     if dist.is_initialized():
-        dist.gather_object(mine, everyones)
-    if rank == 0:
-        whole = {name: torch.empty(shape) for share in shares for name, (_, shape, _) in share.items()}
-        for name, offsets, part in (box for one in everyones or [mine] for box in one):
-            whole[name][tuple(slice(o, o + s) for o, s in zip(offsets, part.shape, strict=True))] = part
-        settings = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base_model,
-            "r": config.rank,
-            "lora_alpha": config.scale * config.rank,
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "target_modules": list(config.targets),
-            "inference_mode": True,
-        }
+        gathered = [None] * dist.get_world_size() if rank == 0 else None
+        dist.gather_object(whole, gathered)
+        for other in gathered or []:
+            whole |= other
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": config.rank,
+        "lora_alpha": config.scale * config.rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": list(config.targets),
+        "inference_mode": True,
+    }
 
     def write():
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {"base_model.model." + name.replace(ADAPTER, ".lora_"): whole[name] for name in sorted(whole)},
-            folder / "adapter_model.safetensors",
-            metadata={"format": "pt"},
-        )
+        matrices = {
+            f"base_model.model.{name.replace(ADAPTER, '.lora_')}": whole[name] for name in sorted(whole)
+        }
+        save_file(matrices, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     on_all_ranks(f"saving {folder}", write if rank == 0 else lambda: None)

@@ -1,117 +1,130 @@
 """Packed conversations: which of them stand in which sequence."""
 
+from typing import Literal
+
 import numpy as np
 
 from dtensor_llama.chat.corpus import ChatCorpus
-from dtensor_llama.data.sequences import PackedRows, mix_bits
+from dtensor_llama.data.sequences import Packing, Shuffled
 from dtensor_llama.errors import UsageError
 
 
-class PackedExamples(PackedRows):
-    """Rows of whole conversations, one behind the other, the rest of a row filled with `pad_id`; no row has a
-    part of one.
+class PackedExamples(Shuffled):
+    """Sequences of whole conversations (examples), one behind another, the rest filled with `pad_id`.
 
-    A row is `seq_len` tokens here (one more, always padding, completes PackedRows' T + 1), so an example fits
-    if it has at most that many. overlong: "drop" leaves longer ones out, "truncate" keeps their first
-    `seq_len` tokens, unless none of those is trained. packing False: one example a row. Raises UsageError if
-    no row is left to train on.
+    A sequence has `seq_len` tokens and one more, which is always padding, so an example fits if it has at
+    most seq_len tokens.
 
-    n_examples, n_dropped, n_truncated: conversations in rows, too long and left out, too long and cut.
+    overlong: "drop" leaves longer examples out; "truncate" keeps their first seq_len tokens, if any of these
+        is trained. packed False: one example a sequence. Raises UsageError if no sequence is left to train
+        on.
+    n_examples, n_dropped, n_truncated: examples in sequences, those left out and those cut for their length.
     """
 
     def __init__(
         self,
         corpus: ChatCorpus,
-        seq_len: int,
-        validation_share: float,
-        seed: int,
+        packing: Packing,
         pad_id: int = 0,
-        overlong: str = "drop",
-        packing: bool = True,
+        overlong: Literal["drop", "truncate"] = "drop",
+        packed: bool = True,
     ):
-        self.corpus, self.seq_len, self.pad_id = corpus, seq_len, pad_id
-        self._key = mix_bits(np.array([seed % 2**64], dtype=np.uint64))
+        self.corpus, self.pad_id, T = corpus, pad_id, packing.seq_len
         starts = np.asarray(corpus.document_starts)
         lengths = np.diff(starts, append=corpus.n_tokens)
-        is_long = lengths > seq_len
-        # trained tokens before each offset, so that a cut example that has none left is seen; int64, 8 bytes
-        # a token, briefly
-        before = np.concatenate([[0], np.cumsum(corpus.trained, dtype=np.int64)]) if is_long.any() else None
+        is_long = lengths > T
         fits = ~is_long
-        if overlong == "truncate" and before is not None:
-            fits |= before[starts + np.minimum(lengths, seq_len)] > before[starts]
-        self.n_examples, self.n_dropped, self.n_truncated = map(
-            int, (fits.sum(), (~fits).sum(), (fits & is_long).sum())
-        )
+        if overlong == "truncate" and is_long.any():
+            # before: the number of trained tokens before each offset. It shows which examples have none left
+            # when cut; it takes 8 bytes a token for a moment.
+            before = np.concatenate([[0], np.cumsum(corpus.trained, dtype=np.int64)])
+            fits |= before[starts + np.minimum(lengths, T)] > before[starts]
+        self.n_examples, self.n_dropped = int(fits.sum()), int((~fits).sum())
+        self.n_truncated = int((fits & is_long).sum())
         if not self.n_examples:
+            or_cut = ", or overlong=truncate" if overlong == "drop" else ""
             raise UsageError(
-                f"--data.seq-len {seq_len}: every example is longer (the shortest has {lengths.min()} tokens), "
-                f"and --data.overlong {overlong} leaves nothing to train on; use --data.seq-len {lengths.max()} "
-                f"to keep all" + (", or --data.overlong truncate." if overlong == "drop" else ".")
+                f"seq_len={T}: every example is longer (the shortest has {lengths.min()} tokens), and "
+                f"overlong={overlong} leaves nothing to train on; use seq_len={lengths.max()} to keep "
+                f"all{or_cut}."
             )
-        self.starts, self.lengths = starts[fits], np.minimum(lengths, seq_len)[fits]
-        self.examples, self.row_ends = (
-            pack(self.lengths, seq_len)
-            if packing
-            else (np.arange(self.n_examples), np.arange(1, self.n_examples + 1))
-        )
-        self.n_rows = len(self.row_ends)
-        self.n_validation = max(1, round(self.n_rows * validation_share)) if validation_share > 0 else 0
-        self.n_train = self.n_rows - self.n_validation
+        self.starts, self.lengths = starts[fits], np.minimum(lengths, T)[fits]
+        if packed:
+            self.examples, self.row_ends = pack(self.lengths, T)
+        else:
+            self.examples, self.row_ends = np.arange(self.n_examples), np.arange(1, self.n_examples + 1)
+        super().__init__(len(self.row_ends), packing)
         if self.n_train < 1:
             raise UsageError(
-                f"--data.path: {self.n_examples} examples make {self.n_rows} row(s) of {seq_len} tokens, and with "
-                f"{self.n_validation} held out none is left to train on; use --data.validation-share 0, a smaller "
-                "--data.seq-len, or more data."
+                f"`data.path`: {self.n_examples} examples make {self.n_rows} sequence(s) of {T} tokens, and "
+                f"with {self.n_validation} held out none is left to train on; use validation_share=0, a "
+                "smaller `seq_len`, or more data."
             )
 
+    def parts(self, n_rows: int) -> list[tuple[str, "PackedExamples", int]]:
+        """Return one part, as PackedRows does."""
+        return [("", self, n_rows)]
+
+    @property
+    def contents(self) -> str:
+        """Describe the data in words: the same for the same tokens."""
+        return f"{self.corpus.n_tokens} tokens in {self.corpus.n_documents} conversations"
+
+    @property
+    def content_hash(self) -> str:
+        """Return a hash of the tokens and of which of them are trained."""
+        return self.corpus.content_hash
+
     def examples_of(self, row: int) -> np.ndarray:
-        """The examples in a row, in order."""
+        """Return the examples of a row, in order."""
         return self.examples[self.row_ends[row - 1] if row else 0 : self.row_ends[row]]
 
     def tokens_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the (N, T + 1) int64 token ids of (N,) rows."""
         return self._gather(self.corpus.tokens, rows, self.pad_id).astype(np.int64)
 
     def trained_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return (N, T + 1) bool: which tokens are trained."""
         return self._gather(self.corpus.trained, rows, 0).astype(bool)
 
     def _gather(self, source: np.ndarray, rows: np.ndarray, fill: int) -> np.ndarray:
-        out = np.full((len(rows), self.seq_len + 1), fill, dtype=source.dtype)
+        gathered = np.full((len(rows), self.seq_len + 1), fill, dtype=source.dtype)
         for b, row in enumerate(rows):
-            parts = [
-                source[self.starts[i] : self.starts[i] + self.lengths[i]] for i in self.examples_of(int(row))
-            ]
-            joined = np.concatenate(parts)
-            out[b, : len(joined)] = joined
-        return out
+            spans = [source[self.span_of(example)] for example in self.examples_of(int(row))]
+            joined = np.concatenate(spans)
+            gathered[b, : len(joined)] = joined
+        return gathered
+
+    def span_of(self, example: int) -> slice:
+        """Return where the tokens of an example stand in the corpus."""
+        return slice(self.starts[example], self.starts[example] + self.lengths[example])
 
     def document_starts_of(self, row: int) -> np.ndarray:
-        """Offsets within the row, 1 .. T, at which another example begins, or the padding."""
+        """Return the offsets within the row, 1 .. T, at which another example begins, or the padding."""
         return np.cumsum(self.lengths[self.examples_of(row)])
 
 
 def pack(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Examples of `lengths` tokens, none above seq_len, into few rows: (examples in the order of rows, end of
-    each row there).
+    """Pack examples of `lengths` tokens, none above seq_len, into few rows by best fit, the longest first.
 
-    Best fit, longest first: each goes where it leaves the least room. Which rooms there are is a number's
-    bits, the number of tokens that fit being the bit: finding the smallest that suffices is one shift, at any
-    number of rows.
+    Returns the examples in the order of the rows, and where each row ends in that list. Best fit puts an
+    example into the row where it leaves the least room. `rooms` is a bit mask: bit n is set if some row has n
+    free tokens. The lowest set bit of `rooms >> length` is the tightest row that fits.
     """
-    rows, with_room, rooms = [], [[] for _ in range(seq_len + 1)], 0
+    rows, rows_with_room, rooms = [], [[] for _ in range(seq_len + 1)], 0
     for example in np.argsort(-lengths, kind="stable"):
         length = int(lengths[example])
         fitting = rooms >> length
         if fitting:
             room = length + (fitting & -fitting).bit_length() - 1
-            row = with_room[room].pop()
-            if not with_room[room]:
+            row = rows_with_room[room].pop()
+            if not rows_with_room[room]:
                 rooms &= ~(1 << room)
         else:
             room, row = seq_len, len(rows)
             rows.append([])
         rows[row].append(example)
         if room > length:
-            with_room[room - length].append(row)
+            rows_with_room[room - length].append(row)
             rooms |= 1 << (room - length)
     return np.concatenate(rows), np.cumsum([len(row) for row in rows])

@@ -1,29 +1,32 @@
-"""Micro-batches for one dp rank, read ahead in a thread, at a position that is the whole state of the
-reader."""
+"""Microbatches for one dp rank, read ahead in a thread. The position is the whole state of the reader."""
 
 import itertools
 import queue
 import threading
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dtensor_llama.data.sequences import PackedRows
+from dtensor_llama.data.sequences import Sequences
 from dtensor_llama.errors import UsageError
+from dtensor_llama.loss import IGNORE
 
-NOT_SCORED = -100  # the label that cross-entropy leaves out
-STEPS_AHEAD = 4  # held ready: enough to ride out a slow read from disk
-STEPS_PERMUTED = 64  # whose rows are looked up at once: 1 ms of numpy calls, whether for one step or for 64
+STEPS_AHEAD = 4  # steps that are held ready: enough to ride out a slow read from disk
+STEPS_PERMUTED = 64  # steps whose rows are looked up at once: numpy takes 1 ms for one step or for 64
 
 
 class Batch(NamedTuple):
+    """Some sequences (rows) of T tokens. positions count from the start of each document; None without a
+    mask."""
+
     tokens: Tensor  # (B, T) int64
-    labels: Tensor  # (B, T) int64: the next token, or NOT_SCORED
-    positions: Tensor | None  # (B, T) int64, counted from the document's start; None without document_mask
+    labels: Tensor  # (B, T) int64: the next token, or IGNORE
+    positions: Tensor | None  # (B, T) int64
 
     def to(self, device: torch.device) -> "Batch":
         """Copy tokens and labels to the device. Positions stay on the host, where the starts of documents are
@@ -33,75 +36,86 @@ class Batch(NamedTuple):
         return Batch(tokens, labels, self.positions)
 
 
-def make_batch(rows: PackedRows, indices: np.ndarray, document_mask: bool, pin_memory: bool = False) -> Batch:
-    """The rows `indices` as one batch. Under document_mask a label of another document than its token isn't
-    scored."""
-    both = rows.tokens_of(indices)  # (B, T + 1)
+@dataclass(frozen=True)
+class Batching:
+    """Decides how the rows of a step become the microbatches of one dp rank.
+
+    Each rank takes a contiguous slice of the rows of a step, so that these depend neither on dp_size nor on
+    micro_batch_size. Raises UsageError if the rows cannot be shared alike.
+    """
+
+    global_batch_size: int  # rows of a step, over all ranks
+    micro_batch_size: int  # rows of one microbatch
+    dp_rank: int = 0
+    dp_size: int = 1
+    document_mask: bool = False  # no token attends to, or is predicted from, another document of its row
+    pin_memory: bool = False  # faster copies to a GPU
+
+    def __post_init__(self):
+        stride = self.dp_size * self.micro_batch_size
+        if min(self.global_batch_size, self.micro_batch_size) < 1 or self.global_batch_size % stride:
+            raise UsageError(
+                f"global_batch_size={self.global_batch_size} cannot be shared by {self.dp_size} dp rank(s) "
+                f"in microbatches of micro_batch_size={self.micro_batch_size} rows; use a multiple of "
+                f"{max(stride, self.dp_size)}."
+            )
+
+    @property
+    def own_rows(self) -> np.ndarray:
+        """Return which rows of a step this rank reads, (microbatches, micro_batch_size)."""
+        n_rows = self.global_batch_size // self.dp_size
+        return self.dp_rank * n_rows + np.arange(n_rows).reshape(-1, self.micro_batch_size)
+
+
+def make_batch(
+    sequences: Sequences, rows: np.ndarray, document_mask: bool, pin_memory: bool = False
+) -> Batch:
+    """Read some rows as one batch. With document_mask a label that belongs to the next document is IGNORE."""
+    both = sequences.tokens_of(rows)  # (B, T + 1)
+    trained = sequences.trained_of(rows)
     tokens, labels, positions = both[:, :-1].copy(), both[:, 1:].copy(), None
-    if (trained := rows.trained_of(indices)) is not None:
-        labels[~trained[:, 1:]] = NOT_SCORED
+    if trained is not None:
+        labels[~trained[:, 1:]] = IGNORE
     if document_mask:
-        positions = np.tile(np.arange(rows.seq_len), (len(indices), 1))
-        for b, row in enumerate(indices):
-            starts = rows.document_starts_of(int(row))
-            labels[b, starts - 1] = NOT_SCORED
-            for start in starts[starts < rows.seq_len]:
-                positions[b, start:] = np.arange(rows.seq_len - start)
-    arrays = [torch.from_numpy(a) if a is not None else None for a in (tokens, labels, positions)]
-    return Batch(*(a.pin_memory() if pin_memory and a is not None else a for a in arrays))
+        positions = np.tile(np.arange(sequences.seq_len), (len(rows), 1))
+        for b, row in enumerate(rows):
+            starts = sequences.document_starts_of(int(row))
+            labels[b, starts - 1] = IGNORE
+            for start in starts[starts < sequences.seq_len]:
+                positions[b, start:] = np.arange(sequences.seq_len - start)
+    batch = [None if array is None else torch.from_numpy(array) for array in (tokens, labels, positions)]
+    if pin_memory:
+        batch = [None if tensor is None else tensor.pin_memory() for tensor in batch]
+    return Batch(*batch)
 
 
 class RowReader:
-    """Per step, the list of micro-batches of one dp rank; endless, epoch after epoch.
+    """Gives the microbatches of one dp rank, a list for each step; endless, epoch after epoch.
 
-    Step s takes the next `global_batch_size` rows of the global order; each dp rank a contiguous slice of
-    them. So the rows of a step depend on neither dp_size nor micro_batch_size. `position` counts the rows of
-    the steps handed out, not what the thread has read ahead: a reader made with it goes on exactly there, on
-    any number of ranks.
+    A step takes the next `global_batch_size` rows of the global order. `position` counts the rows of the
+    steps that were handed out, not those that the thread has read ahead: a reader made with it continues
+    exactly there, on any number of ranks.
     """
 
-    def __init__(
-        self,
-        rows: PackedRows,
-        global_batch_size: int,
-        micro_batch_size: int,
-        dp_rank: int,
-        dp_size: int,
-        document_mask: bool = False,
-        position: int = 0,
-        pin_memory: bool = False,
-    ):
-        if min(global_batch_size, micro_batch_size) < 1 or global_batch_size % (dp_size * micro_batch_size):
-            raise UsageError(
-                f"--train.global-batch-size {global_batch_size} cannot be dealt to {dp_size} dp rank(s) "
-                f"in micro-batches of --train.micro-batch-size {micro_batch_size} rows; use a multiple of "
-                f"{dp_size * max(1, micro_batch_size)}."
-            )
-        self.position, self.global_batch_size = position, global_batch_size
-        self._error, ready, stop = None, queue.Queue(maxsize=STEPS_AHEAD), threading.Event()
-        rank_batch_size = global_batch_size // dp_size
-        # (micros, B)
-        own = dp_rank * rank_batch_size + np.arange(rank_batch_size).reshape(-1, micro_batch_size)
-
-        def steps() -> Iterator[list[Batch]]:
-            for first in itertools.count(position, STEPS_PERMUTED * global_batch_size):
-                firsts = first + global_batch_size * np.arange(STEPS_PERMUTED)
-                for micros in rows.rows_at(firsts[:, None, None] + own):
-                    yield [make_batch(rows, micro, document_mask, pin_memory) for micro in micros]
-
+    def __init__(self, sequences: Sequences, batching: Batching, position: int = 0):
+        self.position, self.global_batch_size = position, batching.global_batch_size
+        self._ready, self._error, stop = queue.Queue(maxsize=STEPS_AHEAD), None, threading.Event()
         thread = threading.Thread(
-            target=_read_ahead, args=(steps(), ready, stop), name="row-reader", daemon=True
+            target=_read_ahead,
+            args=(_steps(sequences, batching, position), self._ready, stop),
+            name="row-reader",
+            daemon=True,
         )
-        # also at interpreter exit: a thread in the middle of torch then aborts the process ("terminate called
-        # ...")
-        self._ready, self._close = ready, weakref.finalize(self, _stop_reading, ready, stop, thread)
+        # The finalizer also runs when the interpreter exits. A thread that is inside of torch at that moment
+        # would abort the process ("terminate called without an active exception").
+        self._close = weakref.finalize(self, _stop_reading, self._ready, stop, thread)
         thread.start()
 
     def __iter__(self) -> "RowReader":
         return self
 
     def __next__(self) -> list[Batch]:
-        """The next step's micro-batches. What went wrong in the thread is raised here."""
+        """Return the microbatches of the next step. An error in the thread is raised here."""
         if not self._close.alive:
             raise RuntimeError("this RowReader is closed")
         if self._error is None:
@@ -113,8 +127,16 @@ class RowReader:
         raise self._error
 
     def close(self) -> None:
-        """Stop the thread and wait for it. Safe to call twice."""
+        """Stop the thread and wait for it. It is safe to call this twice."""
         self._close()
+
+
+def _steps(sequences: Sequences, batching: Batching, position: int) -> Iterator[list[Batch]]:
+    how = batching.document_mask, batching.pin_memory
+    first_rows = batching.global_batch_size * np.arange(STEPS_PERMUTED)[:, None, None]
+    for first in itertools.count(position, STEPS_PERMUTED * batching.global_batch_size):
+        for step in sequences.rows_at(first + first_rows + batching.own_rows):
+            yield [make_batch(sequences, rows, *how) for rows in step]
 
 
 def _read_ahead(steps: Iterator[list[Batch]], ready: queue.Queue, stop: threading.Event) -> None:
@@ -138,24 +160,19 @@ def _stop_reading(ready: queue.Queue, stop: threading.Event, thread: threading.T
 
 
 def validation_batches(
-    rows: PackedRows,
-    micro_batch_size: int,
-    dp_rank: int,
-    dp_size: int,
-    document_mask: bool = False,
-    max_rows: int | None = None,
+    sequences: Sequences, batching: Batching, max_rows: int | None = None
 ) -> Iterator[Batch]:
-    """This dp rank's share of the first `max_rows` held-out rows, in whole micro-batches.
+    """Return this rank's share of the first `max_rows` held-out rows, in whole microbatches.
 
-    Every rank gets the same number of batches, because a sharded forward is a collective; what is missing is
-    filled with rows without a scored label, so that the sums over ranks of loss and scored labels don't
-    depend on dp_size.
+    Each rank gets the same number of batches, because a sharded forward is a collective. Missing rows are
+    filled with rows without a label to train on, so that the sums of losses and of labels over the ranks do
+    not depend on dp_size.
     """
-    held_out = rows.validation_rows()[:max_rows]
-    stride = dp_size * micro_batch_size
-    for first in range(dp_rank * micro_batch_size, -(-len(held_out) // stride) * stride, stride):
-        indices = held_out[first : first + micro_batch_size]
-        n_filled = micro_batch_size - len(indices)
-        batch = make_batch(rows, np.concatenate([indices, np.repeat(held_out[:1], n_filled)]), document_mask)
-        batch.labels[len(indices) :] = NOT_SCORED
+    held_out = sequences.validation_rows()[:max_rows]
+    size, stride = batching.micro_batch_size, batching.dp_size * batching.micro_batch_size
+    for first in range(batching.dp_rank * size, -(-len(held_out) // stride) * stride, stride):
+        rows = held_out[first : first + size]
+        filled = np.concatenate([rows, np.repeat(held_out[:1], size - len(rows))])
+        batch = make_batch(sequences, filled, batching.document_mask)
+        batch.labels[len(rows) :] = IGNORE
         yield batch

@@ -1,63 +1,58 @@
-"""Records of the files that are not one JSON object a line: .json, .csv and .tsv, .arrow.
+"""Records of the files that do not hold one JSON object a line: .json, .csv and .tsv, .parquet and .arrow.
 
-Each reader gives (where, record) in the order of the file, with `where` as in "line 3". Every defect is a
-UsageError: of a file that is not what its name says, nothing is guessed and nothing passed over.
+Each reader yields (where, record) in the order of the file, with `where` as in "line 3". Every defect is a
+UsageError: nothing is guessed about a file that is not what its name says, and nothing in it is passed over.
 """
 
 import csv
+import itertools
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from dtensor_llama.errors import UsageError
 
+Records = Iterator[tuple[str, dict]]  # (where, record), with where as in "line 3"
+
 BLANKS = re.compile(r"[ \t\r\n]*")  # what JSON allows between its parts
-# Fields under which a whole data set stands in an object, as in {"version": "1.0", "data": [...]}.
-WRAPPERS = (
-    "data",
-    "train",
-    "rows",
-    "instances",
-    "examples",
-    "records",
-    "items",
-    "samples",
-    "dataset",
-    "entries",
-)
+# Fields that hold a whole data set in an object, as in {"version": "1.0", "data": [...]}.
+WRAPPERS = "data train rows instances examples records items samples dataset entries".split()
+BATCH_ROWS = 64  # of a table, decoded at once
 
 
-def json_records(text: str, given: str, text_field: str | None) -> Iterator[tuple[str, dict]]:
-    """The objects of a .json: those of a list, or of several lists one after another, or objects one after
-    another, over one line or many; or the list in an object like {"data": [...]}. given: "--data.path FILE".
-    text_field: of plain texts."""
-    for where, value in _Json(text, given).values():
+# ---- .json ----
+
+
+def json_records(text: str, path: Path, text_field: str | None) -> Records:
+    """Yield the objects of a .json. It holds lists, or objects, one after another over any number of lines,
+    or an object with the list, like {"data": [...]}.
+
+    text_field: the field of plain texts; an object that has it is a record; None: there is no such field."""
+    for where, value in _Json(text, path).values():
         if not isinstance(value, dict):
-            raise UsageError(f"{given}, {where}: expected a JSON object, found {type(value).__name__}.")
-        wrapper = _wrapper(value, f"{given}, {where}", text_field)
+            raise UsageError(f"{path}, {where}: expected a JSON object, found {type(value).__name__}.")
+        wrapper = None if text_field in value else _wrapper(value, f"{path}, {where}")
         if wrapper is None:
             yield where, value
         else:
             yield from ((f"{where}, {wrapper}[{i}]", record) for i, record in enumerate(value[wrapper]))
 
 
-def _wrapper(value: dict, where: str, text_field: str | None) -> str | None:
-    """The field of `value` that holds all records, if it is no record itself."""
-    if text_field in value:
-        return None
+def _wrapper(value: dict, where: str) -> str | None:
+    """Return the field of `value` that holds all records; None if `value` is a record itself."""
     lists = [name for name, held in value.items() if _is_list_of_objects(held)]
     found = [name for name in lists if name.lower() in WRAPPERS]
-    if not found:
-        return None
-    if len(lists) > 1:
+    if found and len(lists) > 1:
         raise UsageError(
-            f"{where}: an object with several lists of records, {' and '.join(lists)}; put the "
-            "one to train on into a file of its own."
+            f"{where}: an object with several lists of records, {' and '.join(lists)}; put the one to train "
+            "on into a file of its own."
         )
-    return found[0]
+    return found[0] if found else None
 
 
 def _is_list_of_objects(value) -> bool:
@@ -65,47 +60,44 @@ def _is_list_of_objects(value) -> bool:
 
 
 class _Json:
-    """Walks through JSON values one after another, knowing the line."""
+    """Walks through JSON values one after another, and keeps count of the line."""
 
-    def __init__(self, text: str, given: str):
-        self.text, self.given = text, given
+    def __init__(self, text: str, path: Path):
+        self.text, self.path = text, path
         self.decoder = json.JSONDecoder()
         self.at, self.line, self.counted_to = 0, 1, 0
 
     def values(self) -> Iterator[tuple[str, object]]:
-        """(where, value) of each element of a list, and of each value outside of one."""
+        """Yield (where, value) of each element of a list, and of each value outside of one."""
         while self._next_char():
             if self._next_char() != "[":
                 yield self._where(), self._value()
                 continue
             opened_in = self._where()
             self.at += 1
-            closed = self._next_char() == "]"
-            while not closed:
+            separator = self._next_char()
+            while separator != "]":
                 if not self._next_char():
                     raise self._not_closed(opened_in)
                 yield self._where(), self._value()
                 separator = self._next_char()
-                closed = separator == "]"
                 if not separator:
                     raise self._not_closed(opened_in)
                 if separator not in ",]":
                     raise self._broken(f"expected a comma or the end of the list, found {separator!r}")
-                if not closed:
-                    self.at += 1
-                    if self._next_char() == "]":
-                        raise self._broken("a comma before the end of the list")
+                self.at += separator == ","
+                if separator == "," and self._next_char() == "]":
+                    raise self._broken("a comma before the end of the list")
             self.at += 1
 
     def _next_char(self) -> str:
-        """The character that the next part begins with; empty at the end."""
+        """Skip blanks, and return the character there without reading it; empty at the end."""
         self.at = BLANKS.match(self.text, self.at).end()
         return self.text[self.at : self.at + 1]
 
     def _value(self):
-        char = self.text[self.at]
-        if char in ",]":
-            what = "comma" if char == "," else "']'"
+        if self.text[self.at] in ",]":
+            what = "comma" if self.text[self.at] == "," else "']'"
             raise self._broken(
                 f"a {what} where a record should begin; records separated by commas stand in [ ]"
             )
@@ -123,35 +115,39 @@ class _Json:
         return f"line {self.line}"
 
     def _broken(self, reason: str) -> UsageError:
-        return UsageError(f"{self.given}, {self._where()}: broken JSON ({reason}).")
+        return UsageError(f"{self.path}, {self._where()}: broken JSON ({reason}).")
 
     def _not_closed(self, opened_in: str) -> UsageError:
         return UsageError(
-            f"{self.given}: the array is not closed, which begins in {opened_in}; the file is "
-            "cut short: fetch it again."
+            f"{self.path}: the array is not closed, which begins in {opened_in}; the file is cut short: "
+            "fetch it again."
         )
 
 
-def csv_records(lines: Iterator[str], given: str, delimiter: str) -> Iterator[tuple[str, dict]]:
-    """The rows of a .csv or .tsv under its header line, as {column: text}. A header without a comma but with
-    semicolons or tabs says that those are the delimiter, as spreadsheets write where the comma is for
-    decimals."""
-    csv.field_size_limit(sys.maxsize)  # a field is a whole document
+# ---- .csv and .tsv ----
+
+
+def csv_records(lines: Iterator[str], path: Path, delimiter: str) -> Records:
+    """Yield the rows of a .csv or .tsv under its header line, as {column: text}.
+
+    If the header has no such delimiter but semicolons or tabs, these are the delimiter: spreadsheets write
+    them where the comma marks decimals."""
+    csv.field_size_limit(sys.maxsize)  # a field may hold a whole document
     header_line = next(lines, "")
     if delimiter not in header_line:
         delimiter = next((other for other in ";\t" if other in header_line), delimiter)
-    rows = csv.reader(_chain(header_line, lines), delimiter=delimiter, strict=True)
-    first_line, columns = 1, None
+    rows = csv.reader(itertools.chain([header_line], lines), delimiter=delimiter, strict=True)
+    columns, first_line = None, 1
     while True:
+        where = f"line {first_line}"
         try:
             row = next(rows, None)
         except csv.Error as error:
             raise UsageError(
-                f"{given}, line {first_line}: broken CSV ({error}); a field with a quote, a "
-                "line break or the delimiter in it stands in double quotes, and a quote in "
-                "there is doubled."
+                f"{path}, {where}: broken CSV ({error}); a field with a quote, a line break or the "
+                "delimiter in it stands in double quotes, and a quote in there is doubled."
             ) from None
-        where, first_line = f"{given}, line {first_line}", rows.line_num + 1
+        first_line = rows.line_num + 1
         if row is None:
             return
         if not row:  # an empty line
@@ -161,34 +157,66 @@ def csv_records(lines: Iterator[str], given: str, delimiter: str) -> Iterator[tu
             twice = next((name for name in columns if columns.count(name) > 1), None)
             if twice is not None:
                 raise UsageError(
-                    f"{where}: the column {twice!r} is there twice; give each column a name of its own."
+                    f"{path}, {where}: the column {twice!r} is there twice; give each column a name of its "
+                    "own."
                 )
             continue
         if len(row) != len(columns):
             raise UsageError(
-                f"{where}: {len(row)} fields, and the header has {len(columns)} columns ("
-                f"{', '.join(columns[:20])}); a field with the delimiter in it stands in double "
-                "quotes."
+                f"{path}, {where}: {len(row)} fields, and the header has {len(columns)} columns ("
+                f"{', '.join(columns[:20])}); a field with the delimiter in it stands in double quotes."
             )
-        yield where.removeprefix(f"{given}, "), dict(zip(columns, row, strict=True))
+        yield where, dict(zip(columns, row, strict=True))
 
 
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    if first:
-        yield first
-    yield from rest
+# ---- .parquet and .arrow ----
 
 
-def open_arrow(file, given: str):
-    """The reader of an Arrow file, or of an Arrow stream, which is what the datasets library writes under the
-    same ending."""
+def parquet_records(file, path: Path, text_field: str | None, buffer_bytes: int) -> Records:
+    """Yield the rows of a .parquet; with a text_field only that column, or that field of a column of
+    structs."""
+    parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=buffer_bytes)
+    columns = None
+    if text_field is not None:
+        _column_of(path, parquet.schema_arrow, text_field)
+        columns = [text_field]
+    return _rows(path, parquet.iter_batches(BATCH_ROWS, columns=columns, use_threads=False))
+
+
+def arrow_records(file, path: Path, text_field: str | None) -> Records:
+    """Yield the rows of an .arrow; with a text_field only the column that it is in."""
+    reader = _open_arrow(file, path)
+    batches = reader
+    if isinstance(reader, pa.ipc.RecordBatchFileReader):
+        batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+    if text_field is not None:
+        column = _column_of(path, reader.schema, text_field)
+        batches = (batch.select([column]) for batch in batches)
+    return _rows(path, batches)
+
+
+def _rows(path: Path, batches: Iterable[pa.RecordBatch]) -> Records:
+    row = 0
+    for batch in batches:
+        for i in range(len(batch)):
+            row += 1
+            try:
+                cells = [column[i].as_py() for column in batch.columns]
+            except UnicodeDecodeError as error:
+                raise UsageError(f"{path}, row {row}: not UTF-8 text ({error}).") from None
+            yield f"row {row}", dict(zip(batch.schema.names, cells, strict=True))
+
+
+def _open_arrow(file, path: Path):
+    """Open an Arrow file, or an Arrow stream, which is what the datasets library writes under the same
+    ending."""
     head = file.read(8)
     file.seek(-4, 2)
     tail = file.read(4)
     file.seek(0)
     if head.startswith(b"FEA1"):
         raise UsageError(
-            f"{given}: Feather of version 1, which is not read; write it anew with pyarrow or as .parquet."
+            f"{path}: Feather of version 1, which is not read; write it anew with pyarrow or as .parquet."
         )
     if head.startswith(b"ARROW1"):
         return pa.ipc.open_file(pa.PythonFile(file, mode="r"))
@@ -197,8 +225,26 @@ def open_arrow(file, given: str):
     return pa.ipc.open_stream(pa.PythonFile(file, mode="r"))
 
 
-def arrow_batches(reader) -> Iterator[pa.RecordBatch]:
-    if isinstance(reader, pa.ipc.RecordBatchFileReader):
-        yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
-    else:
-        yield from reader
+def _column_of(path: Path, schema: pa.Schema, text_field: str) -> str:
+    """Return the column of text_field: the column of that name, or the column of structs a for a.b."""
+    if text_field in schema.names:
+        return text_field
+    column, *inner = text_field.split(".")
+    kind = schema.field(column).type if column in schema.names else None
+    for name in inner:
+        is_there = kind is not None and pa.types.is_struct(kind) and kind.get_field_index(name) >= 0
+        kind = kind.field(name).type if is_there else None
+    if kind is None:
+        names = ", ".join(itertools.chain.from_iterable(map(_columns_in, schema))) or "none"
+        raise UsageError(
+            f"{path}: no column {text_field!r}; it has {names}. Name the one that holds the text with "
+            "`text_field`."
+        )
+    return column
+
+
+def _columns_in(column: pa.Field) -> list[str]:
+    """Return the name of a column; those of a column of structs as a.b."""
+    if pa.types.is_struct(column.type):
+        return [f"{column.name}.{inner.name}" for inner in column.type]
+    return [column.name]

@@ -2,18 +2,18 @@
 
   python -m dtensor_llama.data.tokenize --path 'data/**/*.jsonl' --tokenizer llama2/ --cache-dir runs/tokens
 
-One process reads and writes, one worker per core parses and encodes, and a few chunks per worker are under
-way: memory depends on the number of cores, not on the corpus. This process never imports torch: it forks,
-which is safe only before threads exist. `prepare_corpus` is the same for a training script; it starts this
-module when there is work.
+One process reads and writes, one worker per core parses and encodes, and only a few chunks per worker are
+under way: memory depends on the number of cores, not on the corpus. This process never imports torch. It
+forks, which is safe only before threads exist; so `prepare_corpus`, which does the same for a training run,
+starts this module as a program when there is work.
 
-<cache-dir>/<fingerprint>/   tokens.bin      each document as BOS, ids, EOS; uint16 or uint32. BOS as the tokenizer
-                                             adds it to a text, EOS if it has one
-                             documents.bin   int64 offset in tokens.bin at which each document starts
-                             meta.json       counts, the type of tokens.bin, what went in, and content_hash: of the bytes of
-                                             the other files, so that equal tokens can be told from as many other ones
-Of conversations (`prepare_chat`, or --chat) a document is one of them as its template writes it, and there is
-                             trained.bin     a byte for each token: 1 where it is the assistant's, 0 elsewhere
+<cache-dir>/<fingerprint>/
+  tokens.bin      each document as BOS, ids, EOS, in uint16 or uint32; BOS if the tokenizer adds it to a text,
+                  EOS if there is one
+  documents.bin   int64 offset in tokens.bin at which each document starts
+  trained.bin     of conversations only: a byte for each token, 1 where it is trained, 0 elsewhere
+  meta.json       counts, the type of tokens.bin, the files and options, and content_hash: a hash of the bytes
+                  of the other files, which tells equal tokens from as many other ones
 """
 
 import argparse
@@ -29,10 +29,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -40,26 +39,15 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from dtensor_llama.chat.conversations import (
-    EMPTY_ANSWER,
-    NOTHING_TRAINED,
-    UNANSWERED,
-    ChatOptions,
-    Conversation,
-    conversation_of,
-)
-from dtensor_llama.chat.template import ChatTemplate, RawTemplate, template_of
-from dtensor_llama.data.cut import Cutter
-from dtensor_llama.data.sequences import SKIPPED, TokenCorpus, reasons_in_order
-from dtensor_llama.data.sources import FORMATS, RECORD_FORMATS, Chunk, TextOptions, expand_paths, read_chunks
+from dtensor_llama.data.encoding import Encoded, Encoding, Found, TextEncoding
+from dtensor_llama.data.sequences import SKIPPED, TokenCorpus, in_words
+from dtensor_llama.data.sources import FORMATS, Chunk, TextOptions, expand_paths, read_chunks
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
-from dtensor_llama.errors import BadRecord, UsageError
+from dtensor_llama.errors import UsageError
 from dtensor_llama.places import first_writable, is_full, readable, say_full
 from dtensor_llama.terminal import make_streams_last
 
 FORMAT_VERSION = 2  # of the files of a corpus; 2: meta.json has content_hash
-CHAT_VERSION = 2  # of how conversations become ids: chat.py and template.py
-PIECE_CHARS = 16384  # a worker cuts longer texts: both libraries are fastest on texts of about this length
 CHUNKS_PER_WORKER = 3  # under way at once: one being encoded, one waiting, one done and waiting for its turn
 LINE_EVERY_S = 10  # of progress, where stderr is no terminal
 
@@ -71,86 +59,75 @@ def prepare_corpus(
     text_field: str | TextOptions = "text",
     processes: int | None = None,
 ) -> TokenCorpus:
-    """The corpus of `paths` (files and globs), tokenized now unless that has been done and nothing changed
+    """Return the corpus of `paths` (files and globs), tokenized now unless that was done and nothing changed
     since.
 
     Any number of ranks and runs may call this at once: one tokenizes, the others wait for it. Progress goes
     to stderr.
-    text_field: the field that holds the text, or more about it.
-    cache_dir: a folder, or several: the corpus is read where it is found, and written into the first that can
-    be written. Raises UsageError for what is wrong with the files.
+
+    text_field: the field that holds the text, or all options of texts
+    cache_dir: a folder, or several: the corpus is read where it is found, and written into the first one that
+        can be written
+    Raises UsageError for what is wrong with the files.
     """
     options = TextOptions(text_field) if isinstance(text_field, str) else text_field
-    return TokenCorpus(prepare(paths, tokenizer, cache_dir, options, processes))
+    return TokenCorpus(prepare(paths, TextEncoding(tokenizer, options), cache_dir, processes))
 
 
-def prepare(
-    paths, tokenizer: Tokenizer, cache_dir, what: TextOptions | ChatOptions, processes: int | None
-) -> Path:
+def prepare(paths, encoding: Encoding, cache_dir, processes: int | None) -> Path:
+    """Return the folder of a corpus, written now by a program of its own if it does not exist."""
     paths = [paths] if isinstance(paths, str | Path) else paths
     cache_dirs = [cache_dir] if isinstance(cache_dir, str | Path) else list(cache_dir)
-    folder = _find(cache_dirs, fingerprint(_files(paths, what), tokenizer, what))
-    if folder is None:
-        # -P: a file called queue.py in the current folder is no module of ours.
-        command = [sys.executable, "-P", "-m", "dtensor_llama.data.tokenize", "--for-process", os.getpid()]
-        command += ["--path", *paths]
-        command += ["--tokenizer", tokenizer.path, "--cache-dir", *cache_dirs]
-        if isinstance(what, TextOptions):
-            command += [f"--text-field={what.field}", f"--bad-records={what.bad_records}"]
-        else:
-            command += ["--chat", json.dumps(asdict(what))]
-        command += ["--processes", processes] if processes else []
-        package_root = str(Path(__file__).resolve().parents[2])
-        python_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-        environment = os.environ | {"PYTHONPATH": python_path}
-        done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, env=environment)
-        if done.returncode == 130:
-            raise KeyboardInterrupt
-        if not done.stdout:
-            raise RuntimeError(f"tokenizing ended with status {done.returncode}; stderr says why")
-        answer = json.loads(done.stdout)
-        if "error" in answer:
-            raise UsageError(answer["error"])
-        folder = Path(answer["folder"])
-    return folder
+    folder = _find(cache_dirs, fingerprint(expand_paths(paths, encoding.formats), encoding))
+    if folder is not None:
+        return folder
+    # -P: a file called queue.py in the current folder does not replace Python's module.
+    command = [sys.executable, "-P", "-m", "dtensor_llama.data.tokenize", "--for-process", os.getpid()]
+    command += ["--path", *paths, "--tokenizer", encoding.tokenizer.path, "--cache-dir", *cache_dirs]
+    command += encoding.arguments()
+    command += ["--processes", processes] if processes else []
+    package_root = str(Path(__file__).resolve().parents[2])
+    python_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": python_path}
+    done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, env=environment)
+    if done.returncode == 130:
+        raise KeyboardInterrupt
+    if not done.stdout:
+        raise RuntimeError(f"tokenizing ended with status {done.returncode}; stderr says why")
+    answer = json.loads(done.stdout)
+    if "error" in answer:
+        raise UsageError(answer["error"])
+    return Path(answer["folder"])
 
 
 def _find(cache_dirs: Sequence[str | Path], name: str) -> Path | None:
     return next((cache_dir / name for cache_dir in readable(cache_dirs) if (cache_dir / name).is_dir()), None)
 
 
-def _files(paths: Sequence[str | Path], what: TextOptions | ChatOptions) -> list[Path]:
-    return expand_paths(paths, FORMATS if isinstance(what, TextOptions) else RECORD_FORMATS)
-
-
-def fingerprint(files: list[Path], tokenizer: Tokenizer, what: TextOptions | ChatOptions) -> str:
-    """A hash of all that decides the tokens; of each file its path, size and time of change.
-
-    what: which texts there are, or how conversations become examples."""
+def fingerprint(files: list[Path], encoding: Encoding) -> str:
+    """Return a hash of all that decides the tokens; of each file it takes path, size and time of change."""
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    if isinstance(what, ChatOptions):
-        what = ("chat", CHAT_VERSION, template_of(tokenizer, what).source, asdict(what))
-    elif what.bad_records == "refuse":
-        what = what.field  # the corpora of earlier versions stay what they are
-    return hashlib.sha256(repr((FORMAT_VERSION, stats, tokenizer.fingerprint, what)).encode()).hexdigest()[
-        :32
-    ]
+    decisive = FORMAT_VERSION, stats, encoding.tokenizer.fingerprint, encoding.identity()
+    return hashlib.sha256(repr(decisive).encode()).hexdigest()[:32]
+
+
+# ---- in the program of its own ----
 
 
 def tokenize(
     paths: list[str],
-    tokenizer: Tokenizer,
+    encoding: Encoding,
     cache_dirs: Sequence[Path],
-    what: TextOptions | ChatOptions,
     processes: int,
     for_process: int | None = None,
 ) -> Path:
-    """Write the corpus unless it is there; returns its folder. Whoever comes second waits here for the first.
+    """Write the corpus unless it exists; return its folder. A second process that wants it waits here for the
+    first.
 
-    cache_dirs: it is written into the first of them that can be written; which one that is, is the same for
-    all who ask."""
-    files = _files(paths, what)
-    name = fingerprint(files, tokenizer, what)
+    cache_dirs: the corpus is written into the first of them that can be written, which is the same one for
+        all processes."""
+    files = expand_paths(paths, encoding.formats)
+    name = fingerprint(files, encoding)
     found = _find(cache_dirs, name)
     if found:
         return found
@@ -163,61 +140,21 @@ def tokenize(
             if folder.is_dir():
                 return folder
             if why_not_first:
-                _say(f"note: {why_not_first}; the tokens go to {cache_dir}")
-            # of a killed run: nobody else writes it under the lock
+                _print(f"note: {why_not_first}; the tokens go to {cache_dir}")
+            # Left by a run that was killed: no other process writes it while we hold the lock.
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
-            _write_corpus(files, tokenizer, staging, what, processes, for_process)
-            if fingerprint(files, tokenizer, what) != name:
-                raise UsageError(
-                    f"--data.path {' '.join(paths)}: a file changed while it was read; start again."
-                )
+            _write_corpus(files, encoding, staging, processes, for_process)
+            if fingerprint(files, encoding) != name:
+                raise UsageError(f"{' '.join(paths)}: a file changed while it was read; start again.")
             os.rename(staging, folder)  # the one moment at which the corpus comes to exist
     except OSError as error:
         reason = say_full(cache_dir) if is_full(error) else error
         shutil.rmtree(cache_dir / f"{name}.partial", ignore_errors=True)  # it would keep the disk full
         raise UsageError(
-            f"the tokens cannot be written to {cache_dir}: {reason}; --data.cache-dir names another folder."
+            f"the tokens cannot be written to {cache_dir}: {reason}; `cache_dir` names another folder."
         ) from None
     return folder
-
-
-@dataclass
-class Found:
-    """What the records of some conversations were.
-
-    counts: of each format, and of those that something happened to. skipped: of bad records by what is wrong
-    with them.
-    skipped_lines: a JSON line for each of those. unread: fields that nothing reads. end_ids: tokens that end
-    an answer."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    skipped: Counter[str] = field(default_factory=Counter)
-    skipped_lines: list[str] = field(default_factory=list)
-    unread: Counter[str] = field(default_factory=Counter)
-    end_ids: set[int] = field(default_factory=set)
-
-    def skip(self, where: str, error: UsageError) -> None:
-        """Note a record that is left out."""
-        reason = error.reason if isinstance(error, BadRecord) else "cannot be read"
-        self.skipped[reason] += 1
-        line = {"where": where, "reason": reason, "message": str(error)}
-        self.skipped_lines.append(json.dumps(line, ensure_ascii=False))
-
-    def add(self, other: "Found") -> None:
-        """Take what another chunk holds; of its lines only the number is kept."""
-        self.counts += other.counts
-        self.skipped += other.skipped
-        self.unread += other.unread
-        self.end_ids |= other.end_ids
-
-    def as_json(self) -> dict:
-        return {
-            "counts": self.counts,
-            "skipped": self.skipped,
-            "unread": self.unread,
-            "end_ids": sorted(self.end_ids),
-        }
 
 
 class _HashedFile:
@@ -226,7 +163,8 @@ class _HashedFile:
     def __init__(self, path: Path):
         self.file, self.digest = open(path, "wb"), hashlib.sha256()
 
-    def write(self, data: bytes) -> None:
+    def write(self, array: np.ndarray) -> None:
+        data = array.tobytes()
         self.file.write(data)
         self.digest.update(data)
 
@@ -241,195 +179,126 @@ class _HashedFile:
         self.file.close()
 
 
+class _Progress:
+    """Shows how much of the input is done: a bar in a terminal, else a line every now and then."""
+
+    def __init__(self, total_bytes: int):
+        self.total_bytes, self.done_bytes = total_bytes, 0
+        columns = "tokenizing", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+        to_file = not sys.stderr.isatty()
+        self.bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=to_file)
+        self.task, self.line_due_s = self.bar.add_task("", total=total_bytes), time.monotonic() + LINE_EVERY_S
+
+    def advance(self, input_bytes: int, n_tokens: int) -> None:
+        self.done_bytes += input_bytes
+        self.bar.advance(self.task, input_bytes)
+        if self.bar.disable and time.monotonic() > self.line_due_s:
+            self.line_due_s = time.monotonic() + LINE_EVERY_S
+            done, total = self.done_bytes / 1e6, self.total_bytes / 1e6
+            _print(f"tokenizing: {done:,.0f} of {total:,.0f} MB, {n_tokens:,} tokens")
+
+
 def _write_corpus(
-    files: list[Path],
-    tokenizer: Tokenizer,
-    staging: Path,
-    what: TextOptions | ChatOptions,
-    processes: int,
-    for_process: int | None,
+    files: list[Path], encoding: Encoding, staging: Path, processes: int, for_process: int | None
 ) -> None:
-    is_chat = isinstance(what, ChatOptions)
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    total_bytes, done_bytes, n_tokens, n_documents = sum(file.stat().st_size for file in files), 0, 0, 0
-    columns = "tokenizing", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
-    task, began_s = bar.add_task("", total=total_bytes), time.monotonic()
-    line_due_s = began_s + LINE_EVERY_S
-    pool = ProcessPoolExecutor(
-        processes, multiprocessing.get_context("fork"), _start_worker, (tokenizer, what)
-    )
-    found = Found()
-    names = ["tokens.bin", "documents.bin"] + (["trained.bin"] if is_chat else [])
+    began_s, total_bytes = time.monotonic(), sum(file.stat().st_size for file in files)
+    dtype = np.dtype(np.uint16 if encoding.tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    n_tokens, n_documents, found = 0, 0, Found()
+    forked = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(processes, forked, _start_worker, (encoding,))
     with pool, contextlib.ExitStack() as opened:
-        tokens_file, starts_file, *trained_file = [
-            opened.enter_context(_HashedFile(staging / name)) for name in names
-        ]
+        written = [opened.enter_context(_HashedFile(staging / name)) for name in encoding.files]
         skipped_file = opened.enter_context(open(staging / SKIPPED, "w", encoding="utf-8"))
-        pool.submit(int).result()  # forks the workers, now, before the bar starts a thread
+        pool.submit(int).result()  # forks the workers, now, before the progress bar starts a thread
         try:
-            with bar:
-                cutter = None if is_chat else Cutter(tokenizer)
-                for ids, starts, trained, of_chunk, input_bytes in _in_order(
-                    pool, files, what, cutter, processes
-                ):
-                    tokens_file.write(ids.astype(dtype).tobytes())
-                    starts_file.write((starts + n_tokens).tobytes())
-                    for file in trained_file:
-                        file.write(trained.tobytes())
-                    found.add(of_chunk)
-                    for line in of_chunk.skipped_lines:
-                        skipped_file.write(line + "\n")
-                    n_tokens, n_documents = n_tokens + len(ids), n_documents + len(starts)
-                    done_bytes += input_bytes
-                    bar.advance(task, input_bytes)
-                    if bar.disable and time.monotonic() > line_due_s:
-                        line_due_s = time.monotonic() + LINE_EVERY_S
-                        _say(
-                            f"tokenizing: {done_bytes / 1e6:,.0f} of {total_bytes / 1e6:,.0f} MB, {n_tokens:,} tokens"
-                        )
+            progress = _Progress(total_bytes)
+            with progress.bar:
+                for encoded, input_bytes in _in_order(pool, files, encoding, processes):
+                    arrays = encoded.ids.astype(dtype), encoded.starts + n_tokens, encoded.trained
+                    for file, array in zip(written, arrays, strict=False):
+                        file.write(array)
+                    skipped_file.writelines(line + "\n" for line in encoded.found.skipped_lines)
+                    found.add(encoded.found)
+                    n_tokens, n_documents = n_tokens + len(encoded.ids), n_documents + len(encoded.starts)
+                    progress.advance(input_bytes, n_tokens)
                     if for_process and os.getppid() != for_process:
                         raise SystemExit("tokenizing stopped: the process that asked for it is gone")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
         if n_documents == 0:
-            missing = "conversation with any answer to train on" if is_chat else "document with any text"
-            skipped = f"; skipped were {', '.join(reasons_in_order(found.skipped))}" if found.skipped else ""
-            raise UsageError(f"--data.path {files[0]}: no {missing} in {len(files)} file(s){skipped}.")
+            skipped = f"; skipped were {in_words(found.skipped)}" if found.skipped else ""
+            raise UsageError(f"{files[0]}: no {encoding.a_document} in {len(files)} file(s){skipped}.")
+        digests = b"".join(file.digest.digest() for file in written)
         meta = {
             "n_tokens": n_tokens,
             "n_documents": n_documents,
             "dtype": dtype.name,
             "format": FORMAT_VERSION,
+            "tokenizer": encoding.tokenizer.fingerprint,
+            "files": [str(file) for file in files],
+            **encoding.meta,
+            **found.as_json(),
+            "content_hash": hashlib.sha256(digests).hexdigest(),
         }
-        meta |= {"tokenizer": tokenizer.fingerprint, "files": [str(file) for file in files]}
-        meta |= {"chat" if is_chat else "text": asdict(what), **found.as_json()}
-        written = (tokens_file, starts_file, *trained_file)
-        meta["content_hash"] = hashlib.sha256(b"".join(file.digest.digest() for file in written)).hexdigest()
         (staging / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         for file in written:
-            # before the rename: after a power cut a name must not stand for missing bytes
+            # Before the folder is renamed: after a power cut its name must not stand for missing bytes.
             file.flush_to_disk()
     elapsed_s = time.monotonic() - began_s
-    _say(
-        f"tokenized {total_bytes / 1e6:,.1f} MB: {n_documents:,} documents, {n_tokens:,} tokens in {elapsed_s:.1f} s"
+    _print(
+        f"tokenized {total_bytes / 1e6:,.1f} MB: {n_documents:,} documents, {n_tokens:,} tokens in "
+        f"{elapsed_s:.1f} s"
     )
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
 def _in_order(
-    pool: ProcessPoolExecutor,
-    files: list[Path],
-    what: TextOptions | ChatOptions,
-    cutter: Cutter | None,
-    processes: int,
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None, Found, int]]:
-    """What the workers make of each chunk, and its bytes of input, in the order of the corpus, a few of them
-    at a time."""
-    text_field = what.field if isinstance(what, TextOptions) else None
-    under_way, chunks = deque(), (chunk for file in files for chunk in read_chunks(file, text_field, cutter))
+    pool: ProcessPoolExecutor, files: list[Path], encoding: Encoding, processes: int
+) -> Iterator[tuple[Encoded, int]]:
+    """Yield each encoded chunk and its bytes of input in the order of the corpus, with a few of them under
+    way."""
+    under_way = deque()
+    chunks = (chunk for file in files for chunk in read_chunks(file, encoding.text_field, encoding.cutter))
     while True:
         while len(under_way) < CHUNKS_PER_WORKER * processes and (chunk := next(chunks, None)):
-            encode = _encode_chunk if text_field is not None else _encode_chat
-            under_way.append((pool.submit(encode, chunk), chunk.input_bytes))
+            under_way.append((pool.submit(_encode, chunk), chunk.input_bytes))
         if not under_way:
             return
         future, input_bytes = under_way.popleft()
-        yield *future.result(), input_bytes
+        yield future.result(), input_bytes
 
 
 # ---- in the workers ----
 
-_cutter: Cutter  # set once in each worker
-_template: ChatTemplate | RawTemplate
-_what: TextOptions | ChatOptions
+_encoding: Encoding  # set once in each worker
 
 
-def _start_worker(tokenizer: Tokenizer, what: TextOptions | ChatOptions) -> None:
-    global _cutter, _template, _what
-    _what = what
-    if isinstance(what, TextOptions):
-        _cutter = Cutter(tokenizer)
-    else:
-        _template = template_of(tokenizer, what)
+def _start_worker(encoding: Encoding) -> None:
+    global _encoding
+    _encoding = encoding
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent decides
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
 def _die_with_parent() -> None:
-    """When the parent is killed its workers would wait for chunks for ever, and hold its lock."""
+    """End this worker when its parent is killed: it would wait for chunks for ever, and hold the parent's
+    lock."""
     wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 
 
-def _encode_chunk(chunk: Chunk) -> tuple[np.ndarray, np.ndarray, None, Found]:
-    """(uint32 ids with BOS and EOS; int64 offsets into them of the documents that start in this chunk;
-    nothing; what was left out)."""
-    tokenizer, found = _cutter.tokenizer, Found()
-    texts = chunk.documents(_what.field, found.skip if _what.bad_records == "skip" else None)
-    documents = [list(_cutter.pieces(text, PIECE_CHARS, chunk.skip)) for text in texts]
-    encoded = iter(tokenizer.encode_batch([text for pieces in documents for text, _ in pieces]))
-    bos = [tokenizer.bos_id] if chunk.opens and tokenizer.adds.bos else []
-    eos = [tokenizer.eos_id] if chunk.closes and tokenizer.eos_id is not None else []
-    ids, starts = [], []
-    for pieces in documents:
-        starts += [len(ids)] if chunk.opens else []
-        ids += bos
-        for _, skip in pieces:
-            ids += next(encoded)[skip:]
-        ids += eos
-    return np.array(ids, dtype=np.uint32), np.array(starts, dtype=np.int64), None, found
+def _encode(chunk: Chunk) -> Encoded:
+    return _encoding.encode(chunk)
 
 
-def _encode_chat(chunk: Chunk) -> tuple[np.ndarray, np.ndarray, np.ndarray, Found]:
-    """(uint32 ids; int64 offsets of the conversations; uint8 1 where a token is trained; what the records
-    were)."""
-    ids, starts, trained, found = [], [], [], Found()
-    skip = found.skip if _what.bad_records == "skip" else None
-    for where, record in chunk.records(skip):
-        try:
-            conversation = conversation_of(record, where)
-            left_out = _why_left_out(conversation)
-            example = None if left_out else _template.example(conversation, where, _what.train_on)
-        except UsageError as error:
-            if skip is None:
-                raise
-            skip(where, error)
-            continue
-        found.counts[conversation.format] += 1
-        found.unread.update([*conversation.unread, *_template.unread(conversation)])
-        found.counts[UNANSWERED] += conversation.n_unanswered > 0
-        if not left_out and not any(example.trained):
-            left_out = NOTHING_TRAINED
-        if left_out:
-            found.counts[left_out] += 1
-            continue
-        found.end_ids |= example.ends
-        starts.append(len(ids))
-        ids += example.ids
-        trained += example.trained
-    return (
-        np.array(ids, dtype=np.uint32),
-        np.array(starts, dtype=np.int64),
-        np.array(trained, dtype=np.uint8),
-        found,
-    )
+# ---- the command ----
 
 
-def _why_left_out(conversation: Conversation) -> str | None:
-    """What `counts` calls a conversation with an answer that is trained and empty."""
-    for turn, flag in zip(conversation.turns, conversation.flags, strict=True):
-        says = turn.get("content", "").strip() or turn.get("tool_calls") or turn.get("function_call")
-        if turn["role"] == "assistant" and not says and flag is not False:
-            return EMPTY_ANSWER
-    return None
-
-
-def main() -> int:
+def _arguments() -> argparse.Namespace:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = argparse.ArgumentParser(
         prog="python -m dtensor_llama.data.tokenize",
@@ -468,17 +337,29 @@ def main() -> int:
         help="for a program: print the result or the error as JSON, and stop "
         "when the process PID, which must be the parent, is gone",
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def _encoding_of(args: argparse.Namespace) -> Encoding:
+    tokenizer = load_tokenizer(args.tokenizer)
+    if not args.chat:
+        return TextEncoding(tokenizer, TextOptions(args.text_field, args.bad_records))
+    # Only here: data/ does not need chat/ to tokenize texts.
+    from dtensor_llama.chat.conversations import ChatOptions
+    from dtensor_llama.chat.corpus import ChatEncoding
+
+    return ChatEncoding(tokenizer, ChatOptions(**{"bad_records": args.bad_records} | json.loads(args.chat)))
+
+
+def main() -> int:
+    args = _arguments()
     make_streams_last()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     try:
         if args.processes < 1:
             raise UsageError(f"--processes {args.processes}: at least one worker is needed.")
-        tokenizer = load_tokenizer(args.tokenizer)
-        what = TextOptions(args.text_field, args.bad_records)
-        if args.chat:
-            what = ChatOptions(**{"bad_records": args.bad_records} | json.loads(args.chat))
-        folder = tokenize(args.path, tokenizer, args.cache_dir, what, args.processes, args.for_process)
+        encoding = _encoding_of(args)
+        folder = tokenize(args.path, encoding, args.cache_dir, args.processes, args.for_process)
         answer = {"folder": str(folder)}
     except UsageError as error:
         answer = {"error": str(error)}
@@ -487,7 +368,7 @@ def main() -> int:
     if args.for_process:
         print(json.dumps(answer))
     elif "error" in answer:
-        _say(f"error: {answer['error']}")
+        _print(f"error: {answer['error']}")
     else:
         print(answer["folder"])
     return 2 if "error" in answer else 0

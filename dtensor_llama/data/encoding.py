@@ -1,0 +1,118 @@
+"""Chunks of files to token ids, in the processes that tokenize: what they return, and how plain texts become
+ids."""
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from dtensor_llama.data.cut import Cutter
+from dtensor_llama.data.sources import FORMATS, Chunk, Skip, TextOptions, refuse
+from dtensor_llama.data.tokenizer import Tokenizer
+from dtensor_llama.errors import BadRecord, UsageError
+
+PIECE_CHARS = 16384  # a worker cuts longer texts: both libraries are fastest on texts of about this length
+
+
+@dataclass
+class Found:
+    """Counts what the records of some chunks were.
+
+    counts: records of each format, and of each kind that is treated apart. skipped: bad records by what is
+        wrong.
+    skipped_lines: a JSON line for each of those. unread: fields that nothing reads. end_ids: tokens that end
+        an answer.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)
+    end_ids: set[int] = field(default_factory=set)
+    skipped_lines: list[str] = field(default_factory=list)
+
+    def skip(self, where: str, error: UsageError) -> None:
+        """Note a record that is left out."""
+        reason = error.reason if isinstance(error, BadRecord) else "cannot be read"
+        self.skipped[reason] += 1
+        line = {"where": where, "reason": reason, "message": str(error)}
+        self.skipped_lines.append(json.dumps(line, ensure_ascii=False))
+
+    def skip_or_refuse(self, bad_records: str) -> Skip:
+        """Return what to call for a bad record, as the option bad_records says."""
+        return self.skip if bad_records == "skip" else refuse
+
+    def add(self, other: "Found") -> None:
+        """Add the counts of another chunk, without its lines."""
+        self.counts += other.counts
+        self.skipped += other.skipped
+        self.unread += other.unread
+        self.end_ids |= other.end_ids
+
+    def as_json(self) -> dict:
+        counts = {"counts": self.counts, "skipped": self.skipped, "unread": self.unread}
+        return counts | {"end_ids": sorted(self.end_ids)}
+
+
+class Encoded(NamedTuple):
+    """The documents of a chunk as token ids."""
+
+    ids: np.ndarray  # uint32, BOS and EOS included
+    starts: np.ndarray  # int64: offsets into `ids` of the documents that start in this chunk
+    trained: np.ndarray | None  # uint8 beside `ids`: 1 where a token is trained; None: all of them are
+    found: Found
+
+
+class Encoding(Protocol):
+    """Turns the records of a corpus into token ids. The processes that tokenize share one by fork."""
+
+    tokenizer: Tokenizer
+    formats: tuple[str, ...]  # kinds of files that can be read
+    text_field: str | None  # the field that is read of each record; None: all of them
+    cutter: Cutter | None  # cuts long texts; None: records are never cut
+    files: tuple[str, ...]  # written beside meta.json
+    meta: dict  # its own part of meta.json
+    a_document: str  # what the corpus must have at least one of
+
+    def identity(
+        self,
+    ) -> object: ...  # all that decides the ids besides files and tokenizer; its repr is hashed
+    def arguments(
+        self,
+    ) -> list[str]: ...  # of `python -m dtensor_llama.data.tokenize`, to make the same there
+    def encode(self, chunk: Chunk) -> Encoded: ...
+
+
+class TextEncoding:
+    """Writes each text as BOS, if the tokenizer adds one, its ids, and EOS, if there is one."""
+
+    formats, files, a_document = FORMATS, ("tokens.bin", "documents.bin"), "document with any text"
+
+    def __init__(self, tokenizer: Tokenizer, options: TextOptions):
+        self.tokenizer, self.options, self.text_field = tokenizer, options, options.field
+        self.cutter, self.meta = Cutter(tokenizer), {"text": asdict(options)}
+
+    def identity(self) -> object:
+        # With the default the corpora of earlier versions stay valid.
+        return self.options.field if self.options.bad_records == "refuse" else self.options
+
+    def arguments(self) -> list[str]:
+        return [f"--text-field={self.options.field}", f"--bad-records={self.options.bad_records}"]
+
+    def encode(self, chunk: Chunk) -> Encoded:
+        tokenizer, found = self.tokenizer, Found()
+        texts = chunk.documents(self.text_field, found.skip_or_refuse(self.options.bad_records))
+        documents = [list(self.cutter.pieces(text, PIECE_CHARS, chunk.skip)) for text in texts]
+        encoded = iter(tokenizer.encode_batch([text for pieces in documents for text, _ in pieces]))
+        bos = [tokenizer.bos_id] if chunk.opens and tokenizer.adds.bos else []
+        eos = [tokenizer.eos_id] if chunk.closes and tokenizer.eos_id is not None else []
+        ids, starts = [], []
+        for pieces in documents:
+            if chunk.opens:
+                starts.append(len(ids))
+            ids += bos
+            for _, skip in pieces:
+                ids += next(encoded)[skip:]
+            ids += eos
+        return Encoded(np.array(ids, dtype=np.uint32), np.array(starts, dtype=np.int64), None, found)
