@@ -42,7 +42,6 @@ from dtensor_llama.data.sequences import Packing, say_skipped
 from dtensor_llama.data.sources import TextOptions
 from dtensor_llama.data.tokenizer import load_tokenizer
 from dtensor_llama.hf_folder import Base, export
-from dtensor_llama.loss import IGNORE
 from dtensor_llama.model import init_weights
 from dtensor_llama.places import cache_folders, readable
 from dtensor_llama.run import (
@@ -232,7 +231,7 @@ def main(cfg: PretrainConfig) -> None:
         microbatches = next(reader)  # n_microbatches batches of (micro_batch_size, T)
         # How many labels count in the whole global batch, and whether any rank was asked to stop: one
         # reduction for both. It goes over gloo, from host to host, so that nothing waits for the device.
-        counts = torch.tensor([count_targets(microbatches), int(stop.asked)])
+        counts = torch.tensor([sum(batch.n_targets for batch in microbatches), int(stop.asked)])
         dist.all_reduce(counts)
         n_targets, stopped = max(1, int(counts[0]) // layout.ranks_per_batch), bool(counts[1])
         pictures.before(step)
@@ -255,7 +254,7 @@ def main(cfg: PretrainConfig) -> None:
             held_out |= {name: source for name, source, _ in rows.parts(0) if name}
             for name, source in held_out.items():
                 batches = validation_batches(source, batching, cfg.train.validation_rows)
-                validation_losses[name] = evaluate(training, list(batches))
+                validation_losses[name] = training.evaluate(list(batches))
         report.write(finished, validation_losses)
         if saves:
             state = training_state(model, training.optimizer, step, reader.position, record.to_meta())
@@ -315,29 +314,6 @@ def forward_backward(training: Training, microbatches: list[Batch], n_targets: i
         ).backward()  # FSDP averages over these ranks; we want the sum
         loss += loss_i.detach()
     return loss
-
-
-@torch.no_grad()
-def evaluate(training: Training, batches: list[Batch]) -> float:
-    """Mean loss of held-out batches. All ranks enter: a sharded forward gathers weights."""
-    layout = training.layout
-    own = [layout.own_tokens(batch) for batch in batches]
-    if training.pipeline:
-        nats = training.pipeline.evaluate(own)
-    else:
-        nats = torch.zeros((), dtype=torch.float64, device=training.device)
-        for batch in own:
-            tokens, labels, positions = batch.to(training.device)
-            nats += training.model(tokens, labels=labels, positions=positions)
-        training.reshard()
-    dist.all_reduce(nats, group=layout.loss_group)
-    n_targets = torch.tensor(count_targets(batches), device=training.device)
-    dist.all_reduce(n_targets, group=layout.mesh["dp"].get_group())
-    return (nats / n_targets).item()
-
-
-def count_targets(batches: list[Batch]) -> int:
-    return sum(int((batch.labels != IGNORE).sum()) for batch in batches)
 
 
 # ---- What a checkpoint records, what is printed ------------------ -----------------------------------------
