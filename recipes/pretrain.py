@@ -241,9 +241,9 @@ def main(cfg: PretrainConfig) -> None:
         # ---- below here nothing changes the weights ----
         pictures.after(step, report.say if is_main else None)
         report.end_step(step, lr, reader.position * seq_len, loss, grad_norm)
-        is_last = stopped or step == cfg.train.steps
-        saves = is_due(step, cfg.checkpoint.every, is_last)
         at_end = step == cfg.train.steps
+        is_last = stopped or at_end
+        saves = is_due(step, cfg.checkpoint.every, is_last)
         validates = rows.n_validation and is_due(step, cfg.train.validate_every, at_end)
         # The loss is read while the device computes the next step. Only a step that was read is saved or
         # judged.
@@ -259,8 +259,8 @@ def main(cfg: PretrainConfig) -> None:
         if saves:
             state = training_state(model, training.optimizer, step, reader.position, record.to_meta())
             waited_s = checkpoints.save(step, state, wait=is_last)
-            state_of_it = "written" if is_last else "under way"
-            report.say(f"step {step}: checkpoint {state_of_it}; training waited {waited_s:.2f} s")
+            stage = "written" if is_last else "under way"
+            report.say(f"step {step}: checkpoint {stage}; training waited {waited_s:.2f} s")
 
     # ---- 5. The end ----------------------------------------------------------------------------------------
     reader.close()

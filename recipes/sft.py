@@ -2,7 +2,7 @@
 
     python recipes/sft.py --model SmolLM2-135M/ --data.path chat.jsonl
     torchrun --nproc-per-node 8 recipes/sft.py --model llama2-7b/ --data.path 'chats/*.parquet' --lora.rank 16
-    python recipes/sft.py --model llama2-7b/ --data.path chat.jsonl --preview 3        # what would be trained, in colour
+    python recipes/sft.py --model llama2-7b/ --data.path chat.jsonl --preview 3     # show what would be trained
 
 The same file as pretrain.py with other data, and the same step. A row holds whole conversations, only what
 the assistant says is scored, and what the user leaves open (None below) is chosen from the data and the
@@ -169,8 +169,15 @@ class SftConfig:
 
 # What each number must be at least.
 NUMBERS = [
-    *at_least(1, "train.steps", "train.global_batch_size", "train.micro_batch_size", "data.seq_len"),
-    *at_least(1, "train.validation_rows", "train.answer_tokens"),
+    *at_least(
+        1,
+        "train.steps",
+        "train.global_batch_size",
+        "train.micro_batch_size",
+        "train.validation_rows",
+        "train.answer_tokens",
+        "data.seq_len",
+    ),
     *at_least(0, "train.epochs", "train.lr", exclusive=True),
     AtLeast("train.max_grad_norm", 0, exclusive=True, may_be_infinite=True),
     AtLeast("data.validation_share", 0, below=1),
@@ -282,7 +289,8 @@ def main(cfg: SftConfig) -> None:
     if prompts and resolved.pp * resolved.cp > 1:
         prompts = []
         report.say(
-            "answers   none are sampled in training: no rank of a pipeline or of cp sees whole rows in a whole model"
+            "answers   none are sampled in training: no rank of a pipeline or of cp sees whole rows in a whole "
+            "model"
         )
 
     # ---- 4. The loop ---------------------------------------------------------------------------------------
@@ -299,8 +307,7 @@ def main(cfg: SftConfig) -> None:
         dist.all_reduce(counts)
         n_targets, stopped = max(1, int(counts[0]) // layout.ranks_per_batch), bool(counts[1])
         if noise:
-            first_row = layout.dp_rank * cfg.train.global_batch_size // resolved.dp
-            noise.next_step(step, first_row, microbatches)
+            noise.next_step(step, layout.dp_rank, microbatches)
         pictures.before(step)
         loss, grad_norm = train_step(training, microbatches, n_targets, lr, cfg.train.max_grad_norm)
         step += 1
@@ -308,9 +315,9 @@ def main(cfg: SftConfig) -> None:
         # ---- below here nothing changes the weights ----
         pictures.after(step, report.say if is_main else None)
         report.end_step(step, lr, reader.position * seq_len, loss, grad_norm)
-        is_last = stopped or step == cfg.train.steps
-        saves = is_due(step, cfg.checkpoint.every, is_last)
         at_end = step == cfg.train.steps
+        is_last = stopped or at_end
+        saves = is_due(step, cfg.checkpoint.every, is_last)
         validates = rows.n_validation and is_due(step, cfg.train.validate_every, at_end)
         # The loss is read while the device computes the next step. Only a step that was read is saved or
         # judged.
@@ -326,8 +333,8 @@ def main(cfg: SftConfig) -> None:
         if saves:
             state = training_state(model, training.optimizer, step, reader.position, record.to_meta())
             waited_s = checkpoints.save(step, state, wait=is_last)
-            state_of_it = "written" if is_last else "under way"
-            report.say(f"step {step}: checkpoint {state_of_it}; training waited {waited_s:.2f} s")
+            stage = "written" if is_last else "under way"
+            report.say(f"step {step}: checkpoint {stage}; training waited {waited_s:.2f} s")
 
     # ---- 5. The end ----------------------------------------------------------------------------------------
     reader.close()
@@ -420,11 +427,12 @@ def run_record(
 ) -> RunRecord:
     """What a checkpoint records about its run, and what must be the same for its data position and weights to
     mean the same in a run that resumes from it."""
+    packing = "packed" if cfg.data.packing else "not packed"
     fixed = {
         "--model": asdict(model_config),
         **values_by_flag(cfg, ("data.seq_len", "train.seed", "data.validation_share")),
         "--lora": {**asdict(cfg.lora), "targets": list(cfg.lora.targets)},  # a list, as JSON gives it back
-        "--data.overlong and --data.packing": f"{cfg.data.overlong}, {'packed' if cfg.data.packing else 'not packed'}",
+        "--data.overlong and --data.packing": f"{cfg.data.overlong}, {packing}",
         "--data.path and --data.tokenizer": rows.contents,
         CONTENT: rows.content_hash,
     }
