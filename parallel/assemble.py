@@ -94,8 +94,8 @@ class Training:
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> float:
-        """Return the mean loss of this dp rank's batches and those of the others, in nats. All ranks enter, each
-        with as many batches, since a sharded forward gathers weights."""
+        """Return the mean loss of this dp rank's batches and those of the others, in nats. All ranks enter,
+        each with as many batches, since a sharded forward gathers weights."""
         nats = self.sum_of_losses([self.layout.own_tokens(batch) for batch in batches])
         dist.all_reduce(nats, group=self.layout.loss_group)
         n_targets = torch.tensor(sum(batch.n_targets for batch in batches), device=self.device)
@@ -104,8 +104,8 @@ class Training:
 
     @torch.no_grad()
     def sum_of_losses(self, batches: list[Batch]) -> Tensor:
-        """Return the sum of the token losses of batches that hold this rank's tokens, float64, in nats; with pp it
-        is 0 on ranks without the last stage."""
+        """Return the sum of the token losses of batches that hold this rank's tokens, float64, in nats; with
+        pp it is 0 on ranks without the last stage."""
         if self.pipeline:
             return self.pipeline.evaluate(batches)
         nats = torch.zeros((), dtype=torch.float64, device=self.device)

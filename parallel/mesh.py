@@ -110,7 +110,8 @@ class Layout:
 
 
 def build_mesh(config: ParallelConfig, device_type: str) -> DeviceMesh:
-    """Return the mesh of a resolved config, with its axes (those of size 1 too) and the derived axes of config.py.
+    """Return the mesh of a resolved config, with its axes (those of size 1 too) and the derived axes of
+    config.py.
 
     At ZeRO stage 0 there is also an axis `solo` of size 1, which fully_shard shards over: nothing is sharded.
     """

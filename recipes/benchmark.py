@@ -2,7 +2,7 @@
 end.
 
     python recipes/benchmark.py --model tiny-5m --data.seq-len 256 --train.global-batch-size 16
-    torchrun --nproc-per-node 8 recipes/benchmark.py --model llama2-7b --train.compile --train.recompute selective
+    torchrun --nproc-per-node 8 recipes/benchmark.py --model llama2-7b --train.compile --train.recompute full
 
 With --data.document-mask the rows are packed documents of 512 tokens on average. With --data.path it also
 answers whether reading costs training time: steps on real rows and on synthetic ones take turns in one run,

@@ -350,8 +350,8 @@ def lines_on_data(cfg: PretrainConfig, rows, run_dir: Path) -> list[str]:
     sources = rows.parts(cfg.train.steps * cfg.train.global_batch_size)
     for name, source, n_read in sources:
         lines.append(
-            f"data      {name + ': ' if name else ''}{source.corpus.n_tokens:,} tokens: {source.n_train:,} rows of "
-            f"{rows.seq_len} to train on, {source.n_validation:,} held out; this run reads them "
+            f"data      {name + ': ' if name else ''}{source.corpus.n_tokens:,} tokens: {source.n_train:,} "
+            f"rows of {rows.seq_len} to train on, {source.n_validation:,} held out; this run reads them "
             f"{n_read / source.n_train:.2f} times"
         )
     say_skipped([source.corpus for _, source, _ in sources], run_dir, lines.append)

@@ -2,7 +2,7 @@
 
     python recipes/sft.py --model SmolLM2-135M/ --data.path chat.jsonl
     torchrun --nproc-per-node 8 recipes/sft.py --model llama2-7b/ --data.path 'chats/*.parquet' --lora.rank 16
-    python recipes/sft.py --model llama2-7b/ --data.path chat.jsonl --preview 3     # show what would be trained
+    python recipes/sft.py --model llama2-7b/ --data.path chat.jsonl --preview 3    # show what is trained
 
 The same file as pretrain.py with other data, and the same step. A row holds whole conversations, only what
 the assistant says is scored, and what the user leaves open (None below) is chosen from the data and the
@@ -289,8 +289,8 @@ def main(cfg: SftConfig) -> None:
     if prompts and resolved.pp * resolved.cp > 1:
         prompts = []
         report.say(
-            "answers   none are sampled in training: no rank of a pipeline or of cp sees whole rows in a whole "
-            "model"
+            "answers   none are sampled in training: no rank of a pipeline or of cp sees whole rows in a "
+            "whole model"
         )
 
     # ---- 4. The loop ---------------------------------------------------------------------------------------
