@@ -290,9 +290,8 @@ def forward_backward(training: Training, microbatches: list[Batch], n_targets: T
         training.sync_gradients(last=i == len(microbatches) - 1)
         tokens, labels, positions = batch.to(training.device)
         loss_i = training.model(tokens, labels=labels, positions=positions) / n_targets
-        (
-            loss_i * training.layout.gradient_ranks
-        ).backward()  # FSDP averages over these ranks; we want the sum
+        # FSDP averages gradients over these ranks; we want their sum.
+        (loss_i * training.layout.gradient_ranks).backward()
         loss += loss_i.detach()
     return loss
 

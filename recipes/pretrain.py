@@ -165,9 +165,8 @@ def main(cfg: PretrainConfig) -> None:
     tokenizer = load_tokenizer(base.tokenizer_path)
     model_config = base.read_config(tokenizer)
     seq_len = cfg.data.seq_len or model_config.max_position_embeddings
-    resolved = cfg.parallel.resolve(
-        launch.world_size
-    )  # every axis has its size; -1 is what the others leave over
+    # Now every axis has its size: an axis of -1 takes the processes that the others leave over.
+    resolved = cfg.parallel.resolve(launch.world_size)
     kernel, why = choose_attention(
         cfg.train.attention, device, dtype, merges_blocks=resolved.is_ring, documents=cfg.data.document_mask
     )
@@ -209,7 +208,10 @@ def main(cfg: PretrainConfig) -> None:
     step, position = resume(cfg.checkpoint.resume, checkpoints, model, training.optimizer, record, say)
     if step == 0:
         weights = training.fp32_weights()
-        load_hf(weights, base.weights) if base.weights else init_weights(weights, cfg.train.seed)
+        if base.weights:
+            load_hf(weights, base.weights)
+        else:
+            init_weights(weights, cfg.train.seed)
 
     batch_sizes = cfg.train.global_batch_size, cfg.train.micro_batch_size
     pins = device.type == "cuda"
@@ -309,14 +311,13 @@ def forward_backward(training: Training, microbatches: list[Batch], n_targets: i
         tokens, labels, positions = batch.to(training.device)
         # The model returns the sum of the token losses.
         loss_i = training.model(tokens, labels=labels, positions=positions) / n_targets
-        (
-            loss_i * training.layout.gradient_ranks
-        ).backward()  # FSDP averages over these ranks; we want the sum
+        # FSDP averages gradients over these ranks; we want their sum.
+        (loss_i * training.layout.gradient_ranks).backward()
         loss += loss_i.detach()
     return loss
 
 
-# ---- What a checkpoint records, what is printed ------------------ -----------------------------------------
+# ---- What a checkpoint records, what is printed ------------------------------------------------------------
 
 
 def run_record(cfg: PretrainConfig, model_config: LlamaConfig, rows, generation: dict) -> RunRecord:

@@ -266,7 +266,10 @@ def main(cfg: SftConfig) -> None:
         noise.add_to(model.model.embed_tokens)
     # The weights are loaded before a resumption too, since a LoRA checkpoint has no frozen ones.
     weights = training.fp32_weights()
-    load_hf(weights, base.weights) if base.weights else init_weights(weights, cfg.train.seed)
+    if base.weights:
+        load_hf(weights, base.weights)
+    else:
+        init_weights(weights, cfg.train.seed)
     init_lora(weights, cfg.train.seed)
     checkpoints = Checkpointer(run_dir / "checkpoints", keep=cfg.checkpoint.keep)
     record = run_record(cfg, model_config, rows, model.generation_config)
@@ -389,14 +392,13 @@ def forward_backward(training: Training, microbatches: list[Batch], n_targets: i
         tokens, labels, positions = batch.to(training.device)
         # The model returns the sum of the token losses.
         loss_i = training.model(tokens, labels=labels, positions=positions) / n_targets
-        (
-            loss_i * training.layout.gradient_ranks
-        ).backward()  # FSDP averages over these ranks; we want the sum
+        # FSDP averages gradients over these ranks; we want their sum.
+        (loss_i * training.layout.gradient_ranks).backward()
         loss += loss_i.detach()
     return loss
 
 
-# ---- What is chosen, what a checkpoint records, what is printed ------------------ -------------------------
+# ---- What is chosen, what a checkpoint records, what is printed --------------------------------------------
 
 
 def choose(
