@@ -92,7 +92,7 @@ class Layout:
     @property
     def gradient_ranks(self) -> int:
         """Over how many ranks FSDP averages a gradient. The loss is scaled by it, since we want the sum."""
-        return self.config.grad_ranks
+        return self.config.gradient_ranks
 
     @property
     def loss_group(self) -> dist.ProcessGroup:
