@@ -401,9 +401,9 @@ def test_a_bad_file_is_named_with_the_line(tokenizer, tmp_path, name, content, m
 def test_paths_that_name_nothing_readable_are_refused(tmp_path):
     (tmp_path / "a.doc").write_text("x")
     for pattern, message in (
-        ("nope*.txt", "no file matches"),
-        ("nope.txt", "no file matches"),
-        ("", "is a folder"),
+        ("nope*.txt", r"data\.path=.*nope\*\.txt: no file matches"),
+        ("nope.txt", r"data\.path=.*nope\.txt: no file matches"),
+        ("", r"data\.path=.*: is a folder"),
         ("a.doc", r"a\.doc: unknown kind of file"),
         ("*", r"a\.doc: unknown kind of file"),
     ):
@@ -434,8 +434,7 @@ def test_the_command_prints_one_line_and_exits_with_2(tokenizer, tmp_path):
     done = subprocess.run(command("nope.txt", tokenizer, tmp_path), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert (
-        done.stderr.startswith("error: data.path=nope.txt: no file matches")
-        and done.stderr.count("\n") == 1
+        done.stderr.startswith("error: data.path=nope.txt: no file matches") and done.stderr.count("\n") == 1
     )
 
 
@@ -568,7 +567,9 @@ def test_validation_sums_do_not_depend_on_dp_size_and_every_rank_gets_as_many_ba
         ranks = [
             list(validation_batches(rows, batching, max_rows))
             for r in range(dp_size)
-            for batching in [Batching(dp_size * micro_batch_size, micro_batch_size, r, dp_size, document_mask)]
+            for batching in [
+                Batching(dp_size * micro_batch_size, micro_batch_size, r, dp_size, document_mask)
+            ]
         ]
         assert len({len(batches) for batches in ranks}) == 1
         batches = [batch for batches in ranks for batch in batches]
@@ -597,9 +598,7 @@ def test_too_few_tokens_are_refused_with_the_length_that_would_work(tmp_path):
 
 def test_a_batch_that_cannot_be_dealt_is_refused():
     for global_batch_size, micro_batch_size, dp_size in ((6, 2, 2), (8, 3, 1), (0, 1, 1), (8, 0, 1)):
-        with pytest.raises(
-            UsageError, match=f"global_batch_size={global_batch_size} .*use a multiple of"
-        ):
+        with pytest.raises(UsageError, match=f"global_batch_size={global_batch_size} .*use a multiple of"):
             Batching(global_batch_size, micro_batch_size, 0, dp_size)
 
 
@@ -621,9 +620,7 @@ def nested_files(folder: Path, records: list[dict]) -> list[Path]:
 def test_a_text_inside_of_another_field_is_named_with_a_dot(tmp_path):
     for file in nested_files(tmp_path, NESTED):
         assert texts_of(file, text_field="meta.a.body") == NESTED_TEXTS, file
-        with pytest.raises(
-            UsageError, match=f"{file}.*no (field|column) 'meta.body'.*meta.b.*`text_field`"
-        ):
+        with pytest.raises(UsageError, match=f"{file}.*no (field|column) 'meta.body'.*meta.b.*`text_field`"):
             texts_of(file, text_field="meta.body")
         with pytest.raises(UsageError, match="(no field|no column) 'n.body'"):
             texts_of(file, text_field="n.body")
@@ -664,6 +661,28 @@ def test_records_without_a_text_are_skipped_and_listed(tokenizer, tmp_path):
         assert sum(corpus.skipped.values()) == lost == len(listed)
         assert all(one["where"].startswith(f"{tmp_path / name}, ") for one in listed)
         assert all(one["message"].startswith(one["where"]) for one in listed)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("b.json", b'[{"text": "good"}, {"text": ', "b.json, line 1: broken JSON"),
+        ("b.jsonl", b'{"text": "good"}\n\0', "b.jsonl, line 2: a zero byte"),
+        ("b.jsonl.gz", b"not gzip", "b.jsonl.gz: cannot be read to its end"),
+        ("b.parquet", b"PAR1 not really", "b.parquet: cannot be read to its end"),
+        ("b.csv", b'text,n\n"open,1\n', "b.csv, line 2: broken CSV"),
+    ],
+)
+def test_a_damaged_file_is_refused_though_bad_records_are_skipped(
+    tokenizer, tmp_path, name, content, message
+):
+    """A file that cannot be read to its end may lack any number of records, so that none of them is counted."""
+    good = write_jsonl(tmp_path / "a.jsonl", ["one"])
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=message) as error:
+        skipping = TextOptions(bad_records="skip")
+        prepare_corpus([good, tmp_path / name], tokenizer, tmp_path / "cache", skipping, processes=1)
+    assert "\n" not in str(error.value) and folders(tmp_path / "cache") == []
 
 
 # ---- what people have besides ----

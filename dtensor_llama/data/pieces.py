@@ -74,7 +74,7 @@ def as_tokenizer_json(
         raise UsageError(
             f"tokenizer={file}: no tokenizer.json gives the ids of this SentencePiece model, so that "
             "transformers could not open what was trained with it (models of whole words that fall back to "
-            "bytes, or with spaces behind the words, are such). Give a tokenizer.json instead."
+            "bytes are such). Give a tokenizer.json instead."
         )
     built.add_tokens([token for _, token in added])  # they keep their ids
     now = built.get_added_tokens_decoder()
