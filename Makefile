@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/first
+TRY := runs/try
 
-.PHONY: setup train finetune example-sft test test-all lint map
+.PHONY: setup try train finetune example-sft test test-all lint map
 
 setup: .venv/ready
 
@@ -12,6 +13,14 @@ setup: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch .venv/ready
+
+# One minute on two CPU processes: a model of 1M parameters, 100 steps.
+try: setup
+	$(BIN)/python recipes/stdlib_corpus.py --out $(TRY) --vocab-size 1024
+	$(BIN)/torchrun --nproc-per-node 2 recipes/pretrain.py --model tiny-1m \
+		--data.path $(TRY)/stdlib.jsonl --data.tokenizer $(TRY)/tokenizer --data.seq-len 128 \
+		--train.steps 100 --train.global-batch-size 16 --train.micro-batch-size 8 --train.lr 3e-3 \
+		--train.dtype float32 --train.validate-every 50 --checkpoint.every 50 --run-dir $(TRY)
 
 # Use bfloat16 where the processor multiplies matrices in it (a GPU, or a CPU with AMX); elsewhere float32 is faster.
 train: setup

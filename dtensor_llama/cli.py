@@ -284,18 +284,11 @@ def check_numbers(config: Any, rules: list[AtLeast]) -> None:
     setting is left open, and breaks none."""
     for rule in rules:
         value = attrgetter(rule.field)(config)
-        if value != math.inf or not rule.may_be_infinite:
-            refuse_unless_above(rule.low, f"{rule.field}=", value, rule.exclusive)
-        if rule.below is not None and value is not None and value >= rule.below:
-            raise UsageError(
-                f"{rule.field}={value} is not possible; use {rule.low} or more, and less than {rule.below}."
-            )
-
-
-def refuse_unless_above(low: float, name: str, value: float | None, exclusive: bool) -> None:
-    if value is not None and not (low < value < math.inf or value == low and not exclusive):
-        rule = f"a number above {low}" if exclusive else f"{low} or more"
-        raise UsageError(f"{name}{value} is not possible; use {rule}.")
+        if value is None or (value == math.inf and rule.may_be_infinite):
+            continue
+        if not (rule.low < value < math.inf or (value == rule.low and not rule.exclusive)):
+            works = f"a number above {rule.low}" if rule.exclusive else f"{rule.low} or more"
+            raise UsageError(f"{rule.field}={value} is not possible; use {works}.")
 
 
 def parse_cli(config_class: type[Config], args: list[str] | None = None) -> Config:

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.distributed as dist
 
+from dtensor_llama.clock import moment, seconds_between
 from dtensor_llama.errors import UsageError
 from dtensor_llama.flops import Utilization
 from dtensor_llama.places import is_full, say_full
@@ -317,14 +318,14 @@ class LateReader:
         """Begin a step. Its seconds count from the end of the step before or, after `take(all=True)`, from
         now, so that a validation or a checkpoint in between counts for no step."""
         if self._from is None:
-            self._from = self._now()
+            self._from = moment(self.device)
 
     def put(self, row: dict, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         """Note a launched step. Its row gets the two scalars and `step_seconds` when they are read."""
         values = torch.stack([loss.detach().double(), grad_norm.detach().double()])
         if self.device.type == "cuda":
             values = torch.empty(2, dtype=torch.float64, pin_memory=True).copy_(values, non_blocking=True)
-        end = self._now()
+        end = moment(self.device)
         self._waiting.append(_Step(row, values, self._from, end))
         self._from = end
 
@@ -333,23 +334,12 @@ class LateReader:
         rows = []
         while len(self._waiting) > (1 if self.late and not all else 0):
             step = self._waiting.popleft()
-            if self.device.type == "cuda":
-                step.end.synchronize()
-                seconds = step.begin.elapsed_time(step.end) / 1e3
-            else:
-                seconds = step.end - step.begin
+            seconds = seconds_between(step.begin, step.end)  # from here on the values are on the host
             loss, grad_norm = step.values.tolist()
             rows.append(step.row | {"loss": loss, "grad_norm": grad_norm, "step_seconds": seconds})
         if all:
             self._from = None
         return rows
-
-    def _now(self):
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
 
 class _Step(NamedTuple):

@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dtensor_llama.checkpoint import Checkpointer, restore_training_state, training_state
-from dtensor_llama.cli import CONTENT, Launch, commands_for, refuse_unless_above
+from dtensor_llama.cli import CONTENT, Launch, commands_for
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.data.tokenizer import Tokenizer
 from dtensor_llama.errors import UsageError
@@ -35,12 +35,6 @@ LOOK_FOR_LAUNCHER_S = 1.0
 # Names in what a checkpoint records about its run, beside what must be the same.
 GENERATION = "generation_config.json"  # its content, which does not concern the training
 SETTINGS = "settings"  # {name: value} of settings that a resumed run may change
-
-
-def refuse_below(low: float, flags: dict[str, float | None], *, exclusive: bool = False) -> None:
-    """Raise UsageError for the first {flag: value} below `low`; `exclusive` refuses `low` itself too."""
-    for flag, value in flags.items():
-        refuse_unless_above(low, f"{flag} ", value, exclusive)
 
 
 # ---- The run folder and the process ------------------------------------------------------------------------

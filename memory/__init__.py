@@ -1,7 +1,10 @@
-"""Where bytes live. Knows DTensor parameters; not LLaMA, not the mesh's meaning."""
+"""Where bytes live. This package knows DTensor parameters; it does not know LLaMA, nor what the axes of a
+mesh mean."""
 
 from memory.config import MemoryConfig
+from memory.home import Home
+from memory.inputs import Machine, Overrides, TrainingLoop
 from memory.manager import ChunkManager
-from memory.placement import Placement, Plan
+from memory.placement import Plan
 
-__all__ = ["ChunkManager", "MemoryConfig", "Placement", "Plan"]
+__all__ = ["ChunkManager", "Home", "Machine", "MemoryConfig", "Overrides", "Plan", "TrainingLoop"]

@@ -1,18 +1,20 @@
-"""Block inputs wait on the host from forward to backward: with recompute `full` nothing else of a block is
+"""Block inputs wait on the host from forward to backward. With recompute `full` nothing else of a block is
 kept.
 
-input    what a block gets, (rows, tokens, width) on this rank, if its backward or its recomputation needs it
-slot     room for one input in a pinned host slab; an input has one from its block's forward until its backward is over
-kept     the last block's input stays on the device: backward needs it at once
+input    what a block receives, (sequences, tokens, width) on this rank, if its backward or its recomputation
+         needs it
+slot     room for one input in a slab of pinned host memory. An input has a slot from its block's forward
+         until its block's backward is over
+kept     the last block's input stays on the device, because backward needs it at once
 
     compute        F0   F1    F2    F3    | B3     B2     B1     B0
     to the host         x0    x1    x2    |                             while the next block computes
     to the device                         | x2     x1     x0            one block ahead
     on the device  x0   x0 x1 x1 x2 x2 x3 | x3 x2  x2 x1  x1 x0  x0     never more than two
 
-Autograd itself says what it needs: `saved_tensors_hooks` around a block's forward see each tensor it saves,
-and give it back. What the block computes does not change. One object per pipeline stage; torch's pipelining
-holds a stage's own input besides.
+Autograd itself says what it needs: `saved_tensors_hooks` around a block's forward see each tensor that it
+saves, and give it back. What the block computes does not change. There is one object per pipeline stage;
+torch's pipelining holds a stage's own input besides.
 """
 
 import gc
@@ -29,44 +31,44 @@ from torch.distributed.tensor import DTensor
 from dtensor_llama.shards import local
 from memory.lanes import DONE, Lanes
 
-# torch rounds pinned memory up to 2^k bytes a slab: of slots of any size at most an eighth is wasted
+# torch rounds each slab of pinned memory up to a power of two; with so many slots at most an eighth is wasted
 SLOTS_PER_SLAB = 8
 ALIGNMENT = 512  # bytes; a slot may hold any dtype
 
 
 class _Input:
-    """One block's input in one forward. Autograd owns it; when the block's backward is over it dies and frees
-    its slot."""
+    """One block's input in one forward. Autograd owns it; when the block's backward is over, it is deleted
+    and frees its slot. previous: a weak reference to the input of the block before, or a function that
+    returns None."""
 
-    def __init__(self, owner: "ActivationOffload", flat: Tensor, kept: bool, before: Callable):
-        # before: () -> input of the block before, or None
-        self.owner, self.kept, self.before = owner, kept, before
+    def __init__(self, offload: "ActivationOffload", flat: Tensor, kept: bool, previous: Callable):
+        self.offload, self.kept, self.previous = offload, kept, previous
         self.n_bytes, self.dtype = flat.nbytes, flat.dtype
         self.slot: Tensor | None = None  # bytes on the host
-        self.moved = DONE  # event: the last copy, either way
-        self.flat: Tensor | None = None  # 1-d on the device: on its way out, or fetched, or kept
+        self.moved = DONE  # event: the last copy, in either direction
+        self.flat: Tensor | None = None  # 1-D on the device: on its way to the host, fetched, or kept
         self.hold(flat)
 
     def hold(self, flat: Tensor) -> None:
         self.flat = flat
-        self.owner.count(self.n_bytes)
+        self.offload.count(self.n_bytes)
 
-    def let_go(self) -> None:
-        """Forget the device's copy; compute that is queued from here on may use its memory once the last copy
-        is done."""
+    def release(self) -> None:
+        """Drop the device's copy. Computation that is queued from here on may use its memory once the last
+        copy is done."""
         if self.flat is not None:
-            self.owner.lanes.compute.wait(self.moved)
+            self.offload.lanes.compute.wait(self.moved)
             self.flat = None
-            self.owner.count(-self.n_bytes)
+            self.offload.count(-self.n_bytes)
 
     def __del__(self):
-        self.let_go()
+        self.release()
         if self.slot is not None:
-            self.owner.free.append((self.slot, self.moved))
+            self.offload.free.append((self.slot, self.moved))
 
 
 class _Saved(NamedTuple):
-    """What autograd keeps instead of a tensor: a view of an input, and the DTensor's layout if it was one."""
+    """What autograd keeps instead of a tensor: a view of an input, and the DTensor's layout if it is one."""
 
     input: _Input
     shape: torch.Size
@@ -76,8 +78,8 @@ class _Saved(NamedTuple):
 
 
 class ActivationOffload:
-    """See `offload_block_inputs`. device_bytes, peak_device_bytes: block inputs on the device; host_bytes:
-    the slab."""
+    """See `offload_block_inputs`. device_bytes, peak_device_bytes: block inputs on the device. host_bytes:
+    the slabs."""
 
     def __init__(
         self,
@@ -93,18 +95,19 @@ class ActivationOffload:
         self.device_bytes = self.peak_device_bytes = 0
         self.free: list[tuple[Tensor, Any]] = []  # slots, each with the event of its last copy
         self.host_bytes = self._make_slots()
-        self._nobody = lambda: None
-        self._leaving = self._newest = self._in_use = self._nobody  # weak references to inputs
-        self._entering: tuple[Tensor, bool] | None = None  # the input of the block that computes, kept
-        self._entered: _Input | None = None  # the same, once autograd has asked for it
-        # one pair for all blocks: a compiled block is guarded on which they are
+        self._no_input = lambda: None
+        self._leaving = self._newest = self._in_use = self._no_input  # weak references to inputs
+        # The input of the block that computes, and whether it is kept on the device ...
+        self._entering: tuple[Tensor, bool] | None = None
+        self._entered: _Input | None = None  # ... and the same once autograd has saved it
+        # One pair for all blocks, because a compiled block is guarded on the identity of the hooks.
         self._hooks = (self._pack, self._unpack)
         self._inner = [block.forward for block in self.blocks]
         for i, (block, inner) in enumerate(zip(self.blocks, self._inner, strict=True)):
             block.forward = partial(self._forward, i, inner)
 
     def close(self) -> None:
-        """Give the blocks their own forward back."""
+        """Give the blocks their own forward methods back."""
         for block, inner in zip(self.blocks, self._inner, strict=True):
             block.forward = inner
 
@@ -120,7 +123,7 @@ class ActivationOffload:
         if not _is_dense(local(x)):
             x = x.contiguous()
         if i == 0:
-            self._newest = self._nobody
+            self._newest = self._no_input
         self._entering, self._entered = (local(x), i == len(self.blocks) - 1), None
         try:
             with saved_tensors_hooks(*self._hooks):
@@ -129,7 +132,7 @@ class ActivationOffload:
             self._entering = self._entered = None
 
     def _pack(self, tensor: Tensor):
-        """Called with each tensor that autograd saves in a block."""
+        """Autograd calls it with each tensor that it saves in a block."""
         x, kept = self._entering
         here = local(tensor)
         offset = here.storage_offset() - x.storage_offset()
@@ -140,22 +143,21 @@ class ActivationOffload:
             or offset < 0
             or offset + _extent(here) > x.numel()
         ):
-            # an output itself would be a cycle: a leak
+            # An output must be detached: saved as it is, it would be in a reference cycle and leak.
             return tensor.detach() if tensor.grad_fn is not None else tensor
         if self._entered is None:
             self._entered = self._leave(x.detach().as_strided((x.numel(),), (1,)), kept)
-        layout = (
-            (tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride())
-            if isinstance(tensor, DTensor)
-            else None
-        )
+        layout = None
+        if isinstance(tensor, DTensor):
+            layout = tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride()
         return _Saved(self._entered, here.shape, here.stride(), offset, layout)
 
     def _leave(self, flat: Tensor, kept: bool) -> _Input:
-        # its copy had a whole block's time; if that was too short compute waits
+        # The copy of the input before had the time of a whole block; if that was too short, computation
+        # waits.
         if (gone := self._leaving()) is not None:
-            gone.let_go()
-        self._leaving = self._nobody
+            gone.release()
+        self._leaving = self._no_input
         input = _Input(self, flat, kept, self._newest)
         self._newest = weakref.ref(input)
         if not kept:
@@ -164,8 +166,7 @@ class ActivationOffload:
             input.moved = self.lanes.d2h.run(
                 "input of a block",
                 partial(host.copy_, flat, non_blocking=True),
-                # the block before computed it
-                after=[self.lanes.compute.now(), last_read],
+                after=[self.lanes.compute.now(), last_read],  # the block before computed it
             )
             self._leaving = weakref.ref(input)
         return input
@@ -177,7 +178,7 @@ class ActivationOffload:
                 "make the offload with the largest input_bytes"
             )
         if not self.free:
-            gc.collect()  # graphs in a reference cycle hold slots whose backward is over
+            gc.collect()  # autograd graphs in a reference cycle hold slots whose backward is over
         if not self.free:
             raise RuntimeError(
                 f"all {self.n_slots} slots of the activation slab hold inputs that wait for backward: more "
@@ -194,14 +195,14 @@ class ActivationOffload:
         if input.flat is None:
             self._fetch(input)
         self.lanes.compute.wait(input.moved)
-        # a block's backward begins, so that of the block after is over
+        # A block's backward begins, so the backward of the block after it is over.
         if (done := self._in_use()) is not input:
             if done is not None and not done.kept:
-                done.let_go()
+                done.release()
             self._in_use = weakref.ref(input)
-            before = input.before()
-            if before is not None and before.flat is None:
-                self._fetch(before)
+            previous = input.previous()
+            if previous is not None and previous.flat is None:
+                self._fetch(previous)
         view = input.flat.as_strided(saved.shape, saved.stride, saved.offset)
         if saved.layout is None:
             return view
@@ -211,7 +212,7 @@ class ActivationOffload:
     def _fetch(self, input: _Input) -> None:
         host = input.slot[: input.n_bytes].view(input.dtype)
         flat = torch.empty(host.shape, dtype=input.dtype, device=self.device)
-        # What computed until now may have had the memory that `flat` has.
+        # The memory of `flat` may belong to computation that has been queued before.
         input.moved = self.lanes.h2d.run(
             "input of a block",
             partial(flat.copy_, host, non_blocking=True),
@@ -220,7 +221,7 @@ class ActivationOffload:
         input.hold(flat)
 
     def _make_slots(self) -> int:
-        """Fill `free`; returns the bytes taken."""
+        """Fill `free`. Return how many bytes of the host that took."""
         if self.n_slots == 0:
             return 0
         if self.device.type != "cuda":
@@ -243,18 +244,19 @@ def offload_block_inputs(
     in_flight: int = 1,
     lanes: Lanes | None = None,
 ) -> ActivationOffload:
-    """Keep the inputs of `blocks` on the host between forward and backward; at most two are on the device at
-    a time.
+    """Keep the inputs of `blocks` on the host between forward and backward. At most two are on the device at
+    a time, and results are bitwise the same.
 
-    blocks: of one pipeline stage, in forward order, each called with its input first; after recompute and
-        compile were applied
-    input_bytes: the largest input on this rank (rows x tokens x width x bytes, tokens / tp with sequence
-        parallelism)
-    in_flight: forwards whose backward is not over: 1, under pp up to all microbatches; each keeps the last
-        block's input
-    lanes: what copies run on, `recording` if they shall be drawn; not the chunk manager's, whose queues hold
-        other work Pins host memory: call it before training; a pin within a step can hold up other ranks.
-        Results are bitwise those without.
+    blocks: those of one pipeline stage, in forward order, each called with its input first; apply recompute
+        and compile before
+    input_bytes: of the largest input on this rank: sequences x tokens x width x bytes, with tokens / tp under
+        sequence parallelism
+    in_flight: how many forwards have begun whose backward is not over: 1, or under pp up to all microbatches;
+        each keeps the last block's input
+    lanes: what copies run on, `recording` if they are to be drawn. Not the chunk manager's lanes, whose
+        queues hold other work.
+
+    It pins host memory. Call it before training: to pin within a step can hold up other ranks.
     """
     return ActivationOffload(blocks, device, input_bytes, in_flight, lanes or Lanes(device, n_threads=1))
 
@@ -264,5 +266,6 @@ def _extent(tensor: Tensor) -> int:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Every element of its piece of the storage is its own: it can be copied as one run of bytes."""
+    """Whether the tensor fills its range of the storage without gaps, so that it can be copied as one run of
+    bytes."""
     return tensor.numel() == 0 or _extent(tensor) == tensor.numel()

@@ -1,10 +1,10 @@
-"""The policy `auto`: trace some steps with the device as empty as can be, plan from what was measured, and
-keep watch.
+"""The policy of placement auto: trace some steps with the device as empty as it can be, plan from what was
+measured, and keep watching.
 
-    steps 1 to 3   all states on the host; a Tracer notes times and peaks              nothing can run out of memory that fits
-    in step 1      what no plan can hold is refused; where gradients are clipped, before any weight has changed
-    after step 3   ranks agree on the slowest times and highest peaks; every rank makes its plan of them, and moves its chunks
-    later          a peak close to the budget, or an update far from its prediction: planned again, between two steps
+    steps 1 to 3   all states are on the host and a Tracer notes times and peaks, so whatever fits runs
+    step 1         what no plan can hold is refused; with clipping that is before any weight has changed
+    after step 3   ranks agree on the slowest times and highest peaks, make their plans and move their chunks
+    later          a peak close to the budget or an update far from its prediction leads to a new plan
 """
 
 from collections.abc import Callable
@@ -17,22 +17,24 @@ import torch
 import torch.distributed as dist
 
 from dtensor_llama.errors import UsageError
-from memory.chunk import GIB
-from memory.placement import Placement, Plan, auto_plan, replan
+from memory.home import Home
+from memory.placement import Plan, auto_plan, reason_to_replan
 from memory.tracer import Counters, Rates, Traced, Tracer
 
 if TYPE_CHECKING:
     from memory.manager import ChunkManager
 
-WARM_UP_STEPS = 3  # the first compiles and makes communicators, the second is typical, the third confirms it
-WATCH_EVERY = 10  # steps; a watch is a reduction over all ranks
-MOST_PLANS = 4  # a machine whose rates keep changing is not planned for ever
-HOST_SHARE = 0.9  # of the host memory that is free: the page cache and the data reader want some
+WARM_UP_STEPS = (
+    3  # the first compiles and creates communicators, the second is typical, the third confirms it
+)
+WATCH_EVERY = 10  # steps: to watch is a reduction over all ranks
+MOST_PLANS = 4  # a machine whose rates keep changing does not get new plans for ever
+HOST_SHARE = 0.9  # of the host's free memory: the page cache and the data reader want some
 
 
 class AutoPolicy:
-    """Told by a ChunkManager where its steps begin and end. rates: of the machine; say: called with each plan
-    in words on one rank; counters: how memory is read (tests give their own)."""
+    """Makes the plans of a ChunkManager, which calls it where steps begin and end. rates: of the machine.
+    say: is called with each plan in words. counters: how memory is read; tests pass their own."""
 
     def __init__(
         self,
@@ -43,42 +45,32 @@ class AutoPolicy:
     ):
         self.manager, self.rates, self.say, self.n_steps, self.n_plans = manager, rates, say, 0, 0
         self.counters = counters or Counters.of(manager.device)
-        self.tracer: Tracer | None = Tracer(manager.gated_modules(), manager.device, self.counters)
+        self.tracer: Tracer | None = Tracer(manager.owners, manager.device, self.counters)
         self.traced: Traced | None = None
-        config, on_gpu = manager.config, manager.is_cuda
-        device = config.device_budget_gib and int(config.device_budget_gib * GIB)
-        host = config.host_budget_gib and int(config.host_budget_gib * GIB)
-        total = (
-            torch.cuda.get_device_properties(manager.device).total_memory if on_gpu else manager.host_share
-        )
-        self.device_budget, self.host_budget = (
-            device or total,
-            host or manager.host_share + manager.slab_bytes,
-        )
+        device, asked = manager.host_share, manager.budgets
+        if manager.is_cuda:
+            device = torch.cuda.get_device_properties(manager.device).total_memory
+        host = manager.host_share + manager.activation_bytes
+        self.budgets = {"device": asked["device"] or device, "host": asked["host"] or host}
 
-    def take_plan(self, plan: Plan | None) -> None:
-        """Go on with a plan from before this process was started, if all ranks can. It is not watched: what
-        it was made from is not known."""
-        asked = self.manager.config.device_budget_gib, self.manager.config.host_budget_gib
-        usable = (
-            plan is not None
-            and list(plan.n_elements) == [chunk.n for chunk in self.manager.chunks]
-            and all(
-                gib is None or then is not None and then <= now
-                for gib, then, now in zip(
-                    asked,
-                    (plan.device_budget_bytes, plan.host_budget_bytes),
-                    (self.device_budget, self.host_budget),
-                    strict=True,
-                )
-            )
-        )
-        if not self._all_ranks(usable):
+    def take_plan(self, saved: str) -> None:
+        """Go on with a plan that was saved before this process started, if every rank can. It is not watched,
+        because it is not known what it was made from."""
+        plan = Plan.from_json(saved, self.manager.chunk_sizes) if saved else None
+        if not self._all_ranks(plan is not None and self._keeps_budgets(plan)):
             return
         self.close()
         self.n_plans = MOST_PLANS
         self.manager.replan(plan)
-        self.say("memory    with the plan of the checkpoint\n" + self.manager.in_words())
+        self.say("memory    with the plan of the checkpoint\n" + self.manager.plan_in_words())
+
+    def _keeps_budgets(self, plan: Plan) -> bool:
+        """Whether the plan was made for at most the budgets that were asked for now."""
+        made_for = {"device": plan.device_budget_bytes, "host": plan.host_budget_bytes}
+        for account, asked in self.manager.budgets.items():
+            if asked is not None and (made_for[account] is None or made_for[account] > asked):
+                return False
+        return True
 
     def close(self) -> None:
         if self.tracer:
@@ -86,7 +78,7 @@ class AutoPolicy:
         self.tracer = None
 
     def _all_ranks(self, yes: bool) -> bool:
-        answer = torch.tensor([yes], dtype=torch.uint8)  # on the host: nobody waits for the device
+        answer = torch.tensor([yes], dtype=torch.uint8)  # on the host, so that the device is not waited for
         if dist.is_initialized():
             dist.all_reduce(answer, dist.ReduceOp.MIN)
         return bool(answer.item())
@@ -97,19 +89,18 @@ class AutoPolicy:
 
     def forward_begins(self) -> None:
         if self.tracer and not self.tracer.tracing:
-            # for all of the update, so that no layer's forward is traced with a wait in it
-            self.manager.wait()
+            self.manager.wait()  # so that no layer's forward is traced with a wait in it
             self.tracer.start_step()
 
     def backward_ended(self) -> None:
-        """All ranks enter. The first step shows whether any plan can hold what the model needs."""
+        """All ranks call it. The first step shows whether any plan can hold what the model needs."""
         if self.tracer and self.tracer.tracing:
             self.tracer.end_step()
             if len(self.tracer.steps) == 1:
                 self._best_plan(self._trace())
 
     def step_ended(self) -> None:
-        """Between two steps; all ranks enter."""
+        """All ranks call it between two steps."""
         self.n_steps += 1
         if self.n_plans >= MOST_PLANS:
             return
@@ -117,110 +108,97 @@ class AutoPolicy:
             if len(self.tracer.steps) >= WARM_UP_STEPS:
                 self.traced = self._trace()
                 self.close()
-                self._plan()
-            return
-        why = self._why_again() if self.n_steps % WATCH_EVERY == 0 else None
-        if why:
-            self._plan(why)
+                self._make_plan()
+        elif self.n_steps % WATCH_EVERY == 0 and (reason := self._reason_to_replan()):
+            self._make_plan(reason)
 
     def _held_while_traced(self) -> int:
-        """Bytes on the device that plans count themselves. Without a GPU the tracer saw what came since its
-        first step began: of these, only gradients that wait."""
-        manager = self.manager
+        """Return the bytes on the device that plans count themselves. Without a GPU the tracer saw what was
+        added since its first step began, of which plans count the gradients that wait."""
+        manager, plan = self.manager, self.manager.plan
         if manager.is_cuda:
-            return manager.needed(manager.plan, traced=True)["device"]
-        on_device = (manager.plan.n_parameters(where) for where in (Placement.RESIDENT, Placement.STREAM))
-        return manager.plan.widths.grad * sum(on_device)
+            return manager.bytes_needed(plan, traced=True)["device"]
+        grad_bytes = plan.chunks.state.bytes_per_parameter(Home.STREAM)["device"]
+        return grad_bytes * (plan.n_parameters(Home.RESIDENT) + plan.n_parameters(Home.STREAM))
 
     def _trace(self) -> Traced:
         return _agreed(self.tracer.result(self._held_while_traced(), self.manager.other_host_bytes))
 
     def _best_plan(self, traced: Traced) -> Plan:
-        """Of this rank. UsageError on all ranks if one of them has none: chunks and free memory of hosts may
-        differ."""
+        """Return this rank's plan. If one rank has none, which can happen because chunks and free host memory
+        may differ, UsageError on all ranks."""
         manager, plan = self.manager, None
-        refusal = UsageError("another rank's budgets cannot hold its parameters, as it says.")
+        refusal = UsageError(
+            "another rank cannot hold its parameters within its budgets; its message says more."
+        )
         try:
-            plan = auto_plan(
-                [chunk.n for chunk in manager.chunks],
-                device_budget_bytes=self.device_budget,
-                host_budget_bytes=self.host_budget,
-                rates=self.rates,
-                traced=traced,
-                widths=manager.widths,
-                layers=[chunk.covers for chunk in manager.chunks],
-                clips=manager.clips,
-            )
+            plan = auto_plan(manager.chunk_sizes, self.budgets, self.rates, traced, manager.loop.clips)
         except UsageError as error:
             refusal = error
         if not self._all_ranks(plan is not None):
             raise refusal
         return plan
 
-    def _plan(self, again: str = "") -> None:
+    def _make_plan(self, reason: str = "") -> None:
+        """reason: why there is to be another plan; empty for the first."""
         plan, manager = self._best_plan(self.traced), self.manager
-        moves = plan.placements != manager.plan.placements
+        moves = plan.homes != manager.plan.homes
         self.n_plans += 1
-        if again:
-            self.say(
-                f"memory    planned again: {again}" + ("" if moves else "; the best plan is the one there is")
-            )
-        if moves or not again:
+        if reason:
+            outcome = "" if moves else "; the plan in use is still the best one"
+            self.say(f"memory    planned again, because {reason}{outcome}")
+        if moves or not reason:
             manager.replan(plan)
+            self.say(manager.plan_in_words())
         manager.plan = plan
-        if moves or not again:
-            self.say(manager.in_words())
-        self.counters.reset()  # a peak from before is not of this plan
+        self.counters.reset()  # peaks from before belong to another plan
 
-    def _why_again(self) -> str | None:
-        """The same answer on every rank: the plan changes when it has to on any."""
-        manager, why = self.manager, None
-        # in backward it waits for gradients too
-        update_s = manager.host_update_seconds() if manager.clips else None
-        usage, held = self.counters.read(), manager.needed(manager.plan, traced=True)["device"]
-        peak = usage.peak + usage.non_torch if manager.is_cuda else held + self.traced.non_model_peak_bytes
-        expected = manager.plan.seconds.get("update", 0.0)
-        why = replan(manager.plan, peak_device_bytes=peak, update_seconds=update_s or expected)
-        if self._all_ranks(why is None):
+    def _reason_to_replan(self) -> str | None:
+        """Return the same answer on every rank: all make a new plan if one has to."""
+        manager = self.manager
+        # Without clipping the update also waits for gradients, during backward.
+        update_s = manager.host_update_seconds() if manager.loop.clips else None
+        usage, held = self.counters.read(), manager.bytes_needed(manager.plan, traced=True)["device"]
+        peak = held + self.traced.non_model_peak_bytes
+        if manager.is_cuda:
+            peak = usage.peak + usage.non_torch
+        expected_s = manager.plan.seconds.get("update", 0.0)
+        reason = reason_to_replan(manager.plan, peak, update_s or expected_s)
+        if self._all_ranks(reason is None):
             return None
-        if why and peak > self.traced.non_model_peak_bytes + held:
+        if reason and peak > self.traced.non_model_peak_bytes + held:
             self.traced = replace(self.traced, non_model_peak_bytes=peak - held)
-        elif why and update_s:
-            self.rates = self.rates.scaled(manager.plan.seconds["update"] / update_s)
-        return why or "another rank asked for it"
+        elif reason and update_s:
+            self.rates = self.rates.scaled(expected_s / update_s)
+        return reason or "another rank asked for it"
 
 
 def _agreed(traced: Traced) -> Traced:
-    """The slowest times and the highest peaks of all ranks: those that hold others up, or run out first."""
+    """Return the slowest times and the highest peaks of all ranks: the slowest rank holds the others up, and
+    the one with the highest peak runs out of memory first."""
     numbers = torch.tensor(
-        [traced.forward_seconds, traced.backward_seconds, traced.non_model_peak_bytes, traced.host_bytes],
+        [traced.non_model_peak_bytes, traced.forward_seconds, traced.backward_seconds, traced.host_bytes],
         dtype=torch.float64,
     )
     if dist.is_initialized():
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
-    forward, backward, peak, host = numbers.tolist()
-    return replace(
-        traced,
-        forward_seconds=forward,
-        backward_seconds=backward,
-        non_model_peak_bytes=int(peak),
-        host_bytes=int(host),
-    )
+    peak, forward, backward, host = numbers.tolist()
+    return Traced(int(peak), forward, backward, int(host))
 
 
 def host_share(ranks_per_host: int, is_cuda: bool) -> int:
-    """Bytes that one rank may take of what its host has free now; without a GPU the two accounts are of one
-    RAM."""
+    """Return how many bytes one rank may take of what its host has free now. Without a GPU the two accounts
+    share one RAM."""
     return int(HOST_SHARE * free_host_bytes() / ranks_per_host) // (1 if is_cuda else 2)
 
 
 def free_host_bytes() -> int:
-    """Memory that this machine, or the container around this process, has left."""
+    """Return the memory that is left on this machine, or in the container around this process."""
     free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
     try:
         limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
         if limit != "max":
             free = min(free, max(0, int(limit) - used))
     except (OSError, ValueError):
-        pass  # no control group of the second version: nothing limits us
+        pass  # there is no control group of version 2, so there is no such limit
     return free

@@ -1,19 +1,16 @@
 """Chunks: the unit in which optimizer state is placed, moved and stepped.
 
-shard       this rank's elements of one parameter, flat: DTensor.to_local(), or a plain parameter
-piece       a run of a shard that lies in one chunk; a large shard is cut into several
-chunk       pieces, in the order in which forward waits for them, of one parameter group and dtype; 16 Mi elements, fewer on a
-            small shard
-master      the float32 weight. RESIDENT and STREAM keep of it only what the weight lacks: nothing if weights are float32,
-            `low`, its lower 16 bits, if they are bfloat16. CPU keeps all of it, on the host
-slab        host memory of a CPU chunk in the weights' dtype, pinned: gradients arrive in it
-total       float32 sum of gradients that arrive several times a step
-account     "device" or "host": where bytes are counted. On a machine without a device both are the same RAM
+shard      this rank's elements of one parameter, flat: DTensor.to_local(), or a plain parameter
+piece      a run of a shard that lies in one chunk; a large shard is cut into several
+chunk      pieces of one parameter group and dtype, in the order in which forward waits for them: 16 Mi
+           elements, or fewer on a small shard
+owner      the module whose forward waits until a parameter has its new weight
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,41 +20,47 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from dtensor_llama.errors import UsageError
+from dtensor_llama.metrics import GIB
 from dtensor_llama.shards import copies, local
+from dtensor_llama.weights import plain_name
+from memory.home import Home, StateFormat
 from memory.kernel import join_master, split_master
 from memory.lanes import DONE, Lane
-from memory.placement import GIB, Placement
 
-# 64 MiB of each float32 tensor: a copy of it runs at the wire's speed, a ring of 4 is 0.6 GiB
+# 64 MiB per float32 tensor: a copy of it runs at full bandwidth, and a ring of 4 takes 0.6 GiB
 CHUNK_ELEMENTS = 16 * 2**20
-# where nothing moves: a parameter that no chunk's edge cuts is stepped in one launch
+# Where nothing moves: a parameter that no chunk boundary cuts is stepped in one launch.
 RESIDENT_CHUNK_ELEMENTS = 256 * 2**20
-MIN_CHUNKS = 32  # of a rank, if they have LEAST_CHUNK_ELEMENTS
+MIN_CHUNKS = 32  # on a rank, as long as they have LEAST_CHUNK_ELEMENTS
 LEAST_CHUNK_ELEMENTS = 4096
-# bytes: large tensors all begin at one offset in their pages, and a load whose address ends as a
+# bytes: large tensors all begin at the same offset in their pages, and a load waits for an earlier store
+# whose address has the same low bits. That takes 1 to 8 % of the host's AdamW.
 STAGGER = 1024
-# store's before it does waits for that; 1 to 8 % of the host's AdamW
-ALIGN = 64  # elements: pieces begin at a vector register's and a cache line's boundary
+ALIGN = 64  # elements: pieces begin where a vector register and a cache line begin
 
 
 class State(Enum):
-    READY = "ready"  # the update is issued; once `weights_done` says so the weights are new
-    COLLECTING = "collecting"  # gradients of the next update have begun to arrive
-    QUEUED = "queued"  # an engine was told to step it
-    STEPPING = "stepping"  # an engine is at it
+    """What a chunk waits for. Copies of an update may still be under way on a lane when the chunk is idle
+    again: `weights_done` is the event of its new weights."""
+
+    IDLE = "idle"  # no gradient of the next update has arrived
+    COLLECTING = "collecting"  # some have
+    UPDATING = "updating"  # an engine has it, and has not yet issued all of its work
 
 
 LEGAL_MOVES = {
-    State.READY: {State.COLLECTING},
-    State.COLLECTING: {State.QUEUED, State.READY},
-    State.QUEUED: {State.STEPPING},
-    State.STEPPING: {State.READY},
+    State.IDLE: {State.COLLECTING},
+    State.COLLECTING: {State.UPDATING, State.IDLE},
+    State.UPDATING: {State.IDLE},
 }
 
 
 class Ledger:
-    """Bytes held by account, and the budgets they must never pass. fill: writes zeros, so that pages are real
-    from the start and, written by the threads that will step them, lie near those."""
+    """Counts the bytes that are held by account, which never exceed the budgets.
+
+    fill: writes zeros, so that the pages are real from the start. Where the threads that will step the
+    tensors write them, the pages lie near those threads.
+    """
 
     def __init__(
         self,
@@ -68,113 +71,117 @@ class Ledger:
         self.device, self.budgets, self.fill = device, budgets, fill
         self.held, self.peak = {"device": 0, "host": 0}, {"device": 0, "host": 0}
 
-    def take(self, account: str, n_bytes: int, what: str) -> None:
-        """RuntimeError if the budget is passed: plans are checked before, so it is a defect of ours."""
+    def reserve(self, account: str, n_bytes: int, what: str) -> None:
+        """RuntimeError if this exceeds the budget: plans are checked before, so it is our defect."""
         held, budget = self.held[account] + n_bytes, self.budgets[account]
         if budget is not None and held > budget:
             raise RuntimeError(
-                f"{what} takes {n_bytes / GIB:.6f} GiB on the {account}, which would hold {held / GIB:.6f} GiB; "
-                f"its budget is {budget / GIB:.6f} GiB"
+                f"{what} takes {n_bytes / GIB:.6f} GiB on the {account}, which would then hold "
+                f"{held / GIB:.6f} GiB; its budget is {budget / GIB:.6f} GiB"
             )
         self.held[account] = held
         self.peak[account] = max(self.peak[account], held)
 
-    def give(self, account: str, n_bytes: int) -> None:
+    def release(self, account: str, n_bytes: int) -> None:
         self.held[account] -= n_bytes
         assert self.held[account] >= 0, (account, self.held)
 
     def zeros(
         self, account: str, n: int, dtype: torch.dtype, what: str, pin: bool = False, nth: int = 0
     ) -> Tensor:
-        """(n,) zeros. nth: among those that one loop reads and writes at a time, if they are in pageable
-        memory."""
-        self.take(account, n * dtype.itemsize, what)
+        """Return n zeros. nth: the tensor's number among those in pageable memory that one loop reads and
+        writes together."""
+        self.reserve(account, n * dtype.itemsize, what)
         if account == "device" and self.device.type == "cuda":
             return torch.zeros(n, dtype=dtype, device=self.device)
-        pin = pin and self.device.type == "cuda"  # pinned memory comes in powers of two: no room to shift
-        shift = 0 if pin else nth * STAGGER // dtype.itemsize
+        pin = pin and self.device.type == "cuda"
+        shift = 0 if pin else nth * STAGGER // dtype.itemsize  # pinned memory is sized in powers of two
         tensor = torch.empty(shift + n, dtype=dtype, pin_memory=pin)[shift:]
         self.fill(tensor)
         return tensor
 
 
 @dataclass(eq=False)
-class Managed:
-    """A parameter that trains, and what happened to its gradient in this step."""
+class ParamState:
+    """A parameter that trains, and what has happened to its gradient in this step."""
 
     name: str
     parameter: nn.Parameter
-    group: dict[str, Any]  # of the optimizer: its lr, weight_decay ... as they are at the step
+    group: dict[str, Any]  # the optimizer's: its lr, weight_decay and so on are read at each step
     copies: int  # ranks that hold the same elements
-    outside: bool  # its gradient is changed after backward, its weight read outside forward
-    gate: nn.Module  # whose forward waits for its weight
+    is_tied: bool  # its gradient changes after backward, or its weight is read outside forward
+    owner: nn.Module
     pieces: list["Piece"] = field(default_factory=list)
-    keeps_grad: bool = False  # its gradient waits for the step where autograd or FSDP left it
-    # what `seen` said of its weight after our last update; None: one may be under way
-    weight_seen: tuple | None = None
+    keeps_grad: bool = False  # its gradient stays in p.grad until the step
+    # What version_of returned after our last update. None: an update may be under way.
+    weight_version: tuple | None = None
     step: int = 0  # updates made
-    came: int = 0  # backwards that gave it a gradient since the last update
-    arrivals: int = 0  # of them, or of their sum, that were taken in
+    n_backwards: int = 0  # backwards since the last update that gave it a gradient
+    n_collected: int = 0  # gradients of these, or sums of them, that were collected
 
     @property
     def weight(self) -> Tensor:
-        """This rank's elements, flat, as they lie (FSDP may move a padded shard when it first runs, so ask
-        anew)."""
-        return flat(self.parameter)
+        """This rank's elements, flat and as they lie. FSDP may reallocate a padded shard when it first runs,
+        so do not keep the tensor."""
+        return flat_view(self.parameter)
 
 
 @dataclass(eq=False)
 class Piece:
     """`shard[in_shard]` is `chunk[in_chunk]`."""
 
-    managed: Managed
+    param: ParamState
     chunk: "Chunk"
-    index: int  # among all pieces
     in_shard: slice
     in_chunk: slice
-    waiting: Tensor | None = None  # the gradient until the step, where it cannot stay where it came
-    adding: Any = None  # future: the gradient of an earlier microbatch is being added to the total
+    grad: Tensor | None = None  # a copy of the gradient until the step, if it cannot stay in p.grad
+    norm: Tensor | None = None  # of its gradient: 0-dim, float64
+    host_square: float = 0.0  # the square of its norm, if the host accumulates its gradient
+    adding: Any = None  # a future: the gradient of an earlier microbatch is being added on the host
 
-    def parts(self, n: int) -> Iterator["Piece"]:
-        """The piece in runs of at most n elements."""
-        for start in range(0, self.in_chunk.stop - self.in_chunk.start, n):
-            in_chunk = slice(
-                self.in_chunk.start + start, min(self.in_chunk.start + start + n, self.in_chunk.stop)
-            )
-            in_shard = slice(
-                self.in_shard.start + start, min(self.in_shard.start + start + n, self.in_shard.stop)
-            )
+    @property
+    def n_elements(self) -> int:
+        return self.in_chunk.stop - self.in_chunk.start
+
+    @property
+    def grad_waits(self) -> bool:
+        """Whether its gradient waits on the device until the step, neither moved nor accumulated."""
+        return self.chunk.home is not Home.CPU and "grad_accum" not in self.chunk.tensors
+
+    def runs(self, n: int) -> Iterator["Piece"]:
+        """Yield the piece in runs of at most n elements."""
+        for start in range(0, self.n_elements, n):
+            stop = min(start + n, self.n_elements)
+            in_chunk = slice(self.in_chunk.start + start, self.in_chunk.start + stop)
+            in_shard = slice(self.in_shard.start + start, self.in_shard.start + stop)
             yield replace(self, in_chunk=in_chunk, in_shard=in_shard)
 
 
 class Chunk:
-    """State of the pieces of one chunk. `state` is changed by move_to alone."""
+    """The state of the pieces of one chunk. `state` is changed by move_to alone."""
 
-    def __init__(self, index: int, group: dict[str, Any], dtype: torch.dtype):
-        self.index, self.group, self.dtype, self.n = index, group, dtype, 0
+    def __init__(self, index: int, group: dict[str, Any], state_format: StateFormat):
+        self.index, self.group, self.format, self.n = index, group, state_format, 0
         self.pieces: list[Piece] = []
-        self.placement: Placement | None = None
+        self.home: Home | None = None
         self.tensors: dict[str, Tensor] = {}
-        self.state = State.READY
-        self.job = None  # future of the host's step
-        self.weights_done = self.done = DONE
-        self.arrived: list = []  # events: copies of gradients to the slab
+        self.state = State.IDLE
+        self.job = None  # a future: the host's step of this chunk
+        self.weights_done = self.states_done = DONE  # events of the last update
+        self.grads_copied: list = []  # events: gradients have arrived in grad_buffer
 
     def __repr__(self) -> str:
-        return f"chunk {self.index} ({self.placement.value}, {self.n} elements from {self.pieces[0].managed.name})"
+        return f"chunk {self.index} ({self.home.value}, {self.n} elements from {self.pieces[0].param.name})"
 
     @property
-    def managed(self) -> list[Managed]:
-        return [piece.managed for piece in self.pieces]
+    def params(self) -> list[ParamState]:
+        return [piece.param for piece in self.pieces]
 
     @property
-    def covers(self) -> tuple[str, str]:
-        """Its first and its last parameter, without what all names have."""
-        first, last = (
-            piece.managed.name.removeprefix("model.").removesuffix(".weight")
-            for piece in (self.pieces[0], self.pieces[-1])
-        )
-        return first, last
+    def first_and_last(self) -> tuple[str, str]:
+        """Its first and its last parameter, without the parts that all names share."""
+        names = (self.pieces[0].param.name, self.pieces[-1].param.name)
+        return tuple(name.removeprefix("model.").removesuffix(".weight") for name in names)
 
     def move_to(self, state: State) -> None:
         if state not in LEGAL_MOVES[self.state]:
@@ -182,219 +189,182 @@ class Chunk:
         self.state = state
 
     def wait(self) -> None:
-        """Until its weights are new; raises what went wrong in the host's step."""
-        self._wait_for_host()
+        """Wait until its weights are new. Raises what went wrong in the host's step."""
+        self.wait_for_host()
         self.weights_done.synchronize()
 
     def wait_on(self, lane: Lane) -> None:
-        """As `wait`, for what is given to the lane from now on: the caller goes on once the host has stepped
-        the chunk."""
-        self._wait_for_host()
+        """Let work that the lane is given from now on wait until the weights are new. The caller waits only
+        until the host has stepped the chunk."""
+        self.wait_for_host()
         lane.wait(self.weights_done)
 
-    def _wait_for_host(self) -> None:
+    def wait_for_host(self) -> None:
         if self.job is not None:
             self.job.result()
             self.job = None
 
     # ---- where it lives ----
 
-    def allocate(self, ledger: Ledger, placement: Placement, sums: bool) -> None:
-        """Memory for a placement: moments 0, and `low` 0, with which the weight is the master."""
-        for nth, (name, (account, dtype, pin)) in enumerate(layout(placement, self.dtype, sums).items()):
-            self.tensors[name] = ledger.zeros(
-                account, self.n, dtype, f"{name} of chunk {self.index}", pin, nth
-            )
-        self.placement = placement
-        if placement is Placement.CPU:
+    def allocate(self, ledger: Ledger, home: Home) -> None:
+        """Take memory for a home. Moments are 0, and so is master_low16, with which the weight is the
+        master."""
+        for nth, (name, (account, dtype, pin)) in enumerate(self.format.tensors(home).items()):
+            what = f"{name} of chunk {self.index}"
+            self.tensors[name] = ledger.zeros(account, self.n, dtype, what, pin, nth)
+        self.home = home
+        if home is Home.CPU:
             for piece in self.pieces:
-                self.tensors["master"][piece.in_chunk] = piece.managed.weight[piece.in_shard]
+                self.tensors["master"][piece.in_chunk] = piece.param.weight[piece.in_shard]
 
-    def release(self, ledger: Ledger, sums: bool) -> None:
-        for name, (account, _, _) in layout(self.placement, self.dtype, sums).items():
-            ledger.give(account, self.tensors.pop(name).nbytes)
-        self.placement = None
+    def free(self, ledger: Ledger) -> None:
+        for name, (account, _, _) in self.format.tensors(self.home).items():
+            ledger.release(account, self.tensors.pop(name).nbytes)
+        self.home = None
 
     def read(self, name: str, piece: Piece) -> Tensor:
-        """`master`, `exp_avg` or `exp_avg_sq` of a piece, float32, where it is; may be a view."""
+        """Return `master`, `exp_avg` or `exp_avg_sq` of a piece, in float32, where it is; it may be a
+        view."""
         if name in self.tensors:
             return self.tensors[name][piece.in_chunk]
-        weight = piece.managed.weight[piece.in_shard]
-        return (
-            join_master(weight, self.tensors["low"][piece.in_chunk].to(weight.device))
-            if "low" in self.tensors
-            else weight
-        )
+        weight = piece.param.weight[piece.in_shard]
+        if "master_low16" not in self.tensors:
+            return weight
+        return join_master(weight, self.tensors["master_low16"][piece.in_chunk].to(weight.device))
 
     def write(self, name: str, piece: Piece, value: Tensor) -> None:
-        """As read; a new master is rounded into the weight too."""
+        """Write what `read` returns; a new master is rounded into the weight too."""
         if name in self.tensors:
             self.tensors[name][piece.in_chunk] = value
         if name == "master":
-            weight = piece.managed.weight[piece.in_shard]
-            if "low" in self.tensors:
-                weight_value, low = split_master(value.contiguous())
-                self.tensors["low"][piece.in_chunk] = low
-                value = weight_value
-            weight.copy_(value)
-
-
-def layout(placement: Placement, dtype: torch.dtype, sums: bool) -> dict[str, tuple[str, torch.dtype, bool]]:
-    """Tensors of a chunk's elements: name -> (account, dtype, pinned). sums: gradients arrive several times a
-    step."""
-    f32, narrow = torch.float32, dtype != torch.float32
-    if placement is Placement.CPU:
-        pageable = {
-            name: ("host", f32, False) for name in ("master", "exp_avg", "exp_avg_sq", *["total"] * sums)
-        }
-        return pageable | {"slab": ("host", dtype, True)}
-    home = ("host", True) if placement is Placement.STREAM else ("device", False)
-    states = {name: (home[0], f32, home[1]) for name in ("exp_avg", "exp_avg_sq")}
-    states |= {"low": (home[0], torch.int16, home[1])} if narrow else {}
-    return states | ({"total": ("device", f32, False)} if sums and narrow else {})
-
-
-def bytes_per_element(placement: Placement, dtype: torch.dtype, sums: bool) -> dict[str, int]:
-    """By account, without the weights; the gradients of RESIDENT and STREAM wait on the device for their
-    step."""
-    need = {
-        "device": 0 if placement is Placement.CPU or (sums and dtype != torch.float32) else dtype.itemsize,
-        "host": 0,
-    }
-    for account, one, _ in layout(placement, dtype, sums).values():
-        need[account] += one.itemsize
-    return need
+            if "master_low16" in self.tensors:
+                value, low16 = split_master(value.contiguous())
+                self.tensors["master_low16"][piece.in_chunk] = low16
+            piece.param.weight[piece.in_shard].copy_(value)
 
 
 def chunk_size(n_elements: int) -> int:
-    """Elements of a chunk for a rank with so many: CHUNK_ELEMENTS, or halved until it has MIN_CHUNKS, so that
-    fractions and budgets are met closely; on small shards a chunk that takes a launch or two is as quick as a
-    large one."""
+    """Return the elements of a chunk for a rank with so many: CHUNK_ELEMENTS, halved until there are
+    MIN_CHUNKS, so that fractions and budgets can be met closely. On small shards a chunk that takes a launch
+    or two is as quick as a large one."""
     size = CHUNK_ELEMENTS
     while size > LEAST_CHUNK_ELEMENTS and n_elements < MIN_CHUNKS * size:
         size //= 2
     return size
 
 
-def gated(part: nn.Module) -> dict[nn.Parameter, nn.Module]:
-    """Parameter -> the module whose forward waits for it, in the order in which they are waited for: the
-    whole, then blocks.
+def owners_of(part: nn.Module) -> dict[nn.Parameter, nn.Module]:
+    """Return the owner of each parameter, in the order in which forward waits for them: the root module's
+    first, then block by block.
 
-    FSDP gathers the weights of a module as one. Without it the elements of lists, the blocks, wait for their
-    own. The rest, an embedding, a head, is the whole's in both: it is gathered before the first block, and
-    may be read from anywhere."""
+    FSDP gathers the weights of a wrapped module together, so that module owns them. Without FSDP each
+    transformer block (an element of an nn.ModuleList) owns its parameters. Everything else (embedding, head)
+    belongs to the root module, with or without FSDP, and is waited for before the first block, because it may
+    be read anywhere."""
     wrapped = [module for module in part.modules() if isinstance(module, FSDPModule)]
-    listed = [block for module in part.modules() if isinstance(module, nn.ModuleList) for block in module]
-    modules = dict.fromkeys([part, *(wrapped or listed)])
-    gate = {}
-    for module in modules:  # inner ones come after outer ones
-        gate |= dict.fromkeys(module.parameters(), module)
-    return {
-        parameter: module
-        for module in modules
-        for parameter in module.parameters()
-        if gate[parameter] is module
-    }
+    lists = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
+    modules = dict.fromkeys([part, *(wrapped or chain.from_iterable(lists))])
+    innermost, owner_of = {}, {}
+    for module in modules:  # inner modules come after outer ones
+        innermost |= dict.fromkeys(module.parameters(), module)
+    for module in modules:
+        owner_of |= {p: module for p in module.parameters() if innermost[p] is module}
+    return owner_of
 
 
-def find_managed(
+def find_params(
     model: nn.Module,
     parts: list[nn.Module],
     optimizer: torch.optim.AdamW,
-    outside: set[nn.Parameter] = frozenset(),
-) -> list[Managed]:
-    """The optimizer's trainable parameters, in the order in which the next forward waits for them."""
-    group_of = {p: group for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-    names = {parameter: plain_name(name) for name, parameter in model.named_parameters()}
-    gates: dict[nn.Parameter, nn.Module] = {}
-    for part in parts:  # what several use is waited for by the first
-        gates |= {p: module for p, module in gated(part).items() if p in group_of and p not in gates}
-    strange = [
-        tuple(parameter.shape) for parameter in group_of if parameter not in gates or parameter not in names
-    ]
-    if strange:
+    tied: set[nn.Parameter] = frozenset(),
+) -> list[ParamState]:
+    """Return the optimizer's trainable parameters, in the order in which the next forward waits for them."""
+    names, group_of, owner_of = names_of(model), {}, {}
+    for group in optimizer.param_groups:
+        group_of |= {p: group for p in group["params"] if p.requires_grad}
+    for part in parts:  # what several parts use is waited for by the first
+        owner_of |= {
+            p: module for p, module in owners_of(part).items() if p in group_of and p not in owner_of
+        }
+    unknown = [p for p in group_of if p not in owner_of or p not in names]
+    if unknown:
         raise UsageError(
-            f"the optimizer has {len(strange)} parameters that are not the model's (the first: {strange[0]}); "
-            "build it on model.parameters()."
+            f"the optimizer has {len(unknown)} parameters that are not the model's (the first has the shape "
+            f"{tuple(unknown[0].shape)}); build it on model.parameters()."
         )
-    torn = [names[parameter] for parameter in gates if not local(parameter).is_contiguous()]
-    if torn:
-        raise UsageError(
-            f"{torn[0]} is not contiguous, so no run of its memory can be a chunk's; make it contiguous()."
-        )
-    wrong = [
-        names[parameter] for parameter in gates if parameter.dtype not in (torch.float32, torch.bfloat16)
-    ]
-    if wrong:
-        raise UsageError(
-            f"{wrong[0]} is neither float32 nor bfloat16; use --train.dtype float32 or bfloat16."
-        )
+    for parameter in owner_of:
+        if not local(parameter).is_contiguous():
+            raise UsageError(
+                f"{names[parameter]} is not contiguous, so its memory cannot be cut into chunks; make it "
+                "contiguous()."
+            )
+        if parameter.dtype not in (torch.float32, torch.bfloat16):
+            raise UsageError(
+                f"{names[parameter]} is neither float32 nor bfloat16; use dtype=float32 or bfloat16."
+            )
     return [
-        Managed(
-            names[parameter], parameter, group_of[parameter], copies(parameter), parameter in outside, module
-        )
-        for parameter, module in gates.items()
+        ParamState(names[p], p, group_of[p], copies(p), p in tied, module) for p, module in owner_of.items()
     ]
 
 
-def plain_name(name: str) -> str:
-    """Without what compiling or recomputing puts into names."""
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+def names_of(model: nn.Module) -> dict[nn.Parameter, str]:
+    return {parameter: plain_name(name) for name, parameter in model.named_parameters()}
 
 
-def cut(managed: list[Managed], chunk_elements: int) -> list[Chunk]:
-    """Chunks of the shards in the order given, one open chunk per (group, dtype); in the order of their first
-    pieces."""
+def cut(params: list[ParamState], chunk_elements: int, accumulates: bool = False) -> list[Chunk]:
+    """Cut the shards, in this order, into chunks. At any time one chunk is open per (group, dtype); chunks
+    are in the order of their first pieces."""
     assert chunk_elements % ALIGN == 0, chunk_elements
     chunks: list[Chunk] = []
     open_chunks: dict[tuple, Chunk] = {}
-    n_pieces = 0
-    for one in managed:
-        key, done, n = (id(one.group), one.parameter.dtype), 0, local(one.parameter).numel()
+    for param in params:
+        dtype, done, n = param.parameter.dtype, 0, local(param.parameter).numel()
+        key = id(param.group), dtype
         while done < n:
             chunk = open_chunks.get(key)
             if chunk is None or chunk.n == chunk_elements:
-                chunk = open_chunks[key] = Chunk(len(chunks), one.group, one.parameter.dtype)
+                chunk = Chunk(len(chunks), param.group, StateFormat(dtype, accumulates))
+                open_chunks[key] = chunk
                 chunks.append(chunk)
             run = min(n - done, chunk_elements - chunk.n)
-            piece = Piece(one, chunk, n_pieces, slice(done, done + run), slice(chunk.n, chunk.n + run))
-            one.pieces.append(piece)
+            piece = Piece(param, chunk, slice(done, done + run), slice(chunk.n, chunk.n + run))
+            param.pieces.append(piece)
             chunk.pieces.append(piece)
             chunk.n = min(chunk_elements, -(-(chunk.n + run) // ALIGN) * ALIGN)
-            done, n_pieces = done + run, n_pieces + 1
+            done += run
     return chunks
 
 
-def seen(tensor: Tensor) -> tuple[int, int, int]:
-    """Which memory, and which writing of it: an in-place change adds to the count of the shard, or of the
-    DTensor around it."""
+def version_of(tensor: Tensor) -> tuple[int, int, int]:
+    """Return which memory a tensor has, and how often it was written: an in-place change adds to the count of
+    the shard, or of the DTensor around it."""
     shard = local(tensor)
     return shard.data_ptr(), shard._version, tensor._version
 
 
-def flat(tensor: Tensor) -> Tensor:
-    # view raises if it is not contiguous: nothing could be written through a copy
+def flat_view(tensor: Tensor) -> Tensor:
+    # view raises if the shard is not contiguous; what is written into a copy would be lost.
     return local(tensor).detach().view(-1)
 
 
-def like(parameter: nn.Parameter, shard: Tensor) -> Tensor:
-    """A tensor spread as the parameter is, with `shard` (any dtype, host or device) as this rank's part.
+def from_local_like(parameter: nn.Parameter, shard: Tensor) -> Tensor:
+    """Return a tensor that is sharded as the parameter is, with `shard` (of any dtype, on host or device) as
+    this rank's part.
 
-    DTensor.from_local would move a host tensor to the mesh's device; what it calls does not. Not public in
-    torch 2.11 to 2.13; FSDP2's CPU offload makes its parameters in this way."""
+    DTensor.from_local would move a host tensor to the mesh's device; the constructor does not. It is not
+    public in torch 2.11 to 2.13, but FSDP2's CPU offload makes its parameters in this way."""
     shard = shard.view(local(parameter).shape)
     if not isinstance(parameter, DTensor):
         return shard
     meta = TensorMeta(parameter.shape, parameter.stride(), shard.dtype)
-    return DTensor(
-        shard, DTensorSpec(parameter.device_mesh, parameter.placements, tensor_meta=meta), requires_grad=False
-    )
+    spec = DTensorSpec(parameter.device_mesh, parameter.placements, tensor_meta=meta)
+    return DTensor(shard, spec, requires_grad=False)
 
 
-_NO_MEMORY = torch.zeros(1)  # the one number that all placeholders consist of
+_ONE_NUMBER = torch.zeros(1)  # all elements of all placeholders
 
 
 def placeholder(parameter: nn.Parameter) -> Tensor:
-    """A float32 tensor with the shape and layout of the parameter, on the host, that takes no memory: all its
-    elements are one number, so that copying values into it raises."""
-    return like(parameter, _NO_MEMORY.expand(local(parameter).shape))
+    """Return a float32 host tensor with the shape and layout of the parameter that takes no memory: all its
+    elements are one number in memory, so copying values into it raises."""
+    return from_local_like(parameter, _ONE_NUMBER.expand(local(parameter).shape))

@@ -1,17 +1,23 @@
-"""AdamW over one chunk: one source for host and device, torch.compile's or, without a compiler, torch's fused
-kernel in blocks. On the device, where nothing is to be cast (float32 weights), torch's fused kernel takes
-many pieces in one call in any case.
+"""AdamW over one chunk, from one source for host and device.
 
-host_step       a CPU chunk: fp32 master on the host; the new weight, rounded, goes to memory of its own. Written where the
-                gradient was it would halve the speed: the compiled loop's masked loads are as wide as a register and wait
-                for the masked store before them (bfloat16, one core: 0.39 G parameters/s in place, 0.80 beside)
-device_step     RESIDENT and STREAM: the weight is (part of) the master, so that those bytes exist once
-    float32 weights    the weight is the master
-    bfloat16 weights   the weight is the high half of the master, `low` its low 16 bits; the two are bit for bit the master.
-                       High is rounded half up in magnitude, so it differs from torch's half-to-even on exact
-                       ties only: of a low half that could be either, half-to-even would not say which it was
-Bytes read and written per parameter: compiled 28 on the host (bfloat16 gradient and weight), 26 on the
-device; one pass.
+The arithmetic is written once, in `adamw_chunk`. torch.compile makes a loop of it for the host and a kernel
+for the device. Without a compiler torch's fused AdamW runs instead, in blocks. On the device torch's fused
+kernel is also used wherever nothing has to be cast (float32 weights): it takes many pieces in one call.
+
+host_step     steps a CPU chunk, whose float32 master is on the host. The new weight is rounded into memory
+              of its own. Written over the gradient it would halve the speed: the compiled loop's masked loads
+              are as wide as a register and wait for the masked store before them (bfloat16 on one core: 0.39
+              G parameters/s in place, 0.80 into other memory).
+device_step   steps RESIDENT and STREAM chunks. The weight is the master or a part of it, so that its bytes
+              exist once:
+    float32 weights     the weight is the master.
+    bfloat16 weights    the weight is the upper half of the master and `low16` its lower 16 bits; the two are
+                        the master bit for bit. The upper half is rounded half up in magnitude. This differs
+                        from torch's half-to-even on exact ties only: half-to-even would not tell which of
+                        two masters a tie came from.
+
+Bytes that are read and written per parameter, compiled, in one pass: 28 on the host with bfloat16 gradients
+and weights, 26 on the device.
 """
 
 import functools
@@ -27,13 +33,13 @@ from torch.optim.adamw import adamw
 
 from dtensor_llama.errors import UsageError
 
-# elements: 1 MiB of fp32 each for gradient, master and both moments stays in a core's cache
+# elements: gradient, master and both moments take 1 MiB of float32 each and stay in a core's cache
 BLOCK = 256 * 1024
-ROW = 1024  # elements: of the (rows, ROW) views that compiled device kernels take
+ROW = 1024  # elements: compiled device kernels take views of shape (rows, ROW)
 
 
-class Hyper(NamedTuple):
-    """What AdamW needs beside tensors; `step` counts from 1."""
+class HyperParameters(NamedTuple):
+    """The numbers that AdamW needs beside its tensors; `step` counts from 1."""
 
     lr: float
     beta1: float
@@ -44,9 +50,9 @@ class Hyper(NamedTuple):
 
     @functools.lru_cache(maxsize=64)  # noqa: B019  a step has a handful
     def tensors(self) -> tuple[Tensor, ...]:
-        """As 0-dim float32 host tensors, which a compiled kernel takes without compiling anew when they
-        change. The differences from 1 are taken in float64: in float32, 1 - 0.999 is wrong in the fifth
-        digit."""
+        """Return the numbers that adamw_chunk takes, as 0-dim float32 tensors on the host: a compiled kernel
+        accepts new values of those without recompiling. Differences from 1 are computed in float64, because
+        1 - 0.999 in float32 is wrong in the fifth digit."""
         correction1, correction2 = 1 - self.beta1**self.step, 1 - self.beta2**self.step
         root = correction2**0.5
         numbers = (
@@ -60,7 +66,7 @@ class Hyper(NamedTuple):
         return tuple(torch.tensor(number, dtype=torch.float32) for number in numbers)
 
 
-NO_CHANGE = Hyper(lr=0.0, beta1=0.9, beta2=0.95, eps=1e-5, weight_decay=0.0, step=1)
+NO_CHANGE = HyperParameters(lr=0.0, beta1=0.9, beta2=0.95, eps=1e-5, weight_decay=0.0, step=1)
 
 
 def adamw_chunk(
@@ -76,24 +82,25 @@ def adamw_chunk(
     step_size: Tensor,
     eps: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """New (master, exp_avg, exp_avg_sq). Source: Loshchilov & Hutter 2017, arXiv:1711.05101, as
-    torch.optim.AdamW has it, but that step_size and eps carry the correction of exp_avg_sq, which saves a
-    division per parameter."""
+    """Return the new (master, exp_avg, exp_avg_sq).
+
+    This is AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) as in torch.optim.AdamW, except that step_size
+    and eps already contain the bias correction of exp_avg_sq, which saves a division per parameter."""
     grad = grad.float() * clip
     exp_avg = exp_avg + (grad - exp_avg) * one_minus_beta1
     exp_avg_sq = exp_avg_sq * beta2 + grad * grad * one_minus_beta2
     return master * decay - step_size * (exp_avg / (exp_avg_sq.sqrt() + eps)), exp_avg, exp_avg_sq
 
 
-def join_master(weight: Tensor, low: Tensor) -> Tensor:
-    """bfloat16 weight and int16 low half -> the float32 master they were split from."""
-    # rounding went up where the low half is a half or more
-    high = weight.view(torch.int16).int() - (low < 0).int()
-    return ((high << 16) | (low.int() & 0xFFFF)).view(torch.float32)
+def join_master(weight: Tensor, low16: Tensor) -> Tensor:
+    """Return the float32 master that was split into a bfloat16 weight and its int16 lower half."""
+    # The weight was rounded up where the lower half is at least a half, which makes its int16 negative.
+    high = weight.view(torch.int16).int() - (low16 < 0).int()
+    return ((high << 16) | (low16.int() & 0xFFFF)).view(torch.float32)
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 -> (bfloat16 weight, int16 low half), both from the same bits."""
+    """Split a float32 master into a bfloat16 weight and the int16 lower half, without losing a bit."""
     bits = master.view(torch.int32)
     return ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16), bits.to(torch.int16)
 
@@ -105,19 +112,20 @@ def _host_step(master, exp_avg, exp_avg_sq, grad, weight, clip, *hyper):
     weight.copy_(new[0])
 
 
-def _device_step(weight, low, exp_avg, exp_avg_sq, grad, clip, *hyper):
-    """If `clip` is nan every element keeps its value: no host has to look whether the gradient is finite."""
+def _device_step(weight, low16, exp_avg, exp_avg_sq, grad, clip, *hyper):
+    """Step a piece on the device. If `clip` is nan every element keeps its value, so that the host need not
+    wait to see whether the gradient is finite."""
     skips = clip.isnan()
-    master = weight if low is None else join_master(weight, low)
+    master = weight if low16 is None else join_master(weight, low16)
     stepped, new_avg, new_avg_sq = adamw_chunk(master, exp_avg, exp_avg_sq, grad, clip, *hyper)
     exp_avg.copy_(torch.where(skips, exp_avg, new_avg))
     exp_avg_sq.copy_(torch.where(skips, exp_avg_sq, new_avg_sq))
-    if low is None:
+    if low16 is None:
         weight.copy_(torch.where(skips, weight, stepped))
     else:
-        high, new_low = split_master(stepped)
+        high, new_low16 = split_master(stepped)
         weight.copy_(torch.where(skips, weight, high))
-        low.copy_(torch.where(skips, low, new_low))
+        low16.copy_(torch.where(skips, low16, new_low16))
 
 
 def _device_add(total, grad):
@@ -129,25 +137,26 @@ def _device_copy(total, grad):
 
 
 def whole_rows(n: int) -> int:
-    """How many of n elements a compiled device kernel takes as rows of ROW; the rest goes alone.
+    """Return how many of n elements a compiled device kernel takes as rows of ROW elements; the rest follows
+    in a second launch.
 
-    Of a (rows, ROW) view the compiler knows that the length is a multiple of ROW, so it loads and stores 16
-    bytes at a time (PTX for sm_90, 8 elements a thread: 7 loads, 6 stores). Of a plain length it knows
-    nothing, and takes each element alone (16 elements a thread: 41 loads, 32 stores). A single row is left to
-    the rest, as torch.compile takes a size of 1 for a constant and would compile anew."""
+    The compiler knows that the length of a (rows, ROW) view is a multiple of ROW, so it loads and stores 16
+    bytes at a time (PTX for sm_90, 8 elements a thread: 7 loads, 6 stores). It knows nothing of a plain
+    length, and then moves every element alone (16 elements a thread: 41 loads, 32 stores). A single row is
+    left to the rest, because torch.compile treats a size of 1 as a constant and would recompile."""
     rows = n // ROW
     return rows * ROW if rows > 1 else 0
 
 
 class _ByRows:
-    """A kernel for the device on 1-D tensors of one length: one launch, and one more where whole_rows leaves
-    a rest. It is compiled once for rows, once for rests, and once for a rest of a single element."""
+    """Runs a device kernel on 1-D tensors of one length: one launch, and a second where whole_rows leaves a
+    rest. It is compiled once for rows, once for rests, and once for a rest of a single element."""
 
     def __init__(self, step: Callable):
         self._rows, self._rest = _compiled(step), _compiled(step)
 
     def __call__(self, tensors: Sequence[Tensor | None], *numbers: Tensor) -> None:
-        """tensors: those that it reads and writes by element, some may be None; numbers: 0-dim."""
+        """tensors: what is read and written element by element; some may be None. numbers: 0-dim tensors."""
         n = len(tensors[0])
         whole = whole_rows(n)
         if whole:
@@ -159,9 +168,10 @@ class _ByRows:
 
 
 def _of_any_length(tensors: list[Tensor | None]) -> list[Tensor | None]:
-    """Tells torch.compile that other numbers of rows, or elements in a rest, are no reason to compile anew.
-    (dynamic=True says so of the memory that a view lies in, too. Then two tensors that first lie in memory of
-    equal length have to do so ever after, or all is compiled anew.)"""
+    """Mark the number of rows, or of elements in a rest, as dynamic, so that torch.compile does not recompile
+    for other lengths. (dynamic=True would also make the length of the storage behind a view dynamic. Two
+    tensors whose storages happen to be equally long at first would then have to stay so, or everything
+    recompiles.)"""
     for tensor in tensors:
         if tensor is not None and len(tensor) > 1:
             torch._dynamo.mark_dynamic(tensor, 0)
@@ -169,27 +179,30 @@ def _of_any_length(tensors: list[Tensor | None]) -> list[Tensor | None]:
 
 
 class Kernel:
-    """kind: `compiled`, `blocks`, or `auto`: compiled where there is a compiler. `kind` and `why` say which.
+    """AdamW in one of two implementations. The argument `kind` is `compiled`, `blocks`, or `auto`, which
+    takes `compiled` where there is a compiler. The attribute `kind` says which it is and `why` explains it.
 
-    A clip factor of nan says that the gradient norm is not finite: then device_step and device_steps change
-    nothing. host_step is not to be called then: the thread that calls it reads the factor anyway."""
+    A clip factor of nan means that the gradient norm is not finite; device_step and device_steps then change
+    nothing. host_step must not be called with it: the thread that calls it reads the factor first anyway."""
 
     def __init__(self, kind: str, device: torch.device):
         self.kind, self.why = _choose(kind, device)
         self._is_warm: set[tuple] = set()
         if self.kind == "compiled":
-            # A wrapper in C++ lets go of the interpreter while the loop runs; the default one in Python does
-            # not, and the forward beside it could launch nothing.
+            # Inductor's C++ wrapper releases the interpreter lock while the loop runs. The default Python
+            # wrapper holds it, and the forward that runs meanwhile could not launch a kernel.
             self._host = _compiled(_host_step, dynamic=True, options={"cpp_wrapper": True})
             self._device = _ByRows(_device_step)
             self._add, self._copy = _ByRows(_device_add), _ByRows(_device_copy)
 
     def warm_up_host(self, dtype: torch.dtype, grad_dtype: torch.dtype, n_threads: int) -> None:
-        """Compile host_step now, unless it was: within a step other ranks would wait for it in a collective,
-        10 to 25 s. dtype: of the weights. To be called whenever a plan has put chunks on the host.
+        """Compile host_step now, unless that has been done. Call it whenever a plan has put chunks on the
+        host: if it were compiled within a step, other ranks would wait in a collective for 10 to 25 s.
 
-        It compiles in the caller's thread, as with torch 2.11 the next backward may crash once another thread
-        has compiled, and as if that had n_threads, for which the thread of the host's steps takes it then."""
+        dtype: of the weights. n_threads: of the thread that will call host_step. Compilation happens in the
+        calling thread, because with torch 2.11 the next backward may crash after another thread has compiled.
+        It happens under torch.set_num_threads(n_threads), because Inductor specialises on the number of
+        threads."""
         if self.kind != "compiled" or ("host", dtype, grad_dtype) in self._is_warm:
             return
         self._is_warm.add(("host", dtype, grad_dtype))
@@ -199,31 +212,29 @@ class Kernel:
             master, exp_avg, exp_avg_sq = torch.zeros(n), torch.zeros(n), torch.zeros(n)
             grad, weight = torch.zeros(n, dtype=grad_dtype), torch.zeros(n, dtype=dtype)
             self.host_step(master, exp_avg, exp_avg_sq, grad, weight, None, NO_CHANGE)
-        # of threads that begin from now on too, after the host's has set its own
-        torch.set_num_threads(before)
+        torch.set_num_threads(before)  # threads that start from now on inherit it
 
     def warm_up_device(
         self, device: torch.device, dtype: torch.dtype, grad_dtype: torch.dtype, lengths: set[int]
     ) -> None:
-        """warm_up_host for device_steps and sum_into: whenever a plan has pieces of such lengths for the
-        device to step."""
-        casts_nothing = dtype == grad_dtype == torch.float32  # then device_steps takes torch's own kernel
+        """Compile device_steps and sum_into now for pieces of these lengths, unless that has been done: see
+        warm_up_host."""
+        casts_nothing = dtype == grad_dtype == torch.float32  # device_steps then uses torch's own kernel
         if self.kind != "compiled" or casts_nothing:
             return
         has_rows = any(whole_rows(n) for n in lengths)
         has_rest = any(whole_rows(n) < n for n in lengths)
-        # For as many elements as make it pay to compile for many threads.
+        # With fewer elements than BLOCK Inductor would compile for a single thread.
         needed = {BLOCK: has_rows, ROW - 1: has_rest}
         for n in [n for n, is_needed in needed.items() if is_needed]:
             if (n, dtype, grad_dtype) in self._is_warm:
                 continue
             self._is_warm.add((n, dtype, grad_dtype))
             zeros = functools.partial(torch.zeros, n, device=device)
-            weight, low, exp_avg, exp_avg_sq = zeros(dtype=dtype), zeros(dtype=torch.int16), zeros(), zeros()
-            grad = zeros(dtype=grad_dtype)
-            self.device_step(weight, low, exp_avg, exp_avg_sq, grad, None, NO_CHANGE)
+            weight, grad = zeros(dtype=dtype), zeros(dtype=grad_dtype)
+            self.device_step(weight, zeros(dtype=torch.int16), zeros(), zeros(), grad, None, NO_CHANGE)
             for adds in (False, True) if grad_dtype != dtype else ():
-                self.sum_into(grad, weight, adds)  # gradients come in the weights' dtype
+                self.sum_into(grad, weight, adds)  # gradients arrive in the weights' dtype
 
     @torch.no_grad()
     def host_step(
@@ -234,33 +245,26 @@ class Kernel:
         grad: Tensor,
         weight: Tensor,
         clip: Tensor | None,
-        hyper: Hyper,
+        hyper: HyperParameters,
     ) -> None:
-        """All 1-D of one length on the host, states changed in place, the new master rounded into `weight`;
-        `grad` may be scaled. clip: factor on the gradient, a 0-dim float32 tensor of the same device; None is
-        1."""
+        """Step 1-D host tensors of one length. The states change in place, the new master is rounded into
+        `weight`, and `grad` may be scaled. clip: the factor on the gradient, a 0-dim float32 tensor on the
+        same device; None means 1."""
         if self.kind == "compiled":
-            self._host(
-                master,
-                exp_avg,
-                exp_avg_sq,
-                grad,
-                weight,
-                _one(grad) if clip is None else clip,
-                *hyper.tensors(),
-            )
+            clip = _one_on(grad.device) if clip is None else clip
+            self._host(master, exp_avg, exp_avg_sq, grad, weight, clip, *hyper.tensors())
             return
         for block in _blocks(len(grad)):
             _fused([master[block]], [exp_avg[block]], [exp_avg_sq[block]], [grad[block].float()], clip, hyper)
             weight[block].copy_(master[block])
 
     def device_steps(self, steps: list[tuple]) -> None:
-        """device_step with each of these arguments. Where nothing is to be cast torch's own fused kernel
-        takes all at once."""
-        alike: dict[Hyper, list[tuple]] = {}
+        """Call device_step with each of these tuples of arguments. torch's fused kernel takes all of those
+        that need no cast in one call."""
+        alike: dict[HyperParameters, list[tuple]] = {}
         for step in steps:
-            _, low, _, _, grad, _, hyper = step
-            if low is None and grad.dtype == torch.float32:
+            _, low16, _, _, grad, _, hyper = step
+            if low16 is None and grad.dtype == torch.float32:
                 alike.setdefault(hyper, []).append(step)
             else:
                 self.device_step(*step)
@@ -272,32 +276,32 @@ class Kernel:
     def device_step(
         self,
         weight: Tensor,
-        low: Tensor | None,
+        low16: Tensor | None,
         exp_avg: Tensor,
         exp_avg_sq: Tensor,
         grad: Tensor,
         clip: Tensor | None,
-        hyper: Hyper,
+        hyper: HyperParameters,
     ) -> None:
-        """All 1-D of one length on one device, changed in place; `grad` may be scaled. low: None if weights
-        are float32."""
+        """Step 1-D tensors of one length on one device, in place; `grad` may be scaled. low16: None if the
+        weights are float32."""
         if self.kind == "compiled":
-            clip = _one(grad) if clip is None else clip
-            self._device((weight, low, exp_avg, exp_avg_sq, grad), clip, *hyper.tensors())
+            clip = _one_on(grad.device) if clip is None else clip
+            self._device((weight, low16, exp_avg, exp_avg_sq, grad), clip, *hyper.tensors())
             return
         for block in _blocks(len(grad)):
-            master = weight[block] if low is None else join_master(weight[block], low[block])
+            master = weight[block] if low16 is None else join_master(weight[block], low16[block])
             _fused([master], [exp_avg[block]], [exp_avg_sq[block]], [grad[block].float()], clip, hyper)
-            if low is not None:
-                high, new_low = split_master(master)
+            if low16 is not None:
+                high, new_low16 = split_master(master)
                 weight[block].copy_(high)
-                low[block].copy_(new_low)
+                low16[block].copy_(new_low16)
 
     @torch.no_grad()
     def sum_into(self, total: Tensor, grad: Tensor, adds: bool) -> None:
-        """total += grad, or total = grad for the first gradient of a step; 1-D of one length on the device,
-        dtypes may differ. torch's own kernels for two dtypes on a GPU load each element alone; for equal
-        dtypes, and on a CPU, they serve."""
+        """Add a gradient to the sum of a step, or with adds=False start the sum with it. Both are 1-D, of one
+        length, on one device; their dtypes may differ. On a GPU torch's own kernels for two dtypes load every
+        element alone; for equal dtypes and on a CPU they are used."""
         if self.kind == "compiled" and total.is_cuda and total.dtype != grad.dtype:
             (self._add if adds else self._copy)((total, grad))
         elif adds:
@@ -307,8 +311,8 @@ class Kernel:
 
 
 def _compiled(step: Callable, **how) -> Callable:
-    """Of a copy of its code: dynamo has a limit a code, and other numbers of threads, in other kernels, would
-    count for it."""
+    """Compile a copy of the function's code object: Dynamo limits recompilations per code object, and kernels
+    for other numbers of threads would use up the same limit."""
     own = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
     return torch.compile(own, fullgraph=True, **how)
 
@@ -316,10 +320,6 @@ def _compiled(step: Callable, **how) -> Callable:
 @functools.cache
 def _one_on(device: torch.device) -> Tensor:
     return torch.ones((), device=device)
-
-
-def _one(like: Tensor) -> Tensor:
-    return _one_on(like.device)
 
 
 def _blocks(n: int) -> list[slice]:
@@ -333,13 +333,13 @@ def _fused(
     exp_avg_sqs: Sequence[Tensor],
     grads: Sequence[Tensor],
     clip: Tensor | None,
-    hyper: Hyper,
+    hyper: HyperParameters,
 ) -> None:
-    """torch's AdamW(fused=True), all float32; scales gradients in place. A clip of nan changes nothing."""
-    device = masters[0].device
-    # it adds the one being made
-    done = torch.full((len(masters),), hyper.step - 1, dtype=torch.float32, device=device)
-    grad_scale = None if clip is None else clip.reciprocal()  # it divides by that
+    """Call torch's AdamW(fused=True) on float32 tensors; it scales gradients in place. A clip of nan changes
+    nothing."""
+    # It adds one to the step counts before it uses them.
+    done = torch.full((len(masters),), hyper.step - 1, dtype=torch.float32, device=masters[0].device)
+    grad_scale = None if clip is None else clip.reciprocal()  # it divides gradients by this
     found_inf = None if clip is None else clip.isnan().float()
     adamw(
         list(masters),
@@ -362,16 +362,15 @@ def _fused(
 
 
 def _choose(kind: str, device: torch.device) -> tuple[str, str]:
+    """Return the kind that can be used, and what AdamW is then, in words."""
     missing = [] if any(map(shutil.which, ("g++", "clang++"))) else ["a C++ compiler"]
     missing += ["triton"] if device.type == "cuda" and importlib.util.find_spec("triton") is None else []
     if kind == "compiled" and missing:
-        raise UsageError(
-            f"--memory.kernel compiled needs {' and '.join(missing)}; install it, or use --memory.kernel blocks."
-        )
+        raise UsageError(f"kernel=compiled needs {' and '.join(missing)}; install it, or use kernel=blocks.")
     if kind == "blocks" or missing:
         because = f", as there is no {' and no '.join(missing)}" if kind == "auto" else ""
         return "blocks", f"torch's fused AdamW in blocks of {BLOCK // 1024}k elements{because}"
-    return (
-        "compiled",
-        "torch.compile, one pass over gradient, states and weight; of float32 weights on the device, torch's own",
+    return "compiled", (
+        "torch.compile in one pass over gradient, states and weight; for float32 weights on the device it "
+        "is torch's fused AdamW"
     )

@@ -1,19 +1,19 @@
-"""Lanes: what of a machine works at the same time, each in order. Nothing here knows what is moved or
-stepped.
+"""Lanes: the parts of a machine that work at the same time, each on one piece of work after another. Nothing
+here knows what is moved or stepped.
 
-    lane          what runs on it                                                        on a GPU
-    compute       forward, backward                                                      the caller's stream
-    resident      Adam of RESIDENT, drawn as device adam                                 the same
-    d2h           gradients and the clip factor to the host, stepped states of STREAM    a stream
-    h2d           states of STREAM on their way to be stepped                            a stream
-    weights       new weights of CPU, drawn as h2d. In one queue with the states they    a stream
-                  would wait for a whole update of STREAM, and the next forward for them
-    adam          Adam of STREAM                                                         a stream
-    host          Adam of CPU                                                            a thread with cores of its own
+    lane          what runs on it                                                      on a GPU
+    compute       forward and backward                                                 the caller's stream
+    resident      Adam of RESIDENT chunks; drawn as device adam                        the caller's stream
+    d2h           gradients and the clip factor to the host, stepped states of STREAM  a stream
+    h2d           states of STREAM on their way to be stepped                          a stream
+    weights       new weights of CPU chunks; drawn as h2d. On its own stream: behind   a stream
+                  STREAM's state copies they would be delayed by that whole update,
+                  and the next forward waits for them
+    adam          Adam of STREAM chunks                                                a stream
+    host          Adam of CPU chunks                                                   a thread of its own
 
-event: the end of a piece of work; `synchronize()` waits for it, `query()` says whether it has happened.
-    Without a GPU a lane is the calling thread, only the host's thread runs beside it, and every event is of
-    the past.
+event     marks the end of a piece of work: `synchronize()` waits for it, `query()` says whether it has ended.
+          Without a GPU all lanes but the host's thread are the calling thread, and every event has happened.
 """
 
 import os
@@ -24,13 +24,13 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 HOST_ADAM, DEVICE_ADAM = "host adam", "device adam"
-# public from 2.13 on
+# torch.accelerator.empty_host_cache is public from torch 2.13 on.
 _empty_host_cache = getattr(torch.accelerator, "empty_host_cache", None) or torch._C._host_emptyCache
-LEFT_FOR_LAUNCHES = 3  # cores of a rank that launch, differentiate and communicate while the host steps
+CORES_FOR_LAUNCHES = 3  # cores kept for launches, autograd and communication while the host steps
 
 
 class _Done:
-    """An event of the past."""
+    """An event that has happened."""
 
     def synchronize(self) -> None:
         pass
@@ -43,29 +43,29 @@ DONE = _Done()
 
 
 class Lane:
-    """Work in the calling thread, at once. own: on a GPU, a stream of its own, not the caller's; name: as it
-    is drawn."""
+    """Runs work at once, in the calling thread. name: the lane it is drawn in. own: on a GPU the lane has a
+    stream of its own instead of the caller's."""
 
     def __init__(self, lanes: "Lanes", name: str, own: bool = True):
         self.lanes, self.name, self.own = lanes, name, own
 
     def run(self, what: str, work: Callable[[], None], after: Iterable = ()):
-        """Have `work` done once the events `after` have happened; returns the event of its end."""
+        """Run `work` once the events `after` have happened, and return the event of its end."""
         start_s = self.lanes.clock()
         work()
         self.lanes.note(what, self.name, start_s, self.lanes.clock())
         return DONE
 
     def now(self, timing: bool = False):
-        """The event of all that was given to this lane so far."""
+        """Return the event of the end of all work that this lane has been given so far."""
         return DONE
 
     def wait(self, event) -> None:
-        """What is given to this lane from now on comes after the event; the caller goes on."""
+        """Let all work that this lane is given from now on run after the event. The caller does not wait."""
 
 
 class StreamLane(Lane):
-    """Work on a CUDA stream."""
+    """Runs work on a CUDA stream."""
 
     def __init__(self, lanes: "Lanes", name: str, own: bool = True):
         super().__init__(lanes, name, own)
@@ -79,7 +79,7 @@ class StreamLane(Lane):
             start = self.now(timing) if timing else None
             work()
             end = self.now(timing)
-        if timing:  # it may have been switched on meanwhile, by another thread
+        if timing:  # `recording` may have been switched on meanwhile by another thread
             self.lanes.note(what, self.name, start, end)
         return end
 
@@ -95,27 +95,26 @@ class StreamLane(Lane):
 
 
 class Lanes:
-    """All of them for one device. While `recording`, what runs is noted with its times: `events()`.
+    """All lanes of one device. While `recording` is true, all work is noted with its times: see `events`.
 
-    n_threads: cores for the host's Adam. make: a lane; tests give their own.
+    n_threads: how many cores the host's Adam uses. make: the class of the lanes; tests pass their own.
     """
 
     def __init__(self, device: torch.device, n_threads: int, make: type[Lane] | None = None):
         self.device, self.is_cuda, self.n_threads = device, device.type == "cuda", n_threads
         make = make or (StreamLane if self.is_cuda else Lane)
         self.compute, self.resident = make(self, "compute", own=False), make(self, DEVICE_ADAM, own=False)
-        self.d2h, self.h2d, self.weights, self.adam = (
-            make(self, name) for name in ("d2h", "h2d", "h2d", DEVICE_ADAM)
-        )
-        self.host = Lane(self, HOST_ADAM)  # in `thread`
-        self.has_queues = make is not Lane  # work may still be under way when the caller goes on
+        self.d2h, self.h2d, self.weights = make(self, "d2h"), make(self, "h2d"), make(self, "h2d")
+        self.adam = make(self, DEVICE_ADAM)
+        self.host = Lane(self, HOST_ADAM)  # its work is given to `thread`
+        self.has_queues = make is not Lane  # work may still be under way after `run` has returned
         self.recording, self._noted = False, []
         self.thread = ThreadPoolExecutor(1, HOST_ADAM, initializer=self._start_thread)
 
     def _start_thread(self) -> None:
         torch.set_num_threads(self.n_threads)  # of this thread alone
         if self.is_cuda:
-            torch.cuda.set_device(self.device)  # likewise: it would be the first GPU
+            torch.cuda.set_device(self.device)  # a new thread starts with the first GPU
 
     def clock(self) -> float:
         return time.perf_counter()
@@ -125,8 +124,8 @@ class Lanes:
             self._noted.append((what, lane, start, end))
 
     def events(self) -> list[tuple[str, str, float, float]]:
-        """(what, lane, start, end) in seconds of `clock`, of what ran while recording; all of it must be
-        over."""
+        """Return (what, lane, start, end), in seconds of `clock`, of all work that ran while recording. All
+        of it must have ended."""
         if not self.is_cuda:
             return list(self._noted)
         zero = self.compute.now(timing=True)
@@ -140,17 +139,17 @@ class Lanes:
 
 
 def host_threads(device: torch.device, ranks_per_host: int) -> int:
-    """Beside a GPU this rank's share of the cores, less those that launch: torchrun tells torch to use one,
-    so torch's own number does not serve there."""
+    """Return how many cores the host's Adam uses. Beside a GPU that is this rank's share of the cores, less
+    those for launches; torch's own number does not serve there, because torchrun sets it to one."""
     if device.type != "cuda":
         return torch.get_num_threads()
-    return max(1, len(os.sched_getaffinity(0)) // ranks_per_host - LEFT_FOR_LAUNCHES)
+    return max(1, len(os.sched_getaffinity(0)) // ranks_per_host - CORES_FOR_LAUNCHES)
 
 
 def empty_caches(device: torch.device) -> None:
-    """Have torch give back device and pinned memory that it only keeps for later, once nothing uses it. State
-    that is there to stay would be cut out of the blocks that activations come and go in, and pinned memory is
-    no budget's any more."""
+    """Let torch give back the device and pinned memory that it caches, once nothing uses it. Otherwise
+    long-lived state would be cut out of the blocks that activations come and go in, and cached pinned memory
+    would be counted in no budget."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
@@ -158,10 +157,10 @@ def empty_caches(device: torch.device) -> None:
 
 
 def hold_to_budget(device: torch.device, budget_bytes: int | None) -> None:
-    """Have torch's allocator refuse what would pass it; None: only the device ends it. What is not torch's is
-    not in it: CUDA's own half GiB or so, NCCL's buffers; placement auto traces that and plans with it."""
+    """Let torch's allocator refuse to pass the budget; None: the device's memory is the only limit. What
+    torch does not allocate is not counted: CUDA's own half GiB or so, NCCL's buffers. Placement auto measures
+    those and plans with them."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(
-            1.0 if budget_bytes is None else min(1.0, budget_bytes / total), device
-        )
+        fraction = 1.0 if budget_bytes is None else min(1.0, budget_bytes / total)
+        torch.cuda.set_per_process_memory_fraction(fraction, device)

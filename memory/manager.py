@@ -1,24 +1,25 @@
 """ChunkManager: the engine that collects gradients, clips, and steps chunks on the device and on the host at
-once. Where chunks are, and how they move between steps, is the ChunkStore's (store.py).
+the same time. Where chunks are, and how they move between steps, is the ChunkStore's business (store.py).
 
-    phase        what happens                                                                       on lane
-    backward     hook per parameter: CPU pieces -> slab, and the device's gradient is dropped       d2h
-    clip         one all-reduce of the square sum; the factor stays on the device, for Adam
-    step         RESIDENT  Adam where it lies                                                       device adam
-                 STREAM    home -> ring slot -> Adam -> home, three chunks in flight                h2d, device adam, d2h
-                 CPU       Adam by host threads while the caller goes on; outbox -> weights         host adam, weights
-    forward      each layer waits for the chunks that cover it, no other
+    phase      what happens                                                              on lane
+    backward   a hook per parameter; CPU pieces go to grad_buffer, and p.grad is freed   d2h
+    clip       one all-reduce of the squared norm; the factor stays on the device
+    step       RESIDENT  Adam where the states are                                       device adam
+               STREAM    home -> ring slot -> Adam -> home, three chunks at once         h2d, device adam, d2h
+               CPU       Adam by host threads while the caller goes on, then new         host adam, weights
+                         weights to the device
+    forward    each module waits for the chunks with its own weights, and for no others
 
-On a CUDA device lanes are streams; without one they are the calling thread, and only CPU chunks run beside it
-(lanes.py).
+On a CUDA device lanes are streams. Without one they are the calling thread, and only CPU chunks are stepped
+beside it (lanes.py).
 """
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,43 +31,29 @@ from torch.distributed.tensor import DTensor
 
 from dtensor_llama.optim import clip_factor, float64_norms
 from dtensor_llama.shards import local
-from memory.activations import ActivationOffload
 from memory.auto import AutoPolicy
-from memory.chunk import Chunk, Managed, Piece, State, flat, gated
+from memory.chunk import Chunk, ParamState, Piece, State, flat_view, owners_of
 from memory.config import MemoryConfig
-from memory.kernel import Hyper, Kernel
+from memory.home import Home
+from memory.inputs import Machine, Overrides, TrainingLoop
+from memory.kernel import HyperParameters, Kernel
 from memory.lanes import DONE, Lanes, hold_to_budget
 from memory.optimizer import ChunkOptimizer, check_adamw
-from memory.placement import Placement, Plan, describe_measured, with_prediction
+from memory.placement import Plan, describe_measured, with_prediction
 from memory.store import IN_FLIGHT_BYTES, MASTER_AND_MOMENTS, ChunkStore
 from memory.timeline import draw_timeline
-from memory.tracer import Rates, Traced, measure_rates
+from memory.tracer import Traced, measure_rates
 
-MEASURED_STEPS = 5  # with a plan, of which the median is told
+MEASURED_STEPS = 5  # steps under a plan whose median is reported
 
 
 class ChunkManager(ChunkStore):
-    """Owns master weights and moments of a model's trainable parameters; `manager.optimizer` is its face.
+    """Owns the master weights and moments of a model's trainable parameters; `manager.optimizer` is its face.
 
-    model: what `parameters()` of names; its parameters, plain or DTensor, float32 or bfloat16, hold values or
-        will get them by `masters().write`. Made after parallelize and to_empty.
-    optimizer: an AdamW on them that never stepped. Its groups (the dicts themselves: schedulers go on) become
-        those of `manager.optimizer`, which takes its place.
-    parts: the modules that run, in forward order, if they are not `model`: pipeline stages.
-    arrivals: how often a gradient arrives between two steps: 1, or where each microbatch is reduced (ZeRO 2
-        and 3 without pp), or without FSDP, the microbatches of a step.
-    clips: False: there is no bound on the gradient norm, so a chunk is stepped as soon as its last gradient
-        has arrived, in backward, with the learning rate of then; `step` does the rest.
-    outside: parameters with gradients that change after backward, or weights that are read outside forward (a
-        matrix tied over pipeline stages). `step` returns when they are new.
-    plan: instead of the configuration's; placements of as many chunks as there are.
-    rates: of the machine, measured here if placement auto needs them; compute_seconds: what a step's forward
-        and backward will take, as far as is known before the first: with both a static plan is told with the
-        step it predicts.
-    activations: offloads of block inputs, whose slabs count on the host and whose copies are drawn with the
-        rest.
-    say: called with plans in words. ranks_per_host: that share its memory, of which plans take a rank's part
-        of what is free, or what --memory.host-budget-gib says.
+    model: names the parameters, which are plain or DTensor, float32 or bfloat16. They have values, or will
+        get them from `masters().write`. Make the manager after parallelize and to_empty.
+    optimizer: an AdamW on the parameters that has never stepped. Its groups (the very dicts, so that
+        schedulers go on) become those of `manager.optimizer`, which takes its place.
     UsageError, before anything is allocated, if the optimizer or the budgets do not allow it.
     """
 
@@ -75,98 +62,76 @@ class ChunkManager(ChunkStore):
         model: nn.Module,
         optimizer: torch.optim.AdamW,
         config: MemoryConfig,
-        *,
-        parts: Sequence[nn.Module] | None = None,
-        arrivals: int = 1,
-        clips: bool = True,
-        outside: Iterable[nn.Parameter] = (),
-        plan: Plan | None = None,
-        rates: Rates | None = None,
-        compute_seconds: tuple[float, float] | None = None,
-        activations: Sequence[ActivationOffload] = (),
-        say: Callable[[str], None] = lambda text: None,
-        ranks_per_host: int = 1,
-        chunk_elements: int | None = None,
-        lanes: Lanes | None = None,
+        loop: TrainingLoop = TrainingLoop(),
+        machine: Machine = Machine(),
+        overrides: Overrides = Overrides(),
     ):
         config.check()
         check_adamw(optimizer)
-        super().__init__(
-            model,
-            optimizer,
-            config,
-            parts,
-            outside,
-            arrivals,
-            plan,
-            activations,
-            say,
-            ranks_per_host,
-            chunk_elements,
-            lanes,
-        )
-        self.arrivals, self.clips, self.kernel = arrivals, clips, Kernel(config.kernel, self.device)
-        n_pieces = sum(len(chunk.pieces) for chunk in self.chunks)
+        super().__init__(model, optimizer, config, loop, machine, overrides)
+        self.kernel = Kernel(config.kernel, self.device)
         self._zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.norms = [self._zero] * n_pieces  # of each piece's whole gradient, float64
-        self.host_squares = [0.0] * n_pieces  # of those summed on the host
-        self.shares = torch.tensor(
-            [1 / one.copies for one in self.managed for _ in one.pieces],
-            dtype=torch.float64,
-            device=self.device,
-        )  # of a square in the world's sum
-        self.clip: Tensor | None = None  # factor of the next step; nan: it shall change nothing
+        self.pieces = list(chain.from_iterable(param.pieces for param in self.params))
+        for piece in self.pieces:
+            piece.norm = self._zero
+        copies = [piece.param.copies for piece in self.pieces]
+        # the weight of each piece's square in the sum over the world
+        self.shares = 1 / torch.tensor(copies, dtype=torch.float64, device=self.device)
+        self.clip: Tensor | None = None  # factor of the next step; nan: the step shall change nothing
         self._host_clip = torch.ones((), pin_memory=self.is_cuda)
-        self._uncertain: tuple[Any, list[Managed]] | None = None  # of a step: event of its factor, counted
-        self._in_flight: list[tuple[Any, Tensor]] = []  # (event, gradient that lives until then): on its way
-        self._in_use: list[tuple[Any, list[Tensor]]] = []  # likewise, what the latest update reads
-        self._issued: set[Chunk] = set()  # told to step since the last `step`
-        self._is_updating = False  # an update has begun: in backward, or in `step`
-        self._turns = dict.fromkeys(Placement, 0)  # chunks stepped: whose turn it is in ring and outbox
+        # the last step's event of its clip factor, and the parameters whose step was counted
+        self._unconfirmed: tuple[Any, list[ParamState]] | None = None
+        # (event, what has to live until then): gradients that are being copied; what the last update reads
+        self._in_flight: list[tuple[Any, Tensor]] = []
+        self._in_use: list[tuple[Any, list[Tensor]]] = []
+        self._issued: set[Chunk] = set()  # chunks handed to an engine since the last `step`
+        self._is_updating = False  # an update has begun, in backward or in `step`
+        self._n_issued = dict.fromkeys(Home, 0)  # chunks stepped: says whose turn it is in ring and buffers
         self._phase: tuple[str | None, Any] = None, None
         self._host_began_s = self._host_done_s = self._host_update_s = None
-        self._steps_s: list[float] | None = []  # when steps ended, until they are told; None: they were
+        self._steps_s: list[float] | None = []  # when steps ended; None: they have been reported
         self._warm_up()
-        self._frozen = [p for group in optimizer.param_groups for p in group["params"] if p not in self.of]
-        self._gates = _gates(self.parts, self.of)
-        if config.placement == "auto" and plan is None and rates is None:
-            rates = measure_rates(self.device, config.kernel, ranks_per_host)
+        parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+        self._frozen = [p for p in parameters if p not in self.param_of]
+        self.owners = _chunks_by_owner(self.parts, self.param_of)
         self._install_hooks()
-        self._see_weights(self.managed)
+        self._note_weights(self.params)
         self.optimizer = ChunkOptimizer(self, optimizer)
         self.auto = None
-        say(f"memory    {len(self.chunks)} chunks on this rank; AdamW by {self.kernel.why}")
+        self.say(f"memory    this rank has {len(self.chunks)} chunks; AdamW runs by {self.kernel.why}")
         if config.placement == "static":
             self.plan = replace(self.plan, other_host_bytes=self.other_host_bytes)
-            if rates and compute_seconds:
-                self.plan = with_prediction(self.plan, rates, Traced(0, *compute_seconds))
-            say(self.in_words())
-        if config.placement == "auto" and plan is None:
-            self.auto = AutoPolicy(self, rates, say)
+            if machine.rates and machine.compute_seconds:
+                self.plan = with_prediction(self.plan, machine.rates, Traced(0, *machine.compute_seconds))
+            self.say(self.plan_in_words())
+        if config.placement == "auto" and overrides.plan is None:
+            rates = machine.rates or measure_rates(self.device, config.kernel, machine.ranks_per_host)
+            self.auto = AutoPolicy(self, rates, self.say)
 
     def take_plan(self, saved: str) -> None:
-        """Under placement auto: go on with this rank's plan of a checkpoint (Plan.to_json, or ""), without
-        tracing again, if on every rank it is one for the chunks and budgets of now. All ranks enter."""
+        """Under placement auto, go on with this rank's plan of a checkpoint (Plan.to_json, or "") without
+        tracing again, if on every rank it fits the chunks and budgets of now. All ranks call it."""
         if self.auto:
-            self.auto.take_plan(Plan.from_json(saved) if saved else None)
+            self.auto.take_plan(saved)
 
     def replan(self, plan: Plan) -> None:
-        """ChunkStore.replan, when all of the last update is over."""
+        """Move chunks to the homes of another plan, once the last update is over."""
         self.wait()
-        self._let_go()
-        super().replan(plan)
+        self._release_finished()
+        self._move_chunks(plan)
         self._warm_up()
         self._steps_s = []
 
     def _warm_up(self) -> None:
-        """Compile what steps under the plan of now will run, between steps: in one, other ranks would wait in
-        a collective. What the plan has no chunk for is not compiled; another plan may need it later."""
-        for dtype in {chunk.dtype for chunk in self.chunks}:
-            chunks = [chunk for chunk in self.chunks if chunk.dtype == dtype]
-            on_device = [chunk for chunk in chunks if chunk.placement is not Placement.CPU]
-            pieces = [piece for chunk in on_device for piece in chunk.pieces]
-            lengths = {piece.in_chunk.stop - piece.in_chunk.start for piece in pieces}
-            grad_dtype = torch.float32 if self.sums else dtype
+        """Compile between steps what steps under the current plan will run: if it were compiled within one,
+        other ranks would wait in a collective. What the plan has no chunk for is not compiled; another plan
+        may need it later."""
+        for chunk_format in {chunk.format for chunk in self.chunks}:
+            chunks = [chunk for chunk in self.chunks if chunk.format == chunk_format]
+            on_device = {chunk for chunk in chunks if chunk.home is not Home.CPU}
+            lengths = {piece.n_elements for piece in self.pieces if piece.chunk in on_device}
+            dtype = chunk_format.weight_dtype
+            grad_dtype = torch.float32 if self.accumulates else dtype
             if len(on_device) < len(chunks):
                 self.kernel.warm_up_host(dtype, grad_dtype, self.lanes.n_threads)
             self.kernel.warm_up_device(self.device, dtype, grad_dtype, lengths)
@@ -180,106 +145,108 @@ class ChunkManager(ChunkStore):
                 module.register_state_dict_pre_hook(lambda *_: self.wait()),
                 module.register_load_state_dict_pre_hook(lambda *_: self.wait()),
             ]
-        for one in self.managed:
-            one.parameter._has_chunks = True
-            if not one.outside:
-                hook = lambda _, one=one: self._arrive_in_backward(one)
-                self._handles.append(one.parameter.register_post_accumulate_grad_hook(hook))
-        for module, chunks in self._gates.items():
-            # after fully_shard and prepended: it comes before FSDP gathers the weights
-            ones = [one for one in self.managed if one.gate is module]
+        for param in self.params:
+            param.parameter._has_chunks = True
+            if not param.is_tied:
+                hook = lambda _, param=param: self._on_gradient(param)
+                self._handles.append(param.parameter.register_post_accumulate_grad_hook(hook))
+        for module, chunks in self.owners.items():
+            params = [param for param in self.params if param.owner is module]
             gathers = isinstance(module, FSDPModule)
 
-            def hook(_module, _args, chunks=chunks, ones=ones, gathers=gathers) -> None:
-                self._enter(chunks, ones, gathers)
+            def hook(_module, _args, chunks=chunks, params=params, gathers=gathers) -> None:
+                self._before_forward(chunks, params, gathers)
 
+            # Prepended after fully_shard, so that it runs before FSDP gathers the weights.
             self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
 
-    def _arrive_in_backward(self, one: Managed) -> None:
+    def _on_gradient(self, param: ParamState) -> None:
+        """A backward has left a gradient in `parameter.grad`."""
         self._mark("backward")
-        one.came += 1
-        can_sum = self.sums or self.clips and one.keeps_grad and one.parameter.dtype == torch.float32
-        if one.came > 1 and (not can_sum or not self.clips and one.came > self.arrivals):
-            n = one.came
+        param.n_backwards += 1
+        n, clips = param.n_backwards, self.loop.clips
+        can_sum = self.accumulates or clips and param.keeps_grad and param.parameter.dtype == torch.float32
+        if n > 1 and (not can_sum or not clips and n > self.loop.accumulation):
             raise RuntimeError(
-                f"the gradient of {one.name} arrived {n} times before one step, and there is no place to sum it "
-                f"in float32, or it was stepped with; pass arrivals={n} or more to ChunkManager, or throw the "
-                "first away by optimizer.zero_grad()."
+                f"the gradient of {param.name} arrived {n} times before one step, and there is no place to "
+                f"sum it in float32, or it was stepped with; give TrainingLoop(accumulation={n}) or more to "
+                "ChunkManager, or throw the first away by optimizer.zero_grad()."
             )
-        # else it is taken in with all others like it, by finish_backward
-        if not (one.keeps_grad and self.clips):
-            self._arrive(one)
+        # Gradients that stay in p.grad are collected all at once by finish_backward.
+        if not (param.keeps_grad and clips):
+            self._collect(param)
 
     @torch.no_grad()
-    def _arrive(self, one: Managed) -> None:
-        """A gradient, or with kept gradients their sum so far, is in `parameter.grad`."""
-        grad = one.parameter.grad
-        if isinstance(grad, DTensor) and grad.placements != one.parameter.placements:
+    def _collect(self, param: ParamState) -> None:
+        """Take the gradient that is in `parameter.grad`, or where gradients stay there, their sum so far."""
+        grad = param.parameter.grad
+        if isinstance(grad, DTensor) and grad.placements != param.parameter.placements:
             # Partial, where no FSDP has reduced it
-            grad = grad.redistribute(placements=one.parameter.placements)
-            # it is the last one's sum
-            if one.keeps_grad and (self.clips or one.arrivals + 1 == self.arrivals):
-                one.parameter.grad = grad
+            grad = grad.redistribute(placements=param.parameter.placements)
+            is_last = self.loop.clips or param.n_collected + 1 == self.loop.accumulation
+            if param.keeps_grad and is_last:
+                param.parameter.grad = grad
         grad, ready = local(grad).reshape(-1), self.lanes.compute.now()
-        for piece in one.pieces:
-            self._collect(piece, grad[piece.in_shard], ready, adds=one.arrivals > 0 and not one.keeps_grad)
-        if one.arrivals == 0:
-            self.ledger.take("device", _waiting_bytes(one), f"gradient of {one.name}")
-        if not one.keeps_grad:
-            one.parameter.grad = None
-        one.arrivals += 1
-        if not self.clips and one.arrivals == self.arrivals:
-            ready = self.lanes.compute.now()  # what waits on the device has been copied
-            for chunk in dict.fromkeys(piece.chunk for piece in one.pieces):
-                if all(other.arrivals == self.arrivals and not other.outside for other in chunk.managed):
+        for piece in param.pieces:
+            adds = param.n_collected > 0 and not param.keeps_grad
+            self._collect_piece(piece, grad[piece.in_shard], ready, adds)
+        if param.n_collected == 0:
+            self.ledger.reserve("device", _waiting_bytes(param), f"gradient of {param.name}")
+        if not param.keeps_grad:
+            param.parameter.grad = None
+        param.n_collected += 1
+        if not self.loop.clips and param.n_collected == self.loop.accumulation:
+            ready = self.lanes.compute.now()  # by then what waits on the device has been copied
+            for chunk in dict.fromkeys(piece.chunk for piece in param.pieces):
+                if all(
+                    other.n_collected == self.loop.accumulation and not other.is_tied
+                    for other in chunk.params
+                ):
                     self._issue(chunk, ready, DONE)
-        self._let_go()
+        self._release_finished()
         self._bound_in_flight()
 
-    def _collect(self, piece: Piece, grad: Tensor, ready, adds: bool) -> None:
-        """ready: the event of the gradient. adds: to those of microbatches before; else it is the first, or,
-        where it is kept, their sum."""
+    def _collect_piece(self, piece: Piece, grad: Tensor, ready, adds: bool) -> None:
+        """ready: the event of the gradient. adds: it is added to those of earlier microbatches; otherwise it
+        is the first, or the sum of all so far."""
         chunk = piece.chunk
         if chunk.state is not State.COLLECTING:
             chunk.wait()
-            chunk.arrived.clear()
+            chunk.grads_copied.clear()
             chunk.move_to(State.COLLECTING)
-        if chunk.placement is Placement.CPU:
+        if chunk.home is Home.CPU:
             if piece.adding is not None:
-                piece.adding.result()  # the slab still holds the gradient of the microbatch before
-            slab = chunk.tensors["slab"][piece.in_chunk]
-            copied = self.lanes.d2h.run(
-                f"gradient of {piece.managed.name}",
-                lambda: slab.copy_(grad, non_blocking=True),
-                after=[ready],
-            )
+                piece.adding.result()  # the buffer still holds the gradient of the microbatch before
+            buffer = chunk.tensors["grad_buffer"][piece.in_chunk]
+            copy = partial(buffer.copy_, grad, non_blocking=True)
+            copied = self.lanes.d2h.run(f"gradient of {piece.param.name}", copy, after=[ready])
             self._in_flight.append((copied, grad))
-            if "total" in chunk.tensors:
-                piece.adding = self.lanes.thread.submit(self._add, piece, copied, adds)
+            if "grad_accum" in chunk.tensors:
+                piece.adding = self.lanes.thread.submit(self._add_on_host, piece, copied, adds)
                 return
-            chunk.arrived.append(copied)
-            [self.norms[piece.index]] = float64_norms([grad])
-        elif "total" in chunk.tensors:
-            self.kernel.sum_into(chunk.tensors["total"][piece.in_chunk], grad, adds)
-        elif not piece.managed.keeps_grad:
-            piece.waiting = piece.waiting.add_(grad) if adds else grad.clone()
+            chunk.grads_copied.append(copied)
+            [piece.norm] = float64_norms([grad])
+        elif "grad_accum" in chunk.tensors:
+            self.kernel.sum_into(chunk.tensors["grad_accum"][piece.in_chunk], grad, adds)
+        elif not piece.param.keeps_grad:
+            piece.grad = piece.grad.add_(grad) if adds else grad.clone()
 
     @torch.no_grad()
-    def _add(self, piece: Piece, arrived, adds: bool) -> None:
-        """On the host's thread: slab into total."""
-        arrived.synchronize()
-        total, slab = (piece.chunk.tensors[name][piece.in_chunk] for name in ("total", "slab"))
-        self.kernel.sum_into(total, slab, adds)
+    def _add_on_host(self, piece: Piece, copied, adds: bool) -> None:
+        """Add grad_buffer to grad_accum, on the host's thread."""
+        copied.synchronize()
+        total, grad = (piece.chunk.tensors[name][piece.in_chunk] for name in ("grad_accum", "grad_buffer"))
+        self.kernel.sum_into(total, grad, adds)
         [norm] = float64_norms([total])
-        self.host_squares[piece.index] = norm.item() ** 2 / piece.managed.copies
+        piece.host_square = norm.item() ** 2 / piece.param.copies
 
-    def _let_go(self) -> None:
-        """Of gradients that have been copied, or stepped with."""
+    def _release_finished(self) -> None:
+        """Let go of gradients that have been copied or stepped with."""
         for entries in (self._in_flight, self._in_use):
             entries[:] = [entry for entry in entries if not entry[0].query()]
 
     def _bound_in_flight(self) -> None:
-        """Where the link is slower than backward, backward waits for it here."""
+        """Where the link is slower than backward, let backward wait for it here."""
         n_bytes = sum(grad.nbytes for _, grad in self._in_flight)
         while n_bytes > IN_FLIGHT_BYTES:
             event, grad = self._in_flight.pop(0)
@@ -287,272 +254,249 @@ class ChunkManager(ChunkStore):
             n_bytes -= grad.nbytes
 
     def finish_backward(self) -> None:
-        """Take in gradients that no hook has seen: those from outside backward, or set by hand."""
+        """Collect the gradients that no hook has collected: those that stay in p.grad, those that came
+        outside backward, and those that were set by hand."""
         if self.auto:
             self.auto.backward_ended()
-        for one in self.managed:
-            if one.arrivals == 0 and one.parameter.grad is not None:
-                self._arrive(one)
-            elif one.arrivals and one.keeps_grad and one.parameter.grad is None:  # by the model's zero_grad
-                self._forget(one)
-        strange = next((p for p in self._frozen if p.grad is not None), None)
-        if strange is not None:
-            raise RuntimeError(
-                f"a parameter of shape {tuple(strange.shape)} has a gradient and was frozen when chunks were "
-                "cut; unfreeze what shall train before ChunkManager is made."
-            )
+        for param in self.params:
+            if param.n_collected == 0 and param.parameter.grad is not None:
+                self._collect(param)
+            elif param.n_collected and param.keeps_grad and param.parameter.grad is None:
+                self._forget_gradient(param)  # model.zero_grad() has discarded it
+        for parameter in self._frozen:
+            if parameter.grad is not None:
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(parameter.shape)} has a gradient and was frozen when "
+                    "chunks were cut; unfreeze what shall train before ChunkManager is made."
+                )
 
     def discard_gradients(self) -> None:
-        for one in self.managed:
-            if one.came or one.arrivals:
-                self._forget(one)
+        for param in self.params:
+            if param.n_backwards or param.n_collected:
+                self._forget_gradient(param)
         for chunk in self.chunks:
             if chunk.state is State.COLLECTING:
-                chunk.move_to(State.READY)
-        self.clip = None  # it was of these gradients
+                chunk.move_to(State.IDLE)
+        self.clip = None  # it belonged to these gradients
 
-    def _forget(self, one: Managed) -> None:
-        if one.arrivals:
-            self.ledger.give("device", _waiting_bytes(one))
-        one.parameter.grad = None
-        for piece in one.pieces:
-            piece.adding, piece.waiting = piece.adding and piece.adding.result(), None
-            self.norms[piece.index], self.host_squares[piece.index] = self._zero, 0.0
-        one.came = one.arrivals = 0
+    def _forget_gradient(self, param: ParamState) -> None:
+        if param.n_collected:
+            self.ledger.release("device", _waiting_bytes(param))
+        param.parameter.grad = None
+        for piece in param.pieces:
+            piece.adding, piece.grad = piece.adding and piece.adding.result(), None
+            piece.norm, piece.host_square = self._zero, 0.0
+        param.n_backwards = param.n_collected = 0
 
     # ---- the norm ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """Make the next step scale all gradients so that their 2-norm over all ranks is at most `max_norm`;
-        returns what it is before, a float64 scalar, the same on every rank. Gradients stay as they are: the
-        factor is an argument of Adam. If the norm is inf or nan the next step changes nothing, on any rank:
-        no weight, no moment and no step count.
+        """Make the next step scale all gradients so that their 2-norm over all ranks is at most `max_norm`.
+        Return the norm before that, a float64 scalar, the same on every rank. The gradients themselves stay
+        as they are: the factor is an argument of Adam. If the norm is inf or nan, the next step changes
+        nothing on any rank: no weight, no moment and no step count.
 
-        max_norm: inf only asks for the norm. It is all that a manager with clips=False can do: its chunks
-        were stepped as their gradients arrived, before there was a norm, so it cannot keep a gradient that is
-        not finite out of them."""
-        if max_norm < math.inf and not self.clips:
+        max_norm: inf only asks for the norm. A manager with clips=False can do no more: it has stepped its
+        chunks as their gradients arrived, before there was a norm. So it cannot leave out a gradient that is
+        not finite."""
+        if max_norm < math.inf and not self.loop.clips:
             raise RuntimeError(
                 f"gradients cannot be clipped to {max_norm} any more: with clips=False chunks are stepped as "
-                "their gradients arrive; pass clips=True to ChunkManager."
+                "their gradients arrive; give ChunkManager TrainingLoop(clips=True)."
             )
         self.finish_backward()
-        for chunk in self.chunks if self.sums else ():
-            for piece in chunk.pieces:
-                piece.adding = piece.adding and piece.adding.result()
-        squares = self._zero.clone()
-        arrived = [piece for one in self.managed if one.arrivals for piece in one.pieces]
-        on_device = [piece for piece in arrived if piece.chunk.placement is not Placement.CPU]
+        collected = [piece for piece in self.pieces if piece.param.n_collected]
+        for piece in collected if self.accumulates else ():
+            piece.adding = piece.adding and piece.adding.result()
+        on_device = [piece for piece in collected if piece.chunk.home is not Home.CPU]
         norms = float64_norms([self._grad_of(piece) for piece in on_device])
         for piece, norm in zip(on_device, norms, strict=True):
-            self.norms[piece.index] = norm
-        if self.norms:
-            squares = (torch.stack(self.norms).square() * self.shares).sum() + sum(self.host_squares)
+            piece.norm = norm
+        squares = self._zero.clone()
+        if self.pieces:
+            squares = (torch.stack([piece.norm for piece in self.pieces]).square() * self.shares).sum()
+            squares += sum(piece.host_square for piece in self.pieces)
         if dist.is_initialized():
             dist.all_reduce(squares)
         norm = squares.sqrt()
-        self.clip = clip_factor(norm, max_norm) if self.clips else None
+        self.clip = clip_factor(norm, max_norm) if self.loop.clips else None
         return norm
 
     # ---- the update ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self) -> None:
-        """One AdamW update of every parameter whose gradient arrived; gradients are used up. Returns at once:
-        what reads weights or states waits for what it reads."""
+        """Make one AdamW update of every parameter whose gradient arrived, and use the gradients up. It
+        returns at once: whatever reads weights or states waits for those it reads."""
         self.finish_backward()
         self._mark(None)
         self._begin_update()
-        # STREAM need not wait for the residents' Adam, given below
-        ready, clip_arrived = self.lanes.compute.now(), DONE
+        # STREAM need not wait for Adam of the RESIDENT chunks, which is given to the caller's stream below.
+        ready, clip_copied = self.lanes.compute.now(), DONE
         if self.clip is not None:
-            clip_arrived = self.lanes.d2h.run(
-                "clip", partial(self._host_clip.copy_, self.clip, non_blocking=True), after=[ready]
-            )
-            self._in_use.append((clip_arrived, [self.clip]))
-        for placement in (Placement.CPU, Placement.RESIDENT, Placement.STREAM):
+            copy = partial(self._host_clip.copy_, self.clip, non_blocking=True)
+            clip_copied = self.lanes.d2h.run("clip", copy, after=[ready])
+            self._in_use.append((clip_copied, [self.clip]))
+        for home in (Home.CPU, Home.RESIDENT, Home.STREAM):
             for chunk in self.chunks:
-                if (
-                    chunk.placement is placement
-                    and chunk not in self._issued
-                    and any(one.arrivals for one in chunk.managed)
-                ):
-                    self._issue(chunk, ready, clip_arrived)
-        read = [piece.waiting for one in self.managed for piece in one.pieces] + [
-            one.parameter.grad for one in self.managed
-        ]
-        self._in_use.append(
-            (self.lanes.adam.now(), [tensor for tensor in [*read, self.clip] if tensor is not None])
-        )
-        counted = [one for one in self.managed if one.arrivals]
-        for one in counted:
-            one.step += 1
+                is_due = chunk.home is home and chunk not in self._issued
+                if is_due and any(param.n_collected for param in chunk.params):
+                    self._issue(chunk, ready, clip_copied)
+        read = [piece.grad for piece in self.pieces]
+        read += [param.parameter.grad for param in self.params] + [self.clip]
+        self._in_use.append((self.lanes.adam.now(), [tensor for tensor in read if tensor is not None]))
+        counted = [param for param in self.params if param.n_collected]
+        for param in counted:
+            param.step += 1
         if self.clip is not None:
-            self._uncertain = clip_arrived, counted
-        for one in self.managed:
-            self._forget(one)
+            self._unconfirmed = clip_copied, counted
+        for param in self.params:
+            self._forget_gradient(param)
         self._issued.clear()
         self._is_updating, self.clip = False, None
-        for one in self.managed:
-            for piece in one.pieces if one.outside else ():
+        for piece in self.pieces:
+            if piece.param.is_tied:
                 piece.chunk.wait()
         if self.auto:
             self.auto.step_ended()
-        self._measure()
+        self._report_measured()
 
     def wait(self) -> None:
-        """ChunkStore.wait; step counts are right then, too."""
+        """See ChunkStore.wait; afterwards step counts are right too."""
         super().wait()
-        self._settle_counts()
+        self._confirm_counts()
 
-    def _settle_counts(self) -> None:
-        """Take the last step out of the counts if it changed nothing, as its gradient norm was not finite.
-        The host does not know that when it counts; it does before the counts are used: by the next step, or
-        by who reads the states. The event waited for is a whole forward and backward old by then."""
-        if self._uncertain is None:
+    def _confirm_counts(self) -> None:
+        """Take the last step out of the counts if it changed nothing because its gradient norm was not
+        finite. The host does not know that when it counts, but before the counts are used, by the next step
+        or by a reader of the states. The event that is waited for is a whole forward and backward old by
+        then."""
+        if self._unconfirmed is None:
             return
-        clip_arrived, counted = self._uncertain
-        self._uncertain = None
-        clip_arrived.synchronize()
+        clip_copied, counted = self._unconfirmed
+        self._unconfirmed = None
+        clip_copied.synchronize()
         if self._host_clip.isnan():
-            for one in counted:
-                one.step -= 1
+            for param in counted:
+                param.step -= 1
 
-    def _measure(self) -> None:
-        """Hold the plan against steps that were made with it, once; the first follows the move to it."""
+    def _report_measured(self) -> None:
+        """Report once what steps under a plan took, beside what was predicted. The first step, which follows
+        the move to the plan, does not count."""
         if self._steps_s is None or self.auto and self.auto.is_tracing:
             return
         self._steps_s.append(self.lanes.clock())
         if len(self._steps_s) == MEASURED_STEPS + 2:
-            times = [end - start for start, end in pairwise(self._steps_s[1:])]
-            self.say(
-                describe_measured(
-                    self.plan, statistics.median(times), self.host_update_seconds(), self.ledger.peak
-                )
-            )
+            step_s = statistics.median(end - start for start, end in pairwise(self._steps_s[1:]))
+            self.say(describe_measured(self.plan, step_s, self.host_update_seconds(), self.ledger.peak))
             self._steps_s = None
 
     def _begin_update(self) -> None:
-        """Before the first chunk of an update is stepped: what the last one left behind is waited for, and
-        timed."""
+        """Before the first chunk of an update is stepped, wait for the rest of the last update, and note its
+        time."""
         if self._is_updating:
             return
         self._is_updating = True
         for chunk in self.chunks:
             if chunk.state is not State.COLLECTING:
-                chunk.wait()  # long done, but for one whose layers did not run since the last step
-        self._settle_counts()
+                chunk.wait()  # long done, except for a chunk whose layers did not run since the last step
+        self._confirm_counts()
         self._host_update_s = self._host_began_s and self._host_done_s - self._host_began_s
         self._host_began_s = None
 
-    def _issue(self, chunk: Chunk, ready, clip_arrived) -> None:
-        """Have its engine step the pieces of a chunk whose gradients are there, once the event `ready` has
+    def _issue(self, chunk: Chunk, ready, clip_copied) -> None:
+        """Let the engine of a chunk step those pieces whose gradients are there, once the event `ready` has
         happened."""
         self._begin_update()
         self._issued.add(chunk)
-        engine = {
-            Placement.CPU: self._queue,
-            Placement.RESIDENT: self._step_resident,
-            Placement.STREAM: self._step_stream,
-        }[chunk.placement]
-        chunk.move_to(State.QUEUED)
-        for one in chunk.managed:
-            if one.arrivals:
-                one.weight_seen = None  # until the next forward, or wait
-        engine(
-            chunk,
-            [(piece, _hyper(piece.managed)) for piece in chunk.pieces if piece.managed.arrivals],
-            ready,
-            clip_arrived,
-            self._turns[chunk.placement],
-        )
-        self._turns[chunk.placement] += 1
+        chunk.move_to(State.UPDATING)
+        pieces = [(piece, _hyper(piece.param)) for piece in chunk.pieces if piece.param.n_collected]
+        for piece, _ in pieces:
+            piece.param.weight_version = None  # until the next forward, or `wait`
+        turn = self._n_issued[chunk.home]
+        self._n_issued[chunk.home] += 1
+        if chunk.home is Home.RESIDENT:
+            self._step_resident(chunk, pieces)
+        elif chunk.home is Home.STREAM:
+            self._step_stream(chunk, pieces, ready, turn)
+        else:
+            self._queue_for_host(chunk, pieces, clip_copied, turn)
 
     def host_update_seconds(self) -> float | None:
-        """From when the host could begin an update until its last weight was sent, of the one before the
-        latest; None: the host had no chunk in it."""
+        """Return the time from when the host could begin an update until its last weight was sent, for the
+        update before the latest; None if the host had no chunk in it."""
         return self._host_update_s
 
-    def _step_resident(self, chunk: Chunk, pieces: list, ready, clip_arrived, turn: int) -> None:
-        """Where it lies, on the caller's stream: what the caller computes from now on is after it without a
-        wait."""
-        chunk.move_to(State.STEPPING)
+    def _step_resident(self, chunk: Chunk, pieces: list) -> None:
+        """Step a chunk where it is, on the caller's stream: what the caller computes next comes after it
+        without a wait."""
         self.lanes.resident.run(f"chunk {chunk.index}", self._adam_on_device(chunk.tensors, pieces))
-        chunk.weights_done = chunk.done = DONE
-        chunk.move_to(State.READY)
+        chunk.weights_done = chunk.states_done = DONE
+        chunk.move_to(State.IDLE)
 
-    def _step_stream(self, chunk: Chunk, pieces: list, ready, clip_arrived, turn: int) -> None:
-        """Through a ring slot; the three copies and the step of different chunks overlap, each on its own
-        lane."""
+    def _step_stream(self, chunk: Chunk, pieces: list, ready, turn: int) -> None:
+        """Step a chunk in a ring slot. The two copies and the step of different chunks overlap, each on its
+        own lane."""
         i, what = turn % len(self.ring), f"chunk {chunk.index}"
-        home = {name: tensor for name, tensor in chunk.tensors.items() if name != "total"}
+        home = {name: tensor for name, tensor in chunk.tensors.items() if name != "grad_accum"}
         slot = {name: self.ring[i][name][: chunk.n] for name in home}
 
         def copy(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:
             for name, target in targets.items():
                 target.copy_(sources[name], non_blocking=True)
 
-        chunk.move_to(State.STEPPING)
-        loaded = self.lanes.h2d.run(what, partial(copy, slot, home), after=[self._slot_free[i], chunk.done])
+        after = [self._slot_free[i], chunk.states_done]
+        loaded = self.lanes.h2d.run(what, partial(copy, slot, home), after=after)
         stepped = self.lanes.adam.run(what, self._adam_on_device(slot, pieces), after=[loaded, ready])
         stored = self.lanes.d2h.run(what, partial(copy, home, slot), after=[stepped])
-        chunk.weights_done, chunk.done = stepped, stored
-        self._slot_free[i] = stored
-        chunk.move_to(State.READY)
+        chunk.weights_done, chunk.states_done, self._slot_free[i] = stepped, stored, stored
+        chunk.move_to(State.IDLE)
 
     def _adam_on_device(self, states: dict[str, Tensor], pieces: list) -> Callable[[], None]:
-        """What steps the pieces, once it is called; gradients and clip factor are those of now."""
+        """Return a function that steps the pieces when it is called, with the gradients and clip factor of
+        now."""
         steps = []
         for piece, hyper in pieces:
-            of_piece = (
-                states[name][piece.in_chunk] if name in states else None
-                for name in ("low", "exp_avg", "exp_avg_sq")
-            )
-            steps.append(
-                (piece.managed.weight[piece.in_shard], *of_piece, self._grad_of(piece), self.clip, hyper)
-            )
-
+            weight, run = piece.param.weight[piece.in_shard], piece.in_chunk
+            low16 = states["master_low16"][run] if "master_low16" in states else None
+            moments = states["exp_avg"][run], states["exp_avg_sq"][run]
+            steps.append((weight, low16, *moments, self._grad_of(piece), self.clip, hyper))
         return partial(self.kernel.device_steps, steps)
 
     @staticmethod
     def _grad_of(piece: Piece) -> Tensor:
-        """Of a piece on the device, whole since backward ended."""
-        if "total" in piece.chunk.tensors:
-            return piece.chunk.tensors["total"][piece.in_chunk]
-        return (
-            flat(piece.managed.parameter.grad)[piece.in_shard] if piece.managed.keeps_grad else piece.waiting
-        )
+        """Return the gradient of a piece on the device, which is complete once backward has ended."""
+        if "grad_accum" in piece.chunk.tensors:
+            return piece.chunk.tensors["grad_accum"][piece.in_chunk]
+        return flat_view(piece.param.parameter.grad)[piece.in_shard] if piece.param.keeps_grad else piece.grad
 
-    def _queue(self, chunk: Chunk, pieces: list, ready, clip_arrived, turn: int) -> None:
-        weights = [(piece, piece.managed.weight[piece.in_shard]) for piece, _ in pieces]
-        whole = len(pieces) == len(chunk.pieces) and len({hyper for _, hyper in pieces}) == 1
-        runs = (
-            [(slice(0, chunk.n), pieces[0][1])]
-            if whole
-            else [(piece.in_chunk, hyper) for piece, hyper in pieces]
-        )
+    def _queue_for_host(self, chunk: Chunk, pieces: list, clip_copied, turn: int) -> None:
+        weights = [(piece, piece.param.weight[piece.in_shard]) for piece, _ in pieces]
+        runs = [(piece.in_chunk, hyper) for piece, hyper in pieces]
+        if len(pieces) == len(chunk.pieces) and len({hyper for _, hyper in pieces}) == 1:
+            runs = [(slice(0, chunk.n), pieces[0][1])]  # one call for the whole chunk
         clip = None if self.clip is None else self._host_clip
         chunk.weights_done = DONE
-        chunk.job = self.lanes.thread.submit(self._step_host, chunk, runs, weights, clip, clip_arrived, turn)
+        chunk.job = self.lanes.thread.submit(self._step_host, chunk, runs, weights, clip, clip_copied, turn)
 
     @torch.no_grad()
     def _step_host(
-        self, chunk: Chunk, runs: list, weights: list, clip: Tensor | None, clip_arrived, turn: int
+        self, chunk: Chunk, runs: list, weights: list, clip: Tensor | None, clip_copied, turn: int
     ) -> None:
-        """On the host's thread, chunk after chunk in forward order."""
-        chunk.move_to(State.STEPPING)
-        i = turn % len(self.outbox)
-        for event in (clip_arrived, *chunk.arrived, self._sent[i]):
+        """Step a chunk on the host's thread, which takes them one after another in forward order."""
+        i = turn % len(self.weight_buffers)
+        for event in (clip_copied, *chunk.grads_copied, self._buffer_sent[i]):
             event.synchronize()
         if clip is not None and clip.isnan():  # the gradient is not finite: nothing changes
-            chunk.weights_done = chunk.done = DONE
-            chunk.move_to(State.READY)
+            chunk.weights_done = chunk.states_done = DONE
+            chunk.move_to(State.IDLE)
             return
         if self._host_began_s is None:
             self._host_began_s = self.lanes.clock()
         states = [chunk.tensors[name] for name in MASTER_AND_MOMENTS]
-        grad, new = chunk.tensors.get("total", chunk.tensors["slab"]), self.outbox[i].view(chunk.dtype)
+        grad = chunk.tensors.get("grad_accum", chunk.tensors["grad_buffer"])
+        new = self.weight_buffers[i].view(chunk.format.weight_dtype)
 
         def step() -> None:
             for run, hyper in runs:
@@ -563,48 +507,33 @@ class ChunkManager(ChunkStore):
                 weight.copy_(new[piece.in_chunk], non_blocking=True)
 
         self.lanes.host.run(f"chunk {chunk.index}", step)
-        chunk.weights_done = chunk.done = self._sent[i] = self.lanes.weights.run(
-            f"weights of chunk {chunk.index}", send
-        )
-        chunk.move_to(State.READY)
+        sent = self.lanes.weights.run(f"weights of chunk {chunk.index}", send)
+        chunk.weights_done = chunk.states_done = self._buffer_sent[i] = sent
+        chunk.move_to(State.IDLE)
         self._host_done_s = self.lanes.clock()
 
     # ---- forward and readers -------------------------------------------------------------------------------
 
-    def _enter(self, chunks: list[Chunk], ones: list[Managed], gathers: bool) -> None:
-        """Before the forward of a module that waits for `chunks`, all of its parameters `ones`."""
+    def _before_forward(self, chunks: list[Chunk], params: list[ParamState], gathers: bool) -> None:
+        """Let the forward of a module wait for `chunks`, which hold all of its parameters `params`."""
         for chunk in chunks:
             if gathers:
                 chunk.wait()  # FSDP gathers on streams of its own, which wait for no lane
             else:
                 chunk.wait_on(self.lanes.compute)
-        self._see_weights(ones)
-        self._let_go()
+        self._note_weights(params)
+        self._release_finished()
         self._mark("forward")
         if self.auto and torch.is_grad_enabled():
             self.auto.forward_begins()
 
-    def gated_modules(self) -> dict[str, nn.Module]:
-        """What waits for weights as one, in forward order, by name: blocks, and each part for the rest of
-        it."""
-        names = {
-            module: name or f"part {i}"
-            for i, part in enumerate(self.parts)
-            for name, module in part.named_modules()
-        }
-        return {names[module]: module for module in self._gates}
-
-    def draw(self, path: str | Path, title: str) -> None:
-        """Write a PNG of who moved and computed what while `record` was true."""
-        draw_timeline(self.events, path, title)
-
     def close(self) -> None:
-        """Finish, take the hooks off and end the host's thread."""
+        """Finish the update, remove the hooks and end the host's thread."""
         self.wait()
         for handle in self._handles:
             handle.remove()
-        for one in self.managed:
-            del one.parameter._has_chunks
+        for parameter in self.param_of:
+            del parameter._has_chunks
         if self.auto:
             self.auto.close()
         hold_to_budget(self.device, None)
@@ -623,7 +552,8 @@ class ChunkManager(ChunkStore):
             lanes.recording = on
 
     def _mark(self, phase: str | None) -> None:
-        """The caller computes `phase` from now on. Backward is seen when its first gradient is there."""
+        """Note that the caller computes `phase` from now on. Backward is noticed when its first gradient
+        arrives."""
         if not self.record or phase == self._phase[0]:
             return
         now = self.lanes.compute.now(timing=True) if self.is_cuda else self.lanes.clock()
@@ -633,38 +563,41 @@ class ChunkManager(ChunkStore):
 
     @property
     def events(self) -> list[tuple[str, str, float, float]]:
-        """Lanes.events, once all is over, in the order of their starts."""
+        """See Lanes.events; in the order of their starts. Waits until all is over."""
         self.wait()
-        return sorted(
-            (event for lanes in self._all_lanes() for event in lanes.events()), key=lambda event: event[2]
-        )
+        noted = chain.from_iterable(lanes.events() for lanes in self._all_lanes())
+        return sorted(noted, key=lambda event: event[2])
+
+    def draw(self, path: str | Path, title: str) -> None:
+        """Write a PNG of what was moved and computed while `record` was true."""
+        draw_timeline(self.events, path, title)
 
     def _all_lanes(self) -> list[Lanes]:
-        return [self.lanes, *(one.lanes for one in self.activations)]
+        return [self.lanes, *(offload.lanes for offload in self.loop.activations)]
 
 
-def _gates(parts: list[nn.Module], of: dict[nn.Parameter, Managed]) -> dict[nn.Module, list[Chunk]]:
-    """Module -> chunks that must be ready before its forward; in forward order, modules without a chunk
-    too."""
-    gates: dict[nn.Module, list[Chunk]] = {}
+def _chunks_by_owner(
+    parts: list[nn.Module], param_of: dict[nn.Parameter, ParamState]
+) -> dict[nn.Module, list[Chunk]]:
+    """Return the chunks that must be ready before the forward of each module, in forward order; modules
+    without a chunk are in it too."""
+    chunks: dict[nn.Module, list[Chunk]] = {}
     for part in parts:
-        for parameter, module in gated(part).items():
-            mine = gates.setdefault(module, [])
-            if parameter in of:
-                mine += [piece.chunk for piece in of[parameter].pieces if piece.chunk not in mine]
-    return gates
+        for parameter, module in owners_of(part).items():
+            own = chunks.setdefault(module, [])
+            pieces = param_of[parameter].pieces if parameter in param_of else ()
+            own += [piece.chunk for piece in pieces if piece.chunk not in own]
+    return chunks
 
 
-def _hyper(one: Managed) -> Hyper:
-    """Of the update to come."""
-    lr, betas, eps, decay = (one.group[name] for name in ("lr", "betas", "eps", "weight_decay"))
-    return Hyper(float(lr), *map(float, betas), float(eps), float(decay), one.step + 1)
+def _hyper(param: ParamState) -> HyperParameters:
+    """Return the hyperparameters of the update to come."""
+    lr, betas, eps, decay = (param.group[name] for name in ("lr", "betas", "eps", "weight_decay"))
+    return HyperParameters(float(lr), *map(float, betas), float(eps), float(decay), param.step + 1)
 
 
-def _waiting_bytes(one: Managed) -> int:
-    """Of a gradient, what stays on the device until its step."""
-    return sum(
-        (piece.in_chunk.stop - piece.in_chunk.start) * one.parameter.dtype.itemsize
-        for piece in one.pieces
-        if piece.chunk.placement is not Placement.CPU and "total" not in piece.chunk.tensors
+def _waiting_bytes(param: ParamState) -> int:
+    """Return how much of a gradient stays on the device until its step."""
+    return (
+        sum(piece.n_elements for piece in param.pieces if piece.grad_waits) * param.parameter.dtype.itemsize
     )

@@ -1,157 +1,139 @@
-"""Which chunk lives where: pure functions of sizes, budgets and rates. No tensor and no device is touched
-here.
+"""Which chunk lives where: pure functions of sizes, budgets and rates. Nothing here touches a tensor or a
+device.
 
-x_r, x_s, x_c   parameters of this rank whose chunks are RESIDENT, STREAM, CPU; they sum to N
-update U        from the last gradient until the last weight is new, both engines at work; hidden behind the next forward
-    device      weight N + (states + grad) x_r + grad x_s + ring + what was traced + reserve  <=  device budget
-    host        cpu_states x_c + states x_s + outbox + what was traced  <=  host budget
-    U           the slowest of: the link each way and both ways, host DRAM, host Adam
-    step        backward + max(next forward, U) + resident Adam                     (the clip is exact: no update in backward)
-                max(backward + next forward, U) + resident Adam                     (without a clip: as gradients arrive)
+chunk      a run of parameters with their optimizer state, the unit that is placed (chunk.py)
+plan       a home for each chunk of a rank (home.py)
+ring       device slots through which the states of STREAM chunks pass
+update U   the time from the last gradient of a step until its last new weight is on the device. Host and
+           device work at it at the same time, and it hides behind the next forward
+
+With N parameters on this rank, x_r of them RESIDENT, x_s STREAM and x_c CPU:
+
+    device     weight N + (state + grad) x_r + grad x_s + ring + traced + reserve  <=  device budget
+    host       cpu_state x_c + state x_s + weight buffers + traced  <=  host budget
+    U          the slowest of: the link in each direction and in both, host DRAM, host Adam
+    step       backward + max(next forward, U) + resident Adam    with clipping: it needs all gradients' norm
+               max(backward + next forward, U) + resident Adam    without: chunks are stepped in backward
 """
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from enum import StrEnum
+from dataclasses import asdict, dataclass, field, fields, replace
 from math import ceil, floor, log10
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dtensor_llama.errors import UsageError
+from dtensor_llama.metrics import GIB
+from memory.home import Home, StateFormat
 from memory.tracer import Rates, Traced
 
-GIB = 2**30
-RESERVE = 0.03  # of the device budget: fragments of the allocator, and what the warm-up did not see
-# of a step; of plans so close the one with most residents is taken. Otherwise, where all hides behind a
+RESERVE = 0.03  # of the device budget: for fragments in the allocator, and for what the warm-up did not see
+# Plans whose step is within this share of the fastest are ties; the one with the most RESIDENT chunks is
+# taken. Without the tie-break, whenever a long forward hides the whole update, everything would be offloaded
+# to save a negligible resident Adam step.
 CLOSE_ENOUGH = 0.0025
-# long forward, the host would hold everything to save the 28 bytes of device traffic
-# of a resident
-NEVER = 2**62  # bytes
-DRIFT = 0.20  # an update further than this from its prediction is planned again
-
-
-class Placement(StrEnum):
-    RESIDENT = "resident"  # on the device, stepped there
-    STREAM = "stream"  # home on the host, passes through the device ring to be stepped there
-    CPU = "cpu"  # on the host, stepped by its cores
-
+NEVER = 2**62  # bytes: more than any budget
+DRIFT = 0.20  # an update that is further than this share from its prediction is planned anew
+RING_SLOTS = 4  # STREAM chunks that are on the device at once
+WEIGHT_BUFFERS = 2  # chunks of new weights that leave the host at once: one is written, one is sent
 
 WHY = {
-    Placement.RESIDENT: "stepped on the device; the first layers, so the next forward finds them ready",
-    Placement.STREAM: "states pass through the device ring each step",
-    Placement.CPU: "host cores step; only gradients and weights travel",
+    Home.RESIDENT: "stepped on the device; the first layers, so the next forward finds them ready",
+    Home.STREAM: "states pass through the device ring each step",
+    Home.CPU: "stepped by the host's cores; only gradients and weights travel",
 }
 
 
+class Split(NamedTuple):
+    """Parameters by home, in Home's order: numbers, or arrays that hold one entry per plan."""
+
+    resident: Any
+    stream: Any
+    cpu: Any
+
+
 @dataclass(frozen=True)
-class Widths:
-    """Bytes per parameter of each kind of tensor, and what follows from them; the ring is part of it."""
+class ChunkSizes:
+    """The chunks of a rank, in forward order. layers: the first and the last parameter of each; may be
+    empty."""
 
-    weight: int = 2  # 2: bfloat16, beside a float32 master; 4: float32, and on the device it is the master
-    grad: int = 2  # as it waits on the device for RESIDENT and STREAM; 4 where microbatches are summed
-    slab: int = 2  # of CPU: as gradients arrive on the host, and as weights leave it through the outbox
-    host_sum: int = 0  # of CPU: 4 where gradients arrive several times a step and are summed on the host
-    # RESIDENT and STREAM keep the low half of the master only: the weight is its high half
-    split_master: bool = False
-    ring_slots: int = 4  # chunks that STREAM has on the device at once
-    # chunks of new weights that CPU has on their way from the host: one written, one sent
-    outbox_slots: int = 2
+    n_elements: tuple[int, ...]
+    state: StateFormat = StateFormat()
+    layers: tuple[tuple[str, str], ...] = ()
 
-    def __post_init__(self):
-        if self.split_master and self.weight != 2:
-            raise ValueError(f"a split master's high half is a 2-byte weight, not one of {self.weight} bytes")
+    def bytes_held(self, split: Split) -> dict[str, dict[str, Any]]:
+        """Return {account: {purpose: bytes}} of gradients, states and buffers; the weights are not in it."""
+        largest = max(self.n_elements, default=0)
+        held = {"device": {}, "host": {}}
+        for home, n in zip(Home, split, strict=True):
+            for account, n_bytes in self.state.bytes_per_parameter(home).items():
+                held[account][home.value] = n_bytes * n
+        held["device"]["ring"] = RING_SLOTS * self.state.state_bytes * largest * (split.stream > 0)
+        buffers = WEIGHT_BUFFERS * self.state.weight_dtype.itemsize * largest
+        held["host"]["cpu"] = held["host"]["cpu"] + buffers * (split.cpu > 0)
+        return held
 
-    @classmethod
-    def of(cls, weight: int, sums: bool) -> "Widths":
-        """As chunk.py lays them out: the master is the weight or, of a 2-byte weight, that and its low half.
-        sums: gradients arrive several times a step and are added up in float32."""
-        return cls(weight, 4 if sums else weight, weight, 4 if sums else 0, split_master=weight == 2)
-
-    @property
-    def states(self) -> int:
-        """Of RESIDENT and STREAM: two float32 moments, and what the weight lacks of the master."""
-        return 8 + (0 if self.weight == 4 else 2 if self.split_master else 4)
-
-    @property
-    def cpu_states(self) -> int:
-        """Of CPU: the whole master, two moments, the slab and the sum."""
-        return 12 + self.slab + self.host_sum
-
-    @property
-    def cpu_dram(self) -> int:
-        """DRAM traffic of a CPU step: 12 read, 12 written; gradient and weight once by the cores, once by the
-        link."""
-        return 24 + 4 * self.slab + self.host_sum
+    def totals_held(self, split: Split) -> dict[str, Any]:
+        return {account: sum(by_purpose.values()) for account, by_purpose in self.bytes_held(split).items()}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where each chunk lives and what that takes; `describe` prints it, `to_json` goes into the
-    checkpoint."""
+    """A home for each chunk, and what follows from it; `describe` prints it, checkpoints keep `to_json`."""
 
-    placements: tuple[Placement, ...]  # one per chunk, in forward order
-    n_elements: tuple[int, ...] = ()  # of each chunk
-    policy: str = "given"  # static, auto
-    why: str = "placements as given"
-    widths: Widths = Widths()
-    layers: tuple[tuple[str, str], ...] = ()  # first and last parameter of each chunk; may be empty
+    homes: tuple[Home, ...]  # one per chunk
+    chunks: ChunkSizes = ChunkSizes(())
+    policy: str = "given"  # given, static or auto
+    why: str = "homes as given"
     other_device_bytes: int = 0  # activations, buffers, other libraries: traced
     other_host_bytes: int = 0
     device_budget_bytes: int | None = None
     host_budget_bytes: int | None = None
-    seconds: dict[str, float] = field(default_factory=dict)  # of `predict`; {}: unknown
+    seconds: dict[str, float] = field(default_factory=dict)  # what `predict` returns; empty if unknown
     bound: str = ""  # what the predicted step waits for
-    clips: bool = True  # False: the update begins in backward
+    clips: bool = True  # False: the update begins during backward
 
-    def n_parameters(self, placement: Placement) -> int:
-        return sum(n for n, where in zip(self.n_elements, self.placements, strict=True) if where is placement)
+    @property
+    def split(self) -> Split:
+        return Split(*map(self.n_parameters, Home))
+
+    def n_parameters(self, home: Home) -> int:
+        return sum(
+            n for n, its_home in zip(self.chunks.n_elements, self.homes, strict=True) if its_home is home
+        )
 
     @property
     def device_bytes(self) -> dict[str, int]:
-        """By purpose; the sum is the most that this plan has on the device."""
-        x_r, x_s = self.n_parameters(Placement.RESIDENT), self.n_parameters(Placement.STREAM)
-        return {
-            "weights": self.widths.weight * sum(self.n_elements),
-            "resident": (self.widths.states + self.widths.grad) * x_r,
-            "stream": self.widths.grad * x_s,
-            "ring": ring_bytes(self.n_elements, self.widths) if x_s else 0,
-            "other": self.other_device_bytes,
-            "reserve": _reserve(self.device_budget_bytes),
-        }
+        """Bytes by purpose; their sum is the most that this plan has on the device."""
+        weights = self.chunks.state.weight_dtype.itemsize * sum(self.chunks.n_elements)
+        other = {"other": self.other_device_bytes, "reserve": _reserve(self.device_budget_bytes)}
+        return {"weights": weights} | self.chunks.bytes_held(self.split)["device"] | other
 
     @property
     def host_bytes(self) -> dict[str, int]:
-        x_c = self.n_parameters(Placement.CPU)
-        return {
-            "cpu": self.widths.cpu_states * x_c + (outbox_bytes(self.n_elements, self.widths) if x_c else 0),
-            "stream": self.widths.states * self.n_parameters(Placement.STREAM),
-            "other": self.other_host_bytes,
-        }
+        return self.chunks.bytes_held(self.split)["host"] | {"other": self.other_host_bytes}
+
+    @property
+    def host_dram_bytes(self) -> int:
+        return _host_dram_bytes(self.split, self.chunks.state)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        stored = asdict(self)
+        stored["n_elements"] = stored.pop("chunks")["n_elements"]
+        stored["placements"] = stored.pop("homes")
+        return json.dumps(stored)
 
     @classmethod
-    def from_json(cls, text: str) -> "Plan":
+    def from_json(cls, text: str, chunks: ChunkSizes) -> "Plan | None":
+        """Return the plan that was saved, or None if it is for other chunks than these."""
         stored = json.loads(text)
-        tuples = {"n_elements": tuple(stored["n_elements"]), "layers": tuple(map(tuple, stored["layers"]))}
-        return cls(
-            **stored
-            | tuples
-            | {
-                "placements": tuple(map(Placement, stored["placements"])),
-                "widths": Widths(**stored["widths"]),
-            }
-        )
-
-
-def ring_bytes(n_elements: Sequence[int], widths: Widths) -> int:
-    return widths.ring_slots * widths.states * max(n_elements, default=0)
-
-
-def outbox_bytes(n_elements: Sequence[int], widths: Widths) -> int:
-    return widths.outbox_slots * widths.slab * max(n_elements, default=0)
+        if stored["n_elements"] != list(chunks.n_elements):
+            return None
+        known = {each.name for each in fields(cls)}
+        values = {name: value for name, value in stored.items() if name in known}
+        return cls(tuple(map(Home, stored["placements"])), chunks, **values)
 
 
 def _reserve(budget_bytes: int | None) -> int:
@@ -161,23 +143,24 @@ def _reserve(budget_bytes: int | None) -> int:
 # ---- the two policies --------------------------------------------------------------------------------------
 
 
-def lay_out(n_chunks: int, n_resident: int, n_stream: int) -> tuple[Placement, ...]:
-    """Residents first, as the forward that follows an update needs them first; then STREAM spread evenly
-    among CPU, so that both engines finish the layers in forward order."""
+def lay_out(n_chunks: int, n_resident: int, n_stream: int) -> tuple[Home, ...]:
+    """Return the homes of n_chunks chunks. RESIDENT chunks come first, because the forward that follows an
+    update needs them first. STREAM chunks are spread evenly among the CPU chunks, so that both engines finish
+    the layers in forward order."""
     n_tail = n_chunks - n_resident
     tail = (
-        Placement.STREAM if (i + 1) * n_stream // n_tail > i * n_stream // n_tail else Placement.CPU
+        Home.STREAM if (i + 1) * n_stream // n_tail > i * n_stream // n_tail else Home.CPU
         for i in range(n_tail)
     )
-    return (Placement.RESIDENT,) * n_resident + tuple(tail)
+    return (Home.RESIDENT,) * n_resident + tuple(tail)
 
 
-def splits(n_elements: Sequence[int]) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Every layout that `lay_out` can make: (n_resident, x_r, x_s), where x_s[n_stream] has an entry for each
-    n_stream.
+def splits(n_elements: Sequence[int]) -> Iterator[tuple[int, Split]]:
+    """Yield (n_resident, split) for all that `lay_out` can make. The split's `stream` and `cpu` are arrays
+    over n_stream.
 
-    Nearly all chunks have one size, so x_s is n_stream times that, less what the few smaller chunks among
-    them lack: the whole scan is O(chunks^2 x smaller chunks) instead of O(chunks^3)."""
+    Nearly all chunks have one size, so x_s is n_stream times that size, less what the few smaller chunks
+    among them lack. The whole scan is O(chunks^2 x smaller chunks) instead of O(chunks^3)."""
     sizes = np.asarray(n_elements, dtype=np.int64)
     full = sizes.max(initial=0)
     smaller = np.flatnonzero(sizes != full)
@@ -189,148 +172,111 @@ def splits(n_elements: Sequence[int]) -> Iterator[tuple[int, int, np.ndarray]]:
         i = (at - n_resident)[:, None]
         # (smaller, n_stream)
         is_stream = ((i + 1) * n_stream // max(n_tail, 1)) - (i * n_stream // max(n_tail, 1))
-        yield n_resident, int(x_r[n_resident]), n_stream * full - (full - sizes[at]) @ is_stream
+        x_s = n_stream * full - (full - sizes[at]) @ is_stream
+        yield n_resident, Split(int(x_r[n_resident]), x_s, x_r[-1] - x_r[n_resident] - x_s)
 
 
-def static_plan(
-    n_elements: Sequence[int],
-    resident: float,
-    stream: float,
-    cpu: float,
-    *,
-    widths: Widths = Widths(),
-    layers: Sequence[tuple[str, str]] = (),
-) -> Plan:
-    """Fractions of the parameters by layer order, as closely as whole chunks allow (least sum of the three
-    deviations)."""
-    fractions = {"resident": resident, "stream": stream, "cpu": cpu}
-    said = " ".join(f"--memory.{name} {value:g}" for name, value in fractions.items())
-    if not all(0 <= value <= 1 for value in fractions.values()):
-        raise UsageError(f"{said}: each is a fraction of the parameters, from 0 to 1.")
-    if abs(sum(fractions.values()) - 1) > 1e-6:
-        rest = 1 - resident - stream
-        works = (
-            f"--memory.cpu {rest:.6g}" if rest >= 0 else f"--memory.stream {1 - resident:.6g} --memory.cpu 0"
-        )
-        raise UsageError(f"{said} sum to {sum(fractions.values()):.6g} and must sum to 1; use {works}.")
-    n_total, best = sum(n_elements), (float("inf"), 0, 0)
-    for n_resident, x_r, x_s in splits(n_elements):
-        deviation = (
-            abs(x_r - resident * n_total)
-            + abs(x_s - stream * n_total)
-            + abs(n_total - x_r - x_s - cpu * n_total)
-        )
+def static_plan(chunks: ChunkSizes, resident: float, stream: float, cpu: float) -> Plan:
+    """Return the plan that is closest to these fractions of the parameters, which sum to 1: the sum of the
+    three deviations is the least that whole chunks in forward order allow."""
+    n_total, best = sum(chunks.n_elements), (float("inf"), 0, 0)
+    for n_resident, split in splits(chunks.n_elements):
+        wanted = (resident * n_total, stream * n_total, cpu * n_total)
+        deviation = sum(abs(n - wish) for n, wish in zip(split, wanted, strict=True))
         n_stream = int(deviation.argmin())
         best = min(best, (float(deviation[n_stream]), n_resident, n_stream))
-    return Plan(
-        lay_out(len(n_elements), *best[1:]),
-        tuple(n_elements),
-        "static",
-        f"asked for: {said}",
-        widths,
-        tuple(layers),
-    )
+    homes = lay_out(len(chunks.n_elements), *best[1:])
+    return Plan(homes, chunks, "static", f"as asked for: resident={resident:g} stream={stream:g} cpu={cpu:g}")
 
 
 def auto_plan(
-    n_elements: Sequence[int],
-    *,
-    device_budget_bytes: int,
-    host_budget_bytes: int,
-    rates: Rates,
-    traced: Traced,
-    widths: Widths = Widths(),
-    layers: Sequence[tuple[str, str]] = (),
-    clips: bool = True,
+    chunks: ChunkSizes, budgets: dict[str, int], rates: Rates, traced: Traced, clips: bool = True
 ) -> Plan:
-    """The fastest predicted step within both budgets, by a scan of all layouts.
+    """Return the plan with the fastest predicted step within both budgets, found by a scan of all plans.
 
-    n_elements: this rank's chunks in forward order. If all fits, all is RESIDENT. Of plans within
-        CLOSE_ENOUGH of the fastest the one with most residents is taken. UsageError if nothing fits, with the
-        numbers and the nearest budgets that would do.
+    If everything fits the device, all chunks are RESIDENT. Among plans within CLOSE_ENOUGH of the fastest the
+    one with the most RESIDENT chunks is taken. budgets: bytes by account. If nothing fits, UsageError names
+    the numbers and the nearest budgets that would do.
     """
-    n_total, other = sum(n_elements), traced.non_model_peak_bytes
-    fixed = widths.weight * n_total + other
-    spare = device_budget_bytes - _reserve(device_budget_bytes) - fixed
-    ring, outbox = ring_bytes(n_elements, widths), outbox_bytes(n_elements, widths)
-    least_device = least_host = NEVER  # of the layouts that the other budget allows
-    found: list[tuple[float, int, int]] = []  # per number of residents: step seconds, n_resident, n_stream
-    for n_resident, x_r, x_s in splits(n_elements):
-        x_c = n_total - x_r - x_s
-        device = (widths.states + widths.grad) * x_r + widths.grad * x_s + np.where(x_s > 0, ring, 0)
-        host = (
-            widths.cpu_states * x_c + widths.states * x_s + np.where(x_c > 0, outbox, 0) + traced.host_bytes
-        )
-        fits_device, fits_host = device <= spare, host <= host_budget_bytes
+    n_chunks, other = len(chunks.n_elements), traced.non_model_peak_bytes
+    fixed = chunks.state.weight_dtype.itemsize * sum(chunks.n_elements) + other
+    device_room = budgets["device"] - _reserve(budgets["device"]) - fixed
+    least_device = least_host = NEVER  # among the plans that the other budget allows
+    found: list[tuple[float, int, int]] = []  # for each n_resident: step seconds, n_resident, n_stream
+    for n_resident, split in splits(chunks.n_elements):
+        held = chunks.totals_held(split)
+        host = held["host"] + traced.host_bytes
+        fits_device, fits_host = held["device"] <= device_room, host <= budgets["host"]
         least_host = min(least_host, int(np.where(fits_device, host, NEVER).min()))
-        least_device = min(least_device, int(np.where(fits_host, device, NEVER).min()))
+        least_device = min(least_device, int(np.where(fits_host, held["device"], NEVER).min()))
         if (fits := fits_device & fits_host).any():
-            step = np.where(fits, predict(x_r, x_s, x_c, rates, traced, widths, clips)["step"], np.inf)
+            step = np.where(fits, predict(split, chunks.state, rates, traced, clips)["step"], np.inf)
             found.append((float(step.min()), n_resident, int(step.argmin())))
     if not found:
-        ways = [f"--memory.device-budget-gib {gib_up((fixed + least_device + 1) / (1 - RESERVE))}"] * (
-            least_device < NEVER
-        )
-        ways += [f"--memory.host-budget-gib {gib_up(least_host)}"] * (least_host < NEVER)
-        both = (
-            f"--memory.device-budget-gib {gib_up((fixed + 1) / (1 - RESERVE))} with --memory.host-budget-gib "
-            f"{gib_up(widths.cpu_states * n_total + outbox + traced.host_bytes)}"
-        )
-        raise UsageError(
-            f"--memory.device-budget-gib {device_budget_bytes / GIB:.4g} and --memory.host-budget-gib "
-            f"{host_budget_bytes / GIB:.4g} (per rank) cannot hold {n_total:,} parameters: before any optimizer state the "
-            f"device needs {fixed / GIB:.2f} GiB (weights {widths.weight * n_total / GIB:.2f}, activations and the rest "
-            f"{other / GIB:.2f}) and a reserve of {RESERVE:.0%}, and the host has what is not there, "
-            f"{widths.states} to {widths.cpu_states} bytes a parameter. The nearest that works is {' or '.join(ways) or both}."
-        )
+        raise _nothing_fits(chunks, budgets, traced, least_device, least_host)
     fastest = min(found)[0]
-    _, n_resident, n_stream = max(
-        (entry for entry in found if entry[0] <= fastest * (1 + CLOSE_ENOUGH)), key=lambda e: e[1]
-    )
-    why = f"fastest of all that fits: {fastest:.3g} s a step predicted"
-    if found[-1][1] == len(n_elements):
-        n_resident, n_stream, why = len(n_elements), 0, "everything fits the device"
+    ties = [entry for entry in found if entry[0] <= fastest * (1 + CLOSE_ENOUGH)]
+    _, n_resident, n_stream = max(ties, key=lambda entry: entry[1])
+    why = f"the fastest that fits; {fastest:.3g} s a step are predicted"
+    if found[-1][1] == n_chunks:
+        n_resident, n_stream, why = n_chunks, 0, "everything fits the device"
     plan = Plan(
-        lay_out(len(n_elements), n_resident, n_stream),
-        tuple(n_elements),
+        lay_out(n_chunks, n_resident, n_stream),
+        chunks,
         "auto",
         why,
-        widths,
-        tuple(layers),
-        other,
-        traced.host_bytes,
-        device_budget_bytes,
-        host_budget_bytes,
+        other_device_bytes=other,
+        other_host_bytes=traced.host_bytes,
+        device_budget_bytes=budgets["device"],
+        host_budget_bytes=budgets["host"],
         clips=clips,
     )
     return with_prediction(plan, rates, traced)
 
 
-def least_device_plan(n_elements: Sequence[int], host_bytes: int, widths: Widths) -> Plan:
-    """The layout with the fewest bytes on the device of those that hold at most `host_bytes` on the host: for
-    steps that are made before it is known what else the device must hold. All RESIDENT if the host can hold
-    nothing.
-
-    All CPU takes nothing of the device, and most of the host: STREAM has fewer bytes there, as the whole
-    master and the slab are missing, and RESIDENT none."""
-    n_total = sum(n_elements)
-    ring, outbox = ring_bytes(n_elements, widths), outbox_bytes(n_elements, widths)
-    best = NEVER, len(n_elements), 0  # bytes on the device, n_resident, n_stream
-    for n_resident, x_r, x_s in splits(n_elements):
-        x_c = n_total - x_r - x_s
-        device = (widths.states + widths.grad) * x_r + widths.grad * x_s + np.where(x_s > 0, ring, 0)
-        host = widths.cpu_states * x_c + widths.states * x_s + np.where(x_c > 0, outbox, 0)
-        device = np.where(host <= host_bytes, device, NEVER)
-        n_stream = int(device.argmin())
-        best = min(best, (int(device[n_stream]), n_resident, n_stream))
-    placements = lay_out(len(n_elements), *best[1:])
-    return Plan(
-        placements, tuple(n_elements), "static", "the device as empty as the host can make it", widths
+def _nothing_fits(
+    chunks: ChunkSizes, budgets: dict[str, int], traced: Traced, least_device: int, least_host: int
+) -> UsageError:
+    """least_device, least_host: of the plans that the other budget allows."""
+    n_total, other = sum(chunks.n_elements), traced.non_model_peak_bytes
+    weights = chunks.state.weight_dtype.itemsize * n_total
+    all_cpu = chunks.totals_held(Split(0, 0, n_total))["host"] + traced.host_bytes
+    device_budget = lambda n_bytes: (
+        f"device_budget_gib={gib_up((weights + other + n_bytes + 1) / (1 - RESERVE))}"
+    )
+    ways = [device_budget(least_device)] if least_device < NEVER else []
+    ways += [f"host_budget_gib={gib_up(least_host)}"] if least_host < NEVER else []
+    both = f"{device_budget(0)} with host_budget_gib={gib_up(all_cpu)}"
+    per_parameter = chunks.state.bytes_per_parameter(Home.CPU)["host"]
+    return UsageError(
+        f"device_budget_gib={budgets['device'] / GIB:.4g} and host_budget_gib={budgets['host'] / GIB:.4g} "
+        f"(per rank) cannot hold {n_total:,} parameters. Before any optimizer state the device needs "
+        f"{(weights + other) / GIB:.2f} GiB ({weights / GIB:.2f} for weights, {other / GIB:.2f} for "
+        f"activations and the rest), and {RESERVE:.0%} stay in reserve. What is not on the device takes "
+        f"{chunks.state.state_bytes} to {per_parameter} bytes a parameter on the host. The nearest setting "
+        f"that works is {' or '.join(ways) or both}."
     )
 
 
+def least_device_plan(chunks: ChunkSizes, host_bytes: int) -> Plan:
+    """Return the plan with the fewest bytes on the device among those that hold at most `host_bytes` on the
+    host: for steps that run before it is known what else the device must hold. If the host can hold nothing,
+    all chunks are RESIDENT.
+
+    CPU chunks take nothing of the device and the most of the host. STREAM chunks take less of the host, where
+    they have neither a whole master nor a gradient buffer."""
+    best = NEVER, len(chunks.n_elements), 0  # bytes on the device, n_resident, n_stream
+    for n_resident, split in splits(chunks.n_elements):
+        held = chunks.totals_held(split)
+        device = np.where(held["host"] <= host_bytes, held["device"], NEVER)
+        n_stream = int(device.argmin())
+        best = min(best, (int(device[n_stream]), n_resident, n_stream))
+    homes = lay_out(len(chunks.n_elements), *best[1:])
+    return Plan(homes, chunks, "static", "the device is as empty as the host can make it")
+
+
 def gib_up(n_bytes: float) -> str:
-    """GiB as one types them, rounded up so that the setting works."""
+    """Return GiB as a person would type them, rounded up so that the setting works."""
     gib = n_bytes / GIB
     digits = max(2, 2 - floor(log10(gib))) if gib > 0 else 2
     return f"{ceil(gib * 10**digits) / 10**digits:.{digits}f}"
@@ -339,61 +285,61 @@ def gib_up(n_bytes: float) -> str:
 # ---- time --------------------------------------------------------------------------------------------------
 
 
-def update_terms(x_s, x_c, rates: Rates, widths: Widths) -> dict[str, np.ndarray]:
-    """Seconds that each part of the machine needs for one update, by its name; numbers or arrays of
-    parameters."""
-    one_way = widths.states * x_s + widths.slab * x_c  # bytes, and as many the other way
+def _host_dram_bytes(split: Split, state: StateFormat):
+    return state.cpu_dram_bytes * split.cpu + 2 * state.state_bytes * split.stream
+
+
+def update_terms(split: Split, state: StateFormat, rates: Rates) -> dict[str, np.ndarray]:
+    """Return how many seconds each part of the machine needs for one update, by its name."""
+    one_way = state.state_bytes * split.stream + state.weight_dtype.itemsize * split.cpu  # and as much back
     return {
         "the link to the host": one_way / rates.d2h,
         "the link to the device": one_way / rates.h2d,
         "the link, both ways": 2 * one_way / rates.duplex,
-        "host DRAM": (widths.cpu_dram * x_c + 2 * widths.states * x_s) / rates.dram_under_dma,
-        "host Adam": x_c / max(rates.host_adam.values()),
+        "host DRAM": _host_dram_bytes(split, state) / rates.dram_under_dma,
+        "host Adam": split.cpu / rates.host_adam,
     }
 
 
 def predict(
-    x_r, x_s, x_c, rates: Rates, traced: Traced, widths: Widths, clips: bool = True
+    split: Split, state: StateFormat, rates: Rates, traced: Traced, clips: bool = True
 ) -> dict[str, np.ndarray]:
-    """Seconds of a step's parts, of the step, and of what the update can hide behind: the next forward and,
-    where nothing has to be known of all gradients before the first chunk is stepped, backward."""
-    update = np.maximum.reduce(list(update_terms(x_s, x_c, rates, widths).values()))
-    resident_adam = x_r / rates.device_adam
-    alone, beside = (
-        (traced.backward_seconds, traced.forward_seconds)
-        if clips
-        else (0.0, traced.backward_seconds + traced.forward_seconds)
-    )
-    step = alone + np.maximum(beside, update) + resident_adam
+    """Return the seconds of a step, of its parts, and of what the update can hide behind: the next forward.
+    Where no norm of all gradients has to be known before the first chunk is stepped, it hides behind backward
+    too."""
+    update = np.maximum.reduce(list(update_terms(split, state, rates).values()))
+    resident_adam = split.resident / rates.device_adam
+    forward, backward = traced.forward_seconds, traced.backward_seconds
+    alone, beside = (backward, forward) if clips else (0.0, backward + forward)
     return {
-        "forward": traced.forward_seconds,
-        "backward": traced.backward_seconds,
+        "forward": forward,
+        "backward": backward,
         "beside_update": beside,
         "update": update,
         "resident_adam": resident_adam,
-        "step": step,
+        "step": alone + np.maximum(beside, update) + resident_adam,
     }
 
 
 def with_prediction(plan: Plan, rates: Rates, traced: Traced) -> Plan:
-    x_r, x_s, x_c = (plan.n_parameters(where) for where in Placement)
-    seconds = {
-        name: float(value)
-        for name, value in predict(x_r, x_s, x_c, rates, traced, plan.widths, plan.clips).items()
-    }
-    terms = update_terms(x_s, x_c, rates, plan.widths)
-    bound = (
-        max(terms, key=terms.get) if seconds["update"] > seconds["beside_update"] else "forward and backward"
+    parts = predict(plan.split, plan.chunks.state, rates, traced, plan.clips)
+    seconds = {name: float(value) for name, value in parts.items()}
+    terms = update_terms(plan.split, plan.chunks.state, rates)
+    is_hidden = seconds["update"] <= seconds["beside_update"]
+    return replace(
+        plan, seconds=seconds, bound="forward and backward" if is_hidden else max(terms, key=terms.get)
     )
-    return replace(plan, seconds=seconds, bound=bound)
 
 
-def replan(plan: Plan, *, peak_device_bytes: int, update_seconds: float) -> str | None:
-    """Why the plan should be made anew from a new trace, or None. Ask between steps; peak and update of a
-    whole step."""
+def reason_to_replan(plan: Plan, peak_device_bytes: int, update_seconds: float) -> str | None:
+    """Return why a new plan should be made from a new trace, or None. Ask between steps; peak and update are
+    those of a whole step."""
     budget, predicted = plan.device_budget_bytes, plan.seconds.get("update", 0)
     if budget and peak_device_bytes > (1 - RESERVE) * budget:
-        return f"the peak of {peak_device_bytes / GIB:.2f} GiB is within {RESERVE:.0%} of the budget of {budget / GIB:.2f} GiB"
+        return (
+            f"the peak of {peak_device_bytes / GIB:.2f} GiB is within {RESERVE:.0%} of the budget of "
+            f"{budget / GIB:.2f} GiB"
+        )
     if predicted and abs(update_seconds / predicted - 1) > DRIFT:
         return f"the update took {update_seconds:.3g} s and was predicted to take {predicted:.3g} s"
     return None
@@ -403,70 +349,45 @@ def replan(plan: Plan, *, peak_device_bytes: int, update_seconds: float) -> str 
 
 
 def describe(plan: Plan) -> str:
-    """The plan as a table: what lives where and why, bytes per device and host, the predicted step and what
-    bounds it."""
-    device, host = plan.device_bytes, plan.host_bytes
-    rows = [("", "chunks", "parameters", "device GiB", "host GiB", "")]
-    for where in Placement:
-        chosen = [i for i, placement in enumerate(plan.placements) if placement is where]
-        if not chosen:
-            continue
-        covers = f"{plan.layers[chosen[0]][0]} .. {plan.layers[chosen[-1]][1]}: " if plan.layers else ""
-        rows.append(
-            (
-                where.value,
-                str(len(chosen)),
-                _count(plan.n_parameters(where)),
-                _gib(device.get(where.value, 0)),
-                _gib(host.get(where.value, 0)),
-                covers + WHY[where],
-            )
-        )
+    """Return the plan as a table: what lives where and why, bytes on device and host, the predicted step and
+    what bounds it."""
+    chunks, n_total, is_auto = plan.chunks, sum(plan.chunks.n_elements), plan.policy == "auto"
+    device = plan.device_bytes | {"sum": sum(plan.device_bytes.values()), "budget": plan.device_budget_bytes}
+    host = plan.host_bytes | {"sum": sum(plan.host_bytes.values()), "budget": plan.host_budget_bytes}
+    rows = []  # (name, chunks, parameters, words)
+    for home in Home:
+        chosen = [i for i, its_home in enumerate(plan.homes) if its_home is home]
+        if chosen:
+            first, last = chosen[0], chosen[-1]
+            covers = f"{chunks.layers[first][0]} .. {chunks.layers[last][1]}: " if chunks.layers else ""
+            rows.append((home.value, len(chosen), _count(plan.n_parameters(home)), covers + WHY[home]))
     if device["ring"]:
-        rows.append(
-            (
-                "ring",
-                "",
-                "",
-                _gib(device["ring"]),
-                "",
-                f"{plan.widths.ring_slots} chunks on their way through",
-            )
-        )
-    rows.append(
-        (
-            "weights",
-            "",
-            _count(sum(plan.n_elements)),
-            _gib(device["weights"]),
-            "",
-            f"{plan.widths.weight} bytes each",
-        )
-    )
-    if plan.policy == "auto" or host["other"]:
-        traced = "activations and the rest, as traced; " if plan.policy == "auto" else ""
-        passing = "on the host: block inputs until backward, a parameter on its way to a file or from it"
-        rows.append(("other", "", "", _gib(device["other"]), _gib(host["other"]), traced + passing))
-    if plan.policy == "auto":
-        rows.append(("reserve", "", "", _gib(device["reserve"]), "", f"{RESERVE:.0%} of the budget"))
-    rows.append(
-        ("sum", str(len(plan.placements)), "", _gib(sum(device.values())), _gib(sum(host.values())), "")
-    )
+        rows.append(("ring", "", "", f"{RING_SLOTS} chunks that pass through"))
+    rows.append(("weights", "", _count(n_total), f"{chunks.state.weight_dtype.itemsize} bytes each"))
+    if is_auto or host["other"]:
+        traced = "activations and the rest, as traced; " if is_auto else ""
+        passing = "on the host: block inputs until backward, and a parameter on its way to or from a file"
+        rows.append(("other", "", "", traced + passing))
+    if is_auto:
+        rows.append(("reserve", "", "", f"{RESERVE:.0%} of the budget"))
+    rows.append(("sum", len(plan.homes), "", ""))
     if plan.device_budget_bytes is not None:
-        rows.append(
-            ("budget", "", "", _gib(plan.device_budget_bytes), _gib(plan.host_budget_bytes), "per rank")
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        rows.append(("budget", "", "", "per rank"))
+    table = [("", "chunks", "parameters", "device GiB", "host GiB", "")]
+    for name, n_chunks, n_parameters, words in rows:
+        gib = [_gib(account[name]) if name in account else "" for account in (device, host)]
+        table.append((name, str(n_chunks), n_parameters, *gib, words))
+    widths = [max(len(row[i]) for row in table) for i in range(5)]
     lines = [f"memory plan, {plan.policy}: {plan.why}"]
-    for name, *numbers, words in rows:
+    for name, *numbers, words in table:
         cells = [f"{number:>{width}}" for number, width in zip(numbers, widths[1:], strict=True)]
         lines.append(f"  {name:{widths[0]}}  {'  '.join(cells)}  {words}".rstrip())
-    if t := plan.seconds:
-        hidden, behind = min(t["update"], t["beside_update"]), "it" if plan.clips else "both"
+    if seconds := plan.seconds:
+        hidden, behind = min(seconds["update"], seconds["beside_update"]), "it" if plan.clips else "both"
         lines.append(
-            f"  predicted step {_least(plan)}{t['step']:.3g} s: backward {t['backward']:.3g}, "
-            f"next forward {t['forward']:.3g}, update {t['update']:.3g} of which {hidden:.3g} hide behind {behind}, "
-            f"resident Adam {t['resident_adam']:.3g}; bound by {plan.bound}"
+            f"  predicted step {_at_least(plan)}{seconds['step']:.3g} s: backward {seconds['backward']:.3g}, "
+            f"next forward {seconds['forward']:.3g}, update {seconds['update']:.3g} of which {hidden:.3g} "
+            f"hide behind {behind}, resident Adam {seconds['resident_adam']:.3g}; bound by {plan.bound}"
         )
     return "\n".join(lines)
 
@@ -474,21 +395,25 @@ def describe(plan: Plan) -> str:
 def describe_measured(
     plan: Plan, step_seconds: float, host_update_seconds: float | None, peak_bytes: dict[str, int]
 ) -> str:
-    """What came of a plan, beside what was predicted. peak_bytes: by account, of what the manager holds."""
-    beside = lambda name: f" (predicted {_least(plan)}{plan.seconds[name]:.3g})" if plan.seconds else ""
-    update = (
-        f"the host's update {host_update_seconds:.3g} s{beside('update')}, "
-        if host_update_seconds is not None
-        else ""
-    )
+    """Return what was measured under a plan, beside what was predicted. peak_bytes: of what the manager
+    holds, by account."""
+
+    def beside(name: str) -> str:
+        return f" (predicted {_at_least(plan)}{plan.seconds[name]:.3g})" if plan.seconds else ""
+
+    update = ""
+    if host_update_seconds is not None:
+        update = f"the host's update {host_update_seconds:.3g} s{beside('update')}, "
     return (
-        f"memory    measured: a step {step_seconds:.3g} s{beside('step')}, {update}at most {_gib(peak_bytes['device'])} "
-        f"GiB of weights, gradients and states on the device and {_gib(peak_bytes['host'])} on the host"
+        f"memory    measured: a step takes {step_seconds:.3g} s{beside('step')}, {update}with at most "
+        f"{_gib(peak_bytes['device'])} GiB of weights, gradients and states on the device and "
+        f"{_gib(peak_bytes['host'])} GiB on the host"
     )
 
 
-def _least(plan: Plan) -> str:
-    """Of a static plan forward and backward have not been seen; they were taken for matrix products alone."""
+def _at_least(plan: Plan) -> str:
+    """A static plan is made before any step was measured: its forward and backward count matrix products
+    alone."""
     return "" if plan.policy == "auto" else "at least "
 
 
@@ -497,4 +422,6 @@ def _gib(n_bytes: int) -> str:
 
 
 def _count(n: int) -> str:
-    return f"{n / 1e9:.2f} G" if n >= 1e8 else f"{n / 1e6:.2f} M" if n >= 1e5 else str(n)
+    if n >= 1e8:
+        return f"{n / 1e9:.2f} G"
+    return f"{n / 1e6:.2f} M" if n >= 1e5 else str(n)

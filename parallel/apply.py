@@ -21,7 +21,8 @@ class Computation:
 
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32  # of weights, activations and collectives in forward and backward
-    # Activation checkpointing: which activations are computed again in backward, "none", "selective" or "full".
+    # Activation checkpointing: which activations are computed again in backward, "none", "selective" or
+    # "full".
     recompute: str = "none"
     compile: bool = False  # torch.compile each block
     attention: str = "sdpa"  # the kernel, one of dtensor_llama/attention.py's

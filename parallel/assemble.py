@@ -5,8 +5,8 @@
     training = assemble(model, layout, computation, adamw(lr=3e-4, weight_decay=0.1))
     init_weights(training.fp32_weights(), seed=0)          # or load_hf, or a checkpoint
 
-Nothing here loops or calls `.backward()`: the step stands in the recipe. This file and booster.py are the only
-ones of parallel/ that know memory/, the chunk offload manager.
+Nothing here loops or calls `.backward()`: the step stands in the recipe. This file and booster.py are the
+only ones of parallel/ that know memory/, the chunk offload manager.
 """
 
 import math
@@ -25,7 +25,7 @@ from dtensor_llama.errors import UsageError
 from dtensor_llama.flops import hardware_flops_per_token, matmul_flops, model_flops_per_token
 from dtensor_llama.model import Llama
 from dtensor_llama.optim import build_adamw
-from memory import ChunkManager, MemoryConfig
+from memory import ChunkManager, Machine, MemoryConfig, TrainingLoop
 from memory.activations import ActivationOffload, offload_block_inputs
 from memory.optimizer import ChunkOptimizer
 from memory.tracer import load_rates
@@ -42,8 +42,8 @@ from parallel.zero import gradient_arrivals, reshard, set_gradient_sync
 class Offload:
     """What the chunk manager has to know of a run, beside where states and activations shall live.
 
-    sequences, seq_len: the shape of a microbatch, from which follow the size of the activations and how long a
-        step computes; None where it is not known before the first step.
+    sequences, seq_len: the shape of a microbatch, from which follow the size of the activations and how long
+        a step computes; None where it is not known before the first step.
     clips: False: gradients of any norm are stepped, so the manager steps while they arrive, during backward.
     rates_file: keeps what the transfers of this machine were measured to take; None: they are not measured.
     """
@@ -60,7 +60,8 @@ class Offload:
 class Training:
     """What a training step needs. Its parts belong to this rank; all ranks have one and use it together.
 
-    model: has all parameters of this rank, under their Hugging Face names: for the optimizer, checkpoints, export.
+    model: has all parameters of this rank, under their Hugging Face names: for the optimizer, checkpoints,
+        export.
     stages: what runs. Without pp it is `model` itself; with pp the rank's stages, which share its modules.
     pipeline: runs the microbatches through the stages; None without pp, where the recipe calls `model`.
     optimizer: of `model`; clips with one norm over every axis if it has the method `clip_grad_norm`.
@@ -79,17 +80,19 @@ class Training:
 
     def sync_gradients(self, last: bool) -> None:
         """Say before a forward what its backward does with the gradients under ZeRO; last: of the step's
-        microbatches. Stages 0 and 1 reduce them once, at the last one, stages 2 and 3 at each. See zero.py."""
+        microbatches. Stages 0 and 1 reduce them once, at the last one, stages 2 and 3 at each. See
+        zero.py."""
         if isinstance(self.model, FSDPModule):
             set_gradient_sync(self.model, self.layout.config.zero_stage, last)
 
     def reshard(self) -> None:
-        """Free the weights that were gathered for forwards without a backward (validation, sampled answers)."""
+        """Free the weights that were gathered for forwards without a backward (validation, sampled
+        answers)."""
         reshard(self.stages)
 
     def fp32_weights(self) -> nn.Module:
-        """Return what is loaded, initialized, saved or exported as float32: the model, or its masters under the
-        chunk manager, where the model has only what computes. Waits for the manager's last update."""
+        """Return what is loaded, initialized, saved or exported as float32: the model, or its masters under
+        the chunk manager, where the model has only what computes. Waits for the manager's last update."""
         if not isinstance(self.optimizer, ChunkOptimizer):
             return self.model
         masters = self.optimizer.masters()
@@ -98,7 +101,8 @@ class Training:
 
 
 def adamw(lr: float, weight_decay: float) -> Callable[[Llama], Optimizer]:
-    """Return what builds the recipes' optimizer for `assemble`: a fused AdamW with one gradient norm over all axes."""
+    """Return what builds the recipes' optimizer for `assemble`: a fused AdamW with one gradient norm over all
+    axes."""
     return partial(build_adamw, lr=lr, weight_decay=weight_decay, kind=ClippingAdamW)
 
 
@@ -112,9 +116,9 @@ def assemble(
 ) -> Training:
     """Spread `model` (on `meta`) over the mesh and give it an optimizer. The weights have no values yet.
 
-    offload: None, or with a placement that is off: the optimizer's states live on the device. With a placement the
-        parameters are what computes, in computation.dtype, and the chunk manager keeps the float32 masters: see
-        Training.fp32_weights. say: prints the manager's plans; give it on one rank only.
+    offload: None, or with a placement that is off: the optimizer's states live on the device. With a
+        placement the parameters are what computes, in computation.dtype, and the chunk manager keeps the
+        float32 masters: see Training.fp32_weights. say: prints the manager's plans; give it on one rank only.
     """
     config = layout.config
     manages = offload is not None and offload.config.is_on
@@ -136,20 +140,16 @@ def assemble(
             )
         embedding = model.model.embed_tokens
         is_tied_over_stages = model.config.tie_word_embeddings and config.pp > 1 and embedding is not None
-        optimizer = ChunkManager(
-            model,
-            optimizer,
-            offload.config,
-            parts=stages,
-            outside=[embedding.weight] if is_tied_over_stages else [],
-            arrivals=gradient_arrivals(model, config.zero_stage, config.pp > 1, layout.n_microbatches),
+        loop = TrainingLoop(
+            stages,
+            accumulation=gradient_arrivals(model, config.zero_stage, config.pp > 1, layout.n_microbatches),
             clips=offload.clips,
-            rates=rates,
-            compute_seconds=_compute_seconds(model, layout, computation, offload),
+            tied=[embedding.weight] if is_tied_over_stages else [],
             activations=activations,
-            say=say,
-            ranks_per_host=offload.ranks_per_host,
-        ).optimizer
+        )
+        compute_seconds = _compute_seconds(model, layout, computation, offload)
+        machine = Machine(offload.ranks_per_host, rates, compute_seconds, say)
+        optimizer = ChunkManager(model, optimizer, offload.config, loop, machine).optimizer
     return Training(model, stages, pipeline, optimizer, layout, computation)
 
 
@@ -162,8 +162,8 @@ def settle_memory(
 ) -> tuple[MemoryConfig, str]:
     """Return the configuration with a placement, and a sentence on what was chosen if it was left open.
 
-    config: resolved. UsageError if the states alone are more than the GPU has, before anything starts, instead of
-    an error in the middle of the first step."""
+    config: resolved. UsageError if the states alone are more than the GPU has, before anything starts,
+        instead of an error in the middle of the first step."""
     device, dtype = computation.device, computation.dtype
     world_size = math.prod((config.pp, config.dp, config.cp, config.tp))
     memory, chosen = memory.settle(device, dtype, world_size)
@@ -178,8 +178,9 @@ def check_skips(skip_nonfinite: int, max_grad_norm: float, memory: MemoryConfig)
     """UsageError if steps with a gradient that is not finite are to be skipped, and could not be."""
     if skip_nonfinite and max_grad_norm == math.inf and memory.is_on:
         raise UsageError(
-            f"skip_nonfinite={skip_nonfinite} cannot skip a step under a chunk manager with max_grad_norm=inf, which "
-            "steps while gradients arrive; give `max_grad_norm` a number, however large, or use placement=off."
+            f"skip_nonfinite={skip_nonfinite} cannot skip a step under a chunk manager with "
+            "max_grad_norm=inf, which steps while gradients arrive; give `max_grad_norm` a number, however "
+            "large, or use placement=off."
         )
 
 
@@ -189,8 +190,8 @@ def _offload_activations(
     """Keep the inputs of a stage's blocks, (B, T/cp/tp, D) each, on the host between forward and backward."""
     if offload.seq_len is None:
         raise UsageError(
-            "activations=True needs to know the shape of a microbatch before the first one comes; leave it out here, "
-            "or use recipes/pretrain.py."
+            "activations=True needs to know the shape of a microbatch before the first one comes; leave it "
+            "out here, or use recipes/pretrain.py."
         )
     config = layout.config
     n_tokens = offload.sequences * offload.seq_len // (config.cp * config.sequence_shards)
@@ -205,7 +206,8 @@ def _compute_seconds(
 ) -> tuple[float, float] | None:
     """Estimate the seconds of a step's forwards and backwards on this rank, as if all were matrix products.
 
-    None if the shape of a microbatch is not known. Placement auto replaces the estimate by what it measures."""
+    None if the shape of a microbatch is not known. Placement auto replaces the estimate by what it
+    measures."""
     if offload.seq_len is None:
         return None
     config = layout.config

@@ -2,16 +2,16 @@
 
     booster = Booster(ParallelConfig(tp=2, pp=2, microbatches=4, zero_stage=1))
     model, optimizer, dataloader, criterion = booster.boost(model, optimizer, dataloader, criterion)
-    for batch in dataloader:                # {"input_ids", "labels"}, both (B, T): Hugging Face's, labels not shifted
-        loss = booster.step(batch)          # forward and backward -> mean loss of the global batch, on every rank
+    for batch in dataloader:           # Hugging Face's {"input_ids", "labels"} (B, T), labels not shifted
+        loss = booster.step(batch)     # forward, backward: the mean loss of the global batch, on every rank
         booster.clip_grad_norm(1.0)
         optimizer.step()
         optimizer.zero_grad()
     booster.save_hf(model, "out")
 
-Nothing is done here that a recipe could not write: it calls what recipes/pretrain.py calls, in the same
-order. Read that to see the steps; use this when your own program has a model, an optimizer and a dataloader
-already.
+The Booster does nothing that a recipe could not write: it calls what recipes/pretrain.py calls, in the same
+order. Read that file to see the steps, and use the Booster if your own program has a model, an optimizer and
+a dataloader already.
 """
 
 import atexit
@@ -34,6 +34,7 @@ from dtensor_llama.attention import choose_attention
 from dtensor_llama.checkpoint import NAME, Checkpointer, restore_training_state, training_state
 from dtensor_llama.config import config_from_fields, generation_config
 from dtensor_llama.data.reader import Batch
+from dtensor_llama.errors import listed, mismatches
 from dtensor_llama.loss import IGNORE
 from dtensor_llama.model import init_weights
 from dtensor_llama.weights import hf_parameters, local_boxes, values_to_write
@@ -50,17 +51,18 @@ EXIT_WAIT = timedelta(seconds=20)
 
 
 class Booster:
-    """One layout, and what runs a model under it. Every rank makes one and calls the same methods in step.
+    """Runs a model under one layout. Every rank makes a Booster, and all call its methods together.
 
-    config: -1 is what the processes leave over. config.microbatches: parts that `step` cuts a dp rank's rows
-        into; None: 1, or with pp two per pp rank. memory: a memory.MemoryConfig, or None for all states on
-        the device. dtype: of the computation; masters, moments and reductions are fp32. recompute, compile,
-        attention: as in pretrain.py. seed: of the initial weights of a model on `meta`. device: None: this
-        process's accelerator, or the CPU.
+    config: an axis of -1 takes the processes that the others leave over. `microbatches` is how many parts
+        `step` cuts the rows of a dp rank into; None means 1, or with pp two per pp rank.
+    memory: None keeps all states on the device.
+    dtype: the type of the computation; master weights, moments and reductions are fp32 in any case.
+    recompute, compile, attention: as the settings of these names in pretrain.py.
+    seed: decides the initial weights of a model that is on `meta`.
+    device: None takes this process's accelerator or, without one, the CPU.
 
-    The process group is the one that is there; else it is made from what torchrun set (in a process started
-    without a
-    launcher: a group of one) and left when the program ends well. UsageError says what cannot be done.
+    An existing process group is used. Otherwise one is made from what torchrun set, or a group of one without
+    a launcher, and is left when the program ends without an error. UsageError names what cannot be done.
     """
 
     def __init__(
@@ -77,15 +79,16 @@ class Booster:
     ):
         if memory is not None and not isinstance(memory, MemoryConfig):
             raise UsageError(
-                f"Booster was given {type(memory).__name__} for memory; pass memory.MemoryConfig(...) or None."
+                f"Booster was given {type(memory).__name__} for memory; pass memory.MemoryConfig(...), or "
+                "None."
             )
         if memory is not None:
             memory.check()
             if memory.activations:
                 raise UsageError(
-                    "MemoryConfig(activations=True) needs to know the shape of a microbatch before the first one "
-                    "comes, and the Booster does not; leave it out and use recompute='full', or write the loop of "
-                    "recipes/pretrain.py."
+                    "MemoryConfig(activations=True) needs to know the shape of a microbatch before the first "
+                    "one comes, and the Booster does not; leave it out and use recompute='full', or write "
+                    "the loop of recipes/pretrain.py."
                 )
         if dtype not in (torch.float32, torch.bfloat16):
             raise UsageError(f"Booster(dtype={dtype}) is not possible; use torch.bfloat16 or torch.float32.")
@@ -103,8 +106,8 @@ class Booster:
             start_process_group(device, 1 if local_rank < 0 else None)
             atexit.register(_leave_group)
         resolved = config.resolve(dist.get_world_size())
-        # A placement that was left open is off here, on one GPU too: the optimizer may be any, and gradients may
-        # be accumulated over as many calls of `step` as the caller likes.
+        # A placement that was left open is off here, on one GPU too: the optimizer may be any, and gradients
+        # may be accumulated over as many calls of `step` as the caller likes.
         self.memory = memory if memory is not None and memory.is_on else None
         self.n_microbatches = resolved.microbatches or (2 * resolved.pp if resolved.pp > 1 else 1)
         self.config = dataclasses.replace(resolved, microbatches=self.n_microbatches)
@@ -151,7 +154,8 @@ class Booster:
         names = _names_in(optimizer, whole)
 
         def own_parameters(boosted: Llama) -> torch.optim.Optimizer:
-            """Put into each group this rank's share of its parameters; under pp those of the rank's stages."""
+            """Put into each group this rank's share of its parameters; under pp those of the rank's
+            stages."""
             here = hf_parameters(boosted)
             for group, names_of_group in zip(optimizer.param_groups, names, strict=True):
                 group["params"] = [here[name] for name in names_of_group if name in here]
@@ -185,8 +189,9 @@ class Booster:
         if tokens.shape != self._checked_shape:
             if len(tokens) % self.n_microbatches:
                 raise UsageError(
-                    f"booster.step was given {len(tokens)} rows, which microbatches={self.n_microbatches} does not "
-                    "divide; take batches from the dataloader that boost returned, which fills them up."
+                    f"booster.step was given {len(tokens)} rows, which microbatches={self.n_microbatches} "
+                    "does not divide; take batches from the dataloader that boost returned, which fills them "
+                    "up."
                 )
             self._check(self.model.config, tokens.shape[1], len(tokens) * self.config.dp)
             self._checked_shape = tokens.shape
@@ -269,21 +274,13 @@ class Booster:
         return self.computation.device
 
     def _check(self, shape: LlamaConfig, seq_len: int, global_batch_size: int) -> None:
-        check_parallel(
-            self.config,
-            shape,
-            seq_len,
-            global_batch_size,
-            global_batch_size // (self.n_microbatches * self.config.dp),
-            attention=self.computation.attention,
-            recompute=self.computation.recompute,
-            compile=self.computation.compile,
-            device_type=self.device.type,
-        )
+        micro_batch_size = global_batch_size // (self.n_microbatches * self.config.dp)
+        check_parallel(self.config, self.computation.job(shape, seq_len, global_batch_size, micro_batch_size))
 
 
 def forward_backward(training: Training, microbatches: list[Batch], n_targets: Tensor) -> Tensor:
-    """Run forward and backward of all microbatches, as recipes/pretrain.py does; gradients add to what is there.
+    """Run forward and backward of all microbatches, as recipes/pretrain.py does; gradients add to what is
+    there.
 
     Returns this rank's share of the loss, to be summed over layout.loss_group."""
     if training.pipeline:
@@ -301,7 +298,8 @@ def forward_backward(training: Training, microbatches: list[Batch], n_targets: T
 
 
 class OwnRows:
-    """Of each global batch of a dataloader the rows of one dp rank, {"input_ids", "labels"} (B/dp, T).
+    """Iterates over the rows of one dp rank in each global batch of a dataloader: {"input_ids", "labels"}
+    (B/dp, T).
 
     A batch whose rows or tokens do not divide evenly is filled up at its end with tokens that nothing is
     scored on and that no earlier token sees: neither loss nor gradients change, whatever the last batch of a
@@ -337,23 +335,23 @@ class OwnRows:
             yield {"input_ids": tokens[own], "labels": labels[own]}
 
     def _refuse_other_batches(self, tokens: Tensor, labels: Tensor) -> None:
-        """Ranks that shuffle each in their own way would train on some rows twice, and tp ranks on a mix of
-        two rows."""
+        """Raise UsageError if ranks see different batches: they would train on some rows twice, and tp ranks
+        on a mix of two rows."""
         if dist.get_world_size() == 1:
-            return  # nobody to differ from, and the host would wait for the step before
+            return  # there is nothing to compare, and the host would wait for the previous step
         crc = zlib.crc32(torch.stack([tokens, labels]).cpu().contiguous().numpy())
         ends = torch.tensor([crc, -crc], device=self.device)
         dist.all_reduce(ends, dist.ReduceOp.MAX)
         if ends[0] != -ends[1]:
             raise UsageError(
-                "the ranks' dataloaders gave different batches; each must see the same global batches, of which "
-                "the Booster takes its rows. Leave out distributed samplers, and shuffle with one seed: "
-                "DataLoader(..., shuffle=True, generator=torch.Generator().manual_seed(0))."
+                "the ranks' dataloaders gave different batches; each must see the same global batches, of "
+                "which the Booster takes its rows. Leave out distributed samplers, and shuffle with one "
+                "seed: DataLoader(..., shuffle=True, generator=torch.Generator().manual_seed(0))."
             )
 
 
 def copy_weights(whole: dict[str, Tensor], model: nn.Module) -> None:
-    """Copy into each parameter, plain or DTensor, this rank's box of the whole tensor of its name."""
+    """Copy this rank's box of each whole tensor into the parameter of the same name, plain or DTensor."""
     for name, parameter in hf_parameters(model).items():
         with values_to_write(model, name, parameter) as values:
             for offsets, sizes, local in local_boxes(values):
@@ -373,7 +371,8 @@ def _config_of(model: nn.Module) -> LlamaConfig:
 
 
 def _generation_config_of(model: nn.Module, shape: LlamaConfig) -> dict | None:
-    """What save_hf shall write into generation_config.json: the settings of a transformers model, if it has any."""
+    """What save_hf shall write into generation_config.json: the settings of a transformers model, if it has
+    any."""
     if isinstance(model, Llama):
         return model.generation_config
     settings = getattr(model, "generation_config", None)
@@ -381,35 +380,27 @@ def _generation_config_of(model: nn.Module, shape: LlamaConfig) -> dict | None:
 
 
 def _matching_parameters(model: nn.Module, ours: Llama) -> dict[str, Tensor]:
-    """The user's parameters by name, all of which our model has, in the same shape, and trains."""
+    """Return the user's parameters by name; UsageError unless our model has the same ones, and all train."""
     theirs, wanted = dict(model.named_parameters()), dict(ours.named_parameters())
-    problems = [
-        f"{name}: {'only in it' if name in theirs else 'missing'}"
-        for name in sorted(theirs.keys() ^ wanted.keys())
-    ]
-    problems += [
-        f"{name}: is {list(theirs[name].shape)}, not {list(wanted[name].shape)}"
-        for name in wanted
-        if name in theirs and theirs[name].shape != wanted[name].shape
-    ]
-    problems += [
-        f"{name}: requires_grad is False" for name, parameter in theirs.items() if not parameter.requires_grad
-    ]
+    shapes = [{name: parameter.shape for name, parameter in own.items()} for own in (theirs, wanted)]
+    problems = mismatches(*shapes)
+    for name, parameter in theirs.items():
+        if not parameter.requires_grad:
+            problems.append(f"{name}: requires_grad is False")
     if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UsageError(
-            f"model is not a plain LLaMA of which all parameters train: {'; '.join(problems[:5])}{more}. Give the "
+            f"model is not a plain LLaMA of which all parameters train: {listed(problems, most=5)}. Give the "
             "model as LlamaForCausalLM made it, without adapters or frozen parts."
         )
     return theirs
 
 
 def _names_in(optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]) -> list[list[str]]:
-    """Of each group of the optimizer the names of its parameters."""
+    """Return the names of the parameters in each group of the optimizer."""
     if optimizer.state:
         raise UsageError(
-            "the optimizer has already stepped; give the Booster a new one, and boost before training. To go on "
-            "with a run use booster.save and booster.load."
+            "the optimizer has already stepped; give the Booster a new one, and boost before training. To go "
+            "on with a run use booster.save and booster.load."
         )
     name_of = {parameter: name for name, parameter in parameters.items()}
     groups = [[name_of.get(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
@@ -417,19 +408,19 @@ def _names_in(optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]) -
     left_out = sorted(set(name_of.values()) - {name for group in groups for name in group})
     if n_strange:
         raise UsageError(
-            f"the optimizer has {n_strange} parameters that are not the model's; build it on the model given to "
-            "boost: AdamW(model.parameters())."
+            f"the optimizer has {n_strange} parameters that are not the model's; build it on the model given "
+            "to boost: AdamW(model.parameters())."
         )
     if left_out:
         raise UsageError(
-            f"the optimizer leaves out {len(left_out)} parameters of the model ({left_out[0]} ...), and all must "
-            "train; put them into a group, with lr 0 if they shall stay."
+            f"the optimizer leaves out {len(left_out)} parameters of the model ({left_out[0]} ...), and all "
+            "must train; put them into a group, with lr 0 if they shall stay."
         )
     return groups
 
 
 def _columns(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """input_ids and labels of a Hugging Face batch, if they say all that matters in it."""
+    """Return input_ids and labels of a Hugging Face batch; UsageError if it has more that would matter."""
     missing = [name for name in ("input_ids", "labels") if name not in batch]
     strange = sorted(set(batch) - {"input_ids", "labels", "attention_mask"})
     if missing or strange:
@@ -455,14 +446,14 @@ def _columns(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _ranks_of_this_host() -> int:
-    """How many ranks share this machine's memory. All ranks enter."""
+    """Return how many ranks share the memory of this machine. All ranks enter."""
     names = [None] * dist.get_world_size()
     dist.all_gather_object(names, socket.gethostname())
     return names.count(socket.gethostname())
 
 
 def _summed(criterion: Criterion, part: Llama):
-    """The user's mean as a sum over scored tokens, in the place of the model's own loss."""
+    """Return the user's mean as a sum over scored tokens, to take the place of the model's own loss."""
 
     def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         logits = part.lm_head(hidden).float()  # (B, T, V), whole also under tp

@@ -1,4 +1,5 @@
-"""One gradient norm over every axis of the mesh, clipping to it, and no step with what is not finite."""
+"""One gradient norm over all axes of the mesh, clipping to it, and no step with gradients that are not
+finite."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -32,18 +33,20 @@ def clip_grad_norm(
 ) -> Tensor:
     """Clip the gradients so that their 2-norm over all parameters of all ranks is at most `max_norm`.
 
-    Returns that norm before clipping, a float64 scalar, the same on every rank; inf only asks for it.
-    parameters: this rank's, plain or DTensor, those of all its pipeline stages together; a parameter without
-    gradient counts zero. All ranks enter.
+    Return the norm before clipping, a float64 scalar, the same on every rank; with inf for `max_norm` nothing
+    is clipped. parameters: all that this rank has, plain or DTensor, of all its pipeline stages together; a
+    parameter without a gradient counts as zero. All ranks enter.
 
-    optimizer: the one that will step these parameters. If the norm is inf or nan its next step changes
-        nothing on any rank: no weight, no moment, no step count. None: the caller has to leave that step out.
-    in_step: False: gradients are scaled in place, as by torch.nn.utils.clip_grad_norm_. True: they stay as
-        they are until the optimizer, a fused AdamW, scales them as it reads them: a pass over them less.
-    The optimizer of a chunk manager clips in its step in any case; `parameter.grad` is not all there.
+    optimizer: the one that will step these parameters. If the norm is inf or nan, its next step changes
+        nothing on any rank: no weight, no moment, no step count. None: the caller has to leave out that step.
+    in_step: False: gradients are scaled in place, as torch.nn.utils.clip_grad_norm_ does. True: they stay as
+        they are until the optimizer, which must be a fused AdamW, scales them as it reads them; this saves a
+        pass over them. The optimizer of a chunk manager always clips in its step, because not all gradients
+        are in `parameter.grad`.
 
-    Nothing here waits for the device, with one exception: an optimizer that is not fused cannot be told on
-    the device to change nothing, so the norm is read, and gradients that are not finite are dropped.
+    Nothing here waits for the device, with one exception: an optimizer that is not fused cannot learn on the
+    device that it must change nothing, so the norm is read on the host, and gradients that are not finite are
+    dropped.
     """
     if isinstance(optimizer, KeepsMasters):
         return optimizer.clip_grad_norm(max_norm)
@@ -59,25 +62,27 @@ def clip_grad_norm(
         )
     if can_skip:
         scales = in_step and max_norm < float("inf")
-        grad_scale = factor.reciprocal() if scales else None  # the step divides gradients by that
-        _tell_next_step(optimizer, grad_scale, found_inf=factor.isnan().float())
+        grad_scale = factor.reciprocal() if scales else None  # the step divides gradients by it
+        _set_for_next_step(optimizer, grad_scale, found_inf=factor.isnan().float())
     elif optimizer is not None and not norm.isfinite():
         for parameter in parameters:
             parameter.grad = None
         return norm
     if not in_step:
         for grad in grads:
-            local(grad).mul_(factor)  # by exactly 1.0 when nothing is to clip: no host has to look
+            # exactly 1.0 if nothing is to be clipped, so that the host need not look
+            local(grad).mul_(factor)
     return norm
 
 
 def global_norm(grads: list[Tensor]) -> Tensor:
-    """2-norm over the gradients of all ranks, a float64 scalar. All ranks enter.
+    """Return the 2-norm over the gradients of all ranks, a float64 scalar. All ranks enter.
 
-    A norm per stage or per tp rank is not the norm: each rank adds up the squares of its shards, counts what
-    several ranks hold alike only once, and one all-reduce over the world makes the sum. (torch's
-    clip_grad_norm_ cannot add norms of DTensors on different meshes.)"""
-    alike = defaultdict(list)  # how many ranks hold the same numbers -> this rank's local gradients
+    A norm per stage or per tp rank is not the norm: each rank adds up the squares of its shards, divides
+    those of numbers that several ranks hold by the number of those ranks, and one all-reduce over the world
+    makes the sum. (torch's clip_grad_norm_ cannot add norms of DTensors on different meshes.)
+    """
+    alike = defaultdict(list)  # {how many ranks hold the same numbers: local gradients of this rank}
     for grad in grads:
         alike[copies(grad)].append(local(grad))
     device = local(grads[0]).device if grads else torch.device("cpu")
@@ -90,13 +95,14 @@ def global_norm(grads: list[Tensor]) -> Tensor:
 
 
 def _is_fused(optimizer: Optimizer) -> bool:
-    """Whether its step takes grad_scale and found_inf, as torch.amp.GradScaler hands them over."""
+    """Return whether its step takes grad_scale and found_inf, as torch.amp.GradScaler hands them over."""
     return isinstance(optimizer, (Adam, SGD)) and all(group.get("fused") for group in optimizer.param_groups)
 
 
-def _tell_next_step(optimizer: Optimizer, grad_scale: Tensor | None, found_inf: Tensor) -> None:
-    """Set what a fused optimizer looks for in each step: gradients are divided by grad_scale, and with
-    found_inf 1 nothing is changed. Its step forgets both, so that a step without clipping is one."""
+def _set_for_next_step(optimizer: Optimizer, grad_scale: Tensor | None, found_inf: Tensor) -> None:
+    """Set what a fused optimizer looks for in each step: it divides gradients by grad_scale, and changes
+    nothing if found_inf is 1. Both are removed after the step, so that a later step without clipping is not
+    clipped."""
     if not getattr(optimizer, "_forgets_clip", False):
         optimizer.register_step_post_hook(_forget_clip)
         optimizer._forgets_clip = True

@@ -5,7 +5,6 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from dtensor_llama.config import LlamaConfig
 from parallel import rules
 from parallel.pipeline import SCHEDULES
 from parallel.rules import Case, Job
@@ -92,14 +91,12 @@ WORLD_RULES = rules.world_rules(AXES)  # what a number of processes must satisfy
 RULES = [*rules.axis_rules(AXES), *rules.BATCH, *rules.TENSOR, *rules.CONTEXT, *rules.PIPELINE]
 
 
-def check_parallel(layout: ParallelConfig, job: Job | LlamaConfig, *old, **old_options) -> int:
+def check_parallel(layout: ParallelConfig, job: Job) -> int:
     """Refuse every layout that cannot run its job, before any process group exists; return the microbatches
     per rank and step.
 
     layout: resolved. UsageError names the field, the values, the rule and what would work.
     """
-    if isinstance(job, LlamaConfig):  # the call as it was, until its callers give a Job
-        job = Job(job, *old, **old_options)
     case = Case(layout, job)
     rules.check(RULES, case)
     return case.n_microbatches

@@ -16,7 +16,8 @@ from dtensor_llama.chat.corpus import ChatCorpus
 from dtensor_llama.chat.packing import PackedExamples
 from dtensor_llama.config import LlamaConfig
 from parallel.config import ParallelConfig
-from parallel.fit import fit
+from parallel.fit import States, choose_open
+from parallel.rules import Job
 
 EXAMPLES_PER_STEP = 32  # a batch that fine-tuning recipes use, where the data are many
 STEPS_PER_EPOCH = 10  # at least: few data get smaller batches, not fewer steps
@@ -42,26 +43,17 @@ class OpenSettings:
         return cls(seq_len=seq_len, **others)
 
 
-@dataclass(frozen=True)
-class Footprint:
-    """What decides how much memory a rank needs, and how much it has."""
-
-    device_bytes: int
-    itemsize: int  # bytes of the numbers that compute
-    n_adapter: int  # trained parameters if all others are frozen, else 0
-    offloads: bool  # whether states may live on the host
-
-    @staticmethod
-    def bytes_of(device: torch.device, ranks_per_host: int) -> int:
-        """Return the memory of a GPU or, without one, this rank's share of what the host has free."""
-        if device.type == "cuda":
-            return torch.cuda.get_device_properties(device).total_memory
-        return psutil.virtual_memory().available // ranks_per_host
+def memory_of_rank(device: torch.device, ranks_per_host: int) -> int:
+    """Return the bytes of a GPU or, without one, this rank's share of what the host has free."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().available // ranks_per_host
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The same settings with nothing left open, the layout and the rows that follow, and a reason for each choice."""
+    """The same settings with nothing left open, the layout and the rows that follow, and a reason for each
+    choice."""
 
     settings: dict[str, int | str]  # steps, validate_every, global_batch_size, micro_batch_size, recompute
     layout: ParallelConfig
@@ -75,12 +67,13 @@ def choose_settings(
     corpus: ChatCorpus,
     pack: Callable[[int], PackedExamples],
     layout: tuple[ParallelConfig, bool],
-    footprint: Footprint,
+    memory: tuple[int, States],
 ) -> Chosen:
     """Choose what was left open; UsageError if nothing fits the memory.
 
-    pack: makes rows of so many tokens from the corpus. layout: resolved, and whether the user left it open, so that
-    data-parallel ranks may become tensor-parallel ones.
+    pack: makes rows of so many tokens from the corpus. layout: resolved, and whether the user left it open, so
+        that data-parallel ranks may become tensor-parallel ones. memory: the bytes that a rank has, and what
+        decides how many it needs.
     """
     resolved, is_open = layout
     reasons = []
@@ -102,19 +95,9 @@ def choose_settings(
         wanted = min(EXAMPLES_PER_STEP / per_row, rows.n_train / STEPS_PER_EPOCH)
         batch = max(1, math.ceil(wanted / least)) * least
         reasons.append(f"batch     {batch} rows a step: about {batch * per_row:.0f} examples")
-    resolved, recompute, micro, why = fit(
-        model,
-        resolved,
-        footprint.device_bytes,
-        seq_len,
-        max(1, batch // resolved.pp),
-        tries_tp=is_open,
-        recompute=asked.recompute,
-        micro_batch_size=asked.micro_batch_size,
-        itemsize=footprint.itemsize,
-        n_adapter=footprint.n_adapter,
-        offloads=footprint.offloads,
-    )
+    job = Job(model, seq_len, batch, asked.micro_batch_size, recompute=asked.recompute)
+    device_bytes, states = memory
+    job, resolved, why = choose_open(job, resolved, device_bytes, states, tries_tp=is_open)
     if asked.recompute is None or asked.micro_batch_size is None or is_open:
         reasons.append(f"memory    {why}")
     steps = asked.steps or max(1, math.ceil(asked.epochs * rows.n_train / batch))
@@ -123,7 +106,7 @@ def choose_settings(
         "steps": steps,
         "validate_every": every,
         "global_batch_size": batch,
-        "micro_batch_size": micro,
-        "recompute": recompute,
+        "micro_batch_size": job.micro_batch_size,
+        "recompute": job.recompute,
     }
     return Chosen(settings, resolved, rows, reasons)

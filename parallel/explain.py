@@ -1,15 +1,15 @@
-"""What a layout means for one rank, before any of its processes exists: mesh, parameters, bytes, traffic,
-pipeline.
+"""Computes what a layout means for one rank before any of its processes exists: mesh, parameters, bytes,
+traffic, pipeline.
 
-    facts = explain(run, rank=0)     what JSON can hold
-    print(show(facts))               the same for people
+    facts = explain(run, rank=0)     a dict that JSON can hold; recipes/explain.py prints it
 
-Placements are not described but made: in a pretended process group of the right size, a model without memory
-goes through the very `parallelize` that training uses. Bytes follow the table in zero.py, tp's traffic the
-plan in tensor.py, the rest the formulas here; tests hold them all against real steps of a few processes.
+The placements are not described but made: the function that training uses, `parallelize`, is applied to a
+model without memory, in a pretended process group of the right size. The bytes follow the table in zero.py,
+the traffic of tp follows the rows of the plan in tensor.py, and the rest follows the formulas here. The tests
+compare all of them with real steps of a few processes.
 
-unit: the parameters that FSDP gathers and reduces at once: a block, or what is left of the model (embedding,
-    norm, head)
+unit: the parameters that FSDP gathers and reduces at once, which are those of a block, or all that is outside
+    the blocks (embedding, norm, head)
 """
 
 import math
@@ -28,43 +28,48 @@ from torch.distributed.tensor import DTensor, Placement
 from dtensor_llama import Llama, LlamaConfig, loss
 from dtensor_llama.shards import local
 from parallel.apply import Computation, parallelize
-from parallel.config import AXES, ParallelConfig
+from parallel.config import AXES, DERIVED_AXES, ParallelConfig
 from parallel.mesh import build_mesh
 from parallel.pipeline import split_layers, stage_indices
+from parallel.rules import Case, Job
 from parallel.schedule_clock import clock, schedule_order
-from parallel.tensor import describe
+from parallel.tensor import Row, tensor_plan
 
 FP32 = 4
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is to be explained: layout resolved and checked, n_micros microbatches of so many rows per dp rank
-    and step."""
+    """Holds what is to be explained: a layout, resolved and checked, the job it does, and the dtype it
+    computes in."""
 
-    config: LlamaConfig
     layout: ParallelConfig
-    seq_len: int
-    n_micros: int
-    micro_batch_size: int = 1
+    job: Job
     compute_dtype: torch.dtype = torch.bfloat16
-    recompute: str = "none"
+
+    @property
+    def config(self) -> LlamaConfig:
+        return self.job.model
+
+    @property
+    def n_microbatches(self) -> int:
+        return Case(self.layout, self.job).n_microbatches
 
     @property
     def tokens(self) -> int:
-        """Of a microbatch, on one cp rank."""
-        return self.micro_batch_size * self.seq_len // self.layout.cp
+        """Return the number of tokens of a microbatch on one cp rank."""
+        return self.job.micro_batch_size * self.job.seq_len // self.layout.cp
 
     @property
     def hidden_bytes(self) -> int:
-        """Of the hidden states of those tokens, (B, T/cp, D)."""
+        """Return the bytes of the hidden states of those tokens, (B, T/cp, D)."""
         return self.tokens * self.config.hidden_size * self.compute_dtype.itemsize
 
 
 @contextmanager
 def pretend(rank: int, world_size: int) -> Iterator[None]:
-    """Be one rank of a process group in which nobody else is there and collectives do nothing. Good for
-    shapes only."""
+    """Act as one rank of a process group without other processes, whose collectives do nothing. It is good
+    for shapes only."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # private in torch 2.11 to 2.13
 
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
@@ -75,59 +80,56 @@ def pretend(rank: int, world_size: int) -> Iterator[None]:
 
 
 def explain(run: Run, rank: int = 0) -> dict:
-    """The facts about one rank; called where no process group exists.
+    """Return the facts about one rank. Call it where no process group exists.
 
-    bytes: weights, gradients and optimizer state when all of them are there, at the start of a step's last
-        backward. Neither activations are in it, nor buffers: the gradients of a unit or two on their way into
-        a collective.
-    sent_bytes: what the rank sends in one step, if collectives go round rings; sends are counted, not
-        receives.
+    bytes: weights, gradients and optimizer state when all of them are there, at the start of the last
+        backward of a step. Activations are not in it, nor are buffers: the gradients of a unit or two on
+        their way into a collective.
+    sent_bytes: what the rank sends in one step if the collectives go round rings; sends are counted, receives
+        are not.
     """
-    layout, config = run.layout, run.config
-    sizes = {axis: getattr(layout, axis) for axis in AXES}
-    world_size = math.prod(sizes.values())
+    layout, job = run.layout, run.job
+    world_size = math.prod(getattr(layout, axis) for axis in AXES)
     with pretend(rank, world_size):
         mesh = build_mesh(layout, "cpu")
         with torch.device("meta"):
-            model = Llama(config).float()
+            model = Llama(run.config).float()
         parts = parallelize(
-            model, mesh, layout, Computation(dtype=run.compute_dtype, recompute=run.recompute)
+            model, mesh, layout, Computation(dtype=run.compute_dtype, recompute=job.recompute)
         )
-        stages = stage_indices(layout.schedule, layout.pp, len(parts))
         coordinates = {axis: mesh[axis].get_local_rank() for axis in AXES}
+        collectives = [
+            *zero_traffic(run, parts),
+            *tp_traffic(run, parts),
+            *cp_traffic(run, parts),
+            *pp_traffic(run, parts, coordinates["pp"]),
+            _row("world", "all-reduce", 3, _ring("all-reduce", 8 * 3, world_size), "three numbers"),
+        ]
         facts = {
-            "n_parameters": config.n_parameters,
+            "n_parameters": run.config.n_parameters,
             "world_size": world_size,
             "rank": rank,
-            "seq_len": run.seq_len,
+            "seq_len": job.seq_len,
             "layout": asdict(layout),
-            "n_micros": run.n_micros,
-            "micro_batch_size": run.micro_batch_size,
-            "tokens_per_step": run.seq_len * run.micro_batch_size * run.n_micros * layout.dp,
+            "n_micros": run.n_microbatches,
+            "micro_batch_size": job.micro_batch_size,
+            "tokens_per_step": job.seq_len * job.micro_batch_size * run.n_microbatches * layout.dp,
             "coordinates": coordinates,
             "groups": {axis: dist.get_process_group_ranks(mesh[axis].get_group()) for axis in AXES},
             "parameters": parameter_kinds(model),
             "bytes": bytes_per_rank(run, model, parts),
-            "collectives": [
-                *zero_traffic(run, parts),
-                *tp_traffic(run, parts),
-                *cp_traffic(run, parts),
-                *pp_traffic(run, parts, stages, coordinates["pp"]),
-                _row("world", "all-reduce", 3, _ring("all-reduce", 8 * 3, world_size), "three numbers"),
-            ],
+            "collectives": [row for row in collectives if row["count"] and row["sent_bytes"]],
         }
         if layout.pp > 1:
-            work, bubble = clock(
-                schedule_order(layout.schedule, layout.pp, len(parts), run.n_micros, mesh["pp"])
-            )
-            layers = [[layers[0], layers[-1]] for layers in split_layers(config, layout.pp * len(parts))]
+            order = schedule_order(layout.schedule, layout.pp, len(parts), run.n_microbatches, mesh["pp"])
+            work, bubble = clock(order)
+            layers = split_layers(run.config, layout.pp * len(parts))
             facts["pipeline"] = {
-                "stages_of_pp_ranks": stages,
-                "layers_of_stages": layers,
+                "stages_of_pp_ranks": stage_indices(layout.schedule, layout.pp, len(parts)),
+                "layers_of_stages": [[own[0], own[-1]] for own in layers],
                 "work": work,
                 "bubble": bubble,
             }
-    facts["collectives"] = [row for row in facts["collectives"] if row["count"] and row["sent_bytes"]]
     return facts
 
 
@@ -135,13 +137,13 @@ def explain(run: Run, rank: int = 0) -> dict:
 
 
 def parameter_kinds(model: Llama) -> list[dict]:
-    """The parameters of this rank, equal ones of several layers as one; placements over axes of more than one
-    rank."""
+    """Return the parameters of this rank, with those that are equal in several layers as one; placements are
+    given over the axes of more than one rank."""
     kinds = {}
     for name, parameter in model.named_parameters():
         placements = {
             axis: "R" if placement.is_replicate() else f"S({placement.dim})"
-            for axis, placement, size in spread(parameter)
+            for axis, placement, size in placements_of(parameter)
             if size > 1
         }
         row = {
@@ -154,9 +156,9 @@ def parameter_kinds(model: Llama) -> list[dict]:
     return list(kinds.values())
 
 
-def spread(parameter: Tensor) -> list[tuple[str, Placement, int]]:
-    """(mesh axis, placement, size of the axis); nothing for a plain parameter, which one process has to
-    itself."""
+def placements_of(parameter: Tensor) -> list[tuple[str, Placement, int]]:
+    """Return (mesh axis, placement, size of the axis) for each axis; nothing for a plain parameter, which is
+    whole on one process."""
     if not isinstance(parameter, DTensor):
         return []
     mesh = parameter.device_mesh
@@ -164,17 +166,23 @@ def spread(parameter: Tensor) -> list[tuple[str, Placement, int]]:
 
 
 def computing_shape(parameter: Tensor) -> list[int]:
-    """What this rank computes with: its slice over tp, gathered over all other axes."""
-    shape = list(parameter.shape)  # its mesh is perhaps an equal one of an earlier group:
-    for axis, placement, size in spread(parameter):
-        if axis == "tp" and placement.is_shard():
-            first = -(-shape[placement.dim] // size)  # so ask for the rank itself; tp is the innermost axis
-            shape[placement.dim] = max(0, min(first, shape[placement.dim] - first * (dist.get_rank() % size)))
+    """Return the shape that this rank computes with: gathered over the axes that ZeRO shards over, and its
+    own slice over every other axis."""
+    shape = list(parameter.shape)
+    for index, (axis, placement, size) in enumerate(placements_of(parameter)):
+        if axis in AXES and axis not in DERIVED_AXES["dp_cp"] and placement.is_shard():
+            # The mesh may be an equal one of an earlier process group, which gives the place of another rank:
+            # so the place is found by the rank itself.
+            is_here = parameter.device_mesh.mesh == dist.get_rank()
+            place = is_here.nonzero()[0, index].item()
+            whole = shape[placement.dim]
+            first = -(-whole // size)  # rows of every rank but the last
+            shape[placement.dim] = max(0, min(first, whole - first * place))
     return shape
 
 
 def units(parts: list[Llama]) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
-    """This rank's units: its blocks, and the rest of each part that has more than blocks."""
+    """Return the units of this rank: its blocks, and the rest of each part that has more than blocks."""
     blocks = [list(block.parameters()) for part in parts for block in part.model.layers if block is not None]
     inside = {parameter for block in blocks for parameter in block}
     rests = [[parameter for parameter in part.parameters() if parameter not in inside] for part in parts]
@@ -182,20 +190,25 @@ def units(parts: list[Llama]) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
 
 
 def bytes_per_rank(run: Run, model: Llama, parts: list[Llama]) -> dict[str, int]:
-    """As the table in zero.py, and: in a pipeline gradients and gathered weights stay whole through the step,
-    at every stage; whole gradients are kept from one microbatch to the next, so never if there is only
-    one."""
+    """Return the bytes of a rank by the table in zero.py, and by what the table leaves out.
+
+    In a pipeline gradients and gathered weights stay whole through the step, at every stage. Whole gradients
+    are kept from one microbatch to the next, so there are none if there is only one microbatch.
+    """
     blocks, rests = units(parts)
-    whole = [[sum(math.prod(computing_shape(p)) for p in unit) for unit in kind] for kind in (blocks, rests)]
+    whole_blocks, whole_rests = (
+        [sum(math.prod(computing_shape(p)) for p in unit) for unit in kind] for kind in (blocks, rests)
+    )
     here = sum(local(p).numel() for unit in blocks + rests for p in unit)
     stage, in_pipeline = run.layout.zero_stage, run.layout.pp > 1
-    keeps_gradients = run.n_micros > 1 and (stage < 2 or in_pipeline)
-    # one at work, the next
-    gathered = sum(whole[1]) + sum(whole[0] if stage < 3 or in_pipeline else sorted(whole[0])[-2:])
+    keeps_gradients = run.n_microbatches > 1 and (stage < 2 or in_pipeline)
+    keeps_weights = stage < 3 or in_pipeline
+    two_blocks = sorted(whole_blocks)[-2:]  # one at work, and the next
+    gathered = sum(whole_rests) + sum(whole_blocks if keeps_weights else two_blocks)
     facts = {
         "weights": FP32 * here,
         "moments": 2 * FP32 * sum(local(p).numel() for p in model.parameters()),
-        "gradients": FP32 * (sum(map(sum, whole)) if keeps_gradients else here),
+        "gradients": FP32 * (sum(whole_blocks) + sum(whole_rests) if keeps_gradients else here),
         "gathered_weights": run.compute_dtype.itemsize * gathered * isinstance(parts[0], FSDPModule),
     }
     return {**facts, "total": sum(facts.values())}
@@ -209,149 +222,136 @@ def _row(axis: str, kind: str, count: int, sent_bytes: float, what: str) -> dict
 
 
 def _ring(kind: str, whole_bytes: float, n_ranks: int) -> float:
-    """What one of n ranks sends for a collective over a tensor of that size (all-to-all: over what this rank
-    has)."""
+    """Return what one of n ranks sends for a collective over a tensor of that size; the size counts for an
+    all-to-all what this rank has."""
     return whole_bytes * (n_ranks - 1) / n_ranks * (2 if kind == "all-reduce" else 1)
 
 
-def _times_a_step(run: Run, from_stage: int) -> int:
-    """How often what ZeRO does for each microbatch from this stage on is done; in a pipeline, as below it,
-    once a step."""
-    return run.n_micros if run.layout.zero_stage >= from_stage and run.layout.pp == 1 else 1
-
-
 def zero_traffic(run: Run, parts: list[Llama]) -> list[dict]:
-    """Weights and gradients."""
-    layout, cb = run.layout, run.compute_dtype.itemsize
-    blocks, rests = units(parts)
-    shards = layout.dp_shard * layout.cp if layout.zero_stage > 0 else 1
-    sizes = [
-        [
-            sum(-(-rows // shards) * shards * math.prod(rest) for rows, *rest in map(computing_shape, unit))
-            for unit in kind
-        ]
-        for kind in (blocks, rests)
-    ]  # FSDP pads rows to equal shards
-    n_units, total = len(blocks + rests), sum(map(sum, sizes))
-    gathers, reduces = _times_a_step(run, from_stage=3), _times_a_step(run, from_stage=2)
-    # blocks are gathered again, the rest is not
-    for_backward = 2 if layout.zero_stage == 3 and layout.pp == 1 else 1
-    gathered = gathers * (for_backward * sum(sizes[0]) + sum(sizes[1]))
-    across, n_across = (
-        ("dp_replicate", layout.dp_replicate) if layout.zero_stage > 0 else ("dp_cp", layout.grad_ranks)
-    )
+    """Return what ZeRO sends: weights, and gradients."""
+    layout, stage = run.layout, run.layout.zero_stage
+    shards = layout.fsdp if stage > 0 else 1
+
+    def padded(unit: list[Tensor]) -> int:  # FSDP pads the rows of each weight to equal shards
+        shapes = map(computing_shape, unit)
+        return sum(-(-rows // shards) * shards * math.prod(rest) for rows, *rest in shapes)
+
+    blocks, rests = ([padded(unit) for unit in kind] for kind in units(parts))
+    n_units, total = len(blocks + rests), sum(blocks + rests)
+    # In a pipeline weights are gathered and gradients reduced once a step, as by the stages below.
+    each_microbatch = run.n_microbatches if layout.pp == 1 else 1
+    gathers = each_microbatch if stage == 3 else 1
+    reduces = each_microbatch if stage >= 2 else 1
+    # blocks are gathered for backward again, the rest is not
+    again = 2 if stage == 3 and layout.pp == 1 else 1
+    n_gathers = gathers * (again * len(blocks) + len(rests))
+    gathered_bytes = run.compute_dtype.itemsize * gathers * (again * sum(blocks) + sum(rests))
+    reduced_bytes = FP32 * reduces * total
+    across = "dp_replicate" if stage > 0 else "dp_cp"
+    across_bytes = _ring("all-reduce", FP32 * total / shards, layout.ranks(across))
     return [
-        _row(
-            "fsdp",
-            "all-gather",
-            gathers * (for_backward * len(blocks) + len(rests)),
-            _ring("all-gather", cb * gathered, shards),
-            "weights",
-        ),
+        _row("fsdp", "all-gather", n_gathers, _ring("all-gather", gathered_bytes, shards), "weights"),
         _row(
             "fsdp",
             "reduce-scatter",
             reduces * n_units,
-            _ring("reduce-scatter", FP32 * reduces * total, shards),
+            _ring("reduce-scatter", reduced_bytes, shards),
             "gradients",
         ),
-        _row(
-            across, "all-reduce", n_units, _ring("all-reduce", FP32 * total / shards, n_across), "gradients"
-        ),
+        _row(across, "all-reduce", n_units, across_bytes, "gradients"),
     ]
 
 
 def tp_traffic(run: Run, parts: list[Llama]) -> list[dict]:
-    """What the rows of the plan name, for the modules of this rank, and two sums that follow from their
-    placements."""
-    layout, config, counts, sent = run.layout, run.config, Counter(), Counter()
+    """Return what the rows of the tensor-parallel plan send, for the modules of this rank."""
+    layout = run.layout
     if layout.tp == 1:
         return []
-
-    def add(kind: str, what: str, n: int, whole_bytes: float, often: int = run.n_micros) -> None:
-        counts[kind, what] += n * often
-        sent[kind, what] += n * often * _ring(kind, whole_bytes, layout.tp)
-
-    n_blocks, is_first, is_last = (
-        len(units(parts)[0]),
-        any(part.model.embed_tokens is not None for part in parts),
-        any(part.lm_head is not None for part in parts),
-    )
-    # lm_head: with labels unused
-    ends = {"model.embed_tokens": is_first, "model.norm": is_last, "cross_entropy": is_last}
-    n_chunks = -(-run.tokens // loss.tokens_per_chunk(-(-config.vocab_size // layout.tp)))
-    for name, _, _, *passes in describe(config, layout.tp, layout.sequence_parallel):
-        n_here = n_blocks if ".*." in name else int(ends.get(name, 0))
-        # whose sum nobody needs again
-        again = run.recompute != "none" and ".*." in name and not name.endswith("down_proj")
-        for remark, times in zip(passes, (2 if again else 1, 1), strict=True):
-            for number, kind in re.findall(r"(\d*) ?(all-gather|all-reduce|reduce-scatter)", remark):
-                if name == "cross_entropy" and number:  # of each chunk: together 3 fp32 numbers a token
-                    n_sums = int(number) * n_chunks
-                    add(kind, "sums of the loss", n_sums * n_here, 3 * FP32 * run.tokens / n_sums)
-                elif name.endswith("norm"):  # each rank had its own tokens
-                    add(kind, "gradients of norms", n_here, FP32 * config.hidden_size)
-                elif name.endswith(("k_proj", "v_proj")):  # each rank used one head of the whole matrix
-                    add(
-                        kind,
-                        "gradients of k_proj, v_proj",
-                        n_here,
-                        FP32 * config.num_key_value_heads * config.head_dim * config.hidden_size,
-                    )
-                else:
-                    add(kind, "activations", int(number or 1) * n_here * times, run.hidden_bytes)
+    n_modules = {
+        "model.embed_tokens": any(part.model.embed_tokens is not None for part in parts),
+        "model.norm": any(part.lm_head is not None for part in parts),
+        "cross_entropy": any(part.lm_head is not None for part in parts),
+        "lm_head": 0,  # its row is for logits, and with labels there are none
+    }
+    n_blocks = len(units(parts)[0])
+    counts, sent = Counter(), Counter()
+    for name, row in tensor_plan(run.config, layout.tp, layout.sequence_parallel).items():
+        # Recompute repeats the forward of a block, but for its last sum, which nothing in backward needs.
+        in_block = ".*." in name
+        repeats = in_block and run.job.recompute != "none" and not name.endswith("down_proj")
+        n_here = run.n_microbatches * (n_blocks if in_block else n_modules[name])
+        for collectives, is_forward in ((row.forward, True), (row.backward, False)):
+            for kind, number in as_counts(collectives).items():
+                what, number, whole_bytes = _one_collective(run, name, row, kind, number, is_forward)
+                n = n_here * number * (2 if repeats and is_forward else 1)
+                counts[kind, what] += n
+                sent[kind, what] += n * _ring(kind, whole_bytes, layout.tp)
     return [_row("tp", kind, n, sent[kind, what], what) for (kind, what), n in counts.items()]
 
 
+def as_counts(collectives: str | dict[str, int]) -> dict[str, int]:
+    """Return {kind: number} from a row as it was written before its collectives were data."""
+    if isinstance(collectives, dict):
+        return collectives
+    found = re.findall(r"(\d*) ?(all-gather|all-reduce|reduce-scatter)", collectives)
+    return {kind: int(number or 1) for number, kind in found}
+
+
+def _one_collective(
+    run: Run, name: str, row: Row, kind: str, number: int, is_forward: bool
+) -> tuple[str, int, float]:
+    """Return (what it carries, how many there are, bytes of the whole tensor) for a collective of a row and
+    one microbatch."""
+    if name == "cross_entropy" and is_forward and kind == "all-reduce":
+        # Once per chunk of tokens; together they carry 3 fp32 numbers a token.
+        chunk_tokens = loss.tokens_per_chunk(-(-run.config.vocab_size // run.layout.tp))
+        n_sums = number * -(-run.tokens // chunk_tokens)
+        return "sums of the loss", n_sums, 3 * FP32 * run.tokens / n_sums
+    if row.weight == "R" and kind == "all-reduce":
+        # Each rank used the whole weight for its own tokens, or for its own head.
+        shapes = {f"model.layers.*.{own}": shape for own, shape in run.config.block_weights().items()}
+        shapes["model.norm.weight"] = (run.config.hidden_size,)
+        shape = shapes[f"{name}.weight"]
+        what = "gradients of norms" if len(shape) == 1 else "gradients of k_proj, v_proj"
+        return what, number, FP32 * math.prod(shape)
+    return "activations", number, run.hidden_bytes
+
+
 def cp_traffic(run: Run, parts: list[Llama]) -> list[dict]:
-    """Per block as context.py says. Recompute repeats forward, but `selective` keeps what the ring gave."""
+    """Return what attention sends, by the formulas in context.py. Recompute repeats forward, but `selective`
+    keeps what the ring gave."""
     layout, config, cp = run.layout, run.config, run.layout.cp
-    passes = len(units(parts)[0]) * run.n_micros
+    passes = len(units(parts)[0]) * run.n_microbatches
+    itemsize = run.compute_dtype.itemsize
     H, K = config.num_attention_heads // layout.tp, max(1, config.num_key_value_heads // layout.tp)
     head = run.tokens * config.head_dim
     if layout.cp_method == "ulysses":
-        n, W = (2 if run.recompute == "none" else 3), math.lcm(K, cp)
-        return [
-            _row(
-                "cp",
-                "all-to-all",
-                4 * n * passes,
-                n * passes * _ring("all-to-all", run.compute_dtype.itemsize * head * (2 * H + 2 * W), cp),
-                "q, k, v, attention's output",
-            )
-        ]
-    n, pair = (3 if run.recompute == "full" else 2), 2 * head * K
+        n = passes * (2 if run.job.recompute == "none" else 3)
+        heads = 2 * H + 2 * math.lcm(K, cp)
+        sent = n * _ring("all-to-all", itemsize * head * heads, cp)
+        return [_row("cp", "all-to-all", 4 * n, sent, "q, k, v, attention's output")]
+    n = passes * (3 if run.job.recompute == "full" else 2) * (cp - 1)
+    n_gradients = passes * cp * (cp > 1)
+    pair = 2 * head * K
     return [
-        _row(
-            "cp",
-            "send",
-            2 * n * (cp - 1) * passes,
-            n * (cp - 1) * passes * pair * run.compute_dtype.itemsize,
-            "k, v",
-        ),
-        _row("cp", "send", 2 * cp * passes * (cp > 1), cp * passes * pair * FP32, "gradients of k, v"),
+        _row("cp", "send", 2 * n, n * pair * itemsize, "k, v"),
+        _row("cp", "send", 2 * n_gradients, n_gradients * pair * FP32, "gradients of k, v"),
     ]
 
 
-def pp_traffic(run: Run, parts: list[Llama], stages: list[list[int]], pp_rank: int) -> list[dict]:
-    """Hidden states to the stage after, their gradients to the one before, where that is on another rank."""
+def pp_traffic(run: Run, parts: list[Llama], pp_rank: int) -> list[dict]:
+    """Return what stages send: hidden states to the stage after, gradients to the one before, where that
+    stage is on another rank."""
+    stages = stage_indices(run.layout.schedule, run.layout.pp, len(parts))
     rank_of = {stage: rank for rank, own in enumerate(stages) for stage in own}
-    n_sends = (
-        sum(rank_of.get(stage + step, pp_rank) != pp_rank for stage in stages[pp_rank] for step in (1, -1))
-        * run.n_micros
-    )
-    rows = [
-        _row(
-            "pp",
-            "send",
-            n_sends,
-            n_sends * run.hidden_bytes / run.layout.sequence_shards,
-            "hidden states, gradients",
-        )
-    ]
+    neighbours = [neighbour for stage in stages[pp_rank] for neighbour in (stage + 1, stage - 1)]
+    elsewhere = [stage for stage in neighbours if rank_of.get(stage, pp_rank) != pp_rank]
+    n_sends = len(elsewhere) * run.n_microbatches
+    sent = n_sends * run.hidden_bytes / run.layout.sequence_shards
+    rows = [_row("pp", "send", n_sends, sent, "hidden states, gradients")]
     ends = rank_of[0], rank_of[len(rank_of) - 1]
-    # the weight one way, its gradient back
     if run.config.tie_word_embeddings and ends[0] != ends[1] and pp_rank in ends:
+        # The weight goes one way, and its gradient comes back.
         matrix = parts[0].model.embed_tokens or parts[-1].lm_head
         rows.append(_row("pp", "send", 1, FP32 * local(matrix.weight).numel(), "the tied matrix"))
     return rows

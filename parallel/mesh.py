@@ -1,8 +1,11 @@
 """The process group and the one DeviceMesh. Axes, outermost first: pp, dp_replicate, dp_shard, cp, tp.
 
-rank of a 2 x 1 x 2 x 1 x 2 mesh:        dp_shard 0   dp_shard 1        neighbours differ in tp first: the axis that
-                              pp 0   tp    0  1         2  3            talks most has the shortest wires, pp, which
-                              pp 1   tp    4  5         6  7            talks least, the longest
+    ranks of a 2 x 1 x 2 x 1 x 2 mesh        dp_shard 0   dp_shard 1
+                              pp 0   tp         0  1         2  3
+                              pp 1   tp         4  5         6  7
+
+Neighbouring ranks differ in tp first. So the axis that communicates most has the shortest wires, and pp,
+which communicates least, the longest.
 """
 
 import gc
@@ -17,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from dtensor_llama.data.reader import Batch
-from parallel.config import AXES, ParallelConfig
+from parallel.config import AXES, DERIVED_AXES, ParallelConfig
 from parallel.context import embedded_here, shard_batch
 
 # its successor is not public yet
@@ -97,7 +100,8 @@ class Layout:
         return self.mesh["loss"].get_group()
 
     def own_tokens(self, batch: Batch) -> Batch:
-        """Return the tokens of the batch that this rank holds: all of them, or under cp its share of each row."""
+        """Return the tokens of the batch that this rank holds: all of them, or under cp its share of each
+        row."""
         return shard_batch(batch, self.mesh["cp"], self.config.cp_method)
 
     def embedded_tokens(self, per_token: Tensor) -> Tensor:
@@ -106,23 +110,17 @@ class Layout:
 
 
 def build_mesh(config: ParallelConfig, device_type: str) -> DeviceMesh:
-    """The mesh of a resolved config; an axis of size 1 is there too. Derived axes, flattened from their
-    neighbours:
+    """Return the mesh of a resolved config, with its axes (those of size 1 too) and the derived axes of config.py.
 
-    dp     dp_replicate x dp_shard: who reads which rows; the loss is summed over it (and over cp)
-    fsdp   dp_shard x cp: who shares parameters, gradients and optimizer state (ZeRO)
-    dp_cp  all three: whose gradients are averaged, since they saw other tokens
-    loss   pp and all three: whose shares of the loss add up; ranks of tp all have the same
-    At ZeRO stage 0 there is also `solo`, of size 1: what fully_shard shards over where nothing shall be sharded.
+    At ZeRO stage 0 there is also an axis `solo` of size 1, which fully_shard shards over: nothing is sharded.
     """
-    sizes = {axis: getattr(config, axis) for axis in AXES}
+    names = list(AXES)
     if config.zero_stage == 0:
-        sizes = {**{axis: sizes[axis] for axis in AXES[:-1]}, "solo": 1, "tp": config.tp}
-    mesh = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    flatten(mesh["dp_replicate", "dp_shard"], "dp")
-    flatten(mesh["dp_shard", "cp"], "fsdp")
-    flatten(mesh["dp_replicate", "dp_shard", "cp"], "dp_cp")
-    flatten(mesh["pp", "dp_replicate", "dp_shard", "cp"], "loss")
+        names.insert(names.index(DERIVED_AXES["dp_cp"][-1]) + 1, "solo")
+    sizes = [getattr(config, name, 1) for name in names]
+    mesh = init_device_mesh(device_type, tuple(sizes), mesh_dim_names=tuple(names))
+    for name, neighbours in DERIVED_AXES.items():
+        flatten(mesh[neighbours], name)
     return mesh
 
 

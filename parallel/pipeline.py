@@ -1,22 +1,27 @@
 """Pipeline parallelism: the layers are split over the pp ranks, and microbatches flow through them.
 
-stage: consecutive layers that run as one; the first has the embedding too, the last the norm and the head
-part: the module of one stage, a Llama whose other stages' modules are None. A rank holds one part, or several
-    where the schedule has virtual stages: then a microbatch visits the rank once per part
-microbatch: what one forward sees, here one Batch. F its forward through a stage, B its backward; zero-bubble
-    schedules split B into I (gradient of the stage's input, which the stage before waits for) and W (of its
-    weights: can wait)
-bubble: time in which a rank has nothing to do: its microbatch is still, or already, elsewhere
-schedule: the order of F, B, I, W on each rank. Two ranks, four microbatches, B twice as long as F; dots are bubbles:
-    gpipe  0 |F0 F1 F2 F3 .. .. .. B0 B0 B1 B1 B2 B2 B3 B3  1f1b  0 |F0 F1 .. .. B0 B0 F2 B1 B1 F3 B2 B2 .. B3 B3
-           1 |.. F0 F1 F2 F3 B0 B0 B1 B1 B2 B2 B3 B3 .. ..        1 |.. F0 B0 B0 F1 B1 B1 F2 B2 B2 F3 B3 B3 .. ..
-    gpipe keeps the activations of all microbatches until backward, 1f1b of at most pp. Sources: Huang et al.
-    2018, arXiv:1811.06965; 1f1b and interleaved: Narayanan et al. 2021, arXiv:2104.04473; zero-bubble and
-    zbv: Qi et al. 2023, arXiv:2401.10241; dualpipev: DeepSeek-V3, arXiv:2412.19437
+    stage       consecutive layers that run as one, as a Llama whose other modules are None. The first has the
+                embedding too, the last the norm and the head. A rank holds one stage, or several where the
+                schedule has virtual stages: then a microbatch visits the rank once per stage.
+    microbatch  what one forward sees, here one Batch. F is its forward through a stage, B its backward.
+                Zero-bubble schedules split B into I, the gradient of the stage's input, which the previous
+                stage waits for, and W, the gradients of its weights, which can wait.
+    bubble      time in which a rank has nothing to do, because its microbatch is on another rank
+    schedule    the order of F, B, I and W on each rank. With two ranks, four microbatches, and a B that takes
+                twice as long as an F (dots are bubbles):
 
-On the wire between stages: hidden states (B, T, D) forward, their gradients backward. Schedules and transfers
-are torch.distributed.pipelining's; this file cuts the model, feeds the microbatches and keeps everything else
-as without pp.
+                gpipe  0 |F0 F1 F2 F3 .. .. .. B0 B0 B1 B1 B2 B2 B3 B3
+                       1 |.. F0 F1 F2 F3 B0 B0 B1 B1 B2 B2 B3 B3 .. ..
+                1f1b   0 |F0 F1 .. .. B0 B0 F2 B1 B1 F3 B2 B2 .. B3 B3
+                       1 |.. F0 B0 B0 F1 B1 B1 F2 B2 B2 F3 B3 B3 .. ..
+
+gpipe keeps the activations of all microbatches until backward, 1f1b those of at most pp microbatches.
+Sources: Huang et al. 2018, arXiv:1811.06965; 1f1b and interleaved: Narayanan et al. 2021, arXiv:2104.04473;
+zero-bubble and zbv: Qi et al. 2023, arXiv:2401.10241; dualpipev: DeepSeek-V3, arXiv:2412.19437.
+
+Between two stages hidden states (B, T, D) are sent forward and their gradients backward. Schedules and
+transfers are those of torch.distributed.pipelining; this file splits the model, feeds the microbatches, and
+keeps everything else as it is without pp.
 """
 
 from contextlib import nullcontext
@@ -158,7 +163,8 @@ def split_stages(model: Llama, pp_mesh: DeviceMesh, schedule: str, virtual_stage
 
 
 class Stage(PipelineStage):
-    """torch's PipelineStage that lets a Recorder watch, and recomputes once per half of a split backward."""
+    """Extends torch's PipelineStage: a Recorder can watch it, and each half of a split backward recomputes "
+    "once."""
 
     recorder: Recorder | None = None
 
@@ -167,7 +173,7 @@ class Stage(PipelineStage):
             return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     def backward_one_chunk(self, bwd_chunk_id: int, loss=None, full_backward: bool = True, **kwargs):
-        # no input to give a gradient to: its I is nothing, its W a whole B
+        # it has no input gradient, so I is empty and W is a whole B
         if self.is_first and not full_backward:
             return super().backward_one_chunk(bwd_chunk_id, loss=loss, full_backward=False, **kwargs)
         with self._noted(bwd_chunk_id, "B" if full_backward else "I"):
@@ -186,12 +192,12 @@ class Stage(PipelineStage):
 class Pipeline:
     """Run forward and backward of an optimizer step, or an evaluation, over the pp axis.
 
-    All ranks of the axis call each method together. stages: of this rank, from split_stages, after all passes and
-    `to_empty`. The batches hold this cp rank's tokens only (layout.own_tokens).
+    All ranks of the axis call each method together. stages: of this rank, from split_stages, after all passes
+    and `to_empty`. The batches hold this cp rank's tokens only (layout.own_tokens).
 
-    Under ZeRO the weights of a stage are gathered once a step, at its first forward, and its gradients are reduced
-    once, after its last backward, whatever the ZeRO stage: else each microbatch would cost the traffic of a whole
-    step.
+    Under ZeRO the weights of a stage are gathered once a step, at its first forward, and its gradients are
+    reduced once, after its last backward, whatever the ZeRO stage: else each microbatch would cost the
+    traffic of a whole step.
     """
 
     def __init__(self, stages: list[Llama], layout: "Layout", computation: "Computation"):
@@ -203,10 +209,8 @@ class Pipeline:
         placement = stage_indices(config.schedule, pp_mesh.size(), len(stages))
         self.own, self.last = placement[self.pp_rank], pp_mesh.size() * len(stages) - 1
         self.rank_of = {stage: rank for rank, of_rank in enumerate(placement) for stage in of_rank}
-        self.schedule, self.batch_shape = (
-            None,
-            None,
-        )  # made at the first step, for the shape of its microbatches
+        # The schedule is made at the first step, for the shape of its microbatches.
+        self.schedule, self.batch_shape = None, None
         self.recorder: Recorder | None = None  # set for one step, it notes which rank worked when
         for stage in stages:
             for module in stage.modules():
@@ -217,14 +221,11 @@ class Pipeline:
     def step(self, microbatches: list[Batch], n_targets: Tensor | int) -> Tensor:
         """Run forward and backward of all microbatches; gradients are summed over them, then synced over dp.
 
-        n_targets: how many labels of the whole global batch are scored. Returns the sum of the token losses here,
-        divided by n_targets, on ranks with the last stage, and 0 on the others: summed over pp and over the ranks
-        with other tokens it is the loss.
+        n_targets: how many labels of the whole global batch are scored. Returns the sum of the token losses
+            here, divided by n_targets, on ranks with the last stage, and 0 on the others: summed over pp and
+            over the ranks with other tokens it is the loss.
         """
-        assert len(microbatches) == self.layout.n_microbatches, (
-            len(microbatches),
-            self.layout.n_microbatches,
-        )
+        assert len(microbatches) == self.layout.n_microbatches
         if microbatches[0].tokens.shape != self.batch_shape:
             self._build_schedule(microbatches[0].tokens.shape)
         self._renew_tied_copy()
@@ -234,7 +235,8 @@ class Pipeline:
             stage.recorder = self.recorder
         if self.recorder:
             self.recorder.start()
-        # torch cuts the rows of one whole batch into microbatches again: the same ones, as all have as many rows.
+        # torch takes one batch and cuts it into microbatches again. They are the same ones, as all have as
+        # many rows.
         inputs = {}
         tokens, labels = [], None
         if 0 in self.own:
@@ -253,8 +255,8 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, microbatches: list[Batch]) -> Tensor:
-        """Return the sum of the token losses in nats, float64, over any number of microbatches; 0 on ranks without
-        the last stage.
+        """Return the sum of the token losses in nats, float64, over any number of microbatches; 0 on ranks
+        without the last stage.
 
         All microbatches pass through a rank's first stage, then through its second."""
         self._renew_tied_copy()
@@ -280,9 +282,9 @@ class Pipeline:
                     kept[i] = x
                     continue
                 outgoing.append(x.contiguous())
-                # In looped schedules the last rank sends on to rank 0, which starts to receive only after it has
-                # finished its previous stage. So these sends wait for the last microbatch; else both ranks would
-                # order their sends and receives differently, and deadlock.
+                # In looped schedules the last rank sends on to rank 0, which starts to receive only after it
+                # has finished its previous stage. So these sends wait for the last microbatch; else both
+                # ranks would order their sends and receives differently, and deadlock.
                 is_loop = receiver < self.pp_rank and not self.kind.v_shaped
                 if not is_loop or i == len(microbatches) - 1:
                     for x in outgoing:
@@ -299,8 +301,8 @@ class Pipeline:
         return batch_shape[0], n_tokens, self.stages[0].config.hidden_size
 
     def _build_schedule(self, batch_shape: torch.Size) -> None:
-        """Make torch's stages with buffers for this shape. They are given the shapes of what they receive and send,
-        so torch need not run the model to find out."""
+        """Make torch's stages with buffers for this shape. They are given the shapes of what they receive and
+        send, so torch need not run the model to find out."""
         tokens = torch.empty(batch_shape, dtype=torch.int64, device="meta")
         hidden = torch.empty(
             self._hidden_shape(batch_shape), dtype=self.computation.dtype, device="meta", requires_grad=True
@@ -320,8 +322,8 @@ class Pipeline:
         )
         if not one_each:
             # The runtime gathers a stage before its first use and frees it when three others come before its
-            # next: with four virtual stages that is per microbatch. So we leave it to FSDP, which gathers a stage
-            # at its first forward.
+            # next: with four virtual stages that is per microbatch. So we leave it to FSDP, which gathers a
+            # stage at its first forward.
             schedule.register_custom_function(
                 UNSHARD, lambda action, _: schedule.unsharded_stages.add(action.stage_index)
             )

@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 
+from dtensor_llama.gantt import text_row
 from parallel.pipeline import SCHEDULES, stage_indices
 
 Action = tuple[str, int, int]  # F, B, I or W (see pipeline.py); stage; microbatch
@@ -76,10 +77,10 @@ def clock(orders: list[list[Action]]) -> tuple[list[list[tuple[int, str, int, in
 
 
 def draw(work: list[tuple[int, str, int, int]], width: int) -> str:
-    """The first `width` units of one rank's time, three letters each; lower case: a later stage of the rank;
-    dots: bubbles."""
-    cells, first_stage = ["..."] * (width + max(DURATION.values())), min(stage for _, _, stage, _ in work)
-    for start, kind, stage, micro in work:
-        name = f"{kind if stage == first_stage else kind.lower()}{micro:<2}"
-        cells[start : start + DURATION[kind]] = [name] * DURATION[kind] if start < width else []
-    return "".join(cells[:width]).rstrip()
+    """Return the first `width` units of one rank's time as text, three letters each. Lower case is a later
+    stage of the rank; dots are bubbles."""
+    first_stage, spans = min(stage for _, _, stage, _ in work), []
+    for start, kind, stage, microbatch in work:
+        mark = f"{kind if stage == first_stage else kind.lower()}{microbatch:<2}"
+        spans.append((mark, start, start + DURATION[kind]))
+    return text_row(spans, 0, width, width, idle="...").rstrip()

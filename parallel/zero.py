@@ -1,19 +1,19 @@
 """ZeRO stages and HSDP on FSDP2's fully_shard. Source: Rajbhandari et al. 2020, arXiv:1910.02054.
 
-S ranks of the fsdp axis (dp_shard x cp) share what the stage says; bf16 computation, fp32 masters, M
-micro-batches a step.
+The S ranks of the fsdp axis (dp_shard x cp) share what the stage says. The table is for computation in bf16,
+with fp32 masters, and M microbatches a step. The traffic is in bytes per parameter, rank and step.
 
-    stage  shared                bytes per parameter and rank, in a step     traffic per parameter, rank and step
-    0      nothing               4 + 8 + 4 (+ 2 copy to compute with)        all-reduce of fp32 gradients once: 2 x 4
-    1      masters, moments      12/S + 2 + 4 whole fp32 gradients           all-gather 2, reduce-scatter 4, once
-    2      + gradients           (12 + 4)/S + 2                              all-gather 2 once, reduce-scatter 4 x M
-    3      + weights             (12 + 4)/S + 2 for the blocks at work       all-gather 2 x 2 x M, reduce-scatter 4 x M
+    stage  shared            bytes per parameter and rank, in a step  traffic
+    0      nothing           4 + 8 + 4 (+ 2 copy to compute with)     all-reduce of fp32 gradients 2 x 4, once
+    1      masters, moments  12/S + 2 + 4 whole fp32 gradients        all-gather 2, reduce-scatter 4, once
+    2      + gradients       (12 + 4)/S + 2                           all-gather 2, reduce-scatter 4 x M
+    3      + weights         (12 + 4)/S + 2 for the blocks at work    all-gather 2 x 2 M, reduce-scatter 4 x M
 
-Gradients are reduced when a rank would have to keep them whole otherwise: stages 0 and 1 do keep them, and
-reduce once, at the last micro-batch; stages 2 and 3 reduce every micro-batch. HSDP: each of dp_replicate
-groups does the above within itself, and the shards' gradients are all-reduced between the groups, once a
-step. Under pp, stages 2 and 3 do as stage 1 within a step: a gather per micro-batch would cost more than the
-pipeline saves.
+Gradients are reduced early only if a rank would otherwise have to keep them whole: stages 0 and 1 do keep
+them whole and reduce once, at the last microbatch; stages 2 and 3 reduce at every microbatch. Under HSDP each
+of the dp_replicate groups does the above within itself, and the gradients of the shards are all-reduced
+between the groups, once a step. Under pp, stages 2 and 3 do as stage 1 does within a step: a gather per
+microbatch would cost more than the pipeline saves.
 """
 
 import torch
@@ -27,59 +27,61 @@ from dtensor_llama.model import OnHost
 def apply_zero(
     model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, stage: int, compute_dtype: torch.dtype
 ) -> None:
-    """Shard each block, and what is left (embedding, norm, head) with the root, over the ranks that saw other
-    tokens.
+    """Shard each block, and with the root what is outside the blocks (embedding, norm, head), over the ranks
+    that saw other tokens.
 
-    `mesh` has the axes dp_replicate, fsdp and dp_cp (all of both). At stage 3 a block is gathered just before
-    it computes and freed after; the rest stays gathered from forward to backward: the head is needed last and
-    first, and a tied matrix is one parameter with both uses in one group. Masters keep their dtype (fp32);
-    the copies that compute have `compute_dtype`; gradients are reduced in fp32.
+    `mesh` has the axes dp_replicate, fsdp and dp_cp (both together). At stage 3 a block is gathered just
+    before it computes and freed after it; the rest stays gathered from forward to backward, because the head
+    is needed last and first, and a tied matrix is one parameter with both uses in one group. Masters keep
+    their dtype (fp32), the copies that compute have `compute_dtype`, and gradients are reduced in fp32.
 
-    One process whose weights compute as they are has nothing to share and nothing to cast: they stay plain,
-    as FSDP would copy each for nothing, 4 % of a step of tiny-15m on a CPU (recipes/bench/step_price.py).
+    A single process whose weights have the dtype that computes has nothing to share and nothing to cast. Its
+    parameters stay plain tensors: FSDP would copy each of them for nothing, which took 4 % of a step of
+    tiny-15m on a CPU (recipes/bench/step_price.py).
 
-    FSDP averages gradients over these ranks; scale the loss by their number to get the sum.
-    (`set_gradient_divide_factor(1)` would do it too, but gloo has no such reduction.)
+    FSDP averages gradients over these ranks, so the loss is scaled by their number to get the sum.
+    (`set_gradient_divide_factor(1)` would do the same, but gloo has no such reduction.)
     """
     if mesh.size() == 1 and all(parameter.dtype == compute_dtype for parameter in model.parameters()):
         return
     if stage == 0:
-        over = mesh["dp_cp", "solo"]  # HSDP with all ranks as replicas of shards that are whole
+        over = mesh["dp_cp", "solo"]  # HSDP in which all ranks are replicas, of shards that are whole
     elif mesh["dp_replicate"].size() > 1:
         over = mesh["dp_replicate", "fsdp"]
     else:
         over = mesh["fsdp"]
-    # cast_forward_inputs would round the fp32 RoPE tables to bf16 on their way into a block.
+    # cast_forward_inputs=True would round the fp32 RoPE tables to bf16 on their way into a block.
     precision = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for block in blocks:
         fully_shard(block, mesh=over, mp_policy=precision, reshard_after_forward=stage == 3)
     fully_shard(model, mesh=over, mp_policy=precision, reshard_after_forward=False)
-    # Runs before FSDP's hook, which copies the tensors among the arguments to the GPU and waits for it each
+    # This hook runs before FSDP's, which copies all tensors among the arguments to the GPU and waits each
     # time.
     model.register_forward_pre_hook(_leave_positions_on_host, prepend=True, with_kwargs=True)
 
 
 def _leave_positions_on_host(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The ends of documents are found on the CPU, without a question to the GPU, if the positions are still
-    there."""
+    """Keep positions on the CPU if they are still there: the ends of documents are found in them, which on
+    the GPU would make the CPU wait for it."""
     if kwargs.get("positions") is None:
         return args, kwargs
     return args, {**kwargs, "positions": OnHost(kwargs["positions"])}
 
 
-def gradient_arrivals(model: nn.Module, stage: int, in_pipeline: bool, n_micros: int) -> int:
-    """How often a step of `n_micros` micro-batches hands over the gradient of a parameter: once, where FSDP
-    sums it first."""
-    return 1 if in_pipeline or (isinstance(model, FSDPModule) and stage < 2) else n_micros
+def gradient_arrivals(model: nn.Module, stage: int, in_pipeline: bool, n_microbatches: int) -> int:
+    """Return how often a step accumulates into the gradient of a parameter: once per microbatch, or only once
+    if FSDP or the pipeline first sums over the microbatches."""
+    sums_first = in_pipeline or (isinstance(model, FSDPModule) and stage < 2)
+    return 1 if sums_first else n_microbatches
 
 
 def set_gradient_sync(model: FSDPModule, stage: int, last: bool) -> None:
-    """Say, before a micro-batch, what its backward shall do with gradients and weights; `last`: of the
-    step."""
+    """Set, before a microbatch, what its backward does with gradients and weights. last: it is the last one
+    of the step."""
     model.set_requires_gradient_sync(last or stage >= 2)  # stages 0 and 1: gradients wait, whole
-    model.set_requires_all_reduce(last)  # HSDP: shards are summed within a group until then
+    model.set_requires_all_reduce(last)  # HSDP: until then shards are summed within a group
     model.set_reshard_after_backward(last or stage == 3)  # stages 1 and 2 gather weights once a step
 
 

@@ -1,23 +1,21 @@
-"""Time the training step of pretrain.py on synthetic rows, under the same flags. Prints one JSON line at the end.
+"""Time the training step of pretrain.py on synthetic rows, under the same flags. Prints one JSON line at the
+end.
 
     python recipes/benchmark.py --model tiny-5m --data.seq-len 256 --train.global-batch-size 16
     torchrun --nproc-per-node 8 recipes/benchmark.py --model llama2-7b --train.compile --train.recompute selective
 
-With --data.document-mask the rows are packed documents of 512 tokens on average. With --data.path it also answers
-whether reading costs training time: steps on real rows and on synthetic ones take turns in one run, and
-`real_over_synthetic` is the ratio of their median times (1.0: reading is free).
+With --data.document-mask the rows are packed documents of 512 tokens on average. With --data.path it also
+answers whether reading costs training time: steps on real rows and on synthetic ones take turns in one run,
+and `real_over_synthetic` is the ratio of their median times (1.0: reading is free).
 """
 
 import json
 import math
 import statistics
-import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
 if __name__ == "__main__":
     from dtensor_llama.terminal import end_quietly_on_ctrl_c
@@ -50,7 +48,7 @@ from dtensor_llama.loss import IGNORE
 from dtensor_llama.metrics import GIB, LateReader, MemoryPeaks, PeakMemory
 from dtensor_llama.model import init_weights
 from dtensor_llama.places import cache_folders, readable
-from memory import ChunkManager, MemoryConfig, Placement
+from memory import ChunkManager, MemoryConfig
 from parallel import ParallelConfig, build_mesh
 from parallel.apply import Computation
 from parallel.assemble import Offload, Training, adamw, assemble, check_skips, settle_memory
@@ -58,56 +56,61 @@ from parallel.config import check_parallel
 from parallel.mesh import Layout, start_process_group, stop_process_group
 from parallel.step_pictures import StepPictures
 
-# ---- 1. What can be asked for: the flags of pretrain.py, so that its command can be timed ---------------------------------------------------------
+# ---- 1. What can be asked for: the flags of pretrain.py, so that its command can be timed ------------------
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    # files and globs of text, packed or not (data/sources.py); mixed if a:0.7 b:0.3
+    # Files and globs of text, compressed or not (data/sources.py). `a:0.7 b:0.3` mixes two sources by these
+    # shares.
     path: tuple[str, ...] = ()
-    # Hugging Face folder, tokenizer.json or SentencePiece .model; None: --model's
+    # A Hugging Face folder, a tokenizer.json or a SentencePiece .model; None takes the one of --model.
     tokenizer: FilePath | None = None
-    seq_len: int | None = None  # tokens per row; None: the context of the model
-    document_mask: bool = False  # no token sees another document of its packed row
-    # of a .jsonl line, or column of a .parquet, that holds the text; a.b: b inside a
+    seq_len: int | None = None  # tokens of a row; None: as many as the model was made for
+    document_mask: bool = False  # keep a token from attending to other documents of its packed row
+    # The field of a .jsonl line, or the column of a .parquet, that holds the text; `a.b` is field b of field
+    # a.
     text_field: str = "text"
-    # A record that has no text: end the run, or leave it out, count it and list it in RUN/bad-records.jsonl.
+    # A record without a text ends the run, or is left out, counted, and listed in RUN/bad-records.jsonl.
     bad_records: Literal["refuse", "skip"] = "refuse"
-    validation_share: float = 0.01  # of the rows, held out
+    validation_share: float = 0.01  # share of the rows that is held out
     cache_dir: str = "~/.cache/dtensor-llama"  # tokenized text, reused by every run on the same files
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 20  # how many of each kind are timed, after the warm-up
-    global_batch_size: int = 32  # rows per step, over all ranks
-    micro_batch_size: int = 1  # rows per rank and forward: first thing to lower when memory runs out
-    seed: int = 0  # of the initial weights and of the order of rows
-    lr: float = 3e-4  # peak; LLaMA-2: 3e-4 for 7b and 13b, 1.5e-4 for 70b, at 4M tokens a step
-    min_lr: float | None = None  # where the cosine ends; None: a tenth of lr
-    warmup_steps: int | None = None  # None: 2 % of the steps, at most LLaMA-2's 2,000
+    steps: int = 20  # how many steps of each kind are timed, after the warm-up
+    global_batch_size: int = 32  # rows of one step, on all ranks together
+    micro_batch_size: int = 1  # rows of one forward of a rank: the first thing to lower when memory runs out
+    seed: int = 0  # decides the initial weights and the order of the rows
+    lr: float = 3e-4  # the peak; LLaMA-2 took 3e-4 for 7b and 13b and 1.5e-4 for 70b, at 4M tokens a step
+    min_lr: float | None = None  # where the cosine ends; None: a tenth of the peak
+    warmup_steps: int | None = None  # None: 2 % of the steps, at most the 2,000 of LLaMA-2
     weight_decay: float = 0.1
-    # gradients longer than this, over all parameters together, are scaled to it; inf: none
+    # If the gradient, over all parameters together, is longer than this, it is scaled to it; inf turns this
+    # off.
     max_grad_norm: float = 1.0
-    skip_nonfinite: int = 0  # steps in a row left out for a gradient that is inf or nan; 0: stop at the first
-    # of the computation; masters, moments and reductions are fp32
+    # How many steps in a row may be skipped because their gradient is inf or nan; 0 stops at the first.
+    skip_nonfinite: int = 0
+    # The type of the computation. Master weights, moments and gradient reductions are float32 in any case.
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    compile: bool = False  # torch.compile each block: a minute at the start, faster steps after
-    # activations computed again in backward: memory for time
+    compile: bool = False  # torch.compile each block: it takes a minute at the start and makes steps faster
+    # Activation checkpointing: which activations are computed again in backward, to save memory.
     recompute: Literal["none", "selective", "full"] = "none"
-    # The kernel; auto: the fastest that can run here, printed with the reason. varlen: documents without a
-    # mask.
+    # The attention kernel. auto takes the fastest that can run here and prints why; varlen needs no mask for
+    # documents.
     attention: Literal["auto", "flash", "varlen", "sdpa", "math"] = "auto"
-    validate_every: int = 100  # steps between validation losses; 0: never
-    validation_rows: int = 64  # rows of the held-out share that are used each time
+    validate_every: int = 100  # steps between two validations; 0: none
+    validation_rows: int = 64  # how many of the held-out rows each validation reads
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = 500  # steps between checkpoints; 0: none
-    keep: int = 3  # newest ones to keep; 0: all
-    export_hf: bool = True  # write hf/ at the end, in --train.dtype
-    resume: FilePath = "auto"  # auto: go on where this run folder stands, else start; never; or a checkpoint
+    every: int = 500  # steps between two checkpoints; 0: none
+    keep: int = 3  # how many of the newest are kept; 0: all
+    export_hf: bool = True  # write hf/ at the end, in the type of the computation
+    # auto: resume this run folder where it stopped, or start; never: start; else the folder of a checkpoint.
+    resume: FilePath = "auto"
 
 
 @dataclass(frozen=True)
@@ -293,17 +296,19 @@ def main(cfg: BenchmarkConfig) -> None:
 def train_step(
     training: Training, microbatches: list[Batch], n_targets: int, lr: float, max_grad_norm: float
 ) -> tuple[Tensor, Tensor]:
-    """Forward and backward of one global batch, clip, step. Returns (loss, gradient norm), the same on every rank.
+    """Forward and backward of one global batch, clip, step. Returns (loss, gradient norm), the same on every
+    rank.
 
-    microbatches: the rows of this dp rank. n_targets: scored labels of the whole global batch, so that the sums over
-    microbatches and ranks give the mean, and neither padding nor accumulation changes it.
+    microbatches: the rows of this dp rank. n_targets: scored labels of the whole global batch, so that the
+        sums over microbatches and ranks give the mean, and neither padding nor accumulation changes it.
     """
     optimizer, layout = training.optimizer, training.layout
     for group in optimizer.param_groups:
         group["lr"] = lr  # before backward: without clipping the chunk manager steps as gradients arrive
     loss = forward_backward(training, [layout.own_tokens(batch) for batch in microbatches], n_targets)
     dist.all_reduce(loss, group=layout.loss_group)  # each rank has the share of its own tokens
-    # One norm over all ranks and axes. The step scales the gradients; if they are not finite it changes nothing.
+    # One norm over all ranks and axes. The step scales the gradients; if they are not finite it changes
+    # nothing.
     grad_norm = optimizer.clip_grad_norm(max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
@@ -311,7 +316,8 @@ def train_step(
 
 
 def forward_backward(training: Training, microbatches: list[Batch], n_targets: int) -> Tensor:
-    """Forward and backward of all microbatches; gradients add up. Returns this rank's share of the mean loss."""
+    """Forward and backward of all microbatches; gradients add up. Returns this rank's share of the mean
+    loss."""
     if training.pipeline:  # stages and schedules: parallel/pipeline.py
         return training.pipeline.step(microbatches, n_targets)
     loss = torch.zeros((), device=training.device)
@@ -344,14 +350,13 @@ def synthetic_positions(shape: torch.Size, seed: int, mean_document: int = 512) 
 def plan_facts(manager: ChunkManager) -> dict:
     """What placement auto decided and predicted, and what the host's update took and moved."""
     plan = manager.plan
-    x_r, x_s, x_c = (plan.n_parameters(placement) for placement in Placement)
     return {
-        "parameters": {"resident": x_r, "stream": x_s, "cpu": x_c},
+        "parameters": plan.split._asdict(),
         "seconds": plan.seconds,
         "bound": plan.bound,
         "host_update_seconds": manager.host_update_seconds(),
         "rates": manager.auto.rates.to_json(),
-        "host_dram_bytes": plan.widths.cpu_dram * x_c + 2 * plan.widths.states * x_s,
+        "host_dram_bytes": plan.host_dram_bytes,
     }
 
 

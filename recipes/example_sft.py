@@ -18,8 +18,6 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
-
 if __name__ == "__main__":
     from dtensor_llama.terminal import end_quietly_on_ctrl_c
 

@@ -10,12 +10,9 @@ are merged into.
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
 if __name__ == "__main__":
     from dtensor_llama.terminal import end_quietly_on_ctrl_c

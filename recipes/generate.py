@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
-
 if __name__ == "__main__":
     from dtensor_llama.terminal import end_quietly_on_ctrl_c
 

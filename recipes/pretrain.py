@@ -10,12 +10,9 @@ transformers opens as it is.
 """
 
 import math
-import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
 if __name__ == "__main__":
     from dtensor_llama.terminal import end_quietly_on_ctrl_c
@@ -74,51 +71,56 @@ from parallel.step_pictures import StepPictures
 
 @dataclass(frozen=True)
 class DataConfig:
-    # files and globs of text, packed or not (data/sources.py); mixed if a:0.7 b:0.3
+    # Files and globs of text, compressed or not (data/sources.py). `a:0.7 b:0.3` mixes two sources by these
+    # shares.
     path: tuple[str, ...] = ()
-    # Hugging Face folder, tokenizer.json or SentencePiece .model; None: --model's
+    # A Hugging Face folder, a tokenizer.json or a SentencePiece .model; None takes the one of --model.
     tokenizer: FilePath | None = None
-    seq_len: int | None = None  # tokens per row; None: the context of the model
-    document_mask: bool = False  # no token sees another document of its packed row
-    # of a .jsonl line, or column of a .parquet, that holds the text; a.b: b inside a
+    seq_len: int | None = None  # tokens of a row; None: as many as the model was made for
+    document_mask: bool = False  # keep a token from attending to other documents of its packed row
+    # The field of a .jsonl line, or the column of a .parquet, that holds the text; `a.b` is field b of field
+    # a.
     text_field: str = "text"
-    # A record that has no text: end the run, or leave it out, count it and list it in RUN/bad-records.jsonl.
+    # A record without a text ends the run, or is left out, counted, and listed in RUN/bad-records.jsonl.
     bad_records: Literal["refuse", "skip"] = "refuse"
-    validation_share: float = 0.01  # of the rows, held out
+    validation_share: float = 0.01  # share of the rows that is held out
     cache_dir: str = "~/.cache/dtensor-llama"  # tokenized text, reused by every run on the same files
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     steps: int = 1000  # optimizer steps
-    global_batch_size: int = 32  # rows per step, over all ranks
-    micro_batch_size: int = 1  # rows per rank and forward: first thing to lower when memory runs out
-    seed: int = 0  # of the initial weights and of the order of rows
-    lr: float = 3e-4  # peak; LLaMA-2: 3e-4 for 7b and 13b, 1.5e-4 for 70b, at 4M tokens a step
-    min_lr: float | None = None  # where the cosine ends; None: a tenth of lr
-    warmup_steps: int | None = None  # None: 2 % of the steps, at most LLaMA-2's 2,000
+    global_batch_size: int = 32  # rows of one step, on all ranks together
+    micro_batch_size: int = 1  # rows of one forward of a rank: the first thing to lower when memory runs out
+    seed: int = 0  # decides the initial weights and the order of the rows
+    lr: float = 3e-4  # the peak; LLaMA-2 took 3e-4 for 7b and 13b and 1.5e-4 for 70b, at 4M tokens a step
+    min_lr: float | None = None  # where the cosine ends; None: a tenth of the peak
+    warmup_steps: int | None = None  # None: 2 % of the steps, at most the 2,000 of LLaMA-2
     weight_decay: float = 0.1
-    # gradients longer than this, over all parameters together, are scaled to it; inf: none
+    # If the gradient, over all parameters together, is longer than this, it is scaled to it; inf turns this
+    # off.
     max_grad_norm: float = 1.0
-    skip_nonfinite: int = 0  # steps in a row left out for a gradient that is inf or nan; 0: stop at the first
-    # of the computation; masters, moments and reductions are fp32
+    # How many steps in a row may be skipped because their gradient is inf or nan; 0 stops at the first.
+    skip_nonfinite: int = 0
+    # The type of the computation. Master weights, moments and gradient reductions are float32 in any case.
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    compile: bool = False  # torch.compile each block: a minute at the start, faster steps after
-    # activations computed again in backward: memory for time
+    compile: bool = False  # torch.compile each block: it takes a minute at the start and makes steps faster
+    # Activation checkpointing: which activations are computed again in backward, to save memory.
     recompute: Literal["none", "selective", "full"] = "none"
-    # The kernel; auto: the fastest that can run here, printed with the reason. varlen: documents without a
-    # mask.
+    # The attention kernel. auto takes the fastest that can run here and prints why; varlen needs no mask for
+    # documents.
     attention: Literal["auto", "flash", "varlen", "sdpa", "math"] = "auto"
-    validate_every: int = 100  # steps between validation losses; 0: never
-    validation_rows: int = 64  # rows of the held-out share that are used each time
+    validate_every: int = 100  # steps between two validations; 0: none
+    validation_rows: int = 64  # how many of the held-out rows each validation reads
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = 500  # steps between checkpoints; 0: none
-    keep: int = 3  # newest ones to keep; 0: all
-    export_hf: bool = True  # write hf/ at the end, in --train.dtype
-    resume: FilePath = "auto"  # auto: go on where this run folder stands, else start; never; or a checkpoint
+    every: int = 500  # steps between two checkpoints; 0: none
+    keep: int = 3  # how many of the newest are kept; 0: all
+    export_hf: bool = True  # write hf/ at the end, in the type of the computation
+    # auto: resume this run folder where it stopped, or start; never: start; else the folder of a checkpoint.
+    resume: FilePath = "auto"
 
 
 @dataclass(frozen=True)
@@ -228,8 +230,8 @@ def main(cfg: PretrainConfig) -> None:
         report.begin_step()
         lr = learning_rate(cfg.train, step)
         microbatches = next(reader)  # n_microbatches batches of (micro_batch_size, T)
-        # How many labels count in the whole global batch, and whether any rank was asked to stop: one reduction
-        # for both. It goes over gloo, from host to host, so that nothing waits for the device.
+        # How many labels count in the whole global batch, and whether any rank was asked to stop: one
+        # reduction for both. It goes over gloo, from host to host, so that nothing waits for the device.
         counts = torch.tensor([count_targets(microbatches), int(stop.asked)])
         dist.all_reduce(counts)
         n_targets, stopped = max(1, int(counts[0]) // layout.ranks_per_batch), bool(counts[1])
@@ -244,7 +246,8 @@ def main(cfg: PretrainConfig) -> None:
         saves = is_due(step, cfg.checkpoint.every, is_last)
         at_end = step == cfg.train.steps
         validates = rows.n_validation and is_due(step, cfg.train.validate_every, at_end)
-        # The loss is read while the device computes the next step. Only a step that was read is saved or judged.
+        # The loss is read while the device computes the next step. Only a step that was read is saved or
+        # judged.
         finished = report.finished(wait=bool(is_last or saves or validates))
         validation_losses = {}
         if validates:
@@ -277,17 +280,19 @@ def main(cfg: PretrainConfig) -> None:
 def train_step(
     training: Training, microbatches: list[Batch], n_targets: int, lr: float, max_grad_norm: float
 ) -> tuple[Tensor, Tensor]:
-    """Forward and backward of one global batch, clip, step. Returns (loss, gradient norm), the same on every rank.
+    """Forward and backward of one global batch, clip, step. Returns (loss, gradient norm), the same on every
+    rank.
 
-    microbatches: the rows of this dp rank. n_targets: scored labels of the whole global batch, so that the sums over
-    microbatches and ranks give the mean, and neither padding nor accumulation changes it.
+    microbatches: the rows of this dp rank. n_targets: scored labels of the whole global batch, so that the
+        sums over microbatches and ranks give the mean, and neither padding nor accumulation changes it.
     """
     optimizer, layout = training.optimizer, training.layout
     for group in optimizer.param_groups:
         group["lr"] = lr  # before backward: without clipping the chunk manager steps as gradients arrive
     loss = forward_backward(training, [layout.own_tokens(batch) for batch in microbatches], n_targets)
     dist.all_reduce(loss, group=layout.loss_group)  # each rank has the share of its own tokens
-    # One norm over all ranks and axes. The step scales the gradients; if they are not finite it changes nothing.
+    # One norm over all ranks and axes. The step scales the gradients; if they are not finite it changes
+    # nothing.
     grad_norm = optimizer.clip_grad_norm(max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
@@ -295,7 +300,8 @@ def train_step(
 
 
 def forward_backward(training: Training, microbatches: list[Batch], n_targets: int) -> Tensor:
-    """Forward and backward of all microbatches; gradients add up. Returns this rank's share of the mean loss."""
+    """Forward and backward of all microbatches; gradients add up. Returns this rank's share of the mean
+    loss."""
     if training.pipeline:  # stages and schedules: parallel/pipeline.py
         return training.pipeline.step(microbatches, n_targets)
     loss = torch.zeros((), device=training.device)
@@ -334,7 +340,7 @@ def count_targets(batches: list[Batch]) -> int:
     return sum(int((batch.labels != IGNORE).sum()) for batch in batches)
 
 
-# ---- What a checkpoint records, what is printed ------------------ -------------------------------------------
+# ---- What a checkpoint records, what is printed ------------------ -----------------------------------------
 
 
 def run_record(cfg: PretrainConfig, model_config: LlamaConfig, rows, generation: dict) -> RunRecord:
@@ -362,7 +368,8 @@ def run_record(cfg: PretrainConfig, model_config: LlamaConfig, rows, generation:
 
 
 def lines_on_data(cfg: PretrainConfig, rows, run_dir: Path) -> list[str]:
-    """Describe each source of the data: its tokens, how many rows they make, and how often this run reads them."""
+    """Describe each source of the data: its tokens, how many rows they make, and how often this run reads
+    them."""
     lines = []
     sources = rows.parts(cfg.train.steps * cfg.train.global_batch_size)
     for name, source, n_read in sources:

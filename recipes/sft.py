@@ -4,19 +4,16 @@
     torchrun --nproc-per-node 8 recipes/sft.py --model llama2-7b/ --data.path 'chats/*.parquet' --lora.rank 16
     python recipes/sft.py --model llama2-7b/ --data.path chat.jsonl --preview 3        # what would be trained, in colour
 
-The same file as pretrain.py with other data, and the same step. A row holds whole conversations, only what the
-assistant says is scored, and what the user leaves open (None below) is chosen from the data and the hardware,
-with the reason printed. The run folder holds what pretrain's does and, with LoRA, hf-adapter/ beside the merged
-hf/.
+The same file as pretrain.py with other data, and the same step. A row holds whole conversations, only what
+the assistant says is scored, and what the user leaves open (None below) is chosen from the data and the
+hardware, with the reason printed. The run folder holds what pretrain's does and, with LoRA, hf-adapter/
+beside the merged hf/.
 """
 
 import math
-import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
 if __name__ == "__main__":
     from dtensor_llama.terminal import end_quietly_on_ctrl_c
@@ -81,7 +78,8 @@ from parallel import ParallelConfig, build_mesh
 from parallel.apply import Computation
 from parallel.assemble import Offload, Training, adamw, assemble, check_skips
 from parallel.config import AXES, check_parallel
-from parallel.defaults import Chosen, Footprint, OpenSettings, choose_settings
+from parallel.defaults import Chosen, OpenSettings, choose_settings, memory_of_rank
+from parallel.fit import States
 from parallel.mesh import Layout, start_process_group, stop_process_group
 from parallel.step_pictures import StepPictures
 
@@ -90,63 +88,66 @@ from parallel.step_pictures import StepPictures
 
 @dataclass(frozen=True)
 class DataConfig:
-    # files and globs of conversations: .json .jsonl .parquet .arrow .csv, packed or not
+    # Files and globs of conversations, compressed or not: .json .jsonl .parquet .arrow .csv.
     path: tuple[str, ...] = ()
-    # Hugging Face folder, tokenizer.json or SentencePiece .model; None: --model's
+    # A Hugging Face folder, a tokenizer.json or a SentencePiece .model; None takes the one of --model.
     tokenizer: FilePath | None = None
-    # tokens per row; None: what the longest example needs, within the model's context
+    # Tokens of a row; None: as many as the longest example has, at most what the model was made for.
     seq_len: int | None = None
-    overlong: Literal["drop", "truncate"] = "drop"  # examples longer than a row: left out, or cut
-    # A record that cannot be trained on: end the run, or leave it out, count it and list it in
+    overlong: Literal["drop", "truncate"] = "drop"  # what happens to examples that are longer than a row
+    # A record that cannot be trained on ends the run, or is left out, counted, and listed in
     # RUN/bad-records.jsonl.
     bad_records: Literal["refuse", "skip"] = "refuse"
-    # Trained are the answers of the assistant, the last one of each conversation, or every token; flags in a
-    # turn count.
+    # What is trained: all answers of the assistant, the last one of each conversation, or every token. Flags
+    # in a turn (weight, train and the like) count in any case.
     train_on: Literal["answers", "last-answer", "all"] = "answers"
-    # How a conversation is written: auto: the tokenizer's template, else LLaMA-2's; none: prompt and
-    # completion as they are.
+    # auto writes a conversation by the tokenizer's chat template, or LLaMA-2's if it has none; none writes
+    # prompt and completion as they are.
     template: Literal["auto", "none"] = "auto"
-    packing: bool = True  # several examples to a row; none of them sees another
-    validation_share: float = 0.02  # of the rows, held out
-    # tokenized conversations, reused by every run on the same files
-    cache_dir: str = "~/.cache/dtensor-llama"
+    packing: bool = True  # put several examples into a row; none of them attends to another
+    validation_share: float = 0.02  # share of the rows that is held out
+    cache_dir: str = "~/.cache/dtensor-llama"  # tokenized data, reused by every run on the same files
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    epochs: float = 2.0  # how often the data is read, if steps is None
-    steps: int | None = None  # optimizer steps; None: as epochs says
-    global_batch_size: int | None = None  # rows per step, over all ranks; None: about 32 examples
-    micro_batch_size: int | None = None  # rows per rank and forward; None: what fits the memory
-    seed: int = 0  # of the adapters, of the order of rows, of the noise
-    lr: float | None = None  # peak; None: 2e-5 as LLaMA-2 (arXiv:2307.09288, sec. 3.1), with LoRA 2e-4
-    min_lr: float | None = None  # where the cosine ends; None: a tenth of lr
-    warmup_steps: int | None = None  # None: 2 % of the steps, at most LLaMA-2's 2,000
+    epochs: float = 2.0  # how often the data is read, if `steps` is None
+    steps: int | None = None  # optimizer steps; None: as many as the epochs need
+    global_batch_size: int | None = None  # rows of one step, on all ranks together; None: about 32 examples
+    micro_batch_size: int | None = None  # rows of one forward of a rank; None: as many as fit the memory
+    seed: int = 0  # decides the initial adapters, the order of the rows and the noise
+    lr: float | None = None  # the peak; None: 2e-5 as LLaMA-2 (arXiv:2307.09288, sec. 3.1), with LoRA 2e-4
+    min_lr: float | None = None  # where the cosine ends; None: a tenth of the peak
+    warmup_steps: int | None = None  # None: 2 % of the steps, at most the 2,000 of LLaMA-2
     weight_decay: float = 0.1
-    # gradients longer than this, over all parameters together, are scaled to it; inf: none
+    # If the gradient, over all parameters together, is longer than this, it is scaled to it; inf turns this
+    # off.
     max_grad_norm: float = 1.0
-    skip_nonfinite: int = 0  # steps in a row left out for a gradient that is inf or nan; 0: stop at the first
+    # How many steps in a row may be skipped because their gradient is inf or nan; 0 stops at the first.
+    skip_nonfinite: int = 0
     neftune_alpha: float = 0.0  # noise on the embeddings in training (NEFTune): 5 is usual; 0: none
-    # of the computation; None: bfloat16 on a GPU, float32 without
+    # The type of the computation; None: bfloat16 on a GPU, float32 without one.
     dtype: Literal["float32", "bfloat16"] | None = None
-    compile: bool = False  # torch.compile each block: a minute at the start, faster steps after
-    # None: none if the memory allows, else full
+    compile: bool = False  # torch.compile each block: it takes a minute at the start and makes steps faster
+    # Activation checkpointing: which activations are computed again in backward; None: none if the memory
+    # allows.
     recompute: Literal["none", "selective", "full"] | None = None
-    # The kernel; auto: the fastest that can run here, printed with the reason. varlen: documents without a
-    # mask.
+    # The attention kernel. auto takes the fastest that can run here and prints why; varlen needs no mask for
+    # documents.
     attention: Literal["auto", "flash", "varlen", "sdpa", "math"] = "auto"
-    validate_every: int | None = None  # steps between validation losses; None: ten times a run; 0: never
-    validation_rows: int = 64  # rows of the held-out share that are used each time
-    answers: int = 3  # held-out prompts answered at each validation, printed and in TensorBoard; 0: none
-    answer_tokens: int = 48  # of each, at most
+    validate_every: int | None = None  # steps between two validations; None: ten in a run; 0: none
+    validation_rows: int = 64  # how many of the held-out rows each validation reads
+    answers: int = 3  # held-out prompts that are answered at each validation, also in TensorBoard
+    answer_tokens: int = 48  # tokens of each answer, at most
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = 500  # steps between checkpoints; 0: none
-    keep: int = 3  # newest ones to keep; 0: all
-    export_hf: bool = True  # write hf/ at the end, in --train.dtype
-    resume: FilePath = "auto"  # auto: go on where this run folder stands, else start; never; or a checkpoint
+    every: int = 500  # steps between two checkpoints; 0: none
+    keep: int = 3  # how many of the newest are kept; 0: all
+    export_hf: bool = True  # write hf/ at the end, in the type of the computation
+    # auto: resume this run folder where it stopped, or start; never: start; else the folder of a checkpoint.
+    resume: FilePath = "auto"
 
 
 @dataclass(frozen=True)
@@ -293,8 +294,8 @@ def main(cfg: SftConfig) -> None:
         report.begin_step()
         lr = learning_rate(cfg.train, step)
         microbatches = next(reader)  # n_microbatches batches of (micro_batch_size, T)
-        # How many labels count in the whole global batch, and whether any rank was asked to stop: one reduction
-        # for both. It goes over gloo, from host to host, so that nothing waits for the device.
+        # How many labels count in the whole global batch, and whether any rank was asked to stop: one
+        # reduction for both. It goes over gloo, from host to host, so that nothing waits for the device.
         counts = torch.tensor([count_targets(microbatches), int(stop.asked)])
         dist.all_reduce(counts)
         n_targets, stopped = max(1, int(counts[0]) // layout.ranks_per_batch), bool(counts[1])
@@ -312,7 +313,8 @@ def main(cfg: SftConfig) -> None:
         saves = is_due(step, cfg.checkpoint.every, is_last)
         at_end = step == cfg.train.steps
         validates = rows.n_validation and is_due(step, cfg.train.validate_every, at_end)
-        # The loss is read while the device computes the next step. Only a step that was read is saved or judged.
+        # The loss is read while the device computes the next step. Only a step that was read is saved or
+        # judged.
         finished = report.finished(wait=bool(is_last or saves or validates))
         validation_losses, answers = {}, []
         if validates:
@@ -351,17 +353,19 @@ def main(cfg: SftConfig) -> None:
 def train_step(
     training: Training, microbatches: list[Batch], n_targets: int, lr: float, max_grad_norm: float
 ) -> tuple[Tensor, Tensor]:
-    """Forward and backward of one global batch, clip, step. Returns (loss, gradient norm), the same on every rank.
+    """Forward and backward of one global batch, clip, step. Returns (loss, gradient norm), the same on every
+    rank.
 
-    microbatches: the rows of this dp rank. n_targets: scored labels of the whole global batch, so that the sums over
-    microbatches and ranks give the mean, and neither padding nor accumulation changes it.
+    microbatches: the rows of this dp rank. n_targets: scored labels of the whole global batch, so that the
+        sums over microbatches and ranks give the mean, and neither padding nor accumulation changes it.
     """
     optimizer, layout = training.optimizer, training.layout
     for group in optimizer.param_groups:
         group["lr"] = lr  # before backward: without clipping the chunk manager steps as gradients arrive
     loss = forward_backward(training, [layout.own_tokens(batch) for batch in microbatches], n_targets)
     dist.all_reduce(loss, group=layout.loss_group)  # each rank has the share of its own tokens
-    # One norm over all ranks and axes. The step scales the gradients; if they are not finite it changes nothing.
+    # One norm over all ranks and axes. The step scales the gradients; if they are not finite it changes
+    # nothing.
     grad_norm = optimizer.clip_grad_norm(max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
@@ -369,7 +373,8 @@ def train_step(
 
 
 def forward_backward(training: Training, microbatches: list[Batch], n_targets: int) -> Tensor:
-    """Forward and backward of all microbatches; gradients add up. Returns this rank's share of the mean loss."""
+    """Forward and backward of all microbatches; gradients add up. Returns this rank's share of the mean
+    loss."""
     if training.pipeline:  # stages and schedules: parallel/pipeline.py
         return training.pipeline.step(microbatches, n_targets)
     loss = torch.zeros((), device=training.device)
@@ -408,7 +413,7 @@ def count_targets(batches: list[Batch]) -> int:
     return sum(int((batch.labels != IGNORE).sum()) for batch in batches)
 
 
-# ---- What is chosen, what a checkpoint records, what is printed ------------------ ---------------------------
+# ---- What is chosen, what a checkpoint records, what is printed ------------------ -------------------------
 
 
 def choose(
@@ -417,8 +422,8 @@ def choose(
     """Choose what the user left open from the data and the hardware, with a reason for each choice."""
     train, data = cfg.train, cfg.data
     asked = OpenSettings.of(train, seq_len=data.seq_len)
-    footprint = Footprint(
-        Footprint.bytes_of(launch.take_device(), launch.ranks_per_host),
+    device_bytes = memory_of_rank(launch.take_device(), launch.ranks_per_host)
+    states = States(
         getattr(torch, train.dtype).itemsize,
         n_adapter=n_adapter_parameters(model, cfg.lora) if cfg.lora.rank else 0,
         offloads=cfg.memory.is_on and cfg.memory.resident != 1,
@@ -431,7 +436,7 @@ def choose(
         packing = Packing(seq_len, data.validation_share, train.seed)
         return PackedExamples(corpus, packing, pad_id, data.overlong, packed=data.packing)
 
-    return choose_settings(asked, model, corpus, pack, (resolved, is_open), footprint)
+    return choose_settings(asked, model, corpus, pack, (resolved, is_open), (device_bytes, states))
 
 
 def run_record(

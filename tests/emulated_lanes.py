@@ -1,13 +1,14 @@
 """A GPU's queues without a GPU: the chunk manager's lanes with the freedom of CUDA streams, or with a clock
 of their own.
 
-    QueuedLanes   what is given to a lane, or to the host's thread, runs as late as anybody lets it, or at random moments, but
-                  in the order and after the events that CUDA guarantees. A wait that is missing shows as a wrong number.
-    ClockLanes    everything runs at once, and takes the time it is said to take: who works when can be asserted.
+    QueuedLanes   what a lane or the host's thread is given runs as late as the waits allow, or at random
+                  moments, but in the order and after the events that CUDA guarantees. If a wait is missing, a
+                  number is wrong.
+    ClockLanes    everything runs at once and takes a given time, so that it can be asserted who works when.
 
-What the caller computes runs at once in both, as autograd does on a CPU: whether a lane waits for it long
-enough is not seen, nor whether a tensor lives until its last reader, as these queues keep what they were
-given.
+What the caller computes runs at once in both, as autograd does on a CPU. So it is not seen whether a lane
+waits long enough for the computation, nor whether a tensor lives until its last reader: these queues keep
+what they were given.
 """
 
 import random
@@ -22,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 class _Job:
-    """A piece of work in a queue; its own event, and of the host's thread its future."""
+    """A piece of work in a queue. It is its own event, and on the host's thread its own future."""
 
     def __init__(self, queue: "_Queue", work: Callable, after: Iterable = ()):
         self.queue, self.work, self.after = queue, work, tuple(after)
@@ -93,8 +94,8 @@ class _QueuedLane(Lane):
 
 
 class QueuedLanes(Lanes):
-    """seed: of the moments at which work runs; None: as late as can be. waits: what of (lane, its `after`) is
-    heeded."""
+    """seed: of the random moments at which work runs; None: it runs as late as possible. waits: which events
+    of a lane's `after` are respected."""
 
     def __init__(self, seed: int | None = None, waits: Callable = lambda lane, after: tuple(after)):
         self.queues: list[_Queue] = []
@@ -133,7 +134,7 @@ class _QueuedThread:
 
 
 class _Moment:
-    """An event of a ClockLanes, and a future of its thread: over at `end_s`."""
+    """An event of a ClockLanes, and a future of its thread; it happens at `end_s`."""
 
     def __init__(self, lanes: "ClockLanes", end_s: float):
         self.lanes, self.end_s = lanes, end_s
@@ -173,7 +174,8 @@ class _ClockLane(Lane):
 
 
 class ClockLanes(Lanes):
-    """seconds: of (name of the lane, what runs). The caller computes by `spend`."""
+    """seconds: how long a piece of work takes, by the name of the lane and of the work. The caller's own
+    computation takes time by `spend`."""
 
     def __init__(self, seconds: Callable[[str, str], float]):
         self.seconds, self.who, self.at = seconds, "caller", {"caller": 0.0, HOST_ADAM: 0.0}

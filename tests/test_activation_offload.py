@@ -1,4 +1,5 @@
-"""Offloaded block inputs: the same numbers bit for bit, and never more than two inputs on the device."""
+"""With offloaded block inputs all numbers are the same bit for bit, and at most two inputs are on the
+device."""
 
 import gc
 import weakref
@@ -43,7 +44,8 @@ def batches(n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def train(recompute: str, offload: bool, compiler: str | None = None, n_micros: int = 2, lanes=None):
-    """Two steps of `n_micros` microbatches each: (losses, gradients by name, the offload or None)."""
+    """Train two steps of `n_micros` microbatches each. Return losses, gradients by name, and the offload or
+    None."""
     model = Llama(CONFIG)
     apply_recompute(list(model.model.layers), recompute)
     for block in model.model.layers if compiler else ():
@@ -84,14 +86,14 @@ def test_copies_that_run_late_or_at_random_moments_change_no_bit(recompute):
 
 
 def test_where_backward_does_not_wait_for_a_copy_numbers_are_wrong():
-    """That the emulated queues see a missing wait."""
+    """The emulated queues notice a missing wait."""
     careless = lambda lane, after: [event if lane.own else DONE for event in after]
     ours, expected = train("full", True, lanes=QueuedLanes(waits=careless)), train("full", False)
     assert any(not torch.equal(ours[1][name], grad) for name, grad in expected[1].items())
 
 
 def test_the_block_inputs_are_really_gone_from_the_device():
-    """Not the ledger's word for it: the tensors themselves, by weak references."""
+    """Weak references show it of the tensors themselves."""
 
     def alive_after_forward(offload: bool) -> int:
         model, inputs = Llama(CONFIG), []
@@ -216,7 +218,7 @@ def test_too_many_or_too_large_inputs_are_named():
 
 
 class Views(nn.Module):
-    """Begins with a Linear, which saves a view of its input, and a product of slices; hands on what has other
+    """Begins with a Linear, which saves a view of its input, and a product of slices; its output has other
     strides."""
 
     def __init__(self, strides: str):
@@ -262,8 +264,8 @@ LAYOUTS = {
 
 
 def step_under(layout: dict, recompute: str, in_flight: int, offload: bool):
-    """On a rank: one step of 4 microbatches; (loss, local gradients by name, peak of inputs on the device,
-    most expected)."""
+    """Make one step of 4 microbatches on a rank. Return the loss, local gradients by name, and for each stage
+    the most inputs on the device at a time."""
     layout = ParallelConfig(**layout).resolve(torch.distributed.get_world_size())
     training = make_training(CONFIG, layout, 4, Computation(recompute=recompute))
     model = training.model
@@ -312,8 +314,8 @@ def test_every_layout_gives_the_same_bits_with_block_inputs_offloaded(name, reco
 
 
 class OfDTensors(nn.Module):
-    """A block that computes with its input as a DTensor, as others' tensor-parallel plans do: autograd saves
-    that."""
+    """A block that computes with its input as a DTensor, as other tensor-parallel plans do, so that autograd
+    saves the DTensor."""
 
     def __init__(self, mesh):
         super().__init__()

@@ -274,7 +274,7 @@ def refused(what):
         "memory": "pass memory.MemoryConfig",
         "attention_bias": "attention_bias=True",
         "strange model": "model is a Linear",
-        "adapter": "adapter.weight: only in it",
+        "adapter": "adapter.weight: unexpected",
         "frozen": "lm_head.weight: requires_grad is False",
         "stepped": "already stepped",
         "part": "leaves out 1 parameters",

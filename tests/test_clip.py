@@ -17,8 +17,8 @@ from dtensor_llama import LlamaConfig
 from dtensor_llama.model import Llama
 from dtensor_llama.optim import float64_norms
 from dtensor_llama.shards import local
-from memory import ChunkManager, MemoryConfig
-from memory.chunk import cut, find_managed
+from memory import ChunkManager, MemoryConfig, Overrides, TrainingLoop
+from memory.chunk import cut, find_params
 from parallel import Booster, ParallelConfig
 from parallel.clip import clip_grad_norm
 
@@ -70,10 +70,10 @@ def test_norms_of_no_tensors_and_of_empty_ones():
 
 def test_the_norm_does_not_depend_on_the_placement():
     norms = []
-    for placements in PLANS.values():
-        for arrivals in (1, 2):
+    for homes in PLANS.values():
+        for accumulation in (1, 2):
             sizes = {"sizes": (700, 700, 5), "chunk_elements": 2**17}
-            model, manager = managed(placements, arrivals=arrivals, **sizes)
+            model, manager = managed(homes, accumulation=accumulation, **sizes)
             model(torch.ones(3, 700)).backward()
             norms.append(manager.clip_grad_norm(1.0).item())
             manager.close()
@@ -169,7 +169,7 @@ def states_of(model: nn.Module, optimizer) -> list[torch.Tensor]:
     """Copies of this rank's weights, moments and step counts."""
     if hasattr(optimizer, "manager"):
         optimizer.manager.wait()
-        masters = [optimizer.manager.gather("master", one) for one in optimizer.manager.managed]
+        masters = [optimizer.manager.read_state("master", one) for one in optimizer.manager.params]
     else:
         masters = []
     kept = [optimizer.state[p] for p in model.parameters()]
@@ -178,12 +178,12 @@ def states_of(model: nn.Module, optimizer) -> list[torch.Tensor]:
 
 
 def one_step(
-    model, optimizer, seed: int, bad: float | None = None, max_norm: float = 0.5, arrivals: int = 1
+    model, optimizer, seed: int, bad: float | None = None, max_norm: float = 0.5, accumulation: int = 1
 ) -> float:
     """bad: what one element of the gradient is on the last rank, in its last microbatch."""
-    for micro in range(arrivals):
+    for micro in range(accumulation):
         x = torch.randn(4, 8, generator=torch.Generator().manual_seed(10 * seed + micro))
-        is_place = micro == arrivals - 1 and torch.distributed.get_rank() == 1
+        is_place = micro == accumulation - 1 and torch.distributed.get_rank() == 1
         model.layers[1].weight.bad = bad if is_place else None
         (model(x.to(next(model.parameters()).dtype)) * 10).backward()
     norm = clip_grad_norm(model.parameters(), max_norm, optimizer, in_step=is_fused(optimizer)).item()
@@ -203,7 +203,7 @@ def spoil(parameter: nn.Parameter) -> None:
         local(parameter.grad).view(-1)[3] = bad
 
 
-def build(placement: str, dtype: torch.dtype, arrivals: int, config=ON, lanes=None):
+def build(placement: str, dtype: torch.dtype, accumulation: int, config=ON, lanes=None):
     """Two ranks' model and optimizer: torch's AdamW, fused or not, or a chunk manager's."""
     model = tiny(sizes=(8, 33, 20, 6), dtype=torch.float32 if placement in ("fused", "foreach") else dtype)
     in_float32 = MixedPrecisionPolicy(reduce_dtype=torch.float32)
@@ -214,20 +214,22 @@ def build(placement: str, dtype: torch.dtype, arrivals: int, config=ON, lanes=No
     optimizer = adamw(model)
     if placement == "fused":
         return model, optimizer
-    sizes = [chunk.n for chunk in cut(find_managed(model, [model], optimizer), 64)]
+    sizes = [chunk.n for chunk in cut(find_params(model, [model], optimizer), 64)]
     plan = plan_of(sizes, PLANS[placement] * 2)
-    manager = ChunkManager(
-        model, optimizer, config, plan=plan, chunk_elements=64, arrivals=arrivals, lanes=lanes
-    )
+    loop = TrainingLoop(accumulation=accumulation)
+    manager = ChunkManager(model, optimizer, config, loop, overrides=Overrides(plan, 64, lanes))
     return model, manager.optimizer
 
 
 def nothing_changes(
-    placement: str, dtype: torch.dtype, arrivals: int, max_norm: float, bad: float, config=ON, lanes=None
+    placement: str, dtype: torch.dtype, accumulation: int, max_norm: float, bad: float, config=ON, lanes=None
 ) -> None:
     """On each of two ranks, of which one has the bad element."""
-    plant = {"arrivals": arrivals, "max_norm": max_norm}
-    runs = [build(placement, dtype, arrivals, config, lanes), build(placement, dtype, arrivals, config)]
+    plant = {"accumulation": accumulation, "max_norm": max_norm}
+    runs = [
+        build(placement, dtype, accumulation, config, lanes),
+        build(placement, dtype, accumulation, config),
+    ]
     for seed in range(2):
         assert len({one_step(*run, seed, **plant) for run in runs}) == 1
     before = states_of(*runs[0])
@@ -251,21 +253,23 @@ CASES = [
     ("fused", torch.float32, 1, math.inf),
     ("foreach", torch.float32, 1, 0.5),
     *(
-        (placement, dtype, arrivals, 0.5)
+        (placement, dtype, accumulation, 0.5)
         for placement in PLANS
         for dtype in (torch.float32, BF16)
-        for arrivals in (1, 2)
+        for accumulation in (1, 2)
     ),
     ("all three", BF16, 1, math.inf),
 ]
 
 
 def all_cases(bad: float) -> None:
-    for placement, dtype, arrivals, max_norm in CASES:
+    for placement, dtype, accumulation, max_norm in CASES:
         try:
-            nothing_changes(placement, dtype, arrivals, max_norm, bad)
+            nothing_changes(placement, dtype, accumulation, max_norm, bad)
         except AssertionError as error:
-            raise AssertionError(f"{placement}, {dtype}, {arrivals} arrivals, max_norm {max_norm}") from error
+            raise AssertionError(
+                f"{placement}, {dtype}, {accumulation} accumulation, max_norm {max_norm}"
+            ) from error
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])

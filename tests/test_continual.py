@@ -5,7 +5,7 @@ The weights are stories260K. The old domain is what they were trained on, as the
 temperature 1. The new one is Shakespeare. The last tenth of each is kept from the runs, and the losses are of
 that, by the exported models.
 
-    python -m pytest tests/test_continual.py -m 'slow or not slow' -s        the table of the README
+    python -m pytest tests/test_continual.py -m 'slow or not slow' -s        the table of docs/continual.md
 """
 
 import json

@@ -26,6 +26,7 @@ from dtensor_llama.optim import build_adamw
 from dtensor_llama.shards import local
 from parallel import ParallelConfig, context
 from parallel.apply import Computation
+from parallel.config import Job
 from parallel.explain import FP32, Run, explain
 from parallel.pipeline import SCHEDULES
 from parallel.schedule_clock import clock, draw, schedule_order
@@ -39,15 +40,15 @@ SMALL = LlamaConfig(
     num_attention_heads=4,
     num_key_value_heads=2,
 )
-N_MICROS, ROWS, SEQ_LEN = 2, 2, 16
+ROWS, SEQ_LEN = 2, 16
 CHUNK = 7 * 32  # elements of the loss's chunks: so small that there are several
 
 
 def build(run: Run):
-    computation = Computation(dtype=run.compute_dtype, recompute=run.recompute)
-    training = make_training(run.config, run.layout, run.n_micros, computation)
+    computation = Computation(dtype=run.compute_dtype, recompute=run.job.recompute)
+    training = make_training(run.config, run.layout, run.n_microbatches, computation)
     init_weights(training.model, seed=0)
-    tokens_and_labels = torch.randint(64, (2, run.n_micros, ROWS, run.seq_len // run.layout.cp))
+    tokens_and_labels = torch.randint(64, (2, run.n_microbatches, ROWS, run.job.seq_len // run.layout.cp))
     micros = [Batch(*micro, None) for micro in zip(*tokens_and_labels, strict=True)]
 
     def step(recorder: Recorder | None = None):
@@ -165,10 +166,10 @@ TRAFFIC = {  # ranks, layout, recompute
 }
 
 
-def small(ranks: int, layout: dict, recompute: str = "none", **more) -> Run:
-    return Run(
-        SMALL, ParallelConfig(**layout).resolve(ranks), SEQ_LEN, N_MICROS, ROWS, recompute=recompute, **more
-    )
+def small(ranks: int, layout: dict, recompute="none", model=SMALL, n_microbatches=2) -> Run:
+    resolved = ParallelConfig(**layout).resolve(ranks)
+    rows = n_microbatches * ROWS * resolved.dp
+    return Run(resolved, Job(model, SEQ_LEN, rows, ROWS, recompute=recompute))
 
 
 FAST = (
@@ -191,8 +192,7 @@ def traffic_case(name: str):
 @pytest.mark.parametrize("case", map(traffic_case, TRAFFIC))
 def test_the_collectives_of_a_step_are_those_explained(case, monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", CHUNK)
-    run = small(*TRAFFIC[case])
-    run = replace(run, config=replace(SMALL, tie_word_embeddings="tied" in case))
+    run = small(*TRAFFIC[case], model=replace(SMALL, tie_word_embeddings="tied" in case))
     for rank, (counts, sent) in enumerate(run_on(TRAFFIC[case][0], real_traffic, run)):
         told, told_bytes = Counter(), Counter()
         for row in explain(run, rank)["collectives"]:
@@ -247,12 +247,10 @@ WIDE = replace(SMALL, hidden_size=128, intermediate_size=352, vocab_size=128, nu
     [(1, {}), *((2, {"zero_stage": stage}) for stage in range(4)), (2, {"tp": 2}), (4, {"pp": 2})],
 )
 def test_bytes_and_shards_of_a_rank_are_those_explained(ranks, layout):
-    run = replace(
-        small(ranks, layout),
-        config=WIDE,
-        seq_len=4,  # few tokens: activations are not explained
-        **({"compute_dtype": torch.float32} if ranks == 1 else {}),
-    )  # what stays plain
+    run = small(ranks, layout, model=WIDE)
+    run = replace(run, job=replace(run.job, seq_len=4))  # few tokens: activations are not explained
+    if ranks == 1:
+        run = replace(run, compute_dtype=torch.float32)  # what stays plain
     for rank, (most, shapes) in enumerate(run_on(ranks, real_bytes, run)):
         facts = explain(run, rank)
         # the rest: gradients of a block on their way
@@ -288,7 +286,7 @@ def real_order(run: Run):
 
 @pytest.mark.parametrize("schedule", [pytest.param(name, marks=marks_for(name)) for name in SCHEDULES])
 def test_a_step_runs_in_the_order_explained(schedule):
-    run = replace(small(2, {"pp": 2, "schedule": schedule}), n_micros=4)
+    run = small(2, {"pp": 2, "schedule": schedule}, n_microbatches=4)
     events = run_on(2, real_order, run)[0]
     for pp_rank, work in enumerate(explain(run)["pipeline"]["work"]):
         told = [action for _, *action in work]
@@ -352,6 +350,7 @@ def test_what_pretrain_would_refuse_is_refused(flags, said):
 def test_70b_on_512_ranks_takes_seconds():
     began = time.process_time()
     layout = ParallelConfig(tp=8, pp=8, cp=2, schedule="interleaved-1f1b").resolve(512)
-    facts = explain(Run(LlamaConfig.preset("llama2-70b"), layout, 8192, 128, recompute="full"), rank=511)
+    job = Job(LlamaConfig.preset("llama2-70b"), 8192, 128 * layout.dp, recompute="full")
+    facts = explain(Run(layout, job), rank=511)
     assert time.process_time() - began < 10
     assert facts["n_parameters"] == 68_976_648_192 and facts["pipeline"]["bubble"] < 0.05

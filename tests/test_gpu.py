@@ -8,7 +8,18 @@ import torch
 from recipe import metrics, recipe
 from recipe import pretrain_flags as flags
 from test_memory_manager import CLIP, HYPER, chunk_of, exact
-from test_memory_parity import ON, PLANS, adamw, chunk_sizes, masters_of, plan_of, tiny, train, weights
+from test_memory_parity import (
+    ON,
+    PLANS,
+    SMALL_CHUNKS,
+    adamw,
+    chunk_sizes,
+    masters_of,
+    plan_of,
+    tiny,
+    train,
+    weights,
+)
 from torch.testing import assert_close
 
 from dtensor_llama import Llama, LlamaConfig, loss
@@ -16,7 +27,7 @@ from dtensor_llama.attention import Documents, attention, choose_attention
 from dtensor_llama.checkpoint import Checkpointer, SavedWeights, training_state
 from dtensor_llama.model import KVCache, init_weights
 from dtensor_llama.optim import build_adamw, float64_norms
-from memory import ChunkManager, Placement
+from memory import ChunkManager, Home, Overrides, TrainingLoop
 from memory.chunk import GIB
 from memory.kernel import Kernel, join_master, split_master
 from parallel import ParallelConfig, build_mesh
@@ -152,9 +163,8 @@ def test_every_placement_on_a_gpu_equals_torchs_adamw(plan, max_norm, kernel):
                 model,
                 optimizer,
                 replace(ON, kernel=kernel),
-                plan=placements,
-                chunk_elements=64,
-                clips=max_norm is not None,
+                TrainingLoop(clips=max_norm is not None),
+                overrides=Overrides(placements, 64),
             )
             optimizer = manager.optimizer
         train(model, optimizer, 20, max_norm=max_norm)
@@ -206,7 +216,8 @@ def large(placements, device: str, clips: bool, one_at_a_time: bool) -> list[tor
     )
     optimizer = adamw(model)
     plan = plan_of(chunk_sizes(model, optimizer, 2**20), placements)
-    manager = ChunkManager(model, optimizer, ON, plan=plan, chunk_elements=2**20, clips=clips)
+    overrides = Overrides(plan, 2**20)
+    manager = ChunkManager(model, optimizer, ON, TrainingLoop(clips=clips), overrides=overrides)
 
     def pause() -> None:
         if one_at_a_time:
@@ -233,7 +244,7 @@ def large(placements, device: str, clips: bool, one_at_a_time: bool) -> list[tor
 def test_nothing_depends_on_how_far_the_streams_have_come(plan, clips):
     """Copies take long here, so that a stream that does not await the computation, or memory that is let go
     of too early, is a wrong number: what queues without a GPU cannot show (tests/emulated_lanes.py)."""
-    n, (r, s, c) = 48, Placement
+    n, (r, s, c) = 48, Home
     placements = {
         "resident": [r] * n,
         "stream": [s] * n,
@@ -248,7 +259,7 @@ def test_nothing_depends_on_how_far_the_streams_have_come(plan, clips):
 def test_a_device_budget_binds_the_allocator_until_the_manager_is_closed():
     model = tiny().cuda()
     optimizer = adamw(model)
-    manager = ChunkManager(model, optimizer, replace(ON, device_budget_gib=0.5), chunk_elements=64)
+    manager = ChunkManager(model, optimizer, replace(ON, device_budget_gib=0.5), overrides=SMALL_CHUNKS)
     with pytest.raises(torch.OutOfMemoryError):
         torch.empty(2**30, dtype=torch.uint8, device="cuda")
     manager.close()
@@ -266,7 +277,7 @@ def test_a_checkpoint_holds_the_masters_whether_the_host_has_room_for_a_copy_or_
     manager = ChunkManager(model, build_adamw(model, 1e-3, 0.1), replace(ON, resident=0, cpu=1))
     init_weights(manager.masters(), seed=0)
     if not has_room:
-        budget_gib = manager.needed(manager.plan)["host"] / GIB
+        budget_gib = manager.bytes_needed(manager.plan)["host"] / GIB
         manager.config = replace(manager.config, host_budget_gib=budget_gib)
     assert manager.stages_checkpoints() == has_room
     saver = Checkpointer(tmp_path)

@@ -311,11 +311,11 @@ def test_one_axis_may_be_what_is_left_over(sizes, world, resolved):
 @pytest.mark.parametrize(
     "sizes,world,said",
     [
-        ({"dp_shard": 4}, 2, "--parallel.dp-shard 4"),
-        ({"tp": 3}, 4, "--parallel.tp 3"),
-        ({"tp": 0}, 1, "--parallel.tp 0"),
-        ({"tp": -1}, 4, "--parallel.dp-shard and --parallel.tp"),
-        ({"dp_shard": 1}, 2, "one process needs 1"),
+        ({"dp_shard": 4}, 2, "dp_shard=4, which needs exactly 4"),
+        ({"tp": 3}, 4, "tp=3, which needs a multiple of 3"),
+        ({"tp": 0}, 1, "tp=0 is not possible"),
+        ({"tp": -1}, 4, "dp_shard=-1 and tp=-1 cannot both"),
+        ({"dp_shard": 1}, 2, "a mesh of size 1, which needs exactly 1"),
     ],
 )
 def test_a_layout_that_does_not_fit_the_processes_is_refused(sizes, world, said):

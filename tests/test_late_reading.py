@@ -159,3 +159,12 @@ def test_as_many_bad_steps_as_allowed_are_left_out_by_a_run(inputs, tmp_path):
     ]
     # of 400 tokens none is likelier: no step
     assert [row["loss"] for row in rows] == pytest.approx([math.log(400)] * 3)
+
+
+def test_bad_steps_in_a_row_are_counted_over_a_resumption(inputs, tmp_path):
+    model = weights_without_a_norm(inputs, tmp_path / "model")
+    more = "--model", model, "--train.skip-nonfinite", 3, "--checkpoint.every", 1, "--train.min-lr", 0.01
+    assert recipe("pretrain", *pretrain_flags(inputs, tmp_path / "run", *more, steps=2)).status == 0
+    ended = recipe("pretrain", *pretrain_flags(inputs, tmp_path / "run", *more, steps=8), ranks=2)
+    assert ended.status == 2 and "step 4 is nan after 3 others in a row" in ended.err, ended
+    assert [row["skipped_steps"] for row in metrics(tmp_path / "run")] == [1, 2, 3]

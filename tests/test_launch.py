@@ -29,13 +29,13 @@ from dtensor_llama import Llama, LlamaConfig, UsageError  # noqa: E402
 from dtensor_llama.chat.lora import apply_lora, n_adapter_parameters  # noqa: E402
 from dtensor_llama.cli import parse_cli  # noqa: E402
 from dtensor_llama.optim import build_adamw  # noqa: E402
-from memory import ChunkManager  # noqa: E402
+from memory import ChunkManager, Machine, TrainingLoop  # noqa: E402
 from memory.chunk import GIB  # noqa: E402
 from memory.tracer import Rates  # noqa: E402
 from parallel import build_mesh, parallelize  # noqa: E402
 from parallel.config import Job, check_parallel  # noqa: E402
 from parallel.explain import pretend  # noqa: E402
-from parallel.fit import fit  # noqa: E402
+from parallel.fit import States, choose_open  # noqa: E402
 
 RECIPES = {"pretrain": pretrain.PretrainConfig}
 if (ROOT / "recipes/sft.py").exists():
@@ -60,20 +60,6 @@ def parsed(recipe: str, size: str, gpu: str, gpus: int):
     layout, config = cfg.parallel.resolve(gpus), LlamaConfig.preset(cfg.model)
     pretrain.check_numbers(cfg)
     cfg.memory.check()
-    if recipe == "sft":  # refuses what it does not think fits
-        fit(
-            config,
-            layout,
-            GPUS[gpu] * GIB,
-            T,
-            cfg.train.global_batch_size // layout.pp,
-            tries_tp=False,
-            recompute=cfg.train.recompute,
-            micro_batch_size=cfg.train.micro_batch_size,
-            itemsize=2,
-            n_adapter=n_adapter_parameters(config, cfg.lora) if cfg.lora.rank else 0,
-            offloads=cfg.memory.is_on,
-        )
     job = Job(
         config,
         cfg.data.seq_len,
@@ -84,6 +70,10 @@ def parsed(recipe: str, size: str, gpu: str, gpus: int):
         compile=cfg.train.compile,
         device_type="cuda",
     )
+    if recipe == "sft":  # it refuses what it does not expect to fit
+        n_adapter = n_adapter_parameters(config, cfg.lora) if cfg.lora.rank else 0
+        states = States(itemsize=2, n_adapter=n_adapter, offloads=cfg.memory.is_on)
+        choose_open(job, layout, GPUS[gpu] * GIB, states, tries_tp=False)
     return cfg, layout, check_parallel(layout, job)
 
 
@@ -155,9 +145,8 @@ def test_model_mesh_and_optimizer_are_built_at_full_size_and_a_rank_fits_its_gpu
         if cfg.memory.is_on:  # it refuses at once what its budgets cannot hold
             config_here = replace(cfg.memory, kernel="blocks")  # a compiled one would run, to be warm
             with FakeTensorMode(allow_non_fake_inputs=True):  # what it allocates has sizes, no memory
-                manager = ChunkManager(
-                    model, optimizer, config_here, parts=parts, arrivals=n_micros, rates=Rates(*RATES)
-                )
+                loop, machine = TrainingLoop(parts, n_micros), Machine(rates=Rates(*RATES))
+                manager = ChunkManager(model, optimizer, config_here, loop, machine)
             manager.lanes.thread.shutdown()
             optimizer = manager.optimizer
             assert (

@@ -125,7 +125,12 @@ def test_torchrun_ends_with_status_0():
         "recipes/lessons/04_tensor_parallel.py",
     ]
     ended = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=180, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert ended.returncode == 0, ended
     assert "proven: an MLP cut over 2 ranks" in ended.stdout

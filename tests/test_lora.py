@@ -28,7 +28,7 @@ from dtensor_llama.model import init_weights
 from parallel import ParallelConfig
 from parallel.apply import Computation
 from parallel.clip import clip_grad_norm
-from parallel.config import check_parallel
+from parallel.config import Job, check_parallel
 
 LORA = LoraConfig(rank=4, alpha=8)
 SHAPES = {
@@ -49,7 +49,7 @@ def three_steps(
     """Train the adapters on the ranks of the default group; export merged and unmerged into `out`."""
     config = SHAPES[shape]
     layout = layout.resolve(dist.get_world_size())
-    n_micros = check_parallel(layout, config, 32, ROWS, micro, recompute=recompute)
+    n_micros = check_parallel(layout, Job(config, 32, ROWS, micro, recompute=recompute))
     with torch.device("meta"):
         model = Llama(config)
     apply_lora(model, LORA, frozen_dtype=dtype)

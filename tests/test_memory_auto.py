@@ -1,5 +1,5 @@
-"""Placement auto: traced, planned within the budgets, planned again when it was wrong; the numbers stay
-torch's AdamW's."""
+"""Placement auto traces, plans within the budgets, and plans again when it was wrong; the numbers stay those
+of torch's AdamW."""
 
 import json
 from unittest import mock
@@ -8,18 +8,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from pool import run_on
+from test_memory_parity import SMALL_CHUNKS, of_torch, tiny, train, weights
 from test_memory_parity import adamw as torchs_adamw
-from test_memory_parity import of_torch, tiny, train, weights
 
 from dtensor_llama import UsageError
-from memory import ChunkManager, MemoryConfig, Placement
+from memory import ChunkManager, Home, Machine, MemoryConfig
 from memory.auto import WARM_UP_STEPS
 from memory.chunk import GIB
 from memory.tracer import Counters, Rates, Usage
 
-RATES = Rates(
-    h2d=1e9, d2h=1e9, duplex=2e9, dram=1e10, dram_under_dma=1e10, host_adam={1: 1e8}, device_adam=1e9
-)
+RATES = Rates(h2d=1e9, d2h=1e9, duplex=2e9, dram=1e10, dram_under_dma=1e10, host_adam=1e8, device_adam=1e9)
 NOTHING_ELSE = Counters(Usage, lambda: None)
 
 
@@ -30,9 +28,8 @@ def managed(counters=NOTHING_ELSE, said=None, **config):
             model,
             torchs_adamw(model),
             MemoryConfig("auto", kernel="blocks", **config),
-            rates=RATES,
-            say=(said if said is not None else []).append,
-            chunk_elements=64,
+            machine=Machine(rates=RATES, say=(said if said is not None else []).append),
+            overrides=SMALL_CHUNKS,
         )
     return model, manager
 
@@ -42,15 +39,15 @@ def bytes_of(model) -> int:
 
 
 def trained(device_share: float) -> tuple:
-    """20 steps with a device budget of a share of what all-resident takes."""
+    """Train 20 steps with a device budget that is a share of what an all-resident plan takes."""
     said: list[str] = []
     whole = bytes_of(tiny()) * 4 / 0.97
     model, manager = managed(said=said, device_budget_gib=whole * device_share / GIB, host_budget_gib=0.1)
     train(model, manager.optimizer, WARM_UP_STEPS, max_norm=0.1)
-    placements = manager.plan.placements
+    homes = manager.plan.homes
     train_rest(model, manager.optimizer)
     manager.close()
-    return weights(model), placements, manager.ledger.peak, int(whole * device_share), said
+    return weights(model), homes, manager.ledger.peak, int(whole * device_share), said
 
 
 def train_rest(model, optimizer):
@@ -64,18 +61,16 @@ def train_rest(model, optimizer):
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize(
-    "share,kinds", [(2.0, {Placement.RESIDENT}), (0.75, {Placement.RESIDENT, Placement.CPU})]
-)
+@pytest.mark.parametrize("share,kinds", [(2.0, {Home.RESIDENT}), (0.75, {Home.RESIDENT, Home.CPU})])
 def test_after_the_warm_up_chunks_are_where_the_budget_lets_them_and_nothing_else_changes(share, kinds):
-    ((ours, placements, peak, budget, said),) = run_on(1, trained, share)
-    assert set(placements) - {Placement.STREAM} == kinds and said[1].startswith("memory plan, auto")
+    ((ours, homes, peak, budget, said),) = run_on(1, trained, share)
+    assert set(homes) - {Home.STREAM} == kinds and said[1].startswith("memory plan, auto")
     assert peak["device"] <= budget
     torch.testing.assert_close(ours, of_torch(20, max_norm=0.1), rtol=1e-6, atol=1e-7)
 
 
 def drifting() -> list[str]:
-    """An update 100 times slower than predicted, as the host's clock has it."""
+    """Report an update that is 100 times slower than predicted, and return what the manager printed."""
     said: list[str] = []
     model, manager = managed(said=said, device_budget_gib=bytes_of(tiny()) * 2.5 / GIB, host_budget_gib=0.1)
     train(model, manager.optimizer, WARM_UP_STEPS)
@@ -92,7 +87,7 @@ def test_an_update_far_from_its_prediction_is_planned_again_once():
     (said,) = run_on(1, drifting)
     assert (
         len(said) == 4
-        and "planned again: the update took" in said[2]
+        and "planned again, because the update took" in said[2]
         and said[3].startswith("memory plan, auto")
     ), said
 
@@ -106,7 +101,7 @@ def one_rank_has_less_room():
     )
     train(model, manager.optimizer, WARM_UP_STEPS)
     manager.close()
-    return [placement.value for placement in manager.plan.placements], manager.plan.other_device_bytes
+    return [placement.value for placement in manager.plan.homes], manager.plan.other_device_bytes
 
 
 def test_ranks_agree_on_the_highest_peak():
@@ -115,7 +110,7 @@ def test_ranks_agree_on_the_highest_peak():
 
 
 def too_many_activations() -> tuple[str, float, list[str]]:
-    """What is said, how far weights moved, and which hooks of the tracer are left."""
+    """Return the refusal, how far weights moved, and the hooks of the tracer that are left."""
     activations = Counters(lambda: Usage(peak=100_000), lambda: None)
     model, manager = managed(activations, device_budget_gib=50_000 / GIB)
     before = weights(model)
@@ -129,8 +124,8 @@ def too_many_activations() -> tuple[str, float, list[str]]:
 def test_what_cannot_fit_is_refused_with_the_nearest_budget_before_any_weight_has_changed():
     ((said, moved, hooks),) = run_on(1, too_many_activations)
     assert (
-        said.startswith("--memory.device-budget-gib")
-        and "nearest that works is --memory.device-budget-gib 0.0001" in said
+        said.startswith("device_budget_gib=")
+        and "nearest setting that works is device_budget_gib=0.0001" in said
     )
     assert moved == 0 and hooks == []
     with pytest.raises(UsageError, match="besides activations; use that much and what activations need"):
@@ -165,7 +160,7 @@ LITTLE = 12_885 + 3 * 4 * 33 * 20
 
 
 def only_one_rank_has_no_room() -> str:
-    """Room for the warm-up on both, of which one has little on the host; then activations are seen."""
+    """Both ranks have room for the warm-up, one of them little on the host; then activations are seen."""
     activations, little = Counters(lambda: Usage(peak=1000), lambda: None), LITTLE / GIB
     model, manager = managed(
         activations, device_budget_gib=10_400 / GIB, host_budget_gib=1.0 if dist.get_rank() else little
@@ -178,4 +173,4 @@ def only_one_rank_has_no_room() -> str:
 
 def test_what_one_rank_refuses_ends_all():
     one, other = run_on(2, only_one_rank_has_no_room, timeout=30)
-    assert f"--memory.host-budget-gib {LITTLE / GIB:.4g}" in one and "another rank" in other, (one, other)
+    assert f"host_budget_gib={LITTLE / GIB:.4g}" in one and "another rank" in other, (one, other)

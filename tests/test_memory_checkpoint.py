@@ -1,4 +1,5 @@
-"""Checkpoints of a chunk manager: exact, under any plan and layout, and those of torch's AdamW."""
+"""Checkpoints of a chunk manager are exact under any plan and layout, and exchangeable with those of
+AdamW."""
 
 import pytest
 import torch
@@ -12,21 +13,21 @@ from training import forward_backward, make_training
 from dtensor_llama.checkpoint import Checkpointer, Deferred, restore_training_state, training_state
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import init_weights
-from memory.chunk import like
+from memory.chunk import from_local_like
 from parallel import ParallelConfig
 
 MICRO = 2
 
 
 def whole(model, optimizer) -> dict:
-    """Masters, moments, steps and settings of this rank's parameters, gathered."""
+    """Return whole masters, moments, steps and settings of this rank's parameters."""
     state = training_state(model, optimizer)
     values = {
         f"{kind}.{name}": value for kind in ("model", "optimizer") for name, value in state[kind].items()
     }
     for name, value in values.items():
         if isinstance(value, Deferred):
-            value = like(value.like, value.read())
+            value = from_local_like(value.like, value.read())
         values[name] = value.full_tensor() if isinstance(value, DTensor) else value
     return values
 

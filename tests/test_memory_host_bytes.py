@@ -1,5 +1,5 @@
-"""The host memory that a plan states is the memory that the process takes: in starting, loading, exporting,
-checkpointing."""
+"""The host memory that a plan states is the memory that the process takes when it starts, loads, exports and
+writes checkpoints."""
 
 import ctypes
 import gc
@@ -17,12 +17,12 @@ from dtensor_llama import Llama, LlamaConfig, load_hf, save_hf
 from dtensor_llama.checkpoint import Checkpointer, restore_training_state, training_state
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
-from memory import ChunkManager, MemoryConfig, Placement
+from memory import ChunkManager, Home, MemoryConfig, Overrides
 from memory.chunk import CHUNK_ELEMENTS, GIB
-from memory.placement import auto_plan
+from memory.placement import ChunkSizes, auto_plan
 from memory.tracer import Rates, Traced
 
-RESIDENT, STREAM, CPU = Placement
+RESIDENT, STREAM, CPU = Home
 # One layer as wide as those of 7B: 105M parameters. Smaller matrices would say less of the plan and more of
 # malloc, which keeps freed blocks of less than 32 MB.
 CONFIG = LlamaConfig(
@@ -43,7 +43,7 @@ def resident_bytes() -> int:
 
 
 def peak_bytes(work) -> int:
-    """The most resident memory while `work` runs."""
+    """Return the most resident memory while `work` runs."""
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     work()
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
@@ -60,7 +60,8 @@ def manager_of(plan: str) -> ChunkManager:
     optimizer = build_adamw(model, lr=1e-3, weight_decay=0.1)
     sizes = chunk_sizes(model, optimizer, CHUNK)
     config = MemoryConfig("static", 1, 0, 0, kernel="blocks")
-    return ChunkManager(model, optimizer, config, plan=plan_of(sizes, PLANS[plan]), chunk_elements=CHUNK)
+    overrides = Overrides(plan_of(sizes, PLANS[plan]), CHUNK)
+    return ChunkManager(model, optimizer, config, overrides=overrides)
 
 
 def allow_host(manager: ChunkManager, n_bytes: float | None) -> None:
@@ -68,14 +69,14 @@ def allow_host(manager: ChunkManager, n_bytes: float | None) -> None:
 
 
 def stated(manager: ChunkManager) -> int:
-    """What the plan states for both accounts, which are one RAM here, without the gradients, which no phase
-    below has."""
-    gradients = sum(2 * chunk.n for chunk in manager.chunks if chunk.placement is not CPU)
-    return sum(manager.needed(manager.plan).values()) - gradients
+    """Return what the plan states for both accounts, which share one RAM here, without the gradients, which
+    no phase below has."""
+    gradients = sum(2 * chunk.n for chunk in manager.chunks if chunk.home is not CPU)
+    return sum(manager.bytes_needed(manager.plan).values()) - gradients
 
 
 def measure(plan: str) -> dict[str, tuple[int, int]]:
-    """Phase -> (bytes that the plan states, bytes that came on top of an idle process)."""
+    """Return for each phase the bytes that the plan states, and those that an idle process did not have."""
     phases = {}
     with tempfile.TemporaryDirectory() as folder:
         # what is imported on first use
@@ -95,7 +96,7 @@ def measure(plan: str) -> dict[str, tuple[int, int]]:
             init_weights(manager.masters(), seed=0)
 
         note("initialise", start)
-        allow_host(manager, manager.needed(manager.plan)["host"])  # the budget ends where the plan does
+        allow_host(manager, manager.bytes_needed(manager.plan)["host"])  # the budget ends where the plan does
         assert not manager.stages_checkpoints()
         note("export", lambda: save_hf(manager.masters(), Path(folder, "hf"), dtype=torch.bfloat16))
         note("load", lambda: load_hf(manager.masters(), Path(folder, "hf")))
@@ -134,7 +135,7 @@ def test_resident_memory_is_within_3_percent_of_what_the_plan_states(plan):
 
 
 def test_13b_starts_and_checkpoints_on_one_h200_and_a_host_of_128_gib():
-    """By the plan's own arithmetic: the fastest plan of 13B on 139 GiB of device and 128 GiB of host holds
+    """By the plan's own arithmetic, the fastest plan of 13B on 139 GiB of device and 128 GiB of host holds
     all that starting, exporting and checkpointing take, and would not with a second copy of the masters, let
     alone of all states."""
     with torch.device("meta"):
@@ -148,19 +149,14 @@ def test_13b_starts_and_checkpoints_on_one_h200_and_a_host_of_128_gib():
         duplex=100e9,
         dram=200e9,
         dram_under_dma=200e9,
-        host_adam={13: 7e9},
+        host_adam=7e9,
         device_adam=150e9,
     )
     traced = Traced(
         non_model_peak_bytes=12 * GIB, forward_seconds=0.7, backward_seconds=2.1, host_bytes=passing
     )
-    plan = auto_plan(
-        sizes,
-        device_budget_bytes=int(139.8 * GIB),
-        host_budget_bytes=int(0.9 * 120 * GIB),
-        rates=rates,
-        traced=traced,
-    )
+    budgets = {"device": int(139.8 * GIB), "host": int(0.9 * 120 * GIB)}
+    plan = auto_plan(ChunkSizes(tuple(sizes)), budgets, rates, traced)
     host = sum(plan.host_bytes.values())
     assert host <= 0.9 * 120 * GIB  # what a host of 128 GiB has free, less a tenth
     assert plan.host_bytes["other"] == passing < 2 * GIB

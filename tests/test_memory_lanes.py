@@ -1,5 +1,5 @@
-"""The chunk manager on queues that run late, as a GPU's do: no wait is missing. And on a clock of its own:
-who works when."""
+"""On queues that run late, as those of a GPU do, the chunk manager misses no wait; on a clock of its own each
+lane works when it should."""
 
 from dataclasses import replace
 
@@ -10,21 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_memory_parity import ON, PLANS, N, managed, train, weights
 
-from memory import ChunkManager, Placement
+from memory import ChunkManager, Home, Overrides, TrainingLoop
+from memory.home import StateFormat
 from memory.lanes import DONE, HOST_ADAM
-from memory.placement import Widths, lay_out, predict, static_plan
+from memory.placement import ChunkSizes, Split, lay_out, predict, static_plan
 from memory.tracer import Rates, Traced
 
-RESIDENT, STREAM, CPU = Placement
+RESIDENT, STREAM, CPU = Home
 BF16 = torch.bfloat16
 
 
 # ---- no wait is missing ----
 
 
-def trained(placements, lanes=None, steps=4, micros=1, clips=True, dtype=torch.float32) -> torch.Tensor:
-    """Weights after some steps; between two of them layers run without training, and a checkpoint is read."""
-    model, manager = managed(placements, dtype=dtype, arrivals=micros, clips=clips, lanes=lanes)
+def trained(homes, lanes=None, steps=4, micros=1, clips=True, dtype=torch.float32) -> torch.Tensor:
+    """Return the weights after some steps. Between them layers run without training, and a checkpoint is
+    read."""
+    model, manager = managed(homes, dtype=dtype, accumulation=micros, clips=clips, lanes=lanes)
     for i in range(steps):
         train(model, manager.optimizer, 1, max_norm=0.5 if clips else None, micros=micros)
         if i == 1:
@@ -49,15 +51,15 @@ def test_queues_that_run_as_late_as_can_be_change_no_bit(plan, micros, clips, dt
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(
-    st.lists(st.sampled_from(list(Placement)), min_size=N, max_size=N),
+    st.lists(st.sampled_from(list(Home)), min_size=N, max_size=N),
     st.integers(0, 2**32),
     st.integers(1, 2),
     st.booleans(),
     st.sampled_from([torch.float32, BF16]),
 )
-def test_queues_that_run_at_random_moments_change_no_bit(placements, seed, micros, clips, dtype):
+def test_queues_that_run_at_random_moments_change_no_bit(homes, seed, micros, clips, dtype):
     how = dict(micros=micros, clips=clips, dtype=dtype)
-    assert torch.equal(trained(placements, QueuedLanes(seed), **how), trained(placements, **how))
+    assert torch.equal(trained(homes, QueuedLanes(seed), **how), trained(homes, **how))
 
 
 SEEDS = (None, *range(8))
@@ -65,7 +67,7 @@ SEEDS = (None, *range(8))
 
 @pytest.mark.parametrize("lane,nth", [("h2d", 0), ("device adam", 0), ("d2h", 0)])
 def test_without_one_of_the_waits_of_stream_numbers_are_wrong(lane, nth):
-    """That the emulation sees a missing wait. nth: of the events that a lane waits for."""
+    """The emulation notices a missing wait. nth: which of the events that a lane waits for is left out."""
 
     def careless(asking, after):
         return tuple(
@@ -85,14 +87,16 @@ def test_without_one_of_the_waits_around_the_hosts_step_numbers_are_wrong(event)
         model, manager = managed(PLANS["cpu"], lanes=QueuedLanes(seed), clips=clips)
         step = manager._step_host
 
-        def hasty(chunk, runs, weights, clip, clip_arrived, turn, manager=manager, step=step):
-            chunk.arrived = [] if event == "gradient" else chunk.arrived
-            manager._sent = [DONE] * len(manager._sent) if event == "outbox" else manager._sent
-            step(chunk, runs, weights, clip, DONE if event == "clip" else clip_arrived, turn)
+        def hasty(chunk, runs, weights, clip, clip_copied, turn, manager=manager, step=step):
+            chunk.grads_copied = [] if event == "gradient" else chunk.grads_copied
+            manager._buffer_sent = (
+                [DONE] * len(manager._buffer_sent) if event == "outbox" else manager._buffer_sent
+            )
+            step(chunk, runs, weights, clip, DONE if event == "clip" else clip_copied, turn)
 
         manager._step_host = hasty
         if event == "weights":  # the gate lets a layer in when the host is done, before they have come
-            manager._enter = lambda chunks, ones, gathers: (
+            manager._before_forward = lambda chunks, ones, gathers: (
                 [chunk.job and chunk.job.result() for chunk in chunks] and None
             )
         try:
@@ -110,7 +114,7 @@ def test_without_one_of_the_waits_around_the_hosts_step_numbers_are_wrong(event)
 
 
 class Layers(torch.nn.Module):
-    """L layers of one chunk each; on the clock a forward of one takes F seconds, its backward B."""
+    """Layers of one chunk each; on the clock a layer takes forward_s and backward_s seconds."""
 
     def __init__(self, n_layers: int, lanes: ClockLanes, forward_s: float, backward_s: float):
         super().__init__()
@@ -127,22 +131,16 @@ class Layers(torch.nn.Module):
         return x.sum()
 
 
-def clocked(placements, seconds: dict, forward_s=1.0, backward_s=2.0, steps=3, clips=True):
-    """The model, its manager, and of the last step but one: the moment of `step` and the events from there
-    on."""
+def clocked(homes, seconds: dict, forward_s=1.0, backward_s=2.0, steps=3, clips=True):
+    """Return the model, the events from the last call of `step` on, and the moment of that call."""
     lanes = ClockLanes(
         lambda lane, what: next((s for key, s in seconds.items() if f"{lane} {what}".startswith(key)), 0.0)
     )
-    model = Layers(len(placements), lanes, forward_s, backward_s)
-    manager = ChunkManager(
-        model,
-        torch.optim.AdamW(model.parameters(), lr=1e-3),
-        ON,
-        chunk_elements=64,
-        lanes=lanes,
-        plan=replace(static_plan([64] * len(placements), 1, 0, 0), placements=tuple(placements)),
-        clips=clips,
-    )
+    model = Layers(len(homes), lanes, forward_s, backward_s)
+    plan = replace(static_plan(ChunkSizes((64,) * len(homes)), 1, 0, 0), homes=tuple(homes))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    overrides = Overrides(plan, 64, lanes)
+    manager = ChunkManager(model, optimizer, ON, TrainingLoop(clips=clips), overrides=overrides)
     for _ in range(steps):
         model(torch.ones(1, 8)).backward()
         if clips:
@@ -156,7 +154,7 @@ def clocked(placements, seconds: dict, forward_s=1.0, backward_s=2.0, steps=3, c
 
 
 def of_chunk(events, lane: str, what: str = "chunk") -> dict[int, tuple[float, float]]:
-    """Start and end by chunk."""
+    """Return start and end of each chunk's work on a lane."""
     return {
         int(said.split()[-1]): (start, end)
         for said, its_lane, start, end in events
@@ -176,15 +174,15 @@ def test_the_host_steps_in_forward_order_and_each_layer_begins_when_its_own_weig
 
 
 def test_residents_are_ready_at_once_and_hide_the_updates_of_later_layers():
-    placements = [RESIDENT] * 3 + [CPU] * 3
-    model, events, stepped_s = clocked(placements, {HOST_ADAM: 1.0, "device adam": 0.1})
+    homes = [RESIDENT] * 3 + [CPU] * 3
+    model, events, stepped_s = clocked(homes, {HOST_ADAM: 1.0, "device adam": 0.1})
     assert of_chunk(events, "device adam")[2][1] == pytest.approx(stepped_s + 0.3)
     # the forward is never held up
     assert model.began_s == pytest.approx([stepped_s + 0.3 + i for i in range(6)])
 
 
 def test_both_engines_work_at_once_and_the_ring_overlaps_its_copies_with_its_steps(monkeypatch):
-    """Of 12 chunks 6 pass through the ring, at 1 s a copy and 0.5 s a step, while the host steps the others
+    """6 of 12 chunks pass through the ring, at 1 s a copy and 0.5 s a step, while the host steps the others
     at 1 s each."""
     # gradients in use are not those on their way: nobody waits
     monkeypatch.setattr("memory.manager.IN_FLIGHT_BYTES", 0)
@@ -211,20 +209,20 @@ def test_without_clipping_the_update_begins_in_backward():
 
 @pytest.mark.parametrize("n_resident,n_stream", [(0, 0), (8, 0), (0, 20), (10, 10), (40, 0), (5, 35)])
 def test_a_step_takes_as_long_as_the_plan_predicts(n_resident, n_stream, n=40):
-    """Rates that the clock has too; what the prediction leaves out is the ends of the pipes: a few chunks'
-    worth."""
-    widths = Widths.of(4, sums=False)
+    """The plan is given the rates of the clock. It leaves out how the pipes fill and drain: a few chunks'
+    time."""
+    state = StateFormat(torch.float32)
     rates = Rates(
         h2d=64 * 16,
         d2h=64 * 16,
         duplex=1e9,
         dram=1e9,
         dram_under_dma=1e9,
-        host_adam={1: 64},
+        host_adam=64,
         device_adam=64 / 0.02,
     )
     traced = Traced(0, forward_seconds=n * 0.5, backward_seconds=n * 1.0)
-    copy_s = 64 * widths.states / rates.h2d
+    copy_s = 64 * state.state_bytes / rates.h2d
     seconds = {
         "h2d chunk": copy_s,
         "d2h chunk": copy_s,
@@ -232,11 +230,11 @@ def test_a_step_takes_as_long_as_the_plan_predicts(n_resident, n_stream, n=40):
         HOST_ADAM: 1.0,
         "device adam": 0.02,
     }
-    placements = lay_out(n, n_resident, n_stream)
-    model, events, stepped_s = clocked(placements, seconds, forward_s=0.5, backward_s=1.0)
+    homes = lay_out(n, n_resident, n_stream)
+    model, events, stepped_s = clocked(homes, seconds, forward_s=0.5, backward_s=1.0)
     took = n * 1.0 + model.began_s[-1] + 0.5 - stepped_s
     x_r, x_s = 64 * n_resident, 64 * n_stream
-    predicted = predict(x_r, x_s, 64 * n - x_r - x_s, rates, traced, widths)["step"]
+    predicted = predict(Split(x_r, x_s, 64 * n - x_r - x_s), state, rates, traced)["step"]
     assert predicted * 0.95 <= took <= predicted * 1.10
 
 

@@ -1,4 +1,4 @@
-"""The chunk manager under every kind of layout: the numbers of one process with torch's AdamW."""
+"""Under every kind of layout the chunk manager gives the numbers of one process with torch's AdamW."""
 
 import functools
 import random
@@ -21,7 +21,7 @@ from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
 from dtensor_llama.shards import local
-from memory import ChunkManager, MemoryConfig, Placement
+from memory import ChunkManager, Home, MemoryConfig, Overrides, TrainingLoop
 from parallel import ParallelConfig, build_mesh, parallelize
 from parallel.apply import Computation
 from parallel.assemble import Training
@@ -42,8 +42,8 @@ def start(
     lanes=None,
     **config,
 ):
-    """What a recipe does: meta, parallelize, to_empty, manager, initial weights through the masters.
-    plan_seed: of random places; None: all on the host."""
+    """Do what a recipe does: meta, parallelize, to_empty, manager, initial weights through the masters.
+    plan_seed: of random homes; None: every chunk is CPU."""
     layout = layout.resolve(dist.get_world_size())
     mesh = build_mesh(layout, "cpu")
     computation = Computation(dtype=dtype, **passes or {})
@@ -56,23 +56,17 @@ def start(
     adamw = build_adamw(model, lr=1e-3, weight_decay=0.1)
     draw = random.Random(f"{plan_seed} {dist.get_rank()}")  # ranks need not agree where their chunks live
     sizes = chunk_sizes(model, adamw, CHUNK, parts)
-    plan = plan_of(
-        sizes, [Placement.CPU if plan_seed is None else draw.choice(list(Placement)) for _ in sizes]
-    )
+    plan = plan_of(sizes, [Home.CPU if plan_seed is None else draw.choice(list(Home)) for _ in sizes])
     tied_over_stages = (
         SHAPES[shape].tie_word_embeddings and layout.pp > 1 and model.model.embed_tokens is not None
     )
-    manager = ChunkManager(
-        model,
-        adamw,
-        MemoryConfig("static", 1, 0, 0, kernel="blocks", **config),
-        parts=parts,
-        plan=plan,
-        chunk_elements=CHUNK,
-        lanes=lanes,
-        arrivals=n_micros if layout.zero_stage >= 2 and layout.pp == 1 else 1,
-        outside=[model.model.embed_tokens.weight] if tied_over_stages else [],
+    loop = TrainingLoop(
+        parts,
+        accumulation=n_micros if layout.zero_stage >= 2 and layout.pp == 1 else 1,
+        tied=[model.model.embed_tokens.weight] if tied_over_stages else [],
     )
+    config = MemoryConfig("static", 1, 0, 0, kernel="blocks", **config)
+    manager = ChunkManager(model, adamw, config, loop, overrides=Overrides(plan, CHUNK, lanes))
     init_weights(manager.masters(), seed=0)
     owner = Layout(layout, mesh, n_micros)
     pipeline = Pipeline(parts, owner, computation) if layout.pp > 1 else None
@@ -172,8 +166,9 @@ def test_a_layout_with_chunks_in_random_places_equals_one_process(ranks, shape, 
 
 
 def jobs_left_as_blocks_begin(layout: ParallelConfig) -> tuple[list[int], int, list[int]]:
-    """In the forward after an update of which the host does nothing until it is waited for: jobs left for it
-    when each block begins; how many there were; and how many of them cover later blocks alone."""
+    """Look at the forward after an update of which the host does nothing until something waits for it. Return
+    how many of its jobs are left when each block begins, how many there were, and how many cover later blocks
+    alone."""
     lanes, micro = QueuedLanes(), ROWS // dist.get_world_size()
     layout, mesh, model, manager, training = start("gqa", layout, micro, None, lanes=lanes)
     blocks, left, later = list(model.model.layers), [], []
@@ -195,8 +190,8 @@ def jobs_left_as_blocks_begin(layout: ParallelConfig) -> tuple[list[int], int, l
 
 @pytest.mark.parametrize("ranks,stage", [(1, 0), (2, 3), (2, 1)])
 def test_blocks_begin_while_the_host_still_steps_later_ones(ranks, stage):
-    """Embedding, norms and head are waited for before all blocks, so they are stepped first: else no update
-    could hide."""
+    """Embedding, norms and head are waited for before all blocks, so they are stepped first; otherwise no
+    update could hide."""
     left, n_jobs, later = run_on(ranks, jobs_left_as_blocks_begin, ParallelConfig(zero_stage=stage))[0]
     assert left == later and n_jobs > left[0] > n_jobs // 4, (left, later, n_jobs)
 
@@ -210,7 +205,7 @@ def gradients_that_wait(layout: ParallelConfig, dtype: torch.dtype) -> tuple[int
     forward_backward(training, [mine], (batch.labels != -100).sum())
     manager.finish_backward()
     kept = [p.grad for p in model.parameters()] + [
-        piece.waiting for one in manager.managed for piece in one.pieces
+        piece.grad for one in manager.params for piece in one.pieces
     ]
     storages = {local(one).untyped_storage() for one in kept if one is not None}
     counted = manager.ledger.held["device"] - before
@@ -223,14 +218,15 @@ def gradients_that_wait(layout: ParallelConfig, dtype: torch.dtype) -> tuple[int
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("ranks,stage", [(1, 0), (2, 0), (2, 3)])
 def test_gradients_that_leave_are_kept_alive_by_none_that_waits(ranks, stage, dtype):
-    """FSDP's are views of one buffer a block, and a plain one is whole although only some of it waits."""
+    """FSDP's gradients are views of one buffer per block, and a plain gradient is whole although only some of
+    it waits."""
     for held, counted in run_on(ranks, gradients_that_wait, ParallelConfig(zero_stage=stage), dtype):
         assert 0 < held <= counted, (held, counted)
 
 
 def weights_changed_by_hand(layout: ParallelConfig) -> float:
-    """The largest difference of whole weights, which rank 0 has, from torch's AdamW; chunks are in random
-    places."""
+    """Return the largest difference of whole weights, on rank 0, from those of torch's AdamW; chunks have
+    random homes."""
     with torch.device("meta"):
         other = Llama(SHAPES["gqa"])
     other.to_empty(device="cpu")
@@ -271,7 +267,8 @@ def test_sharded_weights_that_are_loaded_or_changed_by_hand_become_the_masters(r
 
 
 class Spread(torch.nn.Module):
-    """A weight that all ranks hold and each uses with its own rows: autograd leaves its gradient Partial."""
+    """A weight that all ranks hold and each uses with its own rows, so that autograd leaves its gradient
+    Partial."""
 
     def __init__(self, mesh):
         super().__init__()
@@ -284,20 +281,15 @@ class Spread(torch.nn.Module):
         return (DTensor.from_local(x, self.mesh, [Shard(0)]) @ self.weight).square().sum().full_tensor()
 
 
-def partial_gradients(placement: Placement, arrivals: int) -> tuple[float, torch.Tensor]:
+def partial_gradients(placement: Home, accumulation: int) -> tuple[float, torch.Tensor]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model = Spread(mesh)
     adamw = torch.optim.AdamW(model.parameters(), lr=1e-2)
     plan = plan_of(chunk_sizes(model, adamw, 64), [placement] * 9)
-    manager = ChunkManager(
-        model,
-        adamw,
-        MemoryConfig("static", 1, 0, 0, kernel="blocks"),
-        plan=plan,
-        chunk_elements=64,
-        arrivals=arrivals,
-    )
-    for i in range(arrivals):
+    loop = TrainingLoop(accumulation=accumulation)
+    config = MemoryConfig("static", 1, 0, 0, kernel="blocks")
+    manager = ChunkManager(model, adamw, config, loop, overrides=Overrides(plan, 64))
+    for i in range(accumulation):
         model(
             torch.randn(4, 16, generator=torch.Generator().manual_seed(10 * i + dist.get_rank()))
         ).backward()
@@ -307,10 +299,10 @@ def partial_gradients(placement: Placement, arrivals: int) -> tuple[float, torch
     return norm, local(model.weight).clone()
 
 
-@pytest.mark.parametrize("arrivals", [1, 3])
-def test_gradients_that_nobody_has_reduced_are_at_every_placement(arrivals):
-    (right, expected), _ = run_on(2, partial_gradients, Placement.CPU, arrivals)
-    for placement in (Placement.RESIDENT, Placement.STREAM):
-        for norm, weight in run_on(2, partial_gradients, placement, arrivals):
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_gradients_that_nobody_has_reduced_are_at_every_placement(accumulation):
+    (right, expected), _ = run_on(2, partial_gradients, Home.CPU, accumulation)
+    for placement in (Home.RESIDENT, Home.STREAM):
+        for norm, weight in run_on(2, partial_gradients, placement, accumulation):
             assert norm == pytest.approx(right, rel=1e-5)
             torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-7)

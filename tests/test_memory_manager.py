@@ -1,4 +1,4 @@
-"""The chunk manager's parts: kernels, split master, ledger, moves, schedule, face, refusals."""
+"""The parts of the chunk manager: kernels, split masters, ledger, moves, schedule, optimizer, refusals."""
 
 import functools
 import itertools
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from test_memory_parity import (
     ON,
     PLANS,
+    SMALL_CHUNKS,
     adamw,
     chunk_sizes,
     managed,
@@ -28,13 +29,13 @@ from test_memory_parity import (
 
 from dtensor_llama import UsageError
 from dtensor_llama.weights import values_to_write
-from memory import ChunkManager, MemoryConfig, Placement
+from memory import ChunkManager, Home, Machine, MemoryConfig, Overrides, TrainingLoop
 from memory.activations import offload_block_inputs
 from memory.chunk import GIB, LEGAL_MOVES, State
-from memory.kernel import Hyper, Kernel, adamw_chunk, join_master, split_master, whole_rows
+from memory.kernel import HyperParameters, Kernel, adamw_chunk, join_master, split_master, whole_rows
 from memory.tracer import Rates
 
-RESIDENT, STREAM, CPU = Placement
+RESIDENT, STREAM, CPU = Home
 BF16 = torch.bfloat16
 
 
@@ -64,11 +65,11 @@ def chunk_of(n, weight_dtype, grad_dtype):
     return master, torch.randn(n, generator=draw) * 0.1, torch.rand(n, generator=draw) * 0.1, grad
 
 
-HYPER, CLIP = Hyper(1e-3, 0.9, 0.999, 1e-8, 0.1, 7), torch.tensor(0.37)
+HYPER, CLIP = HyperParameters(1e-3, 0.9, 0.999, 1e-8, 0.1, 7), torch.tensor(0.37)
 
 
 def exact(master, exp_avg, exp_avg_sq, grad):
-    """AdamW in float64."""
+    """Return what AdamW gives in float64."""
     g = grad.double() * CLIP.double()
     m, v = 0.9 * exp_avg.double() + 0.1 * g, 0.999 * exp_avg_sq.double() + 0.001 * g * g
     update = (m / (1 - 0.9**7)) / ((v / (1 - 0.999**7)).sqrt() + 1e-8)
@@ -103,7 +104,8 @@ def bits(tensor):
 
 
 def uncompiled(monkeypatch) -> tuple[Kernel, list]:
-    """A kernel of kind `compiled` whose parts run as they are written, and the shape that each call got."""
+    """Return a kernel of kind `compiled` whose parts run uncompiled, and the list of the shapes that calls
+    get."""
     shapes = []
 
     def as_written(step, **how):
@@ -193,7 +195,7 @@ def test_only_what_a_plan_uses_is_compiled_and_a_later_plan_gets_the_rest_betwee
 
 
 def test_while_the_compiled_kernel_steps_on_the_host_other_threads_run_python():
-    """Else the forward beside it could launch nothing: what the host's step is to hide behind."""
+    """Otherwise the forward, which the host's step is to hide behind, could not launch a kernel."""
     n = 32 * 2**20
     tensors = [torch.zeros(n) for _ in range(3)] + [torch.zeros(n, dtype=BF16) for _ in range(2)]
     kernel, n_threads = Kernel("compiled", torch.device("cpu")), torch.get_num_threads() + 1
@@ -237,7 +239,7 @@ def test_a_compiled_kernel_is_compiled_once_for_all_steps_and_sizes():
             for n in (64, 1000, 5000, 2**20):
                 master, m, v, grad = chunk_of(n, BF16, BF16)
                 weight, low = split_master(master)
-                clip, hyper = torch.tensor(1 / step), Hyper(1e-3 * step, 0.9, 0.95, 1e-5, 0.1, step)
+                clip, hyper = torch.tensor(1 / step), HyperParameters(1e-3 * step, 0.9, 0.95, 1e-5, 0.1, step)
                 kernel.host_step(master, m, v, grad, grad.clone(), clip, hyper)
                 kernel.device_step(weight, low, m, v, grad, clip, hyper)
                 for run in (slice(64), slice(64, n)):  # parts of other memory, as pieces are
@@ -249,8 +251,8 @@ def test_a_compiled_kernel_is_compiled_once_for_all_steps_and_sizes():
 # ---- bfloat16 weights ----
 
 
-def bf16_masters(placements, steps=6, arrivals=1, micros=1) -> tuple[dict, dict]:
-    model, manager = managed(placements, dtype=BF16, arrivals=arrivals)
+def bf16_masters(homes, steps=6, accumulation=1, micros=1) -> tuple[dict, dict]:
+    model, manager = managed(homes, dtype=BF16, accumulation=accumulation)
     train(model, manager.optimizer, steps, max_norm=0.5, micros=micros)
     masters = masters_of(manager)
     manager.close()
@@ -258,7 +260,7 @@ def bf16_masters(placements, steps=6, arrivals=1, micros=1) -> tuple[dict, dict]
 
 
 def test_bfloat16_weights_are_their_float32_masters_rounded_at_every_placement():
-    of_plan = {name: bf16_masters(placements) for name, placements in PLANS.items()}
+    of_plan = {name: bf16_masters(homes) for name, homes in PLANS.items()}
     for masters, rounded in of_plan.values():
         for name, master in masters.items():
             assert master.dtype == torch.float32 and rounded[name].dtype == BF16
@@ -270,8 +272,8 @@ def test_bfloat16_weights_are_their_float32_masters_rounded_at_every_placement()
 
 def test_bfloat16_gradients_of_microbatches_are_summed_in_float32():
     big, small = 256.0, 0.75  # in bfloat16 256 + 0.75 is 256
-    for placements in PLANS.values():
-        model, manager = managed(placements, dtype=BF16, arrivals=3)
+    for homes in PLANS.values():
+        model, manager = managed(homes, dtype=BF16, accumulation=3)
         weight = model.layers[1].weight
         for value in (big, small, small):
             (weight.float() * value).sum().backward()
@@ -281,11 +283,11 @@ def test_bfloat16_gradients_of_microbatches_are_summed_in_float32():
 
 
 def test_a_second_arrival_that_would_be_rounded_is_an_error():
-    for placements, dtype in (([CPU] * 99, torch.float32), ([CPU] * 99, BF16), ([RESIDENT] * 99, BF16)):
-        model, manager = managed(placements, dtype=dtype)
+    for homes, dtype in (([CPU] * 99, torch.float32), ([CPU] * 99, BF16), ([RESIDENT] * 99, BF16)):
+        model, manager = managed(homes, dtype=dtype)
         x = torch.ones(1, 7, dtype=dtype)
         model(x).backward()
-        with pytest.raises(RuntimeError, match="arrivals=2"):
+        with pytest.raises(RuntimeError, match="accumulation=2"):
             model(x).backward()
         manager.optimizer.zero_grad()
         model(x).backward()  # thrown away, so this one is the first
@@ -308,16 +310,16 @@ def test_the_norm_of_a_gradient_that_was_thrown_away_is_not_counted():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
-@pytest.mark.parametrize("arrivals", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("plan", PLANS)
-def test_the_ledger_peaks_at_what_the_plan_said_and_counts_every_tensor(plan, arrivals, dtype):
-    model, manager = managed(PLANS[plan], dtype=dtype, arrivals=arrivals)
-    said = manager.needed(manager.plan)
-    train(model, manager.optimizer, 2, max_norm=0.5, micros=arrivals)
+def test_the_ledger_peaks_at_what_the_plan_said_and_counts_every_tensor(plan, accumulation, dtype):
+    model, manager = managed(PLANS[plan], dtype=dtype, accumulation=accumulation)
+    said = manager.bytes_needed(manager.plan)
+    train(model, manager.optimizer, 2, max_norm=0.5, micros=accumulation)
     tensors = [tensor for chunk in manager.chunks for tensor in chunk.tensors.values()]
     slots = [tensor for slot in manager.ring for tensor in slot.values()]
-    held = sum(t.nbytes for t in [*tensors, *slots, *manager.outbox, *model.parameters()])
-    assert sum(manager.ledger.held.values()) == held + manager.passing_bytes
+    held = sum(t.nbytes for t in [*tensors, *slots, *manager.weight_buffers, *model.parameters()])
+    assert sum(manager.ledger.held.values()) == held + manager.transit_bytes
     for account, n_bytes in said.items():
         # gradients lack the gaps between pieces
         assert 0.9 * n_bytes <= manager.ledger.peak[account] <= n_bytes
@@ -326,14 +328,14 @@ def test_the_ledger_peaks_at_what_the_plan_said_and_counts_every_tensor(plan, ar
 
 def test_a_plan_just_within_its_budgets_runs_and_one_byte_less_is_refused():
     model, manager = managed(PLANS["all three"])
-    said = manager.needed(manager.plan)
+    said = manager.bytes_needed(manager.plan)
     manager.close()
     tight = replace(ON, device_budget_gib=said["device"] / GIB, host_budget_gib=said["host"] / GIB)
     model, manager = managed(PLANS["all three"], config=tight)
     train(model, manager.optimizer, 2)
     manager.close()
     for account in ("device", "host"):
-        with pytest.raises(UsageError, match=f"--memory.{account}-budget-gib") as refusal:
+        with pytest.raises(UsageError, match=f"{account}_budget_gib=") as refusal:
             managed(
                 PLANS["all three"],
                 config=replace(tight, **{f"{account}_budget_gib": (said[account] - 1) / GIB}),
@@ -355,44 +357,42 @@ def test_passing_a_budget_raises_at_once():
 def test_auto_starts_with_as_much_on_the_host_as_its_budget_allows():
     model = tiny()
     auto = MemoryConfig("auto", kernel="blocks")
-    rates = Rates(1e9, 1e9, 1e9, 1e9, 1e9, {1: 1e9}, 1e9)  # given: nothing has to be measured
-    manager = ChunkManager(model, adamw(model), auto, chunk_elements=64, rates=rates)
-    assert {chunk.placement for chunk in manager.chunks} == {CPU}
-    half = manager.needed(manager.plan)["host"] / 2
+    machine = Machine(rates=Rates(1e9, 1e9, 1e9, 1e9, 1e9, 1e9, 1e9))  # given: nothing has to be measured
+    manager = ChunkManager(model, adamw(model), auto, machine=machine, overrides=SMALL_CHUNKS)
+    assert {chunk.home for chunk in manager.chunks} == {CPU}
+    half = manager.bytes_needed(manager.plan)["host"] / 2
     manager.close()
-    manager = ChunkManager(
-        model, adamw(model), replace(auto, host_budget_gib=half / GIB), chunk_elements=64, rates=rates
-    )
-    needed = manager.needed(manager.plan)
-    assert {chunk.placement for chunk in manager.chunks} != {CPU} and needed["host"] <= half
+    auto = replace(auto, host_budget_gib=half / GIB)
+    manager = ChunkManager(model, adamw(model), auto, machine=machine, overrides=SMALL_CHUNKS)
+    needed = manager.bytes_needed(manager.plan)
+    assert {chunk.home for chunk in manager.chunks} != {CPU} and needed["host"] <= half
     # no plan of two kinds fits and holds less on the device
-    for placements in itertools.product(Placement, repeat=2):
+    for homes in itertools.product(Home, repeat=2):
         for n_first in range(len(manager.chunks)):
-            mixed = [placements[0]] * n_first + [placements[1]] * (len(manager.chunks) - n_first)
-            other = manager.needed(replace(manager.plan, placements=tuple(mixed)))
+            mixed = [homes[0]] * n_first + [homes[1]] * (len(manager.chunks) - n_first)
+            other = manager.bytes_needed(replace(manager.plan, homes=tuple(mixed)))
             assert other["host"] > half or other["device"] >= 0.9 * needed["device"], mixed
     manager.close()
 
 
 def test_a_plan_that_the_hosts_free_memory_cannot_hold_is_refused_and_auto_starts_within_it(monkeypatch):
-    model = tiny()
-    everything = ChunkManager(model, adamw(model), replace(ON, resident=0, cpu=1), chunk_elements=64)
-    needed = everything.needed(everything.plan)
+    model, all_cpu = tiny(), replace(ON, resident=0, cpu=1)
+    everything = ChunkManager(model, adamw(model), all_cpu, overrides=SMALL_CHUNKS)
+    needed = everything.bytes_needed(everything.plan)
     everything.close()
     free = 1.01 * (needed["host"] + needed["device"] - sum(p.nbytes for p in model.parameters())) / 0.9
     monkeypatch.setattr("memory.auto.free_host_bytes", lambda: free)
-    fits = ChunkManager(model := tiny(), adamw(model), replace(ON, resident=0, cpu=1), chunk_elements=64)
+    fits = ChunkManager(model := tiny(), adamw(model), all_cpu, overrides=SMALL_CHUNKS)
     fits.close()
-    with pytest.raises(UsageError, match=r"share of the memory that is free there is .* --memory.resident"):
+    with pytest.raises(UsageError, match=r"share of the host's free memory is .* larger `resident`"):
         ChunkManager(
-            model := tiny(), adamw(model), replace(ON, resident=0, cpu=1), chunk_elements=64, ranks_per_host=2
+            model := tiny(), adamw(model), all_cpu, machine=Machine(ranks_per_host=2), overrides=SMALL_CHUNKS
         )
-    rates = Rates(1e9, 1e9, 1e9, 1e9, 1e9, {1: 1e9}, 1e9)
-    auto = ChunkManager(
-        model := tiny(), adamw(model), MemoryConfig("auto", kernel="blocks"), chunk_elements=64, rates=rates
-    )
-    assert {chunk.placement for chunk in auto.chunks} != {CPU}  # the host's half of one RAM
-    assert auto.needed(auto.plan)["host"] <= 0.9 * free / 2
+    machine = Machine(rates=Rates(1e9, 1e9, 1e9, 1e9, 1e9, 1e9, 1e9))
+    config = MemoryConfig("auto", kernel="blocks")
+    auto = ChunkManager(model := tiny(), adamw(model), config, machine=machine, overrides=SMALL_CHUNKS)
+    assert {chunk.home for chunk in auto.chunks} != {CPU}  # the host's half of one RAM
+    assert auto.bytes_needed(auto.plan)["host"] <= 0.9 * free / 2
     auto.close()
 
 
@@ -406,21 +406,23 @@ def test_replanning_between_steps_changes_no_value(plans, dtype):
     manager.wait()
     sizes = [chunk.n for chunk in manager.chunks]
     before = [
-        manager.gather(name, one) for one in manager.managed for name in ("master", "exp_avg", "exp_avg_sq")
+        manager.read_state(name, one)
+        for one in manager.params
+        for name in ("master", "exp_avg", "exp_avg_sq")
     ]
     for plan in plans:
         manager.replan(plan_of(sizes, PLANS[plan]))
         after = [
-            manager.gather(name, one)
-            for one in manager.managed
+            manager.read_state(name, one)
+            for one in manager.params
             for name in ("master", "exp_avg", "exp_avg_sq")
         ]
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         of_chunks = sum(
-            t.nbytes for c in manager.chunks for t in c.tensors.values() if c.placement is not RESIDENT
+            t.nbytes for c in manager.chunks for t in c.tensors.values() if c.home is not RESIDENT
         )
-        of_boxes = sum(box.nbytes for box in manager.outbox)
-        assert manager.ledger.held["host"] == of_chunks + of_boxes + manager.passing_bytes
+        of_boxes = sum(box.nbytes for box in manager.weight_buffers)
+        assert manager.ledger.held["host"] == of_chunks + of_boxes + manager.transit_bytes
     manager.close()
 
 
@@ -458,7 +460,7 @@ def test_cpu_chunks_are_stepped_behind_the_caller_in_forward_order_and_a_layer_w
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_without_clipping_a_chunk_is_stepped_in_backward_when_its_last_gradient_has_arrived(plan):
-    model, manager = managed(PLANS[plan], clips=False, arrivals=2)
+    model, manager = managed(PLANS[plan], clips=False, accumulation=2)
     before = weights(model)
     model(torch.ones(1, 7)).backward()
     manager.wait()
@@ -473,7 +475,7 @@ def test_without_clipping_a_chunk_is_stepped_in_backward_when_its_last_gradient_
     assert manager.optimizer.clip_grad_norm(math.inf) > 0
     manager.optimizer.step()
     manager.wait()
-    assert torch.equal(weights(model), after) and all(one.step == 1 for one in manager.managed)
+    assert torch.equal(weights(model), after) and all(one.step == 1 for one in manager.params)
     with pytest.raises(RuntimeError, match="clips=True"):
         manager.optimizer.clip_grad_norm(1.0)
     manager.close()
@@ -504,12 +506,12 @@ def test_a_recorded_step_shows_each_lane_in_its_order():
     assert {lane for _, lane, _, _ in events} == {"compute", "d2h", "h2d", "host adam", "device adam"}
     assert all(start <= end for _, _, start, end in events)
     for placement, lane in ((CPU, "host adam"), (RESIDENT, "device adam")):
-        ours = [f"chunk {chunk.index}" for chunk in manager.chunks if chunk.placement is placement]
+        ours = [f"chunk {chunk.index}" for chunk in manager.chunks if chunk.home is placement]
         starts = [(start, what) for what, of, start, _ in events if of == lane and what in ours]
         assert [what for _, what in sorted(starts)] == ours
     for chunk in manager.chunks:
         at = {lane: (start, end) for what, lane, start, end in events if what == f"chunk {chunk.index}"}
-        if chunk.placement is STREAM:
+        if chunk.home is STREAM:
             assert at["h2d"][1] <= at["device adam"][0] and at["device adam"][1] <= at["d2h"][0]
     manager.close()
 
@@ -517,12 +519,13 @@ def test_a_recorded_step_shows_each_lane_in_its_order():
 def test_offloaded_block_inputs_count_on_the_host_and_are_drawn_with_the_rest():
     model = tiny(sizes=(7, 7, 7, 7))
     inputs = offload_block_inputs(model.layers, torch.device("cpu"), 4 * 7 * 4)
-    manager = ChunkManager(model, adamw(model), ON, chunk_elements=64, activations=[inputs])
+    loop = TrainingLoop(activations=[inputs])
+    manager = ChunkManager(model, adamw(model), ON, loop, overrides=SMALL_CHUNKS)
     assert inputs.host_bytes > 0
     assert (
         manager.ledger.held["host"]
-        == manager.needed(manager.plan)["host"]
-        == inputs.host_bytes + manager.passing_bytes
+        == manager.bytes_needed(manager.plan)["host"]
+        == inputs.host_bytes + manager.transit_bytes
     )
     manager.record = True
     model(torch.ones(4, 7)).backward()
@@ -533,15 +536,15 @@ def test_offloaded_block_inputs_count_on_the_host_and_are_drawn_with_the_rest():
     }
     manager.close()
     too_little = replace(ON, host_budget_gib=(inputs.host_bytes - 1) / GIB)
-    with pytest.raises(UsageError, match="--memory.host-budget-gib"):
-        ChunkManager(model, adamw(model), too_little, chunk_elements=64, activations=[inputs])
+    with pytest.raises(UsageError, match="host_budget_gib="):
+        ChunkManager(model, adamw(model), too_little, loop, overrides=SMALL_CHUNKS)
 
 
 def test_states_move_only_as_the_table_allows():
     _, manager = managed([CPU] * 99)
     chunk = manager.chunks[0]
     for target in set(State) - LEGAL_MOVES[chunk.state]:
-        with pytest.raises(RuntimeError, match="chunk 0 .*cannot move from ready to"):
+        with pytest.raises(RuntimeError, match="chunk 0 .*cannot move from idle to"):
             chunk.move_to(target)
     manager.close()
 
@@ -562,10 +565,9 @@ def test_frozen_parameters_have_no_chunks_and_stay_and_unused_ones_are_left_alon
                 model,
                 optimizer,
                 ON,
-                chunk_elements=64,
-                plan=plan_of(chunk_sizes(model, optimizer, 64), PLANS[plan]),
+                overrides=Overrides(plan_of(chunk_sizes(model, optimizer, 64), PLANS[plan]), 64),
             ).optimizer
-            assert all(one.parameter is not model.layers[0].weight for one in optimizer.manager.managed)
+            assert all(one.parameter is not model.layers[0].weight for one in optimizer.manager.params)
         train(model, optimizer, 3)
         if manage:
             optimizer.manager.wait()
@@ -585,8 +587,7 @@ def test_a_parameter_that_is_used_now_and_then_has_its_own_step_count(plan):
                 model,
                 optimizer,
                 ON,
-                chunk_elements=64,
-                plan=plan_of(chunk_sizes(model, optimizer, 64), PLANS[plan]),
+                overrides=Overrides(plan_of(chunk_sizes(model, optimizer, 64), PLANS[plan]), 64),
             ).optimizer
         for i in range(5):
             (model(torch.ones(1, 7)) + (model.now_and_then.square().sum() if i in (1, 4) else 0)).backward()
@@ -626,10 +627,11 @@ def test_chunks_are_in_the_order_in_which_forward_waits_for_them_over_all_stages
     for stage in stages:
         stage.head = torch.nn.Linear(8, 8, bias=False)
     model.stages = torch.nn.ModuleList(stages)
-    manager = ChunkManager(model, torch.optim.AdamW(model.parameters()), ON, parts=stages, chunk_elements=64)
+    optimizer = torch.optim.AdamW(model.parameters())
+    manager = ChunkManager(model, optimizer, ON, TrainingLoop(parts=stages), overrides=SMALL_CHUNKS)
     owned = [
         one.name.partition(".head")[0] if "head" in one.name else one.name.rpartition(".")[0]
-        for one in manager.managed
+        for one in manager.params
     ]
     assert list(dict.fromkeys(owned)) == [
         "stages.0",
@@ -646,7 +648,7 @@ def test_masters_are_a_model_to_load_and_a_tied_matrix_stays_one():
     model = tiny()
     model.head = torch.nn.Linear(7, 33, bias=False)
     model.head.weight = model.layers[0].weight
-    manager = ChunkManager(model, adamw(model), ON, chunk_elements=64)
+    manager = ChunkManager(model, adamw(model), ON, overrides=SMALL_CHUNKS)
     masters = manager.masters()
     assert masters.state_dict().keys() == model.state_dict().keys()
     assert masters.head.weight is masters.layers._modules["0"].weight
@@ -701,8 +703,8 @@ def test_a_changed_weight_that_gets_no_gradient_in_the_next_step_is_kept():
 
 
 def test_changed_bfloat16_weights_are_the_masters_and_unchanged_ones_keep_theirs():
-    for placements in PLANS.values():
-        model, manager = managed(placements, dtype=BF16)
+    for homes in PLANS.values():
+        model, manager = managed(homes, dtype=BF16)
         train(model, manager.optimizer, 2)
         before = masters_of(manager)
         with torch.no_grad():
@@ -731,8 +733,7 @@ def test_a_state_dict_right_after_a_step_has_the_new_weights():
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_skipped_step_leaves_nothing_behind(plan):
-    """A loss that is nan: its gradients and their clip factor are thrown away, by the optimizer or the
-    model."""
+    """The loss is nan; its gradients and their clip factor are discarded, by the optimizer or the model."""
     model, manager = managed(PLANS[plan])
     train(model, manager.optimizer, 2)
     (model(torch.ones(1, 7)) * math.nan).backward()
@@ -769,7 +770,7 @@ def test_resident_gradients_that_the_model_threw_away_are_not_stepped_with():
 def test_without_clipping_more_gradients_than_were_announced_are_an_error(plan):
     model, manager = managed(PLANS[plan], clips=False)
     model(torch.ones(1, 7)).backward()
-    with pytest.raises(RuntimeError, match="arrivals=2"):
+    with pytest.raises(RuntimeError, match="accumulation=2"):
         model(torch.ones(1, 7)).backward()
     manager.close()
 
@@ -777,7 +778,7 @@ def test_without_clipping_more_gradients_than_were_announced_are_an_error(plan):
 def test_a_parameter_that_trains_since_chunks_were_cut_is_an_error():
     model = tiny()
     model.layers[0].weight.requires_grad_(False)
-    manager = ChunkManager(model, torch.optim.AdamW(model.parameters()), ON, chunk_elements=64)
+    manager = ChunkManager(model, torch.optim.AdamW(model.parameters()), ON, overrides=SMALL_CHUNKS)
     model.layers[0].weight.requires_grad_(True)
     model(torch.ones(1, 7)).backward()
     with pytest.raises(RuntimeError, match=r"shape \(33, 7\) .* unfreeze"):
@@ -829,31 +830,33 @@ def test_other_optimizers_and_used_ones_are_refused():
 @pytest.mark.parametrize(
     "settings_,said",
     [
-        (dict(placement="off", device_budget_gib=4.0), "--memory.device-budget-gib 4 would do nothing"),
-        (dict(resident=1.0), "--memory.resident 1 would do nothing"),
-        (dict(placement="off", draw=True), "--memory.draw would do nothing"),
-        (dict(placement="off", kernel="blocks"), "--memory.kernel blocks would do nothing"),
-        (dict(placement="static"), "needs --memory.resident and --memory.stream and --memory.cpu"),
+        (dict(placement="off", device_budget_gib=4.0), "device_budget_gib=4 would do nothing"),
+        (dict(resident=1.0), "resident=1 would do nothing"),
+        (dict(placement="off", draw=True), "draw=True would do nothing"),
+        (dict(placement="off", kernel="blocks"), "kernel=blocks would do nothing"),
+        (dict(placement="static"), "needs `resident` and `stream` and `cpu`"),
         (
             dict(placement="static", resident=0.5, stream=0.2, cpu=0.2),
-            "sum to 0.9 and must sum to 1; use --memory.cpu 0.3",
+            "sum to 0.9 and must sum to 1; use cpu=0.3",
         ),
         (
             dict(placement="static", resident=0.9, stream=0.2, cpu=0.2),
-            "use --memory.stream 0.1 --memory.cpu 0",
+            "use stream=0.1 cpu=0",
         ),
         (
             dict(placement="static", resident=1.5, stream=-0.5, cpu=0.0),
-            "--memory.resident 1.5 is not a fraction",
+            "resident=1.5 is not a fraction",
         ),
-        (dict(placement="auto", resident=0.5), "--memory.resident 0.5 fixes what"),
-        (dict(placement="auto", device_budget_gib=0.0), "--memory.device-budget-gib 0 is not possible"),
-        (dict(placement="auto", host_budget_gib=-1.0), "--memory.host-budget-gib -1 is not possible"),
-        (dict(placement="auto", host_budget_gib=math.nan), "--memory.host-budget-gib nan is not possible"),
+        (dict(placement="static", resident=-0.5, stream=1.0, cpu=0.5), "resident=-0.5 is not a fraction"),
+        (dict(placement="static", resident=math.nan, stream=1.0, cpu=0.0), "resident=nan is not a fraction"),
+        (dict(placement="auto", resident=0.5), "resident=0.5 sets what"),
+        (dict(placement="auto", device_budget_gib=0.0), "device_budget_gib=0 is not possible"),
+        (dict(placement="auto", host_budget_gib=-1.0), "host_budget_gib=-1 is not possible"),
+        (dict(placement="auto", host_budget_gib=math.nan), "host_budget_gib=nan is not possible"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_in_one_line(settings_, said):
-    with pytest.raises(UsageError, match="--memory") as refusal:
+    with pytest.raises(UsageError) as refusal:
         MemoryConfig(**settings_).check()
     assert said in str(refusal.value) and "\n" not in str(refusal.value)
 
@@ -863,11 +866,13 @@ def test_off_and_static_are_accepted_and_static_cuts_by_layer_order():
     model = tiny()
     config = MemoryConfig(placement="static", resident=0.5, stream=0.25, cpu=0.25, kernel="blocks")
     said = []
-    manager = config.manage(model, adamw(model), chunk_elements=64, say=said.append)
-    placements = [chunk.placement for chunk in manager.chunks]
-    n_resident = placements.count(RESIDENT)
-    assert set(placements[:n_resident]) == {RESIDENT} and abs(n_resident / len(placements) - 0.5) < 0.1
-    assert abs(placements.count(STREAM) - placements.count(CPU)) <= 1
+    manager = ChunkManager(
+        model, adamw(model), config, machine=Machine(say=said.append), overrides=SMALL_CHUNKS
+    )
+    homes = [chunk.home for chunk in manager.chunks]
+    n_resident = homes.count(RESIDENT)
+    assert set(homes[:n_resident]) == {RESIDENT} and abs(n_resident / len(homes) - 0.5) < 0.1
+    assert abs(homes.count(STREAM) - homes.count(CPU)) <= 1
     assert said[1].startswith("memory plan, static") and f"resident  {n_resident:6}" in said[1]
     train(model, manager.optimizer, 20)
     manager.close()

@@ -11,17 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from memory import ChunkManager, MemoryConfig, Placement
-from memory.chunk import cut, find_managed
-from memory.placement import static_plan
+from memory import ChunkManager, Home, MemoryConfig, Overrides, TrainingLoop
+from memory.chunk import cut, find_params
+from memory.placement import ChunkSizes, static_plan
 
-RESIDENT, STREAM, CPU = Placement
+RESIDENT, STREAM, CPU = Home
 # the compiler takes 10 s to start; one test pays for it
 ON = MemoryConfig("static", 1, 0, 0, kernel="blocks")
+SMALL_CHUNKS = Overrides(chunk_elements=64)
 
 
 class Tiny(nn.Module):
-    """A few shapes, odd sizes, vectors and matrices; the loss uses all of them."""
+    """Vectors and matrices of odd sizes, all of which the loss uses."""
 
     def __init__(self, sizes=(7, 33, 20, 5)):
         super().__init__()
@@ -51,15 +52,15 @@ def adamw(model) -> torch.optim.AdamW:
 
 
 def chunk_sizes(model, optimizer, chunk_elements, parts=None) -> list[int]:
-    return [chunk.n for chunk in cut(find_managed(model, parts or [model], optimizer), chunk_elements)]
+    return [chunk.n for chunk in cut(find_params(model, parts or [model], optimizer), chunk_elements)]
 
 
-def plan_of(sizes, placements):
-    return replace(static_plan(sizes, 1, 0, 0), placements=tuple(placements[: len(sizes)]))
+def plan_of(sizes, homes):
+    return replace(static_plan(ChunkSizes(tuple(sizes)), 1, 0, 0), homes=tuple(homes[: len(sizes)]))
 
 
 def masters_of(manager) -> dict[str, torch.Tensor]:
-    """The float32 master weights, by name."""
+    """Return the float32 master weights by name."""
     masters = manager.masters()
     return {name: masters.read(name) for name, _ in masters.named_parameters()}
 
@@ -82,11 +83,14 @@ def train(model, optimizer, steps, max_norm=None, micros=1) -> None:
         optimizer.zero_grad()
 
 
-def managed(placements, chunk_elements=64, dtype=torch.float32, config=ON, sizes=(7, 33, 20, 5), **kwargs):
+def managed(
+    homes, chunk_elements=64, dtype=torch.float32, config=ON, sizes=(7, 33, 20, 5), lanes=None, **loop
+):
     model = tiny(dtype=dtype, sizes=sizes)
     optimizer = adamw(model)
-    plan = plan_of(chunk_sizes(model, optimizer, chunk_elements), placements)
-    return model, ChunkManager(model, optimizer, config, plan=plan, chunk_elements=chunk_elements, **kwargs)
+    plan = plan_of(chunk_sizes(model, optimizer, chunk_elements), homes)
+    overrides = Overrides(plan, chunk_elements, lanes)
+    return model, ChunkManager(model, optimizer, config, TrainingLoop(**loop), overrides=overrides)
 
 
 def weights(model) -> torch.Tensor:
@@ -99,8 +103,8 @@ def of_torch(steps=20, **kwargs) -> torch.Tensor:
     return weights(model)
 
 
-def of_manager(placements, steps=20, chunk_elements=64, arrivals=1, clips=True, **kwargs) -> torch.Tensor:
-    model, manager = managed(placements, chunk_elements, arrivals=arrivals, clips=clips)
+def of_manager(homes, steps=20, chunk_elements=64, accumulation=1, clips=True, **kwargs) -> torch.Tensor:
+    model, manager = managed(homes, chunk_elements, accumulation=accumulation, clips=clips)
     train(model, manager.optimizer, steps, **kwargs)
     manager.close()
     return weights(model)
@@ -134,7 +138,7 @@ def test_stepped_on_the_device_it_is_bitwise_torchs_adamw_with_the_same_kernel(p
 @pytest.mark.parametrize("micros", [1, 3])
 @pytest.mark.parametrize("plan", PLANS)
 def test_stepped_as_gradients_arrive_it_equals_torchs_adamw_without_clipping(plan, micros):
-    ours = functools.partial(of_manager, PLANS[plan], arrivals=micros, micros=micros, clips=False)
+    ours = functools.partial(of_manager, PLANS[plan], accumulation=micros, micros=micros, clips=False)
     assert_close(ours(), of_torch(micros=micros))
     assert torch.equal(ours(), ours(max_norm=math.inf))
 
@@ -149,17 +153,17 @@ def test_clipping_every_step_equals_torch(plan):
 @pytest.mark.parametrize("plan", PLANS)
 def test_gradients_of_microbatches_are_summed_exactly(plan):
     several = of_torch(micros=3, max_norm=0.5)
-    assert_close(of_manager(PLANS[plan], micros=3, max_norm=0.5, arrivals=3), several)
+    assert_close(of_manager(PLANS[plan], micros=3, max_norm=0.5, accumulation=3), several)
 
 
 @settings(max_examples=500, deadline=None, derandomize=True)
 @given(
-    st.lists(st.sampled_from(list(Placement)), min_size=N, max_size=N),
+    st.lists(st.sampled_from(list(Home)), min_size=N, max_size=N),
     st.sampled_from([64, 128, 1024]),
     st.integers(1, 3),
 )
-def test_any_plan_equals_torch(placements, chunk_elements, micros):
-    ours = of_manager(placements, 2, chunk_elements, micros, micros=micros, max_norm=0.5)
+def test_any_plan_equals_torch(homes, chunk_elements, micros):
+    ours = of_manager(homes, 2, chunk_elements, micros, micros=micros, max_norm=0.5)
     assert_close(ours, two_steps(micros))
 
 

@@ -1,7 +1,9 @@
-"""Rates are measured once per machine and kept; the tracer says when what ran and what it took; the timeline
-is a picture."""
+"""Rates are measured once per machine and kept; the tracer measures what a step needs; the timeline draws
+it."""
 
+import itertools
 import json
+import os
 import runpy
 
 import pytest
@@ -9,24 +11,25 @@ import torch
 from recipe import ROOT
 from torch import nn
 
-from memory.timeline import LANES, busy_seconds, draw_timeline
+from dtensor_llama.gantt import busy_seconds, text_row
+from memory.timeline import LANES, draw_timeline
 from memory.tracer import (
     MIB,
     Counters,
     DramStream,
     Link,
     Rates,
+    Traced,
     Tracer,
     Usage,
     load_rates,
     machine_key,
     per_second,
-    thread_counts,
 )
 from parallel.recompute import apply_recompute
 
 CPU = torch.device("cpu")
-RATES = Rates(1e9, 2e9, 3e9, 4e9, 5e9, {1: 6e8, 2: 7e8}, 8e9)
+RATES = Rates(1e9, 2e9, 3e9, 4e9, 5e9, 7e8, 8e9)
 
 
 def test_rates_are_measured_once_per_machine_and_kept(tmp_path):
@@ -44,6 +47,9 @@ def test_rates_are_measured_once_per_machine_and_kept(tmp_path):
     assert set(json.loads(path.read_text())) == {"another machine", key}  # nobody's rates are lost
     load("compiled"), load("blocks", 8), load("compiled")  # nor are they another kernel's
     assert measured[2:] == [(CPU, "compiled", 1), (CPU, "blocks", 8)]
+    older = kept[key] | {"host_adam": {"1": 6e8, "2": 7e8}}  # by number of threads, as files once held it
+    path.write_text(json.dumps({key: older}))
+    assert load() == RATES and len(measured) == 4
 
 
 def test_a_link_copies_what_it_says():
@@ -67,7 +73,6 @@ def test_a_rate_is_the_best_of_several_goes():
     amounts = iter([1e9, 5, 1, 2, 3])  # the first is the warm-up's
     assert per_second(lambda: next(amounts) / 1e9, 0) < 1
     assert next(amounts) == 3
-    assert thread_counts(13) == [1, 2, 4, 8, 13] and thread_counts(1) == [1]
 
 
 def run_bench(name: str, monkeypatch, capsys, *flags) -> dict:
@@ -95,6 +100,7 @@ def test_the_benchmark_of_rates_prints_one_json_line(monkeypatch, capsys):
         "blocks",
     )
     assert set(result["duplex_gb_s_by_mib"]) == {"1", "2"}
+    assert {"1", str(len(os.sched_getaffinity(0)))} <= result["host_adam_g_parameters_s_by_threads"].keys()
     if not torch.cuda.is_available():
         assert result["link_is_a_wire"] is False and result["device_adam_gb_s"] is None
 
@@ -164,7 +170,7 @@ class Net(nn.Module):
 
 
 class Clock:
-    """Bytes that the test decides; each reading is noted."""
+    """Counts bytes that the test decides."""
 
     def __init__(self):
         self.now = self.high = 0
@@ -173,7 +179,7 @@ class Clock:
         def reset():
             self.high = self.now
 
-        return Counters(lambda: Usage(self.now, self.high, 2 * self.high, 50), reset)
+        return Counters(lambda: Usage(self.high, 50), reset)
 
     def set(self, now: int) -> None:
         self.now = now
@@ -181,58 +187,70 @@ class Clock:
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
-def test_the_tracer_sees_each_group_forward_and_backward_and_its_peak(recompute):
-    model, clock = Net(), Clock()
+def test_the_tracer_times_forward_and_backward_and_sees_the_peak_between_blocks(recompute, monkeypatch):
+    model, bytes_in_use, clock = Net(), Clock(), itertools.count()
+    monkeypatch.setattr("memory.tracer.moment", lambda device: float(next(clock)))
     apply_recompute(list(model.layers), recompute)
-    for i, layer in enumerate(model.layers):
-        # after the tracer's would be noted
-        layer.register_forward_pre_hook(lambda *_, i=i: clock.set(100 * (i + 1)))
-    tracer = Tracer({f"layer {i}": layer for i, layer in enumerate(model.layers)}, CPU, clock.counters())
+    tracer = Tracer(list(model.layers), CPU, bytes_in_use.counters())
+    for i, layer in enumerate(model.layers):  # after the tracer's hook: what it sees came before
+        layer.register_forward_pre_hook(lambda *_, i=i: bytes_in_use.set(100 * (i + 1)))
     x = torch.randn(2, 4)
     model(x).backward()  # outside a step: not traced
-    for _ in range(3):
+    for peak in (1000, 2000, 500):
         tracer.start_step()
         for _ in range(2):
             model(x).backward()
-            clock.set(1000)
-            clock.set(0)
+            bytes_in_use.set(peak)
+            bytes_in_use.set(0)
         tracer.end_step()
     with torch.no_grad():
         model(x)
+    # A moment where forward begins, where the first gradient arrives, where the second forward begins and so
+    # on: four phases of one unit each, with two forwards and two backwards.
+    assert [[phase for phase, _ in notes] for notes in tracer.steps] == [
+        ["forward", "backward", "forward", "backward", "end"]
+    ] * 3
     traced = tracer.result(model_bytes=30, host_bytes=7)
-    assert list(traced.groups) == ["layer 0", "layer 1", "layer 2"]
-    assert all(group.forward_seconds > 0 and group.backward_seconds > 0 for group in traced.groups.values())
-    assert traced.forward_seconds == pytest.approx(sum(g.forward_seconds for g in traced.groups.values()))
-    assert traced.backward_seconds == pytest.approx(sum(g.backward_seconds for g in traced.groups.values()))
-    # of what comes after the last gradient's arrival
-    assert traced.groups["layer 0"].backward_peak_bytes == 1000
-    assert traced.groups["layer 1"].forward_peak_bytes <= 300
-    assert (traced.peak_allocated_bytes, traced.non_torch_bytes, traced.peak_reserved_bytes) == (
-        1000,
-        50,
-        2000,
-    )
-    assert traced.non_model_peak_bytes == 1000 + 50 - 30 and traced.host_bytes == 7
-    names = [name for name, _ in traced.curve]
-    once = [f"layer {i} forward" for i in (0, 0, 1, 1, 2, 2)] + [f"layer {i} backward" for i in (2, 1, 0)]
-    assert names == ["between", *once, *once, "between"]
+    assert traced == Traced(2000 + 50 - 30, forward_seconds=2.0, backward_seconds=2.0, host_bytes=7)
     n_hooks = sum(len(layer._forward_hooks) for layer in model.layers)
     tracer.close()
     assert n_hooks == 3 and not any(layer._forward_hooks for layer in model.layers)
 
 
+def test_the_times_of_a_trace_are_those_of_its_quickest_step(monkeypatch):
+    model, clock = Net(), iter([0.0, 5.0, 9.0, 10.0, 12.0, 20.0, 20.0, 26.0, 30.0])
+    monkeypatch.setattr("memory.tracer.moment", lambda device: next(clock))
+    tracer = Tracer(list(model.layers), CPU, Clock().counters())
+    for _ in range(3):
+        tracer.start_step()
+        model(torch.randn(2, 4)).backward()
+        tracer.end_step()
+    tracer.close()
+    assert tracer.result(0) == Traced(50, forward_seconds=5.0, backward_seconds=4.0)
+
+
 def test_the_tracer_on_a_cpu_reads_the_resident_memory_of_the_process():
     counters = Counters.of(CPU)
-    before = counters.read().allocated
+    before = counters.read().peak
     held = torch.ones(64 * MIB, dtype=torch.uint8)
-    assert counters.read().allocated - before > 60 * MIB
+    assert counters.read().peak - before > 60 * MIB
     del held
 
 
 # ---- the timeline ------------------------------------------------------------------------------------------
 
 
-def test_a_timeline_is_drawn_and_overlapping_work_counts_once(tmp_path):
+def test_overlapping_work_counts_once():
+    assert busy_seconds([(5.2, 5.3), (5.0, 5.06), (5.04, 5.1)]) == pytest.approx(0.2)
+    assert busy_seconds([(0, 9), (1, 2)]) == 9 and busy_seconds([]) == 0
+
+
+def test_a_row_of_text_shows_what_is_under_way_in_the_middle_of_each_cell():
+    assert text_row([("F", 0, 2), ("B", 3, 7)], 0, 8, 8) == "FF.BBBB."
+    assert text_row([("F0 ", 1.4, 3)], 1, 4, 3, idle=".. ") == "F0 F0 .. "
+
+
+def test_a_timeline_is_drawn(tmp_path):
     events = [
         ("F0 layer", "compute", 5.0, 5.1),
         ("a", "d2h", 5.0, 5.06),
@@ -240,7 +258,6 @@ def test_a_timeline_is_drawn_and_overlapping_work_counts_once(tmp_path):
         ("c", "d2h", 5.2, 5.3),
         ("d", "host adam", 5.1, 5.1),
     ]
-    assert busy_seconds(events, "d2h") == pytest.approx(0.2) and busy_seconds(events, "h2d") == 0
     for case in (events, events[4:], [(lane, lane, 0.0, 20.0) for lane in LANES]):
         draw_timeline(case, tmp_path / "step.png", "a step")
         assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")

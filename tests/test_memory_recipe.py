@@ -1,5 +1,5 @@
-"""--memory.* in the recipe: the same training, other places for its states; impossible settings are refused
-in words."""
+"""With --memory.* a recipe trains as without, and its states live elsewhere; impossible settings are
+refused."""
 
 import json
 

@@ -28,7 +28,10 @@ def mixed(tmp_path) -> MixedRows:
         for k in range(len(WEIGHTS))
     ]
     return MixedRows(
-        {f"source-{k}": (PackedRows(corpora[k], Packing(T, 0.1, seed=5)), weight) for k, weight in enumerate(WEIGHTS)}
+        {
+            f"source-{k}": (PackedRows(corpora[k], Packing(T, 0.1, seed=5)), weight)
+            for k, weight in enumerate(WEIGHTS)
+        }
     )
 
 

@@ -23,7 +23,7 @@ from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import init_weights
 from parallel import ParallelConfig
 from parallel.apply import Computation
-from parallel.config import check_parallel
+from parallel.config import Job, check_parallel
 from parallel.context import shard_sequence
 
 STEPS, ROWS, T = 5, 8, 32
@@ -60,7 +60,7 @@ def five_steps(shape: str, layout: ParallelConfig, micro: int, masked: bool, rec
     began = time.perf_counter()
     config = SHAPES[shape]
     layout = layout.resolve(dist.get_world_size())
-    n_micros = check_parallel(layout, config, T, ROWS, micro, recompute=recompute)
+    n_micros = check_parallel(layout, Job(config, T, ROWS, micro, recompute=recompute))
     training = make_training(config, layout, n_micros, Computation(recompute=recompute))
     model, mesh, optimizer = training.model, training.layout.mesh, training.optimizer
     init_weights(model, seed=0)
@@ -267,7 +267,7 @@ def any_layout(draw):
 def run_or_refuse(layout: ParallelConfig, shape: str, micro: int, masked: bool, recompute: str) -> str:
     ranks = layout.pp * layout.dp * layout.cp * layout.tp
     try:
-        check_parallel(layout.resolve(ranks), SHAPES[shape], T, ROWS, micro, recompute=recompute)
+        check_parallel(layout.resolve(ranks), Job(SHAPES[shape], T, ROWS, micro, recompute=recompute))
     except UsageError as refusal:
         assert "=" in str(refusal) and "\n" not in str(refusal), refusal
         return "refused"

@@ -36,7 +36,7 @@ def test_one_gpu_computes_with_bfloat16_weights_as_they_are_unless_told_otherwis
     memory, said = MemoryConfig(placement=asked).settle(device, dtype, world_size)
     assert memory.placement == placement
     assert (memory.resident == 1) == (placement == "static")
-    assert bool(said) == (placement == "static") and ("--memory.placement off" in said) == bool(said)
+    assert bool(said) == (placement == "static") and ("placement=off" in said) == bool(said)
     memory.check()  # what was settled is a valid configuration
 
 
@@ -44,11 +44,9 @@ def test_a_budget_without_a_placement_binds_the_default_of_one_gpu_and_is_refuse
     asked = MemoryConfig(host_budget_gib=4)
     asked.check()
     assert asked.settle(CUDA, BF16, 1)[0].host_budget_gib == 4
-    with pytest.raises(
-        UsageError, match="--memory.host-budget-gib 4 would do nothing, as --memory.placement is off"
-    ):
+    with pytest.raises(UsageError, match="host_budget_gib=4 would do nothing, because placement=off"):
         asked.settle(CPU, BF16, 1)
-    with pytest.raises(UsageError, match="--memory.cpu 1 would do nothing without --memory.placement"):
+    with pytest.raises(UsageError, match="cpu=1 would do nothing without `placement`"):
         MemoryConfig(cpu=1.0).check()
 
 
@@ -98,7 +96,5 @@ def test_states_that_a_device_cannot_hold_are_refused_with_what_would_work(
     n_bytes = memory.device_bytes_per_parameter(2, n_micros)
     if needed is None:
         return check_states(SEVEN_B, layout, device_bytes, n_bytes)
-    with pytest.raises(
-        UsageError, match=f"take {needed} GiB of each device.*--memory.placement auto.*at least 2"
-    ):
+    with pytest.raises(UsageError, match=f"take {needed} GiB of each device.*placement=auto.*at least 2"):
         check_states(SEVEN_B, layout, device_bytes, n_bytes)

@@ -376,7 +376,7 @@ def test_rates_that_are_empty_or_broken_are_measured_anew_and_said(tmp_path, con
     from memory.tracer import Rates, load_rates
 
     device, path, said = torch.device("cpu"), tmp_path / "rates.json", []
-    good = Rates(1.0, 2.0, 3.0, 4.0, 5.0, {1: 6.0}, 7.0)
+    good = Rates(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
     assert load_rates(path, device, "blocks", measure=lambda *_: good) == good
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -414,7 +414,7 @@ def test_rates_that_cannot_be_kept_are_measured_and_said():
 
     from memory.tracer import Rates, load_rates
 
-    said, good = [], Rates(1.0, 2.0, 3.0, 4.0, 5.0, {1: 6.0}, 7.0)
+    said, good = [], Rates(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
     path = Path("/proc/nowhere/rates.json")
     assert load_rates(path, torch.device("cpu"), "blocks", measure=lambda *_: good, say=said.append) == good
     assert sum("cannot be written" in line for line in said) == 1, said

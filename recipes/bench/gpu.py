@@ -193,6 +193,11 @@ def measure_all(parts: list[Part], results: Results, cfg: Config, deadline: floa
             measure(part, measurement, results, cfg.out / "logs")
 
 
+def python_path() -> str:
+    """Return PYTHONPATH with this checkout in front."""
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def measure(part: Part, measurement: Measurement, results: Results, logs: Path) -> None:
     """Run the command within its limit; keep each JSON line when it comes, and how the command ended."""
     about = {"part": part.name, "measurement": measurement.name, "command": list(measurement.command)}
@@ -203,7 +208,8 @@ def measure(part: Part, measurement: Measurement, results: Results, logs: Path) 
         process = subprocess.Popen(
             [sys.executable, "-u", *measurement.command],
             cwd=ROOT,
-            env={**os.environ, **measurement.environment},
+            # The recipes import the packages, which need not be installed here.
+            env={**os.environ, "PYTHONPATH": python_path(), **measurement.environment},
             text=True,
             stdout=subprocess.PIPE,
             stderr=errors,

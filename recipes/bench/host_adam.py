@@ -30,10 +30,11 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone works without being installed
 from dtensor_llama import Llama, LlamaConfig, UsageError
 from dtensor_llama.cli import run_recipe
-from memory import ChunkManager, MemoryConfig, Placement
+from memory import ChunkManager, Home, MemoryConfig
 from memory.chunk import CHUNK_ELEMENTS, Chunk, Ledger
-from memory.kernel import Hyper, Kernel
-from memory.placement import GIB, auto_plan
+from memory.home import StateFormat
+from memory.kernel import HyperParameters, Kernel
+from memory.placement import GIB, ChunkSizes, auto_plan
 from memory.tracer import DramStream, Rates, Traced, machine_key
 
 CPU = torch.device("cpu")
@@ -116,21 +117,21 @@ def ours(kind: str, n: int) -> Callable:
     """As the engine lays chunks out and steps them, one by one."""
     kernel, hyper, ledger = (
         Kernel(kind, CPU),
-        Hyper(1e-3, 0.9, 0.95, 1e-8, 0.1, 1),
+        HyperParameters(1e-3, 0.9, 0.95, 1e-8, 0.1, 1),
         Ledger(CPU, {"device": None, "host": None}),
     )
     chunks = []
     for start in range(0, n, CHUNK_ELEMENTS):
-        chunks.append(Chunk(len(chunks), {}, torch.bfloat16))
+        chunks.append(Chunk(len(chunks), {}, StateFormat()))
         chunks[-1].n = min(CHUNK_ELEMENTS, n - start)
-        chunks[-1].allocate(ledger, Placement.CPU, sums=False)
+        chunks[-1].allocate(ledger, Home.CPU)
         for tensor in chunks[-1].tensors.values():
             tensor.fill_(0.01)
     outbox = [ledger.zeros("host", chunks[0].n, torch.bfloat16, "outbox", nth=4 + i) for i in range(2)]
 
     def step():
         for i, chunk in enumerate(chunks):
-            states = (chunk.tensors[name] for name in ("master", "exp_avg", "exp_avg_sq", "slab"))
+            states = (chunk.tensors[name] for name in ("master", "exp_avg", "exp_avg_sq", "grad_buffer"))
             kernel.host_step(*states, outbox[i % 2][: chunk.n], None, hyper)
 
     return step
@@ -236,17 +237,12 @@ def manager_overhead(cfg: Config) -> dict:
 
 def plan_seconds() -> dict[str, float]:
     n, seconds = LlamaConfig.preset("llama2-70b").n_parameters, {}
-    rates = Rates(50e9, 50e9, 100e9, 200e9, 200e9, {16: 12.8e9}, 170e9)
+    rates = Rates(50e9, 50e9, 100e9, 200e9, 200e9, 12.8e9, 170e9)
     for ranks, budget_gib in ((512, 4), (8, 80)):
-        sizes = [CHUNK_ELEMENTS] * (n // ranks // CHUNK_ELEMENTS) + [n // ranks % CHUNK_ELEMENTS]
+        sizes = (CHUNK_ELEMENTS,) * (n // ranks // CHUNK_ELEMENTS) + (n // ranks % CHUNK_ELEMENTS,)
+        budgets = {"device": budget_gib * GIB, "host": 200 * GIB}
         start = time.perf_counter()
-        auto_plan(
-            sizes,
-            device_budget_bytes=budget_gib * GIB,
-            host_budget_bytes=200 * GIB,
-            rates=rates,
-            traced=Traced(2 * GIB, 0.5, 1.5),
-        )
+        auto_plan(ChunkSizes(sizes), budgets, rates, Traced(2 * GIB, 0.5, 1.5))
         seconds[f"{ranks} ranks, {len(sizes)} chunks"] = round(time.perf_counter() - start, 4)
     return seconds
 

@@ -30,7 +30,6 @@ from memory.tracer import (
     host_adam_rate,
     load_rates,
     machine_key,
-    thread_counts,
 )
 
 # of Adam per parameter: bfloat16 gradient and weight; the device's master is split
@@ -52,7 +51,8 @@ def main(cfg: Config) -> None:
         raise UsageError("--sizes-mib, --dram-mib, --adam-mi-elements and --seconds must be above 0.")
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     link, stream = Link(device, max(cfg.sizes_mib) * MIB), DramStream(cfg.dram_mib * MIB)
-    counts = thread_counts(len(os.sched_getaffinity(0)))
+    n_cores = len(os.sched_getaffinity(0))
+    counts = sorted({n_cores, *(2**i for i in range(n_cores.bit_length()))})  # 1, 2, 4 ... and all
     gb_s = lambda rate: round(rate / 1e9, 3)
     host_adam = {n: host_adam_rate(n, cfg.adam_mi_elements * MIB, cfg.seconds, cfg.kernel) for n in counts}
     device_adam = (

@@ -9,7 +9,6 @@ the time goes beside the matrix products, whose time is the least a step could t
 """
 
 import json
-import os
 import statistics
 import sys
 import time
@@ -28,14 +27,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from dtensor_llama import Llama, LlamaConfig
-from dtensor_llama.cli import run_recipe
+from dtensor_llama.cli import read_launch, run_recipe
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
 from parallel import ParallelConfig, build_mesh
 from parallel.apply import Computation
 from parallel.assemble import adamw, assemble
-from parallel.config import check_parallel
+from parallel.config import Job, check_parallel
 from parallel.mesh import Layout, start_process_group, stop_process_group
 
 
@@ -52,16 +51,14 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    launch = read_launch()
+    rank, world_size = launch.rank, launch.world_size
+    device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     config = LlamaConfig.preset(cfg.model)
-    check_parallel(ParallelConfig(tp=world_size).resolve(world_size), config, cfg.seq_len, cfg.rows, cfg.rows)
+    job = Job(config, cfg.seq_len, cfg.rows, cfg.rows)
+    check_parallel(ParallelConfig(tp=world_size).resolve(world_size), job)
     start_process_group(device, world_size)
     variants = {"plain loop": bare(cfg, device), "ours": ours(cfg, device, ParallelConfig())}
     if world_size > 1:

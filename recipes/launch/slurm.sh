@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Slurm: one task a node, which is many_nodes.sh; ends with a checkpoint when it is preempted or its time is up, and goes on.
-#     sbatch --nodes 32 recipes/launch/slurm.sh pretrain 70b a100-80gb --model llama2-70b --data.path 'corpus/*.parquet' \
-#         --data.tokenizer llama2/ --run-dir runs/70b
-# Submit from the root of the repository. Whatever #SBATCH says, sbatch's own options win: --time, --partition, --account.
+# A Slurm job with one task a node, which is many_nodes.sh. When it is preempted or its time is up, it ends
+# with a checkpoint, is requeued, and goes on from there.
+#     sbatch --nodes 32 recipes/launch/slurm.sh pretrain 70b a100-80gb --model llama2-70b \
+#         --data.path 'corpus/*.parquet' --data.tokenizer llama2/ --run-dir runs/70b
+# Submit it from the root of the repository. Options of sbatch (--time, --partition, --account) win over
+# #SBATCH lines.
 #SBATCH --job-name=dtensor-llama
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -12,22 +14,24 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.out
-# Five minutes before the end, to this script only: a 70b checkpoint is 0.8 TB, at 10 GB/s 80 s, and the step has to end first.
+# Slurm sends USR1 to this script alone, five minutes before the end: a checkpoint of 70b has 0.8 TB, which
+# take 80 s at 10 GB/s, and the step has to end first.
 #SBATCH --signal=B:USR1@300
 set -euo pipefail
 
 time_is_up=
-stop() {    # to the steps: there each rank finishes its optimizer step, writes a checkpoint and ends
+stop() {    # sends SIGTERM to the job steps: each rank finishes its step, writes a checkpoint and ends
     scancel --quiet --signal=TERM "$SLURM_JOB_ID"
 }
-trap 'time_is_up=1; stop' USR1      # also at preemption, where the cluster says PreemptParameters=send_user_signal
-trap : TERM                         # preempted or cancelled: the steps have it too; whether to requeue is Slurm's to say
+trap 'time_is_up=1; stop' USR1  # preemption sends it too, on clusters with PreemptParameters=send_user_signal
+trap : TERM  # preempted or cancelled: the steps get it too, and Slurm decides whether to requeue
 
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export HEAD NNODES=$SLURM_NNODES JOB_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0} PORT=$((20000 + SLURM_JOB_ID % 10000))
+export HEAD NNODES=$SLURM_NNODES
+export JOB_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0} PORT=$((20000 + SLURM_JOB_ID % 10000))
 status=0
-srun --kill-on-bad-exit=1 recipes/launch/many_nodes.sh "$@" &      # --checkpoint.resume auto is the default: goes on where it was
-while true; do                                                     # a trap ends `wait`, not the job
+srun --kill-on-bad-exit=1 recipes/launch/many_nodes.sh "$@" &  # --checkpoint.resume is auto: it resumes
+while true; do  # a signal that is trapped ends `wait`, but not the job
     wait $! && status=0 || status=$?
     kill -0 $! 2>/dev/null || break
 done

@@ -28,6 +28,8 @@ from common import print_each, print_once, run_lesson
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from dtensor_llama.gantt import text_row
+
 D, ROWS, N_LAYERS, N_MICROBATCHES = 512, 256, 4, 4  # width, samples per microbatch, layers of all stages
 N_CELLS = 40  # columns of the measured timeline
 
@@ -114,13 +116,8 @@ def run(layers: nn.Module, inputs: Tensor, targets: Tensor, schedule: list[str])
 
 def draw(step: Step) -> str:
     """Return what ran in the middle of each cell of the timeline, and dots where nothing did."""
-    cells = [".."] * N_CELLS
-    for cell in range(N_CELLS):
-        middle = (cell + 0.5) / N_CELLS * step.seconds
-        for span in step.spans:
-            if span.start <= middle < span.end:
-                cells[cell] = span.work
-    return " ".join(cells)
+    spans = [(f"{span.work} ", span.start, span.end) for span in step.spans]
+    return text_row(spans, 0, step.seconds, N_CELLS, idle=".. ").rstrip()
 
 
 def lesson() -> None:

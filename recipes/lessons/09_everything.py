@@ -33,7 +33,7 @@ from dtensor_llama.model import init_weights
 from parallel import ParallelConfig, build_mesh
 from parallel.apply import Computation
 from parallel.assemble import Training, adamw, assemble
-from parallel.config import AXES, check_parallel
+from parallel.config import AXES, Job, check_parallel
 from parallel.mesh import Layout
 
 TINY = LlamaConfig(
@@ -103,7 +103,7 @@ def train_step(config: ParallelConfig, tokens: Tensor, labels: Tensor) -> tuple[
     Returns the loss, the gradient norm, and the model with the gradients of this rank's parameters.
     """
     config = config.resolve(dist.get_world_size())
-    n_microbatches = check_parallel(config, TINY, T, B, micro_batch_size=1)  # refuses what cannot run
+    n_microbatches = check_parallel(config, Job(TINY, T, B))  # refuses what cannot run
     layout = Layout(config, build_mesh(config, "cpu"), n_microbatches)
     with torch.device("meta"):
         model = Llama(TINY)  # names and shapes, no memory
@@ -159,15 +159,13 @@ def lesson() -> None:
 
     print_once("To add an axis of your own, e.g. ep for experts:")
     for file, start, what in (
-        ("parallel/config.py", "AXES =", "its name, beside the ranks it shall have as neighbours; a field"),
-        ("parallel/config.py", "def check_parallel", "what it cannot do, refused with a remedy"),
-        (
-            "parallel/mesh.py",
-            "def build_mesh",
-            "its derived axes: read other rows (dp, loss)? share weights (fsdp)?",
-        ),
-        ("parallel/apply.py", "def parallelize", "its pass, after those whose result it needs"),
-        ("dtensor_llama/shards.py", "def copies", "nothing: it counts by the DTensors' placements"),
+        ("parallel/config.py", "AXES =", "its name, beside the axes that shall be its neighbours; a field"),
+        ("parallel/config.py", "DERIVED_AXES =", "do its ranks read other rows (dp)? share weights (fsdp)?"),
+        ("parallel/rules.py", "TENSOR =", "a list like this one: what it cannot do, and what works instead"),
+        ("parallel/apply.py", "def parallelize", "its pass, from a file of its own, after those it needs"),
+        ("parallel/explain.py", "def tp_traffic", "a function like this one: what it sends"),
+        ("parallel/mesh.py", "def build_mesh", "nothing: it makes the axes of config.py"),
+        ("dtensor_llama/shards.py", "def copies", "nothing: it counts by the placements of DTensors"),
     ):
         lines = Path(__file__).parents[2].joinpath(file).read_text().splitlines()
         line = 1 + next(i for i, text in enumerate(lines) if text.startswith(start))

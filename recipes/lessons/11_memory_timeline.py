@@ -33,8 +33,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from memory import ChunkManager, MemoryConfig, Placement
-from memory.timeline import LANES, busy_seconds, draw_timeline
+from dtensor_llama.gantt import busy_seconds, text_row
+from memory import ChunkManager, Home, MemoryConfig, Overrides
+from memory.timeline import LANES, draw_timeline
 
 L, D, ROWS, STEPS = 16, 1536, 16, 6  # layers, width, samples
 N_CELLS = 64  # columns of the timeline in letters
@@ -63,7 +64,8 @@ def train(serial: bool) -> tuple[ChunkManager, list[list[float]], Tensor]:
     slices = {f"layers.{i}": RowwiseParallel() if i % 2 else ColwiseParallel() for i in range(L)}
     parallelize_module(model, mesh, slices)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    manager = ChunkManager(model, optimizer, MIX, chunk_elements=D * D // 2)  # a chunk is a layer's slice
+    slices = Overrides(chunk_elements=D * D // 2)  # a chunk is a layer's slice
+    manager = ChunkManager(model, optimizer, MIX, overrides=slices)
 
     def note_begin(layer: nn.Module, args: tuple) -> None:
         began[-1].append(time.perf_counter())
@@ -85,17 +87,12 @@ def train(serial: bool) -> tuple[ChunkManager, list[list[float]], Tensor]:
 
 def print_timeline(events: list, begin: float, end: float) -> None:
     """Print one line of N_CELLS letters for each lane."""
-    cell_seconds = (end - begin) / N_CELLS
     for lane in LANES:
-        cells = ["."] * N_CELLS
+        spans = []
         for what, its_lane, start, stop in events:
-            if its_lane != lane or stop <= begin or start >= end:
-                continue
-            first = max(0, int((start - begin) / cell_seconds))
-            last = min(N_CELLS, int((stop - begin) / cell_seconds))
-            for cell in range(first, last):
-                cells[cell] = what[0].upper() if lane == "compute" else "#"
-        print_once(f"  {lane:12}|{''.join(cells)}|")
+            if its_lane == lane:
+                spans.append((what[0].upper() if lane == "compute" else "#", start, stop))
+        print_once(f"  {lane:12}|{text_row(spans, begin, end, N_CELLS)}|")
 
 
 def updates_of_each_step(events: list, began: list[list[float]]) -> list[dict[int, float]]:
@@ -112,7 +109,7 @@ def lesson() -> None:
     *_, expected = train(serial=True)
     manager, began, weights = train(serial=False)
     events, n_early = manager.events, 0
-    on_cpu = [chunk.index for chunk in manager.chunks if chunk.placement is Placement.CPU]
+    on_cpu = [chunk.index for chunk in manager.chunks if chunk.home is Home.CPU]
     for done, forward in zip(updates_of_each_step(events, began)[:-1], began[1:], strict=True):
         assert sorted(done) == on_cpu
         for layer in on_cpu:
@@ -121,12 +118,13 @@ def lesson() -> None:
     assert n_early > 0, "no forward began before the update was over"
     assert torch.equal(weights, expected), "starting early changed the numbers"
 
-    placements = " ".join(chunk.placement.value for chunk in manager.chunks)
-    print_once(f"{L} layers, chunk i is layer i's slice: {placements}")
+    homes = " ".join(chunk.home.value for chunk in manager.chunks)
+    print_once(f"{L} layers, chunk i is layer i's slice: {homes}")
     begin, end = began[-2][0], began[-1][-1]
     print_once(f"one forward to the end of the next: {1e3 * (end - begin):.0f} ms; F forward, B backward")
     print_timeline(events, begin, end)
-    host_adam_ms = 1e3 * busy_seconds(events, "host adam") / STEPS
+    host_adam = [(start, stop) for _, lane, start, stop in events if lane == "host adam"]
+    host_adam_ms = 1e3 * busy_seconds(host_adam) / STEPS
     print_once(f"Adam on the host worked {host_adam_ms:.0f} ms a step")
     print_once(f"{n_early} of {STEPS - 1} forwards began before it was done")
     if dist.get_rank() == 0:
