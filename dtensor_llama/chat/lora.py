@@ -12,7 +12,6 @@ any parallelism: the passes of parallel/ then find the adapters like any other m
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -122,15 +121,6 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in parameters.items() if ADAPTER in name}
 
 
-def adapted(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear, Lora]]:
-    """Yield (parent, name, linear, adapter) of every linear of this rank that has an adapter."""
-    for parent in list(model.modules()):
-        for name, linear in list(parent.named_children()):
-            adapter = getattr(parent, name + "_lora", None)
-            if isinstance(adapter, Lora):
-                yield parent, name, linear, adapter
-
-
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
     """Add scale B A to W in place, and remove the adapters: what is left is an ordinary model with the same
@@ -138,13 +128,18 @@ def merge_lora(model: nn.Module) -> None:
 
     All ranks call it. A rank adds what belongs to its own part of W; only the thin matrices are gathered. The
     sum is made in fp32 and rounded to W's dtype once."""
-    for parent, name, linear, adapter in adapted(model):
+    for name, adapter in list(model.named_modules()):
+        if not isinstance(adapter, Lora):
+            continue
+        parent, _, own_name = name.rpartition(".")
+        parent = model.get_submodule(parent)
+        linear = getattr(parent, own_name.removesuffix("_lora"))
         a, b = (_whole(matrix.weight).float() for matrix in (adapter.lora_A, adapter.lora_B))
         for (row, column), (rows, columns), local in local_boxes(linear.weight):
             delta = b[row : row + rows] @ a[:, column : column + columns] * adapter.scale
             local.copy_(local.float() + delta)
         linear.add_adapter.remove()
-        delattr(parent, name + "_lora")
+        delattr(parent, own_name)
 
 
 def _whole(parameter: nn.Parameter) -> Tensor:

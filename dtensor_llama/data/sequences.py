@@ -54,7 +54,6 @@ class TokenCorpus:
     tokens: (n_tokens,) uint16 or uint32. document_starts: (n_documents,) int64, offsets into `tokens`.
     content_hash: the same for the same tokens, documents and masks, and for no others; "" if the folder has
         none.
-    settings: {field: value} of the options that decided which records became which tokens.
     skipped: {what is wrong: how many records were left out for it}. bad_records: the file that lists them.
     """
 
@@ -76,7 +75,6 @@ class TokenCorpus:
             )
         self.content_hash = self.meta.get("content_hash", "")
         self.skipped = self.meta.get("skipped", {})
-        self.settings = self.meta.get("chat") or self.meta.get("text") or {}
 
     def _mapped(self, name: str, dtype) -> np.memmap:
         return np.memmap(self.folder / name, np.dtype(dtype), mode="r")
