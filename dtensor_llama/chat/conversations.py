@@ -93,8 +93,7 @@ Turns = tuple[list[dict], list[bool | None]]  # messages, and the flag of each
 
 
 def conversation_of(record: dict, where: str) -> Conversation:
-    """Read a record. Raises BadRecord, beginning with `where`, if its format is unknown or its turns are
-    wrong."""
+    """Read a record. BadRecord, beginning with `where`, for an unknown format and for wrong turns."""
     name = next((name for name, of_list in LISTS.items() if record.get(of_list) is not None), None)
     if name is not None:
         used = [LISTS[name]]
@@ -279,8 +278,7 @@ def _as_function(function: dict) -> dict:
 
 
 def _parsed(text: str, at: str, name: str, **otherwise):
-    """Return the value of the JSON in `text`. If it is none, return `otherwise` where that is given, else
-    refuse it."""
+    """Return the value of the JSON in `text`; if it is none, `otherwise` if that is given, else refuse it."""
     try:
         return json.loads(text)
     except ValueError:

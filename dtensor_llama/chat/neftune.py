@@ -1,9 +1,9 @@
-"""NEFTune: noise on the embeddings, in training only, makes fine-tuned answers better (Jain et al. 2023,
-arXiv:2310.05914).
+"""NEFTune: noise on the embeddings, in training only, makes fine-tuned answers better.
 
-Each of the L tokens x D dims of an example gets uniform noise within alpha / sqrt(L D). The noise is not
-drawn but computed from the seed, the step, the row and the place in it: every rank of any layout makes the
-same noise for the tokens it has.
+Source: Jain et al. 2023, arXiv:2310.05914. Each of the L tokens x D dims of an example gets uniform noise
+    within alpha / sqrt(L D). The noise is not drawn but computed from the seed, the step, the row and the
+    place in
+it: every rank of any layout makes the same noise for the tokens it has.
 """
 
 from collections import deque
@@ -29,20 +29,20 @@ class Neftune:
     def add_to(self, embedding: nn.Module) -> None:
         embedding.register_forward_hook(self._add)
 
-    def next_step(self, step: int, first_row: int, micros: list[Batch]) -> None:
+    def next_step(self, step: int, first_row: int, microbatches: list[Batch]) -> None:
         """Announce a step.
 
-        micros: the microbatches of this rank, whole rows with positions
+        microbatches: those of this rank, whole rows with positions
         first_row: how many rows of the global batch come before them
         """
         self.waiting.clear()
-        for micro in micros:
-            B, T = micro.tokens.shape
+        for batch in microbatches:
+            B, T = batch.tokens.shape
             rows = first_row + torch.arange(B)[:, None]
             places = ((self.seed % 2**22 << 40) + (step << 20) + rows) * T + torch.arange(
                 T
             )  # (B, T): all differ
-            scale = self.alpha / lengths_of(micro.positions).float().sqrt()  # (B, T)
+            scale = self.alpha / lengths_of(batch.positions).float().sqrt()  # (B, T)
             self.waiting.append((self.share(places), self.share(scale)))
             first_row += B
 
@@ -55,8 +55,8 @@ class Neftune:
 
 
 def lengths_of(positions: Tensor) -> Tensor:
-    """Return (B, T): how many tokens the document of each token has; positions restart at 0 where one
-    begins."""
+    """Return (B, T): how many tokens the document of each token has. Positions restart at 0 in each
+    document."""
     documents = (positions == 0).cumsum(1)  # (B, T): which document, from 1
     counts = torch.zeros(positions.shape[0], positions.shape[1] + 1, dtype=torch.int64)
     return counts.scatter_add_(1, documents, torch.ones_like(documents)).gather(1, documents)

@@ -1,5 +1,4 @@
-"""Chunks of files to token ids, in the processes that tokenize: what they return, and how plain texts become
-ids."""
+"""Chunks of files to token ids: what the processes that tokenize return, and how plain texts become ids."""
 
 import json
 from collections import Counter
@@ -56,7 +55,7 @@ class Found:
 
 
 class Encoded(NamedTuple):
-    """The documents of a chunk as token ids."""
+    """Holds the documents of a chunk as token ids."""
 
     ids: np.ndarray  # uint32, BOS and EOS included
     starts: np.ndarray  # int64: offsets into `ids` of the documents that start in this chunk
