@@ -153,7 +153,7 @@ def _pair_format(record: dict, where: str) -> str:
     question, _, answer = PAIRS[name]
     missing = [one for one in (question, answer) if record.get(one) is None]
     if len(missing) == 2:
-        known = [*LISTS.values(), *(f"{pair[0]} + {pair[2]}" for pair in PAIRS.values())]
+        known = list(LISTS.values()) + [f"{asks} + {answers}" for asks, _, answers in PAIRS.values()]
         raise BadRecord(
             where, "unknown format", f"its fields are {fields}, and a conversation has {', or '.join(known)}."
         )
@@ -184,8 +184,8 @@ def _turns_of_pair(record: dict, name: str, where: str) -> Turns:
 
 def _history(history, where: str) -> list[dict]:
     """Return the turns of [[question, answer], ...]."""
-    turns = []
-    for number, pair in enumerate(history if isinstance(history, list) else [history] if history else [], 1):
+    turns, pairs = [], history or []
+    for number, pair in enumerate(pairs if isinstance(pairs, list) else [pairs], 1):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise BadRecord(
                 where,

@@ -219,8 +219,8 @@ class ChatTemplate:
     def _refuse_unwritten_turns(self, chat: _Chat) -> None:
         """Raise BadRecord for a turn that the template leaves out, or writes as one of the assistant's."""
         fields = ("content", "tool_calls", "reasoning_content")
-        turns = tuple((turn["role"], *(bool(turn.get(name)) for name in fields)) for turn in chat.turns)
-        shape = turns, tuple(chat.variables)
+        present = [tuple(name for name in fields if turn.get(name)) for turn in chat.turns]
+        shape = tuple(turn["role"] for turn in chat.turns), tuple(present), tuple(chat.variables)
         if shape in self.accepted_shapes:
             return
         probes = {at: f"{PROBE}{at}{PROBE}" for at, turn in enumerate(chat.turns) if turn.get("content")}
@@ -475,7 +475,7 @@ class RawTemplate:
     def example(self, conversation: Conversation, where: str, train_on: str) -> Example:
         """Return what is trained of a conversation. BadRecord for more than a prompt and a completion."""
         turns = conversation.turns
-        extra = {name for turn in turns for name in turn} - {"role", "content"} | set(conversation.variables)
+        extra = set().union(*turns) - {"role", "content"} | set(conversation.variables)
         is_pair = conversation.format in ("prompt/completion", "question/answer") and len(turns) == 2
         if extra or not is_pair:
             what = ", ".join(map(repr, sorted(extra))) or f"{len(turns)} turns of {conversation.format}"

@@ -1,5 +1,6 @@
 """Chunks of files to token ids: what the processes that tokenize return, and how plain texts become ids."""
 
+import itertools
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -103,7 +104,8 @@ class TextEncoding:
         tokenizer, found = self.tokenizer, Found()
         texts = chunk.documents(self.text_field, found.skip_or_refuse(self.options.bad_records))
         documents = [list(self.cutter.pieces(text, PIECE_CHARS, chunk.skip)) for text in texts]
-        encoded = iter(tokenizer.encode_batch([text for pieces in documents for text, _ in pieces]))
+        pieces = itertools.chain.from_iterable(documents)
+        encoded = iter(tokenizer.encode_batch([text for text, _ in pieces]))
         bos = [tokenizer.bos_id] if chunk.opens and tokenizer.adds.bos else []
         eos = [tokenizer.eos_id] if chunk.closes and tokenizer.eos_id is not None else []
         ids, starts = [], []

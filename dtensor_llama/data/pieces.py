@@ -91,7 +91,7 @@ def _probes(model) -> list[str]:
         one.piece.replace("▁", " ") for one in model.pieces if one.type in (one.NORMAL, one.USER_DEFINED)
     ]
     texts = texts[:: len(texts) // 4000 + 1]
-    probes = [*PROBES, *("".join(texts[i : i + 100]) for i in range(0, len(texts), 100))]
+    probes = list(PROBES) + ["".join(texts[i : i + 100]) for i in range(0, len(texts), 100)]
     for symbol in _symbols(model):
         probes += [symbol, f"a{symbol}b", f" {symbol} a  {symbol}"]
     return probes

@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -257,7 +258,8 @@ def _in_order(
 ) -> Iterator[tuple[Encoded, int]]:
     """Yield each encoded chunk and its bytes of input in the order of the corpus; a few are under way."""
     under_way = deque()
-    chunks = (chunk for file in files for chunk in read_chunks(file, encoding.text_field, encoding.cutter))
+    of_files = (read_chunks(file, encoding.text_field, encoding.cutter) for file in files)
+    chunks = itertools.chain.from_iterable(of_files)
     while True:
         while len(under_way) < CHUNKS_PER_WORKER * processes and (chunk := next(chunks, None)):
             under_way.append((pool.submit(_encode, chunk), chunk.input_bytes))

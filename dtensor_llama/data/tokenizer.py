@@ -328,7 +328,7 @@ def _put_ends(fast: tokenizers.Tokenizer, ids: EndIds, adds: AddedEnds) -> None:
     if fast.encode("a").ids == before + fast.encode("a", add_special_tokens=False).ids + after:
         return
     names = {i: fast.id_to_token(i) for i in before + after}
-    first = [*(names[i] for i in before), "$A", *(names[i] for i in after)]
+    first = [names[i] for i in before] + ["$A"] + [names[i] for i in after]
     second = ["$B" if part == "$A" else part for part in first]
     special = [(name, i) for i, name in names.items()]
     fast.post_processor = processors.TemplateProcessing(first, first + second, special)
