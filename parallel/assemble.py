@@ -16,11 +16,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from dtensor_llama.config import LlamaConfig
+from dtensor_llama.data.reader import Batch
 from dtensor_llama.errors import UsageError
 from dtensor_llama.flops import hardware_flops_per_token, matmul_flops, model_flops_per_token
 from dtensor_llama.model import Llama
@@ -89,6 +91,29 @@ class Training:
         """Free the weights that were gathered for forwards without a backward (validation, sampled
         answers)."""
         reshard(self.stages)
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[Batch]) -> float:
+        """Return the mean loss of this dp rank's batches and those of the others, in nats. All ranks enter,
+        each with as many batches, since a sharded forward gathers weights."""
+        nats = self.sum_of_losses([self.layout.own_tokens(batch) for batch in batches])
+        dist.all_reduce(nats, group=self.layout.loss_group)
+        n_targets = torch.tensor(sum(batch.n_targets for batch in batches), device=self.device)
+        dist.all_reduce(n_targets, group=self.layout.mesh["dp"].get_group())
+        return (nats / n_targets).item()
+
+    @torch.no_grad()
+    def sum_of_losses(self, batches: list[Batch]) -> Tensor:
+        """Return the sum of the token losses of batches that hold this rank's tokens, float64, in nats; with
+        pp it is 0 on ranks without the last stage."""
+        if self.pipeline:
+            return self.pipeline.evaluate(batches)
+        nats = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in batches:
+            tokens, labels, positions = batch.to(self.device)
+            nats += self.model(tokens, labels=labels, positions=positions)
+        self.reshard()
+        return nats
 
     def fp32_weights(self) -> nn.Module:
         """Return what is loaded, initialized, saved or exported as float32: the model, or its masters under

@@ -290,9 +290,8 @@ def forward_backward(training: Training, microbatches: list[Batch], n_targets: T
         training.sync_gradients(last=i == len(microbatches) - 1)
         tokens, labels, positions = batch.to(training.device)
         loss_i = training.model(tokens, labels=labels, positions=positions) / n_targets
-        (
-            loss_i * training.layout.gradient_ranks
-        ).backward()  # FSDP averages over these ranks; we want the sum
+        # FSDP averages gradients over these ranks; we want their sum.
+        (loss_i * training.layout.gradient_ranks).backward()
         loss += loss_i.detach()
     return loss
 
@@ -457,9 +456,9 @@ def _summed(criterion: Criterion, part: Llama):
 
     def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         logits = part.lm_head(hidden).float()  # (B, T, V), whole also under tp
-        n_scored = int((labels[:, 1:] != IGNORE).sum())
+        n_targets = int((labels[:, 1:] != IGNORE).sum())
         # A mean over nothing is nan; nothing scored adds nothing, but every rank must go through backward.
-        return criterion(logits, labels) * n_scored if n_scored else logits.sum() * 0
+        return criterion(logits, labels) * n_targets if n_targets else logits.sum() * 0
 
     return cross_entropy
 

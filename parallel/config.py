@@ -65,7 +65,7 @@ class ParallelConfig:
         return self.ranks("fsdp")
 
     @property
-    def grad_ranks(self) -> int:
+    def gradient_ranks(self) -> int:
         """Return how many ranks FSDP averages gradients over: they hold the same parameters and saw other
         tokens."""
         return self.ranks("dp_cp")

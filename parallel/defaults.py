@@ -71,9 +71,9 @@ def choose_settings(
 ) -> Chosen:
     """Choose what was left open; UsageError if nothing fits the memory.
 
-    pack: makes rows of so many tokens from the corpus. layout: resolved, and whether the user left it open, so
-        that data-parallel ranks may become tensor-parallel ones. memory: the bytes that a rank has, and what
-        decides how many it needs.
+    pack: makes rows of so many tokens from the corpus. layout: resolved, and whether the user left it open,
+        so that data-parallel ranks may become tensor-parallel ones. memory: the bytes that a rank has, and
+        what decides how many it needs.
     """
     resolved, is_open = layout
     reasons = []

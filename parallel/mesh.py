@@ -92,7 +92,7 @@ class Layout:
     @property
     def gradient_ranks(self) -> int:
         """Over how many ranks FSDP averages a gradient. The loss is scaled by it, since we want the sum."""
-        return self.config.grad_ranks
+        return self.config.gradient_ranks
 
     @property
     def loss_group(self) -> dist.ProcessGroup:
@@ -110,7 +110,8 @@ class Layout:
 
 
 def build_mesh(config: ParallelConfig, device_type: str) -> DeviceMesh:
-    """Return the mesh of a resolved config, with its axes (those of size 1 too) and the derived axes of config.py.
+    """Return the mesh of a resolved config, with its axes (those of size 1 too) and the derived axes of
+    config.py.
 
     At ZeRO stage 0 there is also an axis `solo` of size 1, which fully_shard shards over: nothing is sharded.
     """

@@ -16,7 +16,7 @@ DURATION = {"F": 1, "B": 2, "I": 1, "W": 1}  # of forwards: backward is twice th
 
 
 def schedule_order(
-    schedule: str, pp: int, virtual_stages: int, n_micros: int, pp_mesh: DeviceMesh | None = None
+    schedule: str, pp: int, virtual_stages: int, n_microbatches: int, pp_mesh: DeviceMesh | None = None
 ) -> list[list[Action]]:
     """The actions of each pp rank, in order. pp_mesh: of which torch's schedules, all but gpipe and 1f1b,
     want to be a rank."""
@@ -24,11 +24,11 @@ def schedule_order(
         orders = []
         for rank in range(pp):
             # forwards before the first backward
-            ahead = n_micros if schedule == "gpipe" else min(n_micros, pp - rank)
-            pairs = [[("B", rank, i), ("F", rank, i + ahead)] for i in range(n_micros)]
+            ahead = n_microbatches if schedule == "gpipe" else min(n_microbatches, pp - rank)
+            pairs = [[("B", rank, i), ("F", rank, i + ahead)] for i in range(n_microbatches)]
             orders.append(
                 [("F", rank, i) for i in range(ahead)]
-                + [one for pair in pairs for one in pair if one[2] < n_micros]
+                + [one for pair in pairs for one in pair if one[2] < n_microbatches]
             )
         return orders
     stages = [
@@ -37,7 +37,7 @@ def schedule_order(
         )
         for stage in stage_indices(schedule, pp, virtual_stages)[pp_mesh.get_local_rank()]
     ]
-    planned = SCHEDULES[schedule].torch_class(stages, n_micros, loss_fn=lambda *_: None).pipeline_order
+    planned = SCHEDULES[schedule].torch_class(stages, n_microbatches, loss_fn=lambda *_: None).pipeline_order
     orders = []
     for rank in range(pp):  # torch writes an action as 3F0: stage, kind, microbatch
         single = [

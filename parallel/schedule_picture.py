@@ -1,7 +1,8 @@
 """A picture of a pipeline step from measured times: which rank does what and when, and the bubbles.
 
 recorder = Recorder(mesh["pp"], device)          # on every rank
-pipeline.step(micros, n_scored, scale, recorder) # after a warm-up step: the first one sets things up
+pipeline.recorder = recorder                    # after a warm-up step: the first one sets things up
+pipeline.step(microbatches, n_targets)
 events = recorder.gather()                       # all ranks of pp_mesh; a list on pp rank 0, None elsewhere
 if events:
     draw_schedule(events, "schedule.png", "1f1b")

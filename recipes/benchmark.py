@@ -2,7 +2,7 @@
 end.
 
     python recipes/benchmark.py --model tiny-5m --data.seq-len 256 --train.global-batch-size 16
-    torchrun --nproc-per-node 8 recipes/benchmark.py --model llama2-7b --train.compile --train.recompute selective
+    torchrun --nproc-per-node 8 recipes/benchmark.py --model llama2-7b --train.compile --train.recompute full
 
 With --data.document-mask the rows are packed documents of 512 tokens on average. With --data.path it also
 answers whether reading costs training time: steps on real rows and on synthetic ones take turns in one run,
@@ -44,7 +44,6 @@ from dtensor_llama.data.tokenize import prepare_corpus
 from dtensor_llama.data.tokenizer import load_tokenizer
 from dtensor_llama.flops import hardware_flops_per_token, model_flops_per_token, peak_flops
 from dtensor_llama.hf_folder import Base
-from dtensor_llama.loss import IGNORE
 from dtensor_llama.metrics import GIB, LateReader, MemoryPeaks, PeakMemory
 from dtensor_llama.model import init_weights
 from dtensor_llama.places import cache_folders, readable
@@ -222,7 +221,7 @@ def main(cfg: BenchmarkConfig) -> None:
             began = time.perf_counter()
             microbatches = next_step()
             waited = time.perf_counter() - began
-            n_targets = torch.tensor(count_targets(microbatches))
+            n_targets = torch.tensor(sum(batch.n_targets for batch in microbatches))
             dist.all_reduce(n_targets)
             if name == "synthetic":
                 pictures.before(i)
@@ -326,15 +325,10 @@ def forward_backward(training: Training, microbatches: list[Batch], n_targets: i
         tokens, labels, positions = batch.to(training.device)
         # The model returns the sum of the token losses.
         loss_i = training.model(tokens, labels=labels, positions=positions) / n_targets
-        (
-            loss_i * training.layout.gradient_ranks
-        ).backward()  # FSDP averages over these ranks; we want the sum
+        # FSDP averages gradients over these ranks; we want their sum.
+        (loss_i * training.layout.gradient_ranks).backward()
         loss += loss_i.detach()
     return loss
-
-
-def count_targets(batches: list[Batch]) -> int:
-    return sum(int((batch.labels != IGNORE).sum()) for batch in batches)
 
 
 def synthetic_positions(shape: torch.Size, seed: int, mean_document: int = 512) -> torch.Tensor:

@@ -42,7 +42,6 @@ from dtensor_llama.data.sequences import Packing, say_skipped
 from dtensor_llama.data.sources import TextOptions
 from dtensor_llama.data.tokenizer import load_tokenizer
 from dtensor_llama.hf_folder import Base, export
-from dtensor_llama.loss import IGNORE
 from dtensor_llama.model import init_weights
 from dtensor_llama.places import cache_folders, readable
 from dtensor_llama.run import (
@@ -166,9 +165,8 @@ def main(cfg: PretrainConfig) -> None:
     tokenizer = load_tokenizer(base.tokenizer_path)
     model_config = base.read_config(tokenizer)
     seq_len = cfg.data.seq_len or model_config.max_position_embeddings
-    resolved = cfg.parallel.resolve(
-        launch.world_size
-    )  # every axis has its size; -1 is what the others leave over
+    # Now every axis has its size: an axis of -1 takes the processes that the others leave over.
+    resolved = cfg.parallel.resolve(launch.world_size)
     kernel, why = choose_attention(
         cfg.train.attention, device, dtype, merges_blocks=resolved.is_ring, documents=cfg.data.document_mask
     )
@@ -210,7 +208,10 @@ def main(cfg: PretrainConfig) -> None:
     step, position = resume(cfg.checkpoint.resume, checkpoints, model, training.optimizer, record, say)
     if step == 0:
         weights = training.fp32_weights()
-        load_hf(weights, base.weights) if base.weights else init_weights(weights, cfg.train.seed)
+        if base.weights:
+            load_hf(weights, base.weights)
+        else:
+            init_weights(weights, cfg.train.seed)
 
     batch_sizes = cfg.train.global_batch_size, cfg.train.micro_batch_size
     pins = device.type == "cuda"
@@ -232,7 +233,7 @@ def main(cfg: PretrainConfig) -> None:
         microbatches = next(reader)  # n_microbatches batches of (micro_batch_size, T)
         # How many labels count in the whole global batch, and whether any rank was asked to stop: one
         # reduction for both. It goes over gloo, from host to host, so that nothing waits for the device.
-        counts = torch.tensor([count_targets(microbatches), int(stop.asked)])
+        counts = torch.tensor([sum(batch.n_targets for batch in microbatches), int(stop.asked)])
         dist.all_reduce(counts)
         n_targets, stopped = max(1, int(counts[0]) // layout.ranks_per_batch), bool(counts[1])
         pictures.before(step)
@@ -242,9 +243,9 @@ def main(cfg: PretrainConfig) -> None:
         # ---- below here nothing changes the weights ----
         pictures.after(step, report.say if is_main else None)
         report.end_step(step, lr, reader.position * seq_len, loss, grad_norm)
-        is_last = stopped or step == cfg.train.steps
-        saves = is_due(step, cfg.checkpoint.every, is_last)
         at_end = step == cfg.train.steps
+        is_last = stopped or at_end
+        saves = is_due(step, cfg.checkpoint.every, is_last)
         validates = rows.n_validation and is_due(step, cfg.train.validate_every, at_end)
         # The loss is read while the device computes the next step. Only a step that was read is saved or
         # judged.
@@ -255,13 +256,13 @@ def main(cfg: PretrainConfig) -> None:
             held_out |= {name: source for name, source, _ in rows.parts(0) if name}
             for name, source in held_out.items():
                 batches = validation_batches(source, batching, cfg.train.validation_rows)
-                validation_losses[name] = evaluate(training, list(batches))
+                validation_losses[name] = training.evaluate(list(batches))
         report.write(finished, validation_losses)
         if saves:
             state = training_state(model, training.optimizer, step, reader.position, record.to_meta())
             waited_s = checkpoints.save(step, state, wait=is_last)
-            state_of_it = "written" if is_last else "under way"
-            report.say(f"step {step}: checkpoint {state_of_it}; training waited {waited_s:.2f} s")
+            stage = "written" if is_last else "under way"
+            report.say(f"step {step}: checkpoint {stage}; training waited {waited_s:.2f} s")
 
     # ---- 5. The end ----------------------------------------------------------------------------------------
     reader.close()
@@ -310,37 +311,13 @@ def forward_backward(training: Training, microbatches: list[Batch], n_targets: i
         tokens, labels, positions = batch.to(training.device)
         # The model returns the sum of the token losses.
         loss_i = training.model(tokens, labels=labels, positions=positions) / n_targets
-        (
-            loss_i * training.layout.gradient_ranks
-        ).backward()  # FSDP averages over these ranks; we want the sum
+        # FSDP averages gradients over these ranks; we want their sum.
+        (loss_i * training.layout.gradient_ranks).backward()
         loss += loss_i.detach()
     return loss
 
 
-@torch.no_grad()
-def evaluate(training: Training, batches: list[Batch]) -> float:
-    """Mean loss of held-out batches. All ranks enter: a sharded forward gathers weights."""
-    layout = training.layout
-    own = [layout.own_tokens(batch) for batch in batches]
-    if training.pipeline:
-        nats = training.pipeline.evaluate(own)
-    else:
-        nats = torch.zeros((), dtype=torch.float64, device=training.device)
-        for batch in own:
-            tokens, labels, positions = batch.to(training.device)
-            nats += training.model(tokens, labels=labels, positions=positions)
-        training.reshard()
-    dist.all_reduce(nats, group=layout.loss_group)
-    n_targets = torch.tensor(count_targets(batches), device=training.device)
-    dist.all_reduce(n_targets, group=layout.mesh["dp"].get_group())
-    return (nats / n_targets).item()
-
-
-def count_targets(batches: list[Batch]) -> int:
-    return sum(int((batch.labels != IGNORE).sum()) for batch in batches)
-
-
-# ---- What a checkpoint records, what is printed ------------------ -----------------------------------------
+# ---- What a checkpoint records, what is printed ------------------------------------------------------------
 
 
 def run_record(cfg: PretrainConfig, model_config: LlamaConfig, rows, generation: dict) -> RunRecord:
@@ -377,8 +354,8 @@ def lines_on_data(cfg: PretrainConfig, rows, run_dir: Path) -> list[str]:
     sources = rows.parts(cfg.train.steps * cfg.train.global_batch_size)
     for name, source, n_read in sources:
         lines.append(
-            f"data      {name + ': ' if name else ''}{source.corpus.n_tokens:,} tokens: {source.n_train:,} rows of "
-            f"{rows.seq_len} to train on, {source.n_validation:,} held out; this run reads them "
+            f"data      {name + ': ' if name else ''}{source.corpus.n_tokens:,} tokens: {source.n_train:,} "
+            f"rows of {rows.seq_len} to train on, {source.n_validation:,} held out; this run reads them "
             f"{n_read / source.n_train:.2f} times"
         )
     say_skipped([source.corpus for _, source, _ in sources], run_dir, lines.append)

@@ -2,7 +2,7 @@
 
     python recipes/sft.py --model SmolLM2-135M/ --data.path chat.jsonl
     torchrun --nproc-per-node 8 recipes/sft.py --model llama2-7b/ --data.path 'chats/*.parquet' --lora.rank 16
-    python recipes/sft.py --model llama2-7b/ --data.path chat.jsonl --preview 3        # what would be trained, in colour
+    python recipes/sft.py --model llama2-7b/ --data.path chat.jsonl --preview 3    # show what is trained
 
 The same file as pretrain.py with other data, and the same step. A row holds whole conversations, only what
 the assistant says is scored, and what the user leaves open (None below) is chosen from the data and the
@@ -57,7 +57,6 @@ from dtensor_llama.data.reader import Batch, Batching, RowReader, validation_bat
 from dtensor_llama.data.sequences import Packing, say_skipped
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
 from dtensor_llama.hf_folder import Base, export, save_tokenizer
-from dtensor_llama.loss import IGNORE
 from dtensor_llama.model import init_weights
 from dtensor_llama.places import cache_folders, readable
 from dtensor_llama.run import (
@@ -170,8 +169,15 @@ class SftConfig:
 
 # What each number must be at least.
 NUMBERS = [
-    *at_least(1, "train.steps", "train.global_batch_size", "train.micro_batch_size", "data.seq_len"),
-    *at_least(1, "train.validation_rows", "train.answer_tokens"),
+    *at_least(
+        1,
+        "train.steps",
+        "train.global_batch_size",
+        "train.micro_batch_size",
+        "train.validation_rows",
+        "train.answer_tokens",
+        "data.seq_len",
+    ),
     *at_least(0, "train.epochs", "train.lr", exclusive=True),
     AtLeast("train.max_grad_norm", 0, exclusive=True, may_be_infinite=True),
     AtLeast("data.validation_share", 0, below=1),
@@ -260,7 +266,10 @@ def main(cfg: SftConfig) -> None:
         noise.add_to(model.model.embed_tokens)
     # The weights are loaded before a resumption too, since a LoRA checkpoint has no frozen ones.
     weights = training.fp32_weights()
-    load_hf(weights, base.weights) if base.weights else init_weights(weights, cfg.train.seed)
+    if base.weights:
+        load_hf(weights, base.weights)
+    else:
+        init_weights(weights, cfg.train.seed)
     init_lora(weights, cfg.train.seed)
     checkpoints = Checkpointer(run_dir / "checkpoints", keep=cfg.checkpoint.keep)
     record = run_record(cfg, model_config, rows, model.generation_config)
@@ -283,7 +292,8 @@ def main(cfg: SftConfig) -> None:
     if prompts and resolved.pp * resolved.cp > 1:
         prompts = []
         report.say(
-            "answers   none are sampled in training: no rank of a pipeline or of cp sees whole rows in a whole model"
+            "answers   none are sampled in training: no rank of a pipeline or of cp sees whole rows in a "
+            "whole model"
         )
 
     # ---- 4. The loop ---------------------------------------------------------------------------------------
@@ -296,12 +306,11 @@ def main(cfg: SftConfig) -> None:
         microbatches = next(reader)  # n_microbatches batches of (micro_batch_size, T)
         # How many labels count in the whole global batch, and whether any rank was asked to stop: one
         # reduction for both. It goes over gloo, from host to host, so that nothing waits for the device.
-        counts = torch.tensor([count_targets(microbatches), int(stop.asked)])
+        counts = torch.tensor([sum(batch.n_targets for batch in microbatches), int(stop.asked)])
         dist.all_reduce(counts)
         n_targets, stopped = max(1, int(counts[0]) // layout.ranks_per_batch), bool(counts[1])
         if noise:
-            first_row = layout.dp_rank * cfg.train.global_batch_size // resolved.dp
-            noise.next_step(step, first_row, microbatches)
+            noise.next_step(step, layout.dp_rank, microbatches)
         pictures.before(step)
         loss, grad_norm = train_step(training, microbatches, n_targets, lr, cfg.train.max_grad_norm)
         step += 1
@@ -309,9 +318,9 @@ def main(cfg: SftConfig) -> None:
         # ---- below here nothing changes the weights ----
         pictures.after(step, report.say if is_main else None)
         report.end_step(step, lr, reader.position * seq_len, loss, grad_norm)
-        is_last = stopped or step == cfg.train.steps
-        saves = is_due(step, cfg.checkpoint.every, is_last)
         at_end = step == cfg.train.steps
+        is_last = stopped or at_end
+        saves = is_due(step, cfg.checkpoint.every, is_last)
         validates = rows.n_validation and is_due(step, cfg.train.validate_every, at_end)
         # The loss is read while the device computes the next step. Only a step that was read is saved or
         # judged.
@@ -319,7 +328,7 @@ def main(cfg: SftConfig) -> None:
         validation_losses, answers = {}, []
         if validates:
             batches = validation_batches(rows, batching, cfg.train.validation_rows)
-            validation_losses[""] = evaluate(training, list(batches))
+            validation_losses[""] = training.evaluate(list(batches))
             answers = answer(
                 model, prompts, cfg.train.answer_tokens, model_config.ends, tokenizer, resolved.tp
             )
@@ -327,8 +336,8 @@ def main(cfg: SftConfig) -> None:
         if saves:
             state = training_state(model, training.optimizer, step, reader.position, record.to_meta())
             waited_s = checkpoints.save(step, state, wait=is_last)
-            state_of_it = "written" if is_last else "under way"
-            report.say(f"step {step}: checkpoint {state_of_it}; training waited {waited_s:.2f} s")
+            stage = "written" if is_last else "under way"
+            report.say(f"step {step}: checkpoint {stage}; training waited {waited_s:.2f} s")
 
     # ---- 5. The end ----------------------------------------------------------------------------------------
     reader.close()
@@ -383,37 +392,13 @@ def forward_backward(training: Training, microbatches: list[Batch], n_targets: i
         tokens, labels, positions = batch.to(training.device)
         # The model returns the sum of the token losses.
         loss_i = training.model(tokens, labels=labels, positions=positions) / n_targets
-        (
-            loss_i * training.layout.gradient_ranks
-        ).backward()  # FSDP averages over these ranks; we want the sum
+        # FSDP averages gradients over these ranks; we want their sum.
+        (loss_i * training.layout.gradient_ranks).backward()
         loss += loss_i.detach()
     return loss
 
 
-@torch.no_grad()
-def evaluate(training: Training, batches: list[Batch]) -> float:
-    """Mean loss of held-out batches. All ranks enter: a sharded forward gathers weights."""
-    layout = training.layout
-    own = [layout.own_tokens(batch) for batch in batches]
-    if training.pipeline:
-        nats = training.pipeline.evaluate(own)
-    else:
-        nats = torch.zeros((), dtype=torch.float64, device=training.device)
-        for batch in own:
-            tokens, labels, positions = batch.to(training.device)
-            nats += training.model(tokens, labels=labels, positions=positions)
-        training.reshard()
-    dist.all_reduce(nats, group=layout.loss_group)
-    n_targets = torch.tensor(count_targets(batches), device=training.device)
-    dist.all_reduce(n_targets, group=layout.mesh["dp"].get_group())
-    return (nats / n_targets).item()
-
-
-def count_targets(batches: list[Batch]) -> int:
-    return sum(int((batch.labels != IGNORE).sum()) for batch in batches)
-
-
-# ---- What is chosen, what a checkpoint records, what is printed ------------------ -------------------------
+# ---- What is chosen, what a checkpoint records, what is printed --------------------------------------------
 
 
 def choose(
@@ -444,11 +429,12 @@ def run_record(
 ) -> RunRecord:
     """What a checkpoint records about its run, and what must be the same for its data position and weights to
     mean the same in a run that resumes from it."""
+    packing = "packed" if cfg.data.packing else "not packed"
     fixed = {
         "--model": asdict(model_config),
         **values_by_flag(cfg, ("data.seq_len", "train.seed", "data.validation_share")),
         "--lora": {**asdict(cfg.lora), "targets": list(cfg.lora.targets)},  # a list, as JSON gives it back
-        "--data.overlong and --data.packing": f"{cfg.data.overlong}, {'packed' if cfg.data.packing else 'not packed'}",
+        "--data.overlong and --data.packing": f"{cfg.data.overlong}, {packing}",
         "--data.path and --data.tokenizer": rows.contents,
         CONTENT: rows.content_hash,
     }

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
-from training import forward_backward, make_training, nats_of
+from training import forward_backward, make_training
 
 from dtensor_llama import Llama, LlamaConfig, loss
 from dtensor_llama.chat.lora import LoraConfig, apply_lora, init_lora
@@ -109,7 +109,7 @@ def graphs_after_each_phase(run: Run, documents: bool) -> list[int]:
             forward_backward(training, batches, N_MICROS * T)
             model.zero_grad()
         else:
-            nats_of(training, batches)
+            training.sum_of_losses(batches)
         n_graphs.append(counted.n_graphs)
     return n_graphs
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from pool import run_on
-from training import nats_of
 
 from dtensor_llama import Llama, LlamaConfig
 from dtensor_llama.chat.lora import LoraConfig, apply_lora
@@ -93,7 +92,7 @@ def recipe_step(step: Step, defect: str = "none") -> tuple[str, str, str]:
     ]
     with mock.patch.object(LlamaMLP, "forward", DEFECTS[defect]):
         loss, grad_norm = pretrain.train_step(training, micros, N_MICROS * T, 3e-4, 1.0)
-        nats = nats_of(training, micros[:1])
+        nats = training.sum_of_losses(micros[:1])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert trained and all("exp_avg" in training.optimizer.state[parameter] for parameter in trained)
     return loss.device.type, grad_norm.device.type, nats.device.type

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from pool import RankFailed, run_on
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
-from training import forward_backward, make_training, nats_of
+from training import forward_backward, make_training
 from versions import marks_for, needs_split_backward
 
 from dtensor_llama import Llama, LlamaConfig
@@ -111,7 +111,7 @@ def gradients_of(model):
 def evaluate_and_step(training, n_micros, documents):
     """Nats of 3 microbatches, the loss of n_micros, and its gradients."""
     micros = make_micros(n_micros, documents=documents)
-    nats = nats_of(training, micros[:3]).item()
+    nats = training.sum_of_losses(micros[:3]).item()
     loss = forward_backward(training, micros, count_scored(micros)).item()
     return nats, loss, gradients_of(training.model)
 
@@ -211,7 +211,7 @@ def train(steps, n_micros, layout):
         ]
         n_scored = sum(map(count_scored, everyones))
         if step == 2:
-            nats_of(training, everyones[0][:2])  # between two steps it leaves nothing behind
+            training.sum_of_losses(everyones[0][:2])  # between two steps it leaves nothing behind
         loss = forward_backward(training, everyones[layout.dp_rank], n_scored)
         dist.all_reduce(loss)
         losses.append(loss.item())

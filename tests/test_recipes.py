@@ -5,10 +5,9 @@ import ast
 import pytest
 from recipe import ROOT
 
-STEP = ("train_step", "forward_backward", "count_targets")
+STEP = ("train_step", "forward_backward")
 SAME = [
     *((name, ("pretrain", "sft", "benchmark")) for name in STEP),
-    ("evaluate", ("pretrain", "sft")),
     ("DataConfig", ("pretrain", "explain", "benchmark")),
     ("CheckpointConfig", ("pretrain", "sft", "explain", "benchmark")),
 ]

@@ -10,7 +10,7 @@ from parallel.assemble import Offload, Training, adamw, assemble
 from parallel.mesh import Layout
 from recipes.pretrain import forward_backward
 
-__all__ = ["Offload", "forward_backward", "make_training", "nats_of"]
+__all__ = ["Offload", "forward_backward", "make_training"]
 
 
 def make_training(
@@ -28,16 +28,3 @@ def make_training(
             model = Llama(model)
     layout = Layout(resolved, build_mesh(resolved, computation.device.type), n_microbatches)
     return assemble(model, layout, computation, adamw(lr, weight_decay))
-
-
-@torch.no_grad()
-def nats_of(training: Training, batches: list) -> torch.Tensor:
-    """The sum of the token losses of batches that hold this rank's tokens, on ranks that compute the loss."""
-    if training.pipeline:
-        return training.pipeline.evaluate(batches)
-    nats = torch.zeros((), dtype=torch.float64, device=training.device)
-    for batch in batches:
-        tokens, labels, positions = batch.to(training.device)
-        nats += training.model(tokens, labels=labels, positions=positions)
-    training.reshard()
-    return nats

@@ -29,19 +29,18 @@ class Neftune:
     def add_to(self, embedding: nn.Module) -> None:
         embedding.register_forward_hook(self._add)
 
-    def next_step(self, step: int, first_row: int, microbatches: list[Batch]) -> None:
+    def next_step(self, step: int, dp_rank: int, microbatches: list[Batch]) -> None:
         """Announce a step.
 
-        microbatches: those of this rank, whole rows with positions
-        first_row: how many rows of the global batch come before them
+        microbatches: those of this dp rank, whole rows with positions; every dp rank has as many rows
         """
         self.waiting.clear()
+        first_row = dp_rank * sum(len(batch.tokens) for batch in microbatches)
         for batch in microbatches:
             B, T = batch.tokens.shape
             rows = first_row + torch.arange(B)[:, None]
-            places = ((self.seed % 2**22 << 40) + (step << 20) + rows) * T + torch.arange(
-                T
-            )  # (B, T): all differ
+            # (B, T): all differ
+            places = ((self.seed % 2**22 << 40) + (step << 20) + rows) * T + torch.arange(T)
             scale = self.alpha / lengths_of(batch.positions).float().sqrt()  # (B, T)
             self.waiting.append((self.share(places), self.share(scale)))
             first_row += B

@@ -29,6 +29,11 @@ class Batch(NamedTuple):
     labels: Tensor  # (B, T) int64: the next token, or IGNORE
     positions: Tensor | None  # (B, T) int64
 
+    @property
+    def n_targets(self) -> int:
+        """Return how many labels are scored."""
+        return int((self.labels != IGNORE).sum())
+
     def to(self, device: torch.device) -> "Batch":
         """Copy tokens and labels to the device.
 
