@@ -227,11 +227,11 @@ class ChatTemplate:
         probed = chat
         for at, probe in probes.items():
             probed = probed.with_turn(at, chat.turns[at] | {"content": probe})
-        text = _without_marks(self._render(probed))
+        text = self._render(probed)
         for at, probe in probes.items():
             role = chat.turns[at]["role"]
             is_counted = self.has_markers and role == "assistant"  # in _check_spans
-            if probe not in text and not is_counted:
+            if probe not in _without_marks(text) and not is_counted:
                 raise self._bad(
                     f"{chat.where}: turn {at + 1}",
                     f"is by the {role} and is not written",
@@ -241,7 +241,7 @@ class ChatTemplate:
             if turn["role"] not in TOOL_ROLES:
                 continue
             as_assistant = probed.with_turn(at, turn | {"role": "assistant"})
-            if _without_marks(self._render(as_assistant)) == text:
+            if self._render(as_assistant) == text:
                 raise self._bad(
                     f"{chat.where}: turn {at + 1}",
                     f"is by {turn['role']!r}, which the chat template does not know",
