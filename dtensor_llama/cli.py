@@ -239,7 +239,7 @@ def in_flags(message: str, config_class: type) -> str:
         return match[0] if flag is None else f"--{flag}"
 
     message = re.sub(r"`(?P<field>[a-z_.]+)`", alone, message)
-    return re.sub(r"(?<![\w.-])(?P<field>[a-z_.]+)=(?P<value>True\b|False\b|(?=\S))", with_value, message)
+    return re.sub(r"(?<![\w./-])(?P<field>[a-z_.]+)=(?P<value>True\b|False\b|(?=\S))", with_value, message)
 
 
 def _flags_by_field(config_class: type, prefix: str) -> dict[str, str]:

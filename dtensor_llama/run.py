@@ -147,7 +147,7 @@ def resume(
     checkpoints.load(path, state)
     progress = restore_training_state(state, model, optimizer)
     step, meta = progress["step"], progress["meta"]
-    refuse_other_run(path, meta, record.fixed)
+    refuse_other_run(path, meta, record.to_meta())
     for group, setting in zip(optimizer.param_groups, present, strict=True):
         group.update(setting)  # weight decay and the like are what this run asks for, not what was saved
     say(f"resuming from {path}: {step} steps done")
@@ -166,7 +166,11 @@ def resume(
 def refuse_other_run(checkpoint: Path, saved: dict, now: dict) -> None:
     """Raise UsageError if a {name: value} of `now` differs from what the checkpoint was saved with.
 
+    saved, now: what RunRecord.to_meta made for the checkpoint and for this run. Where the data differ, the
+        message names the settings of the data that do, as these may be the cause.
     A checkpoint from before there was a hash of the data has none, and is not refused for that."""
+    settings = _changed(saved.get(SETTINGS, {}), now.get(SETTINGS, {}))
+    of_data = [change for change in settings if change.startswith("--data.")]
     for name, value in now.items():
         was = saved.get(name)
         unknown = name == CONTENT and not (was and value)
@@ -175,6 +179,8 @@ def refuse_other_run(checkpoint: Path, saved: dict, now: dict) -> None:
         changes = f"{was} -> {value}"
         if isinstance(was, dict) and isinstance(value, dict):
             changes = ", ".join(_changes(_compared(was), _compared(value)))
+        if "--data." in name and of_data:
+            changes += f"; {', '.join(of_data)}"
         raise UsageError(
             f"{name} is not what checkpoint {checkpoint} was trained with ({changes}); use the same, or "
             "another `run_dir` for a new run."
@@ -194,6 +200,11 @@ def _changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     ]
 
 
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Describe the settings that have changed, without those that `before` does not know."""
+    return _changes(before, {name: value for name, value in after.items() if name in before})
+
+
 def changed_settings(saved: dict, now: dict, step: int, rate_of: Callable[[dict], float]) -> list[str]:
     """Describe the settings that a resumed run has changed, and what this does to the learning rate.
 
@@ -201,7 +212,7 @@ def changed_settings(saved: dict, now: dict, step: int, rate_of: Callable[[dict]
     rate_of: returns the learning rate of the next step under the given settings
     """
     before, after = saved.get(SETTINGS, {}), now[SETTINGS]
-    changes = _changes(before, {name: value for name, value in after.items() if name in before})
+    changes = _changed(before, after)
     if not changes:
         return []
     lines = [f"not as the checkpoint was trained: {', '.join(changes)}"]
@@ -220,7 +231,8 @@ class RunFacts:
     """Holds what a run finds out about itself before it trains."""
 
     model_config: LlamaConfig
-    rows: Any  # with n_train, n_validation and seq_len: how many there are, to train on and held out, and their T
+    # with n_train, n_validation and seq_len: how many there are, to train on and held out, and their T
+    rows: Any
     corpus: str
     layout: Any  # a dataclass with all parallel settings, resolved
     axes: tuple[str, ...]  # those of them that are sizes of mesh axes

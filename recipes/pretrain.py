@@ -340,6 +340,9 @@ def run_record(cfg: PretrainConfig, model_config: LlamaConfig, rows, generation:
         "train.max_grad_norm",
         "train.dtype",
         "data.document_mask",
+        # These decide the content of the data. A refusal of other content names those that have changed.
+        "data.text_field",
+        "data.bad_records",
     )
     return RunRecord(fixed, values_by_flag(cfg, may_change), generation)
 

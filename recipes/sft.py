@@ -448,6 +448,10 @@ def run_record(
         "train.max_grad_norm",
         "train.dtype",
         "train.neftune_alpha",
+        # These decide the content of the data. A refusal of other content names those that have changed.
+        "data.train_on",
+        "data.template",
+        "data.bad_records",
     )
     return RunRecord(fixed, values_by_flag(cfg, may_change), generation)
 

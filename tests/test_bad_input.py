@@ -239,6 +239,7 @@ def test_a_device_without_more_memory_is_one_line_with_what_would_help(monkeypat
             "RANK=3, x.tp=3, x_tp=3, unheard_of=1, `unheard_of`",
             "RANK=3, x.tp=3, x_tp=3, unheard_of=1, `unheard_of`",
         ),
+        ("/runs/seed=1/x.jsonl, line 3: no turn", "/runs/seed=1/x.jsonl, line 3: no turn"),
     ],
 )
 def test_a_packages_fields_are_the_recipes_flags_in_what_a_user_reads(message, said):

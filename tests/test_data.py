@@ -401,9 +401,9 @@ def test_a_bad_file_is_named_with_the_line(tokenizer, tmp_path, name, content, m
 def test_paths_that_name_nothing_readable_are_refused(tmp_path):
     (tmp_path / "a.doc").write_text("x")
     for pattern, message in (
-        ("nope*.txt", "no file matches"),
-        ("nope.txt", "no file matches"),
-        ("", "is a folder"),
+        ("nope*.txt", r"data\.path=.*nope\*\.txt: no file matches"),
+        ("nope.txt", r"data\.path=.*nope\.txt: no file matches"),
+        ("", r"data\.path=.*: is a folder"),
         ("a.doc", r"a\.doc: unknown kind of file"),
         ("*", r"a\.doc: unknown kind of file"),
     ):
@@ -661,6 +661,28 @@ def test_records_without_a_text_are_skipped_and_listed(tokenizer, tmp_path):
         assert sum(corpus.skipped.values()) == lost == len(listed)
         assert all(one["where"].startswith(f"{tmp_path / name}, ") for one in listed)
         assert all(one["message"].startswith(one["where"]) for one in listed)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("b.json", b'[{"text": "good"}, {"text": ', "b.json, line 1: broken JSON"),
+        ("b.jsonl", b'{"text": "good"}\n\0', "b.jsonl, line 2: a zero byte"),
+        ("b.jsonl.gz", b"not gzip", "b.jsonl.gz: cannot be read to its end"),
+        ("b.parquet", b"PAR1 not really", "b.parquet: cannot be read to its end"),
+        ("b.csv", b'text,n\n"open,1\n', "b.csv, line 2: broken CSV"),
+    ],
+)
+def test_a_damaged_file_is_refused_though_bad_records_are_skipped(
+    tokenizer, tmp_path, name, content, message
+):
+    """A file that cannot be read to its end may lack any number of records, so that none of them is counted."""
+    good = write_jsonl(tmp_path / "a.jsonl", ["one"])
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=message) as error:
+        skipping = TextOptions(bad_records="skip")
+        prepare_corpus([good, tmp_path / name], tokenizer, tmp_path / "cache", skipping, processes=1)
+    assert "\n" not in str(error.value) and folders(tmp_path / "cache") == []
 
 
 # ---- what people have besides ----

@@ -456,7 +456,7 @@ def test_a_file_counts_once_under_the_name_that_says_what_it_is(tmp_path):
 @pytest.mark.parametrize(
     "name,said",
     [
-        ("gone.jsonl", ["gone.jsonl: is a link to nowhere, which is not there"]),
+        ("gone.jsonl", ["gone.jsonl: is a link to nowhere, which does not exist"]),
         ("*", ["gone.jsonl: is a link to nowhere"]),
         ("pipe", ["is a pipe or a device", "write it to a file"]),
         ("sub", ["is a folder"]),

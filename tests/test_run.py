@@ -232,6 +232,20 @@ def test_a_checkpoint_of_another_run_is_refused_by_name_with_both_values(tmp_pat
             resumed_after(tmp_path, record.to_meta() | change, record)
 
 
+def test_other_data_are_refused_with_the_settings_of_the_data_that_changed(tmp_path):
+    settings = SETTINGS | {"--data.train-on": "all", "--data.bad-records": "skip"}
+    record = RunRecord(FIXED, settings, {})
+    saved = record.to_meta() | {
+        CONTENT: "4f",
+        "settings": settings | {"--data.train-on": "answers", "--train.lr": 9},
+    }
+    with pytest.raises(UsageError, match=r"\(4f -> 3f; --data.train-on answers -> all\); use the same"):
+        resumed_after(tmp_path, saved, record)
+    del saved["settings"]["--data.train-on"]  # older checkpoints have none
+    with pytest.raises(UsageError, match=r"\(4f -> 3f\); use the same"):
+        resumed_after(tmp_path, saved, record)
+
+
 def test_fields_of_a_config_that_only_pass_through_are_not_compared(tmp_path):
     model = {"hidden_size": 32, "other_fields": {"tag": 1}}
     record = RunRecord(FIXED | {"--model": model}, SETTINGS, {})

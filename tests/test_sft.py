@@ -269,6 +269,9 @@ def test_a_run_does_not_go_on_with_other_answers_in_as_many_tokens(inputs, tmp_p
     line = refused(*own, "--train.steps", 2, name="sft")
     assert "the content of --data.path is not what checkpoint" in line
     talks("the first", "the other")
+    line = refused(*own, "--train.steps", 2, "--data.train-on", "all", name="sft")
+    assert "the content of --data.path is not what checkpoint" in line
+    assert "; --data.train-on answers -> all)" in line
     ended = recipe("sft", *own, "--train.steps", 2)
     assert ended.status == 0 and "not as the checkpoint was trained: --train.steps 1 -> 2" in ended.out, ended
 

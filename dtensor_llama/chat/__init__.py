@@ -1,6 +1,5 @@
-"""Everything that only fine-tuning needs: conversations, templates, masks, previews, LoRA, noise and sampled
-answers.
+"""Everything that only fine-tuning needs: conversations, templates, masks, LoRA, noise and sampled answers.
 
-README.md beside this file explains the formats. Import names from the modules, e.g.
+README.md beside this file explains the formats. Import names from the modules, for example from
 dtensor_llama.chat.template.
 """

@@ -9,8 +9,9 @@ from dtensor_llama.model import Llama
 
 
 def held_out_prompts(rows: PackedExamples, n_prompts: int, n_new: int) -> list[list[int]]:
-    """Return the ids of the first held-out examples up to their first answer, those with room for n_new
-    tokens."""
+    """Return the ids of the first held-out examples up to their first answer.
+
+    Only examples with room for n_new more tokens are taken."""
     prompts = []
     for row in rows.validation_rows():
         for example in rows.examples_of(int(row)):
@@ -29,10 +30,10 @@ def answer(
     tokenizer: Tokenizer,
     tp: int,
 ) -> list[tuple[str, str]]:
-    """Return the likeliest (prompt, answer) texts. All ranks enter and do the same: a sharded forward gathers
-    weights.
+    """Return the likeliest (prompt, answer) texts.
 
-    tp: the size of that axis, which the number of tokens must divide by under sequence parallelism."""
+    All ranks enter and do the same, as a sharded forward gathers weights. tp: the size of that axis, which
+    the number of tokens must divide by under sequence parallelism."""
     if not prompts:
         return []
     answers = continue_whole_rows(model, prompts, n_new, tuple(stop_ids), row_multiple=tp)

@@ -93,8 +93,7 @@ Turns = tuple[list[dict], list[bool | None]]  # messages, and the flag of each
 
 
 def conversation_of(record: dict, where: str) -> Conversation:
-    """Read a record. Raises BadRecord, beginning with `where`, if its format is unknown or its turns are
-    wrong."""
+    """Read a record. BadRecord, beginning with `where`, for an unknown format and for wrong turns."""
     name = next((name for name, of_list in LISTS.items() if record.get(of_list) is not None), None)
     if name is not None:
         used = [LISTS[name]]
@@ -154,7 +153,7 @@ def _pair_format(record: dict, where: str) -> str:
     question, _, answer = PAIRS[name]
     missing = [one for one in (question, answer) if record.get(one) is None]
     if len(missing) == 2:
-        known = [*LISTS.values(), *(f"{pair[0]} + {pair[2]}" for pair in PAIRS.values())]
+        known = list(LISTS.values()) + [f"{asks} + {answers}" for asks, _, answers in PAIRS.values()]
         raise BadRecord(
             where, "unknown format", f"its fields are {fields}, and a conversation has {', or '.join(known)}."
         )
@@ -185,8 +184,8 @@ def _turns_of_pair(record: dict, name: str, where: str) -> Turns:
 
 def _history(history, where: str) -> list[dict]:
     """Return the turns of [[question, answer], ...]."""
-    turns = []
-    for number, pair in enumerate(history if isinstance(history, list) else [history] if history else [], 1):
+    turns, pairs = [], history or []
+    for number, pair in enumerate(pairs if isinstance(pairs, list) else [pairs], 1):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise BadRecord(
                 where,
@@ -279,8 +278,7 @@ def _as_function(function: dict) -> dict:
 
 
 def _parsed(text: str, at: str, name: str, **otherwise):
-    """Return the value of the JSON in `text`. If it is none, return `otherwise` where that is given, else
-    refuse it."""
+    """Return the value of the JSON in `text`; if it is none, `otherwise` if that is given, else refuse it."""
     try:
         return json.loads(text)
     except ValueError:

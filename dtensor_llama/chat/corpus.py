@@ -48,14 +48,12 @@ def prepare_chat(
     processes: int | None = None,
     options: ChatOptions = ChatOptions(),
 ) -> ChatCorpus:
-    """Return the corpus of conversations in any of the formats of conversations.py, as prepare_corpus
-    does."""
+    """Return the corpus of conversations, in any of the formats of conversations.py; see prepare_corpus."""
     return ChatCorpus(prepare(paths, ChatEncoding(tokenizer, options), cache_dir, processes))
 
 
 class ChatEncoding:
-    """Writes each conversation by the template, with a mask of what is trained. See
-    data.encoding.Encoding."""
+    """Writes each conversation by its template, with a mask of what is trained: a data.encoding.Encoding."""
 
     formats, text_field, cutter = RECORD_FORMATS, None, None
     files, a_document = (
@@ -106,8 +104,7 @@ class ChatEncoding:
 
 
 def _why_left_out(conversation: Conversation) -> str | None:
-    """Return why a conversation is left out, as `counts` calls it: an answer that is to be trained is
-    empty."""
+    """Return why a conversation is left out, as `counts` calls it: an answer to be trained is empty."""
     for turn, flag in zip(conversation.turns, conversation.flags, strict=True):
         says = turn.get("content", "").strip() or turn.get("tool_calls") or turn.get("function_call")
         if turn["role"] == "assistant" and not says and flag is not False:

@@ -1,5 +1,4 @@
-"""LoRA: frozen weights W, and beside some of them a trained product of two thin matrices: y = W x + (alpha /
-rank) B A x.
+"""LoRA: frozen weights W, and beside some of them a trained product: y = W x + (alpha / rank) B A x.
 
 A (rank, inputs) starts random, B (outputs, rank) at zero, so that training starts from the model as it was.
 Source: Hu et al. 2021, arXiv:2106.09685. Files and initial values are those of the peft package. There is no
@@ -12,7 +11,6 @@ any parallelism: the passes of parallel/ then find the adapters like any other m
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -42,8 +40,8 @@ class LoraConfig:
 
 
 class Lora(nn.Module):
-    """x (..., inputs) -> scale B A x (..., outputs). Its matrices are modules, so that tensor parallelism
-    finds them."""
+    """x (..., inputs) -> scale B A x (..., outputs). Both matrices are modules, as tensor parallelism
+    expects."""
 
     def __init__(self, linear: nn.Linear, config: LoraConfig):
         super().__init__()
@@ -56,11 +54,11 @@ class Lora(nn.Module):
 
 
 def apply_lora(model: Llama, config: LoraConfig, frozen_dtype: torch.dtype | None = None) -> None:
-    """Freeze `model`, whole and on one device or on `meta`, and give each linear in config.targets an
-    adapter.
+    """Freeze `model` and give each linear layer named in config.targets an adapter.
 
-    frozen_dtype: of the frozen weights afterwards (bfloat16: 2 bytes each); adapters are fp32. Call init_lora
-        once they have memory. Raises UsageError for a rank below 1 and for targets that do not exist."""
+    The model is whole and on one device or on `meta`. Call init_lora once the adapters, in fp32, have memory.
+    frozen_dtype: of the frozen weights afterwards (bfloat16: 2 bytes each).
+    Raises UsageError for a rank below 1 and for targets that do not exist."""
     if config.rank < 1 or not 0 < config.scale < math.inf:  # in this order: scale divides by the rank
         raise UsageError(
             f"lora.rank={config.rank} lora.alpha={config.alpha} is not possible; use a rank of at least 1 "
@@ -122,29 +120,24 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in parameters.items() if ADAPTER in name}
 
 
-def adapted(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear, Lora]]:
-    """Yield (parent, name, linear, adapter) of every linear of this rank that has an adapter."""
-    for parent in list(model.modules()):
-        for name, linear in list(parent.named_children()):
-            adapter = getattr(parent, name + "_lora", None)
-            if isinstance(adapter, Lora):
-                yield parent, name, linear, adapter
-
-
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """Add scale B A to W in place, and remove the adapters: what is left is an ordinary model with the same
-    answers.
+    """Add scale B A to W in place, and remove the adapters: an ordinary model with the same answers is left.
 
     All ranks call it. A rank adds what belongs to its own part of W; only the thin matrices are gathered. The
     sum is made in fp32 and rounded to W's dtype once."""
-    for parent, name, linear, adapter in adapted(model):
+    for name, adapter in list(model.named_modules()):
+        if not isinstance(adapter, Lora):
+            continue
+        parent, _, own_name = name.rpartition(".")
+        parent = model.get_submodule(parent)
+        linear = getattr(parent, own_name.removesuffix("_lora"))
         a, b = (_whole(matrix.weight).float() for matrix in (adapter.lora_A, adapter.lora_B))
         for (row, column), (rows, columns), local in local_boxes(linear.weight):
             delta = b[row : row + rows] @ a[:, column : column + columns] * adapter.scale
             local.copy_(local.float() + delta)
         linear.add_adapter.remove()
-        delattr(parent, name + "_lora")
+        delattr(parent, own_name)
 
 
 def _whole(parameter: nn.Parameter) -> Tensor:

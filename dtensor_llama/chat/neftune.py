@@ -1,9 +1,9 @@
-"""NEFTune: noise on the embeddings, in training only, makes fine-tuned answers better (Jain et al. 2023,
-arXiv:2310.05914).
+"""NEFTune: noise on the embeddings, in training only, makes fine-tuned answers better.
 
-Each of the L tokens x D dims of an example gets uniform noise within alpha / sqrt(L D). The noise is not
-drawn but computed from the seed, the step, the row and the place in it: every rank of any layout makes the
-same noise for the tokens it has.
+Source: Jain et al. 2023, arXiv:2310.05914. Each of the L tokens x D dims of an example gets uniform noise
+    within alpha / sqrt(L D). The noise is not drawn but computed from the seed, the step, the row and the
+    place in
+it: every rank of any layout makes the same noise for the tokens it has.
 """
 
 from collections import deque
@@ -54,8 +54,8 @@ class Neftune:
 
 
 def lengths_of(positions: Tensor) -> Tensor:
-    """Return (B, T): how many tokens the document of each token has; positions restart at 0 where one
-    begins."""
+    """Return (B, T): how many tokens the document of each token has. Positions restart at 0 in each
+    document."""
     documents = (positions == 0).cumsum(1)  # (B, T): which document, from 1
     counts = torch.zeros(positions.shape[0], positions.shape[1] + 1, dtype=torch.int64)
     return counts.scatter_add_(1, documents, torch.ones_like(documents)).gather(1, documents)

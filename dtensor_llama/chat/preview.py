@@ -29,7 +29,7 @@ def row_as_text(rows: PackedExamples, row: int, tokenizer: Tokenizer) -> str:
     """Return one row for a terminal: examples one below another, trained tokens bright, the rest dim."""
     numbers = row_as_numbers(rows, row)
     controls = {tokenizer.id_of(text): text for text in tokenizer.control_tokens}
-    trained = [False, *(label != IGNORE for label in numbers["labels"])]
+    trained = [False] + [label != IGNORE for label in numbers["labels"]]
     starts = {0, *rows.document_starts_of(row).tolist()}
     shown, since_control = "", []
     for at, token in enumerate(numbers["tokens"]):

@@ -1,5 +1,4 @@
-"""Conversations to token ids and a mask of what is trained: the assistant's turns and the tokens that end
-them.
+"""Conversations to token ids and a mask of what is trained: the assistant's turns and their end tokens.
 
 The template is the tokenizer's own (Jinja, as transformers renders it), else LLaMA-2's. Three things are
 ours:
@@ -62,7 +61,7 @@ class Example:
 
 @dataclass(frozen=True)
 class _Chat:
-    """What a template gets. Messages about a conversation begin with `where`."""
+    """Holds what a template gets. Messages about a conversation begin with `where`."""
 
     turns: list[dict]
     variables: dict
@@ -182,8 +181,9 @@ class ChatTemplate:
     # ---- what a template can write ----
 
     def _as_named_here(self, chat: _Chat) -> _Chat:
-        """Return the conversation with OpenAI's older names, function_call and the role function, as the
-        newer ones if the template has only those."""
+        """Return the conversation with the names that the template has.
+
+        These are OpenAI's older names, function_call and the role function, or their newer ones."""
         if "function_call" in self.words or "tool_calls" not in self.words:
             return chat
         turns = []
@@ -217,22 +217,21 @@ class ChatTemplate:
                     )
 
     def _refuse_unwritten_turns(self, chat: _Chat) -> None:
-        """Raise BadRecord for a turn that the template leaves out, or writes as if the assistant had said
-        it."""
+        """Raise BadRecord for a turn that the template leaves out, or writes as one of the assistant's."""
         fields = ("content", "tool_calls", "reasoning_content")
-        turns = tuple((turn["role"], *(bool(turn.get(name)) for name in fields)) for turn in chat.turns)
-        shape = turns, tuple(chat.variables)
+        present = [tuple(name for name in fields if turn.get(name)) for turn in chat.turns]
+        shape = tuple(turn["role"] for turn in chat.turns), tuple(present), tuple(chat.variables)
         if shape in self.accepted_shapes:
             return
         probes = {at: f"{PROBE}{at}{PROBE}" for at, turn in enumerate(chat.turns) if turn.get("content")}
         probed = chat
         for at, probe in probes.items():
             probed = probed.with_turn(at, chat.turns[at] | {"content": probe})
-        text = _without_marks(self._render(probed))
+        text = self._render(probed)
         for at, probe in probes.items():
             role = chat.turns[at]["role"]
             is_counted = self.has_markers and role == "assistant"  # in _check_spans
-            if probe not in text and not is_counted:
+            if probe not in _without_marks(text) and not is_counted:
                 raise self._bad(
                     f"{chat.where}: turn {at + 1}",
                     f"is by the {role} and is not written",
@@ -242,7 +241,7 @@ class ChatTemplate:
             if turn["role"] not in TOOL_ROLES:
                 continue
             as_assistant = probed.with_turn(at, turn | {"role": "assistant"})
-            if _without_marks(self._render(as_assistant)) == text:
+            if self._render(as_assistant) == text:
                 raise self._bad(
                     f"{chat.where}: turn {at + 1}",
                     f"is by {turn['role']!r}, which the chat template does not know",
@@ -251,8 +250,9 @@ class ChatTemplate:
         self.accepted_shapes.add(shape)
 
     def _refuse_unwritten_thought(self, text: str, turn: dict, chat: _Chat) -> None:
-        """Raise BadRecord if the template leaves out the thought in the last answer. Earlier ones may be left
-        out, as they are in generation."""
+        """Raise BadRecord if the template leaves out the thought in the last answer.
+
+        Earlier thoughts may be left out, as they are in generation."""
         before, ended, _ = (turn.get("content") or "").partition("</think>")
         thought = turn.get("reasoning_content") or (before.split("<think>")[-1] if ended else "")
         if thought.strip() not in _without_marks(text).replace(ESCAPE, ""):
@@ -268,13 +268,13 @@ class ChatTemplate:
     def _protected(
         self, chat: _Chat, add_generation_prompt: bool = False
     ) -> tuple[_Chat, dict[int, set[str]]]:
-        """Return the conversation with an ESCAPE in what looks like a control token, and {turn: such texts
-        left whole}.
+        """Return the conversation with an ESCAPE in what looks like a control token, which encode_runs takes
+        out.
 
-        encode_runs takes the ESCAPE out again. Texts are left whole if the template looks for them in there
-        and would write something else. What the assistant says is protected less: a token that is not special
-        (<think>, <tool_call>), or that the template looks for, is vocabulary of the assistant, and is read as
-        in transformers.
+        The second result is {turn: such texts that are left whole}, because the template looks for them in
+        there and would write something else. The assistant's turns are protected less: a token that is not
+        special (<think>, <tool_call>), or that the template looks for, is vocabulary of the assistant, and is
+        read as in transformers.
         """
         for text in _strings(chat.turns):
             if any(mark in text for mark in (ESCAPE, BEGIN, END, PROBE)):
@@ -330,8 +330,7 @@ class ChatTemplate:
         return _map_strings(turn, lambda text: self.writer.escaped(text, texts)) | {"role": turn["role"]}
 
     def _protected_in(self, text: str, chat: _Chat, unprotected: dict[int, set[str]]) -> str:
-        """Return `text` with an ESCAPE in the control texts that were left whole, except in the assistant's
-        turns."""
+        """Return `text` with an ESCAPE in the control texts left whole, except in the assistant's turns."""
         at_char = 0
         for at, turn in enumerate(chat.turns if unprotected else []):
             said = turn["content"].strip() if isinstance(turn.get("content"), str) else ""
@@ -382,13 +381,13 @@ class ChatTemplate:
         return text
 
     def _begin_of_answer(self, text: str, chat: _Chat, at: int) -> int:
-        """Return where turn `at` begins in `text`: where the generation prompt ends that asks for it; -1:
-        nowhere.
+        """Return where turn `at` begins in `text`: where the prompt that asks for it ends; -1: nowhere.
 
         Some templates leave out the earlier thoughts once another question follows. Then what comes before
         the turn is not the prompt that asked for it, but it ends with the same header: the one that a
         generation prompt adds. If that header opens a thought and the turn has none, the turn begins behind
-        the rest of the header."""
+        the rest of the header.
+        """
         asked = self._render(chat.first(at), add_generation_prompt=True)
         if text.startswith(asked):
             return len(asked)
@@ -457,10 +456,10 @@ class ChatTemplate:
 
 
 class RawTemplate:
-    """Writes BOS if the tokenizer adds one, the prompt as it is, the completion as it is, and EOS; the last
-    two are trained. It is used as ChatTemplate is.
+    """Writes prompt and completion as they are, behind BOS if the tokenizer adds one, and EOS.
 
-    source: the template that came with the tokenizer, which is kept."""
+    The completion and EOS are trained. It is used as ChatTemplate is. source: the template that came with the
+    tokenizer, which is kept."""
 
     name = "no template: prompt and completion as they are"
 
@@ -476,7 +475,7 @@ class RawTemplate:
     def example(self, conversation: Conversation, where: str, train_on: str) -> Example:
         """Return what is trained of a conversation. BadRecord for more than a prompt and a completion."""
         turns = conversation.turns
-        extra = {name for turn in turns for name in turn} - {"role", "content"} | set(conversation.variables)
+        extra = set().union(*turns) - {"role", "content"} | set(conversation.variables)
         is_pair = conversation.format in ("prompt/completion", "question/answer") and len(turns) == 2
         if extra or not is_pair:
             what = ", ".join(map(repr, sorted(extra))) or f"{len(turns)} turns of {conversation.format}"
@@ -498,7 +497,7 @@ class RawTemplate:
 
 
 def template_of(tokenizer: Tokenizer, options: ChatOptions) -> ChatTemplate | RawTemplate:
-    """Return what writes the conversations."""
+    """Return the template that the options ask for."""
     return RawTemplate(tokenizer) if options.template == "none" else ChatTemplate(tokenizer)
 
 

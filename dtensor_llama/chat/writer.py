@@ -64,8 +64,9 @@ class TextWriter:
         return [run for run in runs if run[0] != ""]
 
     def trimmed(self, runs: list[Run]) -> list[Run]:
-        """Return the runs with trained turns that end with a control token: one just behind the END mark is
-        trained too, blanks behind one are not."""
+        """Return the runs with trained turns that end with a control token.
+
+        A control token just behind the END mark is trained too, and blanks behind one are not."""
         runs = list(runs)
         for i, (what, trained) in enumerate(runs):
             ends_here = trained and (i + 1 == len(runs) or not runs[i + 1][1])
@@ -112,6 +113,6 @@ class TextWriter:
 
 
 def _any_of(texts: Iterable[str]) -> str:
-    """Return a regular expression for any of `texts`, the longest first; for none of them one that never
+    """Return a regular expression for any of `texts`, the longest first; for no texts one that never
     matches."""
     return "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or "(?!)"

@@ -55,7 +55,7 @@ class Cutter:
         return None
 
     def pieces(self, text: str, size: int, skip: int = 0) -> Iterator[tuple[str, int]]:
-        """Yield (piece of about `size` characters, ids to skip at its start); `skip` is that of the text
+        """Yield (piece of about `size` characters, ids to skip at its start). skip: that of the text
         itself."""
         start, reach = 0, size
         while start + reach + size // 2 < len(text):  # a rest of up to half a piece joins the last one

@@ -1,6 +1,6 @@
-"""Chunks of files to token ids, in the processes that tokenize: what they return, and how plain texts become
-ids."""
+"""Chunks of files to token ids: what the processes that tokenize return, and how plain texts become ids."""
 
+import itertools
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -56,7 +56,7 @@ class Found:
 
 
 class Encoded(NamedTuple):
-    """The documents of a chunk as token ids."""
+    """Holds the documents of a chunk as token ids."""
 
     ids: np.ndarray  # uint32, BOS and EOS included
     starts: np.ndarray  # int64: offsets into `ids` of the documents that start in this chunk
@@ -104,7 +104,8 @@ class TextEncoding:
         tokenizer, found = self.tokenizer, Found()
         texts = chunk.documents(self.text_field, found.skip_or_refuse(self.options.bad_records))
         documents = [list(self.cutter.pieces(text, PIECE_CHARS, chunk.skip)) for text in texts]
-        encoded = iter(tokenizer.encode_batch([text for pieces in documents for text, _ in pieces]))
+        pieces = itertools.chain.from_iterable(documents)
+        encoded = iter(tokenizer.encode_batch([text for text, _ in pieces]))
         bos = [tokenizer.bos_id] if chunk.opens and tokenizer.adds.bos else []
         eos = [tokenizer.eos_id] if chunk.closes and tokenizer.eos_id is not None else []
         ids, starts = [], []

@@ -1,7 +1,7 @@
-"""Several corpora as one stream of sequences, each with its share, as in data.path = web/*.jsonl:0.7
-books/*.txt:0.3.
+"""Several corpora as one stream of sequences, each with its share.
 
-source: the packed sequences of one argument; its epochs and its held-out sequences are its own
+source: the packed sequences of one argument, as in data.path = web/*.jsonl:0.7 books/*.txt:0.3; its epochs
+    and its held-out sequences are its own
 share: its part of the sequences, and so of the tokens, since all sequences have one length. It is dealt and
     not drawn by chance: any stretch of n sequences has n x share of them, give or take one per source, so
     that each step sees the mixture that was asked for.
@@ -29,8 +29,9 @@ def open_rows(
     text: TextOptions,
     packing: Packing,
 ) -> "PackedRows | MixedRows":
-    """Return the sequences of `paths`, tokenized now if needed: all of them together, or mixed if they have
-    weights."""
+    """Return the sequences of `paths`: of all of them together, or mixed if they have weights.
+
+    What is not tokenized yet is tokenized now."""
     mixture = parse_mixture(paths)
     if mixture is None:
         return PackedRows(prepare_corpus(paths, tokenizer, cache_dir, text), packing)
@@ -44,10 +45,10 @@ def open_rows(
 
 
 def parse_mixture(paths: Sequence[str]) -> dict[str, float] | None:
-    """Return {path: weight} of arguments like "a.txt:0.7"; None if none has a weight. Only proportions count.
+    """Return {path: weight} of arguments like "a.txt:0.7"; None if none has a weight.
 
-    If a file with the whole name exists, the argument is a path without a weight. Raises UsageError for
-    weights that are not possible."""
+    Only the proportions of weights count. If a file with the whole name exists, the argument is a path
+    without a weight. Raises UsageError for weights that are not possible."""
     weights, plain = {}, []
     for argument in map(str, paths):
         path, _, text = argument.rpartition(":")
@@ -86,7 +87,7 @@ def _weight(text: str, path: str) -> float | None:
 
 
 class MixedRows:
-    """Deals the sequences of several sources, {name: (sequences, weight)}, by weight; used as PackedRows is.
+    """Deals the sequences of several sources, {name: (sequences, weight)}, by weight, as one Sequences.
 
     Which row stands at a position is a pure function, as in PackedRows. The numbers of a source's rows come
     after those of the sources before it. Raises UsageError if a weight is so small that it would never be

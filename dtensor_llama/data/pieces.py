@@ -50,8 +50,7 @@ def has_dummy_prefix(pieces) -> bool:
 def as_tokenizer_json(
     pieces, given: tokenizers.Tokenizer | None, added: list, file: Path
 ) -> tokenizers.Tokenizer:
-    """Return a tokenizer.json that gives the ids of `pieces`: the one that came with it, else one built from
-    it.
+    """Return a tokenizer.json that gives the ids of `pieces`: the one that came with it, else a new one.
 
     added: (id, AddedToken) of the tokens behind the pieces. Raises UsageError if there is none."""
     model = sentencepiece_model_pb2.ModelProto.FromString(pieces.serialized_model_proto())
@@ -74,7 +73,7 @@ def as_tokenizer_json(
         raise UsageError(
             f"tokenizer={file}: no tokenizer.json gives the ids of this SentencePiece model, so that "
             "transformers could not open what was trained with it (models of whole words that fall back to "
-            "bytes, or with spaces behind the words, are such). Give a tokenizer.json instead."
+            "bytes are such). Give a tokenizer.json instead."
         )
     built.add_tokens([token for _, token in added])  # they keep their ids
     now = built.get_added_tokens_decoder()
@@ -92,15 +91,14 @@ def _probes(model) -> list[str]:
         one.piece.replace("▁", " ") for one in model.pieces if one.type in (one.NORMAL, one.USER_DEFINED)
     ]
     texts = texts[:: len(texts) // 4000 + 1]
-    probes = [*PROBES, *("".join(texts[i : i + 100]) for i in range(0, len(texts), 100))]
+    probes = list(PROBES) + ["".join(texts[i : i + 100]) for i in range(0, len(texts), 100)]
     for symbol in _symbols(model):
         probes += [symbol, f"a{symbol}b", f" {symbol} a  {symbol}"]
     return probes
 
 
 def _symbols(model) -> list[str]:
-    """Return what is always a piece of its own in a text (user-defined symbols), in the order of the
-    search."""
+    """Return the user-defined symbols, always pieces of their own in a text, in the order of the search."""
     symbols = [one.piece for one in model.pieces if one.type == one.USER_DEFINED]
     return sorted(symbols, key=len, reverse=True)
 
@@ -130,8 +128,10 @@ def _converted(pieces, model) -> tokenizers.Tokenizer:
 
 
 def _bpe(pieces, model) -> models.BPE:
-    """SentencePiece joins the neighbours that make the piece of the highest score; `tokenizers` wants that as
-    a list of pairs in order of preference. Source: generate_merges in transformers'
+    """Return the merges of a BPE model.
+
+    SentencePiece joins the neighbours that make the piece of the highest score; `tokenizers` wants that as a
+    list of pairs in order of preference. Source: generate_merges in transformers'
     convert_slow_tokenizer.py."""
     plain = {one.piece: i for i, one in enumerate(model.pieces) if one.type == one.NORMAL}
     ranked = []
@@ -152,11 +152,11 @@ def _bpe(pieces, model) -> models.BPE:
 
 
 def _unigram(pieces, model) -> models.Unigram:
-    """The pieces of a text are those with the largest sum of scores. SentencePiece has user-defined symbols
-    always win, and looks for no control tokens and bytes in a text; `tokenizers` does, unless they score too
-    badly.
+    """Return the scores of a unigram model: the pieces of a text are those with the largest sum.
 
-    Source: PopulateNodes in sentencepiece's unigram_model.cc."""
+    SentencePiece has user-defined symbols always win, and looks for no control tokens and bytes in a text;
+    `tokenizers` does, unless they score too badly. Source: PopulateNodes in sentencepiece's unigram_model.cc.
+    """
     best = max((one.score for one in model.pieces if one.type == one.NORMAL), default=0.0)
     scored = []
     for one in model.pieces:
@@ -177,10 +177,10 @@ def _words(pieces, model) -> models.WordLevel:
 
 
 def _any_known_word(model) -> str:
-    """Return a regular expression for whole known words. What lies between them, one unknown word or many, is
-    one token in SentencePiece too.
+    """Return a regular expression for whole known words.
 
-    It is nested like a tree of the words' beginnings: a plain list of 32,000 words takes 40 times as long."""
+    What lies between them, one unknown word or many, is one token in SentencePiece too. The pattern is nested
+    like a tree of the words' beginnings: a plain list of 32,000 words takes 40 times as long."""
     tree: dict = {}
     for one in model.pieces:
         if one.type == one.NORMAL:

@@ -21,8 +21,9 @@ STEPS_PERMUTED = 64  # steps whose rows are looked up at once: numpy takes 1 ms 
 
 
 class Batch(NamedTuple):
-    """Some sequences (rows) of T tokens. positions count from the start of each document; None without a
-    mask."""
+    """Some sequences (rows) of T tokens.
+
+    positions: counted from the start of each document; None without a document mask"""
 
     tokens: Tensor  # (B, T) int64
     labels: Tensor  # (B, T) int64: the next token, or IGNORE
@@ -30,12 +31,14 @@ class Batch(NamedTuple):
 
     @property
     def n_targets(self) -> int:
-        """How many labels are scored."""
+        """Return how many labels are scored."""
         return int((self.labels != IGNORE).sum())
 
     def to(self, device: torch.device) -> "Batch":
-        """Copy tokens and labels to the device. Positions stay on the host, where the starts of documents are
-        found without waiting for the device; the model copies them itself."""
+        """Copy tokens and labels to the device.
+
+        Positions stay on the host, where the starts of documents are found without waiting for the device;
+        the model copies them itself."""
         tokens = self.tokens.to(device, non_blocking=True)
         labels = self.labels.to(device, non_blocking=True)
         return Batch(tokens, labels, self.positions)

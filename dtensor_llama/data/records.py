@@ -1,7 +1,8 @@
-"""Records of the files that do not hold one JSON object a line: .json, .csv and .tsv, .parquet and .arrow.
+"""Records of the files that do not hold one JSON object a line.
 
-Each reader yields (where, record) in the order of the file, with `where` as in "line 3". Every defect is a
-UsageError: nothing is guessed about a file that is not what its name says, and nothing in it is passed over.
+These are .json, .csv and .tsv, .parquet and .arrow. Each reader yields (where, record) in the order of the
+file, with `where` as in "line 3". Every defect is a UsageError: nothing is guessed about a file that is not
+what its name says, and nothing in it is passed over.
 """
 
 import csv
@@ -29,10 +30,12 @@ BATCH_ROWS = 64  # of a table, decoded at once
 
 
 def json_records(text: str, path: Path, text_field: str | None) -> Records:
-    """Yield the objects of a .json. It holds lists, or objects, one after another over any number of lines,
-    or an object with the list, like {"data": [...]}.
+    """Yield the objects of a .json.
 
-    text_field: the field of plain texts; an object that has it is a record; None: there is no such field."""
+    It holds lists, or objects, one after another over any number of lines, or an object with the list, like
+    {"data": [...]}. text_field: the field of plain texts; an object that has it is a record; None: there is
+    none.
+    """
     for where, value in _Json(text, path).values():
         if not isinstance(value, dict):
             raise UsageError(f"{path}, {where}: expected a JSON object, found {type(value).__name__}.")
@@ -173,8 +176,7 @@ def csv_records(lines: Iterator[str], path: Path, delimiter: str) -> Records:
 
 
 def parquet_records(file, path: Path, text_field: str | None, buffer_bytes: int) -> Records:
-    """Yield the rows of a .parquet; with a text_field only that column, or that field of a column of
-    structs."""
+    """Yield the rows of a .parquet; with a text_field only that column, or that field of its structs."""
     parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=buffer_bytes)
     columns = None
     if text_field is not None:
@@ -208,8 +210,7 @@ def _rows(path: Path, batches: Iterable[pa.RecordBatch]) -> Records:
 
 
 def _open_arrow(file, path: Path):
-    """Open an Arrow file, or an Arrow stream, which is what the datasets library writes under the same
-    ending."""
+    """Open an Arrow file, or an Arrow stream, which the datasets library writes under the same ending."""
     head = file.read(8)
     file.seek(-4, 2)
     tail = file.read(4)

@@ -1,5 +1,4 @@
-"""Packed sequences over a tokenized corpus: which tokens stand in each sequence, and in what order they are
-read.
+"""Packed sequences over a tokenized corpus: which tokens stand in each, and in what order they are read.
 
 sequence (row): T + 1 consecutive tokens, T inputs and T labels shifted by one; its last token is also the
     first of the next sequence
@@ -27,12 +26,10 @@ SKIPPED = "bad-records.jsonl"  # lists the records that bad_records="skip" left 
 
 
 class Sequences(Protocol):
-    """Describes what data of your own must have for the reader and the recipes: token sequences of one
-    length.
+    """Describes what data of your own must have: token sequences of one length, by number.
 
-    n_train and n_validation count the sequences to train on in an epoch, and the held-out ones.
-    contents and content_hash name the data: a checkpoint resumes only on data with the same ones.
-    """
+    n_train and n_validation count the sequences to train on in an epoch, and the held-out ones. contents and
+    content_hash name the data: a checkpoint resumes only on data with the same ones."""
 
     seq_len: int
     n_train: int
@@ -54,7 +51,6 @@ class TokenCorpus:
     tokens: (n_tokens,) uint16 or uint32. document_starts: (n_documents,) int64, offsets into `tokens`.
     content_hash: the same for the same tokens, documents and masks, and for no others; "" if the folder has
         none.
-    settings: {field: value} of the options that decided which records became which tokens.
     skipped: {what is wrong: how many records were left out for it}. bad_records: the file that lists them.
     """
 
@@ -76,7 +72,6 @@ class TokenCorpus:
             )
         self.content_hash = self.meta.get("content_hash", "")
         self.skipped = self.meta.get("skipped", {})
-        self.settings = self.meta.get("chat") or self.meta.get("text") or {}
 
     def _mapped(self, name: str, dtype) -> np.memmap:
         return np.memmap(self.folder / name, np.dtype(dtype), mode="r")
@@ -99,8 +94,7 @@ class Packing:
 
 
 class Shuffled:
-    """Splits the numbers of n_rows sequences into those to train on and a held-out share, and shuffles
-    both."""
+    """Splits the numbers of n_rows sequences into those to train on and a held-out share, both shuffled."""
 
     def __init__(self, n_rows: int, packing: Packing):
         self.n_rows, self.seq_len, share = n_rows, packing.seq_len, packing.validation_share
@@ -173,12 +167,11 @@ class PackedRows(Shuffled):
 
 
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Map indices below n by pseudo-random bijections of 0 .. n - 1; keys (int64, of their shape) choose
-    which.
+    """Map indices below n by pseudo-random bijections of 0 .. n - 1.
 
-    A Feistel network permutes the 2^(2h) >= n numbers of 2h bits. An image that is not below n is fed in
-    again until it is (cycle walking, Black and Rogaway 2002: fewer than 4 times on average), which leaves a
-    bijection.
+    keys: int64 of the same shape; they choose the bijections. A Feistel network permutes the 2^(2h) >= n
+        numbers of 2h bits. An image that is not below n is fed in again until it is (cycle walking, Black and
+        Rogaway 2002: fewer than 4 times on average), which leaves a bijection.
     """
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
     mask = (1 << half_bits) - 1
@@ -207,8 +200,9 @@ def splitmix64(x):
 
 
 def say_skipped(corpora: Iterable[TokenCorpus], run_dir: Path | None, log: Callable[[str], None]) -> None:
-    """Log how many bad records were left out and why, and list them in RUN/bad-records.jsonl if there is a
-    run folder."""
+    """Log how many bad records were left out and why.
+
+    They are listed in RUN/bad-records.jsonl if there is a run folder."""
     corpora = [corpus for corpus in corpora if corpus.skipped]
     if not corpora:
         return

@@ -1,9 +1,8 @@
-"""Files to chunks of about a mebibyte, and chunks to documents, in memory that does not depend on a file's
-size.
+"""Files to chunks of about a mebibyte, and chunks to documents.
 
-One process reads (`read_chunks`); others, which tokenize, turn chunks into documents (`Chunk.documents`), so
-that parsing does not slow the reading. Every defect of a file is a UsageError that names the file and the
-line or row.
+Memory does not depend on the size of a file. One process reads (`read_chunks`); others, which tokenize, turn
+chunks into documents (`Chunk.documents`), so that parsing does not slow the reading. Every defect of a file
+is a UsageError that names the file and the line or row.
 """
 
 import codecs
@@ -110,11 +109,11 @@ class Chunk:
 
 
 def expand_paths(patterns: Sequence[str | Path], formats: tuple[str, ...] = FORMATS) -> list[Path]:
-    """Return the files that `patterns` (files and globs, `**` too) name: absolute, sorted, each once, of
-    `formats`.
+    """Return the files that `patterns` (files and globs, `**` too) name, of the given formats.
 
-    A link keeps its own name, as its ending shows what the file holds: in the cache of the Hugging Face Hub,
-    data.jsonl is a link to a file that is called by its hash. Of two links to one file the first counts."""
+    Paths are absolute and sorted, and each file comes once. A link keeps its own name, as its ending shows
+    what the file holds: in the cache of the Hugging Face Hub, data.jsonl is a link to a file that is called
+    by its hash. Of two links to one file the first counts."""
     files = {}
     for pattern in patterns:
         for match in _matches(str(pattern)):
@@ -128,8 +127,7 @@ def expand_paths(patterns: Sequence[str | Path], formats: tuple[str, ...] = FORM
 
 
 def _matches(pattern: str) -> list[Path]:
-    """Return the files of one argument, at least one. UsageError for what exists and cannot be read as a
-    file."""
+    """Return the files of one argument, at least one; UsageError for what cannot be read as a file."""
     path = Path(expanded(pattern, "data.path"))
     given = f"data.path={pattern}"
     if path.is_dir():
@@ -165,8 +163,7 @@ def _taken_literally(path: Path) -> str:
 
 
 def _named_by_its_kind(names: list[Path], target: Path, formats: tuple[str, ...]) -> Path:
-    """Return the first of the names of one file whose ending is known, else that of the file they are links
-    to."""
+    """Return the first of the names of one file with a known ending, else the file that they link to."""
     return next((name for name in [*names, target] if _kind_of(name)[0] in formats), names[0])
 
 
@@ -262,8 +259,9 @@ def _n_chars(value) -> int:
 
 
 def _blocks(path: Path, stream, chunk_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """Yield (number of the line in which it starts, bytes) of each block of a text file, without a byte-order
-    mark."""
+    """Yield (number of the line in which it starts, bytes) of each block of a text file.
+
+    A byte-order mark is left out."""
     line, block = 1, stream.read(chunk_bytes).removeprefix(codecs.BOM_UTF8)
     while block:
         zero = block.find(b"\0")
@@ -315,8 +313,7 @@ def _read_jsonl(path: Path, stream, chunk_bytes: int) -> Iterator[Chunk]:
 
 
 def _read_txt(path: Path, stream, cutter: Cutter, chunk_bytes: int) -> Iterator[Chunk]:
-    """Yield the pieces of a file that is one document, cut so that their ids, joined, are those of the
-    whole."""
+    """Yield the pieces of a file that is one document, whose ids, joined, are those of the whole."""
     decoder, text, line = codecs.getincrementaldecoder("utf-8")(), "", 1
     skip, opens, reach = 0, True, chunk_bytes
     try:

@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -59,17 +60,14 @@ def prepare_corpus(
     text_field: str | TextOptions = "text",
     processes: int | None = None,
 ) -> TokenCorpus:
-    """Return the corpus of `paths` (files and globs), tokenized now unless that was done and nothing changed
-    since.
+    """Return the corpus of `paths` (files and globs), tokenized now unless nothing changed since last time.
 
     Any number of ranks and runs may call this at once: one tokenizes, the others wait for it. Progress goes
-    to stderr.
+    to stderr. Raises UsageError for what is wrong with the files.
 
     text_field: the field that holds the text, or all options of texts
     cache_dir: a folder, or several: the corpus is read where it is found, and written into the first one that
-        can be written
-    Raises UsageError for what is wrong with the files.
-    """
+        can be written"""
     options = TextOptions(text_field) if isinstance(text_field, str) else text_field
     return TokenCorpus(prepare(paths, TextEncoding(tokenizer, options), cache_dir, processes))
 
@@ -121,11 +119,10 @@ def tokenize(
     processes: int,
     for_process: int | None = None,
 ) -> Path:
-    """Write the corpus unless it exists; return its folder. A second process that wants it waits here for the
-    first.
+    """Write the corpus unless it exists; return its folder.
 
-    cache_dirs: the corpus is written into the first of them that can be written, which is the same one for
-        all processes."""
+    A second process that wants it waits here for the first. cache_dirs: the corpus is written into the first
+    of them that can be written, which is the same one for all processes."""
     files = expand_paths(paths, encoding.formats)
     name = fingerprint(files, encoding)
     found = _find(cache_dirs, name)
@@ -259,10 +256,10 @@ def _print(line: str) -> None:
 def _in_order(
     pool: ProcessPoolExecutor, files: list[Path], encoding: Encoding, processes: int
 ) -> Iterator[tuple[Encoded, int]]:
-    """Yield each encoded chunk and its bytes of input in the order of the corpus, with a few of them under
-    way."""
+    """Yield each encoded chunk and its bytes of input in the order of the corpus; a few are under way."""
     under_way = deque()
-    chunks = (chunk for file in files for chunk in read_chunks(file, encoding.text_field, encoding.cutter))
+    of_files = (read_chunks(file, encoding.text_field, encoding.cutter) for file in files)
+    chunks = itertools.chain.from_iterable(of_files)
     while True:
         while len(under_way) < CHUNKS_PER_WORKER * processes and (chunk := next(chunks, None)):
             under_way.append((pool.submit(_encode, chunk), chunk.input_bytes))
@@ -285,8 +282,7 @@ def _start_worker(encoding: Encoding) -> None:
 
 
 def _die_with_parent() -> None:
-    """End this worker when its parent is killed: it would wait for chunks for ever, and hold the parent's
-    lock."""
+    """End this worker when its parent is killed: it would wait for ever, and hold the parent's lock."""
     wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 

@@ -47,15 +47,16 @@ class AddedEnds(NamedTuple):
 
 
 class Tokenizer:
-    """Text to ids and back. `encode` adds neither BOS nor EOS, and reads `</s>` inside a text as plain
-    characters.
+    """Text to ids and back.
 
-    vocab_size: one more than the largest id, added tokens included. bos_id, eos_id: None where the tokenizer
-        has none.
+    `encode` adds neither BOS nor EOS, and reads `</s>` inside a text as plain characters.
+
+    vocab_size: one more than the largest id, added tokens included
+    bos_id, eos_id: None where the tokenizer has none
     adds: what transformers would put around a text. A document of training begins with BOS if adds.bos is
         true, as a prompt of generate.py does; it always ends with EOS.
-    fingerprint: a hash of what decides the ids, BOS and EOS included. path: where it was loaded from.
-    """
+    fingerprint: a hash of what decides the ids, BOS and EOS included
+    path: where it was loaded from"""
 
     def __init__(self, path: Path, fast: tokenizers.Tokenizer, pieces, ids: EndIds, adds: AddedEnds):
         self.path, self.bos_id, self.eos_id, self.adds = path, ids.bos, ids.eos, adds
@@ -93,16 +94,14 @@ class Tokenizer:
 
     @property
     def control_tokens(self) -> dict[str, AddedToken]:
-        """Return {text: AddedToken} of what a chat template may write to mean one id: added tokens, BOS and
-        EOS."""
+        """Return {text: AddedToken} of what a chat template may write to mean one id: with BOS and EOS."""
         ends = [self.token_of(i) for i in (self.bos_id, self.eos_id) if i is not None]
         added = {token.content: token for _, token in self._added_tokens()}
         return {token: AddedToken(token) for token in ends} | added
 
     @property
     def plain(self) -> "Tokenizer":
-        """Return a tokenizer that reads added tokens as text even where tokenizer.json does not call them
-        special."""
+        """Return a tokenizer that reads all added tokens as text, also those that are not called special."""
         if self._pieces is not None:
             return self
         source = json.loads(self._fast.to_str())
@@ -112,8 +111,8 @@ class Tokenizer:
 
     @property
     def prefixes_every_text(self) -> bool:
-        """Return whether a text after a control token gets its dummy prefix, as one at the start does (if
-        there is one)."""
+        """Return whether a text after a control token gets its dummy prefix, if there is one, as at the
+        start."""
         if self._pieces is not None or self.bos_id is None:
             return True
         self._fast.encode_special_tokens = False
@@ -128,9 +127,10 @@ class Tokenizer:
 
     @property
     def chat_templates(self) -> dict[str, str]:
-        """Return {name: Jinja source} of the chat templates that came with the tokenizer, as transformers
-        finds them: in files of their own, else in tokenizer_config.json. "tool_use" is the one for
-        conversations with tools."""
+        """Return {name: Jinja source} of the chat templates that came with the tokenizer.
+
+        They are found as transformers finds them: in files of their own, else in tokenizer_config.json.
+        "tool_use" is the one for conversations with tools."""
         if self._neighbours is None:
             return {}
         files = {"default": self._neighbours / TEMPLATE_FILE}
@@ -145,18 +145,19 @@ class Tokenizer:
 
     @property
     def _neighbours(self) -> Path | None:
-        """Return the folder of the files that belong to the tokenizer. None for a .model by itself: what lies
-        beside it may belong to another tokenizer."""
+        """Return the folder of the files that belong to the tokenizer; None for a .model by itself.
+
+        What lies beside a .model may belong to another tokenizer."""
         if self.path.suffix == ".model":
             return None
         return self.path if self.path.is_dir() else self.path.parent
 
     def save(self, folder: str | Path, chat_template: str | None = None) -> None:
-        """Write tokenizer.json, tokenizer_config.json and what came with them, for transformers'
-        AutoTokenizer.
+        """Write a folder for transformers' AutoTokenizer: tokenizer.json, tokenizer_config.json and the rest.
 
         chat_template: the one that training used, if any. Several that came with the tokenizer stay as they
-            are."""
+            are.
+        """
         folder, home = Path(folder), self._neighbours
         folder.mkdir(parents=True, exist_ok=True)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -186,7 +187,7 @@ class Tokenizer:
         return sorted(self._fast.get_added_tokens_decoder().items())
 
     def _settings_of_ids(self) -> dict:
-        """Return what a tokenizer_config.json tells readers about ids that do not read tokenizer.json."""
+        """Return what a tokenizer_config.json tells about ids to readers that do not read tokenizer.json."""
         added = {
             str(i): {name: getattr(token, name) for name in ADDED_FIELDS} for i, token in self._added_tokens()
         }
@@ -266,8 +267,7 @@ def _settings(folder: Path, name: str) -> dict:
 
 
 def _named_id(name: str, settings: dict, fast: tokenizers.Tokenizer, folder: Path) -> int | None:
-    """Return the id of settings["bos_token"]: text, an object with `content`, an id, or null or below 0 for
-    none."""
+    """Return the id of settings["bos_token"]: a text, an object with `content`, or an id (below 0: none)."""
     token = settings[f"{name}_token"]
     token = token.get("content") if isinstance(token, dict) else token
     if isinstance(token, str):
@@ -278,8 +278,9 @@ def _named_id(name: str, settings: dict, fast: tokenizers.Tokenizer, folder: Pat
 
 
 def _special_id(name: str, folder: Path, fast: tokenizers.Tokenizer) -> int | None:
-    """Return BOS or EOS of a tokenizer.json, which does not name them: from the files beside it, else by the
-    names in common use."""
+    """Return BOS or EOS of a tokenizer.json, which does not name them.
+
+    It comes from the files beside it, else from the names in common use."""
     for beside in ("tokenizer_config.json", "special_tokens_map.json"):
         settings = _settings(folder, beside)
         if f"{name}_token" in settings:
@@ -300,10 +301,10 @@ def _special_id(name: str, folder: Path, fast: tokenizers.Tokenizer) -> int | No
 
 
 def _added_ends(settings: dict, fast: tokenizers.Tokenizer | None, ids: EndIds, folder: Path) -> AddedEnds:
-    """Return what goes around a text: as tokenizer_config.json says, else as the post-processor of
-    tokenizer.json does, else BOS, if there is one.
+    """Return what goes around a text: as tokenizer_config.json says, else as tokenizer.json does it.
 
-    (transformers before 5 and llama.cpp read the first, later ones the second.)"""
+    (transformers before 5 and llama.cpp read the first, later ones the second.) Where neither says anything,
+    BOS is added if there is one."""
     bos, eos = True, False
     if fast is not None and fast.post_processor is not None:
         around = fast.encode("a").ids
@@ -327,7 +328,7 @@ def _put_ends(fast: tokenizers.Tokenizer, ids: EndIds, adds: AddedEnds) -> None:
     if fast.encode("a").ids == before + fast.encode("a", add_special_tokens=False).ids + after:
         return
     names = {i: fast.id_to_token(i) for i in before + after}
-    first = [*(names[i] for i in before), "$A", *(names[i] for i in after)]
+    first = [names[i] for i in before] + ["$A"] + [names[i] for i in after]
     second = ["$B" if part == "$A" else part for part in first]
     special = [(name, i) for i, name in names.items()]
     fast.post_processor = processors.TemplateProcessing(first, first + second, special)

@@ -1,5 +1,4 @@
-"""Compressed files as streams of bytes: gzip, zstd with any window, bzip2 and xz, also several members or
-frames."""
+"""Compressed files as streams of bytes: gzip, zstd with any window, bzip2 and xz, several members too."""
 
 import contextlib
 import importlib
@@ -61,8 +60,9 @@ def long_window_error(path: Path) -> UsageError:
 
 
 def _zstd_window(file) -> int:
-    """Return the bytes of window that the first frame needs (RFC 8878, section 3.1.1); 0 if it is no usual
-    frame."""
+    """Return the bytes of window that the first frame needs; 0 if it is no usual frame.
+
+    Source: RFC 8878, section 3.1.1."""
     head = file.read(14)
     file.seek(0)
     if len(head) < 6 or not head.startswith(ZSTD_MAGIC):
