@@ -3,15 +3,12 @@ impossible."""
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
 from dtensor_llama.errors import UsageError
 from memory.home import Home, StateFormat
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
