@@ -194,19 +194,26 @@ def arrow_records(file, path: Path, text_field: str | None) -> Records:
     if text_field is not None:
         column = _column_of(path, reader.schema, text_field)
         batches = (batch.select([column]) for batch in batches)
-    return _rows(path, batches)
+    small = itertools.chain.from_iterable(_slices(batch, BATCH_ROWS) for batch in batches)
+    return _rows(path, small)
 
 
-def _rows(path: Path, batches: Iterable[pa.RecordBatch]) -> Records:
-    row = 0
+def _rows(path: Path, batches: Iterable[pa.RecordBatch], n_before: int = 0) -> Records:
     for batch in batches:
-        for i in range(len(batch)):
-            row += 1
-            try:
-                cells = [column[i].as_py() for column in batch.columns]
-            except UnicodeDecodeError as error:
-                raise UsageError(f"{path}, row {row}: not UTF-8 text ({error}).") from None
-            yield f"row {row}", dict(zip(batch.schema.names, cells, strict=True))
+        try:
+            records = batch.to_pylist()
+        except UnicodeDecodeError as error:
+            if len(batch) == 1:
+                raise UsageError(f"{path}, row {n_before + 1}: not UTF-8 text ({error}).") from None
+            yield from _rows(path, _slices(batch, 1), n_before)  # finds the row
+        for record in records:
+            n_before += 1
+            yield f"row {n_before}", record
+
+
+def _slices(batch: pa.RecordBatch, n_rows: int) -> Iterator[pa.RecordBatch]:
+    for first in range(0, len(batch), n_rows):
+        yield batch.slice(first, n_rows)
 
 
 def _open_arrow(file, path: Path):

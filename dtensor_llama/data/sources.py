@@ -232,10 +232,9 @@ def _records_of(suffix: str, path: Path, stream, text_field: str | None, chunk_b
         return parquet_records(stream, path, text_field, chunk_bytes)
     if suffix == ".arrow":
         return arrow_records(stream, path, text_field)
-    lines = _lines(path, stream, chunk_bytes)
     if suffix == ".json":
-        return json_records("".join(lines), path, text_field)
-    return csv_records(lines, path, "\t" if suffix == ".tsv" else ",")
+        return json_records(_whole(path, stream, chunk_bytes), path, text_field)
+    return csv_records(_lines(path, stream, chunk_bytes), path, "\t" if suffix == ".tsv" else ",")
 
 
 def _in_chunks(path: Path, records: Records, chunk_bytes: int) -> Iterator[Chunk]:
@@ -272,6 +271,15 @@ def _blocks(path: Path, stream, chunk_bytes: int) -> Iterator[tuple[int, bytes]]
             )
         yield line, block
         line, block = line + block.count(b"\n"), stream.read(chunk_bytes)
+
+
+def _whole(path: Path, stream, chunk_bytes: int) -> str:
+    data = b"".join(block for _, block in _blocks(path, stream, chunk_bytes))
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = 1 + data.count(b"\n", 0, error.start)
+        raise _not_utf8(f"{path}, line {line}", error) from None
 
 
 def _lines(path: Path, stream, chunk_bytes: int) -> Iterator[str]:
