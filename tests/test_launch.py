@@ -27,7 +27,7 @@ from sizes import GPUS, HOST, RATES, TABLE, T, flags, memory_gib  # noqa: E402
 
 from dtensor_llama import Llama, LlamaConfig, UsageError  # noqa: E402
 from dtensor_llama.chat.lora import apply_lora, n_adapter_parameters  # noqa: E402
-from dtensor_llama.cli import parse_cli  # noqa: E402
+from dtensor_llama.cli import check_numbers, parse_cli  # noqa: E402
 from dtensor_llama.optim import build_adamw  # noqa: E402
 from memory import ChunkManager, Machine, TrainingLoop  # noqa: E402
 from memory.chunk import GIB  # noqa: E402
@@ -38,10 +38,12 @@ from parallel.explain import pretend  # noqa: E402
 from parallel.fit import States, choose_open  # noqa: E402
 
 RECIPES = {"pretrain": pretrain.PretrainConfig}
+NUMBERS = {"pretrain": pretrain.NUMBERS}
 if (ROOT / "recipes/sft.py").exists():
     import sft
 
     RECIPES["sft"] = sft.SftConfig
+    NUMBERS["sft"] = sft.NUMBERS
 
 
 def words(chosen: dict) -> list[str]:
@@ -58,7 +60,7 @@ def parsed(recipe: str, size: str, gpu: str, gpus: int):
         ["--model", f"llama2-{size.partition('-')[0]}", *words(flags(recipe, size, gpu, gpus))],
     )
     layout, config = cfg.parallel.resolve(gpus), LlamaConfig.preset(cfg.model)
-    pretrain.check_numbers(cfg)
+    check_numbers(cfg, NUMBERS[recipe])
     cfg.memory.check()
     job = Job(
         config,
