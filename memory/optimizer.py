@@ -6,6 +6,7 @@ A checkpoint holds what it would hold without the manager: the float32 masters a
 on any layout, and by torch's AdamW.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,9 @@ REFUSED = ("amsgrad", "maximize", "capturable", "differentiable", "foreach")
 
 def check_adamw(optimizer: torch.optim.Optimizer) -> None:
     """Raise UsageError if the optimizer does anything but plain AdamW, or has state that would be lost."""
-    if not isinstance(optimizer, torch.optim.AdamW) or type(optimizer).step is not torch.optim.AdamW.step:
+    # A subclass may add methods, but not step in its own way. torch wraps `step` where a class is first used.
+    own_step, plain_step = (inspect.unwrap(kind.step) for kind in (type(optimizer), torch.optim.AdamW))
+    if not isinstance(optimizer, torch.optim.AdamW) or own_step is not plain_step:
         raise UsageError(
             f"the chunk manager steps torch.optim.AdamW and was given {type(optimizer).__name__}; use AdamW, "
             "or placement=off."
