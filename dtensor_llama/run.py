@@ -231,8 +231,7 @@ class RunFacts:
     """Holds what a run finds out about itself before it trains."""
 
     model_config: LlamaConfig
-    # with n_train, n_validation and seq_len: how many there are, to train on and held out, and their T
-    rows: Any
+    rows: Any  # has n_train and n_validation, the numbers of rows, and seq_len, their length
     corpus: str
     layout: Any  # a dataclass with all parallel settings, resolved
     axes: tuple[str, ...]  # those of them that are sizes of mesh axes
@@ -339,8 +338,7 @@ def keep_tokenizer(run_dir: Path, tokenizer: Tokenizer, chat_template: str | Non
 
 
 def end_run(log: RunLog, run_dir: Path, step: int, steps: int, stopped: bool, chat: bool = False) -> None:
-    """Close the log, draw the loss curve, and print what the run has left where. Only the rank that logs
-    calls it.
+    """Close the log, draw the loss curve, and print what the run has left where; on the rank that logs.
 
     stopped: the run was asked to stop before all `steps` were done
     chat: the model was trained to answer conversations

@@ -48,7 +48,7 @@ def cosine_lr(step: int, steps: int, warmup_steps: int, peak_lr: float, min_lr: 
 
 
 def is_due(step: int, every: int, is_last: bool) -> bool:
-    """Return whether something that happens every so many steps, and after the last one, is due after `step` steps.
+    """Return whether something that happens every so many steps, and after the last one, is due now.
 
     every: 0 means never."""
     return every > 0 and (step % every == 0 or is_last)

@@ -193,6 +193,11 @@ class Chunk:
         self.wait_for_host()
         self.weights_done.synchronize()
 
+    def wait_for_states(self) -> None:
+        """Wait until its weights and its states are new."""
+        self.wait()
+        self.states_done.synchronize()
+
     def wait_on(self, lane: Lane) -> None:
         """Let work that the lane is given from now on wait until the weights are new. The caller waits only
         until the host has stepped the chunk."""

@@ -3,16 +3,12 @@ impossible."""
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
-from torch import nn, optim
 
 from dtensor_llama.errors import UsageError
 from memory.home import Home, StateFormat
-
-if TYPE_CHECKING:
-    from memory.manager import ChunkManager
 
 
 @dataclass(frozen=True)
@@ -117,21 +113,3 @@ class MemoryConfig:
             state.bytes_per_parameter(home)["device"] for home in (Home.RESIDENT, Home.STREAM)
         )
         return itemsize + (self.resident or 0) * resident + (self.stream or 0) * stream
-
-    def manage(
-        self,
-        model: nn.Module,
-        optimizer: optim.AdamW,
-        ranks_per_host: int,
-        say,
-        arrivals: int,
-        parts,
-        outside,
-    ) -> "ChunkManager":
-        """Return the manager of this configuration, for those who are given a MemoryConfig and may not import
-        memory."""
-        from memory.inputs import Machine, TrainingLoop
-        from memory.manager import ChunkManager
-
-        loop = TrainingLoop(parts, accumulation=arrivals, tied=outside)
-        return ChunkManager(model, optimizer, self, loop, Machine(ranks_per_host, say=say))

@@ -9,6 +9,7 @@ values     masters and moments by parameter, wherever they are: `read_state`, `w
            plans count as `transit_bytes`
 """
 
+from collections.abc import Iterator
 from itertools import chain
 
 import torch
@@ -23,6 +24,7 @@ from memory.chunk import (
     RESIDENT_CHUNK_ELEMENTS,
     Ledger,
     ParamState,
+    Piece,
     chunk_size,
     cut,
     find_params,
@@ -116,12 +118,11 @@ class ChunkStore:
     @property
     def chunk_sizes(self) -> ChunkSizes:
         """The chunks as a plan sees them, all with the wider of the dtypes that there are."""
-        is_float32 = (
-            any(chunk.format.weight_dtype == torch.float32 for chunk in self.chunks) or not self.chunks
-        )
-        state = StateFormat(torch.float32 if is_float32 else torch.bfloat16, self.accumulates)
+        dtypes = {chunk.format.weight_dtype for chunk in self.chunks}
+        widest = max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
         layers = tuple(chunk.first_and_last for chunk in self.chunks)
-        return ChunkSizes(tuple(chunk.n for chunk in self.chunks), state, layers)
+        n_elements = tuple(chunk.n for chunk in self.chunks)
+        return ChunkSizes(n_elements, StateFormat(widest, self.accumulates), layers)
 
     def _first_plan(self) -> Plan:
         if self.config.placement == "static":
@@ -284,8 +285,7 @@ class ChunkStore:
         """Wait until all weights and states are new. Call it before anything but a forward of the model reads
         them."""
         for chunk in self.chunks:
-            chunk.wait()
-            chunk.states_done.synchronize()
+            chunk.wait_for_states()
         self._note_weights(self.params)
 
     def _note_weights(self, params: list[ParamState]) -> None:
@@ -316,27 +316,27 @@ class ChunkStore:
         self.wait()
         return Masters(self)
 
+    def _runs(self, param: ParamState) -> Iterator[Piece]:
+        """Yield the pieces of a parameter in runs of at most TRANSIT_ELEMENTS, when their chunks are new."""
+        for piece in param.pieces:
+            piece.chunk.wait_for_states()
+            yield from piece.runs(TRANSIT_ELEMENTS)
+
     @torch.no_grad()
     def read_state(self, name: str, param: ParamState) -> Tensor:
         """Return a copy of `master`, `exp_avg` or `exp_avg_sq` of this rank's shard: float32, flat, on the
-        host. Waits for the chunks that hold it."""
+        host."""
         values = torch.empty(local(param.parameter).numel())
-        for piece in param.pieces:
-            piece.chunk.wait()
-            piece.chunk.states_done.synchronize()
-            for run in piece.runs(TRANSIT_ELEMENTS):
-                values[run.in_shard] = run.chunk.read(name, run)
+        for run in self._runs(param):
+            values[run.in_shard] = run.chunk.read(name, run)
         return values
 
     @torch.no_grad()
     def write_state(self, name: str, param: ParamState, shard: Tensor) -> None:
-        """Write what read_state returns, in any shape. Waits for the chunks that hold it."""
+        """Write what read_state returns, in any shape."""
         values = shard.reshape(-1)
-        for piece in param.pieces:
-            piece.chunk.wait()
-            piece.chunk.states_done.synchronize()
-            for run in piece.runs(TRANSIT_ELEMENTS):
-                run.chunk.write(name, run, values[run.in_shard].float().to(self.device))
+        for run in self._runs(param):
+            run.chunk.write(name, run, values[run.in_shard].float().to(self.device))
         if name == "master":
             param.weight_version = None
 

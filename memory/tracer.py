@@ -1,9 +1,9 @@
-"""What the machine can do (Rates, measured once and kept) and what the model needs (Traced, measured in two
-or three warm-up steps).
+"""What the machine can do (Rates, measured once and kept) and what the model needs (Traced, measured in
+two or three warm-up steps).
 
-Rates are bytes per second that really moved, counted where they move: a copy within RAM costs its DRAM twice,
-a copy over the link once. Without an accelerator the link is a copy between two accounts of the same RAM,
-made by a thread of its own.
+A rate is the bytes per second that really moved, counted where they move: a copy within RAM costs its DRAM
+twice, a copy over the link once. Without an accelerator the link is a copy between two accounts of the same
+RAM, made by a thread of its own.
 """
 
 import json
@@ -141,7 +141,8 @@ def measure_rates(
     device_adam = host_adam
     if device.type == "cuda":
         device_adam = device_adam_rate(device, seconds=seconds, kernel=kernel)
-    return Rates(**wires, dram=dram, dram_under_dma=under_dma, host_adam=host_adam, device_adam=device_adam)
+    adam = {"host_adam": host_adam, "device_adam": device_adam}
+    return Rates(**wires, dram=dram, dram_under_dma=under_dma, **adam)
 
 
 def per_second(work: Callable[[], float], seconds: float) -> float:

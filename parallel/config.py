@@ -46,9 +46,13 @@ class ParallelConfig:
         """Return this layout with -1 replaced by what `world_size` processes leave for it; UsageError if they
         do not fit."""
         rules.check(WORLD_RULES, Case(self, world_size=world_size))
-        sizes = [getattr(self, axis) for axis in AXES]
-        left_over = world_size // math.prod(size for size in sizes if size != -1)
-        return replace(self, **{axis: left_over for axis in AXES if getattr(self, axis) == -1})
+        left_over = world_size // math.prod(size for size in self.sizes.values() if size != -1)
+        return replace(self, **{axis: left_over for axis, size in self.sizes.items() if size == -1})
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Return {axis: number of ranks}, outermost first."""
+        return {axis: getattr(self, axis) for axis in AXES}
 
     def ranks(self, axis: str) -> int:
         """Return the number of ranks on an axis of the mesh, which may be a derived one."""

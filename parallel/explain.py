@@ -89,7 +89,7 @@ def explain(run: Run, rank: int = 0) -> dict:
         are not.
     """
     layout, job = run.layout, run.job
-    world_size = math.prod(getattr(layout, axis) for axis in AXES)
+    world_size = math.prod(layout.sizes.values())
     with pretend(rank, world_size):
         mesh = build_mesh(layout, "cpu")
         with torch.device("meta"):

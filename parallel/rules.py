@@ -41,66 +41,141 @@ class Job:
 
 @dataclass(frozen=True)
 class Case:
-    """Holds what a rule decides about: a layout, and its job or the number of processes that it is for."""
+    """Holds what a rule decides about: a layout, and its job or the number of processes that it is for.
+
+    Each field of the layout, of the job and of its model is an attribute of the case too. The properties are
+    what several rules, or the message of one, need beside the fields.
+    """
 
     layout: "ParallelConfig"
     job: Job | None = None
     world_size: int | None = None  # given while an axis of the layout may still be -1
 
+    def __getattr__(self, field: str):
+        model = self.job and self.job.model
+        for owner in (self.layout, self.job, model):
+            if hasattr(owner, field):
+                return getattr(owner, field)
+        raise AttributeError(field)
+
+    def changed(self, field: str, value: object) -> "Case":
+        """Return this case with another value of one field."""
+        if field == "world_size":
+            return replace(self, world_size=value)
+        if hasattr(self.job, field):
+            return replace(self, job=replace(self.job, **{field: value}))
+        case = replace(self, layout=replace(self.layout, **{field: value}))
+        if field == "microbatches" and value is not None:
+            # Only the Booster sets it, whose batch may have any number of rows: the batch grows with it.
+            return case.changed("global_batch_size", value * self.stride)
+        return case
+
     @property
-    def model(self) -> LlamaConfig:
-        return self.job.model
+    def open_axes(self) -> str:
+        return ", ".join(axis for axis, size in self.sizes.items() if size == -1)
+
+    @property
+    def fixed_axes(self) -> dict[str, int]:
+        return {axis: size for axis, size in self.sizes.items() if size not in (1, -1)}
+
+    @property
+    def n_fixed(self) -> int:
+        """Return how many processes the axes of a given size need."""
+        return prod(self.fixed_axes.values())
+
+    @property
+    def asked(self) -> str:
+        return " x ".join(f"{axis}={size}" for axis, size in self.fixed_axes.items()) or "a mesh of size 1"
+
+    @property
+    def needed(self) -> str:
+        return f"{'a multiple of' if self.open_axes else 'exactly'} {self.n_fixed}"
 
     @property
     def stride(self) -> int:
         """Return how many rows all dp ranks together read for one microbatch each."""
-        return self.job.micro_batch_size * self.layout.dp
+        return self.micro_batch_size * self.dp
 
     @property
     def n_microbatches(self) -> int:
         """Return how many microbatches a dp rank runs in one step."""
-        return self.job.global_batch_size // self.stride
+        return self.global_batch_size // self.stride
 
     @property
-    def n_stages(self) -> int:
-        return self.layout.pp * self.layout.stages_per_rank
-
-    @property
-    def heads(self) -> int:
-        """Return the number of query heads of a tp rank."""
-        return self.model.num_attention_heads // self.layout.tp
-
-    @property
-    def token_slices(self) -> int:
-        """Return how many slices cp, and tp under sequence parallelism, cut a row into."""
-        return n_slices(self.layout.cp_method, self.layout.cp) * self.layout.sequence_shards
+    def counted(self) -> str:
+        if self.microbatches is not None:
+            return f"there are microbatches={self.microbatches}"
+        return (
+            f"global_batch_size={self.global_batch_size}, micro_batch_size={self.micro_batch_size} and "
+            f"{self.dp} data-parallel ranks make {self.n_microbatches} microbatches"
+        )
 
     @property
     def vocabulary_slices(self) -> tuple[int, int]:
         """Return how many rows of the vocabulary each tp rank but the last has, and how many the last has."""
-        n_rows, tp = self.model.vocab_size, self.layout.tp
-        first = -(-n_rows // tp)
-        return first, n_rows - first * (tp - 1)
+        first = -(-self.vocab_size // self.tp)
+        return first, self.vocab_size - first * (self.tp - 1)
 
-    def owner(self, field: str) -> object:
-        """Return the object that has the field: the layout, the job, or this case itself."""
-        return next(owner for owner in (self.layout, self.job, self) if hasattr(owner, field))
+    @property
+    def heads(self) -> int:
+        """Return the number of query heads of a tp rank."""
+        return self.num_attention_heads // self.tp
 
-    def value(self, field: str) -> object:
-        return getattr(self.owner(field), field)
+    @property
+    def token_slices(self) -> int:
+        """Return how many slices cp, and tp under sequence parallelism, cut a row into."""
+        return n_slices(self.cp_method, self.cp) * self.sequence_shards
 
-    def changed(self, field: str, value: object) -> "Case":
-        """Return this case with another value of one field."""
-        owner = replace(self.owner(field), **{field: value})
-        if isinstance(owner, Case):
-            return owner
-        if isinstance(owner, Job):
-            return replace(self, job=owner)
-        if field == "microbatches" and value is not None:
-            # Only the Booster sets it, whose batch may have any number of rows: the batch grows with it.
-            job = replace(self.job, global_batch_size=value * self.stride)
-            return replace(self, layout=owner, job=job)
-        return replace(self, layout=owner)
+    @property
+    def token_factors(self) -> str:
+        ring = "2 x " if self.cp_method == "ring" else ""
+        sequence = f" x tp={self.tp} (sequence parallel)" if self.sequence_shards > 1 else ""
+        return f"{ring}cp={self.cp}{sequence}"
+
+    @property
+    def without_log_sum_exp(self) -> str:
+        """Return the package of an attention kernel that ring attention cannot use; empty if it can."""
+        packages = {"flash": "the flash-attn package", "varlen": "torch's varlen_attn"}
+        return packages.get(self.attention, "")
+
+    @property
+    def n_stages(self) -> int:
+        return self.pp * self.stages_per_rank
+
+    @property
+    def stages_in_words(self) -> str:
+        return STAGES_PER_RANK[self.schedule][1]
+
+    @property
+    def least_microbatches(self) -> int:
+        """Return how many microbatches the schedule needs."""
+        return {"1f1b": self.pp, "dualpipev": self.n_stages}.get(self.schedule, 1)
+
+    @property
+    def rounds(self) -> int:
+        """Return in how many rounds of about pp microbatches the schedule sends them."""
+        in_rounds = self.schedule in ("interleaved-1f1b", "zero-bubble")
+        return max(1, self.n_microbatches // self.pp) if in_rounds else 1
+
+    @property
+    def splits_backward(self) -> bool:
+        return self.pp > 1 and SCHEDULES[self.schedule].splits_backward
+
+    @property
+    def torch_version(self) -> str:
+        return torch.__version__
+
+    @property
+    def not_in_halves(self) -> str:
+        """Return the setting that a backward in two halves cannot go with, or nothing: a compiled block has
+        one graph for both gradients and would run it whole, twice; selective recomputation frees what it kept
+        after the first half."""
+        if self.compile:
+            return "compile=True"
+        return "recompute=selective" if self.recompute == "selective" else ""
+
+
+Values = Iterable | Callable[[Case], Iterable]
 
 
 class Rule(NamedTuple):
@@ -108,10 +183,9 @@ class Rule(NamedTuple):
 
     field: str
     holds: Callable[[Case], bool]
-    says: Callable[
-        [Case], str
-    ]  # what is wrong, as the predicate of a sentence with the subject `field=value`
-    works: Callable[[Case], dict[str, Iterable]]  # {field: values to try instead}
+    # what is wrong: the predicate of a sentence with the subject `field=value`; {c...} is of the case
+    says: str
+    works: dict[str, Values]  # {field: values to try instead}
 
 
 # ---- From a broken rule to a message -----------------------------------------------------------------------
@@ -122,12 +196,12 @@ def check(rules: Sequence[Rule], case: Case) -> None:
     at = _first_broken(rules, case)
     if at == len(rules):
         return
-    rule, value = rules[at], case.value(rules[at].field)
+    rule, value = rules[at], getattr(case, rules[at].field)
     subject = f"{rule.field}={value}"
     if rule.field == "world_size":
         subject = "one process" if value == 1 else f"{value} processes"
-    message = f"{subject} {rule.says(case)}."
-    ways = ", or ".join(_in_words(case, *way) for way in what_works(rules, case).items())
+    message = f"{subject} {rule.says.format(c=case)}."
+    ways = ", or ".join(_in_words(*way) for way in what_works(rules, case).items())
     if ways:
         message += f" {ways[0].upper()}{ways[1:]}."
     raise UsageError(message)
@@ -138,9 +212,9 @@ def what_works(rules: Sequence[Rule], case: Case) -> dict[str, list]:
     change surpasses in how many of the rules after it hold."""
     at = _first_broken(rules, case)
     reached = {}
-    for field, values in rules[at].works(case).items():
-        for value in values:
-            if value != case.value(field):
+    for field, values in rules[at].works.items():
+        for value in values(case) if callable(values) else values:
+            if value != getattr(case, field):
                 reached[field, value] = _first_broken(rules, case.changed(field, value))
     furthest = max(reached.values(), default=at)
     ways: dict[str, list] = {}
@@ -155,14 +229,11 @@ def _first_broken(rules: Sequence[Rule], case: Case) -> int:
     return next((i for i, rule in enumerate(rules) if not rule.holds(case)), len(rules))
 
 
-def _in_words(case: Case, field: str, values: list) -> str:
+def _in_words(field: str, values: list) -> str:
     if field == "world_size":
-        return " or ".join(
-            f"launch with torchrun --nproc-per-node {n}" if n > 1 else "launch with plain python"
-            for n in values
-        )
-    is_default = getattr(type(case.owner(field)), field, None) is values[0]
-    if is_default and (values[0] is None or values[0] is False):
+        launches = ["plain python" if n == 1 else f"torchrun --nproc-per-node {n}" for n in values]
+        return f"launch with {' or '.join(launches)}"
+    if values[0] is None or field in LEFT_OUT:
         return f"leave `{field}` out"
     runs: list[list] = []
     for value in values:
@@ -172,6 +243,9 @@ def _in_words(case: Case, field: str, values: list) -> str:
             runs.append([value])
     spans = [f"{run[0]} to {run[-1]}" if len(run) > 2 else " or ".join(map(str, run)) for run in runs]
     return f"use {field}={' or '.join(spans)}"
+
+
+LEFT_OUT = ("compile", "draw_schedule")  # off unless they are set, so that they are never set to False
 
 
 # ---- The number of processes -------------------------------------------------------------------------------
@@ -184,86 +258,45 @@ def axis_rules(axes: Sequence[str]) -> list[Rule]:
     def rule(axis: str) -> Rule:
         return Rule(
             axis,
-            holds=lambda c: c.value(axis) >= 1 or (c.value(axis) == -1 and c.world_size is not None),
-            says=lambda c: (
-                "is not possible; it must be a number of processes, or -1 for all that are left over"
-            ),
-            works=lambda c: {axis: [1, -1]},
+            lambda c: getattr(c, axis) >= 1 or (getattr(c, axis) == -1 and c.world_size is not None),
+            "is not possible; it must be a number of processes, or -1 for all that are left over",
+            {axis: [1, -1]},
         )
 
     return [rule(axis) for axis in axes]
+
+
+def _divisors(c: Case) -> list[int]:
+    return [n for n in range(1, c.world_size + 1) if c.world_size % n == 0]
 
 
 def world_rules(axes: Sequence[str]) -> list[Rule]:
     """Return the rules by which a number of processes becomes a mesh with these axes."""
 
     def only_one_is_open(axis: str) -> Rule:
-        def others(c: Case) -> list[str]:
-            return [f"{other}=-1" for other in axes if other != axis and c.value(other) == -1]
-
         return Rule(
             axis,
-            holds=lambda c: c.value(axis) != -1 or not others(c),
-            says=lambda c: (
-                f"and {' and '.join(others(c))} cannot both be what is left over; only one axis can"
-            ),
-            works=lambda c: {axis: _divisors(c.world_size)},
+            lambda c: getattr(c, axis) != -1 or c.open_axes == axis,
+            "cannot be what is left over, because several axes are -1: {c.open_axes}",
+            {axis: _divisors},
         )
 
-    def fixed(c: Case) -> dict[str, int]:
-        return {axis: c.value(axis) for axis in axes if c.value(axis) not in (1, -1)}
-
-    def is_open(c: Case) -> bool:
-        return any(c.value(axis) == -1 for axis in axes)
-
-    def fits(c: Case) -> bool:
-        needed = prod(fixed(c).values())
-        return c.world_size % needed == 0 if is_open(c) else c.world_size == needed
-
-    def says(c: Case) -> str:
-        asked = " x ".join(f"{axis}={size}" for axis, size in fixed(c).items())
-        needed = f"{'a multiple of' if is_open(c) else 'exactly'} {prod(fixed(c).values())}"
-        return f"cannot form {asked or 'a mesh of size 1'}, which needs {needed}"
-
-    def works(c: Case) -> dict[str, Iterable]:
-        sizes = [-1, *_divisors(c.world_size)]
-        tried = {axis: sizes for axis in axes if axis in fixed(c) or axis == "dp_shard"}
-        return {**tried, "world_size": [prod(fixed(c).values())]}
+    def sizes_to_try(axis: str) -> Callable[[Case], list[int]]:
+        return lambda c: [-1, *_divisors(c)] if axis in c.fixed_axes or axis == "dp_shard" else []
 
     return [
         *axis_rules(axes),
         *(only_one_is_open(axis) for axis in axes),
-        Rule("world_size", fits, says, works),
+        Rule(
+            "world_size",
+            lambda c: c.world_size % c.n_fixed == 0 and (c.open_axes or c.world_size == c.n_fixed),
+            "cannot form {c.asked}, which needs {c.needed}",
+            {**{axis: sizes_to_try(axis) for axis in axes}, "world_size": lambda c: [c.n_fixed]},
+        ),
     ]
 
 
-def _divisors(n: int) -> list[int]:
-    return [divisor for divisor in range(1, n + 1) if n % divisor == 0]
-
-
 # ---- The batch ---------------------------------------------------------------------------------------------
-
-BATCH = [
-    Rule(
-        "global_batch_size",
-        holds=lambda c: c.job.global_batch_size % c.stride == 0,
-        says=lambda c: (
-            f"is not a multiple of micro_batch_size={c.job.micro_batch_size} x {c.layout.dp} data-parallel "
-            f"ranks = {c.stride}"
-        ),
-        works=lambda c: {"global_batch_size": _multiples_around(c.job.global_batch_size, c.stride)},
-    ),
-    Rule(
-        "microbatches",
-        holds=lambda c: c.layout.microbatches in (None, c.n_microbatches),
-        says=lambda c: (
-            f"is not what global_batch_size={c.job.global_batch_size} / "
-            f"micro_batch_size={c.job.micro_batch_size} / {c.layout.dp} data-parallel ranks = "
-            f"{c.n_microbatches} make"
-        ),
-        works=lambda c: {"microbatches": [None]},
-    ),
-]
 
 
 def _multiples_around(n: int, factor: int) -> list[int]:
@@ -272,11 +305,27 @@ def _multiples_around(n: int, factor: int) -> list[int]:
     return [multiple for multiple in (lower, lower + factor) if multiple > 0]
 
 
+BATCH = [
+    Rule(
+        "global_batch_size",
+        lambda c: c.global_batch_size % c.stride == 0,
+        "is not a multiple of micro_batch_size={c.micro_batch_size} x {c.dp} data-parallel ranks = "
+        "{c.stride}",
+        {"global_batch_size": lambda c: _multiples_around(c.global_batch_size, c.stride)},
+    ),
+    Rule(
+        "microbatches",
+        lambda c: c.microbatches in (None, c.n_microbatches),
+        "is not what global_batch_size={c.global_batch_size} / micro_batch_size={c.micro_batch_size} / "
+        "{c.dp} data-parallel ranks = {c.n_microbatches} make",
+        {"microbatches": [None]},
+    ),
+]
+
+
 # ---- Tensor parallelism, and the vocabulary ----------------------------------------------------------------
 
-
-def _other_tp(c: Case) -> dict[str, Iterable]:
-    return {"tp": range(1, c.model.num_attention_heads + 1)}
+OTHER_TP = {"tp": lambda c: range(1, c.num_attention_heads + 1)}
 
 
 def _shards_lie_right(c: Case) -> bool:
@@ -285,132 +334,102 @@ def _shards_lie_right(c: Case) -> bool:
     It does not where the last slice is smaller and would be dealt to the same ranks in smaller shares, except
     for two slices over two ranks, as tests show.
     """
-    shards = c.layout.fsdp
     first, last = c.vocabulary_slices
-    uneven = shards > 1 and first != last and -(-first // shards) != -(-last // shards)
-    return not uneven or c.layout.zero_stage == 0 or (c.layout.tp, shards) == (2, 2)
+    uneven = c.fsdp > 1 and first != last and -(-first // c.fsdp) != -(-last // c.fsdp)
+    return not uneven or c.zero_stage == 0 or (c.tp, c.fsdp) == (2, 2)
 
 
 TENSOR = [
     Rule(
         "tp",
-        holds=lambda c: c.model.num_attention_heads % c.layout.tp == 0,
-        says=lambda c: (
-            f"does not divide the {c.model.num_attention_heads} query heads; every tp rank needs whole heads"
-        ),
-        works=_other_tp,
+        lambda c: c.num_attention_heads % c.tp == 0,
+        "does not divide the {c.num_attention_heads} query heads; every tp rank needs whole heads",
+        OTHER_TP,
     ),
     Rule(
         "tp",
-        holds=lambda c: (
-            0 in (c.model.num_key_value_heads % c.layout.tp, c.layout.tp % c.model.num_key_value_heads)
-        ),
-        says=lambda c: (
-            f"neither divides the {c.model.num_key_value_heads} key/value heads nor is a multiple of them; a "
-            "rank needs whole heads, or one that it shares"
-        ),
-        works=_other_tp,
+        lambda c: c.num_key_value_heads % c.tp == 0 or c.tp % c.num_key_value_heads == 0,
+        "neither divides the {c.num_key_value_heads} key/value heads nor is a multiple of them; a rank needs "
+        "whole heads, or one that it shares",
+        OTHER_TP,
     ),
     Rule(
         "tp",
-        holds=lambda c: c.model.intermediate_size % c.layout.tp == 0,
-        says=lambda c: f"does not divide the feed-forward width {c.model.intermediate_size}",
-        works=_other_tp,
+        lambda c: c.intermediate_size % c.tp == 0,
+        "does not divide the feed-forward width {c.intermediate_size}",
+        OTHER_TP,
     ),
     Rule(
         "tp",
-        holds=lambda c: c.vocabulary_slices[1] > 0,
-        says=lambda c: (
-            f"leaves the last rank without a row of the {c.model.vocab_size} tokens of the vocabulary"
-        ),
-        works=_other_tp,
+        lambda c: c.vocabulary_slices[1] > 0,
+        "leaves the last rank without a row of the {c.vocab_size} tokens of the vocabulary",
+        OTHER_TP,
     ),
     Rule(
         "tp",
-        holds=lambda c: c.job.seq_len % c.layout.sequence_shards == 0,
-        says=lambda c: f"does not divide seq_len={c.job.seq_len}, whose tokens sequence parallelism splits",
-        works=lambda c: {**_other_tp(c), "sequence_parallel": [False]},
+        lambda c: c.seq_len % c.sequence_shards == 0,
+        "does not divide seq_len={c.seq_len}, whose tokens sequence parallelism splits",
+        {**OTHER_TP, "sequence_parallel": [False]},
     ),
     Rule(
         "tp",
-        holds=_shards_lie_right,
-        says=lambda c: (
-            "cuts the vocabulary of {} into slices of {} and {} rows, which {} ranks (dp_shard x cp) cannot "
-            "share alike; a vocabulary padded to a multiple of tp would do"
-        ).format(c.model.vocab_size, *c.vocabulary_slices, c.layout.fsdp),
-        works=lambda c: {**_other_tp(c), "zero_stage": [0]},
+        _shards_lie_right,
+        "cuts the vocabulary of {c.vocab_size} into slices of {c.vocabulary_slices[0]} and "
+        "{c.vocabulary_slices[1]} rows, which {c.fsdp} ranks (dp_shard x cp) cannot share alike; a "
+        "vocabulary padded to a multiple of tp would do",
+        {**OTHER_TP, "zero_stage": [0]},
     ),
     Rule(
-        # torch 2.13: the compiler saves a random state with the CPU kernel, which it never uses, and trips
+        # torch 2.13: the compiler saves a random state with these CPU kernels, which it never uses, and trips
         # over the mesh.
         "compile",
-        holds=lambda c: (
-            not (
-                c.layout.tp > 1
-                and c.job.compile
-                and c.job.recompute == "full"
-                and c.job.attention in ("sdpa", "varlen")
-                and c.job.device_type == "cpu"
-            )
+        lambda c: (
+            c.tp == 1
+            or not c.compile
+            or (c.recompute, c.device_type) != ("full", "cpu")
+            or c.attention not in ("sdpa", "varlen")
         ),
-        says=lambda c: f"with recompute=full and tp={c.layout.tp} fails inside torch on a CPU",
-        works=lambda c: {"recompute": ["selective"], "attention": ["math"]},
+        "with recompute=full and tp={c.tp} fails inside torch on a CPU",
+        {"recompute": ["selective"], "attention": ["math"]},
     ),
 ]
 
 
 # ---- Context parallelism -----------------------------------------------------------------------------------
 
-_BACKWARD_OF = {"flash": "the flash-attn package", "varlen": "torch's varlen_attn"}
-
-
-def _says_token_slices(c: Case) -> str:
-    factors = ["2"] * (c.layout.cp_method == "ring") + [f"cp={c.layout.cp}"]
-    if c.layout.sequence_shards > 1:
-        factors.append(f"tp={c.layout.tp} (sequence parallel)")
-    rule = " x ".join(factors)
-    return f"is not a multiple of {rule} = {c.token_slices}, which cp_method={c.layout.cp_method} needs"
-
-
 CONTEXT = [
     Rule(
         "cp_method",
-        holds=lambda c: c.layout.cp_method in METHODS,
-        says=lambda c: f"is not one of {', '.join(METHODS)}",
-        works=lambda c: {"cp_method": METHODS},
+        lambda c: c.cp_method in METHODS,
+        f"is not one of {', '.join(METHODS)}",
+        {"cp_method": METHODS},
     ),
     Rule(
         "attention",
-        holds=lambda c: (
-            c.layout.cp == 1 or c.layout.cp_method != "ring" or c.job.attention not in _BACKWARD_OF
-        ),
-        says=lambda c: (
-            f"cannot run under cp_method=ring: {_BACKWARD_OF[c.job.attention]} has no backward that takes "
-            "the log-sum-exp of all ranks, as torch's own FlashAttention has"
-        ),
-        works=lambda c: {"attention": ["sdpa"], "cp_method": ["ulysses"]},
+        lambda c: c.cp == 1 or c.cp_method != "ring" or not c.without_log_sum_exp,
+        "cannot run under cp_method=ring: {c.without_log_sum_exp} has no backward that takes the log-sum-exp "
+        "of all ranks, as torch's own FlashAttention has",
+        {"attention": ["sdpa"], "cp_method": ["ulysses"]},
     ),
     Rule(
         "seq_len",
-        holds=lambda c: c.layout.cp == 1 or c.job.seq_len % c.token_slices == 0,
-        says=_says_token_slices,
-        works=lambda c: {"seq_len": _multiples_around(c.job.seq_len, c.token_slices)},
+        lambda c: c.cp == 1 or c.seq_len % c.token_slices == 0,
+        "is not a multiple of {c.token_factors} = {c.token_slices}, which cp_method={c.cp_method} needs",
+        {"seq_len": lambda c: _multiples_around(c.seq_len, c.token_slices)},
     ),
     Rule(
         "cp",
-        holds=lambda c: c.layout.cp_method != "ulysses" or c.heads % c.layout.cp == 0,
-        says=lambda c: (
-            f"does not divide the {c.heads} query heads of a rank ({c.model.num_attention_heads} heads / "
-            f"tp={c.layout.tp}), and with cp_method=ulysses each cp rank attends with whole heads"
-        ),
-        works=lambda c: {"cp": range(1, c.heads + 1), "cp_method": ["ring"]},
+        lambda c: c.cp_method != "ulysses" or c.heads % c.cp == 0,
+        "does not divide the {c.heads} query heads of a rank ({c.num_attention_heads} heads / tp={c.tp}), "
+        "and with cp_method=ulysses each cp rank attends with whole heads",
+        {"cp": lambda c: range(1, c.heads + 1), "cp_method": ["ring"]},
     ),
 ]
 
 
 # ---- The pipeline ------------------------------------------------------------------------------------------
 
-_STAGES_PER_RANK = {  # how many stages of a schedule a rank may have
+STAGES_PER_RANK = {  # how many stages of a schedule a rank may have
     "gpipe": (range(1, 2), "exactly one stage per rank"),
     "1f1b": (range(1, 2), "exactly one stage per rank"),
     "interleaved-1f1b": (range(2, 1000), "at least two stages per rank; with one it would be 1f1b"),
@@ -420,126 +439,85 @@ _STAGES_PER_RANK = {  # how many stages of a schedule a rank may have
 }
 
 
-def _least_microbatches(c: Case) -> int:
-    """Return how many microbatches the schedule needs."""
-    return {"1f1b": c.layout.pp, "dualpipev": c.n_stages}.get(c.layout.schedule, 1)
+def _stages_are_possible(c: Case) -> bool:
+    possible, _ = STAGES_PER_RANK[c.schedule]
+    return c.pp == 1 or c.virtual_stages is None or c.virtual_stages in possible
 
 
-def _rounds(c: Case) -> int:
-    """Return in how many rounds of about pp microbatches the schedule sends them."""
-    in_rounds = c.layout.schedule in ("interleaved-1f1b", "zero-bubble")
-    return max(1, c.n_microbatches // c.layout.pp) if in_rounds else 1
+def _other_counts(c: Case) -> list[int]:
+    """Return other numbers of microbatches that may suit the schedule."""
+    if c.n_microbatches < c.least_microbatches:
+        return [c.least_microbatches]
+    return _multiples_around(c.n_microbatches, c.pp)
 
 
-def _counted(c: Case) -> str:
-    if c.layout.microbatches is not None:
-        return f"there are microbatches={c.layout.microbatches}"
-    return (
-        f"global_batch_size={c.job.global_batch_size}, micro_batch_size={c.job.micro_batch_size} and "
-        f"{c.layout.dp} data-parallel ranks make {c.n_microbatches} microbatches"
-    )
-
-
-def _other_counts(c: Case) -> dict[str, Iterable]:
-    """Propose other numbers of microbatches, by other batches or smaller microbatches, and other
-    schedules."""
-    least = _least_microbatches(c)
-    counts = [least] if c.n_microbatches < least else _multiples_around(c.n_microbatches, c.layout.pp)
-    return {
-        "microbatches": [] if c.layout.microbatches is None else counts,
-        "global_batch_size": [count * c.stride for count in counts],
-        "micro_batch_size": range(1, c.job.micro_batch_size),
-        "schedule": SCHEDULES,
-    }
-
-
-def _splits_backward(c: Case) -> bool:
-    return c.layout.pp > 1 and SCHEDULES[c.layout.schedule].splits_backward
-
-
-def _what_cannot_split(c: Case) -> str:
-    """Name the setting that a backward in two halves cannot go with: a compiled block has one graph for both
-    gradients and would run it whole, twice; selective recomputation frees what it kept after the first
-    half."""
-    if c.job.compile:
-        return "compile=True"
-    return "recompute=selective" if c.job.recompute == "selective" else ""
-
+OTHER_COUNTS = {
+    "microbatches": lambda c: [] if c.microbatches is None else _other_counts(c),
+    "global_batch_size": lambda c: [count * c.stride for count in _other_counts(c)],
+    "micro_batch_size": lambda c: range(1, c.micro_batch_size),
+    "schedule": SCHEDULES,
+}
 
 PIPELINE = [
     Rule(
         "schedule",
-        holds=lambda c: c.layout.schedule in SCHEDULES,
-        says=lambda c: f"is not one of {', '.join(SCHEDULES)}",
-        works=lambda c: {"schedule": SCHEDULES},
+        lambda c: c.schedule in SCHEDULES,
+        f"is not one of {', '.join(SCHEDULES)}",
+        {"schedule": SCHEDULES},
     ),
     Rule(
         "draw_schedule",
-        holds=lambda c: c.layout.pp > 1 or not c.layout.draw_schedule,
-        says=lambda c: "draws what pipeline ranks do when, and with pp=1 there are none",
-        works=lambda c: {"draw_schedule": [False], "pp": [2]},
+        lambda c: c.pp > 1 or not c.draw_schedule,
+        "draws what pipeline ranks do when, and with pp=1 there are none",
+        {"draw_schedule": [False], "pp": [2]},
     ),
     Rule(
         "virtual_stages",
-        holds=lambda c: c.layout.pp > 1 or c.layout.virtual_stages in (None, 1),
-        says=lambda c: "splits the layers of pipeline ranks, and with pp=1 there are none",
-        works=lambda c: {"virtual_stages": [None], "pp": [2]},
+        lambda c: c.pp > 1 or c.virtual_stages in (None, 1),
+        "splits the layers of pipeline ranks, and with pp=1 there are none",
+        {"virtual_stages": [None], "pp": [2]},
     ),
     Rule(
         "virtual_stages",
-        holds=lambda c: (
-            c.layout.pp == 1
-            or c.layout.virtual_stages is None
-            or c.layout.virtual_stages in _STAGES_PER_RANK[c.layout.schedule][0]
-        ),
-        says=lambda c: (
-            f"is not possible with schedule={c.layout.schedule}, which runs "
-            f"{_STAGES_PER_RANK[c.layout.schedule][1]}"
-        ),
-        works=lambda c: {"virtual_stages": [1, 2], "schedule": SCHEDULES},
+        _stages_are_possible,
+        "is not possible with schedule={c.schedule}, which runs {c.stages_in_words}",
+        {"virtual_stages": [1, 2], "schedule": SCHEDULES},
     ),
     Rule(
         "pp",
-        holds=lambda c: c.layout.pp == 1 or c.n_stages <= c.model.num_hidden_layers,
-        says=lambda c: (
-            f"x {c.layout.stages_per_rank} stages per rank = {c.n_stages} stages, and the model has "
-            f"{c.model.num_hidden_layers} layers; each stage needs one"
-        ),
-        works=lambda c: {
-            "pp": range(1, c.layout.pp),
-            "virtual_stages": range(1, c.layout.stages_per_rank),
+        lambda c: c.pp == 1 or c.n_stages <= c.num_hidden_layers,
+        "x {c.stages_per_rank} stages per rank = {c.n_stages} stages, and the model has "
+        "{c.num_hidden_layers} layers; each stage needs one",
+        {
+            "pp": lambda c: range(1, c.pp),
+            "virtual_stages": lambda c: range(1, c.stages_per_rank),
             "schedule": SCHEDULES,
         },
     ),
     Rule(
         "schedule",
-        holds=lambda c: c.layout.pp == 1 or c.n_microbatches >= _least_microbatches(c),
-        says=lambda c: f"needs a microbatch for each of its {c.n_stages} stages, and {_counted(c)}",
-        works=_other_counts,
+        lambda c: c.pp == 1 or c.n_microbatches >= c.least_microbatches,
+        "needs a microbatch for each of its {c.n_stages} stages, and {c.counted}",
+        OTHER_COUNTS,
     ),
     Rule(
         "schedule",
-        holds=lambda c: c.layout.pp == 1 or c.n_microbatches % _rounds(c) == 0,
-        says=lambda c: (
-            f"sends microbatches in rounds of about pp={c.layout.pp}, all of one size, and {_counted(c)}, "
-            f"which {_rounds(c)} rounds do not divide"
-        ),
-        works=_other_counts,
+        lambda c: c.pp == 1 or c.n_microbatches % c.rounds == 0,
+        "sends microbatches in rounds of about pp={c.pp}, all of one size, and {c.counted}, which {c.rounds} "
+        "rounds do not divide",
+        OTHER_COUNTS,
     ),
     Rule(
         # In torch 2.11 the halves cannot pass through an autograd.Function, and the loss is one.
         "schedule",
-        holds=lambda c: not (_splits_backward(c) and torch.__version__.startswith("2.11.")),
-        says=lambda c: (
-            f"runs backward in two halves, which fails inside torch {torch.__version__} and works inside "
-            "newer ones"
-        ),
-        works=lambda c: {"schedule": SCHEDULES},
+        lambda c: not (c.splits_backward and c.torch_version.startswith("2.11.")),
+        "runs backward in two halves, which fails inside torch {c.torch_version} and works inside newer ones",
+        {"schedule": SCHEDULES},
     ),
     Rule(
         "schedule",
-        holds=lambda c: not (_splits_backward(c) and _what_cannot_split(c)),
-        says=lambda c: f"runs backward in two halves, which {_what_cannot_split(c)} cannot do",
-        works=lambda c: {"schedule": SCHEDULES, "recompute": ["full"], "compile": [False]},
+        lambda c: not (c.splits_backward and c.not_in_halves),
+        "runs backward in two halves, which {c.not_in_halves} cannot do",
+        {"schedule": SCHEDULES, "recompute": ["full"], "compile": [False]},
     ),
 ]

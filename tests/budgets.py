@@ -38,25 +38,23 @@ SPINE = (
 NOT_COUNTED = ("parallel/plans/", "parallel/cost.py", "parallel/planner.py")
 
 NODES = {  # room, or a recipe -> its nodes
-    "the spine": Budget(now=27_000, aim=22_000),
-    "dtensor_llama and parallel": Budget(now=82_000, aim=50_000),
-    "memory": Budget(now=29_100, aim=25_000),
+    "the spine": Budget(now=24_900, aim=22_000),
+    "dtensor_llama and parallel": Budget(now=90_300, aim=50_000),
+    "memory": Budget(now=27_700, aim=25_000),
     "a lesson": Budget(now=1_400, aim=1_400),
-    "recipes/pretrain.py": Budget(now=4_400, aim=3_200),
-    "recipes/sft.py": Budget(now=4_000, aim=3_200),
+    "recipes/pretrain.py": Budget(now=2_700, aim=3_200),
+    "recipes/sft.py": Budget(now=3_500, aim=3_200),
     "recipes/generate.py": Budget(now=2_100, aim=3_200),
-    "recipes/export.py": Budget(now=1_200, aim=3_200),
-    "recipes/explain.py": Budget(now=1_400, aim=3_200),
-    "recipes/benchmark.py": Budget(now=1_900, aim=3_200),
-    "recipes/example_sft.py": Budget(now=1_400, aim=3_200),
-    "recipes/stdlib_corpus.py": Budget(now=700, aim=3_200),
+    "recipes/export.py": Budget(now=1_100, aim=3_200),
+    "recipes/explain.py": Budget(now=1_800, aim=3_200),
+    "recipes/benchmark.py": Budget(now=2_600, aim=3_200),
+    "recipes/example_sft.py": Budget(now=1_300, aim=3_200),
+    "recipes/stdlib_corpus.py": Budget(now=600, aim=3_200),
 }
 DENSITY = 8  # nodes a line of a package, all lines counted
 COLUMNS = 110
-EXPLAINED = {
-    "recipes/pretrain.py": 0.14,
-    "recipes/sft.py": 0.14,
-}  # share of lines with a comment or docstring; aim 0.2
+# The share of the lines of a recipe that have a comment or a docstring, at least.
+EXPLAINED = {"recipes/pretrain.py": 0.2, "recipes/sft.py": 0.2}
 
 PARAMETERS = 6  # of a function, without self, cls and ctx
 # Kernels and autograd functions take what their formula has; they stay.
@@ -73,12 +71,19 @@ KERNELS = {
     ("parallel/context.py", "_math_backward"),
 }
 # These still have more and are to lose some; the aim is none.
-MANY_PARAMETERS = {}
+MANY_PARAMETERS = {
+    ("dtensor_llama/chat/answers.py", "answer"),
+    ("dtensor_llama/chat/packing.py", "__init__"),
+    ("dtensor_llama/data/mix.py", "open_rows"),
+    ("dtensor_llama/data/reader.py", "__init__"),
+    ("memory/config.py", "manage"),
+    ("parallel/booster.py", "__init__"),
+}
 
 # A docstring is a sentence, in the imperative or about its subject; it does not begin with one of these.
 VERBLESS = "Of As What Where Who Whose Which Whether How Why When".split()
-VERBLESS_DOCSTRINGS = Budget(now=167, aim=0)
-FLAGS_IN_PACKAGES = Budget(now=190, aim=0)  # lines that name a flag; the door of the recipes, cli.py, may
-OTHER_MICROBATCHES = Budget(
-    now=80, aim=0
-)  # lines that spell microbatch another way than the flag and the word
+VERBLESS_DOCSTRINGS = Budget(now=100, aim=0)
+# Lines of the packages that name a flag. Only cli.py, the door of the recipes, may do so.
+FLAGS_IN_PACKAGES = Budget(now=81, aim=0)
+# Lines that spell microbatch in another way than the word or the flag --train.micro-batch-size.
+OTHER_MICROBATCHES = Budget(now=29, aim=0)

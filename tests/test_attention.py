@@ -287,7 +287,7 @@ def test_fsdp_gets_no_positions_to_move_to_the_gpu_and_wait_for():
 
 
 def five_steps_without_masks(*arguments) -> dict:
-    with patch("test_one_answer.parallelize", partial(parallelize, attention="varlen")):
+    with patch("test_one_answer.Computation", partial(Computation, attention="varlen")):
         return five_steps(*arguments)
 
 

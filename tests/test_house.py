@@ -314,7 +314,7 @@ def test_one_axis_may_be_what_is_left_over(sizes, world, resolved):
         ({"dp_shard": 4}, 2, "dp_shard=4, which needs exactly 4"),
         ({"tp": 3}, 4, "tp=3, which needs a multiple of 3"),
         ({"tp": 0}, 1, "tp=0 is not possible"),
-        ({"tp": -1}, 4, "dp_shard=-1 and tp=-1 cannot both"),
+        ({"tp": -1}, 4, "several axes are -1: dp_shard, tp"),
         ({"dp_shard": 1}, 2, "a mesh of size 1, which needs exactly 1"),
     ],
 )

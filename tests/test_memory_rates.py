@@ -1,4 +1,4 @@
-"""Rates are measured once per machine and kept; the tracer measures what a step needs; the timeline draws
+"""A machine's rates are measured once and kept; the tracer measures what a step needs; the timeline draws
 it."""
 
 import itertools

@@ -666,6 +666,22 @@ def test_exports_and_tokens_that_do_not_fit_are_one_line(inputs, reference, smal
     assert not list((disk / "cache").glob("*.partial"))
 
 
+def test_a_disk_that_fills_up_in_the_middle_of_an_export_is_one_line_and_leaves_nothing(
+    small_disk, monkeypatch
+):
+    from dtensor_llama import Llama, LlamaConfig, UsageError, save_hf, weights
+
+    disk, config = small_disk("300k"), LlamaConfig.preset("tiny-1m")
+    # The check before writing sees room, which another program then takes.
+    monkeypatch.setattr(weights, "free_bytes", lambda folder: 2**40)
+    with pytest.raises(UsageError) as refused:
+        save_hf(Llama(config), disk / "hf")
+    line = str(refused.value)
+    assert f"{disk}/hf is not written: no space is left on the disk of {disk}/hf" in line and "\n" not in line
+    assert f"about {config.n_parameters * 4 / 1e6:.1f} MB are needed and 0.0 MB are free" in line
+    assert not list(disk.iterdir())
+
+
 # ---- where a clone lies, and how a recipe is started -------------------------------------------------------
 
 

@@ -4,8 +4,8 @@
     python recipes/bench/machine.py --facts      # the first line only: names, sizes, versions
 
 Every step of training is made of these, so when a step is slower than predicted, look here first. Factors are
-random: a GPU that multiplies ones draws less power and runs faster than it does in training. Rates are those
-of a stretch of work, not the best moment of it, because training runs for hours.
+random: a GPU that multiplies ones draws less power and runs faster than it does in training. These rates are
+those of a stretch of work, not the best moment of it, because training runs for hours.
 """
 
 import importlib.metadata
