@@ -179,11 +179,11 @@ def test_a_model_with_adapters_is_not_saved_as_if_it_had_none(tmp_path):
 @pytest.mark.parametrize(
     "config,said",
     [
-        (LoraConfig(rank=4, targets=("q_proj", "lm_head")), "--lora.targets lm_head: .* q_proj, k_proj"),
+        (LoraConfig(rank=4, targets=("q_proj", "lm_head")), "lora.targets=lm_head: .* q_proj, k_proj"),
         (LoraConfig(rank=4, targets=("query_key_value",)), "query_key_value"),
         (LoraConfig(rank=4, targets=()), "there are q_proj"),
-        (LoraConfig(rank=0), "--lora.rank 0"),
-        (LoraConfig(rank=4, alpha=-1), "--lora.alpha -1"),
+        (LoraConfig(rank=0), "lora.rank=0"),
+        (LoraConfig(rank=4, alpha=-1), "lora.alpha=-1"),
     ],
 )
 def test_adapters_that_cannot_be_are_refused(config, said):
