@@ -145,6 +145,8 @@ class Booster:
         with torch.device("meta"):
             # masters are the manager's
             boosted = Llama(config).to(torch.float32 if self.memory is None else self.dtype)
+        if isinstance(model, Llama):
+            boosted.token_loss, boosted.attention = model.token_loss, model.attention
         whole = _matching_parameters(model, boosted)
         names = _names_in(optimizer, whole)
         self.mesh = build_mesh(self.layout, self.device.type)
@@ -160,7 +162,7 @@ class Booster:
         for part in parts:
             part.to_empty(device=self.device)
             if criterion is not None:
-                part.cross_entropy = _summed(criterion, part)
+                part.loss_sum = _summed(criterion, part)
         here = hf_parameters(boosted)
         for group, names_of_group in zip(optimizer.param_groups, names, strict=True):
             # with pp, of this rank's stages
@@ -475,13 +477,13 @@ def _ranks_of_this_host() -> int:
 def _summed(criterion: Criterion, part: Llama):
     """The user's mean as a sum over scored tokens, in the place of the model's own loss."""
 
-    def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def loss_sum(hidden: Tensor, labels: Tensor) -> Tensor:
         logits = part.lm_head(hidden).float()  # (B, T, V), whole also under tp
         n_scored = int((labels[:, 1:] != IGNORE).sum())
         # A mean over nothing is nan; nothing scored adds nothing, but every rank must go through backward.
         return criterion(logits, labels) * n_scored if n_scored else logits.sum() * 0
 
-    return cross_entropy
+    return loss_sum
 
 
 def _leave_group() -> None:

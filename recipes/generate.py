@@ -27,7 +27,7 @@ import torch.distributed as dist
 from tyro.conf import UseAppendAction
 
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf
-from dtensor_llama.attention import choose_attention
+from dtensor_llama.attention import WholeRows, choose_attention
 from dtensor_llama.cli import FilePath, read_launch, run_recipe
 from dtensor_llama.config import ends_of, read_generation_config
 from dtensor_llama.data.tokenizer import load_tokenizer
@@ -139,7 +139,7 @@ def main(cfg: GenerateConfig) -> None:
         apply_tensor_parallel(model, mesh["tp"], sequence_parallel=False)
     model.to_empty(device=device)
     load_hf(model, cfg.model)
-    model.set_attention(kernel)
+    model.attention = WholeRows(kernel)
     randomness = torch.Generator(device).manual_seed(cfg.seed)  # the same draws on every rank
     stop_ids = find_stop_ids(cfg, config, template)
 
