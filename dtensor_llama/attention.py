@@ -1,14 +1,27 @@
-"""Causal attention: one function, several kernels.
+"""Causal attention: one object that the model calls, and the kernels it may use.
 
-    flash   the flash-attn package (extra `flash`): fastest on NVIDIA GPUs, packed documents without a mask
-    varlen  torch.nn.attention.varlen, the FlashAttention inside torch: packed documents without a mask.
-            Rows that are one document each, and decoding over a cache, go through sdpa
+The model has one attention object, `model.attention`. It is called twice in each forward:
+
+    prepare(n_tokens, positions, cache, device)   once: position ids for RoPE and the attention mask
+    __call__(q, k, v, mask)                       in every layer: attention of this rank's heads
+
+`WholeRows` is the one in this file, for ranks that hold whole sequences; parallel/context.py has two for
+ranks that share a sequence. To train with another attention (a sliding window, say), write a subclass of
+WholeRows and set it once, `model.attention = SlidingWindow(...)`, before `parallelize`: every pipeline stage
+and every layout then uses it, and a layout that cannot is refused. The tests have such a class
+(tests/test_seams.py).
+
+Kernels:
+    flash   the flash-attn package (extra `flash`): the fastest on NVIDIA GPUs; packed documents need no mask
+    varlen  torch.nn.attention.varlen, the FlashAttention inside torch: packed documents need no mask.
+            Sequences that are one document each, and decoding over a cache, are computed by sdpa
     sdpa    torch.nn.functional.scaled_dot_product_attention: torch's flash, cuDNN or memory-efficient kernel
-    math    the formula written out: the reference to read and to test against; stores (T, S) scores
+    math    the formula written out: the reference to read and to test against; it stores (T, S) scores
 
-B rows, T queries, S keys (S = T when training), H query heads, K key/value heads (K divides H), E head width.
-A kernel reads a key/value head once for its group of H/K query heads. Only torch's memory-efficient kernel
-cannot; where nothing else computes what is asked, K and V are copied for all H heads first (`plan_sdpa`).
+B sequences, T queries, S keys (S = T in training), H query heads, K key/value heads (K divides H), E head
+width. A kernel reads a key/value head once for its group of H/K query heads. Only torch's memory-efficient
+kernel cannot; where no other kernel computes what is asked for, K and V are first copied for all H heads
+(`plan_sdpa`).
 """
 
 import inspect
@@ -29,80 +42,123 @@ _VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_a
 
 
 @dataclass(frozen=True)
-class Documents:
-    """Where the documents of packed rows begin and end: what a token may look back to, in each kernel's
-    form."""
+class AttentionMask:
+    """Which keys a query may see, in the form that a kernel takes: one of the two fields is set."""
 
-    mask: Tensor | None = None  # (B, 1, T, S) bool, True where query t may see key s: sdpa, math
-    # (n_documents + 1,) int32, where documents end in the flattened rows, a 0 before them: flash, varlen
+    dense: Tensor | None = None  # (B or 1, 1, T, S) bool, True where query t may see key s: sdpa, math
+    # (n_documents + 1,) int32: 0, then where each document ends in the flattened sequences: flash, varlen
     cu_seqlens: Tensor | None = None
 
     @staticmethod
-    def from_positions(positions: Tensor, kernel: str, device: torch.device) -> "Documents":
-        """`positions` (B, T) restart at 0 where a document begins. If they are on the CPU, nothing waits for
-        the GPU."""
+    def of_documents(positions: Tensor, kernel: str, device: torch.device) -> "AttentionMask":
+        """Return the mask of packed documents: causal, and no token sees another document.
+
+        `positions` (B, T) restart at 0 where a document begins. While they are on the CPU, nothing here waits
+        for the GPU.
+        """
         B, T = positions.shape
         starts = positions == 0
-        starts[:, 0] = True  # a document cut by the row's edge begins with the row
+        starts[:, 0] = True  # a document that was cut at the sequence's edge begins with the sequence
         if kernel in ("flash", "varlen"):
-            first = starts.flatten().nonzero().flatten()  # (n_documents,): dynamic, hence better on the CPU
+            first = starts.flatten().nonzero().flatten()  # (n_documents,): a size that only the data knows
             ends = torch.cat([first, first.new_tensor([B * T])]).to(torch.int32)
             if device.type == "cuda" and not ends.is_cuda:
-                ends = ends.pin_memory()  # a copy from pageable memory waits for the GPU
-            return Documents(cu_seqlens=_of_any_length(ends.to(device, non_blocking=True)))
-        document = starts.to(device, non_blocking=True).cumsum(-1)  # (B, T): which document of the row
+                ends = ends.pin_memory()  # a copy from pageable memory would wait for the GPU
+            return AttentionMask(cu_seqlens=_of_any_length(ends.to(device, non_blocking=True)))
+        document = starts.to(device, non_blocking=True).cumsum(
+            -1
+        )  # (B, T): the index of each token's document
         causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-        return Documents(mask=(document[:, None, :, None] == document[:, None, None, :]) & causal)
+        return AttentionMask(dense=(document[:, None, :, None] == document[:, None, None, :]) & causal)
 
 
 def _of_any_length(ends: Tensor) -> Tensor:
-    """Tell torch.compile that the number of documents changes from batch to batch: no step then compiles
+    """Tell torch.compile that the number of documents changes from batch to batch, so that no step compiles
     again.
 
-    The other way would be a fixed length with empty documents at the end, and it is dear: for every document,
-    an empty one too, FlashAttention's backward has 128 more rows of fp32 gradients (2 MiB for the heads of
-    7B).
+    The alternative, a fixed length with empty documents at the end, is expensive: FlashAttention's backward
+    adds 128 rows of fp32 gradients for every document, an empty one too (2 MiB for the heads of 7B).
     """
     torch._dynamo.maybe_mark_dynamic(ends, 0)
     return ends
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, kernel: str, documents: Documents | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(E)) v, causal: query t of the last T positions sees keys 0 .. S - T + t.
+class WholeRows:
+    """Causal attention of a rank that holds whole sequences. Subclass it for another kind of attention."""
 
-    q is (B, T, H, E); k and v are (B, S, K, E), S > T when earlier keys come from a cache. Returns (B, T, H,
-    E). With `documents`, a query sees its own document only. Source: Vaswani et al. 2017, arXiv:1706.03762;
-    grouped
-    queries: Ainslie et al. 2023, arXiv:2305.13245.
+    # True in a class that attends over sequences split by context parallelism. A class that does not say so
+    # is refused under cp: its subclasses compute something that Ulysses and Ring would not.
+    splits_sequence = False
+
+    def __init__(self, kernel: str = "sdpa"):
+        self.kernel = kernel  # flash, varlen, sdpa or math; choose_attention says which of them can run here
+
+    def prepare(
+        self, n_tokens: int, positions: Tensor | None, cache, device: torch.device
+    ) -> tuple[Tensor, AttentionMask | None]:
+        """Return the position ids (B or 1, T) of this rank's tokens, on `device`, and the mask for __call__.
+
+        n_tokens: how many tokens of each sequence this rank has, T. positions (B, T), on any device, restart
+            at 0 where a document begins; None: a sequence is one document. cache: a model.KVCache, or None.
+            A mask of None stands for the causal mask.
+        """
+        if positions is not None:
+            mask = AttentionMask.of_documents(positions, self.kernel, device)
+            return positions.to(device, non_blocking=True), mask
+        first = cache.n_seen if cache is not None else 0
+        at = torch.arange(first, first + n_tokens, device=device)[None]  # (1, T)
+        if cache is None or cache.padding is None:
+            return at, None
+        key = torch.arange(first + n_tokens, device=device)
+        seen = (key >= cache.padding[:, None])[:, None] & (key <= at[..., None])  # (B, T, S)
+        seen = seen | (key == at[..., None])  # the softmax over a row without any key would be nan
+        # RoPE is relative, and padding moves all positions of a sequence alike.
+        return at, AttentionMask(dense=seen[:, None])
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
+        """q (B, T, H, E), k and v (B, S, K, E) -> (B, T, H, E); H and K are the heads of this rank."""
+        return attention(q, k, v, self.kernel, mask)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, kernel: str, mask: AttentionMask | None = None) -> Tensor:
+    """Return softmax(q k^T / sqrt(E)) v, causal: query t of the last T positions sees keys 0 .. S - T + t.
+
+    q is (B, T, H, E); k and v are (B, S, K, E), S > T when earlier keys come from a cache. The result is
+    (B, T, H, E). With a mask a query sees what the mask shows it. Source: Vaswani et al. 2017,
+    arXiv:1706.03762; grouped queries: Ainslie et al. 2023, arXiv:2305.13245.
     """
     if kernel == "flash":
-        return _flash(q, k, v, documents)
-    if kernel == "varlen" and documents is not None and documents.cu_seqlens is not None:
-        return _varlen(q, k, v, documents.cu_seqlens)
+        return _flash(q, k, v, mask)
+    if kernel == "varlen" and mask is not None and mask.cu_seqlens is not None:
+        return _varlen(q, k, v, mask.cu_seqlens)
     T, S = q.shape[1], k.shape[1]
-    mask = documents.mask if documents else None
-    if mask is None and 1 < T < S:  # several new tokens over a cache: the causal diagonal is shifted by S - T
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)[None, None]
+    dense = mask.dense if mask else None
+    if (
+        dense is None and 1 < T < S
+    ):  # several new tokens over a cache: the causal diagonal is shifted by S - T
+        dense = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)[None, None]
     if kernel == "math":
-        return _math(q, k, v, mask)
-    return _sdpa(q, k, v, mask)
+        return _math(q, k, v, dense)
+    return _sdpa(q, k, v, dense)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+def _flash(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
-    if documents is None:
+    if mask is None:
         return flash_attn_func(q, k, v, causal=True)  # aligned to the last key: right for a cache too
+    if mask.cu_seqlens is None:
+        raise UsageError("attention=flash takes no dense mask, only packed documents; use attention=sdpa.")
     B, T, H, E = q.shape
-    ends = documents.cu_seqlens
-    flat = [x.reshape(B * T, -1, E) for x in (q, k, v)]  # documents of all rows, one after another
+    ends = mask.cu_seqlens
+    flat = [x.reshape(B * T, -1, E) for x in (q, k, v)]  # the documents of all sequences, one after another
     # T bounds the longest document; the exact number would have to be fetched from the GPU.
     return flash_attn_varlen_func(*flat, ends, ends, T, T, causal=True).view(B, T, H, E)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Tensor:
     B, T, H, E = q.shape
-    flat = [pad_head_width(x).reshape(B * T, x.shape[2], -1) for x in (q, k, v)]  # all rows in a line
+    flat = [pad_head_width(x).reshape(B * T, x.shape[2], -1) for x in (q, k, v)]  # one after another
     if q.device.type == "cpu":
         out = _varlen_reference(*flat, ends, scale=E**-0.5)
     else:
@@ -114,14 +170,13 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Tensor:
 
 
 def _varlen_reference(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, scale: float) -> Tensor:
-    """What varlen_attn computes, for a CPU, which has no such kernel.
+    """Compute on a CPU, which has no such kernel, what varlen_attn computes on a GPU.
 
-    q is (N, H, E), the tokens of all rows in a line; k and v are (N, K, E). Returns (N, H, E). An (N, N) mask
-    is
-    stored: this is for tests and small runs.
+    q is (N, H, E), the tokens of all sequences in a line; k and v are (N, K, E). The result is (N, H, E). An
+    (N, N) mask is stored: this is for tests and small runs.
     """
     at = torch.arange(q.shape[0], device=q.device)
-    document = torch.bucketize(at, ends, right=True)  # (N,): which document each is in
+    document = torch.bucketize(at, ends, right=True)  # (N,): the index of each token's document
     mask = (document[:, None] == document) & (at[:, None] >= at)
     heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]  # (1, H or K, N, E)
     out = F.scaled_dot_product_attention(
@@ -131,15 +186,15 @@ def _varlen_reference(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, scale: floa
 
 
 class SdpaPlan(NamedTuple):
-    """How scaled_dot_product_attention is called on a GPU."""
+    """Says how scaled_dot_product_attention is called on a GPU."""
 
-    kernels: tuple[SDPBackend, ...]  # those it may choose from: none of them stores (T, S) scores
-    in_order: bool  # True: the first of them that can; False: in torch's order for the GPU
-    expands_heads: bool  # K and V are copied for each of the H query heads
+    kernels: tuple[SDPBackend, ...]  # torch may choose among these: none of them stores (T, S) scores
+    in_order: bool  # True: the first of them that can run; False: torch's own order for this GPU
+    expands_heads: bool  # K and V are first copied for each of the H query heads
 
 
 def plan_sdpa(dtype: torch.dtype, grouped: bool, masked: bool, over_cache: bool) -> SdpaPlan:
-    """Which of torch's kernels may compute attention in `dtype`. Ring attention follows it too.
+    """Return which of torch's kernels may compute attention in `dtype`. Ring attention follows it too.
 
     grouped: fewer key/value heads than query heads. masked: there is a mask that is not just the causal one.
     over_cache: T != S, keys of earlier tokens come from a cache. What decides (torch 2.11 to 2.13):
@@ -188,12 +243,12 @@ def _sdpa_on_gpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
 
 
 def expand_heads(x: Tensor, n_heads: int) -> Tensor:
-    """(B, S, K, E) -> (B, S, n_heads, E): every key/value head is copied for each query head of its group."""
+    """Copy every key/value head for each query head of its group: (B, S, K, E) -> (B, S, n_heads, E)."""
     return x.repeat_interleave(n_heads // x.shape[2], dim=2)
 
 
 def pad_head_width(x: Tensor) -> Tensor:
-    """Zeros up to a head width that is a multiple of 8, as CUDA kernels need; they add nothing to any
+    """Pad the head width with zeros to a multiple of 8, as CUDA kernels need; zeros add nothing to a
     score."""
     missing = -x.shape[-1] % 8
     return F.pad(x, (0, missing)) if missing else x
@@ -213,26 +268,23 @@ def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 def choose_attention(
     asked: str, device: torch.device, dtype: torch.dtype, merges_blocks: bool = False, documents: bool = False
 ) -> tuple[str, str]:
-    """The kernel for `--train.attention` and the reason, to be printed: `auto` picks, anything else is done
-    or refused.
+    """Return the kernel for the field `attention` and the reason, to be printed.
 
-    merges_blocks: ring attention will put the result together from blocks, which only sdpa and math can give.
-    documents: rows are packed and no token may see another document. UsageError when flash was asked for and
-        cannot run: on a CPU, in float32, or without the package; or varlen, which needs the documents. On a
-        CPU a reference computes what varlen would, so that all around the kernel can be tried there.
+    `auto` picks one; any other is used or refused. merges_blocks: ring attention will merge the results of
+    blocks, which only sdpa and math can give. documents: sequences are packed, and no token may see another
+    document.
+
+    UsageError when flash is asked for and cannot run: on a CPU, in float32, or without its package; or varlen
+    without documents. On a CPU a reference computes what varlen would, so that the code around the kernel can
+    be tried there.
     """
     if asked not in ("auto", *KERNELS):
-        raise UsageError(f"--train.attention {asked} is not one of auto, {', '.join(KERNELS)}.")
+        raise UsageError(f"attention={asked} is not one of auto, {', '.join(KERNELS)}.")
     no_flash = _flash_obstacle(device, dtype)
     no_varlen = _varlen_obstacle(device, dtype, documents)
-    if asked == "flash" and no_flash:
-        raise UsageError(
-            f"--train.attention flash cannot run here: {no_flash}. Use --train.attention sdpa or auto."
-        )
-    if asked == "varlen" and no_varlen:
-        raise UsageError(
-            f"--train.attention varlen cannot run here: {no_varlen}. Use --train.attention sdpa or auto."
-        )
+    obstacle = {"flash": no_flash, "varlen": no_varlen}.get(asked)
+    if obstacle:
+        raise UsageError(f"attention={asked} cannot run here: {obstacle}. Use attention=sdpa or auto.")
     if asked == "varlen" and device.type == "cpu":
         return asked, "asked for; on a CPU a slow reference in its place, with a mask over a whole microbatch"
     if asked != "auto":
@@ -240,9 +292,9 @@ def choose_attention(
     if no_flash is None and not merges_blocks:
         return "flash", "the flash-attn package is installed"
     if documents and merges_blocks:
-        return "sdpa", "neither flash-attn nor varlen_attn can merge the blocks of --parallel.cp-method ring"
+        return "sdpa", "neither flash-attn nor varlen_attn can merge the blocks of ring attention"
     if merges_blocks and no_flash is None:
-        return "sdpa", "flash-attn cannot merge the blocks of --parallel.cp-method ring"
+        return "sdpa", "flash-attn cannot merge the blocks of ring attention"
     if no_varlen is None and device.type != "cpu":
         return "varlen", f"documents without a mask; {no_flash}"
     if documents and device.type == "cuda":
@@ -254,7 +306,7 @@ def _flash_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
         return f"flash-attn needs an NVIDIA GPU and the device is {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"flash-attn computes in bfloat16 and --train.dtype is {str(dtype).removeprefix('torch.')}"
+        return f"flash-attn computes in bfloat16 and dtype={str(dtype).removeprefix('torch.')}"
     try:
         import flash_attn  # noqa: F401
     except ImportError as error:
@@ -264,9 +316,9 @@ def _flash_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def _varlen_obstacle(device: torch.device, dtype: torch.dtype, documents: bool) -> str | None:
     if not documents:
-        return "varlen_attn is for packed documents and --data.document-mask is off"
+        return "varlen_attn is for packed documents and `document_mask` is off"
     if device.type not in ("cuda", "cpu"):
         return f"varlen_attn needs an NVIDIA GPU and the device is {device.type}"
     if device.type == "cuda" and dtype not in (torch.bfloat16, torch.float16):
-        return f"varlen_attn computes in bfloat16 and --train.dtype is {str(dtype).removeprefix('torch.')}"
+        return f"varlen_attn computes in bfloat16 and dtype={str(dtype).removeprefix('torch.')}"
     return None

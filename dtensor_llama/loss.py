@@ -1,4 +1,24 @@
-"""Token-summed cross-entropy of the language-model head, in chunks, so that (B, T, V) logits never exist."""
+"""The token loss and the language-model head, in chunks of tokens, so that (B, T, V) logits never exist.
+
+A token loss is a plain function of the logits of C tokens, their labels, and the vocabulary. The default:
+
+    def token_nll(logits, labels, vocab):                        # (C, V) float32, (C,) -> (C,) float32
+        return vocab.logsumexp(logits) - vocab.pick(logits, labels)
+
+To train with another one, write it and set it once, `model.token_loss = mine`, before `parallelize`: every
+pipeline stage and every layout then uses it. With a z-loss, for example:
+
+    def nll_with_z_loss(logits, labels, vocab):
+        log_z = vocab.logsumexp(logits)
+        return log_z - vocab.pick(logits, labels) + 1e-4 * log_z**2
+
+What looks at the whole vocabulary goes through `vocab` (see Vocabulary): where tensor parallelism splits the
+vocabulary, `logits` has this rank's V/tp columns only. What looks at one logit at a time (a temperature, a
+softcap) and at one token at a time (weights) needs no `vocab`.
+
+Everything else is done here: the head's matrix product, the chunks, the gradients, which autograd derives
+from the function, and the tokens without a label (-100), which count nothing.
+"""
 
 import functools
 import importlib.util
@@ -9,93 +29,175 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dtensor_llama.errors import UsageError
+
 IGNORE = -100  # Hugging Face's label of a token that is not scored
 CHUNK_ELEMENTS = 64 * 2**20  # logits held at a time: 256 MiB in fp32, 2,048 tokens of a vocabulary of 32,000
+EAGER_ELEMENTS = 32 * 2**20  # the same where autograd runs eagerly, and keeps two tensors of their size
 WHOLE_TILES = 256  # a matrix product computes this many rows at a time: a multiple of it wastes none
 
 
-class WholeVocabulary:
-    """Every row of the head's weight is here. parallel/tensor.py has the vocabulary of which a rank has a
-    slice."""
+class Vocabulary:
+    """What a token loss may ask about the whole vocabulary. Here every rank has all V columns of the logits.
 
-    def place(self, labels: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
-        """labels (C,) -> the row of each target among the `n_rows` here, and whether its logit counts here,
-        (C,) both."""
-        return labels.clamp(min=0), labels != IGNORE
-
-    def largest(self, values: Tensor) -> Tensor:
-        """The largest of the numbers that all slices of the vocabulary have in each place."""
-        return values
-
-    def total(self, values: Tensor) -> Tensor:
-        """Their sum in each place."""
-        return values
-
-
-def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Sum of -log softmax(hidden @ weight^T)[label] in nats over the tokens whose label is not -100.
-
-    hidden (..., D), weight (V, D) of the same dtype, labels (...) int64. Returns a float32 scalar; divide it
-    by the number of scored tokens of the whole global batch, so that neither padding nor accumulation changes
-    the loss.
+    `x` is (C, V): the logits, or anything with one column for each of them. Every answer is (C,), the same on
+    all ranks, and autograd knows its gradient. parallel/tensor.py has the vocabulary whose columns are split
+    over tp, which overrides `pick` and the three methods at the end.
     """
-    chunk_tokens = tokens_per_chunk(weight.shape[0])
-    hidden = hidden.reshape(-1, hidden.shape[-1])
-    return chunked_cross_entropy(hidden, weight, labels.reshape(-1), chunk_tokens, WholeVocabulary())
+
+    def __init__(self, size: int):
+        self.size = size  # V
+        self.n_columns = size  # of x on each rank; with a split vocabulary the last rank may have fewer
+
+    def logsumexp(self, x: Tensor) -> Tensor:
+        """Return the log of the sum of exp(x) over the vocabulary: the normaliser of the softmax."""
+        peak = self.largest(x.detach().amax(-1, keepdim=True))  # (C, 1), so that no exp overflows
+        return (self.total(sum_of_exp(x, peak)).log() + peak).squeeze(-1)
+
+    def pick(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Return the column of each token's label; labels (C,)."""
+        return take_columns(x, labels)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum over the vocabulary."""
+        return self.total(x.sum(-1))
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Return the mean over the vocabulary, as label smoothing needs it."""
+        return self.sum(x) / self.size
+
+    def inputs(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what this rank multiplies: the hidden states of all tokens, and its rows of the head."""
+        return hidden, weight
+
+    def largest(self, x: Tensor) -> Tensor:
+        """Return, in each place, the largest number that any rank has there. It has no gradient."""
+        return x
+
+    def total(self, x: Tensor) -> Tensor:
+        """Return, in each place, the sum of the numbers that all ranks have there."""
+        return x
 
 
-def tokens_per_chunk(n_rows: int) -> int:
-    """How many tokens' logits are held at a time, for a slice of the vocabulary of `n_rows`."""
-    n_tokens = max(1, CHUNK_ELEMENTS // n_rows)
+def sum_of_exp(x: Tensor, peak: Tensor) -> Tensor:
+    """Return the sum of exp(x - peak) over each row of x (C, n); peak and result (C, 1)."""
+    if torch.compiler.is_compiling():
+        return (x - peak).exp().sum(-1, keepdim=True)
+    return _SumOfExp.apply(x, peak)
+
+
+class _SumOfExp(torch.autograd.Function):
+    """Keeps one tensor of x's size: the gradient takes the place of the exponentials."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, peak: Tensor) -> Tensor:
+        exps = (x - peak).exp_()
+        ctx.save_for_backward(exps)
+        return exps.sum(-1, keepdim=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (exps,) = ctx.saved_tensors
+        return exps.mul_(grad), None
+
+
+def take_columns(x: Tensor, columns: Tensor) -> Tensor:
+    """Return one number of each row of x (C, n), x[i, columns[i]], or 0 where columns[i] is negative:
+    (C,)."""
+    if torch.compiler.is_compiling():  # one pass with what comes before and after; a gather's gradient is not
+        return torch.where(torch.arange(x.shape[1], device=x.device) == columns[:, None], x, 0.0).sum(-1)
+    # The gradient of the logits themselves is added up as C numbers, not as C x n that are nearly all zero.
+    taken = x.gather(1, columns.clamp(min=0)[:, None], sparse_grad=x.is_leaf).squeeze(-1)
+    return torch.where(columns >= 0, taken, 0.0)
+
+
+TokenLoss = Callable[[Tensor, Tensor, Vocabulary], Tensor]
+
+
+def token_nll(logits: Tensor, labels: Tensor, vocab: Vocabulary) -> Tensor:
+    """Return -log softmax(logits)[label] in nats of each token: cross-entropy."""
+    return vocab.logsumexp(logits) - vocab.pick(logits, labels)
+
+
+def token_loss_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    token_loss: TokenLoss = token_nll,
+    vocab: Vocabulary | None = None,
+) -> Tensor:
+    """Return the float32 sum of `token_loss` over the tokens whose label is not -100; the same on all tp
+    ranks.
+
+    hidden (..., D), of all tokens or of this tp rank's share, weight (V, D) of the same dtype, labels (...)
+    int64 of all tokens. Divide the sum by the number of labels in the whole global batch, so that neither
+    padding nor accumulation changes the loss.
+    """
+    vocab = vocab or Vocabulary(weight.shape[0])
+    hidden, weight = vocab.inputs(hidden, weight)
+    # Asked here, because inside a Function's forward a weight always seems to want a gradient.
+    wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _ChunkedTokenLoss.apply(
+        hidden.flatten(0, -2), weight, labels.flatten(), token_loss, vocab, wants_grad
+    )
+
+
+def tokens_per_chunk(n_columns: int, elements: int | None = None) -> int:
+    """Return how many tokens have logits at a time, on a rank with `n_columns` of the vocabulary."""
+    n_tokens = max(1, (elements or CHUNK_ELEMENTS) // n_columns)
     return n_tokens if n_tokens < WHOLE_TILES else n_tokens // WHOLE_TILES * WHOLE_TILES
 
 
-def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, vocabulary
-) -> Tensor:
-    """cross_entropy_sum of hidden (N, D), weight (V, D), or a slice of its rows, and labels (N,)."""
-    # Whether gradients are wanted is asked here: inside a Function's forward a weight always seems to want
-    # one.
-    wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk_tokens, vocabulary, wants_grad)
+def eager_tokens_per_chunk(n_columns: int, device: torch.device) -> int:
+    """Return the same for a loss that is not compiled. On a CPU few tokens are faster: memory that is small
+    enough is used again, where the system would have to provide and clear new memory for each chunk."""
+    elements = min(CHUNK_ELEMENTS, EAGER_ELEMENTS)
+    if device.type == "cpu":
+        elements = min(elements, max(2**20, WHOLE_TILES * n_columns))
+    return tokens_per_chunk(n_columns, elements)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The gradient of a chunk is taken while its logits are at hand, in forward: nothing is kept or computed
-    twice.
+class _ChunkedTokenLoss(torch.autograd.Function):
+    """Takes the gradient of a chunk in forward, while its logits are there: they are neither kept nor
+    computed twice.
 
     Kept for backward: d loss/d hidden (as large as hidden) and d loss/d weight (V, D) in fp32, summed over
-    the chunks. Of a slice of the vocabulary the gradient of hidden is a partial sum, and that of the slice's
-    weight is complete.
+    the chunks. With a split vocabulary the gradient of hidden is a partial sum over tp, and that of this
+    rank's rows of the weight is complete.
     """
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, vocabulary, wants_grad: bool
+        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, token_loss: TokenLoss, vocab, wants_grad: bool
     ) -> Tensor:
-        loss_of_a_chunk = (
-            _compiled_loss_of_a_chunk
-            if choose_loss(hidden.device)[0] == "compiled"
-            else eager_loss_of_a_chunk
-        )
+        if choose_loss(hidden.device)[0] == "compiled":
+            loss_of_a_chunk, chunk_tokens = _compiled_loss_of_a_chunk, tokens_per_chunk(vocab.n_columns)
+        else:
+            chunk_tokens = eager_tokens_per_chunk(vocab.n_columns, hidden.device)
+            logits = hidden.new_empty(min(chunk_tokens, len(hidden)), len(weight), dtype=torch.float32)
+            loss_of_a_chunk = functools.partial(_eager_loss_of_a_chunk, logits)
         grad_hidden = torch.empty_like(hidden) if wants_grad else None
         # A frozen head (LoRA) is spared the (V, D) fp32 gradient and a third of the work.
-        grad_weight = (
-            torch.zeros_like(weight, dtype=torch.float32) if wants_grad and ctx.needs_input_grad[1] else None
-        )
-        loss = hidden.new_zeros((), dtype=torch.float32)
+        wants_grad_weight = wants_grad and ctx.needs_input_grad[1]
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_grad_weight else None
+        losses = []
         for start in range(0, hidden.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            nll_sum, grad = loss_of_a_chunk(hidden[chunk], weight, labels[chunk], vocabulary, wants_grad)
-            loss += nll_sum
+            chunk_loss, grad = loss_of_a_chunk(
+                hidden[chunk], weight, labels[chunk], token_loss, vocab, wants_grad
+            )
+            losses.append(chunk_loss)
             if wants_grad:
-                grad_hidden[chunk] = grad @ weight
-                if grad_weight is not None:
-                    grad_weight += grad.T @ hidden[chunk]
+                torch.mm(grad, weight, out=grad_hidden[chunk])
+            if wants_grad_weight and grad.dtype == torch.float32:
+                grad_weight.addmm_(grad.T, hidden[chunk])
+            elif wants_grad_weight:
+                grad_weight += grad.T @ hidden[chunk]
             del grad  # else the logits of the next chunk would lie beside it
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
-        return loss
+        return torch.stack(losses).sum()
 
     @staticmethod
     @once_differentiable
@@ -105,36 +207,41 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad_loss, to_weight, None, None, None, None
 
 
-def eager_loss_of_a_chunk(
-    hidden: Tensor, weight: Tensor, labels: Tensor, vocabulary, wants_grad: bool
+def _eager_loss_of_a_chunk(
+    logits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    token_loss: TokenLoss,
+    vocab,
+    wants_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """hidden (C, D), weight (V, D), labels (C,) -> the sum of C tokens' losses, and its gradient by the
-    logits (C, V).
+    """Return the sum of the losses of C tokens, and its gradient by the logits (C, V).
 
-    As eager torch runs this, all between the logits and their gradient happens in one (C, V) of fp32 numbers.
-    Compiled, those numbers exist in registers only. Source of the two reductions over a split vocabulary:
-    Shoeybi et al. 2019, arXiv:1909.08053, sec. 3.
+    hidden (C, D), weight (V, D), labels (C,). logits: memory for (C, V), or more, in fp32.
     """
-    n_rows, compiled = weight.shape[0], torch.compiler.is_compiling()
-    scored = labels != IGNORE  # (C,)
-    target, here = vocabulary.place(labels, n_rows)  # (C,) both
-    logits = (hidden @ weight.T).float()  # (C, V): softmax in fp32, always
-    peak = vocabulary.largest(logits.amax(-1, keepdim=True))  # (C, 1)
-    logits -= peak  # so that no exp overflows
-    target_logit = logits.gather(1, target[:, None]) * here[:, None]  # (C, 1)
-    exps = logits.exp_()  # in the memory of the logits
-    sums = torch.cat([target_logit, exps.sum(-1, keepdim=True)], dim=1)  # (C, 2), so that it is one message
-    target_logit, norm = vocabulary.total(sums).unbind(1)  # (C,) both
-    nll_sum = ((norm.log() - target_logit) * scored).sum()
-    if not wants_grad:
-        return nll_sum, None
-    grad = exps.div_(norm[:, None])  # softmax
-    if compiled:  # part of the same pass over the logits, where a scatter would be a pass of its own
-        is_target = torch.arange(n_rows, device=labels.device) == target[:, None]
-        grad = grad - (is_target & here[:, None]).float()
+    logits = logits[: len(hidden)]
+    if hidden.dtype == torch.float32:
+        torch.mm(hidden, weight.T, out=logits)
     else:
-        grad.scatter_add_(1, target[:, None], -here[:, None].float())
-    return nll_sum, grad.mul_(scored[:, None]).to(hidden.dtype)  # (C, V): d loss/d logits
+        logits.copy_(hidden @ weight.T)
+    with torch.set_grad_enabled(wants_grad):
+        loss = _scored_sum(logits.requires_grad_(wants_grad), labels, token_loss, vocab)
+    if not wants_grad:
+        return loss, None
+    (grad,) = torch.autograd.grad(loss, logits)
+    return loss.detach(), (grad.to_dense() if grad.is_sparse else grad).to(hidden.dtype)
+
+
+def _scored_sum(logits: Tensor, labels: Tensor, token_loss: TokenLoss, vocab: Vocabulary) -> Tensor:
+    """Return the sum of the losses of the tokens that have a label."""
+    losses = token_loss(logits, labels.clamp(min=0), vocab)
+    if losses.shape != labels.shape:
+        raise UsageError(
+            f"the token loss returned a tensor of shape {list(losses.shape)} for {len(labels)} tokens; it "
+            "must return one number for each of them, and not their sum or mean."
+        )
+    return (losses * (labels != IGNORE)).sum()
 
 
 # ---- eager or compiled ----
@@ -142,14 +249,17 @@ def eager_loss_of_a_chunk(
 
 @functools.cache
 def choose_loss(device: torch.device) -> tuple[str, str]:
-    """How the loss of a chunk is computed, `compiled` or `eager`, and the reason, to be printed."""
+    """Return how the loss of a chunk is computed, `compiled` or `eager`, and the reason, to be printed."""
     if device.type != "cuda":
         return "eager", "on a CPU compiling takes longer than a short run gains"
     has_c_compiler = any(map(shutil.which, ("cc", "gcc", "clang")))  # triton calls one
     missing = [] if importlib.util.find_spec("triton") else ["triton"]
     missing += [] if has_c_compiler else ["C compiler"]
     if missing:
-        return "eager", f"there is no {' and no '.join(missing)}; it takes 25 kernels a chunk, and compiled 5"
+        return (
+            "eager",
+            f"there is no {' and no '.join(missing)}; it takes 40 kernels a chunk, and compiled 5",
+        )
     return "compiled", "one pass over the logits"
 
 
@@ -157,8 +267,9 @@ def _compiled_loss_of_a_chunk(
     hidden: Tensor, weight: Tensor, labels: Tensor, *rest
 ) -> tuple[Tensor, Tensor | None]:
     if hidden.shape[0] == 1:  # a single row would be compiled anew, for itself
-        return eager_loss_of_a_chunk(hidden, weight, labels, *rest)
-    # The last chunk of a batch may be shorter: told so, the compiler makes one kernel for all lengths. V
+        logits = hidden.new_empty(1, len(weight), dtype=torch.float32)
+        return _eager_loss_of_a_chunk(logits, hidden, weight, labels, *rest)
+    # The last chunk of a batch may be shorter: with this the compiler makes one kernel for all lengths. V
     # stays a number in the code, with which loads are as wide as they can be.
     for tensor in (hidden, labels):
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
@@ -167,4 +278,17 @@ def _compiled_loss_of_a_chunk(
 
 @functools.cache
 def _compiled() -> Callable:
-    return torch.compile(eager_loss_of_a_chunk)
+    return torch.compile(loss_and_gradient)
+
+
+def loss_and_gradient(
+    hidden: Tensor, weight: Tensor, labels: Tensor, token_loss: TokenLoss, vocab, wants_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Compute what _eager_loss_of_a_chunk computes, as one graph: its fp32 numbers exist in registers
+    only."""
+    loss_of = functools.partial(_scored_sum, labels=labels, token_loss=token_loss, vocab=vocab)
+    logits = (hidden @ weight.T).float()
+    if not wants_grad:
+        return loss_of(logits), None
+    grad, loss = torch.func.grad_and_value(loss_of)(logits)
+    return loss, grad.to(hidden.dtype)

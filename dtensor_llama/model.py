@@ -1,36 +1,40 @@
-"""The LLaMA decoder (arXiv:2302.13971, arXiv:2307.09288), with Hugging Face's module names, so weights need
-no converting.
+"""The LLaMA decoder (arXiv:2302.13971, arXiv:2307.09288), with Hugging Face's module names, so that weights
+need no converting.
 
-Shape letters: B rows, T tokens per row, D model width, H query heads, K key/value heads, E head width, V
-vocabulary. The module knows no mesh and no rank: parallel/ rewrites it from outside. So it reads head counts
-off the tensors it gets
-(tensor parallelism leaves a share of the heads), and what needs the other ranks can be replaced:
-    self_attn.attend(q, k, v, documents)            attention over the whole sequence         (context parallelism)
-    model.locate(tokens, positions, cache)          which positions this rank's tokens have   (context parallelism)
-    cross_entropy(hidden, lm_head.weight, labels)   the loss over the whole vocabulary        (tensor parallelism)
-    embed_tokens, layers[i], norm, lm_head          None where another pipeline stage has them
+Two parts can be replaced. Set either once on the model, before `parallelize`, which carries it into every
+pipeline stage and every layout, or refuses it in words:
+
+    model.token_loss = mine         loss(logits, labels, vocab) -> (tokens,): two lines, see loss.py
+    model.attention = Mine(...)     positions, mask and attention of this rank's tokens: see attention.py
+
+The module knows no mesh and no rank: parallel/ rewrites it from outside. So it reads head counts off the
+tensors it gets (tensor parallelism leaves a share of the heads), and modules of another pipeline stage are
+None (embed_tokens, layers[i], norm, lm_head).
+
+Shape letters: B sequences, T tokens per sequence, D model width, H query heads, K key/value heads, E head
+width, V vocabulary.
 """
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dtensor_llama.attention import Documents, attention
+from dtensor_llama.attention import AttentionMask, WholeRows
 from dtensor_llama.config import LlamaConfig
-from dtensor_llama.loss import cross_entropy_sum
+from dtensor_llama.errors import UsageError
+from dtensor_llama.loss import TokenLoss, Vocabulary, token_loss_sum, token_nll
 
 
 def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles at `positions` (B, T).
+    """Return the cosines and sines of the rotary angles at `positions` (B, T).
 
-    Returns two (B, T, 1, E/2) float32 tensors, to be broadcast over heads; angles in radians, theta the base
-    of the frequencies. Made anew in each forward from the positions, so that no buffer can be cast to
-    bfloat16 (wrong by radians at position 4,000) or be lost on `meta`. Source: Su et al. 2021,
+    They are two (B, T, 1, E/2) float32 tensors, to be broadcast over heads; angles are in radians, theta is
+    the base of the frequencies. Each forward makes them anew from the positions, so that no buffer can be
+    cast to bfloat16 (wrong by radians at position 4,000) or be lost on `meta`. Source: Su et al. 2021,
     arXiv:2104.09864, sec. 3.2.2.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
@@ -39,25 +43,27 @@ def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor,
 
 
 def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate x (B, T, heads, E) in float32; dims i and i + E/2 are a pair (Hugging Face's order; Meta's is
-    2i, 2i + 1)."""
+    """Rotate x (B, T, heads, E) in float32. Dims i and i + E/2 are a pair, as in Hugging Face's weights; in
+    Meta's 2i and 2i + 1 are."""
     cos, sin = rope
     first, second = x.float().chunk(2, dim=-1)  # (B, T, heads, E/2) each
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 class KVCache:
-    """Keys and values of the tokens already seen, per layer (B, max_tokens, K, E); filled in order.
+    """Holds the keys and values of the tokens already seen, (B, max_tokens, K, E) per layer, filled in order.
 
-    padding: (B,) how many tokens at the start of each row are no tokens, so that rows of unequal length end
-        together."""
+    padding: (B,), how many places at the start of each sequence hold no token, so that sequences of unequal
+        length end together.
+    """
 
     def __init__(self, max_tokens: int, padding: Tensor | None = None):
         self.max_tokens, self.n_seen, self.padding = max_tokens, 0, padding
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v (B, T, K, E) of the new tokens; returns all of them (B, n_seen + T, K, E)."""
+        """Append k and v (B, T, K, E) of the new tokens, and return those of all tokens (B, n_seen + T, K,
+        E)."""
         if layer not in self.layers:
             self.layers[layer] = tuple(x.new_empty(x.shape[0], self.max_tokens, *x.shape[2:]) for x in (k, v))
         end = self.n_seen + k.shape[1]
@@ -71,13 +77,19 @@ class LlamaAttention(nn.Module):
         super().__init__()
         D, E = config.hidden_size, config.head_dim
         self.layer, self.head_dim = layer, E
-        self.attend = partial(attention, kernel="sdpa")  # Llama.set_attention changes it
         self.q_proj = nn.Linear(D, config.num_attention_heads * E, bias=False)
         self.k_proj = nn.Linear(D, config.num_key_value_heads * E, bias=False)
         self.v_proj = nn.Linear(D, config.num_key_value_heads * E, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * E, D, bias=False)
 
-    def forward(self, x: Tensor, rope, documents: Documents | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        attention: WholeRows,
+        mask: AttentionMask | None,
+        cache: KVCache | None,
+    ) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, E): -1, as tp holds a share of H
         k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, E)
@@ -85,11 +97,11 @@ class LlamaAttention(nn.Module):
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, S, K, E), S tokens seen so far
-        return self.o_proj(self.attend(q, k, v, documents=documents).reshape(B, T, -1))
+        return self.o_proj(attention(q, k, v, mask).reshape(B, T, -1))
 
 
 class LlamaMLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)). Source: Shazeer 2020, arXiv:2002.05202."""
+    """Computes SwiGLU: down(silu(gate(x)) * up(x)). Source: Shazeer 2020, arXiv:2002.05202."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -102,7 +114,8 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaBlock(nn.Module):
-    """(B, T, D) -> (B, T, D): each half normalises its input and adds its output to the stream."""
+    """Maps (B, T, D) to (B, T, D): each half normalises its input and adds its output to the residual
+    stream."""
 
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
@@ -111,15 +124,22 @@ class LlamaBlock(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 
+    # The attention object is an argument, and not stored in each block: compiled blocks that each have an
+    # object of their own would be compiled one by one.
     def forward(
-        self, x: Tensor, rope, documents: Documents | None = None, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        attention: WholeRows,
+        mask: AttentionMask | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, documents, cache)
+        x = x + self.self_attn(self.input_layernorm(x), rope, attention, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class LlamaModel(nn.Module):
-    """Everything below the head: tokens (B, T) -> normalised hidden states (B, T, D)."""
+    """Maps tokens (B, T) to normalised hidden states (B, T, D): everything below the head."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -127,60 +147,53 @@ class LlamaModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LlamaBlock(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.attention_kernel = "sdpa"
+        self.attention = WholeRows()
+        # Ranks that share the T of the hidden states that a later pipeline stage gets: tp under sequence
+        # parallelism. The first stage gets all tokens.
+        self.sequence_shards = 1
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        positions, documents = self.locate(tokens, positions, cache)
+        n_tokens = tokens.shape[1] * self.sequence_shards
+        positions, mask = self.attention.prepare(n_tokens, positions, cache, tokens.device)
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
         x = tokens if self.embed_tokens is None else self.embed_tokens(tokens)  # (B, T, D)
         for block in self.layers:
             if block is not None:
-                x = block(x, rope, documents, cache)
+                x = block(x, rope, self.attention, mask, cache)
         if cache is not None:
             cache.n_seen += tokens.shape[1]
         return x if self.norm is None else self.norm(x)
 
-    def locate(
-        self, tokens: Tensor, positions: Tensor | None, cache: KVCache | None
-    ) -> tuple[Tensor, Documents | None]:
-        """The positions of `tokens` (B or 1, T) on their device, for RoPE, and the documents of packed rows,
-        if any."""
-        if positions is None:  # one document a row
-            first = cache.n_seen if cache is not None else 0
-            at = torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]  # (1, T)
-            if cache is None or cache.padding is None:
-                return at, None
-            key, padding = torch.arange(first + tokens.shape[1], device=tokens.device), cache.padding[:, None]
-            seen = (key >= padding)[:, None] & (key <= at[..., None])  # (B, T, S)
-            seen = seen | (key == at[..., None])  # a row of the softmax without any key would be nan
-            # RoPE is relative: padding moves all positions of a row alike
-            return at, Documents(mask=seen[:, None])
-        documents = Documents.from_positions(positions, self.attention_kernel, tokens.device)
-        return positions.to(tokens.device, non_blocking=True), documents
-
 
 @dataclass(frozen=True)
 class OnHost:
-    """A tensor among a module's arguments that has to stay on the CPU, where FSDP leaves alone what is no
+    """Wraps a tensor among a module's arguments that has to stay on the CPU: FSDP moves only what is a
     tensor."""
 
     tensor: Tensor
 
 
 class Llama(nn.Module):
-    """The whole model. `Llama(config)` under `torch.device("meta")` costs nothing; then `to_empty` and
-    `init_weights` or `load_hf`. Made on a real device it has the initial weights of seed 0 at once."""
+    """The decoder with its head. Made under `torch.device("meta")` it costs nothing; call `to_empty` and then
+    `init_weights` or `load_hf`. Made on a real device it has the initial weights of seed 0 at once.
+
+    token_loss, attention: see the first lines of this file.
+    """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        # what save_hf writes into generation_config.json; None: from config
+        # save_hf writes this into generation_config.json; None: it makes one from config
         self.generation_config: dict | None = None
         self.model = LlamaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.cross_entropy = cross_entropy_sum
+        self._token_loss: TokenLoss = token_nll
+        self.is_parallel = False  # set by `parallelize`
+        self.vocabulary = Vocabulary(
+            config.vocab_size
+        )  # tensor parallelism puts one in its place that is split
         self._tie()
         if not self.lm_head.weight.is_meta:
             init_weights(self, seed=0)
@@ -192,13 +205,13 @@ class Llama(nn.Module):
         positions: Tensor | OnHost | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """tokens (B, T) int64 -> logits (B, T, V); or, with labels (B, T), the float32 sum of the token
-        losses in nats.
+        """Return the logits (B, T, V) of tokens (B, T) int64; with labels (B, T), the float32 sum of the
+        token losses in nats.
 
-        labels[b, t] is the token that position t must predict (shifted by whoever made the batch), -100 where
-        nothing is scored. With labels the logits never exist as a whole. positions (B, T), on any device,
-        restart at 0 where a document begins; without them a row is one document. cache: keys and values of
-        earlier tokens, for generation.
+        labels[b, t] is the token that position t must predict (the batch has them shifted already), or -100
+        where there is none. With labels the logits never exist as a whole. positions (B, T), on any device,
+        are Hugging Face's position_ids: they restart at 0 where a document begins; without them a sequence is
+        one document. cache: the keys and values of earlier tokens, for generation.
         """
         if isinstance(positions, OnHost):
             positions = positions.tensor
@@ -207,7 +220,33 @@ class Llama(nn.Module):
             return hidden
         if labels is None:
             return self.lm_head(hidden)
-        return self.cross_entropy(hidden, self.lm_head.weight, labels)
+        return self.loss_sum(hidden, labels)
+
+    def loss_sum(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Return the float32 sum of the token losses, from the hidden states below the head."""
+        return token_loss_sum(hidden, self.lm_head.weight, labels, self.token_loss, self.vocabulary)
+
+    @property
+    def token_loss(self) -> TokenLoss:
+        return self._token_loss
+
+    @token_loss.setter
+    def token_loss(self, token_loss: TokenLoss) -> None:
+        self._refuse_late("token_loss")
+        self._token_loss = token_loss
+
+    @property
+    def attention(self) -> WholeRows:
+        return self.model.attention
+
+    @attention.setter
+    def attention(self, attention: WholeRows) -> None:
+        self._refuse_late("attention")
+        self.model.attention = attention
+
+    def _refuse_late(self, name: str) -> None:
+        if self.is_parallel:
+            raise UsageError(f"model.{name} was set after parallelize, which carries it over; set it before.")
 
     def _tie(self) -> None:
         if (
@@ -218,31 +257,32 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def to_empty(self, **kwargs) -> "Llama":
-        """As nn.Module.to_empty, which would leave two matrices where one is tied."""
+        """Do what nn.Module.to_empty does, and keep tied matrices one: it would leave two."""
         super().to_empty(**kwargs)
         self._tie()
         return self
 
-    def set_attention(self, kernel: str) -> None:
-        """Attend with `flash`, `varlen`, `sdpa` or `math` from now on (`choose_attention` in attention.py:
-        what can run)."""
-        self.model.attention_kernel = kernel
-        for block in self.model.layers:
-            if block is not None:
-                block.self_attn.attend = partial(attention, kernel=kernel)
+
+INIT_BLOCK_ELEMENTS = 2**20  # one random stream fills so many: few enough to skip what other ranks hold
 
 
-INIT_BLOCK_ELEMENTS = 2**20  # what one random stream fills: small enough to skip what other ranks hold
+def initial_constant(name: str) -> float | None:
+    """Return the number that all of a parameter starts with: a bias 0, the weight of a norm 1; else None."""
+    module, _, kind = name.rpartition(".")
+    if kind == "bias":
+        return 0.0
+    return 1.0 if module.endswith("norm") else None
 
 
 @torch.no_grad()
 def init_weights(model: Llama, seed: int) -> None:
-    """Give every parameter its initial value: normal(0, initializer_range), norms 1, as Hugging Face does.
+    """Give every parameter its initial value, as Hugging Face does: normal(0, initializer_range), norms 1,
+    biases 0.
 
     The value of an element depends on the seed, the parameter's name and its place in the whole parameter,
-    never on how the parameter is spread: each run of rows has a random stream of its own, made on the CPU,
-    and a rank draws only the runs its shards touch. Parameters may be plain or DTensors of any placement; not
-    on `meta`.
+    never on how the parameter is sharded: each run of rows has a random stream of its own, made on the CPU,
+    and a rank draws only the runs that its shards touch. Parameters may be plain or DTensors of any
+    placement; they must not be on `meta`.
     """
     from dtensor_llama.weights import local_boxes, values_to_write
 
@@ -258,14 +298,14 @@ def init_weights(model: Llama, seed: int) -> None:
         n_rows = min(run, shape[0] - first)
         whole_run = target.shape == (n_rows, *shape[1:]) and target.is_contiguous()
         if whole_run and target.dtype == torch.float32 and target.device.type == "cpu":
-            # the same numbers, without a copy
+            # The same numbers, without a copy.
             target.normal_(0, model.config.initializer_range, generator=stream)
             return
         rows = torch.empty(n_rows, *shape[1:]).normal_(0, model.config.initializer_range, generator=stream)
         columns = [slice(o, o + s) for o, s in zip(offsets[1:], sizes[1:], strict=True)]
         target.copy_(rows[(slice(low - first, high - first), *columns)])
 
-    # normal_ runs on one core and lets go of the interpreter while it does
+    # normal_ runs on one core, and other threads of Python can run meanwhile.
     with ThreadPoolExecutor() as threads:
         for name, parameter in model.named_parameters():  # a tied matrix comes once, as the embedding
             run = max(1, INIT_BLOCK_ELEMENTS // max(1, parameter.shape[1:].numel()))  # rows per stream
@@ -273,8 +313,8 @@ def init_weights(model: Llama, seed: int) -> None:
                 jobs = []
                 for box in local_boxes(values):
                     offsets, sizes, local = box
-                    if parameter.dim() == 1:
-                        local.fill_(1.0)
+                    if (constant := initial_constant(name)) is not None:
+                        local.fill_(constant)
                         continue
                     for first in range(offsets[0] // run * run, offsets[0] + sizes[0], run):
                         jobs.append(threads.submit(fill, name, first, run, box))

@@ -1,10 +1,11 @@
-"""parallelize: spread a LLaMA over a mesh, from outside, pass by pass."""
+"""parallelize: split a LLaMA over a mesh, from outside, pass by pass."""
 
 from dataclasses import dataclass
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from dtensor_llama.attention import WholeRows
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.model import Llama
 from parallel.config import Job, ParallelConfig
@@ -47,33 +48,41 @@ def parallelize(
     config: ParallelConfig,
     computation: Computation = Computation(),
 ) -> list[Llama]:
-    """Change `model` (on `meta` or real) in place into this rank's share of it; returns its pipeline stages
-    in order.
+    """Change `model` (on `meta` or real) in place into this rank's share of it; return its pipeline stages in
+    order.
 
-    mesh: of build_mesh(config, ...), config resolved and checked. Without pp the one stage is `model` itself;
-        with pp the stages share their modules with `model`, which keeps all parameters of this rank under
-        their Hugging Face names, for the optimizer, checkpoints and export. Split parameters become DTensors;
-        on `meta` they stay there: `to_empty` each stage, then initial or loaded weights.
+    mesh: from build_mesh(config, ...), with config resolved and checked. Without pp the one stage is `model`
+        itself; with pp the stages share their modules with `model`, which keeps all parameters of this rank
+        under their Hugging Face names, for the optimizer, checkpoints and export. Split parameters become
+        DTensors; on `meta` they stay there: call `to_empty` on each stage, then set initial or loaded
+        weights.
+    computation: its attention kernel is not used by an attention object of your own, which brings its own.
+
+    `model.token_loss` and `model.attention`, as they are now, are used by every stage. An attention that
+    cannot work on split sequences is refused with cp: UsageError.
     """
+    if type(model.attention) is WholeRows:
+        model.attention = WholeRows(computation.attention)
+    if config.cp > 1:  # first: which tokens this rank has, and how it attends to those of other ranks
+        apply_context_parallel(model, mesh["cp"], config.cp_method)
     parts = [model]
-    if config.pp > 1:  # first: settles which layers exist on this rank
+    if config.pp > 1:  # then: which layers exist on this rank
         parts = split_stages(model, mesh["pp"], config.schedule, config.stages_per_rank)
-    # Every slice of a mesh is a new object, and a compiled block asks which one it has: parts share theirs.
-    cp_mesh, tp_mesh = mesh["cp"], mesh["tp"]
+    # Every slice of a mesh is a new object, and a compiled block is guarded on the one it has: parts share
+    # it.
+    tp_mesh = mesh["tp"]
     for part in parts:
         blocks = [block for block in part.model.layers if block is not None]
-        if config.cp > 1:  # then: which tokens, and how to attend to those of other ranks
-            apply_context_parallel(part, cp_mesh, config.cp_method, computation.attention)
-        else:
-            part.set_attention(computation.attention)
         if config.tp > 1:  # then: which slice of each weight; its sequence shards are cut from cp's
             apply_tensor_parallel(part, tp_mesh, config.sequence_parallel)
         # then: a recomputed block must replay the traffic of the passes above
         apply_recompute(blocks, computation.recompute)
         if computation.compile:
             apply_compile(blocks)  # then: one graph per block, recompute included
-        # last: shards whatever the passes above left
+        # last: shards what the passes above left
         apply_zero(part, blocks, mesh, config.zero_stage, computation.dtype)
+    for part in {model, *parts}:
+        part.is_parallel = True
     return parts
 
 
@@ -82,9 +91,9 @@ def apply_compile(blocks: list) -> None:
     hooks stay outside the graph.
 
     A run compiles two graphs, whatever its layout: one that trains, at the first step, and one for
-    validation, at the first validation. torch.compile asks whether gradients are wanted, since a graph
-    without backward keeps nothing for it. Under LoRA there is a third, at the first step: the input of the
-    first block has no gradient, as the embedding is frozen.
+    validation, at the first validation. torch.compile distinguishes whether gradients are wanted, since a
+    graph without backward keeps nothing for it. Under LoRA there is a third, at the first step: the input of
+    the first block has no gradient, as the embedding is frozen.
     """
     for block in blocks:
         block.forward = torch.compile(block.forward)

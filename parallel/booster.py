@@ -150,6 +150,8 @@ class Booster:
         with torch.device("meta"):
             boosted = Llama(shape).float()
         boosted.generation_config = _generation_config_of(model, shape)
+        if isinstance(model, Llama):
+            boosted.token_loss, boosted.attention = model.token_loss, model.attention
         whole = _matching_parameters(model, boosted)
         names = _names_in(optimizer, whole)
 
@@ -167,7 +169,7 @@ class Booster:
         self.training = assemble(boosted, layout, self.computation, own_parameters, offload, say)
         if criterion is not None:
             for stage in self.training.stages:
-                stage.cross_entropy = _summed(criterion, stage)
+                stage.loss_sum = _summed(criterion, stage)
         if next(iter(whole.values())).is_meta:
             init_weights(self.training.fp32_weights(), self.seed)
         else:
@@ -454,13 +456,13 @@ def _ranks_of_this_host() -> int:
 def _summed(criterion: Criterion, part: Llama):
     """Return the user's mean as a sum over scored tokens, to take the place of the model's own loss."""
 
-    def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def loss_sum(hidden: Tensor, labels: Tensor) -> Tensor:
         logits = part.lm_head(hidden).float()  # (B, T, V), whole also under tp
         n_targets = int((labels[:, 1:] != IGNORE).sum())
         # A mean over nothing is nan; nothing scored adds nothing, but every rank must go through backward.
         return criterion(logits, labels) * n_targets if n_targets else logits.sum() * 0
 
-    return cross_entropy
+    return loss_sum
 
 
 def _leave_group() -> None:

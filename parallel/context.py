@@ -1,32 +1,34 @@
-"""Context parallelism: the tokens of every row are split over the `cp` axis; only attention needs the other
-ranks.
+"""Context parallelism: the tokens of every sequence are split over the `cp` axis; only attention needs the
+other ranks.
 
-    share       the T/cp tokens of each row that one rank holds, in the order it holds them
+    share       the T/cp tokens of each sequence that one rank holds, in the order in which it holds them
     slice       a run of consecutive tokens; a share is one slice of cp (ulysses) or two slices of 2 cp (ring)
-    ulysses     trade tokens for heads before attention and back after it: (B, T/cp, H, E) -> (B, T, H/cp, E). Any kernel,
-                but cp must divide the heads. Source: Jacobs et al. 2023, arXiv:2309.14509
-    ring        queries stay; keys and values go round all ranks, one hop a round. Any cp. Source: Liu et al. 2023,
-                arXiv:2310.01889
-    log-sum-exp log of the sum of exp(score) over the keys seen, per query and head. With it the outputs over two sets of
-                keys merge into the output over both, exactly, and backward makes the weights of any block anew
-    zigzag      the order of a ring share: a slice from the head of the row and one from its tail, since under the causal
-                mask early queries have little to do and late ones much. Slices of a row at cp 4, and who holds them:
+    ulysses     trades tokens for heads before attention and back after it: (B, T/cp, H, E) becomes
+                (B, T, H/cp, E). Any kernel works, but cp must divide the heads. Source: Jacobs et al. 2023,
+                arXiv:2309.14509
+    ring        keeps queries where they are; keys and values go round all ranks, one hop a round. Any cp
+                works. Source: Liu et al. 2023, arXiv:2310.01889
+    log-sum-exp log of the sum of exp(score) over the keys seen, per query and head. With it the outputs over
+                two sets of keys merge into the output over both, exactly, and backward computes the weights
+                of any block again
+    zigzag      the order of a ring share: a slice from the head of the sequence and one from its tail, since
+                under the causal mask early queries have little to do and late ones much. At cp 4:
 
-                    slice   0 1 2 3 4 5 6 7     Rank 1 meets the keys of rank 0 (slices 0, 7): both its slices see 0,
-                    rank    0 1 2 3 3 2 1 0     none sees 7. It meets those of rank 2 (2, 5): its 6 sees both, its 1
-                                                neither. Always half of the square, nothing masked: equal work.
+                slice   0 1 2 3 4 5 6 7     Rank 1 meets the keys of rank 0 (slices 0, 7): both its slices see
+                rank    0 1 2 3 3 2 1 0     0, none sees 7. It meets those of rank 2 (2, 5): its 6 sees both,
+                                            its 1 neither. It is always half of the square, and nothing is
+                                            masked: equal work.
 
-A row 8 times longer on 8 ranks takes the memory it took on one (recipes/bench/context_memory.py). What a rank
-sends per
-layer in forward, n bytes a number, W = lcm(K, cp):
+A sequence 8 times longer on 8 ranks takes the memory it took on one (recipes/bench/context_memory.py). What a
+rank sends per layer in forward, with n bytes a number and W = lcm(K, cp):
     ulysses     all-to-all of q, k, v, out: n B T/cp E (2 H + 2 W) (cp - 1)/cp; as much in backward
-    ring        cp - 1 hops of k and v: n B T/cp E 2 K (cp - 1); in backward as much, and cp hops of their fp32 gradients
+    ring        cp - 1 hops of k and v: n B T/cp E 2 K (cp - 1); in backward as much, and cp hops of their
+                fp32 gradients
 All cp ranks have the same parameters: their gradients are summed over cp as over dp (FSDP over dp_shard x
 cp), and the loss is the sum over cp of the ranks' token sums.
 """
 
 from collections.abc import Callable
-from functools import partial
 from math import lcm
 from typing import NamedTuple
 
@@ -38,7 +40,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.attention import SDPBackend
 
-from dtensor_llama.attention import Documents, SdpaPlan, attention, expand_heads, pad_head_width, plan_sdpa
+from dtensor_llama.attention import (
+    AttentionMask,
+    SdpaPlan,
+    WholeRows,
+    expand_heads,
+    pad_head_width,
+    plan_sdpa,
+)
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.errors import UsageError
 from dtensor_llama.model import Llama
@@ -47,39 +56,38 @@ METHODS = ("ulysses", "ring")
 _aten = torch.ops.aten
 
 
-# ---- who has which tokens ----
+# ---- which rank has which tokens ----
 
 
 def n_slices(method: str, cp: int) -> int:
-    """How many slices a row is cut into."""
+    """Return how many slices a sequence is cut into."""
     return 2 * cp if method == "ring" else cp
 
 
 def slices_of(method: str, cp_rank: int, cp: int) -> list[int]:
-    """The slices that `cp_rank` holds, in its order."""
+    """Return the slices that `cp_rank` holds, in its order."""
     return [cp_rank, 2 * cp - 1 - cp_rank] if method == "ring" else [cp_rank]
 
 
 def _share(x: Tensor, method: str, cp_rank: int, cp: int) -> Tensor:
-    """Of x (B, T) what `cp_rank` holds, (B, T/cp)."""
+    """Return the part of x (B, T) that `cp_rank` holds, (B, T/cp)."""
     slices = n_slices(method, cp)
     if x.shape[1] % slices:
         raise UsageError(
-            f"--data.seq-len {x.shape[1]} is not a multiple of the {slices} slices that --parallel.cp {cp} "
-            f"with --parallel.cp-method {method} cuts a row into."
+            f"seq_len={x.shape[1]} is not a multiple of the {slices} slices into which cp={cp} with "
+            f"cp_method={method} cuts a sequence."
         )
     parts = x.chunk(slices, dim=1)
     return torch.cat([parts[i] for i in slices_of(method, cp_rank, cp)], dim=1)
 
 
 def shard_sequence(x: Tensor, cp_mesh: DeviceMesh, method: str) -> Tensor:
-    """This rank's share (B, T/cp) of tokens or labels x (B, T); tokens and labels alike, so they still
-    match."""
+    """Return this rank's share (B, T/cp) of x (B, T): tokens, labels or positions, which then still match."""
     return _share(x, method, cp_mesh.get_local_rank(), cp_mesh.size())
 
 
 def shard_batch(batch: Batch, cp_mesh: DeviceMesh, method: str) -> Batch:
-    """This cp rank's share of a batch; positions stay whole, they say where documents begin."""
+    """Return this cp rank's share of a batch. Positions stay whole: they tell where documents begin."""
     if cp_mesh.size() == 1:
         return batch
     tokens, labels = (shard_sequence(x, cp_mesh, method) for x in (batch.tokens, batch.labels))
@@ -87,70 +95,74 @@ def shard_batch(batch: Batch, cp_mesh: DeviceMesh, method: str) -> Batch:
 
 
 def embedded_here(per_token: Tensor, mesh: DeviceMesh, cp_method: str, sequence_shards: int) -> Tensor:
-    """(B, T) of whole rows -> those tokens whose embeddings this rank makes: its share over cp, then over
-    tp."""
+    """Return the part of `per_token` (B, T) for the tokens whose embeddings this rank computes: its share
+    over cp, and of that its share over tp."""
     if mesh["cp"].size() > 1:
         per_token = shard_sequence(per_token, mesh["cp"], cp_method)
     return per_token.chunk(sequence_shards, dim=1)[mesh["tp"].get_local_rank() if sequence_shards > 1 else 0]
 
 
-def apply_context_parallel(model: Llama, cp_mesh: DeviceMesh, method: str, kernel: str) -> None:
-    """From now on `model` takes this rank's share of the tokens and attends to whole rows.
+def apply_context_parallel(model: Llama, cp_mesh: DeviceMesh, method: str) -> None:
+    """From now on `model` takes this rank's share of the tokens and attends to whole sequences.
 
-    cp_mesh: the 1-D `cp` axis. method: ulysses or ring. kernel: one of attention.py's, of which
-        ring has neither flash nor varlen. Takes the place of `set_attention`, which would undo it. The model is
-        called with tokens and labels from `shard_sequence` and with `positions` whole, (B, T), or None if
-        each row is one document. Comes before apply_tensor_parallel: where that splits the input of a
-        pipeline stage once more, it wraps the `locate` set here.
+    cp_mesh: the 1-D `cp` axis. method: ulysses or ring. The kernel is that of `model.attention`; ring has
+    neither flash nor varlen. The model is then called with tokens and labels from `shard_sequence`, and with
+    `positions` whole, (B, T), or None if each sequence is one document.
+
+    An attention of the user's own is kept if it says that it splits sequences, and else refused: UsageError.
     """
-    if method == "ulysses":
-        attend = partial(ulysses_attend, cp_mesh=cp_mesh, kernel=kernel)
-    else:
-        attend = partial(ring_attend, group_name=cp_mesh.get_group().group_name, kernel=kernel)
-    for block in model.model.layers:
-        if block is not None:  # not on another pipeline stage
-            block.self_attn.attend = attend
-    model.model.attention_kernel = kernel
-    model.model.locate = partial(_locate, cp_mesh=cp_mesh, method=method, kernel=kernel)
-
-
-def _locate(
-    tokens: Tensor, positions: Tensor | None, cache, *, cp_mesh: DeviceMesh, method: str, kernel: str
-):
-    """Takes the place of LlamaModel.locate: the true positions of this rank's share, for RoPE, and what
-    attend needs to keep documents apart: Documents of whole rows (ulysses), or which document each token of
-    each rank is in (ring)."""
-    if cache is not None:
+    own = model.attention
+    if getattr(own, "splits_sequence", False):
+        return
+    if type(own) is not WholeRows:
+        name = type(own).__name__
         raise UsageError(
-            "--parallel.cp splits rows for training and has no key/value cache; generate with --parallel.cp 1."
+            f"model.attention is a {name}, which needs whole sequences, and with cp={cp_mesh.size()} no rank "
+            f'has them: use cp=1, or set model.attention = Ulysses(mesh["cp"], {name}(...)).'
         )
-    cp, device = cp_mesh.size(), tokens.device
-    if positions is None:
-        whole = torch.arange(tokens.shape[1] * cp, device=device)[None]  # (1, T)
-        return shard_sequence(whole, cp_mesh, method), None
-    local = shard_sequence(positions, cp_mesh, method).to(device, non_blocking=True)  # (B, T/cp)
-    if method == "ulysses":
-        return local, Documents.from_positions(positions, kernel, device)
-    document = (positions == 0).to(device, non_blocking=True).cumsum(-1)  # (B, T): which of the row
-    return local, torch.stack([_share(document, method, rank, cp) for rank in range(cp)])  # (cp, B, T/cp)
+    model.attention = Ulysses(cp_mesh, own) if method == "ulysses" else Ring(cp_mesh, own.kernel)
+
+
+def _refuse_cache(cache) -> None:
+    if cache is not None:
+        raise UsageError("cp splits sequences for training and has no key/value cache; generate with cp=1.")
 
 
 # ---- Ulysses ----
 
 
-def ulysses_attend(
-    q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, *, cp_mesh: DeviceMesh, kernel: str
-) -> Tensor:
-    """attention() over whole rows: q (B, T/cp, H, E), k and v (B, T/cp, K, E) -> (B, T/cp, H, E)."""
-    # 1 if cp divides K; else the fewest that every rank needs
-    copies = lcm(k.shape[2], cp_mesh.size()) // k.shape[2]
-    if copies > 1:
-        k, v = (x.repeat_interleave(copies, dim=2) for x in (k, v))  # (B, T/cp, W, E), W = lcm(K, cp)
-    tokens, heads = Shard(1), Shard(2)
-    # all-to-all: (B, T, H/cp or W/cp, E)
-    q, k, v = (_redistribute(x, cp_mesh, tokens, heads) for x in (q, k, v))
-    out = attention(q, k, v, kernel, documents)  # (B, T, H/cp, E)
-    return _redistribute(out, cp_mesh, heads, tokens)  # all-to-all: (B, T/cp, H, E)
+class Ulysses:
+    """Attention over whole sequences with this rank's share of the heads; between blocks it has its share of
+    the tokens.
+
+    whole: the attention that computes with whole sequences, a WholeRows or a subclass of it.
+    """
+
+    splits_sequence = True
+
+    def __init__(self, cp_mesh: DeviceMesh, whole: WholeRows):
+        self.cp_mesh = cp_mesh
+        self.whole = whole
+
+    def prepare(
+        self, n_tokens: int, positions: Tensor | None, cache, device: torch.device
+    ) -> tuple[Tensor, AttentionMask | None]:
+        """Return the position ids of this rank's share (B or 1, T/cp), and the mask of whole sequences."""
+        _refuse_cache(cache)
+        positions, mask = self.whole.prepare(n_tokens * self.cp_mesh.size(), positions, None, device)
+        return shard_sequence(positions, self.cp_mesh, "ulysses"), mask
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
+        """q (B, T/cp, H, E), k and v (B, T/cp, K, E) -> (B, T/cp, H, E)."""
+        # 1 if cp divides K; else the fewest that every rank needs
+        copies = lcm(k.shape[2], self.cp_mesh.size()) // k.shape[2]
+        if copies > 1:
+            k, v = (x.repeat_interleave(copies, dim=2) for x in (k, v))  # (B, T/cp, W, E), W = lcm(K, cp)
+        tokens, heads = Shard(1), Shard(2)
+        # all-to-all: (B, T, H/cp or W/cp, E)
+        q, k, v = (_redistribute(x, self.cp_mesh, tokens, heads) for x in (q, k, v))
+        out = self.whole(q, k, v, mask)  # (B, T, H/cp, E)
+        return _redistribute(out, self.cp_mesh, heads, tokens)  # all-to-all: (B, T/cp, H, E)
 
 
 def _redistribute(x: Tensor, mesh: DeviceMesh, source: Shard, target: Shard) -> Tensor:
@@ -158,6 +170,37 @@ def _redistribute(x: Tensor, mesh: DeviceMesh, source: Shard, target: Shard) -> 
 
 
 # ---- ring ----
+
+
+class Ring:
+    """Attention of this rank's queries to the keys of all ranks, which go round."""
+
+    splits_sequence = True
+
+    def __init__(self, cp_mesh: DeviceMesh, kernel: str = "sdpa"):
+        self.cp_mesh = cp_mesh
+        self.kernel = kernel  # sdpa or math
+        self.group_name = cp_mesh.get_group().group_name
+
+    def prepare(
+        self, n_tokens: int, positions: Tensor | None, cache, device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the position ids of this rank's share (B or 1, T/cp), and the document of each token of each
+        rank's share (cp, B, T/cp), or None if each sequence is one document."""
+        _refuse_cache(cache)
+        cp = self.cp_mesh.size()
+        if positions is None:
+            whole = torch.arange(n_tokens * cp, device=device)[None]  # (1, T)
+            return shard_sequence(whole, self.cp_mesh, "ring"), None
+        own = shard_sequence(positions, self.cp_mesh, "ring").to(device, non_blocking=True)
+        starts = (positions == 0).to(device, non_blocking=True)
+        document = starts.cumsum(-1)  # (B, T): the index of each token's document in its sequence
+        return own, torch.stack([_share(document, "ring", rank, cp) for rank in range(cp)])
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """q (B, T/cp, H, E), k and v (B, T/cp, K, E), mask (cp, B, T/cp) -> (B, T/cp, H, E)."""
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        return ring_attention(q, k, v, mask, self.group_name, self.kernel)[0]
 
 
 class Round(NamedTuple):
@@ -168,8 +211,8 @@ class Round(NamedTuple):
 
 
 def ring_rounds(cp_rank: int, cp: int, n_tokens: int) -> list[Round]:
-    """In which order the shares, of `n_tokens` each, come by `cp_rank`, and which of its queries meet which
-    of their keys; what the causal mask hides whole is left out."""
+    """Return the order in which the shares, of `n_tokens` each, come to `cp_rank`, and which of its queries
+    meet which of their keys. What the causal mask hides whole is left out."""
     everything, head, tail = slice(0, n_tokens), slice(0, n_tokens // 2), slice(n_tokens // 2, n_tokens)
     rounds = [Round(cp_rank, everything, everything, causal=True)]  # a zigzag share is in ascending order
     for hop in range(1, cp):
@@ -182,17 +225,9 @@ def ring_rounds(cp_rank: int, cp: int, n_tokens: int) -> list[Round]:
     return rounds
 
 
-def ring_attend(
-    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, *, group_name: str, kernel: str
-) -> Tensor:
-    """As attention(): q (B, T/cp, H, E), k and v (B, T/cp, K, E), documents (cp, B, T/cp) -> (B, T/cp, H,
-    E)."""
-    return ring_attention(q.contiguous(), k.contiguous(), v.contiguous(), documents, group_name, kernel)[0]
-
-
-# A custom op, not an autograd.Function: selective recompute can keep its result as it keeps a kernel's,
-# without a second journey of the keys, and torch.compile takes it whole. Its forward and backward are the two
-# functions below.
+# It is a custom op and not an autograd.Function, so that selective recompute can keep its result as it keeps
+# a kernel's, without sending the keys round again, and torch.compile takes it whole. Its forward and backward
+# are the two functions below.
 @torch.library.custom_op(
     "dtensor_llama::ring_attention",
     mutates_args=(),
@@ -201,7 +236,7 @@ def ring_attend(
     ),
 )
 def ring_attention(q, k, v, documents, group_name, kernel):
-    """Returns out (B, T/cp, H, E) and the log-sum-exp (B, H, T/cp) fp32 over all keys of the row."""
+    """Return out (B, T/cp, H, E) and the log-sum-exp (B, H, T/cp) fp32 over all keys of the sequence."""
     group = _group(group_name)
     kv = [k, v]
     rounds = ring_rounds(group.rank(), group.size(), q.shape[1])
@@ -227,11 +262,11 @@ def ring_attention(q, k, v, documents, group_name, kernel):
     ),
 )
 def ring_attention_backward(grad_out, q, k, v, out, lse, documents, group_name, kernel):
-    """The gradients of q, k and v. A share's keys go round again; their gradient follows one round behind,
-    gathering what each rank adds, and the last hop brings it home."""
+    """Return the gradients of q, k and v. The keys of each share go round again; their gradient follows one
+    round behind, each rank adds its part, and the last hop brings it home."""
     group = _group(group_name)
     kv, grad_q = [k, v], torch.zeros_like(q, dtype=torch.float32)
-    # fp32, as cp ranks add to it in turn: twice the bytes of bf16 and none of its rounding
+    # In fp32, as the cp ranks add to it in turn: twice the bytes of bf16, and none of its rounding.
     next_grad_kv = lambda: [torch.zeros_like(x, dtype=torch.float32) for x in (k, v)]
     rounds = ring_rounds(group.rank(), group.size(), q.shape[1])
     for hop, (source, queries, keys, causal) in enumerate(rounds):
@@ -281,27 +316,23 @@ ring_attention_backward.register_fake(
 
 
 def _group(name: str) -> dist.ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(name)  # private; an op's arguments are plain values
+    return dist.distributed_c10d._resolve_process_group(name)  # private; a custom op takes plain values only
 
 
 def _send_round(xs: list[Tensor], group: dist.ProcessGroup, tag: int = 0) -> Callable[[], list[Tensor]]:
-    """Start sending xs to the next cp rank and receiving their like from the one before. Returns what waits
-    for them."""
+    """Start to send xs to the next cp rank and to receive tensors like them from the one before. Return a
+    function that waits for these."""
     rank, size = group.rank(), group.size()
-    received = [torch.empty_like(x) for x in xs] if size > 1 else xs
-    works = (
-        []
-        if size == 1
-        else dist.batch_isend_irecv(
-            [dist.P2POp(dist.isend, x, group=group, group_peer=(rank + 1) % size, tag=tag) for x in xs]
-            + [
-                dist.P2POp(dist.irecv, x, group=group, group_peer=(rank - 1) % size, tag=tag)
-                for x in received
-            ]
-        )
-    )
+    if size == 1:
+        return lambda: xs
+    received = [torch.empty_like(x) for x in xs]
+    sends = [dist.P2POp(dist.isend, x, group=group, group_peer=(rank + 1) % size, tag=tag) for x in xs]
+    receives = [
+        dist.P2POp(dist.irecv, x, group=group, group_peer=(rank - 1) % size, tag=tag) for x in received
+    ]
+    works = dist.batch_isend_irecv(sends + receives)
 
-    def arrived(_leaving=xs):  # xs must live until they have left
+    def arrived(_leaving=xs):  # xs must live until they are sent
         for work in works:
             work.wait()
         return received
@@ -310,8 +341,8 @@ def _send_round(xs: list[Tensor], group: dist.ProcessGroup, tag: int = 0) -> Cal
 
 
 def _merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
-    """Take a block's out (B, t, H, E) and lse (B, H, t) into those of the blocks before; -inf: the query saw
-    no key."""
+    """Merge a block's out (B, t, H, E) and lse (B, H, t) into those of the blocks before, in place. An lse of
+    -inf means that the query saw no key."""
     total = torch.logaddexp(lse, block_lse)
     # (B, t, H, 1)
     weight, block_weight = ((x - total).exp().transpose(1, 2)[..., None] for x in (lse, block_lse))
@@ -322,7 +353,8 @@ def _merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> No
 def _mask(
     documents: Tensor | None, cp_rank: int, source: int, queries: slice, keys: slice, causal: bool
 ) -> Tensor | None:
-    """(B, 1, t, s) bool, True where a query may see a key; None where `causal` says all there is to say."""
+    """Return a mask (B, 1, t, s) bool, True where a query may see a key; None where `causal` alone
+    decides."""
     if documents is None:
         return None
     mask = documents[cp_rank][:, None, queries, None] == documents[source][:, None, None, keys]
@@ -333,8 +365,8 @@ def _mask(
 
 
 def block_forward(q, k, v, causal: bool, mask: Tensor | None, kernel: str) -> tuple[Tensor, Tensor]:
-    """out (B, t, H, E) and lse (B, H, t) of attention to these keys alone; 0 and -inf for a query that may
-    see none."""
+    """Return out (B, t, H, E) and lse (B, H, t) of attention to these keys alone; 0 and -inf for a query that
+    may see none of them."""
     forward = _math_forward if kernel == "math" else _cuda_forward if q.is_cuda else _cpu_forward
     if mask is None:
         return forward(q, k, v, causal, None)
@@ -344,15 +376,15 @@ def block_forward(q, k, v, causal: bool, mask: Tensor | None, kernel: str) -> tu
 
 
 def block_backward(grad_out, q, k, v, out, lse, causal: bool, mask: Tensor | None, kernel: str):
-    """This block's part of the gradients of q, k, v. out and lse are those over all keys of the row, so that
-    exp(score - lse) are the true weights, 0 where masked."""
+    """Return this block's part of the gradients of q, k, v. out and lse are those over all keys of the
+    sequence, so that exp(score - lse) are the true weights, 0 where masked."""
     backward = _math_backward if kernel == "math" else _cuda_backward if q.is_cuda else _cpu_backward
     return backward(grad_out, q, k, v, out, lse, causal and mask is None, mask)
 
 
 def _bias(mask: Tensor | None, dtype: torch.dtype, n_heads: int = 1) -> Tensor | None:
-    """0 where mask (B, 1, t, s) is True, -inf elsewhere. Rows begin on multiples of 16 numbers, as CUDA
-    kernels ask."""
+    """Return 0 where mask (B, 1, t, s) is True and -inf elsewhere. Its rows begin on multiples of 16 numbers,
+    as CUDA kernels need."""
     if mask is None:
         return None
     bias = F.pad(
@@ -380,8 +412,8 @@ def _cpu_backward(grad_out, q, k, v, out, lse, causal, mask):
 
 
 def _plan(q: Tensor, k: Tensor, mask: Tensor | None) -> SdpaPlan:
-    """As for whole rows: FlashAttention where it can, else the memory-efficient kernel. cuDNN merges no
-    blocks."""
+    """Plan as for whole sequences: FlashAttention where it can run, else the memory-efficient kernel. cuDNN's
+    results cannot be merged."""
     return plan_sdpa(q.dtype, grouped=q.shape[2] != k.shape[2], masked=mask is not None, over_cache=False)
 
 
@@ -445,7 +477,8 @@ def _cuda_backward(grad_out, q, k, v, out, lse, causal, mask):
 
 
 def _cuda_layout(*xs: Tensor) -> list[Tensor]:
-    """(B, t, heads, E) -> (B, heads, t, E'), E' the next multiple of 8."""
+    """Lay tensors out as CUDA kernels take them: (B, t, heads, E) -> (B, heads, t, E'), E' a multiple of
+    8."""
     return [pad_head_width(x).transpose(1, 2) for x in xs]
 
 

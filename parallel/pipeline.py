@@ -111,17 +111,17 @@ def stage_indices(schedule: str, pp: int, virtual_stages: int) -> list[list[int]
 
 
 def split_stages(model: Llama, pp_mesh: DeviceMesh, schedule: str, virtual_stages: int) -> list[Llama]:
-    """This rank's parts, in the order of their stages; afterwards `model` is what this rank holds, under the
-    same names.
+    """Return this rank's model parts, in the order of their stages. Afterwards `model` has what this rank
+    holds, under the same names.
 
-    First of all passes. Parts share their modules with `model`, so tp, recompute, compile and fully_shard are
-    applied to each part; `to_empty` too; while the optimizer, the gradient norm, initial weights, checkpoints
-    and export take `model`, as without pp: it has every parameter of the parts, once, by its Hugging Face
-    name.
+    Parts share their modules with `model`, so tp, recompute, compile, fully_shard and `to_empty` are applied
+    to each part. The optimizer, the gradient norm, initial weights, checkpoints and export take `model`, as
+    without pp: it has every parameter of the parts, once, by its Hugging Face name. Each part has the token
+    loss and the attention of `model`.
 
     A tied matrix belongs to the first stage. The last stage works with a copy that is in its part but not in
-    `model`: nothing counts, saves or steps it, and Pipeline renews it before each forward and adds its
-    gradient to the owner's.
+    `model`: nothing counts, saves or steps it. Pipeline renews it before each forward and adds its gradient
+    to the owner's.
     """
     pp, pp_rank, config = pp_mesh.size(), pp_mesh.get_local_rank(), model.config
     n_stages = pp * virtual_stages
@@ -131,6 +131,7 @@ def split_stages(model: Llama, pp_mesh: DeviceMesh, schedule: str, virtual_stage
     for stage in own:
         with torch.device("meta"):
             part = type(model)(config)
+        part.token_loss, part.attention = model.token_loss, model.attention
         part.model.embed_tokens = model.model.embed_tokens if stage == 0 else None
         for layer in range(config.num_hidden_layers):
             part.model.layers[layer] = model.model.layers[layer] if layer in layers[stage] else None

@@ -1,22 +1,24 @@
-"""Tensor and sequence parallelism: every matrix is split over the tp axis; the tables say where and at what
+"""Tensor and sequence parallelism: every matrix is split over the tp axis. The tables say where, and at what
 cost.
 
-    column-wise   rows of W (outputs) are split: whole x in, this rank's share of y out, no traffic          q k v gate up
-    row-wise      columns of W (inputs) are split: a share of x in, out comes an addend of y, to be summed   o down
-    vocabulary    rows of the embedding and of the head are split: a token's row lies on one rank; the loss needs three sums
-    sequence      what lies between (norms, residual stream) would be the same work on every rank; split it by tokens
+    column-wise   the rows of W (its outputs) are split: x is whole, each rank computes its share of y, and
+                  nothing travels: q k v gate up
+    row-wise      the columns of W (its inputs) are split: a rank has its share of x and computes a partial
+                  sum of y, to be added up over tp: o down
+    vocabulary    the rows of the embedding and of the head are split: the row of a token is on one rank, and
+                  the loss adds up its parts over tp
+    sequence      between these (norms, residual stream) every rank would do the same work: split the tokens
 
 A column-wise layer followed by a row-wise one needs one sum for the two (Shoeybi et al. 2019,
-arXiv:1909.08053). Splitting the stream by tokens cuts that sum (all-reduce) into a reduce-scatter after and
-an all-gather before, of the same bytes together, and keeps 1/tp of the activations between the layers
-(Korthikanti et al. 2022, arXiv:2205.05198, sec. 4.2.2).
+arXiv:1909.08053). With the stream split by tokens this sum (all-reduce) becomes a reduce-scatter after the
+layers and an all-gather before them, of the same bytes together, and a rank keeps 1/tp of the activations
+between the layers (Korthikanti et al. 2022, arXiv:2205.05198, sec. 4.2.2).
 
-B rows, T tokens, D width, H query and K key/value heads of width E, F feed-forward width, V vocabulary.
-sum:tp: an addend.
+B sequences, T tokens, D width, H query and K key/value heads of width E, F feed-forward width, V vocabulary.
+Partial: a partial sum over tp.
 """
 
 from fnmatch import fnmatch
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -33,15 +35,15 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from dtensor_llama import loss
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.errors import UsageError
+from dtensor_llama.loss import Vocabulary, take_columns
 from dtensor_llama.model import Llama
 
 
 class Local(ParallelStyle):
-    """Where no stock style fits: spread the weight as `placement`, and compute on local tensors as the class
-    `kind` does.
+    """Shards the weight as `placement` and computes on local tensors, as the class `kind` does: used where no
+    style of torch fits.
 
     kind: a subclass of the module's class with a forward of its own, and no new state but `tp_mesh` and
         `settings`.
@@ -53,11 +55,18 @@ class Local(ParallelStyle):
         self.settings = settings
 
     def _apply(self, module: nn.Module, tp_mesh: DeviceMesh) -> nn.Module:
-        weight = distribute_tensor(module.weight, tp_mesh, [self.placement], src_data_rank=self.src_data_rank)
-        module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
+        if getattr(module, "bias", None) is not None and not hasattr(self.kind, "HAS_BIAS"):
+            raise UsageError(
+                f"tp={tp_mesh.size()} has no way yet to split the bias of a {self.kind.__name__}."
+            )
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            sharded = distribute_tensor(
+                parameter, tp_mesh, [self.placement], src_data_rank=self.src_data_rank
+            )
+            module.register_parameter(name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
         # The module changes its class, because torch.compile takes a method of a class to be the same in
-        # every block. A function stored on the module would be an object of each block's own, and every block
-        # would be compiled again.
+        # every block. A function that is stored on the module would be an object of each block's own, and
+        # every block would be compiled again.
         assert self.kind.__base__ is type(module), (
             f"{self.kind.__name__} cannot take the place of {type(module)}"
         )
@@ -69,33 +78,34 @@ class Local(ParallelStyle):
 
 
 def summed_over_tp(weight: DTensor) -> Tensor:
-    """The whole of a weight that each rank uses for its own share of the work: gradients are summed over tp,
-    in fp32."""
+    """Return the whole of a weight that each rank uses for its own share of the work. Its gradients are
+    summed over tp, in fp32."""
     return weight.redistribute(placements=[Replicate()], backward_dtype=torch.float32).to_local(
         grad_placements=[Partial()]
     )
 
 
 class NormOfOwnTokens(nn.RMSNorm):
-    """(B, T/tp, D) -> (B, T/tp, D). Why not SequenceParallel: it leaves the sum of the gradients to be done
-    in bf16."""
+    """Maps (B, T/tp, D) to (B, T/tp, D). torch's SequenceParallel would sum the weight's gradients in
+    bf16."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, summed_over_tp(self.weight), self.eps)
 
 
 class NormOfAllTokens(nn.RMSNorm):
-    """(B, T, D) -> (B, T, D): the same work on every rank, hence the same gradient, with nothing to sum."""
+    """Maps (B, T, D) to (B, T, D): the same work on every rank, hence the same gradient, with nothing to
+    sum."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to_local(), self.eps)
 
 
 class EmbeddingOfOwnRows(nn.Embedding):
-    """Tokens (B, T) -> (B, T, D) as `output`: a rank looks up the tokens whose row it has, and adds zeros for
-    the rest.
+    """Maps tokens (B, T) to (B, T, D) with the placement `output`. A rank looks up the tokens whose rows it
+    has, and has zeros for the others.
 
-    Why not RowwiseParallel: its gradient is (V, D) on each rank; this one is (V/tp, D).
+    With torch's RowwiseParallel the gradient would be (V, D) on each rank; here it is (V/tp, D).
     """
 
     output: Placement
@@ -104,49 +114,51 @@ class EmbeddingOfOwnRows(nn.Embedding):
         tp = self.tp_mesh.size()
         if self.output.is_shard() and tokens.shape[1] % tp:
             raise UsageError(
-                f"--parallel.tp {tp} with sequence parallelism splits the tokens of a row, and a row has "
-                f"{tokens.shape[1]}; use a multiple of {tp}, or --parallel.no-sequence-parallel."
+                f"tp={tp} with sequence parallelism splits the tokens of a sequence, and a sequence has "
+                f"{tokens.shape[1]}; use a multiple of {tp}, or sequence_parallel=False."
             )
         weight = self.weight.to_local()  # (V/tp, D)
-        row = tokens - first_row(self.weight, self.tp_mesh)
+        row = tokens - rows_per_rank(self.weight.shape[0], tp) * self.tp_mesh.get_local_rank()
         here = (row >= 0) & (row < weight.shape[0])  # (B, T)
         x = F.embedding(row.clamp(0, weight.shape[0] - 1), weight)
-        x = x * here[..., None]  # (B, T, D) sum:tp
+        x = x * here[..., None]  # (B, T, D) Partial
         x = DTensor.from_local(x, self.tp_mesh, [Partial()], run_check=False)
         return x.redistribute(placements=[self.output]).to_local()
 
 
 class ProjectionToOneHead(nn.Linear):
-    """x (B, T, D) -> (B, T, E): the one key or value head that this rank's query heads read; tp/K ranks share
-    each head.
+    """Maps x (B, T, D) to (B, T, E), the one key or value head that this rank's query heads read; tp/K ranks
+    share each head.
 
-    The weight (K E, D) is whole on every rank; the addends of its gradient are zero but for E rows.
+    The weight (K E, D) is whole on every rank; a rank's part of its gradient is zero but for E rows.
     """
 
+    HAS_BIAS = True
     n_heads: int  # K
 
     def forward(self, x: DTensor | Tensor) -> Tensor:
         head_dim = self.weight.shape[0] // self.n_heads
         head = self.tp_mesh.get_local_rank() * self.n_heads // self.tp_mesh.size()
-        weight = summed_over_tp(self.weight)  # (K E, D)
+        rows = slice(head * head_dim, (head + 1) * head_dim)
         if isinstance(x, DTensor):
             x = x.to_local(grad_placements=[Partial()])
-        return F.linear(x, weight[head * head_dim : (head + 1) * head_dim])
+        bias = None if self.bias is None else summed_over_tp(self.bias)[rows]
+        return F.linear(x, summed_over_tp(self.weight)[rows], bias)
 
 
 # LoRA's thin matrices, y = B A x beside W x: A (r, inputs), B (outputs, r). They are split as W is, so that
-# what they add to y lies as y does, with no traffic in forward. What is whole is used by each rank for its
-# share of y, or of the sum y is.
+# what they add to y has the placement of y, with no traffic in forward. A matrix that is whole is used by
+# each rank for its share of y, or for its partial sum.
 
 
-class ProjectionOfAddend(nn.Linear):
-    """x W^T of the local parts."""
+class LocalProjection(nn.Linear):
+    """Computes x W^T of this rank's parts of x and W."""
 
-    # how the result lies over tp, which makes it a DTensor as W x is; None: it is local
+    # the placement of the result, which makes it a DTensor as W x is one; None: it stays local
     output: Placement | None
 
     def forward(self, x: DTensor | Tensor) -> DTensor | Tensor:
-        if isinstance(x, DTensor):  # whole, its gradients here are addends; split, they are complete
+        if isinstance(x, DTensor):  # of a whole x each rank has a partial sum of the gradient
             x = x.to_local(grad_placements=[Partial() if p.is_replicate() else p for p in x.placements])
         is_whole = self.weight.placements[0].is_replicate()
         y = F.linear(x, summed_over_tp(self.weight) if is_whole else self.weight.to_local())
@@ -155,38 +167,40 @@ class ProjectionOfAddend(nn.Linear):
         )
 
 
-def first_row(weight: DTensor, tp_mesh: DeviceMesh) -> int:
-    """The first row of this rank's Shard(0)."""
-    return rows_per_rank(weight, tp_mesh) * tp_mesh.get_local_rank()
-
-
-def rows_per_rank(weight: DTensor, tp_mesh: DeviceMesh) -> int:
-    """Rows of a Shard(0) on every rank but the last, which has what remains."""
-    return -(-weight.shape[0] // tp_mesh.size())
+def rows_per_rank(n_rows: int, tp: int) -> int:
+    """Return how many rows of a Shard(0) each rank has, but the last, which has what remains."""
+    return -(-n_rows // tp)
 
 
 # ---- the plans ----
 
 
 class Row(NamedTuple):
+    """Says what tensor parallelism does to one module."""
+
     style: ParallelStyle | None
-    weight: str  # how its weight lies over tp: S(0) split by rows, S(1) by columns, R whole on every rank
-    shapes: str  # what goes in and what comes out, as this rank holds it
-    forward: str  # collective over tp in forward
-    backward: str  # and in backward
+    weight: str  # placement of its weight over tp: S(0) split by rows, S(1) by columns, R whole on every rank
+    shapes: str  # shape that goes in -> shape that comes out, as this rank has them
+    forward: dict[str, int]  # collectives over tp in forward, and how many of each
+    backward: dict[str, int]  # the same in backward
 
 
-# Attention and feed-forward get x as a DTensor, so that the gradients from q, k and v (gate and up) are
-# summed in one go.
-GATHER = PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate())
-GATHER_X = PrepareModuleInput(
-    input_layouts=(Shard(1), None, None, None),  # x, rope, documents, cache
-    desired_input_layouts=(Replicate(), None, None, None),
-)
-ENTER = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Replicate())
-ENTER_X = PrepareModuleInput(
-    input_layouts=(Replicate(), None, None, None), desired_input_layouts=(Replicate(), None, None, None)
-)
+TensorPlan = dict[str, Row]  # by module name; `*` stands for every layer
+
+
+def whole_input(layout: Placement, n_others: int = 0) -> PrepareModuleInput:
+    """Return the style of a module whose first argument comes with this placement and is needed whole.
+
+    Attention and feed-forward get x as a DTensor, so that the gradients from q, k and v (gate and up) are
+    added up before they travel.
+    """
+    others = (None,) * n_others
+    return PrepareModuleInput(input_layouts=(layout, *others), desired_input_layouts=(Replicate(), *others))
+
+
+GATHER, ENTER = whole_input(Shard(1)), whole_input(Replicate())
+# x comes with rope, attention, mask and cache.
+GATHER_X, ENTER_X = whole_input(Shard(1), n_others=4), whole_input(Replicate(), n_others=4)
 COLUMNS, ROWS, ROWS_SCATTER = ColwiseParallel(), RowwiseParallel(), RowwiseParallel(output_layouts=Shard(1))
 NORM, NORM_SHARE = Local(Replicate(), NormOfAllTokens), Local(Replicate(), NormOfOwnTokens)
 EMBED, EMBED_SCATTER = (
@@ -196,106 +210,118 @@ HEAD, HEAD_GATHER = (
     ColwiseParallel(input_layouts=layout, output_layouts=Replicate()) for layout in (Replicate(), Shard(1))
 )
 
+# The traffic of a row: {collective: how many of them}.
+AG, RS, AR = {"all-gather": 1}, {"reduce-scatter": 1}, {"all-reduce": 1}
+AG2, AR3 = {"all-gather": 2}, {"all-reduce": 3}
+
 # fmt: off
-# The all-reduces of norms and shared heads are of weight gradients in fp32: (D) and (K E, D), however many tokens.
-SEQUENCE_BLOCK = {              # a block maps (B, T/tp, D) to (B, T/tp, D)           forward           backward
-    "input_layernorm":          (NORM_SHARE,    "R",    "(B, T/tp, D), as it was",        "", "all-reduce"),
-    "self_attn":                (GATHER_X,      "",     "(B, T/tp, D) -> (B, T, D)",      "all-gather", "reduce-scatter"),
-    "self_attn.q_proj":         (COLUMNS,       "S(0)", "(B, T, D) -> (B, T, H/tp E)",    "", ""),
-    "self_attn.k_proj":         (COLUMNS,       "S(0)", "(B, T, D) -> (B, T, K/tp E)",    "", ""),
-    "self_attn.v_proj":         (COLUMNS,       "S(0)", "(B, T, D) -> (B, T, K/tp E)",    "", ""),
-    "self_attn.o_proj":         (ROWS_SCATTER,  "S(1)", "(B, T, H/tp E) -> (B, T/tp, D)", "reduce-scatter", "all-gather"),
-    "post_attention_layernorm": (NORM_SHARE,    "R",    "(B, T/tp, D), as it was",        "", "all-reduce"),
-    "mlp":                      (GATHER,        "",     "(B, T/tp, D) -> (B, T, D)",      "all-gather", "reduce-scatter"),
-    "mlp.gate_proj":            (COLUMNS,       "S(0)", "(B, T, D) -> (B, T, F/tp)",      "", ""),
-    "mlp.up_proj":              (COLUMNS,       "S(0)", "(B, T, D) -> (B, T, F/tp)",      "", ""),
-    "mlp.down_proj":            (ROWS_SCATTER,  "S(1)", "(B, T, F/tp) -> (B, T/tp, D)",   "reduce-scatter", "all-gather"),
+# The all-reduces of norms and shared heads are of weight gradients in fp32: (D) and (K E, D), for any T.
+SEQUENCE_BLOCK = {              # a block maps (B, T/tp, D) to (B, T/tp, D)                 forward, backward
+    "input_layernorm":          Row(NORM_SHARE,    "R",    "(B, T/tp, D), as it was",        {}, AR),
+    "self_attn":                Row(GATHER_X,      "",     "(B, T/tp, D) -> (B, T, D)",      AG, RS),
+    "self_attn.q_proj":         Row(COLUMNS,       "S(0)", "(B, T, D) -> (B, T, H/tp E)",    {}, {}),
+    "self_attn.k_proj":         Row(COLUMNS,       "S(0)", "(B, T, D) -> (B, T, K/tp E)",    {}, {}),
+    "self_attn.v_proj":         Row(COLUMNS,       "S(0)", "(B, T, D) -> (B, T, K/tp E)",    {}, {}),
+    "self_attn.o_proj":         Row(ROWS_SCATTER,  "S(1)", "(B, T, H/tp E) -> (B, T/tp, D)", RS, AG),
+    "post_attention_layernorm": Row(NORM_SHARE,    "R",    "(B, T/tp, D), as it was",        {}, AR),
+    "mlp":                      Row(GATHER,        "",     "(B, T/tp, D) -> (B, T, D)",      AG, RS),
+    "mlp.gate_proj":            Row(COLUMNS,       "S(0)", "(B, T, D) -> (B, T, F/tp)",      {}, {}),
+    "mlp.up_proj":              Row(COLUMNS,       "S(0)", "(B, T, D) -> (B, T, F/tp)",      {}, {}),
+    "mlp.down_proj":            Row(ROWS_SCATTER,  "S(1)", "(B, T, F/tp) -> (B, T/tp, D)",   RS, AG),
 }
 SEQUENCE_ENDS = {
-    "model.embed_tokens":       (EMBED_SCATTER, "S(0)", "(B, T) -> (B, T/tp, D)",         "reduce-scatter", "all-gather"),
-    "model.norm":               (NORM_SHARE,    "R",    "(B, T/tp, D), as it was",        "", "all-reduce"),
-    "lm_head":                  (HEAD_GATHER,   "S(0)", "(B, T/tp, D) -> (B, T, V)",      "2 all-gather", "reduce-scatter"),
-    "cross_entropy":            (None,          "",     "(B, T/tp, D) -> scalar",         "all-gather, 2 all-reduce",
-                                                                                          "reduce-scatter"),
+    "model.embed_tokens":       Row(EMBED_SCATTER, "S(0)", "(B, T) -> (B, T/tp, D)",         RS, AG),
+    "model.norm":               Row(NORM_SHARE,    "R",    "(B, T/tp, D), as it was",        {}, AR),
+    "lm_head":                  Row(HEAD_GATHER,   "S(0)", "(B, T/tp, D) -> (B, T, V)",      AG2, RS),
+    "cross_entropy":            Row(None,          "",     "(B, T/tp, D) -> scalar",         AG | AR3, RS),
 }
-WHOLE_BLOCK = {                 # without sequence parallelism (B, T, D) to (B, T, D): every rank has every token
-    "input_layernorm":          (NORM,          "R",    "(B, T, D), as it was",           "", ""),
-    "self_attn":                (ENTER_X,       "",     "(B, T, D), as it was",           "", "all-reduce"),
-    "self_attn.q_proj":         (COLUMNS,       "S(0)", "(B, T, D) -> (B, T, H/tp E)",    "", ""),
-    "self_attn.k_proj":         (COLUMNS,       "S(0)", "(B, T, D) -> (B, T, K/tp E)",    "", ""),
-    "self_attn.v_proj":         (COLUMNS,       "S(0)", "(B, T, D) -> (B, T, K/tp E)",    "", ""),
-    "self_attn.o_proj":         (ROWS,          "S(1)", "(B, T, H/tp E) -> (B, T, D)",    "all-reduce", ""),
-    "post_attention_layernorm": (NORM,          "R",    "(B, T, D), as it was",           "", ""),
-    "mlp":                      (ENTER,         "",     "(B, T, D), as it was",           "", "all-reduce"),
-    "mlp.gate_proj":            (COLUMNS,       "S(0)", "(B, T, D) -> (B, T, F/tp)",      "", ""),
-    "mlp.up_proj":              (COLUMNS,       "S(0)", "(B, T, D) -> (B, T, F/tp)",      "", ""),
-    "mlp.down_proj":            (ROWS,          "S(1)", "(B, T, F/tp) -> (B, T, D)",      "all-reduce", ""),
+WHOLE_BLOCK = {                 # without sequence parallelism a block maps (B, T, D) to (B, T, D)
+    "input_layernorm":          Row(NORM,          "R",    "(B, T, D), as it was",           {}, {}),
+    "self_attn":                Row(ENTER_X,       "",     "(B, T, D), as it was",           {}, AR),
+    "self_attn.q_proj":         Row(COLUMNS,       "S(0)", "(B, T, D) -> (B, T, H/tp E)",    {}, {}),
+    "self_attn.k_proj":         Row(COLUMNS,       "S(0)", "(B, T, D) -> (B, T, K/tp E)",    {}, {}),
+    "self_attn.v_proj":         Row(COLUMNS,       "S(0)", "(B, T, D) -> (B, T, K/tp E)",    {}, {}),
+    "self_attn.o_proj":         Row(ROWS,          "S(1)", "(B, T, H/tp E) -> (B, T, D)",    AR, {}),
+    "post_attention_layernorm": Row(NORM,          "R",    "(B, T, D), as it was",           {}, {}),
+    "mlp":                      Row(ENTER,         "",     "(B, T, D), as it was",           {}, AR),
+    "mlp.gate_proj":            Row(COLUMNS,       "S(0)", "(B, T, D) -> (B, T, F/tp)",      {}, {}),
+    "mlp.up_proj":              Row(COLUMNS,       "S(0)", "(B, T, D) -> (B, T, F/tp)",      {}, {}),
+    "mlp.down_proj":            Row(ROWS,          "S(1)", "(B, T, F/tp) -> (B, T, D)",      AR, {}),
 }
 WHOLE_ENDS = {
-    "model.embed_tokens":       (EMBED,         "S(0)", "(B, T) -> (B, T, D)",            "all-reduce", ""),
-    "model.norm":               (NORM,          "R",    "(B, T, D), as it was",           "", ""),
-    "lm_head":                  (HEAD,          "S(0)", "(B, T, D) -> (B, T, V)",         "all-gather", "all-reduce"),
-    "cross_entropy":            (None,          "",     "(B, T, D) -> scalar",            "2 all-reduce", "all-reduce"),
-}                               # the loss: its two sums once per chunk of tokens
+    "model.embed_tokens":       Row(EMBED,         "S(0)", "(B, T) -> (B, T, D)",            AR, {}),
+    "model.norm":               Row(NORM,          "R",    "(B, T, D), as it was",           {}, {}),
+    "lm_head":                  Row(HEAD,          "S(0)", "(B, T, D) -> (B, T, V)",         AG, AR),
+    "cross_entropy":            Row(None,          "",     "(B, T, D) -> scalar",            AR3, AR),
+}
 # fmt: on
+# "cross_entropy" is the token loss. Its three all-reduces, of the largest logit, the sum of exp and the logit
+# of the label, come once per chunk of tokens; where the loss is not compiled, once per block (loss.py).
 
 
-def shared_heads(n_heads: int) -> dict[str, tuple]:
-    """The rows of k_proj and v_proj when tp exceeds the number of key/value heads."""
+def shared_heads(n_heads: int) -> TensorPlan:
+    """Return the rows of k_proj and v_proj when tp exceeds the number of key/value heads."""
     one_head = Local(Replicate(), ProjectionToOneHead, n_heads=n_heads)
-    row = (one_head, "R", "(B, T, D) -> (B, T, E)", "", "all-reduce")
+    row = Row(one_head, "R", "(B, T, D) -> (B, T, E)", {}, AR)
     return {"self_attn.k_proj": row, "self_attn.v_proj": row}
 
 
-WHOLE_A, SPLIT_A = (Local(layout, ProjectionOfAddend, output=None) for layout in (Replicate(), Shard(1)))
-WHOLE_B = Local(Replicate(), ProjectionOfAddend, output=Partial())
-SPLIT_B = Local(Shard(0), ProjectionOfAddend, output=Shard(-1))
+WHOLE_A, SPLIT_A = (Local(layout, LocalProjection, output=None) for layout in (Replicate(), Shard(1)))
+WHOLE_B = Local(Replicate(), LocalProjection, output=Partial())
+SPLIT_B = Local(Shard(0), LocalProjection, output=Shard(-1))
 # fmt: off
-LORA = {                        # the adapter of a layer, by how its weight lies; r: the rank. All-reduces: of weight gradients
-    "S(0)": {"lora_A":         (WHOLE_A,       "R",    "(B, T, D) -> (B, T, r)",          "", "all-reduce"),
-             "lora_B":         (SPLIT_B,       "S(0)", "(B, T, r) -> (B, T, F/tp)",       "", "")},
-    "S(1)": {"lora_A":         (SPLIT_A,       "S(1)", "(B, T, F/tp) -> (B, T, r) sum:tp", "", ""),
-             "lora_B":         (WHOLE_B,       "R",    "(B, T, r) -> (B, T, D) sum:tp",   "", "all-reduce")},
+# The adapter of a layer, by the placement of the layer's weight; r: the adapter's rank. Its all-reduces are
+# of weight gradients.
+LORA = {
+    "S(0)": {"lora_A": Row(WHOLE_A, "R",    "(B, T, D) -> (B, T, r)",            {}, AR),
+             "lora_B": Row(SPLIT_B, "S(0)", "(B, T, r) -> (B, T, F/tp)",         {}, {})},
+    "S(1)": {"lora_A": Row(SPLIT_A, "S(1)", "(B, T, F/tp) -> (B, T, r) Partial", {}, {}),
+             "lora_B": Row(WHOLE_B, "R",    "(B, T, r) -> (B, T, D) Partial",    {}, AR)},
 }
 # fmt: on
 
 
-def lora_plan(plan: dict[str, Row], n_kv_heads: int) -> dict[str, Row]:
-    """Rows for the adapters of the layers in `plan`."""
+def lora_plan(plan: TensorPlan, n_kv_heads: int) -> TensorPlan:
+    """Return the rows of the adapters of the layers in `plan`."""
     one_head = {"lora_A": LORA["S(0)"]["lora_A"], "lora_B": shared_heads(n_kv_heads)["self_attn.k_proj"]}
-    return {
-        f"{name}_lora.{matrix}": Row(*its)
-        for name, row in plan.items()
-        if name.endswith("_proj")
-        for matrix, its in LORA.get(row.weight, one_head).items()
-    }
+    adapters = {}
+    for name, row in plan.items():
+        if name.endswith("_proj"):
+            for matrix, its in LORA.get(row.weight, one_head).items():
+                adapters[f"{name}_lora.{matrix}"] = its
+    return adapters
 
 
-def tensor_plan(config: LlamaConfig, tp: int, sequence_parallel: bool) -> dict[str, Row]:
-    """The whole plan by module name; `*` stands for every layer."""
+def tensor_plan(config: LlamaConfig, tp: int, sequence_parallel: bool = True) -> TensorPlan:
+    """Return the whole plan of a model: every layer's rows, and those of its ends."""
     block, ends = (SEQUENCE_BLOCK, SEQUENCE_ENDS) if sequence_parallel else (WHOLE_BLOCK, WHOLE_ENDS)
     if tp > config.num_key_value_heads:
         block = {**block, **shared_heads(config.num_key_value_heads)}
-    return {
-        name: Row(*row)
-        for name, row in [*((f"model.layers.*.{name}", row) for name, row in block.items()), *ends.items()]
-    }
+    return {f"model.layers.*.{name}": row for name, row in block.items()} | ends
 
 
 def describe(
     config: LlamaConfig, tp: int, sequence_parallel: bool = True
 ) -> list[tuple[str, str, str, str, str]]:
-    """The plan for printing: (module, placement of its weight over tp, shapes, collective in forward, in
-    backward)."""
-    return [(name, *row[1:]) for name, row in tensor_plan(config, tp, sequence_parallel).items()]
+    """Return the plan for printing: (module, placement of its weight over tp, shapes, forward, backward)."""
+    plan = tensor_plan(config, tp, sequence_parallel)
+    return [
+        (name, row.weight, row.shapes, in_words(row.forward), in_words(row.backward))
+        for name, row in plan.items()
+    ]
+
+
+def in_words(traffic: dict[str, int]) -> str:
+    """Print a row's traffic: {"all-gather": 1, "all-reduce": 3} as `all-gather, 3 all-reduce`."""
+    return ", ".join(f"{n} {collective}" if n > 1 else collective for collective, n in traffic.items())
 
 
 def apply_tensor_parallel(model: Llama, tp_mesh: DeviceMesh, sequence_parallel: bool = True) -> None:
     """Split `model` in place over the 1-D mesh; all its parameters become DTensors on it.
 
-    Works on `meta`, and on a pipeline stage (what it lacks is None). On a real device every rank must hold
-    the same weights. Tokens and labels are whole rows on every tp rank; the loss is the same on all of them.
-    Under sequence parallelism a stage hands on (B, T/tp, D).
+    It works on `meta`, and on a pipeline stage (modules of other stages are None). On a real device every
+    rank must hold the same weights. Every tp rank gets the tokens and labels of whole sequences, and the loss
+    is the same on all of them. Under sequence parallelism a stage hands on (B, T/tp, D).
     """
     plan = tensor_plan(model.config, tp_mesh.size(), sequence_parallel)
     plan |= lora_plan(plan, model.config.num_key_value_heads)
@@ -315,65 +341,47 @@ def apply_tensor_parallel(model: Llama, tp_mesh: DeviceMesh, sequence_parallel: 
         model.lm_head.weight = model.model.embed_tokens.weight  # both are Shard(0)
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)  # torch's styles may make new, trainable parameters
-    model.cross_entropy = partial(
-        vocab_parallel_cross_entropy,
-        tp_mesh=tp_mesh,
-        hidden_layout=Shard(1) if sequence_parallel else Replicate(),
-    )
+    model.vocabulary = SplitVocabulary(model.config.vocab_size, tp_mesh, sequence_parallel)
     if sequence_parallel and model.model.embed_tokens is None:
-        locate = model.model.locate
-
-        def locate_whole_rows(x: Tensor, positions: Tensor | None, cache):
-            """A later stage gets (B, T/tp, D) where the first gets tokens (B, T); RoPE and masks are for all
-            T."""
-            return locate(x.new_empty(1, 1).expand(x.shape[0], x.shape[1] * tp_mesh.size()), positions, cache)
-
-        model.model.locate = locate_whole_rows
+        model.model.sequence_shards = tp_mesh.size()  # a later stage gets (B, T/tp, D)
     unplanned = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
     assert not unplanned, (
-        f"no row of the plan is for {unplanned}: mixed with DTensors they break optimizers and clipping"
+        f"the plan has no row for {unplanned}: mixed with DTensors they break optimizers and clipping"
     )
 
 
-# ---- the loss over a vocabulary of which each rank has a slice ----
+# ---- the vocabulary of the loss, split over tp ----
 
 
-class SplitVocabulary:
-    """A slice of the vocabulary's rows on each rank of `group`, this rank's beginning with `first_row`."""
+class SplitVocabulary(Vocabulary):
+    """Answers for the whole vocabulary where each tp rank has V/tp columns of the logits. Source of the
+    reductions: Shoeybi et al. 2019, arXiv:1909.08053, sec. 3."""
 
-    def __init__(self, first_row: int, group: dist.ProcessGroup):
-        self.first_row = first_row
-        self.group = group
+    def __init__(self, size: int, tp_mesh: DeviceMesh, sequence_parallel: bool):
+        super().__init__(size)
+        self.n_columns = rows_per_rank(size, tp_mesh.size())
+        self.first_column = self.n_columns * tp_mesh.get_local_rank()
+        self.tp_mesh, self.group = tp_mesh, tp_mesh.get_group()
+        self.hidden_layout = Shard(1) if sequence_parallel else Replicate()
 
-    def place(self, labels: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
-        """As loss.WholeVocabulary's; one rank has the logit of a target, and the others add zero."""
-        row = labels - self.first_row
-        here = (row >= 0) & (row < n_rows) & (labels != loss.IGNORE)
-        return row.clamp(0, n_rows - 1), here
+    def inputs(self, hidden: Tensor, weight: DTensor) -> tuple[Tensor, Tensor]:
+        x = DTensor.from_local(hidden, self.tp_mesh, [self.hidden_layout], run_check=False)
+        x = x.redistribute(placements=[Replicate()])  # (B, T, D)
+        return x.to_local(grad_placements=[Partial()]), weight.to_local()
 
-    def largest(self, values: Tensor) -> Tensor:
-        dist.all_reduce(values, dist.ReduceOp.MAX, self.group)
-        return values
+    def pick(self, x: Tensor, labels: Tensor) -> Tensor:
+        column = labels - self.first_column
+        # One rank has the column of a label, and the others add 0: there its number is negative.
+        return self.total(take_columns(x, torch.where(column < x.shape[1], column, -1)))
 
-    def total(self, values: Tensor) -> Tensor:
-        dist.all_reduce(values, dist.ReduceOp.SUM, self.group)
-        return values
+    def largest(self, x: Tensor) -> Tensor:
+        largest = x.detach().clone()
+        dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
+        return largest
 
-
-def vocab_parallel_cross_entropy(
-    hidden: Tensor, weight: DTensor, labels: Tensor, tp_mesh: DeviceMesh, hidden_layout: Placement
-) -> Tensor:
-    """dtensor_llama.loss.cross_entropy_sum with the rows of `weight` (V, D) split over tp; the same scalar on
-    every rank.
-
-    hidden (B, T/tp, D) if `hidden_layout` is Shard(1), else (B, T, D); labels (B, T), the whole of them. A
-    rank has the logits of its V/tp tokens and of one chunk of positions; (B, T, V) exists nowhere. Source:
-    arXiv:1909.08053, sec. 3.
-    """
-    x = DTensor.from_local(hidden, tp_mesh, [hidden_layout], run_check=False)
-    x = x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])  # (B, T, D)
-    chunk_tokens = loss.tokens_per_chunk(rows_per_rank(weight, tp_mesh))  # the same on every rank
-    vocabulary = SplitVocabulary(first_row(weight, tp_mesh), tp_mesh.get_group())
-    return loss.chunked_cross_entropy(
-        x.flatten(0, -2), weight.to_local(), labels.flatten(), chunk_tokens, vocabulary
-    )
+    def total(self, x: Tensor) -> Tensor:
+        total = x.detach().clone()
+        dist.all_reduce(total, dist.ReduceOp.SUM, self.group)
+        # x - x.detach() is zero: it makes the gradient of the total this rank's gradient of x. That is right,
+        # since every rank computes the same loss from the total.
+        return total + (x - x.detach())

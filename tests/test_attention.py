@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtensor_llama import Llama, LlamaConfig, UsageError
 from dtensor_llama import attention as module
-from dtensor_llama.attention import Documents, attention, choose_attention, plan_sdpa
+from dtensor_llama.attention import AttentionMask, WholeRows, attention, choose_attention, plan_sdpa
 from dtensor_llama.model import OnHost
 from parallel import ParallelConfig, build_mesh, parallelize
 from parallel.apply import Computation
@@ -97,10 +97,10 @@ def test_what_is_handed_to_a_gpus_kernels_is_attention(monkeypatch, width, n_kv_
     mask = torch.ones(2, 1, n_new, 9, dtype=torch.bool).tril(9 - n_new)
     # The second row begins with three tokens of padding, which see nothing but themselves.
     mask[1, :, :, :3] &= torch.eye(9, dtype=torch.bool)[9 - n_new :, :3]
-    documents = Documents(mask=mask) if masked else None
+    its_mask = AttentionMask(dense=mask) if masked else None
     results = {}
     for kernel in ("sdpa", "math"):
-        out = attention(q, k, v, kernel, documents)
+        out = attention(q, k, v, kernel, its_mask)
         results[kernel] = [out, *torch.autograd.grad(out.square().sum(), (q, k, v))]
     for ours, reference in zip(results["sdpa"], results["math"], strict=True):
         assert_close(ours, reference, rtol=0, atol=2e-5)
@@ -115,19 +115,28 @@ CHOICES = [
     ("auto", CPU, BF16, False, True, False, "sdpa", "the device is cpu"),
     ("auto", CUDA, BF16, False, False, False, "sdpa", "does not import"),
     ("auto", CUDA, BF16, False, True, False, "varlen", "documents without a mask"),
-    ("auto", CUDA, BF16, True, True, False, "sdpa", "neither .* --parallel.cp-method ring"),
+    ("auto", CUDA, BF16, True, True, False, "sdpa", "neither .* ring attention"),
     ("auto", CUDA, FP32, False, True, False, "sdpa", "through a mask: varlen_attn computes in bfloat16"),
     ("auto", CUDA, BF16, False, True, True, "flash", "is installed"),
     ("auto", CUDA, BF16, True, False, True, "sdpa", "flash-attn cannot merge"),
     ("auto", CUDA, FP32, False, False, True, "sdpa", "flash-attn computes in bfloat16"),
     ("varlen", CUDA, BF16, False, True, False, "varlen", "asked for"),
     ("varlen", CPU, FP32, False, True, False, "varlen", "asked for; on a CPU a slow reference"),
-    ("varlen", CUDA, BF16, False, False, False, None, "varlen cannot .* --data.document-mask is off"),
-    ("varlen", CUDA, FP32, False, True, False, None, "attention varlen cannot .* --train.dtype is float32"),
-    ("flash", CUDA, BF16, False, True, False, None, "--train.attention flash cannot .* does not import"),
+    ("varlen", CUDA, BF16, False, False, False, None, "varlen cannot .* `document_mask` is off"),
+    ("varlen", CUDA, FP32, False, True, False, None, "attention=varlen cannot .* dtype=float32"),
+    ("flash", CUDA, BF16, False, True, False, None, "attention=flash cannot .* does not import"),
     ("sdpa", CUDA, BF16, False, True, True, "sdpa", "asked for"),
     ("math", CPU, FP32, True, True, False, "math", "asked for"),
-    ("fast", CPU, FP32, False, False, False, None, "fast is not one of auto, flash, varlen, sdpa, math"),
+    (
+        "fast",
+        CPU,
+        FP32,
+        False,
+        False,
+        False,
+        None,
+        "attention=fast is not one of auto, flash, varlen, sdpa, math",
+    ),
 ]
 
 
@@ -160,7 +169,7 @@ def packed_rows(step: int) -> tuple[torch.Tensor, torch.Tensor, list[list[int]]]
 
 def test_lengths_of_documents_add_up_over_the_flattened_rows():
     _, positions, lengths = packed_rows(step=3)
-    ends = Documents.from_positions(positions, "varlen", CPU).cu_seqlens
+    ends = AttentionMask.of_documents(positions, "varlen", CPU).cu_seqlens
     assert ends.dtype == torch.int32 and ends.diff().tolist() == [n for of_row in lengths for n in of_row]
     assert ends[0] == 0 and ends[-1] == positions.numel()
 
@@ -173,7 +182,7 @@ def test_varlen_attention_and_its_gradients_are_those_of_each_document_alone(n_k
         torch.randn(2, 32, heads, width, generator=stream).requires_grad_()
         for heads in (6, n_kv_heads, n_kv_heads)
     )
-    packed = attention(q, k, v, "varlen", Documents.from_positions(positions, "varlen", CPU))
+    packed = attention(q, k, v, "varlen", AttentionMask.of_documents(positions, "varlen", CPU))
     rows = []
     for row, of_row in enumerate(lengths):
         own = [x[row : row + 1].split(of_row, dim=1) for x in (q, k, v)]
@@ -190,7 +199,7 @@ def test_varlen_attention_and_its_gradients_are_those_of_each_document_alone(n_k
 def test_rows_of_one_document_and_a_cache_need_no_varlen_kernel():
     q, k, v = torch.randn(2, 4, 6, 16), torch.randn(2, 9, 2, 16), torch.randn(2, 9, 2, 16)
     assert_close(attention(q, k, v, "varlen"), attention(q, k, v, "math"), rtol=0, atol=1e-6)
-    padded = Documents(mask=torch.ones(2, 1, 4, 9, dtype=torch.bool).tril(5))
+    padded = AttentionMask(dense=torch.ones(2, 1, 4, 9, dtype=torch.bool).tril(5))
     assert_close(attention(q, k, v, "varlen", padded), attention(q, k, v, "math", padded), rtol=0, atol=1e-6)
 
 
@@ -202,7 +211,7 @@ def test_torch_takes_our_call_of_varlen_attn(n_kv_heads):
         for heads in (8, n_kv_heads, n_kv_heads)
     )
     _, positions, _ = packed_rows(step=3)
-    documents = Documents.from_positions(positions, "varlen", torch.device("meta"))
+    documents = AttentionMask.of_documents(positions, "varlen", torch.device("meta"))
     with KernelCount() as calls:
         out = attention(q, k, v, "varlen", documents)
         grads = torch.autograd.grad(out.sum(), (q, k, v))
@@ -229,7 +238,7 @@ def test_selective_recompute_keeps_what_varlen_attention_gave(recompute, forward
     tokens, positions, _ = packed_rows(step=3)
     with torch.device("meta"):
         model = Llama(GQA).to(BF16)
-    model.set_attention("varlen")
+    model.attention = WholeRows("varlen")
     apply_recompute(list(model.model.layers), recompute)
     with KernelCount() as calls:
         model(tokens.to("meta"), labels=tokens.to("meta"), positions=positions).backward()
@@ -248,7 +257,7 @@ def test_another_number_of_documents_compiles_nothing_anew(recompute, backend):
     torch._dynamo.utils.counters.clear()
     compiled, plain = Llama(GQA), Llama(GQA)
     for model in (compiled, plain):
-        model.set_attention("varlen")
+        model.attention = WholeRows("varlen")
     apply_recompute(list(compiled.model.layers), recompute)
     for block in compiled.model.layers:
         block.forward = torch.compile(block.forward, backend=backend)

@@ -3,7 +3,6 @@ by validation."""
 
 import copy
 import pickle
-import weakref
 from dataclasses import dataclass, field, replace
 from functools import partial
 from unittest import mock
@@ -14,9 +13,9 @@ import torch.distributed as dist
 from pool import run_on
 from torch._dynamo import lookup_backend
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 from training import forward_backward, make_training
 
 from dtensor_llama import Llama, LlamaConfig, loss
@@ -26,7 +25,7 @@ from dtensor_llama.model import init_weights
 from memory.activations import offload_block_inputs
 from parallel import ParallelConfig
 from parallel.apply import Computation
-from parallel.tensor import apply_tensor_parallel, vocab_parallel_cross_entropy
+from parallel.tensor import SplitVocabulary, apply_tensor_parallel
 
 GQA = LlamaConfig(
     vocab_size=96,
@@ -188,7 +187,16 @@ def test_every_layout_with_every_recompute_compiles_no_more(name, recompute, doc
 # ---- the loss: its chunk is compiled by itself, by default on a GPU ----
 
 
-def loss_and_gradients(split: bool, dtype: torch.dtype, frozen: bool, backend=None) -> list[torch.Tensor]:
+def smoothed(logits: torch.Tensor, labels: torch.Tensor, vocab: loss.Vocabulary) -> torch.Tensor:
+    """A reader's loss: label smoothing, a softcap and a z-loss, all in one."""
+    logits = 30 * (logits / 30).tanh()
+    log_z = vocab.logsumexp(logits)
+    return log_z - 0.9 * vocab.pick(logits, labels) - 0.1 * vocab.mean(logits) + 1e-3 * log_z**2
+
+
+def loss_and_gradients(
+    split: bool, dtype: torch.dtype, frozen: bool, token_loss: loss.TokenLoss, backend=None
+) -> list[torch.Tensor]:
     """The loss of 21 tokens in chunks of 8, the last one shorter, and its gradients; backend: a compiler, or
     None."""
     random = torch.Generator().manual_seed(0)
@@ -197,26 +205,24 @@ def loss_and_gradients(split: bool, dtype: torch.dtype, frozen: bool, backend=No
     labels = torch.randint(37, (21,), generator=random)
     labels[:3] = labels[9] = loss.IGNORE
     how = "eager" if backend is None else "compiled"
-    compiled = torch.compile(loss.eager_loss_of_a_chunk, backend=backend or "eager", fullgraph=True)
+    compiled = torch.compile(loss.loss_and_gradient, backend=backend or "eager", fullgraph=True)
     of_loss = partial(mock.patch.object, loss)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     if split:
         weight = distribute_tensor(weight, mesh, [Shard(0)])
-    rows_here = 19 if split else 37
+    vocab = SplitVocabulary(37, mesh, sequence_parallel=False) if split else loss.Vocabulary(37)
 
-    def cross_entropy_sum() -> torch.Tensor:
-        if split:
-            return vocab_parallel_cross_entropy(hidden, weight, labels, mesh, Replicate())
-        return loss.cross_entropy_sum(hidden, weight, labels)
+    def token_loss_sum() -> torch.Tensor:
+        return loss.token_loss_sum(hidden, weight, labels, token_loss, vocab)
 
     with (
         of_loss("choose_loss", lambda device: (how, "")),
         of_loss("_compiled", lambda: compiled),
-        of_loss("CHUNK_ELEMENTS", 8 * rows_here),
+        of_loss("CHUNK_ELEMENTS", 8 * vocab.n_columns),
     ):
-        nll_sum = cross_entropy_sum()
+        nll_sum = token_loss_sum()
         with torch.no_grad():
-            assert torch.equal(cross_entropy_sum(), nll_sum)
+            assert torch.equal(token_loss_sum(), nll_sum)
     gradients = torch.autograd.grad(nll_sum * 0.3, [hidden] if frozen else [hidden, weight])
     if split and not frozen:
         gradients = gradients[0], gradients[1].full_tensor()
@@ -224,11 +230,15 @@ def loss_and_gradients(split: bool, dtype: torch.dtype, frozen: bool, backend=No
 
 
 def compiled_loss_equals_eager(split: bool, backend: str | None = None) -> None:
-    for dtype, frozen in ((torch.float32, False), (torch.bfloat16, True)):
+    for dtype, frozen, token_loss in (
+        (torch.float32, False, loss.token_nll),
+        (torch.bfloat16, True, loss.token_nll),
+        (torch.float32, False, smoothed),
+    ):
         torch.compiler.reset()
         counted = CountedGraphs()
-        expected = loss_and_gradients(split, dtype, frozen)
-        compiled = loss_and_gradients(split, dtype, frozen, backend or counted)
+        expected = loss_and_gradients(split, dtype, frozen, token_loss)
+        compiled = loss_and_gradients(split, dtype, frozen, token_loss, backend or counted)
         for ours, reference in zip(compiled, expected, strict=True):
             # bfloat16: the gradient of a logit may be rounded the other way, once
             assert_close(ours, reference, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
@@ -269,38 +279,42 @@ def test_the_loss_is_compiled_on_a_gpu_that_has_a_compiler(
     assert choice == how and said in why
 
 
-class LogitsAlive(TorchDispatchMode):
-    """The most bytes that tensors of `n_logits` numbers, or a part of them, took at one time."""
-
-    def __init__(self, n_logits: int):
-        super().__init__()
-        self.n_logits, self.alive, self.peak = n_logits, {}, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.numel() == self.n_logits:
-            storage = result.untyped_storage()
-            self.alive[storage.data_ptr()] = (weakref.ref(storage), storage.nbytes())
-        self.alive = {pointer: entry for pointer, entry in self.alive.items() if entry[0]() is not None}
-        self.peak = max(self.peak, sum(n_bytes for _, n_bytes in self.alive.values()))
-        return result
+def most_bytes_held(run) -> int:
+    """The most bytes that torch's allocator had given out at one time while `run` ran."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    held = most = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
 
 
 @pytest.mark.parametrize("dtype,bytes_a_logit", [(torch.float32, 4), (torch.bfloat16, 6)])
-def test_eager_logits_are_held_once_in_float32_and_once_as_they_are_computed(
+def test_an_eager_loss_holds_a_chunk_of_logits_once_in_float32_and_once_as_they_are_computed(
     monkeypatch, dtype, bytes_a_logit
 ):
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 64 * 96)
-    hidden, weight = (torch.randn(n, 16).to(dtype).requires_grad_() for n in (256, 96))
-    with LogitsAlive(64 * 96) as logits:
-        loss.cross_entropy_sum(hidden, weight, torch.randint(96, (256,)))
-    assert logits.peak == 64 * 96 * bytes_a_logit
+    """Autograd keeps two tensors of the logits' size, so an eager chunk is half as large."""
+    assert 2 * loss.EAGER_ELEMENTS == loss.CHUNK_ELEMENTS
+    n_logits = 64 * 1024
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", n_logits)
+    monkeypatch.setattr(loss, "EAGER_ELEMENTS", n_logits // 2)
+    hidden, weight = (torch.randn(n, 16).to(dtype).requires_grad_() for n in (256, 1024))
+    labels = torch.randint(1024, (256,))
+    gradients = hidden.nbytes + 4 * weight.numel()
+    run = lambda token_loss: loss.token_loss_sum(hidden, weight, labels, token_loss)
+    assert most_bytes_held(lambda: run(loss.token_nll)) < n_logits * bytes_a_logit + 1.2 * gradients
+    assert most_bytes_held(lambda: run(smoothed)) < 2.5 * n_logits * bytes_a_logit  # keeps more, and frees it
 
 
 def test_chunks_are_whole_tiles_of_a_matrix_product():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert loss.tokens_per_chunk(32_000) == 2048
     assert loss.tokens_per_chunk(4_000) == 16_640  # 65 tiles of 256
-    assert loss.tokens_per_chunk(2**20) == 64  # of fewer than a tile as many as there may be
+    assert loss.tokens_per_chunk(2**20) == 64  # where a tile does not fit, as many tokens as do
+    assert [loss.eager_tokens_per_chunk(n, gpu) for n in (32_000, 2**20)] == [1024, 32]
+    assert [loss.eager_tokens_per_chunk(n, cpu) for n in (512, 32_000, 2**20)] == [2048, 256, 32]
 
 
 # ---- what changes its class is a module like any other ----

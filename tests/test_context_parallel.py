@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
 
 from dtensor_llama import Llama, LlamaConfig
-from dtensor_llama.attention import Documents, attention
+from dtensor_llama.attention import AttentionMask, WholeRows, attention
 from dtensor_llama.model import init_weights
 from parallel import context
 from parallel.context import (
@@ -52,10 +52,9 @@ def model_on(cp_mesh, method: str, kernel: str = "sdpa", config: LlamaConfig = G
         for parameter in model.parameters():  # large enough for attention to matter
             if parameter.dim() == 2:
                 parameter.mul_(5)
-    if cp_mesh is None:
-        model.set_attention("math")
-    else:
-        apply_context_parallel(model, cp_mesh, method, kernel)
+    model.attention = WholeRows("math" if cp_mesh is None else kernel)
+    if cp_mesh is not None:
+        apply_context_parallel(model, cp_mesh, method)
     return model
 
 
@@ -72,14 +71,14 @@ def assert_attention_is_whole(method: str, kernel: str, n_heads: int, n_kv_heads
     tokens, _, positions = rows()
     positions = positions if packed else None
     whole = attention(
-        q, k, v, "math", Documents.from_positions(positions, "math", q.device) if packed else None
+        q, k, v, "math", AttentionMask.of_documents(positions, "math", q.device) if packed else None
     )
     whole_grads = torch.autograd.grad(whole, (q, k, v), grad)
 
-    model = model_on(mesh, method, kernel)
-    _, documents = model.model.locate(shard_sequence(tokens, mesh, method), positions, None)
+    its_attention = model_on(mesh, method, kernel).attention
+    _, mask = its_attention.prepare(T // mesh.size(), positions, None, q.device)
     mine = [shard_sequence(x, mesh, method).detach().requires_grad_() for x in (q, k, v)]
-    out = model.model.layers[0].self_attn.attend(*mine, documents=documents)
+    out = its_attention(*mine, mask)
     grads = torch.autograd.grad(out, mine, shard_sequence(grad, mesh, method))
     assert_close(out, shard_sequence(whole, mesh, method), rtol=0, atol=2e-6)  # fp32: the order of summation
     for name, got, expected in zip("qkv", grads, whole_grads, strict=True):
@@ -271,7 +270,7 @@ def bytes_sent(n_heads: int, n_kv_heads: int) -> tuple[int, int]:
     )
     dist.batch_isend_irecv = spy
     try:
-        out = context.ring_attend(q, k, v, None, group_name=mesh.get_group().group_name, kernel="sdpa")
+        out = context.Ring(mesh, "sdpa")(q, k, v, None)
         forward = sent[0]
         out.sum().backward()
     finally:
@@ -292,7 +291,7 @@ def heads_redistributed(n_heads: int, n_kv_heads: int) -> list[int]:
     context._redistribute = lambda x, *rest: seen.append(x.shape[2]) or original(x, *rest)
     try:
         q, k, v = (torch.randn(1, 4, heads, 16) for heads in (n_heads, n_kv_heads, n_kv_heads))
-        context.ulysses_attend(q, k, v, None, cp_mesh=mesh, kernel="sdpa")
+        context.Ulysses(mesh, WholeRows("sdpa"))(q, k, v, None)
     finally:
         context._redistribute = original
     return seen
@@ -306,20 +305,25 @@ def test_ulysses_sends_the_fewest_key_value_heads_that_cp_divides(n_heads, n_kv_
 # ---- positions ----
 
 
-def located(method: str) -> tuple[list[int], list[int]]:
+def positions_of_each_share(method: str) -> tuple[list[int], list[int]]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
-    model = model_on(mesh, method)
-    unpacked, nothing = model.model.locate(torch.zeros(1, 4, dtype=torch.int64), None, None)
+    its_attention, device = model_on(mesh, method).attention, torch.device("cpu")
+    unpacked, nothing = its_attention.prepare(4, None, None, device)
     assert nothing is None
-    hidden = torch.zeros(1, 2, 64)  # a later stage, its tokens split over tp = 2 too
-    packed, documents = model.model.locate(hidden, torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]), None)
-    assert documents is not None
+    packed, mask = its_attention.prepare(4, torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]), None, device)
+    assert mask is not None
     return unpacked[0].tolist(), packed[0].tolist()
 
 
 def test_positions_are_the_true_ones_of_each_share():
-    assert run_on(2, located, "ulysses") == [([0, 1, 2, 3], [0, 1, 2, 0]), ([4, 5, 6, 7], [1, 2, 3, 4])]
-    assert run_on(2, located, "ring") == [([0, 1, 6, 7], [0, 1, 3, 4]), ([2, 3, 4, 5], [2, 0, 1, 2])]
+    assert run_on(2, positions_of_each_share, "ulysses") == [
+        ([0, 1, 2, 3], [0, 1, 2, 0]),
+        ([4, 5, 6, 7], [1, 2, 3, 4]),
+    ]
+    assert run_on(2, positions_of_each_share, "ring") == [
+        ([0, 1, 6, 7], [0, 1, 3, 4]),
+        ([2, 3, 4, 5], [2, 0, 1, 2]),
+    ]
 
 
 # ---- GPU ----
@@ -369,12 +373,12 @@ def test_the_cuda_kernels_of_a_block_equal_the_maths(dtype, atol, head_dim):
 def test_ring_of_one_gpu_equals_the_maths(tmp_path):
     dist.init_process_group("nccl", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
-        name = init_device_mesh("cuda", (1,), mesh_dim_names=("cp",)).get_group().group_name
+        mesh = init_device_mesh("cuda", (1,), mesh_dim_names=("cp",))
         q, k, v = (
             torch.randn(2, T, heads, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
             for heads in (8, 2, 2)
         )
-        out = context.ring_attend(q, k, v, None, group_name=name, kernel="sdpa")
+        out = context.Ring(mesh, "sdpa")(q, k, v, None)
         expected = attention(q, k, v, "math")
         assert_close(out, expected, rtol=0, atol=2e-2)
         for got, wanted in zip(

@@ -140,6 +140,49 @@ def test_compiled_blocks_give_the_same(config, sequence_parallel, recompute):
     assert_gradients_equal(its_gradients, gradients(plain))
 
 
+# ---- biases ----
+
+
+def model_with_biases(config: LlamaConfig) -> Llama:
+    """A model whose q, k and v have biases, as in Qwen2."""
+    model = Llama(config)
+    for block in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            old = getattr(block.self_attn, name)
+            linear = torch.nn.Linear(old.in_features, old.out_features, device=old.weight.device)
+            setattr(block.self_attn, name, linear)
+    return model
+
+
+def logits_with_biases(config, tp):
+    """Initial weights, and the logits once the biases are not zero."""
+    with torch.device("meta"):
+        model = model_with_biases(config)
+    if tp > 1:
+        apply_tensor_parallel(model, tp_mesh(tp))
+    model.to_empty(device="cpu")
+    init_weights(model, seed=0)
+    initial = whole(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.fill_(0.5)
+        return initial, model(rows()[0])
+
+
+@pytest.mark.parametrize("config", [GQA, MQA_TIED], ids=["split heads", "shared heads"])
+def test_biases_start_at_zero_and_are_split_with_their_layers(config):
+    expected_initial, expected = run_on(1, logits_with_biases, config, 1)[0]
+    for initial, logits in run_on(2, logits_with_biases, config, 2):
+        assert_close(logits, expected, rtol=0, atol=1e-5)
+        for name, value in expected_initial.items():
+            assert torch.equal(initial[name], value), name
+            if name.endswith("bias"):
+                assert not value.any()
+            elif "norm" in name:
+                assert (value == 1).all()
+
+
 # ---- with ZeRO outside ----
 
 
@@ -220,7 +263,7 @@ def count_collectives(config, sequence_parallel):
     x = torch.randn(2, T // 2 if sequence_parallel else T, config.hidden_size, requires_grad=True)
     rope = tuple(torch.ones(1, T, 1, config.head_dim // 2) for _ in range(2))
     with CommDebugMode() as comm:
-        out = model.model.layers[0](x, rope)
+        out = model.model.layers[0](x, rope, model.attention)
     block_counts.append(count(comm))
     with CommDebugMode() as comm:
         out.sum().backward()
@@ -236,7 +279,7 @@ def count_lora_collectives(config, sequence_parallel, targets):
     x = torch.randn(2, T // 2 if sequence_parallel else T, config.hidden_size, requires_grad=True)
     rope = tuple(torch.ones(1, T, 1, config.head_dim // 2) for _ in range(2))
     with CommDebugMode() as forward:
-        out = model.model.layers[0](x, rope)
+        out = model.model.layers[0](x, rope, model.attention)
     with CommDebugMode() as backward:
         out.sum().backward()
     return count(forward), count(backward)
@@ -246,12 +289,11 @@ def planned(config, sequence_parallel, modules: dict[str, int]) -> list[dict[str
     """Collectives of forward and of backward that the plan's rows state, for {pattern of modules: how many of
     each}."""
     totals = [{}, {}]
-    for name, _, _, *stated in describe(config, 2, sequence_parallel):
+    for name, row in tensor_plan(config, 2, sequence_parallel).items():
         n_modules = next((n for pattern, n in modules.items() if fnmatch(name, pattern)), 0)
-        for total, remark in zip(totals, stated, strict=True):
-            for part in filter(None, remark.split(", ")):
-                number, collective = part.split() if " " in part else (1, part)
-                total[collective] = total.get(collective, 0) + int(number) * n_modules
+        for total, stated in zip(totals, (row.forward, row.backward), strict=True):
+            for collective, n in stated.items():
+                total[collective] = total.get(collective, 0) + n * n_modules
     return [{collective: n for collective, n in total.items() if n} for total in totals]
 
 
@@ -296,7 +338,7 @@ def test_adapters_cost_nothing_in_forward_and_in_backward_the_sums_of_their_rows
     activations = {"all-gather": 2, "reduce-scatter": 2} if sequence_parallel else {"all-reduce": 2}
     forward, backward = run_on(2, count_lora_collectives, config, sequence_parallel, targets)[0]
     assert forward == activations
-    assert backward == Counter(activations) + Counter(row.backward for row in adapters if row.backward)
+    assert backward == sum((Counter(row.backward) for row in adapters), Counter(activations))
 
 
 class Widths(TorchDispatchMode):

@@ -24,6 +24,7 @@ import tyro
 from torch.distributed.device_mesh import init_device_mesh
 
 from dtensor_llama import Llama, LlamaConfig, UsageError
+from dtensor_llama.attention import WholeRows
 from parallel.config import Job, ParallelConfig, check_parallel
 from parallel.context import apply_context_parallel, shard_sequence
 
@@ -86,12 +87,12 @@ def measure(cfg: Config, method: str, rank: int, store: str) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(store, cfg.ranks), rank=rank, world_size=cfg.ranks)
     mesh = init_device_mesh("cpu", (cfg.ranks,), mesh_dim_names=("cp",))
     model, seq_len = Llama(shape(cfg)), cfg.ranks * cfg.tokens
+    model.attention = WholeRows(cfg.kernel)
     rows = torch.randint(512, (cfg.rows, seq_len + 1), generator=torch.Generator().manual_seed(0))
     if method == "none":
-        model.set_attention(cfg.kernel)
         share = lambda x: x.contiguous()
     else:
-        apply_context_parallel(model, mesh, method, cfg.kernel)
+        apply_context_parallel(model, mesh, method)
         share = lambda x: shard_sequence(x, mesh, method)
     tokens, labels = share(rows[:, :-1]), share(rows[:, 1:])
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
