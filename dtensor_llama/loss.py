@@ -108,7 +108,7 @@ def take_columns(x: Tensor, columns: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # one pass with what comes before and after; a gather's gradient is not
         return torch.where(torch.arange(x.shape[1], device=x.device) == columns[:, None], x, 0.0).sum(-1)
     # The gradient of the logits themselves is added up as C numbers, not as C x n that are nearly all zero.
-    taken = x.gather(1, columns.clamp(min=0)[:, None], sparse_grad=x.is_leaf).squeeze(-1)
+    taken = x.gather(1, columns.clamp(min=0)[:, None], sparse_grad=x.is_leaf and not x.is_meta).squeeze(-1)
     return torch.where(columns >= 0, taken, 0.0)
 
 

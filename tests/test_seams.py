@@ -159,7 +159,7 @@ def losses_in_one_process(shape: str) -> list[dict]:
     every = [*LOSSES, loss.token_nll]
     *own, default = run_on(1, five_steps_of_each, "token_loss", every, shape, ParallelConfig(), ROWS, True)[0]
     for one in own:  # each is a loss of its own
-        assert abs(one["losses"][0] - default["losses"][0]) > 1e-2
+        assert abs(one["losses"][0] - default["losses"][0]) > 2e-4
     return own
 
 

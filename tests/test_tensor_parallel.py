@@ -441,7 +441,7 @@ def test_a_rank_has_whole_key_value_heads_or_shares_one():
 
 def odd_row():
     model = split_model(MHA, tp_mesh(2), sequence_parallel=True)
-    with pytest.raises(UsageError, match="a row has 31; use a multiple of 2"):
+    with pytest.raises(UsageError, match="a sequence has 31; use a multiple of 2"):
         model(rows()[0][:, :31])
 
 
