@@ -17,7 +17,8 @@ vocabulary, `logits` has this rank's V/tp columns only. What looks at one logit 
 softcap) and at one token at a time (weights) needs no `vocab`.
 
 Everything else is done here: the head's matrix product, the chunks, the gradients, which autograd derives
-from the function, and the tokens without a label (-100), which count nothing.
+from the function, and the tokens without a label (-100), which count nothing. Only logits get a gradient: the
+function can have no trained parameters of its own.
 """
 
 import functools
@@ -38,7 +39,7 @@ WHOLE_TILES = 256  # a matrix product computes this many rows at a time: a multi
 
 
 class Vocabulary:
-    """What a token loss may ask about the whole vocabulary. Here every rank has all V columns of the logits.
+    """Answers what a token loss asks about the whole vocabulary. Here a rank has all V columns of the logits.
 
     `x` is (C, V): the logits, or anything with one column for each of them. Every answer is (C,), the same on
     all ranks, and autograd knows its gradient. parallel/tensor.py has the vocabulary whose columns are split

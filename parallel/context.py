@@ -178,8 +178,10 @@ class Ring:
     splits_sequence = True
 
     def __init__(self, cp_mesh: DeviceMesh, kernel: str = "sdpa"):
+        if kernel not in ("sdpa", "math"):
+            raise UsageError(f"attention={kernel} cannot merge the blocks of a ring; use attention=sdpa or math.")
         self.cp_mesh = cp_mesh
-        self.kernel = kernel  # sdpa or math
+        self.kernel = kernel
         self.group_name = cp_mesh.get_group().group_name
 
     def prepare(
