@@ -37,7 +37,7 @@ from parallel.config import ParallelConfig
 from parallel.fit import check_states
 from parallel.mesh import Layout
 from parallel.pipeline import Pipeline
-from parallel.zero import gradient_arrivals, reshard, set_gradient_sync
+from parallel.zero import accumulation_count, reshard, set_gradient_sync
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def assemble(
         is_tied_over_stages = model.config.tie_word_embeddings and config.pp > 1 and embedding is not None
         loop = TrainingLoop(
             stages,
-            accumulation=gradient_arrivals(model, config.zero_stage, config.pp > 1, layout.n_microbatches),
+            accumulation=accumulation_count(model, config.zero_stage, config.pp > 1, layout.n_microbatches),
             clips=offload.clips,
             tied=[embedding.weight] if is_tied_over_stages else [],
             activations=activations,

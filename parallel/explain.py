@@ -281,20 +281,12 @@ def tp_traffic(run: Run, parts: list[Llama]) -> list[dict]:
         repeats = in_block and run.job.recompute != "none" and not name.endswith("down_proj")
         n_here = run.n_microbatches * (n_blocks if in_block else n_modules[name])
         for collectives, is_forward in ((row.forward, True), (row.backward, False)):
-            for kind, number in as_counts(collectives).items():
+            for kind, number in collectives.items():
                 what, number, whole_bytes = _one_collective(run, name, row, kind, number, is_forward)
                 n = n_here * number * (2 if repeats and is_forward else 1)
                 counts[kind, what] += n
                 sent[kind, what] += n * _ring(kind, whole_bytes, layout.tp)
     return [_row("tp", kind, n, sent[kind, what], what) for (kind, what), n in counts.items()]
-
-
-def as_counts(collectives: str | dict[str, int]) -> dict[str, int]:
-    """Return {kind: number} from a row as it was written before its collectives were data."""
-    if isinstance(collectives, dict):
-        return collectives
-    found = re.findall(r"(\d*) ?(all-gather|all-reduce|reduce-scatter)", collectives)
-    return {kind: int(number or 1) for number, kind in found}
 
 
 def _one_collective(

@@ -70,7 +70,7 @@ def _leave_positions_on_host(model: nn.Module, args: tuple, kwargs: dict) -> tup
     return args, {**kwargs, "positions": OnHost(kwargs["positions"])}
 
 
-def gradient_arrivals(model: nn.Module, stage: int, in_pipeline: bool, n_microbatches: int) -> int:
+def accumulation_count(model: nn.Module, stage: int, in_pipeline: bool, n_microbatches: int) -> int:
     """Return how often a step accumulates into the gradient of a parameter: once per microbatch, or only once
     if FSDP or the pipeline first sums over the microbatches."""
     sums_first = in_pipeline or (isinstance(model, FSDPModule) and stage < 2)

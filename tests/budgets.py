@@ -41,7 +41,7 @@ NODES = {  # room, or a recipe -> its nodes
     "the spine": Budget(now=24_900, aim=22_000),
     "dtensor_llama and parallel": Budget(now=90_300, aim=50_000),
     "memory": Budget(now=27_700, aim=25_000),
-    "a lesson": Budget(now=1_400, aim=1_400),
+    "a lesson": Budget(now=1_410, aim=1_400),
     "recipes/pretrain.py": Budget(now=2_700, aim=3_200),
     "recipes/sft.py": Budget(now=3_500, aim=3_200),
     "recipes/generate.py": Budget(now=2_100, aim=3_200),
