@@ -93,8 +93,8 @@ def _set_kernel(model: Llama, kernel: str) -> None:
     own = model.attention.kernel
     if own not in (kernel, WholeRows().kernel):
         raise UsageError(
-            f"model.attention was set to WholeRows({own!r}) and attention={kernel}; set one of them alone, or "
-            "both alike."
+            f"model.attention was set to WholeRows({own!r}) and attention={kernel}; set one of them alone, "
+            "or both alike."
         )
     model.attention = WholeRows(kernel)
 
