@@ -19,7 +19,7 @@ import torch.distributed as dist
 from dtensor_llama.errors import UsageError
 from memory.home import Home
 from memory.placement import Plan, auto_plan, reason_to_replan
-from memory.tracer import Counters, Rates, Traced, Tracer
+from memory.tracer import Counters, MachineRates, StepTrace, Tracer
 
 if TYPE_CHECKING:
     from memory.manager import ChunkManager
@@ -39,14 +39,14 @@ class AutoPolicy:
     def __init__(
         self,
         manager: "ChunkManager",
-        rates: Rates,
+        rates: MachineRates,
         say: Callable[[str], None],
         counters: Counters | None = None,
     ):
         self.manager, self.rates, self.say, self.n_steps, self.n_plans = manager, rates, say, 0, 0
         self.counters = counters or Counters.of(manager.device)
         self.tracer: Tracer | None = Tracer(manager.owners, manager.device, self.counters)
-        self.traced: Traced | None = None
+        self.traced: StepTrace | None = None
         device, asked = manager.host_share, manager.budgets
         if manager.is_cuda:
             device = torch.cuda.get_device_properties(manager.device).total_memory
@@ -121,10 +121,10 @@ class AutoPolicy:
         grad_bytes = plan.chunks.state.bytes_per_parameter(Home.STREAM)["device"]
         return grad_bytes * (plan.n_parameters(Home.RESIDENT) + plan.n_parameters(Home.STREAM))
 
-    def _trace(self) -> Traced:
+    def _trace(self) -> StepTrace:
         return _agreed(self.tracer.result(self._held_while_traced(), self.manager.other_host_bytes))
 
-    def _best_plan(self, traced: Traced) -> Plan:
+    def _best_plan(self, traced: StepTrace) -> Plan:
         """Return this rank's plan. If one rank has none, which can happen because chunks and free host memory
         may differ, UsageError on all ranks."""
         manager, plan = self.manager, None
@@ -173,7 +173,7 @@ class AutoPolicy:
         return reason or "another rank asked for it"
 
 
-def _agreed(traced: Traced) -> Traced:
+def _agreed(traced: StepTrace) -> StepTrace:
     """Return the slowest times and the highest peaks of all ranks: the slowest rank holds the others up, and
     the one with the highest peak runs out of memory first."""
     numbers = torch.tensor(
@@ -183,7 +183,7 @@ def _agreed(traced: Traced) -> Traced:
     if dist.is_initialized():
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
     peak, forward, backward, host = numbers.tolist()
-    return Traced(int(peak), forward, backward, int(host))
+    return StepTrace(int(peak), forward, backward, int(host))
 
 
 def host_share(ranks_per_host: int, is_cuda: bool) -> int:

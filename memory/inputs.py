@@ -8,7 +8,7 @@ from torch import nn
 from memory.activations import ActivationOffload
 from memory.lanes import Lanes
 from memory.placement import Plan
-from memory.tracer import Rates
+from memory.tracer import MachineRates
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Machine:
     """
 
     ranks_per_host: int = 1
-    rates: Rates | None = None
+    rates: MachineRates | None = None
     compute_seconds: tuple[float, float] | None = None
     say: Callable[[str], None] = lambda text: None
 

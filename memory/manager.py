@@ -42,7 +42,7 @@ from memory.optimizer import ChunkOptimizer, check_adamw
 from memory.placement import Plan, describe_measured, with_prediction
 from memory.store import IN_FLIGHT_BYTES, MASTER_AND_MOMENTS, ChunkStore
 from memory.timeline import draw_timeline
-from memory.tracer import Traced, measure_rates
+from memory.tracer import StepTrace, measure_rates
 
 MEASURED_STEPS = 5  # steps under a plan whose median is reported
 
@@ -102,7 +102,7 @@ class ChunkManager(ChunkStore):
         if config.placement == "static":
             self.plan = replace(self.plan, other_host_bytes=self.other_host_bytes)
             if machine.rates and machine.compute_seconds:
-                self.plan = with_prediction(self.plan, machine.rates, Traced(0, *machine.compute_seconds))
+                self.plan = with_prediction(self.plan, machine.rates, StepTrace(0, *machine.compute_seconds))
             self.say(self.plan_in_words())
         if config.placement == "auto" and overrides.plan is None:
             rates = machine.rates or measure_rates(self.device, config.kernel, machine.ranks_per_host)

@@ -27,7 +27,7 @@ import numpy as np
 from dtensor_llama.errors import UsageError
 from dtensor_llama.metrics import GIB
 from memory.home import Home, StateFormat
-from memory.tracer import Rates, Traced
+from memory.tracer import MachineRates, StepTrace
 
 RESERVE = 0.03  # of the device budget: for fragments in the allocator, and for what the warm-up did not see
 # Plans whose step is within this share of the fastest are ties; the one with the most RESIDENT chunks is
@@ -190,7 +190,7 @@ def static_plan(chunks: ChunkSizes, resident: float, stream: float, cpu: float) 
 
 
 def auto_plan(
-    chunks: ChunkSizes, budgets: dict[str, int], rates: Rates, traced: Traced, clips: bool = True
+    chunks: ChunkSizes, budgets: dict[str, int], rates: MachineRates, traced: StepTrace, clips: bool = True
 ) -> Plan:
     """Return the plan with the fastest predicted step within both budgets, found by a scan of all plans.
 
@@ -235,7 +235,7 @@ def auto_plan(
 
 
 def _nothing_fits(
-    chunks: ChunkSizes, budgets: dict[str, int], traced: Traced, least_device: int, least_host: int
+    chunks: ChunkSizes, budgets: dict[str, int], traced: StepTrace, least_device: int, least_host: int
 ) -> UsageError:
     """least_device, least_host: of the plans that the other budget allows."""
     n_total, other = sum(chunks.n_elements), traced.non_model_peak_bytes
@@ -289,7 +289,7 @@ def _host_dram_bytes(split: Split, state: StateFormat):
     return state.cpu_dram_bytes * split.cpu + 2 * state.state_bytes * split.stream
 
 
-def update_terms(split: Split, state: StateFormat, rates: Rates) -> dict[str, np.ndarray]:
+def update_terms(split: Split, state: StateFormat, rates: MachineRates) -> dict[str, np.ndarray]:
     """Return how many seconds each part of the machine needs for one update, by its name."""
     one_way = state.state_bytes * split.stream + state.weight_dtype.itemsize * split.cpu  # and as much back
     return {
@@ -302,7 +302,7 @@ def update_terms(split: Split, state: StateFormat, rates: Rates) -> dict[str, np
 
 
 def predict(
-    split: Split, state: StateFormat, rates: Rates, traced: Traced, clips: bool = True
+    split: Split, state: StateFormat, rates: MachineRates, traced: StepTrace, clips: bool = True
 ) -> dict[str, np.ndarray]:
     """Return the seconds of a step, of its parts, and of what the update can hide behind: the next forward.
     Where no norm of all gradients has to be known before the first chunk is stepped, it hides behind backward
@@ -321,7 +321,7 @@ def predict(
     }
 
 
-def with_prediction(plan: Plan, rates: Rates, traced: Traced) -> Plan:
+def with_prediction(plan: Plan, rates: MachineRates, traced: StepTrace) -> Plan:
     parts = predict(plan.split, plan.chunks.state, rates, traced, plan.clips)
     seconds = {name: float(value) for name, value in parts.items()}
     terms = update_terms(plan.split, plan.chunks.state, rates)

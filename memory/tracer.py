@@ -1,5 +1,5 @@
-"""What the machine can do (Rates, measured once and kept) and what the model needs (Traced, measured in
-two or three warm-up steps).
+"""What the machine can do (MachineRates, measured once and kept) and what the model needs (StepTrace,
+measured in two or three warm-up steps).
 
 A rate is the bytes per second that really moved, counted where they move: a copy within RAM costs its DRAM
 twice, a copy over the link once. Without an accelerator the link is a copy between two accounts of the same
@@ -34,7 +34,7 @@ MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Rates:
+class MachineRates:
     """What one device and its share of the host can do: bytes/s, and for Adam parameters/s."""
 
     h2d: float
@@ -45,7 +45,7 @@ class Rates:
     host_adam: float
     device_adam: float
 
-    def scaled(self, factor: float) -> "Rates":
+    def scaled(self, factor: float) -> "MachineRates":
         """Return these rates with all that an update on the host waits for multiplied by `factor`."""
         names = ("h2d", "d2h", "duplex", "dram", "dram_under_dma", "host_adam")
         return replace(self, **{name: factor * getattr(self, name) for name in names})
@@ -60,7 +60,7 @@ class Rates:
                 raise ValueError(f"{name} is {rate!r}, not a number above 0")
 
     @classmethod
-    def from_json(cls, stored: dict) -> "Rates":
+    def from_json(cls, stored: dict) -> "MachineRates":
         host_adam = stored["host_adam"]
         if isinstance(host_adam, dict):  # older files hold it by number of threads
             host_adam = max(host_adam.values())
@@ -88,9 +88,9 @@ def load_rates(
     device: torch.device,
     kernel: str = "auto",
     ranks_per_host: int = 1,
-    measure: Callable[..., Rates] | None = None,
+    measure: Callable[..., MachineRates] | None = None,
     say: Callable[[str], None] = lambda text: None,
-) -> Rates:
+) -> MachineRates:
     """Return the rates of this machine from the JSON file `path`. If they are not there, they are measured,
     which takes some seconds, and added to it.
 
@@ -104,7 +104,7 @@ def load_rates(
         if path.exists():
             kept = dict(json.loads(path.read_bytes()))
         if key in kept:
-            rates = Rates.from_json(kept[key])
+            rates = MachineRates.from_json(kept[key])
             rates.check()
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -131,7 +131,7 @@ def measure_rates(
     ranks_per_host: int = 1,
     n_bytes: int = 256 * MIB,
     seconds: float = 0.5,
-) -> Rates:
+) -> MachineRates:
     """Measure every rate for `seconds`. A GPU must be idle meanwhile. Several ranks of a host measure at the
     same time, so that each gets its share."""
     link, stream = Link(device, n_bytes), DramStream(4 * n_bytes)
@@ -142,7 +142,7 @@ def measure_rates(
     if device.type == "cuda":
         device_adam = device_adam_rate(device, seconds=seconds, kernel=kernel)
     adam = {"host_adam": host_adam, "device_adam": device_adam}
-    return Rates(**wires, dram=dram, dram_under_dma=under_dma, **adam)
+    return MachineRates(**wires, dram=dram, dram_under_dma=under_dma, **adam)
 
 
 def per_second(work: Callable[[], float], seconds: float) -> float:
@@ -277,7 +277,7 @@ def _adam_step(device: torch.device, n_parameters: int, kind: str) -> Callable[[
 
 
 @dataclass(frozen=True)
-class Traced:
+class StepTrace:
     """What one step of this rank needs: the largest bytes, and the times of the quickest step, among those
     seen."""
 
@@ -380,11 +380,11 @@ class Tracer:
         if not notes or notes[-1][0] != phase:
             notes.append((phase, moment(self.device)))
 
-    def result(self, model_bytes: int, host_bytes: int = 0) -> Traced:
+    def result(self, model_bytes: int, host_bytes: int = 0) -> StepTrace:
         """Return what was traced; waits for the device. model_bytes: the part of the peak that plans count
         themselves, which is weights and resident states."""
         forward, backward = min(map(self._seconds, self.steps), key=sum)
-        return Traced(max(0, self.peak + self.non_torch - model_bytes), forward, backward, host_bytes)
+        return StepTrace(max(0, self.peak + self.non_torch - model_bytes), forward, backward, host_bytes)
 
     @staticmethod
     def _seconds(notes: list[tuple]) -> tuple[float, float]:

@@ -37,8 +37,8 @@ from dtensor_llama.cli import (
     refuse_compile_without_compiler,
     run_recipe,
 )
-from dtensor_llama.data.reader import Batch, Batching, RowReader
-from dtensor_llama.data.sequences import PackedRows, Packing
+from dtensor_llama.data.reader import Batch, Batching, SequenceReader
+from dtensor_llama.data.sequences import PackedSequences, Packing
 from dtensor_llama.data.sources import TextOptions
 from dtensor_llama.data.tokenize import prepare_corpus
 from dtensor_llama.data.tokenizer import load_tokenizer
@@ -167,7 +167,7 @@ def main(cfg: BenchmarkConfig) -> None:
         tokenizer = load_tokenizer(Base(cfg.model, cfg.data.tokenizer).tokenizer_path)
         text = TextOptions(cfg.data.text_field, cfg.data.bad_records)
         corpus = prepare_corpus(cfg.data.path, tokenizer, cache_dirs, text)
-        rows = PackedRows(corpus, Packing(seq_len, cfg.data.validation_share, cfg.train.seed))
+        rows = PackedSequences(corpus, Packing(seq_len, cfg.data.validation_share, cfg.train.seed))
     if memory_note:
         launch.say(f"memory    {memory_note}")
     start_process_group(device, launch.world_size)
@@ -204,7 +204,9 @@ def main(cfg: BenchmarkConfig) -> None:
     reader = None
     if rows:
         batch_sizes, pins = (cfg.train.global_batch_size, cfg.train.micro_batch_size), device.type == "cuda"
-        reader = RowReader(rows, Batching(*batch_sizes, dp_rank, resolved.dp, cfg.data.document_mask, pins))
+        reader = SequenceReader(
+            rows, Batching(*batch_sizes, dp_rank, resolved.dp, cfg.data.document_mask, pins)
+        )
         sources["real"] = lambda: next(reader)
     n_steps = cfg.warmup + cfg.train.steps
     pictures = StepPictures(training, Path(cfg.run_dir), 0, n_steps, cfg.memory.draw)

@@ -36,9 +36,9 @@ from dtensor_llama.cli import (
     run_recipe,
     values_by_flag,
 )
-from dtensor_llama.data.mix import open_rows
-from dtensor_llama.data.reader import Batch, Batching, RowReader, validation_batches
-from dtensor_llama.data.sequences import Packing, say_skipped
+from dtensor_llama.data.mix import open_sequences
+from dtensor_llama.data.reader import Batch, Batching, SequenceReader, validation_batches
+from dtensor_llama.data.sequences import Packing, log_skipped
 from dtensor_llama.data.sources import TextOptions
 from dtensor_llama.data.tokenizer import load_tokenizer
 from dtensor_llama.hf_folder import Base, export
@@ -188,7 +188,7 @@ def main(cfg: PretrainConfig) -> None:
     # ---- 3. The parts --------------------------------------------------------------------------------------
     text = TextOptions(cfg.data.text_field, cfg.data.bad_records)
     packing = Packing(seq_len, cfg.data.validation_share, cfg.train.seed)
-    rows = open_rows(cfg.data.path, tokenizer, cache_dirs, text, packing)
+    rows = open_sequences(cfg.data.path, tokenizer, cache_dirs, text, packing)
     start_process_group(device, launch.world_size, attempt=launch.attempt)
     if memory_note:
         say(f"memory    {memory_note}")
@@ -216,7 +216,7 @@ def main(cfg: PretrainConfig) -> None:
     batch_sizes = cfg.train.global_batch_size, cfg.train.micro_batch_size
     pins = device.type == "cuda"
     batching = Batching(*batch_sizes, layout.dp_rank, resolved.dp, cfg.data.document_mask, pins)
-    reader = RowReader(rows, batching, position)
+    reader = SequenceReader(rows, batching, position)
     attention = f"{kernel} ({why})"
     facts = RunFacts(model_config, rows, rows.contents, resolved, AXES, n_microbatches, device, attention)
     if is_main:
@@ -358,7 +358,7 @@ def lines_on_data(cfg: PretrainConfig, rows, run_dir: Path) -> list[str]:
             f"rows of {rows.seq_len} to train on, {source.n_validation:,} held out; this run reads them "
             f"{n_read / source.n_train:.2f} times"
         )
-    say_skipped([source.corpus for _, source, _ in sources], run_dir, lines.append)
+    log_skipped([source.corpus for _, source, _ in sources], run_dir, lines.append)
     return lines
 
 

@@ -39,7 +39,7 @@ from dtensor_llama.chat.lora import (
 )
 from dtensor_llama.chat.neftune import Neftune
 from dtensor_llama.chat.packing import PackedExamples
-from dtensor_llama.chat.preview import preview, say_data
+from dtensor_llama.chat.preview import log_conversations, preview
 from dtensor_llama.chat.template import template_of
 from dtensor_llama.checkpoint import Checkpointer, training_state
 from dtensor_llama.cli import (
@@ -53,8 +53,8 @@ from dtensor_llama.cli import (
     run_recipe,
     values_by_flag,
 )
-from dtensor_llama.data.reader import Batch, Batching, RowReader, validation_batches
-from dtensor_llama.data.sequences import Packing, say_skipped
+from dtensor_llama.data.reader import Batch, Batching, SequenceReader, validation_batches
+from dtensor_llama.data.sequences import Packing, log_skipped
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
 from dtensor_llama.hf_folder import Base, export, save_tokenizer
 from dtensor_llama.model import init_weights
@@ -231,8 +231,8 @@ def main(cfg: SftConfig) -> None:
     check_schedule(cfg.train)  # once more, as the peak may have been open
     if cfg.preview or cfg.preview_json:
         if is_main:
-            say_data(rows, template.name, say)
-            say_skipped([corpus], None, say)
+            log_conversations(rows, template.name, say)
+            log_skipped([corpus], None, say)
             preview(rows, tokenizer, cfg.preview, cfg.preview_json)
         return
     seq_len = rows.seq_len
@@ -278,7 +278,7 @@ def main(cfg: SftConfig) -> None:
     batch_sizes = cfg.train.global_batch_size, cfg.train.micro_batch_size
     pins = device.type == "cuda"
     batching = Batching(*batch_sizes, layout.dp_rank, resolved.dp, document_mask=True, pin_memory=pins)
-    reader = RowReader(rows, batching, position)
+    reader = SequenceReader(rows, batching, position)
     attention = f"{kernel} ({why})"
     facts = RunFacts(
         model_config, rows, str(corpus.folder), resolved, AXES, n_microbatches, device, attention
@@ -459,8 +459,8 @@ def run_record(
 def lines_on_data(cfg: SftConfig, rows: PackedExamples, template_name: str) -> list[str]:
     """Describe the conversations, the records that were left out, and how often this run reads the rows."""
     lines = []
-    say_data(rows, template_name, lines.append)
-    say_skipped([rows.corpus], Path(cfg.run_dir), lines.append)
+    log_conversations(rows, template_name, lines.append)
+    log_skipped([rows.corpus], Path(cfg.run_dir), lines.append)
     epochs = cfg.train.steps * cfg.train.global_batch_size / rows.n_train
     lines.append(f"epochs    {epochs:.2f}: {cfg.train.steps} steps of {cfg.train.global_batch_size} rows")
     return lines

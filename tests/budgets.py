@@ -74,7 +74,7 @@ KERNELS = {
 MANY_PARAMETERS = {
     ("dtensor_llama/chat/answers.py", "answer"),
     ("dtensor_llama/chat/packing.py", "__init__"),
-    ("dtensor_llama/data/mix.py", "open_rows"),
+    ("dtensor_llama/data/mix.py", "open_sequences"),
     ("dtensor_llama/data/reader.py", "__init__"),
     ("memory/config.py", "manage"),
     ("parallel/booster.py", "__init__"),

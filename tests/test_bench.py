@@ -42,7 +42,7 @@ from gpu_plan import (
 from dtensor_llama import LlamaConfig, UsageError, flops, metrics
 from dtensor_llama.cli import parse_cli
 from dtensor_llama.metrics import GIB
-from memory.tracer import Counters, Rates
+from memory.tracer import Counters, MachineRates
 
 CONFIGS = {"recipes/benchmark.py": benchmark.BenchmarkConfig} | {
     f"recipes/bench/{module.__name__}.py": module.Config
@@ -315,7 +315,7 @@ def test_the_table_says_what_was_predicted_and_what_came_and_marks_what_is_far_o
 
 
 def test_fsdp2s_offload_is_predicted_as_a_sum_because_nothing_overlaps_on_one_rank():
-    rates = Rates(
+    rates = MachineRates(
         h2d=50e9,
         d2h=25e9,
         duplex=75e9,
@@ -376,7 +376,7 @@ def test_each_contenders_line_appears_after_its_turn_and_who_failed_is_not_asked
         "seconds": {"forward": 0.1, "backward": 0.2, "step": 0.5},
         "parameters": {},
         "bound": "link",
-        "rates": Rates(1e9, 1e9, 2e9, 1e10, 1e10, 1e9, 1e9).to_json(),
+        "rates": MachineRates(1e9, 1e9, 2e9, 1e10, 1e10, 1e9, 1e9).to_json(),
         "host_update_seconds": 0.1,
         "host_dram_bytes": 1e9,
     }

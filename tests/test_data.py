@@ -26,8 +26,8 @@ from tokenizers import Regex, pre_tokenizers
 from dtensor_llama.chat.corpus import ChatCorpus, prepare_chat
 from dtensor_llama.data import tokenize as tokenize_module
 from dtensor_llama.data.cut import Cutter
-from dtensor_llama.data.reader import Batching, RowReader, validation_batches
-from dtensor_llama.data.sequences import PackedRows, Packing, TokenCorpus, permute
+from dtensor_llama.data.reader import Batching, SequenceReader, validation_batches
+from dtensor_llama.data.sequences import PackedSequences, Packing, TokenCorpus, permute
 from dtensor_llama.data.sources import TextOptions, expand_paths, read_chunks
 from dtensor_llama.data.tokenize import prepare_corpus
 from dtensor_llama.data.tokenizer import load_tokenizer
@@ -458,19 +458,19 @@ def test_the_permutation_reaches_a_trillion_tokens_without_a_list():
 
 
 def test_training_and_held_out_rows_are_all_rows_once_and_epochs_differ(tmp_path):
-    rows = PackedRows(make_corpus(tmp_path, range(1008)), Packing(10, 0.1, seed=3))
+    rows = PackedSequences(make_corpus(tmp_path, range(1008)), Packing(10, 0.1, seed=3))
     # 1,008 tokens: the last 7 make no row
     assert (rows.n_rows, rows.n_train, rows.n_validation) == (100, 90, 10)
     epochs = [rows.rows_at(np.arange(e * 90, e * 90 + 90)).tolist() for e in range(3)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2]) and epochs[0] != epochs[1] != epochs[2]
     assert sorted(epochs[0] + rows.validation_rows().tolist()) == list(range(100))
-    other_seed = PackedRows(rows.corpus, Packing(10, 0.1, seed=4))
+    other_seed = PackedSequences(rows.corpus, Packing(10, 0.1, seed=4))
     assert set(other_seed.validation_rows()) != set(rows.validation_rows())
 
 
 def test_a_row_has_the_next_token_as_label(tmp_path):
-    rows = PackedRows(make_corpus(tmp_path, range(31)), Packing(10))
-    [batch] = next(RowReader(rows, Batching(3, 3)))
+    rows = PackedSequences(make_corpus(tmp_path, range(31)), Packing(10))
+    [batch] = next(SequenceReader(rows, Batching(3, 3)))
     order = rows.rows_at(np.arange(3)).tolist()
     assert batch.tokens.tolist() == [list(range(row * 10, row * 10 + 10)) for row in order]
     assert torch.equal(batch.labels, batch.tokens + 1) and batch.positions is None
@@ -479,8 +479,8 @@ def test_a_row_has_the_next_token_as_label(tmp_path):
 
 def test_under_the_document_mask_positions_restart_and_labels_stay_in_their_document(tmp_path):
     corpus = make_corpus(tmp_path, range(25), starts=[0, 5, 8, 16, 20])
-    rows = PackedRows(corpus, Packing(8))
-    [batch] = next(RowReader(rows, Batching(3, 3, document_mask=True)))
+    rows = PackedSequences(corpus, Packing(8))
+    [batch] = next(SequenceReader(rows, Batching(3, 3, document_mask=True)))
     by_row = {int(t[0]) // 8: (labels.tolist(), p.tolist()) for t, labels, p in zip(*batch, strict=True)}
     no = -100
     # 8 opens the next row and a document
@@ -493,7 +493,7 @@ def test_under_the_document_mask_positions_restart_and_labels_stay_in_their_docu
 def rows(tmp_path):
     starts = np.unique(np.random.default_rng(0).integers(0, 3000, 200))
     corpus = make_corpus(tmp_path / "rows", np.arange(3000) % 500, [0, *starts[starts > 0]])
-    return PackedRows(corpus, Packing(16, 0.05, seed=1))
+    return PackedSequences(corpus, Packing(16, 0.05, seed=1))
 
 
 def steps_of(
@@ -501,7 +501,7 @@ def steps_of(
 ) -> list[list[list[int]]]:
     """Token rows of each step in global order: the micro-batches of the dp ranks one after another."""
     readers = [
-        RowReader(rows, Batching(global_batch_size, micro_batch_size, r, dp_size, True), position)
+        SequenceReader(rows, Batching(global_batch_size, micro_batch_size, r, dp_size, True), position)
         for r in range(dp_size)
     ]
     steps = [
@@ -531,7 +531,7 @@ def test_a_reader_resumed_anywhere_goes_on_exactly_also_on_another_layout(rows):
 
 
 def test_position_counts_steps_handed_out_not_those_read_ahead(rows):
-    reader = RowReader(rows, Batching(8, 8))
+    reader = SequenceReader(rows, Batching(8, 8))
     wait_until(lambda: reader._ready.full())
     assert reader.position == 0
     next(reader)
@@ -541,7 +541,7 @@ def test_position_counts_steps_handed_out_not_those_read_ahead(rows):
 
 def test_an_error_while_reading_reaches_the_caller_and_no_thread_stays(rows):
     rows.corpus.tokens = rows.corpus.tokens[:100]
-    reader = RowReader(rows, Batching(8, 8))
+    reader = SequenceReader(rows, Batching(8, 8))
     for _ in range(2):
         with pytest.raises(ValueError, match="same shape"):
             next(reader)
@@ -553,10 +553,10 @@ def test_an_error_while_reading_reaches_the_caller_and_no_thread_stays(rows):
 
 
 def test_a_reader_never_closed_does_not_disturb_the_exit(rows):
-    code = "from dtensor_llama.data.reader import Batching, RowReader\n"
-    code += "from dtensor_llama.data.sequences import PackedRows, Packing, TokenCorpus\n"
-    code += f"rows = PackedRows(TokenCorpus({str(rows.corpus.folder)!r}), Packing(16))\n"
-    code += "reader = RowReader(rows, Batching(8, 8)); next(reader); print(reader.position)"
+    code = "from dtensor_llama.data.reader import Batching, SequenceReader\n"
+    code += "from dtensor_llama.data.sequences import PackedSequences, Packing, TokenCorpus\n"
+    code += f"rows = PackedSequences(TokenCorpus({str(rows.corpus.folder)!r}), Packing(16))\n"
+    code += "reader = SequenceReader(rows, Batching(8, 8)); next(reader); print(reader.position)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "8\n", "")
 
@@ -588,10 +588,10 @@ def test_too_few_tokens_are_refused_with_the_length_that_would_work(tmp_path):
     corpus = make_corpus(tmp_path, range(101))
     for share, works in ((0.1, 50), (0, 100)):
         with pytest.raises(UsageError, match=f"the data has 101 tokens.* use seq_len={works} or less"):
-            PackedRows(corpus, Packing(works + 1, share))
-        assert PackedRows(corpus, Packing(works, share)).n_train == 1
+            PackedSequences(corpus, Packing(works + 1, share))
+        assert PackedSequences(corpus, Packing(works, share)).n_train == 1
     with pytest.raises(UsageError, match="give more text"):
-        PackedRows(make_corpus(tmp_path / "tiny", [1, 2]), Packing(4, 0.1))
+        PackedSequences(make_corpus(tmp_path / "tiny", [1, 2]), Packing(4, 0.1))
     with pytest.raises(UsageError, match="seq_len=0"):
         Packing(0, 0.1)
 
@@ -676,7 +676,8 @@ def test_records_without_a_text_are_skipped_and_listed(tokenizer, tmp_path):
 def test_a_damaged_file_is_refused_though_bad_records_are_skipped(
     tokenizer, tmp_path, name, content, message
 ):
-    """A file that cannot be read to its end may lack any number of records, so that none of them is counted."""
+    """A file that cannot be read to its end may lack any number of records, so that none of them is
+    counted."""
     good = write_jsonl(tmp_path / "a.jsonl", ["one"])
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match=message) as error:

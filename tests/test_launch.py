@@ -31,7 +31,7 @@ from dtensor_llama.cli import check_numbers, parse_cli  # noqa: E402
 from dtensor_llama.optim import build_adamw  # noqa: E402
 from memory import ChunkManager, Machine, TrainingLoop  # noqa: E402
 from memory.chunk import GIB  # noqa: E402
-from memory.tracer import Rates  # noqa: E402
+from memory.tracer import MachineRates  # noqa: E402
 from parallel import build_mesh, parallelize  # noqa: E402
 from parallel.config import Job, check_parallel  # noqa: E402
 from parallel.explain import pretend  # noqa: E402
@@ -147,7 +147,7 @@ def test_model_mesh_and_optimizer_are_built_at_full_size_and_a_rank_fits_its_gpu
         if cfg.memory.is_on:  # it refuses at once what its budgets cannot hold
             config_here = replace(cfg.memory, kernel="blocks")  # a compiled one would run, to be warm
             with FakeTensorMode(allow_non_fake_inputs=True):  # what it allocates has sizes, no memory
-                loop, machine = TrainingLoop(parts, n_micros), Machine(rates=Rates(*RATES))
+                loop, machine = TrainingLoop(parts, n_micros), Machine(rates=MachineRates(*RATES))
                 manager = ChunkManager(model, optimizer, config_here, loop, machine)
             manager.lanes.thread.shutdown()
             optimizer = manager.optimizer

@@ -16,9 +16,11 @@ from dtensor_llama import UsageError
 from memory import ChunkManager, Home, Machine, MemoryConfig
 from memory.auto import WARM_UP_STEPS
 from memory.chunk import GIB
-from memory.tracer import Counters, Rates, Usage
+from memory.tracer import Counters, MachineRates, Usage
 
-RATES = Rates(h2d=1e9, d2h=1e9, duplex=2e9, dram=1e10, dram_under_dma=1e10, host_adam=1e8, device_adam=1e9)
+RATES = MachineRates(
+    h2d=1e9, d2h=1e9, duplex=2e9, dram=1e10, dram_under_dma=1e10, host_adam=1e8, device_adam=1e9
+)
 NOTHING_ELSE = Counters(Usage, lambda: None)
 
 

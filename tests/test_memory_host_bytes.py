@@ -20,7 +20,7 @@ from dtensor_llama.optim import build_adamw
 from memory import ChunkManager, Home, MemoryConfig, Overrides
 from memory.chunk import CHUNK_ELEMENTS, GIB
 from memory.placement import ChunkSizes, auto_plan
-from memory.tracer import Rates, Traced
+from memory.tracer import MachineRates, StepTrace
 
 RESIDENT, STREAM, CPU = Home
 # One layer as wide as those of 7B: 105M parameters. Smaller matrices would say less of the plan and more of
@@ -143,7 +143,7 @@ def test_13b_starts_and_checkpoints_on_one_h200_and_a_host_of_128_gib():
     optimizer = build_adamw(model, lr=1e-3, weight_decay=0.1)
     sizes = chunk_sizes(model, optimizer, CHUNK_ELEMENTS)
     passing = 3 * 4 * max(parameter.numel() for parameter in model.parameters())
-    rates = Rates(
+    rates = MachineRates(
         h2d=50e9,
         d2h=50e9,
         duplex=100e9,
@@ -152,7 +152,7 @@ def test_13b_starts_and_checkpoints_on_one_h200_and_a_host_of_128_gib():
         host_adam=7e9,
         device_adam=150e9,
     )
-    traced = Traced(
+    traced = StepTrace(
         non_model_peak_bytes=12 * GIB, forward_seconds=0.7, backward_seconds=2.1, host_bytes=passing
     )
     budgets = {"device": int(139.8 * GIB), "host": int(0.9 * 120 * GIB)}

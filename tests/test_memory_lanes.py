@@ -14,7 +14,7 @@ from memory import ChunkManager, Home, Overrides, TrainingLoop
 from memory.home import StateFormat
 from memory.lanes import DONE, HOST_ADAM
 from memory.placement import ChunkSizes, Split, lay_out, predict, static_plan
-from memory.tracer import Rates, Traced
+from memory.tracer import MachineRates, StepTrace
 
 RESIDENT, STREAM, CPU = Home
 BF16 = torch.bfloat16
@@ -212,7 +212,7 @@ def test_a_step_takes_as_long_as_the_plan_predicts(n_resident, n_stream, n=40):
     """The plan is given the rates of the clock. It leaves out how the pipes fill and drain: a few chunks'
     time."""
     state = StateFormat(torch.float32)
-    rates = Rates(
+    rates = MachineRates(
         h2d=64 * 16,
         d2h=64 * 16,
         duplex=1e9,
@@ -221,7 +221,7 @@ def test_a_step_takes_as_long_as_the_plan_predicts(n_resident, n_stream, n=40):
         host_adam=64,
         device_adam=64 / 0.02,
     )
-    traced = Traced(0, forward_seconds=n * 0.5, backward_seconds=n * 1.0)
+    traced = StepTrace(0, forward_seconds=n * 0.5, backward_seconds=n * 1.0)
     copy_s = 64 * state.state_bytes / rates.h2d
     seconds = {
         "h2d chunk": copy_s,

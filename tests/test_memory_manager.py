@@ -33,7 +33,7 @@ from memory import ChunkManager, Home, Machine, MemoryConfig, Overrides, Trainin
 from memory.activations import offload_block_inputs
 from memory.chunk import GIB, LEGAL_MOVES, State
 from memory.kernel import HyperParameters, Kernel, adamw_chunk, join_master, split_master, whole_rows
-from memory.tracer import Rates
+from memory.tracer import MachineRates
 
 RESIDENT, STREAM, CPU = Home
 BF16 = torch.bfloat16
@@ -357,7 +357,9 @@ def test_passing_a_budget_raises_at_once():
 def test_auto_starts_with_as_much_on_the_host_as_its_budget_allows():
     model = tiny()
     auto = MemoryConfig("auto", kernel="blocks")
-    machine = Machine(rates=Rates(1e9, 1e9, 1e9, 1e9, 1e9, 1e9, 1e9))  # given: nothing has to be measured
+    machine = Machine(
+        rates=MachineRates(1e9, 1e9, 1e9, 1e9, 1e9, 1e9, 1e9)
+    )  # given: nothing has to be measured
     manager = ChunkManager(model, adamw(model), auto, machine=machine, overrides=SMALL_CHUNKS)
     assert {chunk.home for chunk in manager.chunks} == {CPU}
     half = manager.bytes_needed(manager.plan)["host"] / 2
@@ -388,7 +390,7 @@ def test_a_plan_that_the_hosts_free_memory_cannot_hold_is_refused_and_auto_start
         ChunkManager(
             model := tiny(), adamw(model), all_cpu, machine=Machine(ranks_per_host=2), overrides=SMALL_CHUNKS
         )
-    machine = Machine(rates=Rates(1e9, 1e9, 1e9, 1e9, 1e9, 1e9, 1e9))
+    machine = Machine(rates=MachineRates(1e9, 1e9, 1e9, 1e9, 1e9, 1e9, 1e9))
     config = MemoryConfig("auto", kernel="blocks")
     auto = ChunkManager(model := tiny(), adamw(model), config, machine=machine, overrides=SMALL_CHUNKS)
     assert {chunk.home for chunk in auto.chunks} != {CPU}  # the host's half of one RAM

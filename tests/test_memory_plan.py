@@ -32,10 +32,10 @@ from memory.placement import (
     splits,
     static_plan,
 )
-from memory.tracer import Rates, Traced
+from memory.tracer import MachineRates, StepTrace
 
 CHUNK = 16 * 2**20
-RATES = Rates(
+RATES = MachineRates(
     h2d=50e9,
     d2h=50e9,
     duplex=100e9,
@@ -149,7 +149,7 @@ def brute_force(sizes, budgets, rates, traced, state) -> float | None:
 sizes_in = st.lists(st.sampled_from([CHUNK, CHUNK, CHUNK, 999_999, 12_345_678]), min_size=1, max_size=9)
 rate = st.floats(1e9, 1e12)
 rates_in = st.builds(
-    Rates,
+    MachineRates,
     h2d=rate,
     d2h=rate,
     duplex=rate,
@@ -159,7 +159,7 @@ rates_in = st.builds(
     device_adam=st.floats(1e9, 1e12),
 )
 traced_in = st.builds(
-    Traced,
+    StepTrace,
     non_model_peak_bytes=st.integers(0, GIB),
     forward_seconds=st.floats(0, 1),
     backward_seconds=st.floats(0, 1),
@@ -201,14 +201,14 @@ def test_500_random_plans_keep_both_budgets_and_are_the_fastest_or_refused_with_
 
 def test_what_fits_is_all_resident_and_nothing_waits_for_the_host():
     # with so long a forward all could hide behind it
-    plan = auto_plan(chunks_of(4 * CHUNK), gib(2, 0), RATES, Traced(0, 10.0, 20.0))
+    plan = auto_plan(chunks_of(4 * CHUNK), gib(2, 0), RATES, StepTrace(0, 10.0, 20.0))
     assert letters(plan) == "rrrr" and plan.why == "everything fits the device"
     assert plan.seconds["update"] == 0 and plan.bound == "forward and backward"
     assert sum(plan.host_bytes.values()) == plan.device_bytes["ring"] == 0
 
 
 def test_of_plans_as_fast_the_one_with_most_residents_is_taken():
-    slow = Traced(0, 10.0, 20.0)  # everything hides behind forward
+    slow = StepTrace(0, 10.0, 20.0)  # everything hides behind forward
     budgets = {"device": int((2 * 20 + 12 * 10) * CHUNK / (1 - RESERVE)) + 2, "host": 100 * GIB}
     plan = auto_plan(chunks_of(20 * CHUNK), budgets, RATES, slow)
     assert letters(plan) == "r" * 10 + "c" * 10
@@ -233,7 +233,7 @@ def test_of_plans_as_fast_the_one_with_most_residents_is_taken():
 )
 def test_what_cannot_fit_is_refused_with_the_numbers_and_the_nearest_that_works(device_gib, host_gib, said):
     with pytest.raises(UsageError, match=said):
-        auto_plan(chunks_of(40 * CHUNK), gib(device_gib, host_gib), RATES, Traced(GIB, 0.1, 0.2))
+        auto_plan(chunks_of(40 * CHUNK), gib(device_gib, host_gib), RATES, StepTrace(GIB, 0.1, 0.2))
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_predicted_steps_of_the_design(name, budget_gib, host_gib, tokens, activ
     config = LlamaConfig.preset(name)
     n = config.n_parameters
     forward = (2 * n + 2 * 4096 * config.hidden_size * config.num_hidden_layers) * tokens / 592e12
-    traced = Traced(int(activations_gb * 1e9), forward, 3 * forward)
+    traced = StepTrace(int(activations_gb * 1e9), forward, 3 * forward)
     chunks, budgets = replace(chunks_of(n), state=WholeMasters()), gib(budget_gib, host_gib)
     plan = auto_plan(chunks, budgets, RATES, traced)
     assert fits(plan)
@@ -307,7 +307,7 @@ def test_a_plan_of_70b_on_512_ranks_and_on_8_takes_less_than_a_second():
     n = LlamaConfig.preset("llama2-70b").n_parameters
     for ranks, budget_gib in ((512, 4), (8, 80)):
         began = time.process_time()
-        plan = auto_plan(chunks_of(n // ranks), gib(budget_gib, 200), RATES, Traced(2 * GIB, 0.5, 1.5))
+        plan = auto_plan(chunks_of(n // ranks), gib(budget_gib, 200), RATES, StepTrace(2 * GIB, 0.5, 1.5))
         assert time.process_time() - began < 1.0
         assert fits(plan)
 
@@ -318,11 +318,11 @@ def test_a_plan_of_70b_on_512_ranks_and_on_8_takes_less_than_a_second():
 def mixed_plan() -> Plan:
     names = ("embedding", *(f"layer {i // 2}" for i in range(254)), "head")
     chunks = ChunkSizes((CHUNK,) * 256, layers=tuple((name, name) for name in names))
-    return auto_plan(chunks, gib(24, 100), RATES, Traced(GIB, 0.02, 0.04, host_bytes=GIB // 2))
+    return auto_plan(chunks, gib(24, 100), RATES, StepTrace(GIB, 0.02, 0.04, host_bytes=GIB // 2))
 
 
 def test_prediction_of_a_mix_by_hand():
-    seconds = predict(Split(1e9, 2e9, 3e9), StateFormat(BF16), RATES, Traced(0, 0.2, 0.4))
+    seconds = predict(Split(1e9, 2e9, 3e9), StateFormat(BF16), RATES, StepTrace(0, 0.2, 0.4))
     assert seconds["update"] == pytest.approx(max((20 + 6) / 50, (96 + 40) / 200, 3 / 12.8))
     assert seconds["step"] == pytest.approx(0.4 + 0.68 + 28 / 4800)
 

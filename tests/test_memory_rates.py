@@ -18,8 +18,8 @@ from memory.tracer import (
     Counters,
     DramStream,
     Link,
-    Rates,
-    Traced,
+    MachineRates,
+    StepTrace,
     Tracer,
     Usage,
     load_rates,
@@ -29,7 +29,7 @@ from memory.tracer import (
 from parallel.recompute import apply_recompute
 
 CPU = torch.device("cpu")
-RATES = Rates(1e9, 2e9, 3e9, 4e9, 5e9, 7e8, 8e9)
+RATES = MachineRates(1e9, 2e9, 3e9, 4e9, 5e9, 7e8, 8e9)
 
 
 def test_rates_are_measured_once_per_machine_and_kept(tmp_path):
@@ -211,7 +211,7 @@ def test_the_tracer_times_forward_and_backward_and_sees_the_peak_between_blocks(
         ["forward", "backward", "forward", "backward", "end"]
     ] * 3
     traced = tracer.result(model_bytes=30, host_bytes=7)
-    assert traced == Traced(2000 + 50 - 30, forward_seconds=2.0, backward_seconds=2.0, host_bytes=7)
+    assert traced == StepTrace(2000 + 50 - 30, forward_seconds=2.0, backward_seconds=2.0, host_bytes=7)
     n_hooks = sum(len(layer._forward_hooks) for layer in model.layers)
     tracer.close()
     assert n_hooks == 3 and not any(layer._forward_hooks for layer in model.layers)
@@ -226,7 +226,7 @@ def test_the_times_of_a_trace_are_those_of_its_quickest_step(monkeypatch):
         model(torch.randn(2, 4)).backward()
         tracer.end_step()
     tracer.close()
-    assert tracer.result(0) == Traced(50, forward_seconds=5.0, backward_seconds=4.0)
+    assert tracer.result(0) == StepTrace(50, forward_seconds=5.0, backward_seconds=4.0)
 
 
 def test_the_tracer_on_a_cpu_reads_the_resident_memory_of_the_process():

@@ -10,9 +10,9 @@ from recipe import metrics, pretrain_flags, recipe
 from test_data import make_corpus
 
 from dtensor_llama import UsageError
-from dtensor_llama.data.mix import MixedRows, open_rows, parse_mixture
-from dtensor_llama.data.reader import Batching, RowReader, validation_batches
-from dtensor_llama.data.sequences import PackedRows, Packing
+from dtensor_llama.data.mix import MixedSequences, open_sequences, parse_mixture
+from dtensor_llama.data.reader import Batching, SequenceReader, validation_batches
+from dtensor_llama.data.sequences import PackedSequences, Packing
 from dtensor_llama.data.sources import TextOptions
 from dtensor_llama.data.tokenizer import load_tokenizer
 
@@ -21,21 +21,21 @@ T = 8
 
 
 @pytest.fixture
-def mixed(tmp_path) -> MixedRows:
+def mixed(tmp_path) -> MixedSequences:
     """Three sources whose tokens tell which they are: 0 .., 10_000 .., 20_000 .."""
     corpora = [
         make_corpus(tmp_path / str(k), 10_000 * k + np.arange(1000 + 400 * k), [0, 500])
         for k in range(len(WEIGHTS))
     ]
-    return MixedRows(
+    return MixedSequences(
         {
-            f"source-{k}": (PackedRows(corpora[k], Packing(T, 0.1, seed=5)), weight)
+            f"source-{k}": (PackedSequences(corpora[k], Packing(T, 0.1, seed=5)), weight)
             for k, weight in enumerate(WEIGHTS)
         }
     )
 
 
-def sources_of(rows: MixedRows, indices) -> np.ndarray:
+def sources_of(rows: MixedSequences, indices) -> np.ndarray:
     return rows.tokens_of(indices)[:, 0] // 10_000
 
 
@@ -71,7 +71,7 @@ def test_held_out_rows_have_the_shares_too_and_none_comes_twice(mixed):
 def test_rows_and_position_do_not_depend_on_ranks_or_stops(mixed):
     def read(ranks: int, first: int, steps: int) -> torch.Tensor:
         readers = [
-            RowReader(mixed, Batching(12, 12 // ranks, rank, ranks, document_mask=True), position=first)
+            SequenceReader(mixed, Batching(12, 12 // ranks, rank, ranks, document_mask=True), position=first)
             for rank in range(ranks)
         ]
         taken = [
@@ -99,10 +99,10 @@ def test_paths_with_weights_are_a_mixture_and_others_are_what_they_were(inputs, 
     two.write_text("gamma delta " * 400)
     arguments = tmp_path / "cache", TextOptions(), Packing(16, 0.1)
     tokenizer = load_tokenizer(inputs / "tokenizer")
-    rows = open_rows([f"{one}:7", f"{tmp_path}/b*:3"], tokenizer, *arguments)
+    rows = open_sequences([f"{one}:7", f"{tmp_path}/b*:3"], tokenizer, *arguments)
     assert rows.shares == [0.7, 0.3] and rows.contents.startswith("0.7 x (")
-    both = open_rows([str(one), str(two)], tokenizer, *arguments)
-    assert isinstance(both, PackedRows) and both.n_rows > rows.sources[0].n_rows
+    both = open_sequences([str(one), str(two)], tokenizer, *arguments)
+    assert isinstance(both, PackedSequences) and both.n_rows > rows.sources[0].n_rows
     tmp_path.joinpath("a.txt:0.5").write_text("a file may be called so")
     assert parse_mixture([f"{one}:0.5"]) is None
 
@@ -128,16 +128,16 @@ def test_weights_that_cannot_be_are_refused_in_words(paths, said):
 def test_a_source_that_cannot_be_read_is_named(inputs, tmp_path):
     (tmp_path / "a.txt").write_text("too short")
     with pytest.raises(UsageError, match="a.txt: seq_len=16"):
-        open_rows(
+        open_sequences(
             [f"{tmp_path}/a.txt:1"],
             load_tokenizer(inputs / "tokenizer"),
             tmp_path / "cache",
             TextOptions(),
             Packing(16, 0.1),
         )
-    source = PackedRows(make_corpus(tmp_path / "c", range(1000)), Packing(T, 0.1))
+    source = PackedSequences(make_corpus(tmp_path / "c", range(1000)), Packing(T, 0.1))
     with pytest.raises(UsageError, match="too small"):
-        MixedRows({"much": (source, 1.0), "hardly": (source, 1e-12)})
+        MixedSequences({"much": (source, 1.0), "hardly": (source, 1e-12)})
 
 
 def test_a_mixed_run_says_each_source_s_loss_and_does_not_depend_on_ranks(inputs, tmp_path):

@@ -101,7 +101,8 @@ def test_an_answer_with_brackets_is_printed_above_the_bar_of_a_terminal_as_it_is
     code = (
         "from dtensor_llama.metrics import RunLog; from pathlib import Path\n"
         f"log = RunLog(Path({str(tmp_path)!r}), 0, 2)\nlog.say('a [/INST] b [bold] c')\n"
-        "log.step({'step': 1, 'loss': 1.0, 'tokens': 1, 'tokens_per_second': 1.0, 'step_seconds': 1.0})\nlog.close()"
+        "log.step({'step': 1, 'loss': 1.0, 'tokens': 1, 'tokens_per_second': 1.0, 'step_seconds': "
+        "1.0})\nlog.close()"
     )
     main, worker = pty.openpty()
     process = subprocess.Popen([sys.executable, "-c", code], stdout=worker, stderr=subprocess.PIPE)
@@ -373,10 +374,10 @@ def test_a_cache_that_is_read_only_is_read(inputs, reference, tmp_path, monkeypa
 def test_rates_that_are_empty_or_broken_are_measured_anew_and_said(tmp_path, content):
     import torch
 
-    from memory.tracer import Rates, load_rates
+    from memory.tracer import MachineRates, load_rates
 
     device, path, said = torch.device("cpu"), tmp_path / "rates.json", []
-    good = Rates(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
+    good = MachineRates(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
     assert load_rates(path, device, "blocks", measure=lambda *_: good) == good
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -412,9 +413,9 @@ def test_rates_that_cannot_be_kept_are_measured_and_said():
 
     import torch
 
-    from memory.tracer import Rates, load_rates
+    from memory.tracer import MachineRates, load_rates
 
-    said, good = [], Rates(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
+    said, good = [], MachineRates(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
     path = Path("/proc/nowhere/rates.json")
     assert load_rates(path, torch.device("cpu"), "blocks", measure=lambda *_: good, say=said.append) == good
     assert sum("cannot be written" in line for line in said) == 1, said

@@ -62,7 +62,7 @@ class PackedExamples(Shuffled):
             )
 
     def parts(self, n_rows: int) -> list[tuple[str, "PackedExamples", int]]:
-        """Return one part, as PackedRows does."""
+        """Return one part, as PackedSequences does."""
         return [("", self, n_rows)]
 
     @property

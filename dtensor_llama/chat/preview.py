@@ -62,7 +62,7 @@ def preview(rows: PackedExamples, tokenizer: Tokenizer, n_rows: int, json_file: 
             raise UsageError(f"preview_json={json_file} cannot be written ({error.strerror}).") from None
 
 
-def say_data(rows: PackedExamples, template_name: str, log: Callable[[str], None]) -> None:
+def log_conversations(rows: PackedExamples, template_name: str, log: Callable[[str], None]) -> None:
     """Log what was found in the files, and what became of it."""
     corpus, counts = rows.corpus, dict(rows.corpus.counts)
     in_words = {

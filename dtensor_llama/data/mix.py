@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dtensor_llama.data.sequences import PackedRows, Packing, Sequences
+from dtensor_llama.data.sequences import PackedSequences, Packing, Sequences
 from dtensor_llama.data.sources import TextOptions
 from dtensor_llama.data.tokenize import prepare_corpus
 from dtensor_llama.data.tokenizer import Tokenizer
@@ -22,26 +22,29 @@ from dtensor_llama.errors import UsageError
 UNITS = 2**30  # of a share: integers, so that positions up to 2^33 are dealt exactly
 
 
-def open_rows(
+def open_sequences(
     paths: Sequence[str],
     tokenizer: Tokenizer,
     cache_dir: str | Path | Sequence[str | Path],
     text: TextOptions,
     packing: Packing,
-) -> "PackedRows | MixedRows":
+) -> "PackedSequences | MixedSequences":
     """Return the sequences of `paths`: of all of them together, or mixed if they have weights.
 
     What is not tokenized yet is tokenized now."""
     mixture = parse_mixture(paths)
     if mixture is None:
-        return PackedRows(prepare_corpus(paths, tokenizer, cache_dir, text), packing)
+        return PackedSequences(prepare_corpus(paths, tokenizer, cache_dir, text), packing)
     sources = {}
     for path, weight in mixture.items():
         try:
-            sources[path] = PackedRows(prepare_corpus([path], tokenizer, cache_dir, text), packing), weight
+            sources[path] = (
+                PackedSequences(prepare_corpus([path], tokenizer, cache_dir, text), packing),
+                weight,
+            )
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
-    return MixedRows(sources)
+    return MixedSequences(sources)
 
 
 def parse_mixture(paths: Sequence[str]) -> dict[str, float] | None:
@@ -86,12 +89,12 @@ def _weight(text: str, path: str) -> float | None:
         return None
 
 
-class MixedRows:
+class MixedSequences:
     """Deals the sequences of several sources, {name: (sequences, weight)}, by weight, as one Sequences.
 
-    Which row stands at a position is a pure function, as in PackedRows. The numbers of a source's rows come
-    after those of the sources before it. Raises UsageError if a weight is so small that it would never be
-    dealt.
+    Which row stands at a position is a pure function, as in PackedSequences. The numbers of a source's rows
+    come after those of the sources before it. Raises UsageError if a weight is so small that it would never
+    be dealt.
     """
 
     def __init__(self, sources: dict[str, tuple[Sequences, float]]):
@@ -143,7 +146,7 @@ class MixedRows:
         return rows
 
     def rows_at(self, positions: np.ndarray) -> np.ndarray:
-        """Return the rows at positions, as PackedRows.rows_at does."""
+        """Return the rows at positions, as PackedSequences.rows_at does."""
         return self._gather(positions, lambda own, index: own.rows_at(index))
 
     def validation_rows(self) -> np.ndarray:
@@ -164,7 +167,7 @@ class MixedRows:
         return np.concatenate([source.tokens_of(np.array([own])) for source, own in map(self._find, rows)])
 
     def trained_of(self, rows: np.ndarray) -> None:
-        """Return None: every token counts, as in PackedRows."""
+        """Return None: every token counts, as in PackedSequences."""
 
     def document_starts_of(self, row: int) -> np.ndarray:
         """Return the offsets within the row at which another document begins."""

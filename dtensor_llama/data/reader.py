@@ -97,7 +97,7 @@ def make_batch(
     return Batch(*batch)
 
 
-class RowReader:
+class SequenceReader:
     """Gives the microbatches of one dp rank, a list for each step; endless, epoch after epoch.
 
     A step takes the next `global_batch_size` rows of the global order. `position` counts the rows of the
@@ -119,13 +119,13 @@ class RowReader:
         self._close = weakref.finalize(self, _stop_reading, self._ready, stop, thread)
         thread.start()
 
-    def __iter__(self) -> "RowReader":
+    def __iter__(self) -> "SequenceReader":
         return self
 
     def __next__(self) -> list[Batch]:
         """Return the microbatches of the next step. An error in the thread is raised here."""
         if not self._close.alive:
-            raise RuntimeError("this RowReader is closed")
+            raise RuntimeError("this SequenceReader is closed")
         if self._error is None:
             step = self._ready.get()
             if not isinstance(step, BaseException):

@@ -42,7 +42,7 @@ class Sequences(Protocol):
     def tokens_of(self, rows: np.ndarray) -> np.ndarray: ...  # (N,) -> (N, seq_len + 1) int64 token ids
     def trained_of(self, rows: np.ndarray) -> np.ndarray | None: ...  # which of them are labels; None: all
     def document_starts_of(self, row: int) -> np.ndarray: ...  # offsets above 0 at which a document begins
-    def parts(self, n_rows: int) -> list[tuple[str, "Sequences", int]]: ...  # see PackedRows.parts
+    def parts(self, n_rows: int) -> list[tuple[str, "Sequences", int]]: ...  # see PackedSequences.parts
 
 
 class TokenCorpus:
@@ -116,7 +116,7 @@ class Shuffled:
         return permute(index, self.n_rows, np.full(index.shape, self._key))
 
 
-class PackedRows(Shuffled):
+class PackedSequences(Shuffled):
     """Sequences of consecutive tokens of a corpus. The tokens after the last whole sequence are dropped.
 
     Raises UsageError if the corpus is too small to leave a sequence to train on.
@@ -143,10 +143,10 @@ class PackedRows(Shuffled):
         """Return a hash: the same for the same tokens in the same order, and for no others."""
         return self.corpus.content_hash
 
-    def parts(self, n_rows: int) -> list[tuple[str, "PackedRows", int]]:
+    def parts(self, n_rows: int) -> list[tuple[str, "PackedSequences", int]]:
         """Return (name, sequences, how many of the first n_rows to train on come from it) of each source.
 
-        Here all come from one source without a name. MixedRows has several."""
+        Here all come from one source without a name. MixedSequences has several."""
         return [("", self, n_rows)]
 
     def tokens_of(self, rows: np.ndarray) -> np.ndarray:
@@ -199,7 +199,7 @@ def splitmix64(x):
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 
-def say_skipped(corpora: Iterable[TokenCorpus], run_dir: Path | None, log: Callable[[str], None]) -> None:
+def log_skipped(corpora: Iterable[TokenCorpus], run_dir: Path | None, log: Callable[[str], None]) -> None:
     """Log how many bad records were left out and why.
 
     They are listed in RUN/bad-records.jsonl if there is a run folder."""

@@ -23,7 +23,7 @@ from offload import predict_peer, turn_seconds
 
 from dtensor_llama import LlamaConfig
 from dtensor_llama.flops import PEAK_FLOPS, hardware_flops_per_token, model_flops_per_token
-from memory.tracer import Rates
+from memory.tracer import MachineRates
 
 CALL_SECONDS = 600  # what one call on a lent machine may take; every part stays below it
 
@@ -185,7 +185,7 @@ def expected_memory(layers: int, way: str, micro_rows: int) -> tuple[Expected, .
 # ---- predictions: states on the host -------------------------------------------------------------
 
 # A typical machine: PCIe 5, 16 cores at 200 GB/s of DRAM, which is 7 G parameters/s of AdamW at 28 bytes.
-TYPICAL = Rates(
+TYPICAL = MachineRates(
     h2d=50e9, d2h=50e9, duplex=100e9, dram=200e9, dram_under_dma=200e9, host_adam=7e9, device_adam=115e9
 )
 SUSTAINED_FLOPS = 592e12  # forward and backward of a step, with full recompute counted

@@ -35,7 +35,7 @@ from memory.chunk import CHUNK_ELEMENTS, Chunk, Ledger
 from memory.home import StateFormat
 from memory.kernel import HyperParameters, Kernel
 from memory.placement import GIB, ChunkSizes, auto_plan
-from memory.tracer import DramStream, Rates, Traced, machine_key
+from memory.tracer import DramStream, MachineRates, StepTrace, machine_key
 
 CPU = torch.device("cpu")
 BYTES = 28  # per parameter: gradient 2 and three states 12 read, three states 12 and weight 2 written
@@ -237,12 +237,12 @@ def manager_overhead(cfg: Config) -> dict:
 
 def plan_seconds() -> dict[str, float]:
     n, seconds = LlamaConfig.preset("llama2-70b").n_parameters, {}
-    rates = Rates(50e9, 50e9, 100e9, 200e9, 200e9, 12.8e9, 170e9)
+    rates = MachineRates(50e9, 50e9, 100e9, 200e9, 200e9, 12.8e9, 170e9)
     for ranks, budget_gib in ((512, 4), (8, 80)):
         sizes = (CHUNK_ELEMENTS,) * (n // ranks // CHUNK_ELEMENTS) + (n // ranks % CHUNK_ELEMENTS,)
         budgets = {"device": budget_gib * GIB, "host": 200 * GIB}
         start = time.perf_counter()
-        auto_plan(ChunkSizes(sizes), budgets, rates, Traced(2 * GIB, 0.5, 1.5))
+        auto_plan(ChunkSizes(sizes), budgets, rates, StepTrace(2 * GIB, 0.5, 1.5))
         seconds[f"{ranks} ranks, {len(sizes)} chunks"] = round(time.perf_counter() - start, 4)
     return seconds
 

@@ -43,7 +43,7 @@ from dtensor_llama.flops import hardware_flops_per_token
 from dtensor_llama.metrics import GIB, PeakMemory
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
-from memory.tracer import Rates
+from memory.tracer import MachineRates
 from parallel.mesh import start_process_group, stop_process_group
 from parallel.recompute import apply_recompute
 
@@ -288,7 +288,11 @@ def judge(name: str, turns_of: dict[str, list[dict]], n_tokens: int, config: Lla
         update_s, moved = plan["host_update_seconds"], plan["host_dram_bytes"]
     elif plan:
         facts["predicted_step_seconds"] = predict_peer(
-            name, config.n_parameters, alone, Rates.from_json(plan["rates"]), turns[-1].get("n_micros", 1)
+            name,
+            config.n_parameters,
+            alone,
+            MachineRates.from_json(plan["rates"]),
+            turns[-1].get("n_micros", 1),
         )
     alone = turns[-1].get("forward_backward_seconds", alone)
     facts["exposed_update_seconds"] = alone and max(0.0, step_s - alone)
@@ -297,7 +301,7 @@ def judge(name: str, turns_of: dict[str, list[dict]], n_tokens: int, config: Lla
     return facts
 
 
-def predict_peer(name: str, n: int, forward_backward_s: float, rates: Rates, n_micros: int) -> float:
+def predict_peer(name: str, n: int, forward_backward_s: float, rates: MachineRates, n_micros: int) -> float:
     """Seconds of a step of n parameters (formulas of the plan's kind: bytes over rates)."""
     if name == "all_resident":
         return forward_backward_s + n / rates.device_adam
@@ -366,7 +370,8 @@ def table(results: list[dict]) -> str:
 def peer(cfg: Config, config: LlamaConfig) -> dict:
     if not torch.cuda.is_available():
         raise UsageError(
-            f"--contenders {cfg.turn} offloads from a GPU, and there is none; use --contenders ours all_resident."
+            f"--contenders {cfg.turn} offloads from a GPU, and there is none; use --contenders ours "
+            "all_resident."
         )
     device, dtype = torch.device("cuda", 0), getattr(torch, cfg.dtype)
     if cfg.device_budget_gib:

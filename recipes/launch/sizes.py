@@ -54,7 +54,7 @@ T = 4096  # tokens a row: the context of LLaMA-2
 ROWS = {"pretrain": 1024, "sft": 128}  # rows a step
 LR = {"7b": 3e-4, "13b": 3e-4, "70b": 1.5e-4}
 LORA_RANK = 16
-# memory.tracer.Rates of an eighth of an A100 node, roughly
+# memory.tracer.MachineRates of an eighth of an A100 node, roughly
 RATES = (25e9, 25e9, 50e9, 40e9, 40e9, 1.2e9, 50e9)
 
 
@@ -318,12 +318,12 @@ def offload_plan(n: int, chosen: dict, sums: bool, other_gib: float, inputs_gib:
     from memory.chunk import CHUNK_ELEMENTS
     from memory.home import StateFormat
     from memory.placement import ChunkSizes, auto_plan
-    from memory.tracer import Rates, Traced
+    from memory.tracer import MachineRates, StepTrace
 
     sizes = [CHUNK_ELEMENTS] * (n // CHUNK_ELEMENTS)
     if n % CHUNK_ELEMENTS:
         sizes.append(n % CHUNK_ELEMENTS)
-    traced = Traced(
+    traced = StepTrace(
         int(other_gib * GIB),
         forward_seconds=5,
         backward_seconds=15,
@@ -331,7 +331,7 @@ def offload_plan(n: int, chosen: dict, sums: bool, other_gib: float, inputs_gib:
     )
     budgets = {which: chosen[f"--memory.{which}-budget-gib"] * GIB for which in ("device", "host")}
     chunks = ChunkSizes(tuple(sizes), StateFormat(accumulates=sums))
-    return auto_plan(chunks, budgets, Rates(*RATES), traced)
+    return auto_plan(chunks, budgets, MachineRates(*RATES), traced)
 
 
 if __name__ == "__main__":
