@@ -256,7 +256,7 @@ def choose_loss(device: torch.device) -> tuple[str, str]:
     if missing:
         return (
             "eager",
-            f"there is no {' and no '.join(missing)}; it takes 28 kernels a chunk, and compiled 5",
+            f"there is no {' and no '.join(missing)}; it takes 34 kernels a chunk, and compiled 5",
         )
     return "compiled", "one pass over the logits"
 

@@ -305,7 +305,7 @@ def test_an_eager_loss_holds_a_chunk_of_logits_once_in_float32_and_once_as_they_
     gradients = hidden.nbytes + 4 * weight.numel()
     run = lambda token_loss: loss.token_loss_sum(hidden, weight, labels, token_loss)
     assert most_bytes_held(lambda: run(loss.token_nll)) < n_logits * bytes_a_logit + 1.2 * gradients
-    assert most_bytes_held(lambda: run(smoothed)) < 2.5 * n_logits * bytes_a_logit  # keeps more, and frees it
+    assert most_bytes_held(lambda: run(smoothed)) < 3 * n_logits * bytes_a_logit  # its softcap keeps more
 
 
 def test_chunks_are_whole_tiles_of_a_matrix_product():
