@@ -17,7 +17,8 @@ vocabulary, `logits` has this rank's V/tp columns only. What looks at one logit 
 softcap) and at one token at a time (weights) needs no `vocab`.
 
 Everything else is done here: the head's matrix product, the chunks, the gradients, which autograd derives
-from the function, and the tokens without a label (-100), which count nothing.
+from the function, and the tokens without a label (-100), which count nothing. Only logits get a gradient: the
+function can have no trained parameters of its own.
 """
 
 import functools
@@ -38,7 +39,7 @@ WHOLE_TILES = 256  # a matrix product computes this many rows at a time: a multi
 
 
 class Vocabulary:
-    """What a token loss may ask about the whole vocabulary. Here every rank has all V columns of the logits.
+    """Answers what a token loss asks about the whole vocabulary. Here a rank has all V columns of the logits.
 
     `x` is (C, V): the logits, or anything with one column for each of them. Every answer is (C,), the same on
     all ranks, and autograd knows its gradient. parallel/tensor.py has the vocabulary whose columns are split
@@ -138,9 +139,9 @@ def token_loss_sum(
     hidden, weight = vocab.inputs(hidden, weight)
     # Asked here, because inside a Function's forward a weight always seems to want a gradient.
     wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _ChunkedTokenLoss.apply(
-        hidden.flatten(0, -2), weight, labels.flatten(), token_loss, vocab, wants_grad
-    )
+    loss_of = functools.partial(_scored_sum, token_loss=token_loss, vocab=vocab)
+    hidden, labels = hidden.flatten(0, -2), labels.flatten()  # (N, D), (N,)
+    return _ChunkedTokenLoss.apply(hidden, weight, labels, loss_of, vocab.n_columns, wants_grad)
 
 
 def tokens_per_chunk(n_columns: int, elements: int | None = None) -> int:
@@ -169,12 +170,18 @@ class _ChunkedTokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, token_loss: TokenLoss, vocab, wants_grad: bool
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        loss_of: Callable,
+        n_columns: int,
+        wants_grad: bool,
     ) -> Tensor:
         if choose_loss(hidden.device)[0] == "compiled":
-            loss_of_a_chunk, chunk_tokens = _compiled_loss_of_a_chunk, tokens_per_chunk(vocab.n_columns)
+            loss_of_a_chunk, chunk_tokens = _compiled_loss_of_a_chunk, tokens_per_chunk(n_columns)
         else:
-            chunk_tokens = eager_tokens_per_chunk(vocab.n_columns, hidden.device)
+            chunk_tokens = eager_tokens_per_chunk(n_columns, hidden.device)
             logits = hidden.new_empty(min(chunk_tokens, len(hidden)), len(weight), dtype=torch.float32)
             loss_of_a_chunk = functools.partial(_eager_loss_of_a_chunk, logits)
         grad_hidden = torch.empty_like(hidden) if wants_grad else None
@@ -184,9 +191,7 @@ class _ChunkedTokenLoss(torch.autograd.Function):
         losses = []
         for start in range(0, hidden.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            chunk_loss, grad = loss_of_a_chunk(
-                hidden[chunk], weight, labels[chunk], token_loss, vocab, wants_grad
-            )
+            chunk_loss, grad = loss_of_a_chunk(hidden[chunk], weight, labels[chunk], loss_of, wants_grad)
             losses.append(chunk_loss)
             if wants_grad:
                 torch.mm(grad, weight, out=grad_hidden[chunk])
@@ -208,13 +213,7 @@ class _ChunkedTokenLoss(torch.autograd.Function):
 
 
 def _eager_loss_of_a_chunk(
-    logits: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    token_loss: TokenLoss,
-    vocab,
-    wants_grad: bool,
+    logits: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, loss_of: Callable, wants_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return the sum of the losses of C tokens, and its gradient by the logits (C, V).
 
@@ -226,7 +225,7 @@ def _eager_loss_of_a_chunk(
     else:
         logits.copy_(hidden @ weight.T)
     with torch.set_grad_enabled(wants_grad):
-        loss = _scored_sum(logits.requires_grad_(wants_grad), labels, token_loss, vocab)
+        loss = loss_of(logits.requires_grad_(wants_grad), labels)
     if not wants_grad:
         return loss, None
     (grad,) = torch.autograd.grad(loss, logits)
@@ -234,7 +233,8 @@ def _eager_loss_of_a_chunk(
 
 
 def _scored_sum(logits: Tensor, labels: Tensor, token_loss: TokenLoss, vocab: Vocabulary) -> Tensor:
-    """Return the sum of the losses of the tokens that have a label."""
+    """Return the sum of the losses of the tokens that have a label. The function gets label 0 for the
+    others."""
     losses = token_loss(logits, labels.clamp(min=0), vocab)
     if losses.shape != labels.shape:
         raise UsageError(
@@ -258,7 +258,7 @@ def choose_loss(device: torch.device) -> tuple[str, str]:
     if missing:
         return (
             "eager",
-            f"there is no {' and no '.join(missing)}; it takes 40 kernels a chunk, and compiled 5",
+            f"there is no {' and no '.join(missing)}; it takes 28 kernels a chunk, and compiled 5",
         )
     return "compiled", "one pass over the logits"
 
@@ -282,13 +282,12 @@ def _compiled() -> Callable:
 
 
 def loss_and_gradient(
-    hidden: Tensor, weight: Tensor, labels: Tensor, token_loss: TokenLoss, vocab, wants_grad: bool
+    hidden: Tensor, weight: Tensor, labels: Tensor, loss_of: Callable, wants_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Compute what _eager_loss_of_a_chunk computes, as one graph: its fp32 numbers exist in registers
     only."""
-    loss_of = functools.partial(_scored_sum, labels=labels, token_loss=token_loss, vocab=vocab)
     logits = (hidden @ weight.T).float()
     if not wants_grad:
-        return loss_of(logits), None
-    grad, loss = torch.func.grad_and_value(loss_of)(logits)
+        return loss_of(logits, labels), None
+    grad, loss = torch.func.grad_and_value(loss_of)(logits, labels)
     return loss, grad.to(hidden.dtype)

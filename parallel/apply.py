@@ -7,6 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dtensor_llama.attention import WholeRows
 from dtensor_llama.config import LlamaConfig
+from dtensor_llama.errors import UsageError
 from dtensor_llama.model import Llama
 from parallel.config import Job, ParallelConfig
 from parallel.context import apply_context_parallel
@@ -56,13 +57,15 @@ def parallelize(
         under their Hugging Face names, for the optimizer, checkpoints and export. Split parameters become
         DTensors; on `meta` they stay there: call `to_empty` on each stage, then set initial or loaded
         weights.
-    computation: its attention kernel is not used by an attention object of your own, which brings its own.
+    computation: its attention kernel is for the library's own attention; an object of another class, set on
+    the
+        model, brings its own.
 
     `model.token_loss` and `model.attention`, as they are now, are used by every stage. An attention that
     cannot work on split sequences is refused with cp: UsageError.
     """
     if type(model.attention) is WholeRows:
-        model.attention = WholeRows(computation.attention)
+        _set_kernel(model, computation.attention)
     if config.cp > 1:  # first: which tokens this rank has, and how it attends to those of other ranks
         apply_context_parallel(model, mesh["cp"], config.cp_method)
     parts = [model]
@@ -84,6 +87,16 @@ def parallelize(
     for part in {model, *parts}:
         part.is_parallel = True
     return parts
+
+
+def _set_kernel(model: Llama, kernel: str) -> None:
+    own = model.attention.kernel
+    if own not in (kernel, WholeRows().kernel):
+        raise UsageError(
+            f"model.attention was set to WholeRows({own!r}) and attention={kernel}; set one of them alone, "
+            "or both alike."
+        )
+    model.attention = WholeRows(kernel)
 
 
 def apply_compile(blocks: list) -> None:

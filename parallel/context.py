@@ -178,8 +178,12 @@ class Ring:
     splits_sequence = True
 
     def __init__(self, cp_mesh: DeviceMesh, kernel: str = "sdpa"):
+        if kernel not in ("sdpa", "math"):
+            raise UsageError(
+                f"attention={kernel} cannot merge the blocks of ring attention; use attention=sdpa or math."
+            )
         self.cp_mesh = cp_mesh
-        self.kernel = kernel  # sdpa or math
+        self.kernel = kernel
         self.group_name = cp_mesh.get_group().group_name
 
     def prepare(
@@ -257,8 +261,8 @@ def ring_attention(q, k, v, documents, group_name, kernel):
     "dtensor_llama::ring_attention_backward",
     mutates_args=(),
     schema=(
-        "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? documents, str group_name, "
-        "str kernel) -> (Tensor, Tensor, Tensor)"
+        "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? documents, "
+        "str group_name, str kernel) -> (Tensor, Tensor, Tensor)"
     ),
 )
 def ring_attention_backward(grad_out, q, k, v, out, lse, documents, group_name, kernel):

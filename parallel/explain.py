@@ -270,7 +270,7 @@ def tp_traffic(run: Run, parts: list[Llama]) -> list[dict]:
     n_modules = {
         "model.embed_tokens": any(part.model.embed_tokens is not None for part in parts),
         "model.norm": any(part.lm_head is not None for part in parts),
-        "cross_entropy": any(part.lm_head is not None for part in parts),
+        "token_loss": any(part.lm_head is not None for part in parts),
         "lm_head": 0,  # its row is for logits, and with labels there are none
     }
     n_blocks = len(units(parts)[0])
@@ -294,7 +294,7 @@ def _one_collective(
 ) -> tuple[str, int, float]:
     """Return (what it carries, how many there are, bytes of the whole tensor) for a collective of a row and
     one microbatch."""
-    if name == "cross_entropy" and is_forward and kind == "all-reduce":
+    if name == "token_loss" and is_forward and kind == "all-reduce":
         # Once per chunk of tokens; together they carry 3 fp32 numbers a token.
         chunk_tokens = loss.tokens_per_chunk(-(-run.config.vocab_size // run.layout.tp))
         n_sums = number * -(-run.tokens // chunk_tokens)

@@ -233,7 +233,7 @@ SEQUENCE_ENDS = {
     "model.embed_tokens":       Row(EMBED_SCATTER, "S(0)", "(B, T) -> (B, T/tp, D)",         RS, AG),
     "model.norm":               Row(NORM_SHARE,    "R",    "(B, T/tp, D), as it was",        {}, AR),
     "lm_head":                  Row(HEAD_GATHER,   "S(0)", "(B, T/tp, D) -> (B, T, V)",      AG2, RS),
-    "cross_entropy":            Row(None,          "",     "(B, T/tp, D) -> scalar",         AG | AR3, RS),
+    "token_loss":               Row(None,          "",     "(B, T/tp, D) -> scalar",         AG | AR3, RS),
 }
 WHOLE_BLOCK = {                 # without sequence parallelism a block maps (B, T, D) to (B, T, D)
     "input_layernorm":          Row(NORM,          "R",    "(B, T, D), as it was",           {}, {}),
@@ -252,11 +252,11 @@ WHOLE_ENDS = {
     "model.embed_tokens":       Row(EMBED,         "S(0)", "(B, T) -> (B, T, D)",            AR, {}),
     "model.norm":               Row(NORM,          "R",    "(B, T, D), as it was",           {}, {}),
     "lm_head":                  Row(HEAD,          "S(0)", "(B, T, D) -> (B, T, V)",         AG, AR),
-    "cross_entropy":            Row(None,          "",     "(B, T, D) -> scalar",            AR3, AR),
+    "token_loss":               Row(None,          "",     "(B, T, D) -> scalar",            AR3, AR),
 }
 # fmt: on
-# "cross_entropy" is the token loss. Its three all-reduces, of the largest logit, the sum of exp and the logit
-# of the label, come once per chunk of tokens; where the loss is not compiled, once per block (loss.py).
+# "token_loss" is no module but the loss. Its three all-reduces, of the largest logit, the sum of exp and the
+# logit of the label, come once per chunk of tokens (loss.py: a chunk has fewer tokens if it is not compiled).
 
 
 def shared_heads(n_heads: int) -> TensorPlan:

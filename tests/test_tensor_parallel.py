@@ -320,7 +320,7 @@ def test_a_block_and_a_whole_step_cost_the_collectives_of_the_plan(sequence_para
     config = replace(GQA, num_key_value_heads=n_kv_heads)
     block, step = run_on(2, count_collectives, config, sequence_parallel)[0]
     assert block == planned(config, sequence_parallel, {"model.layers*": 1}) == a_block
-    parts = {"model.layers*": 2, "model.embed_tokens": 1, "model.norm": 1, "cross_entropy": 1}
+    parts = {"model.layers*": 2, "model.embed_tokens": 1, "model.norm": 1, "token_loss": 1}
     assert step == planned(config, sequence_parallel, parts)
 
 
