@@ -167,6 +167,15 @@ def _forget_meshes() -> None:
     getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", lambda: None)()
     for name, module in list(sys.modules.items()):
         if name.startswith("torch.distributed.tensor"):
+            _clear_caches(module)
             for value in list(vars(module).values()):
-                if not isinstance(value, type):
-                    getattr(value, "cache_clear", lambda: None)()
+                if isinstance(value, type) and value.__module__ == name:
+                    _clear_caches(value)
+
+
+def _clear_caches(owner) -> None:
+    """Empty the caches of all functions of a module, or of all methods of a class."""
+    for value in list(vars(owner).values()):
+        function = getattr(value, "__func__", value)  # of a static method
+        if not isinstance(function, type):
+            getattr(function, "cache_clear", lambda: None)()
