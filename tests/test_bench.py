@@ -376,7 +376,8 @@ def test_a_peer_that_the_host_cannot_hold_is_refused_in_one_line_with_the_sum(mo
     with pytest.raises(RuntimeError, match="and 64.0 --host-budget-gib allows"):
         offload.take_turn(offload.Config(host_budget_gib=64), SEVEN_B, "deepspeed_zero3", "folder", 4096)
     offload.refuse_if_the_host_is_too_small("fsdp2_offload", SEVEN_B, host_budget_gib=200)
-    offload.refuse_if_the_host_is_too_small("ours", SEVEN_B, host_budget_gib=1)  # the planner's business
+    with pytest.raises(pytest.fail.Exception, match="a process was started"):  # ours refuses by its plan
+        offload.take_turn(offload.Config(host_budget_gib=1), SEVEN_B, "ours", "folder", 4096)
 
 
 def test_budgets_reach_the_planner_and_a_peer_gets_flags_that_it_takes():

@@ -132,10 +132,14 @@ def at(cfg: Config, config: LlamaConfig, folder: str, n_tokens: int) -> list[dic
 
 def take_turn(cfg: Config, config: LlamaConfig, name: str, folder: str, n_tokens: int) -> dict:
     """Run one contender in a process of its own. Return its last JSON line; RuntimeError has its error."""
-    refuse_if_the_host_is_too_small(name, config, cfg.host_budget_gib)
     if name in ("ours", "all_resident"):
         command = ours_command(cfg, name, folder, n_tokens)
     else:
+        refuse_if_the_host_is_too_small(name, config, cfg.host_budget_gib)
+        if not torch.cuda.is_available():
+            raise DoesNotFit(
+                "offloads from a GPU, and there is none; use --contenders ours all_resident to leave it out."
+            )
         command = peer_command(cfg, name, n_tokens)
     timeout_s = cfg.timeout_s or max(240, turn_seconds(cfg, config, name, n_tokens))
     try:
@@ -257,8 +261,6 @@ def peer_host_bytes(name: str, config: LlamaConfig) -> tuple[int, str]:
 
 def refuse_if_the_host_is_too_small(name: str, config: LlamaConfig, host_budget_gib: float | None) -> None:
     """Raise DoesNotFit for a peer that would be killed. Ours refuses by itself, with its plan's numbers."""
-    if name not in ("fsdp2_offload", "deepspeed_zero3"):
-        return
     needed, what = peer_host_bytes(name, config)
     own = GIB + min(9 * GIB, needed // 10)  # torch, CUDA, compiled code, what is copied in passing
     available = host_budget_gib * GIB if host_budget_gib else psutil.virtual_memory().available
@@ -361,11 +363,6 @@ def table(results: list[dict]) -> str:
 
 def peer(cfg: Config, config: LlamaConfig) -> dict:
     """Train with the peer that `cfg.turn` names, and return its figures."""
-    if not torch.cuda.is_available():
-        raise UsageError(
-            f"--contenders {cfg.turn} offloads from a GPU, and there is none; use --contenders ours "
-            "all_resident."
-        )
     device, dtype = torch.device("cuda", 0), getattr(torch, cfg.dtype)
     if cfg.device_budget_gib:
         total = torch.cuda.get_device_properties(device).total_memory
