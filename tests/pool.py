@@ -1,7 +1,6 @@
-"""Gloo worker processes kept alive across tests: importing torch costs seconds, so it is paid once per
-worker.
+"""Keep gloo worker processes alive across tests: importing torch takes seconds, and a worker does it once.
 
-    results = run_on(2, my_function, argument)      # my_function(argument) on ranks 0 and 1; one result per rank
+    results = run_on(2, my_function, argument)    # my_function(argument) on ranks 0 and 1; a result per rank
 
 Each call is a process group of its own. A rank that raises, dies or hangs fails the call within `timeout`
 seconds with that rank's traceback, a hung one with where each of its threads stood; the workers are then
