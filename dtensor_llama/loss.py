@@ -144,19 +144,17 @@ def token_loss_sum(
     return _ChunkedTokenLoss.apply(hidden, weight, labels, loss_of, vocab.n_columns, wants_grad)
 
 
-def tokens_per_chunk(n_columns: int, elements: int | None = None) -> int:
-    """Return how many tokens have logits at a time, on a rank with `n_columns` of the vocabulary."""
-    n_tokens = max(1, (elements or CHUNK_ELEMENTS) // n_columns)
-    return n_tokens if n_tokens < WHOLE_TILES else n_tokens // WHOLE_TILES * WHOLE_TILES
+def tokens_per_chunk(n_columns: int, eager_on: torch.device | None = None) -> int:
+    """Return how many tokens have logits at a time, on a rank with `n_columns` of the vocabulary.
 
-
-def eager_tokens_per_chunk(n_columns: int, device: torch.device) -> int:
-    """Return the same for a loss that is not compiled. On a CPU few tokens are faster: memory that is small
-    enough is used again, where the system would have to provide and clear new memory for each chunk."""
-    elements = min(CHUNK_ELEMENTS, EAGER_ELEMENTS)
-    if device.type == "cpu":
+    eager_on: the device of a loss that is not compiled. On a CPU few tokens are faster: memory that is small
+        enough is used again, where the system would have to provide and clear new memory for each chunk.
+    """
+    elements = min(CHUNK_ELEMENTS, EAGER_ELEMENTS) if eager_on else CHUNK_ELEMENTS
+    if eager_on and eager_on.type == "cpu":
         elements = min(elements, max(2**20, WHOLE_TILES * n_columns))
-    return tokens_per_chunk(n_columns, elements)
+    n_tokens = max(1, elements // n_columns)
+    return n_tokens if n_tokens < WHOLE_TILES else n_tokens // WHOLE_TILES * WHOLE_TILES
 
 
 class _ChunkedTokenLoss(torch.autograd.Function):
@@ -181,7 +179,7 @@ class _ChunkedTokenLoss(torch.autograd.Function):
         if choose_loss(hidden.device)[0] == "compiled":
             loss_of_a_chunk, chunk_tokens = _compiled_loss_of_a_chunk, tokens_per_chunk(n_columns)
         else:
-            chunk_tokens = eager_tokens_per_chunk(n_columns, hidden.device)
+            chunk_tokens = tokens_per_chunk(n_columns, eager_on=hidden.device)
             logits = hidden.new_empty(min(chunk_tokens, len(hidden)), len(weight), dtype=torch.float32)
             loss_of_a_chunk = functools.partial(_eager_loss_of_a_chunk, logits)
         grad_hidden = torch.empty_like(hidden) if wants_grad else None

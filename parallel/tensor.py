@@ -300,22 +300,6 @@ def tensor_plan(config: LlamaConfig, tp: int, sequence_parallel: bool = True) ->
     return {f"model.layers.*.{name}": row for name, row in block.items()} | ends
 
 
-def describe(
-    config: LlamaConfig, tp: int, sequence_parallel: bool = True
-) -> list[tuple[str, str, str, str, str]]:
-    """Return the plan for printing: (module, placement of its weight over tp, shapes, forward, backward)."""
-    plan = tensor_plan(config, tp, sequence_parallel)
-    return [
-        (name, row.weight, row.shapes, in_words(row.forward), in_words(row.backward))
-        for name, row in plan.items()
-    ]
-
-
-def in_words(traffic: dict[str, int]) -> str:
-    """Print a row's traffic: {"all-gather": 1, "all-reduce": 3} as `all-gather, 3 all-reduce`."""
-    return ", ".join(f"{n} {collective}" if n > 1 else collective for collective, n in traffic.items())
-
-
 def apply_tensor_parallel(model: Llama, tp_mesh: DeviceMesh, sequence_parallel: bool = True) -> None:
     """Split `model` in place over the 1-D mesh; all its parameters become DTensors on it.
 

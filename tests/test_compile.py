@@ -313,8 +313,8 @@ def test_chunks_are_whole_tiles_of_a_matrix_product():
     assert loss.tokens_per_chunk(32_000) == 2048
     assert loss.tokens_per_chunk(4_000) == 16_640  # 65 tiles of 256
     assert loss.tokens_per_chunk(2**20) == 64  # where a tile does not fit, as many tokens as do
-    assert [loss.eager_tokens_per_chunk(n, gpu) for n in (32_000, 2**20)] == [1024, 32]
-    assert [loss.eager_tokens_per_chunk(n, cpu) for n in (512, 32_000, 2**20)] == [2048, 256, 32]
+    assert [loss.tokens_per_chunk(n, gpu) for n in (32_000, 2**20)] == [1024, 32]
+    assert [loss.tokens_per_chunk(n, cpu) for n in (512, 32_000, 2**20)] == [2048, 256, 32]
 
 
 # ---- what changes its class is a module like any other ----

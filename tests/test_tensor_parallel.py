@@ -20,7 +20,7 @@ from dtensor_llama.chat.lora import LoraConfig, apply_lora
 from dtensor_llama.errors import UsageError
 from dtensor_llama.model import KVCache, init_weights
 from parallel.recompute import apply_recompute
-from parallel.tensor import apply_tensor_parallel, describe, lora_plan, tensor_plan
+from parallel.tensor import apply_tensor_parallel, lora_plan, tensor_plan
 
 # 97 tokens: 49 + 48 over tp 2, 25 + 25 + 25 + 22 over tp 4
 MHA = LlamaConfig(
@@ -432,11 +432,9 @@ LLAMA_70B = LlamaConfig.preset("llama2-70b")
 
 
 def test_a_rank_has_whole_key_value_heads_or_shares_one():
-    placements = {name: weight for name, weight, *_ in describe(LLAMA_70B, 16)}
-    assert placements["model.layers.*.self_attn.k_proj"] == "R"  # 8 heads, each for two ranks
-    assert {name: weight for name, weight, *_ in describe(LLAMA_70B, 8)}[
-        "model.layers.*.self_attn.k_proj"
-    ] == "S(0)"
+    k_proj = "model.layers.*.self_attn.k_proj"
+    assert tensor_plan(LLAMA_70B, 16)[k_proj].weight == "R"  # 8 heads, each for two ranks
+    assert tensor_plan(LLAMA_70B, 8)[k_proj].weight == "S(0)"
 
 
 def odd_row():
