@@ -38,8 +38,8 @@ SPINE = (
 NOT_COUNTED = ("parallel/plans/", "parallel/cost.py", "parallel/planner.py")
 
 NODES = {  # room, or a recipe -> its nodes
-    "the spine": Budget(now=24_900, aim=22_000),
-    "dtensor_llama and parallel": Budget(now=90_100, aim=50_000),
+    "the spine": Budget(now=26_100, aim=22_000),
+    "dtensor_llama and parallel": Budget(now=91_300, aim=50_000),
     "memory": Budget(now=27_600, aim=25_000),
     "a lesson": Budget(now=1_400, aim=1_400),
     "recipes/pretrain.py": Budget(now=2_400, aim=3_200),
@@ -53,7 +53,7 @@ NODES = {  # room, or a recipe -> its nodes
 }
 DENSITY = 8  # nodes a line of a package, all lines counted
 COLUMNS = 110
-LONG_LINES = Budget(now=50, aim=0)  # of more columns, in packages and recipes
+LONG_LINES = Budget(now=0, aim=0)
 # The share of the lines of a recipe that have a comment or a docstring, at least.
 EXPLAINED = {"recipes/pretrain.py": 0.23, "recipes/sft.py": 0.22}
 
@@ -78,8 +78,8 @@ MANY_PARAMETERS = {
 
 # A docstring is a sentence, in the imperative or about its subject; it does not begin with one of these.
 VERBLESS = "Of As What Where Who Whose Which Whether How Why When".split()
-VERBLESS_DOCSTRINGS = Budget(now=65, aim=0)
+VERBLESS_DOCSTRINGS = Budget(now=37, aim=0)
 # Lines of the packages that name a flag. Only cli.py, the door of the recipes, may do so.
-FLAGS_IN_PACKAGES = Budget(now=14, aim=0)
+FLAGS_IN_PACKAGES = Budget(now=0, aim=0)
 # Lines that spell microbatch in another way than the word or the flag --train.micro-batch-size.
-OTHER_MICROBATCHES = Budget(now=12, aim=0)
+OTHER_MICROBATCHES = Budget(now=11, aim=0)
