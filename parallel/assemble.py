@@ -42,7 +42,7 @@ from parallel.zero import accumulation_count, reshard, set_gradient_sync
 
 @dataclass(frozen=True)
 class Offload:
-    """What the chunk manager has to know of a run, beside where states and activations shall live.
+    """Holds what the chunk manager has to know of a run, beside where states and activations shall live.
 
     sequences, seq_len: the shape of a microbatch, from which follow the size of the activations and how long
         a step computes; None where it is not known before the first step.
@@ -60,7 +60,8 @@ class Offload:
 
 @dataclass(frozen=True)
 class Training:
-    """What a training step needs. Its parts belong to this rank; all ranks have one and use it together.
+    """Holds what a training step needs. Its parts belong to this rank; all ranks have one and use it
+    together.
 
     model: has all parameters of this rank, under their Hugging Face names: for the optimizer, checkpoints,
         export.

@@ -1,4 +1,4 @@
-"""What gpu.sh measures, as data: measurements, each with a time limit and the figures that we expect.
+"""The plan of gpu.sh, as data: measurements, each with a time limit and the figures that we expect.
 
     part          some measurements that together end within one call of ten minutes
     measurement   one command that prints JSON lines, with its limit in seconds and the figures that we expect

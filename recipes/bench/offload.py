@@ -220,13 +220,13 @@ def turn_seconds(cfg: Config, config: LlamaConfig, name: str, n_tokens: int) -> 
     peer moves 40 and, for each microbatch of 4 rows, 12. A second initializes 1e9 weights.
     """
     compute_s = n_tokens * hardware_flops_per_token(config, 4096, "full") / 500e12
-    n_micros = max(1, n_tokens // 4096 // 4)
+    n_microbatches = max(1, n_tokens // 4096 // 4)
     if name in ("ours", "all_resident"):
         n_steps = cfg.warmup + cfg.steps
         moving_s = config.n_parameters * (28 / 200e9 + 4 / 50e9)
     else:
         n_steps = cfg.peer_warmup + cfg.steps
-        moving_s = config.n_parameters * (40 / 200e9 + 12 * n_micros / 50e9)
+        moving_s = config.n_parameters * (40 / 200e9 + 12 * n_microbatches / 50e9)
     return round(
         sum(START_SECONDS.values()) + 2 * (config.n_parameters / 1e9 + n_steps * (compute_s + moving_s))
     )
@@ -303,7 +303,7 @@ def judge(name: str, turns_of: dict[str, list[dict]], n_tokens: int, config: Lla
             config.n_parameters,
             alone,
             MachineRates.from_json(plan["rates"]),
-            turns[-1].get("n_micros", 1),
+            turns[-1].get("n_microbatches", 1),
         )
     alone = turns[-1].get("forward_backward_seconds", alone)
     facts["exposed_update_seconds"] = alone and max(0.0, step_s - alone)
@@ -312,7 +312,9 @@ def judge(name: str, turns_of: dict[str, list[dict]], n_tokens: int, config: Lla
     return facts
 
 
-def predict_peer(name: str, n: int, forward_backward_s: float, rates: MachineRates, n_micros: int) -> float:
+def predict_peer(
+    name: str, n: int, forward_backward_s: float, rates: MachineRates, n_microbatches: int
+) -> float:
     """Predict the seconds of a step of n parameters: bytes over rates, as our plan does."""
     if name == "all_resident":
         return forward_backward_s + n / rates.device_adam
@@ -322,7 +324,7 @@ def predict_peer(name: str, n: int, forward_backward_s: float, rates: MachineRat
         # and the times add up; on several ranks, where the copies are part of a prefetched all-gather, it
         # would do better. Then the host works alone: the norm reads 4 bytes a parameter, the clip moves 8
         # and AdamW 28.
-        link = n_micros * 2 * 4 * n / rates.h2d + 4 * n / rates.d2h
+        link = n_microbatches * 2 * 4 * n / rates.h2d + 4 * n / rates.d2h
         return forward_backward_s + link + 40 * n / rates.dram
     # DeepSpeed moves bf16 gradients down, then steps with CPUAdam (12 + 12 bytes of states, 4 of the gradient
     # and 2 of the weight), and then moves bf16 weights up.
@@ -372,10 +374,10 @@ def peer(cfg: Config, config: LlamaConfig) -> dict:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, cfg.device_budget_gib * GIB / total), device)
     start_process_group(device, 1)
-    n_micros = cfg.tokens[0] // cfg.seq_len // cfg.micro_batch_size
+    n_microbatches = cfg.tokens[0] // cfg.seq_len // cfg.micro_batch_size
     rows = torch.randint(
         config.vocab_size,
-        (n_micros, cfg.micro_batch_size, cfg.seq_len + 1),
+        (n_microbatches, cfg.micro_batch_size, cfg.seq_len + 1),
         generator=torch.Generator().manual_seed(0),
     ).to(device)
     n_scored = rows[:, :, 1:].numel()
@@ -397,7 +399,7 @@ def peer(cfg: Config, config: LlamaConfig) -> dict:
         "forward_backward_seconds": alone_s,
         "update_seconds": step_s - alone_s,
         "loss": loss,
-        "n_micros": n_micros,
+        "n_microbatches": n_microbatches,
         "device_memory_gib": peaks.device / GIB,
         "device_reserved_gib": peaks.device_reserved / GIB,
         "host_memory_gib": peaks.host / GIB,
@@ -445,13 +447,13 @@ def deepspeed_zero3(cfg: Config, model: Llama, dtype: torch.dtype, device: torch
     model.to_empty(device="cpu")
     init_weights(model, 0)
     apply_recompute(list(model.model.layers), "full")
-    n_micros = cfg.tokens[0] // cfg.seq_len // cfg.micro_batch_size
+    n_microbatches = cfg.tokens[0] // cfg.seq_len // cfg.micro_batch_size
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=model.parameters(),
         config={
             "train_micro_batch_size_per_gpu": cfg.micro_batch_size,
-            "gradient_accumulation_steps": n_micros,
+            "gradient_accumulation_steps": n_microbatches,
             "gradient_clipping": MAX_NORM,
             "bf16": {"enabled": dtype == torch.bfloat16},
             "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": True}},
