@@ -62,7 +62,7 @@ class File:
                 self.used |= {(f"{n.module}.{node.value.id}", node.attr) for n in imports}
 
     def uses(self, module: str, name: str) -> bool:
-        """Whether this file imports a name from its module, or from the package that exports it."""
+        """Return whether this file imports a name from its module, or from the package that exports it."""
         return (module, name) in self.used or (module.split(".")[0], name) in self.used
 
 

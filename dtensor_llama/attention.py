@@ -43,7 +43,7 @@ _VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_a
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """Which keys a query may see, in the form that a kernel takes: one of the two fields is set."""
+    """Holds which keys a query may see, in the form that a kernel takes: one of the two fields is set."""
 
     dense: Tensor | None = None  # (B or 1, 1, T, S) bool, True where query t may see key s: sdpa, math
     # (n_documents + 1,) int32: 0, then where each document ends in the flattened sequences: flash, varlen

@@ -1,5 +1,5 @@
-"""Where bytes live. This package knows DTensor parameters; it does not know LLaMA, nor what the axes of a
-mesh mean."""
+"""The chunk manager, which decides where bytes live. This package knows DTensor parameters; it does not know
+LLaMA, nor what the axes of a mesh mean."""
 
 from memory.config import MemoryConfig
 from memory.home import Home

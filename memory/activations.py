@@ -68,7 +68,7 @@ class _Input:
 
 
 class _Saved(NamedTuple):
-    """What autograd keeps instead of a tensor: a view of an input, and the DTensor's layout if it is one."""
+    """Stands for a tensor that autograd keeps: a view of an input, and the DTensor's layout if it is one."""
 
     input: _Input
     shape: torch.Size
@@ -266,6 +266,6 @@ def _extent(tensor: Tensor) -> int:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether the tensor fills its range of the storage without gaps, so that it can be copied as one run of
-    bytes."""
+    """Return whether the tensor fills its range of the storage without gaps, so that it can be copied as one
+    run of bytes."""
     return tensor.numel() == 0 or _extent(tensor) == tensor.numel()

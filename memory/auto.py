@@ -65,7 +65,7 @@ class AutoPolicy:
         self.say("memory    with the plan of the checkpoint\n" + self.manager.plan_in_words())
 
     def _keeps_budgets(self, plan: Plan) -> bool:
-        """Whether the plan was made for at most the budgets that were asked for now."""
+        """Return whether the plan was made for at most the budgets that were asked for now."""
         made_for = {"device": plan.device_budget_bytes, "host": plan.host_budget_bytes}
         for account, asked in self.manager.budgets.items():
             if asked is not None and (made_for[account] is None or made_for[account] > asked):

@@ -40,7 +40,8 @@ ALIGN = 64  # elements: pieces begin where a vector register and a cache line be
 
 
 class State(Enum):
-    """What a chunk waits for. Copies of an update may still be under way on a lane when the chunk is idle
+    """Says what a chunk waits for. Copies of an update may still be under way on a lane when the chunk is
+    idle
     again: `weights_done` is the event of its new weights."""
 
     IDLE = "idle"  # no gradient of the next update has arrived
@@ -145,7 +146,7 @@ class Piece:
 
     @property
     def grad_waits(self) -> bool:
-        """Whether its gradient waits on the device until the step, neither moved nor accumulated."""
+        """Return whether its gradient waits on the device until the step, neither moved nor accumulated."""
         return self.chunk.home is not Home.CPU and "grad_accum" not in self.chunk.tensors
 
     def runs(self, n: int) -> Iterator["Piece"]:

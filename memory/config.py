@@ -13,8 +13,8 @@ from memory.home import Home, StateFormat
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """Where master weights and Adam's moments live. One number is enough: placement auto and a device
-    budget."""
+    """Asks where master weights and Adam's moments shall live. One number is enough: placement auto and a
+    device budget."""
 
     # off: torch's AdamW on the device; auto: the fastest plan within the budget; None: on one GPU that
     # computes in bfloat16 it is static with all states resident, elsewhere off

@@ -1,4 +1,4 @@
-"""Where a chunk can live, and which tensors it has there.
+"""The homes that a chunk can have, and which tensors it has there.
 
 account        "device" or "host": where bytes are counted. Without a GPU both are the same RAM
 master         the float32 weight. RESIDENT and STREAM chunks keep only what the weight lacks of it: nothing
@@ -14,7 +14,7 @@ import torch
 
 
 class Home(StrEnum):
-    """Where the optimizer state of a chunk lives, and who steps it."""
+    """Names where the optimizer state of a chunk lives, and which processor steps it."""
 
     RESIDENT = "resident"  # on the device, which steps it there
     STREAM = "stream"  # on the host; it passes through the device, which steps it

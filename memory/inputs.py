@@ -1,4 +1,4 @@
-"""What a ChunkManager is given besides the model, its optimizer and its configuration."""
+"""The inputs of a ChunkManager besides the model, its optimizer and its configuration."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from memory.tracer import MachineRates
 
 @dataclass(frozen=True)
 class TrainingLoop:
-    """How the training loop uses the model.
+    """Describes how the training loop uses the model.
 
     parts: the modules that run, in forward order, if they are not the model itself: the stages of a pipeline.
     accumulation: how many gradients of a parameter arrive between two optimizer steps. It is 1 where FSDP or
@@ -35,7 +35,7 @@ class TrainingLoop:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the manager knows of the machine that it runs on.
+    """Holds what the manager knows of the machine that it runs on.
 
     ranks_per_host: ranks that share the host's memory. A plan uses this rank's part of what is free, unless
         there is a host budget.
@@ -53,7 +53,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Overrides:
-    """What the manager chooses itself unless it is given here, by a test or a lesson. plan: for as many
+    """Holds what the manager chooses itself unless it is given here, by a test or a lesson. plan: for as many
     chunks as there are."""
 
     plan: Plan | None = None

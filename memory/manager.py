@@ -246,7 +246,7 @@ class ChunkManager(ChunkStore):
             entries[:] = [entry for entry in entries if not entry[0].query()]
 
     def _bound_in_flight(self) -> None:
-        """Where the link is slower than backward, let backward wait for it here."""
+        """Let backward wait here for the link, if the link is slower."""
         n_bytes = sum(grad.nbytes for _, grad in self._in_flight)
         while n_bytes > IN_FLIGHT_BYTES:
             event, grad = self._in_flight.pop(0)
@@ -543,7 +543,7 @@ class ChunkManager(ChunkStore):
 
     @property
     def record(self) -> bool:
-        """Whether what happens is noted, for `events`."""
+        """Return whether what happens is noted, for `events`."""
         return self.lanes.recording
 
     @record.setter

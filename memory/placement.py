@@ -1,5 +1,5 @@
-"""Which chunk lives where: pure functions of sizes, budgets and rates. Nothing here touches a tensor or a
-device.
+"""The plan of which chunk lives where: pure functions of sizes, budgets and rates. Nothing here touches a
+tensor or a device.
 
 chunk      a run of parameters with their optimizer state, the unit that is placed (chunk.py)
 plan       a home for each chunk of a rank (home.py)

@@ -1,4 +1,4 @@
-"""What the machine can do (MachineRates, measured once and kept) and what the model needs (StepTrace,
+"""Measures what the machine can do (MachineRates, once and kept) and what the model needs (StepTrace,
 measured in two or three warm-up steps).
 
 A rate is the bytes per second that really moved, counted where they move: a copy within RAM costs its DRAM
@@ -35,7 +35,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class MachineRates:
-    """What one device and its share of the host can do: bytes/s, and for Adam parameters/s."""
+    """Holds what one device and its share of the host can do: bytes/s, and for Adam parameters/s."""
 
     h2d: float
     d2h: float
@@ -278,8 +278,8 @@ def _adam_step(device: torch.device, n_parameters: int, kind: str) -> Callable[[
 
 @dataclass(frozen=True)
 class StepTrace:
-    """What one step of this rank needs: the largest bytes, and the times of the quickest step, among those
-    seen."""
+    """Holds what one step of this rank needs: the largest bytes, and the times of the quickest step, among
+    those seen."""
 
     non_model_peak_bytes: int  # the device's peak, less what plans count themselves: weights and residents
     forward_seconds: float  # of all microbatches of a step
@@ -297,7 +297,7 @@ class Usage(NamedTuple):
 
 @dataclass
 class Counters:
-    """How the bytes in use are read, and how a peak begins anew."""
+    """Describes how the bytes in use are read, and how a peak begins anew."""
 
     read: Callable[[], Usage]
     reset: Callable[[], None]

@@ -1,4 +1,5 @@
-"""How a model is spread over a mesh. Knows modules by name and DTensor; not LLaMA's arithmetic."""
+"""Spreads a model over a mesh. This package knows modules by name and DTensor; it does not know LLaMA's
+arithmetic."""
 
 from parallel.apply import parallelize
 from parallel.booster import Booster

@@ -19,7 +19,7 @@ from parallel.zero import apply_zero
 
 @dataclass(frozen=True)
 class Computation:
-    """How the model computes, whatever the mesh."""
+    """Describes how the model computes, whatever the mesh."""
 
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32  # of weights, activations and collectives in forward and backward

@@ -33,7 +33,7 @@ from memory.optimizer import ChunkOptimizer
 from memory.tracer import load_rates
 from parallel.apply import Computation, parallelize
 from parallel.clip import ClippingAdamW
-from parallel.config import ParallelConfig
+from parallel.config import AXES, ParallelConfig
 from parallel.fit import check_states
 from parallel.mesh import Layout
 from parallel.pipeline import Pipeline
@@ -42,7 +42,7 @@ from parallel.zero import accumulation_count, reshard, set_gradient_sync
 
 @dataclass(frozen=True)
 class Offload:
-    """What the chunk manager has to know of a run, beside where states and activations shall live.
+    """Holds what the chunk manager has to know of a run, beside where states and activations shall live.
 
     sequences, seq_len: the shape of a microbatch, from which follow the size of the activations and how long
         a step computes; None where it is not known before the first step.
@@ -60,7 +60,8 @@ class Offload:
 
 @dataclass(frozen=True)
 class Training:
-    """What a training step needs. Its parts belong to this rank; all ranks have one and use it together.
+    """Holds what a training step needs. Its parts belong to this rank; all ranks have one and use it
+    together.
 
     model: has all parameters of this rank, under their Hugging Face names: for the optimizer, checkpoints,
         export.
@@ -190,7 +191,7 @@ def settle_memory(
     config: resolved. UsageError if the states alone are more than the GPU has, before anything starts,
         instead of an error in the middle of the first step."""
     device, dtype = computation.device, computation.dtype
-    world_size = math.prod((config.pp, config.dp, config.cp, config.tp))
+    world_size = math.prod(getattr(config, axis) for axis in AXES)
     memory, chosen = memory.settle(device, dtype, world_size)
     if device.type == "cuda":
         device_bytes = torch.cuda.get_device_properties(device).total_memory
@@ -235,10 +236,8 @@ def _compute_seconds(
     measures."""
     if offload.seq_len is None:
         return None
-    config = layout.config
-    n_tokens = (
-        offload.sequences * offload.seq_len * layout.n_microbatches / (config.pp * config.cp * config.tp)
-    )
+    # The ranks that read the same sequences share the computation.
+    n_tokens = offload.sequences * offload.seq_len * layout.n_microbatches / layout.ranks_per_batch
     seconds_per_flop = n_tokens / matmul_flops(computation.device, computation.dtype)
     forward_s = seconds_per_flop * model_flops_per_token(model.config, offload.seq_len) / 3
     both_s = seconds_per_flop * hardware_flops_per_token(model.config, offload.seq_len, computation.recompute)

@@ -266,8 +266,8 @@ class Booster:
 
     @property
     def _token_stride(self) -> int:
-        """What the tokens of a row must be a multiple of, to be cut over cp and, under sequence parallelism,
-        tp."""
+        """Return what the tokens of a row must be a multiple of, to be cut over cp and, under sequence
+        parallelism, tp."""
         slices = n_slices(self.config.cp_method, self.config.cp) if self.config.cp > 1 else 1
         return slices * self.config.sequence_shards
 
@@ -372,8 +372,8 @@ def _config_of(model: nn.Module) -> LlamaConfig:
 
 
 def _generation_config_of(model: nn.Module, shape: LlamaConfig) -> dict | None:
-    """What save_hf shall write into generation_config.json: the settings of a transformers model, if it has
-    any."""
+    """Return what save_hf shall write into generation_config.json: the settings of a transformers model, if
+    it has any."""
     if isinstance(model, Llama):
         return model.generation_config
     settings = getattr(model, "generation_config", None)

@@ -76,7 +76,8 @@ class ParallelConfig:
 
     @property
     def is_ring(self) -> bool:
-        """Whether attention merges the blocks of a ring, for which a kernel must return its log-sum-exp."""
+        """Return whether attention merges the blocks of a ring, for which a kernel must return its
+        log-sum-exp."""
         return self.cp > 1 and self.cp_method == "ring"
 
     @property

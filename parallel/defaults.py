@@ -1,4 +1,4 @@
-"""What a fine-tuning trains with where the user left a setting open: chosen from the data and the hardware.
+"""Chooses the settings of a fine-tuning that the user left open, from the data and the hardware.
 
 Each choice has a sentence of its own, which the recipe prints.
 """

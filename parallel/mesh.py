@@ -81,12 +81,12 @@ class Layout:
 
     @property
     def dp_rank(self) -> int:
-        """Which of the dp groups this rank belongs to; it decides which rows the rank reads."""
+        """Return which of the dp groups this rank belongs to; it decides which rows the rank reads."""
         return self.mesh["dp"].get_local_rank()
 
     @property
     def ranks_per_batch(self) -> int:
-        """How many ranks read the same rows. A sum over the world counts each row so many times."""
+        """Return how many ranks read the same rows. A sum over the world counts each row so many times."""
         return dist.get_world_size() // self.config.dp
 
     @property

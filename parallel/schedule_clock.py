@@ -1,5 +1,5 @@
-"""What each pipeline rank does when, without running it: the order of a schedule, its times and bubbles,
-drawn as text."""
+"""Computes what each pipeline rank does when, without running it: the order of a schedule, its times and
+bubbles, drawn as text."""
 
 import re
 

@@ -344,7 +344,7 @@ def synthetic_positions(shape: torch.Size, seed: int, mean_document: int = 512) 
 
 
 def plan_facts(manager: ChunkManager) -> dict:
-    """What placement auto decided and predicted, and what the host's update took and moved."""
+    """Return what placement auto decided and predicted, and what the host's update took and moved."""
     plan = manager.plan
     return {
         "parameters": plan.split._asdict(),

@@ -321,8 +321,8 @@ def forward_backward(training: Training, microbatches: list[Batch], n_targets: i
 
 
 def run_record(cfg: PretrainConfig, model_config: LlamaConfig, rows, generation: dict) -> RunRecord:
-    """What a checkpoint records about its run, and what must be the same for its data position and weights to
-    mean the same in a run that resumes from it."""
+    """Return what a checkpoint records about its run, and what must be the same for its data position and
+    weights to mean the same in a run that resumes from it."""
     fixed = {
         "--model": asdict(model_config),
         "--data.seq-len": rows.seq_len,

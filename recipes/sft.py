@@ -427,8 +427,8 @@ def choose(
 def run_record(
     cfg: SftConfig, model_config: LlamaConfig, rows: PackedExamples, generation: dict
 ) -> RunRecord:
-    """What a checkpoint records about its run, and what must be the same for its data position and weights to
-    mean the same in a run that resumes from it."""
+    """Return what a checkpoint records about its run, and what must be the same for its data position and
+    weights to mean the same in a run that resumes from it."""
     packing = "packed" if cfg.data.packing else "not packed"
     fixed = {
         "--model": asdict(model_config),

@@ -38,12 +38,12 @@ SPINE = (
 NOT_COUNTED = ("parallel/plans/", "parallel/cost.py", "parallel/planner.py")
 
 NODES = {  # room, or a recipe -> its nodes
-    "the spine": Budget(now=24_900, aim=22_000),
-    "dtensor_llama and parallel": Budget(now=90_300, aim=50_000),
-    "memory": Budget(now=27_700, aim=25_000),
-    "a lesson": Budget(now=1_410, aim=1_400),
-    "recipes/pretrain.py": Budget(now=2_700, aim=3_200),
-    "recipes/sft.py": Budget(now=3_500, aim=3_200),
+    "the spine": Budget(now=26_100, aim=22_000),
+    "dtensor_llama and parallel": Budget(now=91_300, aim=50_000),
+    "memory": Budget(now=27_600, aim=25_000),
+    "a lesson": Budget(now=1_400, aim=1_400),
+    "recipes/pretrain.py": Budget(now=2_400, aim=3_200),
+    "recipes/sft.py": Budget(now=3_200, aim=3_200),
     "recipes/generate.py": Budget(now=2_100, aim=3_200),
     "recipes/export.py": Budget(now=1_100, aim=3_200),
     "recipes/explain.py": Budget(now=1_800, aim=3_200),
@@ -53,8 +53,9 @@ NODES = {  # room, or a recipe -> its nodes
 }
 DENSITY = 8  # nodes a line of a package, all lines counted
 COLUMNS = 110
+LONG_LINES = Budget(now=0, aim=0)
 # The share of the lines of a recipe that have a comment or a docstring, at least.
-EXPLAINED = {"recipes/pretrain.py": 0.2, "recipes/sft.py": 0.2}
+EXPLAINED = {"recipes/pretrain.py": 0.23, "recipes/sft.py": 0.22}
 
 PARAMETERS = 6  # of a function, without self, cls and ctx
 # Kernels and autograd functions take what their formula has; they stay.
@@ -72,18 +73,13 @@ KERNELS = {
 }
 # These still have more and are to lose some; the aim is none.
 MANY_PARAMETERS = {
-    ("dtensor_llama/chat/answers.py", "answer"),
-    ("dtensor_llama/chat/packing.py", "__init__"),
-    ("dtensor_llama/data/mix.py", "open_sequences"),
-    ("dtensor_llama/data/reader.py", "__init__"),
-    ("memory/config.py", "manage"),
     ("parallel/booster.py", "__init__"),
 }
 
 # A docstring is a sentence, in the imperative or about its subject; it does not begin with one of these.
 VERBLESS = "Of As What Where Who Whose Which Whether How Why When".split()
-VERBLESS_DOCSTRINGS = Budget(now=100, aim=0)
+VERBLESS_DOCSTRINGS = Budget(now=0, aim=0)
 # Lines of the packages that name a flag. Only cli.py, the door of the recipes, may do so.
-FLAGS_IN_PACKAGES = Budget(now=81, aim=0)
+FLAGS_IN_PACKAGES = Budget(now=0, aim=0)
 # Lines that spell microbatch in another way than the word or the flag --train.micro-batch-size.
-OTHER_MICROBATCHES = Budget(now=29, aim=0)
+OTHER_MICROBATCHES = Budget(now=1, aim=0)

@@ -1,7 +1,6 @@
-"""Gloo worker processes kept alive across tests: importing torch costs seconds, so it is paid once per
-worker.
+"""Keep gloo worker processes alive across tests: importing torch takes seconds, and a worker does it once.
 
-    results = run_on(2, my_function, argument)      # my_function(argument) on ranks 0 and 1; one result per rank
+    results = run_on(2, my_function, argument)    # my_function(argument) on ranks 0 and 1; a result per rank
 
 Each call is a process group of its own. A rank that raises, dies or hangs fails the call within `timeout`
 seconds with that rank's traceback, a hung one with where each of its threads stood; the workers are then
@@ -167,6 +166,15 @@ def _forget_meshes() -> None:
     getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", lambda: None)()
     for name, module in list(sys.modules.items()):
         if name.startswith("torch.distributed.tensor"):
+            _clear_caches(module)
             for value in list(vars(module).values()):
-                if not isinstance(value, type):
-                    getattr(value, "cache_clear", lambda: None)()
+                if isinstance(value, type) and value.__module__ == name:
+                    _clear_caches(value)
+
+
+def _clear_caches(owner) -> None:
+    """Empty the caches of all functions of a module, or of all methods of a class."""
+    for value in list(vars(owner).values()):
+        function = getattr(value, "__func__", value)  # of a static method
+        if not isinstance(function, type):
+            getattr(function, "cache_clear", lambda: None)()

@@ -246,12 +246,16 @@ def test_selective_recompute_keeps_what_varlen_attention_gave(recompute, forward
 
 
 NEEDS_GXX = pytest.mark.skipif(not shutil.which("g++"), reason="compiling for the CPU needs g++")
-INDUCTOR = pytest.param("inductor", marks=[pytest.mark.slow, NEEDS_GXX])
+SLOW = pytest.mark.slow
+INDUCTOR = pytest.param("inductor", marks=[SLOW, NEEDS_GXX])
 
 
 # aot_eager has the guards and the graphs of inductor, the default, and no C++ to compile.
 @pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+# Selective recompute has the most to guard: part of a block is computed once more, under a policy.
+@pytest.mark.parametrize(
+    "recompute", ["selective", *(pytest.param(how, marks=SLOW) for how in ("none", "full"))]
+)
 def test_another_number_of_documents_compiles_nothing_anew(recompute, backend):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -302,8 +306,12 @@ def five_steps_without_masks(*arguments) -> dict:
 
 @pytest.mark.parametrize(
     "ranks,layout",
-    [(2, ParallelConfig(cp=2)), (4, ParallelConfig(pp=2, tp=2))],
-    ids=["ulysses", "pipeline and tensor parallel"],
+    [
+        pytest.param(2, ParallelConfig(cp=2), id="ulysses"),
+        pytest.param(2, ParallelConfig(tp=2), id="tensor parallel"),
+        pytest.param(2, ParallelConfig(pp=2), id="pipeline"),
+        pytest.param(4, ParallelConfig(pp=2, tp=2), id="pipeline and tensor parallel", marks=SLOW),
+    ],
 )
 def test_varlen_attention_gives_the_one_answer_under_every_axis_with_whole_rows(ranks, layout):
     ours = run_on(ranks, five_steps_without_masks, "gqa", layout, 2, True, timeout=180)[0]

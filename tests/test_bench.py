@@ -1,4 +1,4 @@
-"""What is measured on a GPU, tried without one: the plan is possible, and figures mean what they say."""
+"""Tries without a GPU what is measured on one: the plan is possible, and figures mean what they say."""
 
 import json
 import os
@@ -38,6 +38,7 @@ from gpu_plan import (
     step_seconds,
     write_models,
 )
+from offload import START_SECONDS
 
 from dtensor_llama import LlamaConfig, UsageError, flops, metrics
 from dtensor_llama.cli import parse_cli
@@ -48,6 +49,7 @@ CONFIGS = {"recipes/benchmark.py": benchmark.BenchmarkConfig} | {
     f"recipes/bench/{module.__name__}.py": module.Config
     for module in (host_adam, machine, memory_rates, offload, step_price)
 }
+TIMES_STEPS = {"recipes/benchmark.py", "recipes/bench/offload.py", "recipes/bench/step_price.py"}
 SEVEN_B = LlamaConfig.preset("llama2-7b")
 
 
@@ -105,22 +107,43 @@ def test_the_turns_of_every_offload_measurement_fit_its_limit_also_with_64k_toke
     assert (65536,) in seen
 
 
+def test_every_timed_run_warms_up_and_its_limit_allows_for_what_the_first_step_compiles(setting):
+    compiling_s = sum(seconds for what, seconds in START_SECONDS.items() if "compiling" in what)
+    assert START_SECONDS["compiling the loss"] >= 30  # on a GPU without compile=True as well
+    seen = set()
+    for part in plan(setting):
+        for measurement in part.measurements:
+            script, *flags = measurement.command
+            if script not in TIMES_STEPS:
+                continue
+            cfg = parse_cli(CONFIGS[script], flags)
+            assert cfg.warmup >= 2 and getattr(cfg, "peer_warmup", 2) >= 2
+            turns = getattr(cfg, "contenders", [script])
+            assert measurement.limit_s > compiling_s * len(turns) + 60
+            seen.add(script)
+    assert seen == TIMES_STEPS
+
+
+@pytest.mark.parametrize("flag", ["--warmup", "--peer-warmup"])
+def test_a_run_without_a_step_to_warm_up_is_refused_as_it_would_time_the_compiler(flag):
+    with pytest.raises(UsageError, match="as the first step compiles"):
+        offload.main(parse_cli(offload.Config, [flag, "0"]))
+
+
 def test_the_promise_comes_first_and_what_is_promised_is_predicted(setting):
     parts = plan(setting)
     assert parts[0].name == "resident"
     for part in parts:
-        if part.name in (
-            "host",
-            "step-price",
-        ):  # ratios of interleaved runs, which nobody predicted for a GPU
-            continue
+        if part.name in ("host", "step-price"):
+            continue  # these are ratios of interleaved runs, for which there is no prediction
         assert all(measurement.expects for measurement in part.measurements), part.name
 
 
-def test_a_rehearsal_replaces_every_model_by_a_small_one(tmp_path):
+def test_a_rehearsal_replaces_every_model_by_a_small_one_and_has_more_time(tmp_path):
     setting = Setting(CARDS["h100"], tmp_path, layers=2)
     write_models(setting)
-    for part in plan(setting):
+    for part, in_earnest in zip(plan(setting), plan(replace(setting, layers=None)), strict=True):
+        assert part.limit_s == setting.patience * in_earnest.limit_s > in_earnest.limit_s
         for measurement in part.measurements:
             text = " ".join(measurement.command)
             assert "--model llama2-7b " not in text or "--layers 2" in text, text
@@ -353,7 +376,8 @@ def test_a_peer_that_the_host_cannot_hold_is_refused_in_one_line_with_the_sum(mo
     with pytest.raises(RuntimeError, match="and 64.0 --host-budget-gib allows"):
         offload.take_turn(offload.Config(host_budget_gib=64), SEVEN_B, "deepspeed_zero3", "folder", 4096)
     offload.refuse_if_the_host_is_too_small("fsdp2_offload", SEVEN_B, host_budget_gib=200)
-    offload.refuse_if_the_host_is_too_small("ours", SEVEN_B, host_budget_gib=1)  # the planner's business
+    with pytest.raises(pytest.fail.Exception, match="a process was started"):  # ours refuses by its plan
+        offload.take_turn(offload.Config(host_budget_gib=1), SEVEN_B, "ours", "folder", 4096)
 
 
 def test_budgets_reach_the_planner_and_a_peer_gets_flags_that_it_takes():

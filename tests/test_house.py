@@ -190,7 +190,7 @@ def test_code_is_not_squeezed(folder):
 
 def test_no_line_is_longer_than_a_screen_is_wide():
     long = matches(rf"^.{{{budgets.COLUMNS + 1},}}", *PACKAGES, "recipes", "docs")
-    assert not long, "\n".join(long)
+    hold(budgets.LONG_LINES, len(long), "\n".join([*long, f"lines of more than {budgets.COLUMNS} columns"]))
 
 
 def test_functions_have_few_parameters():

@@ -1,6 +1,5 @@
 """Each lesson runs as its reader would run it and proves its claim; with a bug put in, it does not."""
 
-import ast
 import contextlib
 import gc
 import io
@@ -35,7 +34,6 @@ LESSONS = {  # name -> (ranks, a pattern that the output has besides the proof)
     ),
     "11_memory_timeline": (2, r"host adam   \|.*#.*\|"),
 }
-MOST_NODES = 1400  # of a lesson's syntax tree: about 140 lines, of which its opening words are twenty
 # (lesson, a piece of its text, the text with a classic bug of this kind of parallelism)
 WRONG = [
     ("02_data_parallel", "/ n_targets  # this", "/ own_targets / dp  # this"),  # the mean of the means
@@ -136,12 +134,12 @@ def test_torchrun_ends_with_status_0():
     assert "proven: an MLP cut over 2 ranks" in ended.stdout
 
 
-def test_each_lesson_is_short_and_in_the_readme_and_its_launch_line_is_true():
+def test_each_lesson_is_in_the_readme_and_its_launch_line_is_true():
+    # tests/test_house.py holds how long a lesson may be.
     readme = (FOLDER / "README.md").read_text()
     assert sorted(path.stem for path in FOLDER.glob("[0-9]*.py")) == sorted(LESSONS)
     for name, (ranks, _) in LESSONS.items():
         text = (FOLDER / f"{name}.py").read_text()
-        assert sum(1 for _ in ast.walk(ast.parse(text))) <= MOST_NODES, name
         assert f"torchrun --nproc-per-node {ranks} recipes/lessons/{name}.py" in text
         assert f"{name}.py" in readme
     for target in re.findall(r"\]\(([\w./-]+)\)", readme):

@@ -155,19 +155,21 @@ def case(
 
 
 RING = {"cp_method": "ring"}
-FAST = [  # each axis alone, the pairs, four axes: part of every `make test`
+FAST = [  # part of every `make test`: each axis alone, pairs of them on four ranks, and three on eight
     case(2),
     case(2, zero_stage=1),
-    case(4, tp=4),
     case(2, tp=2, shape="tied"),
-    case(4, cp=4),
+    case(2, cp=2),
     case(2, cp=2, **RING),
     case(2, pp=2),
     case(2, pp=2, shape="tied", micro=2),
     case(4, pp=2, tp=2),
+    case(4, cp=2, tp=2, **RING),
     case(8, pp=2, tp=2, cp=2, **RING),
 ]
 ALL = FAST + [
+    case(4, tp=4),
+    case(4, cp=4),
     case(4),
     case(8),
     case(2, micro=4),
@@ -188,13 +190,11 @@ ALL = FAST + [
     case(2, tp=2, recompute="selective"),
     case(2, tp=2, masked=False),
     case(8, tp=8, shape="mha"),
-    case(2, cp=2),
     case(2, cp=2, masked=False),
     case(2, cp=2, masked=False, **RING),
     case(4, cp=4, **RING),
     case(4, cp=2),
     case(4, cp=2, tp=2),
-    case(4, cp=2, tp=2, **RING),
     case(8, cp=2, tp=2),
     case(4, cp=2, shape="mqa"),
     case(4, cp=2, recompute="full", **RING),

@@ -44,7 +44,16 @@ def command(
 # ---- what is printed ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+SLOW = pytest.mark.slow
+
+
+def mostly_slow(*values, fast: int) -> list:
+    """Return values for a parametrization, of which only the first `fast` ones are part of `make test`."""
+    slow = [value if isinstance(value, tuple) else (value,) for value in values[fast:]]
+    return [*values[:fast], *(pytest.param(*value, marks=SLOW) for value in slow)]
+
+
+@pytest.mark.parametrize("encoding", mostly_slow("ascii", "utf-8", "latin-1", "cp1252", fast=2))
 def test_no_character_ends_a_run_whatever_the_encoding_of_stdout(encoding):
     said = python(
         PRINTS.format("") + "print('\\u4f60 \\ud83e \\u00e9'); print('\\u4f60', file=sys.stderr)",
@@ -55,7 +64,10 @@ def test_no_character_ends_a_run_whatever_the_encoding_of_stdout(encoding):
 
 
 @pytest.mark.parametrize(
-    "shell", ["| head -1", ">&-", "2>&-", ">&- 2>&-", "> /dev/full", "2> /dev/full", "2>&1 | head -1"]
+    "shell",
+    mostly_slow(
+        "| head -1", ">&- 2>&-", "> /dev/full", ">&-", "2>&-", "2> /dev/full", "2>&1 | head -1", fast=3
+    ),
 )
 def test_a_stdout_that_cannot_be_written_ends_no_run(shell, tmp_path):
     code = "for i in range(30000): print(i, flush=i % 7 == 0); print(i, file=sys.stderr)\n"
@@ -236,16 +248,8 @@ def test_an_empty_variable_is_an_unset_one(monkeypatch):
     )
 
 
-SLOW = pytest.mark.slow
-
-
 @pytest.mark.parametrize(
-    "name",
-    [
-        "pretrain",
-        "generate",
-        *(pytest.param(name, marks=SLOW) for name in ("sft", "export", "benchmark", "explain")),
-    ],
+    "name", mostly_slow("pretrain", "generate", "sft", "export", "benchmark", "explain", fast=1)
 )
 def test_ctrl_c_while_importing_is_one_word_and_status_130(name, tmp_path):
     process = subprocess.Popen(
@@ -582,7 +586,9 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", folder], capture_output=True)
 
 
-@pytest.mark.parametrize("size,kept", [("8k", None), ("60k", 0), ("1400k", 0), ("2600k", 1)])
+@pytest.mark.parametrize(
+    "size,kept", mostly_slow(("8k", None), ("2600k", 1), ("60k", 0), ("1400k", 0), fast=2)
+)
 def test_a_disk_that_is_full_ends_training_with_one_line_and_the_last_good_checkpoint(
     inputs, small_disk, size, kept
 ):
@@ -703,16 +709,7 @@ def test_the_folder_of_a_clone_may_be_called_like_a_marker(tmp_path):
     assert "1 passed, 1 skipped" in done.stdout, done
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "pretrain",
-        pytest.param("sft", marks=SLOW),
-        pytest.param("explain", marks=SLOW),
-        pytest.param("benchmark", marks=SLOW),
-        pytest.param("generate", marks=SLOW),
-    ],
-)
+@pytest.mark.parametrize("name", mostly_slow("pretrain", "sft", "explain", "benchmark", "generate", fast=1))
 def test_a_recipe_starts_as_a_module_too(name):
     done = subprocess.run(
         [sys.executable, "-m", f"recipes.{name}", "--no-such-flag"], cwd=ROOT, capture_output=True, text=True

@@ -231,7 +231,8 @@ def window_over_split_sequences(wrapped: bool):
 def test_a_readers_attention_is_refused_on_split_sequences_or_set_as_one_that_can():
     for refusal in run_on(2, window_over_split_sequences, False):
         assert refusal == (
-            "model.attention is a SlidingWindow, which needs whole sequences, and with cp=2 no rank has them: "
+            "model.attention is a SlidingWindow, which needs whole sequences, and with cp=2 no rank has "
+            "them: "
             'use cp=1, or set model.attention = Ulysses(mesh["cp"], SlidingWindow(...)).'
         )
     model, batch = Llama(GQA), rows_of(0, masked=True)

@@ -388,7 +388,8 @@ def test_a_sentencepiece_model_without_an_exact_tokenizer_json_is_refused(tmp_pa
 
 
 def test_a_large_vocabulary_of_words_is_searched_quickly(tmp_path):
-    """A list of 20,000 words in the pattern of the exported tokenizer.json takes a second for 20 kB of text."""
+    """A list of 20,000 words in the pattern of the exported tokenizer.json takes a second for 20 kB of "
+    "text."""
     words = [f"w{i:x}" for i in range(20_000)]
     (tmp_path / "words.txt").write_text("\n".join(words))
     sentencepiece.SentencePieceTrainer.train(

@@ -21,7 +21,8 @@ def make_training(
     lr: float = 1e-3,
     weight_decay: float = 0.1,
 ) -> Training:
-    """Assemble a model (or one of this shape) under a layout of the world's size; its weights have no values yet."""
+    """Assemble a model (or one of this shape) under a layout of the world's size; its weights have no "
+    "values yet."""
     resolved = parallel.resolve(dist.get_world_size())
     if isinstance(model, LlamaConfig):
         with torch.device("meta"):

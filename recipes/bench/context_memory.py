@@ -1,12 +1,12 @@
-"""Does a row 8 times longer on 8 ranks need the memory that it needed on one?
+"""Measure whether a rank of 8 with rows 8 times longer needs as much memory as one rank with short rows.
 
-    python recipes/bench/context_memory.py                    # CPU, gloo, some seconds; --help lists the sizes
+    python recipes/bench/context_memory.py                # CPU, gloo, some seconds; --help lists the sizes
 
-One step of a small model four times: rows of `tokens` on 1 rank, rows of ranks x `tokens` on 1 rank, and
-those long rows on `ranks` ranks with each method of context parallelism. Counts the bytes that autograd keeps
-from forward for backward, parameters apart (torch.autograd.graph.saved_tensors_hooks; a storage counts once),
-on each rank, and how far the resident memory of the process rises above what it was before the step. Prints
-one JSON object per run.
+One step of a small model is made four times: with rows of `tokens` on 1 rank, with rows of ranks x `tokens`
+on 1 rank, and with these long rows on `ranks` ranks by each method of context parallelism. On each rank the
+bytes that autograd keeps from forward for backward are counted, without parameters (by torch's
+saved_tensors_hooks; a storage counts once), and so is the rise of the process's resident memory during the
+step. Prints one JSON object for each run.
 """
 
 import gc
@@ -32,7 +32,7 @@ from parallel.context import apply_context_parallel, shard_sequence
 @dataclass(frozen=True)
 class Config:
     ranks: int = 8
-    tokens: int = 512  # of a row, per rank
+    tokens: int = 512  # tokens of a row, on each rank
     rows: int = 2
     layers: int = 4
     hidden: int = 128
@@ -54,14 +54,10 @@ def main(cfg: Config) -> None:
     )
     for method, run in runs:
         with tempfile.TemporaryDirectory() as folder:
-            # Forked, not started anew: torch is imported once. This process has run nothing that a fork would
-            # upset.
-            ranks = [
-                multiprocessing.get_context("fork").Process(
-                    target=measure, args=(run, method, rank, f"{folder}/store")
-                )
-                for rank in range(run.ranks)
-            ]
+            # A fork spares each rank the import of torch. This process has run nothing that a fork breaks.
+            fork = multiprocessing.get_context("fork").Process
+            arguments = [(run, method, rank, f"{folder}/store") for rank in range(run.ranks)]
+            ranks = [fork(target=measure, args=each) for each in arguments]
             for rank in ranks:
                 rank.start()
             for rank in ranks:
@@ -71,6 +67,7 @@ def main(cfg: Config) -> None:
 
 
 def shape(cfg: Config) -> LlamaConfig:
+    """Return the configuration of the small model."""
     return LlamaConfig(
         vocab_size=512,
         hidden_size=cfg.hidden,
@@ -82,7 +79,7 @@ def shape(cfg: Config) -> LlamaConfig:
 
 
 def measure(cfg: Config, method: str, rank: int, store: str) -> None:
-    """One rank of one run; rank 0 prints the largest of all ranks."""
+    """Be one rank of one run. Rank 0 prints the largest figures of all ranks."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, cfg.ranks), rank=rank, world_size=cfg.ranks)
     mesh = init_device_mesh("cpu", (cfg.ranks,), mesh_dim_names=("cp",))
@@ -97,8 +94,8 @@ def measure(cfg: Config, method: str, rank: int, store: str) -> None:
     tokens, labels = share(rows[:, :-1]), share(rows[:, 1:])
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     for p in model.parameters():
-        p.grad = torch.zeros_like(p)  # so that they are not in the rise
-    few = 2 * cfg.ranks  # tokens of a first step, for what is made once
+        p.grad = torch.zeros_like(p)  # gradients that exist already are no part of the rise
+    few = 2 * cfg.ranks  # tokens of a first step, in which everything is made that is made only once
     model(share(rows[:, :few]), share(rows[:, 1 : few + 1])).backward()
     gc.collect()
     dist.barrier()
@@ -120,25 +117,21 @@ def measure(cfg: Config, method: str, rank: int, store: str) -> None:
     largest = torch.tensor([sum(kept.values()), peak - baseline])
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     dist.all_reduce(loss := loss.detach())
+    saved, rise = largest.tolist()
+    result = {
+        "method": method,
+        "ranks": cfg.ranks,
+        "row_tokens": seq_len,
+        "tokens_per_rank": tokens.shape[1],
+        "kept_for_backward_mib_per_rank": round(saved / 2**20, 2),
+        "peak_rise_mib_per_rank": round(rise / 2**20, 1),
+        "loss_per_token": round(loss.item() / labels.numel() / cfg.ranks, 5),
+        "rows": cfg.rows,
+        "layers": cfg.layers,
+        "hidden": cfg.hidden,
+    }
     if rank == 0:
-        saved, rise = largest.tolist()
-        print(
-            json.dumps(
-                {
-                    "method": method,
-                    "ranks": cfg.ranks,
-                    "row_tokens": seq_len,
-                    "tokens_per_rank": tokens.shape[1],
-                    "kept_for_backward_mib_per_rank": round(saved / 2**20, 2),
-                    "peak_rise_mib_per_rank": round(rise / 2**20, 1),
-                    "loss_per_token": round(loss.item() / labels.numel() / cfg.ranks, 5),
-                    "rows": cfg.rows,
-                    "layers": cfg.layers,
-                    "hidden": cfg.hidden,
-                }
-            ),
-            flush=True,
-        )
+        print(json.dumps(result), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 

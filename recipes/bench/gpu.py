@@ -2,11 +2,11 @@
 
     bash recipes/bench/gpu.sh [PART...] [--out FOLDER] [--card h100|h200] [--seconds N] [--again]
 
-gpu.sh is the door. FOLDER/h200.jsonl (or h100.jsonl) gets a line for the machine and its versions, one for
-each JSON line that a command prints, with the command beside it, and one when the command has ended.
-FOLDER/logs/ keeps what the commands said, FOLDER/h200.md the table of figures predicted and measured. A
-measurement that ended well is not made again, so this can be called as often as a machine is lent, until the
-table is full.
+gpu.sh is the entry point. FOLDER/h200.jsonl (or h100.jsonl) gets a line for the machine and its versions, one
+for each JSON line that a command prints, together with the command, and one when the command has ended.
+FOLDER/logs/ keeps the standard error of each command, and FOLDER/h200.md has the table of predicted and
+measured figures. A measurement that ended well is not repeated, so the script can be started as often as a
+machine is lent, until the table is full.
 """
 
 import json
@@ -38,23 +38,20 @@ FAR_OFF = 0.10  # a figure further than this from its prediction wants an explan
 class Config:
     """Measure what can only be known on a GPU. `plan` and `summary` in place of parts only print."""
 
-    parts: Annotated[
-        tuple[str, ...], tyro.conf.Positional
-    ] = ()  # which; none: all. Or one of the words plan, summary
-    out: Path = ROOT / "recipes/bench/results"  # a folder for results, logs and tables
-    card: Literal["auto", "h100", "h200"] = "auto"  # whose plan; auto: by the memory that the GPU has
-    seconds: int | None = None  # nothing is started that could not end within so many seconds from now
-    again: bool = False  # measure also what has its results
-    host_budget_gib: float | None = (
-        None  # handed on to all who plan the host's memory; where it grows on demand
-    )
-    rehearse_layers: int | None = (
-        None  # give every model so many layers: a rehearsal, its figures mean nothing
-    )
+    # the parts to measure, by default all of them; or one of the words plan and summary
+    parts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    out: Path = ROOT / "recipes/bench/results"  # the folder for results, logs and tables
+    card: Literal["auto", "h100", "h200"] = "auto"  # whose plan to follow; auto decides by the GPU's memory
+    seconds: int | None = None  # start nothing that could run longer than so many seconds from now
+    again: bool = False  # also repeat measurements that have their results
+    # the GiB that every command may plan with on the host, for machines whose memory grows on demand
+    host_budget_gib: float | None = None
+    # give every model so many layers and every command more time: a rehearsal, whose figures mean nothing
+    rehearse_layers: int | None = None
 
 
 def main(cfg: Config) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the commands end too
     check(cfg)
     deadline = float("inf") if cfg.seconds is None else time.monotonic() + cfg.seconds
     cfg = replace(cfg, out=cfg.out.resolve())  # commands run in the root of the repository
@@ -72,9 +69,9 @@ def main(cfg: Config) -> None:
         results.add({"part": "machine", **facts, "host_budget_gib": cfg.host_budget_gib})
         if card.layers < 32:
             print(
-                f"This GPU has {facts['device_gib']:.1f} GiB and cannot hold 7B, which takes 100.4. The parts "
-                f"resident, zero3 and variants measure {card.layers} of its layers, and the parts 7b-* measure 7B "
-                "with states on the host.",
+                f"This GPU has {facts['device_gib']:.1f} GiB and cannot hold 7B, which takes 100.4. The "
+                f"parts resident, zero3 and variants measure {card.layers} of its layers, and the parts "
+                "7b-* measure 7B with states on the host.",
                 flush=True,
             )
         measure_all(chosen, results, cfg, deadline)
@@ -85,7 +82,7 @@ def main(cfg: Config) -> None:
 
 
 def check(cfg: Config) -> None:
-    """UsageError for numbers that mean nothing, and for a folder that cannot be made."""
+    """Raise UsageError for numbers that mean nothing and for a folder that cannot be made."""
     least = {"--seconds": (cfg.seconds, 0), "--rehearse-layers": (cfg.rehearse_layers, 1)}
     for flag, (value, low) in least.items():
         if value is not None and value < low:
@@ -99,7 +96,7 @@ def check(cfg: Config) -> None:
 
 
 def machine(cfg: Config) -> tuple[dict, Card]:
-    """Facts about the GPU, and its plan. Another process looks, so that this one takes no memory."""
+    """Return facts about the GPU, and its card. A process of its own looks: this one takes no GPU memory."""
     known = [name for name in CARDS if (cfg.out / f"{name}.jsonl").exists()]
     if cfg.parts in (("plan",), ("summary",)) and cfg.card != "auto":
         return {}, CARDS[cfg.card]
@@ -125,7 +122,7 @@ def machine(cfg: Config) -> tuple[dict, Card]:
 
 
 def choose(parts: list[Part], names: tuple[str, ...]) -> list[Part]:
-    """The named parts in the plan's order, or all."""
+    """Return the named parts in the plan's order, or all of them."""
     known = {part.name: part for part in parts}
     unknown = [name for name in names if name not in known]
     if {"plan", "summary"} & set(names):
@@ -141,7 +138,7 @@ def choose(parts: list[Part], names: tuple[str, ...]) -> list[Part]:
 
 
 class Results:
-    """The lines so far, and a file that has each of them as soon as it is added."""
+    """Holds the result lines so far, and writes each of them to a file as soon as it is added."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -151,9 +148,9 @@ class Results:
             try:
                 self.lines.append(json.loads(line))
             except json.JSONDecodeError:
-                pass  # the machine went away while this one was written
+                pass  # the machine went away while this line was written
         torn = bool(text) and not text.endswith("\n")
-        self.before = "\n" if torn else ""  # so that the next line is one of its own
+        self.before = "\n" if torn else ""  # so that the next result starts on a line of its own
 
     def add(self, line: dict) -> None:
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **line}
@@ -166,7 +163,7 @@ class Results:
         self.before = ""
 
     def endings(self, part: Part, measurement: Measurement) -> list[str]:
-        """How the measurement ended each time that it was made with the command that it has now."""
+        """Return how the measurement ended, each time that it was made with its present command."""
         key = {"part": part.name, "measurement": measurement.name, "command": list(measurement.command)}
         return [line["ended"] for line in self.lines if "ended" in line and key.items() <= line.items()]
 
@@ -175,7 +172,10 @@ class Results:
 
 
 def measure_all(parts: list[Part], results: Results, cfg: Config, deadline: float) -> None:
-    """What was never tried comes before what was tried and failed: it may fail again, and time is short."""
+    """Make every measurement that has no results yet.
+
+    Measurements that were never tried come before those that failed: a failure may repeat itself, and time is
+    short."""
     todo = [(part, measurement) for part in parts for measurement in part.measurements]
     todo.sort(key=lambda each: bool(results.endings(*each)))
     for part, measurement in todo:
@@ -199,7 +199,7 @@ def python_path() -> str:
 
 
 def measure(part: Part, measurement: Measurement, results: Results, logs: Path) -> None:
-    """Run the command within its limit; keep each JSON line when it comes, and how the command ended."""
+    """Run the command within its limit. Keep each JSON line as it comes, and how the command ended."""
     about = {"part": part.name, "measurement": measurement.name, "command": list(measurement.command)}
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"{part.name} {measurement.name}.log".replace(" ", "_").replace(",", "")
@@ -225,7 +225,7 @@ def measure(part: Part, measurement: Measurement, results: Results, logs: Path) 
                     said = line.strip() or said
                 else:
                     results.add({**about, "result": result})
-                    # A contender that cannot be measured here is a result; one that broke is not.
+                    # That a contender does not fit this machine is a result; that it broke is none.
                     failures += [result["error"]] if "error" in result and not result.get("refused") else []
             status = process.wait()
         finally:
@@ -239,7 +239,7 @@ def measure(part: Part, measurement: Measurement, results: Results, logs: Path) 
         ended, said = f"failed with status {status}", last_error(log) or said
     elif failures:
         ended, said = "failed in part", failures[-1]
-    if measurement.command[0] == "-m":  # pytest, whose result is the last line that it prints
+    if measurement.command[0] == "-m":  # this is pytest, whose result is the last line that it prints
         results.add({**about, "result": {"status": status, "said": said}})
     if ended != "done":
         print(f"   {ended}: {said}", flush=True)
@@ -247,7 +247,7 @@ def measure(part: Part, measurement: Measurement, results: Results, logs: Path) 
 
 
 def parsed(line: str) -> dict | None:
-    """The JSON object on the line, or None for a line of words."""
+    """Return the JSON object on the line, or None for a line of text."""
     try:
         result = json.loads(line)
     except json.JSONDecodeError:
@@ -256,7 +256,7 @@ def parsed(line: str) -> dict | None:
 
 
 def end(process: subprocess.Popen) -> None:
-    """End the command and what it started: they are one process group."""
+    """End the command and all processes that it started: they are one process group."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -264,15 +264,17 @@ def end(process: subprocess.Popen) -> None:
 
 
 def last_error(log: Path) -> str:
+    """Return the last line of the log that names an error, or else its last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "rror" in line]
     return (errors or lines or [""])[-1]
 
 
-# ---- telling -------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def describe(parts: list[Part]) -> str:
+    """Return the plan as text: parts, commands and expected figures."""
     lines = []
     for part in parts:
         lines.append(f"{part.name} (at most {part.limit_s} s): {part.why}")
@@ -297,7 +299,7 @@ def number(value: float) -> str:
 
 
 def difference(expected: Expected, measured: float) -> float:
-    """How far the figure is outside the predicted range, as a share of the nearer end. Inside it is 0."""
+    """Return how far the figure lies outside the predicted range, as a share of the nearer end."""
     nearer = min(max(measured, expected.low), expected.high)
     if nearer == 0:
         return 0.0 if measured == 0 else float("inf")
@@ -305,7 +307,7 @@ def difference(expected: Expected, measured: float) -> float:
 
 
 def summary(parts: list[Part], lines: list[dict]) -> str:
-    """The table of every figure that was predicted, and of what ended otherwise than well, in Markdown."""
+    """Return a Markdown table of all predicted figures, with a row for each measurement that failed."""
     rows = [
         "| part | measurement | figure | predicted | measured | difference |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -328,7 +330,7 @@ def summary(parts: list[Part], lines: list[dict]) -> str:
 
 
 def row(part: Part, measurement: Measurement, expected: Expected, results: list[dict]) -> str:
-    """A line of the table. Of several results the last one counts."""
+    """Return one line of the table. Of several results the last one counts."""
     named = " ".join([*map(str, expected.line.values()), expected.figure])
     fitting = [result for result in results if expected.line.items() <= result.items()]
     measured, off = "not yet", ""

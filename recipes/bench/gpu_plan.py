@@ -1,8 +1,8 @@
-"""What gpu.sh measures, as data: measurements, each with a time limit and the figures that we expect.
+"""The plan of gpu.sh, as data: measurements, each with a time limit and the figures that we expect.
 
     part          some measurements that together end within one call of ten minutes
-    measurement   one command, which prints JSON lines; a limit in seconds; the figures expected of its lines
-    card          h100 (80 GB) or h200 (141 GB). They compute alike; the H200 has more memory, and faster
+    measurement   one command that prints JSON lines, with its limit in seconds and the figures that we expect
+    card          h100 (80 GB) or h200 (141 GB). They compute alike; the H200 has more and faster memory
 
 Training 7B with fp32 masters and moments takes 16 bytes a parameter, 100.4 GiB. An H200 holds that. An H100
 does not, so there the parts `resident` and `zero3` measure 16 layers of the 7B model (3.5B), and 7B is
@@ -18,8 +18,8 @@ import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from offload import START_SECONDS, predict_peer, turn_seconds
 from offload import Config as OffloadConfig
-from offload import predict_peer, turn_seconds
 
 from dtensor_llama import LlamaConfig
 from dtensor_llama.flops import PEAK_FLOPS, hardware_flops_per_token, model_flops_per_token
@@ -32,36 +32,35 @@ CALL_SECONDS = 600  # what one call on a lent machine may take; every part stays
 class Card:
     name: str
     memory_gib: float  # as torch states it
-    tb_s: float  # of its memory, from the data sheet
-    layers: int  # of the 7B model, that it can train with everything resident
+    tb_s: float  # bandwidth of its memory, from the data sheet
+    layers: int  # how many layers of the 7B model it can train with everything resident
 
 
 CARDS = {"h100": Card("h100", 79.6, 3.35, 16), "h200": Card("h200", 139.8, 4.8, 32)}
 
 
 def choose_card(memory_gib: float) -> Card | None:
-    """The card whose plan fits a GPU of this size, or None if the GPU is too small for either."""
-    fitting = [
-        card for card in CARDS.values() if card.memory_gib <= memory_gib * 1.02
-    ]  # drivers take a little
+    """Return the card whose plan fits a GPU of this size, or None if the GPU is too small for either."""
+    with_drivers_share = memory_gib * 1.02
+    fitting = [card for card in CARDS.values() if card.memory_gib <= with_drivers_share]
     return max(fitting, key=lambda card: card.memory_gib) if fitting else None
 
 
 @dataclass(frozen=True)
 class Expected:
-    """A figure of a result line, as a range. line: what singles out one of several lines of a measurement."""
+    """States the range in which a figure of a result line is expected."""
 
     figure: str
     low: float
     high: float
-    line: dict = field(default_factory=dict)
+    line: dict = field(default_factory=dict)  # entries that single out one of several lines of a measurement
 
 
 @dataclass(frozen=True)
 class Measurement:
     name: str
-    command: tuple[str, ...]  # what follows `python`
-    limit_s: int  # it is ended then
+    command: tuple[str, ...]  # the arguments of `python`
+    limit_s: int  # after so many seconds the command is ended
     expects: tuple[Expected, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -76,18 +75,27 @@ class Part:
     def limit_s(self) -> int:
         return sum(measurement.limit_s for measurement in self.measurements)
 
+    def with_limits_times(self, factor: int) -> "Part":
+        measurements = [replace(one, limit_s=factor * one.limit_s) for one in self.measurements]
+        return replace(self, measurements=tuple(measurements))
+
 
 @dataclass(frozen=True)
 class Setting:
-    """What a plan is made for. layers: of every model, in place of its own number, for a rehearsal."""
+    """Holds what a plan depends on: the card, and the flags of gpu.py."""
 
     card: Card
     out: Path
     host_budget_gib: float | None = None
-    layers: int | None = None
+    layers: int | None = None  # in a rehearsal: of every model, in place of its own number
+
+    @property
+    def patience(self) -> int:
+        """The factor on every limit. A rehearsal runs on a small machine, where compiling takes minutes."""
+        return 4 if self.layers else 1
 
     def model(self, preset: str, layers: int | None = None) -> str:
-        """What --model is told: a preset, or the folder of one with fewer layers (see write_models)."""
+        """Return the value of --model: a preset, or the folder of a shorter one (see write_models)."""
         layers = self.layers or layers
         if layers in (None, LlamaConfig.preset(preset).num_hidden_layers):
             return preset
@@ -121,7 +129,7 @@ def llama_7b(layers: int) -> LlamaConfig:
 
 
 def step_seconds(way: str, card: Card, n_tokens: int) -> float:
-    """A step on this card with as many layers as it holds, from STEP_7B."""
+    """Predict, from STEP_7B, the seconds of a step on this card with as many layers as it holds."""
     whole, ours = llama_7b(32), llama_7b(card.layers)
     slower_memory = CARDS["h200"].tb_s / card.tb_s
     scale = {
@@ -139,7 +147,7 @@ def step_seconds(way: str, card: Card, n_tokens: int) -> float:
 
 
 def expected_step(way: str, card: Card, n_tokens: int) -> tuple[Expected, Expected, Expected]:
-    """Seconds, tokens/s and MFU. A resident step may be shorter by what AdamW may save."""
+    """Predict seconds, tokens/s and MFU. A resident step may be shorter by what AdamW may save."""
     slow = step_seconds(way, card, n_tokens)
     may_save = ADAMW_MAY_SAVE * llama_7b(card.layers).n_parameters / llama_7b(32).n_parameters
     fast = slow - may_save if way.startswith("resident") else slow
@@ -153,8 +161,8 @@ def expected_step(way: str, card: Card, n_tokens: int) -> tuple[Expected, Expect
 
 # ---- predictions: memory -------------------------------------------------------------------------
 
-# GiB that torch's allocator had given out and had reserved at the peak of a steady step, by layers, way, and
-# rows of a microbatch.
+# Peaks of a steady step, in GiB: what torch's allocator had given out, and what it had reserved. The keys are
+# the number of layers, where states are and what is recomputed, and the rows of a microbatch.
 PEAKS = {
     (32, "zero3 selective", 1): (113.7, 120.8),
     (32, "zero2 selective", 1): (125.8, 135.4),
@@ -171,7 +179,7 @@ PEAKS = {
 
 
 def expected_memory(layers: int, way: str, micro_rows: int) -> tuple[Expected, ...]:
-    """Nothing where no such run was made."""
+    """Return the peaks of such a run from PEAKS, or nothing where none was made."""
     peaks = PEAKS.get((layers, way, micro_rows))
     if peaks is None:
         return ()
@@ -189,10 +197,11 @@ TYPICAL = MachineRates(
     h2d=50e9, d2h=50e9, duplex=100e9, dram=200e9, dram_under_dma=200e9, host_adam=7e9, device_adam=115e9
 )
 SUSTAINED_FLOPS = 592e12  # forward and backward of a step, with full recompute counted
-# Seconds of a step of ours that the chunk manager's planner finds at these rates: full recompute, exact
-# clipping, 4 rows a forward. 7B on a whole H100 lies between 40 GiB and all resident. Of 13B an H100 holds
-# the states of about 3.6 G parameters. If those of the other 9.4 pass over the link at 10 bytes each way, and
-# nothing overlaps but the two directions, a step is 1.9 s longer than on an H200: the upper end.
+# Seconds of our step, as the chunk manager's planner predicts them at these rates, with full recompute, exact
+# clipping and 4 rows a forward. 7B on a whole H100 lies between a budget of 40 GiB and all resident. An H100
+# holds the states of about 3.6 G parameters of 13B. If the states of the other 9.4 G pass over the link at 10
+# bytes each way, and nothing overlaps but the two directions, a step is 1.9 s longer than on an H200, which
+# gives the upper end.
 OFFLOAD = {
     ("3.5b", "24 GiB"): {4096: (0.47, 0.5), 16384: (0.99, 1.1), 65536: (3.34, 3.34)},
     ("3.5b", "resident"): {4096: (0.23, 0.23), 16384: (0.86, 0.86), 65536: (3.36, 3.36)},
@@ -205,7 +214,7 @@ OFFLOAD = {
 
 
 def fsdp2_seconds(config: LlamaConfig, n_tokens: int) -> float:
-    """A step of FSDP2's CPU offload on one rank of the typical machine, 4 rows a microbatch."""
+    """Predict a step of FSDP2's CPU offload on one rank of the typical machine, with 4 rows a microbatch."""
     alone_s = n_tokens * hardware_flops_per_token(config, 4096, "full") / SUSTAINED_FLOPS
     return predict_peer("fsdp2_offload", config.n_parameters, alone_s, TYPICAL, max(1, n_tokens // 4096 // 4))
 
@@ -219,8 +228,13 @@ PLACEMENT = {
 }
 
 
-def step(setting: Setting, way: str, microbatches: int, rows: int, limit_s: int = 150) -> Measurement:
-    """Training steps of 7B, or of the layers that the card holds, with benchmark.py. way: as in WAYS."""
+# This limit allows for everything before the first step ends, and for twice the longest run that we expect:
+# 7 s of initial weights, 2 steps to warm up and 4 timed ones, of 4.6 s each.
+STEP_LIMIT_S = sum(START_SECONDS.values()) + 70
+
+
+def step(setting: Setting, way: str, microbatches: int, rows: int) -> Measurement:
+    """Time training steps of 7B, or of the layers that the card holds, with benchmark.py. way: as in WAYS."""
     placement, recompute = way.split()
     n_tokens = 4096 * rows * microbatches
     n_timed = max(4, 8 * STEP_TOKENS // n_tokens)
@@ -235,7 +249,7 @@ def step(setting: Setting, way: str, microbatches: int, rows: int, limit_s: int 
     return Measurement(
         f"{recompute} {microbatches} x {rows} rows",
         tuple(command.split()),
-        limit_s,
+        STEP_LIMIT_S,
         (*expects, *expected_memory(setting.card.layers, way, rows)),
     )
 
@@ -243,7 +257,7 @@ def step(setting: Setting, way: str, microbatches: int, rows: int, limit_s: int 
 def under_budget(
     setting: Setting, size: str, n_tokens: int, contenders: tuple[str, ...], more: str = ""
 ) -> Measurement:
-    """offload.py with one number of tokens a step; its limit is that of the contenders' turns together."""
+    """Run offload.py with one number of tokens a step; its limit is the sum of the contenders' turns."""
     preset, layers = MODELS[size]
     command = (
         f"recipes/bench/offload.py --compile --rounds 1 --model {preset} --tokens {n_tokens} "
@@ -255,19 +269,19 @@ def under_budget(
         command += f" --host-budget-gib {setting.host_budget_gib:g}"
     turns_s = [turn_seconds(OffloadConfig(), config_of(size), name, n_tokens) for name in contenders]
     limit_s = sum(turns_s) + 15
-    # In a rehearsal one turn may take it all: a small machine is slow, also with few layers.
-    command += f" --timeout-s {limit_s if setting.layers else max(turns_s)}"
+    command += f" --timeout-s {max(turns_s) * setting.patience}"
     return Measurement(f"{n_tokens} tokens", tuple(command.split()), limit_s)
 
 
 def expecting(measurement: Measurement, contender: str, seconds: tuple[float, float]) -> Measurement:
+    """Return the measurement with a range for the contender's seconds of a step added."""
     more = Expected("step_seconds", *seconds, line={"contender": contender})
     return replace(measurement, expects=(*measurement.expects, more))
 
 
 def budget_part(setting: Setting, name: str, why: str, tokens: tuple[int, ...]) -> Part:
-    """A model under a budget: ours against FSDP2's offload, which refuses a host that is too small."""
-    size, budget = BUDGETS[name.removesuffix("-64k")]
+    """Measure a model under a budget: ours against FSDP2's offload, where the host can hold that."""
+    size, budget = next(BUDGETS[begins] for begins in BUDGETS if name.startswith(begins))
     more = f"--device-budget-gib {budget.removesuffix(' GiB')}" if budget.endswith(" GiB") else ""
     contenders = ("ours",) if name == "13b-64k" else ("ours", "fsdp2_offload")  # there is no time for both
     expected = OFFLOAD.get((size, setting.card.name if budget == "card" else budget), {})
@@ -284,6 +298,7 @@ def budget_part(setting: Setting, name: str, why: str, tokens: tuple[int, ...]) 
 
 
 def config_of(size: str) -> LlamaConfig:
+    """Return the configuration of a size in MODELS."""
     preset, layers = MODELS[size]
     config = LlamaConfig.preset(preset)
     return replace(config, num_hidden_layers=layers or config.num_hidden_layers)
@@ -299,7 +314,7 @@ BUDGETS = {
 
 
 def ceiling(setting: Setting) -> Part:
-    """What 3.5B reaches when nothing has to be on the host."""
+    """Measure what 3.5B reaches when nothing has to be on the host."""
     measurements = []
     for n_tokens, seconds in OFFLOAD["3.5b", "resident"].items():
         measurement = under_budget(setting, "3.5b", n_tokens, ("all_resident",))
@@ -328,7 +343,7 @@ def tests(name: str, which: str, limit_s: int) -> Measurement:
 
 
 def plan(setting: Setting) -> list[Part]:
-    """All parts, in the order in which they are measured: the largest promise first."""
+    """Return all parts, in the order in which they are measured: the largest promise first."""
     card = setting.card
     held = "7B"
     if card.layers < 32:
@@ -352,9 +367,11 @@ def plan(setting: Setting) -> list[Part]:
         Part("first-tests", "those likeliest to find a wrong number", (tests("riskiest", RISKIEST, 180),)),
         Part("rates", "the wires, the host's memory and its cores: what every plan is made of", (rates(),)),
         budget("3.5b-24", "3.5B under 24 GiB: ours against FSDP2's offload", 4096, 16384),
-        budget("7b-card", "7B on the whole card with placement auto", 4096, 16384),
+        budget("7b-card", "7B on the whole card with placement auto", 16384),
+        budget("7b-card-4k", "the same with 4k tokens a step", 4096),
         budget("7b-card-64k", "the same with 64k tokens a step", 65536),
-        budget("7b-40", "7B under 40 GiB", 4096, 16384),
+        budget("7b-40", "7B under 40 GiB", 16384),
+        budget("7b-40-4k", "7B under 40 GiB with 4k tokens a step", 4096),
         Part("variants", "smaller steps, selective recompute, segments that can grow", variants(setting)),
         Part("step-price", "our step over the barest loop, and a small model's speed", small_models()),
         budget("3.5b-24-64k", "3.5B under 24 GiB with 64k tokens a step", 65536),
@@ -366,7 +383,7 @@ def plan(setting: Setting) -> list[Part]:
         Part("tests", "all tests of numbers that need a GPU", (tests("numbers", "not learns", 560),)),
         Part("test-runs", "whole training runs: stop, resume, export", (tests("runs", "learns", 580),)),
     ]
-    return parts
+    return [part.with_limits_times(setting.patience) for part in parts]
 
 
 RISKIEST = "fused or logits or every_pass or nothing_depends or budget or initial"  # for pytest -k
@@ -396,20 +413,20 @@ def variants(setting: Setting) -> tuple[Measurement, ...]:
 
 
 def small_models() -> tuple[Measurement, ...]:
-    """32 rows each: with 8 rows the GPU waits for the host, and the host's speed would be compared."""
+    """Measure a small model. It gets 32 rows because with 8 the GPU would wait for the host."""
     price = "recipes/bench/step_price.py --model small-110m --seq-len 2048 --dtype bfloat16 --rows 32"
     speed = (
         "recipes/benchmark.py --model small-110m --data.seq-len 2048 --train.compile "
         "--train.global-batch-size 32 --train.micro-batch-size 32"
     )
     return (
-        Measurement("price", tuple(price.split()), 150),
-        Measurement("small-110m", tuple(speed.split()), 150),
+        Measurement("price", tuple(price.split()), STEP_LIMIT_S),
+        Measurement("small-110m", tuple(speed.split()), STEP_LIMIT_S),
     )
 
 
 def write_models(setting: Setting) -> None:
-    """config.json of 7B with fewer layers, where Setting.model says it is."""
+    """Write the config.json of 7B with fewer layers, where Setting.model says that it is."""
     folder = Path(setting.model("llama2-7b", setting.card.layers))
     if str(folder) == "llama2-7b":
         return

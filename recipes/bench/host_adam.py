@@ -1,16 +1,21 @@
-"""Is the host's AdamW as fast as its memory, and what does the chunk manager cost where it has nothing to do?
+"""Measure whether the host's AdamW is as fast as its memory, and what the chunk manager costs by itself.
 
-    OMP_NUM_THREADS=$(nproc) python recipes/bench/host_adam.py       # a quiet machine, a minute; one JSON line
+    OMP_NUM_THREADS=$(nproc) python recipes/bench/host_adam.py     # on a quiet machine; takes a minute
 
-1. Parameters/s of one AdamW update from bfloat16 gradients to bfloat16 weights, float32 states on the host: our compiled
-   kernel and our fallback; torch's fused and foreach AdamW with the casts they need; DeepSpeed's CPUAdam if it is installed.
-   They take turns, round after round, with a plain in-place stream over as many bytes; 28 bytes a parameter move at least.
-2. How many torch calls a second another thread makes beside our kernel, which then has one core less, and without it: what a
-   forward needs to be launched while the host steps.
-3. A step of a small model, everything RESIDENT, with the chunk manager and with torch.optim.AdamW(fused=True), both clipped,
-   taking turns. What the manager costs goes by the number of parameters, not by their size: on a larger model it is less.
+Prints one JSON line with four kinds of figures.
+
+1. Parameters/s of one AdamW update from bfloat16 gradients to bfloat16 weights, with float32 states on the
+   host: our compiled kernel and our fallback, torch's fused and foreach AdamW with the casts that they need,
+   and DeepSpeed's CPUAdam if it is installed. They take turns, round after round, with a plain in-place
+   stream over as many bytes; an update moves at least 28 bytes a parameter.
+2. How many torch calls a second another thread makes while our kernel runs on one core less, and without it.
+   The forward needs them to launch its work while the host steps.
+3. A step of a small model with everything RESIDENT: the chunk manager and torch.optim.AdamW(fused=True), both
+   clipped, take turns. The manager's cost grows with the number of parameters, not with their size, so its
+   share is smaller in a larger model.
 4. The time to plan 70B on 512 ranks and on 8.
-Medians of the rounds; `share_of_stream` is bytes/s over those of the stream in the same rounds.
+
+Figures are medians of the rounds; `share_of_stream` is bytes/s over those of the stream in the same rounds.
 """
 
 import importlib.util
@@ -38,17 +43,17 @@ from memory.placement import GIB, ChunkSizes, auto_plan
 from memory.tracer import DramStream, MachineRates, StepTrace, machine_key
 
 CPU = torch.device("cpu")
-BYTES = 28  # per parameter: gradient 2 and three states 12 read, three states 12 and weight 2 written
+BYTES = 28  # for each parameter: gradient 2 and three states 12 are read, states 12 and weight 2 written
 
 
 @dataclass(frozen=True)
 class Config:
-    mi_elements: int = 64  # parameters, in 2^20; 14 bytes each for every contender
+    mi_elements: int = 64  # parameters that are stepped, in 2^20, of 14 bytes each for every contender
     rounds: int = 9
     threads: int = 0  # 0: as many as torch takes (OMP_NUM_THREADS)
-    model: str = "tiny-10m"  # for the manager's overhead
-    rows: int = 4  # of a step there
-    tokens: int = 256
+    model: str = "tiny-10m"  # the model on which the manager's cost is measured
+    rows: int = 4  # rows of a step there
+    tokens: int = 256  # tokens of a row there
 
 
 def main(cfg: Config) -> None:
@@ -80,17 +85,15 @@ def main(cfg: Config) -> None:
         result[name] = times and {
             "g_parameters_s": round(n / statistics.median(times) / 1e9, 3),
             "gb_s": round(BYTES * n / statistics.median(times) / 1e9, 2),
-            "share_of_stream": round(
-                statistics.median(a / b for a, b in zip(seconds["stream"], times, strict=True)), 3
-            ),
+            "share_of_stream": round(median_ratio(seconds["stream"], times), 3),
         }
     result |= {"calls_per_second": calls_beside(n), "manager_all_resident": manager_overhead(cfg)}
     print(json.dumps(result | {"plan_70b_seconds": plan_seconds()}), flush=True)
 
 
 def take_turns(steps: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, once per round, all in every round, there and back: what disturbs the machine disturbs
-    all alike."""
+    """Return the seconds that each step took in each round. The order changes from round to round, so that
+    whatever disturbs the machine disturbs all alike."""
     seconds = {name: [] for name in steps}
     for i in range(rounds + 1):
         for name, step in list(steps.items())[:: -1 if i % 2 else 1]:
@@ -101,20 +104,26 @@ def take_turns(steps: dict[str, Callable], rounds: int) -> dict[str, list[float]
     return seconds
 
 
+def median_ratio(numerators: list[float], denominators: list[float]) -> float:
+    """Return the median of the ratios within each round."""
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
 # ---- the update --------------------------------------------------------------------------------------------
 
 
 def stream(n: int) -> Callable:
-    return DramStream(BYTES // 2 * n).once  # read and written: as many bytes as an update moves
+    """Return a step that reads and writes an array, and so moves as many bytes as an update."""
+    return DramStream(BYTES // 2 * n).once
 
 
 def state(n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Master, two moments, and a bfloat16 gradient."""
+    """Return a master, two moments, and a bfloat16 gradient."""
     return *(torch.full((n,), 0.01) for _ in range(3)), torch.full((n,), 0.01, dtype=torch.bfloat16)
 
 
 def ours(kind: str, n: int) -> Callable:
-    """As the engine lays chunks out and steps them, one by one."""
+    """Return an update by our kernel, with chunks laid out and stepped one by one as the engine does."""
     kernel, hyper, ledger = (
         Kernel(kind, CPU),
         HyperParameters(1e-3, 0.9, 0.95, 1e-8, 0.1, 1),
@@ -138,8 +147,8 @@ def ours(kind: str, n: int) -> Callable:
 
 
 def torchs(n: int, **which) -> Callable:
-    """torch.optim.AdamW on float32 masters; gradient and weight cast in a pass each, as it has no other
-    way."""
+    """Return an update by torch.optim.AdamW on float32 masters. It needs two more passes, which cast the
+    gradient and the weight."""
     master, _, _, grad = state(n)
     weight, master = torch.empty_like(grad), nn.Parameter(master)
     master.grad = torch.empty_like(master)
@@ -154,8 +163,8 @@ def torchs(n: int, **which) -> Callable:
 
 
 def deepspeeds(n: int) -> Callable | None:
-    """DeepSpeed's vectorised CPUAdam, given what it wants: a float32 gradient; None where it is not installed
-    or built."""
+    """Return an update by DeepSpeed's vectorised CPUAdam, which takes a float32 gradient, or None where it is
+    not installed or cannot be built."""
     if importlib.util.find_spec("deepspeed") is None:
         return None
     try:
@@ -165,7 +174,7 @@ def deepspeeds(n: int) -> Callable | None:
         weight, master = torch.empty_like(grad), nn.Parameter(master)
         master.grad = torch.empty_like(master)
         optimizer = DeepSpeedCPUAdam([master], lr=1e-3, adamw_mode=True)
-    except Exception as error:  # it compiles itself on first use, and says in many ways that it could not
+    except Exception as error:  # it compiles itself on first use, and can fail in many ways
         print(f"DeepSpeed's CPUAdam is installed and does not run: {error}", file=sys.stderr)
         return None
 
@@ -178,11 +187,11 @@ def deepspeeds(n: int) -> Callable | None:
 
 
 def calls_beside(n: int, seconds: float = 1.0) -> dict[str, int]:
-    """Of a tiny torch operation, by this thread: alone, and while another steps with the compiled kernel."""
+    """Count the calls that this thread makes in a second: alone, and while another thread runs our kernel."""
     before = torch.get_num_threads()
     torch.set_num_threads(n_threads := max(1, before - 1))
     step, calls, x = ours("compiled", n), {}, torch.ones(4)
-    step()  # compiles, for that many threads
+    step()  # this compiles, for that many threads
     torch.set_num_threads(before)
     stop = threading.Event()
 
@@ -210,7 +219,7 @@ def calls_beside(n: int, seconds: float = 1.0) -> dict[str, int]:
 
 
 def manager_overhead(cfg: Config) -> dict:
-    """Seconds of whole steps: forward, backward, update. Share: how much longer with the manager."""
+    """Time whole steps: forward, backward, update. `overhead`: how much longer they take with the manager."""
     tokens = torch.randint(1000, (cfg.rows, cfg.tokens))
     steps = {}
     for name in ("adamw_fused", "manager"):
@@ -229,13 +238,13 @@ def manager_overhead(cfg: Config) -> dict:
 
         steps[name] = step
     seconds = take_turns(steps, 3 * cfg.rounds)
-    ratio = statistics.median(a / b for a, b in zip(seconds["manager"], seconds["adamw_fused"], strict=True))
-    return {"model": cfg.model, "overhead": round(ratio - 1, 4)} | {
-        f"{name}_ms": round(1e3 * statistics.median(times), 2) for name, times in seconds.items()
-    }
+    overhead = median_ratio(seconds["manager"], seconds["adamw_fused"]) - 1
+    medians = {f"{name}_ms": round(1e3 * statistics.median(times), 2) for name, times in seconds.items()}
+    return {"model": cfg.model, "overhead": round(overhead, 4), **medians}
 
 
 def plan_seconds() -> dict[str, float]:
+    """Time the planner on a rank of 512 with 4 GiB for states, and on a rank of 8 with 80 GiB."""
     n, seconds = LlamaConfig.preset("llama2-70b").n_parameters, {}
     rates = MachineRates(50e9, 50e9, 100e9, 200e9, 200e9, 12.8e9, 170e9)
     for ranks, budget_gib in ((512, 4), (8, 80)):

@@ -1,11 +1,11 @@
-"""What this machine is, and what its GPU makes of one matrix product, one attention, one update and one copy.
+"""Describe this machine, and measure one matrix product, one attention, one update and one copy on its GPU.
 
     python recipes/bench/machine.py              # JSON lines, half a minute on a GPU; tiny sizes on a CPU
     python recipes/bench/machine.py --facts      # the first line only: names, sizes, versions
 
-Every step of training is made of these, so when a step is slower than predicted, look here first. Factors are
-random: a GPU that multiplies ones draws less power and runs faster than it does in training. These rates are
-those of a stretch of work, not the best moment of it, because training runs for hours.
+Every step of training is made of these, so when a step is slower than predicted, look here first. The factors
+are random numbers: a GPU that multiplies ones draws less power and runs faster than in training. Each rate is
+the mean over a stretch of work, not its best moment, because training runs for hours.
 """
 
 import importlib.metadata
@@ -56,8 +56,8 @@ PACKAGES = (
 class Config:
     """Facts about the machine, then the rates of its GPU."""
 
-    facts: bool = False  # only the first line
-    seconds: float = 1.0  # that each rate is measured for
+    facts: bool = False  # print only the first line
+    seconds: float = 1.0  # each rate is measured for so long
 
 
 def main(cfg: Config) -> None:
@@ -83,10 +83,12 @@ def main(cfg: Config) -> None:
 
 
 def say(kernel: str, **figures: float) -> None:
+    """Print one result line."""
     print(json.dumps({"kernel": kernel, **figures}), flush=True)
 
 
 def facts(device: torch.device) -> dict:
+    """Return names, sizes and versions of what training depends on."""
     on_gpu = device.type == "cuda"
     memory = psutil.virtual_memory()
     return {
@@ -97,9 +99,8 @@ def facts(device: torch.device) -> dict:
         "cores": len(os.sched_getaffinity(0)),
         "host_gib": memory.total / GIB,
         "host_available_gib": memory.available / GIB,
-        "compiler": shutil.which(
-            os.environ.get("CXX", "g++")
-        ),  # without one there is no compiled AdamW on the host
+        # without a compiler AdamW on the host is not compiled
+        "compiler": shutil.which(os.environ.get("CXX", "g++")),
         "pinned_memory_is_resident": pinned_memory_is_resident() if on_gpu else None,
         "python": sys.version.split()[0],
         "versions": versions(),
@@ -107,7 +108,7 @@ def facts(device: torch.device) -> dict:
 
 
 def nvidia_smi() -> str | None:
-    """Driver, clock and power limit in nvidia-smi's words."""
+    """Return driver, clock and power limit as nvidia-smi prints them, or None where it is not installed."""
     if not shutil.which("nvidia-smi"):
         return None
     fields = "driver_version,clocks.max.sm,power.limit,clocks_throttle_reasons.active"
@@ -118,18 +119,18 @@ def nvidia_smi() -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """None for a package that is not there."""
+    """Return the version of each package, or None where it is not installed."""
     found = {}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name) if importlib.util.find_spec(name) else None
         except importlib.metadata.PackageNotFoundError:
             found[name] = "of unknown version"
-    return found | {"torch": torch.__version__}  # with what it was built for
+    return found | {"torch": torch.__version__}  # this one names the CUDA version too
 
 
 def seconds_each(work: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Mean seconds of work(), called for so long after some calls to warm up."""
+    """Return the mean seconds of a call of work(), over at least `seconds` after some calls to warm up."""
     for _ in range(3):
         work()
     wait(device)
@@ -137,26 +138,28 @@ def seconds_each(work: Callable[[], object], device: torch.device, seconds: floa
     while n_calls == 0 or time.perf_counter() - began < seconds:
         for _ in range(10):
             work()
-        wait(device)  # not after each call: the next ones are launched while one runs, as in training
+        # We do not wait after each call: the next ones are launched while one runs, as in training.
+        wait(device)
         n_calls += 10
     return (time.perf_counter() - began) / n_calls
 
 
 def wait(device: torch.device) -> None:
+    """Wait until a GPU has done all work that was launched."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def matmul(device: torch.device, shape: tuple[int, int, int], seconds: float) -> float:
-    """FLOP/s of an (m, k) by (k, n) product in bfloat16."""
+    """Return the FLOP/s of an (m, k) by (k, n) product in bfloat16."""
     m, n, k = shape
     a = torch.randn(m, k, device=device, dtype=torch.bfloat16)
-    b = torch.randn(n, k, device=device, dtype=torch.bfloat16)  # as a linear layer stores its weight
+    b = torch.randn(n, k, device=device, dtype=torch.bfloat16)  # a linear layer stores its weight so
     return 2.0 * m * n * k / seconds_each(lambda: a @ b.T, device, seconds)
 
 
 def attention(device: torch.device, seq_len: int, seconds: float) -> tuple[float, float]:
-    """Milliseconds of a layer of 7B, 32 heads of 128, causal: forward; then forward and backward."""
+    """Return milliseconds for a layer of 7B, causal, 32 heads of 128: forward, and forward with backward."""
     q, k, v = (
         torch.randn(1, 32, seq_len, 128, device=device, dtype=torch.bfloat16, requires_grad=True)
         for _ in range(3)

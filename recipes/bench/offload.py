@@ -1,5 +1,4 @@
-"""Training under a memory budget: our chunk manager against everything resident and against those who offload
-too.
+"""Compare training under a memory budget: our chunk manager, everything resident, and two peers that offload.
 
     python recipes/bench/offload.py --model llama2-7b --layers 16 --device-budget-gib 24      # 3.5B, one GPU
     python recipes/bench/offload.py --model llama2-13b --tokens 16384 --contenders ours fsdp2_offload
@@ -9,16 +8,16 @@ too.
     fsdp2_offload    fully_shard per block with CPUOffloadPolicy, AdamW(fused) on the host
     deepspeed_zero3  DeepSpeed ZeRO-3 with its optimizer on the host (CPUAdam), where it is installed
 
-Same model, seed, rows, clipping and recompute. Two of them do not fit one device, so each turn is a process
-of its own, and the turns go round: all contenders once, then all again. A peer cannot be told a device
-budget; torch's allocator is held to it. A peer that the host's memory cannot hold is not started: it would be
-killed, and we with it. After each turn one JSON line with the median of the contender's rounds so far, or the
-error that ended it, so that nothing is lost when the machine goes away; of several lines the last one counts.
-At the end a table.
+All contenders have the same model, seed, rows, clipping and recompute. Two of them together do not fit one
+device, so each turn is a process of its own, and the turns go round: each contender once, then each again.
+The peers have no setting for a device budget, so torch's allocator is limited to it. A peer that the host's
+memory cannot hold is not started, because Linux would kill it, and us with it. After each turn one JSON line
+has the median of the contender's rounds so far, or the error that ended it, so that nothing is lost when the
+machine goes away; of several lines the last one counts. A table comes at the end.
 
-    exposed update   step less forward and backward alone: of ours as our tracer saw them, of peers measured
-    DRAM share       bytes that the host's update must move, over its time, over the rate of an in-place stream
-    predicted        ours: the plan's; others: `predict_peer`, from the same rates, forward and backward
+    exposed update   the step less its forward and backward, which our tracer saw or which the peer measured
+    DRAM share       bytes that the host's update must move, over its time, over the rate of a plain stream
+    predicted        ours is the plan's prediction; the others' is `predict_peer`, from the same rates
 """
 
 import json
@@ -57,20 +56,20 @@ class Config:
     """Offload under a budget against its peers, taking turns."""
 
     model: str = "llama2-7b"  # a preset
-    layers: int | None = None  # of the model; 16 of llama2-7b are 3.5B
+    layers: int | None = None  # how many layers it gets; llama2-7b with 16 has 3.5B parameters
     device_budget_gib: float | None = None  # None: the whole device
     host_budget_gib: float | None = None  # None: what is free; give it where memory grows on demand
-    tokens: tuple[int, ...] = (4096, 16384, 65536)  # a step
+    tokens: tuple[int, ...] = (4096, 16384, 65536)  # tokens of a step, each number measured by itself
     seq_len: int = 4096
     micro_batch_size: int = 4  # rows of a forward, at most
     contenders: tuple[str, ...] = CONTENDERS
     rounds: int = 2
-    steps: int = 3  # timed in each turn
-    warmup: int = 5  # ours traces three, plans, and does one with the plan
-    peer_warmup: int = 2  # the others have nothing to trace
+    steps: int = 3  # timed steps of each turn
+    warmup: int = 5  # our steps before them: three are traced, then comes the plan, and two steps follow it
+    peer_warmup: int = 2  # the peers' steps before them; the first one compiles
     dtype: str = "bfloat16"
-    compile: bool = False  # each block, of all contenders
-    timeout_s: int | None = None  # of a turn; None: 240, or turn_seconds if that is more
+    compile: bool = False  # compile each block, in all contenders
+    timeout_s: int | None = None  # limit of a turn; None: 240, or turn_seconds if that is more
     turn: str | None = None  # internal: be this contender, in this process
 
 
@@ -79,10 +78,11 @@ def main(cfg: Config) -> None:
     if unknown or not cfg.contenders:
         raise UsageError(f"--contenders {' '.join(cfg.contenders)}: there are {', '.join(CONTENDERS)}.")
     wrong = [n for n in cfg.tokens if n < cfg.seq_len or n % cfg.seq_len]
-    if wrong or min(cfg.rounds, cfg.steps, cfg.micro_batch_size) < 1:
+    if wrong or min(cfg.rounds, cfg.steps, cfg.warmup, cfg.peer_warmup, cfg.micro_batch_size) < 1:
         raise UsageError(
             f"--tokens {wrong} must be multiples of --seq-len {cfg.seq_len}; --rounds, --steps and "
-            "--micro-batch-size at least 1."
+            "--micro-batch-size must be at least 1, and so must --warmup and --peer-warmup, as the first "
+            "step compiles."
         )
     if cfg.host_budget_gib is not None and cfg.host_budget_gib <= 0:
         raise UsageError(f"--host-budget-gib {cfg.host_budget_gib:g} is not possible; use GiB above 0.")
@@ -100,8 +100,9 @@ def main(cfg: Config) -> None:
 
 
 def at(cfg: Config, config: LlamaConfig, folder: str, n_tokens: int) -> list[dict]:
-    """All contenders with so many tokens a step, round after round. One who fails is not asked again."""
-    in_order = [name for name in CONTENDERS if name in cfg.contenders]  # ours first: its rates predict others
+    """Let all contenders take turns with so many tokens a step. One that fails gets no further turn."""
+    # Ours comes first, because its rates predict the others.
+    in_order = [name for name in CONTENDERS if name in cfg.contenders]
     turns = {name: [] for name in in_order}
     lines = {}
     for _ in range(cfg.rounds):
@@ -130,11 +131,15 @@ def at(cfg: Config, config: LlamaConfig, folder: str, n_tokens: int) -> list[dic
 
 
 def take_turn(cfg: Config, config: LlamaConfig, name: str, folder: str, n_tokens: int) -> dict:
-    """One contender in a process of its own: the JSON line it ends with, or RuntimeError in its words."""
-    refuse_if_the_host_is_too_small(name, config, cfg.host_budget_gib)
+    """Run one contender in a process of its own. Return its last JSON line; RuntimeError has its error."""
     if name in ("ours", "all_resident"):
         command = ours_command(cfg, name, folder, n_tokens)
     else:
+        refuse_if_the_host_is_too_small(name, config, cfg.host_budget_gib)
+        if not torch.cuda.is_available():
+            raise DoesNotFit(
+                "offloads from a GPU, and there is none; use --contenders ours all_resident to leave it out."
+            )
         command = peer_command(cfg, name, n_tokens)
     timeout_s = cfg.timeout_s or max(240, turn_seconds(cfg, config, name, n_tokens))
     try:
@@ -146,7 +151,7 @@ def take_turn(cfg: Config, config: LlamaConfig, name: str, folder: str, n_tokens
     if ended.returncode:
         said = [line for line in ended.stderr.splitlines() if line.strip()]
         errors = [line for line in said if "rror" in line]
-        raise RuntimeError((errors or said or ["ended without a word"])[-1])
+        raise RuntimeError((errors or said or [f"ended with status {ended.returncode}"])[-1])
     return json.loads(ended.stdout.splitlines()[-1])
 
 
@@ -187,7 +192,7 @@ def ours_command(cfg: Config, name: str, folder: str, n_tokens: int) -> list:
 
 
 def peer_command(cfg: Config, name: str, n_tokens: int) -> list:
-    """This script again, as one contender."""
+    """Return the command that runs this script as one contender."""
     micro = min(n_tokens // cfg.seq_len, cfg.micro_batch_size)
     own = asdict(cfg) | {"tokens": (n_tokens,), "micro_batch_size": micro, "warmup": cfg.peer_warmup}
     own |= {"turn": name, "contenders": (name,)}
@@ -201,41 +206,49 @@ def peer_command(cfg: Config, name: str, n_tokens: int) -> list:
     return command
 
 
+# What a run may need beside initial weights and steps. The loss is compiled in the first step on any GPU,
+# also where blocks are not; that took 9 to 31 s on two cores, depending on what else ran there.
+START_SECONDS = {"imports and process group": 15, "compiling blocks": 25, "compiling the loss": 30}
+START_SECONDS |= {"compiling AdamW": 25, "measuring rates": 15}
+
+
 def turn_seconds(cfg: Config, config: LlamaConfig, name: str, n_tokens: int) -> int:
-    """How long a turn may take: 80 s to start, and twice what we expect of initial weights and of the steps.
+    """Return how long a turn may take: START_SECONDS, and twice what we expect of initial weights and steps.
 
     A step computes at 500 TFLOP/s with full recompute. Ours is at its slowest while it traces, with all
-    states on the host: 28 bytes a parameter in memory at 200 GB/s, and 4 over a link of 50 GB/s. A peer moves
-    40 and, for each microbatch of 4 rows, 12. Initial weights come at a G parameters/s.
+    states on the host: 28 bytes a parameter pass through memory at 200 GB/s, and 4 over a link of 50 GB/s. A
+    peer moves 40 and, for each microbatch of 4 rows, 12. A second initializes 1e9 weights.
     """
     compute_s = n_tokens * hardware_flops_per_token(config, 4096, "full") / 500e12
-    n_micros = max(1, n_tokens // 4096 // 4)
+    n_microbatches = max(1, n_tokens // 4096 // 4)
     if name in ("ours", "all_resident"):
         n_steps = cfg.warmup + cfg.steps
         moving_s = config.n_parameters * (28 / 200e9 + 4 / 50e9)
     else:
         n_steps = cfg.peer_warmup + cfg.steps
-        moving_s = config.n_parameters * (40 / 200e9 + 12 * n_micros / 50e9)
-    return round(80 + 2 * (config.n_parameters / 1e9 + n_steps * (compute_s + moving_s)))
+        moving_s = config.n_parameters * (40 / 200e9 + 12 * n_microbatches / 50e9)
+    return round(
+        sum(START_SECONDS.values()) + 2 * (config.n_parameters / 1e9 + n_steps * (compute_s + moving_s))
+    )
 
 
 # ---- what the host must hold --------------------------------------------------------------------------
 
 
 class DoesNotFit(RuntimeError):
-    """A contender cannot be measured on this machine, which is its result."""
+    """Says that a contender cannot be measured on this machine, which is its result."""
 
 
 def pinned_bytes(n_bytes: int) -> int:
-    """What torch pins for a tensor: it rounds up to a power of two."""
+    """Return how many bytes torch pins for a tensor: it rounds up to a power of two."""
     return 1 << (n_bytes - 1).bit_length()
 
 
 def peer_host_bytes(name: str, config: LlamaConfig) -> tuple[int, str]:
-    """The least that a peer needs of the host, and the sum in words."""
+    """Return the least that a peer needs of the host's memory, and the sum in words."""
     with torch.device("meta"):
         sizes = [4 * parameter.numel() for parameter in Llama(config).parameters()]
-    if name == "fsdp2_offload":  # AdamW's two moments are made by zeros_like, which does not pin
+    if name == "fsdp2_offload":  # AdamW makes its two moments with zeros_like, which does not pin them
         pinned, pageable = 2 * sum(map(pinned_bytes, sizes)), 2 * sum(sizes)
         what = (
             f"{pinned / GIB:.1f} GiB pinned for float32 weights and gradients, each tensor rounded up to "
@@ -247,9 +260,7 @@ def peer_host_bytes(name: str, config: LlamaConfig) -> tuple[int, str]:
 
 
 def refuse_if_the_host_is_too_small(name: str, config: LlamaConfig, host_budget_gib: float | None) -> None:
-    """DoesNotFit for a peer that would be killed. Ours refuses by itself, with the plan's own numbers."""
-    if name not in ("fsdp2_offload", "deepspeed_zero3"):
-        return
+    """Raise DoesNotFit for a peer that would be killed. Ours refuses by itself, with its plan's numbers."""
     needed, what = peer_host_bytes(name, config)
     own = GIB + min(9 * GIB, needed // 10)  # torch, CUDA, compiled code, what is copied in passing
     available = host_budget_gib * GIB if host_budget_gib else psutil.virtual_memory().available
@@ -263,11 +274,11 @@ def refuse_if_the_host_is_too_small(name: str, config: LlamaConfig, host_budget_
         )
 
 
-# ---- what a turn means -------------------------------------------------------------------------------------
+# ---- results of a turn -------------------------------------------------------------------------------------
 
 
 def judge(name: str, turns_of: dict[str, list[dict]], n_tokens: int, config: LlamaConfig) -> dict:
-    """What the turns of `name` so far say, beside those of ours."""
+    """Return the figures of the contender's turns so far, with their ratios to ours."""
     turns, ours = turns_of[name], turns_of.get("ours") or []
     plan = ours[-1]["memory_plan"] if ours else {}
     step_s = statistics.median(turn["step_seconds"] for turn in turns)
@@ -292,7 +303,7 @@ def judge(name: str, turns_of: dict[str, list[dict]], n_tokens: int, config: Lla
             config.n_parameters,
             alone,
             MachineRates.from_json(plan["rates"]),
-            turns[-1].get("n_micros", 1),
+            turns[-1].get("n_microbatches", 1),
         )
     alone = turns[-1].get("forward_backward_seconds", alone)
     facts["exposed_update_seconds"] = alone and max(0.0, step_s - alone)
@@ -301,87 +312,72 @@ def judge(name: str, turns_of: dict[str, list[dict]], n_tokens: int, config: Lla
     return facts
 
 
-def predict_peer(name: str, n: int, forward_backward_s: float, rates: MachineRates, n_micros: int) -> float:
-    """Seconds of a step of n parameters (formulas of the plan's kind: bytes over rates)."""
+def predict_peer(
+    name: str, n: int, forward_backward_s: float, rates: MachineRates, n_microbatches: int
+) -> float:
+    """Predict the seconds of a step of n parameters: bytes over rates, as our plan does."""
     if name == "all_resident":
         return forward_backward_s + n / rates.device_adam
     if name == "fsdp2_offload":
-        # For each forward and backward fp32 weights come; fp32 gradients leave once, after the last
+        # Each forward and each backward fetches fp32 weights; fp32 gradients leave once, after the last
         # microbatch. On one rank FSDP2 makes these copies on the stream that computes, so nothing overlaps
         # and the times add up; on several ranks, where the copies are part of a prefetched all-gather, it
-        # would do better. Then, alone on the host, the norm reads 4 bytes a parameter, the clip moves 8 and
-        # AdamW 28.
-        link = n_micros * 2 * 4 * n / rates.h2d + 4 * n / rates.d2h
+        # would do better. Then the host works alone: the norm reads 4 bytes a parameter, the clip moves 8
+        # and AdamW 28.
+        link = n_microbatches * 2 * 4 * n / rates.h2d + 4 * n / rates.d2h
         return forward_backward_s + link + 40 * n / rates.dram
-    # DeepSpeed: bf16 gradients down, CPUAdam (12 + 12 of states, 4 of gradient, 2 of weight), bf16 weights
-    # up, one by one
+    # DeepSpeed moves bf16 gradients down, then steps with CPUAdam (12 + 12 bytes of states, 4 of the gradient
+    # and 2 of the weight), and then moves bf16 weights up.
     return forward_backward_s + 2 * n / rates.d2h + 30 * n / rates.dram + 2 * n / rates.h2d
 
 
+COLUMNS = {  # heading: entry of a result line, and how it is printed
+    "tokens": ("tokens_per_step", ""),
+    "contender": ("contender", ""),
+    "tokens/s": ("tokens_per_second", ",.0f"),
+    "step s": ("step_seconds", ".3f"),
+    "predicted": ("predicted_step_seconds", ".3f"),
+    "exposed s": ("exposed_update_seconds", ".3f"),
+    "DRAM": ("dram_share", ".0%"),
+    "device GiB": ("device_memory_gib", ".1f"),
+    "host GiB": ("host_memory_gib", ".1f"),
+    "step / ours": ("ours_over_it", ".2f"),
+}
+
+
 def table(results: list[dict]) -> str:
-    cell = lambda line, key, form: format(line[key], form) if line.get(key) is not None else "-"
-    rows = [
-        (
-            "tokens",
-            "contender",
-            "tokens/s",
-            "step s",
-            "predicted",
-            "exposed s",
-            "DRAM",
-            "device GiB",
-            "host GiB",
-            "step / ours",
-        )
-    ]
+    """Return one row for each result line, in which an error stands in place of the figures."""
+
+    def cell(line: dict, key: str, form: str) -> str:
+        return "-" if line.get(key) is None else format(line[key], form)
+
+    rows = [list(COLUMNS)]
+    widths = list(map(len, COLUMNS))
     for line in results:
-        rows.append(
-            (
-                str(line["tokens_per_step"]),
-                line["contender"],
-                *(
-                    (
-                        cell(line, key, form)
-                        for key, form in (
-                            ("tokens_per_second", ",.0f"),
-                            ("step_seconds", ".3f"),
-                            ("predicted_step_seconds", ".3f"),
-                            ("exposed_update_seconds", ".3f"),
-                            ("dram_share", ".0%"),
-                            ("device_memory_gib", ".1f"),
-                            ("host_memory_gib", ".1f"),
-                            ("ours_over_it", ".2f"),
-                        )
-                    )
-                    if "error" not in line
-                    else (line["error"][:90],)
-                ),
-            )
-        )
-    widths = [max(len(row[i]) for row in rows if len(row) > 3) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(f"{text:>{width}}" for text, width in zip(row, widths, strict=False)) for row in rows
-    )
+        row = [cell(line, key, form) for key, form in COLUMNS.values()]
+        if "error" in line:
+            row[2:] = [line["error"][:90]]
+        else:
+            widths = [max(width, len(text)) for width, text in zip(widths, row, strict=True)]
+        rows.append(row)
+    padded = [[f"{text:>{width}}" for text, width in zip(row, widths, strict=False)] for row in rows]
+    return "\n".join("  ".join(row) for row in padded)
 
 
 # ---- the peers, each in its own process --------------------------------------------------------------------
 
 
 def peer(cfg: Config, config: LlamaConfig) -> dict:
-    if not torch.cuda.is_available():
-        raise UsageError(
-            f"--contenders {cfg.turn} offloads from a GPU, and there is none; use --contenders ours "
-            "all_resident."
-        )
+    """Train with the peer that `cfg.turn` names, and return its figures."""
     device, dtype = torch.device("cuda", 0), getattr(torch, cfg.dtype)
     if cfg.device_budget_gib:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, cfg.device_budget_gib * GIB / total), device)
     start_process_group(device, 1)
-    n_micros = cfg.tokens[0] // cfg.seq_len // cfg.micro_batch_size
+    n_microbatches = cfg.tokens[0] // cfg.seq_len // cfg.micro_batch_size
     rows = torch.randint(
         config.vocab_size,
-        (n_micros, cfg.micro_batch_size, cfg.seq_len + 1),
+        (n_microbatches, cfg.micro_batch_size, cfg.seq_len + 1),
         generator=torch.Generator().manual_seed(0),
     ).to(device)
     n_scored = rows[:, :, 1:].numel()
@@ -403,7 +399,7 @@ def peer(cfg: Config, config: LlamaConfig) -> dict:
         "forward_backward_seconds": alone_s,
         "update_seconds": step_s - alone_s,
         "loss": loss,
-        "n_micros": n_micros,
+        "n_microbatches": n_microbatches,
         "device_memory_gib": peaks.device / GIB,
         "device_reserved_gib": peaks.device_reserved / GIB,
         "host_memory_gib": peaks.host / GIB,
@@ -446,18 +442,18 @@ def fsdp2_offload(cfg: Config, model: Llama, dtype: torch.dtype, device: torch.d
 
 
 def deepspeed_zero3(cfg: Config, model: Llama, dtype: torch.dtype, device: torch.device):
-    import deepspeed  # an ImportError is this contender's result
+    import deepspeed  # where it is not installed, the ImportError is this contender's result
 
     model.to_empty(device="cpu")
     init_weights(model, 0)
     apply_recompute(list(model.model.layers), "full")
-    n_micros = cfg.tokens[0] // cfg.seq_len // cfg.micro_batch_size
+    n_microbatches = cfg.tokens[0] // cfg.seq_len // cfg.micro_batch_size
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=model.parameters(),
         config={
             "train_micro_batch_size_per_gpu": cfg.micro_batch_size,
-            "gradient_accumulation_steps": n_micros,
+            "gradient_accumulation_steps": n_microbatches,
             "gradient_clipping": MAX_NORM,
             "bf16": {"enabled": dtype == torch.bfloat16},
             "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": True}},
@@ -471,13 +467,13 @@ def deepspeed_zero3(cfg: Config, model: Llama, dtype: torch.dtype, device: torch
     def step(rows: torch.Tensor, n_scored: int) -> tuple[float, float]:
         began, alone_s, total = time.perf_counter(), 0.0, torch.zeros((), device=device)
         for micro in rows:
-            # it averages over micro-batches
+            # DeepSpeed averages over microbatches.
             loss = engine(micro[:, :-1], labels=micro[:, 1:]) / n_scored * len(rows)
             engine.backward(loss)
             total += loss.detach() / len(rows)
             torch.cuda.synchronize()
             alone_s = time.perf_counter() - began
-            engine.step()  # updates after the last one only
+            engine.step()  # this updates after the last microbatch only
         return total.item(), alone_s
 
     return step

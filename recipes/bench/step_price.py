@@ -1,11 +1,12 @@
-"""What the machinery costs: our training step against the same model in the barest loop that could train it.
+"""Compare our training step with the same model in the shortest loop that could train it.
 
-    python recipes/bench/step_price.py                                  # one process: ours, a plain loop
-    torchrun --nproc-per-node 2 recipes/bench/step_price.py             # two: ZeRO 0 and 3 against DDP and bare fully_shard; tp
+    python recipes/bench/step_price.py                         # one process: our step and a plain loop
+    torchrun --nproc-per-node 2 recipes/bench/step_price.py    # ZeRO 0 and DDP, ZeRO 3 and fully_shard, tp
 
-All variants are built in the same processes and take turns, step by step, so a slow minute slows all alike;
-each ratio is that of median step times. On two processes it also profiles a step under tp 2 on rank 0: where
-the time goes beside the matrix products, whose time is the least a step could take. Prints one JSON line.
+All variants are built in the same processes and take turns, step by step, so that a slow minute slows all
+alike; each ratio is that of the median step times. On two processes a step under tp 2 is also profiled on
+rank 0: it shows where time goes beside the matrix products, whose time no step can do without. Prints one
+JSON line.
 """
 
 import json
@@ -29,6 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from dtensor_llama import Llama, LlamaConfig
 from dtensor_llama.cli import read_launch, run_recipe
 from dtensor_llama.data.reader import Batch
+from dtensor_llama.errors import UsageError
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
 from parallel import ParallelConfig, build_mesh
@@ -44,13 +46,15 @@ class Config:
 
     model: str = "tiny-15m"
     seq_len: int = 256
-    rows: int = 8  # per step and process
-    steps: int = 20  # timed, of each variant
-    warmup: int = 3
-    dtype: str = "float32"  # of the computation
+    rows: int = 8  # rows of a step, in each process
+    steps: int = 20  # timed steps of each variant
+    warmup: int = 3  # steps of each variant before them; the first one compiles the loss on a GPU
+    dtype: str = "float32"  # in which the forward computes
 
 
 def main(cfg: Config) -> None:
+    if min(cfg.rows, cfg.steps, cfg.warmup) < 1:
+        raise UsageError("--rows, --steps and --warmup must be at least 1.")
     launch = read_launch()
     rank, world_size = launch.rank, launch.world_size
     device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -78,7 +82,7 @@ def main(cfg: Config) -> None:
         for name, step in variants.items():
             dist.barrier()
             began = time.perf_counter()
-            step(batch).item()  # waits for the device
+            step(batch).item()  # this waits for the device
             if i >= cfg.warmup:
                 step_s[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(times) for name, times in step_s.items()}
@@ -104,8 +108,8 @@ def main(cfg: Config) -> None:
 
 
 def bare(cfg: Config, device: torch.device, wrap: str | None = None):
-    """A step as few lines as can do the same: forward, backward, clip, fused AdamW; averaged over ranks by
-    `wrap`."""
+    """Return a step in as few lines as possible: forward, backward, clip, fused AdamW. `wrap` (ddp or fsdp)
+    averages gradients over the ranks."""
     dtype = getattr(torch, cfg.dtype)
     model = Llama(LlamaConfig.preset(cfg.model)).to(device)
     init_weights(model, 0)
@@ -134,8 +138,8 @@ def bare(cfg: Config, device: torch.device, wrap: str | None = None):
 
 
 def ours(cfg: Config, device: torch.device, layout: ParallelConfig):
-    """The step of recipes/pretrain.py. Under tp all ranks read the same rows, so each is dealt its share of
-    the tokens."""
+    """Return the step of recipes/pretrain.py. Under tp all ranks read the same rows, and each has a share of
+    their tokens."""
     dtype = getattr(torch, cfg.dtype)
     resolved = layout.resolve(dist.get_world_size())
     with torch.device("meta"):
@@ -152,26 +156,26 @@ def ours(cfg: Config, device: torch.device, layout: ParallelConfig):
 
 
 def profile_step(step, batch: Batch) -> dict[str, float]:
-    """Seconds of one step by what they went into, each moment counted once, on this rank; all ranks enter."""
+    """Return this rank's seconds of one step by kind of work. No moment counts twice. All ranks enter."""
     began = time.perf_counter()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step(batch).item()
     total_s = time.perf_counter() - began
     own_s = defaultdict(float)
     for event in profiler.key_averages():
-        kind = (
-            "matrix products"
-            if event.key in ("aten::mm", "aten::addmm", "aten::bmm")
-            else "attention"
-            if "attention" in event.key
-            else "collectives and waiting"
-            if event.key.startswith(("gloo:", "c10d::", "_c10d", "nccl:"))
-            else "optimizer"
-            if "adam" in event.key.lower()
-            else "other tensor operations"
-        )
-        own_s[kind] += event.self_cpu_time_total / 1e6
+        own_s[kind_of_work(event.key)] += event.self_cpu_time_total / 1e6
     return {**own_s, "whole step, profiled": total_s}
+
+
+def kind_of_work(operation: str) -> str:
+    """Return the kind of work of an operation that the profiler names."""
+    if operation in ("aten::mm", "aten::addmm", "aten::bmm"):
+        return "matrix products"
+    if "attention" in operation:
+        return "attention"
+    if operation.startswith(("gloo:", "c10d::", "_c10d", "nccl:")):
+        return "collectives and waiting"
+    return "optimizer" if "adam" in operation.lower() else "other tensor operations"
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""How fast `prepare_corpus` tokenizes against the library's own batch call, and how much memory it takes.
+"""Compare the speed of `prepare_corpus` with the library's own batch call, and measure its memory.
 
-  python recipes/bench/tokenizing.py --corpus sotu.jsonl --tokenizer llama2/tokenizer.json llama2/tokenizer.model
+  python recipes/bench/tokenizing.py --corpus sotu.jsonl --tokenizer tokenizer.json tokenizer.model
 
-speed: seconds for the same documents, ours (start, parsing and writing included) and the library's (documents
-    parsed and in memory; all cores), in turns, so that a machine that slows down slows both; the median of
-    the ratios counts.
-memory: the largest sum over all processes of their memory (PSS: a page that n processes share counts 1/n in
-    each), for the corpus and for one four times as large. Prints one JSON line per tokenizer and measurement.
+speed: the seconds for the same documents, ours with start, parsing and writing, and the library's on all
+    cores with parsed documents in memory. The two take turns, so that a machine that slows down slows both;
+    the median of the ratios counts.
+memory: the largest sum of the memory of all processes (PSS: a page that n processes share counts 1/n in
+    each), for the corpus and for one four times as large.
+
+Prints one JSON line for each tokenizer and measurement.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from operator import truediv
 from pathlib import Path
 from statistics import median
 
@@ -25,8 +28,8 @@ import tokenizers
 
 
 def make_corpus(source: Path, target: Path, copies: int) -> int:
-    """The documents of `source` `copies` times, each copy with numbers of its own so that none is a
-    repetition."""
+    """Write the documents of `source` `copies` times, each copy with numbers of its own, so that none is a
+    repetition. Return the bytes written."""
     documents = [json.loads(line)["text"] for line in source.read_text(encoding="utf-8").splitlines()]
     with open(target, "w", encoding="utf-8") as file:
         for copy in range(copies):
@@ -37,7 +40,7 @@ def make_corpus(source: Path, target: Path, copies: int) -> int:
 
 
 def our_run(corpus: Path, tokenizer: str, cache: Path, watch_memory: bool = False) -> tuple[float, float]:
-    """(seconds, peak MiB over all processes; 0 unless watched) of the command."""
+    """Run our command. Return its seconds, and the peak MiB of all its processes (0 unless watched)."""
     command = [
         sys.executable,
         "-m",
@@ -47,8 +50,8 @@ def our_run(corpus: Path, tokenizer: str, cache: Path, watch_memory: bool = Fals
         "--tokenizer",
         tokenizer,
     ]
-    began_s, peak_bytes = time.perf_counter(), 0
     command += ["--cache-dir", tempfile.mkdtemp(dir=cache)]
+    began_s, peak_bytes = time.perf_counter(), 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while watch_memory and process.poll() is None:
         try:
@@ -63,7 +66,7 @@ def our_run(corpus: Path, tokenizer: str, cache: Path, watch_memory: bool = Fals
 
 
 def library_run(corpus: Path, tokenizer: str) -> float:
-    """Seconds the library's own batch call takes for all documents on all cores, reading not counted."""
+    """Return the seconds of the library's own batch call for all documents on all cores, without reading."""
     documents = [json.loads(line)["text"] for line in open(corpus, encoding="utf-8")]
     if tokenizer.endswith(".model"):
         pieces = sentencepiece.SentencePieceProcessor(model_file=tokenizer)
@@ -85,49 +88,39 @@ def main() -> None:
     )
     parser.add_argument("--tokenizer", nargs="+", required=True, help="tokenizer.json or .model files")
     parser.add_argument(
-        "--copies", type=int, default=3, help="of the corpus, for the speed and for memory at 1x"
+        "--copies", type=int, default=3, help="how often the corpus is repeated, for speed and memory at 1x"
     )
     parser.add_argument("--turns", type=int, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         once, four_times = Path(folder) / "1x.jsonl", Path(folder) / "4x.jsonl"
-        sizes_mb = [
-            make_corpus(args.corpus, file, n * args.copies) / 1e6 for file, n in ((once, 1), (four_times, 4))
-        ]
+        sizes_mb = [make_corpus(args.corpus, once, args.copies) / 1e6]
+        sizes_mb += [make_corpus(args.corpus, four_times, 4 * args.copies) / 1e6]
         for tokenizer in args.tokenizer:
-            turns = [
-                (our_run(once, tokenizer, folder)[0], library_run(once, tokenizer)) for _ in range(args.turns)
-            ]
-            print(
-                json.dumps(
-                    {
-                        "what": "speed",
-                        "tokenizer": Path(tokenizer).name,
-                        "cores": len(os.sched_getaffinity(0)),
-                        "corpus_mb": round(sizes_mb[0], 1),
-                        "ours_s": [round(ours, 2) for ours, _ in turns],
-                        "library_s": [round(library, 2) for _, library in turns],
-                        "ours_over_library_speed": round(
-                            median(library / ours for ours, library in turns), 2
-                        ),
-                    }
-                ),
-                flush=True,
-            )
+            ours_s, library_s = [], []
+            for _ in range(args.turns):
+                ours_s.append(our_run(once, tokenizer, folder)[0])
+                library_s.append(library_run(once, tokenizer))
+            speed = {
+                "what": "speed",
+                "tokenizer": Path(tokenizer).name,
+                "cores": len(os.sched_getaffinity(0)),
+                "corpus_mb": round(sizes_mb[0], 1),
+                "ours_s": [round(seconds, 2) for seconds in ours_s],
+                "library_s": [round(seconds, 2) for seconds in library_s],
+                "ours_over_library_speed": round(median(map(truediv, library_s, ours_s)), 2),
+            }
+            print(json.dumps(speed), flush=True)
             peaks_mib = [
                 our_run(file, tokenizer, folder, watch_memory=True)[1] for file in (once, four_times)
             ]
-            print(
-                json.dumps(
-                    {
-                        "what": "memory",
-                        "tokenizer": Path(tokenizer).name,
-                        "corpus_mb": [round(mb, 1) for mb in sizes_mb],
-                        "peak_mib": [round(mib) for mib in peaks_mib],
-                    }
-                ),
-                flush=True,
-            )
+            memory = {
+                "what": "memory",
+                "tokenizer": Path(tokenizer).name,
+                "corpus_mb": [round(mb, 1) for mb in sizes_mb],
+                "peak_mib": [round(mib) for mib in peaks_mib],
+            }
+            print(json.dumps(memory), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""How much memory do load_hf and save_hf add to the shards a rank holds anyway?
+"""Measure how much memory load_hf and save_hf add to the shards that a rank holds anyway.
 
-    python recipes/bench/weights_memory.py --layers 11        # about 7.6 GB of llama2-13b's shapes, on disk in bf16
+    python recipes/bench/weights_memory.py --layers 11     # llama2-13b's shapes in bf16, about 7.6 GB on disk
 
-Starts `ranks` fresh processes per phase (gloo, fully_shard over all of them): one set fills a model and saves
-it, a second set, which never saw it, loads it and checks every bit. A rank touches all pages of its shards
-before a phase, so that "over baseline" is what the phase itself adds. Prints one JSON object per phase and
-rank; removes its files.
+Each phase has `ranks` fresh processes (gloo, fully_shard over all of them): the first ones fill a model and
+save it, the second ones load it and check every bit. A rank touches all pages of its shards before a phase,
+so that "over baseline" is what the phase itself adds. Prints one JSON object for each phase and rank, and
+removes its files.
 """
 
 import json
@@ -31,14 +31,14 @@ from dtensor_llama.weights import local_boxes
 
 @dataclass(frozen=True)
 class Config:
-    model: str = "llama2-13b"  # preset whose shapes are used
-    layers: int = 0  # its first so many layers; 0: all (26 GB for 13b)
+    model: str = "llama2-13b"  # the preset whose shapes are used
+    layers: int = 0  # how many of its layers; 0: all of them (26 GB for 13b)
     ranks: int = 2
-    held_dtype: str = "bfloat16"  # of the parameters in memory; on disk it is always bfloat16
-    folder: str = ""  # where to write; empty: the system's temporary folder
+    held_dtype: str = "bfloat16"  # the dtype of parameters in memory; on disk it is always bfloat16
+    folder: str = ""  # the folder to write to; empty: the system's temporary folder
     keep_free_gb: int = 30  # refuse if less disk than this would be left
-    phase: str = ""  # internal: what a started rank does
-    rank: int = 0  # internal
+    phase: str = ""  # internal: the phase of a started rank
+    rank: int = 0  # internal: its number
 
 
 def main(cfg: Config) -> None:
@@ -55,16 +55,11 @@ def main(cfg: Config) -> None:
                 f"--keep-free-gb {cfg.keep_free_gb} would not be left; use fewer layers"
             )
         for phase in ("save", "load"):
-            internal = ["--phase", phase, "--folder", str(folder)]
-            flags = [
-                f"--{key.replace('_', '-')}={value}"
-                for key, value in asdict(cfg).items()
-                if key not in ("phase", "rank", "folder")
-            ]
-            ranks = [
-                subprocess.Popen([sys.executable, __file__, *flags, *internal, "--rank", str(rank)])
-                for rank in range(cfg.ranks)
-            ]
+            ranks = []
+            for rank in range(cfg.ranks):
+                own = asdict(replace(cfg, phase=phase, folder=str(folder), rank=rank))
+                flags = [f"--{key.replace('_', '-')}={value}" for key, value in own.items()]
+                ranks.append(subprocess.Popen([sys.executable, __file__, *flags]))
             if any([rank.wait() for rank in ranks]):
                 sys.exit(1)
     finally:
@@ -72,7 +67,7 @@ def main(cfg: Config) -> None:
 
 
 def measure(cfg: Config, shape: LlamaConfig) -> None:
-    """One rank of one phase."""
+    """Be one rank of one phase."""
     store = f"file://{cfg.folder}/{cfg.phase}.store"
     dist.init_process_group("gloo", init_method=store, rank=cfg.rank, world_size=cfg.ranks)
     mesh = init_device_mesh("cpu", (cfg.ranks,))
@@ -99,31 +94,27 @@ def measure(cfg: Config, shape: LlamaConfig) -> None:
         for i, local in enumerate(locals_):
             expected = fill(torch.empty_like(local), i * cfg.ranks + cfg.rank)
             assert torch.equal(local, expected), "what was loaded is not what was saved"
-    print(
-        json.dumps(
-            {
-                "phase": cfg.phase,
-                "rank": cfg.rank,
-                "model": cfg.model,
-                "layers": shape.num_hidden_layers,
-                "model_on_disk_gib": round(2 * shape.n_parameters / 2**30, 2),
-                "rank_holds_gib": round(held_bytes / 2**30, 2),
-                "baseline_gib": round(baseline / 2**30, 2),
-                "peak_over_baseline_mib": round((peak - baseline) / 2**20),
-                "seconds": round(seconds, 1),
-                "gib_per_second_all_ranks": round(2 * shape.n_parameters / 2**30 / seconds, 2),
-                "cores": os.cpu_count(),
-            }
-        ),
-        flush=True,
-    )
+    result = {
+        "phase": cfg.phase,
+        "rank": cfg.rank,
+        "model": cfg.model,
+        "layers": shape.num_hidden_layers,
+        "model_on_disk_gib": round(2 * shape.n_parameters / 2**30, 2),
+        "rank_holds_gib": round(held_bytes / 2**30, 2),
+        "baseline_gib": round(baseline / 2**30, 2),
+        "peak_over_baseline_mib": round((peak - baseline) / 2**20),
+        "seconds": round(seconds, 1),
+        "gib_per_second_all_ranks": round(2 * shape.n_parameters / 2**30 / seconds, 2),
+        "cores": os.cpu_count(),
+    }
+    print(json.dumps(result), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
 
 def fill(local: torch.Tensor, seed: int) -> torch.Tensor:
-    """A million random bf16 numbers of this seed, over and over: as good as random for a copy, and made in no
-    time."""
+    """Repeat a million random bf16 numbers of this seed. For a copy they are as good as fresh ones, and quick
+    to make."""
     block = torch.randn(1_000_003, generator=torch.Generator().manual_seed(seed)).bfloat16()
     for part in local.view(-1).split(block.numel()):
         part.copy_(block[: part.numel()])
