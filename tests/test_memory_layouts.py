@@ -174,7 +174,7 @@ def jobs_left_as_blocks_begin(layout: ParallelConfig) -> tuple[list[int], int, l
     blocks, left, later = list(model.model.layers), [], []
     for number, block in enumerate(blocks):
         after = {p for other in blocks[number + 1 :] for p in other.parameters()}
-        later.append(sum(all(one.parameter in after for one in chunk.managed) for chunk in manager.chunks))
+        later.append(sum(all(param.parameter in after for param in chunk.params) for chunk in manager.chunks))
         block.register_forward_pre_hook(lambda *_: left.append(len(lanes.thread.queue.jobs)))
     step(0, layout, mesh, manager.optimizer, training, micro)
     manager.wait()
