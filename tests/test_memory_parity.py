@@ -110,8 +110,14 @@ def of_manager(homes, steps=20, chunk_elements=64, accumulation=1, clips=True, *
     return weights(model)
 
 
-def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor, atol: float = 1e-8) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=atol)
+
+
+# A CPU may choose another matrix kernel where memory is aligned otherwise, as it is with other chunks. Its
+# last bit changes a gradient whose terms nearly cancel by 3e-5 of itself, and with it Adam's step, by 2e-7
+# where it was seen (on a processor with AMX). A step that is wrong is of the order of lr, 1e-2.
+LAST_BITS = 5e-7
 
 
 N = len(chunk_sizes(model := tiny(), adamw(model), 64))
@@ -167,15 +173,15 @@ ANY_PLAN = given(
 @ANY_PLAN
 def test_any_plan_equals_torch(homes, chunk_elements, micros):
     ours = of_manager(homes, 2, chunk_elements, micros, micros=micros, max_norm=0.5)
-    assert_close(ours, two_steps(micros))
+    assert_close(ours, two_steps(micros), atol=LAST_BITS)
 
 
 @pytest.mark.slow
 @settings(max_examples=500, deadline=None, derandomize=True)
 @ANY_PLAN
-def test_any_of_many_plans_equals_torch(placements, chunk_elements, micros):
-    ours = of_manager(placements, 2, chunk_elements, micros, micros=micros, max_norm=0.5)
-    assert_close(ours, two_steps(micros))
+def test_any_of_many_plans_equals_torch(homes, chunk_elements, micros):
+    ours = of_manager(homes, 2, chunk_elements, micros, micros=micros, max_norm=0.5)
+    assert_close(ours, two_steps(micros), atol=LAST_BITS)
 
 
 @functools.cache
