@@ -23,6 +23,7 @@ import host_adam
 import machine
 import memory_rates
 import offload
+import step_kernels
 import step_price
 from gpu_plan import (
     CALL_SECONDS,
@@ -45,11 +46,12 @@ from dtensor_llama.cli import parse_cli
 from dtensor_llama.metrics import GIB
 from memory.tracer import Counters, MachineRates
 
-CONFIGS = {"recipes/benchmark.py": benchmark.BenchmarkConfig} | {
+STEPS = ("recipes/benchmark.py", "recipes/bench/step_kernels.py")  # both take the flags of pretrain.py
+CONFIGS = dict.fromkeys(STEPS, benchmark.BenchmarkConfig) | {
     f"recipes/bench/{module.__name__}.py": module.Config
     for module in (host_adam, machine, memory_rates, offload, step_price)
 }
-TIMES_STEPS = {"recipes/benchmark.py", "recipes/bench/offload.py", "recipes/bench/step_price.py"}
+TIMES_STEPS = {*STEPS, "recipes/bench/offload.py", "recipes/bench/step_price.py"}
 SEVEN_B = LlamaConfig.preset("llama2-7b")
 
 
@@ -79,7 +81,7 @@ def test_every_command_is_one_that_its_recipe_takes(setting):
             if script == "-m":
                 continue
             cfg = parse_cli(CONFIGS[script], flags)
-            if script == "recipes/benchmark.py":
+            if script in STEPS:
                 cfg.memory.check()
                 assert cfg.train.global_batch_size % cfg.train.micro_batch_size == 0
                 path = Path(cfg.model)
@@ -515,6 +517,36 @@ def test_the_machine_is_described_on_a_cpu_too(capsys):
 
 
 # ---- The tests' own marks ----
+
+
+def test_the_time_of_a_step_is_summed_by_kind_and_overlapping_kernels_count_once_as_busy(capsys):
+    """Two streams overlap for 10 us, 30 us are idle, and what clip_grad_norm launched is the clip's."""
+    step_kernels.report(
+        [
+            {"cat": "gpu_user_annotation", "name": "clip", "ts": 100, "dur": 10},
+            {"cat": "gpu_user_annotation", "name": "Torch-Compiled Region", "ts": 0, "dur": 200},
+            {"cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 50},
+            {"cat": "kernel", "name": "nvjet_sm90", "ts": 10, "dur": 50},
+            {"cat": "gpu_memcpy", "name": "Memcpy DtoD", "ts": 50, "dur": 20},
+            {"cat": "kernel", "name": "triton_poi", "ts": 100, "dur": 5},
+        ]
+    )
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    by_kind = {line["kind"]: line["ms"] for line in lines if "kind" in line}
+    assert by_kind == {
+        "matrix products": 0.05,
+        "copies": 0.02,
+        "clip": 0.005,
+        "idle": pytest.approx(0.03),
+        "in all": pytest.approx(0.095),
+    }
+    assert [line["kernel"] for line in lines if "kernel" in line] == [
+        "nvjet_sm90",
+        "Memcpy DtoD",
+        "triton_poi",
+    ]
+    with pytest.raises(UsageError, match="no kernel"):
+        step_kernels.report([])
 
 
 def test_a_folder_called_gpu_does_not_mark_its_tests(tmp_path):
