@@ -22,8 +22,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 MORE_THREADS = 100  # in a worker, until it looks for garbage, which takes a third of a second
-# A worker that has more threads than this after it looked is replaced. torch 2.11 leaks a reference to the mesh
-# of each matrix product of DTensors, and with it the mesh's groups and their threads.
+# A worker that has more threads than this after it looked is replaced. torch 2.11 leaks a reference to the
+# mesh of each matrix product of DTensors, and with it the mesh's groups and their threads.
 WORN_THREADS = 400
 
 _context = multiprocessing.get_context("spawn")
