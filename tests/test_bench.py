@@ -364,7 +364,7 @@ def test_pinned_memory_comes_in_powers_of_two(n_bytes, pinned):
 
 def test_a_peer_that_the_host_cannot_hold_is_refused_in_one_line_with_the_sum(monkeypatch):
     monkeypatch.setattr(
-        offload.subprocess, "run", lambda *args, **kwargs: pytest.fail("a process was started")
+        offload.subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a process was started")
     )
     monkeypatch.setattr(offload.psutil, "virtual_memory", lambda: SimpleNamespace(available=120 * GIB))
     needed, _ = offload.peer_host_bytes("fsdp2_offload", SEVEN_B)
@@ -429,6 +429,23 @@ def test_each_contenders_line_appears_after_its_turn_and_who_failed_is_not_asked
     assert by_name["fsdp2_offload"]["predicted_step_seconds"] > 0.3
     assert by_name["deepspeed_zero3"]["error"] == "no module named deepspeed"
     offload.table(lines)
+
+
+def test_a_turn_that_is_late_says_where_it_stood_and_which_phase_of_its_start_had_ended(monkeypatch, capfd):
+    script = """
+import sys, time
+print("start     1.5 s for imports", file=sys.stderr, flush=True)
+def wait_for_memory():
+    time.sleep(60)
+wait_for_memory()
+"""
+    monkeypatch.setattr(offload, "ours_command", lambda *asked: ["-c", script])
+    with pytest.raises(
+        RuntimeError,
+        match=r"not done after 3 s; it stood in <string>:5 wait_for_memory < .*after start 1.5 s for imports",
+    ):
+        offload.take_turn(offload.Config(timeout_s=3), SEVEN_B, "ours", "folder", 4096)
+    assert "wait_for_memory" in capfd.readouterr().err  # the whole stack, for the log
 
 
 # ---- Peaks and rates ----
@@ -513,7 +530,12 @@ def test_the_machine_is_described_on_a_cpu_too(capsys):
     machine.main(machine.Config(seconds=0.01))
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines[0]["machine"] == "no GPU" and lines[0]["versions"]["torch"] == torch.__version__
-    assert [line["kernel"].split()[0] for line in lines[1:]] == ["matmul", "attention", "copies"]
+    assert [line["kernel"].split()[0] for line in lines[1:]] == [
+        "pinning",
+        "matmul",
+        "attention",
+        "copies",
+    ]
 
 
 # ---- The tests' own marks ----
