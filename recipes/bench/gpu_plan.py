@@ -359,12 +359,14 @@ def kernels(card: Card) -> tuple[Measurement, ...]:
         Expected("g_parameters_s", 100 / slower_memory, 155 / slower_memory, {"kernel": "device AdamW"}),
         Expected("h2d_gb_s", 50, 50, {"kernel": "copies of 256 MiB, pinned"}),
     )
-    # torch can let threads touch the memory first and then register it; its default does not.
+    # torch can let threads touch the memory first and then register it, which its default does not. Nothing
+    # is known about the rate yet, so a wide range is expected: a thread that clears pages writes some 2 GB/s.
     threads = {"PYTORCH_ALLOC_CONF": "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"}
+    pinned = Expected("gb_s", 2, 16, {"kernel": "pinning 4 GiB"})
     return (
         Measurement("kernels", ("recipes/bench/machine.py",), 60, expects),
         Measurement(
-            "pinning by 8 threads", ("recipes/bench/machine.py", "--pinning"), 60, environment=threads
+            "pinning by 8 threads", ("recipes/bench/machine.py", "--pinning"), 60, (pinned,), threads
         ),
     )
 
