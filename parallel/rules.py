@@ -133,6 +133,12 @@ class Case:
         return f"{ring}cp={self.cp}{sequence}"
 
     @property
+    def hides_tokens(self) -> bool:
+        """Return whether a sliding window hides tokens of a row in some layer."""
+        windows = [self.job.model.window(layer) for layer in range(self.num_hidden_layers)]
+        return any(window is not None and window < self.seq_len for window in windows)
+
+    @property
     def without_log_sum_exp(self) -> str:
         """Return the package of an attention kernel that ring attention cannot use; empty if it can."""
         packages = {"flash": "the flash-attn package", "varlen": "torch's varlen_attn"}
@@ -410,6 +416,13 @@ CONTEXT = [
         "cannot run under cp_method=ring: {c.without_log_sum_exp} has no backward that takes the log-sum-exp "
         "of all ranks, as torch's own FlashAttention has",
         {"attention": ["sdpa"], "cp_method": ["ulysses"]},
+    ),
+    Rule(
+        "cp_method",
+        lambda c: c.cp == 1 or c.cp_method != "ring" or not c.hides_tokens,
+        "cannot hide tokens from each other, and the model has sliding_window={c.sliding_window} with rows of "
+        "seq_len={c.seq_len}",
+        {"cp_method": ["ulysses"], "seq_len": lambda c: [c.sliding_window]},
     ),
     Rule(
         "seq_len",
