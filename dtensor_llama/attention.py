@@ -43,8 +43,8 @@ _VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_a
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """Holds which keys a query may see, in the form that a kernel takes: `dense` for sdpa and math, the others
-    for flash and varlen."""
+    """Holds which keys a query may see, in the form that a kernel takes: `dense` for sdpa and math, the other
+    fields for flash and varlen."""
 
     dense: Tensor | None = None  # (B or 1, 1, T, S) bool, True where query t may see key s
     # (n_documents + 1,) int32: 0, then where each document ends in the flattened sequences

@@ -1,5 +1,5 @@
-"""LlamaConfig: the shape of a LLaMA, or of a model of another LLaMA-shaped family (families.py), from a preset
-or from a Hugging Face `config.json`.
+"""LlamaConfig: the shape of a LLaMA or of another LLaMA-shaped family (families.py), from a preset or from a
+Hugging Face `config.json`.
 
 Field names are Hugging Face's. Every field of a `config.json` is used, carried on into the `config.json` of
 what is exported, or refused by name because it would change the arithmetic in a way `model.py` does not
@@ -113,7 +113,7 @@ class LlamaConfig:
     # its numbers. None: they stay as they are
     rope_scaling: dict[str, Any] | None = field(default=None, hash=False)
     sliding_window: int | None = None  # a token sees so many tokens, itself among them; None: all before it
-    # "sliding_attention" or "full_attention" for each layer; None: all layers have the window, if there is one
+    # "sliding_attention" or "full_attention" for each layer; None: all have the window, if there is one
     layer_types: list[str] | None = field(default=None, hash=False)
     # 1 for each layer that rotates queries and keys, 0 for one that does without RoPE; None: all do
     no_rope_layers: list[int] | None = field(default=None, hash=False)

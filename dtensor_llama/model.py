@@ -1,5 +1,5 @@
 """The LLaMA decoder (arXiv:2302.13971, arXiv:2307.09288), with Hugging Face's module names, so that weights
-need no converting. The families that are shaped like it (families.py) are this model too: biases on q, k and v,
+need no converting. Families that are shaped like it (families.py) are this model too: biases on q, k and v,
 norms of heads, sliding windows, layers without RoPE, and scaled RoPE are settings of its config.
 
 Two parts can be replaced. Set either once on the model, before `parallelize`, which carries it into every
@@ -34,9 +34,10 @@ from dtensor_llama.loss import TokenLoss, Vocabulary, token_loss_sum, token_nll
 def rope_frequencies(config: LlamaConfig, n_tokens: int, device: torch.device) -> Tensor:
     """Return by how many radians each pair of dims is rotated a token, (E/2,) float32.
 
-    n_tokens: of whole sequences, which `dynamic` scaling depends on. Source: Su et al. 2021, arXiv:2104.09864,
-        sec. 3.2.2; the scalings: Chen et al. 2023, arXiv:2306.15595 (linear), Peng et al. 2023,
-        arXiv:2309.00071, app. B.1 and B.2 (dynamic), Llama Team 2024, arXiv:2407.21783 (llama3)
+    n_tokens: of whole sequences, which `dynamic` scaling goes by
+    Source: Su et al. 2021, arXiv:2104.09864, sec. 3.2.2. Scalings: linear is Chen et al. 2023,
+    arXiv:2306.15595; dynamic is described by Peng et al. 2023, arXiv:2309.00071; llama3 is in the code that
+    Meta published with LLaMA-3.1.
     """
     E, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling or {}
     kind, factor = scaling.get("rope_type"), scaling.get("factor", 1)

@@ -211,8 +211,8 @@ class Ring:
 
     def near(self, mask: Tensor | None, window: int, n_tokens: int, cache, device: torch.device) -> Tensor:
         raise UsageError(
-            f"sliding_window={window} is less than a sequence of {n_tokens * self.sequence_ranks} tokens, and "
-            "the blocks of cp_method=ring know no window; use cp_method=ulysses."
+            f"sliding_window={window} is less than a sequence of {n_tokens * self.sequence_ranks} tokens, "
+            "and the blocks of cp_method=ring know no window; use cp_method=ulysses."
         )
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -420,7 +420,7 @@ CONTEXT = [
     Rule(
         "cp_method",
         lambda c: c.cp == 1 or c.cp_method != "ring" or not c.hides_tokens,
-        "cannot hide tokens from each other, and the model has sliding_window={c.sliding_window} with rows of "
+        "knows no sliding window, and the model has sliding_window={c.sliding_window} for rows of "
         "seq_len={c.seq_len}",
         {"cp_method": ["ulysses"], "seq_len": lambda c: [c.sliding_window]},
     ),

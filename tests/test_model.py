@@ -237,12 +237,13 @@ def test_a_config_written_by_transformers_reads_back(tmp_path):
         ("mlp_bias", True),
         ("hidden_act", "gelu"),
         ("attention_dropout", 0.1),
-        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_scaling", {"type": "yarn", "factor": 2.0}),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}),  # rope_parameters of the same file say default
         ("sliding_window", 512),
         ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}),
         ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
         ("quantization_config", {"bits": 4}),
-        ("model_type", "mistral"),
+        ("model_type", "gemma"),
         ("architectures", ["LlamaForSequenceClassification"]),
     ],
 )
