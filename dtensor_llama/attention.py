@@ -53,7 +53,7 @@ class AttentionMask:
 
     @property
     def window_size(self) -> tuple[int, int]:
-        """How many keys before and after its own a query sees, as FlashAttention has it; -1: all."""
+        """Return how many keys before and after its own a query sees, as FlashAttention has it; -1: all."""
         return (-1 if self.window is None else self.window - 1, 0)
 
     @staticmethod

@@ -23,6 +23,7 @@ from dtensor_llama.families import (
     write_fields,
 )
 from dtensor_llama.places import expanded, refuse_hub_name
+from dtensor_llama.presets import PRESETS
 
 # ---- Types and ranges of the fields ------------------------------------------------------------------------
 
@@ -228,7 +229,7 @@ class LlamaConfig:
         if name not in PRESETS:
             refuse_hub_name(name, "model")
             raise UsageError(f"model={name} is neither a preset nor a folder. Presets: {', '.join(PRESETS)}.")
-        return PRESETS[name]
+        return LlamaConfig(**PRESETS[name])
 
     @staticmethod
     def from_hf(folder: str | Path) -> "LlamaConfig":
@@ -350,65 +351,3 @@ def refuse_adapter(folder: Path) -> None:
             f"{base or 'a base model'}. Give the folder of the merged model (hf/ of the run), or merge it "
             "with peft: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
         )
-
-
-def _llama1(hidden: int, intermediate: int, layers: int, heads: int) -> LlamaConfig:
-    return LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=2048,
-        rms_norm_eps=1e-6,
-    )
-
-
-def _tiny(vocab: int, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-    )
-
-
-_LLAMA2 = LlamaConfig()
-PRESETS: dict[str, LlamaConfig] = {
-    # arXiv:2307.09288 and the config.json files Meta published beside it; context 4096
-    "llama2-7b": _LLAMA2,
-    "llama2-13b": replace(
-        _LLAMA2,
-        hidden_size=5120,
-        intermediate_size=13824,
-        num_hidden_layers=40,
-        num_attention_heads=40,
-        num_key_value_heads=40,
-        head_dim=128,
-    ),
-    "llama2-70b": replace(
-        _LLAMA2,
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        head_dim=128,
-    ),
-    # arXiv:2302.13971, table 2; context 2048
-    "llama1-7b": _llama1(4096, 11008, 32, 32),
-    "llama1-13b": _llama1(5120, 13824, 40, 40),
-    "llama1-33b": _llama1(6656, 17920, 60, 52),
-    "llama1-65b": _llama1(8192, 22016, 80, 64),
-    # for laptops and tests: the tied matrix is most of a small model, so the vocabulary is small too
-    "tiny-1m": _tiny(1024, 128, 352, 4, 4, 2),
-    "tiny-5m": _tiny(4096, 256, 704, 6, 8, 4),
-    "tiny-10m": _tiny(4096, 320, 864, 8, 5, 5),
-    "tiny-15m": _tiny(4096, 384, 1024, 8, 6, 2),
-    "small-110m": LlamaConfig(
-        hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12
-    ),
-}

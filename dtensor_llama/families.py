@@ -191,12 +191,9 @@ def _read_rope(fields: dict, default_theta: float) -> tuple[Any, dict | None]:
             raise UsageError(
                 f"not supported: {name}={fields[name]!r}: only rope_theta is known beside default."
             )
-        if kind == "llama3":  # as transformers has it: the field of the file counts, and has a default
-            longest = fields.get("max_position_embeddings")
-            original = rope.get("original_max_position_embeddings", longest)
-            rope["original_max_position_embeddings"] = fields.get(
-                "original_max_position_embeddings", original
-            )
+        original = "original_max_position_embeddings"
+        if original in ROPE_SCALINGS.get(kind, {}):  # transformers takes that of the file first
+            rope[original] = fields.get(original, rope.get(original, fields.get("max_position_embeddings")))
         scalings[name] = None if kind == "default" else {"rope_type": kind, **rope}
         if scalings[name]:
             try:
