@@ -18,6 +18,7 @@ SPINE = (
     "dtensor_llama/attention.py",
     "dtensor_llama/loss.py",
     "dtensor_llama/config.py",
+    "dtensor_llama/families.py",
     "dtensor_llama/optim.py",
     "dtensor_llama/schedule.py",
     "dtensor_llama/shards.py",
