@@ -16,6 +16,7 @@ from dtensor_llama.errors import UsageError
 from dtensor_llama.families import (
     FAMILIES,
     FULL,
+    LAYER_FIELDS,
     SLIDING,
     Family,
     check_rope_scaling,
@@ -159,8 +160,8 @@ class LlamaConfig:
 
     def _check_layers(self) -> None:
         """Raise UsageError unless what layers may differ in fits the family and the number of layers."""
-        for name in ("sliding_window", "layer_types", "no_rope_layers"):
-            if getattr(self, name) is not None and name not in self.family.own_fields:
+        for name in LAYER_FIELDS - {*self.family.own_fields}:
+            if getattr(self, name) is not None:
                 raise UsageError(
                     f"{name} is {getattr(self, name)!r}, and model_type={self.model_type} has no such field: "
                     "transformers would ignore it."

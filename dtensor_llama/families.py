@@ -119,10 +119,10 @@ _NEUTRAL = {
     "add_cross_attention": (False,),
 }
 
-# Fields of a config.json that would contradict what is exported: the rotation, the windows and the dtype,
+# Fields of a config.json that would contradict what is exported: family, rotation and dtype,
 # which are written anew, and statements about the files and the program that the base model came from.
 _NOT_CARRIED = (
-    *("rope_theta", "rope_scaling", "rope_parameters", "use_sliding_window", "dtype", "torch_dtype"),
+    *("rope_theta", "rope_scaling", "rope_parameters", "dtype", "torch_dtype"),
     *("_name_or_path", "transformers_version", "auto_map", "architectures", "model_type"),
 )
 
@@ -143,7 +143,7 @@ ROPE_SCALINGS = {  # rope_type -> its numbers and the least that each may be
 def check_rope_scaling(scaling: dict) -> None:
     """Raise UsageError unless model.py has this scaling and all its numbers make sense."""
     kind = scaling.get("rope_type")
-    if kind not in ROPE_SCALINGS:
+    if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
         raise UsageError(
             f"rope_scaling: rope_type {kind!r} is not supported; supported are default, "
             f"{', '.join(ROPE_SCALINGS)}. A model with another scaling would compute other angles, so it is "
@@ -185,6 +185,8 @@ def _read_rope(fields: dict, default_theta: float) -> tuple[Any, dict | None]:
         theta = theta if in_rope is None else in_rope
         kinds = [rope.pop(key) for key in ("rope_type", "type") if key in rope]
         kind = kinds[0] if kinds else "default"
+        if not isinstance(kind, str):
+            raise UsageError(f"{name}: rope_type is {kind!r}; it must be one of {', '.join(ROPE_SCALINGS)}.")
         if rope.get("partial_rotary_factor") == 1:
             del rope["partial_rotary_factor"]
         if kind == "default" and rope:
@@ -212,6 +214,7 @@ def _read_rope(fields: dict, default_theta: float) -> tuple[Any, dict | None]:
 # ---- The layers of a model that differ ---------------------------------------------------------------------
 
 SLIDING, FULL = "sliding_attention", "full_attention"
+LAYER_FIELDS = {"sliding_window", "layer_types", "no_rope_layers"}  # of the families that have them
 
 
 def _read_windows(fields: dict, family: Family) -> dict:
@@ -261,7 +264,7 @@ def read_fields(fields: dict, known: set[str]) -> dict:
     known: the names of LlamaConfig's fields
     """
     model_type = fields.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UsageError(
             f"model_type is {model_type!r}, and these are shaped like LLaMA and supported: "
             f"{', '.join(FAMILIES)} (LLaMA 1 to 3.2, CodeLlama, TinyLlama and SmolLM2 are llama, Qwen2.5 is "
@@ -288,10 +291,12 @@ def read_fields(fields: dict, known: set[str]) -> dict:
     settings["rope_theta"], settings["rope_scaling"] = _read_rope(
         fields, family.defaults.get("rope_theta", 10_000.0)
     )
-    for name in ("sliding_window", "layer_types", "no_rope_layers"):
-        settings.pop(name, None)
+    settings = {name: value for name, value in settings.items() if name not in LAYER_FIELDS}
     settings |= _read_windows(fields, family)
-    written = {*known, *family.fixed_fields, *_NOT_CARRIED}
+    # A family carries on what it has no use for, if it is neutral.
+    written = {*known, *family.fixed_fields, *_NOT_CARRIED} - LAYER_FIELDS | {*family.own_fields}
+    if "layer_types" in family.own_fields:
+        written.add("use_sliding_window")
     settings["other_fields"] = {name: value for name, value in fields.items() if name not in written}
     return settings
 
@@ -307,8 +312,9 @@ def _refused_fields(fields: dict, family: Family) -> list[str]:
         if name not in read_elsewhere and fields.get(name) is not None and fields[name] not in neutral
     ]
     rotates = fields.get("no_rope_layers")
-    if "no_rope_layers" not in family.own_fields and rotates not in (None, [1] * fields["num_hidden_layers"]):
-        refused.append(f"no_rope_layers={rotates!r}")
+    if "no_rope_layers" not in family.own_fields and rotates is not None:
+        if rotates != [1] * fields["num_hidden_layers"]:
+            refused.append(f"no_rope_layers={rotates!r}")
     architectures = fields.get("architectures") or [f"{family.name}ForCausalLM"]
     possible = (f"{family.name}ForCausalLM", f"{family.name}Model", "LLaMAForCausalLM")
     if not isinstance(architectures, list) or not any(name in architectures for name in possible):
@@ -325,9 +331,8 @@ def write_fields(settings: dict) -> dict:
     if fields["head_dim"] == fields["hidden_size"] // fields["num_attention_heads"]:
         if "head_dim" not in family.own_fields:
             del fields["head_dim"]
-    for name in ("sliding_window", "layer_types", "no_rope_layers"):
-        if name not in family.own_fields:
-            del fields[name]
+    for name in LAYER_FIELDS - {*family.own_fields}:
+        del fields[name]
     if "layer_types" in family.own_fields:
         window = fields["sliding_window"]
         fields["use_sliding_window"] = window is not None

@@ -135,7 +135,7 @@ def test_another_rope_scaling_is_two_files(tmp_path, inputs):
 
 
 def test_biases_on_all_of_attention_are_three_files(tmp_path, inputs):
-    """LLaMA's attention_bias. Two ranks of tp end with the weights of one process, also where they share one key/value head."""
+    """Two ranks of tp end with the weights of one process, also where they share one key/value head."""
     source = patched("biases", tmp_path / "source")
     jobs, runs = [], {}
     for n_kv_heads in (2, 1):
