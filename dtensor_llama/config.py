@@ -187,6 +187,11 @@ class LlamaConfig:
         slides = self.layer_types is None or self.layer_types[layer] == SLIDING
         return self.sliding_window if slides else None
 
+    def hides_tokens(self, n_tokens: int) -> bool:
+        """Return whether in some layer a window hides tokens of a sequence of n_tokens."""
+        windows = [self.window(layer) for layer in range(self.num_hidden_layers)]
+        return any(window is not None and window < n_tokens for window in windows)
+
     def rotates(self, layer: int) -> bool:
         """Return whether this layer has RoPE."""
         return self.no_rope_layers is None or bool(self.no_rope_layers[layer])

@@ -196,7 +196,7 @@ class LlamaModel(nn.Module):
         self._refuse_growing_documents(positions)
         positions, mask = self.attention.prepare(n_tokens, positions, cache, tokens.device)
         near = mask
-        if config.sliding_window is not None and n_whole > config.sliding_window:
+        if config.hides_tokens(n_whole):
             near = self.attention.near(mask, config.sliding_window, n_tokens, cache, tokens.device)
         rope = rope_tables(positions, rope_frequencies(config, n_whole, tokens.device))
         x = tokens if self.embed_tokens is None else self.embed_tokens(tokens)  # (B, T, D)

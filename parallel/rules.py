@@ -133,12 +133,6 @@ class Case:
         return f"{ring}cp={self.cp}{sequence}"
 
     @property
-    def hides_tokens(self) -> bool:
-        """Return whether a sliding window hides tokens of a row in some layer."""
-        windows = [self.job.model.window(layer) for layer in range(self.num_hidden_layers)]
-        return any(window is not None and window < self.seq_len for window in windows)
-
-    @property
     def without_log_sum_exp(self) -> str:
         """Return the package of an attention kernel that ring attention cannot use; empty if it can."""
         packages = {"flash": "the flash-attn package", "varlen": "torch's varlen_attn"}
@@ -419,7 +413,7 @@ CONTEXT = [
     ),
     Rule(
         "cp_method",
-        lambda c: c.cp == 1 or c.cp_method != "ring" or not c.hides_tokens,
+        lambda c: c.cp == 1 or c.cp_method != "ring" or not c.job.model.hides_tokens(c.seq_len),
         "knows no sliding window, and the model has sliding_window={c.sliding_window} for rows of "
         "seq_len={c.seq_len}",
         {"cp_method": ["ulysses"], "seq_len": lambda c: [c.sliding_window]},

@@ -6,7 +6,7 @@ it came from, and gives one answer under every layout. The table of differences 
 import functools
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from unittest import mock
 
 import pytest
@@ -36,6 +36,7 @@ from dtensor_llama.config import config_from_fields
 from dtensor_llama.flops import model_flops_per_token
 from dtensor_llama.generate import generate
 from dtensor_llama.model import init_weights
+from dtensor_llama.run import refuse_other_run
 from parallel import Booster, ParallelConfig, build_mesh, parallelize
 from parallel.config import Job, check_parallel
 
@@ -403,6 +404,16 @@ def test_a_run_goes_on_in_another_layout_and_its_export_opens_in_transformers(fa
     assert alone.status == split.status == 0 and alone.out == split.out, (alone, split)
 
 
+def test_a_checkpoint_from_before_the_families_is_resumed():
+    config = asdict(LlamaConfig.preset("tiny-1m"))
+    added = ("model_type", "rope_scaling", "sliding_window", "layer_types", "no_rope_layers")
+    older = {name: value for name, value in config.items() if name not in added}
+    refuse_other_run("step-1", {"--model": older}, {"--model": config})
+    with pytest.raises(UsageError, match="--model is not what checkpoint .*rope_scaling None -> "):
+        scaled = config | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+        refuse_other_run("step-1", {"--model": older}, {"--model": scaled})
+
+
 # ---- FLOPs -------------------------------------------------------------------------------------------------
 
 
@@ -498,5 +509,7 @@ def test_a_ring_is_refused_where_a_window_hides_tokens_and_not_where_it_hides_no
     assert check_parallel(ring, Job(config, T, ROWS)) == ROWS
     with pytest.raises(UsageError, match="Use cp_method=ulysses, or use seq_len=16"):
         check_parallel(ring, Job(replace(config, sliding_window=16), T, ROWS))
+    no_layer = {"sliding_window": 16, "layer_types": ["full_attention"] * 5}
+    check_parallel(ring, Job(replace(config_of("qwen2"), **no_layer), T, ROWS))
     whole = ParallelConfig(cp=2).resolve(2)
     check_parallel(whole, Job(replace(config, sliding_window=16), T, ROWS))
