@@ -330,7 +330,7 @@ def test_adapters_have_the_gradients_of_one_process_where_ranks_share_a_head(fam
         assert (ours[name] - reference).norm() < 1e-4 * reference.norm(), name
 
 
-@pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.parametrize("sequence_parallel", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family,n_kv_heads,n_sums", [("qwen3", 2, 2), ("qwen3", 1, 4), ("qwen2", 1, 4)])
 def test_a_block_costs_the_collectives_of_its_plan(family, n_kv_heads, n_sums, sequence_parallel):
     """Beside LLaMA's: sums of the gradients of head norms, and of the weights and biases of shared heads."""
@@ -340,7 +340,7 @@ def test_a_block_costs_the_collectives_of_its_plan(family, n_kv_heads, n_sums, s
     assert backward["all-reduce"] == n_sums + 2  # norms of the stream, or the sums that enter a block
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("family", [pytest.param("qwen2", marks=pytest.mark.slow), "qwen3"])
 def test_what_is_explained_is_what_a_step_sends(family, monkeypatch):
     """Counts and bytes, also of the gradients of a shared head's bias and of the norms of heads."""
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", CHUNK)
@@ -358,7 +358,7 @@ def graphs_of(family: str) -> list[int]:
     return graphs_after_each_phase(Run(1, config=config_of(family)), documents=True)
 
 
-@pytest.mark.parametrize("family,n_kinds", [("qwen3", 1), ("smollm3", 2)])
+@pytest.mark.parametrize("family,n_kinds", [pytest.param("qwen3", 1, marks=pytest.mark.slow), ("smollm3", 2)])
 def test_a_graph_is_compiled_for_each_kind_of_layer_and_never_again(family, n_kinds):
     training, with_validation = n_kinds, 2 * n_kinds
     assert run_on(1, graphs_of, family) == [[training] * 3 + [with_validation] * 3]
@@ -372,7 +372,7 @@ def boosted_loss(family: str) -> float:
     return booster.step({"input_ids": tokens, "labels": tokens}).item()
 
 
-@pytest.mark.parametrize("family", ["qwen2, window", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen2, window", pytest.param("qwen3", marks=pytest.mark.slow)])
 def test_the_booster_takes_the_model_of_transformers(family):
     tokens = tokens_of(32)
     expected = twin_of(family)(tokens, labels=tokens).loss.item()
