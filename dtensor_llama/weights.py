@@ -246,8 +246,8 @@ def hf_parameters(model: nn.Module, adapters: bool = False) -> dict[str, nn.Para
 
 
 def packed_boxes(tensor: Tensor, whole: tuple[int, ...]) -> list[Box]:
-    """Return this rank's part of a tensor as boxes of the tensor of shape `whole`, which has the same elements
-    in the same order: (D, 3, F) of (D, 3 F), for example. One dimension of it is two of the tensor's.
+    """Return this rank's part of a tensor as boxes of a tensor of shape `whole` that has the same elements in
+    the same order: (D, 3, F) of (D, 3 F), for example. One dimension of the whole is two of the tensor's.
 
     So a rank that has its share of each of several matrices, packed behind each other, has a box in each."""
     if tuple(tensor.shape) == tuple(whole):

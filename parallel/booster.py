@@ -47,16 +47,9 @@ from parallel.config import ParallelConfig, check_parallel
 from parallel.context import n_slices
 from parallel.mesh import Layout, build_mesh, start_process_group
 from parallel.plans import Family, family_of
-from parallel.plans.spread import (
-    check_family,
-    has_dropout,
-    loss_sum,
-    restore_buffers,
-    shape_of,
-    shell_of,
-    targets_of,
-)
-from parallel.plans.stages import HfBatch
+from parallel.plans.family import refuse, shape_of
+from parallel.plans.loss import HfBatch, loss_sum, targets_of
+from parallel.plans.spread import check_family, has_dropout, restore_buffers, shell_of
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 Columns = dict[str, Tensor]  # of a batch of Hugging Face, by name
@@ -212,17 +205,13 @@ class Booster:
         whole = dict(model.named_parameters())
         on_meta = [name for name, parameter in whole.items() if parameter.is_meta]
         frozen = [name for name, parameter in whole.items() if not parameter.requires_grad]
-        if on_meta or frozen or self.asked_attention != "auto":
-            what = (
-                f"{on_meta[0]} is on `meta`, and only our own Llama has initial weights here"
-                if on_meta
-                else (
-                    f"{frozen[0]} has requires_grad=False, and all parameters train"
-                    if frozen
-                    else f"attention={self.asked_attention} is for our own Llama; give the model its attn_implementation"
-                )
-            )
-            raise UsageError(f"{type(model).__name__}: {what}.")
+        if on_meta:
+            refuse(model, f"{on_meta[0]} is on `meta`, and only our own Llama has initial weights here.")
+        if frozen:
+            refuse(model, f"{frozen[0]} has requires_grad=False, and all parameters must train.")
+        if self.asked_attention != "auto":
+            what = f"attention={self.asked_attention} is for our own Llama"
+            refuse(model, f"{what}; make the model with the attn_implementation that you want.")
         self.shape = shape_of(model, self.family)
         self._check(self._token_stride, self.n_microbatches * self.config.dp)
         boosted = shell_of(model, self.family)
@@ -555,15 +544,14 @@ def _family_columns(batch: Mapping[str, Tensor], model: nn.Module) -> Columns:
     known = inspect.signature(type(model).forward).parameters
     if missing:
         raise UsageError(f'a batch lacks {missing[0]}; it must have "input_ids" and "labels", (B, T) each.')
+    n_rows = len(batch["input_ids"])
     for name, column in batch.items():
-        if (
-            name not in known
-            or not isinstance(column, Tensor)
-            or column.shape[:1] != batch["input_ids"].shape[:1]
-        ):
-            raise UsageError(
-                f"a batch has {name}, which is no tensor of as many rows as input_ids, or which the forward of "
-                "the model does not take; leave it out."
+        fits = isinstance(column, Tensor) and column.dim() == 2 and len(column) == n_rows
+        if not fits or name not in known:
+            refuse(
+                model,
+                f"a batch has {name}, which its forward does not take, or which is no tensor (B, T) of the "
+                f"{n_rows} rows of input_ids; leave it out.",
             )
     return dict(batch)
 

@@ -30,8 +30,17 @@ MODELS = {  # name of the class -> settings of its config
     "Starcoder2ForCausalLM": ROTARY,
     "Olmo2ForCausalLM": ROTARY,
 }
+NEW = {  # of the example of parallel/plans/README.md
+    "GPTNeoForCausalLM": {
+        **{"vocab_size": VOCABULARY, "hidden_size": 32, "num_heads": 4, "num_layers": 2, "window_size": 6},
+        **{
+            "attention_types": [[["global", "local"], 1]],
+            "max_position_embeddings": 64,
+            "intermediate_size": 48,
+        },
+    }
+}
 DECODERS = [name for name in MODELS if name not in ("BertForMaskedLM", "T5ForConditionalGeneration")]
-SEED = [name for name in MODELS if name.split("For")[0] in ("GPT2LMHeadModel", "OPT", "Bloom", "Bert", "T5")]
 
 
 def plain_model(name: str, **changed):
@@ -40,7 +49,7 @@ def plain_model(name: str, **changed):
 
     kind = getattr(transformers, name)
     ids = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
-    config = kind.config_class(**{**MODELS[name], **ids, **changed})
+    config = kind.config_class(**{**(MODELS | NEW)[name], **ids, **changed})
     torch.manual_seed(3)
     model = kind(config)
     with torch.no_grad():

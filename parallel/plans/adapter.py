@@ -74,8 +74,8 @@ def adapted(model: nn.Module) -> Family | None:
 
 
 def _once_for_each_input(rows: TensorPlan) -> TensorPlan:
-    """Return the rows with the all-reduce of a gradient at the first of the layers that read the same x: those
-    of one parent module (q, k and v; gate and up)."""
+    """Return the rows with the all-reduce of a gradient at the first of the layers that read the same x: they
+    have the same parent module (q, k and v; gate and up)."""
     entered, counted = set(), {}
     for name, row in rows.items():
         parent = name.rpartition(".")[0]
@@ -87,7 +87,7 @@ def _once_for_each_input(rows: TensorPlan) -> TensorPlan:
 
 
 def _rest(model: nn.Module, block: str, named: TensorPlan) -> TensorPlan:
-    """Return rows for the modules of a block that have parameters of their own and that the plan leaves out."""
+    """Return rows for the modules of a block that have parameters and that the plan leaves out."""
     inside = [name.removeprefix(block) for name in _with_parameters(model) if name.startswith(block)]
     return {name: REST for name in inside if not any(matches(name, pattern) for pattern in named)}
 

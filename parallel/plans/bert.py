@@ -6,7 +6,7 @@ from parallel.tensor import Row
 
 # fmt: off
 BLOCK = {                                                                             # forward, backward
-    "attention.self.query":       Row(COLUMNS, "S(0)", "(B, T, D) -> (B, T, H/tp E)", NONE, AR),    # for all three
+    "attention.self.query":       Row(COLUMNS, "S(0)", "(B, T, D) -> (B, T, H/tp E)", NONE, AR),  # q, k, v
     "attention.self.key":         Row(COLUMNS, "S(0)", "(B, T, D) -> (B, T, H/tp E)", NONE, NONE),
     "attention.self.value":       Row(COLUMNS, "S(0)", "(B, T, D) -> (B, T, H/tp E)", NONE, NONE),
     "attention.output.dense":     Row(ROWS,    "S(1)", "(B, T, H/tp E) -> (B, T, D)", AR, NONE),

@@ -9,7 +9,7 @@ OWN_ALIBI = Style(WithOwnHeads, per_head="alibi")
 # fmt: off
 BLOCK = {                                                                            # forward, backward
     "input_layernorm":                Row(WHOLE,     "R",    "(B, T, D), as it was",          NONE, NONE),
-    "self_attention":                 Row(OWN_ALIBI, "",     "alibi (B H, 1, T) -> (B H/tp, 1, T)", NONE, NONE),
+    "self_attention":                 Row(OWN_ALIBI, "",     "alibi (B H, 1, T): B H/tp",      NONE, NONE),
     "self_attention.query_key_value": Row(COLUMNS,   "S(0)", "(B, T, D) -> (B, T, H/tp 3 E)", NONE, AR),
     "self_attention.dense":           Row(ROWS,      "S(1)", "(B, T, H/tp E) -> (B, T, D)",   AR, NONE),
     "post_attention_layernorm":       Row(WHOLE,     "R",    "(B, T, D), as it was",          NONE, NONE),

@@ -61,15 +61,49 @@ class Family:
         return inside | self.ends
 
     def rows(self, model: nn.Module) -> Iterator[tuple[nn.Module, Row]]:
-        """Yield the modules of a model, or of its share on this rank, that have a row with a style."""
+        """Yield the modules of a model, or of its share on this rank, that have a row with a style. What stands
+        in the place of another stage's module is empty, and has none."""
         for name, module in model.named_modules():
+            is_empty = not module._parameters and not module._modules
             for pattern, row in self.plan.items():
-                if isinstance(row.style, Style) and matches(name, pattern):
+                if not is_empty and isinstance(row.style, Style) and matches(name, pattern):
                     yield module, row
 
     def blocks_of(self, model: nn.Module) -> list[nn.Module]:
         """Return the transformer blocks, in the order in which they run."""
         return [block for blocks in self.blocks for block in model.get_submodule(blocks)]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Holds what the rules of a layout ask about a model, by the names of LlamaConfig."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    weights: dict[str, tuple]
+
+    def block_weights(self) -> dict[str, tuple]:
+        """Return {name: shape} of the weights of one block."""
+        return self.weights
+
+
+def shape_of(model: nn.Module, family: Family) -> Shape:
+    """Return the shape of a model. Of several lists of blocks (T5), that of the first."""
+    config, block = model.config, family.blocks_of(model)[0]
+    widths = (getattr(config, name, None) for name in ("intermediate_size", "n_inner", "ffn_dim", "d_ff"))
+    return Shape(
+        vocab_size=model.get_submodule(family.embedding).num_embeddings,
+        hidden_size=config.hidden_size,
+        intermediate_size=next(filter(None, widths), 4 * config.hidden_size),
+        num_hidden_layers=len(family.blocks_of(model)),
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_attention_heads,  # family.py refuses what does not divide them
+        weights={name: tuple(parameter.shape) for name, parameter in block.named_parameters()},
+    )
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -84,7 +118,7 @@ def shape_problem(model: nn.Module, family: Family, tp: int) -> str:
     if not family.splits_kv_heads:
         return ""
     if n_heads % tp:
-        return f"tp={tp} does not divide the {n_heads} attention heads of {name}; every tp rank needs whole heads."
+        return f"tp={tp} does not divide the {n_heads} attention heads of {name}; a rank needs whole heads."
     n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
     if n_kv_heads % tp:
         return (

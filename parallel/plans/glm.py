@@ -1,4 +1,5 @@
-"""GLM and GLM-4. gate_up packs two matrices; transformers' own plan gathers what ours leaves split."""
+"""GLM and GLM-4. gate_up packs two matrices, and is kept as (2, F, D), so that a rank has its share of both.
+(The plan in transformers gathers its output instead.)"""
 
 from dataclasses import replace
 
@@ -9,12 +10,12 @@ from parallel.tensor import Row
 # fmt: off
 BLOCK = {                                                                                  # forward, backward
     "input_layernorm":          Row(WHOLE,     "R",    "(B, T, D), as it was",             NONE, NONE),
-    "self_attn.q_proj":         Row(COLUMNS,   "S(0)", "(B, T, D) -> (B, T, H/tp E)",      NONE, AR),    # for all three
+    "self_attn.q_proj":         Row(COLUMNS,   "S(0)", "(B, T, D) -> (B, T, H/tp E)",    NONE, AR),  # q, k, v
     "self_attn.k_proj":         Row(COLUMNS,   "S(0)", "(B, T, D) -> (B, T, K/tp E)",      NONE, NONE),
     "self_attn.v_proj":         Row(COLUMNS,   "S(0)", "(B, T, D) -> (B, T, K/tp E)",      NONE, NONE),
     "self_attn.o_proj":         Row(ROWS,      "S(1)", "(B, T, H/tp E) -> (B, T, D)",      AR, NONE),
     "post_attention_layernorm": Row(WHOLE,     "R",    "(B, T, D), as it was",             NONE, NONE),
-    "mlp.gate_up_proj":         Row(packed(2), "S(1)", "(B, T, D) -> (B, T, 2 F/tp)",      NONE, AR),    # kept as (2, F, D)
+    "mlp.gate_up_proj":         Row(packed(2), "S(1)", "(B, T, D) -> (B, T, 2 F/tp)",      NONE, AR),
     "mlp.down_proj":            Row(ROWS,      "S(1)", "(B, T, F/tp) -> (B, T, D)",        AR, NONE),
 }
 ENDS = {

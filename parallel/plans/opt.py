@@ -1,4 +1,4 @@
-"""OPT. Biases everywhere, positions that begin at 2, and in OPT-350M projections into and out of the stream."""
+"""OPT: biases everywhere, positions from 2 on, and in OPT-350M projections of the embeddings and back."""
 
 from parallel.plans.family import Family, Stages
 from parallel.plans.styles import AR, AR3, COLUMNS, EMBED, HEAD, NONE, ROWS, WHOLE
@@ -7,7 +7,7 @@ from parallel.tensor import Row
 # fmt: off
 BLOCK = {                                                                        # forward, backward
     "self_attn_layer_norm": Row(WHOLE,   "R",    "(B, T, D), as it was",         NONE, NONE),
-    "self_attn.q_proj":     Row(COLUMNS, "S(0)", "(B, T, D) -> (B, T, H/tp E)",  NONE, AR),    # for all three
+    "self_attn.q_proj":     Row(COLUMNS, "S(0)", "(B, T, D) -> (B, T, H/tp E)",  NONE, AR),  # q, k, v
     "self_attn.k_proj":     Row(COLUMNS, "S(0)", "(B, T, D) -> (B, T, H/tp E)",  NONE, NONE),
     "self_attn.v_proj":     Row(COLUMNS, "S(0)", "(B, T, D) -> (B, T, H/tp E)",  NONE, NONE),
     "self_attn.out_proj":   Row(ROWS,    "S(1)", "(B, T, H/tp E) -> (B, T, D)",  AR, NONE),

@@ -1,64 +1,27 @@
-"""Spread a model of transformers over a mesh by the table of its family, module for module, and compute its loss."""
+"""Spread a model of transformers over a mesh by the table of its family, module for module."""
 
 import copy
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from dtensor_llama.errors import UsageError
-from dtensor_llama.loss import IGNORE, Vocabulary, token_nll
 from parallel.config import ParallelConfig
 from parallel.plans.family import Family, matches, refuse, shape_problem
-from parallel.plans.stages import HfBatch, split_family
-from parallel.plans.styles import Boundary, own_columns
+from parallel.plans.stages import split_family
+from parallel.plans.styles import Boundary
 from parallel.recompute import apply_recompute
-from parallel.tensor import SplitVocabulary
 from parallel.zero import apply_zero
 
 if TYPE_CHECKING:
     from parallel.apply import Computation
 
-
-Criterion = Callable[[Tensor, Tensor], Tensor]  # of logits and labels
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Holds what the rules of a layout ask about a model, by the names of LlamaConfig."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    weights: dict[str, tuple]
-
-    def block_weights(self) -> dict[str, tuple]:
-        """Return {name: shape} of the weights of one block."""
-        return self.weights
-
-
-def shape_of(model: nn.Module, family: Family) -> Shape:
-    """Return the shape of a model. Of several lists of blocks (T5), that of the first."""
-    config, block = model.config, family.blocks_of(model)[0]
-    widths = (getattr(config, name, None) for name in ("intermediate_size", "n_inner", "ffn_dim", "d_ff"))
-    return Shape(
-        vocab_size=model.get_submodule(family.embedding).num_embeddings,
-        hidden_size=config.hidden_size,
-        intermediate_size=next(filter(None, widths), 4 * config.hidden_size),
-        num_hidden_layers=len(family.blocks_of(model)),
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_attention_heads,  # family.py refuses what does not divide them
-        weights={name: tuple(parameter.shape) for name, parameter in block.named_parameters()},
-    )
+# Some blocks of transformers return a view. Nothing writes into it, of which the warning speaks.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 def check_family(model: nn.Module, family: Family, config: ParallelConfig, compile: bool) -> None:
@@ -182,45 +145,3 @@ def _divide(block: nn.Module, path: str, names: tuple[str, ...], tp: int) -> Non
         if matches(name, path):
             for attribute in names:
                 setattr(module, attribute, getattr(module, attribute) // tp)
-
-
-# ---- the loss ----
-
-
-def loss_sum(model: nn.Module, family: Family, batch: HfBatch, criterion: Criterion | None = None) -> Tensor:
-    """Return the sum of the token losses of a microbatch, float32, the same on all tp ranks.
-
-    criterion: the user's, a mean over scored labels; it gets the whole logits, and the labels as they came."""
-    inputs = {"input_ids": batch.tokens, **batch.others}
-    if family.inputs is not None:
-        inputs = family.inputs(model, inputs, batch.labels)
-    keeps_own = own_columns(model.get_submodule(family.head)) if criterion is None else nullcontext()
-    with keeps_own:
-        logits = model(**inputs, use_cache=False, return_dict=True).logits
-    return sum_of_losses(logits, batch.labels, family, model.boundary, criterion)
-
-
-def sum_of_losses(
-    logits: Tensor,
-    labels: Tensor,
-    family: Family,
-    boundary: Boundary | None,
-    criterion: Criterion | None = None,
-) -> Tensor:
-    """Return the sum of the losses of logits (B, T, V), or under tp of this rank's columns of them."""
-    logits, targets = logits.float(), targets_of(family, labels)
-    if criterion is not None:
-        n_targets = int((targets != IGNORE).sum())
-        # A mean over nothing is nan; nothing scored adds nothing, but every rank must go through backward.
-        return criterion(logits, labels) * n_targets if n_targets else logits.sum() * 0
-    vocabulary = Vocabulary(logits.shape[-1])
-    if boundary is not None:
-        vocabulary = SplitVocabulary(boundary.n_tokens, boundary.mesh, sequence_parallel=False)
-    targets = targets.flatten()
-    losses = token_nll(logits.flatten(0, -2), targets.clamp(min=0), vocabulary)
-    return (losses * (targets != IGNORE)).sum()
-
-
-def targets_of(family: Family, labels: Tensor) -> Tensor:
-    """Return for each position the label that is scored there."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORE) if family.shifts_labels else labels

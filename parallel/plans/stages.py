@@ -8,14 +8,14 @@ with hidden states in the place of embeddings, `inputs_embeds`.
 import copy
 from contextlib import nullcontext
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.pipeline import Pipeline, split_layers
-from parallel.plans.family import Family
+from parallel.plans.family import Family, shape_of
+from parallel.plans.loss import HfBatch, sum_of_losses
 from parallel.plans.styles import own_columns
 
 
@@ -41,10 +41,8 @@ class Zero(nn.Module):
 
 
 def split_family(model: nn.Module, family: Family, pp_mesh: DeviceMesh) -> nn.Module:
-    """Return what runs of the model on this pp rank. Afterwards `model` has the parameters of this rank, under
+    """Return what runs of the model on this pp rank. Afterwards `model` has the parameters of this rank, by
     their names, and shares all modules with the stage, but for a tied head: see pipeline.split_stages."""
-    from parallel.plans.spread import shape_of
-
     pp, pp_rank, stages = pp_mesh.size(), pp_mesh.get_local_rank(), family.stages
     layers = split_layers(shape_of(model, family), pp)[pp_rank]
     is_first, is_last = pp_rank == 0, pp_rank == pp - 1
@@ -99,8 +97,6 @@ def _stage_forward(
     part: nn.Module, family: Family, own_forward, ends: tuple[bool, bool], x: Tensor, labels=None, **inputs
 ) -> Tensor:
     """Return what the stage hands on: hidden states (B, T, D), or on the last one the sum of the losses."""
-    from parallel.plans.spread import sum_of_losses
-
     is_first, is_last = ends
     inputs["input_ids" if is_first else "inputs_embeds"] = x
     if not is_last:
@@ -109,15 +105,6 @@ def _stage_forward(
     with keeps_own:
         logits = own_forward(**inputs, use_cache=False, return_dict=True).logits
     return sum_of_losses(logits, labels, family, part.boundary, part.criterion)
-
-
-class HfBatch(NamedTuple):
-    """Holds a microbatch of a family: as dtensor_llama's Batch, with the other columns (attention_mask)."""
-
-    tokens: Tensor
-    labels: Tensor
-    others: dict[str, Tensor]
-    positions: None = None
 
 
 class FamilyPipeline(Pipeline):

@@ -1,5 +1,5 @@
-"""T5: encoder, decoder and cross-attention. The relative bias has a column for each head; the decoder reads the
-labels, moved by one."""
+"""T5: encoder, decoder and cross-attention. The relative bias has a column for each head, and the decoder
+reads the labels, moved by one."""
 
 from torch import Tensor, nn
 
@@ -10,17 +10,17 @@ from parallel.tensor import Row
 # fmt: off
 BLOCK = {                                                                     # forward, backward
     "layer.*.layer_norm":        Row(WHOLE,   "R",    "(B, T, D), as it was", NONE, NONE),
-    "layer.*.SelfAttention.q":   Row(COLUMNS, "S(0)", "(B, T, D) -> (B, T, H/tp E)", NONE, AR),    # for all three
+    "layer.*.SelfAttention.q":   Row(COLUMNS, "S(0)", "(B, T, D) -> (B, T, H/tp E)", NONE, AR),  # q, k, v
     "layer.*.SelfAttention.k":   Row(COLUMNS, "S(0)", "(B, T, D) -> (B, T, H/tp E)", NONE, NONE),
     "layer.*.SelfAttention.v":   Row(COLUMNS, "S(0)", "(B, T, D) -> (B, T, H/tp E)", NONE, NONE),
     "layer.*.SelfAttention.o":   Row(ROWS,    "S(1)", "(B, T, H/tp E) -> (B, T, D)", AR, NONE),
-    "layer.*.SelfAttention.relative_attention_bias": Row(PER_HEAD, "S(1)", "(T, T) -> (T, T, H/tp)", NONE, NONE),
+    "layer.*.SelfAttention.relative_attention_bias": Row(PER_HEAD, "S(1)", "-> (T, T, H/tp)", NONE, NONE),
     "layer.*.EncDecAttention.q": Row(COLUMNS, "S(0)", "(B, T, D) -> (B, T, H/tp E)", NONE, AR),
-    "layer.*.EncDecAttention.k": Row(COLUMNS, "S(0)", "(B, S, D) -> (B, S, H/tp E)", NONE, AR),    # for k and v
+    "layer.*.EncDecAttention.k": Row(COLUMNS, "S(0)", "(B, S, D) -> (B, S, H/tp E)", NONE, AR),  # k, v
     "layer.*.EncDecAttention.v": Row(COLUMNS, "S(0)", "(B, S, D) -> (B, S, H/tp E)", NONE, NONE),
     "layer.*.EncDecAttention.o": Row(ROWS,    "S(1)", "(B, T, H/tp E) -> (B, T, D)", AR, NONE),
     "layer.*.DenseReluDense.wi": Row(COLUMNS, "S(0)", "(B, T, D) -> (B, T, F/tp)", NONE, AR),
-    "layer.*.DenseReluDense.wi_0": Row(COLUMNS, "S(0)", "(B, T, D) -> (B, T, F/tp)", NONE, AR),    # for both
+    "layer.*.DenseReluDense.wi_0": Row(COLUMNS, "S(0)", "(B, T, D) -> (B, T, F/tp)", NONE, AR),  # both
     "layer.*.DenseReluDense.wi_1": Row(COLUMNS, "S(0)", "(B, T, D) -> (B, T, F/tp)", NONE, NONE),
     "layer.*.DenseReluDense.wo": Row(ROWS,    "S(1)", "(B, T, F/tp) -> (B, T, D)", AR, NONE),
 }
