@@ -61,7 +61,7 @@ class Family:
         return inside | self.ends
 
     def rows(self, model: nn.Module) -> Iterator[tuple[nn.Module, Row]]:
-        """Yield the modules of a model, or of its share on this rank, that have a row with a style. What stands
+        """Yield the modules of a model, or of its share on this rank, that have a row with a style. What is
         in the place of another stage's module is empty, and has none."""
         for name, module in model.named_modules():
             is_empty = not module._parameters and not module._modules
