@@ -203,12 +203,6 @@ class Booster:
         self.config = dataclasses.replace(self.config, sequence_parallel=False)  # its blocks map whole rows
         check_family(model, self.family, self.config, self.computation.compile)
         whole = dict(model.named_parameters())
-        on_meta = [name for name, parameter in whole.items() if parameter.is_meta]
-        frozen = [name for name, parameter in whole.items() if not parameter.requires_grad]
-        if on_meta:
-            refuse(model, f"{on_meta[0]} is on `meta`, and only our own Llama has initial weights here.")
-        if frozen:
-            refuse(model, f"{frozen[0]} has requires_grad=False, and all parameters must train.")
         if self.asked_attention != "auto":
             what = f"attention={self.asked_attention} is for our own Llama"
             refuse(model, f"{what}; make the model with the attn_implementation that you want.")

@@ -25,7 +25,7 @@ def family_of(model: nn.Module) -> Family:
     """Return the family of an untouched transformers model.
 
     UsageError if it has none, or if the model is not as transformers made it: wrapped, quantised, spread
-    already, or with a head that says it is tied and is not.
+    already, partly frozen, or with a head that is said to be tied and is not.
     """
     wrapper = next((name for name in WRAPPERS if hasattr(model, name)), None)
     is_spread = isinstance(model, FSDPModule) or any(isinstance(p, DTensor) for p in model.parameters())
@@ -47,11 +47,13 @@ def family_of(model: nn.Module) -> Family:
             "has no plan, here or in transformers; parallel/plans/README.md says how to add one, about ten "
             "rows. Those with one: " + ", ".join(FAMILIES) + ".",
         )
-    odd = [name for name, p in model.named_parameters() if not p.dtype.is_floating_point or p.itemsize < 2]
-    if odd:
-        refuse(
-            model, f"{odd[0]} is {model.get_parameter(odd[0]).dtype}: quantised weights cannot be trained."
-        )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            refuse(model, f"{name} is on `meta`, and only our own Llama has initial weights here.")
+        if not parameter.dtype.is_floating_point or parameter.itemsize < 2:
+            refuse(model, f"{name} is {parameter.dtype}: quantised weights cannot be trained.")
+        if not parameter.requires_grad:
+            refuse(model, f"{name} has requires_grad=False, and all parameters must train.")
     head, embedding = model.get_submodule(family.head), model.get_submodule(family.embedding)
     if getattr(model.config, "tie_word_embeddings", False) and head.weight is not embedding.weight:
         refuse(
