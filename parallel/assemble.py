@@ -125,7 +125,7 @@ class Training:
         if not isinstance(self.optimizer, ChunkOptimizer):
             return self.model
         masters = self.optimizer.masters()
-        masters.generation_config = self.model.generation_config
+        masters.generation_config = getattr(self.model, "generation_config", None)  # BERT has none
         masters.whole_shapes = getattr(self.model, "whole_shapes", {})
         return masters
 

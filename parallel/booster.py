@@ -200,7 +200,9 @@ class Booster:
     def _shell_of(self, model: nn.Module) -> tuple[nn.Module, Columns]:
         """Return a model of the same class and modules, on `meta`, and the user's parameters by name."""
         self.family = family_of(model)
-        self.config = dataclasses.replace(self.config, sequence_parallel=False)  # its blocks map whole rows
+        if self.config.tp > 1 and self.config.sequence_parallel and dist.get_rank() == 0:
+            print(f"tp        {type(model).__name__}: no sequence parallelism, its blocks map whole rows")
+        self.config = dataclasses.replace(self.config, sequence_parallel=False)
         check_family(model, self.family, self.config, self.computation.compile)
         whole = dict(model.named_parameters())
         if self.asked_attention != "auto":

@@ -34,7 +34,16 @@ def pytest_collection_modifyitems(config, items):
 PARITY_ROWS: list[tuple] = []  # (layout, ranks, loss, norm, weight, seconds) of test_one_answer.py, in order
 
 
+FAMILY_ROWS: list[tuple] = []  # (model, layout, loss, norm, weight) of test_plans.py
+
+
 def pytest_terminal_summary(terminalreporter):
+    if FAMILY_ROWS:
+        terminalreporter.section("families: largest difference from plain transformers over five steps, fp32")
+        terminalreporter.write_line("| model | layout | loss | gradient norm, relative | weights |")
+        terminalreporter.write_line("| --- | --- | --- | --- | --- |")
+    for name, layout, loss, norm, weight in FAMILY_ROWS:
+        terminalreporter.write_line(f"| {name} | {layout} | {loss:.1e} | {norm:.1e} | {weight:.1e} |")
     if PARITY_ROWS:
         terminalreporter.section("one answer: largest difference from one process over five steps, fp32")
         terminalreporter.write_line("| layout | ranks | loss | gradient norm, relative | weights | seconds |")

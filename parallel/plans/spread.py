@@ -93,8 +93,14 @@ def spread_family(
         apply_plan(part, family, mesh["tp"], draws)
     blocks = [block for block in family.blocks_of(part) if any(True for _ in block.parameters())]
     apply_recompute(blocks, computation.recompute, draws)
-    apply_zero(part, blocks, mesh, config.zero_stage, computation.dtype)
+    apply_zero(part, blocks, mesh, config.zero_stage, computation.dtype, _shard_dim)
     return [part]
+
+
+def _shard_dim(parameter: nn.Parameter, n_ranks: int) -> int:
+    """Return the dim that ZeRO shards: the last of a packed (2, F, D), whose first is short; else 0."""
+    is_packed = parameter.dim() == 3 and parameter.shape[0] < parameter.shape[1]
+    return 2 if is_packed and parameter.shape[2] % n_ranks == 0 else 0
 
 
 def apply_plan(model: nn.Module, family: Family, tp_mesh: DeviceMesh, draws: bool = False) -> None:

@@ -47,6 +47,21 @@ class _Enter(torch.autograd.Function):
         return total, None
 
 
+class _Leave(torch.autograd.Function):
+    """Adds up the partial sums of all tp ranks; a sum has the gradient of each of its terms."""
+
+    @staticmethod
+    def forward(ctx, partial: Tensor, group: dist.ProcessGroup) -> Tensor:
+        # Not in place: selective recomputation may keep the matrix product, and would sum it twice.
+        total = partial.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
 class Boundary:
     """Stands where whole activations meet split weights; all split modules of a model share one.
 
@@ -71,11 +86,9 @@ class Boundary:
         return entered
 
     def leave(self, partial: Tensor) -> Tensor:
-        """Return the sum of the ranks' partial sums. It takes the place of this rank's one, in its memory: a
-        sum has the gradient of each of its terms, so autograd need not know of it."""
-        dist.all_reduce(partial.detach(), group=self.group)
+        """Return the sum of the ranks' partial sums."""
         self._entered = (None, None, None)  # hold no activation longer than its block
-        return partial
+        return _Leave.apply(partial, self.group)
 
     def begin_split_region(self, device: torch.device) -> None:
         if not self.draws or self._common is not None:
