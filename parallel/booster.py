@@ -250,7 +250,8 @@ class Booster:
         n_targets = (targets != IGNORE).sum().to(self.device)
         dist.all_reduce(n_targets, group=layout.mesh["dp"].get_group())
         microbatches = self._microbatches(columns, targets)
-        loss = forward_backward(self.training, microbatches, n_targets.clamp(min=1), self._loss_sum)
+        run = forward_backward if self.family is None else self._family_forward_backward
+        loss = run(self.training, microbatches, n_targets.clamp(min=1))
         dist.all_reduce(loss, group=layout.loss_group)  # each rank has its own tokens' share
         self.steps += 1
         return loss
@@ -267,12 +268,20 @@ class Booster:
         others = [{name: cut[i] for name, cut in parts.items()} for i in range(self.n_microbatches)]
         return [HfBatch(*microbatch) for microbatch in zip(tokens, labels, others, strict=True)]
 
-    def _loss_sum(self, batch: Batch | HfBatch) -> Tensor:
-        """Return the sum of the token losses of a microbatch; without pp."""
-        if self.family is None:
-            tokens, labels, positions = batch.to(self.device)
-            return self.training.model(tokens, labels=labels, positions=positions)
-        return loss_sum(self.training.model, self.family, batch, self.criterion)
+    def _family_forward_backward(
+        self, training: Training, microbatches: list[HfBatch], n_targets: Tensor
+    ) -> Tensor:
+        """Do what `forward_backward` does with a Llama, with the loss of a model of transformers."""
+        if training.pipeline:
+            return training.pipeline.step(microbatches, n_targets)
+        loss = torch.zeros((), device=training.device)
+        for i, batch in enumerate(microbatches):
+            training.sync_gradients(last=i == len(microbatches) - 1)
+            loss_i = loss_sum(training.model, self.family, batch, self.criterion) / n_targets
+            # FSDP averages gradients over these ranks; we want their sum.
+            (loss_i * training.layout.gradient_ranks).backward()
+            loss += loss_i.detach()
+        return loss
 
     def _read(self, batch: Mapping[str, Tensor]) -> Columns:
         """Return the columns of a batch that the model gets; UsageError if something is missing or odd."""
@@ -350,16 +359,9 @@ class Booster:
         check_parallel(self.config, job)
 
 
-def forward_backward(
-    training: Training,
-    microbatches: list[Batch | HfBatch],
-    n_targets: Tensor,
-    loss_sum: Callable[[Batch | HfBatch], Tensor],
-) -> Tensor:
+def forward_backward(training: Training, microbatches: list[Batch], n_targets: Tensor) -> Tensor:
     """Run forward and backward of all microbatches, as recipes/pretrain.py does; gradients add to what is
     there.
-
-    loss_sum: returns the sum of the token losses of a microbatch.
 
     Returns this rank's share of the loss, to be summed over layout.loss_group."""
     if training.pipeline:
@@ -367,7 +369,8 @@ def forward_backward(
     loss = torch.zeros((), device=training.device)
     for i, batch in enumerate(microbatches):
         training.sync_gradients(last=i == len(microbatches) - 1)
-        loss_i = loss_sum(batch) / n_targets
+        tokens, labels, positions = batch.to(training.device)
+        loss_i = training.model(tokens, labels=labels, positions=positions) / n_targets
         # FSDP averages gradients over these ranks; we want their sum.
         (loss_i * training.layout.gradient_ranks).backward()
         loss += loss_i.detach()

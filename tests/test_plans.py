@@ -1,6 +1,7 @@
 """Models of transformers through the Booster: one answer with plain transformers, for the traffic that their
 tables state."""
 
+import json
 import re
 from collections import Counter
 from functools import cache
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from conftest import FAMILY_ROWS
 from families import DECODERS, MODELS, VOCABULARY, batches, plain_model
 from pool import run_on
-from recipe import ROOT
+from recipe import ROOT, recipe
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
@@ -431,6 +432,44 @@ def test_a_recomputed_block_draws_what_it_drew():
         run_on(2, drawn, "GPT2LMHeadModel", DROPPED["GPT2LMHeadModel"], mode) for mode in ("none", "full")
     )
     assert plainly[0][0] == recomputed[0][0]  # the second loss is after a backward that drew again
+
+
+# ---- the recipe ----
+
+
+def gpt2_folder(inputs, folder):
+    """Write a Hugging Face folder with a small GPT-2 and the tokenizer of the fixture."""
+    import shutil
+
+    shutil.copytree(inputs / "tokenizer", folder)
+    plain_model("GPT2LMHeadModel", vocab_size=400, bos_token_id=0, eos_token_id=1).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("ranks,flags", [(2, ["--parallel.tp", "2", "--train.recompute", "full"])])
+def test_a_folder_is_fine_tuned_by_the_recipe(tmp_path, inputs, ranks, flags):
+    model, losses = gpt2_folder(inputs, tmp_path / "model"), []
+    asked = ["--model", model, "--text", inputs / "data.jsonl", "--train.steps", 6, "--train.seq-len", 32]
+    for n, more in ((1, []), (ranks, flags)):
+        out = tmp_path / f"out-{n}"
+        ended = recipe("finetune_hf", *asked, "--train.lr", "3e-3", "--out", out, *more, ranks=n)
+        assert ended.status == 0, ended
+        losses.append([json.loads(line)["loss"] for line in (out / "losses.jsonl").read_text().splitlines()])
+        assert load("GPT2LMHeadModel", out).config.vocab_size == 400
+    assert losses[1] == pytest.approx(losses[0], abs=2e-5) and losses[0][-1] < losses[0][0]
+
+
+def test_the_recipe_says_in_one_line_what_is_wrong(tmp_path, inputs):
+    model = gpt2_folder(inputs, tmp_path / "model")
+    for flags, said in (
+        (["--model", tmp_path], "has no config.json"),
+        (["--text", tmp_path / "none"], "names no file"),
+        (["--train.seq-len", 10**6], "fewer than --train.seq-len"),
+        (["--parallel.cp", 2], "GPT2LMHeadModel: --parallel.cp 2"),
+    ):
+        asked = ["--model", model, "--text", inputs / "data.jsonl", "--out", tmp_path / "out", *flags]
+        ended = recipe("finetune_hf", *asked, ranks=2 if "--parallel.cp" in flags else 1)
+        assert ended.status == 2 and said in ended.err, ended
 
 
 # ---- what it refuses ----
