@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import FAMILY_ROWS
-from families import DECODERS, MODELS, VOCABULARY, batches, plain_model
+from families import DECODERS, MODELS, batches, plain_model
 from pool import run_on
 from recipe import ROOT, recipe
 from torch.distributed.device_mesh import init_device_mesh
@@ -122,8 +122,10 @@ def assert_same_training(name, layout, folder, *args, expected=None, function=bo
     again, weights = load(name, folder), dict(trained.named_parameters())
     for parameter, weight in again.named_parameters():
         by_weight = max(by_weight, (weight - weights[parameter]).abs().max().item())
-    how = "" if not args else ", chunks" if isinstance(args[0], MemoryConfig) else f", {args[0]}"
-    FAMILY_ROWS.append((name, layout + how, by_loss, by_norm, by_weight))
+    how = [arg for arg in args if isinstance(arg, str)]
+    how += [f"placement={arg.placement}" for arg in args if isinstance(arg, MemoryConfig)]
+    how += ["own criterion"] if True in args else []
+    FAMILY_ROWS.append((name, " ".join([layout, *how]), by_loss, by_norm, by_weight))
     assert by_loss < 2e-5 and by_norm < 1e-4
     assert by_weight < 1e-5  # after five steps of 1e-3 (vectors: 3e-3)
     batch = batches(name)[0]
@@ -197,6 +199,27 @@ def test_recomputed_blocks_give_the_same(tmp_path, name, mode):
 def test_rows_that_do_not_divide_are_filled_up(tmp_path):
     expected = plain("BertForMaskedLM", rows=7)
     assert_same_training("BertForMaskedLM", "tp2-zero3", tmp_path / "hf", None, False, 7, expected=expected)
+
+
+def in_bfloat16(name, memory):
+    model = plain_model(name)
+    booster = Booster(ParallelConfig(tp=2, zero_stage=1), memory, dtype=torch.bfloat16)
+    _, optimizer, data, _ = booster.boost(model, adamw(model), batches(name))
+    losses = []
+    for batch in data:
+        losses.append(booster.step(batch).item())
+        booster.clip_grad_norm(0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", [None, MIX], ids=["device", "chunks"])
+@pytest.mark.parametrize("name", [*FAMILIES, "Qwen3ForCausalLM"])
+def test_in_bfloat16_it_stays_near(name, memory):
+    for losses in run_on(2, in_bfloat16, name, memory):
+        assert losses == pytest.approx(plain(name)[0], rel=0.01)  # bfloat16 has 8 bits
 
 
 # ---- the tables ----
@@ -546,7 +569,3 @@ def refused(what):
 def test_what_cannot_be_done_is_refused_by_name(what, said):
     for message in run_on(2, refused, what):
         assert message is not None and said in message
-
-
-def test_every_model_has_a_prime_vocabulary():
-    assert VOCABULARY % 2, "a vocabulary that tp divides would not test uneven slices"

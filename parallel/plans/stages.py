@@ -6,8 +6,9 @@ with hidden states in the place of embeddings, `inputs_embeds`.
 """
 
 import copy
+from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -78,8 +79,7 @@ def split_family(model: nn.Module, family: Family, pp_mesh: DeviceMesh) -> nn.Mo
         embedding if is_tied and is_first else None,
         part._modules[family.head] if is_tied and is_last else None,
     )
-    own_forward = part.forward
-    part.forward = partial(_stage_forward, part, family, own_forward, (is_first, is_last))
+    part.forward = StageForward(part, family, is_first, is_last, part.forward)
     return part
 
 
@@ -93,18 +93,26 @@ def base_of(model: nn.Module) -> nn.Module:
     return getattr(model, model.base_model_prefix)
 
 
-def _stage_forward(
-    part: nn.Module, family: Family, own_forward, ends: tuple[bool, bool], x: Tensor, labels=None, **inputs
-) -> Tensor:
-    """Return what the stage hands on: hidden states (B, T, D), or on the last one the sum of the losses."""
-    is_first, is_last = ends
-    inputs["input_ids" if is_first else "inputs_embeds"] = x
-    if not is_last:
-        return base_of(part)(**inputs, use_cache=False, return_dict=True).last_hidden_state
-    keeps_own = own_columns(part.get_submodule(family.head)) if part.criterion is None else nullcontext()
-    with keeps_own:
-        logits = own_forward(**inputs, use_cache=False, return_dict=True).logits
-    return sum_of_losses(logits, labels, family, part.boundary, part.criterion)
+@dataclass(frozen=True)
+class StageForward:
+    """Takes the place of a stage's forward: it is called with tokens, or with hidden states (B, T, D), and
+    returns hidden states, or on the last stage the sum of the losses."""
+
+    part: nn.Module
+    family: Family
+    is_first: bool
+    is_last: bool
+    whole_forward: Callable  # of the model's class
+
+    def __call__(self, x: Tensor, labels: Tensor | None = None, **inputs: Tensor) -> Tensor:
+        inputs["input_ids" if self.is_first else "inputs_embeds"] = x
+        if not self.is_last:
+            return base_of(self.part)(**inputs, use_cache=False, return_dict=True).last_hidden_state
+        part, head = self.part, self.part.get_submodule(self.family.head)
+        keeps_own = own_columns(head) if part.criterion is None else nullcontext()
+        with keeps_own:
+            logits = self.whole_forward(**inputs, use_cache=False, return_dict=True).logits
+        return sum_of_losses(logits, labels, self.family, part.boundary, part.criterion)
 
 
 class FamilyPipeline(Pipeline):
