@@ -59,6 +59,28 @@ def plain_model(name: str, **changed):
     return model.train()
 
 
+# Models that the adapter takes, beside those above: one forward and backward of each is compared.
+ADAPTED = """Arcee Cohere2 Cohere Cwm Ernie4_5 Exaone4 Gemma2 Gemma3 GPTNeoX Granite Helium HyperCLOVAX Jais2
+Ministral3 Ministral NanoChat Nemotron Olmo3 Olmo Phi SeedOss SmolLM3 VaultGemma""".split()
+
+
+def small_model(name: str):
+    """Return a model of a family of which only the names of its settings are known."""
+    import transformers
+
+    kind = getattr(transformers, name)
+    wanted = ROTARY | {"num_hidden_layers": 2, "head_dim": 8, "pad_token_id": 1}
+    wanted |= {"bos_token_id": 2, "eos_token_id": 3}
+    standard = kind.config_class()
+    torch.manual_seed(3)
+    model = kind(kind.config_class(**{key: value for key, value in wanted.items() if hasattr(standard, key)}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()  # without dropout
+
+
 def batches(name: str, n: int = 5, rows: int = 8, tokens: int = 16) -> list[dict[str, torch.Tensor]]:
     """Return global batches padded on both sides; scored labels lie unevenly over rows and tokens."""
     made = []

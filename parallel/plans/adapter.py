@@ -55,12 +55,12 @@ def adapted(model: nn.Module) -> Family | None:
         refuse(model, f"its plan in transformers has the style {unknown[0]}, which is not translated yet.")
     if not plan.keys() <= {key for key in plan if key.startswith("layers.*.")}:
         refuse(model, "its plan in transformers has rows outside `layers`, which are not translated yet.")
-    names = {name for name, _ in model.named_modules()}
-    embedding, norm = f"{prefix}.embed_tokens", f"{prefix}.norm"
-    if not {embedding, norm, "lm_head"} <= names:
-        refuse(model, f"the adapter looks for {embedding}, {norm} and lm_head, and one of them is not there.")
+    names = {module: name for name, module in model.named_modules()}
+    embedding, head = (names.get(end()) for end in (model.get_input_embeddings, model.get_output_embeddings))
+    if not embedding or not head:
+        refuse(model, "it has no embedding or no head by which the adapter could split the vocabulary.")
     named = {key.removeprefix("layers.*."): STYLES[style] for key, style in plan.items()}
-    ends = {embedding: EMBEDDING, "lm_head": HEAD_ROW, "token_loss": TOKEN_LOSS}
+    ends = {embedding: EMBEDDING, head: HEAD_ROW, "token_loss": TOKEN_LOSS}
     has_stages = config.model_type in WITH_STAGES and getattr(config, "base_model_pp_plan", None)
     return Family(
         architecture=type(model).__name__,
@@ -68,8 +68,9 @@ def adapted(model: nn.Module) -> Family | None:
         block=_once_for_each_input(named) | _rest(model, f"{prefix}.layers.0.", named),
         ends=ends | {name: REST for name in _with_parameters(model) if _is_outside(name, prefix, ends)},
         embedding=embedding,
-        stages=Stages(first=(embedding,), last=(norm,)) if has_stages else None,
-        splits_kv_heads=any(style == "colwise" for key, style in plan.items() if "attn" in key),
+        head=head,
+        stages=Stages(first=(embedding,), last=(f"{prefix}.norm",)) if has_stages else None,
+        splits_kv_heads=any(style == "colwise" for key, style in plan.items() if "att" in key),
     )
 
 
@@ -87,9 +88,17 @@ def _once_for_each_input(rows: TensorPlan) -> TensorPlan:
 
 
 def _rest(model: nn.Module, block: str, named: TensorPlan) -> TensorPlan:
-    """Return rows for the modules of a block that have parameters and that the plan leaves out."""
-    inside = [name.removeprefix(block) for name in _with_parameters(model) if name.startswith(block)]
-    return {name: REST for name in inside if not any(matches(name, pattern) for pattern in named)}
+    """Return rows for the modules of a block that have parameters and that the plan leaves out. They are
+    whole on every rank, and so is what they compute; a convolution mixes what others split: it is refused."""
+    rest = {}
+    for name in _with_parameters(model):
+        inside = name.removeprefix(block)
+        if not name.startswith(block) or any(matches(inside, pattern) for pattern in named):
+            continue
+        if any(parameter.dim() > 2 for parameter in model.get_submodule(name).parameters(recurse=False)):
+            refuse(model, f"its plan in transformers leaves out {name}, which is no norm and no matrix.")
+        rest[inside] = REST
+    return rest
 
 
 def _with_parameters(model: nn.Module) -> list[str]:
