@@ -412,6 +412,13 @@ CONTEXT = [
         {"attention": ["sdpa"], "cp_method": ["ulysses"]},
     ),
     Rule(
+        "cp_method",
+        lambda c: c.cp == 1 or c.cp_method != "ring" or not c.job.model.hides_tokens(c.seq_len),
+        "knows no sliding window, and the model has sliding_window={c.sliding_window} for rows of "
+        "seq_len={c.seq_len}",
+        {"cp_method": ["ulysses"], "seq_len": lambda c: [c.sliding_window]},
+    ),
+    Rule(
         "seq_len",
         lambda c: c.cp == 1 or c.seq_len % c.token_slices == 0,
         "is not a multiple of {c.token_factors} = {c.token_slices}, which cp_method={c.cp_method} needs",

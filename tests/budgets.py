@@ -18,6 +18,7 @@ SPINE = (
     "dtensor_llama/attention.py",
     "dtensor_llama/loss.py",
     "dtensor_llama/config.py",
+    "dtensor_llama/families.py",
     "dtensor_llama/optim.py",
     "dtensor_llama/schedule.py",
     "dtensor_llama/shards.py",
@@ -38,8 +39,8 @@ SPINE = (
 NOT_COUNTED = ("parallel/plans/", "parallel/cost.py", "parallel/planner.py")
 
 NODES = {  # room, or a recipe -> its nodes
-    "the spine": Budget(now=26_200, aim=22_000),
-    "dtensor_llama and parallel": Budget(now=92_800, aim=50_000),
+    "the spine": Budget(now=29_300, aim=22_000),
+    "dtensor_llama and parallel": Budget(now=96_600, aim=50_000),
     "memory": Budget(now=27_600, aim=25_000),
     "a lesson": Budget(now=1_400, aim=1_400),
     "recipes/pretrain.py": Budget(now=2_400, aim=3_200),

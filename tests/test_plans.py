@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import FAMILY_ROWS
-from families import ADAPTED, DECODERS, MODELS, batches, plain_model, small_model
+from conftest import PLAN_ROWS
+from hf_models import ADAPTED, DECODERS, MODELS, batches, plain_model, small_model
 from pool import run_on
 from recipe import ROOT, recipe
 from torch.distributed.device_mesh import init_device_mesh
@@ -125,7 +125,7 @@ def assert_same_training(name, layout, folder, *args, expected=None, function=bo
     how = [arg for arg in args if isinstance(arg, str)]
     how += [f"placement={arg.placement}" for arg in args if isinstance(arg, MemoryConfig)]
     how += ["own criterion"] if True in args else []
-    FAMILY_ROWS.append((name, " ".join([layout, *how]), by_loss, by_norm, by_weight))
+    PLAN_ROWS.append((name, " ".join([layout, *how]), by_loss, by_norm, by_weight))
     assert by_loss < 2e-5 and by_norm < 1e-4
     assert by_weight < 1e-5  # after five steps of 1e-3 (vectors: 3e-3)
     batch = batches(name)[0]
