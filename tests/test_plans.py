@@ -24,7 +24,7 @@ from memory import MemoryConfig
 from parallel import ParallelConfig
 from parallel.booster import Booster, copy_weights
 from parallel.plans import FAMILIES, family_of
-from parallel.plans.loss import HfBatch, loss_sum
+from parallel.plans.loss import HfBatch, loss_sum, targets_of
 from parallel.plans.spread import apply_plan, materialize, restore_buffers, shell_of
 
 LAYOUTS = {
@@ -253,19 +253,24 @@ def split_over_two(model):
     return shell, family
 
 
-def one_backward(name):
+def one_backward(name, changed=None):
     """Return how far loss and gradients of a model under tp 2 are from those of the whole one."""
-    model, batch = small_model(name), batches(name, 1)[0]
+    model = small_model(name) if changed is None else plain_model(name, **changed)
+    batch = batches(name, 1)[0]
     loss = model(**batch, use_cache=False).loss
     loss.backward()
     shell, family = split_over_two(model)
-    n_targets = (batch["labels"][:, 1:] != -100).sum()
+    n_targets = (targets_of(family, batch["labels"]) != -100).sum()
     batch = HfBatch(batch.pop("input_ids"), batch.pop("labels"), batch)
     its_loss = loss_sum(shell, family, batch) / n_targets
     its_loss.backward()
     furthest = 0.0
     for parameter, whole in model.named_parameters():
-        grad = shell.get_parameter(parameter).grad.full_tensor().reshape(whole.shape)
+        grad = shell.get_parameter(parameter).grad
+        if whole.grad is None:  # T5's `shared`, if nothing is tied to it
+            assert grad is None
+            continue
+        grad = grad.full_tensor().reshape(whole.shape)
         furthest = max(furthest, ((grad - whole.grad).norm() / whole.grad.norm().clamp(min=1e-6)).item())
     return abs(its_loss.item() - loss.item()), furthest
 
@@ -274,6 +279,24 @@ def one_backward(name):
 @pytest.mark.parametrize("name", ADAPTED)
 def test_every_plan_that_the_adapter_takes_gives_the_gradients_of_one_process(name):
     for by_loss, by_gradient in run_on(2, one_backward, f"{name}ForCausalLM"):
+        assert by_loss < 2e-5 and by_gradient < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name,changed",
+    [
+        ("T5ForConditionalGeneration", {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+        ("OPTForCausalLM", {"do_layer_norm_before": False, "enable_bias": False}),
+        ("BloomForCausalLM", {"apply_residual_connection_post_layernorm": True}),
+        ("GPT2LMHeadModel", {"reorder_and_upcast_attn": True, "attn_implementation": "eager"}),
+        ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False}),
+        ("GlmForCausalLM", {"tie_word_embeddings": True, "attention_bias": False}),
+        ("BertForMaskedLM", {"attn_implementation": "eager"}),
+    ],
+)
+def test_settings_of_a_family_change_nothing(name, changed):
+    for by_loss, by_gradient in run_on(2, one_backward, name, changed):
         assert by_loss < 2e-5 and by_gradient < 1e-4
 
 
@@ -537,6 +560,8 @@ def refused(what):
         name, layout, changed = "OPTForCausalLM", {}, {"layerdrop": 0.1}
     elif what == "no row":
         changed = {"add_cross_attention": True}
+    elif what == "an unused bias":
+        name, changed = "BertForMaskedLM", {"tie_word_embeddings": False}
     elif what in ("compile", "attention"):
         settings = {"compile": True} if what == "compile" else {"attention": "math"}
     model = plain_model(name, **changed)
@@ -579,6 +604,7 @@ def refused(what):
         "pp of T5": "T5ForConditionalGeneration: pp=2",
         "layerdrop": "layerdrop",
         "no row": "no row for transformer.h.0.crossattention",
+        "an unused bias": "no row for cls.predictions.bias",
         "compile": "compile=True",
         "attention": "attention=math",
         "wrapped": "already wrapped",
