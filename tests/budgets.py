@@ -39,8 +39,8 @@ SPINE = (
 NOT_COUNTED = ("parallel/plans/", "parallel/cost.py", "parallel/planner.py")
 
 NODES = {  # room, or a recipe -> its nodes
-    "the spine": Budget(now=29_100, aim=22_000),
-    "dtensor_llama and parallel": Budget(now=95_100, aim=50_000),
+    "the spine": Budget(now=29_300, aim=22_000),
+    "dtensor_llama and parallel": Budget(now=96_600, aim=50_000),
     "memory": Budget(now=27_600, aim=25_000),
     "a lesson": Budget(now=1_400, aim=1_400),
     "recipes/pretrain.py": Budget(now=2_400, aim=3_200),
@@ -50,6 +50,7 @@ NODES = {  # room, or a recipe -> its nodes
     "recipes/explain.py": Budget(now=1_800, aim=3_200),
     "recipes/benchmark.py": Budget(now=2_600, aim=3_200),
     "recipes/example_sft.py": Budget(now=1_300, aim=3_200),
+    "recipes/finetune_hf.py": Budget(now=1_220, aim=3_200),
     "recipes/stdlib_corpus.py": Budget(now=600, aim=3_200),
 }
 DENSITY = 8  # nodes a line of a package, all lines counted

@@ -37,7 +37,16 @@ PARITY_ROWS: list[tuple] = []  # (layout, ranks, loss, norm, weight, seconds) of
 FAMILY_ROWS: dict[str, dict] = defaultdict(dict)  # of test_families.py
 
 
+PLAN_ROWS: list[tuple] = []  # (model, layout, loss, norm, weight) of test_plans.py
+
+
 def pytest_terminal_summary(terminalreporter):
+    if PLAN_ROWS:
+        terminalreporter.section("plans: largest difference from plain transformers over five steps, fp32")
+        terminalreporter.write_line("| model | layout | loss | gradient norm, relative | weights |")
+        terminalreporter.write_line("| --- | --- | --- | --- | --- |")
+    for name, layout, loss, norm, weight in PLAN_ROWS:
+        terminalreporter.write_line(f"| {name} | {layout} | {loss:.1e} | {norm:.1e} | {weight:.1e} |")
     if FAMILY_ROWS:
         print_families(terminalreporter)
     if PARITY_ROWS:
