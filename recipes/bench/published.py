@@ -1,0 +1,202 @@
+"""Hold parallel/cost.py against the runs that others have published: time, and which layout wins.
+
+    python recipes/bench/published.py --data published.json published_more.json         the tables of docs/planning.md
+    python recipes/bench/published.py --data ... --fit                                  fit the stacks again
+
+A row is one run: model, GPUs, layout, tokens per second and GPU. The rows are sorted by what identifies them,
+and every other one is for fitting; the rest tests the fit. What a source does not say is assumed by one rule
+for all rows, and named in the table.
+"""
+
+import json
+import math
+import statistics
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dtensor_llama import LlamaConfig
+from dtensor_llama.cli import FilePath, run_recipe
+from parallel.cluster import find_cluster
+from parallel.config import ParallelConfig
+from parallel.cost import STACKS, Stack, Work, account_for
+from parallel.rules import Job
+
+
+def llama(width: int, ffn: int, layers: int, heads: tuple[int, int], vocabulary: int) -> LlamaConfig:
+    return LlamaConfig(vocabulary, width, ffn, layers, heads[0], heads[1])
+
+
+# Shapes by the names in the data. MPT has no gate in its feed-forward of 4 D: two matrices of as many numbers
+# as three of 8/3 D. nanotron's llama-1B is HuggingFaceTB/cosmo-1b.
+MPT = {"7b": (4096, 32, 32), "13b": (5120, 40, 40), "70b": (8192, 80, 64)}
+MODELS = {
+    **{name: llama(D, 8 * D // 3, L, (H, H), 50368) for name, (D, L, H) in MPT.items()},
+    "llama2-7b": LlamaConfig.preset("llama2-7b"),
+    "llama2-13b": LlamaConfig.preset("llama2-13b"),
+    "llama2-70b": LlamaConfig.preset("llama2-70b"),
+    "llama-1b": llama(2048, 8192, 24, (16, 16), 32000),
+    "llama3-8b": llama(4096, 14336, 32, (32, 8), 128256),
+    "llama3-70b": llama(8192, 28672, 80, (64, 8), 128256),
+    "llama3.1-405b": llama(16384, 53248, 126, (128, 8), 128256),
+}
+# Whose code ran. MaxText runs on the same kernels of NVIDIA's libraries as Megatron, fused by XLA.
+STACK_OF = {"megatron": "megatron", "maxtext": "megatron", "JAX-Toolbox MaxText": "megatron"}
+ASSUMED_TOKENS = 8192  # of a microbatch, for each GPU that works on it
+RECOMPUTE = {"minimal": "selective"}  # the words of the sources
+# What the sources say and the data does not.
+ALSO_SAID = {
+    "torchtitan benchmarks/asyncTP_llama3_h100_2025-06": {"micro_batch": 16, "gpu": "h100-96gb-500w", "compile": True},
+}
+# fms-fsdp recomputes whole blocks, a share of them (fms_fsdp/policies/ac_handler.py) that its table does not state.
+SELECTIVE_BLOCKS = {"fms-fsdp README": 0.5}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Holds a published run, as this account understands it."""
+
+    name: str
+    source: str
+    work: Work
+    gpu: str
+    stack: str
+    tokens_per_second_per_gpu: float
+    assumed: tuple[str, ...] = ()
+    recomputed_blocks: float | None = None  # the share that is recomputed whole, where it is not all or none
+    overlaps_tp: bool = True  # False: its settings do not run tp's collectives beside products
+
+    def predict(self, stacks: dict[str, Stack] = STACKS) -> float:
+        if self.recomputed_blocks is None:
+            return self._predict_with(stacks, self.work.job.recompute)
+        ways = {"full": self.recomputed_blocks, "none": 1 - self.recomputed_blocks}
+        return 1 / sum(share / self._predict_with(stacks, recompute) for recompute, share in ways.items())
+
+    def _predict_with(self, stacks: dict[str, Stack], recompute: str) -> float:
+        work = replace(self.work, job=replace(self.work.job, recompute=recompute))
+        cluster = find_cluster(self.gpu, work.n_gpus)
+        stack = stacks[self.stack]
+        if not self.overlaps_tp:
+            stack = replace(stack, tp_hides=0.0)
+        return account_for(work, cluster, stack).tokens_per_second_per_gpu
+
+    def error(self, stacks: dict[str, Stack] = STACKS) -> float:
+        return self.predict(stacks) / self.tokens_per_second_per_gpu - 1
+
+
+def layout_of(row: dict) -> ParallelConfig:
+    given, gpus = row["layout"], row["gpus"]
+    tp, pp, cp = (given.get(axis, 1) for axis in ("tp", "pp", "cp"))
+    dp = gpus // (tp * pp * cp)
+    shard = min(8, dp) if given.get("hsdp") else dp
+    vp = given.get("vp", 1)
+    return ParallelConfig(
+        pp=pp,
+        dp_replicate=dp // shard,
+        dp_shard=shard,
+        cp=cp,
+        tp=tp,
+        zero_stage=given.get("zero", 3 if pp * cp == 1 else 1),
+        cp_method="ring",  # Megatron's, and none of the others has cp
+        schedule="interleaved-1f1b" if vp > 1 else "1f1b",
+        virtual_stages=vp if vp > 1 else None,
+    )
+
+
+def run_of(row: dict) -> Run:
+    """Return a row of the data as a Run; KeyError if the account knows neither its model nor its figure."""
+    row = row | ALSO_SAID.get(row["source"], {})
+    model, layout, assumed = MODELS[row["model"]], layout_of(row), []
+    if "layers" in row and row["model"].startswith("llama3"):
+        model = replace(model, num_hidden_layers=row["layers"])
+    rows = row.get("micro_batch")
+    if rows is None:
+        rows = max(1, ASSUMED_TOKENS * layout.tp * layout.cp // row["seq_len"])
+        assumed.append(f"{rows} rows a microbatch")
+    microbatches = row.get("microbatches")
+    if microbatches is None and "global_batch" in row:
+        microbatches = row["global_batch"] // (rows * layout.dp)
+    if microbatches is None and "4.19 M tokens a step" in row["source"]:
+        microbatches = 1024 // (rows * layout.dp)
+    if microbatches is None:
+        microbatches = 1 if layout.zero_stage == 3 else 4
+        assumed.append(f"{microbatches} microbatches")
+    recompute = row.get("recompute")
+    if recompute is None:
+        recompute = "full" if row.get("stack") == "maxtext" else "none"
+        assumed.append(f"recompute {recompute}")
+    job = Job(
+        model,
+        row["seq_len"],
+        microbatches * rows * layout.dp,
+        rows,
+        recompute=RECOMPUTE.get(recompute, recompute),
+        compile=bool(row.get("compile")),
+        device_type="cuda",
+    )
+    axes = " ".join(f"{axis} {size}" for axis, size in row["layout"].items() if size not in (1, True))
+    name = f"{row['model']} {row['gpus']} x {row['gpu']}, {row['seq_len']}, {axes} ({microbatches} x {rows})"
+    stack = STACK_OF.get(row.get("stack"), STACK_OF.get(row["source"], "pytorch"))
+    blocks = SELECTIVE_BLOCKS.get(row["source"]) if job.recompute == "selective" else None
+    if blocks:
+        assumed.append(f"{blocks:.0%} of the blocks recomputed")
+    measured = row["tokens_per_second_per_gpu"]
+    return Run(name, row["source"], Work(job, layout), row["gpu"], stack, measured, tuple(assumed), blocks, "SimuMax" not in row["source"])
+
+
+def left_out(row: dict) -> str:
+    """Return why a row of the data is not predicted; nothing if it is."""
+    if row["precision"] != "bf16":
+        return "products in fp8, which this trainer does not have"
+    if "tokens_per_second_per_gpu" not in row:
+        return "gives MFU alone, read from an image"
+    return "" if row["model"] in MODELS else "a model whose shape is not given"
+
+
+def read_runs(paths: list[str | Path]) -> list[Run]:
+    """Return the runs that can be predicted, sorted; every other one is for fitting, from the first."""
+    rows = [row for path in paths for row in json.loads(Path(path).read_text())]
+    return sorted((run_of(row) for row in rows if not left_out(row)), key=lambda run: (run.name, run.source))
+
+
+def halves(runs: list[Run]) -> tuple[list[Run], list[Run]]:
+    """Return the runs for fitting and those for testing."""
+    return runs[::2], runs[1::2]
+
+
+# ---- Fitting -----------------------------------------------------------------------------------------------
+
+# What is fitted, and its physical limits. The other fields of a Stack have sources of their own.
+UNEXPLAINED = 0.3  # the logarithm of an error from where on it is as good as any other
+FITTED = {
+    "matmul": (0.7, 1.0),
+    "attention": (0.3, 0.9),
+    "passes": (1.0, 4.0),
+    "contention": (0.0, 0.25),
+    "tp_hides": (0.0, 0.9),
+}
+
+
+def loss_of(runs: list[Run], stacks: dict[str, Stack]) -> float:
+    """Return the sum of the errors, as absolute logarithms: half and twice are as wrong, and one run that
+    nothing explains does not bend the rest."""
+    logs = (abs(math.log(run.predict(stacks) / run.tokens_per_second_per_gpu)) for run in runs)
+    return sum(min(each, UNEXPLAINED) for each in logs)
+
+
+def fit(runs: list[Run], stack: Stack) -> Stack:
+    """Return the stack with the fitted fields that have the least loss, found one field at a time."""
+    runs = [run for run in runs if run.stack == stack.name]
+    fitted = FITTED if stack.is_megatron else {name: FITTED[name] for name in FITTED if name != "tp_hides"}
+    best, step = loss_of(runs, {stack.name: stack}), 0.16
+    while step > 0.005:
+        before = best
+        for name, (low, high) in fitted.items():
+            for move in (-step, step):
+                value = getattr(stack, name) + move * (high - low)
+                tried = replace(stack, **{name: round(min(high, max(low, value)), 3)})
+                loss = loss_of(runs, {stack.name: tried})
+                if loss < best - 1e-9:
+                    best, stack = loss, tried
+        if best > before - 1e-6:
+            step /= 2
+    return stack
