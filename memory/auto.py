@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 
 from dtensor_llama.errors import UsageError
-from memory.home import Home
-from memory.placement import Plan, auto_plan, reason_to_replan
+from memory.chunk import CHUNK_ELEMENTS
+from memory.home import Home, StateFormat
+from memory.placement import ChunkSizes, Plan, auto_plan, reason_to_replan
 from memory.tracer import Counters, MachineRates, StepTrace, Tracer
 
 if TYPE_CHECKING:
@@ -30,6 +31,29 @@ WARM_UP_STEPS = (
 WATCH_EVERY = 10  # steps: to watch is a reduction over all ranks
 MOST_PLANS = 4  # a machine whose rates keep changing does not get new plans for ever
 HOST_SHARE = 0.9  # of the host's free memory: the page cache and the data reader want some
+
+
+def foresee(
+    n_parameters: int,
+    budgets: dict[str, float],
+    rates: dict[str, float],
+    seconds: tuple[float, float],
+    other: dict[str, float],
+    accumulates: bool,
+) -> Plan:
+    """Return the plan that placement auto would make for so many parameters of a rank, before anything is
+    built. UsageError: nothing fits.
+
+    budgets, other: bytes by account; other counts what is not the manager's, such as activations. rates: the
+        fields of MachineRates. seconds: of a step's forwards and backwards. accumulates: a step has several
+        microbatches, whose gradients are summed.
+    """
+    n_whole, left_over = divmod(n_parameters, CHUNK_ELEMENTS)
+    sizes = [CHUNK_ELEMENTS] * n_whole + [left_over] * (left_over > 0)
+    chunks = ChunkSizes(tuple(sizes), StateFormat(accumulates=accumulates))
+    traced = StepTrace(int(other["device"]), *seconds, host_bytes=int(other["host"]))
+    whole = {account: int(n_bytes) for account, n_bytes in budgets.items()}
+    return auto_plan(chunks, whole, MachineRates(**rates), traced)
 
 
 class AutoPolicy:

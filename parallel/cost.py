@@ -23,9 +23,9 @@ layers, M microbatches, N parameters, n ranks.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from math import ceil, prod
 
 from dtensor_llama import loss
@@ -41,6 +41,7 @@ from parallel.schedule_clock import idle_units
 from parallel.tensor import Row, tensor_plan
 
 FP32 = 4
+FITS_SHARE = 0.9  # of a GPU's memory that a plan fills: allocators round up and fragment
 
 # ---- What is accounted for ---------------------------------------------------------------------------------
 
@@ -70,11 +71,11 @@ class Work:
     def n_gpus(self) -> int:
         return prod(self.layout.sizes.values())
 
-    @property
+    @cached_property
     def n_microbatches(self) -> int:
         return Case(self.layout, self.job).n_microbatches
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Return the tokens of a microbatch on one cp rank."""
         return self.job.micro_batch_size * self.job.seq_len // self.layout.cp
@@ -83,12 +84,12 @@ class Work:
     def tokens_per_step(self) -> int:
         return self.job.global_batch_size * self.job.seq_len
 
-    @property
+    @cached_property
     def hidden_bytes(self) -> int:
         """Return the bytes of the hidden states of those tokens, (B, T/cp, D)."""
         return self.tokens * self.model.hidden_size * self.states.itemsize
 
-    @property
+    @cached_property
     def n_block(self) -> int:
         """Return the parameters of a block that one tp rank has. Norms, and heads that tp ranks share, are
         whole on each."""
@@ -99,22 +100,22 @@ class Work:
             numbers += prod(shape) if row.weight == "R" else prod(shape) // self.layout.tp
         return numbers
 
-    @property
+    @cached_property
     def n_matrix(self) -> int:
         """Return the parameters of the embedding, or of the head, that one tp rank has."""
         return ceil(self.model.vocab_size / self.layout.tp) * self.model.hidden_size
 
-    @property
+    @cached_property
     def shards(self) -> int:
         """Return how many ranks share optimizer states."""
         return self.layout.fsdp if self.layout.zero_stage else 1
 
-    @property
+    @cached_property
     def keeps_weights(self) -> bool:
         """Return whether gathered weights stay through the step; in a pipeline they do at any stage."""
         return self.layout.zero_stage < 3 or self.layout.pp > 1
 
-    @property
+    @cached_property
     def keeps_gradients(self) -> bool:
         """Return whether whole gradients wait for the last microbatch."""
         waits = self.layout.zero_stage < 2 or self.layout.pp > 1
@@ -166,14 +167,19 @@ def kept_per_token(work: Work) -> float:
         return own
     if work.job.recompute == "selective":
         return own + D + heads + 2 * F / tp
-    # Its input, the stream between attention and feed-forward, two normed inputs, and the widths.
-    return 2 * own + 2 * D + heads + 3 * F / tp
+    # The stream before each of the two norms, what enters the matrices, and gate, up and their product.
+    streams, widths = 2, 3
+    if not work.job.compile:
+        widths += 1  # silu(gate)
+        if work.job.device_type == "cpu":  # there the norm is no kernel of its own, and works in fp32
+            streams = 2 * FP32 * 2 / work.states.itemsize
+    return streams * own + 2 * D + heads + widths * F / tp
 
 
 def at_work_per_token(work: Work) -> float:
     """Return how many numbers a block has of each token while its backward runs: what `none` keeps, and the
-    gradients of about half of it at a time."""
-    return 1.5 * kept_per_token(replace(work, job=replace(work.job, recompute="none")))
+    gradients of about a quarter of it at a time."""
+    return 1.25 * kept_per_token(replace(work, job=replace(work.job, recompute="none")))
 
 
 def in_flight(work: Work) -> float:
@@ -221,7 +227,7 @@ def bytes_of_rank(work: Work, share: Share | None = None) -> dict[str, float]:
         if states.offloads and not work.keeps_weights:
             kinds["gathered"] += FP32 * work.n_block
     # The chunk of the logits in fp32 and its gradients: dtensor_llama/loss.py.
-    logits = 3 * FP32 * 2**26 / 4 if share.has_head else 0.0
+    logits = 2.5 * FP32 * loss.CHUNK_ELEMENTS if share.has_head else 0.0
     per_token = itemsize * kept_per_token(work) * share.n_layers * in_flight(work)
     block_at_work = itemsize * at_work_per_token(work) * work.tokens
     waiting = gradients if work.n_microbatches > 1 else 0.0
@@ -231,7 +237,7 @@ def bytes_of_rank(work: Work, share: Share | None = None) -> dict[str, float]:
         "logits": logits,
     }
     # A block's gradients are whole and in fp32 until they are reduced.
-    reduced = 2 * FP32 * work.n_block if fsdp and not states.n_adapter else 0.0
+    reduced = FP32 * work.n_block if fsdp and not states.n_adapter else 0.0
     ended = kinds | {"gradients": gradients, "activations": block_at_work, "reduced": reduced, "logits": 0.0}
     return max(starts, ended, key=lambda kinds: sum(kinds.values()))
 
@@ -590,7 +596,6 @@ class Account:
     # of a step, by what they are spent on: they sum to step_seconds
     seconds: dict[str, float]
     host_bytes: float = 0.0
-    notes: list[str] = field(default_factory=list)
 
     @property
     def peak_gib(self) -> float:
@@ -638,6 +643,51 @@ def account_for(work: Work, cluster: Cluster, stack: Stack = PYTORCH) -> Account
     timed = [(_rank_seconds(work, share, cluster, stack), share) for share in ranks]
     seconds, slowest = max(timed, key=lambda each: sum(each[0].values()))
     return Account(work, cluster, bytes_of_rank(work), traffic(work, slowest), seconds)
+
+
+def numbers_of_rank(work: Work) -> int:
+    """Return how many parameters the fullest rank keeps states of."""
+    most = 0.0
+    for share in shares(work.model, work.layout):
+        ends = work.n_matrix * (share.has_embedding + share.has_head)
+        most = max(most, (share.n_layers * work.n_block + ends) / work.shards)
+    return int(most)
+
+
+def account_with_offload(work: Work, cluster: Cluster, foresee: Callable, stack: Stack = PYTORCH) -> Account:
+    """Return what a layout costs if a chunk manager keeps states on the host, as its own planner foresees it.
+
+    foresee: memory.auto.foresee, which this package does not import. UsageError: it has no plan that
+        fits."""
+    work = replace(work, states=replace(work.states, offloads=True))
+    account = account_for(work, cluster, stack)
+    seconds = dict(account.seconds)
+    computing = sum(seconds.values()) - seconds.pop("optimizer")
+    forwards = 4 if work.job.recompute == "full" else 3  # that a forward and its backward take
+    gpu = cluster.gpu
+    plan = foresee(
+        numbers_of_rank(work),
+        {"device": gpu.memory_gib * FITS_SHARE * GIB, "host": cluster.host_memory_gib * GIB},
+        {
+            "h2d": gpu.host_link_bytes_s,
+            "d2h": gpu.host_link_bytes_s,
+            "duplex": 2 * gpu.host_link_bytes_s,
+            "dram": cluster.host_dram_bytes_s,
+            "dram_under_dma": cluster.host_dram_bytes_s,
+            "host_adam": cluster.host_adam_per_s,
+            "device_adam": gpu.memory_bytes_s * stack.memory / 28,
+        },
+        (computing / forwards, computing * (forwards - 1) / forwards),
+        {"device": sum(account.bytes.values()) - account.bytes["parameters"], "host": 0},
+        accumulates=work.n_microbatches > 1,
+    )
+    kept = dict(account.bytes) | {"optimizer": float(sum(plan.device_bytes.values()))}
+    for counted in ("weights", "other", "reserve"):
+        kept["optimizer"] -= plan.device_bytes.get(counted, 0)
+    seconds["optimizer"] = plan.seconds["resident_adam"]
+    seconds["waiting for host"] = max(0.0, plan.seconds["step"] - computing - seconds["optimizer"])
+    host = float(sum(plan.host_bytes.values()))
+    return replace(account, bytes=kept, seconds=seconds, host_bytes=host)
 
 
 def _rank_seconds(work: Work, share: Share, cluster: Cluster, stack: Stack) -> dict[str, float]:

@@ -207,6 +207,11 @@ def check(rules: Sequence[Rule], case: Case) -> None:
     raise UsageError(message)
 
 
+def all_hold(rules: Sequence[Rule], case: Case) -> bool:
+    """Return whether `check` would let the case pass."""
+    return _first_broken(rules, case) == len(rules)
+
+
 def what_works(rules: Sequence[Rule], case: Case) -> dict[str, list]:
     """Return {field: values}: each single change that satisfies the first broken rule, and that no other such
     change surpasses in how many of the rules after it hold."""
