@@ -41,6 +41,8 @@ class ParallelConfig:
     # with pp: measure one warm step and draw which rank did what when, in RUN_DIR/schedule.png
     draw_schedule: bool = False
     microbatches: int | None = None  # per dp rank and step; None: as many as the batch sizes make
+    # let the planner choose all of the above, the rows of a microbatch and what is recomputed (planner.py)
+    auto: bool = False
 
     def resolve(self, world_size: int) -> "ParallelConfig":
         """Return this layout with -1 replaced by what `world_size` processes leave for it; UsageError if they

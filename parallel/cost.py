@@ -53,6 +53,7 @@ class States:
     itemsize: int = 2  # bytes of the numbers that compute
     n_adapter: int = 0  # trained parameters if all others are frozen, else 0
     offloads: bool = False  # optimizer states may all live on the host
+    inputs_on_host: bool = False  # what `full` keeps of each block waits on the host (memory/activations.py)
 
 
 @dataclass(frozen=True)
@@ -137,13 +138,18 @@ class Share:
 
 
 @lru_cache(maxsize=4096)
+def layers_of_stages(model: LlamaConfig, n_stages: int) -> list[float]:
+    return [len(layers) for layers in split_layers(model, n_stages)]
+
+
+@lru_cache(maxsize=4096)
 def shares(model: LlamaConfig, layout: ParallelConfig, evenly: bool = False) -> tuple[Share, ...]:
     """Return the share of each pp rank. evenly: as Megatron cuts, which gives each stage as many layers,
     instead of giving fewer to the stage that has the head."""
     per_rank = layout.stages_per_rank if layout.pp > 1 else 1
     stages = stage_indices(layout.schedule, layout.pp, per_rank) if layout.pp > 1 else [[0]]
     last = layout.pp * per_rank - 1
-    counts = [len(layers) for layers in split_layers(model, last + 1)]
+    counts = layers_of_stages(model, last + 1)
     if evenly:
         counts = [model.num_hidden_layers / (last + 1)] * (last + 1)
     return tuple(Share(sum(counts[stage] for stage in own), 0 in own, last in own) for own in stages)
@@ -228,7 +234,9 @@ def bytes_of_rank(work: Work, share: Share | None = None) -> dict[str, float]:
             kinds["gathered"] += FP32 * work.n_block
     # The chunk of the logits in fp32 and its gradients: dtensor_llama/loss.py.
     logits = 2.5 * FP32 * loss.CHUNK_ELEMENTS if share.has_head else 0.0
-    per_token = itemsize * kept_per_token(work) * share.n_layers * in_flight(work)
+    # At most the inputs of two blocks are on the device if the others are on the host.
+    n_kept = min(2, share.n_layers) if states.inputs_on_host else share.n_layers
+    per_token = itemsize * kept_per_token(work) * n_kept * in_flight(work)
     block_at_work = itemsize * at_work_per_token(work) * work.tokens
     waiting = gradients if work.n_microbatches > 1 else 0.0
     starts = kinds | {
@@ -417,9 +425,7 @@ def _cp_traffic(work: Work, share: Share) -> Iterator[Collective]:
     if layout.cp_method == "ulysses":
         n = passes * (2 if work.job.recompute == "none" else 3)
         numbers = (2 * H + 2 * math.lcm(K, cp)) / 4  # of q, k, v and out in the mean
-        yield Collective(
-            "cp", "all-to-all", "q, k, v, out", 4 * n, itemsize * head * numbers, cp, stride
-        )
+        yield Collective("cp", "all-to-all", "q, k, v, out", 4 * n, itemsize * head * numbers, cp, stride)
         return
     n = passes * (3 if work.job.recompute == "full" else 2) * (cp - 1)
     pair = 2 * head * K
@@ -465,15 +471,16 @@ class Stack:
     is_megatron: bool = False  # see the places that ask for it
 
 
-# matmul, attention, passes, contention and tp_hides are fitted. memory: what a copy reaches (STREAM). link: what
+# matmul, attention, passes, contention and tp_hides are fitted. memory: what AdamW and
+# sums of gradients reach on an H200 (3.8 to 3.9 of 4.8 TB/s: recipes/bench/README.md). link: what
 # SimuMax measured of B200's NVLink (0.67 to 0.74); network: what nccl-tests reach of 400 Gbit/s (42 to 48 GB/s).
 # block_launch_s: about 50 kernels of 20 us in eager PyTorch, and half as many fused ones.
 PYTORCH = Stack(
     "pytorch",
-    matmul=0.855,
-    attention=0.592,
-    memory=0.85,
-    passes=1.4,
+    matmul=0.864,
+    attention=0.598,
+    memory=0.8,
+    passes=1.28,
     link=0.67,
     network=0.85,
     contention=0.25,
@@ -484,12 +491,12 @@ MEGATRON = Stack(
     "megatron",
     matmul=1.0,
     attention=0.9,
-    memory=0.85,
+    memory=0.8,
     passes=1.0,
     link=0.67,
     network=0.85,
-    contention=0.115,
-    tp_hides=0.768,
+    contention=0.085,
+    tp_hides=0.81,
     block_launch_s=0.5e-3,
     is_megatron=True,
 )
@@ -654,6 +661,20 @@ def numbers_of_rank(work: Work) -> int:
     return int(most)
 
 
+def machine_rates(cluster: Cluster, stack: Stack = PYTORCH) -> dict[str, float]:
+    """Return the fields of memory.tracer.MachineRates for one GPU of the cluster and its share of a host."""
+    link = cluster.gpu.host_link_bytes_s
+    return {
+        "h2d": link,
+        "d2h": link,
+        "duplex": 2 * link,
+        "dram": cluster.host_dram_bytes_s,
+        "dram_under_dma": cluster.host_dram_bytes_s,
+        "host_adam": cluster.host_adam_per_s,
+        "device_adam": cluster.gpu.memory_bytes_s * stack.memory / 28,
+    }
+
+
 def account_with_offload(work: Work, cluster: Cluster, foresee: Callable, stack: Stack = PYTORCH) -> Account:
     """Return what a layout costs if a chunk manager keeps states on the host, as its own planner foresees it.
 
@@ -664,21 +685,16 @@ def account_with_offload(work: Work, cluster: Cluster, foresee: Callable, stack:
     seconds = dict(account.seconds)
     computing = sum(seconds.values()) - seconds.pop("optimizer")
     forwards = 4 if work.job.recompute == "full" else 3  # that a forward and its backward take
-    gpu = cluster.gpu
+    host_inputs = 0.0
+    if work.states.inputs_on_host:
+        per_layer = work.hidden_bytes / work.layout.sequence_shards
+        host_inputs = per_layer * work.model.num_hidden_layers / work.layout.pp * in_flight(work)
     plan = foresee(
         numbers_of_rank(work),
-        {"device": gpu.memory_gib * FITS_SHARE * GIB, "host": cluster.host_memory_gib * GIB},
-        {
-            "h2d": gpu.host_link_bytes_s,
-            "d2h": gpu.host_link_bytes_s,
-            "duplex": 2 * gpu.host_link_bytes_s,
-            "dram": cluster.host_dram_bytes_s,
-            "dram_under_dma": cluster.host_dram_bytes_s,
-            "host_adam": cluster.host_adam_per_s,
-            "device_adam": gpu.memory_bytes_s * stack.memory / 28,
-        },
+        {"device": cluster.gpu.memory_gib * FITS_SHARE * GIB, "host": cluster.host_memory_gib * GIB},
+        machine_rates(cluster, stack),
         (computing / forwards, computing * (forwards - 1) / forwards),
-        {"device": sum(account.bytes.values()) - account.bytes["parameters"], "host": 0},
+        {"device": sum(account.bytes.values()) - account.bytes["parameters"], "host": host_inputs},
         accumulates=work.n_microbatches > 1,
     )
     kept = dict(account.bytes) | {"optimizer": float(sum(plan.device_bytes.values()))}
@@ -744,7 +760,9 @@ def _gathers_again(work: Work, share: Share) -> list[Collective]:
     if work.layout.tp == 1:
         return []
     count = 2 * share.n_layers * work.n_microbatches
-    return [Collective("tp", "all-gather", "activations", count, work.hidden_bytes, work.layout.tp, 1, "product")]
+    return [
+        Collective("tp", "all-gather", "activations", count, work.hidden_bytes, work.layout.tp, 1, "product")
+    ]
 
 
 def _hideable(work: Work, axis: str, behind: str, needed: float, total: float, stack: Stack) -> float:

@@ -16,6 +16,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from math import ceil, prod
 from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
 
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.errors import UsageError
@@ -44,6 +48,15 @@ MAX_MICRO_TOKENS = 16384  # a forward of more tokens is no faster on any device
 LEAST_CP_TOKENS = 4096  # of a row on a cp rank: shorter slices save nothing that more rows would not
 RECOMPUTE = ("none", "selective", "full")
 MAX_TP = 8  # beyond the fast wires of a node tensor parallelism waits for traffic
+PURPOSES = {  # the kinds of bytes_of_rank, in a sentence
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "optimizer": "optimizer states",
+    "gathered": "gathered weights",
+    "activations": "activations",
+    "logits": "logits",
+    "reduced": "gradients on their way",
+}
 NEAR = 1.005  # times the fastest step: nearer than any prediction can tell apart
 
 
@@ -336,11 +349,12 @@ def _fastest_too_large(question: Question, larger: list[Work], best: Account) ->
     if fastest is None or fastest.step_seconds * NEAR > best.step_seconds:
         return None
     largest = max(fastest.bytes, key=fastest.bytes.get)
+    most_gib = fastest.bytes[largest] / GIB
     faster = best.step_seconds / fastest.step_seconds - 1
     return Candidate(
         fastest,
-        f"would be {faster:.1%} faster and does not fit: it needs {fastest.peak_gib:.1f} GiB, of which {largest} "
-        f"take {fastest.bytes[largest] / GIB:.1f}.",
+        f"would be {faster:.1%} faster and does not fit: it needs {fastest.peak_gib:.1f} GiB, "
+        f"{most_gib:.1f} of them for {PURPOSES[largest]}.",
     )
 
 
@@ -355,9 +369,7 @@ def _no_layout(question: Question) -> UsageError:
 def what_it_would_take(question: Question) -> str:
     """Return what a model needs that fits no layout: more GPUs, or larger ones."""
     cluster, model = question.cluster, question.model
-    smallest = min(
-        (bytes_of_rank(work) for work in works(question)), key=lambda kinds: sum(kinds.values())
-    )
+    smallest = min((bytes_of_rank(work) for work in works(question)), key=lambda kinds: sum(kinds.values()))
     needed = sum(smallest.values()) / GIB
     ways = []
     n_gpus = max(cluster.gpus_per_node, cluster.n_gpus)
@@ -371,12 +383,17 @@ def what_it_would_take(question: Question) -> str:
         if node.gpu.memory_gib > cluster.gpu.memory_gib and needed <= node.gpu.memory_gib * FITS_SHARE:
             ways.append(f"{cluster.n_gpus} x {name}")
             break
-    ways.append("placement=auto, which keeps optimizer states on the host" if not question.foresee else "a smaller seq_len")
+    ways.append(
+        "placement=auto, which keeps optimizer states on the host"
+        if not question.foresee
+        else "a smaller seq_len"
+    )
     largest = max(smallest, key=smallest.get)
     return (
         f"{model.n_parameters / 1e9:.1f}G parameters and rows of seq_len={question.seq_len} fit no layout of "
-        f"{cluster.n_gpus} x {cluster.gpu.name}: the smallest needs {needed:.1f} GiB a GPU, of which {largest} take "
-        f"{smallest[largest] / GIB:.1f}, and {question.budget_bytes / GIB:.1f} are there. Use {', or '.join(ways)}."
+        f"{cluster.n_gpus} x {cluster.gpu.name}: the smallest needs {needed:.1f} GiB a GPU, "
+        f"{smallest[largest] / GIB:.1f} of them for {PURPOSES[largest]}, and {question.budget_bytes / GIB:.1f} are "
+        f"there. Use {', or '.join(ways)}."
     )
 
 
@@ -394,6 +411,8 @@ def choose_open(
         ones the one with less tensor parallelism, no recomputation and the largest microbatch. The order is
         that of the known GPU whose memory is nearest.
     """
+    if layout.auto:
+        return _choose_all(job, layout, device_bytes, states)
     n_gpus = prod(layout.sizes.values())
     near = min(NODES.values(), key=lambda node: abs(node.gpu.memory_gib * GIB - device_bytes))
     cluster = replace(near, n_gpus=n_gpus)
@@ -419,8 +438,57 @@ def choose_open(
         ways.append("lora.rank=16")
     raise UsageError(
         f"the model and rows of seq_len={job.seq_len} tokens do not fit {device_bytes / GIB:.1f} GiB a rank: "
-        f"at least {needed / GIB:.1f} are needed. Use {', '.join(ways)}."
+        f"at least {needed / GIB:.1f} are needed. Use {', or '.join(ways)}."
     )
+
+
+def _choose_all(
+    job: Job, layout: ParallelConfig, device_bytes: int, states: States
+) -> tuple[Job, ParallelConfig, str]:
+    """Return job and layout of the best plan, and the plan in words. UsageError: an axis was given as well."""
+    given = [axis for axis, size in layout.sizes.items() if axis != "dp_shard" and size != 1]
+    if given:
+        raise UsageError(
+            f"auto=True chooses every axis, and {given[0]}={layout.sizes[given[0]]} is given too; leave one of "
+            "them out."
+        )
+    n_gpus = prod(layout.sizes.values())
+    near = min(NODES.values(), key=lambda node: abs(node.gpu.memory_gib * GIB - device_bytes))
+    gpu = replace(near.gpu, memory_gib=device_bytes / GIB)
+    cluster = replace(near, gpu=gpu, n_gpus=n_gpus, gpus_per_node=min(near.gpus_per_node, n_gpus))
+    question = Question(job.model, job.seq_len, job.global_batch_size, cluster, states, job.compile)
+    found = plan(question)
+    best = found.best.work
+    chosen = replace(job, micro_batch_size=best.job.micro_batch_size, recompute=best.job.recompute)
+    return chosen, best.layout, found.describe()
+
+
+def plan_settings(settings: Any, model: LlamaConfig, seq_len: int, launch: Any) -> tuple[Any, str]:
+    """Return a recipe's settings with the layout, the rows of a microbatch and the recomputation of the best
+    plan, and the plan in words.
+
+    settings: has the fields `parallel`, `train` and `memory` of pretrain.py. launch: of the recipe. Every rank
+        comes to the same plan, since it depends on what all of them have in common.
+    """
+    train, device = settings.train, launch.take_device()
+    job = Job(
+        model,
+        seq_len,
+        train.global_batch_size,
+        None,
+        recompute=None,
+        compile=train.compile,
+        device_type=device.type,
+    )
+    memory = psutil.virtual_memory().total // launch.ranks_per_host
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    states = States(getattr(torch, train.dtype).itemsize, offloads=settings.memory.is_on)
+    job, layout, why = choose_open(
+        job, settings.parallel.resolve(launch.world_size), memory, states, tries_tp=False
+    )
+    train = replace(train, micro_batch_size=job.micro_batch_size, recompute=job.recompute)
+    return replace(settings, parallel=layout, train=train), why
 
 
 def _in_words(job: Job, layout: ParallelConfig) -> str:
@@ -429,7 +497,9 @@ def _in_words(job: Job, layout: ParallelConfig) -> str:
     )
 
 
-def _open_candidates(job: Job, layout: ParallelConfig, tries_tp: bool) -> Iterator[tuple[Job, ParallelConfig]]:
+def _open_candidates(
+    job: Job, layout: ParallelConfig, tries_tp: bool
+) -> Iterator[tuple[Job, ParallelConfig]]:
     """Yield each choice of what is open, the preferred ones first."""
     ranks, model = layout.dp_shard * layout.tp, job.model
     for tp in (1, 2, 4, MAX_TP) if tries_tp else (layout.tp,):
@@ -468,7 +538,9 @@ def draw_plan(found: Found, path: str | Path) -> None:
 
     cluster, edge = found.question.cluster, frontier(found.points)
     figure, axes = pyplot.subplots(figsize=(10, 6))
-    axes.scatter(*zip(*[point[:2] for point in found.points], strict=True), s=14, color="#c8c8c8", linewidths=0)
+    axes.scatter(
+        *zip(*[point[:2] for point in found.points], strict=True), s=14, color="#c8c8c8", linewidths=0
+    )
     axes.plot(*zip(*[point[:2] for point in edge], strict=True), "-o", color="#4c78a8", markersize=5)
     for candidate in found.candidates:
         at = candidate.account.peak_gib, candidate.account.tokens_per_second_per_gpu

@@ -32,9 +32,9 @@ class Job:
     model: LlamaConfig
     seq_len: int
     global_batch_size: int = 1  # rows of one optimizer step, on all ranks together
-    micro_batch_size: int | None = 1  # rows of one forward, on one dp rank; None: parallel/fit.py chooses
+    micro_batch_size: int | None = 1  # rows of one forward, on one dp rank; None: parallel/planner.py chooses
     attention: str = "sdpa"  # one of the kernels of dtensor_llama/attention.py
-    recompute: str | None = "none"  # None: parallel/fit.py chooses
+    recompute: str | None = "none"  # None: parallel/planner.py chooses
     compile: bool = False
     device_type: str = "cpu"
 
