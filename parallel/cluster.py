@@ -59,13 +59,15 @@ class Cluster:
 
 # ---- The known ones ----------------------------------------------------------------------------------------
 
-# Memory, peak and bandwidths: NVIDIA's data sheets of the SXM cards; NVLink is stated there for both directions
-# together, and PCIe 4 and 5 carry about 25 and 50 GB/s. matmul_flops: A100 and H100 are the "maximum
-# achievable matmul FLOPS" of https://github.com/stas00/ml-engineering (compute/accelerator, bf16, measured
-# there); H200 has the same chip as H100; B200 is the mean over the shapes of LLaMA-3-70B that SimuMax measured
-# on the cluster of its published runs (configs/system/b200_bf16_ceperm.json: 0.488 of the peak). h100-96gb-500w
-# is Meta's Grand Teton (torchtitan, benchmarks/asyncTP_llama3_h100_2025-06_torchtitan.md: 500 W of 700, 2.4 TB/s);
-# power grows with the square of the clock or faster, so its products lose the root of the power.
+# Memory, peak and bandwidths are those of NVIDIA's data sheets of the SXM cards. NVLink is stated there for
+# both directions together. PCIe 4 and 5 carry about 25 and 50 GB/s.
+#
+# matmul_flops of A100 and H100 are the "maximum achievable matmul FLOPS" in bf16 that were measured for
+# https://github.com/stas00/ml-engineering (compute/accelerator). H200 has the same chip as H100. B200 is the
+# mean over the shapes of LLaMA-3-70B that SimuMax measured on the cluster of its published runs, 0.488 of the
+# peak (configs/system/b200_bf16_ceperm.json). h100-96gb-500w is Meta's Grand Teton, with 500 W of 700 and 2.4
+# TB/s (torchtitan, benchmarks/asyncTP_llama3_h100_2025-06_torchtitan.md); power grows with the square of the
+# clock or faster, so its products lose the root of the power.
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -77,10 +79,10 @@ GPUS = {
         GPU("b200", 178, 2250e12, 1098e12, 7.7e12, 50e9),
     )
 }
-# The nodes of 8 that these GPUs are sold in. NVLink 3, 4 and 5: 300, 450 and 900 GB/s. The network is that of
-# NVIDIA's DGX: a 200 Gbit/s card for each A100, and 400 Gbit/s for the later ones. Host memory is that of
-# Amazon's p4d, p4de, p5 and p5en nodes, 1,152 and 2,048 GiB, with an eighth left free; DRAM as the processors'
-# data sheets, less a third.
+# The nodes of 8 that these GPUs are sold in. NVLink 3, 4 and 5 carry 300, 450 and 900 GB/s. The network is
+# that of NVIDIA's DGX: a card of 200 Gbit/s for each A100, and of 400 Gbit/s for the later ones. Host memory
+# is that of Amazon's p4d, p4de, p5 and p5en nodes, 1,152 and 2,048 GiB, with an eighth left free. DRAM is
+# that of the processors' data sheets, less a third.
 NODES = {
     "a100-40gb": Cluster(GPUS["a100-40gb"], 8, 8, 300e9, 25e9, 128, 40e9),
     "a100-80gb": Cluster(GPUS["a100-80gb"], 8, 8, 300e9, 25e9, 128, 40e9),

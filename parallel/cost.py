@@ -446,8 +446,9 @@ def _pp_traffic(work: Work) -> Iterator[Collective]:
 
 # ---- Time --------------------------------------------------------------------------------------------------
 
-# Of collectives over NVLink, as SimuMax measured them on 8 B200 (configs/system/b200_bf16_ceperm.json): until one
-# begins and its ranks have met, 23 us; each hop, 8 to 9 us. A hop over the network is given a few us more.
+# Latencies of collectives over NVLink, as SimuMax measured them on 8 B200 (configs/system/
+# b200_bf16_ceperm.json): 23 us until one begins and its ranks have met, and 8 to 9 us for each hop. A hop
+# over the network is given a few us more.
 LAUNCH_S = 23e-6
 HOP_S = 8e-6
 NETWORK_HOP_S = 12e-6
@@ -471,9 +472,9 @@ class Stack:
     is_megatron: bool = False  # see the places that ask for it
 
 
-# matmul, attention, passes, contention and tp_hides are fitted. memory: what AdamW and
-# sums of gradients reach on an H200 (3.8 to 3.9 of 4.8 TB/s: recipes/bench/README.md). link: what
-# SimuMax measured of B200's NVLink (0.67 to 0.74); network: what nccl-tests reach of 400 Gbit/s (42 to 48 GB/s).
+# matmul, attention, passes, contention and tp_hides are fitted. The others have sources. memory: what AdamW
+# and sums of gradients reach on an H200, 3.8 to 3.9 of 4.8 TB/s (recipes/bench/README.md). link: what SimuMax
+# measured of B200's NVLink, 0.67 to 0.74. network: what nccl-tests reach of 400 Gbit/s, 42 to 48 GB/s.
 # block_launch_s: about 50 kernels of 20 us in eager PyTorch, and half as many fused ones.
 PYTORCH = Stack(
     "pytorch",
@@ -755,8 +756,10 @@ def _rank_seconds(work: Work, share: Share, cluster: Cluster, stack: Stack) -> d
 
 
 def _gathers_again(work: Work, share: Share) -> list[Collective]:
-    """Return the all-gathers of Megatron's backward: it keeps its tp rank's own tokens of what enters a column-
-    wise matrix, and gathers the others again for the gradient of the weight (arXiv:2205.05198, sec. 4.2.2)."""
+    """Return the all-gathers of Megatron's backward. It keeps its tp rank's own tokens of what enters a
+    column-wise matrix, and gathers the others again for the weight's gradient.
+
+    Source: Korthikanti et al. 2022, arXiv:2205.05198, sec. 4.2.2."""
     if work.layout.tp == 1:
         return []
     count = 2 * share.n_layers * work.n_microbatches

@@ -2,16 +2,16 @@
 not.
 
     found = plan(Question(model, seq_len=4096, global_batch_size=1024, cluster=find_cluster("h100-80gb", 64)))
-    found.best.account.tokens_per_second_per_gpu, found.describe(), found.to_json(), draw_plan(found, "plan.png")
+    found.best.account.tokens_per_second_per_gpu
+    found.describe(), found.to_json(), draw_plan(found, "plan.png")
 
-The search takes pp x dp x cp x tp, ZeRO's stage, whole copies between nodes, rows of a microbatch, recompute and
-schedule, and drops what breaks a rule (rules.py) and what does not fit (cost.py). Only if nothing fits are
-optimizer states moved to the host, by the chunk manager's own planner. What is left is ranked by predicted
-tokens per second. Nothing is built and nothing runs: thousands of layouts take seconds.
+The search goes over pp x dp x cp x tp, ZeRO's stage, whole copies between nodes, rows of a microbatch,
+recompute and schedule. It drops what breaks a rule (rules.py) and what does not fit (cost.py). Only if
+nothing fits are optimizer states moved to the host, by the chunk manager's own planner. What is left is
+ranked by predicted tokens per second. Nothing is built and nothing runs: thousands of layouts take seconds.
 """
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from math import ceil, prod
@@ -163,8 +163,8 @@ class Found:
             )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
-            f"{self.n_tried:,} layouts on {cluster.n_gpus} x {cluster.gpu.name}, of which {self.n_fitting:,} fit "
-            f"{FITS_SHARE:.0%} of {cluster.gpu.memory_gib:g} GiB; the fastest of each mesh:"
+            f"{self.n_tried:,} layouts on {cluster.n_gpus} x {cluster.gpu.name}, of which {self.n_fitting:,} "
+            f"fit {FITS_SHARE:.0%} of {cluster.gpu.memory_gib:g} GiB; the fastest of each mesh:"
         ]
         for name, *numbers in rows:
             cells = [f"{number:>{width}}" for number, width in zip(numbers, widths[1:], strict=True)]
@@ -273,7 +273,7 @@ def plan(question: Question) -> Found:
         fitting = list(_with_offload(question))
     if not fitting:
         raise UsageError(what_it_would_take(question))
-    fitting.sort(key=_rank)
+    fitting = _sorted(fitting)
     points = [
         (account.peak_gib, account.tokens_per_second_per_gpu, name_of(account.work)) for account in fitting
     ]
@@ -289,10 +289,16 @@ def plan(question: Question) -> Found:
     return Found(question, candidates, n_tried, len(fitting), points, too_large)
 
 
-def _rank(account: Account) -> tuple[int, int, float]:
-    """Return what layouts are sorted by: speed; and among those that are as fast, few axes and little memory."""
-    n_axes = sum(size > 1 for size in account.work.layout.sizes.values())
-    return round(math.log(account.step_seconds, NEAR)), n_axes, account.peak_gib
+def _sorted(accounts: list[Account]) -> list[Account]:
+    """Return the fastest first; but of those that are as fast, the one with the fewest axes and bytes."""
+    by_speed = sorted(accounts, key=lambda account: account.step_seconds)
+    as_fast = [each for each in by_speed if each.step_seconds <= NEAR * by_speed[0].step_seconds]
+
+    def simplicity(account: Account) -> tuple[int, float]:
+        return sum(size > 1 for size in account.work.layout.sizes.values()), account.peak_gib
+
+    best = min(as_fast, key=simplicity)
+    return [best, *(each for each in by_speed if each is not best)]
 
 
 def _with_offload(question: Question) -> Iterator[Account]:
@@ -334,7 +340,8 @@ def why_slower(account: Account, best: Account) -> str:
     slower = account.step_seconds / best.step_seconds - 1
     worst = max(more, key=more.get)
     if slower < NEAR - 1:
-        return f"as fast, within {slower:.1%}; it takes {account.peak_gib - best.peak_gib:+.1f} GiB."
+        more_gib = account.peak_gib - best.peak_gib
+        return f"as fast, within {NEAR - 1:.1%}, with more axes or memory ({more_gib:+.1f} GiB)."
     return f"{slower:.1%} slower; of a step, {worst} {_takes(worst)} {more[worst]:.3g} s more."
 
 
@@ -362,7 +369,8 @@ def _no_layout(question: Question) -> UsageError:
     n_gpus, rows = question.cluster.n_gpus, question.global_batch_size
     return UsageError(
         f"no layout of {n_gpus} GPUs can share global_batch_size={rows} rows of seq_len={question.seq_len}, "
-        f"whatever tp, cp and pp are. Use a multiple of {n_gpus} rows, or a number of GPUs that is a power of 2."
+        f"whatever tp, cp and pp are. Use a multiple of {n_gpus} rows, or a number of GPUs that is a power "
+        "of 2."
     )
 
 
@@ -392,8 +400,8 @@ def what_it_would_take(question: Question) -> str:
     return (
         f"{model.n_parameters / 1e9:.1f}G parameters and rows of seq_len={question.seq_len} fit no layout of "
         f"{cluster.n_gpus} x {cluster.gpu.name}: the smallest needs {needed:.1f} GiB a GPU, "
-        f"{smallest[largest] / GIB:.1f} of them for {PURPOSES[largest]}, and {question.budget_bytes / GIB:.1f} are "
-        f"there. Use {', or '.join(ways)}."
+        f"{smallest[largest] / GIB:.1f} of them for {PURPOSES[largest]}, and "
+        f"{question.budget_bytes / GIB:.1f} are there. Use {', or '.join(ways)}."
     )
 
 
@@ -445,12 +453,12 @@ def choose_open(
 def _choose_all(
     job: Job, layout: ParallelConfig, device_bytes: int, states: States
 ) -> tuple[Job, ParallelConfig, str]:
-    """Return job and layout of the best plan, and the plan in words. UsageError: an axis was given as well."""
+    """Return job and layout of the best plan, and the plan in words. UsageError: an axis was given too."""
     given = [axis for axis, size in layout.sizes.items() if axis != "dp_shard" and size != 1]
     if given:
         raise UsageError(
-            f"auto=True chooses every axis, and {given[0]}={layout.sizes[given[0]]} is given too; leave one of "
-            "them out."
+            f"auto=True chooses every axis, and {given[0]}={layout.sizes[given[0]]} is given too; leave one "
+            "of them out."
         )
     n_gpus = prod(layout.sizes.values())
     near = min(NODES.values(), key=lambda node: abs(node.gpu.memory_gib * GIB - device_bytes))
@@ -467,8 +475,8 @@ def plan_settings(settings: Any, model: LlamaConfig, seq_len: int, launch: Any) 
     """Return a recipe's settings with the layout, the rows of a microbatch and the recomputation of the best
     plan, and the plan in words.
 
-    settings: has the fields `parallel`, `train` and `memory` of pretrain.py. launch: of the recipe. Every rank
-        comes to the same plan, since it depends on what all of them have in common.
+    settings: has the fields `parallel`, `train` and `memory` of pretrain.py. launch: of the recipe. Every
+        rank comes to the same plan, since it depends on what all of them have in common.
     """
     train, device = settings.train, launch.take_device()
     job = Job(
@@ -520,7 +528,7 @@ def _open_candidates(
 
 
 def frontier(points: list[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
-    """Return the points that no other surpasses in both: none faster has less memory, from the smallest on."""
+    """Return the points that no other surpasses in both, from the smallest to the fastest."""
     best, kept = 0.0, []
     for point in sorted(points, key=lambda point: (point[0], -point[1])):
         if point[1] > best:
@@ -561,10 +569,9 @@ def draw_plan(found: Found, path: str | Path) -> None:
     axes.set_ylim(0, best.tokens_per_second_per_gpu * 1.15)
     axes.set_xlabel("GiB of a GPU (predicted peak)")
     axes.set_ylabel("tokens per second and GPU (predicted)")
-    parameters = found.question.model.n_parameters / 1e9
-    axes.set_title(
-        f"{parameters:.1f}G parameters on {cluster.n_gpus} x {cluster.gpu.name}: {found.n_fitting:,} layouts fit"
-    )
+    model = f"{found.question.model.n_parameters / 1e9:.1f}G parameters"
+    gpus = f"{cluster.n_gpus} x {cluster.gpu.name}"
+    axes.set_title(f"{model} on {gpus}: {found.n_fitting:,} layouts fit")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.tight_layout()

@@ -14,6 +14,7 @@ from parallel.cluster import find_cluster
 from parallel.config import ParallelConfig
 from parallel.cost import Work, account_for
 from parallel.planner import Found, Question, draw_plan, name_of, plan
+from parallel.recompute import MODES
 from parallel.rules import Job
 
 ROWS, T = 1024, 4096  # a step of LLaMA-2 has 4M tokens
@@ -26,13 +27,11 @@ def planned(model: str, gpu: str, n_gpus: int) -> Found:
     return plan(Question(LlamaConfig.preset(model), T, ROWS, find_cluster(gpu, n_gpus), foresee=foresee))
 
 
-def zero3_alone(recompute: str) -> str:
-    """Return what ZeRO-3 over 512 A100-40GB needs for 70B, and nothing else, with this recomputation."""
-    job = Job(
-        LlamaConfig.preset("llama2-70b"), T, ROWS, 2, recompute=recompute, compile=True, device_type="cuda"
-    )
-    account = account_for(Work(job, ParallelConfig(dp_shard=512)), find_cluster("a100-40gb", 512))
-    return f"{account.peak_gib:.1f} GiB with recompute {recompute}"
+def zero3_gib(recompute: str) -> float:
+    """Return what a GPU needs for 70B under ZeRO-3 over 512 A100-40GB, without any other axis."""
+    model = LlamaConfig.preset("llama2-70b")
+    job = Job(model, T, ROWS, 2, recompute=recompute, compile=True, device_type="cuda")
+    return account_for(Work(job, ParallelConfig(dp_shard=512)), find_cluster("a100-40gb", 512)).peak_gib
 
 
 def cases_in_words() -> str:
@@ -41,11 +40,12 @@ def cases_in_words() -> str:
     for model, gpu, n_gpus in CASES:
         found = planned(model, gpu, n_gpus)
         parts.append(f"{model}, {ROWS} rows of {T} tokens a step:\n\n```\n{found.describe()}\n```")
+    needs = [f"{zero3_gib(recompute):.1f} GiB with recompute {recompute}" for recompute in MODES]
     parts.append(
-        "70B on 512 x A100-40GB is the case in which ZeRO-3 alone did not start. Its states are not the reason: they are 2 "
-        f"GiB a GPU. Two rows a GPU need {zero3_alone('none')}, {zero3_alone('selective')} and {zero3_alone('full')}: "
-        "without recomputation activations fill the GPU twice over, and with all of it the run fits, at nearly the speed of "
-        "the best layout with tp and pp."
+        "70B on 512 x A100-40GB is the case in which ZeRO-3 alone did not start. Its states are not the reason, "
+        f"since they are 2 GiB a GPU. Two rows a GPU need {needs[0]}, {needs[1]} and {needs[2]}. Without "
+        "recomputation the activations alone are several times the GPU. With all of it the run fits, at the "
+        "speed of the best layouts with tp and pp."
     )
     parts.append(
         "![7B to 70B from 8 to 512 GPUs](scaling.png)\n\n![the layouts of 70B on 512 GPUs](planning.png)"
