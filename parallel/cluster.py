@@ -11,7 +11,8 @@ below the peak is a matter of power and cooling, so it belongs to the GPU and is
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -34,6 +35,7 @@ class GPU:
     matmul_flops: float  # what large bf16 products sustain
     memory_bytes_s: float
     host_link_bytes_s: float  # to the memory of the host, each way at once
+    attention_flops: float | None = None  # of causal attention, forward, where that was measured
 
 
 @dataclass(frozen=True)
@@ -148,14 +150,16 @@ def _check_fields(path: str | Path, what: str, stored: object, kind: type) -> No
     if not isinstance(stored, dict):
         raise UsageError(f"{path}: {what} must be an object with the fields of parallel/cluster.py.")
     known = {field.name: field for field in fields(kind)}
-    required = {name for name, field in known.items() if field.default is field.default_factory}
+    required = {name for name, field in known.items() if field.default is MISSING}
     missing, unknown = required - set(stored), set(stored) - set(known)
     if missing or unknown:
         said = [f"lacks {', '.join(sorted(missing))}"] if missing else []
         said += [f"has {', '.join(sorted(unknown))}, which is unknown"] if unknown else []
         raise UsageError(f"{path}: {what} {' and '.join(said)}; its fields are {', '.join(known)}.")
     for name, value in stored.items():
-        if known[name].type is float or known[name].type is int:
+        if value is None and known[name].default is None:
+            continue
+        if known[name].type in (float, int, float | None):
             is_number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
             if not is_number or (known[name].type is int and value != int(value)):
                 raise UsageError(f"{path}: {name} is {value!r}; it must be a number above 0.")
@@ -167,10 +171,11 @@ def _check_fields(path: str | Path, what: str, stored: object, kind: type) -> No
 def calibrate(device: torch.device, n_gpus: int = 1, seconds: float = 10.0) -> Cluster:
     """Measure this machine in about `seconds`, and return it as a cluster that `read_cluster` reads again.
 
-    Measured are a large matrix product, a copy in memory, the link to the host, and AdamW on the host. What
-    joins GPUs and nodes takes several processes to measure, and is that of the known GPU where there is one;
-    else GPUs are assumed to be joined by their link to the host. A CPU is measured as if it were a GPU, so
-    that a plan for CPU processes has times too.
+    Measured are matrix products of several shapes, of which the fastest counts, because cost.py adds what a
+    shape loses; attention; a copy in memory; the link to the host; and AdamW on the host. What joins GPUs and
+    nodes takes several processes to measure. It is that of the known GPU where there is one; else GPUs are
+    assumed to be joined by their link to the host. A CPU is measured as if it were a GPU, so that a plan for
+    CPU processes has times too.
     """
     is_cuda = device.type == "cuda"
     known = cluster_of_device(device, n_gpus, min(n_gpus, 8))
@@ -179,12 +184,13 @@ def calibrate(device: torch.device, n_gpus: int = 1, seconds: float = 10.0) -> C
         properties = torch.cuda.get_device_properties(device)
         name, memory = properties.name, properties.total_memory
     dtype = torch.bfloat16 if is_cuda else torch.float32
-    each = seconds / 4
-    product = matmul_flops(device, dtype, each)
+    each = seconds / 6
+    product = max(_product_flops(device, dtype, each / 3), matmul_flops(device, dtype, each))
     peaks = [peak for key, peak in PEAK_FLOPS.items() if key in name]
     copied = _bytes_a_second(device, device, each)
     link = _bytes_a_second(torch.device("cpu"), device, each) if is_cuda else copied
-    gpu = GPU(name, memory / GIB, max([product, *peaks]), product, 2 * copied, link)
+    attention = _attention_flops(device, dtype, each)
+    gpu = GPU(name, memory / GIB, max([product, *peaks]), product, 2 * copied, link, attention)
     host = psutil.virtual_memory().total / GIB / max(1, min(n_gpus, 8))
     return Cluster(
         gpu,
@@ -230,10 +236,21 @@ def _host_adam_per_second(seconds: float) -> float:
     return parameter.numel() / _repeat(step, torch.device("cpu"), seconds)
 
 
-def attention_flops(device: torch.device, seconds: float = 1.0) -> float:
-    """Measure the FLOP/s of causal attention, forward, on rows of 4,096 tokens (256 on a CPU)."""
-    tokens, heads = (4096, 32) if device.type == "cuda" else (256, 4)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    q, k, v = (torch.randn(1, heads, tokens, 128, device=device, dtype=dtype) for _ in range(3))
-    best = _repeat(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), device, seconds)
-    return 2 * tokens * tokens * heads * 128 / best
+def _product_flops(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
+    """Return the best FLOP/s of the products of a block: (tokens, D) by (D, D), (D, F) and (F, D)."""
+    tokens, width, ffn = (8192, 4096, 11008) if device.type == "cuda" else (256, 512, 1376)
+    best = 0.0
+    for rows, columns in ((width, width), (width, ffn), (ffn, width)):
+        x = torch.randn(tokens, rows, device=device).to(dtype)
+        weight = torch.randn(rows, columns, device=device).to(dtype)
+        taken = _repeat(partial(torch.mm, x, weight), device, seconds)
+        best = max(best, 2 * tokens * rows * columns / taken)
+    return best
+
+
+def _attention_flops(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
+    """Return the FLOP/s of causal attention, forward, on a row of 4,096 tokens, or 256 on a CPU."""
+    tokens, heads, width = (4096, 32, 128) if device.type == "cuda" else (256, 4, 64)
+    q, k, v = (torch.randn(1, heads, tokens, width, device=device).to(dtype) for _ in range(3))
+    attend = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
+    return 2 * tokens * tokens * heads * width / _repeat(attend, device, seconds)

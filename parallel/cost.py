@@ -10,13 +10,14 @@ takes its step without memory; it knows bytes and traffic exactly, and this file
     Traffic   each collective of a step: its axis, how often it comes, how large it is, and what it can hide
               behind. Those of tp are the rows of the plan in tensor.py.
     Time      work / rate. A matrix product needs its FLOPs at the sustained rate and its bytes at the rate
-              of the memory, one after the other, so that small products are slower. Kernels that only read
+              of the memory, which partly overlap, so that thin products are slower. Kernels that only read
               and write need their bytes. A collective needs its hops and its bytes (alpha and beta). What
               hides behind computation costs only what it takes from it.
 
 Rates are those of a Cluster, times what the software reaches of them, which is a Stack: a few efficiencies,
-one for each kind of kernel. They were fitted on half of the runs that others have published, and the other
-half tests them: docs/planning.md has the rows, recipes/bench/published.py makes it.
+one for each kind of kernel. They were measured in a step of this trainer, or fitted on half of the runs that
+others have published; the other half tests them. docs/planning.md has the rows, and
+recipes/bench/published.py makes it.
 
 B rows, T tokens, D width, H query heads, K key/value heads of width E, F feed-forward width, V vocabulary, L
 layers, M microbatches, N parameters, n ranks.
@@ -457,7 +458,7 @@ ATTENTION_BACKWARD = 0.8  # of the forward's rate: FlashAttention-2 and 3, arXiv
 
 @dataclass(frozen=True)
 class Stack:
-    """Holds what one kind of software reaches of the hardware's rates. Fitted: see the top of the file."""
+    """Holds what one kind of software reaches of the hardware's rates."""
 
     name: str
     matmul: float  # of matmul_flops, in matrix products
@@ -472,16 +473,18 @@ class Stack:
     is_megatron: bool = False  # see the places that ask for it
 
 
-# matmul, attention, passes, contention and tp_hides are fitted. The others have sources. memory: what AdamW
-# and sums of gradients reach on an H200, 3.8 to 3.9 of 4.8 TB/s (recipes/bench/README.md). link: what SimuMax
-# measured of B200's NVLink, 0.67 to 0.74. network: what nccl-tests reach of 400 Gbit/s, 42 to 48 GB/s.
-# block_launch_s: about 50 kernels of 20 us in eager PyTorch, and half as many fused ones.
+# Measured in this trainer's step of 7B on one H200 (recipes/bench/README.md): PyTorch's matmul and attention,
+# 687 and 475 of 794 TFLOP/s, and memory, 3.8 to 3.9 of 4.8 TB/s in AdamW and in sums of gradients. Taken from
+# others: link, what SimuMax measured of B200's NVLink (0.67 to 0.74), and network, what nccl-tests reach of
+# 400 Gbit/s (42 to 48 GB/s). Fitted on half of the published rows (docs/planning.md): passes, contention, and
+# all but these of Megatron's. block_launch_s: about 50 kernels of 20 us in eager PyTorch, and half as many
+# fused ones.
 PYTORCH = Stack(
     "pytorch",
-    matmul=0.864,
+    matmul=0.865,
     attention=0.598,
     memory=0.8,
-    passes=1.28,
+    passes=2.51,
     link=0.67,
     network=0.85,
     contention=0.25,
@@ -490,14 +493,14 @@ PYTORCH = Stack(
 )
 MEGATRON = Stack(
     "megatron",
-    matmul=1.0,
+    matmul=0.976,
     attention=0.9,
     memory=0.8,
-    passes=1.0,
+    passes=1.72,
     link=0.67,
     network=0.85,
-    contention=0.085,
-    tp_hides=0.81,
+    contention=0.122,
+    tp_hides=0.558,
     block_launch_s=0.5e-3,
     is_megatron=True,
 )
@@ -519,10 +522,11 @@ class Seconds:
 
 
 def product_seconds(cluster: Cluster, stack: Stack, shape: tuple[float, float, float]) -> float:
-    """Return the time of a bf16 matrix product (m, k) x (k, n): its FLOPs, and its bytes."""
+    """Return the time of a bf16 matrix product (m, k) x (k, n), from its FLOPs and its bytes."""
     m, k, n = shape
     flops = 2 * m * k * n / (cluster.gpu.matmul_flops * stack.matmul)
-    return flops + 2 * (m * k + k * n + m * n) / (cluster.gpu.memory_bytes_s * stack.memory)
+    n_bytes = 2 * (m * k + k * n + m * n) / (cluster.gpu.memory_bytes_s * stack.memory)
+    return math.hypot(flops, n_bytes)
 
 
 def block_seconds(work: Work, cluster: Cluster, stack: Stack) -> tuple[Seconds, Seconds]:
@@ -536,7 +540,8 @@ def block_seconds(work: Work, cluster: Cluster, stack: Stack) -> tuple[Seconds, 
         for rows, columns in ((D, heads), (H * E / tp, D), (D, F / tp), (D, F / tp), (F / tp, D))
     )
     # Causal attention: half of the square, two products. Backward has five.
-    attention = 2 * work.tokens * work.job.seq_len * H / tp * E / (cluster.gpu.matmul_flops * stack.attention)
+    rate = cluster.gpu.attention_flops or cluster.gpu.matmul_flops * stack.attention
+    attention = 2 * work.tokens * work.job.seq_len * H / tp * E / rate
     attention_backward = 2.5 * attention / ATTENTION_BACKWARD
     # Two norms (read, write) and two sums (read twice, write); RoPE (read, write q and k); SwiGLU.
     numbers = 10 * D / layout.sequence_shards + 2 * (H + K) * E / tp + 3 * F / tp

@@ -42,9 +42,9 @@ def cases_in_words() -> str:
         parts.append(f"{model}, {ROWS} rows of {T} tokens a step:\n\n```\n{found.describe()}\n```")
     needs = [f"{zero3_gib(recompute):.1f} GiB with recompute {recompute}" for recompute in MODES]
     parts.append(
-        "70B on 512 x A100-40GB is the case in which ZeRO-3 alone did not start. Its states are not the reason, "
-        f"since they are 2 GiB a GPU. Two rows a GPU need {needs[0]}, {needs[1]} and {needs[2]}. Without "
-        "recomputation the activations alone are several times the GPU. With all of it the run fits, at the "
+        "70B on 512 x A100-40GB is the case in which ZeRO-3 alone did not start. Its states are not the "
+        f"reason, since they are 2 GiB a GPU. Two rows a GPU need {needs[0]}, {needs[1]} and {needs[2]}. "
+        "Without recomputation the activations alone are several times the GPU. With all of it the run fits, at the "
         "speed of the best layouts with tp and pp."
     )
     parts.append(
