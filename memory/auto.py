@@ -33,27 +33,16 @@ MOST_PLANS = 4  # a machine whose rates keep changing does not get new plans for
 HOST_SHARE = 0.9  # of the host's free memory: the page cache and the data reader want some
 
 
-def foresee(
-    n_parameters: int,
-    budgets: dict[str, float],
-    rates: dict[str, float],
-    seconds: tuple[float, float],
-    other: dict[str, float],
-    accumulates: bool,
-) -> Plan:
-    """Return the plan that placement auto would make for so many parameters of a rank, before anything is
-    built. UsageError: nothing fits.
+def foresee(n_parameters: int, budgets: dict[str, int], rates: dict, traced: dict, accumulates: bool) -> Plan:
+    """Return the plan that this policy would make for so many parameters of a rank, before anything is built.
 
-    budgets, other: bytes by account; other counts what is not the manager's, such as activations. rates: the
-        fields of MachineRates. seconds: of a step's forwards and backwards. accumulates: a step has several
-        microbatches, whose gradients are summed.
+    rates, traced: the fields of MachineRates and of StepTrace. accumulates: a step has several microbatches,
+        whose gradients are summed. UsageError: nothing fits.
     """
     n_whole, left_over = divmod(n_parameters, CHUNK_ELEMENTS)
-    sizes = [CHUNK_ELEMENTS] * n_whole + [left_over] * (left_over > 0)
-    chunks = ChunkSizes(tuple(sizes), StateFormat(accumulates=accumulates))
-    traced = StepTrace(int(other["device"]), *seconds, host_bytes=int(other["host"]))
-    whole = {account: int(n_bytes) for account, n_bytes in budgets.items()}
-    return auto_plan(chunks, whole, MachineRates(**rates), traced)
+    sizes = (CHUNK_ELEMENTS,) * n_whole + (left_over,) * (left_over > 0)
+    chunks = ChunkSizes(sizes, StateFormat(accumulates=accumulates))
+    return auto_plan(chunks, budgets, MachineRates(**rates), StepTrace(**traced))
 
 
 class AutoPolicy:

@@ -95,7 +95,7 @@ class ParallelConfig:
 
 
 WORLD_RULES = rules.world_rules(AXES)  # what a number of processes must satisfy
-RULES = [*rules.axis_rules(AXES), *rules.BATCH, *rules.TENSOR, *rules.CONTEXT, *rules.PIPELINE]
+RULES = [*rules.AUTO, *rules.axis_rules(AXES), *rules.BATCH, *rules.TENSOR, *rules.CONTEXT, *rules.PIPELINE]
 
 
 def check_parallel(layout: ParallelConfig, job: Job) -> int:

@@ -556,7 +556,10 @@ def block_seconds(work: Work, cluster: Cluster, stack: Stack) -> tuple[Seconds, 
         attention_backward + attention * again[0],
         memory_bound * (2 + again[1]),
     )
-    return _launched(forward, stack.block_launch_s), _launched(backward, 2 * stack.block_launch_s)
+    # Backward has twice the kernels of forward, and about half of a forward's are not matrix products.
+    launches = 2 + max(again[0], again[1] / 2)
+    launch_s = stack.block_launch_s
+    return _launched(forward, launch_s), _launched(backward, launches * launch_s)
 
 
 def _launched(seconds: Seconds, launch_s: float) -> Seconds:
@@ -695,12 +698,22 @@ def account_with_offload(work: Work, cluster: Cluster, foresee: Callable, stack:
     if work.states.inputs_on_host:
         per_layer = work.hidden_bytes / work.layout.sequence_shards
         host_inputs = per_layer * work.model.num_hidden_layers / work.layout.pp * in_flight(work)
+    other_bytes = sum(account.bytes.values()) - account.bytes["parameters"]
+    traced = {
+        "non_model_peak_bytes": int(other_bytes),
+        "forward_seconds": computing / forwards,
+        "backward_seconds": computing * (forwards - 1) / forwards,
+        "host_bytes": int(host_inputs),
+    }
+    budgets = {
+        "device": int(cluster.gpu.memory_gib * FITS_SHARE * GIB),
+        "host": int(cluster.host_memory_gib * GIB),
+    }
     plan = foresee(
         numbers_of_rank(work),
-        {"device": cluster.gpu.memory_gib * FITS_SHARE * GIB, "host": cluster.host_memory_gib * GIB},
+        budgets,
         machine_rates(cluster, stack),
-        (computing / forwards, computing * (forwards - 1) / forwards),
-        {"device": sum(account.bytes.values()) - account.bytes["parameters"], "host": host_inputs},
+        traced,
         accumulates=work.n_microbatches > 1,
     )
     kept = dict(account.bytes) | {"optimizer": float(sum(plan.device_bytes.values()))}

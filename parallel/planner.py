@@ -73,6 +73,7 @@ class Question:
     cluster: Cluster
     states: States = States()
     compile: bool = True
+    device_type: str = "cuda"
     # memory.auto.foresee, if states may be moved to the host where nothing fits without
     foresee: Callable | None = None
     stack: Stack = PYTORCH
@@ -164,7 +165,7 @@ class Found:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             f"{self.n_tried:,} layouts on {cluster.n_gpus} x {cluster.gpu.name}, of which {self.n_fitting:,} "
-            f"fit {FITS_SHARE:.0%} of {cluster.gpu.memory_gib:g} GiB; the fastest of each mesh:"
+            f"fit {FITS_SHARE:.0%} of {cluster.gpu.memory_gib:.4g} GiB; the fastest of each mesh:"
         ]
         for name, *numbers in rows:
             cells = [f"{number:>{width}}" for number, width in zip(numbers, widths[1:], strict=True)]
@@ -243,7 +244,7 @@ def works(question: Question) -> Iterator[Work]:
         question.global_batch_size,
         attention="sdpa",
         compile=question.compile,
-        device_type="cuda",
+        device_type=question.device_type,
     )
     for layout in meshes(question):
         rows_of_rank = question.global_batch_size // layout.dp
@@ -252,7 +253,9 @@ def works(question: Question) -> Iterator[Work]:
             if micro_rows > rows_of_rank or (micro_rows > 1 and tokens > MAX_MICRO_TOKENS):
                 break
             tried = replace(job, micro_batch_size=micro_rows)
-            if all_hold(RULES, Case(layout, tried)):
+            case = Case(layout, tried)
+            # With fewer microbatches than stages a pipeline is mostly a bubble.
+            if case.n_microbatches >= layout.pp and all_hold(RULES, case):
                 for recompute in RECOMPUTE:
                     yield Work(replace(tried, recompute=recompute), layout, question.states)
 
@@ -462,9 +465,14 @@ def _choose_all(
         )
     n_gpus = prod(layout.sizes.values())
     near = min(NODES.values(), key=lambda node: abs(node.gpu.memory_gib * GIB - device_bytes))
-    gpu = replace(near.gpu, memory_gib=device_bytes / GIB)
+    name = near.gpu.name
+    if job.device_type == "cpu":
+        name = f"cpu (at the rates of {name}, which decide the order alone)"
+    gpu = replace(near.gpu, name=name, memory_gib=device_bytes / GIB)
     cluster = replace(near, gpu=gpu, n_gpus=n_gpus, gpus_per_node=min(near.gpus_per_node, n_gpus))
-    question = Question(job.model, job.seq_len, job.global_batch_size, cluster, states, job.compile)
+    question = Question(
+        job.model, job.seq_len, job.global_batch_size, cluster, states, job.compile, job.device_type
+    )
     found = plan(question)
     best = found.best.work
     chosen = replace(job, micro_batch_size=best.job.micro_batch_size, recompute=best.job.recompute)

@@ -250,7 +250,11 @@ def _in_words(field: str, values: list) -> str:
     return f"use {field}={' or '.join(spans)}"
 
 
-LEFT_OUT = ("compile", "draw_schedule")  # off unless they are set, so that they are never set to False
+LEFT_OUT = (
+    "auto",
+    "compile",
+    "draw_schedule",
+)  # off unless they are set, so that they are never set to False
 
 
 # ---- The number of processes -------------------------------------------------------------------------------
@@ -299,6 +303,16 @@ def world_rules(axes: Sequence[str]) -> list[Rule]:
             {**{axis: sizes_to_try(axis) for axis in axes}, "world_size": lambda c: [c.n_fixed]},
         ),
     ]
+
+
+AUTO = [
+    Rule(
+        "auto",
+        lambda c: not c.auto,
+        "asks the planner for a layout, which is not done here; pretrain.py and sft.py do it",
+        {"auto": [False]},
+    ),
+]
 
 
 # ---- The batch ---------------------------------------------------------------------------------------------

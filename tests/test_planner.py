@@ -1,4 +1,4 @@
-"""parallel/planner.py: the search over layouts, its reasons, what it refuses, and cases that people ask about."""
+"""parallel/planner.py: the search over layouts, its reasons, what it refuses, and what people ask about."""
 
 import json
 import sys
@@ -90,7 +90,7 @@ def test_what_fits_nowhere_gets_what_it_would_take():
         plan(question(SEVENTY_B, gpus=8))
     said = str(refused.value)
     assert "69.0G parameters" in said and "fit no layout of 8 x h100-80gb" in said
-    assert "Use 16 of these GPUs, or 8 x h200-141gb, or placement=auto" in said
+    assert "Use 16 of these GPUs, or 8 x b200, or placement=auto" in said
 
 
 def test_states_go_to_the_host_only_where_nothing_fits_without():

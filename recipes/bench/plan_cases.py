@@ -44,8 +44,8 @@ def cases_in_words() -> str:
     parts.append(
         "70B on 512 x A100-40GB is the case in which ZeRO-3 alone did not start. Its states are not the "
         f"reason, since they are 2 GiB a GPU. Two rows a GPU need {needs[0]}, {needs[1]} and {needs[2]}. "
-        "Without recomputation the activations alone are several times the GPU. With all of it the run fits, at the "
-        "speed of the best layouts with tp and pp."
+        "Without recomputation the activations alone are several times the GPU. With all of it the run fits, "
+        "at the speed of the best layouts with tp and pp."
     )
     parts.append(
         "![7B to 70B from 8 to 512 GPUs](scaling.png)\n\n![the layouts of 70B on 512 GPUs](planning.png)"

@@ -10,11 +10,11 @@ The numbers come from the following, for N parameters on nodes of 8 GPUs and row
   of arithmetic per row on an H100; over one 400 Gbit/s link per GPU they would take 1.1 s. Between nodes only
   gradients travel, once a step: 2 x 4N/8 bytes a rank, which are 6.7 GB. A rank keeps 16N/8 bytes: 13 GB for
   7b, and 26 GB for 13b, which leaves too little of 40 GB, so there two nodes share them (13 GB).
-- 70b has 16N bytes of 1.1 TB, and shares them by ZeRO 3 over all GPUs, with full recomputation. Its collectives
-  go round rings that use all network cards of a node at once, and hide behind 8,192 tokens a GPU: 0.6 TB a
-  microbatch take 2.2 s at 8 x 400 Gbit/s a node, beside 7 s of arithmetic on an H100. Others measured this
-  layout on 64 A100 at 353 to 410 tokens a second and GPU (docs/planning.md). tp 8 x pp 2, which stood here
-  before, is predicted to be 40 % slower, since tp's traffic hides behind nothing.
+- 70b has 16N bytes of 1.1 TB, and shares them by ZeRO 3 over all GPUs, with full recomputation. Its
+  collectives go round rings that use all network cards of a node at once, and hide behind 8,192 tokens a GPU:
+  0.55 TB a microbatch take 1.6 s at 8 x 400 Gbit/s a node, beside 7 s of arithmetic on an H100. Others
+  measured this layout on 64 A100 at 353 to 410 tokens a second and GPU (docs/planning.md). tp 8 x pp 2 is
+  predicted to be 40 % slower on an H100, since what tp sends hides behind nothing.
 - 7b-lora, 13b-lora and 70b-lora have frozen weights of 2N bytes, and adapters of rank 16 that are 0.6 to 0.3
   % of N, with 16 bytes each. 70b takes 17 GB a rank under ZeRO 3 on a node of 8, and 4.5 GB for gathered
   weights. A row gathers 4N bytes, which take 0.5 s over NVLink, beside 6N FLOPs a token, which take 3.4 s at
