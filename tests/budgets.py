@@ -40,7 +40,7 @@ NOT_COUNTED = ("parallel/plans/", "parallel/cluster.py", "parallel/cost.py", "pa
 NODES = {  # room, or a recipe -> its nodes
     "the spine": Budget(now=26_100, aim=22_000),
     "dtensor_llama and parallel": Budget(now=91_300, aim=50_000),
-    "memory": Budget(now=27_700, aim=25_000),
+    "memory": Budget(now=27_710, aim=25_000),
     "a lesson": Budget(now=1_400, aim=1_400),
     "recipes/pretrain.py": Budget(now=2_450, aim=3_200),
     "recipes/sft.py": Budget(now=3_200, aim=3_200),

@@ -12,7 +12,7 @@ from dtensor_llama.cli import FilePath, run_recipe
 from memory.auto import foresee
 from parallel.cluster import find_cluster
 from parallel.config import ParallelConfig
-from parallel.cost import Work, account_for
+from parallel.cost import Account, Work, account_for
 from parallel.planner import Found, Question, draw_plan, name_of, plan
 from parallel.recompute import MODES
 from parallel.rules import Job
@@ -27,11 +27,11 @@ def planned(model: str, gpu: str, n_gpus: int) -> Found:
     return plan(Question(LlamaConfig.preset(model), T, ROWS, find_cluster(gpu, n_gpus), foresee=foresee))
 
 
-def zero3_gib(recompute: str) -> float:
-    """Return what a GPU needs for 70B under ZeRO-3 over 512 A100-40GB, without any other axis."""
+def zero3_account(recompute: str) -> Account:
+    """Return the account of 70B under ZeRO-3 over 512 A100-40GB, without any other axis."""
     model = LlamaConfig.preset("llama2-70b")
     job = Job(model, T, ROWS, 2, recompute=recompute, compile=True, device_type="cuda")
-    return account_for(Work(job, ParallelConfig(dp_shard=512)), find_cluster("a100-40gb", 512)).peak_gib
+    return account_for(Work(job, ParallelConfig(dp_shard=512)), find_cluster("a100-40gb", 512))
 
 
 def cases_in_words() -> str:
@@ -40,12 +40,14 @@ def cases_in_words() -> str:
     for model, gpu, n_gpus in CASES:
         found = planned(model, gpu, n_gpus)
         parts.append(f"{model}, {ROWS} rows of {T} tokens a step:\n\n```\n{found.describe()}\n```")
-    needs = [f"{zero3_gib(recompute):.1f} GiB with recompute {recompute}" for recompute in MODES]
+    best = found.best.account.mfu
+    zero3 = zero3_account("full").mfu / best
+    needs = [f"{zero3_account(recompute).peak_gib:.1f} GiB with recompute {recompute}" for recompute in MODES]
     parts.append(
         "70B on 512 x A100-40GB is the case in which ZeRO-3 alone did not start. Its states are not the "
         f"reason, since they are 2 GiB a GPU. Two rows a GPU need {needs[0]}, {needs[1]} and {needs[2]}. "
         "Without recomputation the activations alone are several times the GPU. With all of it the run fits, "
-        "at the speed of the best layouts with tp and pp."
+        f"at {zero3:.0%} of the speed of the best layout, which has tp and pp."
     )
     parts.append(
         "![7B to 70B from 8 to 512 GPUs](scaling.png)\n\n![the layouts of 70B on 512 GPUs](planning.png)"
