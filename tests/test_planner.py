@@ -77,9 +77,9 @@ def test_the_frontier_is_what_nothing_surpasses():
 
 @pytest.mark.parametrize("gpus,rows", [(512, 1024), (4096, 4096)])
 def test_seventy_b_on_many_gpus_is_planned_in_seconds(gpus, rows):
-    start = time.perf_counter()
+    start = time.process_time()  # what other processes do does not count
     found = plan(question(SEVENTY_B, gpus=gpus, rows=rows))
-    assert found.n_tried > 500 and time.perf_counter() - start < 30  # 2 s where nothing else runs
+    assert found.n_tried > 500 and time.process_time() - start < 20  # 2 s were measured
     assert 0.35 < found.best.account.mfu < 0.6
 
 
