@@ -34,7 +34,7 @@ from memory.tracer import load_rates
 from parallel.apply import Computation, parallelize
 from parallel.clip import ClippingAdamW
 from parallel.config import AXES, ParallelConfig
-from parallel.fit import check_states
+from parallel.cost import check_states
 from parallel.mesh import Layout
 from parallel.pipeline import Pipeline
 from parallel.plans.family import Family

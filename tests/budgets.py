@@ -36,14 +36,14 @@ SPINE = (
     "recipes/pretrain.py",
 )
 # Planning and the tables of other families are not counted with the packages.
-NOT_COUNTED = ("parallel/plans/", "parallel/cost.py", "parallel/planner.py")
+NOT_COUNTED = ("parallel/plans/", "parallel/cluster.py", "parallel/cost.py", "parallel/planner.py")
 
 NODES = {  # room, or a recipe -> its nodes
     "the spine": Budget(now=29_300, aim=22_000),
     "dtensor_llama and parallel": Budget(now=96_600, aim=50_000),
-    "memory": Budget(now=27_600, aim=25_000),
+    "memory": Budget(now=27_710, aim=25_000),
     "a lesson": Budget(now=1_400, aim=1_400),
-    "recipes/pretrain.py": Budget(now=2_400, aim=3_200),
+    "recipes/pretrain.py": Budget(now=2_450, aim=3_200),
     "recipes/sft.py": Budget(now=3_200, aim=3_200),
     "recipes/generate.py": Budget(now=2_100, aim=3_200),
     "recipes/export.py": Budget(now=1_100, aim=3_200),
