@@ -76,6 +76,7 @@ class Training:
     optimizer: Optimizer
     layout: Layout
     computation: Computation
+    activation_offloads: tuple[ActivationOffload, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -176,7 +177,7 @@ def assemble(
         compute_seconds = _compute_seconds(model, layout, computation, offload)
         machine = Machine(offload.ranks_per_host, rates, compute_seconds, say)
         optimizer = ChunkManager(model, optimizer, offload.config, loop, machine).optimizer
-    return Training(model, stages, pipeline, optimizer, layout, computation)
+    return Training(model, stages, pipeline, optimizer, layout, computation, tuple(activations))
 
 
 def settle_memory(
@@ -198,6 +199,22 @@ def settle_memory(
         per_parameter = memory.device_bytes_per_parameter(dtype.itemsize, n_microbatches)
         check_states(model, config, device_bytes, per_parameter)
     return memory, chosen
+
+
+def memory_of_manager(training: Training) -> tuple[list[Tensor], list[Tensor]]:
+    """Return what the chunk manager keeps on the device and on the host, with the buffers of the activation
+    offload; two empty lists without a manager."""
+    on_device, on_host = [], []
+    for offload in training.activation_offloads:
+        on_host += [slot for slot, _ in offload.free]
+    if isinstance(training.optimizer, ChunkOptimizer):
+        manager = training.optimizer.manager
+        for chunk in manager.chunks:
+            for name, (account, _, _) in chunk.format.tensors(chunk.home).items():
+                (on_host if account == "host" else on_device).append(chunk.tensors[name])
+        on_device += [tensor for slot in manager.ring for tensor in slot.values()]
+        on_host += manager.weight_buffers
+    return on_device, on_host
 
 
 def check_skips(skip_nonfinite: int, max_grad_norm: float, memory: MemoryConfig) -> None:

@@ -164,8 +164,24 @@ def _send_and_receive(operations: list[dist.P2POp]) -> list[dist.Work]:
     return works
 
 
-class InThisThread(Executor):
-    """Runs what it is given at once. Another thread would not be watched."""
+@contextmanager
+def pretended_manager() -> Iterator[None]:
+    """Let a chunk manager plan and move tensors on `meta`, which have no values: its kernels, which are
+    compiled and hold nothing, compute nothing; the host's work is done by the calling thread, which is
+    watched; and the free memory of this computer does not matter."""
+    nothing = lambda *args: None
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch("memory.lanes.ThreadPoolExecutor", _InThisThread))
+        stack.enter_context(mock.patch("memory.store.host_share", lambda *args: 2**60))
+        # A plan is printed with the time that it predicts, which is not asked for here.
+        stack.enter_context(mock.patch("parallel.assemble._compute_seconds", lambda *args: None))
+        for name in ("warm_up_host", "warm_up_device", "host_step", "device_steps", "sum_into"):
+            stack.enter_context(mock.patch(f"memory.kernel.Kernel.{name}", nothing))
+        yield
+
+
+class _InThisThread(Executor):
+    """Runs what it is given at once."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -174,6 +190,9 @@ class InThisThread(Executor):
         done = Future()
         done.set_result(work(*args, **kwargs))
         return done
+
+    def shutdown(self, *args, **kwargs) -> None:
+        pass
 
 
 # ---- What a GPU computes otherwise -------------------------------------------------------------------------

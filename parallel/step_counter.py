@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 
-from parallel.config import AXES, DERIVED_AXES
+from parallel.config import AXES
 from parallel.context import ring_attention, ring_attention_backward
 
 PARAMETERS = "parameters"  # this rank's shards
@@ -90,10 +90,10 @@ class Attention(NamedTuple):
 
 
 def groups_of(mesh: DeviceMesh) -> dict[str, str]:
-    """Return the axis of each process group by the group's name. A group that several axes share, as fsdp
-    and dp_shard do without cp, has the name of the axis of AXES."""
+    """Return the axis of each process group by the group's name. Of several axes that have the same group,
+    as fsdp and dp_shard without cp, the last of these gives the name: loss, dp, dp_cp, fsdp, and AXES."""
     names = {dist.group.WORLD.group_name: "world"}
-    for axis in [*DERIVED_AXES, *AXES]:
+    for axis in ["loss", "dp", "dp_cp", "fsdp", *AXES]:
         group = mesh[axis].get_group()
         if group.size() > 1:
             names[group.group_name] = axis
@@ -150,6 +150,10 @@ class StepCounter(TorchDispatchMode):
     def now(self, moment: str, kind_of_new: str) -> None:
         """Say what the program does from here on, and what it makes outside of backward."""
         self.moment, self.kind_of_new = moment, kind_of_new
+
+    def forget_all(self) -> None:
+        """Stop counting what is held, before it is deleted."""
+        self.live.clear()
 
     def tag(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Say what tensors are for."""
@@ -293,8 +297,9 @@ class StepCounter(TorchDispatchMode):
         return -(-n_bytes // self.block_bytes) * self.block_bytes
 
     def _forget(self, key: int) -> None:
-        held = self.live.pop(key)
-        self._add(held, -held.n_bytes)
+        held = self.live.pop(key, None)
+        if held is not None:
+            self._add(held, -held.n_bytes)
 
     def _move(self, held: _Held, kind: str) -> None:
         n_bytes = held.n_bytes
