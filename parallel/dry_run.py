@@ -26,13 +26,15 @@ from torch import Tensor
 from dtensor_llama import Llama
 from dtensor_llama.chat.lora import LoraConfig, apply_lora
 from dtensor_llama.data.reader import Batch
+from dtensor_llama.errors import UsageError
+from dtensor_llama.metrics import GIB
 from dtensor_llama.shards import local
 from parallel.apply import Computation
 from parallel.assemble import Offload, Training, adamw, assemble, memory_of_manager
 from parallel.config import ParallelConfig
 from parallel.mesh import Layout, build_mesh
 from parallel.pipeline import split_layers, stage_indices
-from parallel.pretend import META, pretended_device, pretended_manager, pretended_rank
+from parallel.pretend import META, pretended_device, pretended_manager, pretended_rank, take_shards
 from parallel.rules import Case, Job
 from parallel.step_counter import (
     CUDA_BLOCK,
@@ -164,6 +166,42 @@ def dry_run(setup: Setup, step: Step, say: Callable[[str], None] = lambda text: 
     return Counted(setup, ranks)
 
 
+def settle_auto(setup: Setup, step: Step, device_bytes: int) -> tuple[Setup, str]:
+    """Return a setup whose placement is static instead of auto, with as much resident as fits `device_bytes`,
+    and a sentence about it.
+
+    A run measures what its machine can move and may put chunks that are not resident into either place on
+    the host. Here they are stepped by the CPU, which takes the least memory of the device. UsageError if even
+    nothing resident does not fit."""
+
+    def placed(resident: float) -> Setup:
+        config = replace(
+            setup.offload.config,
+            placement="static",
+            resident=resident,
+            stream=0.0,
+            cpu=1 - resident,
+            device_budget_gib=None,
+        )
+        return replace(setup, offload=replace(setup.offload, config=config))
+
+    least = dry_run(placed(0.0), step).largest
+    room = 0.97 * device_bytes - least.peak_bytes  # a plan keeps so much in reserve: memory/placement.py
+    if room < 0:
+        raise UsageError(
+            f"placement=auto cannot help: with all states on the host a rank needs {least.peak_bytes / GIB:.1f} "
+            f"GiB of the device, and {0.97 * device_bytes / GIB:.1f} can be used. Use recompute=full, a lower "
+            "`micro_batch_size` or more ranks."
+        )
+    itemsize = setup.computation.dtype.itemsize
+    per_parameter = placed(1.0).offload.config.device_bytes_per_parameter(itemsize, setup.n_microbatches)
+    n_trained = least.checkpoint_bytes // (3 * FP32)
+    share = min(1.0, room / ((per_parameter - itemsize) * n_trained))
+    resident = int(100 * share) / 100
+    said = f"placement auto: {resident:.0%} of the states can be resident, the rest is stepped on the host"
+    return placed(resident), said
+
+
 def kinds_of_ranks(setup: Setup) -> list[int]:
     """Return one pp rank of each kind: the first, the last, and of those between the first with each number
     of layers. Of equal ones an earlier rank holds the activations of as many microbatches, or more."""
@@ -239,6 +277,7 @@ def _count_rank(setup: Setup, pp_rank: int, step: Step, n_microbatches: int) -> 
         n_planned = n_microbatches if layout.pp > 1 else min(setup.n_microbatches, 2)
         spread = Layout(layout, mesh, n_planned)
         training = assemble(model, spread, computation, adamw(lr=1e-3, weight_decay=0.1), setup.offload)
+        take_shards(training.stages)
         count_states(counter, training)
         held_bytes = dict(counter.by_kind)
         counter.watch(training.stages, training.optimizer)

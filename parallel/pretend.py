@@ -18,9 +18,11 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp._fully_shard import _fully_shard as fully_shard_module  # private, as is the next
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.pipelining import schedules
 from torch.distributed.tensor import _redistribute
@@ -29,8 +31,7 @@ from torch.nn.attention import SDPBackend
 
 from dtensor_llama import attention, loss
 from dtensor_llama.attention import expand_heads, pad_head_width, plan_sdpa
-from parallel import context
-from parallel.pretended_compiler import compiler
+from parallel import context, tensor
 from parallel.step_counter import StepCounter
 
 META = torch.device("meta")
@@ -77,11 +78,16 @@ def pretended_device(device: torch.device, counter: StepCounter) -> Iterator[Non
         replace(torch, "meta", _MetaModule, create=True)
         replace(fully_shard_module, "_get_device_from_mesh", lambda mesh: META)
         replace(FSDPParamGroup, "_validate_no_meta_params", lambda group: None)
+        replace(FSDPParam, "reset_sharded_param", _take_shard)
         # The fused AdamW computes on `meta` too, but `meta` is not on its list.
         replace(import_module("torch.optim.adam"), "_device_dtype_check_for_fused", lambda *args, **how: None)
         replace(dist, "batch_isend_irecv", _send_and_receive)
+        for user in (loss, tensor):
+            replace(user, "take_columns", _take_columns)
         _without_first_messages(replace, counter)
         if device.type == "cuda":
+            from parallel.pretended_compiler import compiler  # here, because it imports for seconds
+
             replace(torch, "compile", compiler(counter))
             replace(F, "rms_norm", _fused_rms_norm)
             replace(attention, "_sdpa", _sdpa_on_gpu)
@@ -98,15 +104,21 @@ def pretended_device(device: torch.device, counter: StepCounter) -> Iterator[Non
         yield
 
 
+class _Stream(torch.cpu.Stream):
+    """Has events, which FSDP keeps where the device is not a CPU."""
+
+    def record_event(self, event=None) -> torch.cpu.Event:
+        return torch.cpu.Event()
+
+
 class _MetaModule:
     """Stands for torch.cuda where the device is `meta`."""
 
-    Stream, Event, current_stream, stream = (
-        torch.cpu.Stream,
-        torch.cpu.Event,
-        torch.cpu.current_stream,
-        torch.cpu.stream,
-    )
+    Stream, Event, stream = _Stream, torch.cpu.Event, torch.cpu.stream
+
+    @staticmethod
+    def current_stream(device=None) -> _Stream:
+        return _Stream()
 
     @staticmethod
     def is_available() -> bool:
@@ -135,6 +147,31 @@ class _MetaModule:
     @staticmethod
     def set_rng_state(state: Tensor, device=None) -> None:
         pass
+
+
+def take_shards(stages: list[nn.Module]) -> None:
+    """Let FSDP work with the shards that `to_empty` has made, as it does otherwise before the first forward.
+    Shards that are smaller than those of other ranks become larger then."""
+    for stage in stages:
+        for module in stage.modules():
+            if isinstance(module, FSDPModule):
+                state = module._get_fsdp_state()
+                groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+                for parameter in [one for group in groups if group for one in group.fsdp_params]:
+                    parameter.reset_sharded_param()
+
+
+def _take_shard(own: FSDPParam) -> None:
+    """Do what FSDPParam.reset_sharded_param does, but on `meta`, where that does nothing."""
+    own.sharded_param = getattr(own._module_info.module, own._module_info.param_name)
+    shard = own.sharded_param._local_tensor
+    if own._sharded_param_data.untyped_storage()._cdata == shard.untyped_storage()._cdata:
+        return
+    if shard.size() != own.padded_sharded_param_size:
+        n_rows = shard.size(0) if shard.numel() else 0
+        shard = shard.new_zeros(own.padded_sharded_param_size)
+        own.sharded_param._local_tensor = shard.narrow(0, 0, n_rows)
+    own._sharded_param_data = shard.view(-1)
 
 
 def _without_first_messages(replace: Callable, counter: StepCounter) -> None:
@@ -193,6 +230,24 @@ class _InThisThread(Executor):
 
     def shutdown(self, *args, **kwargs) -> None:
         pass
+
+
+class _TakeColumns(torch.autograd.Function):
+    """Gives a gradient that takes no memory, as elsewhere the sparse one of C numbers hardly does; `meta` has
+    no sparse tensors."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, columns: Tensor) -> Tensor:
+        ctx.shape = x.shape
+        return x.new_empty(len(x))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad.new_zeros(()).expand(ctx.shape), None
+
+
+def _take_columns(x: Tensor, columns: Tensor) -> Tensor:
+    return torch.where(columns >= 0, _TakeColumns.apply(x, columns), 0.0)
 
 
 # ---- What a GPU computes otherwise -------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group  # private in torch 2.11 to 2.13
 from torch._ops import HigherOrderOperator
+from torch._subclasses import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
@@ -242,6 +243,8 @@ class StepCounter(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # what its shards do is seen instead
+        if any(issubclass(kind, FakeTensor) for kind in types):
+            return op(*args, **(kwargs or {}))  # DTensor asks for the shape of a result
         kwargs = kwargs or {}
         if isinstance(op, HigherOrderOperator):
             return self._replay(op, args, kwargs)
@@ -258,12 +261,12 @@ class StepCounter(TorchDispatchMode):
         result = op(*args, **kwargs)
         if not self.is_muted:
             for tensor in tree_leaves(result):
-                if isinstance(tensor, Tensor) and tensor.device.type == self.device_type:
+                if self._counts(tensor):
                     self._see(tensor)
         if namespace in ("c10d", "fsdp"):
             kind = COMMUNICATION if namespace == "c10d" else GATHERED
             for tensor in tree_leaves([args, kwargs]):
-                if isinstance(tensor, Tensor) and tensor.device.type == self.device_type:
+                if self._counts(tensor):
                     self._see(tensor, kind)
         return result
 
@@ -277,6 +280,12 @@ class StepCounter(TorchDispatchMode):
                 _, operation, *inputs = args
                 return operation(*inputs, **kwargs)
         raise NotImplementedError(f"{op.name()} cannot be counted")
+
+    def _counts(self, value: Any) -> bool:
+        """Return whether a value is a tensor in memory. The parts of a sparse one are seen where they are
+        made."""
+        is_plain = isinstance(value, Tensor) and not isinstance(value, FakeTensor)
+        return is_plain and value.device.type == self.device_type and value.layout is torch.strided
 
     def _see(self, tensor: Tensor, kind: str | None = None) -> None:
         storage = tensor.untyped_storage()

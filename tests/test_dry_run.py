@@ -127,7 +127,8 @@ def count_really(setup: Setup):
         step(training, microbatches)
     counter.forget_all()
     dist.barrier()
-    return held, counter.peak_bytes, counter.peak_moment, dict(counter.traffic), dict(counter.products)
+    peak = counter.peak_bytes, counter.peak_moment, counter.at_peak
+    return held, peak, dict(counter.traffic), dict(counter.products)
 
 
 def compare(name: str) -> list[float]:
@@ -137,7 +138,7 @@ def compare(name: str) -> list[float]:
     (counted,) = run_on(1, count_dry, setup, group=False)
     errors = []
     for rank in counted:
-        held, peak_bytes, moment, traffic, products = real[rank.pp_rank * len(real) // setup.layout.pp]
+        held, (peak_bytes, moment, at_peak), traffic, products = real[rank.pp_rank * len(real) // setup.layout.pp]
         assert rank.held_bytes == held
         assert rank.traffic == traffic
         assert rank.products == products
