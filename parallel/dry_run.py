@@ -4,13 +4,13 @@
     counted = dry_run(setup, step)          # step: the recipe's own, on a Training and microbatches
     counted.largest.peak_bytes, counted.largest.peak_moment, counted.largest.sent_bytes()
 
-No formula describes the step: the model is built, spread and stepped by the code that trains, as one rank of a
-pretended process group, on tensors that hold no memory (pretend.py), while a StepCounter watches. Ranks that
-have other pipeline stages hold other bytes, so a step is run once for each kind of rank. Of the other axes the
-first rank is taken, whose shards are the largest if they are unequal.
+No formula describes the step: the model is built, spread and stepped by the code that trains, as one rank of
+a pretended process group, on tensors that hold no memory (pretend.py), while a StepCounter watches. Ranks
+that have other pipeline stages hold other bytes, so a step is run once for each kind of rank. Of the other
+axes the first rank is taken, whose shards are the largest if they are unequal.
 
-A step of many microbatches repeats itself. So two steps of few are counted, and what one more microbatch adds is
-added as often as needed. The tests hold this against all of them.
+A step of many microbatches repeats itself. So two steps of few are counted, and what one more microbatch adds
+is added as often as needed. The tests hold this against all of them.
 """
 
 import gc
@@ -189,9 +189,9 @@ def settle_auto(setup: Setup, step: Step, device_bytes: int) -> tuple[Setup, str
     room = 0.97 * device_bytes - least.peak_bytes  # a plan keeps so much in reserve: memory/placement.py
     if room < 0:
         raise UsageError(
-            f"placement=auto cannot help: with all states on the host a rank needs {least.peak_bytes / GIB:.1f} "
-            f"GiB of the device, and {0.97 * device_bytes / GIB:.1f} can be used. Use recompute=full, a lower "
-            "`micro_batch_size` or more ranks."
+            f"placement=auto cannot help: with all states on the host a rank needs "
+            f"{least.peak_bytes / GIB:.1f} GiB of the device, and {0.97 * device_bytes / GIB:.1f} can be "
+            "used. Use recompute=full, a lower `micro_batch_size` or more ranks."
         )
     itemsize = setup.computation.dtype.itemsize
     per_parameter = placed(1.0).offload.config.device_bytes_per_parameter(itemsize, setup.n_microbatches)
@@ -217,7 +217,7 @@ def kinds_of_ranks(setup: Setup) -> list[int]:
 
 
 def few_microbatches(setup: Setup) -> tuple[int, int]:
-    """Return two numbers of microbatches from which the schedule's steps only grow by repeating themselves."""
+    """Return two numbers of microbatches from which on a step only grows by repeating itself."""
     layout = setup.layout
     if layout.pp == 1:
         return 1, 2

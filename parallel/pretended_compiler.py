@@ -1,18 +1,18 @@
 """Stands for torch.compile where tensors have no memory: the same graphs, run so that they hold what compiled
 kernels hold.
 
-Dynamo traces a block and AOTAutograd cuts its graph into a forward and a backward, as on a GPU: what is kept between
-the two is the partitioner's choice and no estimate. Inductor would then make few kernels of many operations. So
-what only passes from one elementwise operation to the next stays in registers, and is not counted here. Counted
-are the results of matrix products, attention, reductions and collectives, what these read, and what a graph
-returns.
+Dynamo traces a block and AOTAutograd cuts its graph into a forward and a backward, as on a GPU: what is kept
+between the two is the partitioner's choice and no estimate. Inductor would then make few kernels of many
+operations. So what only passes from one elementwise operation to the next stays in registers, and is not
+counted here. Counted are the results of matrix products, attention, reductions and collectives, what these
+read, and what a graph returns.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch._dynamo.backends.common import aot_autograd  # private in torch 2.11 to 2.13, as are the next
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
@@ -58,7 +58,7 @@ class _FusedGraph(fx.Interpreter):
         self.counter, self.in_memory = counter, _results_in_memory(graph.graph)
 
     def boxed(self) -> Callable[[list], Any]:
-        """Return the graph as AOTAutograd calls it: with a list that it empties, so that inputs can be freed."""
+        """Return the graph as AOTAutograd calls it: with a list, which it empties so that inputs can go."""
 
         def call(inputs: list) -> Any:
             own = list(inputs)
@@ -100,7 +100,18 @@ def _is_fused(node: fx.Node) -> bool:
 
 
 # Elementwise operations without the tag, and those that make numbers from nothing.
-_FUSED = {"_to_copy", "convert_element_type", "clone", "cat", "full", "arange", "iota", "expand", "where", "slice"}
+_FUSED = {
+    "_to_copy",
+    "convert_element_type",
+    "clone",
+    "cat",
+    "full",
+    "arange",
+    "iota",
+    "expand",
+    "where",
+    "slice",
+}
 _FUSED |= {"_unsafe_view", "view", "reshape", "getitem", "copy", "empty", "zeros", "constant_pad_nd", "split"}
 
 

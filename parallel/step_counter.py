@@ -27,10 +27,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _resolve_process_group  # private in torch 2.11 to 2.13
 from torch._ops import HigherOrderOperator
 from torch._subclasses import FakeTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _resolve_process_group  # private in torch 2.11 to 2.13
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
@@ -386,7 +386,7 @@ def _is_group(boxed: torch.ScriptObject) -> bool:
     return "ProcessGroup" in str(boxed._type())
 
 
-# Their fake implementations, for tensors without memory, would show neither what they send nor what they hold.
+# For tensors without memory they would show neither what they send nor what they hold.
 _PYTHON_OF = {
     "ring_attention": ring_attention._init_fn,
     "ring_attention_backward": ring_attention_backward._init_fn,

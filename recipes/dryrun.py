@@ -3,9 +3,10 @@
     python recipes/dryrun.py --model llama2-70b --gpus 512 --gpu a100-40gb --parallel.tp 8 --parallel.pp 4 \\
         --train.recompute full --train.global-batch-size 1024 --json 70b.json
 
-It takes any command line of pretrain.py, and --lora.rank of sft.py. The model is built and stepped by the code
-that trains, on tensors without memory (parallel/dry_run.py). Printed are the mesh, where each parameter lies,
-what a rank holds and when it holds most, what it sends on each axis, its FLOPs, and the pipeline's schedule.
+It takes any command line of pretrain.py, and --lora.rank of sft.py. The model is built and stepped by the
+code that trains, on tensors without memory (parallel/dry_run.py). Printed are the mesh, where each parameter
+lies, what a rank holds and when it holds most, what it sends on each axis, its FLOPs, and the pipeline's
+schedule.
 """
 
 import json
@@ -42,8 +43,8 @@ from parallel.step_counter import HOST, KINDS
 GPUS = {"a100-40gb": 39.4, "a100-80gb": 79.2, "h100-80gb": 79.6, "h200-141gb": 139.8}
 # GiB that torch does not allocate: CUDA's context takes about half of it, NCCL's buffers the rest.
 BESIDES_TORCH_GIB = 1.0
-# torch's allocator reserves more than is allocated, as freed blocks do not fit what is needed next: 1 to 2 % more
-# where parameters stay as they are, 6 to 10 % more where FSDP gathers and frees them.
+# torch's allocator reserves more than is allocated, as freed blocks do not fit what is needed next: 1 to 2 %
+# more where parameters stay as they are, 6 to 10 % more where FSDP gathers and frees them.
 RESERVED = (1.01, 1.10)
 DOCUMENT_TOKENS = 512  # of each document, with --data.document-mask
 
@@ -186,7 +187,10 @@ def setup_of(cfg: DryrunConfig) -> tuple[Setup, str]:
     seq_len = cfg.data.seq_len or config.max_position_embeddings
     device, dtype = torch.device("cuda"), getattr(torch, train.dtype)
     kernel = train.attention
-    if kernel in ("auto", "flash"):  # flash-attn holds what torch's kernels do, and need not be installed here
+    if kernel in (
+        "auto",
+        "flash",
+    ):  # flash-attn holds what torch's kernels do, and need not be installed here
         merges_or_fp32 = layout.is_ring or dtype == torch.float32
         kernel = "varlen" if cfg.data.document_mask and not merges_or_fp32 else "sdpa"
     computation = Computation(device, dtype, train.recompute, train.compile, kernel)
@@ -200,7 +204,7 @@ def setup_of(cfg: DryrunConfig) -> tuple[Setup, str]:
 
 
 def predict_times(counted: Counted, gpu: str) -> dict:
-    """Return what a step takes. It is not predicted yet: parallel/cost.py will do it, from what was counted."""
+    """Return what a step takes. It is not predicted yet: parallel/cost.py will, from what was counted."""
     return dict.fromkeys(("step_seconds", "tokens_per_second_per_gpu", "mfu"))
 
 
@@ -339,7 +343,9 @@ def traffic(counted: Counted, gpus_per_node: int) -> list[str]:
 
 def computation(counted: Counted, times: dict) -> list[str]:
     busiest = max(counted.ranks, key=lambda rank: rank.flops)
-    lines = [f"\nthe busiest rank computes {busiest.flops / 1e12:,.1f} TFLOP in a step, recomputation included"]
+    lines = [
+        f"\nthe busiest rank computes {busiest.flops / 1e12:,.1f} TFLOP in a step, recomputation included"
+    ]
     if times["step_seconds"] is None:
         lines.append("how long that takes is not predicted yet")
     return lines

@@ -46,7 +46,7 @@ NODES = {  # room, or a recipe -> its nodes
     "recipes/sft.py": Budget(now=3_200, aim=3_200),
     "recipes/generate.py": Budget(now=2_100, aim=3_200),
     "recipes/export.py": Budget(now=1_100, aim=3_200),
-    "recipes/explain.py": Budget(now=1_800, aim=3_200),
+    "recipes/dryrun.py": Budget(now=3_200, aim=3_200),
     "recipes/benchmark.py": Budget(now=2_600, aim=3_200),
     "recipes/example_sft.py": Budget(now=1_300, aim=3_200),
     "recipes/stdlib_corpus.py": Budget(now=600, aim=3_200),
