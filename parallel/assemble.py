@@ -201,22 +201,6 @@ def settle_memory(
     return memory, chosen
 
 
-def memory_of_manager(training: Training) -> tuple[list[Tensor], list[Tensor]]:
-    """Return what the chunk manager keeps on the device and on the host, with the buffers of the activation
-    offload; two empty lists without a manager."""
-    on_device, on_host = [], []
-    for offload in training.activation_offloads:
-        on_host += [slot for slot, _ in offload.free]
-    if isinstance(training.optimizer, ChunkOptimizer):
-        manager = training.optimizer.manager
-        for chunk in manager.chunks:
-            for name, (account, _, _) in chunk.format.tensors(chunk.home).items():
-                (on_host if account == "host" else on_device).append(chunk.tensors[name])
-        on_device += [tensor for slot in manager.ring for tensor in slot.values()]
-        on_host += manager.weight_buffers
-    return on_device, on_host
-
-
 def check_skips(skip_nonfinite: int, max_grad_norm: float, memory: MemoryConfig) -> None:
     """UsageError if steps with a gradient that is not finite are to be skipped, and could not be."""
     if skip_nonfinite and max_grad_norm == math.inf and memory.is_on:

@@ -30,7 +30,7 @@ from dtensor_llama.errors import UsageError
 from dtensor_llama.metrics import GIB
 from dtensor_llama.shards import local
 from parallel.apply import Computation
-from parallel.assemble import Offload, Training, adamw, assemble, memory_of_manager
+from parallel.assemble import Offload, Training, adamw, assemble
 from parallel.config import ParallelConfig
 from parallel.mesh import Layout, build_mesh
 from parallel.pipeline import split_layers, stage_indices
@@ -307,7 +307,7 @@ def count_states(counter: StepCounter, training: Training) -> None:
     """Let the counter know what is there between two steps: parameters and the optimizer's states, which
     AdamW makes in its first step."""
     on_device, on_host = memory_of_manager(training)
-    if not on_device and not on_host:
+    if not _has_manager(training):
         for parameter in training.model.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
@@ -320,6 +320,26 @@ def count_states(counter: StepCounter, training: Training) -> None:
     counter.tag(on_device, OPTIMIZER)
     counter.tag(on_host, HOST)
     counter.now("between two steps", OTHER)
+
+
+def _has_manager(training: Training) -> bool:
+    return hasattr(training.optimizer, "manager")
+
+
+def memory_of_manager(training: Training) -> tuple[list[Tensor], list[Tensor]]:
+    """Return what the chunk manager keeps on the device and on the host, and the slots of the activation
+    offload, which are on the host."""
+    on_device, on_host = [], []
+    for offload in training.activation_offloads:
+        on_host += [slot for slot, _ in offload.free]
+    if _has_manager(training):
+        manager = training.optimizer.manager
+        for chunk in manager.chunks:
+            for name, (account, _, _) in chunk.format.tensors(chunk.home).items():
+                (on_host if account == "host" else on_device).append(chunk.tensors[name])
+        on_device += [tensor for slot in manager.ring for tensor in slot.values()]
+        on_host += manager.weight_buffers
+    return on_device, on_host
 
 
 def _microbatch(setup: Setup) -> Batch:
