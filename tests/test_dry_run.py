@@ -299,3 +299,15 @@ def test_the_recipe_prints_what_a_rank_holds_and_writes_the_keys_of_its_contract
 def test_what_cannot_be_counted_is_one_line(flags, said):
     ended = recipe("dryrun", "--model", "tiny-1m", "--gpus", 4, *flags)
     assert ended.status == 2 and said in ended.err and ended.err.count("\n") == 1, ended
+
+
+def print_table() -> None:
+    """Print the table of docs/dry-run.md."""
+    print("| layout | pp rank | bytes at the peak, dry run | real processes | |\n| --- | --- | --- | --- | --- |")
+    for name in CASES:
+        for one in compare(name):
+            print(f"| {name} | {one.pp_rank} | {one.dry:,} | {one.real:,} | {one.error:+.2%} |", flush=True)
+
+
+if __name__ == "__main__":
+    print_table()
