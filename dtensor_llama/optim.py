@@ -71,7 +71,7 @@ def float64_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     """
     if not tensors:
         return []
-    if tensors[0].is_cuda:
+    if tensors[0].device.type != "cpu":
         # torch.nn.utils.get_total_norm also calls this, but without a dtype, which rounds the norms of
         # bfloat16 gradients to bfloat16. It takes a few launches for any number of tensors.
         # torch.linalg.vector_norm would first make a float64 copy of each.

@@ -137,7 +137,7 @@ class ActivationOffload:
         here = local(tensor)
         offset = here.storage_offset() - x.storage_offset()
         if (
-            here.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+            here.untyped_storage()._cdata != x.untyped_storage()._cdata  # on `meta` all pointers are alike
             or here.dtype != x.dtype
             or not here.numel()
             or offset < 0
@@ -225,7 +225,8 @@ class ActivationOffload:
         if self.n_slots == 0:
             return 0
         if self.device.type != "cuda":
-            slabs = [torch.empty(self.n_slots * self.slot_bytes, dtype=torch.uint8)]
+            device = "meta" if self.device.type == "meta" else "cpu"  # of a dry run, or of training
+            slabs = [torch.empty(self.n_slots * self.slot_bytes, dtype=torch.uint8, device=device)]
         else:
             slab_bytes = 1 << (SLOTS_PER_SLAB * self.slot_bytes - 1).bit_length()
             n_slabs = -(-self.n_slots // (slab_bytes // self.slot_bytes))

@@ -79,6 +79,7 @@ class Training:
     optimizer: Optimizer
     layout: Layout
     computation: Computation
+    activation_offloads: tuple[ActivationOffload, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -186,7 +187,7 @@ def assemble(
         compute_seconds = _compute_seconds(model, layout, computation, offload)
         machine = Machine(offload.ranks_per_host, rates, compute_seconds, say)
         optimizer = ChunkManager(model, optimizer, offload.config, loop, machine).optimizer
-    return Training(model, stages, pipeline, optimizer, layout, computation)
+    return Training(model, stages, pipeline, optimizer, layout, computation, tuple(activations))
 
 
 def settle_memory(

@@ -1,7 +1,7 @@
 """Computes what a layout means for one rank before any of its processes exists: mesh, parameters, bytes,
 traffic, pipeline.
 
-    facts = explain(run, rank=0)     a dict that JSON can hold; recipes/explain.py prints it
+    facts = explain(run, rank=0)     a dict that JSON can hold; recipes/dryrun.py prints it
 
 The placements are not described but made: the function that training uses, `parallelize`, is applied to a
 model without memory, in a pretended process group of the right size. The bytes follow the table in zero.py,
@@ -15,8 +15,6 @@ unit: the parameters that FSDP gathers and reduces at once, which are those of a
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -31,6 +29,7 @@ from parallel.apply import Computation, parallelize
 from parallel.config import AXES, DERIVED_AXES, ParallelConfig
 from parallel.mesh import build_mesh
 from parallel.pipeline import split_layers, stage_indices
+from parallel.pretend import pretended_rank as pretend
 from parallel.rules import Case, Job
 from parallel.schedule_clock import clock, schedule_order
 from parallel.tensor import Row, tensor_plan
@@ -64,19 +63,6 @@ class Run:
     def hidden_bytes(self) -> int:
         """Return the bytes of the hidden states of those tokens, (B, T/cp, D)."""
         return self.tokens * self.config.hidden_size * self.compute_dtype.itemsize
-
-
-@contextmanager
-def pretend(rank: int, world_size: int) -> Iterator[None]:
-    """Act as one rank of a process group without other processes, whose collectives do nothing. It is good
-    for shapes only."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # private in torch 2.11 to 2.13
-
-    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def explain(run: Run, rank: int = 0) -> dict:

@@ -307,7 +307,7 @@ def test_a_step_runs_in_the_order_explained(schedule):
 
 def test_the_recipe_draws_the_mesh_and_writes_the_facts(tmp_path):
     ended = recipe(
-        "explain",
+        "dryrun",
         "--model",
         "llama2-7b",
         "--gpus",
@@ -328,14 +328,13 @@ def test_the_recipe_draws_the_mesh_and_writes_the_facts(tmp_path):
     assert "pp 1 dp_shard 1 tp | 40 41 42 43 44 45 46 47" in said and "pp 2 8 40" in said
     assert "16 model.layers.*.mlp.down_proj.weight 4096 x 11008 1024 x 1376 fsdp S(0) tp S(1)" in said
     facts = json.loads((tmp_path / "facts.json").read_text())
-    assert facts["model"] == "llama2-7b" and facts["groups"]["dp_shard"] == [32, 40, 48, 56]
-    assert facts["bytes"]["moments"] == 2 * facts["bytes"]["weights"]
+    assert facts["model"] == "llama2-7b" and facts["mesh"]["groups"]["dp_shard"] == [32, 40, 48, 56]
+    assert facts["ranks"][0]["held_gib"]["optimizer"] >= 2 * facts["ranks"][0]["held_gib"]["parameters"]
 
 
 @pytest.mark.parametrize(
     "flags,said",
     [
-        (["--memory.placement", "auto"], "--memory.placement auto"),
         (["--gpus", 0], "--gpus 0 is not possible"),
         (["--rank", 4], "--rank 4 is not one of --gpus 4; use 0 to 3"),
         (["--parallel.tp", 3], "--parallel.tp 3, which needs a multiple of 3"),
@@ -343,7 +342,7 @@ def test_the_recipe_draws_the_mesh_and_writes_the_facts(tmp_path):
     ],
 )
 def test_what_pretrain_would_refuse_is_refused(flags, said):
-    ended = recipe("explain", "--model", "tiny-1m", "--gpus", 4, *flags)
+    ended = recipe("dryrun", "--model", "tiny-1m", "--gpus", 4, *flags)
     assert ended.status == 2 and said in ended.err and ended.err.count("\n") == 1
 
 

@@ -249,7 +249,7 @@ def test_an_empty_variable_is_an_unset_one(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", mostly_slow("pretrain", "generate", "sft", "export", "benchmark", "explain", fast=1)
+    "name", mostly_slow("pretrain", "generate", "sft", "export", "benchmark", "dryrun", fast=1)
 )
 def test_ctrl_c_while_importing_is_one_word_and_status_130(name, tmp_path):
     process = subprocess.Popen(
@@ -503,7 +503,7 @@ def test_a_tilde_is_the_home_folder_in_every_flag_that_names_a_place(inputs, tmp
     from dtensor_llama.cli import parse_cli
 
     sys.path.insert(0, str(ROOT / "recipes"))
-    import explain
+    import dryrun
     import export
     import generate
     import pretrain
@@ -515,7 +515,7 @@ def test_a_tilde_is_the_home_folder_in_every_flag_that_names_a_place(inputs, tmp
         sft.SftConfig: ["model", "data.tokenizer", "run_dir", "checkpoint.resume", "preview_json"],
         generate.GenerateConfig: ["model", "prompts_file"],
         export.ExportConfig: ["tokenizer", "base"],
-        explain.ExplainConfig: ["model", "json"],
+        dryrun.DryrunConfig: ["model", "json"],
         stdlib_corpus.CorpusConfig: ["out"],
     }
     for config_class, names in cases.items():
@@ -558,7 +558,7 @@ def test_a_tilde_is_the_home_folder_in_every_flag_that_names_a_place(inputs, tmp
             "hf download meta-llama/Llama-2-7b-hf",
         ),
         ("benchmark", ["--model", "meta-llama/Llama-2-7b-hf"], "hf download meta-llama/Llama-2-7b-hf"),
-        ("explain", ["--model", "meta-llama/Llama-2-7b-hf"], "hf download meta-llama/Llama-2-7b-hf"),
+        ("dryrun", ["--model", "meta-llama/Llama-2-7b-hf"], "hf download meta-llama/Llama-2-7b-hf"),
     ],
 )
 def test_a_name_that_is_no_folder_here_gets_the_line_that_says_what_would_work(inputs, name, arguments, said):
@@ -709,7 +709,7 @@ def test_the_folder_of_a_clone_may_be_called_like_a_marker(tmp_path):
     assert "1 passed, 1 skipped" in done.stdout, done
 
 
-@pytest.mark.parametrize("name", mostly_slow("pretrain", "sft", "explain", "benchmark", "generate", fast=1))
+@pytest.mark.parametrize("name", mostly_slow("pretrain", "sft", "dryrun", "benchmark", "generate", fast=1))
 def test_a_recipe_starts_as_a_module_too(name):
     done = subprocess.run(
         [sys.executable, "-m", f"recipes.{name}", "--no-such-flag"], cwd=ROOT, capture_output=True, text=True

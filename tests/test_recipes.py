@@ -7,9 +7,9 @@ from recipe import ROOT
 
 STEP = ("train_step", "forward_backward")
 SAME = [
-    *((name, ("pretrain", "sft", "benchmark")) for name in STEP),
-    ("DataConfig", ("pretrain", "explain", "benchmark")),
-    ("CheckpointConfig", ("pretrain", "sft", "explain", "benchmark")),
+    *((name, ("pretrain", "sft", "benchmark", "dryrun")) for name in STEP),
+    ("DataConfig", ("pretrain", "dryrun", "benchmark")),
+    ("CheckpointConfig", ("pretrain", "sft", "dryrun", "benchmark")),
 ]
 
 
@@ -34,8 +34,8 @@ def fields_of(name: str, recipe: str) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("recipe", ["explain", "benchmark"])
-def test_a_command_of_pretrain_can_be_explained_and_timed(recipe):
+@pytest.mark.parametrize("recipe", ["dryrun", "benchmark"])
+def test_a_command_of_pretrain_can_be_dry_run_and_timed(recipe):
     asked, answered = fields_of("TrainConfig", "pretrain"), fields_of("TrainConfig", recipe)
     if recipe == "benchmark":  # it times 20 steps where nothing is asked for
         assert answered.pop("steps") == "int = 20" and asked.pop("steps") == "int = 1000"

@@ -1,0 +1,359 @@
+"""Runs a training step for any number of GPUs on a laptop, and says what each rank holds, sends and computes.
+
+    setup = Setup(layout, job, computation)
+    counted = dry_run(setup, step)          # step: the recipe's own, on a Training and microbatches
+    counted.largest.peak_bytes, counted.largest.peak_moment, counted.largest.sent_bytes()
+
+No formula describes the step: the model is built, spread and stepped by the code that trains, as one rank of
+a pretended process group, on tensors that hold no memory (pretend.py), while a StepCounter watches. Ranks
+that have other pipeline stages hold other bytes, so a step is run once for each kind of rank. Of the other
+axes the first rank is taken, whose shards are the largest if they are unequal.
+
+A step of many microbatches repeats itself. So two steps of few are counted, and what one more microbatch adds
+is added as often as needed. The tests hold this against all of them.
+"""
+
+import gc
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dtensor_llama import Llama
+from dtensor_llama.chat.lora import LoraConfig, apply_lora
+from dtensor_llama.data.reader import Batch
+from dtensor_llama.errors import UsageError
+from dtensor_llama.metrics import GIB
+from dtensor_llama.shards import local
+from parallel.apply import Computation
+from parallel.assemble import Offload, Training, adamw, assemble
+from parallel.config import ParallelConfig
+from parallel.mesh import Layout, build_mesh
+from parallel.pipeline import split_layers, stage_indices
+from parallel.pretend import META, pretended_device, pretended_manager, pretended_rank, take_shards
+from parallel.rules import Case, Job
+from parallel.step_counter import (
+    CUDA_BLOCK,
+    HOST,
+    OPTIMIZER,
+    OTHER,
+    PARAMETERS,
+    Attention,
+    Collective,
+    Product,
+    StepCounter,
+    groups_of,
+    ring_bytes,
+)
+
+Step = Callable[[Training, list[Batch]], object]
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Holds what a run would be: its layout, resolved and checked, its job, and how it computes.
+
+    computation: its device says what for: `cuda` stands for any GPU, `cpu` for the processes of a test.
+    offload: as for `assemble`; None: the states live on the device. document_tokens: of each document of a
+        packed row; None: rows are not masked.
+    """
+
+    layout: ParallelConfig
+    job: Job
+    computation: Computation
+    lora: LoraConfig = LoraConfig()
+    offload: Offload | None = None
+    document_tokens: int | None = None
+
+    @property
+    def world_size(self) -> int:
+        return math.prod(self.layout.sizes.values())
+
+    @property
+    def n_microbatches(self) -> int:
+        return Case(self.layout, self.job).n_microbatches
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.computation.device.type == "cuda"
+
+    @property
+    def tokens_per_step(self) -> int:
+        job = self.job
+        return job.seq_len * job.micro_batch_size * self.n_microbatches * self.layout.dp
+
+
+@dataclass(frozen=True)
+class RankCount:
+    """Holds what one step does on a rank, and on all others with the same place on the pp axis.
+
+    held_bytes: between two steps. at_peak: when most is held. most: of each kind, whenever that is. All are
+        bytes on the device by kind (step_counter.py), and under `host` those that are offloaded.
+    checkpoint_bytes: what an asynchronous checkpoint adds on the host.
+    traffic, products, attention: how often each is done in a step. groups: the ranks of each axis in use.
+    """
+
+    pp_rank: int
+    held_bytes: dict[str, int]
+    at_peak: dict[str, int]
+    most: dict[str, int]
+    peak_bytes: int
+    peak_moment: str
+    checkpoint_bytes: int
+    traffic: dict[Collective, int]
+    products: dict[Product, int]
+    attention: dict[Attention, int]
+    groups: dict[str, list[int]] = field(repr=False)
+
+    @property
+    def host_bytes(self) -> int:
+        return self.most.get(HOST, 0)
+
+    @property
+    def flops(self) -> int:
+        """Return the FLOPs of matrix products and attention, recomputation included."""
+        products = sum(2 * one.m * one.n * one.k * count for one, count in self.products.items())
+        return products + sum(one.flops * count for one, count in self.attention.items())
+
+    def sent_bytes(self) -> dict[str, int]:
+        """Return what this rank sends in a step by axis, if collectives go round rings."""
+        sent: Counter[str] = Counter()
+        for one, count in self.traffic.items():
+            sent[one.axis] += round(count * ring_bytes(one.kind, one.whole_bytes, len(self.groups[one.axis])))
+        return dict(sent)
+
+    def sent_between_nodes(self, gpus_per_node: int) -> dict[str, int]:
+        """Return how much of that leaves a node, for a mean rank of the ring."""
+        between = {}
+        for axis, n_bytes in self.sent_bytes().items():
+            ranks = self.groups[axis]
+            nodes = [rank // gpus_per_node for rank in ranks]
+            n_hops = sum(node != after for node, after in zip(nodes, nodes[1:] + nodes[:1], strict=True))
+            between[axis] = n_bytes * n_hops // len(ranks)
+        return between
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Holds what a step does: `ranks` has one of each kind, in the order of their pp ranks."""
+
+    setup: Setup
+    ranks: list[RankCount]
+
+    @property
+    def largest(self) -> RankCount:
+        """Return the rank with the highest peak."""
+        return max(self.ranks, key=lambda rank: rank.peak_bytes)
+
+
+def dry_run(setup: Setup, step: Step, say: Callable[[str], None] = lambda text: None) -> Counted:
+    """Count a step of `setup`. Call it where no process group exists.
+
+    step: runs forwards, backwards, clipping and the optimizer's step of the microbatches; the recipes' own.
+    say: is told which rank is being counted.
+    """
+    ranks = []
+    kinds = kinds_of_ranks(setup)
+    for pp_rank in kinds:
+        if len(kinds) > 1:
+            say(f"counting a step of pp rank {pp_rank} of {setup.layout.pp}")
+        ranks.append(_count(setup, pp_rank, step))
+    return Counted(setup, ranks)
+
+
+def settle_auto(setup: Setup, step: Step, device_bytes: int) -> tuple[Setup, str]:
+    """Return a setup whose placement is static instead of auto, with as much resident as fits `device_bytes`,
+    and a sentence about it.
+
+    A run measures what its machine can move and may put chunks that are not resident into either place on
+    the host. Here they are stepped by the CPU, which takes the least memory of the device. UsageError if even
+    nothing resident does not fit."""
+
+    def placed(resident: float) -> Setup:
+        config = replace(
+            setup.offload.config,
+            placement="static",
+            resident=resident,
+            stream=0.0,
+            cpu=1 - resident,
+            device_budget_gib=None,
+        )
+        return replace(setup, offload=replace(setup.offload, config=config))
+
+    least = dry_run(placed(0.0), step).largest
+    room = 0.97 * device_bytes - least.peak_bytes  # a plan keeps so much in reserve: memory/placement.py
+    if room < 0:
+        raise UsageError(
+            f"placement=auto cannot help: with all states on the host a rank needs "
+            f"{least.peak_bytes / GIB:.1f} GiB of the device, and {0.97 * device_bytes / GIB:.1f} can be "
+            "used. Use recompute=full, a lower `micro_batch_size` or more ranks."
+        )
+    itemsize = setup.computation.dtype.itemsize
+    per_parameter = placed(1.0).offload.config.device_bytes_per_parameter(itemsize, setup.n_microbatches)
+    n_trained = least.checkpoint_bytes // (3 * FP32)
+    share = min(1.0, room / ((per_parameter - itemsize) * n_trained))
+    resident = int(100 * share) / 100
+    said = f"placement auto: {resident:.0%} of the states can be resident, the rest is stepped on the host"
+    return placed(resident), said
+
+
+def kinds_of_ranks(setup: Setup) -> list[int]:
+    """Return one pp rank of each kind: the first, the last, and of those between the first with each number
+    of layers. Of equal ones an earlier rank holds the activations of as many microbatches, or more."""
+    layout = setup.layout
+    stages = stage_indices(layout.schedule, layout.pp, layout.stages_per_rank)
+    layers = split_layers(setup.job.model, layout.pp * layout.stages_per_rank)
+    kinds = {}
+    for pp_rank, own in enumerate(stages):
+        n_layers = tuple(len(layers[stage]) for stage in own)
+        is_end = pp_rank in (0, layout.pp - 1)
+        kinds.setdefault(pp_rank if is_end else n_layers, pp_rank)
+    return sorted(set(kinds.values()))
+
+
+def few_microbatches(setup: Setup) -> tuple[int, int]:
+    """Return two numbers of microbatches from which on a step only grows by repeating itself."""
+    layout = setup.layout
+    if layout.pp == 1:
+        return 1, 2
+    if layout.schedule == "gpipe":
+        return 2, 3
+    if layout.schedule == "1f1b":
+        return layout.pp + 1, layout.pp + 2
+    # Schedules of several stages a rank take whole rounds of pp microbatches.
+    return 2 * layout.pp, 3 * layout.pp
+
+
+def _count(setup: Setup, pp_rank: int, step: Step) -> RankCount:
+    """Count a step, or two shorter ones."""
+    n, (few, more) = setup.n_microbatches, few_microbatches(setup)
+    if n <= more:
+        return _count_rank(setup, pp_rank, step, n)
+    one, other = (_count_rank(setup, pp_rank, step, some) for some in (few, more))
+
+    def extended(first: int, second: int) -> int:
+        return second + (second - first) * (n - more) // (more - few)
+
+    def extended_all(first: dict, second: dict) -> dict:
+        keys = dict.fromkeys([*first, *second])
+        return {key: extended(first.get(key, 0), second.get(key, 0)) for key in keys}
+
+    if setup.layout.pp == 1:
+        # The second microbatch is the first that finds gradients, and no later one finds more.
+        at_peak, most, peak_bytes = other.at_peak, other.most, other.peak_bytes
+    else:
+        at_peak, most = extended_all(one.at_peak, other.at_peak), extended_all(one.most, other.most)
+        peak_bytes = extended(one.peak_bytes, other.peak_bytes)
+    return replace(
+        other,
+        at_peak=at_peak,
+        most=most,
+        peak_bytes=peak_bytes,
+        traffic=extended_all(one.traffic, other.traffic),
+        products=extended_all(one.products, other.products),
+        attention=extended_all(one.attention, other.attention),
+    )
+
+
+def _count_rank(setup: Setup, pp_rank: int, step: Step, n_microbatches: int) -> RankCount:
+    layout, job = setup.layout, setup.job
+    rank = pp_rank * (setup.world_size // layout.pp)
+    computation = replace(setup.computation, device=META)
+    counter = StepCounter("meta", {}, CUDA_BLOCK if setup.is_gpu else 1)
+    pretending = pretended_device(setup.computation.device, counter)
+    with pretended_rank(rank, setup.world_size), pretending, pretended_manager(), counter.following_resizes():
+        mesh = build_mesh(layout, "meta" if setup.is_gpu else "cpu")
+        counter.axes = groups_of(mesh)
+        with META:
+            model = Llama(job.model)
+        if setup.lora.rank:
+            apply_lora(model, setup.lora, setup.computation.dtype)
+        # As many microbatches as decide whether gradients are accumulated.
+        n_planned = n_microbatches if layout.pp > 1 else min(setup.n_microbatches, 2)
+        spread = Layout(layout, mesh, n_planned)
+        training = assemble(model, spread, computation, adamw(lr=1e-3, weight_decay=0.1), setup.offload)
+        take_shards(training.stages)
+        count_states(counter, training)
+        held_bytes = dict(counter.by_kind)
+        counter.watch(training.stages, training.optimizer)
+        microbatches = [_microbatch(setup) for _ in range(n_microbatches)]
+        gc.collect()  # a cycle that holds tensors would be counted for a while
+        counter.reset()
+        with counter:
+            step(training, microbatches)
+        counter.forget_all()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return RankCount(
+            pp_rank,
+            held_bytes,
+            counter.at_peak,
+            dict(counter.most),
+            counter.peak_bytes,
+            counter.peak_moment,
+            3 * FP32 * sum(local(parameter).numel() for parameter in trained),
+            dict(counter.traffic),
+            dict(counter.products),
+            dict(counter.attention),
+            _ranks_of_groups(mesh, counter.axes),
+        )
+
+
+def count_states(counter: StepCounter, training: Training) -> None:
+    """Let the counter know what is there between two steps: parameters and the optimizer's states, which
+    AdamW makes in its first step."""
+    on_device, on_host = memory_of_manager(training)
+    if not _has_manager(training):
+        for parameter in training.model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        training.optimizer.step()
+        training.optimizer.zero_grad()
+        states = training.optimizer.state.values()
+        on_device = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+    parts = {training.model, *training.stages}
+    counter.tag([parameter for part in parts for parameter in part.parameters()], PARAMETERS)
+    counter.tag(on_device, OPTIMIZER)
+    counter.tag(on_host, HOST)
+    counter.now("between two steps", OTHER)
+
+
+def _has_manager(training: Training) -> bool:
+    return hasattr(training.optimizer, "manager")
+
+
+def memory_of_manager(training: Training) -> tuple[list[Tensor], list[Tensor]]:
+    """Return what the chunk manager keeps on the device and on the host, and the slots of the activation
+    offload, which are on the host."""
+    on_device, on_host = [], []
+    for offload in training.activation_offloads:
+        on_host += [slot for slot, _ in offload.free]
+    if _has_manager(training):
+        manager = training.optimizer.manager
+        for chunk in manager.chunks:
+            for name, (account, _, _) in chunk.format.tensors(chunk.home).items():
+                (on_host if account == "host" else on_device).append(chunk.tensors[name])
+        on_device += [tensor for slot in manager.ring for tensor in slot.values()]
+        on_host += manager.weight_buffers
+    return on_device, on_host
+
+
+def _microbatch(setup: Setup) -> Batch:
+    shape = setup.job.micro_batch_size, setup.job.seq_len
+    tokens, labels = torch.zeros(2, *shape, dtype=torch.int64)
+    if setup.document_tokens is None:
+        return Batch(tokens, labels, None)
+    positions = torch.arange(setup.job.seq_len) % setup.document_tokens
+    return Batch(tokens, labels, positions.expand(shape).contiguous())
+
+
+def _ranks_of_groups(mesh, axes: dict[str, str]) -> dict[str, list[int]]:
+    groups = {"world": list(range(dist.get_world_size()))}
+    for axis in axes.values():
+        if axis != "world":
+            groups[axis] = dist.get_process_group_ranks(mesh[axis].get_group())
+    return groups

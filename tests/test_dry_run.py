@@ -1,0 +1,313 @@
+"""What a dry run counts is what happens: the same counter counts real processes."""
+
+import gc
+import json
+import time
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import pytest
+import torch
+from pool import run_on
+from recipe import recipe
+from versions import marks_for
+
+from dtensor_llama import Llama, LlamaConfig
+from dtensor_llama.chat.lora import LoraConfig, apply_lora, init_lora
+from dtensor_llama.metrics import GIB
+from dtensor_llama.model import init_weights
+from memory import MemoryConfig
+from parallel import ParallelConfig, build_mesh
+from parallel import dry_run as dry_run_module
+from parallel.apply import Computation
+from parallel.assemble import Offload, adamw, assemble
+from parallel.dry_run import Setup, _microbatch, count_states, dry_run
+from parallel.mesh import Layout
+from parallel.rules import Job
+from parallel.step_counter import StepCounter, groups_of
+from recipes import pretrain
+
+SMALL = LlamaConfig(
+    vocab_size=512,
+    hidden_size=128,
+    intermediate_size=352,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    max_position_embeddings=128,
+)
+SEQ_LEN = 128
+
+
+@dataclass(frozen=True)
+class Case:
+    ranks: int
+    layout: dict
+    recompute: str = "none"
+    n_microbatches: int = 2
+    memory: dict | None = None
+    lora_rank: int = 0
+    dtype: str = "bfloat16"
+    document_tokens: int | None = None
+
+    def setup(self, n_microbatches: int | None = None, device: str = "cpu") -> Setup:
+        layout = ParallelConfig(**self.layout).resolve(self.ranks)
+        n_microbatches = n_microbatches or self.n_microbatches
+        job = Job(SMALL, SEQ_LEN, 2 * n_microbatches * layout.dp, 2, recompute=self.recompute)
+        memory = MemoryConfig(kernel="blocks", **self.memory) if self.memory else None
+        return Setup(
+            layout,
+            job,
+            Computation(torch.device(device), getattr(torch, self.dtype), self.recompute),
+            LoraConfig(rank=self.lora_rank),
+            Offload(memory, 2, SEQ_LEN) if memory else None,
+            self.document_tokens,
+        )
+
+
+ON_HOST = {"placement": "static", "resident": 0.4, "stream": 0.3, "cpu": 0.3}
+RESIDENT = {"placement": "static", "resident": 1.0, "stream": 0.0, "cpu": 0.0}
+CASES = {
+    "zero-0": Case(2, {"zero_stage": 0}),
+    "zero-1": Case(2, {"zero_stage": 1}),
+    "zero-2": Case(2, {"zero_stage": 2}),
+    "zero-3": Case(2, {}),
+    "zero-3-selective": Case(2, {}, "selective"),
+    "zero-3-full": Case(2, {}, "full"),
+    "zero-3-float32": Case(2, {}, dtype="float32"),
+    "zero-3-documents": Case(2, {}, document_tokens=32),
+    "hsdp": Case(4, {"dp_replicate": 2}),
+    "hsdp-zero-1": Case(4, {"dp_replicate": 2, "zero_stage": 1}),
+    "tp": Case(2, {"tp": 2}),
+    "tp-selective": Case(4, {"tp": 2}, "selective"),
+    "tp-no-sp": Case(2, {"tp": 2, "sequence_parallel": False}),
+    "ulysses": Case(2, {"cp": 2}),
+    "ring": Case(2, {"cp": 2, "cp_method": "ring"}),
+    "ring-full": Case(4, {"cp": 2, "cp_method": "ring"}, "full"),
+    "cp-tp": Case(4, {"cp": 2, "tp": 2, "zero_stage": 1}),
+    "gpipe": Case(2, {"pp": 2, "schedule": "gpipe"}, n_microbatches=4),
+    "1f1b": Case(2, {"pp": 2}, n_microbatches=4),
+    "1f1b-dp": Case(4, {"pp": 2}, "full", n_microbatches=4),
+    "1f1b-tp": Case(4, {"pp": 2, "tp": 2}, "selective", n_microbatches=2),
+    "interleaved": Case(2, {"pp": 2, "schedule": "interleaved-1f1b"}, n_microbatches=4),
+    "zero-bubble": Case(2, {"pp": 2, "schedule": "zero-bubble"}, n_microbatches=4),
+    "zbv": Case(2, {"pp": 2, "schedule": "zbv"}, n_microbatches=4),
+    "dualpipev": Case(2, {"pp": 2, "schedule": "dualpipev"}, n_microbatches=4),
+    "lora": Case(2, {}, lora_rank=4),
+    "lora-tp": Case(2, {"tp": 2}, "selective", lora_rank=4),
+    "resident": Case(1, {}, memory=RESIDENT),
+    "offload": Case(2, {}, memory=ON_HOST),
+    "offload-pp": Case(2, {"pp": 2}, memory=ON_HOST),
+    "activations": Case(2, {}, "full", memory={**RESIDENT, "activations": True}),
+}
+FAST = ("zero-1", "zero-3-full", "tp-no-sp", "ring", "1f1b", "lora", "offload")
+
+
+def step(training, microbatches):
+    return pretrain.train_step(training, microbatches, len(microbatches) * 2 * SEQ_LEN, 1e-3, 1.0)
+
+
+class Really(NamedTuple):
+    held_bytes: dict
+    peak_bytes: int
+    traffic: dict
+    products: dict
+    attention: dict
+
+
+def count_really(setup: Setup) -> Really:
+    """Count the second step of a real run on this rank."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = Llama(setup.job.model)
+    if setup.lora.rank:
+        apply_lora(model, setup.lora, setup.computation.dtype)
+    mesh = build_mesh(setup.layout, "cpu")
+    layout = Layout(setup.layout, mesh, setup.n_microbatches)
+    training = assemble(model, layout, setup.computation, adamw(1e-3, 0.1), setup.offload)
+    init_weights(training.fp32_weights(), seed=0)
+    init_lora(training.fp32_weights(), seed=0)
+    microbatches = [_microbatch(setup) for _ in range(setup.n_microbatches)]
+    step(training, microbatches)
+    counter = StepCounter("cpu", groups_of(mesh))
+    count_states(counter, training)
+    held = dict(counter.by_kind)
+    counter.watch(training.stages, training.optimizer)
+    gc.collect()
+    counter.reset()
+    with counter.following_resizes(), counter:
+        step(training, microbatches)
+    counter.forget_all()
+    return Really(
+        held, counter.peak_bytes, dict(counter.traffic), dict(counter.products), dict(counter.attention)
+    )
+
+
+class Compared(NamedTuple):
+    """Compares one kind of rank of a case: its bytes at the peak, in a dry run and in a real one."""
+
+    name: str
+    pp_rank: int
+    dry: int
+    real: int
+
+    @property
+    def error(self) -> float:
+        return self.dry / self.real - 1
+
+
+def count_dry(setup: Setup):
+    return dry_run(setup, step).ranks
+
+
+def compare(name: str) -> list[Compared]:
+    """Hold a dry run against the real one. All but the peaks are equal."""
+    setup = CASES[name].setup()
+    real = run_on(setup.world_size, count_really, setup)
+    (counted,) = run_on(1, count_dry, setup, group=False)
+    compared = []
+    for rank in counted:
+        seen = real[rank.pp_rank * len(real) // setup.layout.pp]
+        assert rank.held_bytes == seen.held_bytes
+        assert rank.traffic == seen.traffic
+        assert rank.products == seen.products and rank.attention == seen.attention
+        compared.append(Compared(name, rank.pp_rank, rank.peak_bytes, seen.peak_bytes))
+    return compared
+
+
+def cases():
+    for name, case in CASES.items():
+        marks = marks_for(case.layout.get("schedule"))
+        yield pytest.param(name, marks=marks if name in FAST else [*marks, pytest.mark.slow])
+
+
+@pytest.mark.parametrize("name", cases())
+def test_states_and_traffic_are_those_of_real_processes_and_peaks_within_3_percent(name):
+    assert all(abs(one.error) <= 0.03 for one in compare(name))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {},
+        {"zero_stage": 1},
+        {"pp": 2, "schedule": "gpipe"},
+        {"pp": 2},
+        {"pp": 2, "schedule": "interleaved-1f1b"},
+    ],
+    ids=str,
+)
+def test_what_a_microbatch_adds_is_what_a_longer_step_has(layout, monkeypatch):
+    setup = Case(4, layout, n_microbatches=8).setup(device="cuda")
+    short = dry_run(setup, step).ranks
+    monkeypatch.setattr(dry_run_module, "few_microbatches", lambda setup: (8, 8))
+    for one, whole in zip(short, dry_run(setup, step).ranks, strict=True):
+        assert one.peak_bytes == whole.peak_bytes
+        assert one.traffic == whole.traffic and one.products == whole.products
+
+
+def test_a_tensor_that_is_kept_is_seen():
+    """Memory that a step keeps by mistake makes its count larger: the tests above would fail."""
+    setup = Case(1, {}, memory=RESIDENT).setup()
+    kept = []
+
+    def leaks(training, microbatches):
+        step(training, microbatches)
+        kept.append(torch.empty(2**24, dtype=torch.uint8, device="meta"))
+        step(training, microbatches)
+
+    (plain,), (more,) = (dry_run(setup, run).ranks for run in (step, leaks))
+    assert more.peak_bytes - plain.peak_bytes == 2**24
+
+
+# Of a whole step of llama2-7b, or its first 16 layers, on one GPU: what torch's allocator for CUDA had
+# allocated at its peak.
+SEVEN_B = [
+    # layers, ZeRO stage, recompute, rows of a microbatch, microbatches, placement, GiB
+    (32, 3, "selective", 1, 2, "off", 113.7),
+    (32, 2, "selective", 1, 2, "off", 125.8),
+    (32, 3, "full", 4, 1, "off", 103.7),
+    (16, 3, "selective", 1, 2, "off", 59.8),
+    (16, 3, "none", 1, 2, "static", 61.6),
+    (16, 3, "none", 2, 2, "static", 69.7),
+    (32, 3, "selective", 1, 2, "static", 113.2),
+    (32, 3, "selective", 2, 2, "static", 124.7),
+    (32, 3, "none", 1, 2, "static", 117.8),
+    (32, 3, "none", 2, 2, "static", 134.0),
+    (32, 3, "full", 4, 1, "static", 90.4),
+]
+
+
+def peak_of_7b(layers, zero_stage, recompute, rows, n_microbatches, placement) -> float:
+    model = replace(LlamaConfig.preset("llama2-7b"), num_hidden_layers=layers)
+    layout = ParallelConfig(zero_stage=zero_stage).resolve(1)
+    job = Job(model, 4096, rows * n_microbatches, rows, recompute=recompute, compile=True)
+    computation = Computation(torch.device("cuda"), torch.bfloat16, recompute, compile=True)
+    memory = MemoryConfig(**RESIDENT) if placement == "static" else MemoryConfig(placement="off")
+    setup = Setup(layout, job, computation, offload=Offload(memory, rows, 4096))
+    return dry_run(setup, step).largest.peak_bytes / GIB
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, marks=pytest.mark.slow) for row in SEVEN_B], ids=str)
+def test_peaks_of_compiled_7b_steps_are_those_of_the_cuda_allocator(row):
+    *of, measured_gib = row
+    (peak_gib,) = run_on(1, peak_of_7b, *of, group=False, timeout=900)
+    assert peak_gib == pytest.approx(measured_gib, rel=0.02)
+
+
+def test_a_rank_of_70b_on_512_takes_seconds_and_little_memory():
+    """Of 80 layers 8, so that the test is short; docs/dry-run.md has the time of all."""
+    began = time.process_time()
+    model = replace(LlamaConfig.preset("llama2-70b"), num_hidden_layers=8)
+    layout = ParallelConfig(tp=8).resolve(512)
+    setup = Setup(layout, Job(model, 4096, 256), Computation(torch.device("cuda"), torch.bfloat16))
+    counted = dry_run(setup, step)
+    assert time.process_time() - began < 30
+    assert counted.largest.held_bytes["optimizer"] >= 2 * 4 * model.n_parameters / 512
+    # q, k, v, o, gate, up and down of each block, and the head: 6 FLOPs per token and weight, over tp
+    n_weights = model.n_parameters - model.vocab_size * model.hidden_size
+    tokens = 4096 * setup.n_microbatches
+    products = sum(2 * one.m * one.n * one.k * n for one, n in counted.largest.products.items())
+    assert products == pytest.approx(6 * n_weights * tokens / 8, rel=0.001)
+
+
+# ---- the recipe ----
+
+
+def test_the_recipe_prints_what_a_rank_holds_and_writes_the_keys_of_its_contract(tmp_path):
+    flags = ["--model", "tiny-1m", "--gpus", 8, "--gpu", "a100-40gb", "--data.seq-len", 64]
+    flags += ["--parallel.tp", 2, "--parallel.pp", 2, "--train.global-batch-size", 8]
+    ended = recipe("dryrun", *flags, "--json", tmp_path / "facts.json")
+    assert ended.status == 0, ended
+    assert "pp rank 1 holds" in ended.out and "it fits" in ended.out
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    per_rank = {"parameters_gib", "gradients_gib", "optimizer_gib", "activations_gib", "peak_gib"}
+    assert per_rank <= set(facts["per_rank"]) and facts["fits"] is True
+    assert facts["layout"]["tp"] == 2 and set(facts["traffic_gib_per_step"]) >= {"pp", "tp", "fsdp"}
+    assert {"step_seconds", "tokens_per_second_per_gpu", "mfu"} <= set(facts)
+
+
+@pytest.mark.parametrize(
+    "flags,said",
+    [
+        (["--gpu", "b300"], "--gpu"),
+        (["--gpus-per-node", 0], "--gpus-per-node 0 is not possible"),
+        (["--lora.rank", -1], "--lora.rank -1 is not possible"),
+        (["--memory.placement", "static"], "--memory.placement static needs"),
+    ],
+)
+def test_what_cannot_be_counted_is_one_line(flags, said):
+    ended = recipe("dryrun", "--model", "tiny-1m", "--gpus", 4, *flags)
+    assert ended.status == 2 and said in ended.err and ended.err.count("\n") == 1, ended
+
+
+def print_table() -> None:
+    """Print the table of docs/dry-run.md."""
+    print("| layout | pp rank | bytes at the peak, dry run | real processes | |\n| --- | --- | --- | --- | --- |")
+    for name in CASES:
+        for one in compare(name):
+            print(f"| {name} | {one.pp_rank} | {one.dry:,} | {one.real:,} | {one.error:+.2%} |", flush=True)
+
+
+if __name__ == "__main__":
+    print_table()
