@@ -225,8 +225,9 @@ def few_microbatches(setup: Setup) -> tuple[int, int]:
         return 2, 3
     if layout.schedule == "1f1b":
         return layout.pp + 1, layout.pp + 2
-    # Schedules of several stages a rank take whole rounds of pp microbatches.
-    return 2 * layout.pp, 3 * layout.pp
+    # Schedules of several stages a rank take whole rounds of pp microbatches, and the peak of the third round
+    # is the first that later ones repeat.
+    return 3 * layout.pp, 4 * layout.pp
 
 
 def _count(setup: Setup, pp_rank: int, step: Step) -> RankCount:

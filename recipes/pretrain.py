@@ -58,10 +58,12 @@ from dtensor_llama.run import (
 from dtensor_llama.schedule import check_schedule, is_due, learning_rate
 from dtensor_llama.weights import check_hf
 from memory import MemoryConfig
+from memory.auto import foresee
 from parallel import ParallelConfig, build_mesh
 from parallel.apply import Computation
 from parallel.assemble import Offload, Training, adamw, assemble, check_skips, settle_memory
 from parallel.config import AXES, check_parallel
+from parallel.dry_run_report import report
 from parallel.mesh import Layout, start_process_group, stop_process_group
 from parallel.planner import plan_settings
 from parallel.step_pictures import StepPictures
@@ -135,6 +137,10 @@ class PretrainConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)  # where optimizer states and block inputs live
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run_dir: FilePath = "runs/pretrain"  # everything this run writes
+    # Train nothing: say what a step of this command would hold, send and take on the GPUs below (dryrun.py).
+    dry_run: bool = False
+    gpus: int | None = None  # of a dry run; None: as many as the axes that are given need
+    gpu: FilePath = "h100-80gb"  # of a dry run: a known one, or a .json file that describes a cluster
 
 
 # What each number must be at least.
@@ -159,6 +165,8 @@ def main(cfg: PretrainConfig) -> None:
     check_numbers(cfg, NUMBERS)
     check_schedule(cfg.train)
     cfg.memory.check()
+    if cfg.dry_run:
+        return say_what_a_step_does(cfg)
     if not cfg.data.path:
         raise UsageError("`path` is missing; name the files to train on, e.g. path='text/*.txt'.")
     base = Base(cfg.model, cfg.data.tokenizer, cfg.random_init)
@@ -319,6 +327,17 @@ def forward_backward(training: Training, microbatches: list[Batch], n_targets: i
         (loss_i * training.layout.gradient_ranks).backward()
         loss += loss_i.detach()
     return loss
+
+
+def say_what_a_step_does(cfg: PretrainConfig) -> None:
+    """Count the step above on tensors without memory, for GPUs that need not be here, and print what was
+    found."""
+
+    def step(training: Training, microbatches: list[Batch]) -> None:
+        n_targets = sum(batch.n_targets for batch in microbatches)
+        train_step(training, microbatches, n_targets, cfg.train.lr, cfg.train.max_grad_norm)
+
+    report(cfg, step, foresee)
 
 
 # ---- What a checkpoint records, what is printed ------------------------------------------------------------

@@ -17,15 +17,16 @@ from dtensor_llama.chat.lora import LoraConfig, apply_lora, init_lora
 from dtensor_llama.metrics import GIB
 from dtensor_llama.model import init_weights
 from memory import MemoryConfig
-from parallel import ParallelConfig, build_mesh
+from parallel import ParallelConfig, build_mesh, dry_run_report
 from parallel import dry_run as dry_run_module
 from parallel.apply import Computation
 from parallel.assemble import Offload, adamw, assemble
+from parallel.cluster import NODES
 from parallel.dry_run import Setup, _microbatch, count_states, dry_run
 from parallel.mesh import Layout
 from parallel.rules import Job
 from parallel.step_counter import StepCounter, groups_of
-from recipes import pretrain
+from recipes import dryrun, pretrain
 
 SMALL = LlamaConfig(
     vocab_size=512,
@@ -198,9 +199,10 @@ def test_states_and_traffic_are_those_of_real_processes_and_peaks_within_3_perce
     ids=str,
 )
 def test_what_a_microbatch_adds_is_what_a_longer_step_has(layout, monkeypatch):
-    setup = Case(4, layout, n_microbatches=8).setup(device="cuda")
+    setup = Case(4, layout, n_microbatches=12).setup(device="cuda")
+    assert max(dry_run_module.few_microbatches(setup)) < 12
     short = dry_run(setup, step).ranks
-    monkeypatch.setattr(dry_run_module, "few_microbatches", lambda setup: (8, 8))
+    monkeypatch.setattr(dry_run_module, "few_microbatches", lambda setup: (12, 12))
     for one, whole in zip(short, dry_run(setup, step).ranks, strict=True):
         assert one.peak_bytes == whole.peak_bytes
         assert one.traffic == whole.traffic and one.products == whole.products
@@ -274,24 +276,80 @@ def test_a_rank_of_70b_on_512_takes_seconds_and_little_memory():
 # ---- the recipe ----
 
 
+LAYOUT = ["--data.seq-len", 64, "--parallel.tp", 2, "--parallel.pp", 2, "--train.global-batch-size", 8]
+
+
 def test_the_recipe_prints_what_a_rank_holds_and_writes_the_keys_of_its_contract(tmp_path):
-    flags = ["--model", "tiny-1m", "--gpus", 8, "--gpu", "a100-40gb", "--data.seq-len", 64]
-    flags += ["--parallel.tp", 2, "--parallel.pp", 2, "--train.global-batch-size", 8]
+    flags = ["--model", "tiny-1m", "--gpus", 8, "--gpu", "a100-40gb", *LAYOUT]
     ended = recipe("dryrun", *flags, "--json", tmp_path / "facts.json")
     assert ended.status == 0, ended
-    assert "pp rank 1 holds" in ended.out and "it fits" in ended.out
+    assert "pp rank 1 holds" in ended.out and "it fits" in ended.out and "predicted: a step" in ended.out
     facts = json.loads((tmp_path / "facts.json").read_text())
     per_rank = {"parameters_gib", "gradients_gib", "optimizer_gib", "activations_gib", "peak_gib"}
     assert per_rank <= set(facts["per_rank"]) and facts["fits"] is True
     assert facts["layout"]["tp"] == 2 and set(facts["traffic_gib_per_step"]) >= {"pp", "tp", "fsdp"}
-    assert {"step_seconds", "tokens_per_second_per_gpu", "mfu"} <= set(facts)
+    tokens_per_second = facts["tokens_per_second_per_gpu"]
+    assert tokens_per_second == pytest.approx(8 * 64 / 8 / facts["step_seconds"]) and 0 < facts["mfu"] < 1
+    assert sum(facts["seconds"].values()) == pytest.approx(facts["step_seconds"])
+
+
+def test_a_layout_that_was_left_open_is_searched_and_the_best_is_counted(tmp_path):
+    flags = ["--model", "tiny-1m", "--gpus", 8, "--gpu", "a100-40gb", "--data.seq-len", 64]
+    flags += [
+        "--train.global-batch-size",
+        16,
+        "--json",
+        tmp_path / "facts.json",
+        "--png",
+        tmp_path / "plan.png",
+    ]
+    ended = recipe("dryrun", *flags)
+    assert ended.status == 0, ended
+    assert "layouts on 8 x a100-40gb" in ended.out and ": the fastest" in ended.out
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    best = facts["plan"]["candidates"][0]
+    assert facts["layout"] == best["layout"] and facts["step_seconds"] == pytest.approx(best["step_seconds"])
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_layout_that_the_planner_proposes_and_the_count_refutes_is_passed_over(monkeypatch, capsys):
+    """The second proposal is taken where the first one does not fit as counted."""
+    settings = dryrun.DryrunConfig("tiny-1m", gpus=8, gpu="a100-40gb")
+    settings = replace(
+        settings,
+        data=replace(settings.data, seq_len=64),
+        train=replace(settings.train, global_batch_size=16),
+    )
+    needs = iter([40.0, 1.0, 1.0, 1.0])
+    monkeypatch.setattr(dry_run_report, "needed_gib", lambda rank: next(needs))
+    facts = dry_run_report.report(settings, step, None)
+    assert facts["layout"] == facts["plan"]["candidates"][1]["layout"]
+    assert "Proposals before this one do not fit as counted" in capsys.readouterr().out
+
+
+def test_pretrain_counts_its_own_command_and_trains_nothing(tmp_path):
+    flags = ["--model", "tiny-1m", "--dry-run", "--gpus", 8, "--gpu", "a100-40gb", *LAYOUT]
+    ended = recipe("pretrain", *flags, "--run-dir", tmp_path / "run")
+    assert ended.status == 0, ended
+    same = recipe("dryrun", *[flag for flag in flags if flag != "--dry-run"])
+    assert ended.out == same.out and not (tmp_path / "run").exists()
+
+
+def test_a_machine_is_measured_into_a_file_that_the_next_dry_run_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(dryrun, "calibrate", lambda device, n_gpus, seconds: NODES["a100-80gb"])
+    dryrun.main(dryrun.DryrunConfig(calibrate=str(tmp_path / "ours.json")))
+    ended = recipe("dryrun", "--model", "tiny-1m", "--gpus", 8, "--gpu", tmp_path / "ours.json", *LAYOUT)
+    assert ended.status == 0 and "on 8 a100-80gb" in ended.out
 
 
 @pytest.mark.parametrize(
     "flags,said",
     [
-        (["--gpu", "b300"], "--gpu"),
-        (["--gpus-per-node", 0], "--gpus-per-node 0 is not possible"),
+        (["--gpu", "b300"], "--gpu b300 is not a GPU whose cluster is known; use a100-40gb"),
+        (["--gpus", 12], "--gpus 12 do not fill nodes of 8"),
+        (["--gpu", "no.json"], "no.json is not a JSON file that can be read"),
+        (["--parallel.auto", "--parallel.tp", 2], "--parallel.tp 2 is given too"),
+        (["--rank", 4], "--rank 4 is not one of 4 GPUs"),
         (["--lora.rank", -1], "--lora.rank -1 is not possible"),
         (["--memory.placement", "static"], "--memory.placement static needs"),
     ],

@@ -1,0 +1,388 @@
+"""Says what a command of a recipe would do on a cluster: chooses a layout if there is none, counts the step,
+and predicts its time.
+
+    facts = report(settings, step, foresee)     prints the report, and returns it as data that JSON can hold
+
+Bytes, traffic and FLOPs are counted by dry_run.py, from the step itself. Seconds are predicted by cost.py. A
+layout that was left open is searched by planner.py, and the first of its proposals that fits as counted is
+taken.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dtensor_llama.chat.lora import LoraConfig, n_adapter_parameters
+from dtensor_llama.config import LlamaConfig
+from dtensor_llama.errors import UsageError
+from dtensor_llama.metrics import GIB
+from parallel.apply import Computation
+from parallel.assemble import Offload
+from parallel.cluster import Cluster, find_cluster
+from parallel.config import AXES, ParallelConfig, check_parallel
+from parallel.cost import Account, States, Work, account_for, account_with_offload
+from parallel.dry_run import Counted, RankCount, Setup, Step, dry_run, settle_auto
+from parallel.explain import Run, explain
+from parallel.planner import Candidate, Found, Question, draw_plan, plan
+from parallel.schedule_clock import DURATION, draw
+from parallel.step_counter import HOST, KINDS
+
+# GiB that torch does not allocate: CUDA's context takes about half of it, NCCL's buffers the rest.
+BESIDES_TORCH_GIB = 1.0
+# torch's allocator reserves more than is allocated, as freed blocks do not fit what is needed next: 1 to 2 %
+# more where parameters stay as they are, 6 to 10 % more where FSDP gathers and frees them.
+RESERVED = (1.01, 1.10)
+DOCUMENT_TOKENS = 512  # of each document, with a document mask
+
+
+def report(settings: Any, step: Step, foresee: Callable, rank: int = 0, picture: str | None = None) -> dict:
+    """Print what a command would do on each rank, and return it as data. Call it where no process group
+    exists.
+
+    settings: has the fields `model`, `data`, `train`, `parallel`, `memory`, `gpus` and `gpu` of dryrun.py,
+        and maybe `lora`. step: as for `dry_run`. foresee: memory.auto.foresee. rank: whose parameters are
+        listed. picture: the file for a drawing of a search.
+    UsageError if the cluster is unknown, or if nothing that was asked for can run there.
+    """
+    cluster = find_cluster(settings.gpu, gpus_of(settings))
+    model = read_model(settings.model)
+    found, counted, note = None, None, ""
+    if leaves_layout_open(settings):
+        found = search(settings, model, cluster, foresee)
+        print(found.describe(), flush=True)
+        if picture:
+            draw_plan(found, picture)
+        settings, counted, note = first_that_fits(settings, found, cluster, step)
+    setup, note = (counted.setup, note) if counted else setup_of(settings, model, cluster)
+    facts = explain(Run(setup.layout, setup.job, setup.computation.dtype), rank)
+    job, layout = setup.job, setup.layout
+    print(
+        f"{settings.model}, {model.n_parameters / 1e9:.2f}B parameters, on {cluster.n_gpus} "
+        f"{cluster.gpu.name} with ZeRO stage {layout.zero_stage}\n{setup.tokens_per_step:,} tokens a step: "
+        f"{layout.dp} dp ranks x {setup.n_microbatches} microbatches x {job.micro_batch_size} rows x "
+        f"{job.seq_len} tokens",
+        *([note] if note else []),
+        *mesh(facts),
+        *parameters(facts),
+        *pipeline(facts),
+        sep="\n",
+        flush=True,
+    )
+    if counted is None:
+        counted, said = count(setup, cluster, step)
+        print(*said, sep="\n", flush=True)
+    account = predict(counted.setup, cluster, foresee)
+    print(
+        *memory(counted, cluster.gpu.memory_gib),
+        *traffic(counted, cluster.gpus_per_node),
+        *computation(counted, account),
+        sep="\n",
+        flush=True,
+    )
+    data = {"model": settings.model, **as_data(counted, cluster), **times(account), "mesh": facts}
+    return data | ({"plan": json.loads(found.to_json())} if found else {})
+
+
+# ---- What is asked -----------------------------------------------------------------------------------------
+
+
+def read_model(model: str) -> LlamaConfig:
+    return LlamaConfig.from_hf(model) if Path(model).exists() else LlamaConfig.preset(model)
+
+
+def gpus_of(settings: Any) -> int:
+    """Return the number of GPUs: `gpus`, or as many as the axes that were given need together."""
+    if settings.gpus is not None:
+        return settings.gpus
+    return math.prod(max(1, size) for size in settings.parallel.sizes.values())
+
+
+def leaves_layout_open(settings: Any) -> bool:
+    """Return whether the planner shall choose: it is asked to, or nothing was said about the layout, the rows
+    of a microbatch, recomputation and memory."""
+    train = settings.train
+    says_nothing = (
+        settings.parallel == ParallelConfig()
+        and train.recompute == "none"
+        and train.micro_batch_size == 1
+        and not settings.memory.is_on
+        and settings.memory.placement is None
+    )
+    return settings.parallel.auto or (says_nothing and gpus_of(settings) > 1)
+
+
+def states_of(settings: Any, model: LlamaConfig, offloads: bool = False) -> States:
+    lora = getattr(settings, "lora", LoraConfig())
+    n_adapter = n_adapter_parameters(model, lora) if lora.rank else 0
+    return States(getattr(torch, settings.train.dtype).itemsize, n_adapter, offloads)
+
+
+def search(settings: Any, model: LlamaConfig, cluster: Cluster, foresee: Callable) -> Found:
+    """Return the layouts that the planner proposes."""
+    given = [axis for axis, size in settings.parallel.sizes.items() if axis != "dp_shard" and size != 1]
+    if given:
+        raise UsageError(
+            f"auto=True chooses every axis, and {given[0]}={settings.parallel.sizes[given[0]]} is given too; "
+            "leave one of them out."
+        )
+    seq_len = settings.data.seq_len or model.max_position_embeddings
+    rows, states = settings.train.global_batch_size, states_of(settings, model)
+    question = Question(model, seq_len, rows, cluster, states, settings.train.compile, foresee=foresee)
+    return plan(question)
+
+
+def first_that_fits(settings: Any, found: Found, cluster: Cluster, step: Step) -> tuple[Any, Counted, str]:
+    """Return the settings of the first proposal that fits as counted, its count, and what was passed over. If
+    none does, the first is returned; its report says by how much."""
+    first, passed = None, ""
+    for candidate in found.candidates:
+        proposed = settings_of(settings, candidate)
+        setup, _ = setup_of(proposed, candidate.work.model, cluster)
+        counted, said = count(setup, cluster, step)
+        first = first or (proposed, counted, "")
+        if needed_gib(counted.largest) <= cluster.gpu.memory_gib:
+            return proposed, counted, "\n".join([*said, passed]).strip()
+        passed = (
+            f"Proposals before this one do not fit as counted: the last of them holds "
+            f"{counted.largest.peak_bytes / GIB:.1f} GiB."
+        )
+    return first
+
+
+def settings_of(settings: Any, candidate: Candidate) -> Any:
+    """Return the settings with what the planner proposes."""
+    job = candidate.work.job
+    train = replace(settings.train, micro_batch_size=job.micro_batch_size, recompute=job.recompute)
+    memory = settings.memory
+    if candidate.work.states.offloads:
+        memory = replace(memory, placement="auto")
+    return replace(settings, parallel=candidate.work.layout, train=train, memory=memory)
+
+
+def setup_of(settings: Any, model: LlamaConfig, cluster: Cluster) -> tuple[Setup, str]:
+    """Return what is to be counted, and a sentence on what was chosen if a placement was left open."""
+    train, layout = settings.train, settings.parallel.resolve(cluster.n_gpus)
+    seq_len = settings.data.seq_len or model.max_position_embeddings
+    device, dtype = torch.device("cuda"), getattr(torch, train.dtype)
+    kernel = train.attention
+    if kernel in ("auto", "flash"):  # flash-attn holds what torch's kernels do, and need not be installed
+        merges_or_fp32 = layout.is_ring or dtype == torch.float32
+        kernel = "varlen" if settings.data.document_mask and not merges_or_fp32 else "sdpa"
+    computation = Computation(device, dtype, train.recompute, train.compile, kernel)
+    job = computation.job(model, seq_len, train.global_batch_size, train.micro_batch_size)
+    check_parallel(layout, job)
+    memory, note = settings.memory.settle(device, dtype, cluster.n_gpus)
+    clips = train.max_grad_norm < math.inf
+    ranks_per_host = min(cluster.n_gpus, cluster.gpus_per_node)
+    offload = Offload(memory, train.micro_batch_size, seq_len, clips, ranks_per_host)
+    document_tokens = DOCUMENT_TOKENS if settings.data.document_mask else None
+    lora = getattr(settings, "lora", LoraConfig())
+    return Setup(layout, job, computation, lora, offload, document_tokens), note
+
+
+# ---- What is counted and predicted -------------------------------------------------------------------------
+
+
+def count(setup: Setup, cluster: Cluster, step: Step) -> tuple[Counted, list[str]]:
+    """Return what a step does, and what was chosen for placement auto."""
+    said = []
+    config = setup.offload.config
+    if config.placement == "auto":
+        budget_gib = config.device_budget_gib or cluster.gpu.memory_gib - BESIDES_TORCH_GIB
+        setup, chosen = settle_auto(setup, step, int(budget_gib * GIB))
+        said.append(chosen)
+    return dry_run(setup, step, lambda text: print(f"... {text}", flush=True)), said
+
+
+def predict(setup: Setup, cluster: Cluster, foresee: Callable) -> Account | None:
+    """Return the account of the setup, or None if it computes in float32: the rates are those of bfloat16."""
+    if setup.computation.dtype != torch.bfloat16:
+        return None
+    lora, config = setup.lora, setup.offload.config
+    n_adapter = n_adapter_parameters(setup.job.model, lora) if lora.rank else 0
+    work = Work(setup.job, setup.layout, States(setup.computation.dtype.itemsize, n_adapter))
+    if config.is_on and (config.resident or 0.0) < 1:
+        return account_with_offload(work, cluster, foresee)
+    return account_for(work, cluster)
+
+
+def times(account: Account | None) -> dict:
+    """Return what a step takes, under the names of --json; None where nothing is predicted."""
+    if account is None:
+        return dict.fromkeys(("step_seconds", "tokens_per_second_per_gpu", "mfu"))
+    return {
+        "step_seconds": account.step_seconds,
+        "tokens_per_second_per_gpu": account.tokens_per_second_per_gpu,
+        "mfu": account.mfu,
+        "bubble": account.bubble,
+        "exposed_communication": account.exposed,
+        "seconds": account.seconds,
+    }
+
+
+# ---- What is printed ---------------------------------------------------------------------------------------
+
+
+def some(items: list, most: int) -> list:
+    """Return at most that many of the items: the first ones and the last."""
+    return items if len(items) <= most else [*items[: most - 1], "  ...", items[-1]]
+
+
+def mesh(facts: dict) -> list[str]:
+    """Draw the ranks: a line for each place on the outer axes in use, a column for each on the innermost."""
+    sizes = {axis: facts["layout"][axis] for axis in AXES if facts["layout"][axis] > 1} or {AXES[-1]: 1}
+    *outer, inner = sizes
+    lines = []
+    for first in range(0, facts["world_size"], sizes[inner]):
+        line, rest = f"  {inner} |", first // sizes[inner]
+        for axis in reversed(outer):
+            line, rest = f"  {axis} {rest % sizes[axis]:<3}{line}", rest // sizes[axis]
+        ranks = some(list(range(first, first + sizes[inner])), 8)
+        lines.append(line + "".join(f"{rank:>5}" for rank in ranks))
+    groups = [
+        f"  {axis:13}{size:>3}   {' '.join(map(str, some(facts['groups'][axis], 9)))}"
+        for axis, size in sizes.items()
+    ]
+    return [
+        "\nranks by their place on each axis",
+        *some(lines, 10),
+        f"\nthe ranks that rank {facts['rank']} meets on each axis",
+        *groups,
+    ]
+
+
+def parameters(facts: dict) -> list[str]:
+    title = f"parameters of rank {facts['rank']}"
+    lines = [f"\n{title:51}{'whole':>15}{'here':>15}   split over (S: dim, R: not)"]
+    for row in facts["parameters"]:
+        whole, here = (" x ".join(map(str, row[key])) for key in ("shape", "local_shape"))
+        placed = " ".join(f"{axis} {placement}" for axis, placement in row["placements"].items())
+        lines.append(f"{row['count']:>4} {row['name']:46}{whole:>15}{here:>15}   {placed}")
+    return lines
+
+
+def memory(counted: Counted, gpu_gib: float) -> list[str]:
+    lines = []
+    for rank in counted.ranks:
+        title = f"pp rank {rank.pp_rank}" if len(counted.ranks) > 1 else "a rank"
+        lines.append(f"\n{title} holds, in GiB {'between steps':>24}{'at the peak':>14}{'most':>10}")
+        for kind in [*KINDS, HOST]:
+            parts = [held.get(kind, 0) / GIB for held in (rank.held_bytes, rank.at_peak, rank.most)]
+            if any(part >= 0.0005 for part in parts):
+                name = "offloaded to the host" if kind == HOST else kind
+                lines.append("  {:24}{:>14.3f}{:>14.3f}{:>10.3f}".format(name, *parts))
+        lines.append(
+            f"  its peak is {rank.peak_bytes / GIB:.2f} GiB: {rank.peak_moment}. A checkpoint adds "
+            f"{rank.checkpoint_bytes / GIB:.2f} GiB on the host."
+        )
+    low, high = reserved_gib(counted.largest)
+    needed = needed_gib(counted.largest)
+    verdict = "it fits" if needed <= gpu_gib else "it does NOT fit"
+    if needed <= gpu_gib < high + BESIDES_TORCH_GIB:
+        verdict = "it fits, if torch reserves little more (PYTORCH_ALLOC_CONF=expandable_segments:True helps)"
+    lines.append(
+        f"\ntorch reserves {low:.1f} to {high:.1f} GiB, and CUDA and NCCL take about {BESIDES_TORCH_GIB:.0f} "
+        f"more, of {gpu_gib:.1f} GiB: {verdict}"
+    )
+    return lines
+
+
+def reserved_gib(rank: RankCount) -> tuple[float, float]:
+    """Return between which numbers of GiB torch's allocator reserves."""
+    low, high = (share * rank.peak_bytes / GIB for share in RESERVED)
+    return low, high
+
+
+def needed_gib(rank: RankCount) -> float:
+    return reserved_gib(rank)[0] + BESIDES_TORCH_GIB
+
+
+def traffic(counted: Counted, gpus_per_node: int) -> list[str]:
+    rank = counted.largest
+    between = rank.sent_between_nodes(gpus_per_node)
+    lines = [f"\nits traffic in a step, in GiB\n  {'axis':14}{'sent':>12}{'between nodes':>16}   collectives"]
+    for axis, sent in rank.sent_bytes().items():
+        kinds = {}
+        for one, count in rank.traffic.items():
+            if one.axis == axis:
+                kinds[one.kind] = kinds.get(one.kind, 0) + count
+        what = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
+        lines.append(f"  {axis:14}{sent / GIB:>12.3f}{between[axis] / GIB:>16.3f}   {what}")
+    return lines
+
+
+def computation(counted: Counted, account: Account | None) -> list[str]:
+    busiest = max(counted.ranks, key=lambda rank: rank.flops)
+    lines = [
+        f"\nthe busiest rank computes {busiest.flops / 1e12:,.1f} TFLOP in a step, recomputation included"
+    ]
+    if account is None:
+        return [*lines, "how long that takes is not predicted: the known rates are those of bfloat16"]
+    spent = sorted(account.seconds.items(), key=lambda item: -item[1])
+    shares = ", ".join(
+        f"{what} {seconds / account.step_seconds:.0%}"
+        for what, seconds in spent
+        if seconds >= 0.005 * account.step_seconds
+    )
+    return [
+        *lines,
+        f"predicted: a step takes {account.step_seconds:.3g} s, "
+        f"{account.tokens_per_second_per_gpu:,.0f} tokens/s a GPU, MFU {account.mfu:.1%}",
+        f"  of that {shares}",
+    ]
+
+
+def as_data(counted: Counted, cluster: Cluster) -> dict:
+    """Return the result for --json: of the rank with the highest peak, and below `ranks` of every kind."""
+    largest, layout = counted.largest, counted.setup.layout
+    gib = lambda held: {kind.replace(" ", "_"): n_bytes / GIB for kind, n_bytes in held.items()}
+    ranks = [
+        {
+            "pp_rank": rank.pp_rank,
+            "held_gib": gib(rank.held_bytes),
+            "at_peak_gib": gib(rank.at_peak),
+            "most_gib": gib(rank.most),
+            "peak_gib": rank.peak_bytes / GIB,
+            "peak_moment": rank.peak_moment,
+            "checkpoint_host_gib": rank.checkpoint_bytes / GIB,
+            "flops": rank.flops,
+            "traffic": [{**one._asdict(), "count": count} for one, count in rank.traffic.items()],
+        }
+        for rank in counted.ranks
+    ]
+    most = gib(largest.most)
+    return {
+        "fits": needed_gib(largest) <= cluster.gpu.memory_gib,
+        "layout": asdict(layout),
+        "per_rank": {
+            **{f"{kind}_gib": most.get(kind, 0.0) for kind in ("parameters", "gradients", "optimizer")},
+            "activations_gib": most.get("activations", 0.0),
+            "peak_gib": largest.peak_bytes / GIB,
+            "reserved_gib": reserved_gib(largest),
+            "host_gib": largest.host_bytes / GIB,
+        },
+        "traffic_gib_per_step": gib(largest.sent_bytes()),
+        "between_nodes_gib_per_step": gib(largest.sent_between_nodes(cluster.gpus_per_node)),
+        "flops_per_rank": max(rank.flops for rank in counted.ranks),
+        "ranks": ranks,
+    }
+
+
+def pipeline(facts: dict) -> list[str]:
+    if not (about := facts.get("pipeline")):
+        return []
+    lines = []
+    width = min(28, max(work[-1][0] + DURATION[work[-1][1]] for work in about["work"]))
+    for rank, (own, work) in enumerate(zip(about["stages_of_pp_ranks"], about["work"], strict=True)):
+        layers = ", ".join("{}-{}".format(*about["layers_of_stages"][stage]) for stage in own)
+        lines.append(f"  pp {rank:<3} layers {layers:13} |{draw(work, width)}")
+    return [
+        f"\nschedule {facts['layout']['schedule']}: {about['bubble']:.1%} bubbles, if backward takes as long "
+        "as two forwards (F forward, B backward, I and W its halves)",
+        *some(lines, 10),
+    ]
