@@ -198,9 +198,9 @@ def test_states_and_traffic_are_those_of_real_processes_and_peaks_within_3_perce
     ids=str,
 )
 def test_what_a_microbatch_adds_is_what_a_longer_step_has(layout, monkeypatch):
-    setup = Case(4, layout, n_microbatches=8).setup(device="cuda")
+    setup = Case(4, layout, n_microbatches=12).setup(device="cuda")
     short = dry_run(setup, step).ranks
-    monkeypatch.setattr(dry_run_module, "few_microbatches", lambda setup: (8, 8))
+    monkeypatch.setattr(dry_run_module, "few_microbatches", lambda setup: (12, 12))
     for one, whole in zip(short, dry_run(setup, step).ranks, strict=True):
         assert one.peak_bytes == whole.peak_bytes
         assert one.traffic == whole.traffic and one.products == whole.products
