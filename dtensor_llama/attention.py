@@ -6,10 +6,10 @@ The model has one attention object, `model.attention`. It is called twice in eac
     __call__(q, k, v, mask)                       in every layer: attention of this rank's heads
 
 `WholeRows` is the one in this file, for ranks that hold whole sequences; parallel/context.py has two for
-ranks that share a sequence. To train with another attention (a sliding window, say), write a subclass of
-WholeRows and set it once, `model.attention = SlidingWindow(...)`, before `parallelize`: every pipeline stage
-and every layout then uses it, and a layout that cannot is refused. The tests have such a class
-(tests/test_seams.py).
+ranks that share a sequence. Models whose config.json has a sliding window call `near` too, once, for the
+layers with that window. To train with another attention, write a subclass of WholeRows and set it once,
+`model.attention = Mine(...)`, before `parallelize`: every pipeline stage and every layout then uses it, and a
+layout that cannot is refused. The tests have such a class (tests/test_seams.py).
 
 Kernels:
     flash   the flash-attn package (extra `flash`): the fastest on NVIDIA GPUs; packed documents need no mask
@@ -43,11 +43,18 @@ _VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_a
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """Holds which keys a query may see, in the form that a kernel takes: one of the two fields is set."""
+    """Holds which keys a query may see, in the form that a kernel takes: `dense` for sdpa and math, the other
+    fields for flash and varlen."""
 
-    dense: Tensor | None = None  # (B or 1, 1, T, S) bool, True where query t may see key s: sdpa, math
-    # (n_documents + 1,) int32: 0, then where each document ends in the flattened sequences: flash, varlen
+    dense: Tensor | None = None  # (B or 1, 1, T, S) bool, True where query t may see key s
+    # (n_documents + 1,) int32: 0, then where each document ends in the flattened sequences
     cu_seqlens: Tensor | None = None
+    window: int | None = None  # a query sees so many keys, its own among them; None: all before it
+
+    @property
+    def window_size(self) -> tuple[int, int]:
+        """Return how many keys before and after its own a query sees, as FlashAttention has it; -1: all."""
+        return (-1 if self.window is None else self.window - 1, 0)
 
     @staticmethod
     def of_documents(positions: Tensor, kernel: str, device: torch.device) -> "AttentionMask":
@@ -89,6 +96,7 @@ class WholeRows:
     # True in a class that attends over sequences split by context parallelism. A class that does not say so
     # is refused under cp: its subclasses compute something that Ulysses and Ring would not.
     splits_sequence = False
+    sequence_ranks = 1  # ranks that share the tokens of a sequence
 
     def __init__(self, kernel: str = "sdpa"):
         self.kernel = kernel  # flash, varlen, sdpa or math; choose_attention says which of them can run here
@@ -115,6 +123,20 @@ class WholeRows:
         # RoPE is relative, and padding moves all positions of a sequence alike.
         return at, AttentionMask(dense=seen[:, None])
 
+    def near(
+        self, mask: AttentionMask | None, window: int, n_tokens: int, cache, device: torch.device
+    ) -> AttentionMask:
+        """Return the mask that hides from a query, beside what `mask` from `prepare` hides, all keys but the
+        last `window` ones, its own among them."""
+        ends = mask.cu_seqlens if mask else None
+        if self.kernel == "flash" or ends is not None:
+            return AttentionMask(cu_seqlens=ends, window=window)
+        first = cache.n_seen if cache is not None else 0
+        query = torch.arange(first, first + n_tokens, device=device)[:, None]
+        key = torch.arange(first + n_tokens, device=device)
+        near = ((key <= query) & (key > query - window))[None, None]  # (1, 1, T, S)
+        return AttentionMask(dense=near & mask.dense if mask else near)
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
         """q (B, T, H, E), k and v (B, S, K, E) -> (B, T, H, E); H and K are the heads of this rank."""
         return attention(q, k, v, self.kernel, mask)
@@ -130,7 +152,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, kernel: str, mask: AttentionMask 
     if kernel == "flash":
         return _flash(q, k, v, mask)
     if kernel == "varlen" and mask is not None and mask.cu_seqlens is not None:
-        return _varlen(q, k, v, mask.cu_seqlens)
+        return _varlen(q, k, v, mask)
     T, S = q.shape[1], k.shape[1]
     dense = mask.dense if mask else None
     if (
@@ -145,42 +167,48 @@ def attention(q: Tensor, k: Tensor, v: Tensor, kernel: str, mask: AttentionMask 
 def _flash(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
-    if mask is None:
-        return flash_attn_func(q, k, v, causal=True)  # aligned to the last key: right for a cache too
-    if mask.cu_seqlens is None:
+    mask = mask or AttentionMask()
+    if mask.dense is not None:
         raise UsageError("attention=flash takes no dense mask, only packed documents; use attention=sdpa.")
+    if mask.cu_seqlens is None:
+        # It is aligned to the last key, which is right for a cache too.
+        return flash_attn_func(q, k, v, causal=True, window_size=mask.window_size)
     B, T, H, E = q.shape
     ends = mask.cu_seqlens
     flat = [x.reshape(B * T, -1, E) for x in (q, k, v)]  # the documents of all sequences, one after another
     # T bounds the longest document; the exact number would have to be fetched from the GPU.
-    return flash_attn_varlen_func(*flat, ends, ends, T, T, causal=True).view(B, T, H, E)
+    out = flash_attn_varlen_func(*flat, ends, ends, T, T, causal=True, window_size=mask.window_size)
+    return out.view(B, T, H, E)
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Tensor:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     B, T, H, E = q.shape
     flat = [pad_head_width(x).reshape(B * T, x.shape[2], -1) for x in (q, k, v)]  # one after another
+    ends = mask.cu_seqlens
     if q.device.type == "cpu":
-        out = _varlen_reference(*flat, ends, scale=E**-0.5)
+        out = _varlen_reference(*flat, mask, scale=E**-0.5)
     else:
         # T bounds the longest document, as for flash-attn. A window that ends at the query is the causal
         # mask.
         gqa = _VARLEN_GQA if q.shape[2] != k.shape[2] else {}
-        out = varlen_attn(*flat, ends, ends, T, T, scale=E**-0.5, window_size=(-1, 0), **gqa)
+        out = varlen_attn(*flat, ends, ends, T, T, scale=E**-0.5, window_size=mask.window_size, **gqa)
     return out.view(B, T, H, -1)[..., :E]
 
 
-def _varlen_reference(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, scale: float) -> Tensor:
+def _varlen_reference(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> Tensor:
     """Compute on a CPU, which has no such kernel, what varlen_attn computes on a GPU.
 
     q is (N, H, E), the tokens of all sequences in a line; k and v are (N, K, E). The result is (N, H, E). An
     (N, N) mask is stored: this is for tests and small runs.
     """
     at = torch.arange(q.shape[0], device=q.device)
-    document = torch.bucketize(at, ends, right=True)  # (N,): the index of each token's document
-    mask = (document[:, None] == document) & (at[:, None] >= at)
+    document = torch.bucketize(at, mask.cu_seqlens, right=True)  # (N,): the index of each token's document
+    seen = (document[:, None] == document) & (at[:, None] >= at)
+    if mask.window is not None:
+        seen = seen & (at[:, None] - at < mask.window)
     heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]  # (1, H or K, N, E)
     out = F.scaled_dot_product_attention(
-        *heads_first, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        *heads_first, attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
     return out[0].transpose(0, 1).contiguous()
 

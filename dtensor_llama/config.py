@@ -1,4 +1,5 @@
-"""LlamaConfig: the shape of a LLaMA, from a preset or from any Hugging Face `config.json` of the family.
+"""LlamaConfig: the shape of a LLaMA or of another LLaMA-shaped family (families.py), from a preset or from a
+Hugging Face `config.json`.
 
 Field names are Hugging Face's. Every field of a `config.json` is used, carried on into the `config.json` of
 what is exported, or refused by name because it would change the arithmetic in a way `model.py` does not
@@ -12,7 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from dtensor_llama.errors import UsageError
+from dtensor_llama.families import (
+    FAMILIES,
+    FULL,
+    LAYER_FIELDS,
+    SLIDING,
+    Family,
+    check_rope_scaling,
+    read_fields,
+    write_fields,
+)
 from dtensor_llama.places import expanded, refuse_hub_name
+from dtensor_llama.presets import PRESETS
 
 # ---- Types and ranges of the fields ------------------------------------------------------------------------
 
@@ -79,6 +91,7 @@ _CHECKS = {
     "rope_theta": base_of_frequencies,
     "tie_word_embeddings": true_or_false,
     "initializer_range": deviation,
+    "sliding_window": whole_number,
 }
 
 
@@ -97,6 +110,15 @@ class LlamaConfig:
     rope_theta: float = 10_000.0
     tie_word_embeddings: bool = False  # one matrix is both the embedding and the head
     initializer_range: float = 0.02  # standard deviation of the initial weights
+    model_type: str = "llama"  # a row of families.py
+    # What is done to the frequencies of RoPE, as config.json has it: rope_type linear, dynamic or llama3, and
+    # its numbers. None: they stay as they are
+    rope_scaling: dict[str, Any] | None = field(default=None, hash=False)
+    sliding_window: int | None = None  # a token sees so many tokens, itself among them; None: all before it
+    # "sliding_attention" or "full_attention" for each layer; None: all have the window, if there is one
+    layer_types: list[str] | None = field(default=None, hash=False)
+    # 1 for each layer that rotates queries and keys, 0 for one that does without RoPE; None: all do
+    no_rope_layers: list[int] | None = field(default=None, hash=False)
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
     pad_token_id: int | None = None
@@ -111,10 +133,14 @@ class LlamaConfig:
             object.__setattr__(self, name, check(name, value))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             check_token_ids(name, getattr(self, name), self.vocab_size)
+        if self.model_type not in FAMILIES:
+            raise UsageError(f"model_type is {self.model_type!r}; it must be one of {', '.join(FAMILIES)}.")
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        # This holds even where head_dim is given, because transformers refuses it.
-        if self.hidden_size % self.num_attention_heads:
+        # LLaMA's own config refuses it even where head_dim is given.
+        if self.hidden_size % self.num_attention_heads and (
+            self.head_dim is None or self.model_type == "llama"
+        ):
             raise UsageError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
                 f"{self.num_attention_heads}, and transformers opens no such model; change one of them."
@@ -128,6 +154,47 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise UsageError(f"head_dim {self.head_dim} is not even; RoPE rotates pairs of dims.")
+        if self.rope_scaling is not None:
+            check_rope_scaling(self.rope_scaling)
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        """Raise UsageError unless what layers may differ in fits the family and the number of layers."""
+        for name in LAYER_FIELDS - {*self.family.own_fields}:
+            if getattr(self, name) is not None:
+                raise UsageError(
+                    f"{name} is {getattr(self, name)!r}, and model_type={self.model_type} has no such field: "
+                    "transformers would ignore it."
+                )
+        L, types, rotates = self.num_hidden_layers, self.layer_types, self.no_rope_layers
+        if types is not None and not (
+            isinstance(types, list) and len(types) == L and all(kind in (SLIDING, FULL) for kind in types)
+        ):
+            raise UsageError(f"layer_types is {types!r}; it must be a list of {L} times {SLIDING} or {FULL}.")
+        if types is not None and SLIDING in types and self.sliding_window is None:
+            raise UsageError(f"layer_types has {SLIDING}, and there is no sliding_window that is used.")
+        if rotates is not None and not (
+            isinstance(rotates, list) and len(rotates) >= L and all(one in (0, 1) for one in rotates)
+        ):
+            raise UsageError(f"no_rope_layers is {rotates!r}; it must be a list of {L} times 0 or 1.")
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
+    def window(self, layer: int) -> int | None:
+        """Return how many tokens a token sees in this layer, itself among them; None: all before it."""
+        slides = self.layer_types is None or self.layer_types[layer] == SLIDING
+        return self.sliding_window if slides else None
+
+    def hides_tokens(self, n_tokens: int) -> bool:
+        """Return whether in some layer a window hides tokens of a sequence of n_tokens."""
+        windows = [self.window(layer) for layer in range(self.num_hidden_layers)]
+        return any(window is not None and window < n_tokens for window in windows)
+
+    def rotates(self, layer: int) -> bool:
+        """Return whether this layer has RoPE."""
+        return self.no_rope_layers is None or bool(self.no_rope_layers[layer])
 
     @property
     def n_parameters(self) -> int:
@@ -139,11 +206,11 @@ class LlamaConfig:
         )
 
     def block_weights(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each weight of a block, by its name inside the block."""
+        """Return the shape of each parameter of a block, by its name inside the block."""
         D, F = self.hidden_size, self.intermediate_size
         queries = self.num_attention_heads * self.head_dim
         keys = self.num_key_value_heads * self.head_dim
-        return {
+        weights = {
             "input_layernorm.weight": (D,),
             "self_attn.q_proj.weight": (queries, D),
             "self_attn.k_proj.weight": (keys, D),
@@ -154,6 +221,12 @@ class LlamaConfig:
             "mlp.up_proj.weight": (F, D),
             "mlp.down_proj.weight": (D, F),
         }
+        if self.family.qkv_bias:
+            outputs = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+            weights |= {f"self_attn.{name}.bias": (n,) for name, n in outputs.items()}
+        if self.family.qk_norm:
+            weights |= {f"self_attn.{name}.weight": (self.head_dim,) for name in ("q_norm", "k_norm")}
+        return weights
 
     @staticmethod
     def preset(name: str) -> "LlamaConfig":
@@ -162,7 +235,7 @@ class LlamaConfig:
         if name not in PRESETS:
             refuse_hub_name(name, "model")
             raise UsageError(f"model={name} is neither a preset nor a folder. Presets: {', '.join(PRESETS)}.")
-        return PRESETS[name]
+        return LlamaConfig(**PRESETS[name])
 
     @staticmethod
     def from_hf(folder: str | Path) -> "LlamaConfig":
@@ -192,20 +265,7 @@ class LlamaConfig:
 
     def to_hf(self) -> dict:
         """Return a `config.json` that old and new transformers open, without the dtype of the weights."""
-        fields = asdict(self)
-        other_fields = fields.pop("other_fields")
-        fields |= {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "mlp_bias": False,
-            "use_cache": other_fields.get("use_cache", True),
-            # Readers before transformers 5 know rope_theta (above) alone, later ones prefer rope_parameters.
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
-        }
-        return fields | {name: value for name, value in other_fields.items() if name not in fields}
+        return write_fields(asdict(self))
 
     @property
     def ends(self) -> list[int]:
@@ -223,103 +283,10 @@ class LlamaConfig:
         return replace(self, other_fields=kept)
 
 
-_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-
-_ARCHITECTURES = ("LlamaForCausalLM", "LlamaModel", "LLaMAForCausalLM")
-
-# What these fields may hold without changing the arithmetic of model.py. Absent and null are always fine.
-_NEUTRAL = {
-    "hidden_act": ("silu", "swish"),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "qkv_bias": (False,),
-    "bias": (False,),
-    "attention_dropout": (0, 0.0),
-    "hidden_dropout": (0, 0.0),
-    "resid_pdrop": (0, 0.0),
-    "embd_pdrop": (0, 0.0),
-    "partial_rotary_factor": (1, 1.0),
-    "sliding_window": (),
-    "use_sliding_window": (False,),
-    "quantization_config": (),
-    "quantization": (),
-    "use_qk_norm": (False,),
-    "qk_norm": (False,),
-    "embedding_multiplier": (1, 1.0),
-    "residual_multiplier": (1, 1.0),
-    "logits_scaling": (1, 1.0),
-    "logit_scale": (1, 1.0),
-    "attn_logit_softcapping": (),
-    "final_logit_softcapping": (),
-    "num_local_experts": (0, 1),
-    "is_encoder_decoder": (False,),
-    "add_cross_attention": (False,),
-}
-
-
-# Fields of a config.json that would contradict what is exported: the rotation and the dtype, which are
-# written anew, and statements about the files and the program that the base model came from.
-_NOT_CARRIED = (
-    *("rope_scaling", "dtype", "torch_dtype"),
-    *("_name_or_path", "transformers_version", "auto_map"),
-)
-
-
 def config_from_fields(fields: dict, path: Path) -> LlamaConfig:
     """Make a LlamaConfig from the content of a `config.json`, whose path is named in errors."""
-    family = fields.get("model_type")
-    if family != "llama":
-        raise UsageError(
-            f"{path}: model_type is {family!r}; only 'llama' is supported (LLaMA 1 and 2, and models of "
-            "their architecture)."
-        )
-    missing = [name for name in _REQUIRED if fields.get(name) is None]
-    if missing:
-        raise UsageError(f"{path}: {', '.join(missing)} missing; the file is not a whole LLaMA config.json.")
-    refused = [
-        f"{name}={fields[name]!r}"
-        for name, neutral in _NEUTRAL.items()
-        if fields.get(name) is not None and fields[name] not in neutral
-    ]
-    architectures = fields.get("architectures") or ["LlamaForCausalLM"]
-    if not isinstance(architectures, list) or not any(name in architectures for name in _ARCHITECTURES):
-        refused.append(f"architectures={architectures!r}")
-    rope_theta = 10_000.0 if fields.get("rope_theta") is None else fields["rope_theta"]
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = fields.get(name)
-        if rope is None:
-            continue
-        if not isinstance(rope, dict):
-            raise UsageError(f"{path}: {name} is {rope!r}; it must be an object.")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        extra = {
-            key: value
-            for key, value in rope.items()
-            if key not in ("rope_type", "type", "rope_theta")
-            and not (key == "partial_rotary_factor" and value in (None, 1))
-        }
-        if kind != "default" or (name == "rope_parameters" and extra):
-            refused.append(f"{name}={rope!r}")
-        if rope.get("rope_theta") is not None:
-            rope_theta = rope["rope_theta"]
-    if refused:
-        raise UsageError(
-            f"{path}: not supported: {'; '.join(refused)}. Each would change the arithmetic, so it is "
-            "refused rather than ignored (supported: silu, no biases, no dropout, plain RoPE)."
-        )
-    # Hugging Face's own defaults, which hold for an absent field or a null, where ours (LLaMA-2's) differ.
-    known = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
-    known |= {name: fields[name] for name in LlamaConfig.__dataclass_fields__ if fields.get(name) is not None}
-    # A null means no such token for these two; if they are absent, they have LLaMA's ids.
-    known |= {
-        name: None for name in ("bos_token_id", "eos_token_id") if name in fields and fields[name] is None
-    }
-    written = LlamaConfig().to_hf().keys() - {"use_cache"}
-    known["other_fields"] = {
-        name: value for name, value in fields.items() if name not in written and name not in _NOT_CARRIED
-    }
     try:
-        return LlamaConfig(**known | {"rope_theta": rope_theta})
+        return LlamaConfig(**read_fields(fields, {*LlamaConfig.__dataclass_fields__} - {"other_fields"}))
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
 
@@ -390,65 +357,3 @@ def refuse_adapter(folder: Path) -> None:
             f"{base or 'a base model'}. Give the folder of the merged model (hf/ of the run), or merge it "
             "with peft: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
         )
-
-
-def _llama1(hidden: int, intermediate: int, layers: int, heads: int) -> LlamaConfig:
-    return LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=2048,
-        rms_norm_eps=1e-6,
-    )
-
-
-def _tiny(vocab: int, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-    )
-
-
-_LLAMA2 = LlamaConfig()
-PRESETS: dict[str, LlamaConfig] = {
-    # arXiv:2307.09288 and the config.json files Meta published beside it; context 4096
-    "llama2-7b": _LLAMA2,
-    "llama2-13b": replace(
-        _LLAMA2,
-        hidden_size=5120,
-        intermediate_size=13824,
-        num_hidden_layers=40,
-        num_attention_heads=40,
-        num_key_value_heads=40,
-        head_dim=128,
-    ),
-    "llama2-70b": replace(
-        _LLAMA2,
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        head_dim=128,
-    ),
-    # arXiv:2302.13971, table 2; context 2048
-    "llama1-7b": _llama1(4096, 11008, 32, 32),
-    "llama1-13b": _llama1(5120, 13824, 40, 40),
-    "llama1-33b": _llama1(6656, 17920, 60, 52),
-    "llama1-65b": _llama1(8192, 22016, 80, 64),
-    # for laptops and tests: the tied matrix is most of a small model, so the vocabulary is small too
-    "tiny-1m": _tiny(1024, 128, 352, 4, 4, 2),
-    "tiny-5m": _tiny(4096, 256, 704, 6, 8, 4),
-    "tiny-10m": _tiny(4096, 320, 864, 8, 5, 5),
-    "tiny-15m": _tiny(4096, 384, 1024, 8, 6, 2),
-    "small-110m": LlamaConfig(
-        hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12
-    ),
-}

@@ -43,6 +43,7 @@ def model_flops_per_token(config: LlamaConfig, seq_len: int, convention: str = "
 
     full    6 (N - N_embed) + 12 L H E T: attention counted over all T keys, as PaLM and most papers do
     causal  the same with half the attention, which is what a causal kernel really computes
+    A layer with a sliding window W below T counts W keys, and causal those before a token, W - W^2 / 2T.
     6n      6 N, embedding included, no attention: the rule of thumb
     N_embed is the embedding that is looked up, not multiplied. A tied one is multiplied (as the head), so it
     counts.
@@ -50,8 +51,12 @@ def model_flops_per_token(config: LlamaConfig, seq_len: int, convention: str = "
     if convention == "6n":
         return 6.0 * config.n_parameters
     lookup = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    attention = 12.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
-    return 6.0 * (config.n_parameters - lookup) + attention * {"full": 1.0, "causal": 0.5}[convention]
+    n_keys = 0.0  # that a token attends to, over all layers
+    for layer in range(config.num_hidden_layers):
+        width = min(seq_len, config.window(layer) or seq_len)
+        n_keys += {"full": width, "causal": width - width**2 / (2 * seq_len)}[convention]
+    attention = 12.0 * config.num_attention_heads * config.head_dim * n_keys
+    return 6.0 * (config.n_parameters - lookup) + attention
 
 
 def hardware_flops_per_token(config: LlamaConfig, seq_len: int, recompute: str) -> float:

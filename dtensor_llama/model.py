@@ -1,5 +1,6 @@
 """The LLaMA decoder (arXiv:2302.13971, arXiv:2307.09288), with Hugging Face's module names, so that weights
-need no converting.
+need no converting. Families that are shaped like it (families.py) are this model too: biases on q, k and v,
+norms of heads, sliding windows, layers without RoPE, and scaled RoPE are settings of its config.
 
 Two parts can be replaced. Set either once on the model, before `parallelize`, which carries it into every
 pipeline stage and every layout, or refuses it in words:
@@ -16,6 +17,7 @@ width, V vocabulary.
 """
 
 import hashlib
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -29,16 +31,41 @@ from dtensor_llama.errors import UsageError
 from dtensor_llama.loss import TokenLoss, Vocabulary, token_loss_sum, token_nll
 
 
-def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rope_frequencies(config: LlamaConfig, n_tokens: int, device: torch.device) -> Tensor:
+    """Return by how many radians each pair of dims is rotated a token, (E/2,) float32.
+
+    n_tokens: of whole sequences, which `dynamic` scaling goes by
+    Source: Su et al. 2021, arXiv:2104.09864, sec. 3.2.2. Scalings: linear is Chen et al. 2023,
+    arXiv:2306.15595; dynamic is described by Peng et al. 2023, arXiv:2309.00071; llama3 is in the code that
+    Meta published with LLaMA-3.1.
+    """
+    E, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling or {}
+    kind, factor = scaling.get("rope_type"), scaling.get("factor", 1)
+    if kind == "dynamic" and n_tokens > config.max_position_embeddings:
+        # The largest wavelength grows with the sequence, so that it stays within what was trained.
+        stretch = factor * n_tokens / config.max_position_embeddings - (factor - 1)
+        theta = theta * stretch ** (E / (E - 2))
+    frequencies = theta ** -(torch.arange(0, E, 2, dtype=torch.float32, device=device) / E)
+    if kind == "linear":
+        return frequencies / factor
+    if kind == "llama3":
+        # Waves that turn often within the original context stay, those that turn seldom are slowed, and
+        # between the two the frequency is interpolated.
+        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return frequencies * (kept + (1 - kept) / factor)
+    return frequencies
+
+
+def rope_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """Return the cosines and sines of the rotary angles at `positions` (B, T).
 
-    They are two (B, T, 1, E/2) float32 tensors, to be broadcast over heads; angles are in radians, theta is
-    the base of the frequencies. Each forward makes them anew from the positions, so that no buffer can be
-    cast to bfloat16 (wrong by radians at position 4,000) or be lost on `meta`. Source: Su et al. 2021,
-    arXiv:2104.09864, sec. 3.2.2.
+    They are two (B, T, 1, E/2) float32 tensors, to be broadcast over heads; angles are in radians. Each
+    forward makes them anew from the positions, so that no buffer can be cast to bfloat16 (wrong by radians at
+    position 4,000) or be lost on `meta`.
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions[..., None].float() * theta**-exponents  # (B, T, E/2)
+    angles = positions[..., None].float() * frequencies  # (B, T, E/2)
     return angles.cos()[:, :, None], angles.sin()[:, :, None]
 
 
@@ -77,15 +104,20 @@ class LlamaAttention(nn.Module):
         super().__init__()
         D, E = config.hidden_size, config.head_dim
         self.layer, self.head_dim = layer, E
-        self.q_proj = nn.Linear(D, config.num_attention_heads * E, bias=False)
-        self.k_proj = nn.Linear(D, config.num_key_value_heads * E, bias=False)
-        self.v_proj = nn.Linear(D, config.num_key_value_heads * E, bias=False)
+        has_bias = config.family.qkv_bias
+        self.q_proj = nn.Linear(D, config.num_attention_heads * E, bias=has_bias)
+        self.k_proj = nn.Linear(D, config.num_key_value_heads * E, bias=has_bias)
+        self.v_proj = nn.Linear(D, config.num_key_value_heads * E, bias=has_bias)
         self.o_proj = nn.Linear(config.num_attention_heads * E, D, bias=False)
+        self.q_norm = self.k_norm = None
+        if config.family.qk_norm:  # each head by itself, with the same weight (E,) for all heads
+            self.q_norm = nn.RMSNorm(E, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(E, eps=config.rms_norm_eps)
 
     def forward(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: tuple[Tensor, Tensor] | None,
         attention: WholeRows,
         mask: AttentionMask | None,
         cache: KVCache | None,
@@ -94,7 +126,10 @@ class LlamaAttention(nn.Module):
         q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, E): -1, as tp holds a share of H
         k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, E)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)
-        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, S, K, E), S tokens seen so far
         return self.o_proj(attention(q, k, v, mask).reshape(B, T, -1))
@@ -129,7 +164,7 @@ class LlamaBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: tuple[Tensor, Tensor] | None,  # None: a layer that does not rotate
         attention: WholeRows,
         mask: AttentionMask | None = None,
         cache: KVCache | None = None,
@@ -155,16 +190,35 @@ class LlamaModel(nn.Module):
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        n_tokens = tokens.shape[1] * self.sequence_shards
+        config, n_tokens = self.config, tokens.shape[1] * self.sequence_shards
+        # Of whole sequences, where context parallelism leaves this rank a share, and with those in the cache.
+        n_whole = n_tokens * self.attention.sequence_ranks + (0 if cache is None else cache.n_seen)
+        self._refuse_growing_documents(positions)
         positions, mask = self.attention.prepare(n_tokens, positions, cache, tokens.device)
-        rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
+        near = mask
+        if config.hides_tokens(n_whole):
+            near = self.attention.near(mask, config.sliding_window, n_tokens, cache, tokens.device)
+        rope = rope_tables(positions, rope_frequencies(config, n_whole, tokens.device))
         x = tokens if self.embed_tokens is None else self.embed_tokens(tokens)  # (B, T, D)
-        for block in self.layers:
+        for layer, block in enumerate(self.layers):
             if block is not None:
-                x = block(x, rope, self.attention, mask, cache)
+                own_mask = mask if config.window(layer) is None else near
+                x = block(x, rope if config.rotates(layer) else None, self.attention, own_mask, cache)
         if cache is not None:
             cache.n_seen += tokens.shape[1]
         return x if self.norm is None else self.norm(x)
+
+    def _refuse_growing_documents(self, positions: Tensor | None) -> None:
+        """Raise UsageError where dynamic RoPE would depend on the longest document of a microbatch, and so on
+        how a batch is cut."""
+        config = self.config
+        dynamic = (config.rope_scaling or {}).get("rope_type") == "dynamic"
+        if dynamic and positions is not None and positions.shape[1] > config.max_position_embeddings:
+            raise UsageError(
+                f"rope_scaling of type dynamic goes by the length of a sequence, and packed documents in "
+                f"sequences of {positions.shape[1]} tokens have several lengths; use a seq_len of at most "
+                f"max_position_embeddings={config.max_position_embeddings}, or no document mask."
+            )
 
 
 @dataclass(frozen=True)

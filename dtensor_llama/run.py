@@ -187,11 +187,23 @@ def refuse_other_run(checkpoint: Path, saved: dict, now: dict) -> None:
         )
 
 
+# Fields of LlamaConfig that checkpoints from before the families lack, with what they were then.
+_ADDED_LATER = {
+    "model_type": "llama",
+    "rope_scaling": None,
+    "sliding_window": None,
+    "layer_types": None,
+    "no_rope_layers": None,
+}
+
+
 def _compared(value: Any) -> Any:
-    """Leave out of a model's settings those fields of its config.json that only pass through."""
+    """Leave out of a model's settings those fields of its config.json that only pass through, and those that
+    an older checkpoint lacks, where they are as they were then."""
     if not isinstance(value, dict):
         return value
-    return {name: own for name, own in value.items() if name != "other_fields"}
+    kept = {name: own for name, own in value.items() if name != "other_fields"}
+    return {name: own for name, own in kept.items() if name not in _ADDED_LATER or own != _ADDED_LATER[name]}
 
 
 def _changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

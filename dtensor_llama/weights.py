@@ -174,17 +174,20 @@ def save_hf(
             "the model has LoRA adapters, which save_hf would leave out; merge_lora(model) first"
         )
     rank = dist.get_rank() if dist.is_initialized() else 0
-    shares = on_all_ranks(f"saving {folder}", lambda: _share(parameters, dtype))
+    # A packed parameter (parallel/plans/styles.py) is kept in another shape than Hugging Face's.
+    whole_shapes = {name: tuple(one.shape) for name, one in parameters.items()}
+    whole_shapes |= getattr(model, "whole_shapes", {})
+    shares = on_all_ranks(f"saving {folder}", lambda: _share(parameters, whole_shapes, dtype))
     tensors = {name: share[:2] for one_rank in shares for name, share in one_rank.items()}
     writer = writers(shares)
 
     def own_boxes(names: list[str]) -> Iterator[tuple[str, Box]]:
         for name in names:
-            boxes = local_boxes(parameters[name]) if name in parameters else []
+            boxes = packed_boxes(parameters[name], whole_shapes[name]) if name in parameters else []
             mine = [box[:2] for box in boxes if writer[name, box[0], box[1]] == rank]
             if not mine:
                 continue
-            for box in local_boxes(values_to_read(model, name, parameters[name])):
+            for box in packed_boxes(values_to_read(model, name, parameters[name]), whole_shapes[name]):
                 if box[:2] in mine:
                     yield name, box
 
@@ -240,6 +243,23 @@ def hf_parameters(model: nn.Module, adapters: bool = False) -> dict[str, nn.Para
         for name, parameter in model.named_parameters()
         if adapters or not is_adapter(name)
     }
+
+
+def packed_boxes(tensor: Tensor, whole: tuple[int, ...]) -> list[Box]:
+    """Return this rank's part of a tensor as boxes of a tensor of shape `whole` that has the same elements in
+    the same order: (D, 3, F) of (D, 3 F), for example. One dimension of the whole is two of the tensor's.
+
+    So a rank that has its share of each of several matrices, packed behind each other, has a box in each."""
+    if tuple(tensor.shape) == tuple(whole):
+        return local_boxes(tensor)
+    at = next(dim for dim, size in enumerate(whole) if tensor.shape[dim] != size)
+    width, boxes = tensor.shape[at + 1], []
+    for offsets, sizes, local in local_boxes(tensor):
+        for part in range(sizes[at]):
+            start = (offsets[at] + part) * width + offsets[at + 1]
+            merged = (*offsets[:at], start, *offsets[at + 2 :]), (*sizes[:at], *sizes[at + 1 :])
+            boxes.append((*merged, local.select(at, part)))
+    return boxes
 
 
 def local_boxes(tensor: Tensor) -> list[Box]:
@@ -408,7 +428,9 @@ def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
     return stored, "" if expected == actual else f"header says {expected} bytes, file has {actual}"
 
 
-def _share(parameters: dict[str, nn.Parameter], dtype: torch.dtype | None) -> dict[str, tuple]:
+def _share(
+    parameters: dict[str, nn.Parameter], whole_shapes: dict[str, tuple], dtype: torch.dtype | None
+) -> dict[str, tuple]:
     """Return what this rank holds: name -> (dtype in the file, whole shape, [(offsets, sizes) of its
     boxes])."""
     share = {}
@@ -417,8 +439,8 @@ def _share(parameters: dict[str, nn.Parameter], dtype: torch.dtype | None) -> di
             raise UsageError(
                 f"{name}: cannot be saved as {dtype or param.dtype}; dtype is one of {[*DTYPE_NAMES]}"
             )
-        boxes = [(offsets, sizes) for offsets, sizes, _ in local_boxes(param)]
-        share[name] = (DTYPE_NAMES[dtype or param.dtype], tuple(param.shape), boxes)
+        boxes = [(offsets, sizes) for offsets, sizes, _ in packed_boxes(param, whole_shapes[name])]
+        share[name] = (DTYPE_NAMES[dtype or param.dtype], whole_shapes[name], boxes)
     return share
 
 

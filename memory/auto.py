@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 
 from dtensor_llama.errors import UsageError
-from memory.home import Home
-from memory.placement import Plan, auto_plan, reason_to_replan
+from memory.chunk import CHUNK_ELEMENTS
+from memory.home import Home, StateFormat
+from memory.placement import ChunkSizes, Plan, auto_plan, reason_to_replan
 from memory.tracer import Counters, MachineRates, StepTrace, Tracer
 
 if TYPE_CHECKING:
@@ -30,6 +31,18 @@ WARM_UP_STEPS = (
 WATCH_EVERY = 10  # steps: to watch is a reduction over all ranks
 MOST_PLANS = 4  # a machine whose rates keep changing does not get new plans for ever
 HOST_SHARE = 0.9  # of the host's free memory: the page cache and the data reader want some
+
+
+def foresee(n_parameters: int, budgets: dict[str, int], rates: dict, traced: dict, accumulates: bool) -> Plan:
+    """Return the plan that this policy would make for so many parameters of a rank, before anything is built.
+
+    rates, traced: the fields of MachineRates and of StepTrace. accumulates: a step has several microbatches,
+        whose gradients are summed. UsageError: nothing fits.
+    """
+    n_whole, left_over = divmod(n_parameters, CHUNK_ELEMENTS)
+    sizes = (CHUNK_ELEMENTS,) * n_whole + (left_over,) * (left_over > 0)
+    chunks = ChunkSizes(sizes, StateFormat(accumulates=accumulates))
+    return auto_plan(chunks, budgets, MachineRates(**rates), StepTrace(**traced))
 
 
 class AutoPolicy:

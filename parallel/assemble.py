@@ -34,9 +34,12 @@ from memory.tracer import load_rates
 from parallel.apply import Computation, parallelize
 from parallel.clip import ClippingAdamW
 from parallel.config import AXES, ParallelConfig
-from parallel.fit import check_states
+from parallel.cost import check_states
 from parallel.mesh import Layout
 from parallel.pipeline import Pipeline
+from parallel.plans.family import Family
+from parallel.plans.spread import materialize, spread_family
+from parallel.plans.stages import FamilyPipeline
 from parallel.zero import accumulation_count, reshard, set_gradient_sync
 
 
@@ -70,8 +73,8 @@ class Training:
     optimizer: of `model`; clips with one norm over every axis if it has the method `clip_grad_norm`.
     """
 
-    model: Llama
-    stages: list[Llama]
+    model: Llama | nn.Module
+    stages: list[nn.Module]
     pipeline: Pipeline | None
     optimizer: Optimizer
     layout: Layout
@@ -123,7 +126,8 @@ class Training:
         if not isinstance(self.optimizer, ChunkOptimizer):
             return self.model
         masters = self.optimizer.masters()
-        masters.generation_config = self.model.generation_config
+        masters.generation_config = getattr(self.model, "generation_config", None)  # BERT has none
+        masters.whole_shapes = getattr(self.model, "whole_shapes", {})
         return masters
 
 
@@ -134,7 +138,7 @@ def adamw(lr: float, weight_decay: float) -> Callable[[Llama], Optimizer]:
 
 
 def assemble(
-    model: Llama,
+    model: Llama | nn.Module,
     layout: Layout,
     computation: Computation,
     build_optimizer: Callable[[Llama], Optimizer],
@@ -142,6 +146,8 @@ def assemble(
     say: Callable[[str], None] = lambda text: None,
 ) -> Training:
     """Spread `model` (on `meta`) over the mesh and give it an optimizer. The weights have no values yet.
+
+    model: a Llama, or a model of transformers whose attribute `family` says how (spread.shell_of).
 
     offload: None, or with a placement that is off: the optimizer's states live on the device. With a
         placement the parameters are what computes, in computation.dtype, and the chunk manager keeps the
@@ -151,13 +157,18 @@ def assemble(
     manages = offload is not None and offload.config.is_on
     if manages:
         model.to(computation.dtype)
-    stages = parallelize(model, layout.mesh, config, computation)
+    family: Family | None = getattr(model, "family", None)
+    if family is None:
+        stages = parallelize(model, layout.mesh, config, computation)
+    else:
+        stages = spread_family(model, family, layout.mesh, config, computation)
     for stage in stages:
-        stage.to_empty(device=computation.device)
+        materialize(stage, computation.device)
     activations = []
     if offload is not None and offload.config.activations:
         activations = [_offload_activations(stage, layout, computation, offload) for stage in stages]
-    pipeline = Pipeline(stages, layout, computation) if config.pp > 1 else None
+    kind = Pipeline if family is None else FamilyPipeline
+    pipeline = kind(stages, layout, computation) if config.pp > 1 else None
     optimizer = build_optimizer(model)
     if manages:
         rates = None
@@ -165,13 +176,12 @@ def assemble(
             rates = load_rates(
                 offload.rates_file, computation.device, offload.config.kernel, offload.ranks_per_host, say=say
             )
-        embedding = model.model.embed_tokens
-        is_tied_over_stages = model.config.tie_word_embeddings and config.pp > 1 and embedding is not None
+        owner = pipeline.tied_ends()[0] if pipeline else None
         loop = TrainingLoop(
             stages,
             accumulation=accumulation_count(model, config.zero_stage, config.pp > 1, layout.n_microbatches),
             clips=offload.clips,
-            tied=[embedding.weight] if is_tied_over_stages else [],
+            tied=[] if owner is None else [owner],
             activations=activations,
         )
         compute_seconds = _compute_seconds(model, layout, computation, offload)

@@ -17,6 +17,7 @@ a dataloader already.
 import atexit
 import dataclasses
 import gc
+import inspect
 import socket
 import sys
 import zlib
@@ -45,8 +46,13 @@ from parallel.clip import clip_grad_norm
 from parallel.config import ParallelConfig, check_parallel
 from parallel.context import n_slices
 from parallel.mesh import Layout, build_mesh, start_process_group
+from parallel.plans import Family, family_of
+from parallel.plans.family import refuse, shape_of
+from parallel.plans.loss import HfBatch, loss_sum, targets_of
+from parallel.plans.spread import check_family, has_dropout, restore_buffers, shell_of
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
+Columns = dict[str, Tensor]  # of a batch of Hugging Face, by name
 EXIT_WAIT = timedelta(seconds=20)
 
 
@@ -57,8 +63,9 @@ class Booster:
         `step` cuts the rows of a dp rank into; None means 1, or with pp two per pp rank.
     memory: None keeps all states on the device.
     dtype: the type of the computation; master weights, moments and reductions are fp32 in any case.
-    recompute, compile, attention: as the settings of these names in pretrain.py.
-    seed: decides the initial weights of a model that is on `meta`.
+    recompute, compile, attention: as the settings of these names in pretrain.py; the last two are of our
+        own Llama alone.
+    seed: decides the initial weights of a model that is on `meta`, and what dropout draws.
     device: None takes this process's accelerator or, without one, the CPU.
 
     An existing process group is used. Otherwise one is made from what torchrun set, or a group of one without
@@ -101,7 +108,7 @@ class Booster:
         ring = config.cp != 1 and config.cp_method == "ring"
         kernel, _ = choose_attention(attention, device, dtype, merges_blocks=ring)
         self.computation = Computation(device, dtype, recompute, compile, kernel)
-        self.seed = seed
+        self.asked_attention, self.seed = attention, seed
         if not dist.is_initialized():
             start_process_group(device, 1 if local_rank < 0 else None)
             atexit.register(_leave_group)
@@ -113,6 +120,7 @@ class Booster:
         self.config = dataclasses.replace(resolved, microbatches=self.n_microbatches)
         self.steps = 0  # calls of `step`
         self.training: Training | None = None
+        self.family: Family | None = None  # of a model of transformers that stays one
         self.model = self.optimizer = self.dataloader = self.criterion = None
 
     def boost(
@@ -121,41 +129,32 @@ class Booster:
         optimizer: torch.optim.Optimizer,
         dataloader: Iterable | None = None,
         criterion: Criterion | None = None,
-    ) -> tuple[Llama, torch.optim.Optimizer, Iterable | None, Criterion | None]:
+    ) -> tuple[nn.Module, torch.optim.Optimizer, Iterable | None, Criterion | None]:
         """Spread a training set-up over the mesh; returns what to use in place of the four.
 
-        model: our Llama or an untouched transformers.LlamaForCausalLM, whole, on any device, the same on
-            every rank. What is returned is always our Llama of that shape, with this rank's slices of your
-            weights in fp32 under the same names; your model is left as it was (drop it to free its memory).
-            On `meta`: initial weights of `seed`, no memory at all.
+        model: our Llama, an untouched transformers.LlamaForCausalLM, or an untouched model of a family of
+            parallel/plans/README.md; whole, on any device, the same on every rank. For the first two our
+            Llama of that shape is returned, for others a model of the same class and modules: with this
+            rank's slices of your weights in fp32 under the same names. Your model is left as it was (drop it
+            to free its memory). A Llama on `meta`: initial weights of `seed`, no memory at all.
         optimizer: any of torch.optim's interface, on all parameters of `model`, that has not stepped yet. It
             stays the same object with its groups and settings (so a scheduler on it goes on), but steps this
             rank's parameters. With memory: a torch AdamW; the chunk manager's optimizer takes its place, with
             the very same groups.
         dataloader: any iterable of global batches, the same on every rank (checked at each batch). Iterating
             over the one returned gives this dp rank's rows of each. None if you cut batches yourself.
-        criterion: None: causal-LM loss, the mean over the scored tokens of the global batch. Yours is called
-            with the whole logits (B, T, V) fp32 of a microbatch and its labels, not shifted, and must return
-            a mean over scored tokens: microbatches and ranks count by their labels[:, 1:] that are not -100.
-            Not under cp: no rank has whole rows.
+        criterion: None: the model's own loss, the mean over the scored tokens of the global batch. Yours is
+            called with the whole logits (B, T, V) fp32 of a microbatch and its labels, not shifted, and must
+            return a mean over scored tokens: microbatches and ranks count by their labels[:, 1:] that are not
+            -100 (of BERT and T5, by all labels). Not under cp: no rank has whole rows.
         """
-        shape = _config_of(model)
-        if criterion is not None and self.config.cp > 1:
-            raise UsageError(
-                "a criterion of your own needs the logits of whole rows, and under ParallelConfig(cp="
-                f"{self.config.cp}) no rank has them; use criterion=None (the causal-LM loss), or cp=1."
-            )
-        least = self.n_microbatches * self.config.dp
-        self._check(shape, self._token_stride, least)  # what does not depend on the batch
-        with torch.device("meta"):
-            boosted = Llama(shape).float()
-        boosted.generation_config = _generation_config_of(model, shape)
-        if isinstance(model, Llama):
-            boosted.token_loss, boosted.attention = model.token_loss, model.attention
-        whole = _matching_parameters(model, boosted)
+        if isinstance(model, Llama) or type(model).__name__ == "LlamaForCausalLM":
+            boosted, whole = self._llama_of(model, criterion)
+        else:
+            boosted, whole = self._shell_of(model)
         names = _names_in(optimizer, whole)
 
-        def own_parameters(boosted: Llama) -> torch.optim.Optimizer:
+        def own_parameters(boosted: nn.Module) -> torch.optim.Optimizer:
             """Put into each group this rank's share of its parameters; under pp those of the rank's
             stages."""
             here = hf_parameters(boosted)
@@ -167,7 +166,9 @@ class Booster:
         offload = Offload(self.memory, ranks_per_host=_ranks_of_this_host()) if self.memory else None
         say = print if dist.get_rank() == 0 else lambda text: None
         self.training = assemble(boosted, layout, self.computation, own_parameters, offload, say)
-        if criterion is not None:
+        if self.family is not None:
+            self._finish_family(model, boosted, criterion)
+        elif criterion is not None:
             for stage in self.training.stages:
                 stage.loss_sum = _summed(criterion, stage)
         if next(iter(whole.values())).is_meta:
@@ -177,17 +178,61 @@ class Booster:
         self.model, self.optimizer, self.criterion = boosted, self.training.optimizer, criterion
         self._checked_shape, self.dataloader = None, None
         if dataloader is not None:
-            self.dataloader = OwnRows(dataloader, layout, self._token_stride, self.device)
+            self.dataloader = OwnRows(dataloader, layout, self._read, self._token_stride, self.device)
         return boosted, self.optimizer, self.dataloader, criterion
+
+    def _llama_of(self, model: nn.Module, criterion: Criterion | None) -> tuple[Llama, Columns]:
+        """Return our Llama of this shape, on `meta`, and the user's parameters by name."""
+        self.shape, self.family = _config_of(model), None
+        if criterion is not None and self.config.cp > 1:
+            raise UsageError(
+                "a criterion of your own needs the logits of whole rows, and under ParallelConfig(cp="
+                f"{self.config.cp}) no rank has them; use criterion=None (the causal-LM loss), or cp=1."
+            )
+        self._check(self._token_stride, self.n_microbatches * self.config.dp)  # whatever the batch will be
+        with torch.device("meta"):
+            boosted = Llama(self.shape).float()
+        boosted.generation_config = _generation_config_of(model, self.shape)
+        if isinstance(model, Llama):
+            boosted.token_loss, boosted.attention = model.token_loss, model.attention
+        return boosted, _matching_parameters(model, boosted)
+
+    def _shell_of(self, model: nn.Module) -> tuple[nn.Module, Columns]:
+        """Return a model of the same class and modules, on `meta`, and the user's parameters by name."""
+        self.family = family_of(model)
+        if self.config.tp > 1 and self.config.sequence_parallel and dist.get_rank() == 0:
+            print(f"tp        {type(model).__name__}: no sequence parallelism, its blocks map whole rows")
+        self.config = dataclasses.replace(self.config, sequence_parallel=False)
+        check_family(model, self.family, self.config, self.computation.compile)
+        whole = dict(model.named_parameters())
+        if self.asked_attention != "auto":
+            what = f"attention={self.asked_attention} is for our own Llama"
+            refuse(model, f"{what}; make the model with the attn_implementation that you want.")
+        self.shape = shape_of(model, self.family)
+        self._check(self._token_stride, self.n_microbatches * self.config.dp)
+        boosted = shell_of(model, self.family)
+        boosted.family = self.family
+        return boosted, whole
+
+    def _finish_family(self, model: nn.Module, boosted: nn.Module, criterion: Criterion | None) -> None:
+        """Restore what a model of transformers has beside its parameters; give dropout its seeds."""
+        restore_buffers(boosted, model, self.device)
+        for stage in self.training.stages:
+            stage.criterion = criterion
+        if has_dropout(model) and dist.get_world_size() > 1:
+            # Ranks of tp draw alike, where they have the same activations, and all others differently.
+            other_tokens_or_layers = self.training.layout.mesh["loss"].get_local_rank()
+            torch.manual_seed(self.seed + 1_000_003 * (1 + other_tokens_or_layers))
 
     def step(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Forward and backward of this dp rank's rows {"input_ids", "labels"} (B, T); gradients add to what
-        is there.
+        is there. A model of a family gets the other columns of the batch, too.
 
         Returns the mean loss of the global batch in nats, a float32 scalar, the same on every rank. If no
         label of the global batch is scored it is 0, and so are the gradients.
         """
-        tokens, labels = _columns(batch)
+        columns = self._read(batch)
+        tokens, labels = columns["input_ids"], columns["labels"]
         if tokens.shape != self._checked_shape:
             if len(tokens) % self.n_microbatches:
                 raise UsageError(
@@ -195,19 +240,52 @@ class Booster:
                     "does not divide; take batches from the dataloader that boost returned, which fills them "
                     "up."
                 )
-            self._check(self.model.config, tokens.shape[1], len(tokens) * self.config.dp)
+            self._check(tokens.shape[1], len(tokens) * self.config.dp)
             self._checked_shape = tokens.shape
         layout = self.training.layout
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # position t must predict token t + 1
+        if self.family is None:
+            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # position t must predict token t + 1
+        else:
+            targets = targets_of(self.family, labels)
         n_targets = (targets != IGNORE).sum().to(self.device)
         dist.all_reduce(n_targets, group=layout.mesh["dp"].get_group())
-        columns = [tokens, targets if self.criterion is None else labels]
-        cut = zip(*(column.chunk(self.n_microbatches) for column in columns), strict=True)
-        microbatches = [layout.own_tokens(Batch(*microbatch, None)) for microbatch in cut]
-        loss = forward_backward(self.training, microbatches, n_targets.clamp(min=1))
+        microbatches = self._microbatches(columns, targets)
+        run = forward_backward if self.family is None else self._family_forward_backward
+        loss = run(self.training, microbatches, n_targets.clamp(min=1))
         dist.all_reduce(loss, group=layout.loss_group)  # each rank has its own tokens' share
         self.steps += 1
         return loss
+
+    def _microbatches(self, columns: Columns, targets: Tensor) -> list[Batch | HfBatch]:
+        """Cut the rows of a dp rank; each part is what one forward sees."""
+        if self.family is None:
+            labels = targets if self.criterion is None else columns["labels"]
+            tokens, labels = (column.chunk(self.n_microbatches) for column in (columns["input_ids"], labels))
+            cut = zip(tokens, labels, strict=True)
+            return [self.training.layout.own_tokens(Batch(*microbatch, None)) for microbatch in cut]
+        parts = {name: column.to(self.device).chunk(self.n_microbatches) for name, column in columns.items()}
+        tokens, labels = parts.pop("input_ids"), parts.pop("labels")
+        others = [{name: cut[i] for name, cut in parts.items()} for i in range(self.n_microbatches)]
+        return [HfBatch(*microbatch) for microbatch in zip(tokens, labels, others, strict=True)]
+
+    def _family_forward_backward(
+        self, training: Training, microbatches: list[HfBatch], n_targets: Tensor
+    ) -> Tensor:
+        """Do what `forward_backward` does with a Llama, with the loss of a model of transformers."""
+        if training.pipeline:
+            return training.pipeline.step(microbatches, n_targets)
+        loss = torch.zeros((), device=training.device)
+        for i, batch in enumerate(microbatches):
+            training.sync_gradients(last=i == len(microbatches) - 1)
+            loss_i = loss_sum(training.model, self.family, batch, self.criterion) / n_targets
+            # FSDP averages gradients over these ranks; we want their sum.
+            (loss_i * training.layout.gradient_ranks).backward()
+            loss += loss_i.detach()
+        return loss
+
+    def _read(self, batch: Mapping[str, Tensor]) -> Columns:
+        """Return the columns of a batch that the model gets; UsageError if something is missing or odd."""
+        return _columns(batch) if self.family is None else _family_columns(batch, self.model)
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """Scale all gradients down to this norm over all ranks and axes; returns what it was, a scalar on
@@ -275,9 +353,10 @@ class Booster:
     def device(self) -> torch.device:
         return self.computation.device
 
-    def _check(self, shape: LlamaConfig, seq_len: int, global_batch_size: int) -> None:
+    def _check(self, seq_len: int, global_batch_size: int) -> None:
         micro_batch_size = global_batch_size // (self.n_microbatches * self.config.dp)
-        check_parallel(self.config, self.computation.job(shape, seq_len, global_batch_size, micro_batch_size))
+        job = self.computation.job(self.shape, seq_len, global_batch_size, micro_batch_size)
+        check_parallel(self.config, job)
 
 
 def forward_backward(training: Training, microbatches: list[Batch], n_targets: Tensor) -> Tensor:
@@ -300,47 +379,57 @@ def forward_backward(training: Training, microbatches: list[Batch], n_targets: T
 
 class OwnRows:
     """Iterates over the rows of one dp rank in each global batch of a dataloader: {"input_ids", "labels"}
-    (B/dp, T).
+    (B/dp, T), and for a model of a family the other columns.
 
     A batch whose rows or tokens do not divide evenly is filled up at its end with tokens that nothing is
     scored on and that no earlier token sees: neither loss nor gradients change, whatever the last batch of a
-    pass holds.
+    pass holds. read: Booster._read.
     """
 
-    def __init__(self, dataloader: Iterable, layout: Layout, token_stride: int, device: torch.device):
-        self.dataloader, self.layout, self.token_stride, self.device = (
-            dataloader,
-            layout,
-            token_stride,
-            device,
-        )
+    def __init__(
+        self,
+        dataloader: Iterable,
+        layout: Layout,
+        read: Callable[[Mapping[str, Tensor]], Columns],
+        token_stride: int,
+        device: torch.device,
+    ):
+        self.dataloader, self.layout, self.read = dataloader, layout, read
+        self.token_stride, self.device = token_stride, device
         self.n_dealt = 0  # batches of this pass that were handed out
         self.n_to_skip = 0  # of the next pass: set by Booster.load
 
     def __len__(self) -> int:
         return len(self.dataloader)
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[Columns]:
         skip, self.n_to_skip, self.n_dealt = self.n_to_skip, 0, 0
         for batch in self.dataloader:
             self.n_dealt += 1
             if self.n_dealt <= skip:
                 continue
-            tokens, labels = _columns(batch)
-            self._refuse_other_batches(tokens, labels)
-            dp, dp_rank = self.layout.config.dp, self.layout.dp_rank
-            n_rows_missing = -len(tokens) % (dp * self.layout.n_microbatches)
-            missing = (0, -tokens.shape[1] % self.token_stride, 0, n_rows_missing)
-            tokens, labels = F.pad(tokens, missing), F.pad(labels, missing, value=IGNORE)
-            own = slice(dp_rank * len(tokens) // dp, (dp_rank + 1) * len(tokens) // dp)
-            yield {"input_ids": tokens[own], "labels": labels[own]}
+            columns = self.read(batch)
+            self._refuse_other_batches(columns)
+            yield {name: self._own_rows(name, column) for name, column in columns.items()}
 
-    def _refuse_other_batches(self, tokens: Tensor, labels: Tensor) -> None:
+    def _own_rows(self, name: str, column: Tensor) -> Tensor:
+        """Fill a column up, and return this dp rank's part of it. Tokens that were added are seen (a row of
+        which nothing is seen has no softmax) and not scored."""
+        fill = IGNORE if name == "labels" else int("mask" in name)
+        dp, dp_rank = self.layout.config.dp, self.layout.dp_rank
+        n_rows_missing = -len(column) % (dp * self.layout.n_microbatches)
+        n_tokens_missing = -column.shape[1] % self.token_stride
+        column = F.pad(column, (0, n_tokens_missing, 0, n_rows_missing), value=fill)
+        return column[dp_rank * len(column) // dp : (dp_rank + 1) * len(column) // dp]
+
+    def _refuse_other_batches(self, columns: Columns) -> None:
         """Raise UsageError if ranks see different batches: they would train on some rows twice, and tp ranks
         on a mix of two rows."""
         if dist.get_world_size() == 1:
             return  # there is nothing to compare, and the host would wait for the previous step
-        crc = zlib.crc32(torch.stack([tokens, labels]).cpu().contiguous().numpy())
+        crc = 0
+        for column in columns.values():
+            crc = zlib.crc32(column.cpu().contiguous().numpy(), crc)
         ends = torch.tensor([crc, -crc], device=self.device)
         dist.all_reduce(ends, dist.ReduceOp.MAX)
         if ends[0] != -ends[1]:
@@ -352,12 +441,14 @@ class OwnRows:
 
 
 def copy_weights(whole: dict[str, Tensor], model: nn.Module) -> None:
-    """Copy this rank's box of each whole tensor into the parameter of the same name, plain or DTensor."""
+    """Copy this rank's box of each whole tensor into the parameter of the same name, plain or DTensor.
+
+    A packed parameter (parallel/plans/styles.py) has the elements of the whole one in another shape."""
     for name, parameter in hf_parameters(model).items():
         with values_to_write(model, name, parameter) as values:
             for offsets, sizes, local in local_boxes(values):
                 box = tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
-                local.copy_(whole[name].detach()[box])
+                local.copy_(whole[name].detach().reshape(values.shape)[box])
 
 
 def _config_of(model: nn.Module) -> LlamaConfig:
@@ -420,7 +511,7 @@ def _names_in(optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]) -
     return groups
 
 
-def _columns(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _columns(batch: Mapping[str, Tensor]) -> Columns:
     """Return input_ids and labels of a Hugging Face batch; UsageError if it has more that would matter."""
     missing = [name for name in ("input_ids", "labels") if name not in batch]
     strange = sorted(set(batch) - {"input_ids", "labels", "attention_mask"})
@@ -443,7 +534,25 @@ def _columns(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         raise UsageError(
             "labels are scored where attention_mask hides the token before; set labels of padding to -100."
         )
-    return tokens, labels
+    return {"input_ids": tokens, "labels": labels}
+
+
+def _family_columns(batch: Mapping[str, Tensor], model: nn.Module) -> Columns:
+    """Return the columns of a batch for a model of transformers; UsageError if its forward lacks one."""
+    missing = [name for name in ("input_ids", "labels") if name not in batch]
+    known = inspect.signature(type(model).forward).parameters
+    if missing:
+        raise UsageError(f'a batch lacks {missing[0]}; it must have "input_ids" and "labels", (B, T) each.')
+    n_rows = len(batch["input_ids"])
+    for name, column in batch.items():
+        fits = isinstance(column, Tensor) and column.dim() == 2 and len(column) == n_rows
+        if not fits or name not in known:
+            refuse(
+                model,
+                f"a batch has {name}, which its forward does not take, or which is no tensor (B, T) of the "
+                f"{n_rows} rows of input_ids; leave it out.",
+            )
+    return dict(batch)
 
 
 def _ranks_of_this_host() -> int:

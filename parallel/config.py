@@ -41,6 +41,8 @@ class ParallelConfig:
     # with pp: measure one warm step and draw which rank did what when, in RUN_DIR/schedule.png
     draw_schedule: bool = False
     microbatches: int | None = None  # per dp rank and step; None: as many as the batch sizes make
+    # let the planner choose all of the above, the rows of a microbatch and what is recomputed (planner.py)
+    auto: bool = False
 
     def resolve(self, world_size: int) -> "ParallelConfig":
         """Return this layout with -1 replaced by what `world_size` processes leave for it; UsageError if they
@@ -93,7 +95,7 @@ class ParallelConfig:
 
 
 WORLD_RULES = rules.world_rules(AXES)  # what a number of processes must satisfy
-RULES = [*rules.axis_rules(AXES), *rules.BATCH, *rules.TENSOR, *rules.CONTEXT, *rules.PIPELINE]
+RULES = [*rules.AUTO, *rules.axis_rules(AXES), *rules.BATCH, *rules.TENSOR, *rules.CONTEXT, *rules.PIPELINE]
 
 
 def check_parallel(layout: ParallelConfig, job: Job) -> int:

@@ -143,6 +143,7 @@ class Ulysses:
     def __init__(self, cp_mesh: DeviceMesh, whole: WholeRows):
         self.cp_mesh = cp_mesh
         self.whole = whole
+        self.sequence_ranks = cp_mesh.size()
 
     def prepare(
         self, n_tokens: int, positions: Tensor | None, cache, device: torch.device
@@ -151,6 +152,12 @@ class Ulysses:
         _refuse_cache(cache)
         positions, mask = self.whole.prepare(n_tokens * self.cp_mesh.size(), positions, None, device)
         return shard_sequence(positions, self.cp_mesh, "ulysses"), mask
+
+    def near(
+        self, mask: AttentionMask | None, window: int, n_tokens: int, cache, device: torch.device
+    ) -> AttentionMask:
+        """Return the mask of whole sequences for layers with a sliding window."""
+        return self.whole.near(mask, window, n_tokens * self.cp_mesh.size(), None, device)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
         """q (B, T/cp, H, E), k and v (B, T/cp, K, E) -> (B, T/cp, H, E)."""
@@ -184,6 +191,7 @@ class Ring:
             )
         self.cp_mesh = cp_mesh
         self.kernel = kernel
+        self.sequence_ranks = cp_mesh.size()
         self.group_name = cp_mesh.get_group().group_name
 
     def prepare(
@@ -200,6 +208,12 @@ class Ring:
         starts = (positions == 0).to(device, non_blocking=True)
         document = starts.cumsum(-1)  # (B, T): the index of each token's document in its sequence
         return own, torch.stack([_share(document, "ring", rank, cp) for rank in range(cp)])
+
+    def near(self, mask: Tensor | None, window: int, n_tokens: int, cache, device: torch.device) -> Tensor:
+        raise UsageError(
+            f"sliding_window={window} is less than a sequence of {n_tokens * self.sequence_ranks} tokens, "
+            "and the blocks of cp_method=ring know no window; use cp_method=ulysses."
+        )
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q (B, T/cp, H, E), k and v (B, T/cp, K, E), mask (cp, B, T/cp) -> (B, T/cp, H, E)."""

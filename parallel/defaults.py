@@ -16,7 +16,8 @@ from dtensor_llama.chat.corpus import ChatCorpus
 from dtensor_llama.chat.packing import PackedExamples
 from dtensor_llama.config import LlamaConfig
 from parallel.config import ParallelConfig
-from parallel.fit import States, choose_open
+from parallel.cost import States
+from parallel.planner import choose_open
 from parallel.rules import Job
 
 EXAMPLES_PER_STEP = 32  # a batch that fine-tuning recipes use, where the data are many

@@ -291,7 +291,8 @@ def _one_collective(
         shapes["model.norm.weight"] = (run.config.hidden_size,)
         shape = shapes[f"{name}.weight"]
         what = "gradients of norms" if len(shape) == 1 else "gradients of k_proj, v_proj"
-        return what, number, FP32 * math.prod(shape)
+        n_bias = math.prod(shapes.get(f"{name}.bias", (0,)))
+        return what, number, FP32 * (math.prod(shape) + n_bias) / number
     return "activations", number, run.hidden_bytes
 
 

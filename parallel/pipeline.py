@@ -236,23 +236,30 @@ class Pipeline:
             stage.recorder = self.recorder
         if self.recorder:
             self.recorder.start()
-        # torch takes one batch and cuts it into microbatches again. They are the same ones, as all have as
-        # many rows.
-        inputs = {}
-        tokens, labels = [], None
-        if 0 in self.own:
-            tokens = [torch.cat([batch.tokens for batch in microbatches]).to(self.device)]
-        if self.last in self.own:  # the last stage computes the loss itself
-            labels = torch.cat([batch.labels for batch in microbatches]).to(self.device)
-            inputs["labels"] = labels
-        if microbatches[0].positions is not None:  # every stage needs them, for RoPE and the attention mask
-            inputs["positions"] = torch.cat([batch.positions for batch in microbatches])
+        tokens, inputs = self._arguments(microbatches)
         losses = []
-        self.schedule.step(*tokens, target=labels, losses=losses, return_outputs=False, **inputs)
+        self.schedule.step(
+            *tokens, target=inputs.get("labels"), losses=losses, return_outputs=False, **inputs
+        )
         self.sync_tied_gradients()
         if not losses:
             return torch.zeros((), device=self.device)
         return torch.stack(losses).detach().sum() / gradient_ranks
+
+    def _arguments(self, microbatches: list[Batch]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Return what the rank's stages are called with: the tokens, for the first one, and the rest by name.
+
+        torch takes one batch and cuts it into microbatches again. They are the same ones, as all have as many
+        rows.
+        """
+        inputs, tokens = {}, []
+        if 0 in self.own:
+            tokens = [torch.cat([batch.tokens for batch in microbatches]).to(self.device)]
+        if self.last in self.own:  # the last stage computes the loss itself
+            inputs["labels"] = torch.cat([batch.labels for batch in microbatches]).to(self.device)
+        if microbatches[0].positions is not None:  # every stage needs them, for RoPE and the attention mask
+            inputs["positions"] = torch.cat([batch.positions for batch in microbatches])
+        return tokens, inputs
 
     @torch.no_grad()
     def evaluate(self, microbatches: list[Batch]) -> Tensor:
@@ -335,7 +342,8 @@ class Pipeline:
     # Each rank passes on its shard. The two ranks have the same place on every other axis, so their shards
     # correspond.
 
-    def _tied(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+    def tied_ends(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+        """Return the owner and the copy of a tied matrix, where this rank has them."""
         if not self.stages[0].config.tie_word_embeddings:
             return None, None
         return (
@@ -345,7 +353,7 @@ class Pipeline:
 
     @torch.no_grad()
     def _renew_tied_copy(self) -> None:
-        owner, copy = self._tied()
+        owner, copy = self.tied_ends()
         if owner is not None and copy is not None:  # V: one rank has both ends
             local(copy).copy_(local(owner))
         elif owner is not None:
@@ -359,7 +367,7 @@ class Pipeline:
     def sync_tied_gradients(self) -> None:
         """Add the copy's gradient to the owner's. `step` calls it, after the gradients were synced over
         dp."""
-        owner, copy = self._tied()
+        owner, copy = self.tied_ends()
         # frozen, or no end of it here
         if not any(end is not None and end.requires_grad for end in (owner, copy)):
             return

@@ -35,17 +35,18 @@ def _keep_expensive(context, op, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in EXPENSIVE or registered else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def apply_recompute(blocks: list[nn.Module], mode: str) -> None:
+def apply_recompute(blocks: list[nn.Module], mode: str, draws: bool = False) -> None:
     """Make each block recompute what `mode` does not keep. This wraps `forward`, so that hooks on the block
-    stay outside, and a compile that comes after it sees the whole."""
+    stay outside, and a compile that comes after it sees the whole. draws: the blocks have dropout."""
     if mode == "none":
         return
     keep = {}
     if mode == "selective":
         keep = {"context_fn": partial(create_selective_checkpoint_contexts, _keep_expensive)}
+    if draws:  # to its end, so that a tp rank leaves the region in which it has a random stream of its own
+        keep["early_stop"] = False
     for block in blocks:
-        # The model has no dropout: nothing random is replayed, so the state of the generator need not be
-        # saved.
+        # Without dropout nothing random is replayed, so the state of the generator need not be saved.
         block.forward = partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **keep
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=draws, **keep
         )

@@ -32,9 +32,9 @@ class Job:
     model: LlamaConfig
     seq_len: int
     global_batch_size: int = 1  # rows of one optimizer step, on all ranks together
-    micro_batch_size: int | None = 1  # rows of one forward, on one dp rank; None: parallel/fit.py chooses
+    micro_batch_size: int | None = 1  # rows of one forward, on one dp rank; None: parallel/planner.py chooses
     attention: str = "sdpa"  # one of the kernels of dtensor_llama/attention.py
-    recompute: str | None = "none"  # None: parallel/fit.py chooses
+    recompute: str | None = "none"  # None: parallel/planner.py chooses
     compile: bool = False
     device_type: str = "cpu"
 
@@ -207,6 +207,11 @@ def check(rules: Sequence[Rule], case: Case) -> None:
     raise UsageError(message)
 
 
+def all_hold(rules: Sequence[Rule], case: Case) -> bool:
+    """Return whether `check` would let the case pass."""
+    return _first_broken(rules, case) == len(rules)
+
+
 def what_works(rules: Sequence[Rule], case: Case) -> dict[str, list]:
     """Return {field: values}: each single change that satisfies the first broken rule, and that no other such
     change surpasses in how many of the rules after it hold."""
@@ -245,7 +250,11 @@ def _in_words(field: str, values: list) -> str:
     return f"use {field}={' or '.join(spans)}"
 
 
-LEFT_OUT = ("compile", "draw_schedule")  # off unless they are set, so that they are never set to False
+LEFT_OUT = (
+    "auto",
+    "compile",
+    "draw_schedule",
+)  # off unless they are set, so that they are never set to False
 
 
 # ---- The number of processes -------------------------------------------------------------------------------
@@ -294,6 +303,16 @@ def world_rules(axes: Sequence[str]) -> list[Rule]:
             {**{axis: sizes_to_try(axis) for axis in axes}, "world_size": lambda c: [c.n_fixed]},
         ),
     ]
+
+
+AUTO = [
+    Rule(
+        "auto",
+        lambda c: not c.auto,
+        "asks the planner for a layout, which is not done here; pretrain.py and sft.py do it",
+        {"auto": [False]},
+    ),
+]
 
 
 # ---- The batch ---------------------------------------------------------------------------------------------
@@ -410,6 +429,13 @@ CONTEXT = [
         "cannot run under cp_method=ring: {c.without_log_sum_exp} has no backward that takes the log-sum-exp "
         "of all ranks, as torch's own FlashAttention has",
         {"attention": ["sdpa"], "cp_method": ["ulysses"]},
+    ),
+    Rule(
+        "cp_method",
+        lambda c: c.cp == 1 or c.cp_method != "ring" or not c.job.model.hides_tokens(c.seq_len),
+        "knows no sliding window, and the model has sliding_window={c.sliding_window} for rows of "
+        "seq_len={c.seq_len}",
+        {"cp_method": ["ulysses"], "seq_len": lambda c: [c.sliding_window]},
     ),
     Rule(
         "seq_len",

@@ -76,6 +76,19 @@ def clock(orders: list[list[Action]]) -> tuple[list[list[tuple[int, str, int, in
     return work, 1 - busy / (len(orders) * max(free))
 
 
+def idle_units(schedule: str, pp: int, virtual_stages: int) -> float:
+    """Return how long a rank is idle in a step, in units of its forward of a microbatch through all its
+    stages.
+
+    This is the clock in closed form, for any number of microbatches that the schedule can run without other
+    bubbles: the pipeline fills and drains for pp - 1 microbatches, through one of the rank's stages each.
+    Where backward is split, the weights' gradients fill most of it.
+    """
+    forward_and_backward = DURATION["F"] + DURATION["B"]
+    each = DURATION["F"] if SCHEDULES[schedule].splits_backward else forward_and_backward
+    return (pp - 1) * each / virtual_stages
+
+
 def draw(work: list[tuple[int, str, int, int]], width: int) -> str:
     """Return the first `width` units of one rank's time as text, three letters each. Lower case is a later
     stage of the rank; dots are bubbles."""

@@ -86,8 +86,8 @@ def summed_over_tp(weight: DTensor) -> Tensor:
 
 
 class NormOfOwnTokens(nn.RMSNorm):
-    """Maps (B, T/tp, D) to (B, T/tp, D). torch's SequenceParallel would sum the weight's gradients in
-    bf16."""
+    """Maps (B, T/tp, D) to (B, T/tp, D), or q (B, T, H/tp, E) to its like: the weight is whole, and each rank
+    norms its own tokens or heads. torch's SequenceParallel would sum the weight's gradients in bf16."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, summed_over_tp(self.weight), self.eps)
@@ -212,7 +212,7 @@ HEAD, HEAD_GATHER = (
 
 # The traffic of a row: {collective: how many of them}.
 AG, RS, AR = {"all-gather": 1}, {"reduce-scatter": 1}, {"all-reduce": 1}
-AG2, AR3 = {"all-gather": 2}, {"all-reduce": 3}
+AG2, AR2, AR3 = {"all-gather": 2}, {"all-reduce": 2}, {"all-reduce": 3}
 
 # fmt: off
 # The all-reduces of norms and shared heads are of weight gradients in fp32: (D) and (K E, D), for any T.
@@ -259,10 +259,18 @@ WHOLE_ENDS = {
 # logit of the label, come once per chunk of tokens (loss.py: a chunk has fewer tokens if it is not compiled).
 
 
-def shared_heads(n_heads: int) -> TensorPlan:
+# fmt: off
+HEAD_NORMS = {                  # of models that norm each head of q and k; a rank has its own heads only
+    "self_attn.q_norm":         Row(NORM_SHARE,    "R",    "(B, T, H/tp, E), as it was",     {}, AR),
+    "self_attn.k_norm":         Row(NORM_SHARE,    "R",    "(B, T, K/tp, E), as it was",     {}, AR),
+}
+# fmt: on
+
+
+def shared_heads(n_heads: int, has_bias: bool = False) -> TensorPlan:
     """Return the rows of k_proj and v_proj when tp exceeds the number of key/value heads."""
     one_head = Local(Replicate(), ProjectionToOneHead, n_heads=n_heads)
-    row = Row(one_head, "R", "(B, T, D) -> (B, T, E)", {}, AR)
+    row = Row(one_head, "R", "(B, T, D) -> (B, T, E)", {}, AR2 if has_bias else AR)  # weight and bias
     return {"self_attn.k_proj": row, "self_attn.v_proj": row}
 
 
@@ -296,7 +304,9 @@ def tensor_plan(config: LlamaConfig, tp: int, sequence_parallel: bool = True) ->
     """Return the whole plan of a model: every layer's rows, and those of its ends."""
     block, ends = (SEQUENCE_BLOCK, SEQUENCE_ENDS) if sequence_parallel else (WHOLE_BLOCK, WHOLE_ENDS)
     if tp > config.num_key_value_heads:
-        block = {**block, **shared_heads(config.num_key_value_heads)}
+        block = {**block, **shared_heads(config.num_key_value_heads, config.family.qkv_bias)}
+    if config.family.qk_norm:
+        block = {**block, **HEAD_NORMS}
     return {f"model.layers.*.{name}": row for name, row in block.items()} | ends
 
 

@@ -16,16 +16,24 @@ between the groups, once a step. Under pp, stages 2 and 3 do as stage 1 does wit
 microbatch would cost more than the pipeline saves.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from dtensor_llama.model import OnHost
 
 
 def apply_zero(
-    model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, stage: int, compute_dtype: torch.dtype
+    model: nn.Module,
+    blocks: list[nn.Module],
+    mesh: DeviceMesh,
+    stage: int,
+    compute_dtype: torch.dtype,
+    shard_dim: Callable[[nn.Parameter, int], int] = lambda parameter, n_ranks: 0,
 ) -> None:
     """Shard each block, and with the root what is outside the blocks (embedding, norm, head), over the ranks
     that saw other tokens.
@@ -38,6 +46,8 @@ def apply_zero(
     A single process whose weights have the dtype that computes has nothing to share and nothing to cast. Its
     parameters stay plain tensors: FSDP would copy each of them for nothing, which took 4 % of a step of
     tiny-15m on a CPU (recipes/bench/step_price.py).
+
+    shard_dim: returns the dim of a parameter that so many ranks share; if it is not 0, they must divide it.
 
     FSDP averages gradients over these ranks, so the loss is scaled by their number to get the sum.
     (`set_gradient_divide_factor(1)` would do the same, but gloo has no such reduction.)
@@ -54,9 +64,15 @@ def apply_zero(
     precision = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    n_ranks = over.size(-1)
+    shared = {
+        "mesh": over,
+        "mp_policy": precision,
+        "shard_placement_fn": lambda parameter: Shard(shard_dim(parameter, n_ranks)),
+    }
     for block in blocks:
-        fully_shard(block, mesh=over, mp_policy=precision, reshard_after_forward=stage == 3)
-    fully_shard(model, mesh=over, mp_policy=precision, reshard_after_forward=False)
+        fully_shard(block, reshard_after_forward=stage == 3, **shared)
+    fully_shard(model, reshard_after_forward=False, **shared)
     # This hook runs before FSDP's, which copies all tensors among the arguments to the GPU and waits each
     # time.
     model.register_forward_pre_hook(_leave_positions_on_host, prepend=True, with_kwargs=True)

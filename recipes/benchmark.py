@@ -13,6 +13,7 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,7 @@ if __name__ == "__main__":
 
     end_quietly_on_ctrl_c()  # the imports below take seconds
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -142,6 +144,8 @@ NUMBERS = [
 def main(cfg: BenchmarkConfig) -> None:
     launch = read_launch()
     rank, device, dtype = launch.rank, launch.take_device(), getattr(torch, cfg.train.dtype)
+    start = Start(launch.say)
+    start.ended("imports")
     cache_dirs = cache_folders(cfg.data.cache_dir, cfg.run_dir)
 
     # ---- 2. What is refused, before anything starts --------------------------------------------------------
@@ -185,7 +189,9 @@ def main(cfg: BenchmarkConfig) -> None:
     build_optimizer = adamw(cfg.train.lr, cfg.train.weight_decay)
     training = assemble(model, layout, computation, build_optimizer, offload, launch.say)
     dp_rank = layout.dp_rank
+    start.ended("building")
     init_weights(training.fp32_weights(), cfg.train.seed)
+    start.ended("initial weights")
 
     synthetic = torch.randint(
         config.vocab_size,
@@ -238,6 +244,10 @@ def main(cfg: BenchmarkConfig) -> None:
                 wait_s.append(waited)
             if name == "synthetic":
                 pictures.after(i + 1, print if rank == 0 else None)
+            if i == 0:
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                start.ended(f"first step, {name}")
     step_s = {name: [] for name in sources}
     for row in done:
         if row["i"] >= cfg.warmup:
@@ -279,6 +289,7 @@ def main(cfg: BenchmarkConfig) -> None:
             "host_memory_gib": peaks.host / GIB,
             "host_pinned_gib": peaks.host_pinned / GIB,
             "loss": done[-1]["loss"],
+            "start_seconds": start.seconds,
         }
         if cfg.memory.placement == "auto":
             result["memory_plan"] = plan_facts(training.optimizer.manager)
@@ -289,6 +300,19 @@ def main(cfg: BenchmarkConfig) -> None:
     if reader:
         reader.close()
     stop_process_group()
+
+
+class Start:
+    """Times what comes before the steps, from the start of the process on, and says it phase by phase, so
+    that a run which is ended early has said what it waited for."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say, self.seconds, self.began = say, {}, psutil.Process().create_time()
+
+    def ended(self, phase: str) -> None:
+        now = time.time()
+        self.seconds[phase], self.began = now - self.began, now
+        self.say(f"start     {self.seconds[phase]:.1f} s for {phase}")
 
 
 # ---- The step: one global batch ----------------------------------------------------------------------------

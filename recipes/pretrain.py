@@ -63,6 +63,7 @@ from parallel.apply import Computation
 from parallel.assemble import Offload, Training, adamw, assemble, check_skips, settle_memory
 from parallel.config import AXES, check_parallel
 from parallel.mesh import Layout, start_process_group, stop_process_group
+from parallel.planner import plan_settings
 from parallel.step_pictures import StepPictures
 
 # ---- 1. What can be asked for: each field is a flag --------------------------------------------------------
@@ -165,6 +166,9 @@ def main(cfg: PretrainConfig) -> None:
     tokenizer = load_tokenizer(base.tokenizer_path)
     model_config = base.read_config(tokenizer)
     seq_len = cfg.data.seq_len or model_config.max_position_embeddings
+    if cfg.parallel.auto:  # the planner chooses the layout, before anything is built
+        cfg, why_layout = plan_settings(cfg, model_config, seq_len, launch)
+        say(f"layout    {why_layout}")
     # Now every axis has its size: an axis of -1 takes the processes that the others leave over.
     resolved = cfg.parallel.resolve(launch.world_size)
     kernel, why = choose_attention(

@@ -77,8 +77,8 @@ from parallel import ParallelConfig, build_mesh
 from parallel.apply import Computation
 from parallel.assemble import Offload, Training, adamw, assemble, check_skips
 from parallel.config import AXES, check_parallel
+from parallel.cost import States
 from parallel.defaults import Chosen, OpenSettings, choose_settings, memory_of_rank
-from parallel.fit import States
 from parallel.mesh import Layout, start_process_group, stop_process_group
 from parallel.step_pictures import StepPictures
 

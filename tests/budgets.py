@@ -18,6 +18,7 @@ SPINE = (
     "dtensor_llama/attention.py",
     "dtensor_llama/loss.py",
     "dtensor_llama/config.py",
+    "dtensor_llama/families.py",
     "dtensor_llama/optim.py",
     "dtensor_llama/schedule.py",
     "dtensor_llama/shards.py",
@@ -37,6 +38,7 @@ SPINE = (
 # Planning and the tables of other families are not counted with the packages.
 NOT_COUNTED = (
     "parallel/plans/",
+    "parallel/cluster.py",
     "parallel/cost.py",
     "parallel/planner.py",
     "parallel/dry_run.py",
@@ -46,17 +48,18 @@ NOT_COUNTED = (
 )
 
 NODES = {  # room, or a recipe -> its nodes
-    "the spine": Budget(now=26_100, aim=22_000),
-    "dtensor_llama and parallel": Budget(now=91_300, aim=50_000),
-    "memory": Budget(now=27_600, aim=25_000),
+    "the spine": Budget(now=29_300, aim=22_000),
+    "dtensor_llama and parallel": Budget(now=96_600, aim=50_000),
+    "memory": Budget(now=27_710, aim=25_000),
     "a lesson": Budget(now=1_400, aim=1_400),
-    "recipes/pretrain.py": Budget(now=2_400, aim=3_200),
+    "recipes/pretrain.py": Budget(now=2_450, aim=3_200),
     "recipes/sft.py": Budget(now=3_200, aim=3_200),
     "recipes/generate.py": Budget(now=2_100, aim=3_200),
     "recipes/export.py": Budget(now=1_100, aim=3_200),
     "recipes/dryrun.py": Budget(now=3_200, aim=3_200),
     "recipes/benchmark.py": Budget(now=2_600, aim=3_200),
     "recipes/example_sft.py": Budget(now=1_300, aim=3_200),
+    "recipes/finetune_hf.py": Budget(now=1_220, aim=3_200),
     "recipes/stdlib_corpus.py": Budget(now=600, aim=3_200),
 }
 DENSITY = 8  # nodes a line of a package, all lines counted

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import sysconfig
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,22 @@ def pytest_collection_modifyitems(config, items):
 
 
 PARITY_ROWS: list[tuple] = []  # (layout, ranks, loss, norm, weight, seconds) of test_one_answer.py, in order
+# family -> {"logits", "gradients": difference from transformers, "layouts": {name: (loss, norm, weight)}}
+FAMILY_ROWS: dict[str, dict] = defaultdict(dict)  # of test_families.py
+
+
+PLAN_ROWS: list[tuple] = []  # (model, layout, loss, norm, weight) of test_plans.py
 
 
 def pytest_terminal_summary(terminalreporter):
+    if PLAN_ROWS:
+        terminalreporter.section("plans: largest difference from plain transformers over five steps, fp32")
+        terminalreporter.write_line("| model | layout | loss | gradient norm, relative | weights |")
+        terminalreporter.write_line("| --- | --- | --- | --- | --- |")
+    for name, layout, loss, norm, weight in PLAN_ROWS:
+        terminalreporter.write_line(f"| {name} | {layout} | {loss:.1e} | {norm:.1e} | {weight:.1e} |")
+    if FAMILY_ROWS:
+        print_families(terminalreporter)
     if PARITY_ROWS:
         terminalreporter.section("one answer: largest difference from one process over five steps, fp32")
         terminalreporter.write_line("| layout | ranks | loss | gradient norm, relative | weights | seconds |")
@@ -43,6 +57,28 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(
             f"| {name} | {ranks} | {loss:.1e} | {norm:.1e} | {weight:.1e} | {seconds:.1f} |"
         )
+
+
+def print_families(terminalreporter) -> None:
+    """Print the table of docs/families.md; a row has the largest differences over the layouts that ran."""
+    terminalreporter.section("families: differences from transformers, and of layouts from one process, fp32")
+    columns = [
+        "family",
+        "logits",
+        "gradients, relative",
+        "layouts",
+        "loss",
+        "gradient norm, relative",
+        "weights",
+    ]
+    terminalreporter.write_line(f"| {' | '.join(columns)} |")
+    terminalreporter.write_line("| --- " * len(columns) + "|")
+    for family, row in FAMILY_ROWS.items():
+        layouts = row.get("layouts", {})
+        cells = [f"{row[name]:.1e}" if name in row else "" for name in ("logits", "gradients")]
+        largest = [f"{max(column):.1e}" for column in zip(*layouts.values(), strict=True)]
+        cells = [family, *cells, str(len(layouts)), *(largest or ["", "", ""])]
+        terminalreporter.write_line(f"| {' | '.join(cells)} |")
 
 
 @pytest.fixture(scope="session")

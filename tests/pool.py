@@ -21,7 +21,10 @@ import traceback
 from multiprocessing.connection import wait
 from pathlib import Path
 
-MORE_THREADS = 100  # in a worker, until it looks for garbage, which takes a third of a second
+MORE_THREADS = 8  # than after the last collection of garbage: then a worker collects
+# A worker that has more threads than this after it looked is replaced. torch 2.11 leaks a reference to the
+# mesh of each matrix product of DTensors, and with it the mesh's groups and their threads.
+WORN_THREADS = 400
 
 _context = multiprocessing.get_context("spawn")
 _workers: list["_Worker"] = []
@@ -37,6 +40,7 @@ class _Worker:
         self.process = _context.Process(target=_serve, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()  # so that a dead worker is an end of file here
+        self.n_threads = 0  # that were left of earlier calls, when the last one began
 
 
 def run_on(ranks: int, function, *args, timeout: float = 120, group: bool = True):
@@ -58,6 +62,9 @@ def run_on(ranks: int, function, *args, timeout: float = 120, group: bool = True
     if failures:
         _stop_all()
         raise RankFailed("\n".join(failures))
+    for worker in [worker for worker in _workers[:ranks] if worker.n_threads > WORN_THREADS]:
+        _workers.remove(worker)
+        worker.process.kill()
     return results
 
 
@@ -84,7 +91,7 @@ def _collect(workers, timeout: float, folder: str):
         for pipe in ready:
             rank = pending.pop(pipe)
             try:
-                ok, results[rank] = pipe.recv()
+                ok, results[rank], workers[rank].n_threads = pipe.recv()
             except (EOFError, ConnectionError):
                 ok, results[rank] = False, f"died with exit code {workers[rank].process.exitcode}"
             if not ok:
@@ -110,6 +117,7 @@ def _serve(pipe) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    gc.freeze()  # torch stays, so a collection need not look at it: 0.1 s and not 0.4
     n_threads = 0
     while True:
         try:
@@ -130,19 +138,21 @@ def _serve(pipe) -> None:
                 dist.init_process_group(
                     "gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank, world_size=ranks
                 )
-            answer = (True, function(*args))
+            answer = (True, function(*args), n_threads)
             if group:
                 dist.barrier()  # no rank leaves while another still talks to it
         except BaseException:  # whatever it was belongs to the test that asked
-            answer = (False, traceback.format_exc())
+            answer = (False, traceback.format_exc(), n_threads)
         pipe.send(answer)
         if not answer[0]:
             return
         if dist.is_initialized():
             dist.destroy_process_group()
         _forget_meshes()
+        # Groups live on in reference cycles, each with two threads, and these do not sleep: they take half of
+        # a processor's time from the calls that follow.
         if len(os.listdir("/proc/self/task")) > n_threads + MORE_THREADS:
-            gc.collect()  # groups live on in reference cycles, each with two threads
+            gc.collect()
             n_threads = len(os.listdir("/proc/self/task"))
 
 

@@ -92,7 +92,7 @@ def test_a_preset_without_a_tokenizer_and_one_with_too_large_a_tokenizer(inputs,
     [
         ("no config", ["config.json", "does not exist"]),
         ("cut config", ["config.json", "not complete JSON"]),
-        ("family", ["model_type", "mistral"]),
+        ("family", ["model_type", "gemma"]),
         ("cut weights", ["model.safetensors"]),
         ("no weights", ["safetensors"]),
         ("pickle", ["pytorch_model.bin", "safetensors"]),
@@ -108,7 +108,7 @@ def test_a_damaged_model_folder(inputs, tmp_path, damage, said):
     elif damage == "cut config":
         config.write_text(config.read_text()[:100])
     elif damage in ("family", "shape"):
-        change = {"model_type": "mistral"} if damage == "family" else {"head_dim": 8}
+        change = {"model_type": "gemma"} if damage == "family" else {"head_dim": 8}
         config.write_text(json.dumps(json.loads(config.read_text()) | change))
     elif damage == "cut weights":
         weights.write_bytes(weights.read_bytes()[:-1000])

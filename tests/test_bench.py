@@ -23,6 +23,7 @@ import host_adam
 import machine
 import memory_rates
 import offload
+import step_kernels
 import step_price
 from gpu_plan import (
     CALL_SECONDS,
@@ -45,11 +46,12 @@ from dtensor_llama.cli import parse_cli
 from dtensor_llama.metrics import GIB
 from memory.tracer import Counters, MachineRates
 
-CONFIGS = {"recipes/benchmark.py": benchmark.BenchmarkConfig} | {
+STEPS = ("recipes/benchmark.py", "recipes/bench/step_kernels.py")  # both take the flags of pretrain.py
+CONFIGS = dict.fromkeys(STEPS, benchmark.BenchmarkConfig) | {
     f"recipes/bench/{module.__name__}.py": module.Config
     for module in (host_adam, machine, memory_rates, offload, step_price)
 }
-TIMES_STEPS = {"recipes/benchmark.py", "recipes/bench/offload.py", "recipes/bench/step_price.py"}
+TIMES_STEPS = {*STEPS, "recipes/bench/offload.py", "recipes/bench/step_price.py"}
 SEVEN_B = LlamaConfig.preset("llama2-7b")
 
 
@@ -79,7 +81,7 @@ def test_every_command_is_one_that_its_recipe_takes(setting):
             if script == "-m":
                 continue
             cfg = parse_cli(CONFIGS[script], flags)
-            if script == "recipes/benchmark.py":
+            if script in STEPS:
                 cfg.memory.check()
                 assert cfg.train.global_batch_size % cfg.train.micro_batch_size == 0
                 path = Path(cfg.model)
@@ -362,7 +364,7 @@ def test_pinned_memory_comes_in_powers_of_two(n_bytes, pinned):
 
 def test_a_peer_that_the_host_cannot_hold_is_refused_in_one_line_with_the_sum(monkeypatch):
     monkeypatch.setattr(
-        offload.subprocess, "run", lambda *args, **kwargs: pytest.fail("a process was started")
+        offload.subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a process was started")
     )
     monkeypatch.setattr(offload.psutil, "virtual_memory", lambda: SimpleNamespace(available=120 * GIB))
     needed, _ = offload.peer_host_bytes("fsdp2_offload", SEVEN_B)
@@ -427,6 +429,23 @@ def test_each_contenders_line_appears_after_its_turn_and_who_failed_is_not_asked
     assert by_name["fsdp2_offload"]["predicted_step_seconds"] > 0.3
     assert by_name["deepspeed_zero3"]["error"] == "no module named deepspeed"
     offload.table(lines)
+
+
+def test_a_turn_that_is_late_says_where_it_stood_and_which_phase_of_its_start_had_ended(monkeypatch, capfd):
+    script = """
+import sys, time
+print("start     1.5 s for imports", file=sys.stderr, flush=True)
+def wait_for_memory():
+    time.sleep(60)
+wait_for_memory()
+"""
+    monkeypatch.setattr(offload, "ours_command", lambda *asked: ["-c", script])
+    with pytest.raises(
+        RuntimeError,
+        match=r"not done after 3 s; it stood in <string>:5 wait_for_memory < .*after start 1.5 s for imports",
+    ):
+        offload.take_turn(offload.Config(timeout_s=3), SEVEN_B, "ours", "folder", 4096)
+    assert "wait_for_memory" in capfd.readouterr().err  # the whole stack, for the log
 
 
 # ---- Peaks and rates ----
@@ -511,10 +530,45 @@ def test_the_machine_is_described_on_a_cpu_too(capsys):
     machine.main(machine.Config(seconds=0.01))
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines[0]["machine"] == "no GPU" and lines[0]["versions"]["torch"] == torch.__version__
-    assert [line["kernel"].split()[0] for line in lines[1:]] == ["matmul", "attention", "copies"]
+    assert [line["kernel"].split()[0] for line in lines[1:]] == [
+        "pinning",
+        "matmul",
+        "attention",
+        "copies",
+    ]
 
 
 # ---- The tests' own marks ----
+
+
+def test_the_time_of_a_step_is_summed_by_kind_and_overlapping_kernels_count_once_as_busy(capsys):
+    """Two streams overlap for 10 us, 30 us are idle, and what clip_grad_norm launched is the clip's."""
+    step_kernels.report(
+        [
+            {"cat": "gpu_user_annotation", "name": "clip", "ts": 100, "dur": 10},
+            {"cat": "gpu_user_annotation", "name": "Torch-Compiled Region", "ts": 0, "dur": 200},
+            {"cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 50},
+            {"cat": "kernel", "name": "nvjet_sm90", "ts": 10, "dur": 50},
+            {"cat": "gpu_memcpy", "name": "Memcpy DtoD", "ts": 50, "dur": 20},
+            {"cat": "kernel", "name": "triton_poi", "ts": 100, "dur": 5},
+        ]
+    )
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    by_kind = {line["kind"]: line["ms"] for line in lines if "kind" in line}
+    assert by_kind == {
+        "matrix products": 0.05,
+        "copies": 0.02,
+        "clip": 0.005,
+        "idle": pytest.approx(0.03),
+        "in all": pytest.approx(0.095),
+    }
+    assert [line["kernel"] for line in lines if "kernel" in line] == [
+        "nvjet_sm90",
+        "Memcpy DtoD",
+        "triton_poi",
+    ]
+    with pytest.raises(UsageError, match="no kernel"):
+        step_kernels.report([])
 
 
 def test_a_folder_called_gpu_does_not_mark_its_tests(tmp_path):

@@ -24,8 +24,8 @@ from parallel.config import AXES
 PATCHES = ROOT / "tests" / "patches"
 FILES = {  # patch -> the files that it may change
     "token_loss": ["recipes/pretrain.py"],
-    "rope_scaling": ["dtensor_llama/config.py", "dtensor_llama/model.py"],
-    "biases": ["dtensor_llama/config.py", "dtensor_llama/model.py"],
+    "rope_scaling": ["dtensor_llama/families.py", "dtensor_llama/model.py"],
+    "biases": ["dtensor_llama/config.py", "dtensor_llama/families.py", "dtensor_llama/model.py"],
 }
 
 # Runs scripts on several processes, which are forks of one that has paid for the imports of torch.
@@ -117,32 +117,30 @@ def test_another_token_loss_is_one_function(tmp_path, inputs):
 
 
 def test_another_rope_scaling_is_two_files(tmp_path, inputs):
-    """LLaMA-3.1's scaling trains two steps, and what is exported has the logits of transformers."""
+    """YaRN trains two steps, and what is exported has the logits of transformers."""
     source = patched("rope_scaling", tmp_path / "source")
-    llama3 = {
-        "rope_type": "llama3",
+    yarn = {
+        "rope_type": "yarn",
         "rope_theta": 10_000.0,
         "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32,
     }
-    model = model_folder(inputs, tmp_path / "model", rope_parameters=llama3)
+    model = model_folder(inputs, tmp_path / "model", rope_parameters=yarn)
     run_scripts(
         source,
         (1, train_two_steps(source, inputs, tmp_path / "run", "--model", model)),
         (1, [PATCHES / "compare_with_transformers.py", tmp_path / "run" / "hf"]),
     )
-    assert json.loads((tmp_path / "run" / "hf" / "config.json").read_text())["rope_parameters"] == llama3
+    assert json.loads((tmp_path / "run" / "hf" / "config.json").read_text())["rope_parameters"] == yarn
 
 
-def test_biases_on_queries_keys_and_values_are_two_files(tmp_path, inputs):
+def test_biases_on_all_of_attention_are_three_files(tmp_path, inputs):
     """Two ranks of tp end with the weights of one process, also where they share one key/value head."""
     source = patched("biases", tmp_path / "source")
     jobs, runs = [], {}
     for n_kv_heads in (2, 1):
         model = model_folder(
-            inputs, tmp_path / f"model-{n_kv_heads}", qkv_bias=True, num_key_value_heads=n_kv_heads
+            inputs, tmp_path / f"model-{n_kv_heads}", attention_bias=True, num_key_value_heads=n_kv_heads
         )
         for tp in (1, 2):
             run = runs[n_kv_heads, tp] = tmp_path / f"run-{n_kv_heads}-{tp}"
@@ -152,7 +150,7 @@ def test_biases_on_queries_keys_and_values_are_two_files(tmp_path, inputs):
     for n_kv_heads in (2, 1):
         one, two = (load_file(runs[n_kv_heads, tp] / "hf" / "model.safetensors") for tp in (1, 2))
         biases = [name for name in one if name.endswith("_proj.bias")]
-        assert len(biases) == 2 * 3
+        assert len(biases) == 2 * 4
         assert all(one[name].abs().max() > 0 for name in biases), "a bias was not trained"
         for name, weight in one.items():
             assert_close(two[name], weight, rtol=0, atol=1e-5)

@@ -188,6 +188,37 @@ def test_presets_are_the_published_sizes():
         "llama1-65b": 65.3,
     }
     assert LlamaConfig.preset("llama2-70b").num_key_value_heads == 8
+    exactly = {
+        "codellama-7b": 6_738_546_688,
+        "llama3-8b": 8_030_261_248,
+        "llama3-70b": 70_553_706_496,
+        "llama3.1-8b": 8_030_261_248,
+        "llama3.1-70b": 70_553_706_496,
+        "llama3.2-1b": 1_235_814_400,
+        "llama3.2-3b": 3_212_749_824,
+        "tinyllama-1.1b": 1_100_048_384,
+        "smollm2-135m": 134_515_008,
+        "smollm3-3b": 3_075_098_624,
+        "mistral-7b-v0.1": 7_241_732_096,
+        "qwen2.5-0.5b": 494_032_768,
+        "qwen2.5-7b": 7_615_616_512,
+        "qwen3-0.6b": 596_049_920,
+        "qwen3-8b": 8_190_735_360,
+    }
+    assert {name: LlamaConfig.preset(name).n_parameters for name in exactly} == exactly
+
+
+def test_transformers_makes_the_model_of_a_preset():
+    import transformers
+
+    for name in ("llama3.2-1b", "mistral-7b-v0.1", "qwen2.5-0.5b", "qwen3-0.6b", "smollm3-3b"):
+        config = LlamaConfig.preset(name)
+        theirs = transformers.AutoConfig.for_model(**config.to_hf())
+        with torch.device("meta"):
+            twin = transformers.AutoModelForCausalLM.from_config(theirs)
+            ours = Llama(config)
+        shapes = [{n: p.shape for n, p in model.named_parameters()} for model in (twin, ours)]
+        assert shapes[0] == shapes[1], name
 
 
 def test_meta_model_costs_nothing_and_stays_tied_when_materialised():
@@ -237,12 +268,13 @@ def test_a_config_written_by_transformers_reads_back(tmp_path):
         ("mlp_bias", True),
         ("hidden_act", "gelu"),
         ("attention_dropout", 0.1),
-        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_scaling", {"type": "yarn", "factor": 2.0}),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}),  # rope_parameters of the same file say default
         ("sliding_window", 512),
         ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}),
         ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
         ("quantization_config", {"bits": 4}),
-        ("model_type", "mistral"),
+        ("model_type", "gemma"),
         ("architectures", ["LlamaForSequenceClassification"]),
     ],
 )

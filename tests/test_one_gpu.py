@@ -11,7 +11,7 @@ from memory import MemoryConfig
 from memory.chunk import GIB
 from parallel import ParallelConfig
 from parallel.assemble import check_skips
-from parallel.fit import check_states
+from parallel.cost import check_states
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 BF16, F32 = torch.bfloat16, torch.float32

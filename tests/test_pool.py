@@ -3,13 +3,14 @@ next one runs."""
 
 import gc
 import os
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from pool import RankFailed, run_on
+from pool import WORN_THREADS, RankFailed, run_on
 
 
 def sum_of_ranks():
@@ -89,3 +90,18 @@ def test_nothing_keeps_the_groups_of_earlier_calls():
     for _ in range(3):
         run_on(2, redistribute_twice)
     assert run_on(2, threads_of_groups) == before
+
+
+def keep_threads(number: int) -> int:
+    """Stands for what keeps process groups alive: on rank 1 it leaves so many threads behind."""
+    if dist.get_rank() == 1:
+        for _ in range(number):
+            threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    return os.getpid()
+
+
+def test_a_worker_whose_groups_are_kept_is_replaced_and_the_others_stay():
+    healthy, worn = run_on(2, keep_threads, WORN_THREADS + 10)
+    run_on(2, keep_threads, 0)  # the answer to this call says what was left of the one before
+    now = run_on(2, keep_threads, 0)
+    assert worn not in now and healthy in now

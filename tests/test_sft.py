@@ -22,7 +22,7 @@ from dtensor_llama.chat.neftune import lengths_of, uniform
 from dtensor_llama.cli import parse_cli, read_launch
 from dtensor_llama.data.tokenizer import load_tokenizer
 from parallel import ParallelConfig, defaults
-from parallel.fit import States, bytes_needed
+from parallel.cost import States, bytes_needed
 from parallel.rules import Job
 
 sys.path.append(str(ROOT / "recipes"))

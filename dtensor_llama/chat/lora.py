@@ -108,9 +108,8 @@ def init_lora(model: nn.Module, seed: int) -> None:
 
 def n_adapter_parameters(model: LlamaConfig, config: LoraConfig) -> int:
     """Return how many numbers the adapters of a whole model have."""
-    targets = [
-        shape for name, shape in model.block_weights().items() if name.split(".")[-2] in config.targets
-    ]
+    matrices = {name: shape for name, shape in model.block_weights().items() if len(shape) == 2}
+    targets = [shape for name, shape in matrices.items() if name.split(".")[-2] in config.targets]
     return model.num_hidden_layers * config.rank * sum(map(sum, targets))  # inputs + outputs of each layer
 
 

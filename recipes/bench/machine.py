@@ -57,6 +57,7 @@ class Config:
     """Facts about the machine, then the rates of its GPU."""
 
     facts: bool = False  # print only the first line
+    pinning: bool = False  # measure only how fast memory is pinned
     seconds: float = 1.0  # each rate is measured for so long
 
 
@@ -68,6 +69,9 @@ def main(cfg: Config) -> None:
     if cfg.facts:
         return
     small = device.type == "cpu"
+    say("pinning 4 GiB", gb_s=pinning_rate((1 if small else 4096) * MIB) / 1e9)
+    if cfg.pinning:
+        return
     shapes = [(64, 64, 64)] if small else [(4096, 4096, 4096), (4096, 11008, 4096), (8192, 4096, 4096)]
     for m, n, k in shapes:
         say(f"matmul {m} x {n} x {k}", tflop_s=matmul(device, (m, n, k), cfg.seconds) / 1e12)
@@ -156,6 +160,14 @@ def matmul(device: torch.device, shape: tuple[int, int, int], seconds: float) ->
     a = torch.randn(m, k, device=device, dtype=torch.bfloat16)
     b = torch.randn(n, k, device=device, dtype=torch.bfloat16)  # a linear layer stores its weight so
     return 2.0 * m * n * k / seconds_each(lambda: a @ b.T, device, seconds)
+
+
+def pinning_rate(n_bytes: int) -> float:
+    """Return at how many bytes a second the host gives out pinned memory that nothing had touched; without a
+    GPU, memory that is not pinned. With states on the host it is what a run waits for before it starts."""
+    began = time.perf_counter()
+    torch.empty(n_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available()).fill_(1)
+    return n_bytes / (time.perf_counter() - began)
 
 
 def attention(device: torch.device, seq_len: int, seconds: float) -> tuple[float, float]:

@@ -21,6 +21,9 @@ machine goes away; of several lines the last one counts. A table comes at the en
 """
 
 import json
+import os
+import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -142,17 +145,46 @@ def take_turn(cfg: Config, config: LlamaConfig, name: str, folder: str, n_tokens
             )
         command = peer_command(cfg, name, n_tokens)
     timeout_s = cfg.timeout_s or max(240, turn_seconds(cfg, config, name, n_tokens))
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONFAULTHANDLER": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     try:
-        ended = subprocess.run(
-            [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=timeout_s
-        )
+        printed, said = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        raise RuntimeError(f"was not done after {timeout_s} s") from None
-    if ended.returncode:
-        said = [line for line in ended.stderr.splitlines() if line.strip()]
-        errors = [line for line in said if "rror" in line]
-        raise RuntimeError((errors or said or [f"ended with status {ended.returncode}"])[-1])
-    return json.loads(ended.stdout.splitlines()[-1])
+        process.send_signal(signal.SIGABRT)  # it then prints where its threads stand, and ends
+        try:
+            _, said = process.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            _, said = process.communicate()
+        sys.stderr.write(said)  # into the log of the measurement
+        raise RuntimeError(f"was not done after {timeout_s} s; it stood in {where_it_stood(said)}") from None
+    if process.returncode:
+        lines = [line for line in said.splitlines() if line.strip()]
+        errors = [line for line in lines if "rror" in line]
+        raise RuntimeError((errors or lines or [f"ended with status {process.returncode}"])[-1])
+    return json.loads(printed.splitlines()[-1])
+
+
+def where_it_stood(said: str) -> str:
+    """Return the innermost functions of the main thread from what a process printed when it was aborted, and
+    the last phase of its start that it had ended."""
+    lines = said.splitlines()
+    phases = [" ".join(line.split()) for line in lines if line.startswith("start ")]
+    # The main thread comes last; a line of it is `  File "model.py", line 7 in forward`.
+    heads = [i for i, line in enumerate(lines) if re.match(r"(Current thread|Thread) 0x", line)]
+    frames = (
+        [line.split('"')[1:] for line in lines[heads[-1] :] if line.startswith("  File")] if heads else []
+    )
+    stood = [
+        f"{Path(path).name}{where.replace(', line ', ':').replace(' in ', ' ')}" for path, where in frames
+    ]
+    return f"{' < '.join(stood[:6]) or 'an unknown place'}, after {phases[-1] if phases else 'nothing'}"
 
 
 def ours_command(cfg: Config, name: str, folder: str, n_tokens: int) -> list:
@@ -207,9 +239,11 @@ def peer_command(cfg: Config, name: str, n_tokens: int) -> list:
 
 
 # What a run may need beside initial weights and steps. The loss is compiled in the first step on any GPU,
-# also where blocks are not; that took 9 to 31 s on two cores, depending on what else ran there.
-START_SECONDS = {"imports and process group": 15, "compiling blocks": 25, "compiling the loss": 30}
-START_SECONDS |= {"compiling AdamW": 25, "measuring rates": 15}
+# also where blocks are not. The first run on a fresh machine with an H200 took 117 s before its first step,
+# and the second one 44 s; reading torch from the disk for the first time took more than 20 s of it.
+START_SECONDS = {"imports and process group": 40, "compiling blocks": 25, "compiling the loss": 30}
+START_SECONDS |= {"compiling AdamW": 25, "measuring rates": 20}
+PINNED_BYTES_S = 2e9  # how fast a machine may be expected to pin memory that it has not touched before
 
 
 def turn_seconds(cfg: Config, config: LlamaConfig, name: str, n_tokens: int) -> int:
@@ -217,7 +251,8 @@ def turn_seconds(cfg: Config, config: LlamaConfig, name: str, n_tokens: int) -> 
 
     A step computes at 500 TFLOP/s with full recompute. Ours is at its slowest while it traces, with all
     states on the host: 28 bytes a parameter pass through memory at 200 GB/s, and 4 over a link of 50 GB/s. A
-    peer moves 40 and, for each microbatch of 4 rows, 12. A second initializes 1e9 weights.
+    peer moves 40 and, for each microbatch of 4 rows, 12. A second initializes 1e9 weights, and pins
+    PINNED_BYTES_S of the 14 bytes that a parameter takes on the host.
     """
     compute_s = n_tokens * hardware_flops_per_token(config, 4096, "full") / 500e12
     n_microbatches = max(1, n_tokens // 4096 // 4)
@@ -227,9 +262,11 @@ def turn_seconds(cfg: Config, config: LlamaConfig, name: str, n_tokens: int) -> 
     else:
         n_steps = cfg.peer_warmup + cfg.steps
         moving_s = config.n_parameters * (40 / 200e9 + 12 * n_microbatches / 50e9)
-    return round(
-        sum(START_SECONDS.values()) + 2 * (config.n_parameters / 1e9 + n_steps * (compute_s + moving_s))
-    )
+    start_s = sum(START_SECONDS.values())
+    if name in ("fsdp2_offload", "deepspeed_zero3"):
+        start_s -= START_SECONDS["compiling AdamW"] + START_SECONDS["measuring rates"]
+    pinning_s = 0 if name == "all_resident" else config.n_parameters * 14 / PINNED_BYTES_S
+    return round(start_s + pinning_s + 2 * (config.n_parameters / 1e9 + n_steps * (compute_s + moving_s)))
 
 
 # ---- what the host must hold --------------------------------------------------------------------------

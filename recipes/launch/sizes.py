@@ -2,7 +2,7 @@
 launcher in this folder asks this file.
 
     python recipes/launch/sizes.py pretrain 70b h100-80gb 256         prints the flags, on one line
-    python recipes/launch/sizes.py pretrain 70b h100-80gb 256 --why   also prints the memory of a rank
+    python recipes/launch/sizes.py pretrain 70b h100-80gb 256 --why   also prints what a rank needs
 
 The numbers come from the following, for N parameters on nodes of 8 GPUs and rows of 4,096 tokens:
 - 7b and 13b use ZeRO 3 inside a node and whole copies between nodes (HSDP). ZeRO 3 sends 8N bytes per
@@ -10,10 +10,11 @@ The numbers come from the following, for N parameters on nodes of 8 GPUs and row
   of arithmetic per row on an H100; over one 400 Gbit/s link per GPU they would take 1.1 s. Between nodes only
   gradients travel, once a step: 2 x 4N/8 bytes a rank, which are 6.7 GB. A rank keeps 16N/8 bytes: 13 GB for
   7b, and 26 GB for 13b, which leaves too little of 40 GB, so there two nodes share them (13 GB).
-- 70b has 16N bytes of 1.1 TB. It uses tp 8 inside a node (its traffic is per layer and must stay on NVLink),
-  pp between nodes (it sends one hidden state per microbatch), and ZeRO 1 over what is left. Under pp weights
-  and gradients stay whole through a step, in 6N/(tp pp) bytes: 26 GB at pp 2 and 13 GB at pp 4, plus 12N/(tp
-  pp S).
+- 70b has 16N bytes of 1.1 TB, and shares them by ZeRO 3 over all GPUs, with full recomputation. Its
+  collectives go round rings that use all network cards of a node at once, and hide behind 8,192 tokens a GPU:
+  0.55 TB a microbatch take 1.6 s at 8 x 400 Gbit/s a node, beside 7 s of arithmetic on an H100. Others
+  measured this layout on 64 A100 at 353 to 410 tokens a second and GPU (docs/planning.md). tp 8 x pp 2 is
+  predicted to be 40 % slower on an H100, since what tp sends hides behind nothing.
 - 7b-lora, 13b-lora and 70b-lora have frozen weights of 2N bytes, and adapters of rank 16 that are 0.6 to 0.3
   % of N, with 16 bytes each. 70b takes 17 GB a rank under ZeRO 3 on a node of 8, and 4.5 GB for gathered
   weights. A row gathers 4N bytes, which take 0.5 s over NVLink, beside 6N FLOPs a token, which take 3.4 s at
@@ -24,38 +25,32 @@ The numbers come from the following, for N parameters on nodes of 8 GPUs and row
   17 GB of weights and gathers nothing. One microbatch of 16 rows is the step, and its block inputs wait on
   the host, where 14N bytes are 900 of the 1,152 GiB of the node. An update moves 32N bytes in DRAM, which
   takes 7 s at 300 GB/s, beside 65,536 tokens of 8N FLOPs, which take 29 s at half of the peak of an A100.
-  HOST is the memory of the p4d, p4de, p5 and p5en nodes of Amazon; where there is less, use
+  The host's memory is that of Amazon's p4d, p4de, p5 and p5en nodes; where there is less, use
   --memory.host-budget-gib.
 - A microbatch is as large as fits; above 8,192 tokens a rank nothing gets faster. A step of pretraining has
   the 4M tokens of LLaMA-2, 1,024 rows of 4,096 (arXiv:2307.09288, sec. 2.2). A step of fine-tuning has 128
   rows, and more only where there are more ranks than that.
 """
 
-import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from tyro.conf import Positional
 
-from dtensor_llama import LlamaConfig, UsageError  # only --why imports torch
+from dtensor_llama import LlamaConfig, UsageError
 from dtensor_llama.cli import run_recipe
 from dtensor_llama.metrics import GIB
-from parallel.apply import Computation
+from parallel.cluster import NODES
 
 if TYPE_CHECKING:
-    from memory.placement import Plan
-    from parallel import ParallelConfig
+    from parallel.cost import Account
 
-GPUS = {"a100-40gb": 39, "a100-80gb": 79, "h100-80gb": 79, "h200-141gb": 139}  # GiB that a program gets
-# GiB of a node's memory for each GPU, with an eighth left free
-HOST = {"a100-40gb": 128, "a100-80gb": 128, "h100-80gb": 224, "h200-141gb": 224}
+GPUS = ("a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb")
 T = 4096  # tokens a row: the context of LLaMA-2
 ROWS = {"pretrain": 1024, "sft": 128}  # rows a step
 LR = {"7b": 3e-4, "13b": 3e-4, "70b": 1.5e-4}
 LORA_RANK = 16
-# memory.tracer.MachineRates of an eighth of an A100 node, roughly
-RATES = (25e9, 25e9, 50e9, 40e9, 40e9, 1.2e9, 50e9)
 
 
 class Size(NamedTuple):
@@ -74,17 +69,17 @@ class Size(NamedTuple):
 # fmt: off
 TABLE = {                        # least tp pp shard micro recompute
     ("7b", "a100-40gb"):     Size(8, 1, 1, 8, 1, "selective"),
-    ("7b", "a100-80gb"):     Size(8, 1, 1, 8, 2, "selective"),
-    ("7b", "h100-80gb"):     Size(8, 1, 1, 8, 2, "selective"),
-    ("7b", "h200-141gb"):    Size(8, 1, 1, 8, 4, "selective"),
-    ("13b", "a100-40gb"):    Size(8, 1, 1, 16, 1, "full"),
-    ("13b", "a100-80gb"):    Size(8, 1, 1, 8, 1, "selective"),
-    ("13b", "h100-80gb"):    Size(8, 1, 1, 8, 1, "selective"),
-    ("13b", "h200-141gb"):   Size(8, 1, 1, 8, 2, "selective"),
-    ("70b", "a100-40gb"):    Size(64, 8, 4, 512, 1, "full"),
-    ("70b", "a100-80gb"):    Size(32, 8, 2, 512, 1, "full"),
-    ("70b", "h100-80gb"):    Size(32, 8, 2, 512, 1, "full"),
-    ("70b", "h200-141gb"):   Size(16, 8, 2, 512, 1, "selective"),
+    ("7b", "a100-80gb"):     Size(8, 1, 1, 8, 2, "none"),
+    ("7b", "h100-80gb"):     Size(8, 1, 1, 8, 2, "none"),
+    ("7b", "h200-141gb"):    Size(8, 1, 1, 8, 4, "none"),
+    ("13b", "a100-40gb"):    Size(8, 1, 1, 16, 4, "full"),
+    ("13b", "a100-80gb"):    Size(8, 1, 1, 8, 2, "selective"),
+    ("13b", "h100-80gb"):    Size(8, 1, 1, 8, 2, "selective"),
+    ("13b", "h200-141gb"):   Size(8, 1, 1, 8, 4, "selective"),
+    ("70b", "a100-40gb"):    Size(64, 1, 1, 512, 2, "full"),
+    ("70b", "a100-80gb"):    Size(32, 1, 1, 512, 2, "full"),
+    ("70b", "h100-80gb"):    Size(32, 1, 1, 512, 2, "full"),
+    ("70b", "h200-141gb"):   Size(16, 1, 1, 512, 2, "full"),
 
     ("7b-lora", "a100-40gb"):      Size(1, 1, 1, 8, 2, "full"),
     ("7b-lora", "a100-80gb"):      Size(1, 1, 1, 8, 2, "selective"),
@@ -113,6 +108,23 @@ TABLE = {                        # least tp pp shard micro recompute
     ("70b-offload", "h200-141gb"): Size(8, 8, 1, 2, 16, "full", one_microbatch=True),
 }
 # fmt: on
+# Where the planner (parallel/planner.py) knows a layout that is predicted to be more than 10 % faster on the
+# fewest GPUs or on 512, and why it is not taken. tests/test_planner.py holds all others to be within 10 %.
+ONE_ROW = "one line of the table serves 8 to 512 GPUs, and what fits 8 recomputes more than 512 would have to"
+SLACK = (
+    "full recomputation leaves half of the GPU free, for longer rows and for networks that are slower than "
+    "planned for; selective, with tp 2 and pp, is predicted to be 10 to 27 % faster"
+)
+SLOWER = {
+    ("7b", "a100-40gb"): ONE_ROW,
+    ("7b", "h100-80gb"): ONE_ROW,
+    ("13b", "a100-40gb"): ONE_ROW,
+    ("13b", "h100-80gb"): ONE_ROW,
+    ("13b", "h200-141gb"): ONE_ROW,
+    ("70b", "a100-80gb"): SLACK,
+    ("70b", "h100-80gb"): SLACK,
+    ("70b", "h200-141gb"): SLACK,
+}
 
 
 @dataclass(frozen=True)
@@ -172,8 +184,8 @@ def flags_of_kind(kind: str, chosen: Size, gpu: str) -> dict[str, object]:
         return {"--lora.rank": LORA_RANK}
     budgets = {
         "--memory.placement": "auto",
-        "--memory.device-budget-gib": GPUS[gpu] - 2,  # 2 are for NCCL and the CUDA context
-        "--memory.host-budget-gib": HOST[gpu],
+        "--memory.device-budget-gib": NODES[gpu].gpu.memory_gib - 2,  # 2 are for NCCL and the CUDA context
+        "--memory.host-budget-gib": NODES[gpu].host_memory_gib,
     }
     return budgets | ({"--memory.activations": None} if chosen.one_microbatch else {})
 
@@ -188,7 +200,12 @@ def find(size: str, gpu: str, gpus: int) -> Size:
     chosen = TABLE[size, gpu]
     unit = chosen.tp * chosen.pp
     if gpus < chosen.least or gpus % unit:
-        larger = [other for other in GPUS if GPUS[other] > GPUS[gpu] and TABLE[size, other].least <= gpus]
+        memory = NODES[gpu].gpu.memory_gib
+        larger = [
+            other
+            for other in GPUS
+            if NODES[other].gpu.memory_gib > memory and TABLE[size, other].least <= gpus
+        ]
         kinds = [f"{size}-lora", f"{size}-offload"]
         lighter = [kind for kind in kinds if (kind, gpu) in TABLE and TABLE[kind, gpu].least <= gpus]
         ways = [
@@ -211,22 +228,31 @@ def main(cfg: SizesConfig) -> None:
     chosen = flags(cfg.recipe, cfg.size, cfg.gpu, cfg.gpus)
     print(" ".join(flag if value is None else f"{flag} {value}" for flag, value in chosen.items()))
     if cfg.why:
-        print(f"{memory_gib(cfg.size, cfg.gpu, cfg.gpus, chosen)} of {GPUS[cfg.gpu]} GiB", file=sys.stderr)
+        account = account_of(cfg.size, cfg.gpu, cfg.gpus, chosen)
+        kinds = {kind: round(n_bytes / GIB, 1) for kind, n_bytes in account.bytes.items()}
+        memory, host = NODES[cfg.gpu].gpu.memory_gib, account.host_bytes / GIB
+        print(
+            f"{kinds}: {account.peak_gib:.1f} of {memory:g} GiB, and {host:.1f} of the host", file=sys.stderr
+        )
+        print(
+            f"{account.tokens_per_second_per_gpu:,.0f} tokens a second and GPU, MFU {account.mfu:.0%}, are "
+            "predicted",
+            file=sys.stderr,
+        )
 
 
-# ---- The memory behind the table, which only --why and the tests compute -----------------------------------
+# ---- What a size costs, which only --why and the tests compute ---------------------------------------------
 
 
-def memory_gib(size: str, gpu: str, gpus: int, chosen: dict) -> dict[str, float]:
-    """Return the GiB of the first rank: states and gathered weights as they are in the built model, and an
-    estimate of the activations."""
+def account_of(size: str, gpu: str, gpus: int, chosen: dict) -> "Account":
+    """Return bytes, traffic and time of these flags, as parallel/cost.py accounts for them."""
+    from memory.auto import foresee
     from parallel import ParallelConfig
-    from parallel.explain import Run, explain
-    from parallel.rules import Case, Job
+    from parallel.cost import States, Work, account_for, account_with_offload
+    from parallel.rules import Job
 
     model, _, kind = size.partition("-")
-    config, row = LlamaConfig.preset(f"llama2-{model}"), TABLE[size, gpu]
-    group = "--parallel."
+    config, group = LlamaConfig.preset(f"llama2-{model}"), "--parallel."
     layout = ParallelConfig(
         **{
             flag.removeprefix(group).replace("-", "_"): value
@@ -234,104 +260,25 @@ def memory_gib(size: str, gpu: str, gpus: int, chosen: dict) -> dict[str, float]
             if flag.startswith(group)
         }
     )
-    micro_rows, rows = chosen["--train.micro-batch-size"], chosen["--train.global-batch-size"]
-    job = Job(config, T, rows, micro_rows, recompute=chosen["--train.recompute"])
-    activations = activation_gib(config, row, micro_rows)
-    if kind == "":
-        facts = explain(Run(layout, job))
-        gib = {name: n_bytes / GIB for name, n_bytes in facts["bytes"].items() if name != "total"}
-    else:
-        n = elements(config, layout, gpus, lora=kind == "lora")
-        gib = {"gathered_weights": 2 * n["gathered"] / GIB}
-    if kind == "lora":
-        gib |= {"frozen": 2 * n["frozen"] / GIB, "adapters": 16 * n["trained"] / GIB}
-    host = {}
-    if kind == "offload":
-        bytes_each = 6 if layout.dp_shard > 1 else 2  # FSDP reduces gradients in fp32
-        gib["gradients_under_way"] = bytes_each * n["unit"] / GIB + 0.5
-        placed = offload_plan(
-            n["trained"],
-            chosen,
-            sums=Case(layout, job).n_microbatches > 1,
-            other_gib=sum(gib.values()) + activations,
-            inputs_gib=2 * micro_rows * T * config.hidden_size * config.num_hidden_layers / layout.tp / GIB,
-        )
-        gib |= {name: n_bytes / GIB for name, n_bytes in placed.device_bytes.items() if name != "other"}
-        host = {"of the host": round(sum(placed.host_bytes.values()) / GIB, 1)}
-    gib["activations"] = activations
-    gib = {name: round(value, 1) for name, value in gib.items()}
-    return gib | {"total": round(sum(gib.values()), 1)} | host
-
-
-def activation_gib(config: LlamaConfig, row: Size, micro_rows: int) -> float:
-    """Return what forward keeps on the fullest rank, and what the block at work needs beside it.
-
-    Per token and layer, selective keeps the outputs of the matrix products and of attention, and full keeps
-    the input of the block. The first pipeline stage holds as many microbatches as there are stages, each for
-    its share of the layers, which is as much as all layers for one microbatch.
-    """
-    H, K, E = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    products = (2 * config.hidden_size + 2 * (H + K) * E + 2 * config.intermediate_size) / row.tp
-    kept = products if row.recompute == "selective" else config.hidden_size / row.tp
-    # memory/activations.py never has the inputs of more than two blocks on the device
-    n_kept = 2 if row.one_microbatch else config.num_hidden_layers
-    working = 4 * products  # its products, their gradients, and fp32 copies between them
-    return 2 * micro_rows * T * (n_kept * kept + working) / GIB
-
-
-def elements(config: LlamaConfig, layout: "ParallelConfig", gpus: int, lora: bool) -> dict[str, int]:
-    """Return how many numbers the first rank of the built model has: trained, frozen, in its largest unit,
-    and gathered at a time."""
-    import torch
-
-    from dtensor_llama import Llama
-    from dtensor_llama.chat.lora import LoraConfig, apply_lora
-    from dtensor_llama.shards import local
-    from parallel import build_mesh, parallelize
-    from parallel.explain import computing_shape, pretend, units
-
-    with pretend(0, gpus):
-        mesh = build_mesh(layout, "cpu")
-        with torch.device("meta"):
-            model = Llama(config)
-        if lora:
-            apply_lora(model, LoraConfig(rank=LORA_RANK), frozen_dtype=torch.bfloat16)
-        parts = parallelize(model, mesh, layout, Computation(dtype=torch.bfloat16))
-        held = {True: 0, False: 0}
-        for parameter in model.parameters():
-            held[parameter.requires_grad] += local(parameter).numel()
-        blocks, rests = (
-            [sum(math.prod(computing_shape(p)) for p in unit) for unit in kind] for kind in units(parts)
-        )
-    two_blocks = sum(sorted(blocks)[-2:])  # one at work, and the next
-    gathered = two_blocks + sum(rests) if layout.dp_shard > 1 else 0
-    return {"trained": held[True], "frozen": held[False], "unit": max(blocks + rests), "gathered": gathered}
-
-
-def offload_plan(n: int, chosen: dict, sums: bool, other_gib: float, inputs_gib: float) -> "Plan":
-    """Return what --memory.placement auto would do with the n parameters of a rank.
-
-    sums: whether a step has several microbatches, whose gradients are summed. other_gib: on the device, and
-        not the manager's. inputs_gib: inputs of blocks. UsageError: nothing fits. What fits does not depend
-        on RATES, nor on the times put in here; only the best place does.
-    """
-    from memory.chunk import CHUNK_ELEMENTS
-    from memory.home import StateFormat
-    from memory.placement import ChunkSizes, auto_plan
-    from memory.tracer import MachineRates, StepTrace
-
-    sizes = [CHUNK_ELEMENTS] * (n // CHUNK_ELEMENTS)
-    if n % CHUNK_ELEMENTS:
-        sizes.append(n % CHUNK_ELEMENTS)
-    traced = StepTrace(
-        int(other_gib * GIB),
-        forward_seconds=5,
-        backward_seconds=15,
-        host_bytes=int(inputs_gib * GIB) if "--memory.activations" in chosen else 0,
+    job = Job(
+        config,
+        T,
+        chosen["--train.global-batch-size"],
+        chosen["--train.micro-batch-size"],
+        recompute=chosen["--train.recompute"],
+        compile="--train.compile" in chosen,
+        device_type="cuda",
     )
-    budgets = {which: chosen[f"--memory.{which}-budget-gib"] * GIB for which in ("device", "host")}
-    chunks = ChunkSizes(tuple(sizes), StateFormat(accumulates=sums))
-    return auto_plan(chunks, budgets, MachineRates(*RATES), traced)
+    n_adapter = 0
+    if kind == "lora":
+        from dtensor_llama.chat.lora import LoraConfig, n_adapter_parameters
+
+        n_adapter = n_adapter_parameters(config, LoraConfig(rank=LORA_RANK))
+    states = States(n_adapter=n_adapter, inputs_on_host="--memory.activations" in chosen)
+    cluster = replace(NODES[gpu], n_gpus=gpus)
+    if kind == "offload":
+        return account_with_offload(Work(job, layout, states), cluster, foresee)
+    return account_for(Work(job, layout, states), cluster)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,351 @@
+"""The families of models that are shaped like LLaMA: in what their config.json files differ, as a table.
+
+family        a model_type of transformers. Its weights have LLaMA's names and its blocks LLaMA's arithmetic,
+              but for what its row says
+rope_scaling  what is done to the frequencies of RoPE for long contexts, under the names that config.json has
+
+Every field of a config.json is used, carried on into the config.json of what is exported, or refused by name
+because it would change the arithmetic in a way that model.py does not have. This file knows fields and their
+values; config.py makes a LlamaConfig of them.
+"""
+
+from typing import Any, NamedTuple
+
+from dtensor_llama.errors import UsageError
+
+
+class Family(NamedTuple):
+    """Describes what a model_type has beside LLaMA, and what its config.json means."""
+
+    name: str  # transformers calls its classes LlamaConfig, LlamaForCausalLM, ... after it
+    defaults: dict[str, Any]  # what transformers takes for a field that is not in the file
+    # fields of LlamaConfig that only some families have
+    own_fields: tuple[str, ...] = ()
+    # fields of its config.json with which model.py computes in one way only
+    fixed_fields: tuple[str, ...] = ("hidden_act", "attention_dropout")
+    qkv_bias: bool = False  # q_proj, k_proj and v_proj have biases
+    qk_norm: bool = False  # each head of q and of k is normalised before RoPE (arXiv:2302.05442)
+
+
+_ENDS_OF_LLAMA = {"bos_token_id": 1, "eos_token_id": 2}
+_NO_ENDS = {"bos_token_id": None, "eos_token_id": None}
+_ENDS_OF_SMOLLM3 = {"bos_token_id": 128000, "eos_token_id": 128001, "pad_token_id": 128004}
+_NO_BIASES = ("attention_bias", "mlp_bias")
+
+FAMILIES = {
+    # LLaMA 1 to 3.2, CodeLlama, TinyLlama, SmolLM 1 and 2, and most models that were trained from scratch
+    "llama": Family(
+        "Llama",
+        {"max_position_embeddings": 2048, **_ENDS_OF_LLAMA},
+        own_fields=("head_dim",),
+        fixed_fields=("hidden_act", "attention_dropout", *_NO_BIASES),
+    ),
+    # arXiv:2310.06825. In every layer a token sees only the last `sliding_window` ones
+    "mistral": Family(
+        "Mistral",
+        {
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+            **_ENDS_OF_LLAMA,
+        },
+        own_fields=("head_dim", "sliding_window"),
+    ),
+    # Qwen2, arXiv:2407.10671, and Qwen2.5, arXiv:2412.15115
+    "qwen2": Family(
+        "Qwen2",
+        {"num_key_value_heads": 32, "max_position_embeddings": 32768, **_NO_ENDS},
+        own_fields=("sliding_window", "layer_types"),
+        qkv_bias=True,
+    ),
+    # arXiv:2505.09388
+    "qwen3": Family(
+        "Qwen3",
+        {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768, **_NO_ENDS},
+        own_fields=("head_dim", "sliding_window", "layer_types"),
+        fixed_fields=("hidden_act", "attention_dropout", "attention_bias"),
+        qk_norm=True,
+    ),
+    # huggingface.co/blog/smollm3. Every fourth layer does without RoPE (arXiv:2501.18795)
+    "smollm3": Family(
+        "SmolLM3",
+        {
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "rope_theta": 2_000_000.0,
+            "tie_word_embeddings": True,
+            **_ENDS_OF_SMOLLM3,
+        },
+        own_fields=("sliding_window", "layer_types", "no_rope_layers"),
+        fixed_fields=("hidden_act", "attention_dropout", *_NO_BIASES),
+    ),
+}
+
+# What the fixed fields hold.
+FIXED_VALUES = {"hidden_act": "silu", "attention_dropout": 0.0, "attention_bias": False, "mlp_bias": False}
+
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+# What these fields may hold without changing the arithmetic of model.py. Absent and null are always fine, and
+# a family's own fields are read below.
+_NEUTRAL = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "qkv_bias": (False,),
+    "bias": (False,),
+    "attention_dropout": (0, 0.0),
+    "hidden_dropout": (0, 0.0),
+    "resid_pdrop": (0, 0.0),
+    "embd_pdrop": (0, 0.0),
+    "partial_rotary_factor": (1, 1.0),
+    "rope_interleaved": (False,),
+    "use_mrope": (False,),
+    "sliding_window": (),
+    "use_sliding_window": (False,),
+    "attention_chunk_size": (),
+    "quantization_config": (),
+    "quantization": (),
+    "use_qk_norm": (False,),
+    "qk_norm": (False,),
+    "embedding_multiplier": (1, 1.0),
+    "residual_multiplier": (1, 1.0),
+    "logits_scaling": (1, 1.0),
+    "logit_scale": (1, 1.0),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "num_local_experts": (0, 1),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+}
+
+# Fields of a config.json that would contradict what is exported: family, rotation and dtype,
+# which are written anew, and statements about the files and the program that the base model came from.
+_NOT_CARRIED = (
+    *("rope_theta", "rope_scaling", "rope_parameters", "dtype", "torch_dtype"),
+    *("_name_or_path", "transformers_version", "auto_map", "architectures", "model_type"),
+)
+
+# ---- RoPE scaling ------------------------------------------------------------------------------------------
+
+ROPE_SCALINGS = {  # rope_type -> its numbers and the least that each may be
+    "linear": {"factor": 1},
+    "dynamic": {"factor": 1},
+    "llama3": {
+        "factor": 1,
+        "low_freq_factor": 1e-6,
+        "high_freq_factor": 1e-6,
+        "original_max_position_embeddings": 1,
+    },
+}
+
+
+def check_rope_scaling(scaling: dict) -> None:
+    """Raise UsageError unless model.py has this scaling and all its numbers make sense."""
+    kind = scaling.get("rope_type")
+    if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
+        raise UsageError(
+            f"rope_scaling: rope_type {kind!r} is not supported; supported are default, "
+            f"{', '.join(ROPE_SCALINGS)}. A model with another scaling would compute other angles, so it is "
+            "refused rather than ignored."
+        )
+    least = ROPE_SCALINGS[kind]
+    wrong = (scaling.keys() - {"rope_type"}) ^ least.keys()
+    if wrong:
+        raise UsageError(
+            f"rope_scaling={scaling!r}: rope_type {kind} needs {', '.join(least)} and nothing else; "
+            f"{', '.join(sorted(wrong))} is missing or not used."
+        )
+    for name, low in least.items():
+        value = scaling[name]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not low <= value <= 1e9:
+            raise UsageError(
+                f"rope_scaling: {name} is {value!r}; it must be a number from {low:g} to 1e9, without quotes."
+            )
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise UsageError(f"rope_scaling={scaling!r}: low_freq_factor must be below high_freq_factor.")
+
+
+def _read_rope(fields: dict, default_theta: float) -> tuple[Any, dict | None]:
+    """Return rope_theta, and rope_scaling with its rope_type (None: RoPE as it is).
+
+    Older files have rope_theta and rope_scaling at top level, newer ones (transformers 5) rope_parameters,
+    which holds both. Where a file has both forms they must agree, because readers differ in which they take.
+    """
+    theta, scalings = fields.get("rope_theta"), {}
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = fields.get(name)
+        if rope is None or rope == {}:
+            continue
+        if not isinstance(rope, dict):
+            raise UsageError(f"{name} is {rope!r}; it must be an object.")
+        rope = {key: value for key, value in rope.items() if value is not None}
+        in_rope = rope.pop("rope_theta", None)
+        theta = theta if in_rope is None else in_rope
+        kinds = [rope.pop(key) for key in ("rope_type", "type") if key in rope]
+        kind = kinds[0] if kinds else "default"
+        if not isinstance(kind, str):
+            raise UsageError(f"{name}: rope_type is {kind!r}; it must be one of {', '.join(ROPE_SCALINGS)}.")
+        if rope.get("partial_rotary_factor") == 1:
+            del rope["partial_rotary_factor"]
+        if kind == "default" and rope:
+            raise UsageError(
+                f"not supported: {name}={fields[name]!r}: only rope_theta is known beside default."
+            )
+        original = "original_max_position_embeddings"
+        if original in ROPE_SCALINGS.get(kind, {}):  # transformers takes that of the file first
+            rope[original] = fields.get(original, rope.get(original, fields.get("max_position_embeddings")))
+        scalings[name] = None if kind == "default" else {"rope_type": kind, **rope}
+        if scalings[name]:
+            try:
+                check_rope_scaling(scalings[name])
+            except UsageError as error:
+                raise UsageError(str(error).replace("rope_scaling", name, 1)) from None
+    found = list(scalings.values())
+    if len(found) == 2 and found[0] != found[1]:
+        raise UsageError(
+            f"rope_scaling={fields['rope_scaling']!r} and rope_parameters={fields['rope_parameters']!r} "
+            "contradict each other; leave one of them out."
+        )
+    return default_theta if theta is None else theta, found[0] if found else None
+
+
+# ---- The layers of a model that differ ---------------------------------------------------------------------
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+LAYER_FIELDS = {"sliding_window", "layer_types", "no_rope_layers"}  # of the families that have them
+
+
+def _read_windows(fields: dict, family: Family) -> dict:
+    """Return the sliding_window, layer_types and no_rope_layers of a file, as far as its family has them."""
+    own, n_layers = {}, fields["num_hidden_layers"]
+    if "no_rope_layers" in family.own_fields:
+        rotates = fields.get("no_rope_layers")
+        interval = fields.get("no_rope_layer_interval", 4)
+        if rotates is None:
+            if type(interval) is not int or interval < 1:
+                raise UsageError(
+                    f"no_rope_layer_interval is {interval!r}; it must be a whole number above 0."
+                )
+            rotates = [int((layer + 1) % interval != 0) for layer in range(n_layers)]
+        own["no_rope_layers"] = rotates
+    types = fields.get("layer_types")
+    if "layer_types" not in family.own_fields:
+        if types is not None and types != [FULL] * n_layers:
+            raise UsageError(f"not supported: layer_types={types!r}, which {family.name} does not have.")
+        if "sliding_window" in family.own_fields:
+            own["sliding_window"] = fields.get("sliding_window", family.defaults.get("sliding_window"))
+        return own
+    uses = fields.get("use_sliding_window", False)
+    if not isinstance(uses, bool | None):
+        raise UsageError(f"use_sliding_window is {uses!r}; it must be true or false, without quotes.")
+    window = fields.get("sliding_window", 4096 if "no_rope_layers" not in own else None) if uses else None
+    if types is None and window is not None:
+        first = fields.get("max_window_layers", 28)
+        if type(first) is not int:
+            raise UsageError(f"max_window_layers is {first!r}; it must be a whole number.")
+        slides = [layer >= first for layer in range(n_layers)]
+        if "no_rope_layers" in own and isinstance(own["no_rope_layers"], list):
+            # In this family the layers without RoPE have the window.
+            slides = [not rotates for rotates in own["no_rope_layers"][:n_layers]]
+        types = [SLIDING if slide else FULL for slide in slides]
+    if window is None and types == [FULL] * n_layers:
+        types = None
+    return own | {"sliding_window": window, "layer_types": types}
+
+
+# ---- Reading and writing a file ----------------------------------------------------------------------------
+
+
+def read_fields(fields: dict, known: set[str]) -> dict:
+    """Return the arguments of LlamaConfig for the content of a config.json; UsageError names what is wrong.
+
+    known: the names of LlamaConfig's fields
+    """
+    model_type = fields.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise UsageError(
+            f"model_type is {model_type!r}, and these are shaped like LLaMA and supported: "
+            f"{', '.join(FAMILIES)} (LLaMA 1 to 3.2, CodeLlama, TinyLlama and SmolLM2 are llama, Qwen2.5 is "
+            "qwen2)."
+        )
+    family = FAMILIES[model_type]
+    missing = [name for name in REQUIRED if fields.get(name) is None]
+    if missing:
+        raise UsageError(f"{', '.join(missing)} missing; the file is not a whole config.json of a model.")
+    if type(fields["num_hidden_layers"]) is not int:
+        raise UsageError(f"num_hidden_layers is {fields['num_hidden_layers']!r}; it must be a whole number.")
+    refused = _refused_fields(fields, family)
+    if refused:
+        raise UsageError(
+            f"not supported: {'; '.join(refused)}. Each would change the arithmetic, so it is "
+            "refused rather than ignored (supported: silu, no dropout, biases on q, k, v of qwen2 alone)."
+        )
+    # An absent field and a null have transformers' defaults, where ours (LLaMA-2's) differ.
+    settings = {"rms_norm_eps": 1e-6, **{k: v for k, v in family.defaults.items() if k in known}}
+    settings |= {name: fields[name] for name in known & fields.keys() if fields[name] is not None}
+    # A null means no such token, and as many key/value heads as query heads; absent, they have the defaults.
+    may_be_none = ("bos_token_id", "eos_token_id", "pad_token_id", "num_key_value_heads")
+    settings |= {name: None for name in may_be_none if name in fields and fields[name] is None}
+    settings["rope_theta"], settings["rope_scaling"] = _read_rope(
+        fields, family.defaults.get("rope_theta", 10_000.0)
+    )
+    settings = {name: value for name, value in settings.items() if name not in LAYER_FIELDS}
+    settings |= _read_windows(fields, family)
+    # A family carries on what it has no use for, if it is neutral.
+    written = {*known, *family.fixed_fields, *_NOT_CARRIED} - LAYER_FIELDS | {*family.own_fields}
+    if "layer_types" in family.own_fields:
+        written.add("use_sliding_window")
+    settings["other_fields"] = {name: value for name, value in fields.items() if name not in written}
+    return settings
+
+
+def _refused_fields(fields: dict, family: Family) -> list[str]:
+    """Return name=value of each field that asks for arithmetic which the family or model.py does not have."""
+    read_elsewhere = {*family.own_fields}
+    if "layer_types" in family.own_fields:
+        read_elsewhere.add("use_sliding_window")
+    refused = [
+        f"{name}={fields[name]!r}"
+        for name, neutral in _NEUTRAL.items()
+        if name not in read_elsewhere and fields.get(name) is not None and fields[name] not in neutral
+    ]
+    rotates = fields.get("no_rope_layers")
+    if "no_rope_layers" not in family.own_fields and rotates is not None:
+        if rotates != [1] * fields["num_hidden_layers"]:
+            refused.append(f"no_rope_layers={rotates!r}")
+    architectures = fields.get("architectures") or [f"{family.name}ForCausalLM"]
+    possible = (f"{family.name}ForCausalLM", f"{family.name}Model", "LLaMAForCausalLM")
+    if not isinstance(architectures, list) or not any(name in architectures for name in possible):
+        refused.append(f"architectures={architectures!r}")
+    return refused
+
+
+def write_fields(settings: dict) -> dict:
+    """Return the content of a config.json that transformers opens as the family it is, from the fields of a
+    LlamaConfig; old and new readers find RoPE where they look for it."""
+    fields = dict(settings)
+    family = FAMILIES[fields["model_type"]]
+    other_fields, scaling = fields.pop("other_fields"), fields.pop("rope_scaling")
+    if fields["head_dim"] == fields["hidden_size"] // fields["num_attention_heads"]:
+        if "head_dim" not in family.own_fields:
+            del fields["head_dim"]
+    for name in LAYER_FIELDS - {*family.own_fields}:
+        del fields[name]
+    if "layer_types" in family.own_fields:
+        window = fields["sliding_window"]
+        fields["use_sliding_window"] = window is not None
+        if fields["layer_types"] is None:
+            kind = FULL if window is None else SLIDING
+            fields["layer_types"] = [kind] * fields["num_hidden_layers"]
+    fields |= {name: FIXED_VALUES[name] for name in family.fixed_fields}
+    fields["architectures"] = [f"{family.name}ForCausalLM"]
+    fields["use_cache"] = other_fields.get("use_cache", True)
+    # Readers before transformers 5 know rope_theta (among the fields) and rope_scaling; later ones prefer
+    # rope_parameters, which holds both.
+    if scaling:
+        fields["rope_scaling"] = scaling
+    rope = scaling or {"rope_type": "default"}
+    fields["rope_parameters"] = {**rope, "rope_theta": fields["rope_theta"]}
+    return fields | {name: value for name, value in other_fields.items() if name not in fields}

@@ -1,0 +1,797 @@
+"""The one account of what a layout costs: bytes, traffic and time of a step, in closed form.
+
+    account = account_for(work, cluster)       work: a job, its layout, and what its parameters hold
+
+Nothing is built and nothing runs, so thousands of layouts take seconds. (The dry run builds the model and
+takes its step without memory; it knows bytes and traffic exactly, and this file is held against it.)
+
+    Bytes     parameters, gradients and optimizer states as the table in zero.py shares them; activations by
+              what recompute.py keeps; and the buffers of the block at work.
+    Traffic   each collective of a step: its axis, how often it comes, how large it is, and what it can hide
+              behind. Those of tp are the rows of the plan in tensor.py.
+    Time      work / rate. A matrix product needs its FLOPs at the sustained rate and its bytes at the rate
+              of the memory, which partly overlap, so that thin products are slower. Kernels that only read
+              and write need their bytes. A collective needs its hops and its bytes (alpha and beta). What
+              hides behind computation costs only what it takes from it.
+
+Rates are those of a Cluster, times what the software reaches of them, which is a Stack: a few efficiencies,
+one for each kind of kernel. They were measured in a step of this trainer, or fitted on half of the runs that
+others have published; the other half tests them. docs/planning.md has the rows, and
+recipes/bench/published.py makes it.
+
+B rows, T tokens, D width, H query heads, K key/value heads of width E, F feed-forward width, V vocabulary, L
+layers, M microbatches, N parameters, n ranks.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from math import ceil, prod
+
+from dtensor_llama import loss
+from dtensor_llama.config import LlamaConfig
+from dtensor_llama.errors import UsageError
+from dtensor_llama.flops import model_flops_per_token
+from dtensor_llama.metrics import GIB
+from parallel.cluster import Cluster
+from parallel.config import AXES, ParallelConfig
+from parallel.pipeline import split_layers, stage_indices
+from parallel.rules import Case, Job
+from parallel.schedule_clock import idle_units
+from parallel.tensor import Row, tensor_plan
+
+FP32 = 4
+FITS_SHARE = 0.9  # of a GPU's memory that a plan fills: allocators round up and fragment
+
+# ---- What is accounted for ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class States:
+    """Holds what decides how many bytes a parameter takes."""
+
+    itemsize: int = 2  # bytes of the numbers that compute
+    n_adapter: int = 0  # trained parameters if all others are frozen, else 0
+    offloads: bool = False  # optimizer states may all live on the host
+    inputs_on_host: bool = False  # what `full` keeps of each block waits on the host (memory/activations.py)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Holds a job, the layout that does it (resolved), and what a parameter holds."""
+
+    job: Job
+    layout: ParallelConfig
+    states: States = States()
+
+    @property
+    def model(self) -> LlamaConfig:
+        return self.job.model
+
+    @property
+    def n_gpus(self) -> int:
+        return prod(self.layout.sizes.values())
+
+    @cached_property
+    def n_microbatches(self) -> int:
+        return Case(self.layout, self.job).n_microbatches
+
+    @cached_property
+    def tokens(self) -> int:
+        """Return the tokens of a microbatch on one cp rank."""
+        return self.job.micro_batch_size * self.job.seq_len // self.layout.cp
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.job.global_batch_size * self.job.seq_len
+
+    @cached_property
+    def hidden_bytes(self) -> int:
+        """Return the bytes of the hidden states of those tokens, (B, T/cp, D)."""
+        return self.tokens * self.model.hidden_size * self.states.itemsize
+
+    @cached_property
+    def n_block(self) -> int:
+        """Return the parameters of a block that one tp rank has. Norms, and heads that tp ranks share, are
+        whole on each."""
+        rows = tensor_plan_of(self.model, self.layout.tp, self.layout.sequence_parallel)
+        numbers = 0
+        for name, shape in self.model.block_weights().items():
+            row = rows[f"model.layers.*.{name.removesuffix('.weight')}"]
+            numbers += prod(shape) if row.weight == "R" else prod(shape) // self.layout.tp
+        return numbers
+
+    @cached_property
+    def n_matrix(self) -> int:
+        """Return the parameters of the embedding, or of the head, that one tp rank has."""
+        return ceil(self.model.vocab_size / self.layout.tp) * self.model.hidden_size
+
+    @cached_property
+    def shards(self) -> int:
+        """Return how many ranks share optimizer states."""
+        return self.layout.fsdp if self.layout.zero_stage else 1
+
+    @cached_property
+    def keeps_weights(self) -> bool:
+        """Return whether gathered weights stay through the step; in a pipeline they do at any stage."""
+        return self.layout.zero_stage < 3 or self.layout.pp > 1
+
+    @cached_property
+    def keeps_gradients(self) -> bool:
+        """Return whether whole gradients wait for the last microbatch."""
+        waits = self.layout.zero_stage < 2 or self.layout.pp > 1
+        return waits and self.n_microbatches > 1
+
+
+@lru_cache(maxsize=4096)
+def tensor_plan_of(model: LlamaConfig, tp: int, sequence_parallel: bool) -> dict[str, Row]:
+    return tensor_plan(model, tp, sequence_parallel)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Holds what one pp rank has: how many layers, and which ends of the model."""
+
+    n_layers: int
+    has_embedding: bool
+    has_head: bool
+
+
+@lru_cache(maxsize=4096)
+def layers_of_stages(model: LlamaConfig, n_stages: int) -> list[float]:
+    return [len(layers) for layers in split_layers(model, n_stages)]
+
+
+@lru_cache(maxsize=4096)
+def shares(model: LlamaConfig, layout: ParallelConfig, evenly: bool = False) -> tuple[Share, ...]:
+    """Return the share of each pp rank. evenly: as Megatron cuts, which gives each stage as many layers,
+    instead of giving fewer to the stage that has the head."""
+    per_rank = layout.stages_per_rank if layout.pp > 1 else 1
+    stages = stage_indices(layout.schedule, layout.pp, per_rank) if layout.pp > 1 else [[0]]
+    last = layout.pp * per_rank - 1
+    counts = layers_of_stages(model, last + 1)
+    if evenly:
+        counts = [model.num_hidden_layers / (last + 1)] * (last + 1)
+    return tuple(Share(sum(counts[stage] for stage in own), 0 in own, last in own) for own in stages)
+
+
+# ---- Bytes -------------------------------------------------------------------------------------------------
+
+
+def kept_per_token(work: Work) -> float:
+    """Return how many numbers a block keeps of each token from forward to backward: see recompute.py.
+
+    Under sequence parallelism what lies between the matrices is a tp rank's own tokens; what enters a column-
+    wise matrix, or leaves a row-wise one, is whole. Measured on a run without arithmetic for LLaMA-2-7B:
+    66.3k numbers with `none` and 47.1k with `selective`; these formulas give 65.8k and 46.6k.
+    """
+    model, tp = work.model, work.layout.tp
+    D, F, E = model.hidden_size, model.intermediate_size, model.head_dim
+    own = D / work.layout.sequence_shards
+    heads = (2 * model.num_attention_heads + 2 * max(model.num_key_value_heads, tp)) * E / tp
+    if work.job.recompute == "full":
+        return own
+    if work.job.recompute == "selective":
+        return own + D + heads + 2 * F / tp
+    # The stream before each of the two norms, what enters the matrices, and gate, up and their product.
+    streams, widths = 2, 3
+    if not work.job.compile:
+        widths += 1  # silu(gate)
+        if work.job.device_type == "cpu":  # there the norm is no kernel of its own, and works in fp32
+            streams = 2 * FP32 * 2 / work.states.itemsize
+    return streams * own + 2 * D + heads + widths * F / tp
+
+
+def at_work_per_token(work: Work) -> float:
+    """Return how many numbers a block has of each token while its backward runs: what `none` keeps, and the
+    gradients of about a quarter of it at a time."""
+    return 1.25 * kept_per_token(replace(work, job=replace(work.job, recompute="none")))
+
+
+def in_flight(work: Work) -> float:
+    """Return how many microbatches the fullest pp rank keeps activations of, each for its share of the
+    layers."""
+    layout, m = work.layout, work.n_microbatches
+    if layout.pp == 1:
+        return 1
+    if layout.schedule == "gpipe":
+        return m
+    if layout.schedule == "interleaved-1f1b":
+        # Narayanan et al. 2021, arXiv:2104.04473, sec. 2.2: a share of the first stage's chunks is ahead.
+        return min(m, layout.pp * (1 + (layout.pp - 1) / (layout.pp * layout.stages_per_rank)))
+    return min(m, layout.pp)
+
+
+def bytes_of_rank(work: Work, share: Share | None = None) -> dict[str, float]:
+    """Return the bytes on the device of a rank, by kind, at the fuller of two moments: the start of the last
+    backward, when all activations are there, and its end, when all gradients are.
+
+    share: of a pp rank; by default the one that needs the most."""
+    if share is None:
+        ranks = [bytes_of_rank(work, each) for each in set(shares(work.model, work.layout))]
+        return max(ranks, key=lambda kinds: sum(kinds.values()))
+    states, itemsize = work.states, work.states.itemsize
+    ends = work.n_matrix * (share.has_embedding + share.has_head)
+    if work.model.tie_word_embeddings and share.has_embedding and share.has_head:
+        ends = work.n_matrix
+    whole = share.n_layers * work.n_block + ends
+    here = whole / work.shards
+    kinds = {"parameters": FP32 * here, "gradients": 0.0, "optimizer": 2 * FP32 * here, "gathered": 0.0}
+    gradients = FP32 * (whole if work.keeps_gradients else here)
+    fsdp = work.layout.gradient_ranks > 1 or itemsize != FP32
+    adapters = states.n_adapter / work.layout.tp / work.layout.pp / work.shards
+    if states.n_adapter:
+        kinds |= {"parameters": itemsize * here + FP32 * adapters, "optimizer": 2 * FP32 * adapters}
+        gradients = FP32 * adapters
+    elif states.offloads:
+        kinds |= {"parameters": itemsize * here, "optimizer": 0.0}
+        gradients = 0.0
+        fsdp = work.shards > 1
+    if fsdp:
+        at_once = min(2, share.n_layers) * work.n_block + ends
+        kinds["gathered"] = itemsize * (whole if work.keeps_weights else at_once)
+        if states.offloads and not work.keeps_weights:
+            kinds["gathered"] += FP32 * work.n_block
+    # The chunk of the logits in fp32 and its gradients: dtensor_llama/loss.py.
+    logits = 2.5 * FP32 * loss.CHUNK_ELEMENTS if share.has_head else 0.0
+    # At most the inputs of two blocks are on the device if the others are on the host.
+    n_kept = min(2, share.n_layers) if states.inputs_on_host else share.n_layers
+    per_token = itemsize * kept_per_token(work) * n_kept * in_flight(work)
+    block_at_work = itemsize * at_work_per_token(work) * work.tokens
+    waiting = gradients if work.n_microbatches > 1 else 0.0
+    starts = kinds | {
+        "gradients": waiting,
+        "activations": per_token * work.tokens + block_at_work / 3,
+        "logits": logits,
+    }
+    # A block's gradients are whole and in fp32 until they are reduced.
+    reduced = FP32 * work.n_block if fsdp and not states.n_adapter else 0.0
+    ended = kinds | {"gradients": gradients, "activations": block_at_work, "reduced": reduced, "logits": 0.0}
+    return max(starts, ended, key=lambda kinds: sum(kinds.values()))
+
+
+def bytes_needed(job: Job, layout: ParallelConfig, states: States) -> int:
+    """Return about how many bytes of device memory a rank needs."""
+    return int(sum(bytes_of_rank(Work(job, layout, states)).values()))
+
+
+def check_states(
+    config: LlamaConfig, layout: ParallelConfig, device_bytes: int, bytes_per_parameter: float
+) -> None:
+    """Raise UsageError if weights, gradients and AdamW's states alone are more than the device of a rank has.
+
+    layout: resolved. bytes_per_parameter: 16 if all of them are in float32 on the device (4 of the 16 are
+        gradients), fewer if a chunk manager keeps states on the host. Activations come on top, and are not
+        known here.
+    """
+    here = config.n_parameters / (layout.tp * layout.pp)
+    if layout.zero_stage == 0:
+        needed = bytes_per_parameter * here
+    elif layout.zero_stage == 1:
+        needed = 4 * here + (bytes_per_parameter - 4) * here / layout.fsdp
+    else:
+        needed = bytes_per_parameter * here / layout.fsdp
+    if needed > device_bytes:
+        n_gpus = ceil(bytes_per_parameter * config.n_parameters / device_bytes)
+        raise UsageError(
+            f"weights, gradients and AdamW's states of {config.n_parameters / 1e9:.1f}G parameters take "
+            f"{needed / GIB:.1f} GiB of each device ({bytes_per_parameter:g} bytes a parameter), which has "
+            f"{device_bytes / GIB:.1f} GiB; use placement=auto, which keeps on the host what the device "
+            f"cannot hold, or share them over more ranks: at least {n_gpus} with zero_stage=3."
+        )
+
+
+# ---- Traffic -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Holds the collectives of one kind in a step of a rank, which all have the same size."""
+
+    axis: str
+    kind: str
+    what: str
+    count: float
+    whole_bytes: float  # of the tensor on all ranks together; for an all-to-all or a send what this rank has
+    n_ranks: int
+    stride: int  # neighbours on the axis are so many GPUs apart
+    behind: str = ""  # what it runs beside: "forward", "backward", "product", "attention", or nothing
+
+    @property
+    def sent_bytes(self) -> float:
+        """Return what one rank sends in a step if each collective goes round a ring."""
+        times = 2 if self.kind == "all-reduce" else 1
+        return self.count * times * self.whole_bytes * self._share
+
+    @property
+    def _share(self) -> float:
+        return 1.0 if self.kind == "send" else (self.n_ranks - 1) / self.n_ranks
+
+    def seconds(self, cluster: Cluster, stack: "Stack") -> float:
+        """Return the time of all of them, alone: hops, and bytes at the rate of the slowest wire.
+
+        Between nodes a ring passes each node's wires once, and all ranks of the axis in the node have one
+        each: so eight ranks of a node have eight cards together, and one rank has its own."""
+        in_node = cluster.ranks_in_node(self.n_ranks, self.stride)
+        n_nodes = ceil(self.n_ranks / in_node)
+        rate = cluster.node_bytes_s * stack.link
+        hops = (in_node - 1) * HOP_S
+        if n_nodes > 1:
+            rate = min(rate, in_node * cluster.network_bytes_s * stack.network)
+            hops += (n_nodes - 1) * NETWORK_HOP_S
+        if self.kind == "all-to-all" and n_nodes > 1:  # no ring: each rank sends to each, over its own card
+            rate = cluster.network_bytes_s * stack.network
+        times = 2 if self.kind == "all-reduce" else 1
+        return self.sent_bytes / rate + self.count * (times * hops + LAUNCH_S)
+
+
+def stride_of(layout: ParallelConfig, axis: str) -> int:
+    """Return how many GPUs apart the neighbours on an axis are: tp is innermost."""
+    inner = {"fsdp": "cp", "dp_cp": "cp", "dp": "dp_shard"}.get(axis, axis)
+    return prod(layout.sizes[name] for name in AXES[AXES.index(inner) + 1 :])
+
+
+def traffic(work: Work, share: Share) -> list[Collective]:
+    """Return what a pp rank with this share sends in a step."""
+    found = [
+        *_zero_traffic(work, share),
+        *_tp_traffic(work, share),
+        *_cp_traffic(work, share),
+        *_pp_traffic(work),
+    ]
+    return [each for each in found if each.count and each.n_ranks > 1]
+
+
+def _zero_traffic(work: Work, share: Share) -> Iterator[Collective]:
+    """Yield what ZeRO sends: see zero.py. A block at a time, and what is outside the blocks as one unit."""
+    layout, stage, n = work.layout, work.layout.zero_stage, work.shards
+    each = work.n_microbatches if layout.pp == 1 else 1
+    gathers, reduces = (each if stage == 3 else 1), (each if stage >= 2 else 1)
+    again = stage == 3 and layout.pp == 1
+    ends = work.n_matrix * (share.has_embedding + share.has_head)
+    trained = work.states.n_adapter / work.model.n_parameters if work.states.n_adapter else 1.0
+    stride = stride_of(layout, "fsdp")
+    for numbers, count, is_block in ((work.n_block, share.n_layers, True), (ends, 1, False)):
+        weights, gradients = work.states.itemsize * numbers, FP32 * numbers * trained
+        hides = is_block and "forward"
+        if n > 1 and numbers:
+            yield Collective(
+                "fsdp", "all-gather", "weights", gathers * count, weights, n, stride, hides or ""
+            )
+            if again and is_block:
+                yield Collective(
+                    "fsdp", "all-gather", "weights", gathers * count, weights, n, stride, "backward"
+                )
+            yield Collective(
+                "fsdp", "reduce-scatter", "gradients", reduces * count, gradients, n, stride, "backward"
+            )
+        replicas = layout.gradient_ranks // n
+        axis = "dp_replicate" if stage else "dp_cp"
+        stride_out = stride * n if stage else stride
+        yield Collective(
+            axis, "all-reduce", "gradients", count, gradients / n, replicas, stride_out, "backward"
+        )
+
+
+def _tp_traffic(work: Work, share: Share) -> Iterator[Collective]:
+    """Yield what the rows of the tensor-parallel plan send."""
+    layout, M = work.layout, work.n_microbatches
+    if layout.tp == 1:
+        return
+    n_modules = {
+        "model.embed_tokens": share.has_embedding,
+        "model.norm": share.has_head,
+        "token_loss": share.has_head,
+        "lm_head": 0,  # its row is for logits, and with labels there are none
+    }
+    for name, row in tensor_plan_of(work.model, layout.tp, layout.sequence_parallel).items():
+        in_block = ".*." in name
+        # Recompute repeats the forward of a block, but for its last sum, which nothing in backward needs.
+        repeats = in_block and work.job.recompute != "none" and not name.endswith("down_proj")
+        n_here = M * (share.n_layers if in_block else n_modules[name])
+        for collectives, is_forward in ((row.forward, True), (row.backward, False)):
+            for kind, number in collectives.items():
+                what, number, whole_bytes = _of_row(work, name, row, kind, number if is_forward else -number)
+                count = n_here * number * (2 if repeats and is_forward else 1)
+                behind = "product" if what == "activations" else ""
+                yield Collective("tp", kind, what, count, whole_bytes, layout.tp, 1, behind)
+
+
+def _of_row(work: Work, name: str, row: Row, kind: str, number: int) -> tuple[str, int, float]:
+    """Return (what it carries, how many there are, bytes of the whole tensor) for a collective of a row and
+    one microbatch. number: of them; below 0 in backward."""
+    if name == "token_loss" and number > 0 and kind == "all-reduce":
+        # Once per chunk of tokens; together they carry 3 fp32 numbers a token.
+        chunk_tokens = loss.tokens_per_chunk(-(-work.model.vocab_size // work.layout.tp))
+        n_sums = number * -(-work.tokens // chunk_tokens)
+        return "sums of the loss", n_sums, 3 * FP32 * work.tokens / n_sums
+    if row.weight == "R" and kind == "all-reduce":
+        # Each rank used the whole weight for its own tokens, or for its own head.
+        shapes = {f"model.layers.*.{own}": shape for own, shape in work.model.block_weights().items()}
+        shapes["model.norm.weight"] = (work.model.hidden_size,)
+        return "gradients of whole weights", abs(number), FP32 * prod(shapes[f"{name}.weight"])
+    return "activations", abs(number), work.hidden_bytes
+
+
+def _cp_traffic(work: Work, share: Share) -> Iterator[Collective]:
+    """Yield what attention sends, by the formulas in context.py. Recompute repeats forward, but `selective`
+    keeps what the ring gave."""
+    layout, model, cp = work.layout, work.model, work.layout.cp
+    if cp == 1:
+        return
+    passes, itemsize = share.n_layers * work.n_microbatches, work.states.itemsize
+    H, K = model.num_attention_heads // layout.tp, max(1, model.num_key_value_heads // layout.tp)
+    head, stride = work.tokens * model.head_dim, stride_of(layout, "cp")
+    if layout.cp_method == "ulysses":
+        n = passes * (2 if work.job.recompute == "none" else 3)
+        numbers = (2 * H + 2 * math.lcm(K, cp)) / 4  # of q, k, v and out in the mean
+        yield Collective("cp", "all-to-all", "q, k, v, out", 4 * n, itemsize * head * numbers, cp, stride)
+        return
+    n = passes * (3 if work.job.recompute == "full" else 2) * (cp - 1)
+    pair = 2 * head * K
+    yield Collective("cp", "send", "k, v", n, pair * itemsize, cp, stride, "attention")
+    yield Collective("cp", "send", "gradients of k, v", passes * cp, pair * FP32, cp, stride, "attention")
+
+
+def _pp_traffic(work: Work) -> Iterator[Collective]:
+    """Yield what a stage in the middle sends: hidden states to the next, and their gradients back."""
+    layout = work.layout
+    if layout.pp > 1:
+        count = 2 * work.n_microbatches * layout.stages_per_rank
+        whole = work.hidden_bytes / layout.sequence_shards
+        yield Collective(
+            "pp", "send", "hidden states, gradients", count, whole, layout.pp, stride_of(layout, "pp")
+        )
+
+
+# ---- Time --------------------------------------------------------------------------------------------------
+
+# Latencies of collectives over NVLink, as SimuMax measured them on 8 B200 (configs/system/
+# b200_bf16_ceperm.json): 23 us until one begins and its ranks have met, and 8 to 9 us for each hop. A hop
+# over the network is given a few us more.
+LAUNCH_S = 23e-6
+HOP_S = 8e-6
+NETWORK_HOP_S = 12e-6
+ATTENTION_BACKWARD = 0.8  # of the forward's rate: FlashAttention-2 and 3, arXiv:2307.08691 and 2407.08608
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Holds what one kind of software reaches of the hardware's rates."""
+
+    name: str
+    matmul: float  # of matmul_flops, in matrix products
+    attention: float  # of matmul_flops, in attention's forward
+    memory: float  # of the memory's bandwidth, in kernels that only read and write
+    passes: float  # how often these touch a number if they are not compiled, which touch it once
+    link: float  # of NVLink's bandwidth, in collectives of a node
+    network: float  # of the network's
+    contention: float  # what a hidden second of communication takes from the computation beside it
+    tp_hides: float  # share of tp's collectives that run beside products
+    block_launch_s: float  # what the CPU needs to launch a block's forward: a GPU that is faster waits
+    is_megatron: bool = False  # see the places that ask for it
+
+
+# Measured in this trainer's step of 7B on one H200 (recipes/bench/README.md): PyTorch's matmul and attention,
+# 687 and 475 of 794 TFLOP/s, and memory, 3.8 to 3.9 of 4.8 TB/s in AdamW and in sums of gradients. Taken from
+# others: link, what SimuMax measured of B200's NVLink (0.67 to 0.74), and network, what nccl-tests reach of
+# 400 Gbit/s (42 to 48 GB/s). Fitted on half of the published rows (docs/planning.md): passes, contention, and
+# all but these of Megatron's. block_launch_s: about 50 kernels of 20 us in eager PyTorch, and half as many
+# fused ones.
+PYTORCH = Stack(
+    "pytorch",
+    matmul=0.865,
+    attention=0.598,
+    memory=0.8,
+    passes=2.51,
+    link=0.67,
+    network=0.85,
+    contention=0.25,
+    tp_hides=0.0,
+    block_launch_s=1e-3,
+)
+MEGATRON = Stack(
+    "megatron",
+    matmul=0.976,
+    attention=0.9,
+    memory=0.8,
+    passes=1.72,
+    link=0.67,
+    network=0.85,
+    contention=0.122,
+    tp_hides=0.558,
+    block_launch_s=0.5e-3,
+    is_megatron=True,
+)
+STACKS = {stack.name: stack for stack in (PYTORCH, MEGATRON)}
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Holds the seconds of one microbatch on one pp rank, without what waits for other ranks."""
+
+    products: float = 0.0
+    attention: float = 0.0
+    memory_bound: float = 0.0
+    head: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.products + self.attention + self.memory_bound + self.head
+
+
+def product_seconds(cluster: Cluster, stack: Stack, shape: tuple[float, float, float]) -> float:
+    """Return the time of a bf16 matrix product (m, k) x (k, n), from its FLOPs and its bytes."""
+    m, k, n = shape
+    flops = 2 * m * k * n / (cluster.gpu.matmul_flops * stack.matmul)
+    n_bytes = 2 * (m * k + k * n + m * n) / (cluster.gpu.memory_bytes_s * stack.memory)
+    return math.hypot(flops, n_bytes)
+
+
+def block_seconds(work: Work, cluster: Cluster, stack: Stack) -> tuple[Seconds, Seconds]:
+    """Return the time of a block's forward and of its backward, for one microbatch."""
+    model, layout, tp = work.model, work.layout, work.layout.tp
+    D, F, E = model.hidden_size, model.intermediate_size, model.head_dim
+    H, K = model.num_attention_heads, model.num_key_value_heads
+    heads = (H + 2 * max(K, tp)) * E / tp
+    products = sum(
+        product_seconds(cluster, stack, (work.tokens, rows, columns))
+        for rows, columns in ((D, heads), (H * E / tp, D), (D, F / tp), (D, F / tp), (F / tp, D))
+    )
+    # Causal attention: half of the square, two products. Backward has five.
+    rate = cluster.gpu.attention_flops or cluster.gpu.matmul_flops * stack.attention
+    attention = 2 * work.tokens * work.job.seq_len * H / tp * E / rate
+    attention_backward = 2.5 * attention / ATTENTION_BACKWARD
+    # Two norms (read, write) and two sums (read twice, write); RoPE (read, write q and k); SwiGLU.
+    numbers = 10 * D / layout.sequence_shards + 2 * (H + K) * E / tp + 3 * F / tp
+    memory_rate = cluster.gpu.memory_bytes_s * stack.memory
+    passes = 1.0 if work.job.compile else stack.passes
+    memory_bound = passes * work.states.itemsize * numbers * work.tokens / memory_rate
+    forward = Seconds(products, attention, memory_bound)
+    again = {"none": (0, 0), "selective": (0, 1), "full": (1, 1)}[work.job.recompute]
+    gradients = 1 if work.states.n_adapter else 2  # frozen weights have none
+    backward = Seconds(
+        products * (gradients + again[0]),
+        attention_backward + attention * again[0],
+        memory_bound * (2 + again[1]),
+    )
+    # Backward has twice the kernels of forward, and about half of a forward's are not matrix products.
+    launches = 2 + max(again[0], again[1] / 2)
+    launch_s = stack.block_launch_s
+    return _launched(forward, launch_s), _launched(backward, launches * launch_s)
+
+
+def _launched(seconds: Seconds, launch_s: float) -> Seconds:
+    """Return what a block takes if the CPU needs so long to launch its kernels."""
+    return replace(seconds, memory_bound=seconds.memory_bound + max(0.0, launch_s - seconds.total))
+
+
+def head_seconds(work: Work, cluster: Cluster, stack: Stack) -> float:
+    """Return the time of the head and of the loss, forward and backward: three products, and fp32 logits
+    that are written once and read and written twice."""
+    vocabulary = work.model.vocab_size / work.layout.tp
+    product = product_seconds(cluster, stack, (work.tokens, work.model.hidden_size, vocabulary))
+    logits = 5 * FP32 * work.tokens * vocabulary / (cluster.gpu.memory_bytes_s * stack.memory)
+    return 3 * product + logits
+
+
+def step_update_seconds(work: Work, share: Share, cluster: Cluster, stack: Stack) -> float:
+    """Return the time of clipping and AdamW: 28 bytes a parameter are read and written by it, and 4 by the
+    norm."""
+    n = work.n_block * share.n_layers + work.n_matrix * (share.has_embedding + share.has_head)
+    trained = work.states.n_adapter / work.layout.tp / work.layout.pp if work.states.n_adapter else n
+    return 32 * trained / work.shards / (cluster.gpu.memory_bytes_s * stack.memory)
+
+
+def gather_copy_seconds(work: Work, share: Share, cluster: Cluster, stack: Stack) -> float:
+    """Return the time of the copies around ZeRO's collectives in one microbatch: of gathered weights into
+    their places, of gradients into a flat fp32 buffer, and of sums of gradients that wait."""
+    n = work.n_block * share.n_layers + work.n_matrix * (share.has_embedding + share.has_head)
+    rate = cluster.gpu.memory_bytes_s * stack.memory
+    if work.states.n_adapter:
+        n_bytes = 8 * n if work.layout.zero_stage == 3 else 0
+    elif work.keeps_weights and work.keeps_gradients:
+        n_bytes = 10 * n  # a bf16 gradient is added to an fp32 one
+    else:
+        n_bytes = (8 if work.keeps_weights else 14) * n + 12 * n / work.shards
+    return n_bytes / rate
+
+
+# ---- The account -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Account:
+    """Holds what a layout costs: bytes of the fullest rank, traffic and seconds of a step."""
+
+    work: Work
+    cluster: Cluster
+    bytes: dict[str, float]  # on the device, by kind
+    traffic: list[Collective]
+    # of a step, by what they are spent on: they sum to step_seconds
+    seconds: dict[str, float]
+    host_bytes: float = 0.0
+
+    @property
+    def peak_gib(self) -> float:
+        return sum(self.bytes.values()) / GIB
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def tokens_per_second_per_gpu(self) -> float:
+        return self.work.tokens_per_step / self.step_seconds / self.work.n_gpus
+
+    @property
+    def mfu(self) -> float:
+        flops = model_flops_per_token(self.work.model, self.work.job.seq_len)
+        return self.tokens_per_second_per_gpu * flops / self.cluster.gpu.peak_flops
+
+    @property
+    def bubble(self) -> float:
+        return self.seconds["bubble"] / self.step_seconds
+
+    @property
+    def exposed(self) -> float:
+        """Return the share of the step in which a rank waits for communication."""
+        return sum(self.seconds[f"waiting for {axis}"] for axis in WAITS) / self.step_seconds
+
+    def gib_per_axis(self, cluster: Cluster) -> dict[str, dict[str, float]]:
+        """Return GiB sent in a step by axis, within nodes and between them."""
+        sums: dict[str, dict[str, float]] = {}
+        for each in self.traffic:
+            spans = cluster.ranks_in_node(each.n_ranks, each.stride) < each.n_ranks
+            where = sums.setdefault(each.axis, {"within nodes": 0.0, "between nodes": 0.0})
+            where["between nodes" if spans else "within nodes"] += each.sent_bytes / GIB
+        return sums
+
+
+WAITS = ("dp", "tp", "cp", "pp")
+
+
+def account_for(work: Work, cluster: Cluster, stack: Stack = PYTORCH) -> Account:
+    """Return what a layout costs on a cluster, without asking whether its rules or its bytes allow it."""
+    # Megatron gives each pipeline stage as many layers, whoever has the head.
+    ranks = set(shares(work.model, work.layout, evenly=stack.is_megatron))
+    timed = [(_rank_seconds(work, share, cluster, stack), share) for share in ranks]
+    seconds, slowest = max(timed, key=lambda each: sum(each[0].values()))
+    return Account(work, cluster, bytes_of_rank(work), traffic(work, slowest), seconds)
+
+
+def numbers_of_rank(work: Work) -> int:
+    """Return how many parameters the fullest rank keeps states of."""
+    most = 0.0
+    for share in shares(work.model, work.layout):
+        ends = work.n_matrix * (share.has_embedding + share.has_head)
+        most = max(most, (share.n_layers * work.n_block + ends) / work.shards)
+    return int(most)
+
+
+def machine_rates(cluster: Cluster, stack: Stack = PYTORCH) -> dict[str, float]:
+    """Return the fields of memory.tracer.MachineRates for one GPU of the cluster and its share of a host."""
+    link = cluster.gpu.host_link_bytes_s
+    return {
+        "h2d": link,
+        "d2h": link,
+        "duplex": 2 * link,
+        "dram": cluster.host_dram_bytes_s,
+        "dram_under_dma": cluster.host_dram_bytes_s,
+        "host_adam": cluster.host_adam_per_s,
+        "device_adam": cluster.gpu.memory_bytes_s * stack.memory / 28,
+    }
+
+
+def account_with_offload(work: Work, cluster: Cluster, foresee: Callable, stack: Stack = PYTORCH) -> Account:
+    """Return what a layout costs if a chunk manager keeps states on the host, as its own planner foresees it.
+
+    foresee: memory.auto.foresee, which this package does not import. UsageError: it has no plan that
+        fits."""
+    work = replace(work, states=replace(work.states, offloads=True))
+    account = account_for(work, cluster, stack)
+    seconds = dict(account.seconds)
+    computing = sum(seconds.values()) - seconds.pop("optimizer")
+    forwards = 4 if work.job.recompute == "full" else 3  # that a forward and its backward take
+    host_inputs = 0.0
+    if work.states.inputs_on_host:
+        per_layer = work.hidden_bytes / work.layout.sequence_shards
+        host_inputs = per_layer * work.model.num_hidden_layers / work.layout.pp * in_flight(work)
+    other_bytes = sum(account.bytes.values()) - account.bytes["parameters"]
+    traced = {
+        "non_model_peak_bytes": int(other_bytes),
+        "forward_seconds": computing / forwards,
+        "backward_seconds": computing * (forwards - 1) / forwards,
+        "host_bytes": int(host_inputs),
+    }
+    budgets = {
+        "device": int(cluster.gpu.memory_gib * FITS_SHARE * GIB),
+        "host": int(cluster.host_memory_gib * GIB),
+    }
+    plan = foresee(
+        numbers_of_rank(work),
+        budgets,
+        machine_rates(cluster, stack),
+        traced,
+        accumulates=work.n_microbatches > 1,
+    )
+    kept = dict(account.bytes) | {"optimizer": float(sum(plan.device_bytes.values()))}
+    for counted in ("weights", "other", "reserve"):
+        kept["optimizer"] -= plan.device_bytes.get(counted, 0)
+    seconds["optimizer"] = plan.seconds["resident_adam"]
+    seconds["waiting for host"] = max(0.0, plan.seconds["step"] - computing - seconds["optimizer"])
+    host = float(sum(plan.host_bytes.values()))
+    return replace(account, bytes=kept, seconds=seconds, host_bytes=host)
+
+
+def _rank_seconds(work: Work, share: Share, cluster: Cluster, stack: Stack) -> dict[str, float]:
+    """Return the seconds of a step on a pp rank, by what they are spent on."""
+    M, layout = work.n_microbatches, work.layout
+    forward, backward = block_seconds(work, cluster, stack)
+    head = head_seconds(work, cluster, stack) if share.has_head else 0.0
+    n_blocks = M * share.n_layers
+    spent = {
+        "matrix products": n_blocks * (forward.products + backward.products),
+        "attention": n_blocks * (forward.attention + backward.attention),
+        "memory-bound kernels": n_blocks * (forward.memory_bound + backward.memory_bound),
+        "head and loss": M * head,
+        "copies": M * gather_copy_seconds(work, share, cluster, stack),
+    }
+    beside = {  # what collectives can hide behind, in a step
+        "forward": n_blocks * forward.total,
+        "backward": n_blocks * backward.total,
+        "product": stack.tp_hides * spent["matrix products"],
+        "attention": spent["attention"],
+        "": 0.0,
+    }
+    sent = traffic(work, share)
+    if stack.is_megatron:
+        sent += _gathers_again(work, share)
+    waits = dict.fromkeys(WAITS, 0.0)
+    contended = 0.0
+    for behind, total in beside.items():
+        here = [each for each in sent if each.behind == behind]
+        by_axis = dict.fromkeys(WAITS, 0.0)
+        for each in here:
+            axis = each.axis if each.axis in WAITS else "dp"
+            by_axis[axis] += each.seconds(cluster, stack)
+        for axis, needed in by_axis.items():
+            possible = _hideable(work, axis, behind, needed, total, stack)
+            waits[axis] += needed - possible
+            contended += stack.contention * possible
+    spent["contention"] = contended
+    spent |= {f"waiting for {axis}": seconds for axis, seconds in waits.items()}
+    # The ranks of a pipeline wait for each other as often as microbatches pass.
+    per_step = spent["waiting for dp"]
+    pipelined = sum(spent.values()) - per_step
+    spent["bubble"] = 0.0
+    if layout.pp > 1:
+        idle = idle_units(layout.schedule, layout.pp, layout.stages_per_rank)
+        spent["bubble"] = pipelined * idle / (3 * M)  # a forward and its backward are three units
+    spent["optimizer"] = step_update_seconds(work, share, cluster, stack)
+    return spent
+
+
+def _gathers_again(work: Work, share: Share) -> list[Collective]:
+    """Return the all-gathers of Megatron's backward. It keeps its tp rank's own tokens of what enters a
+    column-wise matrix, and gathers the others again for the weight's gradient.
+
+    Source: Korthikanti et al. 2022, arXiv:2205.05198, sec. 4.2.2."""
+    if work.layout.tp == 1:
+        return []
+    count = 2 * share.n_layers * work.n_microbatches
+    return [
+        Collective("tp", "all-gather", "activations", count, work.hidden_bytes, work.layout.tp, 1, "product")
+    ]
+
+
+def _hideable(work: Work, axis: str, behind: str, needed: float, total: float, stack: Stack) -> float:
+    """Return how many seconds of what an axis sends can run beside the computation named by `behind`."""
+    if axis == "tp":
+        return min(stack.tp_hides * needed, total) if behind else 0.0
+    if axis == "dp" and behind:
+        # What comes once a step has one microbatch to hide behind.
+        once = work.layout.zero_stage < 2 or work.layout.pp > 1
+        return min(needed, total / work.n_microbatches if once else total)
+    return min(needed, total)

@@ -1,0 +1,587 @@
+"""Searches the layouts of a job on a cluster, and says which is the fastest that fits, and why the others are
+not.
+
+    found = plan(Question(model, seq_len=4096, global_batch_size=1024, cluster=find_cluster("h100-80gb", 64)))
+    found.best.account.tokens_per_second_per_gpu
+    found.describe(), found.to_json(), draw_plan(found, "plan.png")
+
+The search goes over pp x dp x cp x tp, ZeRO's stage, whole copies between nodes, rows of a microbatch,
+recompute and schedule. It drops what breaks a rule (rules.py) and what does not fit (cost.py). Only if
+nothing fits are optimizer states moved to the host, by the chunk manager's own planner. What is left is
+ranked by predicted tokens per second. Nothing is built and nothing runs: thousands of layouts take seconds.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from math import ceil, prod
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from dtensor_llama.config import LlamaConfig
+from dtensor_llama.errors import UsageError
+from dtensor_llama.metrics import GIB
+from parallel.cluster import NODES, Cluster, with_gpus
+from parallel.config import RULES, ParallelConfig
+from parallel.cost import (
+    FITS_SHARE,
+    PYTORCH,
+    Account,
+    Stack,
+    States,
+    Work,
+    account_for,
+    account_with_offload,
+    bytes_needed,
+    bytes_of_rank,
+    numbers_of_rank,
+)
+from parallel.rules import Case, Job, all_hold
+
+MOST_GPUS = 16384  # where the search for what a model would take ends
+N_BEST = 5  # layouts that a plan shows
+MICRO_ROWS = (1, 2, 4, 8, 16)
+MAX_MICRO_TOKENS = 16384  # a forward of more tokens is no faster on any device
+LEAST_CP_TOKENS = 4096  # of a row on a cp rank: shorter slices save nothing that more rows would not
+RECOMPUTE = ("none", "selective", "full")
+MAX_TP = 8  # beyond the fast wires of a node tensor parallelism waits for traffic
+PURPOSES = {  # the kinds of bytes_of_rank, in a sentence
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "optimizer": "optimizer states",
+    "gathered": "gathered weights",
+    "activations": "activations",
+    "logits": "logits",
+    "reduced": "gradients on their way",
+}
+NEAR = 1.005  # times the fastest step: nearer than any prediction can tell apart
+
+
+# ---- A question and its answer -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Question:
+    """Holds what shall be trained, and on what."""
+
+    model: LlamaConfig
+    seq_len: int
+    global_batch_size: int
+    cluster: Cluster
+    states: States = States()
+    compile: bool = True
+    device_type: str = "cuda"
+    # memory.auto.foresee, if states may be moved to the host where nothing fits without
+    foresee: Callable | None = None
+    stack: Stack = PYTORCH
+
+    @property
+    def budget_bytes(self) -> float:
+        return self.cluster.gpu.memory_gib * GIB * FITS_SHARE
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Holds a layout with its account, and why it is not the best; of the best, why it is."""
+
+    account: Account
+    reason: str = ""
+
+    @property
+    def work(self) -> Work:
+        return self.account.work
+
+    def facts(self) -> dict:
+        """Return what JSON shall hold of it."""
+        account, job = self.account, self.work.job
+        cluster = account.cluster
+        return {
+            "layout": asdict(self.work.layout),
+            "micro_batch_size": job.micro_batch_size,
+            "microbatches": self.work.n_microbatches,
+            "recompute": job.recompute,
+            "offload": self.work.states.offloads,
+            "peak_gib": round(account.peak_gib, 2),
+            "host_gib": round(account.host_bytes / GIB, 2),
+            "gib_by_kind": {kind: round(n_bytes / GIB, 3) for kind, n_bytes in account.bytes.items()},
+            "traffic_gib_per_step": account.gib_per_axis(cluster),
+            "step_seconds": account.step_seconds,
+            "seconds": account.seconds,
+            "tokens_per_second_per_gpu": account.tokens_per_second_per_gpu,
+            "mfu": account.mfu,
+            "bubble": account.bubble,
+            "exposed_communication": account.exposed,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True)
+class Found:
+    """Holds the answer: the best layouts, one of each mesh, and how many were tried."""
+
+    question: Question
+    candidates: list[Candidate]  # the best first
+    n_tried: int
+    n_fitting: int
+    points: list[tuple[float, float, str]] = field(default_factory=list)  # (GiB, tokens/s/GPU, name) that fit
+    too_large: Candidate | None = None  # the fastest that does not fit, if it is faster than the best
+
+    @property
+    def best(self) -> Candidate:
+        return self.candidates[0]
+
+    def to_json(self) -> str:
+        question = self.question
+        facts = {
+            "gpu": question.cluster.gpu.name,
+            "gpus": question.cluster.n_gpus,
+            "seq_len": question.seq_len,
+            "global_batch_size": question.global_batch_size,
+            "layouts_tried": self.n_tried,
+            "layouts_that_fit": self.n_fitting,
+            "candidates": [candidate.facts() for candidate in self.candidates],
+        }
+        return json.dumps(facts, indent=2)
+
+    def describe(self) -> str:
+        """Return the best layouts as a table, and the reasons below it."""
+        cluster = self.question.cluster
+        rows = [("layout", "GiB", "tokens/s/GPU", "MFU", "bubble", "waits")]
+        for candidate in self.candidates:
+            account = candidate.account
+            rows.append(
+                (
+                    name_of(candidate.work),
+                    f"{account.peak_gib:.1f}",
+                    f"{account.tokens_per_second_per_gpu:,.0f}",
+                    f"{account.mfu:.1%}",
+                    f"{account.bubble:.1%}",
+                    f"{account.exposed:.1%}",
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            f"{self.n_tried:,} layouts on {cluster.n_gpus} x {cluster.gpu.name}, of which {self.n_fitting:,} "
+            f"fit {FITS_SHARE:.0%} of {cluster.gpu.memory_gib:.4g} GiB; the fastest of each mesh:"
+        ]
+        for name, *numbers in rows:
+            cells = [f"{number:>{width}}" for number, width in zip(numbers, widths[1:], strict=True)]
+            lines.append(f"  {name:{widths[0]}}  {'  '.join(cells)}")
+        lines += [f"  {name_of(each.work)}: {each.reason}" for each in self.candidates]
+        if self.too_large:
+            lines.append(f"  {name_of(self.too_large.work)}: {self.too_large.reason}")
+        return "\n".join(lines)
+
+
+def name_of(work: Work) -> str:
+    """Return a layout and its job in a few words: axes of one rank are left out."""
+    layout, job = work.layout, work.job
+    axes = [f"{axis} {size}" for axis, size in layout.sizes.items() if size > 1] or ["one GPU"]
+    words = [" x ".join(axes).replace("dp_replicate", "copies").replace("dp_shard", "dp")]
+    if layout.gradient_ranks > 1:
+        words.append(f"zero {layout.zero_stage}")
+    if layout.pp > 1:
+        stages = f" x {layout.stages_per_rank}" if layout.stages_per_rank > 1 else ""
+        words.append(f"{layout.schedule}{stages}")
+    words.append(f"{work.n_microbatches} x {job.micro_batch_size} rows")
+    words.append(f"recompute {job.recompute}")
+    return ", ".join(words) + (", offload" if work.states.offloads else "")
+
+
+# ---- The search --------------------------------------------------------------------------------------------
+
+
+def powers_of_two(most: int) -> list[int]:
+    return [2**i for i in range(most.bit_length()) if 2**i <= most]
+
+
+def meshes(question: Question) -> Iterator[ParallelConfig]:
+    """Yield the layouts to try, resolved. tp stays inside a node, where the fast wires are."""
+    cluster, model = question.cluster, question.model
+    for tp in powers_of_two(min(cluster.gpus_per_node, cluster.n_gpus)):
+        for pp in powers_of_two(min(model.num_hidden_layers, cluster.n_gpus // tp)):
+            most_cp = max(1, min(16, question.seq_len // LEAST_CP_TOKENS, cluster.n_gpus // tp // pp))
+            for cp in powers_of_two(most_cp):
+                dp, left_over = divmod(cluster.n_gpus, tp * pp * cp)
+                if left_over == 0:
+                    yield from _ways_of_mesh(cluster, ParallelConfig(pp=pp, dp_shard=dp, cp=cp, tp=tp))
+
+
+def _ways_of_mesh(cluster: Cluster, mesh: ParallelConfig) -> Iterator[ParallelConfig]:
+    """Yield ZeRO's stages, copies between nodes, and schedules for the sizes of a mesh."""
+    # Under pp stages 2 and 3 do as stage 1 does within a step (zero.py).
+    stages = (3, 2, 1) if mesh.pp == 1 else (1,)
+    inside = max(1, cluster.gpus_per_node // (mesh.tp * mesh.cp))
+    shards = {mesh.dp_shard, min(inside, mesh.dp_shard)} if mesh.pp == 1 else {mesh.dp_shard}
+    schedules = [("1f1b", None)]
+    if mesh.pp > 1:
+        schedules += [("interleaved-1f1b", 2), ("interleaved-1f1b", 4)]
+    methods = ("ulysses", "ring") if mesh.cp > 1 else ("ulysses",)
+    for shard in sorted(shards):
+        if mesh.dp_shard % shard == 0:
+            for stage in stages if shard * mesh.cp > 1 else (stages[-1],):
+                for schedule, virtual_stages in schedules:
+                    for method in methods:
+                        yield replace(
+                            mesh,
+                            dp_replicate=mesh.dp_shard // shard,
+                            dp_shard=shard,
+                            zero_stage=stage,
+                            schedule=schedule,
+                            virtual_stages=virtual_stages,
+                            cp_method=method,
+                        )
+
+
+def works(question: Question) -> Iterator[Work]:
+    """Yield everything to try that the rules allow."""
+    job = Job(
+        question.model,
+        question.seq_len,
+        question.global_batch_size,
+        attention="sdpa",
+        compile=question.compile,
+        device_type=question.device_type,
+    )
+    for layout in meshes(question):
+        rows_of_rank = question.global_batch_size // layout.dp
+        for micro_rows in MICRO_ROWS:
+            tokens = micro_rows * question.seq_len // (layout.cp * layout.tp)
+            if micro_rows > rows_of_rank or (micro_rows > 1 and tokens > MAX_MICRO_TOKENS):
+                break
+            tried = replace(job, micro_batch_size=micro_rows)
+            case = Case(layout, tried)
+            # With fewer microbatches than stages a pipeline is mostly a bubble.
+            if case.n_microbatches >= layout.pp and all_hold(RULES, case):
+                for recompute in RECOMPUTE:
+                    yield Work(replace(tried, recompute=recompute), layout, question.states)
+
+
+def plan(question: Question) -> Found:
+    """Return the best layouts. UsageError says what the job would take if it fits nowhere."""
+    fitting, larger, n_tried = [], [], 0
+    for work in works(question):
+        n_tried += 1
+        needed = sum(bytes_of_rank(work).values())
+        if needed <= question.budget_bytes:
+            fitting.append(account_for(work, question.cluster, question.stack))
+        elif needed <= 2 * question.budget_bytes:
+            larger.append(work)
+    if not n_tried:
+        raise _no_layout(question)
+    if not fitting and question.foresee:
+        fitting = list(_with_offload(question))
+    if not fitting:
+        raise UsageError(what_it_would_take(question))
+    fitting = _sorted(fitting)
+    points = [
+        (account.peak_gib, account.tokens_per_second_per_gpu, name_of(account.work)) for account in fitting
+    ]
+    best, meshes_seen = [], set()
+    for account in fitting:
+        mesh = tuple(account.work.layout.sizes.values())
+        if mesh not in meshes_seen and len(best) < N_BEST:
+            meshes_seen.add(mesh)
+            best.append(account)
+    candidates = [Candidate(best[0], _why_best(best[0]))]
+    candidates += [Candidate(account, why_slower(account, best[0])) for account in best[1:]]
+    too_large = _fastest_too_large(question, larger, best[0])
+    return Found(question, candidates, n_tried, len(fitting), points, too_large)
+
+
+def _sorted(accounts: list[Account]) -> list[Account]:
+    """Return the fastest first; but of those that are as fast, the one with the fewest axes and bytes."""
+    by_speed = sorted(accounts, key=lambda account: account.step_seconds)
+    as_fast = [each for each in by_speed if each.step_seconds <= NEAR * by_speed[0].step_seconds]
+
+    def simplicity(account: Account) -> tuple[int, float]:
+        return sum(size > 1 for size in account.work.layout.sizes.values()), account.peak_gib
+
+    best = min(as_fast, key=simplicity)
+    return [best, *(each for each in by_speed if each is not best)]
+
+
+def _with_offload(question: Question) -> Iterator[Account]:
+    """Yield layouts with states on the host: of each mesh the few that hold most of the rest."""
+    tried = set()
+    for work in works(question):
+        layout, job = work.layout, work.job
+        offloaded = replace(work, states=replace(work.states, offloads=True))
+        key = (layout, job.recompute)
+        # A larger microbatch makes fewer gathers; the largest that may fit is tried last and wins.
+        if layout.pp > 1 or (key, job.micro_batch_size) in tried:
+            continue
+        if numbers_of_rank(work) * 2 > question.budget_bytes:
+            continue
+        if sum(bytes_of_rank(offloaded).values()) <= question.budget_bytes:
+            tried.add((key, job.micro_batch_size))
+            try:
+                yield account_with_offload(work, question.cluster, question.foresee, question.stack)
+            except UsageError:
+                continue  # the chunk manager has no plan for it
+
+
+def _why_best(account: Account) -> str:
+    spent = account.seconds
+    most = max((name for name in spent if name != "matrix products"), key=spent.get)
+    return (
+        f"the fastest; of a step of {account.step_seconds:.3g} s matrix products take "
+        f"{spent['matrix products'] / account.step_seconds:.0%} and {most} "
+        f"{spent[most] / account.step_seconds:.0%}."
+    )
+
+
+def why_slower(account: Account, best: Account) -> str:
+    """Return in a sentence what a layout spends its time on that the best one does not."""
+    more = {
+        name: account.seconds.get(name, 0.0) - best.seconds.get(name, 0.0)
+        for name in account.seconds | best.seconds
+    }
+    slower = account.step_seconds / best.step_seconds - 1
+    worst = max(more, key=more.get)
+    if slower < NEAR - 1:
+        more_gib = account.peak_gib - best.peak_gib
+        return f"as fast, within {NEAR - 1:.1%}, with more axes or memory ({more_gib:+.1f} GiB)."
+    return f"{slower:.1%} slower; of a step, {worst} {_takes(worst)} {more[worst]:.3g} s more."
+
+
+def _takes(what: str) -> str:
+    return "take" if what.endswith("s") or what == "head and loss" else "takes"
+
+
+def _fastest_too_large(question: Question, larger: list[Work], best: Account) -> Candidate | None:
+    """Return the fastest layout that does not fit, if it would be faster than the best one."""
+    timed = [account_for(work, question.cluster, question.stack) for work in larger]
+    fastest = min(timed, key=lambda account: account.step_seconds, default=None)
+    if fastest is None or fastest.step_seconds * NEAR > best.step_seconds:
+        return None
+    largest = max(fastest.bytes, key=fastest.bytes.get)
+    most_gib = fastest.bytes[largest] / GIB
+    faster = best.step_seconds / fastest.step_seconds - 1
+    return Candidate(
+        fastest,
+        f"would be {faster:.1%} faster and does not fit: it needs {fastest.peak_gib:.1f} GiB, "
+        f"{most_gib:.1f} of them for {PURPOSES[largest]}.",
+    )
+
+
+def _no_layout(question: Question) -> UsageError:
+    n_gpus, rows = question.cluster.n_gpus, question.global_batch_size
+    return UsageError(
+        f"no layout of {n_gpus} GPUs can share global_batch_size={rows} rows of seq_len={question.seq_len}, "
+        f"whatever tp, cp and pp are. Use a multiple of {n_gpus} rows, or a number of GPUs that is a power "
+        "of 2."
+    )
+
+
+def what_it_would_take(question: Question) -> str:
+    """Return what a model needs that fits no layout: more GPUs, or larger ones."""
+    cluster, model = question.cluster, question.model
+    smallest = min((bytes_of_rank(work) for work in works(question)), key=lambda kinds: sum(kinds.values()))
+    needed = sum(smallest.values()) / GIB
+    ways = []
+    n_gpus = max(cluster.gpus_per_node, cluster.n_gpus)
+    while n_gpus < MOST_GPUS and not ways:
+        n_gpus *= 2
+        rows = ceil(question.global_batch_size / n_gpus) * n_gpus
+        more = replace(question, cluster=with_gpus(cluster, n_gpus), global_batch_size=rows)
+        if any(sum(bytes_of_rank(work).values()) <= more.budget_bytes for work in works(more)):
+            ways.append(f"{n_gpus} of these GPUs")
+    for name, node in NODES.items():
+        if node.gpu.memory_gib > cluster.gpu.memory_gib and needed <= node.gpu.memory_gib * FITS_SHARE:
+            ways.append(f"{cluster.n_gpus} x {name}")
+            break
+    ways.append(
+        "placement=auto, which keeps optimizer states on the host"
+        if not question.foresee
+        else "a smaller seq_len"
+    )
+    largest = max(smallest, key=smallest.get)
+    return (
+        f"{model.n_parameters / 1e9:.1f}G parameters and rows of seq_len={question.seq_len} fit no layout of "
+        f"{cluster.n_gpus} x {cluster.gpu.name}: the smallest needs {needed:.1f} GiB a GPU, "
+        f"{smallest[largest] / GIB:.1f} of them for {PURPOSES[largest]}, and "
+        f"{question.budget_bytes / GIB:.1f} are there. Use {', or '.join(ways)}."
+    )
+
+
+# ---- What a recipe left open -------------------------------------------------------------------------------
+
+
+def choose_open(
+    job: Job, layout: ParallelConfig, device_bytes: int, states: States, tries_tp: bool
+) -> tuple[Job, ParallelConfig, str]:
+    """Return job and layout with what was open chosen, and why; UsageError if nothing fits.
+
+    job: its recompute and its micro_batch_size are None where they are open. layout: resolved. tries_tp:
+        whether data-parallel ranks of the layout may become tp ranks. What a memory placement keeps on the
+        device beyond the weights is not known here. Of what fits the fastest is taken, and of equally fast
+        ones the one with less tensor parallelism, no recomputation and the largest microbatch. The order is
+        that of the known GPU whose memory is nearest.
+    """
+    if layout.auto:
+        return _choose_all(job, layout, device_bytes, states)
+    n_gpus = prod(layout.sizes.values())
+    near = min(NODES.values(), key=lambda node: abs(node.gpu.memory_gib * GIB - device_bytes))
+    cluster = replace(near, n_gpus=n_gpus)
+    fitting, first, needed = [], "", 0
+    for tried, tried_layout in _open_candidates(job, layout, tries_tp):
+        needed = bytes_needed(tried, tried_layout, states)
+        if needed <= FITS_SHARE * device_bytes:
+            seconds = account_for(Work(tried, tried_layout, states), cluster).step_seconds
+            fitting.append((seconds, tried, tried_layout, needed))
+        elif not fitting:
+            what = _in_words(tried, tried_layout)
+            first = first or f" ({what} would need {needed / GIB:.1f})"
+    if fitting:
+        fastest = min(seconds for seconds, *_ in fitting)
+        _, tried, tried_layout, needed = next(each for each in fitting if each[0] <= NEAR * fastest)
+        what = _in_words(tried, tried_layout)
+        why = f"{what}: about {needed / GIB:.1f} of {device_bytes / GIB:.1f} GiB a rank{first}"
+        return tried, tried_layout, why
+    ways = ["more processes", "a smaller `seq_len`"]
+    if not states.n_adapter and not states.offloads:
+        ways.append("placement=auto")
+    if not states.n_adapter:
+        ways.append("lora.rank=16")
+    raise UsageError(
+        f"the model and rows of seq_len={job.seq_len} tokens do not fit {device_bytes / GIB:.1f} GiB a rank: "
+        f"at least {needed / GIB:.1f} are needed. Use {', or '.join(ways)}."
+    )
+
+
+def _choose_all(
+    job: Job, layout: ParallelConfig, device_bytes: int, states: States
+) -> tuple[Job, ParallelConfig, str]:
+    """Return job and layout of the best plan, and the plan in words. UsageError: an axis was given too."""
+    given = [axis for axis, size in layout.sizes.items() if axis != "dp_shard" and size != 1]
+    if given:
+        raise UsageError(
+            f"auto=True chooses every axis, and {given[0]}={layout.sizes[given[0]]} is given too; leave one "
+            "of them out."
+        )
+    n_gpus = prod(layout.sizes.values())
+    near = min(NODES.values(), key=lambda node: abs(node.gpu.memory_gib * GIB - device_bytes))
+    name = near.gpu.name
+    if job.device_type == "cpu":
+        name = f"cpu (at the rates of {name}, which decide the order alone)"
+    gpu = replace(near.gpu, name=name, memory_gib=device_bytes / GIB)
+    cluster = replace(near, gpu=gpu, n_gpus=n_gpus, gpus_per_node=min(near.gpus_per_node, n_gpus))
+    question = Question(
+        job.model, job.seq_len, job.global_batch_size, cluster, states, job.compile, job.device_type
+    )
+    found = plan(question)
+    best = found.best.work
+    chosen = replace(job, micro_batch_size=best.job.micro_batch_size, recompute=best.job.recompute)
+    return chosen, best.layout, found.describe()
+
+
+def plan_settings(settings: Any, model: LlamaConfig, seq_len: int, launch: Any) -> tuple[Any, str]:
+    """Return a recipe's settings with the layout, the rows of a microbatch and the recomputation of the best
+    plan, and the plan in words.
+
+    settings: has the fields `parallel`, `train` and `memory` of pretrain.py. launch: of the recipe. Every
+        rank comes to the same plan, since it depends on what all of them have in common.
+    """
+    train, device = settings.train, launch.take_device()
+    job = Job(
+        model,
+        seq_len,
+        train.global_batch_size,
+        None,
+        recompute=None,
+        compile=train.compile,
+        device_type=device.type,
+    )
+    memory = psutil.virtual_memory().total // launch.ranks_per_host
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    states = States(getattr(torch, train.dtype).itemsize, offloads=settings.memory.is_on)
+    job, layout, why = choose_open(
+        job, settings.parallel.resolve(launch.world_size), memory, states, tries_tp=False
+    )
+    train = replace(train, micro_batch_size=job.micro_batch_size, recompute=job.recompute)
+    return replace(settings, parallel=layout, train=train), why
+
+
+def _in_words(job: Job, layout: ParallelConfig) -> str:
+    return (
+        f"tp {layout.tp} x dp {layout.dp}, recompute {job.recompute}, microbatches of {job.micro_batch_size}"
+    )
+
+
+def _open_candidates(
+    job: Job, layout: ParallelConfig, tries_tp: bool
+) -> Iterator[tuple[Job, ParallelConfig]]:
+    """Yield each choice of what is open, the preferred ones first."""
+    ranks, model = layout.dp_shard * layout.tp, job.model
+    for tp in (1, 2, 4, MAX_TP) if tries_tp else (layout.tp,):
+        if ranks % tp or model.num_key_value_heads % tp or model.intermediate_size % tp:
+            continue
+        tried = replace(layout, tp=tp, dp_shard=ranks // tp)
+        rows = max(1, job.global_batch_size // layout.pp // tried.dp)
+        for recompute in [job.recompute] if job.recompute else ["none", "full"]:
+            for micro_batch_size in [job.micro_batch_size] if job.micro_batch_size else (8, 4, 2, 1):
+                fits_batch = (
+                    rows % micro_batch_size == 0 and micro_batch_size * job.seq_len <= MAX_MICRO_TOKENS
+                )
+                if job.micro_batch_size or micro_batch_size == 1 or fits_batch:
+                    yield replace(job, recompute=recompute, micro_batch_size=micro_batch_size), tried
+
+
+# ---- A picture ---------------------------------------------------------------------------------------------
+
+
+def frontier(points: list[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """Return the points that no other surpasses in both, from the smallest to the fastest."""
+    best, kept = 0.0, []
+    for point in sorted(points, key=lambda point: (point[0], -point[1])):
+        if point[1] > best:
+            best = point[1]
+            kept.append(point)
+    return kept
+
+
+def draw_plan(found: Found, path: str | Path) -> None:
+    """Draw memory against throughput of all layouts that fit, with the frontier marked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cluster, edge = found.question.cluster, frontier(found.points)
+    figure, axes = pyplot.subplots(figsize=(10, 6))
+    axes.scatter(
+        *zip(*[point[:2] for point in found.points], strict=True), s=14, color="#c8c8c8", linewidths=0
+    )
+    axes.plot(*zip(*[point[:2] for point in edge], strict=True), "-o", color="#4c78a8", markersize=5)
+    for candidate in found.candidates:
+        at = candidate.account.peak_gib, candidate.account.tokens_per_second_per_gpu
+        axes.plot(*at, "o", color="#e45756", markersize=7)
+    best = found.best.account
+    axes.annotate(
+        name_of(best.work),
+        (best.peak_gib, best.tokens_per_second_per_gpu),
+        xytext=(0, 12),
+        textcoords="offset points",
+        ha="right" if best.peak_gib > found.question.budget_bytes / GIB / 2 else "left",
+        color="#e45756",
+    )
+    limit = found.question.budget_bytes / GIB
+    axes.axvline(limit, color="#888888", linestyle="--", linewidth=1)
+    axes.text(limit, axes.get_ylim()[0], f" {FITS_SHARE:.0%} of the GPU", color="#666666", va="bottom")
+    axes.set_xlim(0, limit * 1.15)
+    axes.set_ylim(0, best.tokens_per_second_per_gpu * 1.15)
+    axes.set_xlabel("GiB of a GPU (predicted peak)")
+    axes.set_ylabel("tokens per second and GPU (predicted)")
+    model = f"{found.question.model.n_parameters / 1e9:.1f}G parameters"
+    gpus = f"{cluster.n_gpus} x {cluster.gpu.name}"
+    axes.set_title(f"{model} on {gpus}: {found.n_fitting:,} layouts fit")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

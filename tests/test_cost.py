@@ -1,0 +1,246 @@
+"""parallel/cost.py and parallel/cluster.py: bytes, traffic and time of a layout, and the machines for it."""
+
+import json
+import math
+import os
+import statistics
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from recipe import ROOT
+
+from dtensor_llama import LlamaConfig, UsageError
+from dtensor_llama.metrics import GIB
+from parallel import ParallelConfig, build_mesh
+from parallel.cluster import NODES, calibrate, find_cluster, read_cluster, with_gpus
+from parallel.cost import FP32, STACKS, States, Work, account_for, bytes_of_rank, shares, traffic
+from parallel.explain import Run, explain, pretend
+from parallel.rules import Job
+from parallel.schedule_clock import DURATION, clock, idle_units, schedule_order
+
+sys.path[:0] = [str(ROOT / "recipes/bench")]
+import published  # noqa: E402
+
+SHARED = Path(os.environ.get("DTENSOR_LLAMA_SHARED_DATA", ROOT.parent / "shared" / "data"))
+PUBLISHED = [SHARED / "published.json", SHARED / "published_more.json"]
+needs_published = pytest.mark.skipif(not PUBLISHED[0].exists(), reason=f"no published runs in {SHARED}")
+SEVEN_B = LlamaConfig.preset("llama2-7b")
+TINY = LlamaConfig.preset("tiny-1m")
+
+
+def work(model=SEVEN_B, rows=8, micro_rows=1, states=None, **layout) -> Work:
+    recompute, seq_len = layout.pop("recompute", "none"), layout.pop("seq_len", 4096)
+    job = Job(model, seq_len, rows, micro_rows, recompute=recompute, compile=True, device_type="cuda")
+    return Work(job, ParallelConfig(**{"dp_shard": 1} | layout), states or States())
+
+
+# ---- Bytes -------------------------------------------------------------------------------------------------
+
+# Peaks that torch's CUDA allocator gave out in a steady step of 7B, in a run on a GPU without arithmetic.
+PEAKS = [
+    (32, dict(zero_stage=3, recompute="selective", rows=4), 113.7),
+    (32, dict(zero_stage=2, recompute="selective", rows=4), 125.8),
+    (32, dict(zero_stage=3, recompute="full", rows=4, micro_rows=4), 103.7),
+    (16, dict(zero_stage=3, recompute="selective", rows=4), 59.8),
+]
+
+
+@pytest.mark.parametrize("layers,settings,gib", PEAKS)
+def test_peaks_are_within_two_percent_of_a_run_on_a_gpu_without_arithmetic(layers, settings, gib):
+    model = replace(SEVEN_B, num_hidden_layers=layers)
+    predicted = sum(bytes_of_rank(work(model, **settings)).values()) / GIB
+    assert predicted == pytest.approx(gib, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        dict(dp_shard=8, zero_stage=3),
+        dict(dp_shard=8, zero_stage=1),
+        dict(dp_shard=4, tp=2, zero_stage=3),
+        dict(dp_replicate=2, dp_shard=4, zero_stage=2),
+        dict(pp=2, dp_shard=4, zero_stage=1),
+        dict(pp=4, dp_shard=2, tp=2, zero_stage=1),
+        dict(dp_shard=2, cp=2, tp=2, zero_stage=3),
+    ],
+)
+def test_states_and_traffic_are_those_of_the_model_that_parallelize_builds(layout):
+    """The built model knows the placement of each parameter; here it is a formula. Padding may differ."""
+    model = LlamaConfig(512, 256, 512, 8, 8, 4)
+    one = work(model, rows=16, seq_len=256, **layout)
+    ranks = [0, one.n_gpus - 1] if one.layout.pp > 1 else [0]
+    facts = [explain(Run(one.layout, one.job), rank) for rank in ranks]
+    mine = [bytes_of_rank(one, share) for share in shares(model, one.layout)]
+    for kind, name in (("parameters", "weights"), ("optimizer", "moments")):
+        built = max(fact["bytes"][name] for fact in facts)
+        assert max(kinds[kind] for kinds in mine) == pytest.approx(built, rel=0.001)
+    share = shares(model, one.layout)[0]
+    sent, built = {}, {}
+    for each in traffic(one, share):
+        if each.axis in ("fsdp", "dp_replicate", "dp_cp", "tp", "cp"):
+            sent[each.axis] = sent.get(each.axis, 0) + each.sent_bytes
+    for row in facts[0]["collectives"]:
+        if row["axis"] in ("fsdp", "dp_replicate", "dp_cp", "tp", "cp"):
+            built[row["axis"]] = built.get(row["axis"], 0) + row["sent_bytes"]
+    assert sent == pytest.approx(built, rel=0.001)
+
+
+def test_recompute_offload_and_adapters_save_what_they_promise():
+    peak = lambda **settings: sum(bytes_of_rank(work(rows=8, **settings)).values())
+    none, selective, full = (peak(recompute=mode) for mode in ("none", "selective", "full"))
+    assert none > selective > full > 16 * SEVEN_B.n_parameters
+    offloaded = peak(states=States(offloads=True), recompute="full")
+    assert 2 * SEVEN_B.n_parameters < offloaded < 0.3 * full
+    adapters = peak(states=States(n_adapter=40_000_000), recompute="full")
+    assert adapters - offloaded < 2 * GIB
+
+
+# ---- Time --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "schedule,virtual_stages",
+    [
+        ("gpipe", 1),
+        ("1f1b", 1),
+        ("interleaved-1f1b", 2),
+        ("interleaved-1f1b", 4),
+        ("zero-bubble", 1),
+        ("zbv", 2),
+        ("dualpipev", 2),
+    ],
+)
+@pytest.mark.parametrize("pp", [2, 4])
+def test_bubbles_are_those_of_the_clock(schedule, virtual_stages, pp):
+    with pretend(0, pp):
+        mesh = build_mesh(ParallelConfig(pp=pp, dp_shard=1), "cpu")
+        for n_microbatches in (2 * pp, 4 * pp):
+            order = schedule_order(schedule, pp, virtual_stages, n_microbatches, mesh["pp"])
+            timed, _ = clock(order)
+            ends = max(start + DURATION[kind] for rank in timed for start, kind, _, _ in rank)
+            idle = ends / virtual_stages - 3 * n_microbatches
+            assert idle == pytest.approx(idle_units(schedule, pp, virtual_stages))
+
+
+def test_seconds_sum_to_the_step_and_depend_on_what_they_should():
+    cluster = find_cluster("h100-80gb", 8)
+    account = account_for(work(rows=64, micro_rows=2, dp_shard=8), cluster)
+    assert account.step_seconds == pytest.approx(sum(account.seconds.values()))
+    assert account.tokens_per_second_per_gpu == pytest.approx(64 * 4096 / 8 / account.step_seconds)
+    assert 0.4 < account.mfu < 0.7
+    slow = account_for(account.work, replace(cluster, node_bytes_s=cluster.node_bytes_s / 50))
+    assert slow.exposed > 0.2 > account.exposed
+    small = account_for(work(rows=64, micro_rows=1, dp_shard=4, tp=2), cluster)
+    assert small.seconds["matrix products"] > account.seconds["matrix products"]  # narrower ones are slower
+    two_nodes = account_for(work(rows=64, dp_shard=8, tp=2), find_cluster("h100-80gb", 16))
+    axes = two_nodes.gib_per_axis(two_nodes.cluster)
+    assert axes["tp"]["between nodes"] == 0 and axes["fsdp"]["between nodes"] > 0
+
+
+def test_seven_b_on_one_h200_takes_what_was_measured():
+    """13,239 tokens/s at 4 microbatches of 2 rows, all states on the device: recipes/bench/README.md."""
+    account = account_for(work(rows=8, micro_rows=2, zero_stage=0), find_cluster("h200-141gb", 1))
+    assert account.tokens_per_second_per_gpu == pytest.approx(13_239, rel=0.02)
+
+
+@needs_published
+def test_the_fitted_stacks_are_what_the_first_half_gives():
+    fitted, _ = published.halves(published.read_runs(PUBLISHED))
+    for stack in STACKS.values():
+        loss = published.loss_of([run for run in fitted if run.stack == stack.name], STACKS)
+        again = published.fit(fitted, stack)
+        best = published.loss_of([run for run in fitted if run.stack == stack.name], {stack.name: again})
+        assert best > 0.98 * loss
+
+
+@needs_published
+def test_predicted_throughput_of_the_other_half_is_within_the_aim_in_the_median():
+    """A median of 8 % at most. Of the PyTorch-native rows one is off by more than 20 %: docs/planning.md."""
+    _, tested = published.halves(published.read_runs(PUBLISHED))
+    errors = {run.name: abs(run.error()) for run in tested}
+    assert len(errors) >= 24 and statistics.median(errors.values()) < 0.05
+    native = {run.name: abs(run.error()) for run in tested if run.stack == "pytorch"}
+    missed = [name for name, error in native.items() if error > 0.2]
+    assert missed == ["llama-1b 64 x h100-80gb, 4096, tp 8 pp 8 zero 0 (64 x 16)"]
+
+
+@needs_published
+def test_predictions_order_the_published_sweeps_and_choose_nearly_the_best():
+    sweeps = published.sweeps_of(published.read_runs(PUBLISHED))
+    assert len(sweeps) == 2
+    for sweep in sweeps:
+        assert sweep.correlation >= 0.9, sweep.name
+        for choice, share in sweep.choices().values():
+            assert share >= 0.95, choice.name
+
+
+@needs_published
+def test_the_page_has_the_rows_of_these_predictions():
+    runs = published.read_runs(PUBLISHED)
+    written = (ROOT / "docs/planning.md").read_text(encoding="utf-8")
+    assert published.table_of_times(runs) in written and published.table_of_decisions(runs) in written
+
+
+def test_rank_correlation_as_a_table():
+    assert published.rank_correlation([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1)
+    assert published.rank_correlation([1, 2, 3, 4], [40, 30, 20, 10]) == pytest.approx(-1)
+    assert published.rank_correlation([1, 2, 3, 4], [10, 20, 40, 30]) == pytest.approx(0.8)
+
+
+# ---- Machines ----------------------------------------------------------------------------------------------
+
+
+def test_a_cluster_is_written_and_read_again(tmp_path):
+    path = tmp_path / "ours.json"
+    path.write_text(NODES["a100-80gb"].to_json())
+    assert read_cluster(path) == NODES["a100-80gb"]
+    assert find_cluster(str(path), 64) == find_cluster("a100-80gb", 64)
+
+
+@pytest.mark.parametrize(
+    "change,said",
+    [
+        ({"network_bytes_s": None}, "network_bytes_s is None; it must be a number above 0"),
+        ({"gpus_per_node": 7.5}, "gpus_per_node is 7.5"),
+        ({"node_bytes_s": -1}, "node_bytes_s is -1"),
+        ({"n_gpus": True}, "n_gpus is True"),
+        ({"nvlink": 3}, "has nvlink, which is unknown; its fields are gpu, n_gpus"),
+        ({"gpu": {"name": "x"}}, "gpu lacks host_link_bytes_s, matmul_flops, memory_bytes_s, memory_gib"),
+        ({"gpu": "h100"}, "gpu must be an object"),
+    ],
+)
+def test_a_file_with_wrong_fields_is_refused_by_their_names(change, said, tmp_path):
+    path = tmp_path / "ours.json"
+    path.write_text(json.dumps(asdict(NODES["h100-80gb"]) | change))
+    with pytest.raises(UsageError, match=said):
+        read_cluster(path)
+
+
+def test_what_is_no_cluster_is_refused_with_what_there_is(tmp_path):
+    with pytest.raises(UsageError, match="gpu=v100 is not a GPU whose cluster is known; use a100-40gb"):
+        find_cluster("v100", 8)
+    with pytest.raises(UsageError, match="gpus=12 do not fill nodes of 8. Use 1 to 8, or a multiple of 8: 8"):
+        find_cluster("h100-80gb", 12)
+    with pytest.raises(UsageError, match="gpus=0"):
+        with_gpus(NODES["h100-80gb"], 0)
+    (tmp_path / "cut.json").write_text('{"gpu": ')
+    for name in ("cut.json", "missing.json"):
+        with pytest.raises(UsageError, match="is not a JSON file that can be read"):
+            find_cluster(str(tmp_path / name), 8)
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(UsageError, match="cluster must be an object"):
+        find_cluster(str(tmp_path / "list.json"), 8)
+
+
+def test_calibration_measures_this_machine_and_is_read_again(tmp_path):
+    cluster = calibrate(torch.device("cpu"), n_gpus=2, seconds=1.0)
+    for value in asdict(cluster).values():
+        assert isinstance(value, dict) or (math.isfinite(value) and value > 0)
+    (tmp_path / "mine.json").write_text(cluster.to_json())
+    assert read_cluster(tmp_path / "mine.json") == cluster
+    job = Job(TINY, 256, 4, 2)
+    slow = account_for(Work(job, ParallelConfig(dp_shard=2), States(itemsize=FP32)), cluster)
+    assert slow.tokens_per_second_per_gpu < 1e6 and slow.mfu < 1

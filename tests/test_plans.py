@@ -1,0 +1,622 @@
+"""Models of transformers through the Booster: one answer with plain transformers, for the traffic that their
+tables state."""
+
+import json
+import re
+from collections import Counter
+from functools import cache
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from conftest import PLAN_ROWS
+from hf_models import ADAPTED, DECODERS, MODELS, batches, plain_model, small_model
+from pool import run_on
+from recipe import ROOT, recipe
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dtensor_llama import UsageError
+from memory import MemoryConfig
+from parallel import ParallelConfig
+from parallel.booster import Booster, copy_weights
+from parallel.plans import FAMILIES, family_of
+from parallel.plans.loss import HfBatch, loss_sum, targets_of
+from parallel.plans.spread import apply_plan, materialize, restore_buffers, shell_of
+
+LAYOUTS = {
+    "one": (1, {}),
+    "tp2": (2, {"tp": 2, "zero_stage": 1}),
+    "zero3": (2, {"zero_stage": 3, "microbatches": 2}),
+    "tp2-zero3": (4, {"tp": 2, "zero_stage": 3, "microbatches": 2}),
+    "pp2-zero1": (4, {"pp": 2, "zero_stage": 1, "microbatches": 2}),
+    "pp2-tp2": (4, {"pp": 2, "tp": 2, "zero_stage": 0, "schedule": "gpipe"}),
+    "hsdp": (4, {"dp_replicate": 2, "dp_shard": 2, "zero_stage": 2}),
+}
+MIX = MemoryConfig("static", 0.4, 0.3, 0.3, kernel="blocks")
+# The cases that run by default; all others are `slow`.
+QUICK = {
+    *(
+        (name, "tp2")
+        for name in MODELS
+        if name in FAMILIES or name in ("Qwen3ForCausalLM", "Phi3ForCausalLM")
+    ),
+    ("GPT2LMHeadModel", "tp2-zero3"),
+    ("GPT2LMHeadModel", "pp2-tp2"),
+    ("BloomForCausalLM", "pp2-zero1"),
+    ("T5ForConditionalGeneration", "zero3"),
+}
+
+
+def adamw(model):
+    """Decay for matrices only: two groups that the Booster must keep apart."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0, "lr": 3e-3},
+    ]
+    return torch.optim.AdamW(groups, lr=1e-3, eps=1e-5)
+
+
+def smoothed(name):
+    """Return a user's criterion: whole logits, labels as they came, the mean over scored tokens."""
+    shift = 0 if name.startswith(("Bert", "T5")) else 1
+
+    def criterion(logits, labels):
+        logits, labels = logits[:, : logits.shape[1] - shift], labels[:, shift:]
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
+
+    return criterion
+
+
+@cache
+def plain(name, smooth=False, rows=8):
+    """Train with transformers alone; return the losses, gradient norms and the model at the end."""
+    model = plain_model(name)
+    optimizer, losses, norms = adamw(model), [], []
+    for batch in batches(name, rows=rows):
+        out = model(**batch)
+        loss = smoothed(name)(out.logits, batch["labels"]) if smooth else out.loss
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, norms, model
+
+
+def boosted(name, layout, folder, memory=None, smooth=False, rows=8, **computation):
+    model = plain_model(name)
+    booster = Booster(ParallelConfig(**layout), memory, **computation)
+    criterion = smoothed(name) if smooth else None
+    model, optimizer, dataloader, _ = booster.boost(model, adamw(model), batches(name, rows=rows), criterion)
+    losses, norms = [], []
+    for batch in dataloader:
+        losses.append(booster.step(batch).item())
+        norms.append(booster.clip_grad_norm(0.5).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    booster.save_hf(model, folder)
+    return losses, norms
+
+
+def recomputed(name, layout, folder, mode):
+    return boosted(name, layout, folder, recompute=mode)
+
+
+def load(name, folder):
+    import transformers
+
+    return getattr(transformers, name).from_pretrained(folder)
+
+
+def assert_same_training(name, layout, folder, *args, expected=None, function=boosted):
+    ranks, config = LAYOUTS[layout]
+    losses, norms, trained = expected or plain(name)
+    by_loss, by_norm, by_weight = 0.0, 0.0, 0.0
+    for its_losses, its_norms in run_on(ranks, function, name, config, folder, *args, timeout=300):
+        by_loss = max(by_loss, *(abs(a - b) for a, b in zip(its_losses, losses, strict=True)))
+        by_norm = max(by_norm, *(abs(a / b - 1) for a, b in zip(its_norms, norms, strict=True)))
+    again, weights = load(name, folder), dict(trained.named_parameters())
+    for parameter, weight in again.named_parameters():
+        by_weight = max(by_weight, (weight - weights[parameter]).abs().max().item())
+    how = [arg for arg in args if isinstance(arg, str)]
+    how += [f"placement={arg.placement}" for arg in args if isinstance(arg, MemoryConfig)]
+    how += ["own criterion"] if True in args else []
+    PLAN_ROWS.append((name, " ".join([layout, *how]), by_loss, by_norm, by_weight))
+    assert by_loss < 2e-5 and by_norm < 1e-4
+    assert by_weight < 1e-5  # after five steps of 1e-3 (vectors: 3e-3)
+    batch = batches(name)[0]
+    with torch.no_grad():
+        logits, expected = (model.eval()(**batch).logits for model in (again, trained))
+    trained.train()
+    assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+CASES = [
+    pytest.param(name, layout, marks=() if (name, layout) in QUICK else pytest.mark.slow)
+    for name in MODELS
+    for layout in LAYOUTS
+    if layout != "one" and ("pp" not in layout or name in DECODERS)
+]
+
+
+@pytest.mark.parametrize("name,layout", CASES)
+def test_it_trains_as_plain_transformers_in_one_process(tmp_path, name, layout):
+    assert_same_training(name, layout, tmp_path / "hf")
+
+
+CHUNKS = {"OPTForCausalLM": "one", "BloomForCausalLM": "zero3", "GlmForCausalLM": "tp2-zero3"}
+
+
+@pytest.mark.parametrize(
+    "name,layout",
+    [
+        ("GPT2LMHeadModel", "tp2"),
+        pytest.param("GPT2LMHeadModel", "pp2-zero1", marks=pytest.mark.slow),
+        pytest.param("BertForMaskedLM", "tp2-zero3", marks=pytest.mark.slow),
+        *(pytest.param(name, CHUNKS.get(name, "tp2"), marks=pytest.mark.slow) for name in [*MODELS][1:]),
+    ],
+)
+def test_with_a_mix_of_chunk_placements_it_trains_alike(tmp_path, name, layout):
+    assert_same_training(name, layout, tmp_path / "hf", MIX)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "T5ForConditionalGeneration"])
+def test_with_placement_auto_it_trains_alike(tmp_path, name):
+    assert_same_training(name, "tp2", tmp_path / "hf", MemoryConfig("auto", kernel="blocks"))
+
+
+@pytest.mark.parametrize(
+    "name,layout",
+    [
+        ("BertForMaskedLM", "tp2"),
+        pytest.param("GPT2LMHeadModel", "pp2-tp2", marks=pytest.mark.slow),
+        pytest.param("T5ForConditionalGeneration", "tp2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_criterion_of_the_user_gets_whole_logits_and_labels_as_they_came(tmp_path, name, layout):
+    assert_same_training(name, layout, tmp_path / "hf", None, True, expected=plain(name, True))
+
+
+@pytest.mark.parametrize(
+    "name,mode",
+    [
+        pytest.param(name, mode, marks=() if (name, mode) == ("OPTForCausalLM", "full") else pytest.mark.slow)
+        for name in ("OPTForCausalLM", "GPT2LMHeadModel", "T5ForConditionalGeneration")
+        for mode in ("full", "selective")
+    ],
+)
+def test_recomputed_blocks_give_the_same(tmp_path, name, mode):
+    assert_same_training(name, "tp2", tmp_path / "hf", mode, function=recomputed)
+
+
+@pytest.mark.slow
+def test_rows_that_do_not_divide_are_filled_up(tmp_path):
+    expected = plain("BertForMaskedLM", rows=7)
+    assert_same_training("BertForMaskedLM", "tp2-zero3", tmp_path / "hf", None, False, 7, expected=expected)
+
+
+def in_bfloat16(name, memory):
+    model = plain_model(name)
+    booster = Booster(ParallelConfig(tp=2, zero_stage=1), memory, dtype=torch.bfloat16)
+    _, optimizer, data, _ = booster.boost(model, adamw(model), batches(name))
+    losses = []
+    for batch in data:
+        losses.append(booster.step(batch).item())
+        booster.clip_grad_norm(0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", [None, MIX], ids=["device", "chunks"])
+@pytest.mark.parametrize("name", [*FAMILIES, "Qwen3ForCausalLM"])
+def test_in_bfloat16_it_stays_near(name, memory):
+    for losses in run_on(2, in_bfloat16, name, memory):
+        assert losses == pytest.approx(plain(name)[0], rel=0.01)  # bfloat16 has 8 bits
+
+
+# ---- the tables ----
+
+
+class Collectives(TorchDispatchMode):
+    """Counts collectives. (torch's CommDebugMode hangs hooks on modules that hand on copies of their inputs,
+    so that layers that read the same tensor no longer do.)"""
+
+    NAMES = {"all_gather_into_tensor": "all-gather", "all_reduce": "all-reduce", "allreduce_": "all-reduce"}
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        packet = str(op).split(".")
+        if packet[0] in ("c10d", "_c10d_functional") and "wait" not in packet[1] and "wrap" not in packet[1]:
+            self.counts[self.NAMES[packet[1]]] += 1
+        return op(*args, **kwargs or {})
+
+
+def split_over_two(model):
+    """Return a model with this rank's half of the weights of a whole one, without the Booster, and its
+    family."""
+    family = family_of(model)
+    shell = shell_of(model, family)
+    apply_plan(shell, family, init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)))
+    materialize(shell, torch.device("cpu"))
+    restore_buffers(shell, model, torch.device("cpu"))
+    copy_weights(dict(model.named_parameters()), shell)
+    return shell, family
+
+
+def one_backward(name, changed=None):
+    """Return how far loss and gradients of a model under tp 2 are from those of the whole one."""
+    model = small_model(name) if changed is None else plain_model(name, **changed)
+    batch = batches(name, 1)[0]
+    loss = model(**batch, use_cache=False).loss
+    loss.backward()
+    shell, family = split_over_two(model)
+    n_targets = (targets_of(family, batch["labels"]) != -100).sum()
+    batch = HfBatch(batch.pop("input_ids"), batch.pop("labels"), batch)
+    its_loss = loss_sum(shell, family, batch) / n_targets
+    its_loss.backward()
+    furthest = 0.0
+    for parameter, whole in model.named_parameters():
+        grad = shell.get_parameter(parameter).grad
+        if whole.grad is None:  # T5's `shared`, if nothing is tied to it
+            assert grad is None
+            continue
+        grad = grad.full_tensor().reshape(whole.shape)
+        furthest = max(furthest, ((grad - whole.grad).norm() / whole.grad.norm().clamp(min=1e-6)).item())
+    return abs(its_loss.item() - loss.item()), furthest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ADAPTED)
+def test_every_plan_that_the_adapter_takes_gives_the_gradients_of_one_process(name):
+    for by_loss, by_gradient in run_on(2, one_backward, f"{name}ForCausalLM"):
+        assert by_loss < 2e-5 and by_gradient < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name,changed",
+    [
+        ("T5ForConditionalGeneration", {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+        ("OPTForCausalLM", {"do_layer_norm_before": False, "enable_bias": False}),
+        ("BloomForCausalLM", {"apply_residual_connection_post_layernorm": True}),
+        ("GPT2LMHeadModel", {"reorder_and_upcast_attn": True, "attn_implementation": "eager"}),
+        ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False}),
+        ("GlmForCausalLM", {"tie_word_embeddings": True, "attention_bias": False}),
+        ("BertForMaskedLM", {"attn_implementation": "eager"}),
+    ],
+)
+def test_settings_of_a_family_change_nothing(name, changed):
+    for by_loss, by_gradient in run_on(2, one_backward, name, changed):
+        assert by_loss < 2e-5 and by_gradient < 1e-4
+
+
+def counted(name):
+    """Return the collectives of forward and backward of a whole model under tp 2, and what its table states
+    for the modules that ran; and the placements of its weights, as they are and as the table has them."""
+    shell, family = split_over_two(plain_model(name))
+    ran, placements, hooks = Counter(), [], []
+    for module, row in family.rows(shell):
+        hooks.append(module.register_forward_hook(lambda *_, row=row: ran.update([id(row)])))
+        if row.weight:
+            placements.append((row.weight, str(module.weight.placements[0]).replace("Replicate", "R")))
+    stated = {id(row): row for row in family.plan.values()}
+    batch = dict(batches(name)[0])
+    batch = HfBatch(batch.pop("input_ids"), batch.pop("labels"), batch)
+    with Collectives() as forward:
+        loss = loss_sum(shell, family, batch)
+    with Collectives() as backward:
+        loss.backward()
+    totals = Counter(), Counter()
+    ran.update([id(row) for row in stated.values() if row.style is None])  # the token loss
+    for key, n in ran.items():
+        for total, collectives in zip(totals, (stated[key].forward, stated[key].backward), strict=True):
+            total.update({kind: n * each for kind, each in collectives.items()})
+    return (dict(forward.counts), dict(backward.counts)), tuple(map(dict, totals)), placements
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+)
+def test_a_model_sends_what_its_table_states_and_lies_as_it_says(name):
+    for sent, stated, placements in run_on(2, counted, name):
+        assert sent == stated
+        for said, is_so in placements:
+            assert said == is_so
+
+
+def test_a_plan_is_a_page():
+    for path in (ROOT / "parallel" / "plans").glob("*.py"):
+        if path.stem in ("gpt2", "opt", "bloom", "bert", "t5", "glm"):
+            assert len(path.read_text().splitlines()) <= 60, path
+
+
+def trained_from_the_readme(folder):
+    text = (ROOT / "parallel" / "plans" / "README.md").read_text()
+    made = {}
+    exec(re.findall(r"```python\n(from parallel.*?)```", text, re.DOTALL)[0], made)
+    FAMILIES[made["FAMILY"].architecture] = made["FAMILY"]
+    return boosted("GPTNeoForCausalLM", {"tp": 2, "zero_stage": 1}, folder)
+
+
+def test_a_new_family_is_made_from_the_readme_alone(tmp_path):
+    losses, norms, trained = plain("GPTNeoForCausalLM")
+    for its_losses, its_norms in run_on(2, trained_from_the_readme, tmp_path / "hf"):
+        assert its_losses == pytest.approx(losses, abs=2e-5) and its_norms == pytest.approx(norms, rel=1e-4)
+    for name, weight in load("GPTNeoForCausalLM", tmp_path / "hf").named_parameters():
+        assert_close(weight, trained.get_parameter(name), rtol=0, atol=1e-5)
+
+
+# ---- weights and state ----
+
+
+def saved_at_once(name, layout, folder):
+    model = plain_model(name)
+    booster = Booster(ParallelConfig(**layout))
+    model, *_ = booster.boost(model, adamw(model))
+    booster.save_hf(model, folder)
+    logits = model(**batches(name)[0], use_cache=False).logits if layout.get("pp", 1) == 1 else None
+    return None if logits is None else logits.detach()
+
+
+@pytest.mark.parametrize(
+    "name,layout",
+    [
+        ("GPT2LMHeadModel", "tp2-zero3"),
+        ("GlmForCausalLM", "tp2"),
+        pytest.param("GPT2LMHeadModel", "pp2-tp2", marks=pytest.mark.slow),
+        pytest.param("BertForMaskedLM", "tp2-zero3", marks=pytest.mark.slow),
+        pytest.param("T5ForConditionalGeneration", "tp2-zero3", marks=pytest.mark.slow),
+        pytest.param("Glm4ForCausalLM", "zero3", marks=pytest.mark.slow),
+    ],
+)
+def test_weights_are_saved_bitwise_and_a_spread_model_has_whole_logits(tmp_path, name, layout):
+    ranks, config = LAYOUTS[layout]
+    model = plain_model(name)
+    logits = run_on(ranks, saved_at_once, name, config, tmp_path / "hf")[0]
+    if logits is not None:
+        assert_close(logits, model(**batches(name)[0]).logits, rtol=0, atol=1e-5)
+    again = load(name, tmp_path / "hf")
+    assert again.config.architectures == [name]
+    for parameter, weight in model.named_parameters():
+        assert torch.equal(again.get_parameter(parameter), weight), parameter
+
+
+def first_part(name, layout, folder):
+    booster, model = Booster(ParallelConfig(**layout)), plain_model(name)
+    _, optimizer, data, _ = booster.boost(model, adamw(model), batches(name))
+    losses = []
+    for batch in data:
+        losses.append(booster.step(batch).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        if len(losses) == 3:
+            booster.save(folder)
+    return losses
+
+
+def second_part(name, layout, folder):
+    booster, model = Booster(ParallelConfig(**layout)), plain_model(name)
+    _, optimizer, data, _ = booster.boost(model, adamw(model), batches(name))
+    assert booster.load(folder) == 3
+    losses = []
+    for batch in data:
+        losses.append(booster.step(batch).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+@pytest.mark.parametrize(
+    "name,first,second",
+    [
+        ("GPT2LMHeadModel", "tp2", "zero3"),
+        pytest.param("GPT2LMHeadModel", "tp2", "tp2", marks=pytest.mark.slow),
+        pytest.param("GPT2LMHeadModel", "pp2-tp2", "one", marks=pytest.mark.slow),
+        pytest.param("OPTForCausalLM", "one", "pp2-tp2", marks=pytest.mark.slow),
+        pytest.param("BertForMaskedLM", "tp2-zero3", "tp2", marks=pytest.mark.slow),
+        pytest.param("T5ForConditionalGeneration", "zero3", "tp2", marks=pytest.mark.slow),
+        pytest.param("GlmForCausalLM", "tp2", "one", marks=pytest.mark.slow),
+    ],
+)
+def test_a_checkpoint_goes_on_under_another_layout(tmp_path, name, first, second):
+    whole = run_on(LAYOUTS[first][0], first_part, name, LAYOUTS[first][1], tmp_path / "c")[0]
+    for rest in run_on(LAYOUTS[second][0], second_part, name, LAYOUTS[second][1], tmp_path / "c"):
+        assert rest == whole[3:] if first == second else rest == pytest.approx(whole[3:], abs=2e-5)
+
+
+# ---- dropout ----
+
+
+def drawn(name, dropped, recompute):
+    """Train two steps with dropout; return the losses, whether weights that every tp rank has are the same,
+    and the masks of the first step by what they are for."""
+    model = plain_model(name, **dropped)
+    booster = Booster(ParallelConfig(tp=2, zero_stage=0), recompute=recompute, seed=1)
+    model, optimizer, data, _ = booster.boost(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), batches(name, 2)
+    )
+    masks, original = [], F.dropout
+
+    def noted(x, p=0.5, training=True, inplace=False):
+        y = original(x, p, training, inplace)
+        if p and training:
+            masks.append((tuple(x.shape), (y == 0).flatten()[:200].tolist()))
+        return y
+
+    F.dropout = torch.nn.functional.dropout = noted
+    losses = []
+    for batch in data:
+        losses.append(booster.step(batch).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    F.dropout = torch.nn.functional.dropout = original
+    whole = [
+        p.to_local() for p in model.parameters() if isinstance(p, DTensor) and p.placements[-1].is_replicate()
+    ]
+    sums = torch.stack([p.double().sum() for p in whole])
+    everyones = [torch.empty_like(sums) for _ in range(2)]
+    dist.all_gather(everyones, sums)
+    return losses, torch.equal(*everyones), masks
+
+
+DROPPED = {
+    "GPT2LMHeadModel": {
+        "attn_pdrop": 0.3,
+        "resid_pdrop": 0.3,
+        "embd_pdrop": 0.3,
+        "attn_implementation": "eager",
+    },
+    "T5ForConditionalGeneration": {"dropout_rate": 0.3},
+    "BloomForCausalLM": {"hidden_dropout": 0.3, "attention_dropout": 0.3},
+}
+
+
+@pytest.mark.parametrize(
+    "name,recompute",
+    [("GPT2LMHeadModel", "none"), ("T5ForConditionalGeneration", "none"), ("GPT2LMHeadModel", "full")],
+)
+def test_tp_ranks_draw_alike_what_they_share_and_differently_what_is_split(name, recompute):
+    (losses, same, masks), (others_losses, _, others_masks) = run_on(2, drawn, name, DROPPED[name], recompute)
+    assert losses == others_losses and same
+    assert losses != plain(name)[0][:2]
+    assert [shape for shape, _ in masks] == [shape for shape, _ in others_masks]
+    shared, split = 0, 0
+    for (shape, mask), (_, others) in zip(masks, others_masks, strict=True):
+        is_split = len(shape) == 4 or shape[-1] == 24  # heads, or the features inside T5's feed-forward
+        shared, split = shared + (not is_split), split + is_split
+        assert (mask == others) != is_split, shape
+    assert shared and split
+
+
+def test_a_recomputed_block_draws_what_it_drew():
+    plainly, recomputed = (
+        run_on(2, drawn, "GPT2LMHeadModel", DROPPED["GPT2LMHeadModel"], mode) for mode in ("none", "full")
+    )
+    assert plainly[0][0] == recomputed[0][0]  # the second loss is after a backward that drew again
+
+
+# ---- the recipe ----
+
+
+def gpt2_folder(inputs, folder):
+    """Write a Hugging Face folder with a small GPT-2 and the tokenizer of the fixture."""
+    import shutil
+
+    shutil.copytree(inputs / "tokenizer", folder)
+    plain_model("GPT2LMHeadModel", vocab_size=400, bos_token_id=0, eos_token_id=1).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("ranks,flags", [(2, ["--parallel.tp", "2", "--train.recompute", "full"])])
+def test_a_folder_is_fine_tuned_by_the_recipe(tmp_path, inputs, ranks, flags):
+    model, losses = gpt2_folder(inputs, tmp_path / "model"), []
+    asked = ["--model", model, "--text", inputs / "data.jsonl", "--train.steps", 6, "--train.seq-len", 32]
+    for n, more in ((1, []), (ranks, flags)):
+        out = tmp_path / f"out-{n}"
+        ended = recipe("finetune_hf", *asked, "--train.lr", "3e-3", "--out", out, *more, ranks=n)
+        assert ended.status == 0, ended
+        losses.append([json.loads(line)["loss"] for line in (out / "losses.jsonl").read_text().splitlines()])
+        assert load("GPT2LMHeadModel", out).config.vocab_size == 400
+    assert losses[1] == pytest.approx(losses[0], abs=2e-5) and losses[0][-1] < losses[0][0]
+
+
+def test_the_recipe_says_in_one_line_what_is_wrong(tmp_path, inputs):
+    model = gpt2_folder(inputs, tmp_path / "model")
+    for flags, said in (
+        (["--model", tmp_path], "has no config.json"),
+        (["--text", tmp_path / "none"], "names no file"),
+        (["--train.seq-len", 10**6], "fewer than --train.seq-len"),
+        (["--parallel.cp", 2], "GPT2LMHeadModel: --parallel.cp 2"),
+    ):
+        asked = ["--model", model, "--text", inputs / "data.jsonl", "--out", tmp_path / "out", *flags]
+        ended = recipe("finetune_hf", *asked, ranks=2 if "--parallel.cp" in flags else 1)
+        assert ended.status == 2 and said in ended.err, ended
+
+
+# ---- what it refuses ----
+
+
+def refused(what):
+    name, layout, settings, changed = "GPT2LMHeadModel", {"tp": 2}, {}, {}
+    if what in ("cp", "heads", "schedule"):
+        layout = {"cp": {"cp": 2}, "heads": {"tp": 2}, "schedule": {"pp": 2, "schedule": "zbv"}}[what]
+        changed = {"n_head": 1} if what == "heads" else {}
+    elif what in ("pp of BERT", "pp of T5"):
+        layout = {"pp": 2}
+        name = "BertForMaskedLM" if "BERT" in what else "T5ForConditionalGeneration"
+    elif what == "key/value heads":
+        name, changed = "Qwen2ForCausalLM", {"num_key_value_heads": 1}
+    elif what == "layerdrop":
+        name, layout, changed = "OPTForCausalLM", {}, {"layerdrop": 0.1}
+    elif what == "no row":
+        changed = {"add_cross_attention": True}
+    elif what == "an unused bias":
+        name, changed = "BertForMaskedLM", {"tie_word_embeddings": False}
+    elif what in ("compile", "attention"):
+        settings = {"compile": True} if what == "compile" else {"attention": "math"}
+    model = plain_model(name, **changed)
+    if what == "wrapped":
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    elif what == "spread already":
+        model, *_ = Booster(ParallelConfig(**layout)).boost(model, adamw(model))
+    elif what == "quantised":
+        model.config.quantization_config = {"quant_method": "fp8"}
+    elif what == "untied":
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    elif what == "no plan":
+        import transformers
+
+        config = transformers.OpenAIGPTConfig(vocab_size=61, n_embd=32, n_layer=1, n_head=4)
+        model = transformers.OpenAIGPTLMHeadModel(config)
+    elif what == "frozen":
+        model.transformer.wpe.weight.requires_grad_(False)
+    elif what == "meta":
+        model.to("meta")
+    data = batches(name)
+    if what == "column":
+        data[0]["past"] = data[0]["labels"]
+    try:
+        booster = Booster(ParallelConfig(**layout), **settings)
+        *_, data, _ = booster.boost(model, adamw(model), data)
+        booster.step(next(iter(data)))
+    except UsageError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    "what,said",
+    {
+        "cp": "GPT2LMHeadModel: cp=2",
+        "heads": "tp=2 does not divide the 1 attention heads of GPT2LMHeadModel",
+        "key/value heads": "tp=2 does not divide the 1 key/value heads",
+        "schedule": "schedule=zbv",
+        "pp of BERT": "BertForMaskedLM: pp=2",
+        "pp of T5": "T5ForConditionalGeneration: pp=2",
+        "layerdrop": "layerdrop",
+        "no row": "no row for transformer.h.0.crossattention",
+        "an unused bias": "no row for cls.predictions.bias",
+        "compile": "compile=True",
+        "attention": "attention=math",
+        "wrapped": "already wrapped",
+        "spread already": "already wrapped or spread",
+        "quantised": "quantised weights",
+        "untied": "has not the matrix of transformer.wte",
+        "no plan": "parallel/plans/README.md",
+        "frozen": "transformer.wpe.weight has requires_grad=False",
+        "meta": "`meta`",
+        "column": "a batch has past",
+    }.items(),
+)
+def test_what_cannot_be_done_is_refused_by_name(what, said):
+    for message in run_on(2, refused, what):
+        assert message is not None and said in message
