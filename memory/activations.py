@@ -225,8 +225,7 @@ class ActivationOffload:
         if self.n_slots == 0:
             return 0
         if self.device.type != "cuda":
-            device = "meta" if self.device.type == "meta" else "cpu"  # of a dry run, or of training
-            slabs = [torch.empty(self.n_slots * self.slot_bytes, dtype=torch.uint8, device=device)]
+            slabs = [torch.empty(self.n_slots * self.slot_bytes, dtype=torch.uint8)]
         else:
             slab_bytes = 1 << (SLOTS_PER_SLAB * self.slot_bytes - 1).bit_length()
             n_slabs = -(-self.n_slots // (slab_bytes // self.slot_bytes))

@@ -97,9 +97,7 @@ class Ledger:
             return torch.zeros(n, dtype=dtype, device=self.device)
         pin = pin and self.device.type == "cuda"
         shift = 0 if pin else nth * STAGGER // dtype.itemsize  # pinned memory is sized in powers of two
-        # A dry run on `meta` takes no memory of the host either.
-        device = "meta" if self.device.type == "meta" else "cpu"
-        tensor = torch.empty(shift + n, dtype=dtype, device=device, pin_memory=pin)[shift:]
+        tensor = torch.empty(shift + n, dtype=dtype, pin_memory=pin)[shift:]
         self.fill(tensor)
         return tensor
 
@@ -343,12 +341,11 @@ def cut(params: list[ParamState], chunk_elements: int, accumulates: bool = False
     return chunks
 
 
-def version_of(tensor: Tensor) -> tuple[tuple[int, int], int, int]:
+def version_of(tensor: Tensor) -> tuple[int, int, int]:
     """Return which memory a tensor has, and how often it was written: an in-place change adds to the count of
     the shard, or of the DTensor around it."""
     shard = local(tensor)
-    memory = shard.data_ptr(), shard.untyped_storage()._cdata  # on `meta` all pointers are alike
-    return memory, shard._version, tensor._version
+    return shard.data_ptr(), shard._version, tensor._version
 
 
 def flat_view(tensor: Tensor) -> Tensor:

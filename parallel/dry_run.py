@@ -248,7 +248,9 @@ def _count(setup: Setup, pp_rank: int, step: Step) -> RankCount:
         # The second microbatch is the first that finds gradients, and no later one finds more.
         at_peak, most, peak_bytes = other.at_peak, other.most, other.peak_bytes
     else:
+        # torch has a buffer for what each microbatch receives, for the whole step.
         at_peak, most = extended_all(one.at_peak, other.at_peak), extended_all(one.most, other.most)
+        most = {kind: max(n_bytes, at_peak.get(kind, 0)) for kind, n_bytes in most.items()}
         peak_bytes = extended(one.peak_bytes, other.peak_bytes)
     return replace(
         other,

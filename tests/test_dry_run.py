@@ -361,7 +361,7 @@ def test_what_cannot_be_counted_is_one_line(flags, said):
 
 def print_table() -> None:
     """Print the table of docs/dry-run.md."""
-    print("| layout | pp rank | bytes at the peak, dry run | real processes | |")
+    print("| layout | pp rank | dry run, bytes | real processes | |")
     print("| --- | --- | --- | --- | --- |")
     for name in CASES:
         for one in compare(name):
