@@ -212,14 +212,28 @@ def kept_per_token(work: Work) -> float:
     return streams * own + 2 * D + heads + widths * F / tp
 
 
-def at_work_per_token(work: Work) -> float:
-    """Return how many numbers a block has of each token while its backward runs, beside what it keeps: what
-    recompute.py makes again, and the gradients inside its feed-forward part."""
-    made_again = kept_per_token(replace(work, job=replace(work.job, recompute="none")))
-    if work.job.recompute != "full":
-        made_again -= kept_per_token(work)
-    gradients = 2 * work.model.intermediate_size / work.layout.tp + work.model.hidden_size
-    return made_again + gradients
+def at_work_bytes(work: Work) -> float:
+    """Return the bytes that the backward of a block needs beside what the block keeps: what recompute.py makes
+    again, and gradients, which are most inside the feed-forward part, or in attention if that is a ring."""
+    model, tp, itemsize = work.model, work.layout.tp, work.states.itemsize
+    D, F, E = model.hidden_size, model.intermediate_size, model.head_dim
+    as_none = replace(work, job=replace(work.job, recompute="none"))
+    again = kept_per_token(as_none) - kept_per_token(work)
+    if work.job.compile and work.job.recompute == "full":  # the compiler frees as it recomputes
+        return itemsize * work.tokens * again
+    down_proj = 0 if work.states.n_adapter else D * F / tp
+    inside = itemsize * (work.tokens * (again + 2 * F / tp + D) + down_proj)
+    if not work.layout.is_ring:
+        return inside
+    # The feed-forward part is done, and the gradients of its weights wait for the block's. Those of q, k and v
+    # are fp32; keys, values and their gradients are each there twice, to be sent and received.
+    H, K = model.num_attention_heads / tp, max(1, model.num_key_value_heads / tp)
+    in_fp32 = H * E + 2 * K * E
+    pairs = 2 * 2 * K * E
+    numbers = again - (3 if work.job.compile else 4) * F / tp + pairs
+    weights = 3 * down_proj + (0 if work.states.n_adapter else D * H * E)
+    attention = itemsize * (work.tokens * numbers + weights) + FP32 * work.tokens * (in_fp32 + pairs)
+    return max(inside, attention)
 
 
 def in_flight(work: Work, share: Share) -> float:
@@ -240,9 +254,9 @@ def in_flight(work: Work, share: Share) -> float:
 
 
 def bytes_of_rank(work: Work, share: Share | None = None) -> dict[str, float]:
-    """Return the bytes on the device of a rank, by kind, at the fullest of three moments: the loss of the
-    last microbatch, when all activations are there; the backward of its second block, when the gradients of
-    the first are being reduced; and the end of backward, when those of the ends are.
+    """Return the bytes on the device of a rank, by kind, at the fullest of four moments: the loss of the
+    last microbatch, when all activations are there; the backward of its first block; that of its second, when
+    the gradients of the first are being reduced; and the end of backward, when those of the ends are.
 
     share: of a pp rank; by default the one that needs the most."""
     if share is None:
@@ -256,7 +270,7 @@ def bytes_of_rank(work: Work, share: Share | None = None) -> dict[str, float]:
     gradients = FP32 * (whole if work.keeps_gradients else here)
     fsdp = work.layout.gradient_ranks > 1 or itemsize != FP32
     adapters = states.n_adapter / work.layout.tp / work.layout.pp
-    trained = 1.0
+    trained = 1.0  # share of the weights
     if states.n_adapter:
         kinds = {"parameters": itemsize * here + FP32 * adapters / work.shards}
         kinds["optimizer"] = 2 * FP32 * adapters / work.shards
@@ -266,36 +280,31 @@ def bytes_of_rank(work: Work, share: Share | None = None) -> dict[str, float]:
         kinds = {"parameters": itemsize * here, "optimizer": 0.0}
         gradients = 0.0
         fsdp = work.shards > 1
-    waiting = gradients if work.n_microbatches > 1 else 0.0
+    waits = work.n_microbatches > 1 and not (work.layout.pp > 1 and work.layout.schedule == "gpipe")
+    waiting = gradients * waits
     n_block = work.n_block + adapters / max(1, share.n_layers)
     block, blocks, outside = (itemsize * n * fsdp for n in (n_block, share.n_layers * n_block, ends))
-    loss_bytes = _loss_bytes(work, trained == 1.0) if share.has_head else 0.0
+    gathered = outside + (blocks if work.keeps_weights else block)
+    both_gathered = outside + (blocks if work.keeps_weights else min(2, share.n_layers) * block)
     kept = _kept_bytes(work)
     # At most the inputs of two blocks are on the device if the others are on the host.
     n_kept = min(2, share.n_layers) if states.inputs_on_host else share.n_layers
-    activations = kept * n_kept * in_flight(work, share)
-    at_work = itemsize * at_work_per_token(work) * work.tokens
+    activations = kept * n_kept * in_flight(work, share) + _buffer_bytes(work, share)
+    at_work = at_work_bytes(work)
     # The gradient of the head waits for that of the embedding; a block's are whole and fp32 until reduced.
     of_head = itemsize * work.n_matrix * share.has_head * trained
-    reduced = FP32 * work.n_block * fsdp * trained
-    at_loss = {
-        "gathered": outside + (blocks if work.keeps_weights else block),
-        "gradients": waiting,
-        "activations": activations,
-        "loss": loss_bytes,
-    }
-    second = {
-        "gathered": outside + (blocks if work.keeps_weights else min(2, share.n_layers) * block),
+    reduces = fsdp * trained * (work.layout.pp == 1)
+    at_loss = {"gathered": gathered, "gradients": waiting, "activations": activations}
+    at_loss["loss"] = _loss_bytes(work, share, trained == 1.0)
+    first = {
+        "gathered": both_gathered,
         "gradients": waiting + of_head,
-        "activations": activations - kept + at_work,
-        "reduced": reduced,
+        "activations": activations + at_work,
     }
-    ended = {
-        "gathered": outside + (blocks if work.keeps_weights else block),
-        "gradients": gradients + itemsize * ends * trained,
-        "reduced": FP32 * ends * fsdp * trained,
-    }
-    moments = [kinds | at_loss, kinds | second, kinds | ended]
+    second = first | {"activations": activations - kept + at_work, "reduced": FP32 * work.n_block * reduces}
+    ended = {"gathered": gathered, "gradients": gradients + itemsize * ends * trained}
+    ended["reduced"] = FP32 * ends * fsdp * trained
+    moments = [kinds | moment for moment in (at_loss, first, second, ended)]
     return max(moments, key=lambda kinds: sum(kinds.values()))
 
 
@@ -308,19 +317,36 @@ def _kept_bytes(work: Work) -> float:
     return work.states.itemsize * numbers + FP32 * of_rows
 
 
-def _loss_bytes(work: Work, trains_head: bool) -> float:
-    """Return the bytes of the last norm and of the loss: hidden states before and after it and their gradient,
-    that of the head in fp32, and the chunk of logits with its gradient (dtensor_llama/loss.py)."""
-    layout, D = work.layout, work.model.hidden_size
-    split = layout.sequence_shards > 1
-    hidden = work.tokens * D * (2 / layout.sequence_shards + 1 + split)
+def _buffer_bytes(work: Work, share: Share) -> float:
+    """Return the bytes of a pipeline's messages: torch has a buffer for each that will be received in a step.
+    The output of a stage is kept too, and its input, which a block also keeps, is one of these buffers."""
+    if work.layout.pp == 1:
+        return 0.0
+    both_ends = in_flight(work, share) * (share.has_embedding - share.has_head)
+    n_buffers = work.n_microbatches * share.n_neighbours + both_ends + (not share.has_embedding)
+    return n_buffers * work.hidden_bytes / work.layout.sequence_shards
+
+
+def _loss_bytes(work: Work, share: Share, trains_head: bool) -> float:
+    """Return the bytes of the last norm and of the loss (dtensor_llama/loss.py): hidden states and their
+    gradient, that of the head in fp32, and what there is beside them, which is in forward a chunk of logits
+    with its gradient, and in backward the scaled gradient of the head."""
+    if not share.has_head:
+        return 0.0
+    layout, itemsize, D = work.layout, work.states.itemsize, work.model.hidden_size
     n_columns = ceil(work.model.vocab_size / layout.tp)
     logits = min(work.tokens, loss.tokens_per_chunk(n_columns)) * n_columns
-    per_logit = 2 * work.states.itemsize
+    per_logit = 2 * itemsize
     if work.job.device_type == "cpu":  # there it is eager, and computes in fp32
         logits = min(work.tokens * n_columns, loss.EAGER_ELEMENTS)
         per_logit = 2.5 * FP32
-    return work.states.itemsize * hidden + FP32 * work.n_matrix * trains_head + per_logit * logits
+    whole = itemsize * work.tokens * D
+    own = whole / layout.sequence_shards
+    kept = own + whole + FP32 * work.n_matrix * trains_head
+    before_norm = own + whole if layout.sequence_shards > 1 else whole
+    beside = max(before_norm + per_logit * logits, (FP32 + itemsize) * work.n_matrix * trains_head)
+    earlier = kept * (in_flight(work, share) - 1) if layout.schedule == "gpipe" else 0.0
+    return earlier + kept + beside
 
 
 def bytes_needed(job: Job, layout: ParallelConfig, states: States) -> int:
