@@ -219,10 +219,11 @@ def at_work_bytes(work: Work) -> float:
     D, F, E = model.hidden_size, model.intermediate_size, model.head_dim
     as_none = replace(work, job=replace(work.job, recompute="none"))
     again = kept_per_token(as_none) - kept_per_token(work)
-    if work.job.compile and work.job.recompute == "full":  # the compiler frees as it recomputes
-        return itemsize * work.tokens * again
     down_proj = 0 if work.states.n_adapter else D * F / tp
-    inside = itemsize * (work.tokens * (again + 2 * F / tp + D) + down_proj)
+    gradients = 2 * F / tp + D
+    if work.job.compile:  # the compiler lets gradients take the places of what they were made of
+        gradients = 0 if work.job.recompute == "full" else 2 * D
+    inside = itemsize * (work.tokens * (again + gradients) + down_proj)
     if not work.layout.is_ring:
         return inside
     # The feed-forward part is done, and the gradients of its weights wait for the block's. Those of q, k and v
