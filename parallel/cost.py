@@ -98,7 +98,7 @@ class Work:
         rows = tensor_plan_of(self.model, self.layout.tp, self.layout.sequence_parallel)
         numbers = 0
         for name, shape in self.model.block_weights().items():
-            row = rows[f"model.layers.*.{name.removesuffix('.weight')}"]
+            row = rows[f"model.layers.*.{name.rpartition('.')[0]}"]
             numbers += prod(shape) if row.weight == "R" else prod(shape) // self.layout.tp
         return numbers
 
@@ -106,6 +106,14 @@ class Work:
     def n_matrix(self) -> int:
         """Return the parameters of the embedding, or of the head, that one tp rank has."""
         return ceil(self.model.vocab_size / self.layout.tp) * self.model.hidden_size
+
+    def n_ends(self, share: "Share") -> int:
+        """Return the parameters outside the blocks that a tp rank of this pp rank has: the embedding, and the
+        last norm with the head."""
+        n_matrices = share.has_embedding + share.has_head
+        if self.model.tie_word_embeddings and n_matrices == 2:
+            n_matrices = 1
+        return self.n_matrix * n_matrices + self.model.hidden_size * share.has_head
 
     @cached_property
     def shards(self) -> int:
@@ -131,11 +139,14 @@ def tensor_plan_of(model: LlamaConfig, tp: int, sequence_parallel: bool) -> dict
 
 @dataclass(frozen=True)
 class Share:
-    """Holds what one pp rank has: how many layers, and which ends of the model."""
+    """Holds what one pp rank has: how many layers, and which ends of the model; and how many of its stages'
+    neighbours are on other ranks."""
 
-    n_layers: int
+    n_layers: float
     has_embedding: bool
     has_head: bool
+    pp_rank: int = 0
+    n_neighbours: int = 0
 
 
 @lru_cache(maxsize=4096)
@@ -153,7 +164,22 @@ def shares(model: LlamaConfig, layout: ParallelConfig, evenly: bool = False) -> 
     counts = layers_of_stages(model, last + 1)
     if evenly:
         counts = [model.num_hidden_layers / (last + 1)] * (last + 1)
-    return tuple(Share(sum(counts[stage] for stage in own), 0 in own, last in own) for own in stages)
+    rank_of = {stage: rank for rank, own in enumerate(stages) for stage in own}
+    found = []
+    for rank, own in enumerate(stages):
+        neighbours = [stage + step for stage in own for step in (-1, 1)]
+        n_elsewhere = sum(rank_of.get(stage, rank) != rank for stage in neighbours)
+        n_layers = sum(counts[stage] for stage in own)
+        found.append(Share(n_layers, 0 in own, last in own, rank, n_elsewhere))
+    return tuple(found)
+
+
+def kinds_of_shares(model: LlamaConfig, layout: ParallelConfig, evenly: bool = False) -> list[Share]:
+    """Return one share of each kind; of equal ranks the first, which keeps most activations."""
+    kinds: dict[tuple, Share] = {}
+    for share in shares(model, layout, evenly):
+        kinds.setdefault((share.n_layers, share.has_embedding, share.has_head), share)
+    return list(kinds.values())
 
 
 # ---- Bytes -------------------------------------------------------------------------------------------------
@@ -172,8 +198,11 @@ def kept_per_token(work: Work) -> float:
     heads = (2 * model.num_attention_heads + 2 * max(model.num_key_value_heads, tp)) * E / tp
     if work.job.recompute == "full":
         return own
+    if work.layout.cp > 1 and not work.layout.is_ring:
+        heads += model.num_attention_heads * E / tp  # what attention gives, before and after it is sent back
     if work.job.recompute == "selective":
-        return own + D + heads + 2 * F / tp
+        # Compiled, the last product is known to be of no use to backward.
+        return own + (1 if work.job.compile else 2) * D + heads + 2 * F / tp
     # The stream before each of the two norms, what enters the matrices, and gate, up and their product.
     streams, widths = 2, 3
     if not work.job.compile:
@@ -183,72 +212,142 @@ def kept_per_token(work: Work) -> float:
     return streams * own + 2 * D + heads + widths * F / tp
 
 
-def at_work_per_token(work: Work) -> float:
-    """Return how many numbers a block has of each token while its backward runs: what `none` keeps, and the
-    gradients of about a quarter of it at a time."""
-    return 1.25 * kept_per_token(replace(work, job=replace(work.job, recompute="none")))
+def at_work_bytes(work: Work) -> float:
+    """Return the bytes that the backward of a block needs beside what the block keeps: what recompute.py makes
+    again, and gradients, which are most inside the feed-forward part, or in attention if that is a ring."""
+    model, tp, itemsize = work.model, work.layout.tp, work.states.itemsize
+    D, F, E = model.hidden_size, model.intermediate_size, model.head_dim
+    as_none = replace(work, job=replace(work.job, recompute="none"))
+    again = kept_per_token(as_none) - kept_per_token(work)
+    down_proj = 0 if work.states.n_adapter else D * F / tp
+    gradients = 2 * F / tp + D
+    if work.job.compile:  # the compiler lets gradients take the places of what they were made of
+        gradients = 0 if work.job.recompute == "full" else 2 * D
+    inside = itemsize * (work.tokens * (again + gradients) + down_proj)
+    if not work.layout.is_ring:
+        return inside
+    # The feed-forward part is done, and the gradients of its weights wait for the block's. Those of q, k and v
+    # are fp32; keys, values and their gradients are each there twice, to be sent and received.
+    H, K = model.num_attention_heads / tp, max(1, model.num_key_value_heads / tp)
+    in_fp32 = H * E + 2 * K * E
+    pairs = 2 * 2 * K * E
+    numbers = again - (3 if work.job.compile else 4) * F / tp + pairs
+    weights = 3 * down_proj + (0 if work.states.n_adapter else D * H * E)
+    attention = itemsize * (work.tokens * numbers + weights) + FP32 * work.tokens * (in_fp32 + pairs)
+    return max(inside, attention)
 
 
-def in_flight(work: Work) -> float:
-    """Return how many microbatches the fullest pp rank keeps activations of, each for its share of the
-    layers."""
+def in_flight(work: Work, share: Share) -> float:
+    """Return how many microbatches a pp rank keeps activations of, each for its share of the layers."""
     layout, m = work.layout, work.n_microbatches
     if layout.pp == 1:
         return 1
     if layout.schedule == "gpipe":
         return m
+    after = layout.pp - 1 - share.pp_rank  # ranks that a microbatch passes before it comes back
     if layout.schedule == "interleaved-1f1b":
-        # Narayanan et al. 2021, arXiv:2104.04473, sec. 2.2: a share of the first stage's chunks is ahead.
-        return min(m, layout.pp * (1 + (layout.pp - 1) / (layout.pp * layout.stages_per_rank)))
+        # Narayanan et al. 2021, arXiv:2104.04473, sec. 2.2: the warm-up, in chunks of a microbatch.
+        per_rank = layout.stages_per_rank
+        return min(m, (2 * after + (per_rank - 1) * layout.pp + 1) / per_rank)
+    if layout.schedule == "1f1b":
+        return min(m, after + 1)
     return min(m, layout.pp)
 
 
 def bytes_of_rank(work: Work, share: Share | None = None) -> dict[str, float]:
-    """Return the bytes on the device of a rank, by kind, at the fuller of two moments: the start of the last
-    backward, when all activations are there, and its end, when all gradients are.
+    """Return the bytes on the device of a rank, by kind, at the fullest of four moments: the loss of the
+    last microbatch, when all activations are there; the backward of its first block; that of its second, when
+    the gradients of the first are being reduced; and the end of backward, when those of the ends are.
 
     share: of a pp rank; by default the one that needs the most."""
     if share is None:
-        ranks = [bytes_of_rank(work, each) for each in set(shares(work.model, work.layout))]
+        ranks = [bytes_of_rank(work, each) for each in kinds_of_shares(work.model, work.layout)]
         return max(ranks, key=lambda kinds: sum(kinds.values()))
     states, itemsize = work.states, work.states.itemsize
-    ends = work.n_matrix * (share.has_embedding + share.has_head)
-    if work.model.tie_word_embeddings and share.has_embedding and share.has_head:
-        ends = work.n_matrix
+    ends = work.n_ends(share)
     whole = share.n_layers * work.n_block + ends
     here = whole / work.shards
-    kinds = {"parameters": FP32 * here, "gradients": 0.0, "optimizer": 2 * FP32 * here, "gathered": 0.0}
+    kinds = {"parameters": FP32 * here, "optimizer": 2 * FP32 * here}
     gradients = FP32 * (whole if work.keeps_gradients else here)
     fsdp = work.layout.gradient_ranks > 1 or itemsize != FP32
-    adapters = states.n_adapter / work.layout.tp / work.layout.pp / work.shards
+    adapters = states.n_adapter / work.layout.tp / work.layout.pp
+    trained = 1.0  # share of the weights
     if states.n_adapter:
-        kinds |= {"parameters": itemsize * here + FP32 * adapters, "optimizer": 2 * FP32 * adapters}
-        gradients = FP32 * adapters
+        kinds = {"parameters": itemsize * here + FP32 * adapters / work.shards}
+        kinds["optimizer"] = 2 * FP32 * adapters / work.shards
+        gradients = FP32 * adapters / (1 if work.keeps_gradients else work.shards)
+        trained = adapters / whole
     elif states.offloads:
-        kinds |= {"parameters": itemsize * here, "optimizer": 0.0}
+        kinds = {"parameters": itemsize * here, "optimizer": 0.0}
         gradients = 0.0
         fsdp = work.shards > 1
-    if fsdp:
-        at_once = min(2, share.n_layers) * work.n_block + ends
-        kinds["gathered"] = itemsize * (whole if work.keeps_weights else at_once)
-        if states.offloads and not work.keeps_weights:
-            kinds["gathered"] += FP32 * work.n_block
-    # The chunk of the logits in fp32 and its gradients: dtensor_llama/loss.py.
-    logits = 2.5 * FP32 * loss.CHUNK_ELEMENTS if share.has_head else 0.0
+    waits = work.n_microbatches > 1 and not (work.layout.pp > 1 and work.layout.schedule == "gpipe")
+    waiting = gradients * waits
+    n_block = work.n_block + adapters / max(1, share.n_layers)
+    block, blocks, outside = (itemsize * n * fsdp for n in (n_block, share.n_layers * n_block, ends))
+    gathered = outside + (blocks if work.keeps_weights else block)
+    both_gathered = outside + (blocks if work.keeps_weights else min(2, share.n_layers) * block)
+    kept = _kept_bytes(work)
     # At most the inputs of two blocks are on the device if the others are on the host.
     n_kept = min(2, share.n_layers) if states.inputs_on_host else share.n_layers
-    per_token = itemsize * kept_per_token(work) * n_kept * in_flight(work)
-    block_at_work = itemsize * at_work_per_token(work) * work.tokens
-    waiting = gradients if work.n_microbatches > 1 else 0.0
-    starts = kinds | {
-        "gradients": waiting,
-        "activations": per_token * work.tokens + block_at_work / 3,
-        "logits": logits,
+    activations = kept * n_kept * in_flight(work, share) + _buffer_bytes(work, share)
+    at_work = at_work_bytes(work)
+    # The gradient of the head waits for that of the embedding; a block's are whole and fp32 until reduced.
+    of_head = itemsize * work.n_matrix * share.has_head * trained
+    reduces = fsdp * trained * (work.layout.pp == 1)
+    at_loss = {"gathered": gathered, "gradients": waiting, "activations": activations}
+    at_loss["loss"] = _loss_bytes(work, share, trained == 1.0)
+    first = {
+        "gathered": both_gathered,
+        "gradients": waiting + of_head,
+        "activations": activations + at_work,
     }
-    # A block's gradients are whole and in fp32 until they are reduced.
-    reduced = FP32 * work.n_block if fsdp and not states.n_adapter else 0.0
-    ended = kinds | {"gradients": gradients, "activations": block_at_work, "reduced": reduced, "logits": 0.0}
-    return max(starts, ended, key=lambda kinds: sum(kinds.values()))
+    second = first | {"activations": activations - kept + at_work, "reduced": FP32 * work.n_block * reduces}
+    ended = {"gathered": gathered, "gradients": gradients + itemsize * ends * trained}
+    ended["reduced"] = FP32 * ends * fsdp * trained
+    moments = [kinds | moment for moment in (at_loss, first, second, ended)]
+    return max(moments, key=lambda kinds: sum(kinds.values()))
+
+
+def _kept_bytes(work: Work) -> float:
+    """Return the bytes that a block keeps, with what attention and the norms keep of each row in fp32."""
+    numbers = work.tokens * kept_per_token(work)
+    if work.job.recompute == "full" or work.job.device_type == "cpu":
+        return work.states.itemsize * numbers
+    of_rows = work.tokens * (work.model.num_attention_heads / work.layout.tp + 2)
+    return work.states.itemsize * numbers + FP32 * of_rows
+
+
+def _buffer_bytes(work: Work, share: Share) -> float:
+    """Return the bytes of a pipeline's messages: torch has a buffer for each that will be received in a step.
+    The output of a stage is kept too, and its input, which a block also keeps, is one of these buffers."""
+    if work.layout.pp == 1:
+        return 0.0
+    both_ends = in_flight(work, share) * (share.has_embedding - share.has_head)
+    n_buffers = work.n_microbatches * share.n_neighbours + both_ends + (not share.has_embedding)
+    return n_buffers * work.hidden_bytes / work.layout.sequence_shards
+
+
+def _loss_bytes(work: Work, share: Share, trains_head: bool) -> float:
+    """Return the bytes of the last norm and of the loss (dtensor_llama/loss.py): hidden states and their
+    gradient, that of the head in fp32, and what there is beside them, which is in forward a chunk of logits
+    with its gradient, and in backward the scaled gradient of the head."""
+    if not share.has_head:
+        return 0.0
+    layout, itemsize, D = work.layout, work.states.itemsize, work.model.hidden_size
+    n_columns = ceil(work.model.vocab_size / layout.tp)
+    logits = min(work.tokens, loss.tokens_per_chunk(n_columns)) * n_columns
+    per_logit = 2 * itemsize
+    if work.job.device_type == "cpu":  # there it is eager, and computes in fp32
+        logits = min(work.tokens * n_columns, loss.EAGER_ELEMENTS)
+        per_logit = 2.5 * FP32
+    whole = itemsize * work.tokens * D
+    own = whole / layout.sequence_shards
+    kept = own + whole + FP32 * work.n_matrix * trains_head
+    before_norm = own + whole if layout.sequence_shards > 1 else whole
+    beside = max(before_norm + per_logit * logits, (FP32 + itemsize) * work.n_matrix * trains_head)
+    earlier = kept * (in_flight(work, share) - 1) if layout.schedule == "gpipe" else 0.0
+    return earlier + kept + beside
 
 
 def bytes_needed(job: Job, layout: ParallelConfig, states: States) -> int:
@@ -338,7 +437,7 @@ def traffic(work: Work, share: Share) -> list[Collective]:
         *_zero_traffic(work, share),
         *_tp_traffic(work, share),
         *_cp_traffic(work, share),
-        *_pp_traffic(work),
+        *_pp_traffic(work, share),
     ]
     return [each for each in found if each.count and each.n_ranks > 1]
 
@@ -349,7 +448,7 @@ def _zero_traffic(work: Work, share: Share) -> Iterator[Collective]:
     each = work.n_microbatches if layout.pp == 1 else 1
     gathers, reduces = (each if stage == 3 else 1), (each if stage >= 2 else 1)
     again = stage == 3 and layout.pp == 1
-    ends = work.n_matrix * (share.has_embedding + share.has_head)
+    ends = work.n_ends(share)
     trained = work.states.n_adapter / work.model.n_parameters if work.states.n_adapter else 1.0
     stride = stride_of(layout, "fsdp")
     for numbers, count, is_block in ((work.n_block, share.n_layers, True), (ends, 1, False)):
@@ -410,7 +509,8 @@ def _of_row(work: Work, name: str, row: Row, kind: str, number: int) -> tuple[st
         # Each rank used the whole weight for its own tokens, or for its own head.
         shapes = {f"model.layers.*.{own}": shape for own, shape in work.model.block_weights().items()}
         shapes["model.norm.weight"] = (work.model.hidden_size,)
-        return "gradients of whole weights", abs(number), FP32 * prod(shapes[f"{name}.weight"])
+        n_numbers = prod(shapes[f"{name}.weight"]) + prod(shapes.get(f"{name}.bias", (0,)))
+        return "gradients of whole weights", abs(number), FP32 * n_numbers / abs(number)
     return "activations", abs(number), work.hidden_bytes
 
 
@@ -434,15 +534,19 @@ def _cp_traffic(work: Work, share: Share) -> Iterator[Collective]:
     yield Collective("cp", "send", "gradients of k, v", passes * cp, pair * FP32, cp, stride, "attention")
 
 
-def _pp_traffic(work: Work) -> Iterator[Collective]:
-    """Yield what a stage in the middle sends: hidden states to the next, and their gradients back."""
+def _pp_traffic(work: Work, share: Share) -> Iterator[Collective]:
+    """Yield what stages send: hidden states to the stage after, gradients to the one before, where that stage
+    is on another rank."""
     layout = work.layout
-    if layout.pp > 1:
-        count = 2 * work.n_microbatches * layout.stages_per_rank
-        whole = work.hidden_bytes / layout.sequence_shards
-        yield Collective(
-            "pp", "send", "hidden states, gradients", count, whole, layout.pp, stride_of(layout, "pp")
-        )
+    if layout.pp == 1:
+        return
+    count, stride = work.n_microbatches * share.n_neighbours, stride_of(layout, "pp")
+    whole = work.hidden_bytes / layout.sequence_shards
+    yield Collective("pp", "send", "hidden states, gradients", count, whole, layout.pp, stride)
+    if work.model.tie_word_embeddings and share.has_embedding != share.has_head:
+        # The weight goes one way, and its gradient comes back.
+        whole = FP32 * work.n_matrix / work.shards
+        yield Collective("pp", "send", "the tied matrix", 1, whole, layout.pp, stride)
 
 
 # ---- Time --------------------------------------------------------------------------------------------------
@@ -579,7 +683,7 @@ def head_seconds(work: Work, cluster: Cluster, stack: Stack) -> float:
 def step_update_seconds(work: Work, share: Share, cluster: Cluster, stack: Stack) -> float:
     """Return the time of clipping and AdamW: 28 bytes a parameter are read and written by it, and 4 by the
     norm."""
-    n = work.n_block * share.n_layers + work.n_matrix * (share.has_embedding + share.has_head)
+    n = work.n_block * share.n_layers + work.n_ends(share)
     trained = work.states.n_adapter / work.layout.tp / work.layout.pp if work.states.n_adapter else n
     return 32 * trained / work.shards / (cluster.gpu.memory_bytes_s * stack.memory)
 
@@ -587,7 +691,7 @@ def step_update_seconds(work: Work, share: Share, cluster: Cluster, stack: Stack
 def gather_copy_seconds(work: Work, share: Share, cluster: Cluster, stack: Stack) -> float:
     """Return the time of the copies around ZeRO's collectives in one microbatch: of gathered weights into
     their places, of gradients into a flat fp32 buffer, and of sums of gradients that wait."""
-    n = work.n_block * share.n_layers + work.n_matrix * (share.has_embedding + share.has_head)
+    n = work.n_block * share.n_layers + work.n_ends(share)
     rate = cluster.gpu.memory_bytes_s * stack.memory
     if work.states.n_adapter:
         n_bytes = 8 * n if work.layout.zero_stage == 3 else 0
@@ -655,7 +759,7 @@ WAITS = ("dp", "tp", "cp", "pp")
 def account_for(work: Work, cluster: Cluster, stack: Stack = PYTORCH) -> Account:
     """Return what a layout costs on a cluster, without asking whether its rules or its bytes allow it."""
     # Megatron gives each pipeline stage as many layers, whoever has the head.
-    ranks = set(shares(work.model, work.layout, evenly=stack.is_megatron))
+    ranks = kinds_of_shares(work.model, work.layout, evenly=stack.is_megatron)
     timed = [(_rank_seconds(work, share, cluster, stack), share) for share in ranks]
     seconds, slowest = max(timed, key=lambda each: sum(each[0].values()))
     return Account(work, cluster, bytes_of_rank(work), traffic(work, slowest), seconds)
@@ -665,8 +769,7 @@ def numbers_of_rank(work: Work) -> int:
     """Return how many parameters the fullest rank keeps states of."""
     most = 0.0
     for share in shares(work.model, work.layout):
-        ends = work.n_matrix * (share.has_embedding + share.has_head)
-        most = max(most, (share.n_layers * work.n_block + ends) / work.shards)
+        most = max(most, (share.n_layers * work.n_block + work.n_ends(share)) / work.shards)
     return int(most)
 
 

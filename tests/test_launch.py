@@ -36,8 +36,8 @@ from memory.tracer import MachineRates  # noqa: E402
 from parallel import build_mesh, parallelize  # noqa: E402
 from parallel.config import Job, check_parallel  # noqa: E402
 from parallel.cost import States, machine_rates  # noqa: E402
-from parallel.explain import pretend  # noqa: E402
 from parallel.planner import choose_open  # noqa: E402
+from parallel.pretend import pretended_rank  # noqa: E402
 
 RECIPES = {"pretrain": pretrain.PretrainConfig}
 NUMBERS = {"pretrain": pretrain.NUMBERS}
@@ -134,7 +134,7 @@ def test_model_mesh_and_optimizer_are_built_at_full_size_and_a_rank_fits_its_gpu
     recipe = "sft" if "-" in size else "pretrain"
     cfg, layout, n_micros = parsed(recipe, size, gpu, gpus)
     config, lora = LlamaConfig.preset(cfg.model), size.endswith("-lora")
-    with pretend(gpus - 1, gpus):
+    with pretended_rank(gpus - 1, gpus):
         mesh = build_mesh(layout, "cpu")
         with torch.device("meta"):
             model = Llama(config)

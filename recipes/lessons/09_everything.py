@@ -163,7 +163,7 @@ def lesson() -> None:
         ("parallel/config.py", "DERIVED_AXES =", "do its ranks read other rows (dp)? share weights (fsdp)?"),
         ("parallel/rules.py", "TENSOR =", "a list like this one: what it cannot do, and what works instead"),
         ("parallel/apply.py", "def parallelize", "its pass, from a file of its own, after those it needs"),
-        ("parallel/explain.py", "def tp_traffic", "a function like this one: what it sends"),
+        ("parallel/cost.py", "def _tp_traffic", "a function like this one: what it sends"),
         ("parallel/mesh.py", "def build_mesh", "nothing: it makes the axes of config.py"),
         ("dtensor_llama/shards.py", "def copies", "nothing: it counts by the placements of DTensors"),
     ):
