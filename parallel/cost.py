@@ -200,6 +200,8 @@ def kept_per_token(work: Work) -> float:
         return own
     if work.layout.cp > 1 and not work.layout.is_ring:
         heads += model.num_attention_heads * E / tp  # what attention gives, before and after it is sent back
+    if work.job.recompute == "none" and model.family.qk_norm:  # what enters the norms of heads
+        heads += (model.num_attention_heads + max(model.num_key_value_heads, tp)) * E / tp
     if work.job.recompute == "selective":
         # Compiled, the last product is known to be of no use to backward.
         return own + (1 if work.job.compile else 2) * D + heads + 2 * F / tp
@@ -213,8 +215,9 @@ def kept_per_token(work: Work) -> float:
 
 
 def at_work_bytes(work: Work) -> float:
-    """Return the bytes that the backward of a block needs beside what the block keeps: what recompute.py makes
-    again, and gradients, which are most inside the feed-forward part, or in attention if that is a ring."""
+    """Return the bytes that the backward of a block needs beside what the block keeps: what recompute.py
+    makes again, and gradients, which are most inside the feed-forward part, or in attention if that is a
+    ring."""
     model, tp, itemsize = work.model, work.layout.tp, work.states.itemsize
     D, F, E = model.hidden_size, model.intermediate_size, model.head_dim
     as_none = replace(work, job=replace(work.job, recompute="none"))
@@ -226,8 +229,8 @@ def at_work_bytes(work: Work) -> float:
     inside = itemsize * (work.tokens * (again + gradients) + down_proj)
     if not work.layout.is_ring:
         return inside
-    # The feed-forward part is done, and the gradients of its weights wait for the block's. Those of q, k and v
-    # are fp32; keys, values and their gradients are each there twice, to be sent and received.
+    # The feed-forward part is done, and the gradients of its weights wait for the block's. Those of q, k and
+    # v are fp32; keys, values and their gradients are each there twice, to be sent and received.
     H, K = model.num_attention_heads / tp, max(1, model.num_key_value_heads / tp)
     in_fp32 = H * E + 2 * K * E
     pairs = 2 * 2 * K * E
@@ -267,7 +270,10 @@ def bytes_of_rank(work: Work, share: Share | None = None) -> dict[str, float]:
     ends = work.n_ends(share)
     whole = share.n_layers * work.n_block + ends
     here = whole / work.shards
-    kinds = {"parameters": FP32 * here, "optimizer": 2 * FP32 * here}
+    # A tied matrix is stepped on the first pp rank alone; the last has a copy.
+    is_copy = work.model.tie_word_embeddings and share.has_head and not share.has_embedding
+    stepped = here - is_copy * work.n_matrix / work.shards
+    kinds = {"parameters": FP32 * here, "optimizer": 2 * FP32 * stepped}
     gradients = FP32 * (whole if work.keeps_gradients else here)
     fsdp = work.layout.gradient_ranks > 1 or itemsize != FP32
     adapters = states.n_adapter / work.layout.tp / work.layout.pp

@@ -150,7 +150,7 @@ def test_seven_b_on_eight_gpus_takes_data_parallelism_alone():
 def test_seventy_b_on_512_small_gpus_fits_with_recomputation_and_not_without():
     """ZeRO-3 alone did not start there: its activations are several times the GPU."""
     gib = {mode: plan_cases.zero3_account(mode).peak_gib for mode in MODES}
-    assert gib["none"] > 4 * 39 and gib["selective"] > 3 * 39 and gib["full"] < 0.5 * 39
+    assert gib["none"] > 4 * 39 and gib["selective"] > 3 * 39 and gib["full"] < 0.6 * 39
     found = plan(question(SEVENTY_B, gpu="a100-40gb", gpus=512))
     assert found.n_fitting > 100 and 0.45 < found.best.account.mfu < 0.55
     zero3 = next(each for each in found.candidates if each.work.layout.dp_shard == 512)
