@@ -806,7 +806,8 @@ def account_with_offload(work: Work, cluster: Cluster, foresee: Callable, stack:
     host_inputs = 0.0
     if work.states.inputs_on_host:
         per_layer = work.hidden_bytes / work.layout.sequence_shards
-        host_inputs = per_layer * work.model.num_hidden_layers / work.layout.pp * in_flight(work)
+        each = [share.n_layers * in_flight(work, share) for share in kinds_of_shares(work.model, work.layout)]
+        host_inputs = per_layer * max(each)
     other_bytes = sum(account.bytes.values()) - account.bytes["parameters"]
     traced = {
         "non_model_peak_bytes": int(other_bytes),

@@ -197,7 +197,7 @@ def counted_cases():
         yield pytest.param(name, marks=marks if name in FAST else [*marks, pytest.mark.slow])
 
 
-@pytest.mark.parametrize("name", counted_cases())
+@pytest.mark.parametrize("name", list(counted_cases()))
 def test_states_and_traffic_are_those_of_a_dry_run_and_peaks_within_one_percent(name):
     for one in hold(name):
         assert abs(one.error) < FURTHER_OFF.get(name, 0.01), one

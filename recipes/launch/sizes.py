@@ -72,7 +72,7 @@ TABLE = {                        # least tp pp shard micro recompute
     ("7b", "a100-80gb"):     Size(8, 1, 1, 8, 2, "none"),
     ("7b", "h100-80gb"):     Size(8, 1, 1, 8, 2, "none"),
     ("7b", "h200-141gb"):    Size(8, 1, 1, 8, 4, "none"),
-    ("13b", "a100-40gb"):    Size(8, 1, 1, 16, 4, "full"),
+    ("13b", "a100-40gb"):    Size(8, 1, 1, 16, 2, "full"),
     ("13b", "a100-80gb"):    Size(8, 1, 1, 8, 2, "selective"),
     ("13b", "h100-80gb"):    Size(8, 1, 1, 8, 2, "selective"),
     ("13b", "h200-141gb"):   Size(8, 1, 1, 8, 4, "selective"),
