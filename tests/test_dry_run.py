@@ -50,11 +50,12 @@ class Case:
     lora_rank: int = 0
     dtype: str = "bfloat16"
     document_tokens: int | None = None
+    model: LlamaConfig = SMALL
 
     def setup(self, n_microbatches: int | None = None, device: str = "cpu") -> Setup:
         layout = ParallelConfig(**self.layout).resolve(self.ranks)
         n_microbatches = n_microbatches or self.n_microbatches
-        job = Job(SMALL, SEQ_LEN, 2 * n_microbatches * layout.dp, 2, recompute=self.recompute)
+        job = Job(self.model, SEQ_LEN, 2 * n_microbatches * layout.dp, 2, recompute=self.recompute)
         memory = MemoryConfig(kernel="blocks", **self.memory) if self.memory else None
         return Setup(
             layout,
@@ -99,6 +100,10 @@ CASES = {
     "resident": Case(1, {}, memory=RESIDENT),
     "offload": Case(2, {}, memory=ON_HOST),
     "offload-pp": Case(2, {"pp": 2}, memory=ON_HOST),
+    "tp-shared-heads": Case(4, {"tp": 4}, model=replace(SMALL, num_key_value_heads=2)),
+    "pp-tied": Case(2, {"pp": 2}, model=replace(SMALL, tie_word_embeddings=True)),
+    "qwen2-tp": Case(2, {"tp": 2}, model=replace(SMALL, model_type="qwen2")),
+    "qwen3-tp": Case(2, {"tp": 2}, model=replace(SMALL, model_type="qwen3")),
     "activations": Case(2, {}, "full", memory={**RESIDENT, "activations": True}),
 }
 FAST = ("zero-1", "zero-3-full", "tp-no-sp", "ring", "1f1b", "lora", "offload")
