@@ -174,7 +174,9 @@ class LlamaConfig:
         if types is not None and SLIDING in types and self.sliding_window is None:
             raise UsageError(f"layer_types has {SLIDING}, and there is no sliding_window that is used.")
         if rotates is not None and not (
-            isinstance(rotates, list) and len(rotates) >= L and all(one in (0, 1) for one in rotates)
+            isinstance(rotates, list)
+            and len(rotates) >= L
+            and all(type(one) is int and one in (0, 1) for one in rotates)
         ):
             raise UsageError(f"no_rope_layers is {rotates!r}; it must be a list of {L} times 0 or 1.")
 

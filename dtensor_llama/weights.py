@@ -145,7 +145,8 @@ def load_hf(model: nn.Module, folder: str | Path) -> None:
 
 def check_hf(model: nn.Module, folder: str | Path) -> None:
     """Raise the UsageError that load_hf would raise for this whole model, which may be on `meta`. It reads
-    only headers and needs no process group, so a recipe can refuse bad weights before anything starts."""
+    little more than headers and needs no process group, so a recipe can refuse bad weights before anything
+    starts."""
     tied = getattr(model.config, "tie_word_embeddings", False)
     _checked(Path(folder), {name: tuple(one.shape) for name, one in hf_parameters(model).items()}, tied)
 
@@ -335,12 +336,32 @@ def _checked(folder: Path, wanted: dict[str, tuple], tied: bool) -> dict[str, St
         for name, where in stored.items()
         if name in wanted and where.dtype not in DTYPES
     ]
+    ends = stored.get("model.embed_tokens.weight"), stored.get("lm_head.weight")
+    if tied and all(ends) and not problems and not _hold_the_same(folder, *ends):
+        problems.append(
+            "lm_head.weight is there and differs from model.embed_tokens.weight, and config.json ties them "
+            "(tie_word_embeddings is true); transformers would keep both, so set it to false"
+        )
     if problems:
         raise UsageError(
             f"{folder}: weights do not fit this model: {listed(problems)}. "
             "Use the folder's own config.json, or fetch the files again"
         )
     return stored
+
+
+def _hold_the_same(folder: Path, one: Stored, other: Stored) -> bool:
+    """Return whether two stored tensors are equal byte for byte."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with open(folder / one.file, "rb") as first, open(folder / other.file, "rb") as second:
+        first.seek(one.start)
+        second.seek(other.start)
+        for done in range(0, one.n_bytes, STAGING_BYTES):
+            length = min(STAGING_BYTES, one.n_bytes - done)
+            if first.read(length) != second.read(length):
+                return False
+    return True
 
 
 def _read_headers(folder: Path) -> tuple[dict[str, Stored], list[str], set[str]]:

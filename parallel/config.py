@@ -35,7 +35,9 @@ class ParallelConfig:
     zero_stage: Literal[0, 1, 2, 3] = 3
     # with tp: split the tokens between the matrices, where otherwise each rank would do the same work
     sequence_parallel: bool = True
+    # with cp: exchange tokens for heads around attention (ulysses), or pass keys and values on (ring)
     cp_method: Literal["ulysses", "ring"] = "ulysses"
+    # with pp: in which order a rank's forwards and backwards run
     schedule: Literal["gpipe", "1f1b", "interleaved-1f1b", "zero-bubble", "zbv", "dualpipev"] = "1f1b"
     virtual_stages: int | None = None  # stages per pp rank; None: what the schedule needs, 1 or 2
     # with pp: measure one warm step and draw which rank did what when, in RUN_DIR/schedule.png

@@ -198,11 +198,15 @@ def powers_of_two(most: int) -> list[int]:
     return [2**i for i in range(most.bit_length()) if 2**i <= most]
 
 
+def divisors(number: int, most: int) -> list[int]:
+    return [size for size in range(1, min(number, most) + 1) if number % size == 0]
+
+
 def meshes(question: Question) -> Iterator[ParallelConfig]:
     """Yield the layouts to try, resolved. tp stays inside a node, where the fast wires are."""
     cluster, model = question.cluster, question.model
     for tp in powers_of_two(min(cluster.gpus_per_node, cluster.n_gpus)):
-        for pp in powers_of_two(min(model.num_hidden_layers, cluster.n_gpus // tp)):
+        for pp in divisors(cluster.n_gpus // tp, model.num_hidden_layers):
             most_cp = max(1, min(16, question.seq_len // LEAST_CP_TOKENS, cluster.n_gpus // tp // pp))
             for cp in powers_of_two(most_cp):
                 dp, left_over = divmod(cluster.n_gpus, tp * pp * cp)
@@ -371,9 +375,9 @@ def _fastest_too_large(question: Question, larger: list[Work], best: Account) ->
 def _no_layout(question: Question) -> UsageError:
     n_gpus, rows = question.cluster.n_gpus, question.global_batch_size
     return UsageError(
-        f"no layout of {n_gpus} GPUs can share global_batch_size={rows} rows of seq_len={question.seq_len}, "
-        f"whatever tp, cp and pp are. Use a multiple of {n_gpus} rows, or a number of GPUs that is a power "
-        "of 2."
+        f"no layout of {n_gpus} GPUs that the planner tries (tp and cp are powers of 2, and pp leaves each "
+        f"stage a layer) can share global_batch_size={rows} rows of seq_len={question.seq_len}. Use a "
+        f"multiple of {n_gpus} rows, or give the layout yourself."
     )
 
 
@@ -394,12 +398,13 @@ def what_it_would_take(question: Question) -> str:
         if node.gpu.memory_gib > cluster.gpu.memory_gib and needed <= node.gpu.memory_gib * FITS_SHARE:
             ways.append(f"{cluster.n_gpus} x {name}")
             break
-    ways.append(
-        "placement=auto, which keeps optimizer states on the host"
-        if not question.foresee
-        else "a smaller seq_len"
-    )
     largest = max(smallest, key=smallest.get)
+    if not question.foresee:
+        ways.append("placement=auto, which keeps optimizer states on the host")
+    elif largest == "activations":
+        ways.append("a smaller `seq_len`")
+    elif not question.states.n_adapter:
+        ways.append("adapters (rank=16), which train a small part of the parameters")
     return (
         f"{model.n_parameters / 1e9:.1f}G parameters and rows of seq_len={question.seq_len} fit no layout of "
         f"{cluster.n_gpus} x {cluster.gpu.name}: the smallest needs {needed:.1f} GiB a GPU, "

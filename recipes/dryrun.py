@@ -98,7 +98,7 @@ class DryrunConfig:
     """Count what a training step does on each rank of a cluster."""
 
     # preset (llama2-7b, tiny-10m, ...) or a Hugging Face folder, of which the shape is taken
-    model: FilePath = ""
+    model: FilePath | None = None
     random_init: bool = False  # weights are not read here
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -108,8 +108,8 @@ class DryrunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)  # no checkpoint is written here
     run_dir: FilePath = "runs/pretrain"  # nothing is written here
     gpus: int | None = None  # nodes x GPUs a node; None: as many as the axes that are given need
-    # a100-40gb, a100-80gb, h100-80gb, h200-141gb or b200, in nodes of 8; or a .json file that describes a
-    # cluster (parallel/cluster.py), such as --calibrate writes
+    # a100-40gb, a100-80gb, h100-80gb, h100-96gb-500w, h200-141gb or b200, in nodes of 8; or a .json file that
+    # describes a cluster (parallel/cluster.py), such as --calibrate writes
     gpu: FilePath = "h100-80gb"
     rank: int = 0  # the rank whose place and parameters are drawn
     json: FilePath | None = None  # file to write the result to, as data
@@ -131,6 +131,10 @@ NUMBERS = [
 
 
 def main(cfg: DryrunConfig) -> None:
+    for flag in ("json", "png", "calibrate"):
+        path = getattr(cfg, flag)
+        if path and not Path(path).parent.is_dir():
+            raise UsageError(f"--{flag} {path}: there is no folder {Path(path).parent}; make it first.")
     if cfg.calibrate:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         print("measuring this machine for about a minute ...", flush=True)

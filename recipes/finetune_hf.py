@@ -77,6 +77,8 @@ def main(cfg: FinetuneConfig) -> None:
     check_schedule(cfg.train)
     if not Path(cfg.model, "config.json").is_file():
         raise UsageError(f"model={cfg.model} has no config.json; give a local Hugging Face folder.")
+    if Path(cfg.out).exists() and (not Path(cfg.out).is_dir() or any(Path(cfg.out).iterdir())):
+        raise UsageError(f"out={cfg.out} is there and not empty; name a new folder, so that nothing is lost.")
     booster = Booster(
         cfg.parallel,
         cfg.memory,

@@ -513,3 +513,30 @@ def test_a_ring_is_refused_where_a_window_hides_tokens_and_not_where_it_hides_no
     check_parallel(ring, Job(replace(config_of("qwen2"), **no_layer), T, ROWS))
     whole = ParallelConfig(cp=2).resolve(2)
     check_parallel(whole, Job(replace(config, sliding_window=16), T, ROWS))
+
+
+def test_a_head_that_differs_from_the_embedding_it_is_said_to_be_tied_to_is_refused(tmp_path):
+    """transformers would keep both matrices, and dropping one would train another model."""
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+    )
+    untied = Llama(config)
+    save_hf(untied, tmp_path)
+    tied = replace(config, tie_word_embeddings=True)
+    (tmp_path / "config.json").write_text(json.dumps(tied.to_hf()))
+    with pytest.raises(UsageError, match="lm_head.weight is there and differs"):
+        load_hf(Llama(tied), tmp_path)
+    with torch.no_grad():
+        untied.lm_head.weight.copy_(untied.model.embed_tokens.weight)
+    save_hf(untied, tmp_path)
+    load_hf(Llama(tied), tmp_path)
+
+
+def test_flags_of_layers_without_rope_are_numbers_as_in_transformers():
+    with pytest.raises(UsageError, match="no_rope_layers is"):
+        replace(LlamaConfig.preset("tiny-1m"), model_type="smollm3", no_rope_layers=[True] * 8)

@@ -105,8 +105,13 @@ def test_states_go_to_the_host_only_where_nothing_fits_without():
 
 
 def test_rows_that_no_layout_can_share_are_refused():
-    with pytest.raises(UsageError, match="no layout of 6 GPUs can share global_batch_size=7"):
-        plan(question(gpus=6, rows=7))
+    with pytest.raises(UsageError, match="no layout of 7 GPUs that .* can share global_batch_size=5"):
+        plan(question(gpus=7, rows=5))
+
+
+def test_a_number_of_gpus_that_is_no_power_of_2_gets_stages_of_uneven_layers():
+    """32 layers over 3 stages are 11, 11 and 10; 7 rows are shared by no other axis of 3 or 6 ranks."""
+    assert {each.work.layout.pp for each in plan(question(gpus=6, rows=7)).candidates} <= {3, 6}
 
 
 # ---- What a recipe leaves open -----------------------------------------------------------------------------

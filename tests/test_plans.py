@@ -620,3 +620,38 @@ def refused(what):
 def test_what_cannot_be_done_is_refused_by_name(what, said):
     for message in run_on(2, refused, what):
         assert message is not None and said in message
+
+
+def said_of_a_boosted_model(folder) -> list[str]:
+    """What is refused on one process, where nothing is sharded that would show that a model was boosted."""
+    model = plain_model("GPT2LMHeadModel")
+    booster = Booster(ParallelConfig())
+    boosted, optimizer, _, _ = booster.boost(model, torch.optim.AdamW(model.parameters()))
+    zeros = torch.zeros(1, 8, dtype=torch.int64)
+    n_ids, n_positions = model.config.vocab_size, model.config.n_positions
+    long = torch.zeros(1, n_positions + 1, dtype=torch.int64)
+    said = []
+    for misuse in (
+        lambda: booster.boost(boosted, optimizer),
+        lambda: boosted.save_pretrained(folder),
+        lambda: booster.step({"input_ids": zeros + n_ids, "labels": zeros}),
+        lambda: booster.step({"input_ids": zeros, "labels": zeros + n_ids}),
+        lambda: booster.step({"input_ids": long, "labels": long}),
+    ):
+        with pytest.raises(UsageError) as refused:
+            misuse()
+        said.append(str(refused.value))
+    return said
+
+
+def test_what_would_break_a_boosted_model_is_refused_in_words(tmp_path):
+    [said] = run_on(1, said_of_a_boosted_model, tmp_path / "out", group=False)
+    expected = [
+        "already wrapped or spread",
+        "use booster.save_hf",
+        "input_ids has ids",
+        "labels has ids",
+        "are longer than its",
+    ]
+    assert all(words in one for words, one in zip(expected, said, strict=True)), said
+    assert not (tmp_path / "out").exists()

@@ -29,7 +29,7 @@ def family_of(model: nn.Module) -> Family:
     """
     wrapper = next((name for name in WRAPPERS if hasattr(model, name)), None)
     is_spread = isinstance(model, FSDPModule) or any(isinstance(p, DTensor) for p in model.parameters())
-    if wrapper or is_spread:
+    if wrapper or is_spread or hasattr(model, "whole_shapes"):
         refuse(model, "is already wrapped or spread; give the Booster the model as transformers made it.")
     name = type(model).__name__
     if not hasattr(getattr(model, "config", None), "to_dict"):

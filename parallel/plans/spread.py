@@ -59,7 +59,15 @@ def shell_of(model: nn.Module, family: Family) -> nn.Module:
         name: whole[name] for name, one in shell.named_parameters() if tuple(one.shape) != whole[name]
     }
     shell.config.architectures = [type(model).__name__]
+    shell.save_pretrained = _refuse_save_pretrained  # it would write this rank's slices, packed ones unpacked
     return shell
+
+
+def _refuse_save_pretrained(*args, **kwargs) -> None:
+    raise UsageError(
+        "a boosted model holds this rank's slices, which save_pretrained cannot write; use "
+        "booster.save_hf(model, folder), which transformers opens."
+    )
 
 
 def restore_buffers(shell: nn.Module, model: nn.Module, device: torch.device) -> None:
