@@ -39,7 +39,9 @@ def cases_in_words() -> str:
     parts = []
     for model, gpu, n_gpus in CASES:
         found = planned(model, gpu, n_gpus)
-        parts.append(f"{model}, {ROWS} rows of {T} tokens a step:\n\n```\n{found.describe()}\n```")
+        parts.append(
+            f"{model}, {ROWS} rows of {T} tokens a step, blocks compiled:\n\n```\n{found.describe()}\n```"
+        )
     best = found.best.account.mfu
     zero3 = zero3_account("full").mfu / best
     needs = [f"{zero3_account(recompute).peak_gib:.1f} GiB with recompute {recompute}" for recompute in MODES]
