@@ -120,7 +120,7 @@ class LlamaConfig:
     # 1 for each layer that rotates queries and keys, 0 for one that does without RoPE; None: all do
     no_rope_layers: list[int] | None = field(default=None, hash=False)
     bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
+    eos_token_id: int | list[int] | None = field(default=2, hash=False)
     pad_token_id: int | None = None
     # Fields of a config.json that the arithmetic does not depend on. They are carried on into an export.
     other_fields: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)

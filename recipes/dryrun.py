@@ -148,7 +148,7 @@ def main(cfg: DryrunConfig) -> None:
         raise UsageError("`model` is missing; name a preset, e.g. model=llama2-7b, or a folder.")
     if not 0 <= cfg.rank < gpus_of(cfg):
         n_gpus = gpus_of(cfg)
-        raise UsageError(f"--rank {cfg.rank} is not one of {n_gpus} GPUs; use 0 to {n_gpus - 1}.")
+        raise UsageError(f"--rank {cfg.rank} is not one of --gpus {n_gpus}; use 0 to {n_gpus - 1}.")
 
     def step(training: Training, microbatches: list[Batch]) -> None:
         n_targets = sum(batch.n_targets for batch in microbatches)

@@ -54,10 +54,10 @@ def test_one_document_a_row_needs_no_positions_on_any_stage(inputs, tmp_path, la
     "first,second",
     [
         ("pp-2-tp-2", None),
-        (None, "pp-2-tp-2"),
+        pytest.param(None, "pp-2-tp-2", marks=pytest.mark.slow),
         ("cp-2-dp-2", "pp-2"),
         ("tp-2-dp-2", "hsdp-2x2"),
-        ("zero-0", "tp-2"),
+        pytest.param("zero-0", "tp-2", marks=pytest.mark.slow),
     ],
 )
 def test_a_checkpoint_of_any_layout_resumes_under_any_other(inputs, reference, tmp_path, first, second):

@@ -130,6 +130,7 @@ def test_the_benchmark_of_host_adam_prints_one_json_line(monkeypatch, capsys):
     )
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_offload_lets_contenders_take_turns_and_says_who_could_not(monkeypatch, capsys):
     monkeypatch.setattr(
         "sys.argv",

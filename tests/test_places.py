@@ -100,6 +100,7 @@ def test_training_goes_on_when_nobody_reads_what_it_prints_and_with_empty_launch
     assert len(metrics(tmp_path / "run")) == 4 and (tmp_path / "run" / "hf" / "model.safetensors").exists()
 
 
+@SLOW
 def test_generate_ends_like_any_program_when_its_reader_goes_and_refuses_a_full_disk(inputs):
     arguments = ["--model", inputs / "model", "--max-new-tokens", 2, "--batch-size", 1]
     arguments += [word for i in range(40) for word in ("--prompt", f"{i} " * 20)]
@@ -312,6 +313,7 @@ def without_cache_dir(arguments: list) -> list:
     return arguments[:at] + arguments[at + 2 :]
 
 
+@SLOW
 def test_training_without_a_home_keeps_its_tokens_in_the_run_folder_and_says_so_once(
     inputs, tmp_path, homeless
 ):
@@ -587,7 +589,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "size,kept", mostly_slow(("8k", None), ("2600k", 1), ("60k", 0), ("1400k", 0), fast=2)
+    "size,kept", mostly_slow(("8k", None), ("2600k", 1), ("60k", 0), ("1400k", 0), fast=1)
 )
 def test_a_disk_that_is_full_ends_training_with_one_line_and_the_last_good_checkpoint(
     inputs, small_disk, size, kept

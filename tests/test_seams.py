@@ -163,7 +163,12 @@ def losses_in_one_process(shape: str) -> list[dict]:
     return own
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+SLOW_LAYOUTS = ("tp-2", "cp-2-ring")  # what they add to pp-2-tp-2 and cp-2-ulysses is the attention
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_LAYOUTS)) for name in LAYOUTS]
+)
 def test_a_readers_loss_gives_the_answer_of_one_process(layout):
     ranks, config = LAYOUTS[layout]
     shape = "tied" if layout == "pp-2-tp-2" else "gqa"
