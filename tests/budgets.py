@@ -50,7 +50,7 @@ NOT_COUNTED = (
 
 NODES = {  # room, or a recipe -> its nodes
     "the spine": Budget(now=29_500, aim=22_000),
-    "dtensor_llama and parallel": Budget(now=93_300, aim=50_000),
+    "dtensor_llama and parallel": Budget(now=93_700, aim=50_000),
     "memory": Budget(now=27_710, aim=25_000),
     "a lesson": Budget(now=1_400, aim=1_400),
     "recipes/pretrain.py": Budget(now=2_550, aim=3_200),
@@ -60,7 +60,7 @@ NODES = {  # room, or a recipe -> its nodes
     "recipes/dryrun.py": Budget(now=3_200, aim=3_200),
     "recipes/benchmark.py": Budget(now=2_750, aim=3_200),
     "recipes/example_sft.py": Budget(now=1_300, aim=3_200),
-    "recipes/finetune_hf.py": Budget(now=1_220, aim=3_200),
+    "recipes/finetune_hf.py": Budget(now=1_280, aim=3_200),
     "recipes/stdlib_corpus.py": Budget(now=600, aim=3_200),
 }
 DENSITY = 8  # nodes a line of a package, all lines counted
