@@ -55,6 +55,10 @@ def report(settings: Any, step: Step, foresee: Callable, rank: int = 0, picture:
     if leaves_layout_open(settings):
         found = search(settings, model, cluster, foresee)
         print(found.describe(), flush=True)
+        if settings.train.dtype != "bfloat16":
+            print(
+                "  The rates are those of bfloat16: in another type they decide the order alone.", flush=True
+            )
         if picture:
             draw_plan(found, picture)
         settings, counted, note = first_that_fits(settings, found, cluster, step)
@@ -116,10 +120,12 @@ def leaves_layout_open(settings: Any) -> bool:
     return settings.parallel.auto or (says_nothing and gpus_of(settings) > 1)
 
 
-def states_of(settings: Any, model: LlamaConfig, offloads: bool = False) -> States:
-    lora = getattr(settings, "lora", LoraConfig())
-    n_adapter = n_adapter_parameters(model, lora) if lora.rank else 0
-    return States(getattr(torch, settings.train.dtype).itemsize, n_adapter, offloads)
+def states_of(model: LlamaConfig, dtype: torch.dtype, lora: LoraConfig) -> States:
+    return States(dtype.itemsize, n_adapter_parameters(model, lora) if lora.rank else 0)
+
+
+def lora_of(settings: Any) -> LoraConfig:
+    return getattr(settings, "lora", LoraConfig())
 
 
 def search(settings: Any, model: LlamaConfig, cluster: Cluster, foresee: Callable) -> Found:
@@ -131,7 +137,8 @@ def search(settings: Any, model: LlamaConfig, cluster: Cluster, foresee: Callabl
             "leave one of them out."
         )
     seq_len = settings.data.seq_len or model.max_position_embeddings
-    rows, states = settings.train.global_batch_size, states_of(settings, model)
+    rows, dtype = settings.train.global_batch_size, getattr(torch, settings.train.dtype)
+    states = states_of(model, dtype, lora_of(settings))
     question = Question(model, seq_len, rows, cluster, states, settings.train.compile, foresee=foresee)
     return plan(question)
 
@@ -139,19 +146,19 @@ def search(settings: Any, model: LlamaConfig, cluster: Cluster, foresee: Callabl
 def first_that_fits(settings: Any, found: Found, cluster: Cluster, step: Step) -> tuple[Any, Counted, str]:
     """Return the settings of the first proposal that fits as counted, its count, and what was passed over. If
     none does, the first is returned; its report says by how much."""
-    first, passed = None, ""
+    first, passed = (), ""
     for candidate in found.candidates:
         proposed = settings_of(settings, candidate)
         setup, _ = setup_of(proposed, candidate.work.model, cluster)
         counted, said = count(setup, cluster, step)
-        first = first or (proposed, counted, "")
+        first = first or (proposed, counted)
         if needed_gib(counted.largest) <= cluster.gpu.memory_gib:
             return proposed, counted, "\n".join([*said, passed]).strip()
         passed = (
             f"Proposals before this one do not fit as counted: the last of them holds "
             f"{counted.largest.peak_bytes / GIB:.1f} GiB."
         )
-    return first
+    return *first, passed
 
 
 def settings_of(settings: Any, candidate: Candidate) -> Any:
@@ -181,8 +188,7 @@ def setup_of(settings: Any, model: LlamaConfig, cluster: Cluster) -> tuple[Setup
     ranks_per_host = min(cluster.n_gpus, cluster.gpus_per_node)
     offload = Offload(memory, train.micro_batch_size, seq_len, clips, ranks_per_host)
     document_tokens = DOCUMENT_TOKENS if settings.data.document_mask else None
-    lora = getattr(settings, "lora", LoraConfig())
-    return Setup(layout, job, computation, lora, offload, document_tokens), note
+    return Setup(layout, job, computation, lora_of(settings), offload, document_tokens), note
 
 
 # ---- What is counted and predicted -------------------------------------------------------------------------
@@ -203,9 +209,8 @@ def predict(setup: Setup, cluster: Cluster, foresee: Callable) -> Account | None
     """Return the account of the setup, or None if it computes in float32: the rates are those of bfloat16."""
     if setup.computation.dtype != torch.bfloat16:
         return None
-    lora, config = setup.lora, setup.offload.config
-    n_adapter = n_adapter_parameters(setup.job.model, lora) if lora.rank else 0
-    work = Work(setup.job, setup.layout, States(setup.computation.dtype.itemsize, n_adapter))
+    config = setup.offload.config
+    work = Work(setup.job, setup.layout, states_of(setup.job.model, setup.computation.dtype, setup.lora))
     if config.is_on and (config.resident or 0.0) < 1:
         return account_with_offload(work, cluster, foresee)
     return account_for(work, cluster)

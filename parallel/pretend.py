@@ -8,7 +8,6 @@ What would not, or would do otherwise than on the device that is meant, is repla
 lasts: each function below says what it replaces, and why.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import ExitStack, contextmanager
@@ -25,13 +24,12 @@ from torch.distributed.fsdp._fully_shard import _fully_shard as fully_shard_modu
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.pipelining import schedules
-from torch.distributed.tensor import _redistribute
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.nn.attention import SDPBackend
 
 from dtensor_llama import attention, loss
 from dtensor_llama.attention import expand_heads, pad_head_width, plan_sdpa
 from parallel import context, tensor
+from parallel.mesh_caches import forget_meshes
 from parallel.step_counter import StepCounter
 
 META = torch.device("meta")
@@ -48,23 +46,7 @@ def pretended_rank(rank: int, world_size: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-        _forget_meshes()
-
-
-def _forget_meshes() -> None:
-    """Empty DTensor's caches. They hold plans with the mesh they were made for, and take an equal mesh of a
-    later process group for the same, whose groups are gone."""
-    _clear_sharding_prop_cache()  # all of this is private in torch 2.11 to 2.13
-    getattr(_redistribute, "clear_redistribute_planner_cache", lambda: None)()
-    getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", lambda: None)()
-    for name, module in list(sys.modules.items()):
-        if name.startswith("torch.distributed.tensor"):
-            kinds = [value for value in vars(module).values() if isinstance(value, type)]
-            for owner in [module, *(kind for kind in kinds if kind.__module__ == name)]:
-                for value in list(vars(owner).values()):
-                    function = getattr(value, "__func__", value)  # of a static method
-                    if not isinstance(function, type):
-                        getattr(function, "cache_clear", lambda: None)()
+        forget_meshes()
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 
+from dtensor_llama.errors import UsageError
 from parallel.config import AXES
 from parallel.context import ring_attention, ring_attention_backward
 
@@ -279,7 +280,10 @@ class StepCounter(TorchDispatchMode):
             if op.name() == "run_with_rng_state":
                 _, operation, *inputs = args
                 return operation(*inputs, **kwargs)
-        raise NotImplementedError(f"{op.name()} cannot be counted")
+        raise UsageError(
+            f"the step has an operation that a dry run cannot count: {op.name()}. If compile=True made it, "
+            "leave that out."
+        )
 
     def _counts(self, value: Any) -> bool:
         """Return whether a value is a tensor in memory. The parts of a sparse one are seen where they are

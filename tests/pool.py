@@ -148,7 +148,7 @@ def _serve(pipe) -> None:
             return
         if dist.is_initialized():
             dist.destroy_process_group()
-        _forget_meshes()
+        _forget_calls()
         # Groups live on in reference cycles, each with two threads, and these do not sleep: they take half of
         # a processor's time from the calls that follow.
         if len(os.listdir("/proc/self/task")) > n_threads + MORE_THREADS:
@@ -156,35 +156,15 @@ def _serve(pipe) -> None:
             n_threads = len(os.listdir("/proc/self/task"))
 
 
-def _forget_meshes() -> None:
-    """Empty what a process that outlives its group remembers of it. DTensor's caches hold plans with the mesh
-    they were made for, and take an equal mesh of a later process group for the same, whose groups are gone.
-    Compiled blocks too, and the shapes seen: a rank that compiled before, alone, would make a graph with
-    dynamic shapes where its new peers make a static one, and each would wait in another collective."""
+def _forget_calls() -> None:
+    """Empty what a worker remembers of earlier calls: the meshes of their groups, compiled blocks, and the
+    shapes seen. A rank that compiled before, alone, would make a graph with dynamic shapes where its new
+    peers make a static one, and each would wait in another collective."""
     import torch
 
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
-    if "torch.distributed.tensor" not in sys.modules:
-        return  # importing it only to empty it would keep the next call waiting for seconds
-    from torch.distributed.tensor import _redistribute
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+    if "torch.distributed.tensor" in sys.modules:  # importing it here would keep the next call waiting
+        from parallel.mesh_caches import forget_meshes
 
-    _clear_sharding_prop_cache()
-    # a dict: nothing below empties it
-    getattr(_redistribute, "clear_redistribute_planner_cache", lambda: None)()
-    getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", lambda: None)()
-    for name, module in list(sys.modules.items()):
-        if name.startswith("torch.distributed.tensor"):
-            _clear_caches(module)
-            for value in list(vars(module).values()):
-                if isinstance(value, type) and value.__module__ == name:
-                    _clear_caches(value)
-
-
-def _clear_caches(owner) -> None:
-    """Empty the caches of all functions of a module, or of all methods of a class."""
-    for value in list(vars(owner).values()):
-        function = getattr(value, "__func__", value)  # of a static method
-        if not isinstance(function, type):
-            getattr(function, "cache_clear", lambda: None)()
+        forget_meshes()

@@ -26,13 +26,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from dtensor_llama.cli import run_recipe
 from dtensor_llama.errors import UsageError
 
-# A kernel is of the first kind of which a part of its name is known. Kernels that clip_grad_norm() or step()
-# launched are not looked up: they are "clip" and "optimizer".
+# A kernel is of the first kind of which a part of its name is known. Kernels that run within clip_grad_norm()
+# or step() are not looked up: they are "clip" and "optimizer". The chunk manager's update may run outside of
+# them; it is compiled, and so is the loss, and their own names tell them from the blocks.
 KINDS = {
     "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "splitK"),
     "attention": ("flash", "fmha", "sdpa", "attention"),
     "copies": ("Memcpy", "Memset"),
-    "loss": ("logsumexp", "log_softmax", "nll", "token_loss"),
     "compiled": ("triton",),
 }
 N_NAMES = 25  # how many of the longest kernels are named
