@@ -492,18 +492,6 @@ PIPELINE = [
         {"schedule": SCHEDULES},
     ),
     Rule(
-        "draw_schedule",
-        lambda c: c.pp > 1 or not c.draw_schedule,
-        "draws what pipeline ranks do when, and with pp=1 there are none",
-        {"draw_schedule": [False], "pp": [2]},
-    ),
-    Rule(
-        "virtual_stages",
-        lambda c: c.pp > 1 or c.virtual_stages in (None, 1),
-        "splits the layers of pipeline ranks, and with pp=1 there are none",
-        {"virtual_stages": [None], "pp": [2]},
-    ),
-    Rule(
         "virtual_stages",
         _stages_are_possible,
         "is not possible with schedule={c.schedule}, which runs {c.stages_in_words}",
@@ -519,6 +507,19 @@ PIPELINE = [
             "virtual_stages": lambda c: range(1, c.stages_per_rank),
             "schedule": SCHEDULES,
         },
+    ),
+    # The next two follow the rule of the layers, so that it may propose pp=1 whatever else is set.
+    Rule(
+        "draw_schedule",
+        lambda c: c.pp > 1 or not c.draw_schedule,
+        "draws what pipeline ranks do when, and with pp=1 there are none",
+        {"draw_schedule": [False], "pp": [2]},
+    ),
+    Rule(
+        "virtual_stages",
+        lambda c: c.pp > 1 or c.virtual_stages in (None, 1),
+        "splits the layers of pipeline ranks, and with pp=1 there are none",
+        {"virtual_stages": [None], "pp": [2]},
     ),
     Rule(
         "schedule",

@@ -324,7 +324,8 @@ def test_a_plain_script_starts_and_ends_its_own_process_group(tmp_path, ranks, l
         "from test_booster import *",
         "booster, model = Booster(ParallelConfig(tp=-1, dp_shard=1)), ours()",
         "*_, data, _ = booster.boost(model, adamw(model), batches())",
-        "print(run(booster, data)[0], flush=True)",
+        # in one write: with PYTHONUNBUFFERED, print writes a number and the end of its line apart
+        "sys.stdout.write(f'{run(booster, data)[0]}\\n'); sys.stdout.flush()",
     ]
     body += [f"if torch.distributed.get_rank() == 0: {last_words}"] if last_words else []
     body += ["run(booster, data)"] if fails else []
