@@ -23,7 +23,7 @@ from dtensor_llama.families import (
     read_fields,
     write_fields,
 )
-from dtensor_llama.places import expanded, refuse_hub_name
+from dtensor_llama.places import expanded, read_settings, refuse_hub_name
 from dtensor_llama.presets import PRESETS
 
 # ---- Types and ranges of the fields ------------------------------------------------------------------------
@@ -255,15 +255,7 @@ class LlamaConfig:
             path = path / "config.json"
         if not path.is_file():
             raise UsageError(f"{path} does not exist; a Hugging Face model folder has a config.json.")
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path} is not complete JSON ({error}); copy the file again.") from None
-        if not isinstance(fields, dict):
-            raise UsageError(
-                f"{path} holds a {type(fields).__name__}, not a model's settings; copy the file again."
-            )
-        return config_from_fields(fields, path)
+        return config_from_fields(read_settings(path), path)
 
     def to_hf(self) -> dict:
         """Return a `config.json` that old and new transformers open, without the dtype of the weights."""
@@ -297,16 +289,7 @@ def read_generation_config(folder: str | Path) -> dict:
     """Return the content of `generation_config.json` in a Hugging Face folder, empty if there is none. Raises
     UsageError if it is damaged."""
     path = Path(folder, "generation_config.json")
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not complete JSON ({error}); copy the file again.") from None
-    if not isinstance(settings, dict):
-        raise UsageError(
-            f"{path} holds a {type(settings).__name__}, not settings of generation; copy the file again."
-        )
+    settings = read_settings(path)
     ends = settings.get("eos_token_id")
     if not all(type(end) is int for end in ends_of(ends)):
         raise UsageError(f"{path}: eos_token_id is {ends!r}; it must be a token id, a list of them, or null.")

@@ -1,4 +1,4 @@
-"""Folders that a user names or that are there by default: `~`, caches that cannot be written, and full disks.
+"""Folders that a user names or that are there by default: `~`, settings files, read-only caches, full disks.
 
 A cache only saves time. Where it cannot be kept - there is no home folder, the file system is read-only - a
 run keeps the same files in its run folder, and prints one line about it. This module imports nothing that
@@ -6,6 +6,7 @@ takes time.
 """
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -29,6 +30,20 @@ def expanded(path: str, field: str) -> str:
             f"{field}={path}: the home folder that {path.split('/')[0]} stands for is not known (no such "
             "user, or no HOME and no entry in /etc/passwd); write the folder in full."
         ) from None
+
+
+def read_settings(path: Path) -> dict:
+    """Return a JSON file of a Hugging Face folder as a dict, which is empty if there is no such file. Raises
+    UsageError if it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is not complete JSON ({error}); copy the file again.") from None
+    if not isinstance(settings, dict):
+        raise UsageError(f"{path} holds a {type(settings).__name__}, not an object; copy the file again.")
+    return settings
 
 
 def hub_hint(name: str, kind: str = "model", field: str = "model") -> str:

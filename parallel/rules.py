@@ -9,7 +9,7 @@ Each proposed value is tried against all the rules before it is printed: only va
 rule are named, and among them only those that satisfy the most of the rules after it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
@@ -202,6 +202,8 @@ def check(rules: Sequence[Rule], case: Case) -> None:
         subject = "one process" if value == 1 else f"{value} processes"
     message = f"{subject} {rule.says.format(c=case)}."
     ways = ", or ".join(_in_words(*way) for way in what_works(rules, case).items())
+    if not ways:
+        ways = " and ".join(_in_words(field, [value]) for field, value in what_works_together(rules, case))
     if ways:
         message += f" {ways[0].upper()}{ways[1:]}."
     raise UsageError(message)
@@ -216,17 +218,33 @@ def what_works(rules: Sequence[Rule], case: Case) -> dict[str, list]:
     """Return {field: values}: each single change that satisfies the first broken rule, and that no other such
     change surpasses in how many of the rules after it hold."""
     at = _first_broken(rules, case)
-    reached = {}
-    for field, values in rules[at].works.items():
-        for value in values(case) if callable(values) else values:
-            if value != getattr(case, field):
-                reached[field, value] = _first_broken(rules, case.changed(field, value))
+    reached = {change: _first_broken(rules, case.changed(*change)) for change in _changes(rules[at], case)}
     furthest = max(reached.values(), default=at)
     ways: dict[str, list] = {}
     for (field, value), place in reached.items():
         if place == furthest > at:
             ways.setdefault(field, []).append(value)
     return ways
+
+
+def what_works_together(rules: Sequence[Rule], case: Case) -> list[tuple[str, object]]:
+    """Return the first two changes, each a (field, value), that satisfy the first broken rule together: for a
+    case that no single one helps, because of another rule. Empty if there are none."""
+    at = _first_broken(rules, case)
+    for first in _changes(rules[at], case):
+        halfway = case.changed(*first)
+        for second in _changes(rules[_first_broken(rules, halfway)], halfway):
+            if _first_broken(rules, halfway.changed(*second)) > at:
+                return [first, second]
+    return []
+
+
+def _changes(rule: Rule, case: Case) -> Iterator[tuple[str, object]]:
+    """Yield each (field, value) that a broken rule proposes, whether it helps or not."""
+    for field, values in rule.works.items():
+        for value in values(case) if callable(values) else values:
+            if value != getattr(case, field):
+                yield field, value
 
 
 def _first_broken(rules: Sequence[Rule], case: Case) -> int:

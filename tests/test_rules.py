@@ -307,15 +307,23 @@ def assert_proposals_are_accepted(all_rules: list, case: Case) -> None:
     try:
         rules.check(all_rules, case)
     except UsageError as error:
-        proposals = list(read_proposals(str(error)))
-        assert proposals and "\n" not in str(error), error
+        message = str(error)
+        words = message.rpartition(". ")[2].rstrip(".").lower()
+        together = words.split(" and ")
+        proposals = [list(read_proposals(one)) for one in together]
+        assert all(proposals) and "\n" not in message, message
         broken = next(rule for rule in all_rules if not rule.holds(case))
-        for field, value in proposals:
-            assert broken.holds(case.changed(field, value)), (error, field, value)
+        if len(together) == 1:
+            for field, value in proposals[0]:
+                assert broken.holds(case.changed(field, value)), (message, field, value)
+        else:
+            for [(field, value)] in proposals:
+                case = case.changed(field, value)
+            assert broken.holds(case), message
 
 
-def read_proposals(message: str):
-    for clause in re.split(r", or |(?<=torchrun) or ", message.rpartition(". ")[2].rstrip(".").lower()):
+def read_proposals(words: str):
+    for clause in re.split(r", or |(?<=torchrun) or ", words):
         if match := re.fullmatch(r"leave `(\w+)` out", clause):
             yield match[1], None if match[1] in ("microbatches", "virtual_stages") else False
         elif clause.startswith("launch with"):
@@ -332,18 +340,44 @@ def read_proposals(message: str):
                     )
 
 
-# Fewer layers than stages, where only another field's rule forbids the pp=1 that would do.
-ONE_LAYER_TOO_FEW = Case(
+# What no single change makes a run: fewer layers than stages, where other rules forbid pp=1 with these; and a
+# schedule beside two settings that it does not go with, where other schedules need other numbers.
+TOO_FEW_LAYERS = Case(
     ParallelConfig(pp=2, dp_shard=1, schedule="interleaved-1f1b", virtual_stages=2, draw_schedule=True),
     Job(replace(SMALL, num_hidden_layers=1), seq_len=1),
+)
+COMPILED_HALVES = Case(
+    ParallelConfig(pp=2, dp_shard=2, tp=1, cp=1, zero_stage=0, schedule="zbv", virtual_stages=2),
+    Job(
+        replace(SMALL, num_hidden_layers=4),
+        seq_len=1,
+        global_batch_size=10,
+        recompute="selective",
+        compile=True,
+    ),
 )
 
 
 @settings(max_examples=2000, deadline=None, derandomize=True)
 @given(any_case())
-@example(ONE_LAYER_TOO_FEW)
+@example(TOO_FEW_LAYERS)
+@example(COMPILED_HALVES)
 def test_whatever_a_refusal_proposes_satisfies_its_rule(case):
     assert_proposals_are_accepted(RULES, case)
+
+
+@pytest.mark.parametrize(
+    "case,said",
+    [
+        (TOO_FEW_LAYERS, "Use pp=1."),
+        (COMPILED_HALVES, "Use schedule=gpipe and use virtual_stages=1."),
+    ],
+)
+@needs_split_backward
+def test_a_refusal_proposes_something_where_no_single_change_makes_a_run(case, said):
+    with pytest.raises(UsageError) as error:
+        rules.check(RULES, case)
+    assert str(error.value).endswith(said)
 
 
 @settings(max_examples=1000, deadline=None, derandomize=True)

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, processors
 
 from dtensor_llama.data.pieces import as_tokenizer_json, has_dummy_prefix, load_pieces
 from dtensor_llama.errors import UsageError
-from dtensor_llama.places import expanded, refuse_hub_name
+from dtensor_llama.places import expanded, read_settings, refuse_hub_name
 
 WELL_KNOWN = {"bos": ("<s>", "<|begin_of_text|>"), "eos": ("</s>", "<|end_of_text|>", "<|endoftext|>")}
 ADDED_FIELDS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")  # of an AddedToken
@@ -136,7 +136,7 @@ class Tokenizer:
         files = {"default": self._neighbours / TEMPLATE_FILE}
         files |= {file.stem: file for file in (self._neighbours / TEMPLATE_FOLDER).glob("*.jinja")}
         in_files = {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
-        given = in_files or _settings(self._neighbours, "tokenizer_config.json").get("chat_template")
+        given = in_files or read_settings(self._neighbours / "tokenizer_config.json").get("chat_template")
         if isinstance(given, list):
             given = {one.get("name"): one.get("template") for one in given}
         if isinstance(given, str):
@@ -162,7 +162,7 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         if home is not None:
-            given = _settings(home, "tokenizer_config.json")
+            given = read_settings(home / "tokenizer_config.json")
             config |= {key: value for key, value in given.items() if key not in NOT_KEPT}
             for file in [home / TEMPLATE_FILE, *(home / TEMPLATE_FOLDER).glob("*.jinja")]:
                 if file.is_file():
@@ -228,7 +228,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             )
             problem += "tokenizer.json that belongs to it"
         raise UsageError(f"tokenizer={path}: {problem}.")
-    settings = _settings(home, "tokenizer_config.json") if path.suffix != ".model" else {}
+    settings = read_settings(home / "tokenizer_config.json") if path.suffix != ".model" else {}
     if pieces is None or fast is not None and fast.get_vocab_size(with_added_tokens=False) != len(pieces):
         ids = EndIds(_special_id("bos", home, fast), _special_id("eos", home, fast))
         return Tokenizer(path, fast, None, ids, _added_ends(settings, fast, ids, home))
@@ -252,20 +252,6 @@ def _load_fast(file: Path) -> tokenizers.Tokenizer:
     return fast
 
 
-def _settings(folder: Path, name: str) -> dict:
-    """Return a JSON file of a Hugging Face folder as a dict, which is empty if there is no such file."""
-    file = folder / name
-    if not file.is_file():
-        return {}
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{file}: not readable JSON ({_one_line(error)}).") from None
-    if not isinstance(settings, dict):
-        raise UsageError(f"{file}: expected a JSON object, found {type(settings).__name__}.")
-    return settings
-
-
 def _named_id(name: str, settings: dict, fast: tokenizers.Tokenizer, folder: Path) -> int | None:
     """Return the id of settings["bos_token"]: a text, an object with `content`, or an id (below 0: none)."""
     token = settings[f"{name}_token"]
@@ -282,11 +268,11 @@ def _special_id(name: str, folder: Path, fast: tokenizers.Tokenizer) -> int | No
 
     It comes from the files beside it, else from the names in common use."""
     for beside in ("tokenizer_config.json", "special_tokens_map.json"):
-        settings = _settings(folder, beside)
+        settings = read_settings(folder / beside)
         if f"{name}_token" in settings:
             return _named_id(name, settings, fast, folder)
     for beside in ("config.json", "generation_config.json"):
-        token_id = _settings(folder, beside).get(f"{name}_token_id")
+        token_id = read_settings(folder / beside).get(f"{name}_token_id")
         if isinstance(token_id, list) and token_id:  # LLaMA-3 lists several EOS
             token_id = token_id[0]
         if isinstance(token_id, int):
@@ -356,7 +342,8 @@ def _tokens_behind(pieces, fast: tokenizers.Tokenizer | None, settings: dict, fo
     if fast is not None:
         added = fast.get_added_tokens_decoder()
     elif folder is not None:
-        by_id = {str(i): {"content": token} for token, i in _settings(folder, "added_tokens.json").items()}
+        ids = read_settings(folder / "added_tokens.json")
+        by_id = {str(i): {"content": token} for token, i in ids.items()}
         by_id |= settings.get("added_tokens_decoder") or {}
         try:
             for i, token in by_id.items():
