@@ -63,8 +63,8 @@ class Booster:
         `step` cuts the rows of a dp rank into; None means 1, or with pp two per pp rank.
     memory: None keeps all states on the device.
     dtype: the type of the computation; master weights, moments and reductions are fp32 in any case.
-    recompute, compile, attention: as the settings of these names in pretrain.py; the last two are of our
-        own Llama alone.
+    recompute, compile, attention: as the settings of these names in pretrain.py; the last is of our own
+        Llama alone.
     seed: decides the initial weights of a model that is on `meta`, and what dropout draws.
     device: None takes this process's accelerator or, without one, the CPU.
 

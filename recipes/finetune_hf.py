@@ -46,6 +46,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights and moments are float32
     recompute: Literal["none", "selective", "full"] = "none"
+    compile: bool = False  # torch.compile each block; takes a minute, once
     seed: int = 0  # of the order of the rows, and of dropout
 
 
@@ -84,6 +85,7 @@ def main(cfg: FinetuneConfig) -> None:
         cfg.memory,
         dtype=getattr(torch, cfg.train.dtype),
         recompute=cfg.train.recompute,
+        compile=cfg.train.compile,
         seed=cfg.train.seed,
     )
     try:

@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -10,15 +9,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from dtensor_llama.errors import UsageError
+from parallel.apply import Computation, apply_compile
 from parallel.config import ParallelConfig
 from parallel.plans.family import Family, matches, refuse, shape_problem
 from parallel.plans.stages import split_family
 from parallel.plans.styles import Boundary
 from parallel.recompute import apply_recompute
 from parallel.zero import apply_zero
-
-if TYPE_CHECKING:
-    from parallel.apply import Computation
 
 # Some blocks of transformers return a view. Nothing writes into it, of which the warning speaks.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -34,8 +31,13 @@ def check_family(model: nn.Module, family: Family, config: ParallelConfig, compi
         refuse(model, f"schedule={config.schedule} has several stages per rank; use schedule=1f1b or gpipe.")
     if problem := shape_problem(model, family, config.tp):
         raise UsageError(problem)
-    if compile:
-        refuse(model, "compile=True is not possible yet for models of transformers; leave `compile` out.")
+    if compile and config.tp > 1 and has_dropout(model):
+        # The state of a generator is changed where such a region begins and ends, which a graph cannot do.
+        refuse(
+            model,
+            "compile=True cannot draw the dropout that differs between tp ranks; set the dropout of its "
+            "config to 0, or leave `compile` out.",
+        )
     if getattr(model.config, "layerdrop", 0) and config.gradient_ranks * config.pp > 1:
         refuse(
             model, "config.layerdrop skips other layers on each rank, which then wait for each other; set 0."
@@ -84,13 +86,17 @@ def restore_buffers(shell: nn.Module, model: nn.Module, device: torch.device) ->
 
 def has_dropout(model: nn.Module) -> bool:
     """Return whether a forward may draw random numbers."""
-    settings = model.config.to_dict().items()
-    named = any("drop" in key and isinstance(value, (int, float)) and value > 0 for key, value in settings)
+    settings = {
+        key: value
+        for key, value in model.config.to_dict().items()
+        if "drop" in key and not key.startswith(("summary_", "classifier_"))  # of other heads than ours
+    }
+    named = any(isinstance(value, (int, float)) and value > 0 for value in settings.values())
     return named or any(module.p > 0 for module in model.modules() if isinstance(module, nn.Dropout))
 
 
 def spread_family(
-    model: nn.Module, family: Family, mesh: DeviceMesh, config: ParallelConfig, computation: "Computation"
+    model: nn.Module, family: Family, mesh: DeviceMesh, config: ParallelConfig, computation: Computation
 ) -> list[nn.Module]:
     """Change a shell in place into this rank's share of it, as parallelize does with a Llama; return its one
     stage: the model itself, or with pp what runs of it here."""
@@ -101,6 +107,14 @@ def spread_family(
         apply_plan(part, family, mesh["tp"], draws)
     blocks = [block for block in family.blocks_of(part) if any(True for _ in block.parameters())]
     apply_recompute(blocks, computation.recompute, draws)
+    if computation.compile:
+        apply_compile(blocks)
+        if config.tp > 1 and computation.recompute != "none":
+            # The kinds of styles.py change attributes while a module runs, and change them back before it
+            # ends: nothing is left that recomputation, which is a part of the graph, would have to repeat.
+            allowed = torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
+            for block in blocks:
+                block.forward = allowed(block.forward)
     apply_zero(part, blocks, mesh, config.zero_stage, computation.dtype, _shard_dim)
     return [part]
 

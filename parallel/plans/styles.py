@@ -87,8 +87,12 @@ class Boundary:
 
     def leave(self, partial: Tensor) -> Tensor:
         """Return the sum of the ranks' partial sums."""
-        self._entered = (None, None, None)  # hold no activation longer than its block
+        self.forget_entered()
         return _Leave.apply(partial, self.group)
+
+    def forget_entered(self) -> None:
+        """Hold no activation longer than its block; a compiled block has one graph for what it finds here."""
+        self._entered = (None, None, None)
 
     def begin_split_region(self, device: torch.device) -> None:
         if not self.draws or self._common is not None:
@@ -217,6 +221,7 @@ class Head(Kind):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.boundary.enter(x)
+        self.boundary.forget_entered()
         with local_parameters(self):
             logits = super().forward(x)
         return whole_columns(logits, self) if self.gathers else logits
