@@ -47,11 +47,14 @@ finetune: setup
 example-sft: setup
 	$(BIN)/python recipes/example_sft.py --out runs/example
 
+# Two at a time: each pytest has worker processes of its own, and a test waits as often as it computes.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
 test: setup
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-all: setup
-	$(BIN)/python -m pytest -q -m 'slow or not slow'
+	$(PYTEST) -m 'slow or not slow'
 
 lint: setup
 	$(BIN)/ruff check .

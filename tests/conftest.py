@@ -35,9 +35,23 @@ def pytest_collection_modifyitems(config, items):
 PARITY_ROWS: list[tuple] = []  # (layout, ranks, loss, norm, weight, seconds) of test_one_answer.py, in order
 # family -> {"logits", "gradients": difference from transformers, "layouts": {name: (loss, norm, weight)}}
 FAMILY_ROWS: dict[str, dict] = defaultdict(dict)  # of test_families.py
-
-
 PLAN_ROWS: list[tuple] = []  # (model, layout, loss, norm, weight) of test_plans.py
+
+
+def pytest_sessionfinish(session):
+    """A pytest that is one of several (-n) hands its rows to the one that prints the tables."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["rows"] = (PLAN_ROWS, PARITY_ROWS, dict(FAMILY_ROWS))
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_testnodedown(node, error):
+    plans, parity, families = getattr(node, "workeroutput", {}).get("rows", ([], [], {}))
+    PLAN_ROWS.extend(plans)
+    PARITY_ROWS.extend(parity)
+    for family, row in families.items():
+        layouts = FAMILY_ROWS[family].get("layouts", {}) | row.get("layouts", {})
+        FAMILY_ROWS[family] |= row | {"layouts": layouts}
 
 
 def pytest_terminal_summary(terminalreporter):

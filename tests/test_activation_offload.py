@@ -299,7 +299,12 @@ def step_under(layout: dict, recompute: str, in_flight: int, offload: bool):
 @pytest.mark.parametrize("recompute", ["full", "none"])
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=marks_for(layout.get("schedule"))) for name, (_, layout, _) in LAYOUTS.items()],
+    [
+        pytest.param(
+            name, marks=[*marks_for(layout.get("schedule")), *([pytest.mark.slow] * (name == "tp2"))]
+        )
+        for name, (_, layout, _) in LAYOUTS.items()
+    ],
 )
 def test_every_layout_gives_the_same_bits_with_block_inputs_offloaded(name, recompute):
     ranks, layout, in_flight = LAYOUTS[name]

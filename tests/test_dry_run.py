@@ -197,9 +197,9 @@ def test_states_and_traffic_are_those_of_real_processes_and_peaks_within_3_perce
     [
         {},
         {"zero_stage": 1},
-        {"pp": 2, "schedule": "gpipe"},
+        pytest.param({"pp": 2, "schedule": "gpipe"}, marks=pytest.mark.slow),
         {"pp": 2},
-        {"pp": 2, "schedule": "interleaved-1f1b"},
+        pytest.param({"pp": 2, "schedule": "interleaved-1f1b"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

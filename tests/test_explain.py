@@ -4,6 +4,7 @@ ones."""
 import json
 import re
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -123,10 +124,12 @@ def test_a_step_runs_in_the_order_explained(schedule):
 
 
 def test_the_recipe_draws_the_mesh_and_writes_the_facts(tmp_path):
+    few_layers = replace(LlamaConfig.preset("llama2-7b"), num_hidden_layers=4)
+    (tmp_path / "config.json").write_text(json.dumps(few_layers.to_hf()))
     ended = recipe(
         "dryrun",
         "--model",
-        "llama2-7b",
+        tmp_path,
         "--gpus",
         64,
         "--parallel.tp",
@@ -143,9 +146,9 @@ def test_the_recipe_draws_the_mesh_and_writes_the_facts(tmp_path):
     assert ended.status == 0, ended
     said = [" ".join(line.split()) for line in ended.out.splitlines()]
     assert "pp 1 dp_shard 1 tp | 40 41 42 43 44 45 46 47" in said and "pp 2 8 40" in said
-    assert "16 model.layers.*.mlp.down_proj.weight 4096 x 11008 1024 x 1376 fsdp S(0) tp S(1)" in said
+    assert "2 model.layers.*.mlp.down_proj.weight 4096 x 11008 1024 x 1376 fsdp S(0) tp S(1)" in said
     facts = json.loads((tmp_path / "facts.json").read_text())
-    assert facts["model"] == "llama2-7b" and facts["mesh"]["groups"]["dp_shard"] == [32, 40, 48, 56]
+    assert facts["model"] == str(tmp_path) and facts["mesh"]["groups"]["dp_shard"] == [32, 40, 48, 56]
     assert facts["ranks"][0]["held_gib"]["optimizer"] >= 2 * facts["ranks"][0]["held_gib"]["parameters"]
 
 

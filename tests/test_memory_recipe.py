@@ -36,7 +36,7 @@ def assert_same_training(run_dir, reference):
     [
         (1, []),
         (1, ["--parallel.zero-stage", 1]),
-        (2, []),
+        pytest.param(2, [], marks=pytest.mark.slow),
         (2, ["--parallel.tp", 2, "--memory.activations"]),
         (2, ["--parallel.pp", 2, "--train.recompute", "full", "--memory.activations"]),
     ],

@@ -49,7 +49,7 @@ def wait_for_rows(run_dir, rows: int, job: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSEGV, marks=pytest.mark.slow)])
 def test_a_dead_rank_ends_the_job_within_30_seconds(inputs, tmp_path, number):
     job = torchrun(flags(inputs, tmp_path / "run", steps=100_000))
     wait_for_rows(tmp_path / "run", 3, job)

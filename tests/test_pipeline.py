@@ -240,13 +240,13 @@ def trained_by_one_process(steps, n_micros):
 @pytest.mark.parametrize(
     "layout",
     [
-        pytest.param(layout, marks=marks_for(layout["schedule"]))
-        for layout in (
-            dict(schedule="1f1b"),
-            dict(schedule="zbv"),
-            dict(schedule="zero-bubble", virtual_stages=2, zero_stage=1),
-            dict(schedule="interleaved-1f1b", dp_replicate=2, dp_shard=1),
-            dict(schedule="dualpipev", zero_stage=0),
+        pytest.param(layout, marks=[*marks_for(layout["schedule"]), *([pytest.mark.slow] * is_slow)])
+        for layout, is_slow in (
+            (dict(schedule="1f1b"), False),
+            (dict(schedule="zbv"), True),
+            (dict(schedule="zero-bubble", virtual_stages=2, zero_stage=1), True),
+            (dict(schedule="interleaved-1f1b", dp_replicate=2, dp_shard=1), False),
+            (dict(schedule="dualpipev", zero_stage=0), False),
         )
     ],
     ids=lambda layout: "-".join(map(str, layout.values())),

@@ -33,7 +33,7 @@ def weights(run_dir: Path) -> dict:
     return dict(model.named_parameters())
 
 
-@pytest.mark.parametrize("ranks,micro", [(1, 4), (2, 1), (2, 2), (4, 1)])
+@pytest.mark.parametrize("ranks,micro", [(1, 4), (2, 1), (2, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
 def test_ranks_and_accumulation_do_not_change_the_answer(inputs, reference, tmp_path, ranks, micro):
     ended = recipe(
         "pretrain",

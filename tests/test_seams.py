@@ -163,18 +163,28 @@ def losses_in_one_process(shape: str) -> list[dict]:
     return own
 
 
-SLOW_LAYOUTS = ("tp-2", "cp-2-ring")  # what they add to pp-2-tp-2 and cp-2-ulysses is the attention
+# What every `make test` runs. All losses under all layouts are `slow`.
+QUICK = {
+    "pp-2-tp-2": (with_z_loss, capped),
+    "cp-2-ulysses": (smoothed, weighted),
+    "zero-3": (weighted, capped),
+}
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_LAYOUTS)) for name in LAYOUTS]
+    "layout,losses",
+    [
+        *QUICK.items(),
+        *(pytest.param(layout, LOSSES, marks=pytest.mark.slow) for layout in LAYOUTS),
+    ],
 )
-def test_a_readers_loss_gives_the_answer_of_one_process(layout):
+def test_a_readers_loss_gives_the_answer_of_one_process(layout, losses):
     ranks, config = LAYOUTS[layout]
     shape = "tied" if layout == "pp-2-tp-2" else "gqa"
-    ours = run_on(ranks, five_steps_of_each, "token_loss", LOSSES, shape, config, 2, True, timeout=240)[0]
-    for own, expected in zip(ours, losses_in_one_process(shape), strict=True):
-        assert_as_one_process(own, expected)
+    ours = run_on(ranks, five_steps_of_each, "token_loss", losses, shape, config, 2, True, timeout=240)[0]
+    expected = dict(zip(LOSSES, losses_in_one_process(shape), strict=True))
+    for token_loss, own in zip(losses, ours, strict=True):
+        assert_as_one_process(own, expected[token_loss])
 
 
 def adapters_gradients(tp: int) -> tuple[float, dict[str, torch.Tensor]]:
@@ -211,7 +221,7 @@ def window_in_one_process() -> dict:
     return run_on(1, five_steps_with, "attention", window, "gqa", ParallelConfig(), ROWS, True)[0]
 
 
-@pytest.mark.parametrize("layout", ["tp-2", "pp-2-tp-2", "zero-3"])
+@pytest.mark.parametrize("layout", [pytest.param("tp-2", marks=pytest.mark.slow), "pp-2-tp-2", "zero-3"])
 def test_a_readers_attention_gives_the_answer_of_one_process(layout):
     ranks, config = LAYOUTS[layout]
     window = SlidingWindow(3)

@@ -216,7 +216,12 @@ def train_split(config, dp, tp, sequence_parallel):
 
 @pytest.mark.parametrize(
     "config,dp,tp,sequence_parallel",
-    [(GQA, 2, 2, True), (MQA_TIED, 2, 2, True), (MQA_TIED, 2, 2, False), (MQA_TIED, 1, 2, True)],
+    [
+        (GQA, 2, 2, True),
+        pytest.param(MQA_TIED, 2, 2, True, marks=pytest.mark.slow),
+        (MQA_TIED, 2, 2, False),
+        (MQA_TIED, 1, 2, True),
+    ],
     ids=["gqa", "shared-kv-tied", "shared-kv-tied-whole", "no-zero"],
 )
 def test_five_adamw_steps_equal_one_process(config, dp, tp, sequence_parallel):
