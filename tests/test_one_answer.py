@@ -158,13 +158,13 @@ RING = {"cp_method": "ring"}
 FAST = [  # part of every `make test`: each axis alone, and pairs of them on four ranks
     case(2),
     case(2, zero_stage=1),
-    case(2, tp=2, shape="tied"),
-    case(2, cp=2),
-    case(2, cp=2, **RING),
+    case(2, tp=2, shape="tied", micro=4),
+    case(2, cp=2, micro=4),
+    case(2, cp=2, micro=4, **RING),
     case(2, pp=2),
     case(2, pp=2, shape="tied", micro=2),
-    case(4, pp=2, tp=2),
-    case(4, cp=2, tp=2, **RING),
+    case(4, pp=2, tp=2, micro=2),
+    case(4, cp=2, tp=2, micro=4, **RING),
 ]
 ALL = FAST + [
     case(8, pp=2, tp=2, cp=2, **RING),
