@@ -6,7 +6,6 @@ what is exported, or refused by name because it would change the arithmetic in a
 implement.
 """
 
-import json
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -330,15 +329,11 @@ def _names_tokens(name: str) -> bool:
 
 def refuse_adapter(folder: Path) -> None:
     """Raise UsageError if a folder holds a LoRA adapter in peft's format instead of a model."""
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        try:
-            base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get(
-                "base_model_name_or_path"
-            )
-        except (ValueError, AttributeError):
-            base = None
+    adapter = {} if (folder / "config.json").is_file() else read_settings(folder / "adapter_config.json")
+    if adapter:
+        base = adapter.get("base_model_name_or_path") or "a base model"
         raise UsageError(
             f"{folder}: a LoRA adapter, not a whole model: a few matrices beside the weights of "
-            f"{base or 'a base model'}. Give the folder of the merged model (hf/ of the run), or merge it "
+            f"{base}. Give the folder of the merged model (hf/ of the run), or merge it "
             "with peft: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
         )

@@ -19,7 +19,7 @@ class Family(NamedTuple):
 
     name: str  # transformers calls its classes LlamaConfig, LlamaForCausalLM, ... after it
     defaults: dict[str, Any]  # what transformers takes for a field that is not in the file
-    # fields of LlamaConfig that only some families have
+    # fields of its config.json that only some families have
     own_fields: tuple[str, ...] = ()
     # fields of its config.json with which model.py computes in one way only
     fixed_fields: tuple[str, ...] = ("hidden_act", "attention_dropout")
@@ -55,14 +55,14 @@ FAMILIES = {
     "qwen2": Family(
         "Qwen2",
         {"num_key_value_heads": 32, "max_position_embeddings": 32768, **_NO_ENDS},
-        own_fields=("sliding_window", "layer_types"),
+        own_fields=("use_sliding_window", "sliding_window", "layer_types"),
         qkv_bias=True,
     ),
     # arXiv:2505.09388
     "qwen3": Family(
         "Qwen3",
         {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768, **_NO_ENDS},
-        own_fields=("head_dim", "sliding_window", "layer_types"),
+        own_fields=("head_dim", "use_sliding_window", "sliding_window", "layer_types"),
         fixed_fields=("hidden_act", "attention_dropout", "attention_bias"),
         qk_norm=True,
     ),
@@ -76,7 +76,7 @@ FAMILIES = {
             "tie_word_embeddings": True,
             **_ENDS_OF_SMOLLM3,
         },
-        own_fields=("sliding_window", "layer_types", "no_rope_layers"),
+        own_fields=("use_sliding_window", "sliding_window", "layer_types", "no_rope_layers"),
         fixed_fields=("hidden_act", "attention_dropout", *_NO_BIASES),
     ),
 }
@@ -94,11 +94,11 @@ _NEUTRAL = {
     "mlp_bias": (False,),
     "qkv_bias": (False,),
     "bias": (False,),
-    "attention_dropout": (0, 0.0),
-    "hidden_dropout": (0, 0.0),
-    "resid_pdrop": (0, 0.0),
-    "embd_pdrop": (0, 0.0),
-    "partial_rotary_factor": (1, 1.0),
+    "attention_dropout": (0,),
+    "hidden_dropout": (0,),
+    "resid_pdrop": (0,),
+    "embd_pdrop": (0,),
+    "partial_rotary_factor": (1,),
     "rope_interleaved": (False,),
     "use_mrope": (False,),
     "sliding_window": (),
@@ -108,13 +108,15 @@ _NEUTRAL = {
     "quantization": (),
     "use_qk_norm": (False,),
     "qk_norm": (False,),
-    "embedding_multiplier": (1, 1.0),
-    "residual_multiplier": (1, 1.0),
-    "logits_scaling": (1, 1.0),
-    "logit_scale": (1, 1.0),
+    "embedding_multiplier": (1,),
+    "residual_multiplier": (1,),
+    "logits_scaling": (1,),
+    "logit_scale": (1,),
     "attn_logit_softcapping": (),
     "final_logit_softcapping": (),
     "num_local_experts": (0, 1),
+    "num_experts": (0, 1),
+    "n_routed_experts": (0, 1),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
 }
@@ -173,7 +175,7 @@ def _read_rope(fields: dict, default_theta: float) -> tuple[Any, dict | None]:
     Older files have rope_theta and rope_scaling at top level, newer ones (transformers 5) rope_parameters,
     which holds both. Where a file has both forms they must agree, because readers differ in which they take.
     """
-    theta, scalings = fields.get("rope_theta"), {}
+    thetas, scalings = [fields.get("rope_theta")], {}
     for name in ("rope_scaling", "rope_parameters"):
         rope = fields.get(name)
         if rope is None or rope == {}:
@@ -181,8 +183,7 @@ def _read_rope(fields: dict, default_theta: float) -> tuple[Any, dict | None]:
         if not isinstance(rope, dict):
             raise UsageError(f"{name} is {rope!r}; it must be an object.")
         rope = {key: value for key, value in rope.items() if value is not None}
-        in_rope = rope.pop("rope_theta", None)
-        theta = theta if in_rope is None else in_rope
+        thetas.append(rope.pop("rope_theta", None))
         kinds = [rope.pop(key) for key in ("rope_type", "type") if key in rope]
         kind = kinds[0] if kinds else "default"
         if not isinstance(kind, str):
@@ -202,13 +203,19 @@ def _read_rope(fields: dict, default_theta: float) -> tuple[Any, dict | None]:
                 check_rope_scaling(scalings[name])
             except UsageError as error:
                 raise UsageError(str(error).replace("rope_scaling", name, 1)) from None
+    thetas = [theta for theta in thetas if theta is not None]
+    if any(theta != thetas[0] for theta in thetas):
+        raise UsageError(
+            f"rope_theta is {' and '.join(map(repr, thetas))}, at top level and inside rope_parameters or "
+            "rope_scaling; they contradict each other, so leave one of them out."
+        )
     found = list(scalings.values())
     if len(found) == 2 and found[0] != found[1]:
         raise UsageError(
             f"rope_scaling={fields['rope_scaling']!r} and rope_parameters={fields['rope_parameters']!r} "
             "contradict each other; leave one of them out."
         )
-    return default_theta if theta is None else theta, found[0] if found else None
+    return thetas[0] if thetas else default_theta, found[0] if found else None
 
 
 # ---- The layers of a model that differ ---------------------------------------------------------------------
@@ -295,21 +302,16 @@ def read_fields(fields: dict, known: set[str]) -> dict:
     settings |= _read_windows(fields, family)
     # A family carries on what it has no use for, if it is neutral.
     written = {*known, *family.fixed_fields, *_NOT_CARRIED} - LAYER_FIELDS | {*family.own_fields}
-    if "layer_types" in family.own_fields:
-        written.add("use_sliding_window")
     settings["other_fields"] = {name: value for name, value in fields.items() if name not in written}
     return settings
 
 
 def _refused_fields(fields: dict, family: Family) -> list[str]:
     """Return name=value of each field that asks for arithmetic which the family or model.py does not have."""
-    read_elsewhere = {*family.own_fields}
-    if "layer_types" in family.own_fields:
-        read_elsewhere.add("use_sliding_window")
     refused = [
         f"{name}={fields[name]!r}"
         for name, neutral in _NEUTRAL.items()
-        if name not in read_elsewhere and fields.get(name) is not None and fields[name] not in neutral
+        if name not in family.own_fields and fields.get(name) is not None and fields[name] not in neutral
     ]
     rotates = fields.get("no_rope_layers")
     if "no_rope_layers" not in family.own_fields and rotates is not None:

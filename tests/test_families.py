@@ -459,6 +459,12 @@ def test_flops_count_the_keys_that_a_window_leaves():
         ("mistral", {"model_type": ["mistral"]}, "model_type is .'mistral'"),
         ("linear", {"rope_scaling": "linear"}, "rope_scaling is 'linear'; it must be an object"),
         ("linear", {"rope_parameters": LLAMA3_ROPE}, "contradict each other"),
+        (
+            "mistral",
+            {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+            "rope_theta is 10000.0 and 1000000.0.* contradict",
+        ),
+        ("qwen3", {"num_experts": 64}, "num_experts=64"),
         ("qwen3", {"partial_rotary_factor": 0.25}, "partial_rotary_factor=0.25"),
         ("qwen2", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "only rope_theta is known"),
         ("llama3", {"sliding_window": 512}, "sliding_window=512"),
