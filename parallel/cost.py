@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import ceil, prod
+from typing import Any
 
 from dtensor_llama import loss
 from dtensor_llama.config import LlamaConfig
@@ -54,7 +55,16 @@ class States:
     itemsize: int = 2  # bytes of the numbers that compute
     n_adapter: int = 0  # trained parameters if all others are frozen, else 0
     offloads: bool = False  # optimizer states may all live on the host
+    # On one GPU, which has nothing to gather, the bfloat16 weights are what computes, and the lower halves of
+    # their masters lie beside the moments (MemoryConfig.settle). False: placement=off, and FSDP has both.
+    settles_one_gpu: bool = True
     inputs_on_host: bool = False  # what `full` keeps of each block waits on the host (memory/activations.py)
+
+    @classmethod
+    def under(cls, memory: Any, itemsize: int, n_adapter: int = 0) -> "States":
+        """Return the states of a run with this memory.MemoryConfig, whose placement may be open."""
+        offloads = memory.is_on and memory.resident != 1
+        return cls(itemsize, n_adapter, offloads, settles_one_gpu=memory.placement != "off")
 
 
 @dataclass(frozen=True)
@@ -119,6 +129,13 @@ class Work:
     def shards(self) -> int:
         """Return how many ranks share optimizer states."""
         return self.layout.fsdp if self.layout.zero_stage else 1
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Return whether bfloat16 weights are what computes, with no others to gather them from."""
+        states = self.states
+        one_gpu = self.n_gpus == 1 and self.job.device_type != "cpu" and states.itemsize != FP32
+        return one_gpu and states.settles_one_gpu and not states.n_adapter and not states.offloads
 
     @cached_property
     def keeps_weights(self) -> bool:
@@ -287,6 +304,10 @@ def bytes_of_rank(work: Work, share: Share | None = None) -> dict[str, float]:
         kinds = {"parameters": itemsize * here, "optimizer": 0.0}
         gradients = 0.0
         fsdp = work.shards > 1
+    elif work.is_plain:
+        kinds = {"parameters": itemsize * here, "optimizer": (2 * FP32 + FP32 - itemsize) * here}
+        gradients = here * (FP32 if work.n_microbatches > 1 else itemsize)
+        fsdp = False
     waits = work.n_microbatches > 1 and not (work.layout.pp > 1 and work.layout.schedule == "gpipe")
     waiting = gradients * waits
     n_block = work.n_block + adapters / max(1, share.n_layers)
@@ -701,6 +722,8 @@ def gather_copy_seconds(work: Work, share: Share, cluster: Cluster, stack: Stack
     rate = cluster.gpu.memory_bytes_s * stack.memory
     if work.states.n_adapter:
         n_bytes = 8 * n if work.layout.zero_stage == 3 else 0
+    elif work.is_plain:  # nothing is gathered
+        n_bytes = 10 * n if work.n_microbatches > 1 else 0
     elif work.keeps_weights and work.keeps_gradients:
         n_bytes = 10 * n  # a bf16 gradient is added to an fp32 one
     else:

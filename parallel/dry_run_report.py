@@ -139,6 +139,7 @@ def search(settings: Any, model: LlamaConfig, cluster: Cluster, foresee: Callabl
     seq_len = settings.data.seq_len or model.max_position_embeddings
     rows, dtype = settings.train.global_batch_size, getattr(torch, settings.train.dtype)
     states = states_of(model, dtype, lora_of(settings))
+    states = replace(states, settles_one_gpu=settings.memory.placement != "off")
     question = Question(model, seq_len, rows, cluster, states, settings.train.compile, foresee=foresee)
     return plan(question)
 
@@ -210,7 +211,8 @@ def predict(setup: Setup, cluster: Cluster, foresee: Callable) -> Account | None
     if setup.computation.dtype != torch.bfloat16:
         return None
     config = setup.offload.config
-    work = Work(setup.job, setup.layout, states_of(setup.job.model, setup.computation.dtype, setup.lora))
+    states = states_of(setup.job.model, setup.computation.dtype, setup.lora)
+    work = Work(setup.job, setup.layout, replace(states, settles_one_gpu=config.is_on))
     if config.is_on and (config.resident or 0.0) < 1:
         return account_with_offload(work, cluster, foresee)
     return account_for(work, cluster)

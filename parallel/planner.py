@@ -504,7 +504,7 @@ def plan_settings(settings: Any, model: LlamaConfig, seq_len: int, launch: Any) 
     memory = psutil.virtual_memory().total // launch.ranks_per_host
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
-    states = States(getattr(torch, train.dtype).itemsize, offloads=settings.memory.is_on)
+    states = States.under(settings.memory, getattr(torch, train.dtype).itemsize)
     job, layout, why = choose_open(
         job, settings.parallel.resolve(launch.world_size), memory, states, tries_tp=False
     )

@@ -408,11 +408,8 @@ def choose(
     train, data = cfg.train, cfg.data
     asked = OpenSettings.of(train, seq_len=data.seq_len)
     device_bytes = memory_of_rank(launch.take_device(), launch.ranks_per_host)
-    states = States(
-        getattr(torch, train.dtype).itemsize,
-        n_adapter=n_adapter_parameters(model, cfg.lora) if cfg.lora.rank else 0,
-        offloads=cfg.memory.is_on and cfg.memory.resident != 1,
-    )
+    n_adapter = n_adapter_parameters(model, cfg.lora) if cfg.lora.rank else 0
+    states = States.under(cfg.memory, getattr(torch, train.dtype).itemsize, n_adapter)
     resolved = cfg.parallel.resolve(launch.world_size)
     is_open = replace(cfg.parallel, dp_shard=-1) == ParallelConfig() and launch.world_size > 1
     pad_id = tokenizer.eos_id or 0
