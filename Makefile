@@ -47,8 +47,8 @@ finetune: setup
 example-sft: setup
 	$(BIN)/python recipes/example_sft.py --out runs/example
 
-# Two at a time: each pytest has worker processes of its own, and a test waits as often as it computes.
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
+# Two files at a time: each pytest has worker processes of its own, and a test waits as often as it computes.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(PYTEST)

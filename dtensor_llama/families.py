@@ -204,7 +204,7 @@ def _read_rope(fields: dict, default_theta: float) -> tuple[Any, dict | None]:
             except UsageError as error:
                 raise UsageError(str(error).replace("rope_scaling", name, 1)) from None
     thetas = [theta for theta in thetas if theta is not None]
-    if any(theta != thetas[0] for theta in thetas):
+    if any(theta != thetas[0] for theta in thetas[1:]):
         raise UsageError(
             f"rope_theta is {' and '.join(map(repr, thetas))}, at top level and inside rope_parameters or "
             "rope_scaling; they contradict each other, so leave one of them out."
