@@ -1,4 +1,4 @@
-"""Keep gloo worker processes alive across tests: importing torch takes seconds, and a worker does it once.
+"""Keep gloo worker processes alive across tests: importing torch takes seconds, and is done once.
 
     results = run_on(2, my_function, argument)    # my_function(argument) on ranks 0 and 1; a result per rank
 
@@ -26,7 +26,18 @@ MORE_THREADS = 8  # than after the last collection of garbage: then a worker col
 # mesh of each matrix product of DTensors, and with it the mesh's groups and their threads.
 WORN_THREADS = 400
 
-_context = multiprocessing.get_context("spawn")
+# One process imports torch, and workers are forks of it: those that replace a failed one, too.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    [
+        "torch",
+        "torch._dynamo",
+        "torch.distributed.checkpoint",
+        "torch.distributed.fsdp",
+        "torch.distributed.pipelining",
+        "torch.distributed.tensor",
+    ]
+)
 _workers: list["_Worker"] = []
 
 

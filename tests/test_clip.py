@@ -272,7 +272,7 @@ def all_cases(bad: float) -> None:
             ) from error
 
 
-@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+@pytest.mark.parametrize("bad", [math.nan, pytest.param(-math.inf, marks=pytest.mark.slow)])
 def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any_with_any_placement(bad):
     run_on(2, all_cases, bad)
 

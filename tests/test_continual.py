@@ -57,7 +57,7 @@ def held_out_loss(folder: Path, texts: list[str], seq_len: int, n_rows: int = 10
 
 @pytest.mark.skipif(not STORIES.exists(), reason="the trained weights stories260K are not on this machine")
 @pytest.mark.parametrize(
-    "steps,seq_len,n_stories", [(30, 128, 80), pytest.param(200, 256, 1200, marks=pytest.mark.slow)]
+    "steps,seq_len,n_stories", [(20, 128, 60), pytest.param(200, 256, 1200, marks=pytest.mark.slow)]
 )
 def test_a_new_domain_is_learnt_and_replay_by_mixing_weights_keeps_the_old_one(
     tmp_path, steps, seq_len, n_stories

@@ -233,7 +233,13 @@ def model_with_sampling(inputs, tmp_path, content=None) -> Path:
 
 @pytest.mark.parametrize(
     "more",
-    [[], ["--memory.placement", "static", "--memory.cpu", 1, "--memory.resident", 0, "--memory.stream", 0]],
+    [
+        [],
+        pytest.param(
+            ["--memory.placement", "static", "--memory.cpu", 1, "--memory.resident", 0, "--memory.stream", 0],
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_the_generation_config_of_the_base_is_carried_on_with_every_end(inputs, tmp_path, more):
     from transformers import GenerationConfig

@@ -90,7 +90,7 @@ def assert_same(one: dict, other: dict):
         )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_a_run_resumed_under_the_same_plan_is_bitwise_the_run_that_never_stopped(tmp_path, dtype):
     layout = ParallelConfig()
     for stopped, resumed in zip(
@@ -103,7 +103,7 @@ def test_a_run_resumed_under_the_same_plan_is_bitwise_the_run_that_never_stopped
         assert_same(stopped[2], resumed[2])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_another_plan_on_another_layout_gets_identical_values_and_goes_on_alike(tmp_path, dtype):
     stopped = run_on(2, save_and_go_on, tmp_path, ParallelConfig(), 1, dtype)[0]
     loss = max(abs(a) for a, _ in stopped[1]) * (2e-5 if dtype == torch.float32 else 1e-2)

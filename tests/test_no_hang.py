@@ -60,6 +60,7 @@ def test_a_dead_rank_ends_the_job_within_30_seconds(inputs, tmp_path, number):
     assert number.name in said[-1500:]  # torchrun's summary names the rank that failed first, and of what
 
 
+@pytest.mark.slow
 def test_elastic_restart_goes_on_from_the_newest_checkpoint(inputs, reference, tmp_path):
     run_dir = tmp_path / "run"
     job = torchrun(

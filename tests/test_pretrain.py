@@ -138,7 +138,9 @@ def lines_swapped(first: Path, second: Path) -> None:
     first.write_text("".join([lines[1], lines[0], *lines[2:]]))
 
 
-@pytest.mark.parametrize("change,weight", [(files_swapped, ""), (lines_swapped, ":0.5")])
+@pytest.mark.parametrize(
+    "change,weight", [pytest.param(files_swapped, "", marks=pytest.mark.slow), (lines_swapped, ":0.5")]
+)
 def test_a_run_does_not_go_on_with_other_data_of_equal_counts(inputs, tmp_path, change, weight):
     files = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     lines = (inputs / "data.jsonl").read_text().splitlines(keepends=True)
@@ -222,7 +224,7 @@ def test_a_checkpoint_of_another_run_can_be_the_start(inputs, reference, tmp_pat
     [
         ["--train.recompute", "full"],
         ["--train.recompute", "selective"],
-        ["--train.attention", "math"],
+        pytest.param(["--train.attention", "math"], marks=pytest.mark.slow),
         ["--train.attention", "varlen"],
     ],
 )
