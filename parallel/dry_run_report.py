@@ -120,8 +120,9 @@ def leaves_layout_open(settings: Any) -> bool:
     return settings.parallel.auto or (says_nothing and gpus_of(settings) > 1)
 
 
-def states_of(model: LlamaConfig, dtype: torch.dtype, lora: LoraConfig) -> States:
-    return States(dtype.itemsize, n_adapter_parameters(model, lora) if lora.rank else 0)
+def states_of(model: LlamaConfig, dtype: torch.dtype, lora: LoraConfig, settles_one_gpu: bool) -> States:
+    n_adapter = n_adapter_parameters(model, lora) if lora.rank else 0
+    return States(dtype.itemsize, n_adapter, settles_one_gpu=settles_one_gpu)
 
 
 def lora_of(settings: Any) -> LoraConfig:
@@ -138,8 +139,7 @@ def search(settings: Any, model: LlamaConfig, cluster: Cluster, foresee: Callabl
         )
     seq_len = settings.data.seq_len or model.max_position_embeddings
     rows, dtype = settings.train.global_batch_size, getattr(torch, settings.train.dtype)
-    states = states_of(model, dtype, lora_of(settings))
-    states = replace(states, settles_one_gpu=settings.memory.placement != "off")
+    states = states_of(model, dtype, lora_of(settings), settings.memory.placement != "off")
     question = Question(model, seq_len, rows, cluster, states, settings.train.compile, foresee=foresee)
     return plan(question)
 
@@ -211,8 +211,8 @@ def predict(setup: Setup, cluster: Cluster, foresee: Callable) -> Account | None
     if setup.computation.dtype != torch.bfloat16:
         return None
     config = setup.offload.config
-    states = states_of(setup.job.model, setup.computation.dtype, setup.lora)
-    work = Work(setup.job, setup.layout, replace(states, settles_one_gpu=config.is_on))
+    states = states_of(setup.job.model, setup.computation.dtype, setup.lora, config.is_on)
+    work = Work(setup.job, setup.layout, states)
     if config.is_on and (config.resident or 0.0) < 1:
         return account_with_offload(work, cluster, foresee)
     return account_for(work, cluster)

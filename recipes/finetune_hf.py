@@ -46,7 +46,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights and moments are float32
     recompute: Literal["none", "selective", "full"] = "none"
-    compile: bool = False  # torch.compile each block; takes a minute, once
+    compile: bool = False  # torch.compile each block
     seed: int = 0  # of the order of the rows, and of dropout
 
 

@@ -86,12 +86,11 @@ def restore_buffers(shell: nn.Module, model: nn.Module, device: torch.device) ->
 
 def has_dropout(model: nn.Module) -> bool:
     """Return whether a forward may draw random numbers."""
-    settings = {
-        key: value
+    others = ("summary_", "classifier_")  # of heads that language models do not have
+    named = any(
+        "drop" in key and not key.startswith(others) and isinstance(value, (int, float)) and value > 0
         for key, value in model.config.to_dict().items()
-        if "drop" in key and not key.startswith(("summary_", "classifier_"))  # of other heads than ours
-    }
-    named = any(isinstance(value, (int, float)) and value > 0 for value in settings.values())
+    )
     return named or any(module.p > 0 for module in model.modules() if isinstance(module, nn.Dropout))
 
 

@@ -49,9 +49,8 @@ ADAMW = {"lr": 3e-4, "weight_decay": 0.1, "fused": True}
 N_COMPARED = 3  # steps at the beginning whose losses are held against plain transformers
 N_BATCHES = 8  # different batches; they come again in the same order
 
-Step = Callable[
-    [Tensor], tuple[Tensor, Tensor | float]
-]  # of tokens (B, T): the loss, and the norm of gradients
+# Takes tokens (B, T), and returns the loss and the norm of gradients.
+Step = Callable[[Tensor], tuple[Tensor, Tensor | float]]
 
 
 @dataclass(frozen=True)
