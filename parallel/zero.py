@@ -43,16 +43,19 @@ def apply_zero(
     is needed last and first, and a tied matrix is one parameter with both uses in one group. Masters keep
     their dtype (fp32), the copies that compute have `compute_dtype`, and gradients are reduced in fp32.
 
-    A single process whose weights have the dtype that computes has nothing to share and nothing to cast. Its
-    parameters stay plain tensors: FSDP would copy each of them for nothing, which took 4 % of a step of
-    tiny-15m on a CPU (recipes/bench/step_price.py).
+    Where all ranks see the same tokens (one process, or tp alone) and weights have the dtype that computes,
+    there is nothing to share and nothing to cast. Parameters then stay as they are: FSDP would copy each of
+    them for nothing, which took 4 % of a step of tiny-15m on a CPU (recipes/bench/step_price.py) and 7 % of
+    one of GPT-2 under tp 2 (recipes/bench/models_tp.py). In a pipeline FSDP stays, because it also adds up
+    the gradients of the microbatches before anyone hears of them.
 
     shard_dim: returns the dim of a parameter that so many ranks share; if it is not 0, they must divide it.
 
     FSDP averages gradients over these ranks, so the loss is scaled by their number to get the sum.
     (`set_gradient_divide_factor(1)` would do the same, but gloo has no such reduction.)
     """
-    if mesh.size() == 1 and all(parameter.dtype == compute_dtype for parameter in model.parameters()):
+    is_alone = mesh["dp_cp"].size() == mesh["pp"].size() == 1
+    if is_alone and all(parameter.dtype == compute_dtype for parameter in model.parameters()):
         return
     if stage == 0:
         over = mesh["dp_cp", "solo"]  # HSDP in which all ranks are replicas, of shards that are whole
