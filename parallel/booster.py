@@ -203,7 +203,7 @@ class Booster:
         if self.config.tp > 1 and self.config.sequence_parallel and dist.get_rank() == 0:
             print(f"tp        {type(model).__name__}: no sequence parallelism, its blocks map whole rows")
         self.config = dataclasses.replace(self.config, sequence_parallel=False)
-        check_family(model, self.family, self.config, self.computation.compile)
+        self.computation = check_family(model, self.family, self.config, self.computation)
         whole = dict(model.named_parameters())
         if self.asked_attention != "auto":
             what = f"attention={self.asked_attention} is for our own Llama"

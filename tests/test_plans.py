@@ -24,10 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dtensor_llama import UsageError
 from memory import MemoryConfig
 from parallel import ParallelConfig
+from parallel.apply import Computation
 from parallel.booster import Booster, copy_weights
+from parallel.config import check_parallel
 from parallel.plans import FAMILIES, family_of
+from parallel.plans.family import shape_of
 from parallel.plans.loss import HfBatch, loss_sum, targets_of
-from parallel.plans.spread import apply_plan, materialize, restore_buffers, shell_of
+from parallel.plans.spread import apply_plan, check_family, materialize, restore_buffers, shell_of
 
 LAYOUTS = {
     "one": (1, {}),
@@ -598,6 +601,8 @@ def refused(what):
         changed = {"add_cross_attention": True}
     elif what == "an unused bias":
         name, changed = "BertForMaskedLM", {"tie_word_embeddings": False}
+    elif what == "compile, recompute":
+        settings = {"compile": True, "recompute": "full"}
     elif what in ("compile", "attention"):
         settings = {"compile": True} if what == "compile" else {"attention": "math"}
         changed = {"attn_pdrop": 0.1} if what == "compile" else {}
@@ -643,6 +648,7 @@ def refused(what):
         "no row": "no row for transformer.h.0.crossattention",
         "an unused bias": "no row for cls.predictions.bias",
         "compile": "compile=True",
+        "compile, recompute": "use recompute=selective, or make the model with attn_implementation=eager",
         "attention": "attention=math",
         "wrapped": "already wrapped",
         "spread already": "already wrapped or spread",
@@ -692,3 +698,10 @@ def test_what_would_break_a_boosted_model_is_refused_in_words(tmp_path):
     ]
     assert all(words in one for words, one in zip(expected, said, strict=True)), said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_with_eager_attention_may_be_compiled_and_fully_recomputed_on_a_cpu():
+    model = plain_model("GPT2LMHeadModel", attn_implementation="eager")
+    family, layout = family_of(model), ParallelConfig(tp=2, dp_shard=1, sequence_parallel=False)
+    computation = check_family(model, family, layout, Computation(recompute="full", compile=True))
+    check_parallel(layout, computation.job(shape_of(model, family), 16, 8, 8))

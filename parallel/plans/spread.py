@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -21,8 +22,11 @@ from parallel.zero import apply_zero
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
-def check_family(model: nn.Module, family: Family, config: ParallelConfig, compile: bool) -> None:
-    """Refuse by name what a model of this family cannot do; config: resolved."""
+def check_family(
+    model: nn.Module, family: Family, config: ParallelConfig, computation: Computation
+) -> Computation:
+    """Refuse by name what a model of this family cannot do; config: resolved. Return how it computes, with
+    the attention kernel that its own config chose."""
     if config.cp > 1:
         refuse(model, f"cp={config.cp} splits rows, and only our own Llama attends to split rows; use cp=1.")
     if config.pp > 1 and family.stages is None:
@@ -31,17 +35,27 @@ def check_family(model: nn.Module, family: Family, config: ParallelConfig, compi
         refuse(model, f"schedule={config.schedule} has several stages per rank; use schedule=1f1b or gpipe.")
     if problem := shape_problem(model, family, config.tp):
         raise UsageError(problem)
-    if compile and config.tp > 1 and has_dropout(model):
+    if computation.compile and config.tp > 1 and has_dropout(model):
         # The state of a generator is changed where such a region begins and ends, which a graph cannot do.
         refuse(
             model,
             "compile=True cannot draw the dropout that differs between tp ranks; set the dropout of its "
             "config to 0, or leave `compile` out.",
         )
+    is_eager = model.config._attn_implementation == "eager"
+    on_cpu = computation.device.type == "cpu"
+    if computation.compile and config.tp > 1 and computation.recompute == "full" and on_cpu and not is_eager:
+        # The rule on `compile` of parallel/rules.py says why, and proposes a kernel of our own Llama.
+        refuse(
+            model,
+            f"compile=True with recompute=full and tp={config.tp} fails inside torch on a CPU; use "
+            "recompute=selective, or make the model with attn_implementation=eager.",
+        )
     if getattr(model.config, "layerdrop", 0) and config.gradient_ranks * config.pp > 1:
         refuse(
             model, "config.layerdrop skips other layers on each rank, which then wait for each other; set 0."
         )
+    return replace(computation, attention="math" if is_eager else "sdpa")
 
 
 def shell_of(model: nn.Module, family: Family) -> nn.Module:
