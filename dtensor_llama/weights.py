@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -178,23 +179,32 @@ def save_hf(
     # A packed parameter (parallel/plans/styles.py) is kept in another shape than Hugging Face's.
     whole_shapes = {name: tuple(one.shape) for name, one in parameters.items()}
     whole_shapes |= getattr(model, "whole_shapes", {})
-    shares = on_all_ranks(f"saving {folder}", lambda: _share(parameters, whole_shapes, dtype))
+    # A model of transformers may have buffers that belong to its weights. All ranks have all of them.
+    buffers: dict[str, Tensor] = getattr(model, "kept_buffers", {})
+    whole_shapes |= {name: tuple(one.shape) for name, one in buffers.items()}
+    shares = on_all_ranks(
+        f"saving {folder}",
+        lambda: _share(parameters, whole_shapes, dtype) | _share(buffers, whole_shapes, None),
+    )
     tensors = {name: share[:2] for one_rank in shares for name, share in one_rank.items()}
     writer = writers(shares)
 
     def own_boxes(names: list[str]) -> Iterator[tuple[str, Box]]:
         for name in names:
-            boxes = packed_boxes(parameters[name], whole_shapes[name]) if name in parameters else []
+            held = parameters.get(name, buffers.get(name))
+            boxes = packed_boxes(held, whole_shapes[name]) if held is not None else []
             mine = [box[:2] for box in boxes if writer[name, box[0], box[1]] == rank]
             if not mine:
                 continue
-            for box in packed_boxes(values_to_read(model, name, parameters[name]), whole_shapes[name]):
+            values = held if name in buffers else values_to_read(model, name, held)
+            for box in packed_boxes(values, whole_shapes[name]):
                 if box[:2] in mine:
                     yield name, box
 
     if generation is None:
         generation = getattr(model, "generation_config", None)
-    _save(Path(folder), plan_files(tensors, max_shard_bytes), model.config, generation, own_boxes)
+    convert = getattr(model, "convert_to_save", None)
+    _save(Path(folder), plan_files(tensors, max_shard_bytes), model.config, generation, own_boxes, convert)
 
 
 def save_hf_in_parts(
@@ -527,9 +537,14 @@ def _save(
     config: Any,
     generation: Any,
     boxes: Callable[[list[str]], Iterator[tuple[str, Box]]],
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> None:
-    """Write a Hugging Face folder in one step. boxes: yields (name, box) of what this rank writes of the
-    tensors of one file."""
+    """Write a Hugging Face folder in one step.
+
+    boxes: yields (name, box) of what this rank writes of the tensors of one file
+    convert: returns the tensors of a file as they are to be saved, by name, where that is otherwise than the
+        model has them; None: they are the same
+    """
     folder = Path(os.path.realpath(folder))
     staged, aside = (folder.with_name(f".{folder.name}.{state}") for state in ("being-written", "replaced"))
     everywhere = functools.partial(on_all_ranks, f"saving {folder}")
@@ -550,6 +565,8 @@ def _save(
     with whole_folder(folder, staged, aside, everywhere):
         on_first_rank(everywhere, lambda: _create(folder, staged, plan, config, generation))
         everywhere(write)
+        if convert is not None:
+            on_first_rank(everywhere, lambda: _convert_files(staged, [*plan.headers], convert))
         on_first_rank(everywhere, lambda: _keep_other_files(folder, staged))
 
 
@@ -588,6 +605,28 @@ def _create(folder: Path, staged: Path, plan: FilePlan, config: Any, generation:
     elif not isinstance(generation, dict):  # a transformers GenerationConfig; its defaults are left out
         generation = json.loads(generation.to_json_string())
     write_durably(staged / "generation_config.json", _as_json(generation))
+
+
+def _convert_files(
+    staged: Path, files: list[str], convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+) -> None:
+    """Write each file anew with what `convert` makes of its tensors. It is read whole, one after another."""
+    weight_map = {}
+    for file in files:
+        before = load_file(staged / file)
+        tensors = convert(before)
+        weight_map |= dict.fromkeys(tensors, file)
+        if tensors.keys() == before.keys():
+            continue
+        anew = staged / f"{file}.anew"
+        # safetensors refuses tensors that share memory, and what was cut out of another does.
+        save_file({name: one.clone() for name, one in tensors.items()}, anew, metadata={"format": "pt"})
+        with open(anew, "rb") as written:
+            os.fsync(written.fileno())
+        anew.rename(staged / file)
+    if len(files) > 1:
+        index = json.loads((staged / INDEX).read_text()) | {"weight_map": weight_map}
+        write_durably(staged / INDEX, _as_json(index))
 
 
 def _keep_other_files(folder: Path, staged: Path) -> None:

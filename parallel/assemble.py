@@ -127,7 +127,8 @@ class Training:
             return self.model
         masters = self.optimizer.masters()
         masters.generation_config = getattr(self.model, "generation_config", None)  # BERT has none
-        masters.whole_shapes = getattr(self.model, "whole_shapes", {})
+        for name, default in (("whole_shapes", {}), ("kept_buffers", {}), ("convert_to_save", None)):
+            setattr(masters, name, getattr(self.model, name, default))
         return masters
 
 

@@ -29,6 +29,14 @@ MODELS = {  # name of the class -> settings of its config
     "Phi3ForCausalLM": ROTARY,
     "Starcoder2ForCausalLM": ROTARY,
     "Olmo2ForCausalLM": ROTARY,
+    "MixtralForCausalLM": ROTARY | {"num_local_experts": 4},
+    "Qwen3MoeForCausalLM": ROTARY | {"head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4}
+    | {"num_experts_per_tok": 2},
+    "DeepseekV3ForCausalLM": COMMON
+    | {"intermediate_size": 48, "num_key_value_heads": 4, "max_position_embeddings": 64}
+    | {"moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2}
+    | {"topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16}
+    | {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
 }
 NEW = {  # of the example of parallel/plans/README.md
     "GPTNeoForCausalLM": {
@@ -56,28 +64,65 @@ def plain_model(name: str, **changed):
         for parameter in model.parameters():
             if parameter.dim() == 1:  # transformers begins with ones and zeros, by which mistakes would hide
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, buffer in model.named_buffers():
+            if name in model.state_dict():  # it belongs to the weights
+                buffer.add_(torch.randn_like(buffer) * 0.1)
     return model.train()
 
 
 # Models that the adapter takes, beside those above: one forward and backward of each is compared.
-ADAPTED = """Arcee Cohere2 Cohere Cwm Ernie4_5 Exaone4 Gemma2 Gemma3 GPTNeoX Granite Helium HyperCLOVAX Jais2
-Ministral3 Ministral NanoChat Nemotron Olmo3 Olmo Phi SeedOss SmolLM3 VaultGemma""".split()
+ADAPTED = """Afmoe Apertus Arcee AriaText AXK1 AXK2 Beam Cohere2 Cohere2Moe Cohere Cwm DeepseekV2 DeepseekV32
+DeepseekV4 Dots1 Dots3Note Ernie4_5 Ernie4_5_Moe Exaone4 ExaoneMoe FlexOlmo Flint Gemma2 Gemma3 Gemma3n Gemma4
+Gemma4Unified Glm4Moe Glm4MoeLite GlmMoeDsa GPTNeoX Granite GraniteMoe GraniteMoeHybrid GraniteMoeShared
+GraniteMoeSWA GraniteSWA Helium HunYuanMoEV1 HYV3 HYV4 HyperCLOVAX Jais2 Jamba Kolibri1 Laguna Lfm2Moe Llama4
+Mellum MiniCPM3 MiniMax MiniMaxM2 MiniMaxM3VL Ministral3 Ministral NanoChat NemotronH Nemotron Olmo3
+OlmoHybrid Olmoe Olmo Phimoe Phi Qwen2Moe Qwen3_5Moe Qwen3_5 Qwen3Next SeedOss SmolLM3 SolarOpen VaultGemma
+Youtu""".split()
+# What makes a model small, by the names that configs have for it. Each takes the names that it knows.
+SIZES = {
+    **ROTARY,
+    **{"head_dim": 8, "num_hidden_layers": 2, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3},
+    # experts
+    **{"num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4},
+    **{"num_experts_per_tok": 2, "moe_k": 2, "moe_topk": 2, "top_k_experts": 2},
+    **{"n_group": 1, "topk_group": 1},
+    **{"moe_intermediate_size": 24, "shared_expert_intermediate_size": 24, "shared_intermediate_size": 24},
+    **{"first_k_dense_replace": 1, "n_shared_experts": 1, "moe_layer_freq": 1},
+    # latent attention, and what chooses the keys that it reads
+    **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+    **{"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8},
+    # Mamba and gated delta nets
+    **{"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8},
+    **{"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1},
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 2},
+    **{"linear_key_head_dim": 8, "linear_value_head_dim": 8},
+    **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "laurel_rank": 8},
+}
+LATENT = """AXK1 AXK2 DeepseekV2 DeepseekV32 Dots3Note Glm4MoeLite GlmMoeDsa MiniCPM3 Youtu""".split()
+OTHER_SIZES = {  # of configs whose fields depend on each other
+    "Gemma3n": {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]}
+    | {"activation_sparsity_pattern": [0.0, 0.0]},
+    "Lfm2Moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "NemotronH": {"layers_block_type": ["mamba", "moe", "attention", "moe"], "num_hidden_layers": 4},
+    **{name: {"num_key_value_heads": 4} for name in LATENT},  # as many as heads
+}
 
 
 def small_model(name: str):
     """Return a model of a family of which only the names of its settings are known."""
     import transformers
 
-    kind = getattr(transformers, name)
-    wanted = ROTARY | {"num_hidden_layers": 2, "head_dim": 8, "pad_token_id": 1}
-    wanted |= {"bos_token_id": 2, "eos_token_id": 3}
-    standard = kind.config_class()
+    kind = getattr(transformers, f"{name}ForCausalLM")
+    known = kind.config_class().to_dict().keys() | {"num_hidden_layers"}
+    settings = {key: value for key, value in SIZES.items() if key in known} | OTHER_SIZES.get(name, {})
     torch.manual_seed(3)
-    model = kind(kind.config_class(**{key: value for key, value in wanted.items() if hasattr(standard, key)}))
+    model = kind(kind.config_class(**settings))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+            elif not parameter.isfinite().all() or not 1e-6 < parameter.abs().max() < 1e3:
+                parameter.normal_(0, 0.05)  # transformers leaves what it loads as it was
     return model.eval()  # without dropout
 
 

@@ -15,13 +15,14 @@ from conftest import PLAN_ROWS
 from hf_models import ADAPTED, DECODERS, MODELS, batches, plain_model, small_model
 from pool import run_on
 from recipe import ROOT, recipe
+from safetensors.torch import load_file
 from test_compile import CountedGraphs
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dtensor_llama import UsageError
+from dtensor_llama import UsageError, save_hf
 from memory import MemoryConfig
 from parallel import ParallelConfig
 from parallel.apply import Computation
@@ -47,7 +48,7 @@ QUICK = {
     *(
         (name, "tp2")
         for name in MODELS
-        if name in FAMILIES or name in ("Qwen3ForCausalLM", "Phi3ForCausalLM")
+        if name in FAMILIES or name in ("Qwen3ForCausalLM", "Phi3ForCausalLM", "MixtralForCausalLM")
     ),
     ("GPT2LMHeadModel", "tp2-zero3"),
     ("GPT2LMHeadModel", "pp2-tp2"),
@@ -317,7 +318,7 @@ def one_backward(name, changed=None):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ADAPTED)
 def test_every_plan_that_the_adapter_takes_gives_the_gradients_of_one_process(name):
-    for by_loss, by_gradient in run_on(2, one_backward, f"{name}ForCausalLM"):
+    for by_loss, by_gradient in run_on(2, one_backward, name):
         assert by_loss < 2e-5 and by_gradient < 1e-4
 
 
@@ -412,6 +413,8 @@ def saved_at_once(name, layout, folder):
     [
         ("GPT2LMHeadModel", "tp2-zero3"),
         ("GlmForCausalLM", "tp2"),
+        ("DeepseekV3ForCausalLM", "tp2-zero3"),
+        pytest.param("DeepseekV3ForCausalLM", "pp2-tp2", marks=pytest.mark.slow),
         pytest.param("GPT2LMHeadModel", "pp2-tp2", marks=pytest.mark.slow),
         pytest.param("BertForMaskedLM", "tp2-zero3", marks=pytest.mark.slow),
         pytest.param("T5ForConditionalGeneration", "tp2-zero3", marks=pytest.mark.slow),
@@ -426,8 +429,23 @@ def test_weights_are_saved_bitwise_and_a_spread_model_has_whole_logits(tmp_path,
         assert_close(logits, model(**batches(name)[0]).logits, rtol=0, atol=1e-5)
     again = load(name, tmp_path / "hf")
     assert again.config.architectures == [name]
-    for parameter, weight in model.named_parameters():
-        assert torch.equal(again.get_parameter(parameter), weight), parameter
+    saved = again.state_dict()
+    for name, value in model.state_dict().items():  # with buffers that belong to the weights
+        assert torch.equal(saved[name], value), name
+    model.save_pretrained(tmp_path / "theirs")
+    ours, theirs = (load_file(tmp_path / folder / "model.safetensors") for folder in ("hf", "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_experts_get_their_names_of_the_hub_in_each_of_several_files(tmp_path):
+    model = plain_model("MixtralForCausalLM")
+    model.convert_to_save = shell_of(model, family_of(model)).convert_to_save
+    save_hf(model, tmp_path, max_shard_bytes=20_000)
+    files = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(files.values())) > 2 and "model.layers.2.block_sparse_moe.experts.3.w1.weight" in files
+    saved = load("MixtralForCausalLM", tmp_path).state_dict()
+    assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
 
 
 def first_part(name, layout, folder):
@@ -582,6 +600,40 @@ def test_the_recipe_says_in_one_line_what_is_wrong(tmp_path, inputs):
         assert ended.status == 2 and said in ended.err, ended
 
 
+FROZEN = ("transformer.wpe.weight", "transformer.h.1.mlp.c_fc.weight", "transformer.h.2.ln_1.bias")
+
+
+def freeze(model):
+    for name in FROZEN:
+        model.get_parameter(name).requires_grad_(False)
+    return model
+
+
+def partly_frozen(layout, folder, memory=None):
+    with mock.patch(f"{__name__}.plain_model", lambda name, make=plain_model: freeze(make(name))):
+        return boosted("GPT2LMHeadModel", layout, folder, memory)
+
+
+@pytest.mark.parametrize(
+    "layout,memory",
+    [
+        ("tp2-zero3", None),
+        pytest.param("pp2-zero1", None, marks=pytest.mark.slow),
+        pytest.param("tp2", MIX, marks=pytest.mark.slow),
+    ],
+)
+def test_frozen_weights_stay_and_are_saved(tmp_path, layout, memory):
+    with mock.patch(f"{__name__}.plain_model", lambda name, make=plain_model: freeze(make(name))):
+        losses, norms, trained = plain.__wrapped__("GPT2LMHeadModel")
+    ranks, config = LAYOUTS[layout]
+    for its_losses, its_norms in run_on(ranks, partly_frozen, config, tmp_path / "hf", memory):
+        assert its_losses == pytest.approx(losses, abs=2e-5) and its_norms == pytest.approx(norms, rel=1e-4)
+    again, untrained = load("GPT2LMHeadModel", tmp_path / "hf"), plain_model("GPT2LMHeadModel")
+    for name, weight in again.named_parameters():
+        assert_close(weight, trained.get_parameter(name), rtol=0, atol=1e-5)
+        assert torch.equal(weight, untrained.get_parameter(name)) == (name in FROZEN), name
+
+
 # ---- what it refuses ----
 
 
@@ -599,6 +651,8 @@ def refused(what):
         name, layout, changed = "OPTForCausalLM", {}, {"layerdrop": 0.1}
     elif what == "no row":
         changed = {"add_cross_attention": True}
+    elif what == "loss of routers":
+        name, changed = "MixtralForCausalLM", {"output_router_logits": True}
     elif what == "an unused bias":
         name, changed = "BertForMaskedLM", {"tie_word_embeddings": False}
     elif what == "compile, recompute":
@@ -620,8 +674,8 @@ def refused(what):
 
         config = transformers.OpenAIGPTConfig(vocab_size=61, n_embd=32, n_layer=1, n_head=4)
         model = transformers.OpenAIGPTLMHeadModel(config)
-    elif what == "frozen":
-        model.transformer.wpe.weight.requires_grad_(False)
+    elif what in ("untranslated", "broken"):
+        model = small_model("LongcatFlash" if what == "untranslated" else "Doge")
     elif what == "meta":
         model.to("meta")
     data = batches(name)
@@ -647,6 +701,9 @@ def refused(what):
         "layerdrop": "layerdrop",
         "no row": "no row for transformer.h.0.crossattention",
         "an unused bias": "no row for cls.predictions.bias",
+        "loss of routers": "MixtralForCausalLM: config.output_router_logits adds a loss",
+        "untranslated": "has the style moe_identity_expert, which is not translated",
+        "broken": "DogeForCausalLM: its plan in transformers splits the features",
         "compile": "compile=True",
         "compile, recompute": "use recompute=selective, or make the model with attn_implementation=eager",
         "attention": "attention=math",
@@ -655,7 +712,6 @@ def refused(what):
         "quantised": "quantised weights",
         "untied": "has not the matrix of transformer.wte",
         "no plan": "parallel/plans/README.md",
-        "frozen": "transformer.wpe.weight has requires_grad=False",
         "meta": "`meta`",
         "column": "a batch has past",
     }.items(),

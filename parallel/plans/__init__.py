@@ -4,6 +4,7 @@ transformers has a plan for. README.md here says how to add one."""
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dtensor_llama.errors import UsageError
 from parallel.plans.adapter import adapted
@@ -25,7 +26,7 @@ def family_of(model: nn.Module) -> Family:
     """Return the family of an untouched transformers model.
 
     UsageError if it has none, or if the model is not as transformers made it: wrapped, quantised, spread
-    already, partly frozen, or with a head that is said to be tied and is not.
+    already, or with a head that is said to be tied and is not.
     """
     wrapper = next((name for name in WRAPPERS if hasattr(model, name)), None)
     is_spread = isinstance(model, FSDPModule) or any(isinstance(p, DTensor) for p in model.parameters())
@@ -52,8 +53,6 @@ def family_of(model: nn.Module) -> Family:
             refuse(model, f"{name} is on `meta`, and only our own Llama has initial weights here.")
         if not parameter.dtype.is_floating_point or parameter.itemsize < 2:
             refuse(model, f"{name} is {parameter.dtype}: quantised weights cannot be trained.")
-        if not parameter.requires_grad:
-            refuse(model, f"{name} has requires_grad=False, and all parameters must train.")
     head, embedding = model.get_submodule(family.head), model.get_submodule(family.embedding)
     if getattr(model.config, "tie_word_embeddings", False) and head.weight is not embedding.weight:
         refuse(
@@ -61,7 +60,7 @@ def family_of(model: nn.Module) -> Family:
             f"config.tie_word_embeddings is set and {family.head} has not the matrix of {family.embedding}; "
             "call model.tie_weights(), or unset it.",
         )
-    kept = [name for name, _ in model.named_buffers() if name in model.state_dict()]
-    if kept:
-        refuse(model, f"the buffer {kept[0]} belongs to its state, and only parameters are saved.")
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            refuse(model, f"{name} gathers statistics in forward, and each rank would gather others.")
     return family

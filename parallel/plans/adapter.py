@@ -5,6 +5,9 @@ head, in `model._tp_plan`. Here each style becomes a row. What the plan does not
 is whole on every rank; the embedding is split by tokens of the vocabulary, as in our own tables.
 """
 
+import re
+from collections.abc import Iterable
+
 from torch import nn
 
 from parallel.plans.family import Family, Stages, matches, refuse
@@ -21,6 +24,12 @@ from parallel.plans.styles import (
     ROWS_SLICE,
     SHARE,
     WHOLE,
+    WHOLE_BELOW,
+    OnWhole,
+    SplitExperts,
+    Style,
+    StyleByName,
+    WholeWithSharedTail,
 )
 from parallel.tensor import Row, TensorPlan
 
@@ -36,42 +45,110 @@ EMBEDDING, HEAD_ROW = Row(EMBED, "S(0)", "(B, T) -> (B, T, D)", AR, NONE), Row(
                           HEAD,  "S(0)", "(B, T, D) -> (B, T, V/tp)", NONE, AR)
 TOKEN_LOSS =              Row(None,  "",     "(B, T, V/tp) -> scalar", AR3, NONE)
 REST =                    Row(WHOLE, "R",    "as it was", NONE, NONE)
+REST_AND_BELOW =          Row(WHOLE_BELOW, "R", "as it was", NONE, NONE)
+# Styles of modules that compute with parameters of their own, which the plan names one by one: experts, and
+# attention with sinks. In place of the style stands the kind.
+OWNERS = {
+    "moe_tp_experts": Row(SplitExperts, "", "(N, D) -> (N, D)", AR, {"all-reduce": 2}),
+    "local_params":   Row(OnWhole,      "", "as it was",        NONE, NONE),
+}
 # fmt: on
+# How each of these parameters is split: into how many parts it falls first, and along which dim.
+DIMS = {"colwise": (1, -2), "rowwise": (1, -1), "packed_colwise": (2, -2), "packed_rowwise": (2, -1)}
+LAYERS = "layers.*."  # what the names of a plan of transformers begin with
 # Families whose forward does nothing to its input before the first block but what their modules do, so that a
 # stage can be given hidden states in the place of embeddings. Each of them is in tests/test_plans.py.
 WITH_STAGES = ("mistral", "qwen2", "qwen3", "gemma", "phi3", "starcoder2", "olmo2")
+WITH_STAGES += ("mixtral", "qwen3_moe", "deepseek_v3")
+# Model types whose plan transformers itself cannot compute with.
+BROKEN = {"doge": "splits the features that dt_proj reads, of which attention needs those of all heads"}
 
 
 def adapted(model: nn.Module) -> Family | None:
     """Return the family of a causal model that transformers has a plan for; None if it has none.
 
-    UsageError if the plan has styles that are not translated (experts, for example)."""
-    config, prefix = model.config, getattr(model, "base_model_prefix", "")
+    UsageError if the plan has styles that are not translated."""
+    config, prefix = model.config, _prefix(model)
     plan = getattr(config, "base_model_tp_plan", None)
     if not plan or not type(model).__name__.endswith("ForCausalLM"):
         return None
-    unknown = sorted(set(plan.values()) - set(STYLES))
-    if unknown:
-        refuse(model, f"its plan in transformers has the style {unknown[0]}, which is not translated yet.")
-    if not plan.keys() <= {key for key in plan if key.startswith("layers.*.")}:
-        refuse(model, "its plan in transformers has rows outside `layers`, which are not translated yet.")
+    if config.model_type in BROKEN:
+        refuse(model, f"its plan in transformers {BROKEN[config.model_type]}.")
+    if getattr(config, "output_router_logits", False):
+        refuse(
+            model,
+            "config.output_router_logits adds a loss of the routers to the model's own, which the Booster "
+            "does not compute; set it to False.",
+        )
     names = {module: name for name, module in model.named_modules()}
     embedding, head = (names.get(end()) for end in (model.get_input_embeddings, model.get_output_embeddings))
     if not embedding or not head:
         refuse(model, "it has no embedding or no head by which the adapter could split the vocabulary.")
-    named = {key.removeprefix("layers.*."): STYLES[style] for key, style in plan.items()}
+    for key, style in plan.items():
+        is_embedding = (f"{prefix}.{key}", style) == (embedding, "embedding_rowwise")
+        if not key.startswith(LAYERS) and not is_embedding:
+            refuse(model, f"its plan in transformers splits {key}, outside `layers`; that is not translated.")
+    inside = {key.removeprefix(LAYERS): style for key, style in plan.items() if key.startswith(LAYERS)}
+    named = _named_rows(model, inside)
     ends = {embedding: EMBEDDING, head: HEAD_ROW, "token_loss": TOKEN_LOSS}
+    if any(block._parameters for block in model.get_submodule(f"{prefix}.layers")):
+        ends[f"{prefix}.layers.*"] = REST  # a block with parameters of its own, beside those of its modules
     has_stages = config.model_type in WITH_STAGES and getattr(config, "base_model_pp_plan", None)
     return Family(
         architecture=type(model).__name__,
         blocks=(f"{prefix}.layers",),
-        block=_once_for_each_input(named) | _rest(model, f"{prefix}.layers.0.", named),
+        block=_once_for_each_input(named) | _rest(model, named),
         ends=ends | {name: REST for name in _with_parameters(model) if _is_outside(name, prefix, ends)},
         embedding=embedding,
         head=head,
         stages=Stages(first=(embedding,), last=(f"{prefix}.norm",)) if has_stages else None,
         splits_kv_heads=any(style == "colwise" for key, style in plan.items() if "att" in key),
     )
+
+
+def _prefix(model: nn.Module) -> str:
+    """Return the name of the part of a model that has its blocks. (Llama 4 names its own wrongly.)"""
+    prefix = getattr(model, "base_model_prefix", "")
+    return prefix if hasattr(model, prefix) else "model"
+
+
+def _named_rows(model: nn.Module, plan: dict[str, str]) -> TensorPlan:
+    """Return a row for each module of a block that the plan names. Where a module computes with parameters of
+    its own, the plan also names these, and the row of their module says how they are split."""
+    parameters = _first_in_blocks(model, dict(model.named_parameters()), plan)
+    modules = _first_in_blocks(model, dict(model.named_modules()), plan)
+    rows = {}
+    for name, style in plan.items():
+        if name not in modules:  # a parameter, or a module that blocks of other sizes have
+            continue
+        if style in OWNERS:
+            dims = {}
+            for key, parameter in parameters.items():
+                if key.rpartition(".")[0] == name:
+                    parts, dim = DIMS[plan[key]]
+                    dims[key.rpartition(".")[2]] = parts, max(dim, -parameter.dim())
+            rows[name] = OWNERS[style]._replace(style=StyleByName(OWNERS[style].style, dims))
+        elif style == "mla_kv_a_proj":
+            shared = Style(WholeWithSharedTail, n_tail=model.config.qk_rope_head_dim)
+            rows[name] = Row(shared, "R", "(B, T, D) -> (B, T, C + R)", NONE, AR)
+        elif style in STYLES:
+            rows[name] = STYLES[style]
+        else:
+            refuse(model, f"its plan in transformers has the style {style}, which is not translated yet.")
+    return rows
+
+
+def _first_in_blocks(
+    model: nn.Module, things: dict[str, object], patterns: Iterable[str]
+) -> dict[str, object]:
+    """Return, for each pattern of names inside a block, the first thing of the model that has it."""
+    layers = f"{_prefix(model)}.{LAYERS}"
+    return {
+        pattern: thing
+        for pattern in patterns
+        for name, thing in reversed(things.items())
+        if matches(name, layers + pattern)
+    }
 
 
 def _once_for_each_input(rows: TensorPlan) -> TensorPlan:
@@ -87,18 +164,26 @@ def _once_for_each_input(rows: TensorPlan) -> TensorPlan:
     return counted
 
 
-def _rest(model: nn.Module, block: str, named: TensorPlan) -> TensorPlan:
-    """Return rows for the modules of a block that have parameters and that the plan leaves out. They are
-    whole on every rank, and so is what they compute; a convolution mixes what others split: it is refused."""
-    rest = {}
+def _rest(model: nn.Module, named: TensorPlan) -> TensorPlan:
+    """Return rows for the modules of the blocks that have parameters and that the plan leaves out. They are
+    whole on every rank, and so is what they compute; a convolution beside modules that split may mix what
+    those split: it is refused. Blocks may differ (the first of DeepSeek have no experts)."""
+    split = {name.rpartition(".")[0] for name, row in named.items() if row.style in (COLUMNS, ROWS)}
+    rest, with_convolutions = {}, set()
     for name in _with_parameters(model):
+        block = re.match(rf"({re.escape(_prefix(model))}\.layers\.\d+\.)?", name)[0]
         inside = name.removeprefix(block)
-        if not name.startswith(block) or any(matches(inside, pattern) for pattern in named):
+        if not block or any(matches(inside, pattern) for pattern in named):
             continue
-        if any(parameter.dim() > 2 for parameter in model.get_submodule(name).parameters(recurse=False)):
-            refuse(model, f"its plan in transformers leaves out {name}, which is no norm and no matrix.")
-        rest[inside] = REST
-    return rest
+        if any(one.dim() > 2 for one in model.get_submodule(name).parameters(recurse=False)):
+            if inside.rpartition(".")[0] in split:
+                refuse(model, f"its plan in transformers leaves out {name}, which is no norm and no matrix.")
+            with_convolutions.add(inside.rpartition(".")[0])
+        # An activation with parameters sees this rank's share of the features.
+        between = inside.endswith("act_fn") and inside.rpartition(".")[0] in split
+        rest[inside] = STYLES["replicated_with_grad_allreduce"] if between else REST
+    # Such a module (Mamba, a gated delta net) also reads the weights of its convolution by itself.
+    return rest | {name: REST_AND_BELOW for name in with_convolutions if name}
 
 
 def _with_parameters(model: nn.Module) -> list[str]:

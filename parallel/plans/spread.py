@@ -1,11 +1,12 @@
 """Spread a model of transformers over a mesh by the table of its family, module for module."""
 
 import copy
+import functools
 import warnings
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -74,9 +75,28 @@ def shell_of(model: nn.Module, family: Family) -> nn.Module:
     shell.whole_shapes = {
         name: whole[name] for name, one in shell.named_parameters() if tuple(one.shape) != whole[name]
     }
+    shell.kept_buffers = kept_buffers(model)
+    shell.convert_to_save = functools.partial(_names_of_the_hub, shell)
     shell.config.architectures = [type(model).__name__]
     shell.save_pretrained = _refuse_save_pretrained  # it would write this rank's slices, packed ones unpacked
     return shell
+
+
+def kept_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that transformers loads and saves with the weights (what DeepSeek's router adds to
+    its scores), by name. No forward changes them: family_of refuses statistics that do change."""
+    in_state = model.state_dict(keep_vars=True).keys()
+    return {name: buffer.detach().cpu() for name, buffer in model.named_buffers() if name in in_state}
+
+
+def _names_of_the_hub(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights as transformers saves them, which is not always as its modules have them: the experts of
+    Mixtral are one tensor in a module, and a matrix each in a file."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # transformers 4 saves what its modules have
+        return tensors
+    return revert_weight_conversion(model, tensors)
 
 
 def _refuse_save_pretrained(*args, **kwargs) -> None:
@@ -102,7 +122,10 @@ def has_dropout(model: nn.Module) -> bool:
     """Return whether a forward may draw random numbers."""
     others = ("summary_", "classifier_")  # of heads that language models do not have
     named = any(
-        "drop" in key and not key.startswith(others) and isinstance(value, (int, float)) and value > 0
+        ("drop" in key or "jitter" in key)  # of routers
+        and not key.startswith(others)
+        and isinstance(value, (int, float))
+        and value > 0
         for key, value in model.config.to_dict().items()
     )
     return named or any(module.p > 0 for module in model.modules() if isinstance(module, nn.Dropout))

@@ -17,7 +17,7 @@ so every module of any class can be split, and nothing of its arithmetic is writ
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.distributed as dist
@@ -153,6 +153,18 @@ class OnWhole(Kind):
             return super().forward(*args, **kwargs)
 
 
+class OnWholeBelow(Kind):
+    """Does what its class does, on local tensors of its own and of the modules directly below it that are
+    whole: some forwards read the weight of such a module without calling it."""
+
+    def forward(self, *args, **kwargs):
+        with ExitStack() as stack:
+            for module in (self, *self.children()):
+                if module is self or isinstance(module, OnWhole):
+                    stack.enter_context(local_parameters(module))
+            return super().forward(*args, **kwargs)
+
+
 class OnShare(Kind):
     """Does what its class does with whole parameters, on this rank's share of the activations."""
 
@@ -225,6 +237,44 @@ class Head(Kind):
         with local_parameters(self):
             logits = super().forward(x)
         return whole_columns(logits, self) if self.gathers else logits
+
+
+class SplitExperts(Kind):
+    """Maps all tokens (N, D) to the sums (N, D) of what their experts make of them. Each rank has a part of
+    the features of every expert: it sends nothing but its partial sums, and no token goes to another rank.
+
+    The routing, (N, K) indices of experts and (N, K) their weights, is the same on all ranks. The gradient
+    of the weights is a partial sum, as that of the tokens is.
+    """
+
+    def forward(self, x: Tensor, *routing: Tensor):
+        if self.boundary is not None:
+            x = self.boundary.enter(x)
+            if len(routing) > 1:
+                index, weights, *others = routing
+                routing = index, _Enter.apply(weights, self.boundary.group), *others
+            self.boundary.begin_split_region(x.device)
+        with local_parameters(self):
+            y = super().forward(x, *routing)
+        if self.boundary is not None:
+            y = self.boundary.leave(y)
+            self.boundary.end_split_region(x.device)
+        return y
+
+
+class WholeWithSharedTail(Kind):
+    """Maps the whole x to the whole y, whose last `n_tail` columns the heads of all ranks read as they are
+    (DeepSeek's rotary key), without a layer between that would add up their gradients."""
+
+    n_tail: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        with local_parameters(self):
+            y = super().forward(x)
+        if self.boundary is None:
+            return y
+        head, tail = y.split([y.shape[-1] - self.n_tail, self.n_tail], dim=-1)
+        return torch.cat([head, _Enter.apply(tail, self.boundary.group)], dim=-1)
 
 
 class WithOwnHeads(Kind):
@@ -330,6 +380,36 @@ class Style(ParallelStyle):
         return module
 
 
+class StyleByName(Style):
+    """Places parameters of any name; those that it does not list are whole.
+
+    dims: {name: (parts, dim)}. The parameter holds `parts` matrices, one behind the other along `dim`, and
+        each of them is split along it. `dim` is counted from the end, so that it is the same before and
+        after `unpack`.
+    """
+
+    def __init__(self, kind: type[Kind], dims: dict[str, tuple[int, int]]):
+        super().__init__(kind)
+        self.dims = dims
+
+    def unpack(self, module: nn.Module) -> None:
+        packed = {name: (parts, dim) for name, (parts, dim) in self.dims.items() if parts > 1}
+        if not packed:
+            return
+        module.unpacked_dims = {}
+        for name, (parts, dim) in packed.items():
+            parameter = module._parameters[name]
+            module.unpacked_dims[name] = parameter.dim() + dim
+            unpacked = parameter.detach().unflatten(dim, (parts, -1))
+            module._parameters[name] = nn.Parameter(unpacked, requires_grad=parameter.requires_grad)
+        module.__class__ = mixed(self.kind, type(module))
+
+    def placement(self, module: nn.Module, name: str) -> Placement:
+        if name not in self.dims:
+            return Replicate()
+        return Shard(module._parameters[name].dim() + self.dims[name][1])
+
+
 def is_transposed(module: nn.Module) -> bool:
     """Return whether the module is a Conv1D of transformers, whose weight is (inputs, outputs)."""
     return type(module).__name__.endswith("Conv1D")
@@ -338,7 +418,7 @@ def is_transposed(module: nn.Module) -> bool:
 COLUMNS, ROWS = Style(ColumnWise, Shard(0), Shard(0)), Style(RowWise, Shard(1))
 COLUMNS_GATHER, ROWS_SLICE = Style(ColumnWiseGathered, Shard(0), Shard(0)), Style(RowWiseSliced, Shard(1))
 EMBED, HEAD = Style(OfOwnTokens, Shard(0)), Style(Head, Shard(0), Shard(0))
-WHOLE, SHARE = Style(OnWhole), Style(OnShare)
+WHOLE, WHOLE_BELOW, SHARE = Style(OnWhole), Style(OnWholeBelow), Style(OnShare)
 PER_HEAD = Style(OnWhole, Shard(1))  # an embedding with a column for each head
 NONE, AR, AR3, AG = {}, {"all-reduce": 1}, {"all-reduce": 3}, {"all-gather": 1}
 
