@@ -44,7 +44,6 @@ from parallel.apply import Computation
 from parallel.assemble import Offload, Training, assemble
 from parallel.clip import clip_grad_norm
 from parallel.config import ParallelConfig, check_parallel
-from parallel.context import n_slices
 from parallel.mesh import Layout, build_mesh, start_process_group
 from parallel.plans import Family, family_of
 from parallel.plans.family import refuse, shape_of
@@ -178,7 +177,7 @@ class Booster:
         self.model, self.optimizer, self.criterion = boosted, self.training.optimizer, criterion
         self._checked_shape, self.dataloader = None, None
         if dataloader is not None:
-            self.dataloader = OwnRows(dataloader, layout, self._read, self._token_stride, self.device)
+            self.dataloader = OwnRows(dataloader, layout, self._read, self.device)
         return boosted, self.optimizer, self.dataloader, criterion
 
     def _llama_of(self, model: nn.Module, criterion: Criterion | None) -> tuple[Llama, Columns]:
@@ -189,7 +188,8 @@ class Booster:
                 "a criterion of your own needs the logits of whole rows, and under ParallelConfig(cp="
                 f"{self.config.cp}) no rank has them; use criterion=None (the causal-LM loss), or cp=1."
             )
-        self._check(self._token_stride, self.n_microbatches * self.config.dp)  # whatever the batch will be
+        # Whatever the batch will be.
+        self._check(self.config.token_slices, self.n_microbatches * self.config.dp)
         with torch.device("meta"):
             boosted = Llama(self.shape).float()
         boosted.generation_config = _generation_config_of(model, self.shape)
@@ -209,7 +209,7 @@ class Booster:
             what = f"attention={self.asked_attention} is for our own Llama"
             refuse(model, f"{what}; make the model with the attn_implementation that you want.")
         self.shape = shape_of(model, self.family)
-        self._check(self._token_stride, self.n_microbatches * self.config.dp)
+        self._check(self.config.token_slices, self.n_microbatches * self.config.dp)
         boosted = shell_of(model, self.family)
         boosted.family = self.family
         return boosted, whole
@@ -352,13 +352,6 @@ class Booster:
         return self.steps
 
     @property
-    def _token_stride(self) -> int:
-        """Return what the tokens of a row must be a multiple of, to be cut over cp and, under sequence
-        parallelism, tp."""
-        slices = n_slices(self.config.cp_method, self.config.cp) if self.config.cp > 1 else 1
-        return slices * self.config.sequence_shards
-
-    @property
     def device(self) -> torch.device:
         return self.computation.device
 
@@ -382,11 +375,9 @@ class OwnRows:
         dataloader: Iterable,
         layout: Layout,
         read: Callable[[Mapping[str, Tensor]], Columns],
-        token_stride: int,
         device: torch.device,
     ):
-        self.dataloader, self.layout, self.read = dataloader, layout, read
-        self.token_stride, self.device = token_stride, device
+        self.dataloader, self.layout, self.read, self.device = dataloader, layout, read, device
         self.n_dealt = 0  # batches of this pass that were handed out
         self.n_to_skip = 0  # of the next pass: set by Booster.load
 
@@ -409,7 +400,7 @@ class OwnRows:
         fill = IGNORE if name == "labels" else int("mask" in name)
         dp, dp_rank = self.layout.config.dp, self.layout.dp_rank
         n_rows_missing = -len(column) % (dp * self.layout.n_microbatches)
-        n_tokens_missing = -column.shape[1] % self.token_stride
+        n_tokens_missing = -column.shape[1] % self.layout.config.token_slices
         column = F.pad(column, (0, n_tokens_missing, 0, n_rows_missing), value=fill)
         return column[dp_rank * len(column) // dp : (dp_rank + 1) * len(column) // dp]
 
