@@ -17,6 +17,7 @@ from dtensor_llama.families import (
     FAMILIES,
     FULL,
     LAYER_FIELDS,
+    REQUIRED,
     SLIDING,
     Family,
     check_rope_scaling,
@@ -61,14 +62,7 @@ def check_token_ids(name: str, value, vocab_size: int) -> None:
 
 
 _CHECKS = {
-    "vocab_size": whole_number,
-    "hidden_size": whole_number,
-    "intermediate_size": whole_number,
-    "num_hidden_layers": whole_number,
-    "num_attention_heads": whole_number,
-    "num_key_value_heads": whole_number,
-    "head_dim": whole_number,
-    "max_position_embeddings": whole_number,
+    **dict.fromkeys((*REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"), whole_number),
     "rms_norm_eps": epsilon,
     "rope_theta": base_of_frequencies,
     "tie_word_embeddings": true_or_false,

@@ -27,6 +27,7 @@ keeps everything else as it is without pp.
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
+from itertools import accumulate
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -97,8 +98,7 @@ def split_layers(config: LlamaConfig, n_stages: int) -> list[range]:
         cheapest = min(range(n_stages), key=lambda stage: (costs[stage], -stage))
         costs[cheapest] += 1
         n_layers[cheapest] += 1
-    ends = [sum(n_layers[: stage + 1]) for stage in range(n_stages)]
-    return [range(end - n, end) for n, end in zip(n_layers, ends, strict=True)]
+    return [range(end - n, end) for n, end in zip(n_layers, accumulate(n_layers), strict=True)]
 
 
 def stage_indices(schedule: str, pp: int, virtual_stages: int) -> list[list[int]]:
