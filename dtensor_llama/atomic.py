@@ -54,7 +54,12 @@ def on_all_ranks(
 
 def is_first_rank() -> bool:
     """Return whether this is rank 0, which does what only one process may do."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return own_rank() == 0
+
+
+def own_rank() -> int:
+    """Return this process's rank; without a process group it is 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def on_first_rank(everywhere: Callable[[Callable], Any], do: Callable[[], Any]) -> Any:

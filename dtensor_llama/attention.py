@@ -75,8 +75,8 @@ class AttentionMask:
         document = starts.to(device, non_blocking=True).cumsum(
             -1
         )  # (B, T): the index of each token's document
-        causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-        return AttentionMask(dense=(document[:, None, :, None] == document[:, None, None, :]) & causal)
+        is_own = document[:, None, :, None] == document[:, None, None, :]
+        return AttentionMask(dense=is_own & causal_mask(T, T, device))
 
 
 def _of_any_length(ends: Tensor) -> Tensor:
@@ -155,10 +155,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, kernel: str, mask: AttentionMask 
         return _varlen(q, k, v, mask)
     T, S = q.shape[1], k.shape[1]
     dense = mask.dense if mask else None
-    if (
-        dense is None and 1 < T < S
-    ):  # several new tokens over a cache: the causal diagonal is shifted by S - T
-        dense = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)[None, None]
+    if dense is None and 1 < T < S:  # several new tokens over a cache
+        dense = causal_mask(T, S, q.device)
     if kernel == "math":
         return _math(q, k, v, dense)
     return _sdpa(q, k, v, dense)
@@ -183,34 +181,23 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tenso
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     B, T, H, E = q.shape
-    flat = [pad_head_width(x).reshape(B * T, x.shape[2], -1) for x in (q, k, v)]  # one after another
+    # The tokens of all sequences in a line, N = B T, as flash-attn takes them.
+    flat = [pad_head_width(x).reshape(B * T, x.shape[2], -1) for x in (q, k, v)]
     ends = mask.cu_seqlens
     if q.device.type == "cpu":
-        out = _varlen_reference(*flat, mask, scale=E**-0.5)
+        # There is no such kernel. An (N, N) mask is stored: this is for tests and small runs.
+        at = torch.arange(B * T, device=q.device)
+        document = torch.bucketize(at, ends, right=True)  # (N,): the index of each token's document
+        seen = (document[:, None] == document) & (at[:, None] >= at)
+        if mask.window is not None:
+            seen = seen & (at[:, None] - at < mask.window)
+        out = _call_sdpa(*(x[None] for x in flat), seen, scale=E**-0.5)
     else:
         # T bounds the longest document, as for flash-attn. A window that ends at the query is the causal
         # mask.
         gqa = _VARLEN_GQA if q.shape[2] != k.shape[2] else {}
         out = varlen_attn(*flat, ends, ends, T, T, scale=E**-0.5, window_size=mask.window_size, **gqa)
-    return out.view(B, T, H, -1)[..., :E]
-
-
-def _varlen_reference(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> Tensor:
-    """Compute on a CPU, which has no such kernel, what varlen_attn computes on a GPU.
-
-    q is (N, H, E), the tokens of all sequences in a line; k and v are (N, K, E). The result is (N, H, E). An
-    (N, N) mask is stored: this is for tests and small runs.
-    """
-    at = torch.arange(q.shape[0], device=q.device)
-    document = torch.bucketize(at, mask.cu_seqlens, right=True)  # (N,): the index of each token's document
-    seen = (document[:, None] == document) & (at[:, None] >= at)
-    if mask.window is not None:
-        seen = seen & (at[:, None] - at < mask.window)
-    heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]  # (1, H or K, N, E)
-    out = F.scaled_dot_product_attention(
-        *heads_first, attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return out[0].transpose(0, 1).contiguous()
+    return out.reshape(B, T, H, -1)[..., :E]
 
 
 class SdpaPlan(NamedTuple):
@@ -241,12 +228,15 @@ def plan_sdpa(dtype: torch.dtype, grouped: bool, masked: bool, over_cache: bool)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    if q.is_cuda:
-        return _sdpa_on_gpu(q, k, v, mask)
+    return _sdpa_on_gpu(q, k, v, mask) if q.is_cuda else _call_sdpa(q, k, v, mask)
+
+
+def _call_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
     out = F.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v)),  # (B, H or K, T or S, E)
         attn_mask=mask,
         is_causal=mask is None and q.shape[1] > 1,  # a single query sees every key there is
+        scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.transpose(1, 2)
@@ -257,22 +247,15 @@ def _sdpa_on_gpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
     plan = plan_sdpa(q.dtype, grouped=H != k.shape[2], masked=mask is not None, over_cache=T != k.shape[1])
     if plan.expands_heads:
         k, v = expand_heads(k, H), expand_heads(v, H)
-    heads_first = [pad_head_width(x).transpose(1, 2) for x in (q, k, v)]  # (B, H or K, T or S, E)
     # Without this choice torch falls back in silence to a kernel that stores the (T, S) scores.
     with sdpa_kernel(list(plan.kernels), set_priority=plan.in_order):
-        out = F.scaled_dot_product_attention(
-            *heads_first,
-            attn_mask=mask,
-            is_causal=mask is None and T > 1,
-            scale=E**-0.5,
-            enable_gqa=H != k.shape[2],
-        )
-    return out.transpose(1, 2)[..., :E]
+        return _call_sdpa(*(pad_head_width(x) for x in (q, k, v)), mask, scale=E**-0.5)[..., :E]
 
 
 def expand_heads(x: Tensor, n_heads: int) -> Tensor:
     """Copy every key/value head for each query head of its group: (B, S, K, E) -> (B, S, n_heads, E)."""
-    return x.repeat_interleave(n_heads // x.shape[2], dim=2)
+    n_copies = n_heads // x.shape[2]
+    return x.repeat_interleave(n_copies, dim=2) if n_copies > 1 else x
 
 
 def pad_head_width(x: Tensor) -> Tensor:
@@ -283,14 +266,24 @@ def pad_head_width(x: Tensor) -> Tensor:
 
 
 def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    B, T, H, E = q.shape
-    S, K = k.shape[1], k.shape[2]
-    q = q.view(B, T, K, H // K, E)  # the H/K queries of each k/v head
-    scores = torch.einsum("btkge,bske->bkgts", q.float(), k.float()) / E**0.5  # (B, K, H/K, T, S) fp32
-    if mask is None:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)[None, None]
-    scores = scores.masked_fill(~mask[:, :, None], float("-inf"))
-    return torch.einsum("bkgts,bske->btkge", scores.softmax(-1).to(v.dtype), v).reshape(B, T, H, E)
+    mask = causal_mask(q.shape[1], k.shape[1], q.device) if mask is None else mask
+    weights = math_scores(q, k, mask).softmax(-1).to(v.dtype)
+    return torch.einsum("bkgts,bske->btkge", weights, v).flatten(2, 3)
+
+
+def causal_mask(n_queries: int, n_keys: int, device: torch.device) -> Tensor:
+    """Return (1, 1, T, S) bool, True where a query may see a key: the last query sees all keys, and each one
+    before it one less. With T = S these are the keys up to the query's own."""
+    seen = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
+    return seen.tril(n_keys - n_queries)[None, None]
+
+
+def math_scores(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the scores of q (B, T, H, E) and k (B, S, K, E), (B, K, H/K, T, S) fp32 with the H/K queries of
+    each key/value head together; -inf where the mask (B or 1, 1, T, S) is False."""
+    groups = q.float().unflatten(2, (k.shape[2], -1))  # (B, T, K, H/K, E)
+    scores = torch.einsum("btkge,bske->bkgts", groups, k.float()) / q.shape[-1] ** 0.5
+    return scores if mask is None else scores.masked_fill(~mask[:, :, None], float("-inf"))
 
 
 def choose_attention(
@@ -319,15 +312,13 @@ def choose_attention(
         return asked, "asked for"
     if no_flash is None and not merges_blocks:
         return "flash", "the flash-attn package is installed"
-    if documents and merges_blocks:
-        return "sdpa", "neither flash-attn nor varlen_attn can merge the blocks of ring attention"
-    if merges_blocks and no_flash is None:
-        return "sdpa", "flash-attn cannot merge the blocks of ring attention"
+    if merges_blocks and (documents or no_flash is None):
+        unable = "neither flash-attn nor varlen_attn can" if documents else "flash-attn cannot"
+        return "sdpa", f"{unable} merge the blocks of ring attention"
     if no_varlen is None and device.type != "cpu":
         return "varlen", f"documents without a mask; {no_flash}"
-    if documents and device.type == "cuda":
-        return "sdpa", f"flash-attn: {no_flash}; documents through a mask: {no_varlen}"
-    return "sdpa", f"flash-attn: {no_flash}"
+    mask = f"; documents through a mask: {no_varlen}" if documents and device.type == "cuda" else ""
+    return "sdpa", f"flash-attn: {no_flash}{mask}"
 
 
 def _flash_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -49,6 +49,7 @@ from dtensor_llama.atomic import (
     is_first_rank,
     on_all_ranks,
     on_first_rank,
+    own_rank,
     remove_folder,
     set_aside,
     whole_folder,
@@ -106,7 +107,7 @@ class Checkpointer:
         self._group = (
             dist.new_group(backend="gloo", timeout=timedelta(hours=2)) if dist.is_initialized() else None
         )
-        self._rank = _rank()
+        self._rank = own_rank()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         # The stager keeps its buffers, since fresh pages would cost more than the copy. They are pageable,
         # since pinning takes longer than it saves.
@@ -151,7 +152,9 @@ class Checkpointer:
         if self._stager.state_dict_cache is None:
             self._stager.state_dict_cache = BlockingAsyncStager().stage(rest)
         staged = self._stager.stage(rest)
-        return _with_likes(staged, state)
+        return _map_leaves(
+            state, lambda value, copy: value.like if isinstance(value, Deferred) else copy, staged
+        )
 
     def _copy(self, deferred: dict[str, Deferred]) -> None:
         for name, one in deferred.items():
@@ -202,8 +205,9 @@ class Checkpointer:
         found = self._everywhere(lambda: [_damage(path / name, *sums[name]) for name in mine])
         _refuse_damage(path, sum(found, []))
         reader = _Reader(path)
-        names = self._everywhere(lambda: {name for name, _ in _leaves(state)})
-        deferred = {name: value for name, value in _leaves(state) if isinstance(value, Deferred)}
+        leaves = dict(_leaves(state))
+        names = self._everywhere(lambda: set(leaves))
+        deferred = {name: value for name, value in leaves.items() if isinstance(value, Deferred)}
         tensors = _map_leaves(state, lambda value: value.like if isinstance(value, Deferred) else value)
         self._everywhere(
             lambda: _refuse_other_model(
@@ -214,7 +218,9 @@ class Checkpointer:
             dcp.load(tensors, storage_reader=reader, planner=_Planner(deferred), process_group=self._group)
         except CheckpointException as error:
             raise RuntimeError(f"checkpoint {path} was not loaded: {_cause(error)}") from error
-        _take_values(state, tensors)
+        # Deferred ones were written to where they live.
+        loaded = _map_leaves(state, lambda old, new: old if isinstance(old, Deferred) else new, tensors)
+        state.update(loaded)
 
     def close(self) -> None:
         """Finish the running save, then end the thread and the process group. Raises as wait() does."""
@@ -339,7 +345,7 @@ def training_state(
             "model": get_model_state_dict(model, options=TRAINED),
             "optimizer": get_optimizer_state_dict(model, optimizer, options=FLAT),
         }
-    state["rng"] = {f"{_rank()}.{device}": generator.get_rng_state() for device, generator in _generators()}
+    state["rng"] = {name: generator.get_rng_state() for name, generator in _generators()}
     state["progress"] = json.dumps({"step": step, "position": position, "meta": meta or {}})
     if never_stepped:  # DCP made the moments by a step with lr 0, which Adam's bias correction must not count
         for moments in optimizer.state.values():
@@ -358,19 +364,16 @@ def restore_training_state(state: dict[str, Any], model: nn.Module, optimizer: t
     else:
         set_model_state_dict(model, state["model"], options=TRAINED)
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=FLAT)
-    for device, generator in _generators():
-        generator.set_rng_state(state["rng"][f"{_rank()}.{device}"])
+    for name, generator in _generators():
+        generator.set_rng_state(state["rng"][name])
     return json.loads(state["progress"])
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
 def _generators() -> list[tuple[str, Any]]:
-    generators = [("cpu", torch)]
+    """Return this rank's generators, by the names of their states in a checkpoint."""
+    generators = [(f"{own_rank()}.cpu", torch)]
     if torch.accelerator.is_available():
-        generators.append(("device", torch.get_device_module()))
+        generators.append((f"{own_rank()}.device", torch.get_device_module()))
     return generators
 
 
@@ -389,32 +392,15 @@ def _leaves(state: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{key}", value
 
 
-def _map_leaves(state: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
-    """Return nested dicts of the same keys with every entry changed."""
-    return {
-        key: _map_leaves(value, change) if isinstance(value, dict) else change(value)
-        for key, value in state.items()
-    }
-
-
-def _with_likes(staged: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
-    """Return the staged entries, with the `like` of what is Deferred in the state."""
-    whole = {}
+def _map_leaves(state: dict[str, Any], change: Callable, *others: dict[str, Any]) -> dict[str, Any]:
+    """Return nested dicts of the same keys with every entry changed: change(entry), or with others
+    change(entry, their entries in the same place)."""
+    mapped = {}
     for key, value in state.items():
-        if isinstance(value, dict):
-            whole[key] = _with_likes(staged[key], value)
-        else:
-            whole[key] = value.like if isinstance(value, Deferred) else staged[key]
-    return whole
-
-
-def _take_values(state: dict[str, Any], loaded: dict[str, Any]) -> None:
-    """Replace the entries of the state by the loaded ones. Deferred ones were written to where they live."""
-    for key, value in state.items():
-        if isinstance(value, dict):
-            _take_values(value, loaded[key])
-        elif not isinstance(value, Deferred):
-            state[key] = loaded[key]
+        theirs = [other[key] for other in others]
+        is_inner = isinstance(value, dict)
+        mapped[key] = _map_leaves(value, change, *theirs) if is_inner else change(value, *theirs)
+    return mapped
 
 
 def _complete(folder: Path) -> list[Path]:
@@ -497,11 +483,10 @@ def _refuse_other_model(path: Path, state: dict, names: set[str], stored: dict[s
         name: value.shape for name, value in _leaves(state) if isinstance(value, Tensor)
     }
     found = {name: getattr(stored[name], "size", ()) for name in stored}
-    own = ("rng.", "plan.")  # of each rank, however many ranks there are
-    found, wanted = (
-        {name: shape for name, shape in shapes.items() if not name.startswith(own)}
-        for shapes in (found, wanted)
-    )
+    for shapes in (found, wanted):
+        for name in list(shapes):
+            if name.startswith(("rng.", "plan.")):  # of each rank, however many ranks there are
+                del shapes[name]
     problems = mismatches(found, wanted)
     if problems:
         raise UsageError(

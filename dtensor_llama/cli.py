@@ -271,7 +271,7 @@ class AtLeast(NamedTuple):
     low: float
     exclusive: bool = False  # the number must be above `low`
     may_be_infinite: bool = False
-    below: float | None = None  # the number must also be below this
+    below: float = math.inf  # the number must also be below this
 
 
 def at_least(low: float, *fields: str, exclusive: bool = False) -> list[AtLeast]:
@@ -286,8 +286,9 @@ def check_numbers(config: Any, rules: list[AtLeast]) -> None:
         value = attrgetter(rule.field)(config)
         if value is None or (value == math.inf and rule.may_be_infinite):
             continue
-        if not (rule.low < value < math.inf or (value == rule.low and not rule.exclusive)):
+        if not (rule.low < value < rule.below or (value == rule.low and not rule.exclusive)):
             works = f"a number above {rule.low}" if rule.exclusive else f"{rule.low} or more"
+            works += f", and less than {rule.below}" if rule.below < math.inf else ""
             raise UsageError(f"{rule.field}={value} is not possible; use {works}.")
 
 

@@ -7,15 +7,17 @@ implement.
 """
 
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from dtensor_llama.errors import UsageError
+from dtensor_llama.errors import UsageError, number, require
 from dtensor_llama.families import (
     FAMILIES,
     FULL,
     LAYER_FIELDS,
+    REQUIRED,
     SLIDING,
     Family,
     check_rope_scaling,
@@ -30,36 +32,21 @@ from dtensor_llama.presets import PRESETS
 
 def whole_number(name: str, value) -> int:
     """Return `value` if it is a whole number of at least 1; 16.0 is refused, as in transformers."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UsageError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+    require(type(value) is int and value >= 1, name, value, "a whole number of at least 1")
     return value
-
-
-def number(name: str, value, low: float, high: float, rule: str) -> float:
-    """Return `value` as a float if it is a number from `low` to `high`; `rule` states this in words."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high:
-        raise UsageError(f"{name} is {value!r}; it must be {rule}.")
-    return float(value)
 
 
 def true_or_false(name: str, value) -> bool:
-    if not isinstance(value, bool):
-        raise UsageError(f"{name} is {value!r}; it must be true or false, without quotes.")
+    require(isinstance(value, bool), name, value, "true or false, without quotes")
     return value
 
 
-def epsilon(name: str, value) -> float:
-    return number(name, value, 0, 1, "a number from 0 to 1, without quotes (LLaMA-2 has 1e-5)")
-
-
-def base_of_frequencies(name: str, value) -> float:
-    # Beyond these bounds the frequencies, which are float32, become 0 or infinite.
-    return number(name, value, 1e-30, 1e30, "a finite number above 0, without quotes (LLaMA-2 has 10000)")
-
-
-def deviation(name: str, value) -> float:
-    return number(name, value, 0, 1, "a number from 0 to 1, without quotes (LLaMA-2 has 0.02)")
+epsilon = partial(number, low=0, high=1, rule="a number from 0 to 1, without quotes (LLaMA-2 has 1e-5)")
+deviation = partial(number, low=0, high=1, rule="a number from 0 to 1, without quotes (LLaMA-2 has 0.02)")
+# Beyond these bounds the frequencies, which are float32, become 0 or infinite.
+base_of_frequencies = partial(
+    number, low=1e-30, high=1e30, rule="a finite number above 0, without quotes (LLaMA-2 has 10000)"
+)
 
 
 def check_token_ids(name: str, value, vocab_size: int) -> None:
@@ -68,24 +55,14 @@ def check_token_ids(name: str, value, vocab_size: int) -> None:
     if value is None or (name == "pad_token_id" and type(value) is int and value == -1):
         return
     ids = value if isinstance(value, list) and value and name == "eos_token_id" else [value]
-    for one in ids:
-        if not isinstance(one, int) or isinstance(one, bool) or not 0 <= one < vocab_size:
-            several = ", or a list of them" if name == "eos_token_id" else ""
-            raise UsageError(
-                f"{name} is {value!r}; it must be null or one of the ids 0 to {vocab_size - 1} that "
-                f"vocab_size allows{several}."
-            )
+    are_tokens = all(type(one) is int and 0 <= one < vocab_size for one in ids)
+    several = ", or a list of them" if name == "eos_token_id" else ""
+    rule = f"null or one of the ids 0 to {vocab_size - 1} that vocab_size allows{several}"
+    require(are_tokens, name, value, rule)
 
 
 _CHECKS = {
-    "vocab_size": whole_number,
-    "hidden_size": whole_number,
-    "intermediate_size": whole_number,
-    "num_hidden_layers": whole_number,
-    "num_attention_heads": whole_number,
-    "num_key_value_heads": whole_number,
-    "head_dim": whole_number,
-    "max_position_embeddings": whole_number,
+    **dict.fromkeys((*REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"), whole_number),
     "rms_norm_eps": epsilon,
     "rope_theta": base_of_frequencies,
     "tie_word_embeddings": true_or_false,
@@ -132,8 +109,8 @@ class LlamaConfig:
             object.__setattr__(self, name, check(name, value))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             check_token_ids(name, getattr(self, name), self.vocab_size)
-        if self.model_type not in FAMILIES:
-            raise UsageError(f"model_type is {self.model_type!r}; it must be one of {', '.join(FAMILIES)}.")
+        known = self.model_type in FAMILIES
+        require(known, "model_type", self.model_type, f"one of {', '.join(FAMILIES)}")
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         # LLaMA's own config refuses it even where head_dim is given.
@@ -166,18 +143,15 @@ class LlamaConfig:
                     "transformers would ignore it."
                 )
         L, types, rotates = self.num_hidden_layers, self.layer_types, self.no_rope_layers
-        if types is not None and not (
-            isinstance(types, list) and len(types) == L and all(kind in (SLIDING, FULL) for kind in types)
-        ):
-            raise UsageError(f"layer_types is {types!r}; it must be a list of {L} times {SLIDING} or {FULL}.")
-        if types is not None and SLIDING in types and self.sliding_window is None:
-            raise UsageError(f"layer_types has {SLIDING}, and there is no sliding_window that is used.")
-        if rotates is not None and not (
-            isinstance(rotates, list)
-            and len(rotates) >= L
-            and all(type(one) is int and one in (0, 1) for one in rotates)
-        ):
-            raise UsageError(f"no_rope_layers is {rotates!r}; it must be a list of {L} times 0 or 1.")
+        if types is not None:
+            fits = type(types) is list and len(types) == L and all(kind in (SLIDING, FULL) for kind in types)
+            require(fits, "layer_types", types, f"a list of {L} times {SLIDING} or {FULL}")
+            if SLIDING in types and self.sliding_window is None:
+                raise UsageError(f"layer_types has {SLIDING}, and there is no sliding_window that is used.")
+        if rotates is not None:
+            fits = type(rotates) is list and len(rotates) >= L
+            fits = fits and all(type(one) is int and one in (0, 1) for one in rotates)
+            require(fits, "no_rope_layers", rotates, f"a list of {L} times 0 or 1")
 
     @property
     def family(self) -> Family:
@@ -267,8 +241,7 @@ class LlamaConfig:
 
     def also_ending_at(self, token_ids: list[int]) -> "LlamaConfig":
         """Add tokens that end a text; each is listed once, in the order in which they came."""
-        ends = list(dict.fromkeys([*ends_of(self.eos_token_id), *token_ids]))
-        return replace(self, eos_token_id=ends if len(ends) > 1 else (ends or [None])[0])
+        return replace(self, eos_token_id=joined_ends(self.eos_token_id, token_ids))
 
     def without_token_fields(self) -> "LlamaConfig":
         """Leave out carried fields that name tokens, which mean nothing for another tokenizer."""
@@ -290,8 +263,8 @@ def read_generation_config(folder: str | Path) -> dict:
     path = Path(folder, "generation_config.json")
     settings = read_settings(path)
     ends = settings.get("eos_token_id")
-    if not all(type(end) is int for end in ends_of(ends)):
-        raise UsageError(f"{path}: eos_token_id is {ends!r}; it must be a token id, a list of them, or null.")
+    are_ids = all(type(end) is int for end in ends_of(ends))
+    require(are_ids, f"{path}: eos_token_id", ends, "a token id, a list of them, or null")
     return settings
 
 
@@ -302,23 +275,30 @@ def ends_of(eos_token_id: int | list[int] | None) -> list[int]:
     return eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
 
 
-def generation_config(base: dict, config: LlamaConfig, same_tokens: bool) -> dict:
-    """Return the content of the `generation_config.json` of a model that was trained from another one.
+def joined_ends(*eos_token_ids: int | list[int] | None) -> int | list[int] | None:
+    """Return an eos_token_id with the tokens of all of them; each is listed once, in the order they came."""
+    ends = list(dict.fromkeys(end for several in map(ends_of, eos_token_ids) for end in several))
+    return ends if len(ends) > 1 else (ends or [None])[0]
+
+
+def generation_config(base: dict, config: Any, same_tokens: bool) -> dict:
+    """Return the content of the `generation_config.json` of a model that was trained from another one, or,
+    with an empty base, from scratch.
 
     base: the content of the other model's file. Its settings stay, and generation stops at every token that
         ended a text for the base model or ends one for `config`
     same_tokens: whether the tokenizer is still the base model's; else settings that name tokens are left out
     """
-    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: getattr(config, name, None) for name in names}  # a config of transformers may lack some
     ids = {name: value for name, value in ids.items() if value is not None}
     if not base:
         return {"_from_model_config": True, **ids}
     kept = {name: value for name, value in base.items() if name != "_from_model_config"}
     if not same_tokens:
         kept = {name: value for name, value in kept.items() if not _names_tokens(name)}
-    ends = list(dict.fromkeys([*ends_of(kept.get("eos_token_id")), *ends_of(config.eos_token_id)]))
-    one_or_several = {"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {}
-    return {**ids, **kept, **one_or_several}
+    ends = joined_ends(kept.get("eos_token_id"), config.eos_token_id)
+    return {**ids, **kept} | ({} if ends is None else {"eos_token_id": ends})
 
 
 def _names_tokens(name: str) -> bool:

@@ -1,4 +1,5 @@
-"""The exception for what a user asked for and cannot have, and the list of problems in its message."""
+"""The exception for what a user asked for and cannot have, checks that raise it, and the list of problems in
+its message."""
 
 from collections.abc import Mapping, Sequence
 
@@ -30,6 +31,19 @@ class BadRecord(UsageError):
         if not more.startswith(":"):
             more = f"; {more}" if more else "."
         return f"{where}{' ' if self.of_a_turn else ': '}{what_is_wrong}{more}"
+
+
+def require(holds: bool, name: str, value: object, rule: str) -> None:
+    """Raise UsageError unless the value of the setting `name` is what `rule` says in words."""
+    if not holds:
+        raise UsageError(f"{name} is {value!r}; it must be {rule}.")
+
+
+def number(name: str, value, low: float, high: float, rule: str) -> float:
+    """Return `value` as a float if it is a number from `low` to `high`; `rule` states this in words."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    require(is_number and low <= value <= high, name, value, rule)
+    return float(value)
 
 
 def listed(problems: Sequence[str], most: int = 20) -> str:

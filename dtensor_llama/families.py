@@ -11,7 +11,7 @@ values; config.py makes a LlamaConfig of them.
 
 from typing import Any, NamedTuple
 
-from dtensor_llama.errors import UsageError
+from dtensor_llama.errors import UsageError, number, require
 
 
 class Family(NamedTuple):
@@ -88,37 +88,27 @@ REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers
 
 # What these fields may hold without changing the arithmetic of model.py. Absent and null are always fine, and
 # a family's own fields are read below.
+_SWITCHES = (
+    *("attention_bias", "mlp_bias", "qkv_bias", "bias", "use_qk_norm", "qk_norm", "rope_interleaved"),
+    *("use_mrope", "use_sliding_window", "is_encoder_decoder", "add_cross_attention"),
+)
+_DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop")
+_FACTORS = (
+    *("partial_rotary_factor", "embedding_multiplier", "residual_multiplier"),
+    *("logits_scaling", "logit_scale"),
+)
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_MECHANISMS = (
+    *("sliding_window", "attention_chunk_size", "quantization_config", "quantization"),
+    *("attn_logit_softcapping", "final_logit_softcapping"),
+)
 _NEUTRAL = {
     "hidden_act": ("silu", "swish"),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "qkv_bias": (False,),
-    "bias": (False,),
-    "attention_dropout": (0,),
-    "hidden_dropout": (0,),
-    "resid_pdrop": (0,),
-    "embd_pdrop": (0,),
-    "partial_rotary_factor": (1,),
-    "rope_interleaved": (False,),
-    "use_mrope": (False,),
-    "sliding_window": (),
-    "use_sliding_window": (False,),
-    "attention_chunk_size": (),
-    "quantization_config": (),
-    "quantization": (),
-    "use_qk_norm": (False,),
-    "qk_norm": (False,),
-    "embedding_multiplier": (1,),
-    "residual_multiplier": (1,),
-    "logits_scaling": (1,),
-    "logit_scale": (1,),
-    "attn_logit_softcapping": (),
-    "final_logit_softcapping": (),
-    "num_local_experts": (0, 1),
-    "num_experts": (0, 1),
-    "n_routed_experts": (0, 1),
-    "is_encoder_decoder": (False,),
-    "add_cross_attention": (False,),
+    **dict.fromkeys(_SWITCHES, (False,)),
+    **dict.fromkeys(_DROPOUTS, (0,)),
+    **dict.fromkeys(_FACTORS, (1,)),
+    **dict.fromkeys(_EXPERTS, (0, 1)),
+    **dict.fromkeys(_MECHANISMS, ()),
 }
 
 # Fields of a config.json that would contradict what is exported: family, rotation and dtype,
@@ -142,12 +132,13 @@ ROPE_SCALINGS = {  # rope_type -> its numbers and the least that each may be
 }
 
 
-def check_rope_scaling(scaling: dict) -> None:
-    """Raise UsageError unless model.py has this scaling and all its numbers make sense."""
+def check_rope_scaling(scaling: dict, name: str = "rope_scaling") -> None:
+    """Raise UsageError unless model.py has this scaling and all its numbers make sense. name: where it
+    stands."""
     kind = scaling.get("rope_type")
     if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
         raise UsageError(
-            f"rope_scaling: rope_type {kind!r} is not supported; supported are default, "
+            f"{name}: rope_type {kind!r} is not supported; supported are default, "
             f"{', '.join(ROPE_SCALINGS)}. A model with another scaling would compute other angles, so it is "
             "refused rather than ignored."
         )
@@ -155,18 +146,13 @@ def check_rope_scaling(scaling: dict) -> None:
     wrong = (scaling.keys() - {"rope_type"}) ^ least.keys()
     if wrong:
         raise UsageError(
-            f"rope_scaling={scaling!r}: rope_type {kind} needs {', '.join(least)} and nothing else; "
+            f"{name}={scaling!r}: rope_type {kind} needs {', '.join(least)} and nothing else; "
             f"{', '.join(sorted(wrong))} is missing or not used."
         )
-    for name, low in least.items():
-        value = scaling[name]
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not low <= value <= 1e9:
-            raise UsageError(
-                f"rope_scaling: {name} is {value!r}; it must be a number from {low:g} to 1e9, without quotes."
-            )
+    for key, low in least.items():
+        number(f"{name}: {key}", scaling[key], low, 1e9, f"a number from {low:g} to 1e9, without quotes")
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-        raise UsageError(f"rope_scaling={scaling!r}: low_freq_factor must be below high_freq_factor.")
+        raise UsageError(f"{name}={scaling!r}: low_freq_factor must be below high_freq_factor.")
 
 
 def _read_rope(fields: dict, default_theta: float) -> tuple[Any, dict | None]:
@@ -175,19 +161,17 @@ def _read_rope(fields: dict, default_theta: float) -> tuple[Any, dict | None]:
     Older files have rope_theta and rope_scaling at top level, newer ones (transformers 5) rope_parameters,
     which holds both. Where a file has both forms they must agree, because readers differ in which they take.
     """
-    thetas, scalings = [fields.get("rope_theta")], {}
+    thetas, found = [fields.get("rope_theta")], []
     for name in ("rope_scaling", "rope_parameters"):
         rope = fields.get(name)
         if rope is None or rope == {}:
             continue
-        if not isinstance(rope, dict):
-            raise UsageError(f"{name} is {rope!r}; it must be an object.")
+        require(isinstance(rope, dict), name, rope, "an object")
         rope = {key: value for key, value in rope.items() if value is not None}
         thetas.append(rope.pop("rope_theta", None))
-        kinds = [rope.pop(key) for key in ("rope_type", "type") if key in rope]
-        kind = kinds[0] if kinds else "default"
-        if not isinstance(kind, str):
-            raise UsageError(f"{name}: rope_type is {kind!r}; it must be one of {', '.join(ROPE_SCALINGS)}.")
+        kind = rope.pop("type", "default")
+        kind = rope.pop("rope_type", kind)
+        require(isinstance(kind, str), f"{name}: rope_type", kind, f"one of {', '.join(ROPE_SCALINGS)}")
         if rope.get("partial_rotary_factor") == 1:
             del rope["partial_rotary_factor"]
         if kind == "default" and rope:
@@ -197,19 +181,16 @@ def _read_rope(fields: dict, default_theta: float) -> tuple[Any, dict | None]:
         original = "original_max_position_embeddings"
         if original in ROPE_SCALINGS.get(kind, {}):  # transformers takes that of the file first
             rope[original] = fields.get(original, rope.get(original, fields.get("max_position_embeddings")))
-        scalings[name] = None if kind == "default" else {"rope_type": kind, **rope}
-        if scalings[name]:
-            try:
-                check_rope_scaling(scalings[name])
-            except UsageError as error:
-                raise UsageError(str(error).replace("rope_scaling", name, 1)) from None
+        scaling = None if kind == "default" else {"rope_type": kind, **rope}
+        if scaling:
+            check_rope_scaling(scaling, name)
+        found.append(scaling)
     thetas = [theta for theta in thetas if theta is not None]
     if any(theta != thetas[0] for theta in thetas[1:]):
         raise UsageError(
             f"rope_theta is {' and '.join(map(repr, thetas))}, at top level and inside rope_parameters or "
             "rope_scaling; they contradict each other, so leave one of them out."
         )
-    found = list(scalings.values())
     if len(found) == 2 and found[0] != found[1]:
         raise UsageError(
             f"rope_scaling={fields['rope_scaling']!r} and rope_parameters={fields['rope_parameters']!r} "
@@ -231,10 +212,8 @@ def _read_windows(fields: dict, family: Family) -> dict:
         rotates = fields.get("no_rope_layers")
         interval = fields.get("no_rope_layer_interval", 4)
         if rotates is None:
-            if type(interval) is not int or interval < 1:
-                raise UsageError(
-                    f"no_rope_layer_interval is {interval!r}; it must be a whole number above 0."
-                )
+            is_count = type(interval) is int and interval >= 1
+            require(is_count, "no_rope_layer_interval", interval, "a whole number above 0")
             rotates = [int((layer + 1) % interval != 0) for layer in range(n_layers)]
         own["no_rope_layers"] = rotates
     types = fields.get("layer_types")
@@ -245,13 +224,11 @@ def _read_windows(fields: dict, family: Family) -> dict:
             own["sliding_window"] = fields.get("sliding_window", family.defaults.get("sliding_window"))
         return own
     uses = fields.get("use_sliding_window", False)
-    if not isinstance(uses, bool | None):
-        raise UsageError(f"use_sliding_window is {uses!r}; it must be true or false, without quotes.")
+    require(isinstance(uses, bool | None), "use_sliding_window", uses, "true or false, without quotes")
     window = fields.get("sliding_window", 4096 if "no_rope_layers" not in own else None) if uses else None
     if types is None and window is not None:
         first = fields.get("max_window_layers", 28)
-        if type(first) is not int:
-            raise UsageError(f"max_window_layers is {first!r}; it must be a whole number.")
+        require(type(first) is int, "max_window_layers", first, "a whole number")
         slides = [layer >= first for layer in range(n_layers)]
         if "no_rope_layers" in own and isinstance(own["no_rope_layers"], list):
             # In this family the layers without RoPE have the window.
@@ -281,8 +258,8 @@ def read_fields(fields: dict, known: set[str]) -> dict:
     missing = [name for name in REQUIRED if fields.get(name) is None]
     if missing:
         raise UsageError(f"{', '.join(missing)} missing; the file is not a whole config.json of a model.")
-    if type(fields["num_hidden_layers"]) is not int:
-        raise UsageError(f"num_hidden_layers is {fields['num_hidden_layers']!r}; it must be a whole number.")
+    n_layers = fields["num_hidden_layers"]
+    require(type(n_layers) is int, "num_hidden_layers", n_layers, "a whole number")
     refused = _refused_fields(fields, family)
     if refused:
         raise UsageError(

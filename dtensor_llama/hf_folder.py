@@ -7,16 +7,17 @@ is.
 
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
+from dtensor_llama.atomic import on_all_ranks, on_first_rank
 from dtensor_llama.config import LlamaConfig, generation_config, read_generation_config
 from dtensor_llama.data.tokenizer import Tokenizer
 from dtensor_llama.errors import UsageError
-from dtensor_llama.weights import on_all_ranks, save_hf
+from dtensor_llama.weights import save_hf
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,5 @@ def export(
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, chat_template: str | None = None) -> None:
     """Write the tokenizer's files into a folder. All ranks enter, and return when rank 0 has written them."""
-    is_main = not dist.is_initialized() or dist.get_rank() == 0
-    on_all_ranks(
-        f"saving the tokenizer in {folder}",
-        lambda: tokenizer.save(folder, chat_template) if is_main else None,
-        share=False,
-    )
+    everywhere = partial(on_all_ranks, f"saving the tokenizer in {folder}")
+    on_first_rank(everywhere, lambda: tokenizer.save(folder, chat_template))

@@ -15,8 +15,9 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -150,24 +151,19 @@ class RunLog:
         self._threads_hook = threading.excepthook
         threading.excepthook = self._on_thread_failure
         self.tensorboard = None
-        self._to_tensorboard(lambda: self._open(SummaryWriter, run_dir / "tensorboard", first_step + 1))
-
-    def _open(self, writer, folder: Path, purge_step: int) -> None:
-        self.tensorboard = writer(folder, purge_step=purge_step)
+        with self._tensorboard_may_fail():
+            self.tensorboard = SummaryWriter(run_dir / "tensorboard", purge_step=first_step + 1)
 
     def step(self, row: dict) -> None:
         """Write a line of metrics.jsonl: step, loss, grad_norm, lr, tokens, ...; None stands for unknown."""
         self.rows.append(row)
         self.waiting.append((json.dumps(row) + "\n").encode())
         self._write_rows()
-        if self.tensorboard:
-            self._to_tensorboard(lambda: self._add_scalars(row))
+        with self._tensorboard_may_fail():
+            for name, value in row.items() if self.tensorboard else ():
+                if name != "step" and value is not None:
+                    self.tensorboard.add_scalar(f"train/{name}", value, row["step"])
         self.bar.step(row)
-
-    def _add_scalars(self, row: dict) -> None:
-        for name, value in row.items():
-            if name != "step" and value is not None:
-                self.tensorboard.add_scalar(f"train/{name}", value, row["step"])
 
     def _write_rows(self) -> None:
         data, was_full = b"".join(self.waiting), len(self.waiting) > 1
@@ -187,10 +183,11 @@ class RunLog:
         self.good_bytes += len(data)
         self.waiting.clear()
 
-    def _to_tensorboard(self, do: Callable[[], None]) -> None:
-        """Call `do`. If it fails, TensorBoard's thread or file is gone, and no more events are written."""
+    @contextlib.contextmanager
+    def _tensorboard_may_fail(self) -> Iterator[None]:
+        """Let the block fail: then TensorBoard's thread or file is gone, and no more events are written."""
         try:
-            do()
+            yield
         except OSError as error:
             self.tensorboard = None
             self.say(
@@ -213,7 +210,8 @@ class RunLog:
             self.say(f"    {' '.join(prompt.split())[-80:]!r} -> {' '.join(answer.split())[:160]!r}")
         rows = [f"**{prompt}**\n\n{answer}" for prompt, answer in answers]
         if self.tensorboard:
-            self._to_tensorboard(lambda: self.tensorboard.add_text(name, "\n\n---\n\n".join(rows), step))
+            with self._tensorboard_may_fail():
+                self.tensorboard.add_text(name, "\n\n---\n\n".join(rows), step)
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
@@ -225,7 +223,8 @@ class RunLog:
         self.bar.close()
         self.file.close()
         if self.tensorboard:
-            self._to_tensorboard(self.tensorboard.close)
+            with self._tensorboard_may_fail():
+                self.tensorboard.close()
         threading.excepthook = self._threads_hook
         if self.waiting:
             raise UsageError(
@@ -257,10 +256,7 @@ def draw_loss_curve(rows: list[dict], path: Path) -> None:
     rows = [row for row in rows if row["loss"] is not None]  # a skipped step may have no loss
     tokens, losses = [row["tokens"] / 1e6 for row in rows], [row["loss"] for row in rows]
     window = max(1, len(losses) // 50)
-    smooth = [
-        sum(losses[max(0, i - window + 1) : i + 1]) / len(losses[max(0, i - window + 1) : i + 1])
-        for i in range(len(losses))
-    ]
+    smooth = [fmean(losses[max(0, i - window + 1) : i + 1]) for i in range(len(losses))]
     if window > 1:
         axes.plot(tokens, losses, color="#9db8d9", linewidth=0.8, label="each step")
     mean = f"mean of {window} steps" if window > 1 else "each step"
@@ -481,14 +477,14 @@ def resident_bytes_at(address: int, mappings: str) -> int:
 
 def _peak_resident_bytes() -> int:
     """Return the high-water mark since the last call, or since the start where Linux forbids a reset."""
-    status = Path("/proc/self/status").read_text() if Path("/proc/self/status").exists() else ""
-    high_water = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
+    status = Path("/proc/self/status")
+    high_water = re.search(r"^VmHWM:\s*(\d+)", status.read_text() if status.exists() else "", re.MULTILINE)
     if high_water:
         try:
             Path("/proc/self/clear_refs").write_text("5")  # Linux: start the high-water mark anew
         except OSError:
             pass  # a locked-down container: the mark stays the peak of the whole run
-        return int(high_water[0]) * 1024
+        return int(high_water[1]) * 1024
     import psutil
 
     return psutil.Process().memory_info().rss

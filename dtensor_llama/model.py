@@ -20,6 +20,7 @@ import hashlib
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -248,7 +249,7 @@ class Llama(nn.Module):
         self.vocabulary = Vocabulary(
             config.vocab_size
         )  # tensor parallelism puts one in its place that is split
-        self._tie()
+        self.tie()
         if not self.lm_head.weight.is_meta:
             init_weights(self, seed=0)
 
@@ -302,18 +303,16 @@ class Llama(nn.Module):
         if self.is_parallel:
             raise UsageError(f"model.{name} was set after parallelize, which carries it over; set it before.")
 
-    def _tie(self) -> None:
-        if (
-            self.config.tie_word_embeddings
-            and self.lm_head is not None
-            and self.model.embed_tokens is not None
-        ):
+    def tie(self) -> None:
+        """Make a tied matrix one parameter again, where both ends of the model are here."""
+        ends = self.lm_head, self.model.embed_tokens
+        if self.config.tie_word_embeddings and None not in ends:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def to_empty(self, **kwargs) -> "Llama":
         """Do what nn.Module.to_empty does, and keep tied matrices one: it would leave two."""
         super().to_empty(**kwargs)
-        self._tie()
+        self.tie()
         return self
 
 
@@ -340,7 +339,7 @@ def init_weights(model: Llama, seed: int) -> None:
     """
     from dtensor_llama.weights import local_boxes, values_to_write
 
-    def fill(name: str, first: int, run: int, box: tuple) -> None:
+    def fill(name: str, run: int, box: tuple, first: int) -> None:
         """Draw `run` rows of a whole parameter from row `first` on, and keep those that lie in the box."""
         offsets, sizes, local = box
         shape = model.get_parameter(name).shape
@@ -351,26 +350,22 @@ def init_weights(model: Llama, seed: int) -> None:
         target = local[low - offsets[0] : high - offsets[0]]
         n_rows = min(run, shape[0] - first)
         whole_run = target.shape == (n_rows, *shape[1:]) and target.is_contiguous()
-        if whole_run and target.dtype == torch.float32 and target.device.type == "cpu":
-            # The same numbers, without a copy.
-            target.normal_(0, model.config.initializer_range, generator=stream)
-            return
-        rows = torch.empty(n_rows, *shape[1:]).normal_(0, model.config.initializer_range, generator=stream)
-        columns = [slice(o, o + s) for o, s in zip(offsets[1:], sizes[1:], strict=True)]
-        target.copy_(rows[(slice(low - first, high - first), *columns)])
+        in_place = whole_run and target.dtype == torch.float32 and target.device.type == "cpu"
+        rows = target if in_place else torch.empty(n_rows, *shape[1:])
+        rows.normal_(0, model.config.initializer_range, generator=stream)
+        if not in_place:
+            columns = [slice(o, o + s) for o, s in zip(offsets[1:], sizes[1:], strict=True)]
+            target.copy_(rows[(slice(low - first, high - first), *columns)])
 
     # normal_ runs on one core, and other threads of Python can run meanwhile.
     with ThreadPoolExecutor() as threads:
         for name, parameter in model.named_parameters():  # a tied matrix comes once, as the embedding
             run = max(1, INIT_BLOCK_ELEMENTS // max(1, parameter.shape[1:].numel()))  # rows per stream
             with values_to_write(model, name, parameter) as values:
-                jobs = []
                 for box in local_boxes(values):
                     offsets, sizes, local = box
                     if (constant := initial_constant(name)) is not None:
                         local.fill_(constant)
                         continue
-                    for first in range(offsets[0] // run * run, offsets[0] + sizes[0], run):
-                        jobs.append(threads.submit(fill, name, first, run, box))
-                for job in jobs:
-                    job.result()
+                    firsts = range(offsets[0] // run * run, offsets[0] + sizes[0], run)
+                    list(threads.map(partial(fill, name, run, box), firsts))

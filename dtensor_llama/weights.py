@@ -24,13 +24,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dtensor_llama.atomic import on_all_ranks, on_first_rank, replace_file, whole_folder, write_durably
-from dtensor_llama.config import refuse_adapter
+from dtensor_llama.atomic import (
+    on_all_ranks,
+    on_first_rank,
+    own_rank,
+    replace_file,
+    whole_folder,
+    write_durably,
+)
+from dtensor_llama.config import generation_config, refuse_adapter
 from dtensor_llama.errors import UsageError, listed, mismatches
 from dtensor_llama.places import free_bytes, is_full, say_full
 
@@ -175,7 +181,6 @@ def save_hf(
         raise ValueError(
             "the model has LoRA adapters, which save_hf would leave out; merge_lora(model) first"
         )
-    rank = dist.get_rank() if dist.is_initialized() else 0
     # A packed parameter (parallel/plans/styles.py) is kept in another shape than Hugging Face's.
     whole_shapes = {name: tuple(one.shape) for name, one in parameters.items()}
     whole_shapes |= getattr(model, "whole_shapes", {})
@@ -193,7 +198,7 @@ def save_hf(
         for name in names:
             held = parameters.get(name, buffers.get(name))
             boxes = packed_boxes(held, whole_shapes[name]) if held is not None else []
-            mine = [box[:2] for box in boxes if writer[name, box[0], box[1]] == rank]
+            mine = [box[:2] for box in boxes if writer[name, box[0], box[1]] == own_rank()]
             if not mine:
                 continue
             values = held if name in buffers else values_to_read(model, name, held)
@@ -436,27 +441,19 @@ def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
         # 100 MB is the limit of the safetensors library.
         if len(first) < 8 or header_bytes > min(actual - 8, 100_000_000):
             raise ValueError(f"unreadable header: cut or not safetensors (file has {actual} bytes)")
+        stored, end = {}, 8 + header_bytes
         try:
             header = json.loads(opened.read(header_bytes))
-            tensors = {
-                name: (one["dtype"], tuple(one["shape"]), *one["data_offsets"])
-                for name, one in header.items()
-                if name != "__metadata__"
-            }
-            end = 0
-            for dtype, shape, start, stop in sorted(tensors.values(), key=lambda tensor: tensor[2:]):
-                if start != end or dtype in DTYPES and stop - start != _bytes(dtype, shape):
+            header.pop("__metadata__", None)
+            for name, one in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                stored[name] = where = Stored(path.name, one["dtype"], tuple(one["shape"]), end)
+                start, stop = (8 + header_bytes + offset for offset in one["data_offsets"])
+                if start != end or where.dtype in DTYPES and stop - start != where.n_bytes:
                     raise ValueError("byte ranges overlap, leave holes or do not match the shapes")
                 end = stop
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"unreadable header: {error}") from None
-    data_start = 8 + header_bytes
-    stored = {
-        name: Stored(path.name, dtype, shape, data_start + start)
-        for name, (dtype, shape, start, _) in tensors.items()
-    }
-    expected = data_start + end
-    return stored, "" if expected == actual else f"header says {expected} bytes, file has {actual}"
+    return stored, "" if end == actual else f"header says {end} bytes, file has {actual}"
 
 
 def _share(
@@ -466,12 +463,11 @@ def _share(
     boxes])."""
     share = {}
     for name, param in parameters.items():
-        if (dtype or param.dtype) not in DTYPE_NAMES:
-            raise UsageError(
-                f"{name}: cannot be saved as {dtype or param.dtype}; dtype is one of {[*DTYPE_NAMES]}"
-            )
+        as_dtype = dtype or param.dtype
+        if as_dtype not in DTYPE_NAMES:
+            raise UsageError(f"{name}: cannot be saved as {as_dtype}; dtype is one of {[*DTYPE_NAMES]}")
         boxes = [(offsets, sizes) for offsets, sizes, _ in packed_boxes(param, whole_shapes[name])]
-        share[name] = (DTYPE_NAMES[dtype or param.dtype], whole_shapes[name], boxes)
+        share[name] = (DTYPE_NAMES[as_dtype], whole_shapes[name], boxes)
     return share
 
 
@@ -513,12 +509,8 @@ def plan_files(tensors: dict[str, tuple[str, tuple]], max_bytes: int) -> FilePla
         names.sort(key=lambda name: -DTYPES[tensors[name][0]].itemsize)
         for name in names:
             dtype, shape = tensors[name]
-            header[name] = {
-                "dtype": dtype,
-                "shape": list(shape),
-                "data_offsets": [end, end + _bytes(*tensors[name])],
-            }
-            end += _bytes(*tensors[name])
+            start, end = end, end + _bytes(dtype, shape)
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         headers[file] = len(text).to_bytes(8, "little") + text
@@ -599,9 +591,7 @@ def _create(folder: Path, staged: Path, plan: FilePlan, config: Any, generation:
     settings["architectures"] = settings.get("architectures") or ["LlamaForCausalLM"]
     write_durably(staged / "config.json", _as_json(settings))
     if generation is None:
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        ids = {name: settings[name] for name in names if settings.get(name) is not None}
-        generation = {"_from_model_config": True, **ids}
+        generation = generation_config({}, config, same_tokens=True)
     elif not isinstance(generation, dict):  # a transformers GenerationConfig; its defaults are left out
         generation = json.loads(generation.to_json_string())
     write_durably(staged / "generation_config.json", _as_json(generation))

@@ -47,17 +47,11 @@ def foresee(n_parameters: int, budgets: dict[str, int], rates: dict, traced: dic
 
 class AutoPolicy:
     """Makes the plans of a ChunkManager, which calls it where steps begin and end. rates: of the machine.
-    say: is called with each plan in words. counters: how memory is read; tests pass their own."""
+    say: is called with each plan in words."""
 
-    def __init__(
-        self,
-        manager: "ChunkManager",
-        rates: MachineRates,
-        say: Callable[[str], None],
-        counters: Counters | None = None,
-    ):
+    def __init__(self, manager: "ChunkManager", rates: MachineRates, say: Callable[[str], None]):
         self.manager, self.rates, self.say, self.n_steps, self.n_plans = manager, rates, say, 0, 0
-        self.counters = counters or Counters.of(manager.device)
+        self.counters = Counters.of(manager.device)
         self.tracer: Tracer | None = Tracer(manager.owners, manager.device, self.counters)
         self.traced: StepTrace | None = None
         device, asked = manager.host_share, manager.budgets

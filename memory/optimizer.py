@@ -12,9 +12,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from dtensor_llama.atomic import own_rank
 from dtensor_llama.checkpoint import Deferred
 from dtensor_llama.errors import UsageError
 from dtensor_llama.shards import local
@@ -122,8 +122,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             if param is not None:
                 state[f"state.{name}.step"] = torch.tensor(float(param.step))
                 state |= {f"state.{name}.{key}": deferred(key, param) for key in ("exp_avg", "exp_avg_sq")}
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        return {"model": weights, "optimizer": state, "plan": {str(rank): self.saved_plan()}}
+        return {"model": weights, "optimizer": state, "plan": {str(own_rank()): self.saved_plan()}}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Put a loaded `checkpoint_state` into effect. Weights and moments are in the chunks already: they

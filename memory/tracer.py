@@ -125,22 +125,14 @@ def load_rates(
     return rates
 
 
-def measure_rates(
-    device: torch.device,
-    kernel: str = "auto",
-    ranks_per_host: int = 1,
-    n_bytes: int = 256 * MIB,
-    seconds: float = 0.5,
-) -> MachineRates:
-    """Measure every rate for `seconds`. A GPU must be idle meanwhile. Several ranks of a host measure at the
-    same time, so that each gets its share."""
-    link, stream = Link(device, n_bytes), DramStream(4 * n_bytes)
-    wires = {direction: link.rate(direction, seconds) for direction in ("h2d", "d2h", "duplex")}
-    dram, under_dma = stream.rate(seconds), stream.rate_under(link, seconds)
-    host_adam = host_adam_rate(host_threads(device, ranks_per_host), seconds=seconds, kernel=kernel)
-    device_adam = host_adam
-    if device.type == "cuda":
-        device_adam = device_adam_rate(device, seconds=seconds, kernel=kernel)
+def measure_rates(device: torch.device, kernel: str, ranks_per_host: int) -> MachineRates:
+    """Measure every rate for half a second. A GPU must be idle meanwhile. Several ranks of a host measure at
+    the same time, so that each gets its share."""
+    link, stream = Link(device, 256 * MIB), DramStream(1024 * MIB)
+    wires = {direction: link.rate(direction) for direction in ("h2d", "d2h", "duplex")}
+    dram, under_dma = stream.rate(), stream.rate_under(link)
+    host_adam = host_adam_rate(host_threads(device, ranks_per_host), kernel=kernel)
+    device_adam = device_adam_rate(device, kernel=kernel) if device.type == "cuda" else host_adam
     adam = {"host_adam": host_adam, "device_adam": device_adam}
     return MachineRates(**wires, dram=dram, dram_under_dma=under_dma, **adam)
 

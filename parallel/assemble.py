@@ -33,7 +33,7 @@ from memory.optimizer import ChunkOptimizer
 from memory.tracer import load_rates
 from parallel.apply import Computation, parallelize
 from parallel.clip import ClippingAdamW
-from parallel.config import AXES, ParallelConfig
+from parallel.config import ParallelConfig
 from parallel.cost import check_states
 from parallel.mesh import Layout
 from parallel.pipeline import Pipeline
@@ -203,8 +203,7 @@ def settle_memory(
     config: resolved. UsageError if the states alone are more than the GPU has, before anything starts,
         instead of an error in the middle of the first step."""
     device, dtype = computation.device, computation.dtype
-    world_size = math.prod(getattr(config, axis) for axis in AXES)
-    memory, chosen = memory.settle(device, dtype, world_size)
+    memory, chosen = memory.settle(device, dtype, math.prod(config.sizes.values()))
     if device.type == "cuda":
         device_bytes = torch.cuda.get_device_properties(device).total_memory
         per_parameter = memory.device_bytes_per_parameter(dtype.itemsize, n_microbatches)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from parallel import rules
+from parallel.context import n_slices
 from parallel.pipeline import SCHEDULES
 from parallel.rules import Case, Job
 
@@ -89,6 +90,12 @@ class ParallelConfig:
         """Return the number of pipeline stages on each pp rank."""
         default = SCHEDULES[self.schedule].default_virtual_stages
         return default if self.virtual_stages is None else self.virtual_stages
+
+    @property
+    def token_slices(self) -> int:
+        """Return how many slices cp, and tp under sequence parallelism, cut the tokens of a row into."""
+        slices = n_slices(self.cp_method, self.cp) if self.cp > 1 else 1
+        return slices * self.sequence_shards
 
     @property
     def sequence_shards(self) -> int:

@@ -28,7 +28,8 @@ All cp ranks have the same parameters: their gradients are summed over cp as ove
 cp), and the loss is the sum over cp of the ranks' token sums.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from math import lcm
 from typing import NamedTuple
 
@@ -42,9 +43,10 @@ from torch.nn.attention import SDPBackend
 
 from dtensor_llama.attention import (
     AttentionMask,
-    SdpaPlan,
     WholeRows,
+    causal_mask,
     expand_heads,
+    math_scores,
     pad_head_width,
     plan_sdpa,
 )
@@ -92,14 +94,6 @@ def shard_batch(batch: Batch, cp_mesh: DeviceMesh, method: str) -> Batch:
         return batch
     tokens, labels = (shard_sequence(x, cp_mesh, method) for x in (batch.tokens, batch.labels))
     return Batch(tokens, labels, batch.positions)
-
-
-def embedded_here(per_token: Tensor, mesh: DeviceMesh, cp_method: str, sequence_shards: int) -> Tensor:
-    """Return the part of `per_token` (B, T) for the tokens whose embeddings this rank computes: its share
-    over cp, and of that its share over tp."""
-    if mesh["cp"].size() > 1:
-        per_token = shard_sequence(per_token, mesh["cp"], cp_method)
-    return per_token.chunk(sequence_shards, dim=1)[mesh["tp"].get_local_rank() if sequence_shards > 1 else 0]
 
 
 def apply_context_parallel(model: Llama, cp_mesh: DeviceMesh, method: str) -> None:
@@ -161,10 +155,8 @@ class Ulysses:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
         """q (B, T/cp, H, E), k and v (B, T/cp, K, E) -> (B, T/cp, H, E)."""
-        # 1 if cp divides K; else the fewest that every rank needs
-        copies = lcm(k.shape[2], self.cp_mesh.size()) // k.shape[2]
-        if copies > 1:
-            k, v = (x.repeat_interleave(copies, dim=2) for x in (k, v))  # (B, T/cp, W, E), W = lcm(K, cp)
+        n_kv_heads = lcm(k.shape[2], self.cp_mesh.size())  # W: K if cp divides it, else what every rank needs
+        k, v = expand_heads(k, n_kv_heads), expand_heads(v, n_kv_heads)  # (B, T/cp, W, E)
         tokens, heads = Shard(1), Shard(2)
         # all-to-all: (B, T, H/cp or W/cp, E)
         q, k, v = (_redistribute(x, self.cp_mesh, tokens, heads) for x in (q, k, v))
@@ -255,19 +247,13 @@ def ring_rounds(cp_rank: int, cp: int, n_tokens: int) -> list[Round]:
 )
 def ring_attention(q, k, v, documents, group_name, kernel):
     """Return out (B, T/cp, H, E) and the log-sum-exp (B, H, T/cp) fp32 over all keys of the sequence."""
-    group = _group(group_name)
-    kv = [k, v]
-    rounds = ring_rounds(group.rank(), group.size(), q.shape[1])
-    for hop, (source, queries, keys, causal) in enumerate(rounds):
-        # travels while the kernel below runs
-        next_kv = _send_round(kv, group) if hop + 1 < len(rounds) else list
-        mask = _mask(documents, group.rank(), source, queries, keys, causal)
-        block_out, block_lse = block_forward(q[:, queries], *(x[:, keys] for x in kv), causal, mask, kernel)
-        if hop == 0:
+    out = lse = None
+    for queries, _, causal, kv, mask in _blocks([k, v], documents, _group(group_name)):
+        block_out, block_lse = block_forward(q[:, queries], *kv, causal, mask, kernel)
+        if out is None:
             out, lse = block_out.float(), block_lse.contiguous()  # every query sees itself: lse is finite
         else:
             _merge(out[:, queries], lse[:, :, queries], block_out, block_lse)
-        kv = next_kv()
     return out.to(q.dtype).contiguous(), lse
 
 
@@ -283,29 +269,19 @@ def ring_attention_backward(grad_out, q, k, v, out, lse, documents, group_name, 
     """Return the gradients of q, k and v. The keys of each share go round again; their gradient follows one
     round behind, each rank adds its part, and the last hop brings it home."""
     group = _group(group_name)
-    kv, grad_q = [k, v], torch.zeros_like(q, dtype=torch.float32)
+    grad_q = torch.zeros_like(q, dtype=torch.float32)
     # In fp32, as the cp ranks add to it in turn: twice the bytes of bf16, and none of its rounding.
     next_grad_kv = lambda: [torch.zeros_like(x, dtype=torch.float32) for x in (k, v)]
-    rounds = ring_rounds(group.rank(), group.size(), q.shape[1])
-    for hop, (source, queries, keys, causal) in enumerate(rounds):
-        next_kv = _send_round(kv, group) if hop + 1 < len(rounds) else list
-        mask = _mask(documents, group.rank(), source, queries, keys, causal)
+    for queries, keys, causal, kv, mask in _blocks([k, v], documents, group):
+        own_grad_out, own_q, own_out = (x[:, queries] for x in (grad_out, q, out))
         block_grad_q, *block_grad_kv = block_backward(
-            grad_out[:, queries],
-            q[:, queries],
-            *(x[:, keys] for x in kv),
-            out[:, queries],
-            lse[:, :, queries],
-            causal,
-            mask,
-            kernel,
+            own_grad_out, own_q, *kv, own_out, lse[:, :, queries], causal, mask, kernel
         )
         grad_q[:, queries] += block_grad_q
         grad_kv = next_grad_kv()  # of the keys at hand, from the ranks before us
         for total, part in zip(grad_kv, block_grad_kv, strict=True):
             total[:, keys] += part
         next_grad_kv = _send_round(grad_kv, group, tag=1)
-        kv = next_kv()
     return tuple(x.to(q.dtype) for x in (grad_q, *next_grad_kv()))
 
 
@@ -337,6 +313,24 @@ def _group(name: str) -> dist.ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(name)  # private; a custom op takes plain values only
 
 
+def _blocks(kv: list[Tensor], documents: Tensor | None, group: dist.ProcessGroup) -> Iterator[tuple]:
+    """Yield what this rank computes in each round; the keys and values of the next round travel meanwhile.
+
+    That is (queries, keys, causal) of the Round, the keys and values [k, v], (B, s, K, E) each, and a mask
+    (B, 1, t, s) bool, True where a query may see a key, or None where `causal` alone decides.
+    """
+    rounds = ring_rounds(group.rank(), group.size(), kv[0].shape[1])
+    for hop, (source, queries, keys, causal) in enumerate(rounds):
+        next_kv = _send_round(kv, group) if hop + 1 < len(rounds) else list
+        mask = None
+        if documents is not None:
+            own, other = documents[group.rank()], documents[source]
+            mask = own[:, None, queries, None] == other[:, None, None, keys]
+            mask = mask.tril() if causal else mask
+        yield queries, keys, causal, [x[:, keys] for x in kv], mask
+        kv = next_kv()
+
+
 def _send_round(xs: list[Tensor], group: dist.ProcessGroup, tag: int = 0) -> Callable[[], list[Tensor]]:
     """Start to send xs to the next cp rank and to receive tensors like them from the one before. Return a
     function that waits for these."""
@@ -344,10 +338,9 @@ def _send_round(xs: list[Tensor], group: dist.ProcessGroup, tag: int = 0) -> Cal
     if size == 1:
         return lambda: xs
     received = [torch.empty_like(x) for x in xs]
-    sends = [dist.P2POp(dist.isend, x, group=group, group_peer=(rank + 1) % size, tag=tag) for x in xs]
-    receives = [
-        dist.P2POp(dist.irecv, x, group=group, group_peer=(rank - 1) % size, tag=tag) for x in received
-    ]
+    transfer = partial(dist.P2POp, group=group, tag=tag)
+    sends = [transfer(dist.isend, x, group_peer=(rank + 1) % size) for x in xs]
+    receives = [transfer(dist.irecv, x, group_peer=(rank - 1) % size) for x in received]
     works = dist.batch_isend_irecv(sends + receives)
 
     def arrived(_leaving=xs):  # xs must live until they are sent
@@ -366,17 +359,6 @@ def _merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> No
     weight, block_weight = ((x - total).exp().transpose(1, 2)[..., None] for x in (lse, block_lse))
     out.mul_(weight).add_(block_out * block_weight)
     lse.copy_(total)
-
-
-def _mask(
-    documents: Tensor | None, cp_rank: int, source: int, queries: slice, keys: slice, causal: bool
-) -> Tensor | None:
-    """Return a mask (B, 1, t, s) bool, True where a query may see a key; None where `causal` alone
-    decides."""
-    if documents is None:
-        return None
-    mask = documents[cp_rank][:, None, queries, None] == documents[source][:, None, None, keys]
-    return mask.tril() if causal else mask
 
 
 # ---- the kernels of one block: q (B, t, H, E), k and v (B, s, K, E), lse (B, H, t) fp32 ----
@@ -429,22 +411,21 @@ def _cpu_backward(grad_out, q, k, v, out, lse, causal, mask):
     return [x.transpose(1, 2) for x in grads]
 
 
-def _plan(q: Tensor, k: Tensor, mask: Tensor | None) -> SdpaPlan:
-    """Plan as for whole sequences: FlashAttention where it can run, else the memory-efficient kernel. cuDNN's
-    results cannot be merged."""
-    return plan_sdpa(q.dtype, grouped=q.shape[2] != k.shape[2], masked=mask is not None, over_cache=False)
+def _runs_flash(q: Tensor, mask: Tensor | None) -> bool:
+    """Decide as for whole sequences: FlashAttention where it can run, else the memory-efficient kernel, which
+    takes no grouped heads. cuDNN's results cannot be merged."""
+    plan = plan_sdpa(q.dtype, grouped=False, masked=mask is not None, over_cache=False)
+    return SDPBackend.FLASH_ATTENTION in plan.kernels
 
 
 def _cuda_forward(q, k, v, causal, mask):
     t, H, E = q.shape[1:]
-    plan = _plan(q, k, mask)
-    if SDPBackend.FLASH_ATTENTION in plan.kernels:
+    if _runs_flash(q, mask):
         out, lse, *_ = _aten._scaled_dot_product_flash_attention(
             *_cuda_layout(q, k, v), 0.0, causal, scale=E**-0.5
         )
     else:
-        if plan.expands_heads:  # this block's keys, on this rank only
-            k, v = expand_heads(k, H), expand_heads(v, H)
+        k, v = expand_heads(k, H), expand_heads(v, H)  # this block's keys, on this rank only
         out, lse, *_ = _aten._scaled_dot_product_efficient_attention(
             *_cuda_layout(q, k, v), _bias(mask, q.dtype, H), True, 0.0, causal, scale=E**-0.5
         )
@@ -454,8 +435,7 @@ def _cuda_forward(q, k, v, causal, mask):
 def _cuda_backward(grad_out, q, k, v, out, lse, causal, mask):
     t, H, E, s, K = *q.shape[1:], *k.shape[1:3]
     unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # random state: read under dropout only
-    plan = _plan(q, k, mask)
-    if SDPBackend.FLASH_ATTENTION in plan.kernels:
+    if _runs_flash(q, mask):
         grads = _aten._scaled_dot_product_flash_attention_backward(
             *_cuda_layout(grad_out, q, k, v, out),
             lse.contiguous(),
@@ -470,8 +450,7 @@ def _cuda_backward(grad_out, q, k, v, out, lse, causal, mask):
             scale=E**-0.5,
         )
     else:
-        if plan.expands_heads:
-            k, v = expand_heads(k, H), expand_heads(v, H)
+        k, v = expand_heads(k, H), expand_heads(v, H)
         grad_out, q, k, v, out = _cuda_layout(grad_out, q, k, v, out)
         # exp(score - inf) = 0: what efficient expects
         lse = F.pad(lse, (0, -t % 32), value=float("inf")).contiguous()
@@ -500,26 +479,19 @@ def _cuda_layout(*xs: Tensor) -> list[Tensor]:
     return [pad_head_width(x).transpose(1, 2) for x in xs]
 
 
-def _math_scores(q, k, causal, mask):
-    B, t, H, E = q.shape
-    groups = q.float().unflatten(2, (k.shape[2], -1))  # (B, t, K, H/K, E)
-    scores = torch.einsum("btkge,bske->bkgts", groups, k.float()) / E**0.5
-    if causal:
-        mask = torch.ones(t, k.shape[1], dtype=torch.bool, device=q.device).tril()[None, None]
-    return groups, scores if mask is None else scores.masked_fill(~mask[:, :, None], float("-inf"))
-
-
 def _math_forward(q, k, v, causal, mask):
-    _, scores = _math_scores(q, k, causal, mask)  # (B, K, H/K, t, s) fp32
+    mask = causal_mask(q.shape[1], k.shape[1], q.device) if causal else mask
+    scores = math_scores(q, k, mask)  # (B, K, H/K, t, s) fp32
     lse = scores.logsumexp(-1)
     out = torch.einsum("bkgts,bske->btkge", (scores - lse[..., None]).exp(), v.float())
     return out.flatten(2, 3).to(q.dtype), lse.flatten(1, 2)
 
 
 def _math_backward(grad_out, q, k, v, out, lse, causal, mask):
-    groups, scores = _math_scores(q, k, causal, mask)
-    weights = (scores - lse.unflatten(1, (k.shape[2], -1))[..., None]).exp()
-    grad_out, out = (x.float().unflatten(2, (k.shape[2], -1)) for x in (grad_out, out))  # (B, t, K, H/K, E)
+    mask = causal_mask(q.shape[1], k.shape[1], q.device) if causal else mask
+    weights = (math_scores(q, k, mask) - lse.unflatten(1, (k.shape[2], -1))[..., None]).exp()
+    # (B, t, K, H/K, E)
+    grad_out, groups, out = (x.float().unflatten(2, (k.shape[2], -1)) for x in (grad_out, q, out))
     grad_weights = torch.einsum("btkge,bske->bkgts", grad_out, v.float())
     # (B, K, H/K, t, 1): weights * grad, over all keys
     mean = (grad_out * out).sum(-1).permute(0, 2, 3, 1)[..., None]

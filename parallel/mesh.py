@@ -21,7 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from dtensor_llama.data.reader import Batch
 from parallel.config import AXES, DERIVED_AXES, ParallelConfig
-from parallel.context import embedded_here, shard_batch
+from parallel.context import shard_batch, shard_sequence
 
 # its successor is not public yet
 warnings.filterwarnings("ignore", message="Slicing a flattened dim from root mesh")
@@ -46,13 +46,12 @@ def start_process_group(
     if device.type == "cuda":
         options["device_id"] = device
     if world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     elif attempt > 0:
         store, rank, _ = next(rendezvous("env://", timeout=options["timeout"]))
         store = dist.PrefixStore(f"attempt-{attempt}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, **options)
-    else:
-        dist.init_process_group(backend, **options)
+        options |= {"store": store, "rank": rank, "world_size": world_size}
+    dist.init_process_group(backend, **options)
 
 
 def stop_process_group() -> None:
@@ -105,8 +104,12 @@ class Layout:
         return shard_batch(batch, self.mesh["cp"], self.config.cp_method)
 
     def embedded_tokens(self, per_token: Tensor) -> Tensor:
-        """Return, of a value per token (B, T) of whole rows, those of the tokens that this rank embeds."""
-        return embedded_here(per_token, self.mesh, self.config.cp_method, self.config.sequence_shards)
+        """Return, of a value per token (B, T) of whole rows, those of the tokens that this rank embeds: its
+        share over cp, and under sequence parallelism of that its share over tp."""
+        if self.config.cp > 1:
+            per_token = shard_sequence(per_token, self.mesh["cp"], self.config.cp_method)
+        n_shards = self.config.sequence_shards
+        return per_token.chunk(n_shards, dim=1)[self.mesh["tp"].get_local_rank() if n_shards > 1 else 0]
 
 
 def build_mesh(config: ParallelConfig, device_type: str) -> DeviceMesh:

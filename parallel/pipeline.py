@@ -24,7 +24,10 @@ transfers are those of torch.distributed.pipelining; this file splits the model,
 keeps everything else as it is without pp.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from copy import deepcopy
+from itertools import accumulate
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -95,8 +98,7 @@ def split_layers(config: LlamaConfig, n_stages: int) -> list[range]:
         cheapest = min(range(n_stages), key=lambda stage: (costs[stage], -stage))
         costs[cheapest] += 1
         n_layers[cheapest] += 1
-    ends = [sum(n_layers[: stage + 1]) for stage in range(n_stages)]
-    return [range(end - n, end) for n, end in zip(n_layers, ends, strict=True)]
+    return [range(end - n, end) for n, end in zip(n_layers, accumulate(n_layers), strict=True)]
 
 
 def stage_indices(schedule: str, pp: int, virtual_stages: int) -> list[list[int]]:
@@ -135,15 +137,11 @@ def split_stages(model: Llama, pp_mesh: DeviceMesh, schedule: str, virtual_stage
         part.model.embed_tokens = model.model.embed_tokens if stage == 0 else None
         for layer in range(config.num_hidden_layers):
             part.model.layers[layer] = model.model.layers[layer] if layer in layers[stage] else None
-        part.model.norm, part.lm_head = (
-            (model.model.norm, model.lm_head) if stage == n_stages - 1 else (None, None)
-        )
-        if is_tied and stage == n_stages - 1:
-            weight = model.model.embed_tokens.weight
-            part.lm_head = nn.Linear(
-                weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype
-            )
-            part.lm_head.weight.requires_grad_(weight.requires_grad)
+        is_last = stage == n_stages - 1
+        part.model.norm = model.model.norm if is_last else None
+        part.lm_head = model.lm_head if is_last else None
+        if is_last and is_tied:
+            part.lm_head = deepcopy(model.lm_head)
         parts.append(part)
     held = {layer for stage in own for layer in layers[stage]}
     for layer in set(range(config.num_hidden_layers)) - held:
@@ -214,10 +212,8 @@ class Pipeline:
         self.schedule, self.batch_shape = None, None
         self.recorder: Recorder | None = None  # set for one step, it notes which rank worked when
         for stage in stages:
-            for module in stage.modules():
-                if isinstance(module, FSDPModule):
-                    # PipelineStage reshards after the last backward of a step.
-                    module.set_reshard_after_forward(False, recurse=False)
+            if isinstance(stage, FSDPModule):
+                stage.set_reshard_after_forward(False)  # PipelineStage does so after a step's last backward
 
     def step(self, microbatches: list[Batch], n_targets: Tensor | int) -> Tensor:
         """Run forward and backward of all microbatches; gradients are summed over them, then synced over dp.
@@ -252,13 +248,13 @@ class Pipeline:
         torch takes one batch and cuts it into microbatches again. They are the same ones, as all have as many
         rows.
         """
-        inputs, tokens = {}, []
-        if 0 in self.own:
-            tokens = [torch.cat([batch.tokens for batch in microbatches]).to(self.device)]
+        inputs = {}
+        joined = lambda name: torch.cat([getattr(batch, name) for batch in microbatches])
+        tokens = [joined("tokens").to(self.device)] if 0 in self.own else []
         if self.last in self.own:  # the last stage computes the loss itself
-            inputs["labels"] = torch.cat([batch.labels for batch in microbatches]).to(self.device)
+            inputs["labels"] = joined("labels").to(self.device)
         if microbatches[0].positions is not None:  # every stage needs them, for RoPE and the attention mask
-            inputs["positions"] = torch.cat([batch.positions for batch in microbatches])
+            inputs["positions"] = joined("positions")
         return tokens, inputs
 
     @torch.no_grad()
@@ -271,33 +267,31 @@ class Pipeline:
         nats = torch.zeros((), dtype=torch.float64, device=self.device)
         sends, kept = [], {}
         for index, stage in zip(self.own, self.stages, strict=True):
+            sender, receiver = self.rank_of.get(index - 1), self.rank_of.get(index + 1)
             outgoing = []
             for i, batch in enumerate(microbatches):
-                if index == 0:
+                if sender is None:  # the first stage
                     x = batch.tokens.to(self.device)
-                elif self.rank_of[index - 1] == self.pp_rank:
+                elif sender == self.pp_rank:
                     x = kept.pop(i)
                 else:
                     shape = self._hidden_shape(batch.tokens.shape)
                     x = torch.empty(shape, dtype=self.computation.dtype, device=self.device)
-                    dist.recv(x, group=self.group, group_src=self.rank_of[index - 1])
+                    dist.recv(x, group=self.group, group_src=sender)
                 x = stage(x, labels=batch.labels.to(self.device), positions=batch.positions)
-                if index == self.last:
+                if receiver is None:  # the last stage
                     nats += x
-                    continue
-                receiver = self.rank_of[index + 1]
-                if receiver == self.pp_rank:
+                elif receiver == self.pp_rank:
                     kept[i] = x
-                    continue
-                outgoing.append(x.contiguous())
-                # In looped schedules the last rank sends on to rank 0, which starts to receive only after it
-                # has finished its previous stage. So these sends wait for the last microbatch; else both
-                # ranks would order their sends and receives differently, and deadlock.
-                is_loop = receiver < self.pp_rank and not self.kind.v_shaped
-                if not is_loop or i == len(microbatches) - 1:
-                    for x in outgoing:
-                        sends.append((dist.isend(x, group=self.group, group_dst=receiver), x))
-                    outgoing = []
+                else:
+                    outgoing.append(x.contiguous())
+                    # In looped schedules the last rank sends on to rank 0, which starts to receive only after
+                    # it has finished its previous stage. So these sends wait for the last microbatch; else
+                    # both ranks would order their sends and receives differently, and deadlock.
+                    is_loop = receiver < self.pp_rank and not self.kind.v_shaped
+                    if not is_loop or i == len(microbatches) - 1:
+                        sends += [(dist.isend(x, group=self.group, group_dst=receiver), x) for x in outgoing]
+                        outgoing = []
         for work, _ in sends:
             work.wait()
         reshard(self.stages)
@@ -354,14 +348,7 @@ class Pipeline:
     @torch.no_grad()
     def _renew_tied_copy(self) -> None:
         owner, copy = self.tied_ends()
-        if owner is not None and copy is not None:  # V: one rank has both ends
-            local(copy).copy_(local(owner))
-        elif owner is not None:
-            dist.send(local(owner).contiguous(), group=self.group, group_dst=self.rank_of[self.last])
-        elif copy is not None:
-            received = torch.empty_like(local(copy), memory_format=torch.contiguous_format)
-            dist.recv(received, group=self.group, group_src=self.rank_of[0])
-            local(copy).copy_(received)
+        self._pass_on(owner, copy, from_stage=0, to_stage=self.last, put=Tensor.copy_)
 
     @torch.no_grad()
     def sync_tied_gradients(self) -> None:
@@ -371,13 +358,21 @@ class Pipeline:
         # frozen, or no end of it here
         if not any(end is not None and end.requires_grad for end in (owner, copy)):
             return
-        if owner is not None and copy is not None:
-            local(owner.grad).add_(local(copy.grad))
-        elif copy is not None:
-            dist.send(local(copy.grad).contiguous(), group=self.group, group_dst=self.rank_of[0])
-        elif owner is not None:
-            received = torch.empty_like(local(owner.grad), memory_format=torch.contiguous_format)
-            dist.recv(received, group=self.group, group_src=self.rank_of[self.last])
-            local(owner.grad).add_(received)
+        grads = (None if end is None else end.grad for end in (copy, owner))
+        self._pass_on(*grads, from_stage=self.last, to_stage=0, put=Tensor.add_)
         if copy is not None:
             copy.grad = None
+
+    def _pass_on(
+        self, source: Tensor | None, target: Tensor | None, from_stage: int, to_stage: int, put: Callable
+    ) -> None:
+        """Call put(target, source) with this rank's shards of both. Each is None on ranks without its
+        stage."""
+        if source is not None and target is not None:  # V: one rank has both ends
+            put(local(target), local(source))
+        elif source is not None:
+            dist.send(local(source).contiguous(), group=self.group, group_dst=self.rank_of[to_stage])
+        elif target is not None:
+            received = torch.empty_like(local(target), memory_format=torch.contiguous_format)
+            dist.recv(received, group=self.group, group_src=self.rank_of[from_stage])
+            put(local(target), received)

@@ -18,7 +18,7 @@ import torch
 
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.errors import UsageError
-from parallel.context import METHODS, n_slices
+from parallel.context import METHODS
 from parallel.pipeline import SCHEDULES
 
 if TYPE_CHECKING:
@@ -120,11 +120,6 @@ class Case:
     def heads(self) -> int:
         """Return the number of query heads of a tp rank."""
         return self.num_attention_heads // self.tp
-
-    @property
-    def token_slices(self) -> int:
-        """Return how many slices cp, and tp under sequence parallelism, cut a row into."""
-        return n_slices(self.cp_method, self.cp) * self.sequence_shards
 
     @property
     def token_factors(self) -> str:
@@ -443,21 +438,21 @@ CONTEXT = [
     ),
     Rule(
         "attention",
-        lambda c: c.cp == 1 or c.cp_method != "ring" or not c.without_log_sum_exp,
+        lambda c: not (c.is_ring and c.without_log_sum_exp),
         "cannot run under cp_method=ring: {c.without_log_sum_exp} has no backward that takes the log-sum-exp "
         "of all ranks, as torch's own FlashAttention has",
         {"attention": ["sdpa"], "cp_method": ["ulysses"]},
     ),
     Rule(
         "cp_method",
-        lambda c: c.cp == 1 or c.cp_method != "ring" or not c.job.model.hides_tokens(c.seq_len),
+        lambda c: not (c.is_ring and c.job.model.hides_tokens(c.seq_len)),
         "knows no sliding window, and the model has sliding_window={c.sliding_window} for rows of "
         "seq_len={c.seq_len}",
         {"cp_method": ["ulysses"], "seq_len": lambda c: [c.sliding_window]},
     ),
     Rule(
         "seq_len",
-        lambda c: c.cp == 1 or c.seq_len % c.token_slices == 0,
+        lambda c: c.seq_len % c.token_slices == 0,
         "is not a multiple of {c.token_factors} = {c.token_slices}, which cp_method={c.cp_method} needs",
         {"seq_len": lambda c: _multiples_around(c.seq_len, c.token_slices)},
     ),

@@ -18,7 +18,7 @@ B sequences, T tokens, D width, H query and K key/value heads of width E, F feed
 Partial: a partial sum over tp.
 """
 
-from fnmatch import fnmatch
+import fnmatch
 from typing import NamedTuple
 
 import torch
@@ -319,20 +319,14 @@ def apply_tensor_parallel(model: Llama, tp_mesh: DeviceMesh, sequence_parallel: 
     """
     plan = tensor_plan(model.config, tp_mesh.size(), sequence_parallel)
     plan |= lora_plan(plan, model.config.num_key_value_heads)
-    tied = (
-        model.lm_head is not None
-        and model.model.embed_tokens is not None
-        and (model.lm_head.weight is model.model.embed_tokens.weight)
-    )
     here = [name for name, _ in model.named_modules()]
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     parallelize_module(
         model,
         tp_mesh,
-        {pattern: row.style for pattern, row in plan.items() if any(fnmatch(name, pattern) for name in here)},
+        {pattern: row.style for pattern, row in plan.items() if fnmatch.filter(here, pattern)},
     )
-    if tied:
-        model.lm_head.weight = model.model.embed_tokens.weight  # both are Shard(0)
+    model.tie()  # both ends are Shard(0)
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)  # torch's styles may make new, trainable parameters
     model.vocabulary = SplitVocabulary(model.config.vocab_size, tp_mesh, sequence_parallel)
@@ -369,13 +363,14 @@ class SplitVocabulary(Vocabulary):
         return self.total(take_columns(x, torch.where(column < x.shape[1], column, -1)))
 
     def largest(self, x: Tensor) -> Tensor:
-        largest = x.detach().clone()
-        dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
-        return largest
+        return self._reduced(x, dist.ReduceOp.MAX)
 
     def total(self, x: Tensor) -> Tensor:
-        total = x.detach().clone()
-        dist.all_reduce(total, dist.ReduceOp.SUM, self.group)
         # x - x.detach() is zero: it makes the gradient of the total this rank's gradient of x. That is right,
         # since every rank computes the same loss from the total.
-        return total + (x - x.detach())
+        return self._reduced(x, dist.ReduceOp.SUM) + (x - x.detach())
+
+    def _reduced(self, x: Tensor, op: dist.ReduceOp) -> Tensor:
+        reduced = x.detach().clone()
+        dist.all_reduce(reduced, op, self.group)
+        return reduced

@@ -56,6 +56,7 @@ class Train:
 class Config:
     train: Train = field(default_factory=Train)
     seed: int = 0
+    share: float = 0.0
 
 
 RULES = [
@@ -64,6 +65,7 @@ RULES = [
     AtLeast("train.max_grad_norm", 0, exclusive=True, may_be_infinite=True),
     AtLeast("train.min_lr", 0),
     AtLeast("seed", 0),
+    AtLeast("share", 0, below=1),
 ]
 
 
@@ -77,6 +79,7 @@ RULES = [
         (Config(Train(max_grad_norm=math.nan)), "train.max_grad_norm=nan is not possible"),
         (Config(Train(min_lr=-1)), "train.min_lr=-1 is not possible; use 0 or more."),
         (Config(seed=-1), "seed=-1 is not possible"),
+        (Config(share=1), "share=1 is not possible; use 0 or more, and less than 1."),
     ],
 )
 def test_numbers_are_checked_by_a_table_of_rules(config, said):

@@ -22,10 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from dtensor_llama.atomic import on_all_ranks, own_rank
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.errors import UsageError
 from dtensor_llama.model import Llama
-from dtensor_llama.weights import ADAPTER, hf_parameters, local_boxes, on_all_ranks, values_to_write
+from dtensor_llama.weights import ADAPTER, hf_parameters, local_boxes, values_to_write
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def save_adapter(model: nn.Module, folder: str | Path, config: LoraConfig, base_
     """Write adapter_config.json and adapter_model.safetensors, which peft opens over the base model.
 
     All ranks call it. Rank 0 writes, and gets each matrix from the first rank that has it."""
-    folder, rank = Path(folder), dist.get_rank() if dist.is_initialized() else 0
+    folder, rank = Path(folder), own_rank()
     whole = {name: _whole(parameter).float().cpu() for name, parameter in adapter_parameters(model).items()}
     first_rank = {}
     for other, names in enumerate(on_all_ranks(f"saving {folder}", lambda: list(whole))):

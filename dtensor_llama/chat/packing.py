@@ -29,7 +29,7 @@ class PackedExamples(Shuffled):
         overlong: Literal["drop", "truncate"] = "drop",
         packed: bool = True,
     ):
-        self.corpus, self.pad_id, T = corpus, pad_id, packing.seq_len
+        self.pad_id, T = pad_id, packing.seq_len
         starts = np.asarray(corpus.document_starts)
         lengths = np.diff(starts, append=corpus.n_tokens)
         is_long = lengths > T
@@ -53,7 +53,7 @@ class PackedExamples(Shuffled):
             self.examples, self.row_ends = pack(self.lengths, T)
         else:
             self.examples, self.row_ends = np.arange(self.n_examples), np.arange(1, self.n_examples + 1)
-        super().__init__(len(self.row_ends), packing)
+        super().__init__(corpus, len(self.row_ends), packing)
         if self.n_train < 1:
             raise UsageError(
                 f"`data.path`: {self.n_examples} examples make {self.n_rows} sequence(s) of {T} tokens, and "
@@ -61,19 +61,10 @@ class PackedExamples(Shuffled):
                 "smaller `seq_len`, or more data."
             )
 
-    def parts(self, n_rows: int) -> list[tuple[str, "PackedExamples", int]]:
-        """Return one part, as PackedSequences does."""
-        return [("", self, n_rows)]
-
     @property
     def contents(self) -> str:
         """Describe the data in words: the same for the same tokens."""
         return f"{self.corpus.n_tokens} tokens in {self.corpus.n_documents} conversations"
-
-    @property
-    def content_hash(self) -> str:
-        """Return a hash of the tokens and of which of them are trained."""
-        return self.corpus.content_hash
 
     def examples_of(self, row: int) -> np.ndarray:
         """Return the examples of a row, in order."""

@@ -42,7 +42,7 @@ class Sequences(Protocol):
     def tokens_of(self, rows: np.ndarray) -> np.ndarray: ...  # (N,) -> (N, seq_len + 1) int64 token ids
     def trained_of(self, rows: np.ndarray) -> np.ndarray | None: ...  # which of them are labels; None: all
     def document_starts_of(self, row: int) -> np.ndarray: ...  # offsets above 0 at which a document begins
-    def parts(self, n_rows: int) -> list[tuple[str, "Sequences", int]]: ...  # see PackedSequences.parts
+    def parts(self, n_rows: int) -> list[tuple[str, "Sequences", int]]: ...  # see Shuffled.parts
 
 
 class TokenCorpus:
@@ -96,11 +96,23 @@ class Packing:
 class Shuffled:
     """Splits the numbers of n_rows sequences into those to train on and a held-out share, both shuffled."""
 
-    def __init__(self, n_rows: int, packing: Packing):
+    def __init__(self, corpus: TokenCorpus, n_rows: int, packing: Packing):
+        self.corpus = corpus
         self.n_rows, self.seq_len, share = n_rows, packing.seq_len, packing.validation_share
         self.n_validation = max(1, round(n_rows * share)) if share > 0 else 0
         self.n_train = n_rows - self.n_validation
         self._key = splitmix64(np.array([packing.seed % 2**64], dtype=np.uint64).view(np.int64))
+
+    @property
+    def content_hash(self) -> str:
+        """Return a hash: the same for the same tokens in the same order, and the same of them trained."""
+        return self.corpus.content_hash
+
+    def parts(self, n_rows: int) -> list[tuple[str, "Shuffled", int]]:
+        """Return (name, sequences, how many of the first n_rows to train on come from it) of each source.
+
+        Here all come from one source without a name. MixedSequences has several."""
+        return [("", self, n_rows)]
 
     def rows_at(self, positions: np.ndarray) -> np.ndarray:
         """Return the rows at `positions`, an array of any shape. Each epoch is another permutation."""
@@ -123,8 +135,8 @@ class PackedSequences(Shuffled):
     """
 
     def __init__(self, corpus: TokenCorpus, packing: Packing):
-        super().__init__(max(0, corpus.n_tokens - 1) // packing.seq_len, packing)
-        self.corpus, T = corpus, packing.seq_len
+        super().__init__(corpus, max(0, corpus.n_tokens - 1) // packing.seq_len, packing)
+        T = packing.seq_len
         if self.n_train < 1:
             fitting = (corpus.n_tokens - 1) // (2 if packing.validation_share > 0 else 1)
             shorter = f"use seq_len={fitting} or less, or " if fitting > 0 else ""
@@ -137,17 +149,6 @@ class PackedSequences(Shuffled):
     def contents(self) -> str:
         """Describe the data in words: the same for the same tokens."""
         return f"{self.corpus.n_tokens} tokens in {self.corpus.n_documents} documents"
-
-    @property
-    def content_hash(self) -> str:
-        """Return a hash: the same for the same tokens in the same order, and for no others."""
-        return self.corpus.content_hash
-
-    def parts(self, n_rows: int) -> list[tuple[str, "PackedSequences", int]]:
-        """Return (name, sequences, how many of the first n_rows to train on come from it) of each source.
-
-        Here all come from one source without a name. MixedSequences has several."""
-        return [("", self, n_rows)]
 
     def tokens_of(self, rows: np.ndarray) -> np.ndarray:
         """Return the (N, T + 1) int64 token ids of (N,) rows."""

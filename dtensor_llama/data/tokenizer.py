@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, processors
 
 from dtensor_llama.data.pieces import as_tokenizer_json, has_dummy_prefix, load_pieces
-from dtensor_llama.errors import UsageError
+from dtensor_llama.errors import UsageError, require
 from dtensor_llama.places import expanded, read_settings, refuse_hub_name
 
 WELL_KNOWN = {"bos": ("<s>", "<|begin_of_text|>"), "eos": ("</s>", "<|end_of_text|>", "<|endoftext|>")}
@@ -298,10 +298,8 @@ def _added_ends(settings: dict, fast: tokenizers.Tokenizer | None, ids: EndIds, 
     adds = {"add_bos_token": bos, "add_eos_token": eos}
     for name in adds:
         said = settings.get(name)
-        if not isinstance(said, bool | None):
-            raise UsageError(
-                f"{folder / 'tokenizer_config.json'}: {name} is {said!r}; it must be true or false."
-            )
+        where = f"{folder / 'tokenizer_config.json'}: {name}"
+        require(isinstance(said, bool | None), where, said, "true or false")
         adds[name] = adds[name] if said is None else said
     return AddedEnds(
         adds["add_bos_token"] and ids.bos is not None, adds["add_eos_token"] and ids.eos is not None
