@@ -18,12 +18,11 @@ from versions import marks_for
 from dtensor_llama import LlamaConfig, UsageError
 from dtensor_llama.chat.lora import LoraConfig, n_adapter_parameters
 from dtensor_llama.metrics import GIB
-from parallel import ParallelConfig, build_mesh
+from parallel import ParallelConfig
 from parallel.apply import Computation
 from parallel.cluster import NODES, calibrate, find_cluster, read_cluster, with_gpus
 from parallel.cost import FP32, STACKS, Share, States, Work, account_for, bytes_of_rank, shares, traffic
 from parallel.dry_run import Counted, Setup, dry_run
-from parallel.pretend import pretended_rank
 from parallel.rules import Job
 from parallel.schedule_clock import DURATION, clock, idle_units, schedule_order
 from parallel.step_counter import CUDA_BLOCK
@@ -116,16 +115,33 @@ COUNTED = {
     "1f1b-tied": dict(pp=2, is_tied=True),
     "interleaved": dict(pp=2, schedule="interleaved-1f1b"),
     "zero-bubble": dict(pp=2, schedule="zero-bubble"),
+    "zero-bubble-full": dict(pp=2, tp=2, schedule="zero-bubble", recompute="full"),
+    "zero-bubble-long": dict(pp=4, schedule="zero-bubble", n_microbatches=24),
+    "zero-bubble-looped": dict(pp=2, schedule="zero-bubble", virtual_stages=2),
     "zbv": dict(pp=2, schedule="zbv"),
+    "zbv-full": dict(pp=2, schedule="zbv", recompute="full"),
+    "zbv-long": dict(pp=4, schedule="zbv", n_microbatches=24),
+    "dualpipev": dict(pp=2, schedule="dualpipev"),
+    "dualpipev-full": dict(pp=2, schedule="dualpipev", recompute="full"),
+    "dualpipev-long": dict(pp=4, schedule="dualpipev", n_microbatches=24),
     "lora": dict(lora_rank=8),
     "lora-tp": dict(lora_rank=8, tp=2, recompute="full"),
     "compiled": dict(compile=True),
     "compiled-full": dict(compile=True, recompute="full"),
 }
 FAST = ("zero-1", "zero-3-full", "tp-no-sp", "tp-shared-biases", "ring", "1f1b", "interleaved")
+FAST += ("zero-bubble", "zbv", "dualpipev", "lora-tp")
 COUNTED_MODEL = LlamaConfig(8192, 1024, 2816, 8, 16, 8, max_position_embeddings=2048)
 # Peaks that the account has further off than 1 %, and how far.
-FURTHER_OFF = {"compiled-full": 0.02, "lora-tp": 0.04, "zero-bubble": 0.29, "zbv": 0.15}
+FURTHER_OFF = {
+    "compiled-full": 0.02,
+    "zero-bubble-full": 0.02,
+    "zbv": 0.02,
+    "zbv-full": 0.02,
+    "zbv-long": 0.02,
+    "dualpipev-full": 0.03,
+    "dualpipev-long": 0.03,
+}
 
 
 class Held(NamedTuple):
@@ -187,9 +203,9 @@ def check_states(work: Work, share: Share, kinds: dict[str, float], held: dict[s
     if work.model.tie_word_embeddings and share.has_head:
         n_tensors -= 1  # the head is stepped where the embedding is
     if work.states.n_adapter:
-        # Under tp one matrix of each adapter is whole on each rank, and of the account's all are split.
+        # Their matrices are small, and many are not a multiple of 512 bytes.
         assert 0 <= rest["parameters"] < 0.01 * held["parameters"]
-        assert 0 <= rest["optimizer"] < (0.05 if work.layout.tp == 1 else 0.31) * held["optimizer"]
+        assert 0 <= rest["optimizer"] < 0.05 * held["optimizer"]
     elif work.model.model_type == "llama":
         assert rest == {"parameters": 0, "optimizer": CUDA_BLOCK * n_tensors}
     else:
@@ -245,20 +261,18 @@ def test_recompute_offload_and_adapters_save_what_they_promise():
         ("interleaved-1f1b", 2),
         ("interleaved-1f1b", 4),
         ("zero-bubble", 1),
+        ("zero-bubble", 2),
         ("zbv", 2),
         ("dualpipev", 2),
     ],
 )
 @pytest.mark.parametrize("pp", [2, 4])
 def test_bubbles_are_those_of_the_clock(schedule, virtual_stages, pp):
-    with pretended_rank(0, pp):
-        mesh = build_mesh(ParallelConfig(pp=pp, dp_shard=1), "cpu")
-        for n_microbatches in (2 * pp, 4 * pp):
-            order = schedule_order(schedule, pp, virtual_stages, n_microbatches, mesh["pp"])
-            timed, _ = clock(order)
-            ends = max(start + DURATION[kind] for rank in timed for start, kind, _, _ in rank)
-            idle = ends / virtual_stages - 3 * n_microbatches
-            assert idle == pytest.approx(idle_units(schedule, pp, virtual_stages))
+    for n_microbatches in (2 * pp, 4 * pp):
+        timed, _ = clock(schedule_order(schedule, pp, virtual_stages, n_microbatches))
+        ends = max(start + DURATION[kind] for rank in timed for start, kind, _, _ in rank)
+        idle = ends / virtual_stages - 3 * n_microbatches
+        assert idle == pytest.approx(idle_units(schedule, pp, virtual_stages))
 
 
 def test_seconds_sum_to_the_step_and_depend_on_what_they_should():
