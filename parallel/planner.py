@@ -6,9 +6,10 @@ not.
     found.describe(), found.to_json(), draw_plan(found, "plan.png")
 
 The search goes over pp x dp x cp x tp, ZeRO's stage, whole copies between nodes, rows of a microbatch,
-recompute and schedule. It drops what breaks a rule (rules.py) and what does not fit (cost.py). Only if
-nothing fits are optimizer states moved to the host, by the chunk manager's own planner. What is left is
-ranked by predicted tokens per second. Nothing is built and nothing runs: thousands of layouts take seconds.
+recompute and schedule; over schedules that run backward in two halves only where nothing is compiled. It
+drops what breaks a rule (rules.py) and what does not fit (cost.py). Only if nothing fits are optimizer states
+moved to the host, by the chunk manager's own planner. What is left is ranked by predicted tokens per second.
+Nothing is built and nothing runs: thousands of layouts take seconds.
 """
 
 import json

@@ -136,6 +136,7 @@ COUNTED_MODEL = LlamaConfig(8192, 1024, 2816, 8, 16, 8, max_position_embeddings=
 FURTHER_OFF = {
     "compiled-full": 0.02,
     "zero-bubble-full": 0.02,
+    "zero-bubble-looped": 0.03,
     "zbv": 0.02,
     "zbv-full": 0.02,
     "zbv-long": 0.02,
