@@ -717,7 +717,9 @@ def _zero_traffic(work: Work, share: Share) -> Iterator[Collective]:
                 "fsdp", "reduce-scatter", "gradients", reduces * count, gradients, n, stride, "backward"
             )
         replicas = layout.gradient_ranks // n
-        axis = "dp_replicate" if stage else "dp_cp"
+        axis = "dp_replicate"
+        if not stage and layout.fsdp > 1:
+            axis = "fsdp" if layout.dp_replicate == 1 else "dp_cp"
         stride_out = stride * n if stage else stride
         yield Collective(
             axis, "all-reduce", "gradients", count, gradients / n, replicas, stride_out, "backward"

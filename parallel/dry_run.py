@@ -358,7 +358,7 @@ def _microbatch(setup: Setup) -> Batch:
     return Batch(tokens, labels, positions.expand(shape).contiguous())
 
 
-def _ranks_of_groups(mesh, axes: dict[str, str]) -> dict[str, list[int]]:
+def _ranks_of_groups(mesh, axes: dict[tuple[str, bool], str]) -> dict[str, list[int]]:
     groups = {"world": list(range(dist.get_world_size()))}
     for axis in axes.values():
         if axis != "world":

@@ -185,12 +185,11 @@ def counted_step(**settings) -> tuple[Work, Counted]:
 
 
 def sent_by_axis(sent: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Return the bytes sent on each axis. Without cp the axes fsdp and dp_shard are one, and that of dp_cp is
-    another name of it without replicas. Left out are the sums of a few numbers over `world` and `loss`: loss,
-    norm, and what tells stages that they are alive."""
+    """Return the bytes sent on each axis. Left out are the sums of a few numbers over `world`, `loss` and
+    `dp_cp`, on which nothing else is sent but under ZeRO 0 with copies: loss, norm, and what tells stages
+    that they are alive."""
     sums = dict.fromkeys(("fsdp", "dp_replicate", "tp", "cp", "pp"), 0.0)
     for axis, n_bytes in sent:
-        axis = "fsdp" if axis in ("dp_shard", "dp_cp") else axis
         if axis in sums:
             sums[axis] += n_bytes
     return sums

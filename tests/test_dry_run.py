@@ -22,6 +22,7 @@ from parallel import dry_run as dry_run_module
 from parallel.apply import Computation
 from parallel.assemble import Offload, adamw, assemble
 from parallel.cluster import NODES
+from parallel.cost import Work, account_for
 from parallel.dry_run import Setup, _microbatch, count_states, dry_run
 from parallel.mesh import Layout
 from parallel.rules import Job
@@ -225,6 +226,34 @@ def test_a_tensor_that_is_kept_is_seen():
 
     (plain,), (more,) = (dry_run(setup, run).ranks for run in (step, leaks))
     assert more.peak_bytes - plain.peak_bytes == 2**24
+
+
+@pytest.mark.parametrize(
+    "layout,axes",
+    [
+        ({}, {"fsdp"}),
+        ({"zero_stage": 0}, {"fsdp"}),
+        ({"tp": 2}, {"fsdp", "tp"}),
+        ({"tp": 2, "zero_stage": 0}, {"fsdp", "tp"}),
+        ({"tp": 4, "dp_shard": 1}, {"tp"}),
+        ({"cp": 2}, {"fsdp", "cp"}),
+        ({"cp": 4, "dp_shard": 1}, {"fsdp", "cp"}),  # both have all ranks, and torch gives them one group
+        ({"cp": 2, "cp_method": "ring", "dp_shard": 1, "tp": 2}, {"fsdp", "cp", "tp"}),
+        ({"dp_replicate": 2}, {"fsdp", "dp_replicate"}),
+        ({"dp_replicate": 4, "dp_shard": 1, "zero_stage": 1}, {"dp_replicate"}),
+        ({"dp_replicate": 2, "zero_stage": 0}, {"dp_cp"}),
+        ({"pp": 2}, {"fsdp", "pp"}),
+        ({"pp": 4, "dp_shard": 1}, {"pp"}),
+    ],
+    ids=str,
+)
+def test_traffic_has_the_same_name_in_each_layout(layout, axes):
+    setup = Case(4, layout, n_microbatches=4).setup(device="cuda")
+    sent = dry_run(setup, step).largest.sent_bytes()
+    # Sums of single numbers go over whatever has the ranks that they are for.
+    assert {axis for axis, n_bytes in sent.items() if n_bytes > 1000} == axes
+    account = account_for(Work(setup.job, setup.layout), NODES["h100-80gb"])
+    assert set(account.gib_per_axis(account.cluster)) == axes
 
 
 # Of a whole step of llama2-7b, or its first 16 layers, on one GPU: what torch's allocator for CUDA had
