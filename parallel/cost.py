@@ -879,11 +879,18 @@ class Seconds:
         return self.products + self.attention + self.memory_bound + self.head
 
 
-def product_seconds(cluster: Cluster, stack: Stack, shape: tuple[float, float, float]) -> float:
-    """Return the time of a bf16 matrix product (m, k) x (k, n), from its FLOPs and its bytes."""
+def flops_rate(work: Work, cluster: Cluster) -> float:
+    """Return what large matrix products sustain in the type that computes. Where the rate of float32 is
+    unknown, that of bfloat16 stands for it: it decides the order of layouts alone."""
+    in_float32 = work.states.itemsize == FP32 and cluster.gpu.float32_flops
+    return in_float32 or cluster.gpu.matmul_flops
+
+
+def product_seconds(work: Work, cluster: Cluster, stack: Stack, shape: tuple[float, float, float]) -> float:
+    """Return the time of a matrix product (m, k) x (k, n), from its FLOPs and its bytes."""
     m, k, n = shape
-    flops = 2 * m * k * n / (cluster.gpu.matmul_flops * stack.matmul)
-    n_bytes = 2 * (m * k + k * n + m * n) / (cluster.gpu.memory_bytes_s * stack.memory)
+    flops = 2 * m * k * n / (flops_rate(work, cluster) * stack.matmul)
+    n_bytes = work.states.itemsize * (m * k + k * n + m * n) / (cluster.gpu.memory_bytes_s * stack.memory)
     return math.hypot(flops, n_bytes)
 
 
@@ -894,11 +901,13 @@ def block_seconds(work: Work, cluster: Cluster, stack: Stack) -> tuple[Seconds, 
     H, K = model.num_attention_heads, model.num_key_value_heads
     heads = (H + 2 * max(K, tp)) * E / tp
     products = sum(
-        product_seconds(cluster, stack, (work.tokens, rows, columns))
+        product_seconds(work, cluster, stack, (work.tokens, rows, columns))
         for rows, columns in ((D, heads), (H * E / tp, D), (D, F / tp), (D, F / tp), (F / tp, D))
     )
     # Causal attention: half of the square, two products. Backward has five.
-    rate = cluster.gpu.attention_flops or cluster.gpu.matmul_flops * stack.attention
+    rate = cluster.gpu.attention_flops
+    if rate is None or (work.states.itemsize == FP32 and work.job.device_type != "cpu"):  # measured in bf16
+        rate = flops_rate(work, cluster) * stack.attention
     attention = 2 * work.tokens * work.job.seq_len * H / tp * E / rate
     attention_backward = 2.5 * attention / ATTENTION_BACKWARD
     # Two norms (read, write) and two sums (read twice, write); RoPE (read, write q and k); SwiGLU.
@@ -929,7 +938,7 @@ def head_seconds(work: Work, cluster: Cluster, stack: Stack) -> float:
     """Return the time of the head and of the loss, forward and backward: three products, and fp32 logits
     that are written once and read and written twice."""
     vocabulary = work.model.vocab_size / work.layout.tp
-    product = product_seconds(cluster, stack, (work.tokens, work.model.hidden_size, vocabulary))
+    product = product_seconds(work, cluster, stack, (work.tokens, work.model.hidden_size, vocabulary))
     logits = 5 * FP32 * work.tokens * vocabulary / (cluster.gpu.memory_bytes_s * stack.memory)
     return 3 * product + logits
 
@@ -987,8 +996,12 @@ class Account:
 
     @property
     def mfu(self) -> float:
+        """Return the MFU, of the peak in the type that computes."""
         flops = model_flops_per_token(self.work.model, self.work.job.seq_len)
-        return self.tokens_per_second_per_gpu * flops / self.cluster.gpu.peak_flops
+        gpu, peak = self.cluster.gpu, self.cluster.gpu.peak_flops
+        if self.work.states.itemsize == FP32:
+            peak = gpu.float32_flops or peak
+        return self.tokens_per_second_per_gpu * flops / peak
 
     @property
     def bubble(self) -> float:

@@ -385,6 +385,16 @@ def test_what_is_no_cluster_is_refused_with_what_there_is(tmp_path):
         find_cluster(str(tmp_path / "list.json"), 8)
 
 
+def test_float32_takes_the_rate_of_its_own_units():
+    """67 of 989 TFLOP/s on an H100: torch's products in float32 leave the tensor cores alone."""
+    bf16 = account_for(work(rows=64, dp_shard=8), find_cluster("h100-80gb", 8))
+    fp32 = account_for(work(rows=64, dp_shard=8, states=States(itemsize=FP32)), find_cluster("h100-80gb", 8))
+    slower = fp32.seconds["matrix products"] / bf16.seconds["matrix products"]
+    assert 0.95 * 794 / 67 < slower < 1.01 * 794 / 67
+    assert 0.5 < fp32.mfu < 1
+    assert all(node.gpu.float32_flops for node in NODES.values())
+
+
 def test_calibration_measures_this_machine_and_is_read_again(tmp_path):
     cluster = calibrate(torch.device("cpu"), n_gpus=2, seconds=1.0)
     for value in asdict(cluster).values():

@@ -369,6 +369,16 @@ def test_pretrain_counts_its_own_command_and_trains_nothing(tmp_path):
     assert ended.out == same.out and not (tmp_path / "run").exists()
 
 
+def test_float32_has_a_time_where_its_rate_is_known_and_else_a_sentence(tmp_path):
+    unknown = replace(NODES["a100-40gb"], gpu=replace(NODES["a100-40gb"].gpu, float32_flops=None))
+    (tmp_path / "ours.json").write_text(unknown.to_json())
+    flags = ["--model", "tiny-1m", "--gpus", 8, *LAYOUT, "--train.dtype", "float32"]
+    known = recipe("dryrun", *flags, "--gpu", "a100-40gb")
+    assert known.status == 0 and "predicted: a step takes" in known.out, known
+    ended = recipe("dryrun", *flags, "--gpu", tmp_path / "ours.json")
+    assert ended.status == 0 and "has no float32_flops, so that no time is predicted" in ended.out, ended
+
+
 def test_a_machine_is_measured_into_a_file_that_the_next_dry_run_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(dryrun, "calibrate", lambda device, n_gpus, seconds: NODES["a100-80gb"])
     dryrun.main(dryrun.DryrunConfig(calibrate=str(tmp_path / "ours.json")))
