@@ -36,6 +36,7 @@ class GPU:
     memory_bytes_s: float
     host_link_bytes_s: float  # to the memory of the host, each way at once
     attention_flops: float | None = None  # of causal attention, forward, where that was measured
+    float32_flops: float | None = None  # of float32 products, which torch keeps off TF32; None: unknown
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,19 @@ class Cluster:
 # mean over the shapes of LLaMA-3-70B that SimuMax measured on the cluster of its published runs, 0.488 of the
 # peak (configs/system/b200_bf16_ceperm.json). h100-96gb-500w is Meta's Grand Teton, with 500 W of 700 and 2.4
 # TB/s (torchtitan, benchmarks/asyncTP_llama3_h100_2025-06_torchtitan.md); power grows with the square of the
-# clock or faster, so its products lose the root of the power.
+# clock or faster, so its products lose the root of the power. float32_flops are the data sheets' FP32, not
+# TF32: torch's default for matrix products is the whole precision. The sheet of HGX B200 has 75 a GPU. How
+# much of them large products sustain was not measured, so that predicted times in float32 are a lower bound.
+AT_500_W = (500 / 700) ** 0.5
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        GPU("a100-40gb", 39, 312e12, 271e12, 1.555e12, 25e9),
-        GPU("a100-80gb", 79, 312e12, 271e12, 2.039e12, 25e9),
-        GPU("h100-80gb", 79, 989e12, 794e12, 3.35e12, 50e9),
-        GPU("h100-96gb-500w", 94, 989e12, 794e12 * (500 / 700) ** 0.5, 2.4e12, 50e9),
-        GPU("h200-141gb", 139, 989e12, 794e12, 4.8e12, 50e9),
-        GPU("b200", 178, 2250e12, 1098e12, 7.7e12, 50e9),
+        GPU("a100-40gb", 39, 312e12, 271e12, 1.555e12, 25e9, float32_flops=19.5e12),
+        GPU("a100-80gb", 79, 312e12, 271e12, 2.039e12, 25e9, float32_flops=19.5e12),
+        GPU("h100-80gb", 79, 989e12, 794e12, 3.35e12, 50e9, float32_flops=67e12),
+        GPU("h100-96gb-500w", 94, 989e12, 794e12 * AT_500_W, 2.4e12, 50e9, float32_flops=67e12 * AT_500_W),
+        GPU("h200-141gb", 139, 989e12, 794e12, 4.8e12, 50e9, float32_flops=67e12),
+        GPU("b200", 178, 2250e12, 1098e12, 7.7e12, 50e9, float32_flops=75e12),
     )
 }
 # The nodes of 8 that these GPUs are sold in. NVLink 3, 4 and 5 carry 300, 450 and 900 GB/s. The network is
@@ -190,7 +194,8 @@ def calibrate(device: torch.device, n_gpus: int = 1, seconds: float = 10.0) -> C
     copied = _bytes_a_second(device, device, each)
     link = _bytes_a_second(torch.device("cpu"), device, each) if is_cuda else copied
     attention = _attention_flops(device, dtype, each)
-    gpu = GPU(name, memory / GIB, max([product, *peaks]), product, 2 * copied, link, attention)
+    in_float32 = matmul_flops(device, torch.float32, each / 3) if is_cuda else product
+    gpu = GPU(name, memory / GIB, max([product, *peaks]), product, 2 * copied, link, attention, in_float32)
     host = psutil.virtual_memory().total / GIB / max(1, min(n_gpus, 8))
     return Cluster(
         gpu,

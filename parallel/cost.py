@@ -24,11 +24,12 @@ layers, M microbatches, N parameters, n ranks.
 """
 
 import math
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from math import ceil, prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from dtensor_llama import loss
 from dtensor_llama.config import LlamaConfig
@@ -37,9 +38,9 @@ from dtensor_llama.flops import model_flops_per_token
 from dtensor_llama.metrics import GIB
 from parallel.cluster import Cluster
 from parallel.config import AXES, ParallelConfig
-from parallel.pipeline import split_layers, stage_indices
+from parallel.pipeline import SCHEDULES, split_layers, stage_indices
 from parallel.rules import Case, Job
-from parallel.schedule_clock import idle_units
+from parallel.schedule_clock import idle_units, order_of_rank
 from parallel.tensor import Row, tensor_plan
 
 FP32 = 4
@@ -113,6 +114,21 @@ class Work:
         return numbers
 
     @cached_property
+    def n_adapters(self) -> float:
+        """Return the parameters of adapters that a tp rank of each stage has: of each adapter one matrix is
+        split as the weight beside it is, and the other is whole (LORA in tensor.py). All matrices of a block
+        are taken to have adapters, which is the default."""
+        rows = tensor_plan_of(self.model, self.layout.tp, self.layout.sequence_parallel)
+        here, whole = 0.0, 0
+        for name, shape in self.model.block_weights().items():
+            if len(shape) == 2:
+                row = rows[f"model.layers.*.{name.rpartition('.')[0]}"]
+                split_dim = {"S(0)": 0, "S(1)": 1}.get(row.weight)
+                whole += sum(shape)
+                here += sum(n / self.layout.tp if dim == split_dim else n for dim, n in enumerate(shape))
+        return self.states.n_adapter / self.layout.pp * here / whole
+
+    @cached_property
     def n_matrix(self) -> int:
         """Return the parameters of the embedding, or of the head, that one tp rank has."""
         return ceil(self.model.vocab_size / self.layout.tp) * self.model.hidden_size
@@ -164,6 +180,8 @@ class Share:
     has_head: bool
     pp_rank: int = 0
     n_neighbours: int = 0
+    layers_of_stages: tuple[float, ...] = ()  # that n_layers is the sum of
+    stages: tuple[int, ...] = (0,)
 
 
 @lru_cache(maxsize=4096)
@@ -187,16 +205,27 @@ def shares(model: LlamaConfig, layout: ParallelConfig, evenly: bool = False) -> 
         neighbours = [stage + step for stage in own for step in (-1, 1)]
         n_elsewhere = sum(rank_of.get(stage, rank) != rank for stage in neighbours)
         n_layers = sum(counts[stage] for stage in own)
-        found.append(Share(n_layers, 0 in own, last in own, rank, n_elsewhere))
+        own_layers = tuple(counts[stage] for stage in own)
+        found.append(Share(n_layers, 0 in own, last in own, rank, n_elsewhere, own_layers, tuple(own)))
     return tuple(found)
 
 
 def kinds_of_shares(model: LlamaConfig, layout: ParallelConfig, evenly: bool = False) -> list[Share]:
-    """Return one share of each kind; of equal ranks the first, which keeps most activations."""
+    """Return one share of each kind; of equal ranks the first, which keeps most activations, or the last if
+    backward is split: there all keep as many, and later ones defer the gradients of more weights."""
     kinds: dict[tuple, Share] = {}
+    splits = splits_backward(layout)
     for share in shares(model, layout, evenly):
-        kinds.setdefault((share.n_layers, share.has_embedding, share.has_head), share)
+        kind = (share.n_layers, share.has_embedding, share.has_head)
+        if splits:
+            kinds[*kind, share.layers_of_stages] = share
+        else:
+            kinds.setdefault(kind, share)
     return list(kinds.values())
+
+
+def splits_backward(layout: ParallelConfig) -> bool:
+    return layout.pp > 1 and SCHEDULES[layout.schedule].splits_backward
 
 
 # ---- Bytes -------------------------------------------------------------------------------------------------
@@ -241,6 +270,9 @@ def at_work_bytes(work: Work) -> float:
     again = kept_per_token(as_none) - kept_per_token(work)
     down_proj = 0 if work.states.n_adapter else D * F / tp
     gradients = 2 * F / tp + D
+    if work.states.n_adapter and tp > 1:
+        # The gradient of what down_proj gives is gathered for the weight, and again for the adapter.
+        gradients = max(gradients, F / tp + 2 * D + 2 * D / work.layout.sequence_shards)
     if work.job.compile:  # the compiler lets gradients take the places of what they were made of
         gradients = 0 if work.job.recompute == "full" else 2 * D
     inside = itemsize * (work.tokens * (again + gradients) + down_proj)
@@ -271,7 +303,194 @@ def in_flight(work: Work, share: Share) -> float:
         return min(m, (2 * after + (per_rank - 1) * layout.pp + 1) / per_rank)
     if layout.schedule == "1f1b":
         return min(m, after + 1)
-    return min(m, layout.pp)
+    blocks = [
+        sum(n * layers for n, layers in zip(moment.kept, share.layers_of_stages, strict=True))
+        for moment in moments_of_rank(work, share)
+    ]
+    return max(blocks) / share.n_layers
+
+
+# ---- Bytes of a backward in two halves ----
+#
+# I, the gradient of a stage's input, frees nothing: W, the gradients of its weights, needs what forward kept.
+# It also needs the gradients of the outputs of all modules with weights, which I leaves behind. A schedule
+# defers Ws, so that a rank holds several of both, and how many depends on its rank. The order says it.
+
+
+class Moment(NamedTuple):
+    """Describes an action of a pp rank, and what there is when it runs, for each of the rank's stages: how
+    many microbatches' activations are kept, how many Is wait for their W, and whether there are gradients of
+    weights. The action's own microbatch counts as kept, and in W as waiting.
+
+    torch.distributed.pipelining clears the gradient of an input after a B, and not after an I. What two
+    stages of one rank hand to each other, forth and back, it keeps as if it were received."""
+
+    kind: str  # F, B, I or W
+    place: int  # of the action's stage among those of the rank
+    kept: tuple[int, ...]
+    deferred: tuple[int, ...]
+    has_gradients: tuple[bool, ...]
+    n_to_the_end: int = 0  # inputs of stages, and their gradients, that torch keeps to the end of the step
+
+
+def moments_of_rank(work: Work, share: Share) -> list[Moment]:
+    """Return the moments of a step that can be the fullest."""
+    layout = work.layout
+    return _fullest(layout.schedule, layout.pp, share.stages, share.pp_rank, work.n_microbatches)
+
+
+@lru_cache(maxsize=4096)
+def _moments(
+    schedule: str, pp: int, stages: tuple[int, ...], rank: int, n_microbatches: int
+) -> dict[Moment, int]:
+    """Return each different moment, and the most that torch has kept by then for the end of the step."""
+    places = range(len(stages))
+    kept, deferred, has_gradients = [0 for _ in places], [0 for _ in places], [False for _ in places]
+    n_to_the_end = 0
+    seen: dict[Moment, int] = {}
+    for kind, stage, _ in order_of_rank(schedule, pp, len(stages), n_microbatches, rank):
+        place = stages.index(stage)
+        if stage == 0:  # it has no gradient of an input: its I is empty, and its W is a whole B
+            kind = {"I": None, "W": "B"}.get(kind, kind)
+        if kind is None:
+            continue
+        kept[place] += kind == "F"
+        moment = Moment(kind, place, tuple(kept), tuple(deferred), tuple(has_gradients))
+        seen[moment] = n_to_the_end
+        deferred[place] += {"I": 1, "W": -1}.get(kind, 0)
+        if kind == "F":
+            n_to_the_end += stage + 1 in stages
+        if kind == "I" or (kind == "B" and stage - 1 in stages):
+            n_to_the_end += 1
+        if kind in ("B", "W"):
+            kept[place] -= 1
+            has_gradients[place] = True
+    return seen
+
+
+@lru_cache(maxsize=4096)
+def _fullest(schedule: str, pp: int, stages: tuple[int, ...], rank: int, n_microbatches: int) -> list[Moment]:
+    """Return the moments that no other of the same action surpasses in everything."""
+    of, n_rounds = partial(_moments, schedule, pp, stages, rank), max(1, n_microbatches // pp)
+    if n_rounds <= 5:
+        moments = of(n_microbatches)
+    else:
+        # The middle rounds of a step repeat each other, but for what torch keeps to the end.
+        few, moments = (of(n * n_microbatches // n_rounds) for n in (4, 5))
+        grown = {one: (n - few[one]) * (n_rounds - 5) for one, n in moments.items() if one in few}
+        moments = {one: n + grown.get(one, 0) for one, n in moments.items()}
+    by_action: dict[tuple, list[tuple]] = {}
+    for one, n in moments.items():
+        by_action.setdefault(one[:2], []).append((*one.kept, *one.deferred, *one.has_gradients, n))
+    fullest, n_stages = [], len(stages)
+    for action, all_held in by_action.items():
+        best: list[tuple] = []
+        for held in sorted(all_held, reverse=True):  # whatever surpasses another comes before it
+            if not any(all(map(operator.le, held, other)) for other in best):
+                best.append(held)
+        for held in best:
+            counts = (held[:n_stages], held[n_stages : 2 * n_stages], held[2 * n_stages : -1], held[-1])
+            fullest.append(Moment(*action, *counts))
+    return fullest
+
+
+def made_again(work: Work, share: Share) -> float:
+    """Return how many blocks of a step, over all microbatches, are recomputed a second time: their W does
+    it after their I."""
+    if work.job.recompute != "full" or not splits_backward(work.layout):
+        return 0.0
+    layout, m = work.layout, work.n_microbatches
+    n_rounds = max(1, m // layout.pp)
+    count = partial(_halved, layout.schedule, layout.pp, share.stages, share.pp_rank)
+    if n_rounds <= 5:
+        halved = count(m)
+    else:
+        few, more = count(4 * m // n_rounds), count(5 * m // n_rounds)
+        halved = [n + (n - before) * (n_rounds - 5) for before, n in zip(few, more, strict=True)]
+    return sum(n * layers for n, layers in zip(halved, share.layers_of_stages, strict=True))
+
+
+@lru_cache(maxsize=4096)
+def _halved(schedule: str, pp: int, stages: tuple[int, ...], rank: int, n_microbatches: int) -> list[int]:
+    """Return how many microbatches have a backward in two halves, for each stage of a rank."""
+    order = order_of_rank(schedule, pp, len(stages), n_microbatches, rank)
+    # The first stage has no gradient of an input: its I is empty.
+    return [sum(one[:2] == ("I", stage) for one in order) if stage else 0 for stage in stages]
+
+
+def deferred_per_token(work: Work) -> float:
+    """Return how many numbers of each token the I of a block leaves for its W: the gradients of what q, k, v,
+    gate and up give, and o and down, and the two norms. Those of o and down are whole on each tp rank."""
+    model, tp = work.model, work.layout.tp
+    D, F, E = model.hidden_size, model.intermediate_size, model.head_dim
+    heads = (model.num_attention_heads + 2 * max(model.num_key_value_heads, tp)) * E / tp
+    if model.family.qk_norm:
+        heads += (model.num_attention_heads + max(model.num_key_value_heads, tp)) * E / tp
+    return 2 * F / tp + heads + 2 * D + 2 * D / work.layout.sequence_shards
+
+
+def split_backward_bytes(work: Work, share: Share) -> Iterator[dict[str, float]]:
+    """Yield the bytes of each moment by kind, without parameters, optimizer states and gathered weights."""
+    model, layout, itemsize = work.model, work.layout, work.states.itemsize
+    tp, D, F, E = layout.tp, model.hidden_size, model.intermediate_size, model.head_dim
+    H, K = model.num_attention_heads / tp, max(1, model.num_key_value_heads / tp)
+    per_token, hidden = itemsize * work.tokens, work.hidden_bytes / layout.sequence_shards
+    trains_weights, is_full = not work.states.n_adapter, work.job.recompute == "full"
+    first = 0 if share.has_embedding else None
+    last = len(share.stages) - 1 if share.has_head else None
+    is_turn = len(share.stages) == 2 and share.stages[1] == share.stages[0] + 1
+    of_loss, beside = _loss_bytes(work, trains_weights)
+    # What a block keeps, what its I leaves, and what its I and its B need beside.
+    kept, deferred = _kept_bytes(work), per_token * deferred_per_token(work)
+    in_b = at_work_bytes(work)
+    in_i = in_b - itemsize * D * F / tp * trains_weights
+    if not is_full:  # the gradient of q passes RoPE in fp32
+        in_rope = per_token * (2 * F / tp + 3 * D + 2 * K * E) + FP32 * work.tokens * 3 * H * E
+        in_i = max(in_i, in_rope)
+    # What W makes again stays until the W of the whole stage is done, but for what products alone need, and
+    # so do the gradients of weights. What I left goes block by block.
+    as_none = replace(work, job=replace(work.job, recompute="none"))
+    again = per_token * (kept_per_token(as_none) - kept_per_token(work))
+    stays = again - per_token * (F / tp + 2 * D + H * E) + itemsize * work.n_block * trains_weights
+    gradients = [FP32 * layers * work.n_block for layers in share.layers_of_stages]
+    for end in {first, last} - {None}:
+        gradients[end] += FP32 * work.n_matrix
+    for moment in moments_of_rank(work, share):
+        layers = share.layers_of_stages
+        n_kept = sum(map(operator.mul, moment.kept, layers))
+        n_deferred = sum(map(operator.mul, moment.deferred, layers))
+        both_ends = (0 if first is None else moment.kept[first]) - (0 if last is None else moment.kept[last])
+        # What a stage gives to one of the same rank is the other's input, which its first block keeps; and
+        # what it received is a buffer.
+        n_to_the_end = max(0, moment.n_to_the_end - is_turn * sum(moment.kept))
+        kinds = {
+            "activations": n_kept * kept
+            + n_deferred * deferred
+            + n_to_the_end * hidden
+            + _buffer_bytes(work, share, both_ends),
+            "gradients": sum(map(operator.mul, gradients, moment.has_gradients)),
+        }
+        if work.states.n_adapter:
+            kinds["gradients"] = FP32 * work.n_adapters
+        if last is not None:
+            # The last norm's weight waits for its gradient too.
+            kinds["loss"] = moment.kept[last] * of_loss + moment.deferred[last] * per_token * D
+            if (moment.kind, moment.place) == ("F", last):
+                kinds["loss"] += beside
+            elif trains_weights and moment.kind != "F":
+                # The gradient of the head waits for that of the embedding.
+                kinds["gradients"] += itemsize * work.n_matrix
+        n_others = layers[moment.place] - 1
+        if moment.kind == "B":
+            kinds["activations"] += in_b
+        elif moment.kind == "I":
+            kinds["activations"] += n_others * deferred + in_i
+        elif moment.kind == "W" and is_full:
+            kinds["activations"] += again + n_others * max(0.0, stays - deferred)
+        yield kinds
+
+
+# ---- Bytes of a rank ----
 
 
 def bytes_of_rank(work: Work, share: Share | None = None) -> dict[str, float]:
@@ -293,7 +512,7 @@ def bytes_of_rank(work: Work, share: Share | None = None) -> dict[str, float]:
     kinds = {"parameters": FP32 * here, "optimizer": 2 * FP32 * stepped}
     gradients = FP32 * (whole if work.keeps_gradients else here)
     fsdp = work.layout.gradient_ranks > 1 or itemsize != FP32
-    adapters = states.n_adapter / work.layout.tp / work.layout.pp
+    adapters = work.n_adapters
     trained = 1.0  # share of the weights
     if states.n_adapter:
         kinds = {"parameters": itemsize * here + FP32 * adapters / work.shards}
@@ -317,13 +536,17 @@ def bytes_of_rank(work: Work, share: Share | None = None) -> dict[str, float]:
     kept = _kept_bytes(work)
     # At most the inputs of two blocks are on the device if the others are on the host.
     n_kept = min(2, share.n_layers) if states.inputs_on_host else share.n_layers
-    activations = kept * n_kept * in_flight(work, share) + _buffer_bytes(work, share)
+    n_in_flight = in_flight(work, share)
+    both_ends = n_in_flight * (share.has_embedding - share.has_head)
+    activations = kept * n_kept * n_in_flight + _buffer_bytes(work, share, both_ends)
     at_work = at_work_bytes(work)
     # The gradient of the head waits for that of the embedding; a block's are whole and fp32 until reduced.
     of_head = itemsize * work.n_matrix * share.has_head * trained
     reduces = fsdp * trained * (work.layout.pp == 1)
     at_loss = {"gathered": gathered, "gradients": waiting, "activations": activations}
-    at_loss["loss"] = _loss_bytes(work, share, trained == 1.0)
+    if share.has_head:
+        of_loss, beside = _loss_bytes(work, trained == 1.0)
+        at_loss["loss"] = of_loss * (n_in_flight if work.layout.schedule == "gpipe" else 1) + beside
     first = {
         "gathered": both_gathered,
         "gradients": waiting + of_head,
@@ -332,8 +555,10 @@ def bytes_of_rank(work: Work, share: Share | None = None) -> dict[str, float]:
     second = first | {"activations": activations - kept + at_work, "reduced": FP32 * work.n_block * reduces}
     ended = {"gathered": gathered, "gradients": gradients + itemsize * ends * trained}
     ended["reduced"] = FP32 * ends * fsdp * trained
-    moments = [kinds | moment for moment in (at_loss, first, second, ended)]
-    return max(moments, key=lambda kinds: sum(kinds.values()))
+    moments = [at_loss, first, second, ended]
+    if splits_backward(work.layout):
+        moments = [ended, *({"gathered": gathered} | half for half in split_backward_bytes(work, share))]
+    return max((kinds | moment for moment in moments), key=lambda kinds: sum(kinds.values()))
 
 
 def _kept_bytes(work: Work) -> float:
@@ -345,22 +570,22 @@ def _kept_bytes(work: Work) -> float:
     return work.states.itemsize * numbers + FP32 * of_rows
 
 
-def _buffer_bytes(work: Work, share: Share) -> float:
+def _buffer_bytes(work: Work, share: Share, both_ends: float) -> float:
     """Return the bytes of a pipeline's messages: torch has a buffer for each that will be received in a step.
-    The output of a stage is kept too, and its input, which a block also keeps, is one of these buffers."""
+    The output of a stage is kept too, and its input, which a block also keeps, is one of these buffers.
+
+    both_ends: microbatches in flight in a stage that receives no input, less those in one that gives no
+        output."""
     if work.layout.pp == 1:
         return 0.0
-    both_ends = in_flight(work, share) * (share.has_embedding - share.has_head)
     n_buffers = work.n_microbatches * share.n_neighbours + both_ends + (not share.has_embedding)
     return n_buffers * work.hidden_bytes / work.layout.sequence_shards
 
 
-def _loss_bytes(work: Work, share: Share, trains_head: bool) -> float:
-    """Return the bytes of the last norm and of the loss (dtensor_llama/loss.py): hidden states and their
-    gradient, that of the head in fp32, and what there is beside them, which is in forward a chunk of logits
-    with its gradient, and in backward the scaled gradient of the head."""
-    if not share.has_head:
-        return 0.0
+def _loss_bytes(work: Work, trains_head: bool) -> tuple[float, float]:
+    """Return the bytes that the last norm and the loss (dtensor_llama/loss.py) keep of a microbatch, which
+    are hidden states and their gradient, and that of the head in fp32; and what there is beside them, which
+    is in forward a chunk of logits with its gradient, and in backward the scaled gradient of the head."""
     layout, itemsize, D = work.layout, work.states.itemsize, work.model.hidden_size
     n_columns = ceil(work.model.vocab_size / layout.tp)
     logits = min(work.tokens, loss.tokens_per_chunk(n_columns)) * n_columns
@@ -373,8 +598,7 @@ def _loss_bytes(work: Work, share: Share, trains_head: bool) -> float:
     kept = own + whole + FP32 * work.n_matrix * trains_head
     before_norm = own + whole if layout.sequence_shards > 1 else whole
     beside = max(before_norm + per_logit * logits, (FP32 + itemsize) * work.n_matrix * trains_head)
-    earlier = kept * (in_flight(work, share) - 1) if layout.schedule == "gpipe" else 0.0
-    return earlier + kept + beside
+    return kept, beside
 
 
 def bytes_needed(job: Job, layout: ParallelConfig, states: States) -> int:
@@ -493,7 +717,9 @@ def _zero_traffic(work: Work, share: Share) -> Iterator[Collective]:
                 "fsdp", "reduce-scatter", "gradients", reduces * count, gradients, n, stride, "backward"
             )
         replicas = layout.gradient_ranks // n
-        axis = "dp_replicate" if stage else "dp_cp"
+        axis = "dp_replicate"
+        if not stage and layout.fsdp > 1:
+            axis = "fsdp" if layout.dp_replicate == 1 else "dp_cp"
         stride_out = stride * n if stage else stride
         yield Collective(
             axis, "all-reduce", "gradients", count, gradients / n, replicas, stride_out, "backward"
@@ -516,10 +742,11 @@ def _tp_traffic(work: Work, share: Share) -> Iterator[Collective]:
         # Recompute repeats the forward of a block, but for its last sum, which nothing in backward needs.
         repeats = in_block and work.job.recompute != "none" and not name.endswith("down_proj")
         n_here = M * (share.n_layers if in_block else n_modules[name])
+        n_forwards = n_here * 2 + made_again(work, share) if repeats else n_here
         for collectives, is_forward in ((row.forward, True), (row.backward, False)):
             for kind, number in collectives.items():
                 what, number, whole_bytes = _of_row(work, name, row, kind, number if is_forward else -number)
-                count = n_here * number * (2 if repeats and is_forward else 1)
+                count = number * (n_forwards if is_forward else n_here)
                 behind = "product" if what == "activations" else ""
                 yield Collective("tp", kind, what, count, whole_bytes, layout.tp, 1, behind)
 
@@ -551,11 +778,11 @@ def _cp_traffic(work: Work, share: Share) -> Iterator[Collective]:
     H, K = model.num_attention_heads // layout.tp, max(1, model.num_key_value_heads // layout.tp)
     head, stride = work.tokens * model.head_dim, stride_of(layout, "cp")
     if layout.cp_method == "ulysses":
-        n = passes * (2 if work.job.recompute == "none" else 3)
+        n = passes * (2 if work.job.recompute == "none" else 3) + made_again(work, share)
         numbers = (2 * H + 2 * math.lcm(K, cp)) / 4  # of q, k, v and out in the mean
         yield Collective("cp", "all-to-all", "q, k, v, out", 4 * n, itemsize * head * numbers, cp, stride)
         return
-    n = passes * (3 if work.job.recompute == "full" else 2) * (cp - 1)
+    n = (passes * (3 if work.job.recompute == "full" else 2) + made_again(work, share)) * (cp - 1)
     pair = 2 * head * K
     yield Collective("cp", "send", "k, v", n, pair * itemsize, cp, stride, "attention")
     yield Collective("cp", "send", "gradients of k, v", passes * cp, pair * FP32, cp, stride, "attention")
@@ -652,11 +879,18 @@ class Seconds:
         return self.products + self.attention + self.memory_bound + self.head
 
 
-def product_seconds(cluster: Cluster, stack: Stack, shape: tuple[float, float, float]) -> float:
-    """Return the time of a bf16 matrix product (m, k) x (k, n), from its FLOPs and its bytes."""
+def flops_rate(work: Work, cluster: Cluster) -> float:
+    """Return what large matrix products sustain in the type that computes. Where the rate of float32 is
+    unknown, that of bfloat16 stands for it: it decides the order of layouts alone."""
+    in_float32 = work.states.itemsize == FP32 and cluster.gpu.float32_flops
+    return in_float32 or cluster.gpu.matmul_flops
+
+
+def product_seconds(work: Work, cluster: Cluster, stack: Stack, shape: tuple[float, float, float]) -> float:
+    """Return the time of a matrix product (m, k) x (k, n), from its FLOPs and its bytes."""
     m, k, n = shape
-    flops = 2 * m * k * n / (cluster.gpu.matmul_flops * stack.matmul)
-    n_bytes = 2 * (m * k + k * n + m * n) / (cluster.gpu.memory_bytes_s * stack.memory)
+    flops = 2 * m * k * n / (flops_rate(work, cluster) * stack.matmul)
+    n_bytes = work.states.itemsize * (m * k + k * n + m * n) / (cluster.gpu.memory_bytes_s * stack.memory)
     return math.hypot(flops, n_bytes)
 
 
@@ -667,11 +901,13 @@ def block_seconds(work: Work, cluster: Cluster, stack: Stack) -> tuple[Seconds, 
     H, K = model.num_attention_heads, model.num_key_value_heads
     heads = (H + 2 * max(K, tp)) * E / tp
     products = sum(
-        product_seconds(cluster, stack, (work.tokens, rows, columns))
+        product_seconds(work, cluster, stack, (work.tokens, rows, columns))
         for rows, columns in ((D, heads), (H * E / tp, D), (D, F / tp), (D, F / tp), (F / tp, D))
     )
     # Causal attention: half of the square, two products. Backward has five.
-    rate = cluster.gpu.attention_flops or cluster.gpu.matmul_flops * stack.attention
+    rate = cluster.gpu.attention_flops
+    if rate is None or (work.states.itemsize == FP32 and work.job.device_type != "cpu"):  # measured in bf16
+        rate = flops_rate(work, cluster) * stack.attention
     attention = 2 * work.tokens * work.job.seq_len * H / tp * E / rate
     attention_backward = 2.5 * attention / ATTENTION_BACKWARD
     # Two norms (read, write) and two sums (read twice, write); RoPE (read, write q and k); SwiGLU.
@@ -702,7 +938,7 @@ def head_seconds(work: Work, cluster: Cluster, stack: Stack) -> float:
     """Return the time of the head and of the loss, forward and backward: three products, and fp32 logits
     that are written once and read and written twice."""
     vocabulary = work.model.vocab_size / work.layout.tp
-    product = product_seconds(cluster, stack, (work.tokens, work.model.hidden_size, vocabulary))
+    product = product_seconds(work, cluster, stack, (work.tokens, work.model.hidden_size, vocabulary))
     logits = 5 * FP32 * work.tokens * vocabulary / (cluster.gpu.memory_bytes_s * stack.memory)
     return 3 * product + logits
 
@@ -711,7 +947,7 @@ def step_update_seconds(work: Work, share: Share, cluster: Cluster, stack: Stack
     """Return the time of clipping and AdamW: 28 bytes a parameter are read and written by it, and 4 by the
     norm."""
     n = work.n_block * share.n_layers + work.n_ends(share)
-    trained = work.states.n_adapter / work.layout.tp / work.layout.pp if work.states.n_adapter else n
+    trained = work.n_adapters or n
     return 32 * trained / work.shards / (cluster.gpu.memory_bytes_s * stack.memory)
 
 
@@ -760,8 +996,12 @@ class Account:
 
     @property
     def mfu(self) -> float:
+        """Return the MFU, of the peak in the type that computes."""
         flops = model_flops_per_token(self.work.model, self.work.job.seq_len)
-        return self.tokens_per_second_per_gpu * flops / self.cluster.gpu.peak_flops
+        gpu, peak = self.cluster.gpu, self.cluster.gpu.peak_flops
+        if self.work.states.itemsize == FP32:
+            peak = gpu.float32_flops or peak
+        return self.tokens_per_second_per_gpu * flops / peak
 
     @property
     def bubble(self) -> float:
@@ -863,17 +1103,18 @@ def _rank_seconds(work: Work, share: Share, cluster: Cluster, stack: Stack) -> d
     M, layout = work.n_microbatches, work.layout
     forward, backward = block_seconds(work, cluster, stack)
     head = head_seconds(work, cluster, stack) if share.has_head else 0.0
-    n_blocks = M * share.n_layers
+    n_blocks, n_again = M * share.n_layers, made_again(work, share)
+    n_forwards = n_blocks + n_again
     spent = {
-        "matrix products": n_blocks * (forward.products + backward.products),
-        "attention": n_blocks * (forward.attention + backward.attention),
-        "memory-bound kernels": n_blocks * (forward.memory_bound + backward.memory_bound),
+        "matrix products": n_forwards * forward.products + n_blocks * backward.products,
+        "attention": n_forwards * forward.attention + n_blocks * backward.attention,
+        "memory-bound kernels": n_forwards * forward.memory_bound + n_blocks * backward.memory_bound,
         "head and loss": M * head,
         "copies": M * gather_copy_seconds(work, share, cluster, stack),
     }
     beside = {  # what collectives can hide behind, in a step
         "forward": n_blocks * forward.total,
-        "backward": n_blocks * backward.total,
+        "backward": n_blocks * backward.total + n_again * forward.total,
         "product": stack.tp_hides * spent["matrix products"],
         "attention": spent["attention"],
         "": 0.0,

@@ -33,7 +33,7 @@ from parallel.apply import Computation
 from parallel.assemble import Offload, Training, adamw, assemble
 from parallel.config import ParallelConfig
 from parallel.mesh import Layout, build_mesh
-from parallel.pipeline import split_layers, stage_indices
+from parallel.pipeline import SCHEDULES, split_layers, stage_indices
 from parallel.pretend import META, pretended_device, pretended_manager, pretended_rank, take_shards
 from parallel.rules import Case, Job
 from parallel.step_counter import (
@@ -203,13 +203,17 @@ def settle_auto(setup: Setup, step: Step, device_bytes: int) -> tuple[Setup, str
 
 
 def kinds_of_ranks(setup: Setup) -> list[int]:
-    """Return one pp rank of each kind: the first, the last, and of those between the first with each number
-    of layers. Of equal ones an earlier rank holds the activations of as many microbatches, or more."""
+    """Return one pp rank of each kind: the first, the last, and of those between one with each number of
+    layers. Of equal ones an earlier rank holds the activations of as many microbatches, or more; where
+    backward is split, a later one does, since it defers more gradients of weights."""
     layout = setup.layout
     stages = stage_indices(layout.schedule, layout.pp, layout.stages_per_rank)
     layers = split_layers(setup.job.model, layout.pp * layout.stages_per_rank)
     kinds = {}
-    for pp_rank, own in enumerate(stages):
+    ranks = list(enumerate(stages))
+    if SCHEDULES[layout.schedule].splits_backward:
+        ranks.reverse()
+    for pp_rank, own in ranks:
         n_layers = tuple(len(layers[stage]) for stage in own)
         is_end = pp_rank in (0, layout.pp - 1)
         kinds.setdefault(pp_rank if is_end else n_layers, pp_rank)
@@ -354,7 +358,7 @@ def _microbatch(setup: Setup) -> Batch:
     return Batch(tokens, labels, positions.expand(shape).contiguous())
 
 
-def _ranks_of_groups(mesh, axes: dict[str, str]) -> dict[str, list[int]]:
+def _ranks_of_groups(mesh, axes: dict[tuple[str, bool], str]) -> dict[str, list[int]]:
     groups = {"world": list(range(dist.get_world_size()))}
     for axis in axes.values():
         if axis != "world":

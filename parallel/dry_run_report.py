@@ -55,10 +55,8 @@ def report(settings: Any, step: Step, foresee: Callable, rank: int = 0, picture:
     if leaves_layout_open(settings):
         found = search(settings, model, cluster, foresee)
         print(found.describe(), flush=True)
-        if settings.train.dtype != "bfloat16":
-            print(
-                "  The rates are those of bfloat16: in another type they decide the order alone.", flush=True
-            )
+        if has_no_rate(getattr(torch, settings.train.dtype), cluster):
+            print(f"  {NO_RATE} Those of bfloat16 decide the order of layouts alone.", flush=True)
         if picture:
             draw_plan(found, picture)
         settings, counted, note = first_that_fits(settings, found, cluster, step)
@@ -206,9 +204,16 @@ def count(setup: Setup, cluster: Cluster, step: Step) -> tuple[Counted, list[str
     return dry_run(setup, step, lambda text: print(f"... {text}", flush=True)), said
 
 
+NO_RATE = "The cluster's GPU has no float32_flops, so that no time is predicted for float32."
+
+
+def has_no_rate(dtype: torch.dtype, cluster: Cluster) -> bool:
+    return dtype == torch.float32 and cluster.gpu.float32_flops is None
+
+
 def predict(setup: Setup, cluster: Cluster, foresee: Callable) -> Account | None:
-    """Return the account of the setup, or None if it computes in float32: the rates are those of bfloat16."""
-    if setup.computation.dtype != torch.bfloat16:
+    """Return the account of the setup, or None if the rate of its type is unknown."""
+    if has_no_rate(setup.computation.dtype, cluster):
         return None
     config = setup.offload.config
     states = states_of(setup.job.model, setup.computation.dtype, setup.lora, config.is_on)
@@ -329,13 +334,15 @@ def computation(counted: Counted, account: Account | None) -> list[str]:
         f"\nthe busiest rank computes {busiest.flops / 1e12:,.1f} TFLOP in a step, recomputation included"
     ]
     if account is None:
-        return [*lines, "how long that takes is not predicted: the known rates are those of bfloat16"]
+        return [*lines, f"{NO_RATE} Add the field to the file of --gpu, or let --calibrate measure it."]
     spent = sorted(account.seconds.items(), key=lambda item: -item[1])
     shares = ", ".join(
         f"{what} {seconds / account.step_seconds:.0%}"
         for what, seconds in spent
         if seconds >= 0.005 * account.step_seconds
     )
+    if counted.setup.computation.dtype == torch.float32:
+        lines.append("the rate of float32 is a data sheet's or --calibrate's; no run was held against it")
     return [
         *lines,
         f"predicted: a step takes {account.step_seconds:.3g} s, "

@@ -65,7 +65,7 @@ def explain(run: Run, rank: int = 0) -> dict:
             "parameters": parameter_kinds(model),
         }
         if layout.pp > 1:
-            order = schedule_order(layout.schedule, layout.pp, len(parts), run.n_microbatches, mesh["pp"])
+            order = schedule_order(layout.schedule, layout.pp, len(parts), run.n_microbatches)
             work, bubble = clock(order)
             layers = split_layers(job.model, layout.pp * len(parts))
             facts["pipeline"] = {

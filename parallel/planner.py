@@ -6,9 +6,10 @@ not.
     found.describe(), found.to_json(), draw_plan(found, "plan.png")
 
 The search goes over pp x dp x cp x tp, ZeRO's stage, whole copies between nodes, rows of a microbatch,
-recompute and schedule. It drops what breaks a rule (rules.py) and what does not fit (cost.py). Only if
-nothing fits are optimizer states moved to the host, by the chunk manager's own planner. What is left is
-ranked by predicted tokens per second. Nothing is built and nothing runs: thousands of layouts take seconds.
+recompute and schedule; over schedules that run backward in two halves only where nothing is compiled. It
+drops what breaks a rule (rules.py) and what does not fit (cost.py). Only if nothing fits are optimizer states
+moved to the host, by the chunk manager's own planner. What is left is ranked by predicted tokens per second.
+Nothing is built and nothing runs: thousands of layouts take seconds.
 """
 
 import json
@@ -38,6 +39,7 @@ from parallel.cost import (
     bytes_needed,
     bytes_of_rank,
     numbers_of_rank,
+    splits_backward,
 )
 from parallel.rules import Case, Job, all_hold
 
@@ -211,18 +213,25 @@ def meshes(question: Question) -> Iterator[ParallelConfig]:
             for cp in powers_of_two(most_cp):
                 dp, left_over = divmod(cluster.n_gpus, tp * pp * cp)
                 if left_over == 0:
-                    yield from _ways_of_mesh(cluster, ParallelConfig(pp=pp, dp_shard=dp, cp=cp, tp=tp))
+                    yield from _ways_of_mesh(question, ParallelConfig(pp=pp, dp_shard=dp, cp=cp, tp=tp))
 
 
-def _ways_of_mesh(cluster: Cluster, mesh: ParallelConfig) -> Iterator[ParallelConfig]:
+# A schedule and its stages a rank. gpipe is left out: it has the bubble of 1f1b and keeps the activations of
+# all microbatches. The last ones run backward in two halves, which compiled blocks cannot do (rules.py).
+PIPELINED = [("1f1b", None), ("interleaved-1f1b", 2), ("interleaved-1f1b", 4)]
+IN_HALVES = [("zero-bubble", 1), ("zero-bubble", 2), ("zbv", None), ("dualpipev", None)]
+
+
+def _ways_of_mesh(question: Question, mesh: ParallelConfig) -> Iterator[ParallelConfig]:
     """Yield ZeRO's stages, copies between nodes, and schedules for the sizes of a mesh."""
+    cluster = question.cluster
     # Under pp stages 2 and 3 do as stage 1 does within a step (zero.py).
     stages = (3, 2, 1) if mesh.pp == 1 else (1,)
     inside = max(1, cluster.gpus_per_node // (mesh.tp * mesh.cp))
     shards = {mesh.dp_shard, min(inside, mesh.dp_shard)} if mesh.pp == 1 else {mesh.dp_shard}
-    schedules = [("1f1b", None)]
-    if mesh.pp > 1:
-        schedules += [("interleaved-1f1b", 2), ("interleaved-1f1b", 4)]
+    schedules = PIPELINED if mesh.pp > 1 else PIPELINED[:1]
+    if mesh.pp > 1 and not question.compile:
+        schedules = PIPELINED + IN_HALVES
     methods = ("ulysses", "ring") if mesh.cp > 1 else ("ulysses",)
     for shard in sorted(shards):
         if mesh.dp_shard % shard == 0:
@@ -261,7 +270,9 @@ def works(question: Question) -> Iterator[Work]:
             # With fewer microbatches than stages a pipeline is mostly a bubble.
             if case.n_microbatches >= layout.pp and all_hold(RULES, case):
                 for recompute in RECOMPUTE:
-                    yield Work(replace(tried, recompute=recompute), layout, question.states)
+                    # Only halves of backward ask for a kind of recompute.
+                    if recompute != "selective" or not splits_backward(layout):
+                        yield Work(replace(tried, recompute=recompute), layout, question.states)
 
 
 def plan(question: Question) -> Found:

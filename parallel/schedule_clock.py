@@ -3,52 +3,41 @@ bubbles, drawn as text."""
 
 import re
 
-import torch
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.pipelining import PipelineStage
-
 from dtensor_llama.gantt import text_row
-from parallel.pipeline import SCHEDULES, stage_indices
+from parallel.pipeline import SCHEDULES
 
 Action = tuple[str, int, int]  # F, B, I or W (see pipeline.py); stage; microbatch
 DURATION = {"F": 1, "B": 2, "I": 1, "W": 1}  # of forwards: backward is twice the work
 
 
-def schedule_order(
-    schedule: str, pp: int, virtual_stages: int, n_microbatches: int, pp_mesh: DeviceMesh | None = None
-) -> list[list[Action]]:
-    """The actions of each pp rank, in order. pp_mesh: of which torch's schedules, all but gpipe and 1f1b,
-    want to be a rank."""
+def schedule_order(schedule: str, pp: int, virtual_stages: int, n_microbatches: int) -> list[list[Action]]:
+    """The actions of each pp rank, in order."""
+    return [order_of_rank(schedule, pp, virtual_stages, n_microbatches, rank) for rank in range(pp)]
+
+
+def order_of_rank(
+    schedule: str, pp: int, virtual_stages: int, n_microbatches: int, rank: int
+) -> list[Action]:
+    """The actions of one pp rank, in order. No process group is needed."""
     if schedule in ("gpipe", "1f1b"):
-        orders = []
-        for rank in range(pp):
-            # forwards before the first backward
-            ahead = n_microbatches if schedule == "gpipe" else min(n_microbatches, pp - rank)
-            pairs = [[("B", rank, i), ("F", rank, i + ahead)] for i in range(n_microbatches)]
-            orders.append(
-                [("F", rank, i) for i in range(ahead)]
-                + [one for pair in pairs for one in pair if one[2] < n_microbatches]
-            )
-        return orders
-    stages = [
-        PipelineStage(
-            nn.Identity(), stage, pp * virtual_stages, torch.device("cpu"), group=pp_mesh.get_group()
-        )
-        for stage in stage_indices(schedule, pp, virtual_stages)[pp_mesh.get_local_rank()]
-    ]
-    planned = SCHEDULES[schedule].torch_class(stages, n_microbatches, loss_fn=lambda *_: None).pipeline_order
-    orders = []
-    for rank in range(pp):  # torch writes an action as 3F0: stage, kind, microbatch
-        single = [
-            repr(one)
-            for both in planned[rank]
-            if both
-            for one in getattr(both, "sub_actions", None) or (both,)
+        # forwards before the first backward
+        ahead = n_microbatches if schedule == "gpipe" else min(n_microbatches, pp - rank)
+        pairs = [[("B", rank, i), ("F", rank, i + ahead)] for i in range(n_microbatches)]
+        return [("F", rank, i) for i in range(ahead)] + [
+            one for pair in pairs for one in pair if one[2] < n_microbatches
         ]
-        found = filter(None, (re.fullmatch(r"(\d+)([FBIW])(\d+)", one) for one in single))
-        orders.append([(one[2], int(one[1]), int(one[3])) for one in found])
-    return orders
+    # A schedule of torch is made with stages that have a process group. Its order is computed from these few
+    # numbers alone, by a private method of torch 2.11 to 2.13.
+    made = object.__new__(SCHEDULES[schedule].torch_class)
+    made.pp_group_size, made.n_local_stages, made.num_stages = pp, virtual_stages, pp * virtual_stages
+    made._n_microbatches = n_microbatches
+    made.number_of_rounds = max(1, n_microbatches // pp)
+    made.microbatches_per_round = n_microbatches // made.number_of_rounds
+    planned = made._calculate_single_rank_operations(rank)
+    # torch writes an action as 3F0: stage, kind, microbatch
+    single = [repr(one) for both in planned if both for one in getattr(both, "sub_actions", None) or (both,)]
+    found = filter(None, (re.fullmatch(r"(\d+)([FBIW])(\d+)", one) for one in single))
+    return [(one[2], int(one[1]), int(one[3])) for one in found]
 
 
 def clock(orders: list[list[Action]]) -> tuple[list[list[tuple[int, str, int, int]]], float]:

@@ -91,14 +91,26 @@ class Attention(NamedTuple):
         return one * (5 if self.is_backward else 2) // (2 if self.is_causal else 1)
 
 
-def groups_of(mesh: DeviceMesh) -> dict[str, str]:
-    """Return the axis of each process group by the group's name. Of several axes that have the same group,
-    as fsdp and dp_shard without cp, the last of these gives the name: loss, dp, dp_cp, fsdp, and AXES."""
-    names = {dist.group.WORLD.group_name: "world"}
-    for axis in ["loss", "dp", "dp_cp", "fsdp", *AXES]:
-        group = mesh[axis].get_group()
+MESSAGES = ("all-to-all", "send")  # what cp and pp send, and no other axis
+# Names of axes that may have the same ranks: the first that has them is taken, so that a name means the same
+# in each layout. Weights and gradients are on fsdp, with cp or without.
+NAMED_FIRST = {True: ("pp", "cp"), False: ("tp", "fsdp", "dp_replicate", "dp_cp", "loss")}
+
+
+def groups_of(mesh: DeviceMesh) -> dict[tuple[str, bool], str]:
+    """Return the axis of each process group, by the group's name and whether it is asked for MESSAGES.
+
+    Several axes may have the same ranks, and one group or several: see NAMED_FIRST. A group of all ranks that
+    is no axis is `world`."""
+    world = dist.group.WORLD.group_name
+    names = {(world, True): "world", (world, False): "world"}
+    groups = {axis: mesh[axis].get_group() for axis in ["loss", "dp", "dp_cp", "fsdp", *AXES]}
+    ranks = {axis: dist.get_process_group_ranks(group) for axis, group in groups.items()}
+    for axis, group in groups.items():
         if group.size() > 1:
-            names[group.group_name] = axis
+            for is_message, first in NAMED_FIRST.items():
+                alike = [name for name in first if ranks[name] == ranks[axis]]
+                names[group.group_name, is_message] = (alike or [axis])[0]
     return names
 
 
@@ -121,13 +133,13 @@ class _Held:
 class StepCounter(TorchDispatchMode):
     """See the first lines of this file.
 
-    device_type: of the tensors whose bytes count. axes: the axis of each group, by its name. block_bytes: a
-    storage counts as a multiple of so many.
+    device_type: of the tensors whose bytes count. axes: the axis of each group, from `groups_of`.
+    block_bytes: a storage counts as a multiple of so many.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, device_type: str, axes: dict[str, str], block_bytes: int = 1):
+    def __init__(self, device_type: str, axes: dict[tuple[str, bool], str], block_bytes: int = 1):
         super().__init__()
         self.device_type, self.axes, self.block_bytes = device_type, axes, block_bytes
         self.live: dict[int, _Held] = {}
@@ -345,7 +357,7 @@ class StepCounter(TorchDispatchMode):
         if namespace != "c10d" and kind == "all-gather":
             whole_bytes *= group.size()
         if group.size() > 1:
-            axis = self.axes.get(group.group_name, "world")
+            axis = self.axes.get((group.group_name, kind in MESSAGES), "world")
             self.traffic[Collective(axis, kind, whole_bytes)] += 1
 
     def _note_flops(self, op: Any, args: tuple) -> None:

@@ -9,6 +9,10 @@ a layout, any command line of pretrain.py can be tried, and --lora.rank of sft.p
 stepped by the code that trains, on tensors without memory (parallel/dry_run.py). Printed are the mesh, where
 each parameter lies, what a rank holds and when it holds most, what it sends on each axis, its FLOPs, the
 pipeline's schedule, and what the step is predicted to take (parallel/cost.py).
+
+--json names traffic by the mesh's axes, alike in each layout: `tp` and `cp` (activations), `pp` (between
+stages), `fsdp` (weights and gradients of ZeRO, over dp_shard and cp), `dp_replicate` (gradients of copies),
+`dp_cp` (gradients under ZeRO 0 with copies), and `loss` and `world` (sums of single numbers).
 """
 
 import json

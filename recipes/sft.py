@@ -151,7 +151,11 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class SftConfig:
-    """Fine-tune the model in a Hugging Face folder on conversations."""
+    """Fine-tune the model in a Hugging Face folder on conversations.
+
+    dryrun.py says before a run what each rank would hold and how long a step would take: give it --gpus,
+    --gpu, --data.document-mask (rows here are packed), and --model, --data.seq-len, --train.*, --parallel.*,
+    --memory.* and --lora.* as here, with numbers for what is None below."""
 
     model: FilePath  # Hugging Face folder with config.json, safetensors and tokenizer; or a preset
     random_init: bool = False  # take only config.json of the folder, not its weights

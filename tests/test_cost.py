@@ -18,12 +18,11 @@ from versions import marks_for
 from dtensor_llama import LlamaConfig, UsageError
 from dtensor_llama.chat.lora import LoraConfig, n_adapter_parameters
 from dtensor_llama.metrics import GIB
-from parallel import ParallelConfig, build_mesh
+from parallel import ParallelConfig
 from parallel.apply import Computation
 from parallel.cluster import NODES, calibrate, find_cluster, read_cluster, with_gpus
 from parallel.cost import FP32, STACKS, Share, States, Work, account_for, bytes_of_rank, shares, traffic
 from parallel.dry_run import Counted, Setup, dry_run
-from parallel.pretend import pretended_rank
 from parallel.rules import Job
 from parallel.schedule_clock import DURATION, clock, idle_units, schedule_order
 from parallel.step_counter import CUDA_BLOCK
@@ -116,16 +115,34 @@ COUNTED = {
     "1f1b-tied": dict(pp=2, is_tied=True),
     "interleaved": dict(pp=2, schedule="interleaved-1f1b"),
     "zero-bubble": dict(pp=2, schedule="zero-bubble"),
+    "zero-bubble-full": dict(pp=2, tp=2, schedule="zero-bubble", recompute="full"),
+    "zero-bubble-long": dict(pp=4, schedule="zero-bubble", n_microbatches=24),
+    "zero-bubble-looped": dict(pp=2, schedule="zero-bubble", virtual_stages=2),
     "zbv": dict(pp=2, schedule="zbv"),
+    "zbv-full": dict(pp=2, schedule="zbv", recompute="full"),
+    "zbv-long": dict(pp=4, schedule="zbv", n_microbatches=24),
+    "dualpipev": dict(pp=2, schedule="dualpipev"),
+    "dualpipev-full": dict(pp=2, schedule="dualpipev", recompute="full"),
+    "dualpipev-long": dict(pp=4, schedule="dualpipev", n_microbatches=24),
     "lora": dict(lora_rank=8),
     "lora-tp": dict(lora_rank=8, tp=2, recompute="full"),
     "compiled": dict(compile=True),
     "compiled-full": dict(compile=True, recompute="full"),
 }
 FAST = ("zero-1", "zero-3-full", "tp-no-sp", "tp-shared-biases", "ring", "1f1b", "interleaved")
+FAST += ("zero-bubble", "zbv", "dualpipev", "lora-tp")
 COUNTED_MODEL = LlamaConfig(8192, 1024, 2816, 8, 16, 8, max_position_embeddings=2048)
 # Peaks that the account has further off than 1 %, and how far.
-FURTHER_OFF = {"compiled-full": 0.02, "lora-tp": 0.04, "zero-bubble": 0.29, "zbv": 0.15}
+FURTHER_OFF = {
+    "compiled-full": 0.02,
+    "zero-bubble-full": 0.02,
+    "zero-bubble-looped": 0.03,
+    "zbv": 0.02,
+    "zbv-full": 0.02,
+    "zbv-long": 0.02,
+    "dualpipev-full": 0.03,
+    "dualpipev-long": 0.03,
+}
 
 
 class Held(NamedTuple):
@@ -168,12 +185,11 @@ def counted_step(**settings) -> tuple[Work, Counted]:
 
 
 def sent_by_axis(sent: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Return the bytes sent on each axis. Without cp the axes fsdp and dp_shard are one, and that of dp_cp is
-    another name of it without replicas. Left out are the sums of a few numbers over `world` and `loss`: loss,
-    norm, and what tells stages that they are alive."""
+    """Return the bytes sent on each axis. Left out are the sums of a few numbers over `world`, `loss` and
+    `dp_cp`, on which nothing else is sent but under ZeRO 0 with copies: loss, norm, and what tells stages
+    that they are alive."""
     sums = dict.fromkeys(("fsdp", "dp_replicate", "tp", "cp", "pp"), 0.0)
     for axis, n_bytes in sent:
-        axis = "fsdp" if axis in ("dp_shard", "dp_cp") else axis
         if axis in sums:
             sums[axis] += n_bytes
     return sums
@@ -187,9 +203,9 @@ def check_states(work: Work, share: Share, kinds: dict[str, float], held: dict[s
     if work.model.tie_word_embeddings and share.has_head:
         n_tensors -= 1  # the head is stepped where the embedding is
     if work.states.n_adapter:
-        # Under tp one matrix of each adapter is whole on each rank, and of the account's all are split.
+        # Their matrices are small, and many are not a multiple of 512 bytes.
         assert 0 <= rest["parameters"] < 0.01 * held["parameters"]
-        assert 0 <= rest["optimizer"] < (0.05 if work.layout.tp == 1 else 0.31) * held["optimizer"]
+        assert 0 <= rest["optimizer"] < 0.05 * held["optimizer"]
     elif work.model.model_type == "llama":
         assert rest == {"parameters": 0, "optimizer": CUDA_BLOCK * n_tensors}
     else:
@@ -245,20 +261,18 @@ def test_recompute_offload_and_adapters_save_what_they_promise():
         ("interleaved-1f1b", 2),
         ("interleaved-1f1b", 4),
         ("zero-bubble", 1),
+        ("zero-bubble", 2),
         ("zbv", 2),
         ("dualpipev", 2),
     ],
 )
 @pytest.mark.parametrize("pp", [2, 4])
 def test_bubbles_are_those_of_the_clock(schedule, virtual_stages, pp):
-    with pretended_rank(0, pp):
-        mesh = build_mesh(ParallelConfig(pp=pp, dp_shard=1), "cpu")
-        for n_microbatches in (2 * pp, 4 * pp):
-            order = schedule_order(schedule, pp, virtual_stages, n_microbatches, mesh["pp"])
-            timed, _ = clock(order)
-            ends = max(start + DURATION[kind] for rank in timed for start, kind, _, _ in rank)
-            idle = ends / virtual_stages - 3 * n_microbatches
-            assert idle == pytest.approx(idle_units(schedule, pp, virtual_stages))
+    for n_microbatches in (2 * pp, 4 * pp):
+        timed, _ = clock(schedule_order(schedule, pp, virtual_stages, n_microbatches))
+        ends = max(start + DURATION[kind] for rank in timed for start, kind, _, _ in rank)
+        idle = ends / virtual_stages - 3 * n_microbatches
+        assert idle == pytest.approx(idle_units(schedule, pp, virtual_stages))
 
 
 def test_seconds_sum_to_the_step_and_depend_on_what_they_should():
@@ -369,6 +383,16 @@ def test_what_is_no_cluster_is_refused_with_what_there_is(tmp_path):
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(UsageError, match="cluster must be an object"):
         find_cluster(str(tmp_path / "list.json"), 8)
+
+
+def test_float32_takes_the_rate_of_its_own_units():
+    """67 of 989 TFLOP/s on an H100: torch's products in float32 leave the tensor cores alone."""
+    bf16 = account_for(work(rows=64, dp_shard=8), find_cluster("h100-80gb", 8))
+    fp32 = account_for(work(rows=64, dp_shard=8, states=States(itemsize=FP32)), find_cluster("h100-80gb", 8))
+    slower = fp32.seconds["matrix products"] / bf16.seconds["matrix products"]
+    assert 0.95 * 794 / 67 < slower < 1.01 * 794 / 67
+    assert 0.5 < fp32.mfu < 1
+    assert all(node.gpu.float32_flops for node in NODES.values())
 
 
 def test_calibration_measures_this_machine_and_is_read_again(tmp_path):

@@ -22,6 +22,7 @@ from parallel import dry_run as dry_run_module
 from parallel.apply import Computation
 from parallel.assemble import Offload, adamw, assemble
 from parallel.cluster import NODES
+from parallel.cost import Work, account_for
 from parallel.dry_run import Setup, _microbatch, count_states, dry_run
 from parallel.mesh import Layout
 from parallel.rules import Job
@@ -227,6 +228,34 @@ def test_a_tensor_that_is_kept_is_seen():
     assert more.peak_bytes - plain.peak_bytes == 2**24
 
 
+@pytest.mark.parametrize(
+    "layout,axes",
+    [
+        ({}, {"fsdp"}),
+        ({"zero_stage": 0}, {"fsdp"}),
+        ({"tp": 2}, {"fsdp", "tp"}),
+        ({"tp": 2, "zero_stage": 0}, {"fsdp", "tp"}),
+        ({"tp": 4, "dp_shard": 1}, {"tp"}),
+        ({"cp": 2}, {"fsdp", "cp"}),
+        ({"cp": 4, "dp_shard": 1}, {"fsdp", "cp"}),  # both have all ranks, and torch gives them one group
+        ({"cp": 2, "cp_method": "ring", "dp_shard": 1, "tp": 2}, {"fsdp", "cp", "tp"}),
+        ({"dp_replicate": 2}, {"fsdp", "dp_replicate"}),
+        ({"dp_replicate": 4, "dp_shard": 1, "zero_stage": 1}, {"dp_replicate"}),
+        ({"dp_replicate": 2, "zero_stage": 0}, {"dp_cp"}),
+        ({"pp": 2}, {"fsdp", "pp"}),
+        ({"pp": 4, "dp_shard": 1}, {"pp"}),
+    ],
+    ids=str,
+)
+def test_traffic_has_the_same_name_in_each_layout(layout, axes):
+    setup = Case(4, layout, n_microbatches=4).setup(device="cuda")
+    sent = dry_run(setup, step).largest.sent_bytes()
+    # Sums of single numbers go over whatever has the ranks that they are for.
+    assert {axis for axis, n_bytes in sent.items() if n_bytes > 1000} == axes
+    account = account_for(Work(setup.job, setup.layout), NODES["h100-80gb"])
+    assert set(account.gib_per_axis(account.cluster)) == axes
+
+
 # Of a whole step of llama2-7b, or its first 16 layers, on one GPU: what torch's allocator for CUDA had
 # allocated at its peak.
 SEVEN_B = [
@@ -338,6 +367,16 @@ def test_pretrain_counts_its_own_command_and_trains_nothing(tmp_path):
     assert ended.status == 0, ended
     same = recipe("dryrun", *[flag for flag in flags if flag != "--dry-run"])
     assert ended.out == same.out and not (tmp_path / "run").exists()
+
+
+def test_float32_has_a_time_where_its_rate_is_known_and_else_a_sentence(tmp_path):
+    unknown = replace(NODES["a100-40gb"], gpu=replace(NODES["a100-40gb"].gpu, float32_flops=None))
+    (tmp_path / "ours.json").write_text(unknown.to_json())
+    flags = ["--model", "tiny-1m", "--gpus", 8, *LAYOUT, "--train.dtype", "float32"]
+    known = recipe("dryrun", *flags, "--gpu", "a100-40gb")
+    assert known.status == 0 and "predicted: a step takes" in known.out, known
+    ended = recipe("dryrun", *flags, "--gpu", tmp_path / "ours.json")
+    assert ended.status == 0 and "has no float32_flops, so that no time is predicted" in ended.out, ended
 
 
 def test_a_machine_is_measured_into_a_file_that_the_next_dry_run_reads(tmp_path, monkeypatch):

@@ -10,6 +10,8 @@ import pytest
 import torch
 from pool import run_on
 from recipe import recipe
+from torch import nn
+from torch.distributed.pipelining import PipelineStage
 from training import forward_backward, make_training
 from versions import marks_for
 
@@ -17,11 +19,12 @@ from dtensor_llama import LlamaConfig
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import init_weights
 from dtensor_llama.shards import local
-from parallel import ParallelConfig
+from parallel import ParallelConfig, build_mesh
 from parallel.apply import Computation
 from parallel.config import Job
 from parallel.explain import Run, explain
-from parallel.pipeline import SCHEDULES
+from parallel.pipeline import SCHEDULES, stage_indices
+from parallel.pretend import pretended_rank
 from parallel.schedule_clock import clock, draw, schedule_order
 from parallel.schedule_picture import Recorder
 
@@ -93,6 +96,25 @@ def test_orders_and_bubbles_as_pictures():
         "F0 F1 ......B0 B0 F2 B1 B1 F3 B2 B2 ...B3 B3",
         "...F0 B0 B0 F1 B1 B1 F2 B2 B2 F3 B3 B3 ......",
     ]
+
+
+@pytest.mark.parametrize("pp,n_microbatches", [(2, 4), (4, 8), (4, 20)])
+@pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name not in ("gpipe", "1f1b")])
+def test_orders_without_a_process_group_are_those_of_torch(schedule, pp, n_microbatches):
+    kind = SCHEDULES[schedule]
+    per_rank = kind.default_virtual_stages
+    with pretended_rank(0, pp):
+        mesh = build_mesh(ParallelConfig(pp=pp, dp_shard=1), "cpu")
+        stages = [
+            PipelineStage(nn.Identity(), i, pp * per_rank, torch.device("cpu"), group=mesh["pp"].get_group())
+            for i in stage_indices(schedule, pp, per_rank)[0]
+        ]
+        torchs = kind.torch_class(stages, n_microbatches, loss_fn=lambda *_: None).pipeline_order
+    for rank, mine in enumerate(schedule_order(schedule, pp, per_rank, n_microbatches)):
+        single = [
+            one for both in torchs[rank] if both for one in getattr(both, "sub_actions", None) or (both,)
+        ]
+        assert [f"{stage}{kind}{micro}" for kind, stage, micro in mine] == list(map(repr, single))
 
 
 def real_order(run: Run):

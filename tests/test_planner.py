@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 from recipe import ROOT, pretrain_flags, recipe
+from versions import needs_split_backward
 
 from dtensor_llama import LlamaConfig, UsageError
 from dtensor_llama.metrics import GIB
@@ -15,7 +16,8 @@ from parallel import ParallelConfig
 from parallel.cluster import NODES, find_cluster
 from parallel.config import check_parallel
 from parallel.cost import FITS_SHARE, States
-from parallel.planner import Question, choose_open, draw_plan, frontier, name_of, plan
+from parallel.pipeline import SCHEDULES
+from parallel.planner import Question, choose_open, draw_plan, frontier, name_of, plan, works
 from parallel.recompute import MODES
 from parallel.rules import Job
 
@@ -75,12 +77,27 @@ def test_the_frontier_is_what_nothing_surpasses():
     assert [name for _, _, name in frontier(points)] == ["a", "c", "e"]
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("gpus,rows", [(512, 1024), (4096, 4096)])
-def test_seventy_b_on_many_gpus_is_planned_in_seconds(gpus, rows):
+def test_seventy_b_on_many_gpus_is_planned_in_seconds(gpus, rows, compiled):
     start = time.process_time()  # what other processes do does not count
-    found = plan(question(SEVENTY_B, gpus=gpus, rows=rows))
+    found = plan(question(SEVENTY_B, gpus=gpus, rows=rows, compile=compiled))
     assert found.n_tried > 500 and time.process_time() - start < 20  # 2 s were measured
     assert 0.35 < found.best.account.mfu < 0.6
+
+
+@needs_split_backward
+def test_schedules_with_a_backward_in_halves_win_where_nothing_is_compiled():
+    """Compiled blocks have one graph for both halves (rules.py), so that there they are not tried."""
+    asked = question(SEVENTY_B, gpus=64, rows=128)
+    in_halves = {name for name, kind in SCHEDULES.items() if kind.splits_backward}
+    assert not in_halves & {work.layout.schedule for work in works(asked)}
+    eager = replace(asked, compile=False)
+    tried = {work.layout.schedule for work in works(eager) if work.layout.pp > 1}
+    assert tried == {"1f1b", "interleaved-1f1b", *in_halves}
+    best = plan(eager).best
+    assert best.work.layout.schedule == "dualpipev" and best.account.bubble < 0.02
+    assert check_parallel(best.work.layout, best.work.job) == best.work.n_microbatches
 
 
 # ---- What does not fit -------------------------------------------------------------------------------------
