@@ -157,10 +157,10 @@ def _take_shard(own: FSDPParam) -> None:
 
 
 def _without_first_messages(replace: Callable, counter: StepCounter) -> None:
-    """Leave out of the account what pipeline stages tell each other once, before their first step. (torch
-    2.13; torch 2.11 has no such messages.)"""
+    """Leave out of the account what pipeline stages tell each other once, before their first step."""
     schedule = schedules._PipelineSchedule
-    if not hasattr(schedule, "_warmup_p2p"):
+    if not hasattr(schedule, "_warmup_p2p"):  # torch 2.11 sends each neighbour one number; here it sends none
+        replace(schedules._PipelineStageBase, "_get_init_p2p_neighbors_ops", lambda stage: [])
         return
     warm_up = schedule._warmup_p2p
 

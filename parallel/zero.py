@@ -54,24 +54,22 @@ def apply_zero(
     FSDP averages gradients over these ranks, so the loss is scaled by their number to get the sum.
     (`set_gradient_divide_factor(1)` would do the same, but gloo has no such reduction.)
     """
-    is_alone = mesh["dp_cp"].size() == mesh["pp"].size() == 1
-    if is_alone and all(parameter.dtype == compute_dtype for parameter in model.parameters()):
+    is_alone = mesh["dp_cp"].size() == 1
+    if is_alone and mesh["pp"].size() == 1 and all(one.dtype == compute_dtype for one in model.parameters()):
         return
-    if stage == 0:
+    if stage == 0 and not is_alone:  # torch 2.11 refuses an axis of one rank in front of solo, under tp
         over = mesh["dp_cp", "solo"]  # HSDP in which all ranks are replicas, of shards that are whole
     elif mesh["dp_replicate"].size() > 1:
         over = mesh["dp_replicate", "fsdp"]
     else:
         over = mesh["fsdp"]
-    # cast_forward_inputs=True would round the fp32 RoPE tables to bf16 on their way into a block.
-    precision = MixedPrecisionPolicy(
-        param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
-    n_ranks = over.size(-1)
     shared = {
         "mesh": over,
-        "mp_policy": precision,
-        "shard_placement_fn": lambda parameter: Shard(shard_dim(parameter, n_ranks)),
+        # cast_forward_inputs=True would round the fp32 RoPE tables to bf16 on their way into a block.
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        ),
+        "shard_placement_fn": lambda parameter: Shard(shard_dim(parameter, over.size(-1))),
     }
     for block in blocks:
         fully_shard(block, reshard_after_forward=stage == 3, **shared)
@@ -84,9 +82,9 @@ def apply_zero(
 def _leave_positions_on_host(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Keep positions on the CPU if they are still there: the ends of documents are found in them, which on
     the GPU would make the CPU wait for it."""
-    if kwargs.get("positions") is None:
-        return args, kwargs
-    return args, {**kwargs, "positions": OnHost(kwargs["positions"])}
+    if kwargs.get("positions") is not None:
+        kwargs = {**kwargs, "positions": OnHost(kwargs["positions"])}
+    return args, kwargs
 
 
 def accumulation_count(model: nn.Module, stage: int, in_pipeline: bool, n_microbatches: int) -> int:

@@ -55,7 +55,8 @@ class _Leave(torch.autograd.Function):
         # Not in place: selective recomputation may keep the matrix product, and would sum it twice.
         total = partial.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
-        return total
+        # Without detach, torch 2.11 would compile it to no gradient, as the tensor was written to in place.
+        return total.detach()
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
