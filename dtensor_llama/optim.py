@@ -52,8 +52,8 @@ def build_adamw(
     Call it after parallelize, since the optimizer steps the shards this rank holds. kind: AdamW or a
     subclass.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices, vectors = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
+    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     return kind(groups, lr=lr, betas=betas, eps=eps, fused=True)

@@ -47,7 +47,7 @@ from parallel.config import ParallelConfig, check_parallel
 from parallel.mesh import Layout, build_mesh, start_process_group
 from parallel.plans import Family, family_of
 from parallel.plans.family import refuse, shape_of
-from parallel.plans.loss import HfBatch, loss_sum
+from parallel.plans.loss import HfBatch, loss_sum, targets_of
 from parallel.plans.spread import check_family, has_dropout, restore_buffers, shell_of
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -243,12 +243,15 @@ class Booster:
             self._check(tokens.shape[1], len(tokens) * self.config.dp)
             self._checked_shape = tokens.shape
         layout = self.training.layout
-        targets = labels
-        if self.family is None or self.family.shifts_labels:
+        if self.family is None:
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # position t must predict token t + 1
+        else:
+            targets = targets_of(self.family, labels)
         n_targets = (targets != IGNORE).sum().to(self.device)
         dist.all_reduce(n_targets, group=layout.mesh["dp"].get_group())
-        loss = self._forward_backward(self._microbatches(columns, targets), n_targets.clamp(min=1))
+        microbatches = self._microbatches(columns, targets)
+        run = forward_backward if self.family is None else self._family_forward_backward
+        loss = run(self.training, microbatches, n_targets.clamp(min=1))
         dist.all_reduce(loss, group=layout.loss_group)  # each rank has its own tokens' share
         self.steps += 1
         return loss
@@ -265,23 +268,16 @@ class Booster:
         others = [{name: cut[i] for name, cut in parts.items()} for i in range(self.n_microbatches)]
         return [HfBatch(*microbatch) for microbatch in zip(tokens, labels, others, strict=True)]
 
-    def _forward_backward(self, microbatches: list[Batch | HfBatch], n_targets: Tensor) -> Tensor:
-        """Run forward and backward of all microbatches, as recipes/pretrain.py does; gradients add to what is
-        there.
-
-        Returns this rank's share of the loss, to be summed over layout.loss_group."""
-        training = self.training
+    def _family_forward_backward(
+        self, training: Training, microbatches: list[HfBatch], n_targets: Tensor
+    ) -> Tensor:
+        """Do what `forward_backward` does with a Llama, with the loss of a model of transformers."""
         if training.pipeline:
             return training.pipeline.step(microbatches, n_targets)
-        loss = torch.zeros((), device=self.device)
+        loss = torch.zeros((), device=training.device)
         for i, batch in enumerate(microbatches):
             training.sync_gradients(last=i == len(microbatches) - 1)
-            if self.family is None:
-                tokens, labels, positions = batch.to(self.device)
-                nats = training.model(tokens, labels=labels, positions=positions)
-            else:
-                nats = loss_sum(training.model, self.family, batch, self.criterion)
-            loss_i = nats / n_targets
+            loss_i = loss_sum(training.model, self.family, batch, self.criterion) / n_targets
             # FSDP averages gradients over these ranks; we want their sum.
             (loss_i * training.layout.gradient_ranks).backward()
             loss += loss_i.detach()
@@ -289,11 +285,6 @@ class Booster:
 
     def _read(self, batch: Mapping[str, Tensor]) -> Columns:
         """Return the columns of a batch that the model gets; UsageError if something is missing or odd."""
-        missing = [name for name in ("input_ids", "labels") if name not in batch]
-        if missing:
-            raise UsageError(
-                f'a batch lacks {missing[0]}; it must have "input_ids" and "labels", (B, T) each.'
-            )
         return _columns(batch) if self.family is None else _family_columns(batch, self.model)
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
@@ -359,6 +350,24 @@ class Booster:
         micro_batch_size = global_batch_size // (self.n_microbatches * self.config.dp)
         job = self.computation.job(self.shape, seq_len, global_batch_size, micro_batch_size)
         check_parallel(self.config, job)
+
+
+def forward_backward(training: Training, microbatches: list[Batch], n_targets: Tensor) -> Tensor:
+    """Run forward and backward of all microbatches, as recipes/pretrain.py does; gradients add to what is
+    there.
+
+    Returns this rank's share of the loss, to be summed over layout.loss_group."""
+    if training.pipeline:
+        return training.pipeline.step(microbatches, n_targets)
+    loss = torch.zeros((), device=training.device)
+    for i, batch in enumerate(microbatches):
+        training.sync_gradients(last=i == len(microbatches) - 1)
+        tokens, labels, positions = batch.to(training.device)
+        loss_i = training.model(tokens, labels=labels, positions=positions) / n_targets
+        # FSDP averages gradients over these ranks; we want their sum.
+        (loss_i * training.layout.gradient_ranks).backward()
+        loss += loss_i.detach()
+    return loss
 
 
 class OwnRows:
@@ -495,11 +504,12 @@ def _names_in(optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]) -
 
 def _columns(batch: Mapping[str, Tensor]) -> Columns:
     """Return input_ids and labels of a Hugging Face batch; UsageError if it has more that would matter."""
+    missing = [name for name in ("input_ids", "labels") if name not in batch]
     strange = sorted(set(batch) - {"input_ids", "labels", "attention_mask"})
-    if strange:
+    if missing or strange:
+        what = f"lacks {missing[0]}" if missing else f"has {strange[0]}, which would not be used"
         raise UsageError(
-            f"a batch has {strange[0]}, which would not be used; "
-            'it must be {"input_ids", "labels"}, both (B, T), and may have attention_mask.'
+            f'a batch {what}; it must be {{"input_ids", "labels"}}, both (B, T), and may have attention_mask.'
         )
     tokens, labels, mask = batch["input_ids"], batch["labels"], batch.get("attention_mask")
     if tokens.dim() != 2 or tokens.shape != labels.shape:
@@ -520,7 +530,10 @@ def _columns(batch: Mapping[str, Tensor]) -> Columns:
 
 def _family_columns(batch: Mapping[str, Tensor], model: nn.Module) -> Columns:
     """Return the columns of a batch for a model of transformers; UsageError if its forward lacks one."""
+    missing = [name for name in ("input_ids", "labels") if name not in batch]
     known = inspect.signature(type(model).forward).parameters
+    if missing:
+        raise UsageError(f'a batch lacks {missing[0]}; it must have "input_ids" and "labels", (B, T) each.')
     n_rows = len(batch["input_ids"])
     for name, column in batch.items():
         fits = isinstance(column, Tensor) and column.dim() == 2 and len(column) == n_rows
