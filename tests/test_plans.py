@@ -234,6 +234,8 @@ def in_bfloat16(name, memory):
     "name,layout,memory,recompute",
     [
         ("GPT2LMHeadModel", "tp2", None, "selective"),
+        pytest.param("GPT2LMHeadModel", "one", None, "full", marks=pytest.mark.slow),
+        pytest.param("MixtralForCausalLM", "tp2", None, "selective", marks=pytest.mark.slow),
         pytest.param("T5ForConditionalGeneration", "zero3", None, "full", marks=pytest.mark.slow),
         *(pytest.param(name, "tp2", None, "none", marks=pytest.mark.slow) for name in MODELS),
         *(

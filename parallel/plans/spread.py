@@ -145,7 +145,7 @@ def spread_family(
     apply_recompute(blocks, computation.recompute, draws)
     if computation.compile:
         apply_compile(blocks)
-        if config.tp > 1 and computation.recompute != "none":
+        if computation.recompute != "none":
             # The kinds of styles.py change attributes while a module runs, and change them back before it
             # ends: nothing is left that recomputation, which is a part of the graph, would have to repeat.
             allowed = torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
