@@ -46,7 +46,8 @@ OURS = re.compile(r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.sa
 ADAPTER = "_lora.lora_"  # in the name of a parameter that lora.py added: see is_adapter
 # What compiling and recomputing put into the names of modules.
 WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.")
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = FLOATS | {"I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}  # the others: of buffers
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Box = tuple[tuple[int, ...], tuple[int, ...], Tensor]
 
@@ -184,7 +185,7 @@ def save_hf(
     # A packed parameter (parallel/plans/styles.py) is kept in another shape than Hugging Face's.
     whole_shapes = {name: tuple(one.shape) for name, one in parameters.items()}
     whole_shapes |= getattr(model, "whole_shapes", {})
-    # A model of transformers may have buffers that belong to its weights. All ranks have all of them.
+    # A model of transformers may have buffers that belong to its weights, whole on each rank of a stage.
     buffers: dict[str, Tensor] = getattr(model, "kept_buffers", {})
     whole_shapes |= {name: tuple(one.shape) for name, one in buffers.items()}
     shares = on_all_ranks(
@@ -347,9 +348,9 @@ def _checked(folder: Path, wanted: dict[str, tuple], tied: bool) -> dict[str, St
     lost = indexed - stored.keys() if stored or not problems else wanted.keys()
     problems += mismatches(found, {name: shape for name, shape in wanted.items() if name not in lost})
     problems += [
-        f"{name}: dtype {where.dtype}, only {', '.join(DTYPES)} are read"
+        f"{name}: dtype {where.dtype}, only {', '.join(FLOATS)} are read"
         for name, where in stored.items()
-        if name in wanted and where.dtype not in DTYPES
+        if name in wanted and where.dtype not in FLOATS
     ]
     ends = stored.get("model.embed_tokens.weight"), stored.get("lm_head.weight")
     if tied and all(ends) and not problems and not _hold_the_same(folder, *ends):
@@ -464,8 +465,8 @@ def _share(
     share = {}
     for name, param in parameters.items():
         as_dtype = dtype or param.dtype
-        if as_dtype not in DTYPE_NAMES:
-            raise UsageError(f"{name}: cannot be saved as {as_dtype}; dtype is one of {[*DTYPE_NAMES]}")
+        if as_dtype not in DTYPE_NAMES or as_dtype.is_floating_point != param.dtype.is_floating_point:
+            raise UsageError(f"{name}: cannot be saved as {as_dtype}; dtype is one of {[*FLOATS.values()]}")
         boxes = [(offsets, sizes) for offsets, sizes, _ in packed_boxes(param, whole_shapes[name])]
         share[name] = (DTYPE_NAMES[as_dtype], whole_shapes[name], boxes)
     return share
@@ -585,7 +586,7 @@ def _create(folder: Path, staged: Path, plan: FilePlan, config: Any, generation:
     dtypes = [where.dtype for where in plan.stored.values()]
     most_frequent = DTYPES[max(set(dtypes), key=dtypes.count)]
     # The config is ours, or transformers'.
-    settings = config.to_hf() if hasattr(config, "to_hf") else config.to_dict()
+    settings = config.to_hf() if hasattr(config, "to_hf") else json.loads(config.to_json_string())
     settings.pop("torch_dtype", None)
     settings["dtype"] = str(most_frequent).removeprefix("torch.")
     settings["architectures"] = settings.get("architectures") or ["LlamaForCausalLM"]

@@ -488,7 +488,8 @@ def _names_in(optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]) -
     name_of = {parameter: name for name, parameter in parameters.items()}
     groups = [[name_of.get(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
     n_strange = sum(name is None for group in groups for name in group)
-    left_out = sorted(set(name_of.values()) - {name for group in groups for name in group})
+    trained = {name for parameter, name in name_of.items() if parameter.requires_grad}
+    left_out = sorted(trained - {name for group in groups for name in group})
     if n_strange:
         raise UsageError(
             f"the optimizer has {n_strange} parameters that are not the model's; build it on the model given "
@@ -497,7 +498,7 @@ def _names_in(optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]) -
     if left_out:
         raise UsageError(
             f"the optimizer leaves out {len(left_out)} parameters of the model ({left_out[0]} ...), and all "
-            "must train; put them into a group, with lr 0 if they shall stay."
+            "with requires_grad must train; put them into a group, or freeze them."
         )
     return groups
 

@@ -105,6 +105,10 @@ OTHER_SIZES = {  # of configs whose fields depend on each other
     "Lfm2Moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "NemotronH": {"layers_block_type": ["mamba", "moe", "attention", "moe"], "num_hidden_layers": 4},
     **{name: {"num_key_value_heads": 4} for name in LATENT},  # as many as heads
+    # one layer of four has attention
+    **{name: {"num_hidden_layers": 4} for name in ("OlmoHybrid", "Qwen3Next", "Qwen3_5", "Qwen3_5Moe")},
+    "Jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "GraniteMoeHybrid": {"layer_types": ["mamba", "attention"]},
 }
 
 

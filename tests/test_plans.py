@@ -342,6 +342,39 @@ def test_settings_of_a_family_change_nothing(name, changed):
         assert by_loss < 2e-5 and by_gradient < 1e-4
 
 
+def with_a_longer_head():
+    """Return the loss of a model whose head has more rows than its config has tokens, and the same under
+    tp 2."""
+    model = plain_model("MixtralForCausalLM")
+    torch.manual_seed(5)
+    model.lm_head = torch.nn.Linear(32, 64, bias=False)
+    batch = batches("MixtralForCausalLM", 1)[0]
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+    shell, family = split_over_two(model)
+    batch = HfBatch(batch.pop("input_ids"), batch.pop("labels"), batch)
+    return loss.item(), loss_sum(shell, family, batch).item()
+
+
+def test_a_head_may_have_more_rows_than_there_are_tokens():
+    for loss, its_loss in run_on(2, with_a_longer_head):
+        assert its_loss == pytest.approx(loss, rel=1e-6)
+
+
+def boosted_at_once(name):
+    model = small_model(name)
+    model.lm_head.weight.requires_grad_(False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    Booster(ParallelConfig(tp=2)).boost(model, torch.optim.AdamW(trained))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ADAPTED)
+def test_every_plan_that_the_adapter_takes_passes_the_rules(name):
+    """Frozen weights need not be in the optimizer."""
+    run_on(2, boosted_at_once, name)
+
+
 def counted(name):
     """Return the collectives of forward and backward of a whole model under tp 2, and what its table states
     for the modules that ran; and the placements of its weights, as they are and as the table has them."""
@@ -448,6 +481,27 @@ def test_experts_get_their_names_of_the_hub_in_each_of_several_files(tmp_path):
     assert len(set(files.values())) > 2 and "model.layers.2.block_sparse_moe.experts.3.w1.weight" in files
     saved = load("MixtralForCausalLM", tmp_path).state_dict()
     assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
+
+
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
+
+
+def loaded_over_other_buffers(folder):
+    """Save a training state, and load it into a model whose routers had no biases."""
+    for step in ("save", "load"):
+        model = plain_model("DeepseekV3ForCausalLM")
+        if step == "load":
+            model.get_buffer(BIAS).zero_()
+        booster = Booster(ParallelConfig(tp=2, zero_stage=1))
+        model, *_ = booster.boost(model, adamw(model))
+        getattr(booster, step)(folder / "state")
+    booster.save_hf(model, folder / "hf")
+
+
+def test_buffers_are_saved_as_they_were_loaded(tmp_path):
+    run_on(2, loaded_over_other_buffers, tmp_path)
+    saved, bias = load("DeepseekV3ForCausalLM", tmp_path / "hf"), plain_model("DeepseekV3ForCausalLM")
+    assert torch.equal(saved.get_buffer(BIAS), bias.get_buffer(BIAS)) and bias.get_buffer(BIAS).any()
 
 
 def first_part(name, layout, folder):
@@ -655,6 +709,8 @@ def refused(what):
         changed = {"add_cross_attention": True}
     elif what == "loss of routers":
         name, changed = "MixtralForCausalLM", {"output_router_logits": True}
+    elif what == "width of experts":
+        name, changed = "MixtralForCausalLM", {"intermediate_size": 28}
     elif what == "an unused bias":
         name, changed = "BertForMaskedLM", {"tie_word_embeddings": False}
     elif what == "compile, recompute":
@@ -663,7 +719,13 @@ def refused(what):
         settings = {"compile": True} if what == "compile" else {"attention": "math"}
         changed = {"attn_pdrop": 0.1} if what == "compile" else {}
     model = plain_model(name, **changed)
-    if what == "wrapped":
+    if what == "adapters":
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+    elif what == "all frozen":
+        model.requires_grad_(False)
+    elif what == "wrapped":
         model = torch.nn.parallel.DistributedDataParallel(model)
     elif what == "spread already":
         model, *_ = Booster(ParallelConfig(**layout)).boost(model, adamw(model))
@@ -703,6 +765,9 @@ def refused(what):
         "layerdrop": "layerdrop",
         "no row": "no row for transformer.h.0.crossattention",
         "an unused bias": "no row for cls.predictions.bias",
+        "width of experts": "with tp=2 a rank has 14 features of each expert",
+        "adapters": "has adapters of PEFT; merge them",
+        "all frozen": "has no parameter that trains",
         "loss of routers": "MixtralForCausalLM: config.output_router_logits adds a loss",
         "untranslated": "has the style moe_identity_expert, which is not translated",
         "broken": "DogeForCausalLM: its plan in transformers splits the features",

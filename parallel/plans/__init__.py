@@ -30,6 +30,8 @@ def family_of(model: nn.Module) -> Family:
     """
     wrapper = next((name for name in WRAPPERS if hasattr(model, name)), None)
     is_spread = isinstance(model, FSDPModule) or any(isinstance(p, DTensor) for p in model.parameters())
+    if wrapper == "peft_config" or any("lora_" in name for name, _ in model.named_parameters()):
+        refuse(model, "has adapters of PEFT; merge them (merge_and_unload), or train them with PEFT itself.")
     if wrapper or is_spread or hasattr(model, "whole_shapes"):
         refuse(model, "is already wrapped or spread; give the Booster the model as transformers made it.")
     name = type(model).__name__
@@ -53,6 +55,8 @@ def family_of(model: nn.Module) -> Family:
             refuse(model, f"{name} is on `meta`, and only our own Llama has initial weights here.")
         if not parameter.dtype.is_floating_point or parameter.itemsize < 2:
             refuse(model, f"{name} is {parameter.dtype}: quantised weights cannot be trained.")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        refuse(model, "has no parameter that trains: requires_grad is False for all.")
     head, embedding = model.get_submodule(family.head), model.get_submodule(family.embedding)
     if getattr(model.config, "tie_word_embeddings", False) and head.weight is not embedding.weight:
         refuse(

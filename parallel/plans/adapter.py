@@ -129,7 +129,10 @@ def _named_rows(model: nn.Module, plan: dict[str, str]) -> TensorPlan:
                     dims[key.rpartition(".")[2]] = parts, max(dim, -parameter.dim())
             rows[name] = OWNERS[style]._replace(style=StyleByName(OWNERS[style].style, dims))
         elif style == "mla_kv_a_proj":
-            shared = Style(WholeWithSharedTail, n_tail=model.config.qk_rope_head_dim)
+            n_tail = getattr(model.config, "qk_rope_head_dim", None)
+            if n_tail is None:
+                refuse(model, "config.qk_rope_head_dim is not one number for all its layers.")
+            shared = Style(WholeWithSharedTail, n_tail=n_tail)
             rows[name] = Row(shared, "R", "(B, T, D) -> (B, T, C + R)", NONE, AR)
         elif style in STYLES:
             rows[name] = STYLES[style]

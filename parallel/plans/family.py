@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from math import gcd
 
 from torch import Tensor, nn
 
@@ -93,16 +94,20 @@ class Shape:
 
 def shape_of(model: nn.Module, family: Family) -> Shape:
     """Return the shape of a model. Of several lists of blocks (T5), that of the first."""
-    config, block = model.config, family.blocks_of(model)[0]
-    widths = (getattr(config, name, None) for name in ("intermediate_size", "n_inner", "ffn_dim", "d_ff"))
+    config, blocks = model.config, family.blocks_of(model)
+    found = (getattr(config, name, None) for name in ("intermediate_size", "n_inner", "ffn_dim", "d_ff"))
+    widths = next(filter(None, found), 4 * config.hidden_size)
+    # Some configs have a width for each layer, and some one that no layer has, because all have experts.
+    used = {n for block in blocks for parameter in block.parameters() for n in parameter.shape}
+    widths = [n for n in (widths if isinstance(widths, list) else [widths]) if {n, 2 * n} & used]
     return Shape(
         vocab_size=model.get_submodule(family.embedding).num_embeddings,
         hidden_size=config.hidden_size,
-        intermediate_size=next(filter(None, widths), 4 * config.hidden_size),
-        num_hidden_layers=len(family.blocks_of(model)),
+        intermediate_size=gcd(*widths),
+        num_hidden_layers=len(blocks),
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_attention_heads,  # family.py refuses what does not divide them
-        weights={name: tuple(parameter.shape) for name, parameter in block.named_parameters()},
+        weights={name: tuple(parameter.shape) for name, parameter in blocks[0].named_parameters()},
     )
 
 

@@ -15,7 +15,7 @@ from parallel.apply import Computation, apply_compile
 from parallel.config import ParallelConfig
 from parallel.plans.family import Family, matches, refuse, shape_problem
 from parallel.plans.stages import split_family
-from parallel.plans.styles import Boundary
+from parallel.plans.styles import Boundary, SplitExperts
 from parallel.recompute import apply_recompute
 from parallel.zero import apply_zero
 
@@ -36,6 +36,7 @@ def check_family(
         refuse(model, f"schedule={config.schedule} has several stages per rank; use schedule=1f1b or gpipe.")
     if problem := shape_problem(model, family, config.tp):
         raise UsageError(problem)
+    _check_experts(model, family, config.tp, computation)
     if computation.compile and config.tp > 1 and has_dropout(model):
         # The state of a generator is changed where such a region begins and ends, which a graph cannot do.
         refuse(
@@ -59,6 +60,23 @@ def check_family(
     return replace(computation, attention="math" if is_eager else "sdpa")
 
 
+def _check_experts(model: nn.Module, family: Family, tp: int, computation: Computation) -> None:
+    """Refuse a share of experts that torch's product of all of them at once cannot take."""
+    for module, row in family.rows(model):
+        grouped = getattr(getattr(module, "config", None), "_experts_implementation", None) == "grouped_mm"
+        if tp == 1 or row.style.kind is not SplitExperts or not grouped:
+            continue
+        for name, (parts, dim) in row.style.dims.items():
+            width = module.get_parameter(name).shape[dim] // parts // tp
+            if width * computation.dtype.itemsize % 16:
+                refuse(
+                    model,
+                    f"with tp={tp} a rank has {width} features of each expert, and torch's grouped_mm wants "
+                    "a multiple of 16 bytes; call model.set_experts_implementation('eager'), or use another "
+                    "tp.",
+                )
+
+
 def shell_of(model: nn.Module, family: Family) -> nn.Module:
     """Return a copy of the model whose parameters are on `meta`, in float32, with packed ones unpacked.
 
@@ -75,18 +93,14 @@ def shell_of(model: nn.Module, family: Family) -> nn.Module:
     shell.whole_shapes = {
         name: whole[name] for name, one in shell.named_parameters() if tuple(one.shape) != whole[name]
     }
-    shell.kept_buffers = kept_buffers(model)
+    # Buffers that transformers loads and saves with the weights (what DeepSeek's router adds to its scores).
+    # No forward changes them: family_of refuses statistics that do change.
+    buffers = dict(model.named_buffers())
+    shell.names_of_kept_buffers = buffers.keys() & model.state_dict(keep_vars=True).keys()
     shell.convert_to_save = functools.partial(_names_of_the_hub, shell)
     shell.config.architectures = [type(model).__name__]
     shell.save_pretrained = _refuse_save_pretrained  # it would write this rank's slices, packed ones unpacked
     return shell
-
-
-def kept_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return the buffers that transformers loads and saves with the weights (what DeepSeek's router adds to
-    its scores), by name. No forward changes them: family_of refuses statistics that do change."""
-    in_state = model.state_dict(keep_vars=True).keys()
-    return {name: buffer.detach().cpu() for name, buffer in model.named_buffers() if name in in_state}
 
 
 def _names_of_the_hub(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -165,7 +179,9 @@ def apply_plan(model: nn.Module, family: Family, tp_mesh: DeviceMesh, draws: boo
     """Split a model, or a stage of it, by the rows of its family. All its parameters become DTensors."""
     tied = places_of(model)
     boundary = Boundary(tp_mesh, draws)
-    boundary.n_tokens = model.config.vocab_size
+    head = dict(model.named_modules()).get(family.head)
+    if head is not None and head._parameters:  # it is here, and may have more rows than there are tokens
+        boundary.n_tokens = head.weight.shape[0]
     for block in family.blocks_of(model):
         for path, names in family.local_heads.items():
             _divide(block, path, names, tp_mesh.size())

@@ -361,9 +361,10 @@ class Style(ParallelStyle):
             placement = self.placement(module, name)
             uneven = placement.is_shard() and parameter.shape[placement.dim] % tp
             if uneven and self.kind not in (OfOwnTokens, Head):
+                its_class = next(one for one in type(module).__mro__ if not issubclass(one, Kind))
                 raise UsageError(
                     f"tp={tp} does not divide the {parameter.shape[placement.dim]} that it would have to "
-                    f"split of the {name} {tuple(parameter.shape)} of a {type(module).__name__}."
+                    f"split of the {name} {tuple(parameter.shape)} of a {its_class.__name__}."
                 )
             sharded = distribute_tensor(parameter, tp_mesh, [placement], src_data_rank=self.src_data_rank)
             module.register_parameter(name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
