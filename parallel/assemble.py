@@ -27,7 +27,6 @@ from dtensor_llama.errors import UsageError
 from dtensor_llama.flops import hardware_flops_per_token, matmul_flops, model_flops_per_token
 from dtensor_llama.model import Llama
 from dtensor_llama.optim import build_adamw
-from dtensor_llama.weights import plain_name
 from memory import ChunkManager, Machine, MemoryConfig, TrainingLoop
 from memory.activations import ActivationOffload, offload_block_inputs
 from memory.optimizer import ChunkOptimizer
@@ -124,16 +123,12 @@ class Training:
     def fp32_weights(self) -> nn.Module:
         """Return what is loaded, initialized, saved or exported as float32: the model, or its masters under
         the chunk manager, where the model has only what computes. Waits for the manager's last update."""
-        weights = self.model
-        if isinstance(self.optimizer, ChunkOptimizer):
-            weights = self.optimizer.masters()
-            weights.generation_config = getattr(self.model, "generation_config", None)  # BERT has none
-            weights.whole_shapes = getattr(self.model, "whole_shapes", {})
-            weights.convert_to_save = getattr(self.model, "convert_to_save", None)
-        kept = getattr(self.model, "names_of_kept_buffers", ())
-        buffers = {plain_name(name): buffer for name, buffer in self.model.named_buffers()}
-        weights.kept_buffers = {name: buffer for name, buffer in buffers.items() if name in kept}
-        return weights
+        if not isinstance(self.optimizer, ChunkOptimizer):
+            return self.model
+        masters = self.optimizer.masters()
+        masters.generation_config = getattr(self.model, "generation_config", None)  # BERT has none
+        masters.whole_shapes = getattr(self.model, "whole_shapes", {})
+        return masters
 
 
 def adamw(lr: float, weight_decay: float) -> Callable[[Llama], Optimizer]:

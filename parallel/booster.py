@@ -48,7 +48,7 @@ from parallel.mesh import Layout, build_mesh, start_process_group
 from parallel.plans import Family, family_of
 from parallel.plans.family import refuse, shape_of
 from parallel.plans.loss import HfBatch, loss_sum, targets_of
-from parallel.plans.spread import check_family, has_dropout, restore_buffers, shell_of
+from parallel.plans.spread import check_family, has_dropout, kept_buffers, restore_buffers, shell_of
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 Columns = dict[str, Tensor]  # of a batch of Hugging Face, by name
@@ -300,7 +300,11 @@ class Booster:
 
     def save_hf(self, model: Llama, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a folder that transformers opens (save your tokenizer beside it); dtype None: fp32."""
-        save_hf(self.training.fp32_weights(), folder, dtype)
+        weights = self.training.fp32_weights()
+        if self.family is not None:
+            weights.convert_to_save = self.model.convert_to_save
+            weights.kept_buffers = kept_buffers(self.model)
+        save_hf(weights, folder, dtype)
 
     def save(self, folder: str | Path) -> None:
         """Write all that training needs to go on, as folder/step-00000042 after 42 calls of `step`. Between

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from dtensor_llama.errors import UsageError
+from dtensor_llama.weights import plain_name
 from parallel.apply import Computation, apply_compile
 from parallel.config import ParallelConfig
 from parallel.plans.family import Family, matches, refuse, shape_problem
@@ -93,14 +94,18 @@ def shell_of(model: nn.Module, family: Family) -> nn.Module:
     shell.whole_shapes = {
         name: whole[name] for name, one in shell.named_parameters() if tuple(one.shape) != whole[name]
     }
-    # Buffers that transformers loads and saves with the weights (what DeepSeek's router adds to its scores).
-    # No forward changes them: family_of refuses statistics that do change.
-    buffers = dict(model.named_buffers())
-    shell.names_of_kept_buffers = buffers.keys() & model.state_dict(keep_vars=True).keys()
     shell.convert_to_save = functools.partial(_names_of_the_hub, shell)
     shell.config.architectures = [type(model).__name__]
     shell.save_pretrained = _refuse_save_pretrained  # it would write this rank's slices, packed ones unpacked
     return shell
+
+
+def kept_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that transformers loads and saves with the weights (what DeepSeek's router adds to
+    its scores), by name. No forward changes them: family_of refuses statistics that do change."""
+    in_state = {plain_name(name) for name in model.state_dict(keep_vars=True)}
+    buffers = {plain_name(name): buffer for name, buffer in model.named_buffers()}
+    return {name: buffer for name, buffer in buffers.items() if name in in_state}
 
 
 def _names_of_the_hub(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
