@@ -258,6 +258,8 @@ def test_ctrl_c_while_importing_is_one_word_and_status_130(name, tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # The background jobs of a shell ignore it, and their children would, too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 30
     while "libtorch" not in open(f"/proc/{process.pid}/maps").read() and time.monotonic() < deadline:
