@@ -125,6 +125,8 @@ def _named_rows(model: nn.Module, plan: dict[str, str]) -> TensorPlan:
             dims = {}
             for key, parameter in parameters.items():
                 if key.rpartition(".")[0] == name:
+                    if plan[key] not in DIMS:
+                        refuse(model, f"its plan in transformers has {key} {plan[key]}: not translated yet.")
                     parts, dim = DIMS[plan[key]]
                     dims[key.rpartition(".")[2]] = parts, max(dim, -parameter.dim())
             rows[name] = OWNERS[style]._replace(style=StyleByName(OWNERS[style].style, dims))
@@ -168,9 +170,10 @@ def _once_for_each_input(rows: TensorPlan) -> TensorPlan:
 
 
 def _rest(model: nn.Module, named: TensorPlan) -> TensorPlan:
-    """Return rows for the modules of the blocks that have parameters and that the plan leaves out. They are
-    whole on every rank, and so is what they compute; a convolution beside modules that split may mix what
-    those split: it is refused. Blocks may differ (the first of DeepSeek have no experts)."""
+    """Return rows for the modules of the blocks that have parameters and that the plan leaves out.
+
+    They are whole on every rank, and so is what they compute. A convolution beside modules that split may mix
+    what those split, and is refused. Blocks may differ: the first ones of DeepSeek have no experts."""
     split = {name.rpartition(".")[0] for name, row in named.items() if row.style in (COLUMNS, ROWS)}
     rest, with_convolutions = {}, set()
     for name in _with_parameters(model):
