@@ -78,6 +78,13 @@ GraniteMoeSWA GraniteSWA Helium HunYuanMoEV1 HYV3 HYV4 HyperCLOVAX Jais2 Jamba K
 Mellum MiniCPM3 MiniMax MiniMaxM2 MiniMaxM3VL Ministral3 Ministral NanoChat NemotronH Nemotron Olmo3
 OlmoHybrid Olmoe Olmo Phimoe Phi Qwen2Moe Qwen3_5Moe Qwen3_5 Qwen3Next SeedOss SmolLM3 SolarOpen VaultGemma
 Youtu""".split()
+# Those of them that can be cut into pipeline stages.
+STAGED = """
+Afmoe Apertus Arcee AriaText AXK1 AXK2 Beam Cohere2 Cohere2Moe Cohere Cwm DeepseekV2 DeepseekV32 Dots1
+Dots3Note Ernie4_5 Ernie4_5_Moe Exaone4 ExaoneMoe FlexOlmo Flint Gemma2 Gemma3 Gemma4Unified Glm4Moe
+Glm4MoeLite Granite GraniteSWA Helium HYV3 HyperCLOVAX Jais2 Kolibri1 Laguna Mellum MiniCPM3 MiniMax
+MiniMaxM2 MiniMaxM3VL Ministral3 Ministral Olmo3 OlmoHybrid Olmo Qwen2Moe Qwen3_5Moe Qwen3_5 Qwen3Next
+SeedOss SmolLM3 SolarOpen VaultGemma Youtu""".split()
 # What makes a model small, by the names that configs have for it. Each takes the names that it knows.
 SIZES = {
     **ROTARY,

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import PLAN_ROWS
-from hf_models import ADAPTED, DECODERS, MODELS, batches, plain_model, small_model
+from hf_models import ADAPTED, DECODERS, MODELS, STAGED, batches, plain_model, small_model
 from pool import run_on
 from recipe import ROOT, recipe
 from safetensors.torch import load_file
@@ -366,6 +366,28 @@ def boosted_at_once(name):
     model.lm_head.weight.requires_grad_(False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     Booster(ParallelConfig(tp=2)).boost(model, torch.optim.AdamW(trained))
+
+
+def one_step_in_stages(name):
+    """Return how far loss and gradient norm of a step under pp 2 are from those of one process."""
+    model, batch = small_model(name), batches(name, 1)[0]
+    loss = model(**batch, use_cache=False).loss
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([one.grad for one in model.parameters() if one.grad is not None])
+    model.zero_grad()
+    booster = Booster(ParallelConfig(pp=2, microbatches=2))
+    booster.boost(model, torch.optim.AdamW(model.parameters()))
+    for stage in booster.training.stages:
+        stage.eval()  # as small_model is: without dropout
+    its_loss, its_norm = booster.step(batch), booster.clip_grad_norm(1e9)
+    return abs(its_loss.item() - loss.item()), abs(float(its_norm) / norm.item() - 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STAGED)
+def test_every_plan_that_is_cut_into_stages_gives_the_step_of_one_process(name):
+    for by_loss, by_norm in run_on(2, one_step_in_stages, name):
+        assert by_loss < 2e-5 and by_norm < 1e-4
 
 
 @pytest.mark.slow

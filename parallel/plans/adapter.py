@@ -56,10 +56,17 @@ OWNERS = {
 # How each of these parameters is split: into how many parts it falls first, and along which dim.
 DIMS = {"colwise": (1, -2), "rowwise": (1, -1), "packed_colwise": (2, -2), "packed_rowwise": (2, -1)}
 LAYERS = "layers.*."  # what the names of a plan of transformers begin with
-# Families whose forward does nothing to its input before the first block but what their modules do, so that a
-# stage can be given hidden states in the place of embeddings. Each of them is in tests/test_plans.py.
-WITH_STAGES = ("mistral", "qwen2", "qwen3", "gemma", "phi3", "starcoder2", "olmo2")
-WITH_STAGES += ("mixtral", "qwen3_moe", "deepseek_v3")
+# Model types with a pipeline plan in transformers whose forward does nothing to its input before the first
+# block but what their modules do, so that a stage can be given hidden states in the place of embeddings. Each
+# of them is compared with one process in tests/test_plans.py.
+WITH_STAGES = set(
+    """afmoe apertus arcee aria_text axk1 axk2 beam cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3
+    deepseek_v32 dots1 dots3_note_text ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo flint gemma gemma2
+    gemma3_text gemma4_unified_text glm4_moe glm4_moe_lite granite granite_swa helium hy_v3 hyperclovax
+    jais2 kolibri1 laguna mellum minicpm3 minimax minimax_m2 minimax_m3_vl_text ministral ministral3 mistral
+    mixtral olmo olmo2 olmo3 olmo_hybrid phi3 qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe
+    qwen3_next seed_oss smollm3 solar_open starcoder2 vaultgemma youtu""".split()
+)
 # Model types whose plan transformers itself cannot compute with.
 BROKEN = {"doge": "splits the features that dt_proj reads, of which attention needs those of all heads"}
 
