@@ -182,12 +182,12 @@ def save_hf(
         raise ValueError(
             "the model has LoRA adapters, which save_hf would leave out; merge_lora(model) first"
         )
-    # A packed parameter (parallel/plans/styles.py) is kept in another shape than Hugging Face's.
-    whole_shapes = {name: tuple(one.shape) for name, one in parameters.items()}
-    whole_shapes |= getattr(model, "whole_shapes", {})
     # A model of transformers may have buffers that belong to its weights, whole on each rank of a stage.
-    buffers: dict[str, Tensor] = getattr(model, "kept_buffers", {})
-    whole_shapes |= {name: tuple(one.shape) for name, one in buffers.items()}
+    buffers = getattr(model, "kept_buffers", {})
+    held = parameters | buffers
+    # A packed parameter (parallel/plans/styles.py) is kept in another shape than Hugging Face's.
+    whole_shapes = {name: tuple(one.shape) for name, one in held.items()}
+    whole_shapes |= getattr(model, "whole_shapes", {})
     shares = on_all_ranks(
         f"saving {folder}",
         lambda: _share(parameters, whole_shapes, dtype) | _share(buffers, whole_shapes, None),
@@ -197,12 +197,11 @@ def save_hf(
 
     def own_boxes(names: list[str]) -> Iterator[tuple[str, Box]]:
         for name in names:
-            held = parameters.get(name, buffers.get(name))
-            boxes = packed_boxes(held, whole_shapes[name]) if held is not None else []
+            boxes = packed_boxes(held[name], whole_shapes[name]) if name in held else []
             mine = [box[:2] for box in boxes if writer[name, box[0], box[1]] == own_rank()]
             if not mine:
                 continue
-            values = held if name in buffers else values_to_read(model, name, held)
+            values = buffers[name] if name in buffers else values_to_read(model, name, held[name])
             for box in packed_boxes(values, whole_shapes[name]):
                 if box[:2] in mine:
                     yield name, box
@@ -559,7 +558,7 @@ def _save(
         on_first_rank(everywhere, lambda: _create(folder, staged, plan, config, generation))
         everywhere(write)
         if convert is not None:
-            on_first_rank(everywhere, lambda: _convert_files(staged, [*plan.headers], convert))
+            on_first_rank(everywhere, lambda: _convert_files(folder, staged, plan, convert))
         on_first_rank(everywhere, lambda: _keep_other_files(folder, staged))
 
 
@@ -599,23 +598,26 @@ def _create(folder: Path, staged: Path, plan: FilePlan, config: Any, generation:
 
 
 def _convert_files(
-    staged: Path, files: list[str], convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    folder: Path, staged: Path, plan: FilePlan, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
 ) -> None:
-    """Write each file anew with what `convert` makes of its tensors. It is read whole, one after another."""
+    """Write each file anew with what `convert` makes of its tensors. They are read whole, one after another,
+    and the disk has room for one of them twice, or UsageError says so."""
     weight_map = {}
-    for file in files:
+    for file in plan.headers:
         before = load_file(staged / file)
         tensors = convert(before)
         weight_map |= dict.fromkeys(tensors, file)
         if tensors.keys() == before.keys():
             continue
+        if (staged / file).stat().st_size > free_bytes(staged):
+            raise UsageError(_disk_is_full(folder, plan.n_bytes))
         anew = staged / f"{file}.anew"
         # safetensors refuses tensors that share memory, and what was cut out of another does.
         save_file({name: one.clone() for name, one in tensors.items()}, anew, metadata={"format": "pt"})
         with open(anew, "rb") as written:
             os.fsync(written.fileno())
         anew.rename(staged / file)
-    if len(files) > 1:
+    if len(plan.headers) > 1:
         index = json.loads((staged / INDEX).read_text()) | {"weight_map": weight_map}
         write_durably(staged / INDEX, _as_json(index))
 
