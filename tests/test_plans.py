@@ -505,6 +505,16 @@ def test_experts_get_their_names_of_the_hub_in_each_of_several_files(tmp_path):
     assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
 
 
+def test_a_disk_without_room_for_a_converted_file_keeps_what_was_there(tmp_path, monkeypatch):
+    model = plain_model("MixtralForCausalLM")
+    model.convert_to_save = shell_of(model, family_of(model)).convert_to_save
+    free = iter([10**9, 0])  # before anything is written, and before the conversion
+    monkeypatch.setattr("dtensor_llama.weights.free_bytes", lambda path: next(free))
+    with pytest.raises(UsageError, match="hf is not written"):
+        save_hf(model, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 
 
