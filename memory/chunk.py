@@ -239,14 +239,16 @@ class Chunk:
         return join_master(weight, self.tensors["master_low16"][piece.in_chunk].to(weight.device))
 
     def write(self, name: str, piece: Piece, value: Tensor) -> None:
-        """Write what `read` returns; a new master is rounded into the weight too."""
+        """Write what `read` returns, from the host or the device; a new master is rounded into the weight
+        too."""
         if name in self.tensors:
             self.tensors[name][piece.in_chunk] = value
         if name == "master":
+            weight = piece.param.weight[piece.in_shard]
             if "master_low16" in self.tensors:
-                value, low16 = split_master(value.contiguous())
+                value, low16 = split_master(value.to(weight.device).contiguous())
                 self.tensors["master_low16"][piece.in_chunk] = low16
-            piece.param.weight[piece.in_shard].copy_(value)
+            weight.copy_(value.to(weight.dtype))  # rounded first, so that only the weight crosses the link
 
 
 def chunk_size(n_elements: int) -> int:

@@ -227,15 +227,16 @@ class ChunkStore:
         self._free_buffers()
         empty_caches(self.device)
         for chunk, home in moving:
-            kept = []
-            for piece in chunk.pieces:
-                kept += [
-                    (piece, name, chunk.read(name, piece).to("cpu", copy=True)) for name in MASTER_AND_MOMENTS
-                ]
+            # States on the host are not copied: the old tensors live until their values are written.
+            kept = [
+                (name, piece, chunk.read(name, piece).to("cpu"))
+                for piece in chunk.pieces
+                for name in MASTER_AND_MOMENTS
+            ]
             chunk.free(self.ledger)
             chunk.allocate(self.ledger, home)
-            for piece, name, value in kept:
-                chunk.write(name, piece, value.to(self.device) if name == "master" else value)
+            for name, piece, value in kept:
+                chunk.write(name, piece, value)
         self._allocate_buffers()
         empty_caches(self.device)
         for param in self.params:
@@ -336,7 +337,7 @@ class ChunkStore:
         """Write what read_state returns, in any shape."""
         values = shard.reshape(-1)
         for run in self._runs(param):
-            run.chunk.write(name, run, values[run.in_shard].float().to(self.device))
+            run.chunk.write(name, run, values[run.in_shard].float())
         if name == "master":
             param.weight_version = None
 

@@ -854,11 +854,11 @@ MEGATRON = Stack(
     matmul=0.976,
     attention=0.9,
     memory=0.8,
-    passes=1.72,
+    passes=1.66,
     link=0.67,
     network=0.85,
-    contention=0.122,
-    tp_hides=0.558,
+    contention=0.132,
+    tp_hides=0.54,
     block_launch_s=0.5e-3,
     is_megatron=True,
 )
@@ -952,19 +952,23 @@ def step_update_seconds(work: Work, share: Share, cluster: Cluster, stack: Stack
 
 
 def gather_copy_seconds(work: Work, share: Share, cluster: Cluster, stack: Stack) -> float:
-    """Return the time of the copies around ZeRO's collectives in one microbatch: of gathered weights into
-    their places, of gradients into a flat fp32 buffer, and of sums of gradients that wait."""
-    n = work.n_block * share.n_layers + work.n_ends(share)
-    rate = cluster.gpu.memory_bytes_s * stack.memory
+    """Return the time of the copies around ZeRO's collectives in one microbatch.
+
+    Before weights are gathered, a rank casts its own from float32 (6 bytes a parameter) and copies them into
+    the buffer that is sent (4); afterwards all are copied into their places (4). Gradients are cast into a
+    flat float32 buffer (6), and their sums are added to those of earlier microbatches (12)."""
+    n, M = work.n_block * share.n_layers + work.n_ends(share), work.n_microbatches
+    own = n / work.shards
     if work.states.n_adapter:
         n_bytes = 8 * n if work.layout.zero_stage == 3 else 0
     elif work.is_plain:  # nothing is gathered
-        n_bytes = 10 * n if work.n_microbatches > 1 else 0
+        n_bytes = 10 * n if M > 1 else 0
     elif work.keeps_weights and work.keeps_gradients:
         n_bytes = 10 * n  # a bf16 gradient is added to an fp32 one
     else:
-        n_bytes = (8 if work.keeps_weights else 14) * n + 12 * n / work.shards
-    return n_bytes / rate
+        gathers = 1 / M if work.keeps_weights else 2
+        n_bytes = gathers * (10 * own + 4 * n) + 6 * n + 12 * own * (1 - 1 / M)
+    return n_bytes / (cluster.gpu.memory_bytes_s * stack.memory)
 
 
 # ---- The account -------------------------------------------------------------------------------------------

@@ -248,6 +248,8 @@ def main(cfg: BenchmarkConfig) -> None:
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 start.ended(f"first step, {name}")
+        if 0 < i == cfg.warmup - 1:
+            start.ended("the rest of the warm-up")
     step_s = {name: [] for name in sources}
     for row in done:
         if row["i"] >= cfg.warmup:

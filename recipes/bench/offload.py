@@ -28,9 +28,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import IO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone works without being installed
 
@@ -145,30 +147,47 @@ def take_turn(cfg: Config, config: LlamaConfig, name: str, folder: str, n_tokens
             )
         command = peer_command(cfg, name, n_tokens)
     timeout_s = cfg.timeout_s or max(240, turn_seconds(cfg, config, name, n_tokens))
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONFAULTHANDLER": "1"},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    try:
-        printed, said = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGABRT)  # it then prints where its threads stand, and ends
+    said: list[str] = []
+    with tempfile.TemporaryFile("w+") as printed:
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONFAULTHANDLER": "1"},
+            text=True,
+            stdout=printed,
+            stderr=subprocess.PIPE,
+        )
+        reader = threading.Thread(target=pass_on, args=(process.stderr, name, said))
+        reader.start()
         try:
-            _, said = process.communicate(timeout=10)
+            process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            process.kill()
-            _, said = process.communicate()
-        sys.stderr.write(said)  # into the log of the measurement
-        raise RuntimeError(f"was not done after {timeout_s} s; it stood in {where_it_stood(said)}") from None
+            process.send_signal(signal.SIGABRT)  # it then prints where its threads stand, and ends
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            reader.join()
+            stood = where_it_stood("".join(said))
+            raise RuntimeError(f"was not done after {timeout_s} s; it stood in {stood}") from None
+        reader.join()
+        printed.seek(0)
+        results = printed.read().splitlines()
     if process.returncode:
-        lines = [line for line in said.splitlines() if line.strip()]
+        lines = [line.strip() for line in said if line.strip()]
         errors = [line for line in lines if "rror" in line]
         raise RuntimeError((errors or lines or [f"ended with status {process.returncode}"])[-1])
-    return json.loads(printed.splitlines()[-1])
+    return json.loads(results[-1])
+
+
+def pass_on(stream: IO[str], name: str, said: list[str]) -> None:
+    """Keep each line that a contender says, and write it to our own standard error with the seconds since its
+    turn began. Whoever ends a turn, the log then shows how far it had come."""
+    began = time.monotonic()
+    for line in stream:
+        said.append(line)
+        sys.stderr.write(f"{name} {time.monotonic() - began:6.1f} s: {line}")
+        sys.stderr.flush()
 
 
 def where_it_stood(said: str) -> str:
@@ -322,6 +341,8 @@ def judge(name: str, turns_of: dict[str, list[dict]], n_tokens: int, config: Lla
     facts = {"tokens_per_second": n_tokens / step_s, "step_seconds": step_s, "loss": turns[0]["loss"]}
     for memory in ("device_memory_gib", "device_reserved_gib", "host_memory_gib", "host_pinned_gib"):
         facts[memory] = max(turn[memory] for turn in turns)
+    if "start_seconds" in turns[0]:
+        facts["start_seconds"] = turns[0]["start_seconds"]
     if ours:
         facts["ours_over_it"] = step_s / statistics.median(turn["step_seconds"] for turn in ours)
         facts["loss_difference"] = abs(turns[0]["loss"] - ours[0]["loss"])
