@@ -296,7 +296,7 @@ def update_terms(split: Split, state: StateFormat, rates: MachineRates) -> dict[
         "the link to the host": one_way / rates.d2h,
         "the link to the device": one_way / rates.h2d,
         "the link, both ways": 2 * one_way / rates.duplex,
-        "host DRAM": _host_dram_bytes(split, state) / rates.dram_under_dma,
+        "host DRAM": _host_dram_bytes(split, state) / rates.dram_in_update,
         "host Adam": split.cpu / rates.host_adam,
     }
 

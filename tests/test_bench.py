@@ -345,7 +345,7 @@ def test_fsdp2s_offload_is_predicted_as_a_sum_because_nothing_overlaps_on_one_ra
         d2h=25e9,
         duplex=75e9,
         dram=200e9,
-        dram_under_dma=200e9,
+        dram_in_update=200e9,
         host_adam=7e9,
         device_adam=1e11,
     )

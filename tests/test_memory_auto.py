@@ -19,7 +19,7 @@ from memory.chunk import GIB
 from memory.tracer import Counters, MachineRates, Usage
 
 RATES = MachineRates(
-    h2d=1e9, d2h=1e9, duplex=2e9, dram=1e10, dram_under_dma=1e10, host_adam=1e8, device_adam=1e9
+    h2d=1e9, d2h=1e9, duplex=2e9, dram=1e10, dram_in_update=1e10, host_adam=1e8, device_adam=1e9
 )
 NOTHING_ELSE = Counters(Usage, lambda: None)
 

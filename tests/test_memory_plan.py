@@ -40,7 +40,7 @@ RATES = MachineRates(
     d2h=50e9,
     duplex=100e9,
     dram=200e9,
-    dram_under_dma=200e9,
+    dram_in_update=200e9,
     host_adam=12.8e9,
     device_adam=4.8e12 / 28,
 )
@@ -139,7 +139,7 @@ def brute_force(sizes, budgets, rates, traced, state) -> float | None:
         if device + RESERVE * budgets["device"] > budgets["device"] - 1 or host > budgets["host"]:
             continue
         link = (states * x_s + weight * x_c) / min(rates.h2d, rates.d2h, rates.duplex / 2)
-        dram = ((24 + 4 * weight + host_sum) * x_c + 2 * states * x_s) / rates.dram_under_dma
+        dram = ((24 + 4 * weight + host_sum) * x_c + 2 * states * x_s) / rates.dram_in_update
         update = max(link, dram, x_c / rates.host_adam)
         step = traced.backward_seconds + max(traced.forward_seconds, update) + x_r / rates.device_adam
         best = step if best is None else min(best, step)
@@ -154,7 +154,7 @@ rates_in = st.builds(
     d2h=rate,
     duplex=rate,
     dram=rate,
-    dram_under_dma=rate,
+    dram_in_update=rate,
     host_adam=st.floats(1e8, 1e11),
     device_adam=st.floats(1e9, 1e12),
 )

@@ -200,7 +200,7 @@ def expected_memory(layers: int, way: str, micro_rows: int) -> tuple[Expected, .
 
 # A typical machine: PCIe 5, 16 cores at 200 GB/s of DRAM, which is 7 G parameters/s of AdamW at 28 bytes.
 TYPICAL = MachineRates(
-    h2d=50e9, d2h=50e9, duplex=100e9, dram=200e9, dram_under_dma=200e9, host_adam=7e9, device_adam=115e9
+    h2d=50e9, d2h=50e9, duplex=100e9, dram=200e9, dram_in_update=200e9, host_adam=7e9, device_adam=115e9
 )
 SUSTAINED_FLOPS = 592e12  # forward and backward of a step, with full recompute counted
 # Seconds of our step, as the chunk manager's planner predicts them at these rates, with full recompute, exact

@@ -40,10 +40,9 @@ from memory.chunk import CHUNK_ELEMENTS, Chunk, Ledger
 from memory.home import StateFormat
 from memory.kernel import HyperParameters, Kernel
 from memory.placement import GIB, ChunkSizes, auto_plan
-from memory.tracer import DramStream, MachineRates, StepTrace, machine_key
+from memory.tracer import HOST_ADAM_BYTES, DramStream, MachineRates, StepTrace, machine_key
 
 CPU = torch.device("cpu")
-BYTES = 28  # for each parameter: gradient 2 and three states 12 are read, states 12 and weight 2 written
 
 
 @dataclass(frozen=True)
@@ -78,13 +77,13 @@ def main(cfg: Config) -> None:
         "threads": torch.get_num_threads(),
         "parameters": n,
         "rounds": cfg.rounds,
-        "stream_gb_s": round(BYTES * n / statistics.median(seconds["stream"]) / 1e9, 2),
+        "stream_gb_s": round(HOST_ADAM_BYTES * n / statistics.median(seconds["stream"]) / 1e9, 2),
     }
     for name in list(contenders)[1:]:
         times = seconds.get(name)
         result[name] = times and {
             "g_parameters_s": round(n / statistics.median(times) / 1e9, 3),
-            "gb_s": round(BYTES * n / statistics.median(times) / 1e9, 2),
+            "gb_s": round(HOST_ADAM_BYTES * n / statistics.median(times) / 1e9, 2),
             "share_of_stream": round(median_ratio(seconds["stream"], times), 3),
         }
     result |= {"calls_per_second": calls_beside(n), "manager_all_resident": manager_overhead(cfg)}
@@ -114,7 +113,7 @@ def median_ratio(numerators: list[float], denominators: list[float]) -> float:
 
 def stream(n: int) -> Callable:
     """Return a step that reads and writes an array, and so moves as many bytes as an update."""
-    return DramStream(BYTES // 2 * n).once
+    return DramStream(HOST_ADAM_BYTES // 2 * n).once
 
 
 def state(n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

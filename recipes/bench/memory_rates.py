@@ -4,10 +4,11 @@
     python recipes/bench/memory_rates.py --keep rates.json   # also keep the rates for plans, as training does
 
 Copies from host to device (h2d), back (d2h) and both at once (duplex, summed) are measured by size, in GB/s,
-with pinned memory. The host's DRAM is measured under an in-place stream of all cores, alone and with the link
-busy both ways. Our AdamW is measured on the host by number of threads, and on the device, in G parameters/s
-and in bytes/s (28 a parameter on the host, 26 on the device). A figure is null where the machine lacks the
-part. Without a GPU the link is a copy within RAM, which says nothing about a wire.
+with pinned memory. The host's DRAM is measured under an in-place stream of all cores, and under our AdamW
+together with the link both ways, as in an update. Our AdamW is measured on the host by number of threads, and
+on the device, in G parameters/s and in bytes/s (28 a parameter on the host, 26 on the device). A figure is
+null where the machine lacks the part. Without a GPU the link is a copy within RAM, which says nothing about a
+wire.
 """
 
 import json
@@ -22,18 +23,20 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone works without being installed
 from dtensor_llama.cli import run_recipe
 from dtensor_llama.errors import UsageError
+from memory.lanes import host_threads
 from memory.tracer import (
+    HOST_ADAM_BYTES,
     MIB,
     DramStream,
     Link,
     device_adam_rate,
+    dram_rate_in_update,
     host_adam_rate,
     load_rates,
     machine_key,
 )
 
-# bytes that AdamW moves for a parameter with bfloat16 gradient and weight; the device's master is split
-HOST_BYTES, DEVICE_BYTES = 28, 26
+DEVICE_BYTES = 26  # that AdamW moves on the device for a parameter, where the master is split
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,12 @@ def main(cfg: Config) -> None:
     if min(*cfg.sizes_mib, cfg.dram_mib, cfg.adam_mi_elements) < 1 or cfg.seconds <= 0:
         raise UsageError("--sizes-mib, --dram-mib, --adam-mi-elements and --seconds must be above 0.")
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    link, stream = Link(device, max(cfg.sizes_mib) * MIB), DramStream(cfg.dram_mib * MIB)
+    link = Link(device, max(cfg.sizes_mib) * MIB)
     n_cores = len(os.sched_getaffinity(0))
     counts = sorted({n_cores, *(2**i for i in range(n_cores.bit_length()))})  # 1, 2, 4 ... and all
     gb_s = lambda rate: round(rate / 1e9, 3)
-    host_adam = {n: host_adam_rate(n, cfg.adam_mi_elements * MIB, cfg.seconds, cfg.kernel) for n in counts}
+    n_parameters = cfg.adam_mi_elements * MIB
+    host_adam = {n: host_adam_rate(n, n_parameters, cfg.seconds, cfg.kernel) for n in counts}
     device_adam = None
     if device.type == "cuda":
         device_adam = device_adam_rate(device, 256 * MIB, cfg.seconds, cfg.kernel)
@@ -63,10 +67,12 @@ def main(cfg: Config) -> None:
         rates = {mib: link.rate(direction, cfg.seconds, mib * MIB) for mib in cfg.sizes_mib}
         result[f"{direction}_gb_s_by_mib"] = {mib: gb_s(rate) for mib, rate in rates.items()}
     result |= {
-        "dram_gb_s": gb_s(stream.rate(cfg.seconds)),
-        "dram_under_dma_gb_s": gb_s(stream.rate_under(link, cfg.seconds)),
+        "dram_gb_s": gb_s(DramStream(cfg.dram_mib * MIB).rate(cfg.seconds)),
+        "dram_in_update_gb_s": gb_s(
+            dram_rate_in_update(link, host_threads(device, 1), n_parameters, cfg.seconds, cfg.kernel)
+        ),
         "host_adam_g_parameters_s_by_threads": {n: gb_s(rate) for n, rate in host_adam.items()},
-        "host_adam_gb_s": gb_s(HOST_BYTES * max(host_adam.values())),
+        "host_adam_gb_s": gb_s(HOST_ADAM_BYTES * max(host_adam.values())),
         "device_adam_g_parameters_s": device_adam and gb_s(device_adam),
         "device_adam_gb_s": device_adam and gb_s(DEVICE_BYTES * device_adam),
     }

@@ -435,9 +435,9 @@ none for a GPU:
   predicted: matrix products 1.891 and {own_products:.3f}, attention 0.284 and {own_attention:.3f}, AdamW
   and the norm 0.053 and {own_optimizer:.3f}, sums of microbatches 0.067 and {own_sums:.3f}.
 - FSDP2 at ZeRO 3 on that H200 took 1.591 s for 16,384 tokens (selective recompute, 4 microbatches of a row);
-  the account says {fsdp2_s:.3f} s. It said 1.444 before the run. The run then showed that a rank's cast of its
-  own weights, before they are gathered, was not counted: 10 bytes a parameter and gather, which one rank
-  pays in full and eight pay an eighth of.
+  the account says {fsdp2_s:.3f} s. It said 1.444 before the run, which showed that a rank's cast of its own
+  weights, before they are gathered, was not counted: 10 bytes a parameter and gather, which one rank pays
+  in full and of which eight pay an eighth each.
 
 What the account does not explain:
 - *nanotron with tp 8, and with tp and pp.* Its five rows are one sweep of one model, and the first three
