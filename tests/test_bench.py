@@ -353,7 +353,7 @@ def test_fsdp2s_offload_is_predicted_as_a_sum_because_nothing_overlaps_on_one_ra
     # three microbatches: weights twice for each, gradients once a step, all float32
     link_s = 3 * 8 / 50 + 4 / 25
     assert offload.predict_peer("fsdp2_offload", n, compute_s, rates, 3) == pytest.approx(
-        compute_s + link_s + 40 / 200
+        compute_s + link_s + 40 / (offload.TORCHS_SHARE_OF_DRAM * 200)
     )
 
 
@@ -416,7 +416,7 @@ def test_each_contenders_line_appears_after_its_turn_and_who_failed_is_not_asked
             f"{which}_gib": 1.0
             for which in ("device_memory", "device_reserved", "host_memory", "host_pinned")
         }
-        turn = {"step_seconds": float(len(asked)), "loss": 1.0, **memory}
+        turn = {"step_seconds": float(len(asked)), "losses": [2.0, 1.0], **memory}
         return turn | {"memory_plan": plan_facts} if name == "ours" else turn
 
     monkeypatch.setattr(offload, "take_turn", take_turn)
@@ -531,6 +531,7 @@ def test_the_machine_is_described_on_a_cpu_too(capsys):
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines[0]["machine"] == "no GPU" and lines[0]["versions"]["torch"] == torch.__version__
     assert [line["kernel"].split()[0] for line in lines[1:]] == [
+        "pinning",
         "pinning",
         "matmul",
         "attention",

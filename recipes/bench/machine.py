@@ -11,6 +11,7 @@ the mean over a stretch of work, not its best moment, because training runs for 
 import importlib.metadata
 import importlib.util
 import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -69,7 +70,9 @@ def main(cfg: Config) -> None:
     if cfg.facts:
         return
     small = device.type == "cpu"
-    say("pinning 4 GiB", gb_s=pinning_rate((1 if small else 4096) * MIB) / 1e9)
+    n_pinned = (1 if small else 4096) * MIB
+    say("pinning 4 GiB", gb_s=pinning_rate(n_pinned) / 1e9)
+    say("pinning 4 GiB of huge pages", gb_s=huge_pinning_rate(n_pinned) / 1e9)
     if cfg.pinning:
         return
     shapes = [(64, 64, 64)] if small else [(4096, 4096, 4096), (4096, 11008, 4096), (8192, 4096, 4096)]
@@ -168,6 +171,21 @@ def pinning_rate(n_bytes: int) -> float:
     began = time.perf_counter()
     torch.empty(n_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available()).fill_(1)
     return n_bytes / (time.perf_counter() - began)
+
+
+def huge_pinning_rate(n_bytes: int) -> float:
+    """Return the same for huge pages that are touched by torch's threads and then registered with CUDA."""
+    began = time.perf_counter()
+    memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    tensor = torch.frombuffer(memory, dtype=torch.uint8).fill_(1)
+    if not torch.cuda.is_available():
+        return n_bytes / (time.perf_counter() - began)
+    cudart = torch.cuda.cudart()
+    torch.cuda.check_error(cudart.cudaHostRegister(tensor.data_ptr(), n_bytes, 0))
+    seconds = time.perf_counter() - began
+    torch.cuda.check_error(cudart.cudaHostUnregister(tensor.data_ptr()))
+    return n_bytes / seconds
 
 
 def attention(device: torch.device, seq_len: int, seconds: float) -> tuple[float, float]:
