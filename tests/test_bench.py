@@ -37,6 +37,7 @@ from gpu_plan import (
     expected_step,
     plan,
     step_seconds,
+    warm_up,
     write_models,
 )
 from offload import START_SECONDS
@@ -107,6 +108,50 @@ def test_the_turns_of_every_offload_measurement_fit_its_limit_also_with_64k_toke
             assert max(expected.high for expected in measurement.expects) * 8 < max(turns_s)
             seen.add(cfg.tokens)
     assert (65536,) in seen
+
+
+def test_a_warm_up_compiles_each_kind_of_step_that_is_timed_once_with_two_layers(setting):
+    write_models(setting)
+    runs = warm_up(setting, plan(setting))
+    configs = [parse_cli(benchmark.BenchmarkConfig, list(run.command[1:])) for run in runs]
+    assert len({run.command for run in runs}) == len(runs) == len({run.name for run in runs})
+    compiled = set()
+    for cfg in configs:
+        cfg.memory.check()
+        assert LlamaConfig.from_hf(cfg.model).num_hidden_layers == 2 and cfg.train.compile
+        assert cfg.data.cache_dir == str(setting.out / "warm-up")  # rates of a busy machine are not kept
+        width = LlamaConfig.from_hf(cfg.model).hidden_size
+        compiled.add((width, cfg.train.recompute, cfg.train.micro_batch_size, cfg.memory.placement))
+    assert compiled >= {
+        (4096, "none", 2, "static"),
+        (4096, "selective", 1, "off"),
+        (4096, "full", 1, "static"),
+        (4096, "full", 4, "static"),
+        (5120, "full", 4, "static"),
+    }
+    with_microbatches = [cfg for cfg in configs if cfg.train.global_batch_size > cfg.train.micro_batch_size]
+    assert with_microbatches and all(
+        cfg.train.global_batch_size == 2 * cfg.train.micro_batch_size for cfg in with_microbatches
+    )
+
+
+def test_the_runs_of_a_warm_up_are_under_way_at_once_and_tests_that_ran_beside_them_have_their_results(
+    monkeypatch, tmp_path
+):
+    """Each of two runs waits for the other's file."""
+    wait = (
+        "import pathlib, sys, time\nmine, other = map(pathlib.Path, sys.argv[1:])\nmine.touch()\n"
+        "while not other.exists(): time.sleep(0.01)\nprint('{\"met\": true}')"
+    )
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    beside = Measurement("numbers", ("-c", wait, b, a), 30)
+    monkeypatch.setattr(gpu, "warm_up_runs", lambda *asked: [Measurement("kind 1", ("-c", wait, a, b), 30)])
+    timed, tests = Part("x", "y", (Measurement("z", ("-c", ""), 9),)), Part("tests", "y", (beside,))
+    results = gpu.Results(tmp_path / "h200.jsonl")
+    gpu.warm_up(Setting(CARDS["h200"], tmp_path), [timed, tests], results)
+    ended = {line["part"]: line["ended"] for line in gpu.Results(results.path).lines if "ended" in line}
+    assert ended == {"warm-up": "done", "tests": "done"}
+    assert results.endings(tests, beside) == ["done"] and not results.endings(timed, timed.measurements[0])
 
 
 def test_every_timed_run_warms_up_and_its_limit_allows_for_what_the_first_step_compiles(setting):

@@ -1,6 +1,6 @@
 """Measure what gpu_plan.py lists, part by part, and write each figure down as soon as it is there.
 
-    bash recipes/bench/gpu.sh [PART...] [--out FOLDER] [--card h100|h200] [--seconds N] [--again]
+    bash recipes/bench/gpu.sh [PART...] [--out FOLDER] [--card h100|h200] [--seconds N] [--warm-up] [--again]
 
 gpu.sh is the entry point. FOLDER/h200.jsonl (or h100.jsonl) gets a line for the machine and its versions, one
 for each JSON line that a command prints, together with the command, and one when the command has ended.
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,7 +26,19 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone works without being installed
 
-from gpu_plan import CARDS, Card, Expected, Measurement, Part, Setting, choose_card, plan, write_models
+from gpu_plan import (
+    CARDS,
+    WARM_UP_S,
+    Card,
+    Expected,
+    Measurement,
+    Part,
+    Setting,
+    choose_card,
+    plan,
+    write_models,
+)
+from gpu_plan import warm_up as warm_up_runs
 
 from dtensor_llama.cli import run_recipe
 from dtensor_llama.errors import UsageError
@@ -44,6 +57,8 @@ class Config:
     card: Literal["auto", "h100", "h200"] = "auto"  # whose plan to follow; auto decides by the GPU's memory
     seconds: int | None = None  # start nothing that could run longer than so many seconds from now
     again: bool = False  # also repeat measurements that have their results
+    # first compile all that will be timed, side by side and with two layers, and run the part tests beside it
+    warm_up: bool = False
     # the GiB that every command may plan with on the host, for machines whose memory grows on demand
     host_budget_gib: float | None = None
     # give every model so many layers and every command more time: a rehearsal, whose figures mean nothing
@@ -74,6 +89,8 @@ def main(cfg: Config) -> None:
                 "7b-* measure 7B with states on the host.",
                 flush=True,
             )
+        if cfg.warm_up:
+            warm_up(setting, chosen, results)
         measure_all(chosen, results, cfg, deadline)
     table = summary(parts, results.lines)
     cfg.out.mkdir(parents=True, exist_ok=True)
@@ -151,16 +168,17 @@ class Results:
                 pass  # the machine went away while this line was written
         torn = bool(text) and not text.endswith("\n")
         self.before = "\n" if torn else ""  # so that the next result starts on a line of its own
+        self.lock = threading.Lock()  # the runs of a warm-up come in side by side
 
     def add(self, line: dict) -> None:
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **line}
-        self.lines.append(line)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
+        with self.lock, self.path.open("a") as file:
+            self.lines.append(line)
             file.write(self.before + json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.before = ""
+            self.before = ""
 
     def endings(self, part: Part, measurement: Measurement) -> list[str]:
         """Return how the measurement ended, each time that it was made with its present command."""
@@ -191,6 +209,29 @@ def measure_all(parts: list[Part], results: Results, cfg: Config, deadline: floa
             for expected in measurement.expects:
                 print(f"   expected: {words(expected)}", flush=True)
             measure(part, measurement, results, cfg.out / "logs")
+
+
+def warm_up(setting: Setting, parts: list[Part], results: Results) -> None:
+    """Run, all at once, what takes long on a fresh machine and is not timed: compiling and the part tests."""
+    todo = todo_of([part for part in parts if part.name != "tests"], results)
+    timed = [replace(part, measurements=(measurement,)) for part, measurement in todo]
+    about = Part("warm-up", "what it compiles is found compiled later; its figures mean nothing", ())
+    runs = [(about, run) for run in warm_up_runs(setting, timed)]
+    runs += todo_of([part for part in parts if part.name == "tests"], results)
+    print(f"== warm-up: {len(runs)} runs side by side, at most {WARM_UP_S} s", flush=True)
+    with ThreadPoolExecutor(max(1, len(runs))) as pool:
+        limited = [(part, replace(run, limit_s=WARM_UP_S * setting.patience)) for part, run in runs]
+        under_way = [pool.submit(measure, *each, results, setting.out / "logs") for each in limited]
+    for run in under_way:
+        run.result()
+
+
+def todo_of(parts: list[Part], results: Results) -> list[tuple[Part, Measurement]]:
+    """Return the measurements without results."""
+    pairs = [(part, measurement) for part in parts for measurement in part.measurements]
+    return [
+        (part, measurement) for part, measurement in pairs if "done" not in results.endings(part, measurement)
+    ]
 
 
 def python_path() -> str:

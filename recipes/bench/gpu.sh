@@ -3,6 +3,7 @@
 #
 #     bash recipes/bench/gpu.sh                     # every part without results, largest promise first
 #     bash recipes/bench/gpu.sh resident rates      # these two only
+#     bash recipes/bench/gpu.sh --warm-up           # on a fresh machine: compiles all of it first, side by side
 #     bash recipes/bench/gpu.sh --seconds 520       # starts nothing that could not end within 520 s from now
 #     bash recipes/bench/gpu.sh --out FOLDER        # results go there, as JSON lines (recipes/bench/results)
 #     bash recipes/bench/gpu.sh plan --card h200    # what is measured and predicted; needs no GPU

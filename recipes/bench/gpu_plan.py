@@ -13,9 +13,11 @@ allocator in a run on a GPU without arithmetic (PEAKS), and for states on the ho
 parallel/cost.py at the rates that such a machine was measured to have (MACHINE).
 """
 
+import importlib.util
 import json
 import os
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 from offload import START_SECONDS, predict_peer, turn_seconds
@@ -400,8 +402,52 @@ def kernels(card: Card) -> Measurement:
 
 
 def tests(name: str, which: str, limit_s: int) -> Measurement:
-    command = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_gpu.py", "-k", which)
-    return Measurement(name, command, limit_s, (Expected("status", 0, 0),))
+    at_once = ("-n", "3") if importlib.util.find_spec("xdist") else ()
+    command = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *at_once, "tests/test_gpu.py")
+    return Measurement(name, (*command, "-k", which), limit_s, (Expected("status", 0, 0),))
+
+
+WARM_UP_S = 180  # on 16 cores it took 135 s, and the start of a run became 26 s long instead of 117
+MIXED = "--memory.placement static --memory.resident 0.4 --memory.stream 0.3 --memory.cpu 0.3"
+
+
+def warm_up(setting: Setting, parts: list[Part]) -> list[Measurement]:
+    """Return runs of two layers, one for each kind of step that the parts time.
+
+    They compile what those steps then find compiled, and can run side by side because nothing of theirs is
+    timed. Their cache is their own, so that the rates of a busy machine are not kept."""
+    short, commands = replace(setting, layers=2), []
+    for measurement in (each for part in parts for each in part.measurements):
+        script, *flags = measurement.command
+        given = dict(pairwise(flags))  # each flag, and what follows it
+        if script == "recipes/bench/offload.py":
+            preset, recompute, rows = given["--model"], "full", int(given["--tokens"]) // 4096
+            micro_rows, placement = min(4, rows), MIXED.split()
+        elif "--train.recompute" in given:
+            preset, recompute, rows = (
+                "llama2-7b",
+                given["--train.recompute"],
+                given["--train.global-batch-size"],
+            )
+            micro_rows, placement = (
+                given["--train.micro-batch-size"],
+                flags[flags.index("--memory.placement") :],
+            )
+        else:
+            continue
+        several = min(int(rows), 2 * int(micro_rows))  # microbatches are summed by a kernel of its own
+        command = (
+            f"recipes/benchmark.py --model {short.model(preset)} --data.seq-len 4096 --train.compile "
+            f"--train.recompute {recompute} --train.global-batch-size {several} "
+            f"--train.micro-batch-size {micro_rows} --train.steps 1 --warmup 1 "
+            f"--data.cache-dir {setting.out / 'warm-up'} --run-dir {setting.out / 'warm-up'}"
+        )
+        commands.append((*command.split(), *placement))
+    threads = {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
+    return [
+        Measurement(f"kind {i}", command, WARM_UP_S, environment=threads)
+        for i, command in enumerate(dict.fromkeys(commands), 1)
+    ]
 
 
 def plan(setting: Setting) -> list[Part]:
@@ -501,10 +547,12 @@ def small_models() -> tuple[Measurement, ...]:
 
 
 def write_models(setting: Setting) -> None:
-    """Write the config.json of 7B with fewer layers, where Setting.model says that it is."""
-    folder = Path(setting.model("llama2-7b", setting.card.layers))
-    if str(folder) == "llama2-7b":
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    config = llama_7b(setting.layers or setting.card.layers)
-    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    """Write the config.json of each shorter model, where Setting.model says that it is: what the card holds
+    of 7B, and the two layers of a warm-up."""
+    held = setting.layers or setting.card.layers
+    for preset, layers in (("llama2-7b", held), ("llama2-7b", 2), ("llama2-13b", 2)):
+        folder = Path(replace(setting, layers=layers).model(preset))
+        if str(folder) != preset:
+            folder.mkdir(parents=True, exist_ok=True)
+            config = replace(LlamaConfig.preset(preset), num_hidden_layers=layers)
+            (folder / "config.json").write_text(json.dumps(config.to_hf()))
