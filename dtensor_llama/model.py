@@ -16,11 +16,12 @@ Shape letters: B sequences, T tokens per sequence, D model width, H query heads,
 width, V vocabulary.
 """
 
+import functools
 import hashlib
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,9 @@ from dtensor_llama.attention import AttentionMask, WholeRows
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.errors import UsageError
 from dtensor_llama.loss import TokenLoss, Vocabulary, token_loss_sum, token_nll
+
+if TYPE_CHECKING:
+    from dtensor_llama.generate import KVCache
 
 
 def rope_frequencies(config: LlamaConfig, n_tokens: int, device: torch.device) -> Tensor:
@@ -78,28 +82,6 @@ def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-class KVCache:
-    """Holds the keys and values of the tokens already seen, (B, max_tokens, K, E) per layer, filled in order.
-
-    padding: (B,), how many places at the start of each sequence hold no token, so that sequences of unequal
-        length end together.
-    """
-
-    def __init__(self, max_tokens: int, padding: Tensor | None = None):
-        self.max_tokens, self.n_seen, self.padding = max_tokens, 0, padding
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v (B, T, K, E) of the new tokens, and return those of all tokens (B, n_seen + T, K,
-        E)."""
-        if layer not in self.layers:
-            self.layers[layer] = tuple(x.new_empty(x.shape[0], self.max_tokens, *x.shape[2:]) for x in (k, v))
-        end = self.n_seen + k.shape[1]
-        for stored, new in zip(self.layers[layer], (k, v), strict=True):
-            stored[:, self.n_seen : end] = new
-        return tuple(x[:, :end] for x in self.layers[layer])
-
-
 class LlamaAttention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
@@ -121,7 +103,7 @@ class LlamaAttention(nn.Module):
         rope: tuple[Tensor, Tensor] | None,
         attention: WholeRows,
         mask: AttentionMask | None,
-        cache: KVCache | None,
+        cache: "KVCache | None",
     ) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, E): -1, as tp holds a share of H
@@ -168,10 +150,18 @@ class LlamaBlock(nn.Module):
         rope: tuple[Tensor, Tensor] | None,  # None: a layer that does not rotate
         attention: WholeRows,
         mask: AttentionMask | None = None,
-        cache: KVCache | None = None,
+        cache: "KVCache | None" = None,
     ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, attention, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+@functools.cache
+def block_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter of a block, by its name inside the block."""
+    with torch.device("meta"):
+        block = LlamaBlock(config, layer=0)
+    return {name: tuple(parameter.shape) for name, parameter in block.named_parameters()}
 
 
 class LlamaModel(nn.Module):
@@ -189,7 +179,7 @@ class LlamaModel(nn.Module):
         self.sequence_shards = 1
 
     def forward(
-        self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
+        self, tokens: Tensor, positions: Tensor | None = None, cache: "KVCache | None" = None
     ) -> Tensor:
         config, n_tokens = self.config, tokens.shape[1] * self.sequence_shards
         # Of whole sequences, where context parallelism leaves this rank a share, and with those in the cache.
@@ -258,7 +248,7 @@ class Llama(nn.Module):
         tokens: Tensor,
         labels: Tensor | None = None,
         positions: Tensor | OnHost | None = None,
-        cache: KVCache | None = None,
+        cache: "KVCache | None" = None,
     ) -> Tensor:
         """Return the logits (B, T, V) of tokens (B, T) int64; with labels (B, T), the float32 sum of the
         token losses in nats.
@@ -368,4 +358,4 @@ def init_weights(model: Llama, seed: int) -> None:
                         local.fill_(constant)
                         continue
                     firsts = range(offsets[0] // run * run, offsets[0] + sizes[0], run)
-                    list(threads.map(partial(fill, name, run, box), firsts))
+                    list(threads.map(functools.partial(fill, name, run, box), firsts))

@@ -36,9 +36,9 @@ from dtensor_llama.atomic import (
     whole_folder,
     write_durably,
 )
-from dtensor_llama.config import generation_config, refuse_adapter
 from dtensor_llama.errors import UsageError, listed, mismatches
-from dtensor_llama.places import free_bytes, is_full, say_full
+from dtensor_llama.generation_config import generation_config
+from dtensor_llama.places import free_bytes, is_full, refuse_adapter, say_full
 
 STAGING_BYTES = 32 << 20  # 8 and 128 MiB load no faster; 32 keeps the Python calls rare
 INDEX = "model.safetensors.index.json"

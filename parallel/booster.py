@@ -33,9 +33,10 @@ from torch import Tensor, nn
 from dtensor_llama import Llama, LlamaConfig, UsageError, save_hf
 from dtensor_llama.attention import choose_attention
 from dtensor_llama.checkpoint import NAME, Checkpointer, restore_training_state, training_state
-from dtensor_llama.config import config_from_fields, generation_config
+from dtensor_llama.config import config_from_fields
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.errors import listed, mismatches
+from dtensor_llama.generation_config import generation_config
 from dtensor_llama.loss import IGNORE
 from dtensor_llama.model import init_weights
 from dtensor_llama.weights import hf_parameters, local_boxes, values_to_write
