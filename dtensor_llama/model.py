@@ -317,6 +317,12 @@ def initial_constant(name: str) -> float | None:
     return 1.0 if module.endswith("norm") else None
 
 
+def random_stream(name: str) -> torch.Generator:
+    """Return a generator on the CPU whose numbers depend on the name alone."""
+    key = hashlib.sha256(name.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+
+
 @torch.no_grad()
 def init_weights(model: Llama, seed: int) -> None:
     """Give every parameter its initial value, as Hugging Face does: normal(0, initializer_range), norms 1,
@@ -333,8 +339,7 @@ def init_weights(model: Llama, seed: int) -> None:
         """Draw `run` rows of a whole parameter from row `first` on, and keep those that lie in the box."""
         offsets, sizes, local = box
         shape = model.get_parameter(name).shape
-        key = hashlib.sha256(f"{seed}/{name}/{first}".encode()).digest()
-        stream = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+        stream = random_stream(f"{seed}/{name}/{first}")
         low = max(first, offsets[0])
         high = min(first + run, offsets[0] + sizes[0])
         target = local[low - offsets[0] : high - offsets[0]]

@@ -310,6 +310,13 @@ def local_boxes(tensor: Tensor) -> list[Box]:
     return [(tuple(chunk.offsets), tuple(chunk.sizes), local)] if local.numel() else []
 
 
+def copy_own_part(whole: Tensor, values: Tensor) -> None:
+    """Copy this rank's part of a whole tensor into `values`, plain or a DTensor, of the same shape."""
+    for offsets, sizes, local in local_boxes(values):
+        box = tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
+        local.copy_(whole[box])
+
+
 def batches(shape: tuple, offsets: tuple, sizes: tuple, most: int) -> Iterator[list[tuple[int, int, int]]]:
     """Yield the runs of a box, in batches of at most `most` elements.
 

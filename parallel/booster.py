@@ -39,7 +39,7 @@ from dtensor_llama.errors import listed, mismatches
 from dtensor_llama.generation_config import generation_config
 from dtensor_llama.loss import IGNORE
 from dtensor_llama.model import init_weights
-from dtensor_llama.weights import hf_parameters, local_boxes, values_to_write
+from dtensor_llama.weights import copy_own_part, hf_parameters, values_to_write
 from memory import MemoryConfig
 from parallel.apply import Computation
 from parallel.assemble import Offload, Training, assemble
@@ -442,9 +442,7 @@ def copy_weights(whole: dict[str, Tensor], model: nn.Module) -> None:
     A packed parameter (parallel/plans/styles.py) has the elements of the whole one in another shape."""
     for name, parameter in hf_parameters(model).items():
         with values_to_write(model, name, parameter) as values:
-            for offsets, sizes, local in local_boxes(values):
-                box = tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
-                local.copy_(whole[name].detach().reshape(values.shape)[box])
+            copy_own_part(whole[name].detach().reshape(values.shape), values)
 
 
 def _config_of(model: nn.Module) -> LlamaConfig:
