@@ -48,7 +48,7 @@ from parallel.config import ParallelConfig, check_parallel
 from parallel.mesh import Layout, build_mesh, start_process_group
 from parallel.plans import Family, family_of
 from parallel.plans.family import refuse, shape_of
-from parallel.plans.loss import HfBatch, loss_sum, targets_of
+from parallel.plans.loss import HfBatch, loss_sum, summed, targets_of
 from parallel.plans.spread import check_family, has_dropout, kept_buffers, restore_buffers, shell_of
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -170,7 +170,7 @@ class Booster:
             self._finish_family(model, boosted, criterion)
         elif criterion is not None:
             for stage in self.training.stages:
-                stage.loss_sum = _summed(criterion, stage)
+                stage.loss_sum = _loss_by(criterion, stage)
         if next(iter(whole.values())).is_meta:
             init_weights(self.training.fp32_weights(), self.seed)
         else:
@@ -244,10 +244,7 @@ class Booster:
             self._check(tokens.shape[1], len(tokens) * self.config.dp)
             self._checked_shape = tokens.shape
         layout = self.training.layout
-        if self.family is None:
-            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # position t must predict token t + 1
-        else:
-            targets = targets_of(self.family, labels)
+        targets = targets_of(self.family, labels)
         n_targets = (targets != IGNORE).sum().to(self.device)
         dist.all_reduce(n_targets, group=layout.mesh["dp"].get_group())
         microbatches = self._microbatches(columns, targets)
@@ -579,14 +576,12 @@ def _ranks_of_this_host() -> int:
     return names.count(socket.gethostname())
 
 
-def _summed(criterion: Criterion, part: Llama):
-    """Return the user's mean as a sum over scored tokens, to take the place of the model's own loss."""
+def _loss_by(criterion: Criterion, part: Llama):
+    """Return what takes the place of the model's own loss."""
 
     def loss_sum(hidden: Tensor, labels: Tensor) -> Tensor:
         logits = part.lm_head(hidden).float()  # (B, T, V), whole also under tp
-        n_targets = int((labels[:, 1:] != IGNORE).sum())
-        # A mean over nothing is nan; nothing scored adds nothing, but every rank must go through backward.
-        return criterion(logits, labels) * n_targets if n_targets else logits.sum() * 0
+        return summed(criterion, logits, labels, n_targets=int((labels[:, 1:] != IGNORE).sum()))
 
     return loss_sum
 
