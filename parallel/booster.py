@@ -37,8 +37,8 @@ from dtensor_llama.config import config_from_fields
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.errors import listed, mismatches
 from dtensor_llama.generation_config import generation_config
+from dtensor_llama.initial_weights import init_weights
 from dtensor_llama.loss import IGNORE
-from dtensor_llama.model import init_weights
 from dtensor_llama.weights import copy_own_part, hf_parameters, values_to_write
 from memory import MemoryConfig
 from parallel.apply import Computation

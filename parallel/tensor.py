@@ -55,10 +55,6 @@ class Local(ParallelStyle):
         self.settings = settings
 
     def _apply(self, module: nn.Module, tp_mesh: DeviceMesh) -> nn.Module:
-        if getattr(module, "bias", None) is not None and not hasattr(self.kind, "HAS_BIAS"):
-            raise UsageError(
-                f"tp={tp_mesh.size()} has no way yet to split the bias of a {self.kind.__name__}."
-            )
         for name, parameter in list(module.named_parameters(recurse=False)):
             sharded = distribute_tensor(
                 parameter, tp_mesh, [self.placement], src_data_rank=self.src_data_rank
@@ -133,7 +129,6 @@ class ProjectionToOneHead(nn.Linear):
     The weight (K E, D) is whole on every rank; a rank's part of its gradient is zero but for E rows.
     """
 
-    HAS_BIAS = True
     n_heads: int  # K
 
     def forward(self, x: DTensor | Tensor) -> Tensor:

@@ -24,7 +24,8 @@ from torch.distributed.tensor import DTensor
 from dtensor_llama.atomic import on_all_ranks, own_rank
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.errors import UsageError
-from dtensor_llama.model import Llama, random_stream
+from dtensor_llama.initial_weights import random_stream
+from dtensor_llama.model import Llama
 from dtensor_llama.weights import ADAPTER, copy_own_part, hf_parameters, local_boxes, values_to_write
 
 
