@@ -1,4 +1,4 @@
-"""What generation_config.json of a Hugging Face folder holds: how to sample, and which tokens end a text."""
+"""The content of a generation_config.json: how to sample, and which tokens end a text."""
 
 from pathlib import Path
 from typing import Any
