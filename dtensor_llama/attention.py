@@ -107,8 +107,8 @@ class WholeRows:
         """Return the position ids (B or 1, T) of this rank's tokens, on `device`, and the mask for __call__.
 
         n_tokens: how many tokens of each sequence this rank has, T. positions (B, T), on any device, restart
-            at 0 where a document begins; None: a sequence is one document. cache: a model.KVCache, or None.
-            A mask of None stands for the causal mask.
+            at 0 where a document begins; None: a sequence is one document. cache: a generate.KVCache, or
+            None. A mask of None stands for the causal mask.
         """
         if positions is not None:
             mask = AttentionMask.of_documents(positions, self.kernel, device)

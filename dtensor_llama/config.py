@@ -24,7 +24,8 @@ from dtensor_llama.families import (
     read_fields,
     write_fields,
 )
-from dtensor_llama.places import expanded, read_settings, refuse_hub_name
+from dtensor_llama.generation_config import ends_of, joined_ends
+from dtensor_llama.places import find_config, read_settings, refuse_hub_name
 from dtensor_llama.presets import PRESETS
 
 # ---- Types and ranges of the fields ------------------------------------------------------------------------
@@ -182,26 +183,9 @@ class LlamaConfig:
 
     def block_weights(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each parameter of a block, by its name inside the block."""
-        D, F = self.hidden_size, self.intermediate_size
-        queries = self.num_attention_heads * self.head_dim
-        keys = self.num_key_value_heads * self.head_dim
-        weights = {
-            "input_layernorm.weight": (D,),
-            "self_attn.q_proj.weight": (queries, D),
-            "self_attn.k_proj.weight": (keys, D),
-            "self_attn.v_proj.weight": (keys, D),
-            "self_attn.o_proj.weight": (D, queries),
-            "post_attention_layernorm.weight": (D,),
-            "mlp.gate_proj.weight": (F, D),
-            "mlp.up_proj.weight": (F, D),
-            "mlp.down_proj.weight": (D, F),
-        }
-        if self.family.qkv_bias:
-            outputs = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
-            weights |= {f"self_attn.{name}.bias": (n,) for name, n in outputs.items()}
-        if self.family.qk_norm:
-            weights |= {f"self_attn.{name}.weight": (self.head_dim,) for name in ("q_norm", "k_norm")}
-        return weights
+        from dtensor_llama.model import block_shapes  # which imports this file
+
+        return block_shapes(self)
 
     @staticmethod
     def preset(name: str) -> "LlamaConfig":
@@ -221,13 +205,7 @@ class LlamaConfig:
         5) rope_parameters and dtype. Raises UsageError if the file is missing, cut short, of another family,
         or asks for arithmetic that model.py does not have.
         """
-        path = Path(expanded(str(folder), "model"))
-        refuse_hub_name(str(folder), "model")
-        if path.is_dir():
-            refuse_adapter(path)
-            path = path / "config.json"
-        if not path.is_file():
-            raise UsageError(f"{path} does not exist; a Hugging Face model folder has a config.json.")
+        path = find_config(folder)
         return config_from_fields(read_settings(path), path)
 
     def to_hf(self) -> dict:
@@ -243,11 +221,6 @@ class LlamaConfig:
         """Add tokens that end a text; each is listed once, in the order in which they came."""
         return replace(self, eos_token_id=joined_ends(self.eos_token_id, token_ids))
 
-    def without_token_fields(self) -> "LlamaConfig":
-        """Leave out carried fields that name tokens, which mean nothing for another tokenizer."""
-        kept = {name: value for name, value in self.other_fields.items() if not _names_tokens(name)}
-        return replace(self, other_fields=kept)
-
 
 def config_from_fields(fields: dict, path: Path) -> LlamaConfig:
     """Make a LlamaConfig from the content of a `config.json`, whose path is named in errors."""
@@ -255,65 +228,3 @@ def config_from_fields(fields: dict, path: Path) -> LlamaConfig:
         return LlamaConfig(**read_fields(fields, {*LlamaConfig.__dataclass_fields__} - {"other_fields"}))
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
-
-
-def read_generation_config(folder: str | Path) -> dict:
-    """Return the content of `generation_config.json` in a Hugging Face folder, empty if there is none. Raises
-    UsageError if it is damaged."""
-    path = Path(folder, "generation_config.json")
-    settings = read_settings(path)
-    ends = settings.get("eos_token_id")
-    are_ids = all(type(end) is int for end in ends_of(ends))
-    require(are_ids, f"{path}: eos_token_id", ends, "a token id, a list of them, or null")
-    return settings
-
-
-def ends_of(eos_token_id: int | list[int] | None) -> list[int]:
-    """Return the tokens that end a text as a list, from any of the three forms that a file may have."""
-    if eos_token_id is None:
-        return []
-    return eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
-
-
-def joined_ends(*eos_token_ids: int | list[int] | None) -> int | list[int] | None:
-    """Return an eos_token_id with the tokens of all of them; each is listed once, in the order they came."""
-    ends = list(dict.fromkeys(end for several in map(ends_of, eos_token_ids) for end in several))
-    return ends if len(ends) > 1 else (ends or [None])[0]
-
-
-def generation_config(base: dict, config: Any, same_tokens: bool) -> dict:
-    """Return the content of the `generation_config.json` of a model that was trained from another one, or,
-    with an empty base, from scratch.
-
-    base: the content of the other model's file. Its settings stay, and generation stops at every token that
-        ended a text for the base model or ends one for `config`
-    same_tokens: whether the tokenizer is still the base model's; else settings that name tokens are left out
-    """
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    ids = {name: getattr(config, name, None) for name in names}  # a config of transformers may lack some
-    ids = {name: value for name, value in ids.items() if value is not None}
-    if not base:
-        return {"_from_model_config": True, **ids}
-    kept = {name: value for name, value in base.items() if name != "_from_model_config"}
-    if not same_tokens:
-        kept = {name: value for name, value in kept.items() if not _names_tokens(name)}
-    ends = joined_ends(kept.get("eos_token_id"), config.eos_token_id)
-    return {**ids, **kept} | ({} if ends is None else {"eos_token_id": ends})
-
-
-def _names_tokens(name: str) -> bool:
-    """Return whether the value of a setting consists of token ids."""
-    endings = ("token_id", "token_ids", "_tokens", "words_ids", "decoder_ids", "sequence_bias")
-    return name.endswith(endings) and not name.startswith(("max_", "min_"))
-
-
-def refuse_adapter(folder: Path) -> None:
-    """Raise UsageError if a folder holds a LoRA adapter in peft's format instead of a model."""
-    adapter = {} if (folder / "config.json").is_file() else read_settings(folder / "adapter_config.json")
-    if adapter:
-        base = adapter.get("base_model_name_or_path") or "a base model"
-        raise UsageError(
-            f"{folder}: a LoRA adapter, not a whole model: a few matrices beside the weights of "
-            f"{base}. Give the folder of the merged model (hf/ of the run), or merge it "
-            "with peft: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
-        )

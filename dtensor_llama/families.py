@@ -54,14 +54,25 @@ FAMILIES = {
     # Qwen2, arXiv:2407.10671, and Qwen2.5, arXiv:2412.15115
     "qwen2": Family(
         "Qwen2",
-        {"num_key_value_heads": 32, "max_position_embeddings": 32768, **_NO_ENDS},
+        {
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 32768,
+            "sliding_window": 4096,
+            **_NO_ENDS,
+        },
         own_fields=("use_sliding_window", "sliding_window", "layer_types"),
         qkv_bias=True,
     ),
     # arXiv:2505.09388
     "qwen3": Family(
         "Qwen3",
-        {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768, **_NO_ENDS},
+        {
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+            "max_position_embeddings": 32768,
+            "sliding_window": 4096,
+            **_NO_ENDS,
+        },
         own_fields=("head_dim", "use_sliding_window", "sliding_window", "layer_types"),
         fixed_fields=("hidden_act", "attention_dropout", "attention_bias"),
         qk_norm=True,
@@ -207,30 +218,26 @@ LAYER_FIELDS = {"sliding_window", "layer_types", "no_rope_layers"}  # of the fam
 
 def _read_windows(fields: dict, family: Family) -> dict:
     """Return the sliding_window, layer_types and no_rope_layers of a file, as far as its family has them."""
-    own, n_layers = {}, fields["num_hidden_layers"]
-    if "no_rope_layers" in family.own_fields:
-        rotates = fields.get("no_rope_layers")
+    n_layers, types = fields["num_hidden_layers"], fields.get("layer_types")
+    names = LAYER_FIELDS & {*family.own_fields}
+    own = {name: fields.get(name, family.defaults.get(name)) for name in names}
+    if "no_rope_layers" in own and own["no_rope_layers"] is None:
         interval = fields.get("no_rope_layer_interval", 4)
-        if rotates is None:
-            is_count = type(interval) is int and interval >= 1
-            require(is_count, "no_rope_layer_interval", interval, "a whole number above 0")
-            rotates = [int((layer + 1) % interval != 0) for layer in range(n_layers)]
-        own["no_rope_layers"] = rotates
-    types = fields.get("layer_types")
-    if "layer_types" not in family.own_fields:
+        is_count = type(interval) is int and interval >= 1
+        require(is_count, "no_rope_layer_interval", interval, "a whole number above 0")
+        own["no_rope_layers"] = [int((layer + 1) % interval != 0) for layer in range(n_layers)]
+    if "layer_types" not in own:
         if types is not None and types != [FULL] * n_layers:
             raise UsageError(f"not supported: layer_types={types!r}, which {family.name} does not have.")
-        if "sliding_window" in family.own_fields:
-            own["sliding_window"] = fields.get("sliding_window", family.defaults.get("sliding_window"))
         return own
     uses = fields.get("use_sliding_window", False)
     require(isinstance(uses, bool | None), "use_sliding_window", uses, "true or false, without quotes")
-    window = fields.get("sliding_window", 4096 if "no_rope_layers" not in own else None) if uses else None
+    window = own["sliding_window"] if uses else None
     if types is None and window is not None:
         first = fields.get("max_window_layers", 28)
         require(type(first) is int, "max_window_layers", first, "a whole number")
         slides = [layer >= first for layer in range(n_layers)]
-        if "no_rope_layers" in own and isinstance(own["no_rope_layers"], list):
+        if isinstance(own.get("no_rope_layers"), list):
             # In this family the layers without RoPE have the window.
             slides = [not rotates for rotates in own["no_rope_layers"][:n_layers]]
         types = [SLIDING if slide else FULL for slide in slides]
@@ -254,7 +261,7 @@ def read_fields(fields: dict, known: set[str]) -> dict:
             f"{', '.join(FAMILIES)} (LLaMA 1 to 3.2, CodeLlama, TinyLlama and SmolLM2 are llama, Qwen2.5 is "
             "qwen2)."
         )
-    family = FAMILIES[model_type]
+    family, known = FAMILIES[model_type], known - LAYER_FIELDS
     missing = [name for name in REQUIRED if fields.get(name) is None]
     if missing:
         raise UsageError(f"{', '.join(missing)} missing; the file is not a whole config.json of a model.")
@@ -275,25 +282,21 @@ def read_fields(fields: dict, known: set[str]) -> dict:
     settings["rope_theta"], settings["rope_scaling"] = _read_rope(
         fields, family.defaults.get("rope_theta", 10_000.0)
     )
-    settings = {name: value for name, value in settings.items() if name not in LAYER_FIELDS}
     settings |= _read_windows(fields, family)
     # A family carries on what it has no use for, if it is neutral.
-    written = {*known, *family.fixed_fields, *_NOT_CARRIED} - LAYER_FIELDS | {*family.own_fields}
+    written = {*known, *family.fixed_fields, *_NOT_CARRIED, *family.own_fields}
     settings["other_fields"] = {name: value for name, value in fields.items() if name not in written}
     return settings
 
 
 def _refused_fields(fields: dict, family: Family) -> list[str]:
     """Return name=value of each field that asks for arithmetic which the family or model.py does not have."""
+    in_all_layers = {"no_rope_layers": ([1] * fields["num_hidden_layers"],)}
     refused = [
         f"{name}={fields[name]!r}"
-        for name, neutral in _NEUTRAL.items()
+        for name, neutral in (_NEUTRAL | in_all_layers).items()
         if name not in family.own_fields and fields.get(name) is not None and fields[name] not in neutral
     ]
-    rotates = fields.get("no_rope_layers")
-    if "no_rope_layers" not in family.own_fields and rotates is not None:
-        if rotates != [1] * fields["num_hidden_layers"]:
-            refused.append(f"no_rope_layers={rotates!r}")
     architectures = fields.get("architectures") or [f"{family.name}ForCausalLM"]
     possible = (f"{family.name}ForCausalLM", f"{family.name}Model", "LLaMAForCausalLM")
     if not isinstance(architectures, list) or not any(name in architectures for name in possible):

@@ -6,7 +6,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dtensor_llama.model import KVCache, Llama
+from dtensor_llama.model import Llama
+
+
+class KVCache:
+    """Holds the keys and values of the tokens already seen, (B, max_tokens, K, E) per layer, filled in order.
+
+    padding: (B,), how many places at the start of each sequence hold no token, so that sequences of unequal
+        length end together.
+    """
+
+    def __init__(self, max_tokens: int, padding: Tensor | None = None):
+        self.max_tokens, self.n_seen, self.padding = max_tokens, 0, padding
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k and v (B, T, K, E) of the new tokens, and return those of all tokens (B, n_seen + T, K,
+        E)."""
+        if layer not in self.layers:
+            self.layers[layer] = tuple(x.new_empty(x.shape[0], self.max_tokens, *x.shape[2:]) for x in (k, v))
+        end = self.n_seen + k.shape[1]
+        for stored, new in zip(self.layers[layer], (k, v), strict=True):
+            stored[:, self.n_seen : end] = new
+        return tuple(x[:, :end] for x in self.layers[layer])
 
 
 class Sampling(NamedTuple):
@@ -18,18 +40,6 @@ class Sampling(NamedTuple):
 
 
 GREEDY = Sampling()
-
-
-def generate(
-    model: Llama,
-    tokens: list[int],
-    max_new_tokens: int,
-    stop_ids: tuple[int, ...] = (),
-    sampling: Sampling = GREEDY,
-) -> Iterator[int]:
-    """Continue one prompt as generate_batch does; yields each new id, the stop id included."""
-    for (token,) in generate_batch(model, [tokens], max_new_tokens, stop_ids, sampling):
-        yield token
 
 
 @torch.no_grad()

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from dtensor_llama.atomic import on_all_ranks, on_first_rank
-from dtensor_llama.config import LlamaConfig, generation_config, read_generation_config
+from dtensor_llama.config import LlamaConfig
 from dtensor_llama.data.tokenizer import Tokenizer
 from dtensor_llama.errors import UsageError
+from dtensor_llama.generation_config import generation_config, read_generation_config, without_token_ids
 from dtensor_llama.weights import save_hf
 
 
@@ -69,8 +70,9 @@ class Base:
             )
         if Path(self.model).is_dir() and self.tokenizer is None:
             return config  # its config.json has the ids of its own tokenizer, of which several may end a text
-        config = config.without_token_fields()
-        return replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+        carried = without_token_ids(config.other_fields)
+        ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        return replace(config, other_fields=carried, **ends)
 
     def generation_config(self, config: LlamaConfig) -> dict:
         """Return the generation_config.json of what is exported: the base model's, if there is one, with the

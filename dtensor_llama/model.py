@@ -16,11 +16,10 @@ Shape letters: B sequences, T tokens per sequence, D model width, H query heads,
 width, V vocabulary.
 """
 
-import hashlib
+import functools
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +28,11 @@ from torch import Tensor, nn
 from dtensor_llama.attention import AttentionMask, WholeRows
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.errors import UsageError
+from dtensor_llama.initial_weights import init_weights
 from dtensor_llama.loss import TokenLoss, Vocabulary, token_loss_sum, token_nll
+
+if TYPE_CHECKING:
+    from dtensor_llama.generate import KVCache
 
 
 def rope_frequencies(config: LlamaConfig, n_tokens: int, device: torch.device) -> Tensor:
@@ -78,28 +81,6 @@ def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-class KVCache:
-    """Holds the keys and values of the tokens already seen, (B, max_tokens, K, E) per layer, filled in order.
-
-    padding: (B,), how many places at the start of each sequence hold no token, so that sequences of unequal
-        length end together.
-    """
-
-    def __init__(self, max_tokens: int, padding: Tensor | None = None):
-        self.max_tokens, self.n_seen, self.padding = max_tokens, 0, padding
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v (B, T, K, E) of the new tokens, and return those of all tokens (B, n_seen + T, K,
-        E)."""
-        if layer not in self.layers:
-            self.layers[layer] = tuple(x.new_empty(x.shape[0], self.max_tokens, *x.shape[2:]) for x in (k, v))
-        end = self.n_seen + k.shape[1]
-        for stored, new in zip(self.layers[layer], (k, v), strict=True):
-            stored[:, self.n_seen : end] = new
-        return tuple(x[:, :end] for x in self.layers[layer])
-
-
 class LlamaAttention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
@@ -121,7 +102,7 @@ class LlamaAttention(nn.Module):
         rope: tuple[Tensor, Tensor] | None,
         attention: WholeRows,
         mask: AttentionMask | None,
-        cache: KVCache | None,
+        cache: "KVCache | None",
     ) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, E): -1, as tp holds a share of H
@@ -168,10 +149,18 @@ class LlamaBlock(nn.Module):
         rope: tuple[Tensor, Tensor] | None,  # None: a layer that does not rotate
         attention: WholeRows,
         mask: AttentionMask | None = None,
-        cache: KVCache | None = None,
+        cache: "KVCache | None" = None,
     ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, attention, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+@functools.cache
+def block_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter of a block, by its name inside the block."""
+    with torch.device("meta"):
+        block = LlamaBlock(config, layer=0)
+    return {name: tuple(parameter.shape) for name, parameter in block.named_parameters()}
 
 
 class LlamaModel(nn.Module):
@@ -189,7 +178,7 @@ class LlamaModel(nn.Module):
         self.sequence_shards = 1
 
     def forward(
-        self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
+        self, tokens: Tensor, positions: Tensor | None = None, cache: "KVCache | None" = None
     ) -> Tensor:
         config, n_tokens = self.config, tokens.shape[1] * self.sequence_shards
         # Of whole sequences, where context parallelism leaves this rank a share, and with those in the cache.
@@ -258,7 +247,7 @@ class Llama(nn.Module):
         tokens: Tensor,
         labels: Tensor | None = None,
         positions: Tensor | OnHost | None = None,
-        cache: KVCache | None = None,
+        cache: "KVCache | None" = None,
     ) -> Tensor:
         """Return the logits (B, T, V) of tokens (B, T) int64; with labels (B, T), the float32 sum of the
         token losses in nats.
@@ -314,58 +303,3 @@ class Llama(nn.Module):
         super().to_empty(**kwargs)
         self.tie()
         return self
-
-
-INIT_BLOCK_ELEMENTS = 2**20  # one random stream fills so many: few enough to skip what other ranks hold
-
-
-def initial_constant(name: str) -> float | None:
-    """Return the number that all of a parameter starts with: a bias 0, the weight of a norm 1; else None."""
-    module, _, kind = name.rpartition(".")
-    if kind == "bias":
-        return 0.0
-    return 1.0 if module.endswith("norm") else None
-
-
-@torch.no_grad()
-def init_weights(model: Llama, seed: int) -> None:
-    """Give every parameter its initial value, as Hugging Face does: normal(0, initializer_range), norms 1,
-    biases 0.
-
-    The value of an element depends on the seed, the parameter's name and its place in the whole parameter,
-    never on how the parameter is sharded: each run of rows has a random stream of its own, made on the CPU,
-    and a rank draws only the runs that its shards touch. Parameters may be plain or DTensors of any
-    placement; they must not be on `meta`.
-    """
-    from dtensor_llama.weights import local_boxes, values_to_write
-
-    def fill(name: str, run: int, box: tuple, first: int) -> None:
-        """Draw `run` rows of a whole parameter from row `first` on, and keep those that lie in the box."""
-        offsets, sizes, local = box
-        shape = model.get_parameter(name).shape
-        key = hashlib.sha256(f"{seed}/{name}/{first}".encode()).digest()
-        stream = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
-        low = max(first, offsets[0])
-        high = min(first + run, offsets[0] + sizes[0])
-        target = local[low - offsets[0] : high - offsets[0]]
-        n_rows = min(run, shape[0] - first)
-        whole_run = target.shape == (n_rows, *shape[1:]) and target.is_contiguous()
-        in_place = whole_run and target.dtype == torch.float32 and target.device.type == "cpu"
-        rows = target if in_place else torch.empty(n_rows, *shape[1:])
-        rows.normal_(0, model.config.initializer_range, generator=stream)
-        if not in_place:
-            columns = [slice(o, o + s) for o, s in zip(offsets[1:], sizes[1:], strict=True)]
-            target.copy_(rows[(slice(low - first, high - first), *columns)])
-
-    # normal_ runs on one core, and other threads of Python can run meanwhile.
-    with ThreadPoolExecutor() as threads:
-        for name, parameter in model.named_parameters():  # a tied matrix comes once, as the embedding
-            run = max(1, INIT_BLOCK_ELEMENTS // max(1, parameter.shape[1:].numel()))  # rows per stream
-            with values_to_write(model, name, parameter) as values:
-                for box in local_boxes(values):
-                    offsets, sizes, local = box
-                    if (constant := initial_constant(name)) is not None:
-                        local.fill_(constant)
-                        continue
-                    firsts = range(offsets[0] // run * run, offsets[0] + sizes[0], run)
-                    list(threads.map(partial(fill, name, run, box), firsts))

@@ -43,8 +43,6 @@ def build_adamw(
     model: nn.Module,
     lr: float,
     weight_decay: float,
-    betas: tuple[float, float] = (0.9, 0.95),
-    eps: float = 1e-5,
     kind: type[torch.optim.AdamW] = torch.optim.AdamW,
 ) -> torch.optim.AdamW:
     """Build a fused AdamW over the model's parameters, plain or DTensor; vectors (norms) are not decayed.
@@ -56,7 +54,7 @@ def build_adamw(
     vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    return kind(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    return kind(groups, lr=lr, betas=(0.9, 0.95), eps=1e-5, fused=True)
 
 
 @torch.no_grad()

@@ -77,6 +77,32 @@ def refuse_hub_name(name: str, field: str) -> None:
         raise UsageError(f"{field}={name}: there is no such folder.{hint}")
 
 
+def find_config(folder: str | Path) -> Path:
+    """Return the `config.json` of a Hugging Face model folder, which may also be named itself.
+
+    Raises UsageError if there is none, and tells a LoRA adapter and a name of the Hub apart."""
+    path = Path(expanded(str(folder), "model"))
+    refuse_hub_name(str(folder), "model")
+    if path.is_dir():
+        refuse_adapter(path)
+        path = path / "config.json"
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist; a Hugging Face model folder has a config.json.")
+    return path
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise UsageError if a folder holds a LoRA adapter in peft's format instead of a model."""
+    adapter = {} if (folder / "config.json").is_file() else read_settings(folder / "adapter_config.json")
+    if adapter:
+        base = adapter.get("base_model_name_or_path") or "a base model"
+        raise UsageError(
+            f"{folder}: a LoRA adapter, not a whole model: a few matrices beside the weights of "
+            f"{base}. Give the folder of the merged model (hf/ of the run), or merge it "
+            "with peft: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
+        )
+
+
 def cache_folders(asked: str, run_dir: str) -> tuple[str, str]:
     """Return where a cache may lie, best first: the folder that was asked for, else one in the run folder."""
     return asked, os.path.join(run_dir, "cache")

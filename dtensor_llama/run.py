@@ -115,8 +115,6 @@ class RunRecord:
     fixed: dict[str, Any]  # must be the same, or the data position and the weights would mean something else
     settings: dict[str, Any]  # may change, and the resumed run prints how; Schedule's fields are among them
     generation: dict[str, Any]  # the content of generation_config.json, for an export
-    # Names in `fixed` that older checkpoints lack. They are then not compared, and a line says so.
-    added_later: tuple[str, ...] = (CONTENT,)
 
     def to_meta(self) -> dict[str, Any]:
         """Return the `meta` for training_state."""
@@ -151,9 +149,8 @@ def resume(
     for group, setting in zip(optimizer.param_groups, present, strict=True):
         group.update(setting)  # weight decay and the like are what this run asks for, not what was saved
     say(f"resuming from {path}: {step} steps done")
-    for name in record.added_later:
-        if record.fixed.get(name) and not meta.get(name):
-            say(f"resuming  unchecked: the checkpoint does not record {name}; it must be the same as before")
+    if record.fixed.get(CONTENT) and not meta.get(CONTENT):  # an older checkpoint
+        say(f"resuming  unchecked: the checkpoint does not record {CONTENT}; it must be the same as before")
 
     def rate_of(settings: dict[str, Any]) -> float:
         return learning_rate(Schedule.named(settings), step)

@@ -36,9 +36,9 @@ from dtensor_llama.atomic import (
     whole_folder,
     write_durably,
 )
-from dtensor_llama.config import generation_config, refuse_adapter
 from dtensor_llama.errors import UsageError, listed, mismatches
-from dtensor_llama.places import free_bytes, is_full, say_full
+from dtensor_llama.generation_config import generation_config
+from dtensor_llama.places import free_bytes, is_full, refuse_adapter, say_full
 
 STAGING_BYTES = 32 << 20  # 8 and 128 MiB load no faster; 32 keeps the Python calls rare
 INDEX = "model.safetensors.index.json"
@@ -308,6 +308,13 @@ def local_boxes(tensor: Tensor) -> list[Box]:
             f"{tuple(tensor.shape)} as {tensor.placements} over {tensor.device_mesh}: not one box a rank"
         )
     return [(tuple(chunk.offsets), tuple(chunk.sizes), local)] if local.numel() else []
+
+
+def copy_own_part(whole: Tensor, values: Tensor) -> None:
+    """Copy this rank's part of a whole tensor into `values`, plain or a DTensor, of the same shape."""
+    for offsets, sizes, local in local_boxes(values):
+        box = tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
+        local.copy_(whole[box])
 
 
 def batches(shape: tuple, offsets: tuple, sizes: tuple, most: int) -> Iterator[list[tuple[int, int, int]]]:

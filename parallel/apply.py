@@ -11,6 +11,7 @@ from dtensor_llama.errors import UsageError
 from dtensor_llama.model import Llama
 from parallel.config import Job, ParallelConfig
 from parallel.context import apply_context_parallel
+from parallel.lora import apply_lora_parallel
 from parallel.pipeline import split_stages
 from parallel.recompute import apply_recompute
 from parallel.tensor import apply_tensor_parallel
@@ -77,6 +78,7 @@ def parallelize(
     for part in parts:
         blocks = [block for block in part.model.layers if block is not None]
         if config.tp > 1:  # then: which slice of each weight; its sequence shards are cut from cp's
+            apply_lora_parallel(part, tp_mesh)
             apply_tensor_parallel(part, tp_mesh, config.sequence_parallel)
         # then: a recomputed block must replay the traffic of the passes above
         apply_recompute(blocks, computation.recompute)

@@ -33,12 +33,13 @@ from torch import Tensor, nn
 from dtensor_llama import Llama, LlamaConfig, UsageError, save_hf
 from dtensor_llama.attention import choose_attention
 from dtensor_llama.checkpoint import NAME, Checkpointer, restore_training_state, training_state
-from dtensor_llama.config import config_from_fields, generation_config
+from dtensor_llama.config import config_from_fields
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.errors import listed, mismatches
+from dtensor_llama.generation_config import generation_config
+from dtensor_llama.initial_weights import init_weights
 from dtensor_llama.loss import IGNORE
-from dtensor_llama.model import init_weights
-from dtensor_llama.weights import hf_parameters, local_boxes, values_to_write
+from dtensor_llama.weights import copy_own_part, hf_parameters, values_to_write
 from memory import MemoryConfig
 from parallel.apply import Computation
 from parallel.assemble import Offload, Training, assemble
@@ -47,7 +48,7 @@ from parallel.config import ParallelConfig, check_parallel
 from parallel.mesh import Layout, build_mesh, start_process_group
 from parallel.plans import Family, family_of
 from parallel.plans.family import refuse, shape_of
-from parallel.plans.loss import HfBatch, loss_sum, targets_of
+from parallel.plans.loss import HfBatch, loss_sum, summed, targets_of
 from parallel.plans.spread import check_family, has_dropout, kept_buffers, restore_buffers, shell_of
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -169,7 +170,7 @@ class Booster:
             self._finish_family(model, boosted, criterion)
         elif criterion is not None:
             for stage in self.training.stages:
-                stage.loss_sum = _summed(criterion, stage)
+                stage.loss_sum = _loss_by(criterion, stage)
         if next(iter(whole.values())).is_meta:
             init_weights(self.training.fp32_weights(), self.seed)
         else:
@@ -243,10 +244,7 @@ class Booster:
             self._check(tokens.shape[1], len(tokens) * self.config.dp)
             self._checked_shape = tokens.shape
         layout = self.training.layout
-        if self.family is None:
-            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # position t must predict token t + 1
-        else:
-            targets = targets_of(self.family, labels)
+        targets = targets_of(self.family, labels)
         n_targets = (targets != IGNORE).sum().to(self.device)
         dist.all_reduce(n_targets, group=layout.mesh["dp"].get_group())
         microbatches = self._microbatches(columns, targets)
@@ -441,9 +439,7 @@ def copy_weights(whole: dict[str, Tensor], model: nn.Module) -> None:
     A packed parameter (parallel/plans/styles.py) has the elements of the whole one in another shape."""
     for name, parameter in hf_parameters(model).items():
         with values_to_write(model, name, parameter) as values:
-            for offsets, sizes, local in local_boxes(values):
-                box = tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
-                local.copy_(whole[name].detach().reshape(values.shape)[box])
+            copy_own_part(whole[name].detach().reshape(values.shape), values)
 
 
 def _config_of(model: nn.Module) -> LlamaConfig:
@@ -580,14 +576,12 @@ def _ranks_of_this_host() -> int:
     return names.count(socket.gethostname())
 
 
-def _summed(criterion: Criterion, part: Llama):
-    """Return the user's mean as a sum over scored tokens, to take the place of the model's own loss."""
+def _loss_by(criterion: Criterion, part: Llama):
+    """Return what takes the place of the model's own loss."""
 
     def loss_sum(hidden: Tensor, labels: Tensor) -> Tensor:
         logits = part.lm_head(hidden).float()  # (B, T, V), whole also under tp
-        n_targets = int((labels[:, 1:] != IGNORE).sum())
-        # A mean over nothing is nan; nothing scored adds nothing, but every rank must go through backward.
-        return criterion(logits, labels) * n_targets if n_targets else logits.sum() * 0
+        return summed(criterion, logits, labels, n_targets=int((labels[:, 1:] != IGNORE).sum()))
 
     return loss_sum
 

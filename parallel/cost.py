@@ -116,7 +116,7 @@ class Work:
     @cached_property
     def n_adapters(self) -> float:
         """Return the parameters of adapters that a tp rank of each stage has: of each adapter one matrix is
-        split as the weight beside it is, and the other is whole (LORA in tensor.py). All matrices of a block
+        split as the weight beside it is, and the other is whole (LORA in lora.py). All matrices of a block
         are taken to have adapters, which is the default."""
         rows = tensor_plan_of(self.model, self.layout.tp, self.layout.sequence_parallel)
         here, whole = 0.0, 0

@@ -124,11 +124,5 @@ def build_mesh(config: ParallelConfig, device_type: str) -> DeviceMesh:
     sizes = [getattr(config, name, 1) for name in names]
     mesh = init_device_mesh(device_type, tuple(sizes), mesh_dim_names=tuple(names))
     for name, neighbours in DERIVED_AXES.items():
-        flatten(mesh[neighbours], name)
+        mesh[neighbours]._flatten(name)  # private in torch 2.11 to 2.13; `mesh` has the axis from then on
     return mesh
-
-
-def flatten(mesh: DeviceMesh, name: str) -> DeviceMesh:
-    """One axis of a mesh's several, found under `name` in its root from then on. Private in torch 2.11 to
-    2.13."""
-    return mesh._flatten(name)

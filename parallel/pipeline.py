@@ -24,7 +24,7 @@ transfers are those of torch.distributed.pipelining; this file splits the model,
 keeps everything else as it is without pp.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from copy import deepcopy
 from itertools import accumulate
@@ -125,45 +125,40 @@ def split_stages(model: Llama, pp_mesh: DeviceMesh, schedule: str, virtual_stage
     `model`: nothing counts, saves or steps it. Pipeline renews it before each forward and adds its gradient
     to the owner's.
     """
-    pp, pp_rank, config = pp_mesh.size(), pp_mesh.get_local_rank(), model.config
-    n_stages = pp * virtual_stages
-    layers, parts = split_layers(config, n_stages), []
-    own = stage_indices(schedule, pp, virtual_stages)[pp_rank]
-    is_tied, has_first, has_last = config.tie_word_embeddings, 0 in own, n_stages - 1 in own
+    pp, config = pp_mesh.size(), model.config
+    own = stage_indices(schedule, pp, virtual_stages)[pp_mesh.get_local_rank()]
+    layers, last = split_layers(config, pp * virtual_stages), pp * virtual_stages - 1
+    parts = []
     for stage in own:
         with torch.device("meta"):
             part = type(model)(config)
         part.token_loss, part.attention = model.token_loss, model.attention
-        part.model.embed_tokens = model.model.embed_tokens if stage == 0 else None
-        for layer in range(config.num_hidden_layers):
-            part.model.layers[layer] = model.model.layers[layer] if layer in layers[stage] else None
-        is_last = stage == n_stages - 1
-        part.model.norm = model.model.norm if is_last else None
-        part.lm_head = model.lm_head if is_last else None
-        if is_last and is_tied:
+        _take(part, model, layers[stage], has_first=stage == 0, has_last=stage == last)
+        if stage == last and config.tie_word_embeddings:
             part.lm_head = deepcopy(model.lm_head)
         parts.append(part)
     held = {layer for stage in own for layer in layers[stage]}
-    for layer in set(range(config.num_hidden_layers)) - held:
-        model.model.layers[layer] = None
-    if not has_last:
-        model.model.norm = None
-    if is_tied:
-        # both names of the one matrix; never called
-        model.lm_head = model.model.embed_tokens if has_first else None
-    elif not has_last:
-        model.lm_head = None
-    if not has_first:
-        model.model.embed_tokens = None
+    _take(model, model, held, has_first=0 in own, has_last=last in own)
+    if config.tie_word_embeddings:
+        model.lm_head = model.model.embed_tokens  # both names of the one matrix; never called
     return parts
+
+
+def _take(part: Llama, model: Llama, layers: Collection[int], has_first: bool, has_last: bool) -> None:
+    """Give `part` these modules of `model`, and None in the place of the others."""
+    part.model.embed_tokens = model.model.embed_tokens if has_first else None
+    for layer, block in enumerate(model.model.layers):
+        part.model.layers[layer] = block if layer in layers else None
+    part.model.norm = model.model.norm if has_last else None
+    part.lm_head = model.lm_head if has_last else None
 
 
 # ---- Running it --------------------------------------------------------------------------------------------
 
 
 class Stage(PipelineStage):
-    """Extends torch's PipelineStage: a Recorder can watch it, and each half of a split backward recomputes "
-    "once."""
+    """Extends torch's PipelineStage: a Recorder can watch it, and each half of a split backward recomputes
+    once."""
 
     recorder: Recorder | None = None
 
@@ -355,9 +350,7 @@ class Pipeline:
         """Add the copy's gradient to the owner's. `step` calls it, after the gradients were synced over
         dp."""
         owner, copy = self.tied_ends()
-        # frozen, or no end of it here
-        if not any(end is not None and end.requires_grad for end in (owner, copy)):
-            return
+        # A frozen matrix has no gradient at either end.
         grads = (None if end is None else end.grad for end in (copy, owner))
         self._pass_on(*grads, from_stage=self.last, to_stage=0, put=Tensor.add_)
         if copy is not None:

@@ -55,10 +55,6 @@ class Local(ParallelStyle):
         self.settings = settings
 
     def _apply(self, module: nn.Module, tp_mesh: DeviceMesh) -> nn.Module:
-        if getattr(module, "bias", None) is not None and not hasattr(self.kind, "HAS_BIAS"):
-            raise UsageError(
-                f"tp={tp_mesh.size()} has no way yet to split the bias of a {self.kind.__name__}."
-            )
         for name, parameter in list(module.named_parameters(recurse=False)):
             sharded = distribute_tensor(
                 parameter, tp_mesh, [self.placement], src_data_rank=self.src_data_rank
@@ -133,7 +129,6 @@ class ProjectionToOneHead(nn.Linear):
     The weight (K E, D) is whole on every rank; a rank's part of its gradient is zero but for E rows.
     """
 
-    HAS_BIAS = True
     n_heads: int  # K
 
     def forward(self, x: DTensor | Tensor) -> Tensor:
@@ -144,27 +139,6 @@ class ProjectionToOneHead(nn.Linear):
             x = x.to_local(grad_placements=[Partial()])
         bias = None if self.bias is None else summed_over_tp(self.bias)[rows]
         return F.linear(x, summed_over_tp(self.weight)[rows], bias)
-
-
-# LoRA's thin matrices, y = B A x beside W x: A (r, inputs), B (outputs, r). They are split as W is, so that
-# what they add to y has the placement of y, with no traffic in forward. A matrix that is whole is used by
-# each rank for its share of y, or for its partial sum.
-
-
-class LocalProjection(nn.Linear):
-    """Computes x W^T of this rank's parts of x and W."""
-
-    # the placement of the result, which makes it a DTensor as W x is one; None: it stays local
-    output: Placement | None
-
-    def forward(self, x: DTensor | Tensor) -> DTensor | Tensor:
-        if isinstance(x, DTensor):  # of a whole x each rank has a partial sum of the gradient
-            x = x.to_local(grad_placements=[Partial() if p.is_replicate() else p for p in x.placements])
-        is_whole = self.weight.placements[0].is_replicate()
-        y = F.linear(x, summed_over_tp(self.weight) if is_whole else self.weight.to_local())
-        return (
-            y if self.output is None else DTensor.from_local(y, self.tp_mesh, [self.output], run_check=False)
-        )
 
 
 def rows_per_rank(n_rows: int, tp: int) -> int:
@@ -267,47 +241,32 @@ HEAD_NORMS = {                  # of models that norm each head of q and k; a ra
 # fmt: on
 
 
-def shared_heads(n_heads: int, has_bias: bool = False) -> TensorPlan:
+def shared_heads(config: LlamaConfig) -> TensorPlan:
     """Return the rows of k_proj and v_proj when tp exceeds the number of key/value heads."""
-    one_head = Local(Replicate(), ProjectionToOneHead, n_heads=n_heads)
-    row = Row(one_head, "R", "(B, T, D) -> (B, T, E)", {}, AR2 if has_bias else AR)  # weight and bias
+    one_head = Local(Replicate(), ProjectionToOneHead, n_heads=config.num_key_value_heads)
+    sums = AR2 if config.family.qkv_bias else AR  # weight and bias
+    row = Row(one_head, "R", "(B, T, D) -> (B, T, E)", {}, sums)
     return {"self_attn.k_proj": row, "self_attn.v_proj": row}
-
-
-WHOLE_A, SPLIT_A = (Local(layout, LocalProjection, output=None) for layout in (Replicate(), Shard(1)))
-WHOLE_B = Local(Replicate(), LocalProjection, output=Partial())
-SPLIT_B = Local(Shard(0), LocalProjection, output=Shard(-1))
-# fmt: off
-# The adapter of a layer, by the placement of the layer's weight; r: the adapter's rank. Its all-reduces are
-# of weight gradients.
-LORA = {
-    "S(0)": {"lora_A": Row(WHOLE_A, "R",    "(B, T, D) -> (B, T, r)",            {}, AR),
-             "lora_B": Row(SPLIT_B, "S(0)", "(B, T, r) -> (B, T, F/tp)",         {}, {})},
-    "S(1)": {"lora_A": Row(SPLIT_A, "S(1)", "(B, T, F/tp) -> (B, T, r) Partial", {}, {}),
-             "lora_B": Row(WHOLE_B, "R",    "(B, T, r) -> (B, T, D) Partial",    {}, AR)},
-}
-# fmt: on
-
-
-def lora_plan(plan: TensorPlan, n_kv_heads: int) -> TensorPlan:
-    """Return the rows of the adapters of the layers in `plan`."""
-    one_head = {"lora_A": LORA["S(0)"]["lora_A"], "lora_B": shared_heads(n_kv_heads)["self_attn.k_proj"]}
-    adapters = {}
-    for name, row in plan.items():
-        if name.endswith("_proj"):
-            for matrix, its in LORA.get(row.weight, one_head).items():
-                adapters[f"{name}_lora.{matrix}"] = its
-    return adapters
 
 
 def tensor_plan(config: LlamaConfig, tp: int, sequence_parallel: bool = True) -> TensorPlan:
     """Return the whole plan of a model: every layer's rows, and those of its ends."""
     block, ends = (SEQUENCE_BLOCK, SEQUENCE_ENDS) if sequence_parallel else (WHOLE_BLOCK, WHOLE_ENDS)
     if tp > config.num_key_value_heads:
-        block = {**block, **shared_heads(config.num_key_value_heads, config.family.qkv_bias)}
+        block = block | shared_heads(config)
     if config.family.qk_norm:
-        block = {**block, **HEAD_NORMS}
+        block = block | HEAD_NORMS
     return {f"model.layers.*.{name}": row for name, row in block.items()} | ends
+
+
+def apply_plan(model: Llama, tp_mesh: DeviceMesh, plan: TensorPlan) -> None:
+    """Split the modules that have a row in `plan`; what is frozen stays so."""
+    here = [name for name, _ in model.named_modules()]
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    styles = {pattern: row.style for pattern, row in plan.items() if fnmatch.filter(here, pattern)}
+    parallelize_module(model, tp_mesh, styles)
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)  # torch's styles may make new, trainable parameters
 
 
 def apply_tensor_parallel(model: Llama, tp_mesh: DeviceMesh, sequence_parallel: bool = True) -> None:
@@ -317,18 +276,8 @@ def apply_tensor_parallel(model: Llama, tp_mesh: DeviceMesh, sequence_parallel: 
     rank must hold the same weights. Every tp rank gets the tokens and labels of whole sequences, and the loss
     is the same on all of them. Under sequence parallelism a stage hands on (B, T/tp, D).
     """
-    plan = tensor_plan(model.config, tp_mesh.size(), sequence_parallel)
-    plan |= lora_plan(plan, model.config.num_key_value_heads)
-    here = [name for name, _ in model.named_modules()]
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    parallelize_module(
-        model,
-        tp_mesh,
-        {pattern: row.style for pattern, row in plan.items() if fnmatch.filter(here, pattern)},
-    )
+    apply_plan(model, tp_mesh, tensor_plan(model.config, tp_mesh.size(), sequence_parallel))
     model.tie()  # both ends are Shard(0)
-    for name in frozen:
-        model.get_parameter(name).requires_grad_(False)  # torch's styles may make new, trainable parameters
     model.vocabulary = SplitVocabulary(model.config.vocab_size, tp_mesh, sequence_parallel)
     if sequence_parallel and model.model.embed_tokens is None:
         model.model.sequence_shards = tp_mesh.size()  # a later stage gets (B, T/tp, D)

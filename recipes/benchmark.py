@@ -46,8 +46,8 @@ from dtensor_llama.data.tokenize import prepare_corpus
 from dtensor_llama.data.tokenizer import load_tokenizer
 from dtensor_llama.flops import hardware_flops_per_token, model_flops_per_token, peak_flops
 from dtensor_llama.hf_folder import Base
+from dtensor_llama.initial_weights import init_weights
 from dtensor_llama.metrics import GIB, LateReader, MemoryPeaks, PeakMemory
-from dtensor_llama.model import init_weights
 from dtensor_llama.places import cache_folders, readable
 from memory import ChunkManager, MemoryConfig
 from parallel import ParallelConfig, build_mesh

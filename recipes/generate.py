@@ -28,9 +28,9 @@ from tyro.conf import UseAppendAction
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf
 from dtensor_llama.attention import WholeRows, choose_attention
 from dtensor_llama.cli import AtLeast, FilePath, check_numbers, read_launch, run_recipe
-from dtensor_llama.config import ends_of, read_generation_config
 from dtensor_llama.data.tokenizer import load_tokenizer
 from dtensor_llama.generate import Sampling, TextStream, generate_batch
+from dtensor_llama.generation_config import ends_of, read_generation_config
 from dtensor_llama.places import refuse_hub_name
 from dtensor_llama.terminal import stdout_speaks_utf8
 from dtensor_llama.weights import check_hf
@@ -280,7 +280,7 @@ def chat_template(tokenizer):
 def find_stop_ids(cfg: GenerateConfig, config: LlamaConfig, template) -> tuple[int, ...]:
     """Return the tokens that end a text: the EOS tokens of config.json and generation_config.json, and the
     token that ends a turn in a chat."""
-    ids = {*ends_of(config.eos_token_id), *ends_of(read_generation_config(cfg.model).get("eos_token_id"))}
+    ids = {*config.ends, *ends_of(read_generation_config(cfg.model).get("eos_token_id"))}
     if template:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         ids.add([i for i, trained in zip(*template.encode(turns, "--chat"), strict=True) if trained][-1])

@@ -42,7 +42,7 @@ from dtensor_llama.data.sequences import Packing, log_skipped
 from dtensor_llama.data.sources import TextOptions
 from dtensor_llama.data.tokenizer import load_tokenizer
 from dtensor_llama.hf_folder import Base, export
-from dtensor_llama.model import init_weights
+from dtensor_llama.initial_weights import init_weights
 from dtensor_llama.places import cache_folders, readable
 from dtensor_llama.run import (
     CONTENT,

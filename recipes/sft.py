@@ -57,7 +57,7 @@ from dtensor_llama.data.reader import Batch, Batching, SequenceReader, validatio
 from dtensor_llama.data.sequences import Packing, log_skipped
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
 from dtensor_llama.hf_folder import Base, export, save_tokenizer
-from dtensor_llama.model import init_weights
+from dtensor_llama.initial_weights import init_weights
 from dtensor_llama.places import cache_folders, readable
 from dtensor_llama.run import (
     CONTENT,

@@ -196,7 +196,7 @@ def test_the_corpus_is_reused_until_a_file_the_field_or_the_tokenizer_changes(
         assert prepare_corpus([str(tmp_path / "*.jsonl"), file], tokenizer, cache).folder == first.folder
     os.utime(file, ns=(0, 0))
     touched = prepare_corpus([file], tokenizer, cache)
-    field = prepare_corpus([file], tokenizer, cache, text_field="other")
+    field = prepare_corpus([file], tokenizer, cache, TextOptions("other"))
     other = prepare_corpus([file], tokenizers_by_kind["byte-level"], cache)
     assert len({corpus.folder for corpus in (first, touched, field, other)}) == 4 == len(folders(cache))
     assert field.tokens.tolist() == whole(tokenizer, ["another field"] * 4)
@@ -634,7 +634,7 @@ def test_a_field_with_a_dot_in_its_name_goes_before_one_inside_of_another(tmp_pa
 def test_a_text_inside_of_another_field_is_trained_on(tokenizer, tmp_path):
     file, plain = tmp_path / "nested.jsonl", write_jsonl(tmp_path / "plain.jsonl", NESTED_TEXTS)
     file.write_text("".join(json.dumps(record) + "\n" for record in NESTED))
-    nested = prepare_corpus([file], tokenizer, tmp_path / "cache", text_field="meta.a.body", processes=1)
+    nested = prepare_corpus([file], tokenizer, tmp_path / "cache", TextOptions("meta.a.body"), processes=1)
     assert (
         nested.content_hash
         == prepare_corpus([plain], tokenizer, tmp_path / "cache", processes=1).content_hash

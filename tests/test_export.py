@@ -260,7 +260,7 @@ def test_the_generation_config_of_the_base_is_carried_on_with_every_end(inputs, 
 
 def test_with_another_tokenizer_only_settings_that_name_no_token_are_carried_on():
     from dtensor_llama import LlamaConfig
-    from dtensor_llama.config import generation_config
+    from dtensor_llama.generation_config import generation_config
 
     base = {"eos_token_id": [5, 6], "max_new_tokens": 9, "bad_words_ids": [[3]], **SAMPLING}
     config = LlamaConfig(eos_token_id=2)

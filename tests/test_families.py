@@ -34,7 +34,7 @@ from dtensor_llama.chat.lora import (
 )
 from dtensor_llama.config import config_from_fields
 from dtensor_llama.flops import model_flops_per_token
-from dtensor_llama.generate import generate
+from dtensor_llama.generate import generate_batch
 from dtensor_llama.model import init_weights
 from dtensor_llama.run import refuse_other_run
 from parallel import Booster, ParallelConfig, build_mesh, parallelize
@@ -205,7 +205,7 @@ def test_a_cache_gives_the_tokens_of_transformers(family):
     """Greedy, past the window and past the context that dynamic RoPE was made for."""
     model, twin = ours_of(family), twin_of(family).eval()
     prompt = tokens_of(11)[0].tolist()
-    ours = list(generate(model, prompt, max_new_tokens=20))
+    ours = [token for (token,) in generate_batch(model, [prompt], max_new_tokens=20)]
     theirs = twin.generate(
         torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0
     )

@@ -14,7 +14,7 @@ from recipe import ROOT, recipe
 from dtensor_llama import Llama, LlamaConfig, load_hf
 from dtensor_llama.attention import WholeRows
 from dtensor_llama.data.tokenizer import load_tokenizer
-from dtensor_llama.generate import Sampling, TextStream, continue_whole_rows, generate, generate_batch
+from dtensor_llama.generate import Sampling, TextStream, continue_whole_rows, generate_batch
 from dtensor_llama.model import init_weights
 from parallel import ParallelConfig, build_mesh
 from parallel.tensor import apply_tensor_parallel
@@ -59,7 +59,7 @@ def test_a_batch_of_unequal_prompts_says_what_transformers_says_to_each(expected
     model = Llama(CONFIG)
     model.attention = WholeRows(kernel)
     assert columns(generate_batch(model, PROMPTS, N)) == expected
-    assert [list(generate(model, prompt, N)) for prompt in PROMPTS] == expected
+    assert [columns(generate_batch(model, [prompt], N))[0] for prompt in PROMPTS] == expected
     assert len({tuple(row) for row in expected}) == len(PROMPTS)  # else equality would mean little
 
 
@@ -211,7 +211,8 @@ def chat_alone(folder: Path, questions: list[str]) -> list[str]:
     load_hf(model, folder)
     for question in questions:
         turns.append({"role": "user", "content": question})
-        ids = list(generate(model, template.encode_prompt(turns), 8, stop_ids=(config.eos_token_id,)))
+        turn = template.encode_prompt(turns)
+        (ids,) = columns(generate_batch(model, [turn], 8, stop_ids=(config.eos_token_id,)))
         answers.append(tokenizer.decode([i for i in ids if i != config.eos_token_id]))
         turns.append({"role": "assistant", "content": answers[-1].strip()})
     return answers

@@ -25,7 +25,8 @@ from torch.testing import assert_close
 from dtensor_llama import Llama, LlamaConfig, loss
 from dtensor_llama.attention import AttentionMask, WholeRows, attention, choose_attention
 from dtensor_llama.checkpoint import Checkpointer, SavedWeights, training_state
-from dtensor_llama.model import KVCache, init_weights
+from dtensor_llama.generate import KVCache
+from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw, float64_norms
 from memory import ChunkManager, Home, Overrides, TrainingLoop
 from memory.chunk import GIB

@@ -223,7 +223,7 @@ def train(steps, n_micros, layout):
 @functools.cache
 def trained_by_one_process(steps, n_micros):
     model = Llama(TIED)
-    optimizer = build_adamw(model, lr=1e-3, weight_decay=0.1, eps=1e-5)
+    optimizer = build_adamw(model, lr=1e-3, weight_decay=0.1)
     losses = []
     for step in range(steps):
         micros = [

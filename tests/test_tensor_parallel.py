@@ -18,9 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dtensor_llama import Llama, LlamaConfig, loss
 from dtensor_llama.chat.lora import LoraConfig, apply_lora
 from dtensor_llama.errors import UsageError
-from dtensor_llama.model import KVCache, init_weights
+from dtensor_llama.generate import KVCache
+from dtensor_llama.model import init_weights
+from parallel.lora import apply_lora_parallel, lora_plan
 from parallel.recompute import apply_recompute
-from parallel.tensor import apply_tensor_parallel, lora_plan, tensor_plan
+from parallel.tensor import apply_tensor_parallel, tensor_plan
 
 # 97 tokens: 49 + 48 over tp 2, 25 + 25 + 25 + 22 over tp 4
 MHA = LlamaConfig(
@@ -280,6 +282,7 @@ def count_lora_collectives(config, sequence_parallel, targets):
     """Of a block whose own weights are frozen and whose `targets` have adapters: forward, backward."""
     model = Llama(config)
     apply_lora(model, LoraConfig(rank=2, targets=targets))
+    apply_lora_parallel(model, tp_mesh(2))
     apply_tensor_parallel(model, tp_mesh(2), sequence_parallel)
     x = torch.randn(2, T // 2 if sequence_parallel else T, config.hidden_size, requires_grad=True)
     rope = tuple(torch.ones(1, T, 1, config.head_dim // 2) for _ in range(2))
@@ -335,9 +338,8 @@ def test_adapters_cost_nothing_in_forward_and_in_backward_the_sums_of_their_rows
     sequence_parallel, n_kv_heads, targets
 ):
     config = replace(GQA, num_key_value_heads=n_kv_heads)
-    plan = tensor_plan(config, 2, sequence_parallel)
     of = lambda name: name.split(".")[-2].removesuffix("_lora")
-    adapters = [row for name, row in lora_plan(plan, n_kv_heads).items() if of(name) in targets]
+    adapters = [row for name, row in lora_plan(config, 2).items() if of(name) in targets]
     assert len(adapters) == 2 * len(targets) and not any(row.forward for row in adapters)
     # A frozen block has no sums of its own weights' gradients: those of norms, and of heads that ranks share.
     activations = {"all-gather": 2, "reduce-scatter": 2} if sequence_parallel else {"all-reduce": 2}

@@ -13,7 +13,6 @@ import json
 import math
 from dataclasses import dataclass
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -25,8 +24,9 @@ from torch.distributed.tensor import DTensor
 from dtensor_llama.atomic import on_all_ranks, own_rank
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.errors import UsageError
+from dtensor_llama.initial_weights import random_stream
 from dtensor_llama.model import Llama
-from dtensor_llama.weights import ADAPTER, hf_parameters, local_boxes, values_to_write
+from dtensor_llama.weights import ADAPTER, copy_own_part, hf_parameters, local_boxes, values_to_write
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,10 @@ def init_lora(model: nn.Module, seed: int) -> None:
     for name, parameter in adapter_parameters(model).items():
         whole = torch.zeros(parameter.shape)
         if "lora_A" in name:
-            key = int.from_bytes(sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1
             bound = parameter.shape[1] ** -0.5
-            whole.uniform_(-bound, bound, generator=torch.Generator().manual_seed(key))
+            whole.uniform_(-bound, bound, generator=random_stream(f"{seed}/{name}"))
         with values_to_write(model, name, parameter) as values:
-            for offsets, sizes, local in local_boxes(values):
-                local.copy_(whole[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))])
+            copy_own_part(whole, values)
 
 
 def n_adapter_parameters(model: LlamaConfig, config: LoraConfig) -> int:

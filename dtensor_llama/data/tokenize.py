@@ -57,7 +57,7 @@ def prepare_corpus(
     paths: Sequence[str | Path],
     tokenizer: Tokenizer,
     cache_dir: str | Path | Sequence[str | Path],
-    text_field: str | TextOptions = "text",
+    text: TextOptions = TextOptions(),
     processes: int | None = None,
 ) -> TokenCorpus:
     """Return the corpus of `paths` (files and globs), tokenized now unless nothing changed since last time.
@@ -65,11 +65,9 @@ def prepare_corpus(
     Any number of ranks and runs may call this at once: one tokenizes, the others wait for it. Progress goes
     to stderr. Raises UsageError for what is wrong with the files.
 
-    text_field: the field that holds the text, or all options of texts
     cache_dir: a folder, or several: the corpus is read where it is found, and written into the first one that
         can be written"""
-    options = TextOptions(text_field) if isinstance(text_field, str) else text_field
-    return TokenCorpus(prepare(paths, TextEncoding(tokenizer, options), cache_dir, processes))
+    return TokenCorpus(prepare(paths, TextEncoding(tokenizer, text), cache_dir, processes))
 
 
 def prepare(paths, encoding: Encoding, cache_dir, processes: int | None) -> Path:

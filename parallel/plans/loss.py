@@ -51,9 +51,7 @@ def sum_of_losses(
     """Return the sum of the losses of logits (B, T, V), or under tp of this rank's columns of them."""
     logits, targets = logits.float(), targets_of(family, labels)
     if criterion is not None:
-        n_targets = int((targets != IGNORE).sum())
-        # A mean over nothing is nan; nothing scored adds nothing, but every rank must go through backward.
-        return criterion(logits, labels) * n_targets if n_targets else logits.sum() * 0
+        return summed(criterion, logits, labels, int((targets != IGNORE).sum()))
     vocabulary = Vocabulary(logits.shape[-1])
     if boundary is not None:
         vocabulary = SplitVocabulary(boundary.n_tokens, boundary.mesh, sequence_parallel=False)
@@ -62,6 +60,14 @@ def sum_of_losses(
     return (losses * (targets != IGNORE)).sum()
 
 
-def targets_of(family: Family, labels: Tensor) -> Tensor:
-    """Return for each position the label that is scored there."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORE) if family.shifts_labels else labels
+def summed(criterion: Criterion, logits: Tensor, labels: Tensor, n_targets: int) -> Tensor:
+    """Return the user's mean as a sum over the scored tokens. A mean over nothing is nan; nothing scored adds
+    nothing, but every rank must go through backward."""
+    return criterion(logits, labels) * n_targets if n_targets else logits.sum() * 0
+
+
+def targets_of(family: Family | None, labels: Tensor) -> Tensor:
+    """Return for each position the label that is scored there, in most families and our own Llama (None) that
+    of the token after it."""
+    shifts = family is None or family.shifts_labels
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE) if shifts else labels

@@ -44,8 +44,8 @@ from dtensor_llama import Llama, LlamaConfig
 from dtensor_llama.cli import run_recipe
 from dtensor_llama.errors import UsageError
 from dtensor_llama.flops import hardware_flops_per_token
+from dtensor_llama.initial_weights import init_weights
 from dtensor_llama.metrics import GIB, PeakMemory
-from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
 from memory.tracer import MachineRates
 from parallel.mesh import start_process_group, stop_process_group

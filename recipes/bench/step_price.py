@@ -31,7 +31,7 @@ from dtensor_llama import Llama, LlamaConfig
 from dtensor_llama.cli import read_launch, run_recipe
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.errors import UsageError
-from dtensor_llama.model import init_weights
+from dtensor_llama.initial_weights import init_weights
 from dtensor_llama.optim import build_adamw
 from parallel import ParallelConfig, build_mesh
 from parallel.apply import Computation

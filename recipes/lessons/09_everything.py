@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtensor_llama import Llama, LlamaConfig
 from dtensor_llama.data.reader import Batch
-from dtensor_llama.model import init_weights
+from dtensor_llama.initial_weights import init_weights
 from parallel import ParallelConfig, build_mesh
 from parallel.apply import Computation
 from parallel.assemble import Training, adamw, assemble
