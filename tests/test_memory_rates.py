@@ -49,9 +49,10 @@ def test_rates_are_measured_once_per_machine_and_kept(tmp_path):
     assert set(json.loads(path.read_text())) == {"another machine", key}  # nobody's rates are lost
     load("compiled"), load("blocks", 8), load("compiled")  # nor are they another kernel's
     assert measured[2:] == [(CPU, "compiled", 1), (CPU, "blocks", 8)]
-    older = kept[key] | {"host_adam": {"1": 6e8, "2": 7e8}}  # by number of threads, as files once held it
+    # Files once held another rate of DRAM, under another name.
+    older = {"dram_under_dma" if name == "dram_in_update" else name: rate for name, rate in kept[key].items()}
     path.write_text(json.dumps({key: older}))
-    assert load() == RATES and len(measured) == 4
+    assert load() == RATES and len(measured) == 5 and "measured again" in said[-2]
 
 
 def test_a_link_copies_what_it_says():
