@@ -113,13 +113,13 @@ class WholeRows:
         if positions is not None:
             mask = AttentionMask.of_documents(positions, self.kernel, device)
             return positions.to(device, non_blocking=True), mask
-        first = cache.n_seen if cache is not None else 0
+        first = cache.n_seen if cache else 0
         at = torch.arange(first, first + n_tokens, device=device)[None]  # (1, T)
         if cache is None or cache.padding is None:
             return at, None
         key = torch.arange(first + n_tokens, device=device)
         seen = (key >= cache.padding[:, None])[:, None] & (key <= at[..., None])  # (B, T, S)
-        seen = seen | (key == at[..., None])  # the softmax over a row without any key would be nan
+        seen |= key == at[..., None]  # the softmax over a row without any key would be nan
         # RoPE is relative, and padding moves all positions of a sequence alike.
         return at, AttentionMask(dense=seen[:, None])
 
@@ -131,7 +131,7 @@ class WholeRows:
         ends = mask.cu_seqlens if mask else None
         if self.kernel == "flash" or ends is not None:
             return AttentionMask(cu_seqlens=ends, window=window)
-        first = cache.n_seen if cache is not None else 0
+        first = cache.n_seen if cache else 0
         query = torch.arange(first, first + n_tokens, device=device)[:, None]
         key = torch.arange(first + n_tokens, device=device)
         near = ((key <= query) & (key > query - window))[None, None]  # (1, 1, T, S)
@@ -228,14 +228,17 @@ def plan_sdpa(dtype: torch.dtype, grouped: bool, masked: bool, over_cache: bool)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    return _sdpa_on_gpu(q, k, v, mask) if q.is_cuda else _call_sdpa(q, k, v, mask)
+    attend = _sdpa_on_gpu if q.is_cuda else _call_sdpa
+    return attend(q, k, v, mask)
 
 
 def _call_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
     out = F.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v)),  # (B, H or K, T or S, E)
         attn_mask=mask,
-        is_causal=mask is None and q.shape[1] > 1,  # a single query sees every key there is
+        # A single query sees every key there is. The length is compared in a branch, because torch.compile
+        # makes a symbol of a length that has changed, and sdpa refuses a comparison of symbols.
+        is_causal=False if q.shape[1] == 1 else mask is None,
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )

@@ -417,6 +417,11 @@ def by_transformers(
     """(ids, mask) that transformers makes with AGENT_MARKED."""
     import transformers
 
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 21):
+        # Since 5.21 transformers gives a template a thought of any name. Before, the template had to know the name.
+        turns = [
+            turn | {"reasoning_content": turn["thinking"]} if "thinking" in turn else turn for turn in turns
+        ]
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     encoded = theirs.apply_chat_template(
         turns,

@@ -184,6 +184,44 @@ def test_every_layout_with_every_recompute_compiles_no_more(name, recompute, doc
     )
 
 
+def losses_of_shorter_rows(compiled: bool, layout: dict) -> list[float]:
+    """Return the losses of a step and a validation with sequences of T tokens, and of two of each with
+    shorter ones."""
+    resolved = ParallelConfig(**layout).resolve(dist.get_world_size())
+    with torch.device("meta"):
+        model = Llama(GQA)
+    with mock.patch("torch.compile", partial(torch.compile, backend="aot_eager", fullgraph=True)):
+        training = make_training(model, resolved, N_MICROS, Computation(compile=compiled))
+    init_weights(model, seed=0)
+    losses = []
+    for n_tokens in (T, T - 4, T - 8):
+        batches = [
+            Batch(batch.tokens[:, :n_tokens].clone(), batch.labels[:, :n_tokens].clone(), None)
+            for batch in packed_batches(n_tokens, N_MICROS)
+        ]
+        batches = [training.layout.own_tokens(batch) for batch in batches]
+        losses.append(float(forward_backward(training, batches, N_MICROS * n_tokens)))
+        model.zero_grad()
+        losses.append(float(training.sum_of_losses(batches)))
+    return losses
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"dp_shard": 2},
+        {"tp": 2, "sequence_parallel": False},
+        *(
+            pytest.param(layout, marks=pytest.mark.slow)
+            for layout in ({"tp": 2}, {"cp": 2, "cp_method": "ring"}, {"cp": 2, "cp_method": "ulysses"})
+        ),
+    ],
+)
+def test_rows_of_another_length_after_the_first_step_train_and_validate_as_without_compile(layout):
+    compiled, eager = (run_on(2, losses_of_shorter_rows, how, layout) for how in (True, False))
+    assert_close(compiled, eager, rtol=1e-5, atol=0)
+
+
 # ---- the loss: its chunk is compiled by itself, by default on a GPU ----
 
 

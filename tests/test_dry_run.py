@@ -188,7 +188,7 @@ def cases():
         yield pytest.param(name, marks=marks if name in FAST else [*marks, pytest.mark.slow])
 
 
-@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("name", list(cases()))
 def test_states_and_traffic_are_those_of_real_processes_and_peaks_within_3_percent(name):
     assert all(abs(one.error) <= 0.03 for one in compare(name))
 

@@ -160,10 +160,10 @@ def spread_family(
     part.boundary = None
     if config.tp > 1:
         apply_plan(part, family, mesh["tp"], draws)
-    blocks = [block for block in family.blocks_of(part) if any(True for _ in block.parameters())]
+    blocks = [block for block in family.blocks_of(part) if list(block.parameters())]
     apply_recompute(blocks, computation.recompute, draws)
     if computation.compile:
-        apply_compile(blocks)
+        apply_compile(blocks, config)
         if computation.recompute != "none":
             # The kinds of styles.py change attributes while a module runs, and change them back before it
             # ends: nothing is left that recomputation, which is a part of the graph, would have to repeat.
