@@ -34,7 +34,9 @@ from gpu_plan import (
     Part,
     Setting,
     choose_card,
+    config_of,
     expected_step,
+    our_seconds,
     plan,
     step_seconds,
     warm_up,
@@ -382,6 +384,17 @@ def test_the_table_says_what_was_predicted_and_what_came_and_marks_what_is_far_o
 
 
 # ---- Offload and its peers ----
+
+
+def test_a_step_under_a_budget_takes_the_time_that_was_measured_on_an_h200():
+    """The machine's rates were measured on their own but for one, `dram_in_update`, which is from this run."""
+    lines = (ROOT / "recipes/bench/results/h200.jsonl").read_text().splitlines()
+    results = [
+        row["result"] for row in map(json.loads, lines) if row["part"] == "3.5b-24-4k" and "result" in row
+    ]
+    (ours,) = [result for result in results if result["contender"] == "ours"]
+    setting = Setting(CARDS["h200"], Path("x"), host_budget_gib=100)
+    assert our_seconds(config_of("3.5b"), 24, setting, 4096) == pytest.approx(ours["step_seconds"], rel=0.05)
 
 
 def test_fsdp2s_offload_is_predicted_as_a_sum_because_nothing_overlaps_on_one_rank():
