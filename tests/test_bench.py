@@ -387,7 +387,7 @@ def test_the_table_says_what_was_predicted_and_what_came_and_marks_what_is_far_o
 
 
 def test_a_step_under_a_budget_takes_the_time_that_was_measured_on_an_h200():
-    """The machine's rates were measured on their own but for one, `dram_in_update`, which is from this run."""
+    """The machine's rates were measured on their own, but `dram_in_update` in this run."""
     lines = (ROOT / "recipes/bench/results/h200.jsonl").read_text().splitlines()
     results = [
         row["result"] for row in map(json.loads, lines) if row["part"] == "3.5b-24-4k" and "result" in row
