@@ -113,7 +113,7 @@ class WholeRows:
         if positions is not None:
             mask = AttentionMask.of_documents(positions, self.kernel, device)
             return positions.to(device, non_blocking=True), mask
-        first = cache.n_seen if cache else 0
+        first = cache.n_seen if cache is not None else 0
         at = torch.arange(first, first + n_tokens, device=device)[None]  # (1, T)
         if cache is None or cache.padding is None:
             return at, None
@@ -131,7 +131,7 @@ class WholeRows:
         ends = mask.cu_seqlens if mask else None
         if self.kernel == "flash" or ends is not None:
             return AttentionMask(cu_seqlens=ends, window=window)
-        first = cache.n_seen if cache else 0
+        first = cache.n_seen if cache is not None else 0
         query = torch.arange(first, first + n_tokens, device=device)[:, None]
         key = torch.arange(first + n_tokens, device=device)
         near = ((key <= query) & (key > query - window))[None, None]  # (1, 1, T, S)

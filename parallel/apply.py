@@ -83,7 +83,8 @@ def parallelize(
         # then: a recomputed block must replay the traffic of the passes above
         apply_recompute(blocks, computation.recompute)
         if computation.compile:
-            apply_compile(blocks, config)  # then: one graph per block, recompute included
+            # then: one graph per block, recompute included
+            apply_compile(blocks, dynamic=False if config.tp > 1 else None)
         # last: shards what the passes above left
         apply_zero(part, blocks, mesh, config.zero_stage, computation.dtype)
     for part in {model, *parts}:
@@ -101,7 +102,7 @@ def _set_kernel(model: Llama, kernel: str) -> None:
     model.attention = WholeRows(kernel)
 
 
-def apply_compile(blocks: list, config: ParallelConfig) -> None:
+def apply_compile(blocks: list, dynamic: bool | None = None) -> None:
     """Compile each block's forward. All blocks share one code object, so the first compile serves all; FSDP's
     hooks stay outside the graph.
 
@@ -110,9 +111,9 @@ def apply_compile(blocks: list, config: ParallelConfig) -> None:
     graph without backward keeps nothing for it. Under LoRA there is a third, at the first step: the input of
     the first block has no gradient, as the embedding is frozen.
 
-    Under tensor parallelism every other length of sequences compiles graphs of its own. Elsewhere
-    torch.compile makes one graph for all lengths after the first, with a symbol in place of the number, and
-    some of DTensor's rules fail on symbols (pytorch/pytorch#152963).
+    dynamic: as in torch.compile. By default it makes one graph for all lengths of sequences after the first,
+    with a symbol in place of the number. Some of DTensor's rules fail on symbols (pytorch/pytorch#152963).
+    False compiles every length by itself, and is for blocks that compute with DTensors.
     """
     for block in blocks:
-        block.forward = torch.compile(block.forward, dynamic=False if config.tp > 1 else None)
+        block.forward = torch.compile(block.forward, dynamic=dynamic)

@@ -163,7 +163,7 @@ def spread_family(
     blocks = [block for block in family.blocks_of(part) if list(block.parameters())]
     apply_recompute(blocks, computation.recompute, draws)
     if computation.compile:
-        apply_compile(blocks, config)
+        apply_compile(blocks)
         if computation.recompute != "none":
             # The kinds of styles.py change attributes while a module runs, and change them back before it
             # ends: nothing is left that recomputation, which is a part of the graph, would have to repeat.
