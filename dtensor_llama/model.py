@@ -157,7 +157,8 @@ class LlamaBlock(nn.Module):
 
 @functools.cache
 def block_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each parameter of a block, by its name inside the block."""
+    """Return the shape of each parameter of a block, by its name inside the block. All callers get the same
+    dict."""
     with torch.device("meta"):
         block = LlamaBlock(config, layer=0)
     return {name: tuple(parameter.shape) for name, parameter in block.named_parameters()}

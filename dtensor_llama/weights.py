@@ -18,6 +18,7 @@ import math
 import os
 import re
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,7 +80,7 @@ class FilePlan(NamedTuple):
         return [name for name, where in self.stored.items() if where.file == file]
 
 
-class StandIn(nn.Module):
+class StandIn(nn.Module, ABC):
     """Stands in for a model whose float32 weights live somewhere else, for example in the chunks of memory/.
 
     Its parameters have the model's names, shapes and layouts, but no memory of their own. Values pass through
@@ -88,17 +89,17 @@ class StandIn(nn.Module):
     model alike.
     """
 
+    @abstractmethod
     def empty(self, name: str) -> Tensor:
         """Return a float32 tensor on the host for the values of one parameter, sharded like it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, name: str) -> Tensor:
         """Return a tensor as `empty` does, with a copy of the present values."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write(self, name: str, values: Tensor) -> None:
         """Replace the values of one parameter by these, which are sharded as those of `empty`."""
-        raise NotImplementedError
 
 
 def values_to_read(model: nn.Module, name: str, parameter: nn.Parameter) -> Tensor:

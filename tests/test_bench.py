@@ -114,7 +114,7 @@ def test_the_turns_of_every_offload_measurement_fit_its_limit_also_with_64k_toke
 
 def test_a_warm_up_compiles_each_kind_of_step_that_is_timed_once_with_two_layers(setting):
     write_models(setting)
-    runs = warm_up(setting, plan(setting))
+    runs = warm_up(setting, [measurement for part in plan(setting) for measurement in part.measurements])
     configs = [parse_cli(benchmark.BenchmarkConfig, list(run.command[1:])) for run in runs]
     assert len({run.command for run in runs}) == len(runs) == len({run.name for run in runs})
     compiled = set()
@@ -138,7 +138,7 @@ def test_a_warm_up_compiles_each_kind_of_step_that_is_timed_once_with_two_layers
 
 
 def test_the_runs_of_a_warm_up_are_under_way_at_once_and_tests_that_ran_beside_them_have_their_results(
-    monkeypatch, tmp_path
+    monkeypatch, tmp_path, capsys
 ):
     """Each of two runs waits for the other's file."""
     wait = (
@@ -150,7 +150,10 @@ def test_the_runs_of_a_warm_up_are_under_way_at_once_and_tests_that_ran_beside_t
     monkeypatch.setattr(gpu, "warm_up_runs", lambda *asked: [Measurement("kind 1", ("-c", wait, a, b), 30)])
     timed, tests = Part("x", "y", (Measurement("z", ("-c", ""), 9),)), Part("tests", "y", (beside,))
     results = gpu.Results(tmp_path / "h200.jsonl")
-    gpu.warm_up(Setting(CARDS["h200"], tmp_path), [timed, tests], results)
+    card, cfg = Setting(CARDS["h200"], tmp_path), gpu.Config(out=tmp_path)
+    gpu.warm_up(card, [timed, tests], results, cfg, deadline=time.monotonic() + 60)
+    assert not results.lines and "may take 180 s of" in capsys.readouterr().out
+    gpu.warm_up(card, [timed, tests], results, cfg, deadline=float("inf"))
     ended = {line["part"]: line["ended"] for line in gpu.Results(results.path).lines if "ended" in line}
     assert ended == {"warm-up": "done", "tests": "done"}
     assert results.endings(tests, beside) == ["done"] and not results.endings(timed, timed.measurements[0])

@@ -90,7 +90,7 @@ def main(cfg: Config) -> None:
                 flush=True,
             )
         if cfg.warm_up:
-            warm_up(setting, chosen, results)
+            warm_up(setting, chosen, results, cfg, deadline)
         measure_all(chosen, results, cfg, deadline)
     table = summary(parts, results.lines)
     cfg.out.mkdir(parents=True, exist_ok=True)
@@ -211,27 +211,23 @@ def measure_all(parts: list[Part], results: Results, cfg: Config, deadline: floa
             measure(part, measurement, results, cfg.out / "logs")
 
 
-def warm_up(setting: Setting, parts: list[Part], results: Results) -> None:
+def warm_up(setting: Setting, parts: list[Part], results: Results, cfg: Config, deadline: float) -> None:
     """Run, all at once, what takes long on a fresh machine and is not timed: compiling and the part tests."""
-    todo = todo_of([part for part in parts if part.name != "tests"], results)
-    timed = [replace(part, measurements=(measurement,)) for part, measurement in todo]
+    limit_s, left_s = WARM_UP_S * setting.patience, deadline - time.monotonic()
+    if limit_s > left_s:
+        print(f"== warm-up: not started, it may take {limit_s} s of {max(0, left_s):.0f} left", flush=True)
+        return
+    pairs = [(part, measurement) for part in parts for measurement in part.measurements]
+    todo = [each for each in pairs if cfg.again or "done" not in results.endings(*each)]
     about = Part("warm-up", "what it compiles is found compiled later; its figures mean nothing", ())
+    timed = [measurement for part, measurement in todo if part.name != "tests"]
     runs = [(about, run) for run in warm_up_runs(setting, timed)]
-    runs += todo_of([part for part in parts if part.name == "tests"], results)
-    print(f"== warm-up: {len(runs)} runs side by side, at most {WARM_UP_S} s", flush=True)
+    runs += [(part, replace(run, limit_s=limit_s)) for part, run in todo if part.name == "tests"]
+    print(f"== warm-up: {len(runs)} runs side by side, at most {limit_s} s", flush=True)
     with ThreadPoolExecutor(max(1, len(runs))) as pool:
-        limited = [(part, replace(run, limit_s=WARM_UP_S * setting.patience)) for part, run in runs]
-        under_way = [pool.submit(measure, *each, results, setting.out / "logs") for each in limited]
+        under_way = [pool.submit(measure, *each, results, cfg.out / "logs") for each in runs]
     for run in under_way:
         run.result()
-
-
-def todo_of(parts: list[Part], results: Results) -> list[tuple[Part, Measurement]]:
-    """Return the measurements without results."""
-    pairs = [(part, measurement) for part in parts for measurement in part.measurements]
-    return [
-        (part, measurement) for part, measurement in pairs if "done" not in results.endings(part, measurement)
-    ]
 
 
 def python_path() -> str:

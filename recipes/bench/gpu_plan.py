@@ -26,7 +26,7 @@ from offload import Config as OffloadConfig
 from dtensor_llama import LlamaConfig, UsageError
 from dtensor_llama.flops import PEAK_FLOPS, hardware_flops_per_token, model_flops_per_token
 from memory.auto import foresee
-from memory.tracer import MachineRates
+from memory.tracer import HOST_ADAM_BYTES, MachineRates
 from parallel.cluster import find_cluster
 from parallel.config import ParallelConfig
 from parallel.cost import FITS_SHARE, States, Work, account_with_offload
@@ -411,13 +411,13 @@ WARM_UP_S = 180  # on 16 cores it took 135 s, and the start of a run became 26 s
 MIXED = "--memory.placement static --memory.resident 0.4 --memory.stream 0.3 --memory.cpu 0.3"
 
 
-def warm_up(setting: Setting, parts: list[Part]) -> list[Measurement]:
-    """Return runs of two layers, one for each kind of step that the parts time.
+def warm_up(setting: Setting, measurements: list[Measurement]) -> list[Measurement]:
+    """Return runs of two layers, one for each kind of step that the measurements time.
 
     They compile what those steps then find compiled, and can run side by side because nothing of theirs is
     timed. Their cache is their own, so that the rates of a busy machine are not kept."""
     short, commands = replace(setting, layers=2), []
-    for measurement in (each for part in parts for each in part.measurements):
+    for measurement in measurements:
         script, *flags = measurement.command
         given = dict(pairwise(flags))  # each flag, and what follows it
         if script == "recipes/bench/offload.py":
@@ -445,7 +445,7 @@ def warm_up(setting: Setting, parts: list[Part]) -> list[Measurement]:
         commands.append((*command.split(), *placement))
     threads = {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
     return [
-        Measurement(f"kind {i}", command, WARM_UP_S, environment=threads)
+        Measurement(f"kind {i}", command, WARM_UP_S * setting.patience, environment=threads)
         for i, command in enumerate(dict.fromkeys(commands), 1)
     ]
 
@@ -502,11 +502,11 @@ RISKIEST = "fused or logits or every_pass or nothing_depends or budget or initia
 
 
 def rates() -> Measurement:
-    in_update = MACHINE.dram_in_update / 1e9
+    in_update, host_adam = MACHINE.dram_in_update / 1e9, HOST_ADAM_BYTES * MACHINE.host_adam / 1e9
     expects = (
         Expected("dram_gb_s", MACHINE.dram / 1e9, MACHINE.dram / 1e9),
         Expected("dram_in_update_gb_s", in_update, in_update),
-        Expected("host_adam_gb_s", 28 * MACHINE.host_adam / 1e9, 28 * MACHINE.host_adam / 1e9),
+        Expected("host_adam_gb_s", host_adam, host_adam),
     )
     return Measurement("rates", ("recipes/bench/memory_rates.py",), 180, expects)
 

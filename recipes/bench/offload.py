@@ -367,7 +367,7 @@ def judge(name: str, turns_of: dict[str, list[dict]], n_tokens: int, config: Lla
             name,
             config.n_parameters,
             alone,
-            MachineRates.from_json(plan["rates"]),
+            MachineRates(**plan["rates"]),
             turns[-1].get("n_microbatches", 1),
         )
     alone = turns[-1].get("forward_backward_seconds", alone)
