@@ -421,21 +421,18 @@ def warm_up(setting: Setting, measurements: list[Measurement]) -> list[Measureme
         script, *flags = measurement.command
         given = dict(pairwise(flags))  # each flag, and what follows it
         if script == "recipes/bench/offload.py":
-            preset, recompute, rows = given["--model"], "full", int(given["--tokens"]) // 4096
-            micro_rows, placement = min(4, rows), MIXED.split()
+            preset, recompute = given["--model"], "full"
+            rows = int(given["--tokens"]) // 4096
+            micro_rows = min(4, rows)
+            placement = f"{MIXED} {setting.host_flags}".split()
         elif "--train.recompute" in given:
-            preset, recompute, rows = (
-                "llama2-7b",
-                given["--train.recompute"],
-                given["--train.global-batch-size"],
-            )
-            micro_rows, placement = (
-                given["--train.micro-batch-size"],
-                flags[flags.index("--memory.placement") :],
-            )
+            preset, recompute = "llama2-7b", given["--train.recompute"]
+            rows = int(given["--train.global-batch-size"])
+            micro_rows = int(given["--train.micro-batch-size"])
+            placement = flags[flags.index("--memory.placement") :]
         else:
             continue
-        several = min(int(rows), 2 * int(micro_rows))  # microbatches are summed by a kernel of its own
+        several = min(rows, 2 * micro_rows)  # microbatches are summed by a kernel of its own
         command = (
             f"recipes/benchmark.py --model {short.model(preset)} --data.seq-len 4096 --train.compile "
             f"--train.recompute {recompute} --train.global-batch-size {several} "
