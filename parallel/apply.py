@@ -1,5 +1,6 @@
 """parallelize: split a LLaMA over a mesh, from outside, pass by pass."""
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -113,7 +114,11 @@ def apply_compile(blocks: list, dynamic: bool | None = None) -> None:
 
     dynamic: as in torch.compile. By default it makes one graph for all lengths of sequences after the first,
     with a symbol in place of the number. Some of DTensor's rules fail on symbols (pytorch/pytorch#152963).
-    False compiles every length by itself, and is for blocks that compute with DTensors.
+    False compiles every length by itself, and is for blocks that compute with DTensors; torch does so for
+    eight lengths, then says that this is its limit and runs any other length without the compiler.
     """
+    # Under selective recomputation torch warns in eleven lines, on every rank and for every graph, that a block
+    # must not write in place. No block does.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     for block in blocks:
         block.forward = torch.compile(block.forward, dynamic=dynamic)

@@ -2,6 +2,7 @@
 by validation."""
 
 import copy
+import logging
 import pickle
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -77,6 +78,17 @@ def packed_batches(seed: int, n: int) -> list[Batch]:
     return batches
 
 
+class RecordedWarnings(logging.Handler):
+    """Keeps what torch's loggers say from warnings on."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.messages = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
 def graphs_after_each_phase(run: Run, documents: bool) -> list[int]:
     """Of three steps, a validation, a step and a validation: how many graphs had been compiled when each was
     over."""
@@ -98,6 +110,8 @@ def graphs_after_each_phase(run: Run, documents: bool) -> list[int]:
     init_weights(model, seed=0)
     if run.lora:
         init_lora(model, seed=0)
+    warnings = RecordedWarnings()
+    logging.getLogger("torch").addHandler(warnings)
     n_graphs = []
     for seed, phase in enumerate(["step", "step", "step", "validation", "step", "validation"]):
         batches = packed_batches(seed, N_MICROS if phase == "step" else 3)
@@ -110,6 +124,8 @@ def graphs_after_each_phase(run: Run, documents: bool) -> list[int]:
         else:
             training.sum_of_losses(batches)
         n_graphs.append(counted.n_graphs)
+    logging.getLogger("torch").removeHandler(warnings)
+    assert not warnings.messages  # every rank would print them
     return n_graphs
 
 
