@@ -117,8 +117,8 @@ def apply_compile(blocks: list, dynamic: bool | None = None) -> None:
     False compiles every length by itself, and is for blocks that compute with DTensors; torch does so for
     eight lengths, then says that this is its limit and runs any other length without the compiler.
     """
-    # Under selective recomputation torch warns in eleven lines, on every rank and for every graph, that a block
-    # must not write in place. No block does.
+    # Under selective recomputation torch warns in eleven lines, on every rank and for every graph, that a
+    # block must not write in place. No block does.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     for block in blocks:
         block.forward = torch.compile(block.forward, dynamic=dynamic)
