@@ -82,7 +82,7 @@ def parallelize(
             apply_lora_parallel(part, tp_mesh)
             apply_tensor_parallel(part, tp_mesh, config.sequence_parallel)
         # then: a recomputed block must replay the traffic of the passes above
-        apply_recompute(blocks, computation.recompute)
+        apply_recompute(blocks, computation.recompute, last_matrix="mlp.down_proj")
         if computation.compile:
             # then: one graph per block, recompute included
             apply_compile(blocks, dynamic=False if config.tp > 1 else None)

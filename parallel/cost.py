@@ -236,7 +236,7 @@ def kept_per_token(work: Work) -> float:
 
     Under sequence parallelism what lies between the matrices is a tp rank's own tokens; what enters a column-
     wise matrix, or leaves a row-wise one, is whole. Measured on a run without arithmetic for LLaMA-2-7B:
-    66.3k numbers with `none` and 47.1k with `selective`; these formulas give 65.8k and 46.6k.
+    66.3k numbers with `none` and 43.0k with `selective`; these formulas give 65.8k and 42.5k.
     """
     model, tp = work.model, work.layout.tp
     D, F, E = model.hidden_size, model.intermediate_size, model.head_dim
@@ -249,8 +249,7 @@ def kept_per_token(work: Work) -> float:
     if work.job.recompute == "none" and model.family.qk_norm:  # what enters the norms of heads
         heads += (model.num_attention_heads + max(model.num_key_value_heads, tp)) * E / tp
     if work.job.recompute == "selective":
-        # Compiled, the last product is known to be of no use to backward.
-        return own + (1 if work.job.compile else 2) * D + heads + 2 * F / tp
+        return own + D + heads + 2 * F / tp
     # The stream before each of the two norms, what enters the matrices, and gate, up and their product.
     streams, widths = 2, 3
     if not work.job.compile:

@@ -1,8 +1,8 @@
 """Recomputation, or activation checkpointing: keep less of forward, and compute it again in backward.
 
     none       keeps everything
-    selective  keeps the results of matrix products and attention, and recomputes the cheap rest (norms, RoPE,
-               SwiGLU)
+    selective  keeps the results of matrix products and attention that backward needs, and recomputes the cheap
+               rest (norms, RoPE, SwiGLU)
     full       keeps only the input of each block, in bf16 2 D bytes per token and layer; a third more FLOPs
 
 Source: Chen et al. 2016, arXiv:1604.06174.
@@ -14,12 +14,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from dtensor_llama.shards import local
+
 MODES = ("none", "selective", "full")
 
 _aten = torch.ops.aten
+PRODUCTS = {_aten.mm.default, _aten.addmm.default}  # the matrix comes last, transposed
 EXPENSIVE = {  # their results are kept by `selective`
-    _aten.mm.default,
-    _aten.addmm.default,
+    *PRODUCTS,
     _aten.bmm.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
@@ -28,21 +30,40 @@ EXPENSIVE = {  # their results are kept by `selective`
 }
 
 
-def _keep_expensive(context, op, *args, **kwargs) -> CheckpointPolicy:
+def _keep_expensive(unneeded: set[tuple[int, ...]], context, op, *args, **kwargs) -> CheckpointPolicy:
+    """Return whether `selective` keeps the result of an operation. It does not keep products with a matrix of
+    an `unneeded` shape."""
     # Attention kernels that are registered in namespaces of their own: the flash-attn package, torch's
     # varlen_attn, and our ring attention, which would send all keys and values round again.
     registered = getattr(op, "namespace", None) in ("flash_attn", "torch_attn", "dtensor_llama")
-    return CheckpointPolicy.MUST_SAVE if op in EXPENSIVE or registered else CheckpointPolicy.PREFER_RECOMPUTE
+    keeps = registered or op in EXPENSIVE
+    if op in PRODUCTS and tuple(args[-1].shape) in unneeded:
+        keeps = False
+    return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def apply_recompute(blocks: list[nn.Module], mode: str, draws: bool = False) -> None:
+def apply_recompute(
+    blocks: list[nn.Module], mode: str, draws: bool = False, last_matrix: str | None = None
+) -> None:
     """Make each block recompute what `mode` does not keep. This wraps `forward`, so that hooks on the block
-    stay outside, and a compile that comes after it sees the whole. draws: the blocks have dropout."""
-    if mode == "none":
+    stay outside, and a compile that comes after it sees the whole.
+
+    draws: whether the blocks have dropout.
+    last_matrix: the name of the linear module of a block whose result is only added to the stream. Backward
+        does not need that result, so `selective` does not keep it: (B, T, D), of 8 such sizes that it would
+        keep for LLaMA-2-70B under tp 4. All blocks have the same shapes.
+    """
+    if mode == "none" or not blocks:
         return
     keep = {}
     if mode == "selective":
-        keep = {"context_fn": partial(create_selective_checkpoint_contexts, _keep_expensive)}
+        unneeded = set()
+        if last_matrix is not None:
+            weight = blocks[0].get_submodule(last_matrix).weight
+            # An operation takes it transposed. Operations on DTensors have the whole shape, compiled ones the local.
+            unneeded = {tuple(weight.shape)[::-1], tuple(local(weight).shape)[::-1]}
+        policy = partial(_keep_expensive, unneeded)
+        keep = {"context_fn": partial(create_selective_checkpoint_contexts, policy)}
     if draws:  # to its end, so that a tp rank leaves the region in which it has a random stream of its own
         keep["early_stop"] = False
     for block in blocks:
