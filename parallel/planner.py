@@ -6,9 +6,9 @@
 
 The search goes over pp x dp x cp x tp, ZeRO's stage, whole copies between nodes, rows of a microbatch,
 recomputation and schedule. (Schedules that run backward in two halves are tried only without compilation.)
-It drops what breaks a rule (rules.py) and what does not fit (cost.py). Only if nothing fits, it asks the chunk
-manager's own planner to move optimizer states to the host. What is left is ranked by predicted tokens per
-second. Nothing is built and nothing runs, so thousands of layouts take seconds.
+It drops what breaks a rule (rules.py) and what does not fit (cost.py). Only if nothing fits, it asks the
+chunk manager's own planner to move optimizer states to the host. What is left is ranked by predicted tokens
+per second. Nothing is built and nothing runs, so thousands of layouts take seconds.
 """
 
 import json
