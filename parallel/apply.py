@@ -94,8 +94,8 @@ def _set_kernel(model: Llama, kernel: str) -> None:
     own = model.attention.kernel
     if own not in (kernel, WholeRows().kernel):
         raise UsageError(
-            f"model.attention was set to WholeRows({own!r}) and attention={kernel}; set one of them alone, "
-            "or both alike."
+            f"model.attention was set to WholeRows({own!r}) and attention={kernel}; set only one of them, "
+            "or give both the same kernel."
         )
     model.attention = WholeRows(kernel)
 
