@@ -1,6 +1,6 @@
 """Causal attention: one object that the model calls, and the kernels it may use.
 
-The model has one attention object, `model.attention`. It is called twice in each forward:
+The model has one attention object, `model.attention`. Each forward uses it in two ways:
 
     prepare(n_tokens, positions, cache, device)   once: position ids for RoPE and the attention mask
     __call__(q, k, v, mask)                       in every layer: attention of this rank's heads
@@ -20,8 +20,8 @@ Kernels:
 
 B sequences, T queries, S keys (S = T in training), H query heads, K key/value heads (K divides H), E head
 width. A kernel reads a key/value head once for its group of H/K query heads. Only torch's memory-efficient
-kernel cannot; where no other kernel computes what is asked for, K and V are first copied for all H heads
-(`plan_sdpa`).
+kernel cannot do that. Where no other kernel can run, keys and values are first copied for each of the H query
+heads (see `plan_sdpa`).
 """
 
 import inspect
@@ -72,16 +72,14 @@ class AttentionMask:
             if device.type == "cuda" and not ends.is_cuda:
                 ends = ends.pin_memory()  # a copy from pageable memory would wait for the GPU
             return AttentionMask(cu_seqlens=_of_any_length(ends.to(device, non_blocking=True)))
-        document = starts.to(device, non_blocking=True).cumsum(
-            -1
-        )  # (B, T): the index of each token's document
+        # (B, T): the index of each token's document
+        document = starts.to(device, non_blocking=True).cumsum(-1)
         is_own = document[:, None, :, None] == document[:, None, None, :]
         return AttentionMask(dense=is_own & causal_mask(T, T, device))
 
 
 def _of_any_length(ends: Tensor) -> Tensor:
-    """Tell torch.compile that the number of documents changes from batch to batch, so that no step compiles
-    again.
+    """Tell torch.compile that the number of documents differs between batches, so that it compiles once.
 
     The alternative, a fixed length with empty documents at the end, is expensive: FlashAttention's backward
     adds 128 rows of fp32 gradients for every document, an empty one too (2 MiB for the heads of 7B).
@@ -93,8 +91,8 @@ def _of_any_length(ends: Tensor) -> Tensor:
 class WholeRows:
     """Causal attention of a rank that holds whole sequences. Subclass it for another kind of attention."""
 
-    # True in a class that attends over sequences split by context parallelism. A class that does not say so
-    # is refused under cp: its subclasses compute something that Ulysses and Ring would not.
+    # True in a class that attends over sequences split by context parallelism. A subclass that leaves it
+    # False is refused under cp, because Ulysses or Ring in its place would compute something else.
     splits_sequence = False
     sequence_ranks = 1  # ranks that share the tokens of a sequence
 
@@ -126,8 +124,8 @@ class WholeRows:
     def near(
         self, mask: AttentionMask | None, window: int, n_tokens: int, cache, device: torch.device
     ) -> AttentionMask:
-        """Return the mask that hides from a query, beside what `mask` from `prepare` hides, all keys but the
-        last `window` ones, its own among them."""
+        """Return `mask`, which `prepare` returned, narrowed to a sliding window: each query sees at most the
+        last `window` keys, its own among them."""
         ends = mask.cu_seqlens if mask else None
         if self.kernel == "flash" or ends is not None:
             return AttentionMask(cu_seqlens=ends, window=window)
@@ -193,8 +191,8 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
             seen = seen & (at[:, None] - at < mask.window)
         out = _call_sdpa(*(x[None] for x in flat), seen, scale=E**-0.5)
     else:
-        # T bounds the longest document, as for flash-attn. A window that ends at the query is the causal
-        # mask.
+        # T bounds the longest document, as for flash-attn.
+        # A window that ends at the query itself is the causal mask.
         gqa = _VARLEN_GQA if q.shape[2] != k.shape[2] else {}
         out = varlen_attn(*flat, ends, ends, T, T, scale=E**-0.5, window_size=mask.window_size, **gqa)
     return out.reshape(B, T, H, -1)[..., :E]
@@ -262,8 +260,7 @@ def expand_heads(x: Tensor, n_heads: int) -> Tensor:
 
 
 def pad_head_width(x: Tensor) -> Tensor:
-    """Pad the head width with zeros to a multiple of 8, as CUDA kernels need; zeros add nothing to a
-    score."""
+    """Pad the head width with zeros to a multiple of 8, as CUDA kernels need. They do not change a score."""
     missing = -x.shape[-1] % 8
     return F.pad(x, (0, missing)) if missing else x
 
@@ -275,8 +272,8 @@ def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def causal_mask(n_queries: int, n_keys: int, device: torch.device) -> Tensor:
-    """Return (1, 1, T, S) bool, True where a query may see a key: the last query sees all keys, and each one
-    before it one less. With T = S these are the keys up to the query's own."""
+    """Return (1, 1, T, S) bool, True where a query may see a key. The last query sees all keys, and each
+    earlier query one key less than the next. With T = S a query sees the keys up to its own."""
     seen = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
     return seen.tril(n_keys - n_queries)[None, None]
 
@@ -295,12 +292,12 @@ def choose_attention(
     """Return the kernel for the field `attention` and the reason, to be printed.
 
     `auto` picks one; any other is used or refused. merges_blocks: ring attention will merge the results of
-    blocks, which only sdpa and math can give. documents: sequences are packed, and no token may see another
-    document.
+    blocks, which only sdpa and math can give. documents: several documents are packed into a sequence, and no
+    token may see another document than its own.
 
-    UsageError when flash is asked for and cannot run: on a CPU, in float32, or without its package; or varlen
-    without documents. On a CPU a reference computes what varlen would, so that the code around the kernel can
-    be tried there.
+    Raises UsageError if flash is asked for and cannot run (on a CPU, in float32, or without its package), or
+    varlen without documents. On a CPU a slow reference stands in for varlen, so that the code around the
+    kernel can be tried there.
     """
     if asked not in ("auto", *KERNELS):
         raise UsageError(f"attention={asked} is not one of auto, {', '.join(KERNELS)}.")

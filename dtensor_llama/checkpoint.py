@@ -63,10 +63,9 @@ from dtensor_llama.weights import is_adapter
 
 NAME = re.compile(r"step-(\d{8,})")
 CHECKSUMS = "checksums.json"
-BYTES_AROUND_A_TENSOR = (
-    8192  # about what a checkpoint adds to a tensor: a header, padding, an entry of .metadata
-)
-NOTHING_LEFT = 1 << 20  # bytes: the writer of a checkpoint finds a disk with less than this full
+# About what a checkpoint adds to each tensor: a header, padding, and an entry of .metadata.
+BYTES_AROUND_A_TENSOR = 8192
+NOTHING_LEFT = 1 << 20  # bytes: if fewer are free after a failed write, the disk is taken to be full
 # Names the states by parameter, so that they fit any layout and any pipeline stage.
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 # Frozen weights (LoRA) are those that the run began with. DCP's strict loading would miss them;
@@ -194,9 +193,9 @@ class Checkpointer:
     def load(self, path: str | Path, state: dict[str, Any]) -> None:
         """Verify a checkpoint, then fill `state`: tensors in place (resharded as needed), values anew.
 
-        The ranks share the reading for the checksums, then each reads what its boxes need. Raises UsageError
-        before anything is changed if this is no checkpoint, not complete, damaged, or of a model with other
-        tensors."""
+        The ranks share the reading for the checksums, then each reads what its boxes need. Before anything is
+        changed, UsageError is raised if this is no checkpoint, or if it is not complete, damaged, or of a
+        model with other tensors."""
         self.wait()
         path = Path(path)
         sums = self._everywhere(lambda: _checksums(path))[0]
@@ -556,8 +555,8 @@ class _Planner(DefaultLoadPlanner):
     """Reads plain values and Deferred tensors.
 
     DCP reads tensors with weights_only, but would unpickle values without limits, so they are checked first.
-    Deferred tensors are filled box by box: DCP reads a box into memory made for it, which is taken over at
-    once.
+    Deferred tensors are filled box by box: DCP reads a box into memory made for it, and the values are moved
+    to their place before the next box is read.
     """
 
     def __init__(self, deferred: dict[str, Deferred] | None = None):

@@ -1,7 +1,7 @@
-"""The door of every recipe: flags become one dataclass, the environment becomes a Launch, and a user's
-mistake becomes one line and exit status 2.
+"""Starts every recipe: flags become one dataclass, the environment becomes a Launch, and a user's mistake
+becomes one line and exit status 2.
 
-The only module of the packages that knows flags or reads the environment.
+This is the only module of the packages that knows flags or reads the environment.
 """
 
 import contextlib
@@ -95,9 +95,8 @@ def read_launch() -> Launch:
             f"launch with torchrun --nproc-per-node {n_gpus}, or show more of them in "
             "CUDA_VISIBLE_DEVICES."
         )
-    # If torchrun reuses its store across restarts, stale keys remain and each attempt needs a prefix of its
-    # own. If it makes a fresh store, no prefix is needed, and nodes may disagree on the count, so it is not
-    # used.
+    # If torchrun reuses its store after a restart, stale keys remain, and each attempt needs its own prefix.
+    # If it makes a fresh store, no prefix is needed. The count is then not used, as nodes may disagree on it.
     shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     attempt = _number("TORCHELASTIC_RESTART_COUNT", 0, low=0) if shares_store else 0
     launcher_pid = os.getppid() if os.environ.get("TORCHELASTIC_RUN_ID") else None
@@ -360,8 +359,8 @@ def _one_line(box: str) -> str:
 def commands_for(hf_folder: Path, chat: bool) -> list[str]:
     """Return lines with the commands that use an exported model, to be printed at the end of a run.
 
-    Paths are quoted, so that the commands can be typed as they are printed. chat: the model answers
-    conversations.
+    Paths are quoted, so that the commands can be typed as they are printed. chat: whether the model was
+    trained to answer conversations.
     """
     hf = shlex.quote(str(hf_folder))
     beside = Path(sys.argv[0]).parent / "generate.py"  # another recipe, beside the one that runs

@@ -16,8 +16,7 @@ def moment(device: torch.device) -> "float | torch.cuda.Event":
 
 
 def seconds_between(start: "float | torch.cuda.Event", end: "float | torch.cuda.Event") -> float:
-    """Return the seconds from one moment to another of the same device. Waits until the later one has
-    come."""
+    """Return the seconds between two moments of one device. Waits until the later one has come."""
     if isinstance(end, float):
         return end - start
     end.synchronize()

@@ -2,8 +2,7 @@
 Hugging Face `config.json`.
 
 Field names are Hugging Face's. Every field of a `config.json` is used, carried on into the `config.json` of
-what is exported, or refused by name because it would change the arithmetic in a way `model.py` does not
-implement.
+what is exported, or refused by name, because it asks for arithmetic that `model.py` does not have.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -91,7 +90,7 @@ class LlamaConfig:
     # What is done to the frequencies of RoPE, as config.json has it: rope_type linear, dynamic or llama3, and
     # its numbers. None: they stay as they are
     rope_scaling: dict[str, Any] | None = field(default=None, hash=False)
-    sliding_window: int | None = None  # a token sees so many tokens, itself among them; None: all before it
+    sliding_window: int | None = None  # how many tokens a token sees, itself among them; None: all before it
     # "sliding_attention" or "full_attention" for each layer; None: all have the window, if there is one
     layer_types: list[str] | None = field(default=None, hash=False)
     # 1 for each layer that rotates queries and keys, 0 for one that does without RoPE; None: all do
@@ -136,7 +135,7 @@ class LlamaConfig:
         self._check_layers()
 
     def _check_layers(self) -> None:
-        """Raise UsageError unless what layers may differ in fits the family and the number of layers."""
+        """Raise UsageError unless the settings of single layers fit the family and the number of layers."""
         for name in LAYER_FIELDS - {*self.family.own_fields}:
             if getattr(self, name) is not None:
                 raise UsageError(
@@ -174,7 +173,7 @@ class LlamaConfig:
 
     @property
     def n_parameters(self) -> int:
-        """The number of trainable numbers; a tied matrix counts once."""
+        """Return how many numbers the parameters have together; a tied matrix counts once."""
         block = sum(prod(shape) for shape in self.block_weights().values())
         matrices = 1 if self.tie_word_embeddings else 2
         return (
@@ -189,8 +188,9 @@ class LlamaConfig:
 
     @staticmethod
     def preset(name: str) -> "LlamaConfig":
-        """Return the shape called `name`, for example llama2-7b or tiny-10m. The UsageError for others lists
-        all."""
+        """Return the shape called `name`, for example llama2-7b or tiny-10m.
+
+        Any other name is a UsageError that lists them all."""
         if name not in PRESETS:
             refuse_hub_name(name, "model")
             raise UsageError(f"model={name} is neither a preset nor a folder. Presets: {', '.join(PRESETS)}.")
@@ -198,8 +198,7 @@ class LlamaConfig:
 
     @staticmethod
     def from_hf(folder: str | Path) -> "LlamaConfig":
-        """Read `config.json` of a Hugging Face folder (or that file itself), in both generations of its
-        format.
+        """Read `config.json` of a Hugging Face folder (or that file itself), in its older or newer format.
 
         The older one has rope_theta, rope_scaling and torch_dtype at top level, the newer one (transformers
         5) rope_parameters and dtype. Raises UsageError if the file is missing, cut short, of another family,
@@ -214,7 +213,7 @@ class LlamaConfig:
 
     @property
     def ends(self) -> list[int]:
-        """The tokens that end a text."""
+        """Return the ids of the tokens that end a text."""
         return ends_of(self.eos_token_id)
 
     def also_ending_at(self, token_ids: list[int]) -> "LlamaConfig":

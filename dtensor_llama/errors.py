@@ -1,5 +1,4 @@
-"""The exception for what a user asked for and cannot have, checks that raise it, and the list of problems in
-its message."""
+"""UsageError, the exception for requests that cannot be met; checks that raise it, and texts for it."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +12,7 @@ class UsageError(ValueError):
 
 
 class BadRecord(UsageError):
-    """Means a record of a data file that cannot be trained on; bad_records="skip" leaves it out and lists it.
+    """Means that a record of a data file cannot be trained on; bad_records="skip" leaves it out and lists it.
 
     where: file and line, and the turn of a conversation
     what_is_wrong: a few words that are the same for all records with this fault, so that they can be counted
@@ -34,7 +33,7 @@ class BadRecord(UsageError):
 
 
 def require(holds: bool, name: str, value: object, rule: str) -> None:
-    """Raise UsageError unless the value of the setting `name` is what `rule` says in words."""
+    """Raise UsageError unless `holds`; `rule` says in words what the value of the setting `name` must be."""
     if not holds:
         raise UsageError(f"{name} is {value!r}; it must be {rule}.")
 

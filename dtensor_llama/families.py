@@ -144,8 +144,9 @@ ROPE_SCALINGS = {  # rope_type -> its numbers and the least that each may be
 
 
 def check_rope_scaling(scaling: dict, name: str = "rope_scaling") -> None:
-    """Raise UsageError unless model.py has this scaling and all its numbers make sense. name: where it
-    stands."""
+    """Raise UsageError unless model.py has this scaling and all its numbers make sense.
+
+    name: the field of config.json that holds it, for the message."""
     kind = scaling.get("rope_type")
     if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
         raise UsageError(
@@ -273,7 +274,7 @@ def read_fields(fields: dict, known: set[str]) -> dict:
             f"not supported: {'; '.join(refused)}. Each would change the arithmetic, so it is "
             "refused rather than ignored (supported: silu, no dropout, biases on q, k, v of qwen2 alone)."
         )
-    # An absent field and a null have transformers' defaults, where ours (LLaMA-2's) differ.
+    # A field that is absent or null means transformers' default, where ours (LLaMA-2's) is another one.
     settings = {"rms_norm_eps": 1e-6, **{k: v for k, v in family.defaults.items() if k in known}}
     settings |= {name: fields[name] for name in known & fields.keys() if fields[name] is not None}
     # A null means no such token, and as many key/value heads as query heads; absent, they have the defaults.
@@ -283,7 +284,7 @@ def read_fields(fields: dict, known: set[str]) -> dict:
         fields, family.defaults.get("rope_theta", 10_000.0)
     )
     settings |= _read_windows(fields, family)
-    # A family carries on what it has no use for, if it is neutral.
+    # Fields that the family does not use, and that change nothing, are carried on.
     written = {*known, *family.fixed_fields, *_NOT_CARRIED, *family.own_fields}
     settings["other_fields"] = {name: value for name, value in fields.items() if name not in written}
     return settings

@@ -1,5 +1,6 @@
-"""FLOPs per token and peak rates, which give MFU and HFU. Source: Chowdhery et al. 2022, arXiv:2204.02311,
-app. B.
+"""FLOPs per token and peak rates, which give MFU and HFU.
+
+Source: Chowdhery et al. 2022, arXiv:2204.02311, app. B.
 
 MFU: the FLOP/s that the model needs at the measured speed, as a share of the device's peak
 HFU: the same with recomputation counted, so the share of the peak that the device really computes
@@ -12,8 +13,8 @@ import torch
 
 from dtensor_llama.config import LlamaConfig
 
-# Dense bf16 matrix products in FLOP/s, from NVIDIA's data sheets (without sparsity). The longest name that
-# matches wins.
+# Dense bf16 matrix products in FLOP/s, from NVIDIA's data sheets (without sparsity).
+# The longest name that matches the device's is taken.
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12, "L40S": 362e12}
 
 
@@ -45,8 +46,8 @@ def model_flops_per_token(config: LlamaConfig, seq_len: int, convention: str = "
     causal  the same with half the attention, which is what a causal kernel really computes
     A layer with a sliding window W below T counts W keys, and causal those before a token, W - W^2 / 2T.
     6n      6 N, embedding included, no attention: the rule of thumb
-    N_embed is the embedding that is looked up, not multiplied. A tied one is multiplied (as the head), so it
-    counts.
+    N_embed: parameters of the embedding, which is looked up and not multiplied. It is 0 if the embedding is
+        tied, since then it is multiplied as the head.
     """
     if convention == "6n":
         return 6.0 * config.n_parameters

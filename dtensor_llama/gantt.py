@@ -21,8 +21,7 @@ class Bar(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The work of one rank, or of one part of a machine. labels: one for each lane, or one for the whole
-    row."""
+    """The work of one rank, or of one part of a machine. labels: one per lane, or one for the whole row."""
 
     labels: Sequence[str]
     bars: Sequence[Bar]
@@ -58,8 +57,7 @@ def draw_gantt(
     idle: str = IDLE,
     legend: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a PNG, `width` inches wide, with the first row at the top and time from the first bar to the
-    last.
+    """Write a PNG, `width` inches wide: the first row is at the top, and time begins with the first bar.
 
     idle: the colour of time without a bar. legend: colours by their meaning.
     """

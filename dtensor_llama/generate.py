@@ -21,8 +21,7 @@ class KVCache:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v (B, T, K, E) of the new tokens, and return those of all tokens (B, n_seen + T, K,
-        E)."""
+        """Append k and v (B, T, K, E) of the new tokens; return those of all, (B, n_seen + T, K, E)."""
         if layer not in self.layers:
             self.layers[layer] = tuple(x.new_empty(x.shape[0], self.max_tokens, *x.shape[2:]) for x in (k, v))
         end = self.n_seen + k.shape[1]
@@ -131,8 +130,9 @@ def _choose(
 def sample(
     logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draw ids (B,) from softmax(logits / temperature) cut to its top_p nucleus; logits (B, V), or (V,) for
-    one."""
+    """Draw ids (B,) from softmax(logits / temperature), cut to its top_p nucleus; logits are (B, V).
+
+    temperature 0 takes the likeliest token."""
     if temperature == 0:
         return logits.argmax(-1)
     probabilities, ids = (logits / temperature).softmax(-1).sort(descending=True)

@@ -1,8 +1,7 @@
 """The Hugging Face folder that a run starts from, and the one that it leaves.
 
 A run starts from a preset (a shape alone) or from a folder, of which it takes the shape, the weights, the
-tokenizer and the generation config. What it exports is such a folder again, which transformers opens as it
-is.
+tokenizer and the generation config. It exports such a folder again, and transformers opens that as it is.
 """
 
 import os

@@ -9,7 +9,8 @@ from torch import nn
 
 from dtensor_llama.weights import local_boxes, values_to_write
 
-INIT_BLOCK_ELEMENTS = 2**20  # one random stream fills so many: few enough to skip what other ranks hold
+# So many numbers come from one random stream: few enough that a rank can skip most of what others hold.
+INIT_BLOCK_ELEMENTS = 2**20
 
 
 def initial_constant(name: str) -> float | None:
@@ -28,13 +29,12 @@ def random_stream(name: str) -> torch.Generator:
 
 @torch.no_grad()
 def init_weights(model: nn.Module, seed: int) -> None:
-    """Give every parameter its initial value, as Hugging Face does: normal(0, initializer_range), norms 1,
-    biases 0.
+    """Give every parameter its initial value, as Hugging Face does.
 
-    The value of an element depends on the seed, the parameter's name and its place in the whole parameter,
-    never on how the parameter is sharded: each run of rows has a random stream of its own, made on the CPU,
-    and a rank draws only the runs that its shards touch. Parameters may be plain or DTensors of any
-    placement; they must not be on `meta`.
+    Matrices are normal(0, initializer_range), the weights of norms 1, and biases 0. The value of an element
+    depends on the seed, the parameter's name and its place in the whole parameter, never on how the parameter
+    is sharded: each run of rows has a random stream of its own, made on the CPU, and a rank draws only the
+    runs that its shards touch. Parameters may be plain or DTensors of any placement, but not on `meta`.
     """
 
     def fill(name: str, run: int, box: tuple, first: int) -> None:

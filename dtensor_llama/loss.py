@@ -16,9 +16,10 @@ What looks at the whole vocabulary goes through `vocab` (see Vocabulary): where 
 vocabulary, `logits` has this rank's V/tp columns only. What looks at one logit at a time (a temperature, a
 softcap) and at one token at a time (weights) needs no `vocab`.
 
-Everything else is done here: the head's matrix product, the chunks, the gradients, which autograd derives
-from the function, and the tokens without a label (-100), which count nothing. Only logits get a gradient: the
-function can have no trained parameters of its own.
+Everything else is done here: the head's matrix product, the chunks, and the gradients, which autograd derives
+from the function. Tokens without a label (-100) add nothing to the loss. The function is called with label 0
+for them, and must return a finite number there too. Only the logits get a gradient, so the function can have
+no trained parameters of its own.
 """
 
 import functools
@@ -72,11 +73,11 @@ class Vocabulary:
         return hidden, weight
 
     def largest(self, x: Tensor) -> Tensor:
-        """Return, in each place, the largest number that any rank has there. It has no gradient."""
+        """Return the elementwise maximum of x over the tp ranks, without a gradient; here x itself."""
         return x
 
     def total(self, x: Tensor) -> Tensor:
-        """Return, in each place, the sum of the numbers that all ranks have there."""
+        """Return the elementwise sum of x over the tp ranks, with its gradient; here x itself."""
         return x
 
 
@@ -104,9 +105,9 @@ class _SumOfExp(torch.autograd.Function):
 
 
 def take_columns(x: Tensor, columns: Tensor) -> Tensor:
-    """Return one number of each row of x (C, n), x[i, columns[i]], or 0 where columns[i] is negative:
-    (C,)."""
-    if torch.compiler.is_compiling():  # one pass with what comes before and after; a gather's gradient is not
+    """Return x[i, columns[i]] for each row i of x (C, n), or 0 where columns[i] is negative; (C,)."""
+    # This is fused into one pass with what comes before and after, which the gradient of a gather is not.
+    if torch.compiler.is_compiling():
         return torch.where(torch.arange(x.shape[1], device=x.device) == columns[:, None], x, 0.0).sum(-1)
     # The gradient of the logits themselves is added up as C numbers, not as C x n that are nearly all zero.
     taken = x.gather(1, columns.clamp(min=0)[:, None], sparse_grad=x.is_leaf and not x.is_meta).squeeze(-1)
@@ -128,12 +129,11 @@ def token_loss_sum(
     token_loss: TokenLoss = token_nll,
     vocab: Vocabulary | None = None,
 ) -> Tensor:
-    """Return the float32 sum of `token_loss` over the tokens whose label is not -100; the same on all tp
-    ranks.
+    """Return the float32 sum of `token_loss` over the tokens that have a label; the same on all tp ranks.
 
     hidden (..., D), of all tokens or of this tp rank's share, weight (V, D) of the same dtype, labels (...)
-    int64 of all tokens. Divide the sum by the number of labels in the whole global batch, so that neither
-    padding nor accumulation changes the loss.
+    int64 of all tokens, -100 where there is none. Divide the sum by the number of labels in the whole global
+    batch, so that neither padding nor accumulation changes the loss.
     """
     vocab = vocab or Vocabulary(weight.shape[0])
     hidden, weight = vocab.inputs(hidden, weight)
@@ -158,12 +158,11 @@ def tokens_per_chunk(n_columns: int, eager_on: torch.device | None = None) -> in
 
 
 class _ChunkedTokenLoss(torch.autograd.Function):
-    """Takes the gradient of a chunk in forward, while its logits are there: they are neither kept nor
-    computed twice.
+    """Computes the gradient of a chunk of tokens in forward, while the logits of the chunk exist.
 
-    Kept for backward: d loss/d hidden (as large as hidden) and d loss/d weight (V, D) in fp32, summed over
-    the chunks. With a split vocabulary the gradient of hidden is a partial sum over tp, and that of this
-    rank's rows of the weight is complete.
+    So logits are neither kept until backward nor computed twice. Kept for backward are d loss/d hidden, which
+    is as large as hidden, and d loss/d weight (V, D) in fp32, summed over the chunks. With a split vocabulary
+    the gradient of hidden is a partial sum over tp, and that of this rank's rows of the weight is complete.
     """
 
     @staticmethod
@@ -231,8 +230,7 @@ def _eager_loss_of_a_chunk(
 
 
 def _scored_sum(logits: Tensor, labels: Tensor, token_loss: TokenLoss, vocab: Vocabulary) -> Tensor:
-    """Return the sum of the losses of the tokens that have a label. The function gets label 0 for the
-    others."""
+    """Return the sum of the losses of the tokens that have a label; the others are given label 0."""
     losses = token_loss(logits, labels.clamp(min=0), vocab)
     if losses.shape != labels.shape:
         raise UsageError(
@@ -264,7 +262,7 @@ def choose_loss(device: torch.device) -> tuple[str, str]:
 def _compiled_loss_of_a_chunk(
     hidden: Tensor, weight: Tensor, labels: Tensor, *rest
 ) -> tuple[Tensor, Tensor | None]:
-    if hidden.shape[0] == 1:  # a single row would be compiled anew, for itself
+    if hidden.shape[0] == 1:  # torch.compile would make a graph of its own for a single token
         logits = hidden.new_empty(1, len(weight), dtype=torch.float32)
         return _eager_loss_of_a_chunk(logits, hidden, weight, labels, *rest)
     # The last chunk of a batch may be shorter: with this the compiler makes one kernel for all lengths. V
@@ -282,8 +280,7 @@ def _compiled() -> Callable:
 def loss_and_gradient(
     hidden: Tensor, weight: Tensor, labels: Tensor, loss_of: Callable, wants_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute what _eager_loss_of_a_chunk computes, as one graph: its fp32 numbers exist in registers
-    only."""
+    """Compute what _eager_loss_of_a_chunk computes, as one graph whose fp32 numbers stay in registers."""
     logits = (hidden @ weight.T).float()
     if not wants_grad:
         return loss_of(logits, labels), None

@@ -52,7 +52,7 @@ class RunReport:
     ):
         self.log, self.utilization = log, utilization
         self.reading, self.memory = LateReader(device), PeakMemory(device)
-        # Only the rank that logs knows the rows of before a resumption; all ranks must count alike.
+        # Only the rank that logs knows the rows from before a resumption, and all ranks must count alike.
         counts = torch.tensor(skipped_so_far(log.rows if log else []))
         _highest_of_all_ranks(counts)
         self.skipped = SkippedSteps(skip_nonfinite, *counts.tolist())
@@ -67,7 +67,7 @@ class RunReport:
 
         step: its number, from 1; tokens: read since the beginning of the run; loss, grad_norm: scalars on the
         device, the same on every rank"""
-        # The peak of a step that is only launched is the peak of its memory: the allocator runs on the host.
+        # A step that was only launched has had its peak already, because the allocator runs on the host.
         peaks = torch.tensor(self.memory.take(), dtype=torch.float64)
         _highest_of_all_ranks(peaks)
         device_gib, host_gib, reserved_gib, _ = (peaks / GIB).tolist()
@@ -129,8 +129,8 @@ class RunLog:
     """Writes one row per step to the run folder, and shows a bar with tokens/s and the time left.
 
     After a resume at `first_step` the rows of later steps, which a killed run may have left, are removed
-    first, so that there is always one row per step. It is made and used on one rank only, and runs no
-    collectives.
+    first, so that there is always one row per step. Only one rank makes and uses a RunLog, so nothing in it
+    is a collective.
 
     A row that cannot be written, for example on a full disk, is kept and tried again with the next one.
     Training goes on, and one line says so. TensorBoard's events are left out from then on.
@@ -349,7 +349,7 @@ class SkippedSteps:
     """Counts the steps whose gradient was not finite, and refuses more than `allowed` in a row.
 
     Such a step changes nothing (parallel/clip.py), except under a chunk manager without clipping, which steps
-    while gradients arrive and cannot leave a step out. total, in_a_row: counts of before a resumption.
+    while gradients arrive and cannot leave a step out. total, in_a_row: the counts from before a resumption.
     """
 
     def __init__(self, allowed: int, total: int = 0, in_a_row: int = 0):

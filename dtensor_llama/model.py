@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 def rope_frequencies(config: LlamaConfig, n_tokens: int, device: torch.device) -> Tensor:
     """Return by how many radians each pair of dims is rotated a token, (E/2,) float32.
 
-    n_tokens: of whole sequences, which `dynamic` scaling goes by
+    n_tokens: the length of whole sequences, on which `dynamic` scaling depends.
     Source: Su et al. 2021, arXiv:2104.09864, sec. 3.2.2. Scalings: linear is Chen et al. 2023,
     arXiv:2306.15595; dynamic is described by Peng et al. 2023, arXiv:2309.00071; llama3 is in the code that
     Meta published with LLaMA-3.1.
@@ -131,8 +131,7 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaBlock(nn.Module):
-    """Maps (B, T, D) to (B, T, D): each half normalises its input and adds its output to the residual
-    stream."""
+    """Maps (B, T, D) to (B, T, D). Each half normalises its input, and its output is added to the stream."""
 
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
@@ -157,8 +156,7 @@ class LlamaBlock(nn.Module):
 
 @functools.cache
 def block_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each parameter of a block, by its name inside the block. All callers get the same
-    dict."""
+    """Return the shape of each parameter of a block, by its name inside the block; do not change the dict."""
     with torch.device("meta"):
         block = LlamaBlock(config, layer=0)
     return {name: tuple(parameter.shape) for name, parameter in block.named_parameters()}
@@ -174,15 +172,15 @@ class LlamaModel(nn.Module):
         self.layers = nn.ModuleList(LlamaBlock(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.attention = WholeRows()
-        # Ranks that share the T of the hidden states that a later pipeline stage gets: tp under sequence
-        # parallelism. The first stage gets all tokens.
+        # How many ranks share the tokens of the hidden states that a later pipeline stage receives: those of
+        # tp under sequence parallelism. The first stage receives all tokens.
         self.sequence_shards = 1
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, cache: "KVCache | None" = None
     ) -> Tensor:
         config, n_tokens = self.config, tokens.shape[1] * self.sequence_shards
-        # Of whole sequences, where context parallelism leaves this rank a share, and with those in the cache.
+        # The length of whole sequences: with the tokens of all cp ranks, and with those in the cache.
         n_whole = n_tokens * self.attention.sequence_ranks + (0 if cache is None else cache.n_seen)
         self._refuse_growing_documents(positions)
         positions, mask = self.attention.prepare(n_tokens, positions, cache, tokens.device)
@@ -200,8 +198,8 @@ class LlamaModel(nn.Module):
         return x if self.norm is None else self.norm(x)
 
     def _refuse_growing_documents(self, positions: Tensor | None) -> None:
-        """Raise UsageError where dynamic RoPE would depend on the longest document of a microbatch, and so on
-        how a batch is cut."""
+        """Raise UsageError if dynamic RoPE would depend on how a batch is cut into microbatches, because it
+        would go by the longest document of each."""
         config = self.config
         dynamic = (config.rope_scaling or {}).get("rope_type") == "dynamic"
         if dynamic and positions is not None and positions.shape[1] > config.max_position_embeddings:
@@ -214,8 +212,7 @@ class LlamaModel(nn.Module):
 
 @dataclass(frozen=True)
 class OnHost:
-    """Wraps a tensor among a module's arguments that has to stay on the CPU: FSDP moves only what is a
-    tensor."""
+    """Wraps an argument of a module that has to stay on the CPU. FSDP would move it if it were a tensor."""
 
     tensor: Tensor
 
@@ -230,15 +227,14 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        # save_hf writes this into generation_config.json; None: it makes one from config
+        # save_hf writes this into generation_config.json; None: it makes one from `config`.
         self.generation_config: dict | None = None
         self.model = LlamaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._token_loss: TokenLoss = token_nll
         self.is_parallel = False  # set by `parallelize`
-        self.vocabulary = Vocabulary(
-            config.vocab_size
-        )  # tensor parallelism puts one in its place that is split
+        # Tensor parallelism replaces it by one whose columns are split over the ranks.
+        self.vocabulary = Vocabulary(config.vocab_size)
         self.tie()
         if not self.lm_head.weight.is_meta:
             init_weights(self, seed=0)

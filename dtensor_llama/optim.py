@@ -1,5 +1,4 @@
-"""AdamW as LLaMA-2 was trained with it (arXiv:2307.09288, sec. 2.2), and gradient norms that are exact at any
-size."""
+"""AdamW as LLaMA-2 was trained with it (arXiv:2307.09288, sec. 2.2), and exact norms of gradients."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -47,8 +46,8 @@ def build_adamw(
 ) -> torch.optim.AdamW:
     """Build a fused AdamW over the model's parameters, plain or DTensor; vectors (norms) are not decayed.
 
-    Call it after parallelize, since the optimizer steps the shards this rank holds. kind: AdamW or a
-    subclass.
+    Call it after parallelize, since the optimizer steps the shards that this rank holds.
+    kind: AdamW or a subclass of it.
     """
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
@@ -80,9 +79,10 @@ def float64_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _norm_by_blocks(tensor: Tensor, block: Tensor) -> Tensor:
-    """Return the norm on a CPU, where torch has no operation that reads float32 and sums in float64: the
-    numbers are copied into a float64 block, and its dot product with itself is taken while it is still in the
-    cache."""
+    """Return the norm on a CPU, where torch has no operation that reads float32 and sums in float64.
+
+    The numbers are copied block by block into `block`, which is float64. The dot product of a block with
+    itself is taken while it is still in the cache."""
     squares = []
     for numbers in tensor.reshape(-1).split(NORM_BLOCK):
         copied = block[: numbers.numel()].copy_(numbers)

@@ -1,8 +1,7 @@
 """Folders that a user names or that are there by default: `~`, settings files, read-only caches, full disks.
 
-A cache only saves time. Where it cannot be kept - there is no home folder, the file system is read-only - a
-run keeps the same files in its run folder, and prints one line about it. This module imports nothing that
-takes time.
+A cache only saves time. Where it cannot be kept (there is no home folder, or the file system is read-only), a
+run keeps the same files in its run folder, and prints one line about it. Importing this module is quick.
 """
 
 import errno
@@ -114,8 +113,8 @@ def readable(folders: Sequence[str | Path]) -> list[Path]:
 
 
 def first_writable(folders: Sequence[str | Path]) -> tuple[Path, str]:
-    """Return the first folder that can be written, made if needed, and why it is not the first of all ("" if
-    so).
+    """Return the first of the folders that can be written, and why an earlier one cannot ("" if it is the
+    first of all). The folder is made if needed.
 
     Raises the OSError of the first one if none can be written."""
     failures = []

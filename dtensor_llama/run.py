@@ -73,8 +73,7 @@ class StopSignal:
     """Sets `asked` on SIGTERM or Ctrl-C; the loop then finishes its step, writes a checkpoint and ends.
 
     A second Ctrl-C ends the process at once. (torchrun turns one Ctrl-C into an interrupt and a termination,
-    which therefore count as one.) Closing the terminal also sets `asked`, unless the run was started with
-    nohup.
+    which therefore count as one.) Closing the terminal also sets `asked`; under nohup it does not.
 
     launcher_pid: the torchrun that started this process, if there is one. A launcher that is killed (the
         kernel does it when memory runs out) cannot end its ranks, which would train on and keep the run
@@ -184,7 +183,7 @@ def refuse_other_run(checkpoint: Path, saved: dict, now: dict) -> None:
         )
 
 
-# Fields of LlamaConfig that checkpoints from before the families lack, with what they were then.
+# Fields of LlamaConfig that checkpoints from before families.py lack, with the values that held then.
 _ADDED_LATER = {
     "model_type": "llama",
     "rope_scaling": None,
@@ -195,8 +194,10 @@ _ADDED_LATER = {
 
 
 def _compared(value: Any) -> Any:
-    """Leave out of a model's settings those fields of its config.json that only pass through, and those that
-    an older checkpoint lacks, where they are as they were then."""
+    """Return the settings of a model without the fields that a comparison ignores.
+
+    These are fields of config.json that are only carried on, and fields that an older checkpoint lacks, if
+    they have the value that held then."""
     if not isinstance(value, dict):
         return value
     kept = {name: own for name, own in value.items() if name != "other_fields"}
@@ -243,7 +244,7 @@ class RunFacts:
     rows: Any  # has n_train and n_validation, the numbers of rows, and seq_len, their length
     corpus: str
     layout: Any  # a dataclass with all parallel settings, resolved
-    axes: tuple[str, ...]  # those of them that are sizes of mesh axes
+    axes: tuple[str, ...]  # names of those of its fields that are sizes of mesh axes
     n_microbatches: int
     device: torch.device
     attention: str  # the kernel, and why

@@ -1,8 +1,8 @@
 """The terminal of a run: stdout and stderr that cannot end it, and Ctrl-C before main begins.
 
 Training takes days, and its output may have no reader any more: a pipe that is closed (`| head -1`), a closed
-terminal, a full disk under a redirected log, an encoding without the character to be printed. None of them
-may cost a step. This module imports neither torch nor anything else that takes time.
+terminal, a full disk under a redirected log, an encoding without the character to be printed. None of these
+may stop training. This module imports neither torch nor anything else that takes time.
 """
 
 import contextlib
@@ -108,8 +108,9 @@ def stdout_speaks_utf8() -> bool:
 
 
 def end_quietly_on_ctrl_c() -> None:
-    """Make Ctrl-C end the process without a traceback, until main begins. A recipe calls this before its long
-    imports."""
+    """Make Ctrl-C end the process without a traceback, until main begins.
+
+    A recipe calls this before its imports, which take seconds."""
     # Another handler means that the parent process ignores Ctrl-C, and this process shall do so too.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end_quietly)

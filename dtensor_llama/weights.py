@@ -85,8 +85,8 @@ class StandIn(nn.Module, ABC):
 
     Its parameters have the model's names, shapes and layouts, but no memory of their own. Values pass through
     one parameter at a time, so that initialising, loading or saving a model takes the memory of its largest
-    parameter, not that of a second model. `values_to_read` and `values_to_write` treat it and an ordinary
-    model alike.
+    parameter, and not that of a second model. `values_to_read` and `values_to_write` take either a StandIn or
+    an ordinary model.
     """
 
     @abstractmethod
@@ -120,8 +120,7 @@ def values_to_write(model: nn.Module, name: str, parameter: nn.Parameter) -> Ite
 
 
 def load_hf(model: nn.Module, folder: str | Path) -> None:
-    """Fill the parameters from a Hugging Face folder. They may be plain tensors or DTensors of any
-    placements.
+    """Fill the parameters, plain tensors or DTensors of any placements, from a Hugging Face folder.
 
     All ranks call it; each reads only the slices it holds, in any floating dtype. Everything is checked
     before the first parameter changes: one UsageError, the same on all ranks, lists what is missing,
@@ -153,9 +152,9 @@ def load_hf(model: nn.Module, folder: str | Path) -> None:
 
 
 def check_hf(model: nn.Module, folder: str | Path) -> None:
-    """Raise the UsageError that load_hf would raise for this whole model, which may be on `meta`. It reads
-    little more than headers and needs no process group, so a recipe can refuse bad weights before anything
-    starts."""
+    """Raise the UsageError that load_hf would raise for this whole model, which may be on `meta`.
+
+    It reads little more than headers and needs no process group, so a recipe can call it first of all."""
     tied = getattr(model.config, "tie_word_embeddings", False)
     _checked(Path(folder), {name: tuple(one.shape) for name, one in hf_parameters(model).items()}, tied)
 
@@ -174,10 +173,11 @@ def save_hf(
     generation: the content of generation_config.json, or a transformers GenerationConfig; None: that of
         `model.generation_config` if there is one, else the token ids of the model's config
 
-    All ranks call it, on a file system that all of them see; of equal boxes the lowest rank writes its own.
-    Other files in the folder (a tokenizer) stay. The new folder is built beside the final name and renamed:
-    killed at any instant, that name holds the whole old model, the whole new one, or (between two renames;
-    the next save_hf puts the old one back) nothing. Raises UsageError if it cannot be written."""
+    All ranks call it, on a file system that all of them see. A box that several ranks hold is written by the
+    lowest of them. Other files in the folder (a tokenizer) stay. The new folder is built beside the final
+    name and then renamed. If the process is killed at any instant, that name holds the whole old model, the
+    whole new one or, between two renames, nothing; then the next save_hf puts the old one back. Raises
+    UsageError if the folder cannot be written."""
     parameters = hf_parameters(model)
     if len(parameters) < len(hf_parameters(model, adapters=True)):
         raise ValueError(
@@ -291,11 +291,10 @@ def local_boxes(tensor: Tensor) -> list[Box]:
     if tensor.device_mesh.get_coordinate() is None:  # this rank is not in the tensor's mesh
         return []
     local = tensor.to_local()
-    (chunk,) = (
-        tensor.__create_chunk_list__()
-    )  # as DCP does; it refuses Partial, and is right for tp inside FSDP
-    # dim -> number of pieces: an FSDP axis outside tp takes one piece of each tp slice, then tp picks among
-    # them.
+    # DCP asks this too. It refuses Partial, and is right for tp inside FSDP.
+    (chunk,) = tensor.__create_chunk_list__()
+    # dim -> number of pieces.
+    # An FSDP axis outside tp takes one piece of each tp slice, and then tp picks one among these.
     pieces = {}
     for axis, placement in enumerate(tensor.placements):
         if not placement.is_replicate():
@@ -438,8 +437,9 @@ def _find_files(folder: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
-    """Return the tensors of one file, and what is wrong with its length ("": nothing). ValueError if
-    unreadable."""
+    """Return the tensors of one file, and what is wrong with its length ("": nothing).
+
+    Raises ValueError if the header cannot be read."""
     with open(path, "rb") as opened:
         actual = os.fstat(opened.fileno()).st_size
         first = opened.read(8)
@@ -467,8 +467,7 @@ def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
 def _share(
     parameters: dict[str, nn.Parameter], whole_shapes: dict[str, tuple], dtype: torch.dtype | None
 ) -> dict[str, tuple]:
-    """Return what this rank holds: name -> (dtype in the file, whole shape, [(offsets, sizes) of its
-    boxes])."""
+    """Return what this rank holds: name -> (dtype in the file, whole shape, [(offsets, sizes) of boxes])."""
     share = {}
     for name, param in parameters.items():
         as_dtype = dtype or param.dtype
@@ -480,8 +479,7 @@ def _share(
 
 
 def writers(shares: list[dict[str, tuple]]) -> dict[tuple, int]:
-    """Map (name, offsets, sizes) of every box to the lowest rank that holds it; assert that no box is
-    missing."""
+    """Map (name, offsets, sizes) of every box to the lowest rank that holds it; all boxes must be held."""
     writer, unwritten = {}, {}
     for rank, share in enumerate(shares):
         for name, (_, shape, boxes) in share.items():
@@ -631,8 +629,7 @@ def _convert_files(
 
 
 def _keep_other_files(folder: Path, staged: Path) -> None:
-    """Link the files of the old folder that no model file replaces, such as a tokenizer's, into the new
-    one."""
+    """Link into the new folder the files of the old one that stay, such as those of a tokenizer."""
 
     def keep(source, target):
         try:
@@ -662,8 +659,8 @@ def _move(fd: int, where: Stored, box: Box, staging: Tensor, to_file: bool) -> N
         first, count = batch[0][1], sum(length for _, _, length in batch)
         part, staged = flat[first : first + count], staging[: count * dtype.itemsize].view(dtype)
         if to_file:
-            # copy_ from a device would cast on the host side of the link; on the host it needs no other
-            # buffer.
+            # From a device, copy_ would cast on the host, after the numbers have crossed the link uncast.
+            # On the host it casts without another buffer.
             staged.copy_(part if part.device.type == "cpu" else part.to(dtype))
         for at, in_box, length in batch:
             piece = raw[(in_box - first) * dtype.itemsize :][: length * dtype.itemsize]

@@ -1,5 +1,7 @@
-"""Spreads a model over a mesh. This package knows modules by name and DTensor; it does not know LLaMA's
-arithmetic."""
+"""Spreads a model over a mesh.
+
+This package knows modules by name, and DTensor; it does not know LLaMA's arithmetic.
+"""
 
 from parallel.apply import parallelize
 from parallel.booster import Booster

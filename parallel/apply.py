@@ -25,8 +25,8 @@ class Computation:
 
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32  # of weights, activations and collectives in forward and backward
-    # Activation checkpointing: which activations are computed again in backward, "none", "selective" or
-    # "full".
+    # Activation checkpointing, "none", "selective" or "full":
+    # which activations are computed again in backward.
     recompute: str = "none"
     compile: bool = False  # torch.compile each block
     attention: str = "sdpa"  # the kernel, one of dtensor_llama/attention.py's
@@ -51,19 +51,17 @@ def parallelize(
     config: ParallelConfig,
     computation: Computation = Computation(),
 ) -> list[Llama]:
-    """Change `model` (on `meta` or real) in place into this rank's share of it; return its pipeline stages in
-    order.
+    """Change `model` in place into this rank's share of it, and return its pipeline stages in order.
 
-    mesh: from build_mesh(config, ...), with config resolved and checked. Without pp the one stage is `model`
-        itself; with pp the stages share their modules with `model`, which keeps all parameters of this rank
-        under their Hugging Face names, for the optimizer, checkpoints and export. Split parameters become
-        DTensors; on `meta` they stay there: call `to_empty` on each stage, then set initial or loaded
-        weights.
-    computation: its attention kernel is for the library's own attention; an object of another class, set on
-    the
-        model, brings its own.
+    model: on `meta` or on a real device. Split parameters become DTensors. On `meta` they stay there: call
+        `to_empty` on each stage, then set initial or loaded weights.
+    mesh: from build_mesh(config, ...), with config resolved and checked.
+    computation: its attention kernel is for the library's own attention. An attention object of another
+        class, set on the model, brings its own.
 
-    `model.token_loss` and `model.attention`, as they are now, are used by every stage. An attention that
+    Without pp the one stage is `model` itself. With pp the stages share their modules with `model`, which
+    keeps all parameters of this rank under their Hugging Face names, for the optimizer, checkpoints and
+    export. Every stage uses `model.token_loss` and `model.attention` as they are now. An attention that
     cannot work on split sequences is refused with cp: UsageError.
     """
     if type(model.attention) is WholeRows:
@@ -73,8 +71,8 @@ def parallelize(
     parts = [model]
     if config.pp > 1:  # then: which layers exist on this rank
         parts = split_stages(model, mesh["pp"], config.schedule, config.stages_per_rank)
-    # Every slice of a mesh is a new object, and a compiled block is guarded on the one it has: parts share
-    # it.
+    # Each mesh["tp"] makes a new object, and torch.compile would compile a block again for another one.
+    # So all parts share this one.
     tp_mesh = mesh["tp"]
     for part in parts:
         blocks = [block for block in part.model.layers if block is not None]
@@ -97,8 +95,8 @@ def _set_kernel(model: Llama, kernel: str) -> None:
     own = model.attention.kernel
     if own not in (kernel, WholeRows().kernel):
         raise UsageError(
-            f"model.attention was set to WholeRows({own!r}) and attention={kernel}; set one of them alone, "
-            "or both alike."
+            f"model.attention was set to WholeRows({own!r}) and attention={kernel}; set only one of them, "
+            "or give both the same kernel."
         )
     model.attention = WholeRows(kernel)
 

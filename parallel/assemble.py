@@ -1,4 +1,4 @@
-"""The composition floor: a model without values becomes what a recipe trains, spread over the ranks.
+"""Builds what a recipe trains: a model without values is spread over the ranks, and gets an optimizer.
 
     layout = Layout(config, build_mesh(config, device.type), n_microbatches)
     computation = Computation(device, torch.bfloat16, recompute="selective")
@@ -45,11 +45,11 @@ from parallel.zero import accumulation_count, reshard, set_gradient_sync
 
 @dataclass(frozen=True)
 class Offload:
-    """Holds what the chunk manager has to know of a run, beside where states and activations shall live.
+    """Says where states and activations shall live, and what else the chunk manager has to know of a run.
 
     sequences, seq_len: the shape of a microbatch, from which follow the size of the activations and how long
         a step computes; None where it is not known before the first step.
-    clips: False: gradients of any norm are stepped, so the manager steps while they arrive, during backward.
+    clips: False if gradients are never clipped: the manager then steps while they arrive, during backward.
     rates_file: keeps what the transfers of this machine were measured to take; None: they are not measured.
     """
 
@@ -63,10 +63,9 @@ class Offload:
 
 @dataclass(frozen=True)
 class Training:
-    """Holds what a training step needs. Its parts belong to this rank; all ranks have one and use it
-    together.
+    """Holds what a training step needs on this rank. All ranks have one, and call its methods together.
 
-    model: has all parameters of this rank, under their Hugging Face names: for the optimizer, checkpoints,
+    model: has all parameters of this rank under their Hugging Face names, for the optimizer, checkpoints and
         export.
     stages: what runs. Without pp it is `model` itself; with pp the rank's stages, which share its modules.
     pipeline: runs the microbatches through the stages; None without pp, where the recipe calls `model`.
@@ -86,21 +85,21 @@ class Training:
         return self.computation.device
 
     def sync_gradients(self, last: bool) -> None:
-        """Say before a forward what its backward does with the gradients under ZeRO; last: of the step's
-        microbatches. Stages 0 and 1 reduce them once, at the last one, stages 2 and 3 at each. See
-        zero.py."""
+        """Decide, before a forward, whether its backward reduces the gradients over the ranks of ZeRO.
+
+        Stages 0 and 1 reduce them once, at the last microbatch of a step; stages 2 and 3 at each microbatch
+        (zero.py). last: whether it is the last one."""
         if isinstance(self.model, FSDPModule):
             set_gradient_sync(self.model, self.layout.config.zero_stage, last)
 
     def reshard(self) -> None:
-        """Free the weights that were gathered for forwards without a backward (validation, sampled
-        answers)."""
+        """Free the weights that forwards without a backward have gathered, for example in a validation."""
         reshard(self.stages)
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> float:
-        """Return the mean loss of this dp rank's batches and those of the others, in nats. All ranks enter,
-        each with as many batches, since a sharded forward gathers weights."""
+        """Return the mean loss, in nats, over the batches of all dp ranks. All ranks enter, each with the
+        same number of batches, since a sharded forward gathers weights."""
         nats = self.sum_of_losses([self.layout.own_tokens(batch) for batch in batches])
         dist.all_reduce(nats, group=self.layout.loss_group)
         n_targets = torch.tensor(sum(batch.n_targets for batch in batches), device=self.device)
@@ -132,8 +131,9 @@ class Training:
 
 
 def adamw(lr: float, weight_decay: float) -> Callable[[Llama], Optimizer]:
-    """Return what builds the recipes' optimizer for `assemble`: a fused AdamW with one gradient norm over all
-    axes."""
+    """Return a function that builds the recipes' optimizer for `assemble`, a fused AdamW.
+
+    Its clip_grad_norm takes one norm over all axes of the mesh."""
     return partial(build_adamw, lr=lr, weight_decay=weight_decay, kind=ClippingAdamW)
 
 
@@ -199,8 +199,8 @@ def settle_memory(
 ) -> tuple[MemoryConfig, str]:
     """Return the configuration with a placement, and a sentence on what was chosen if it was left open.
 
-    config: resolved. UsageError if the states alone are more than the GPU has, before anything starts,
-        instead of an error in the middle of the first step."""
+    config: resolved. Raises UsageError if the states alone are more than the GPU has, so that a run fails
+        before anything starts, and not in the middle of its first step."""
     device, dtype = computation.device, computation.dtype
     memory, chosen = memory.settle(device, dtype, math.prod(config.sizes.values()))
     if device.type == "cuda":
@@ -211,7 +211,7 @@ def settle_memory(
 
 
 def check_skips(skip_nonfinite: int, max_grad_norm: float, memory: MemoryConfig) -> None:
-    """UsageError if steps with a gradient that is not finite are to be skipped, and could not be."""
+    """Raise UsageError if steps whose gradient is not finite are to be skipped, and cannot be."""
     if skip_nonfinite and max_grad_norm == math.inf and memory.is_on:
         raise UsageError(
             f"skip_nonfinite={skip_nonfinite} cannot skip a step under a chunk manager with "
@@ -242,8 +242,7 @@ def _compute_seconds(
 ) -> tuple[float, float] | None:
     """Estimate the seconds of a step's forwards and backwards on this rank, as if all were matrix products.
 
-    None if the shape of a microbatch is not known. Placement auto replaces the estimate by what it
-    measures."""
+    Returns None if the shape of a microbatch is not known. Placement auto measures, and replaces this."""
     if offload.seq_len is None:
         return None
     # The ranks that read the same sequences share the computation.

@@ -63,8 +63,8 @@ class Booster:
         `step` cuts the rows of a dp rank into; None means 1, or with pp two per pp rank.
     memory: None keeps all states on the device.
     dtype: the type of the computation; master weights, moments and reductions are fp32 in any case.
-    recompute, compile, attention: as the settings of these names in pretrain.py; the last is of our own
-        Llama alone.
+    recompute, compile, attention: as the settings of these names in pretrain.py. attention is for our own
+        Llama only.
     seed: decides the initial weights of a model that is on `meta`, and what dropout draws.
     device: None takes this process's accelerator or, without one, the CPU.
 
@@ -141,8 +141,8 @@ class Booster:
             stays the same object with its groups and settings (so a scheduler on it goes on), but steps this
             rank's parameters. With memory: a torch AdamW; the chunk manager's optimizer takes its place, with
             the very same groups.
-        dataloader: any iterable of global batches, the same on every rank (checked at each batch). Iterating
-            over the one returned gives this dp rank's rows of each. None if you cut batches yourself.
+        dataloader: any iterable of global batches, the same on every rank (checked at each batch). The one
+            that is returned gives this dp rank's rows of each batch. None if you cut batches yourself.
         criterion: None: the model's own loss, the mean over the scored tokens of the global batch. Yours is
             called with the whole logits (B, T, V) fp32 of a microbatch and its labels, not shifted, and must
             return a mean over scored tokens: microbatches and ranks count by their labels[:, 1:] that are not
@@ -155,8 +155,7 @@ class Booster:
         names = _names_in(optimizer, whole)
 
         def own_parameters(boosted: nn.Module) -> torch.optim.Optimizer:
-            """Put into each group this rank's share of its parameters; under pp those of the rank's
-            stages."""
+            """Put into each group this rank's share of its parameters; with pp those of its stages."""
             here = hf_parameters(boosted)
             for group, names_of_group in zip(optimizer.param_groups, names, strict=True):
                 group["params"] = [here[name] for name in names_of_group if name in here]
@@ -189,7 +188,7 @@ class Booster:
                 "a criterion of your own needs the logits of whole rows, and under ParallelConfig(cp="
                 f"{self.config.cp}) no rank has them; use criterion=None (the causal-LM loss), or cp=1."
             )
-        # Whatever the batch will be.
+        # This is the smallest batch that may come: a layout that fits none is refused here.
         self._check(self.config.token_slices, self.n_microbatches * self.config.dp)
         with torch.device("meta"):
             boosted = Llama(self.shape).float()
@@ -286,8 +285,7 @@ class Booster:
         return _columns(batch) if self.family is None else _family_columns(batch, self.model)
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """Scale all gradients down to this norm over all ranks and axes; returns what it was, a scalar on
-        every rank.
+        """Clip all gradients to this norm over all ranks and axes. Returns the norm before, on every rank.
 
         The gradients in `parameter.grad` are scaled when this returns, as by torch.nn.utils.clip_grad_norm_;
         under a MemoryConfig they are not all there, and the optimizer's step scales them. If the norm is inf
@@ -305,8 +303,9 @@ class Booster:
         save_hf(weights, folder, dtype)
 
     def save(self, folder: str | Path) -> None:
-        """Write all that training needs to go on, as folder/step-00000042 after 42 calls of `step`. Between
-        steps."""
+        """Write all that training needs to go on, as folder/step-00000042 after 42 calls of `step`.
+
+        Call it between steps: gradients are not saved."""
         checkpoints = Checkpointer(folder)
         position = self.dataloader.n_dealt if self.dataloader is not None else 0
         checkpoints.save(
@@ -315,13 +314,12 @@ class Booster:
         checkpoints.close()
 
     def load(self, path: str | Path) -> int:
-        """Go on from the newest checkpoint in a folder, or from folder/step-00000042, written under any
-        layout; after boost.
+        """Load the newest checkpoint in a folder, or folder/step-00000042. Call it after boost.
 
-        Returns the number of steps done. The next pass over the dataloader begins behind the batches that
-        were dealt in the pass that was saved; that they are the same again is up to you (shuffle with a seed
-        that depends on the pass). The settings of the optimizer become the saved ones; a scheduler has its
-        own load_state_dict.
+        It may have been written under any layout. Returns the number of steps done. The next pass over the
+        dataloader leaves out the batches that the saved pass had given already. It is up to you that they
+        come in the same order again (shuffle with a seed that depends on the pass). The settings of the
+        optimizer become the saved ones. A scheduler has its own load_state_dict.
         """
         path = Path(path)
         if not path.is_dir():
@@ -355,8 +353,7 @@ class Booster:
 
 
 def forward_backward(training: Training, microbatches: list[Batch], n_targets: Tensor) -> Tensor:
-    """Run forward and backward of all microbatches, as recipes/pretrain.py does; gradients add to what is
-    there.
+    """Run forward and backward of all microbatches, as recipes/pretrain.py does; gradients add up.
 
     Returns this rank's share of the loss, to be summed over layout.loss_group."""
     if training.pipeline:
@@ -406,8 +403,8 @@ class OwnRows:
             yield {name: self._own_rows(name, column) for name, column in columns.items()}
 
     def _own_rows(self, name: str, column: Tensor) -> Tensor:
-        """Fill a column up, and return this dp rank's part of it. Tokens that were added are seen (a row of
-        which nothing is seen has no softmax) and not scored."""
+        """Pad a column, and return this dp rank's rows of it. Padding tokens are not scored, but attention
+        sees them, because the softmax of a row of padding alone would not be defined."""
         fill = IGNORE if name == "labels" else int("mask" in name)
         dp, dp_rank = self.layout.config.dp, self.layout.dp_rank
         n_rows_missing = -len(column) % (dp * self.layout.n_microbatches)
@@ -577,7 +574,7 @@ def _ranks_of_this_host() -> int:
 
 
 def _loss_by(criterion: Criterion, part: Llama):
-    """Return what takes the place of the model's own loss."""
+    """Return a function that takes the place of the model's `loss_sum`, with the user's criterion."""
 
     def loss_sum(hidden: Tensor, labels: Tensor) -> Tensor:
         logits = part.lm_head(hidden).float()  # (B, T, V), whole also under tp
@@ -587,9 +584,10 @@ def _loss_by(criterion: Criterion, part: Llama):
 
 
 def _leave_group() -> None:
-    """At the end of a program that did not set up the process group itself; as stop_process_group, but it
-    waits no longer than EXIT_WAIT for ranks that may never come: this one may have failed, or left by
-    sys.exit."""
+    """Leave the process group at the end of a program that did not make it itself.
+
+    Unlike stop_process_group this waits no longer than EXIT_WAIT. The other ranks may never come, because
+    this one may have failed, or ended by sys.exit."""
     if not dist.is_initialized() or hasattr(sys, "last_value"):  # after an error the launcher ends the others
         return
     try:

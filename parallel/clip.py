@@ -1,5 +1,7 @@
-"""One gradient norm over all axes of the mesh, clipping to it, and no step with gradients that are not
-finite."""
+"""One gradient norm over all axes of the mesh, and clipping with it.
+
+Gradients that are not finite are never stepped.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -44,9 +46,9 @@ def clip_grad_norm(
         pass over them. The optimizer of a chunk manager always clips in its step, because not all gradients
         are in `parameter.grad`.
 
-    Nothing here waits for the device, with one exception: an optimizer that is not fused cannot learn on the
-    device that it must change nothing, so the norm is read on the host, and gradients that are not finite are
-    dropped.
+    Nothing here waits for the device, with one exception. An optimizer that is not fused cannot be told on
+    the device that it must change nothing. For such an optimizer the norm is read on the host, and gradients
+    that are not finite are deleted.
     """
     if isinstance(optimizer, KeepsMasters):
         return optimizer.clip_grad_norm(max_norm)
@@ -70,7 +72,7 @@ def clip_grad_norm(
         return norm
     if not in_step:
         for grad in grads:
-            # exactly 1.0 if nothing is to be clipped, so that the host need not look
+            # The factor is exactly 1.0 if nothing is to be clipped, so the host need not look at it.
             local(grad).mul_(factor)
     return norm
 
@@ -101,8 +103,7 @@ def _is_fused(optimizer: Optimizer) -> bool:
 
 def _set_for_next_step(optimizer: Optimizer, grad_scale: Tensor | None, found_inf: Tensor) -> None:
     """Set what a fused optimizer looks for in each step: it divides gradients by grad_scale, and changes
-    nothing if found_inf is 1. Both are removed after the step, so that a later step without clipping is not
-    clipped."""
+    nothing if found_inf is 1. Both are removed after the step, so that they do not act on a later one."""
     if not getattr(optimizer, "_forgets_clip", False):
         optimizer.register_step_post_hook(_forget_clip)
         optimizer._forgets_clip = True

@@ -1,12 +1,11 @@
-"""Describes the machines that a layout is planned for: GPUs, how they are joined to nodes, and nodes to a
-cluster.
+"""Describes the machines that a layout is planned for: GPUs, nodes, and a cluster of nodes.
 
     cluster = find_cluster("h100-80gb", n_gpus=512)      a known one
     cluster = read_cluster("ours.json", n_gpus=16)       one that a user wrote, or that `calibrate` measured
 
-A rate is in bytes a second in one direction, or in FLOP/s. Data sheets state what a part can do at best. What
-software reaches of it is in parallel/cost.py, except for `matmul_flops`: how far large matrix products stay
-below the peak is a matter of power and cooling, so it belongs to the GPU and is measured.
+A rate is in bytes a second in one direction, or in FLOP/s. Data sheets state the most that a part can do. How
+much of it software reaches is in parallel/cost.py, except for `matmul_flops`: how far large matrix products
+stay below the peak depends on power and cooling, so it belongs to the GPU and is measured.
 """
 
 import json
@@ -100,8 +99,7 @@ NODES = {
 
 
 def find_cluster(name: str, n_gpus: int) -> Cluster:
-    """Return nodes of a known GPU, or what a user's file of that name describes. UsageError if there is
-    neither."""
+    """Return nodes of a known GPU, or the cluster that a user's .json file describes; else UsageError."""
     if name.endswith(".json"):
         return read_cluster(name, n_gpus)
     if name not in NODES:
@@ -139,7 +137,7 @@ def cluster_of_device(device: torch.device, n_gpus: int, gpus_per_node: int) -> 
 def read_cluster(path: str | Path, n_gpus: int | None = None) -> Cluster:
     """Return the cluster that a JSON file describes, with the fields of Cluster and GPU by their names.
 
-    UsageError names what is missing, unknown, or no number above 0. n_gpus: wins over the file's."""
+    UsageError names what is missing, unknown, or no number above 0. n_gpus: used instead of the file's."""
     try:
         stored = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,5 +1,5 @@
-"""ParallelConfig: how many ways each axis of the mesh splits the work, and the function that refuses what
-cannot run."""
+"""ParallelConfig, which says how many ways each axis of the mesh splits the work, and check_parallel, which
+refuses what cannot run."""
 
 import math
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ DERIVED_AXES = {  # each is made of neighbours among AXES
     "dp": ("dp_replicate", "dp_shard"),  # ranks that read different rows; the loss is summed over it (and cp)
     "fsdp": ("dp_shard", "cp"),  # ranks that share parameters, gradients and optimizer state (ZeRO)
     "dp_cp": ("dp_replicate", "dp_shard", "cp"),  # ranks whose gradients are averaged: they saw other tokens
-    # ranks whose parts of the loss add up; ranks of tp all have the same
+    # ranks whose shares of the loss add up; tp ranks all have the same share, so tp is not among them
     "loss": ("pp", "dp_replicate", "dp_shard", "cp"),
 }
 
@@ -75,14 +75,12 @@ class ParallelConfig:
 
     @property
     def gradient_ranks(self) -> int:
-        """Return how many ranks FSDP averages gradients over: they hold the same parameters and saw other
-        tokens."""
+        """Return how many ranks FSDP averages gradients over: all with the same weights and other tokens."""
         return self.ranks("dp_cp")
 
     @property
     def is_ring(self) -> bool:
-        """Return whether attention merges the blocks of a ring, for which a kernel must return its
-        log-sum-exp."""
+        """Return whether attention is a ring, whose kernel must return its log-sum-exp to merge blocks."""
         return self.cp > 1 and self.cp_method == "ring"
 
     @property

@@ -1,5 +1,6 @@
-"""Context parallelism: the tokens of every sequence are split over the `cp` axis; only attention needs the
-other ranks.
+"""Context parallelism: the tokens of every sequence are split over the `cp` axis.
+
+Only attention needs tokens of other ranks.
 
     share       the T/cp tokens of each sequence that one rank holds, in the order in which it holds them
     slice       a run of consecutive tokens; a share is one slice of cp (ulysses) or two slices of 2 cp (ring)
@@ -97,9 +98,9 @@ def shard_batch(batch: Batch, cp_mesh: DeviceMesh, method: str) -> Batch:
 
 
 def apply_context_parallel(model: Llama, cp_mesh: DeviceMesh, method: str) -> None:
-    """From now on `model` takes this rank's share of the tokens and attends to whole sequences.
+    """Change `model` so that it takes this rank's share of the tokens, and attends to whole sequences.
 
-    cp_mesh: the 1-D `cp` axis. method: ulysses or ring. The kernel is that of `model.attention`; ring has
+    cp_mesh: the 1-D `cp` axis. method: ulysses or ring. The kernel is that of `model.attention`; ring can use
     neither flash nor varlen. The model is then called with tokens and labels from `shard_sequence`, and with
     `positions` whole, (B, T), or None if each sequence is one document.
 
@@ -126,8 +127,9 @@ def _refuse_cache(cache) -> None:
 
 
 class Ulysses:
-    """Attention over whole sequences with this rank's share of the heads; between blocks it has its share of
-    the tokens.
+    """Computes attention over whole sequences for this rank's share of the heads.
+
+    Outside of attention the rank has its share of the tokens, and all heads.
 
     whole: the attention that computes with whole sequences, a WholeRows or a subclass of it.
     """
@@ -155,7 +157,7 @@ class Ulysses:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
         """q (B, T/cp, H, E), k and v (B, T/cp, K, E) -> (B, T/cp, H, E)."""
-        n_kv_heads = lcm(k.shape[2], self.cp_mesh.size())  # W: K if cp divides it, else what every rank needs
+        n_kv_heads = lcm(k.shape[2], self.cp_mesh.size())  # W: the least multiple of K that cp divides
         k, v = expand_heads(k, n_kv_heads), expand_heads(v, n_kv_heads)  # (B, T/cp, W, E)
         tokens, heads = Shard(1), Shard(2)
         # all-to-all: (B, T, H/cp or W/cp, E)
@@ -172,7 +174,7 @@ def _redistribute(x: Tensor, mesh: DeviceMesh, source: Shard, target: Shard) -> 
 
 
 class Ring:
-    """Attention of this rank's queries to the keys of all ranks, which go round."""
+    """Computes attention of this rank's queries to the keys of all ranks, which are passed round a ring."""
 
     splits_sequence = True
 
@@ -222,7 +224,7 @@ class Round(NamedTuple):
 
 def ring_rounds(cp_rank: int, cp: int, n_tokens: int) -> list[Round]:
     """Return the order in which the shares, of `n_tokens` each, come to `cp_rank`, and which of its queries
-    meet which of their keys. What the causal mask hides whole is left out."""
+    meet which of their keys. Blocks that the causal mask hides completely are left out."""
     everything, head, tail = slice(0, n_tokens), slice(0, n_tokens // 2), slice(n_tokens // 2, n_tokens)
     rounds = [Round(cp_rank, everything, everything, causal=True)]  # a zigzag share is in ascending order
     for hop in range(1, cp):
@@ -474,8 +476,7 @@ def _cuda_backward(grad_out, q, k, v, out, lse, causal, mask):
 
 
 def _cuda_layout(*xs: Tensor) -> list[Tensor]:
-    """Lay tensors out as CUDA kernels take them: (B, t, heads, E) -> (B, heads, t, E'), E' a multiple of
-    8."""
+    """Lay tensors out for CUDA kernels: (B, t, heads, E) -> (B, heads, t, E'), E' a multiple of 8."""
     return [pad_head_width(x).transpose(1, 2) for x in xs]
 
 

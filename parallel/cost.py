@@ -44,7 +44,7 @@ from parallel.schedule_clock import idle_units, order_of_rank
 from parallel.tensor import Row, tensor_plan
 
 FP32 = 4
-FITS_SHARE = 0.9  # of a GPU's memory that a plan fills: allocators round up and fragment
+FITS_SHARE = 0.9  # of a GPU's memory that a plan may fill, because allocators round up and fragment
 
 # ---- What is accounted for ---------------------------------------------------------------------------------
 
@@ -115,9 +115,10 @@ class Work:
 
     @cached_property
     def n_adapters(self) -> float:
-        """Return the parameters of adapters that a tp rank of each stage has: of each adapter one matrix is
-        split as the weight beside it is, and the other is whole (LORA in lora.py). All matrices of a block
-        are taken to have adapters, which is the default."""
+        """Return how many parameters of adapters a tp rank of each stage has.
+
+        Of each adapter one matrix is split as the weight beside it is, and the other is whole (LORA in
+        lora.py). All matrices of a block are taken to have adapters, which is the default."""
         rows = tensor_plan_of(self.model, self.layout.tp, self.layout.sequence_parallel)
         here, whole = 0.0, 0
         for name, shape in self.model.block_weights().items():
@@ -211,8 +212,10 @@ def shares(model: LlamaConfig, layout: ParallelConfig, evenly: bool = False) -> 
 
 
 def kinds_of_shares(model: LlamaConfig, layout: ParallelConfig, evenly: bool = False) -> list[Share]:
-    """Return one share of each kind; of equal ranks the first, which keeps most activations, or the last if
-    backward is split: there all keep as many, and later ones defer the gradients of more weights."""
+    """Return one share of each kind of pp rank.
+
+    Of equal ranks it is the first, which keeps most activations. If backward is split it is the last: then
+    all keep as many activations, and later ranks defer the gradients of more weights."""
     kinds: dict[tuple, Share] = {}
     splits = splits_backward(layout)
     for share in shares(model, layout, evenly):
@@ -260,9 +263,10 @@ def kept_per_token(work: Work) -> float:
 
 
 def at_work_bytes(work: Work) -> float:
-    """Return the bytes that the backward of a block needs beside what the block keeps: what recompute.py
-    makes again, and gradients, which are most inside the feed-forward part, or in attention if that is a
-    ring."""
+    """Return the bytes that the backward of a block needs beside what the block keeps.
+
+    These are what recompute.py computes again, and gradients. There are most of them inside the feed-forward
+    part, or in attention if that is a ring."""
     model, tp, itemsize = work.model, work.layout.tp, work.states.itemsize
     D, F, E = model.hidden_size, model.intermediate_size, model.head_dim
     as_none = replace(work, job=replace(work.job, recompute="none"))
@@ -313,16 +317,19 @@ def in_flight(work: Work, share: Share) -> float:
 #
 # I, the gradient of a stage's input, frees nothing: W, the gradients of its weights, needs what forward kept.
 # It also needs the gradients of the outputs of all modules with weights, which I leaves behind. A schedule
-# defers Ws, so that a rank holds several of both, and how many depends on its rank. The order says it.
+# may defer several Ws, so a rank holds several sets of both. How many depends on the rank, and is found from
+# the order of its actions.
 
 
 class Moment(NamedTuple):
-    """Describes an action of a pp rank, and what there is when it runs, for each of the rank's stages: how
-    many microbatches' activations are kept, how many Is wait for their W, and whether there are gradients of
-    weights. The action's own microbatch counts as kept, and in W as waiting.
+    """Describes an action of a pp rank, and what is in memory while it runs.
+
+    kept, deferred, has_gradients: for each of the rank's stages, of how many microbatches activations are
+        kept, how many Is wait for their W, and whether there are gradients of weights. The action's own
+        microbatch counts as kept, and in W as waiting.
 
     torch.distributed.pipelining clears the gradient of an input after a B, and not after an I. What two
-    stages of one rank hand to each other, forth and back, it keeps as if it were received."""
+    stages of one rank hand to each other, in forward and backward, it keeps as if it had been received."""
 
     kind: str  # F, B, I or W
     place: int  # of the action's stage among those of the rank
@@ -369,7 +376,7 @@ def _moments(
 
 @lru_cache(maxsize=4096)
 def _fullest(schedule: str, pp: int, stages: tuple[int, ...], rank: int, n_microbatches: int) -> list[Moment]:
-    """Return the moments that no other of the same action surpasses in everything."""
+    """Return the moments that can be the fullest: no other moment of the same action holds more of each."""
     of, n_rounds = partial(_moments, schedule, pp, stages, rank), max(1, n_microbatches // pp)
     if n_rounds <= 5:
         moments = of(n_microbatches)
@@ -394,8 +401,7 @@ def _fullest(schedule: str, pp: int, stages: tuple[int, ...], rank: int, n_micro
 
 
 def made_again(work: Work, share: Share) -> float:
-    """Return how many blocks of a step, over all microbatches, are recomputed a second time: their W does
-    it after their I."""
+    """Return how many blocks, over all microbatches of a step, are recomputed twice: in I, and again in W."""
     if work.job.recompute != "full" or not splits_backward(work.layout):
         return 0.0
     layout, m = work.layout, work.n_microbatches
@@ -493,11 +499,11 @@ def split_backward_bytes(work: Work, share: Share) -> Iterator[dict[str, float]]
 
 
 def bytes_of_rank(work: Work, share: Share | None = None) -> dict[str, float]:
-    """Return the bytes on the device of a rank, by kind, at the fullest of four moments: the loss of the
-    last microbatch, when all activations are there; the backward of its first block; that of its second, when
-    the gradients of the first are being reduced; and the end of backward, when those of the ends are.
+    """Return the bytes on the device of a rank, by kind, at the fullest of four moments.
 
-    share: of a pp rank; by default the one that needs the most."""
+    These are the loss of the last microbatch, when all activations are there; the backward of its first
+    block; that of its second, while the gradients of the first are reduced; and the end of backward, while
+    the gradients of embedding, norm and head are. share: of a pp rank; None: the one that needs the most."""
     if share is None:
         ranks = [bytes_of_rank(work, each) for each in kinds_of_shares(work.model, work.layout)]
         return max(ranks, key=lambda kinds: sum(kinds.values()))
@@ -573,8 +579,8 @@ def _buffer_bytes(work: Work, share: Share, both_ends: float) -> float:
     """Return the bytes of a pipeline's messages: torch has a buffer for each that will be received in a step.
     The output of a stage is kept too, and its input, which a block also keeps, is one of these buffers.
 
-    both_ends: microbatches in flight in a stage that receives no input, less those in one that gives no
-        output."""
+    both_ends: microbatches in flight in the first stage, which receives nothing, minus those in the last
+        stage, which sends nothing, as far as this rank has them."""
     if work.layout.pp == 1:
         return 0.0
     n_buffers = work.n_microbatches * share.n_neighbours + both_ends + (not share.has_embedding)
@@ -582,9 +588,11 @@ def _buffer_bytes(work: Work, share: Share, both_ends: float) -> float:
 
 
 def _loss_bytes(work: Work, trains_head: bool) -> tuple[float, float]:
-    """Return the bytes that the last norm and the loss (dtensor_llama/loss.py) keep of a microbatch, which
-    are hidden states and their gradient, and that of the head in fp32; and what there is beside them, which
-    is in forward a chunk of logits with its gradient, and in backward the scaled gradient of the head."""
+    """Return two numbers of bytes: what the last norm and the loss keep of a microbatch, and what they need
+    beside it for a while (dtensor_llama/loss.py).
+
+    Kept are hidden states, their gradient, and the gradient of the head in fp32. Beside them there is in
+    forward a chunk of logits with its gradient, and in backward the scaled gradient of the head."""
     layout, itemsize, D = work.layout, work.states.itemsize, work.model.hidden_size
     n_columns = ceil(work.model.vocab_size / layout.tp)
     logits = min(work.tokens, loss.tokens_per_chunk(n_columns)) * n_columns
@@ -611,8 +619,7 @@ def check_states(
     """Raise UsageError if weights, gradients and AdamW's states alone are more than the device of a rank has.
 
     layout: resolved. bytes_per_parameter: 16 if all of them are in float32 on the device (4 of the 16 are
-        gradients), fewer if a chunk manager keeps states on the host. Activations come on top, and are not
-        known here.
+        gradients), fewer if a chunk manager keeps states on the host. Activations are not counted here.
     """
     here = config.n_parameters / (layout.tp * layout.pp)
     if layout.zero_stage == 0:
@@ -834,8 +841,8 @@ class Stack:
 # 687 and 475 of 794 TFLOP/s, and memory, 3.8 to 3.9 of 4.8 TB/s in AdamW and in sums of gradients. Taken from
 # others: link, what SimuMax measured of B200's NVLink (0.67 to 0.74), and network, what nccl-tests reach of
 # 400 Gbit/s (42 to 48 GB/s). Fitted on half of the published rows (docs/planning.md): passes, contention, and
-# all but these of Megatron's. block_launch_s: about 50 kernels of 20 us in eager PyTorch, and half as many
-# fused ones.
+# all but these of Megatron's. block_launch_s stands for about 50 kernels of 20 us in eager PyTorch, and for
+# half as many where they are fused.
 PYTORCH = Stack(
     "pytorch",
     matmul=0.865,
@@ -943,8 +950,7 @@ def head_seconds(work: Work, cluster: Cluster, stack: Stack) -> float:
 
 
 def step_update_seconds(work: Work, share: Share, cluster: Cluster, stack: Stack) -> float:
-    """Return the time of clipping and AdamW: 28 bytes a parameter are read and written by it, and 4 by the
-    norm."""
+    """Return the time of clipping and AdamW. Per parameter AdamW reads and writes 28 bytes, the norm 4."""
     n = work.n_block * share.n_layers + work.n_ends(share)
     trained = work.n_adapters or n
     return 32 * trained / work.shards / (cluster.gpu.memory_bytes_s * stack.memory)
@@ -1062,8 +1068,7 @@ def machine_rates(cluster: Cluster, stack: Stack = PYTORCH) -> dict[str, float]:
 def account_with_offload(work: Work, cluster: Cluster, foresee: Callable, stack: Stack = PYTORCH) -> Account:
     """Return what a layout costs if a chunk manager keeps states on the host, as its own planner foresees it.
 
-    foresee: memory.auto.foresee, which this package does not import. UsageError: it has no plan that
-        fits."""
+    foresee: memory.auto.foresee, which this package does not import. Raises UsageError if no plan fits."""
     work = replace(work, states=replace(work.states, offloads=True))
     account = account_for(work, cluster, stack)
     seconds = dict(account.seconds)

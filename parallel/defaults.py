@@ -20,14 +20,14 @@ from parallel.cost import States
 from parallel.planner import choose_open
 from parallel.rules import Job
 
-EXAMPLES_PER_STEP = 32  # a batch that fine-tuning recipes use, where the data are many
-STEPS_PER_EPOCH = 10  # at least: few data get smaller batches, not fewer steps
-VALIDATIONS = 10  # of a run
+EXAMPLES_PER_STEP = 32  # as in other fine-tuning recipes, if there is enough data
+STEPS_PER_EPOCH = 10  # at least: with little data batches become smaller, and steps not fewer
+VALIDATIONS = 10  # how many a run has
 
 
 @dataclass(frozen=True)
 class OpenSettings:
-    """The settings of a fine-tuning that may be None, which leaves them open."""
+    """Holds the settings of a fine-tuning that may be None, which means that they are left open."""
 
     epochs: float
     steps: int | None
@@ -53,8 +53,7 @@ def memory_of_rank(device: torch.device, ranks_per_host: int) -> int:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The same settings with nothing left open, the layout and the rows that follow, and a reason for each
-    choice."""
+    """Holds the settings with nothing left open, the layout, the rows, and a reason for each choice."""
 
     settings: dict[str, int | str]  # steps, validate_every, global_batch_size, micro_batch_size, recompute
     layout: ParallelConfig
@@ -90,9 +89,8 @@ def choose_settings(
     batch = asked.global_batch_size
     if batch is None:
         per_row = rows.n_examples / rows.n_rows
-        least = (
-            resolved.dp * resolved.pp * (asked.micro_batch_size or 1)
-        )  # a row for each rank and pipeline stage
+        # A row, or a microbatch of the size that was asked for, for each dp rank and pipeline stage.
+        least = resolved.dp * resolved.pp * (asked.micro_batch_size or 1)
         wanted = min(EXAMPLES_PER_STEP / per_row, rows.n_train / STEPS_PER_EPOCH)
         batch = max(1, math.ceil(wanted / least)) * least
         reasons.append(f"batch     {batch} rows a step: about {batch * per_row:.0f} examples")

@@ -1,11 +1,11 @@
-"""Says what a command of a recipe would do on a cluster: chooses a layout if there is none, counts the step,
-and predicts its time.
+"""Says what a command of a recipe would do on a cluster.
+
+It chooses a layout if none is given, counts what the step does, and predicts its time.
 
     facts = report(settings, step, foresee)     prints the report, and returns it as data that JSON can hold
 
-Bytes, traffic and FLOPs are counted by dry_run.py, from the step itself. Seconds are predicted by cost.py. A
-layout that was left open is searched by planner.py, and the first of its proposals that fits as counted is
-taken.
+Bytes, traffic and FLOPs are counted by dry_run.py, from the step itself. Seconds are predicted by cost.py. If
+the layout was left open, planner.py proposes several, and the first one that fits as counted is taken.
 """
 
 import json
@@ -41,8 +41,9 @@ DOCUMENT_TOKENS = 512  # of each document, with a document mask
 
 
 def report(settings: Any, step: Step, foresee: Callable, rank: int = 0, picture: str | None = None) -> dict:
-    """Print what a command would do on each rank, and return it as data. Call it where no process group
-    exists.
+    """Print what a command would do on each rank, and return it as data.
+
+    Call it where no process group exists.
 
     settings: has the fields `model`, `data`, `train`, `parallel`, `memory`, `gpus` and `gpu` of dryrun.py,
         and maybe `lora`. step: as for `dry_run`. foresee: memory.auto.foresee. rank: whose parameters are

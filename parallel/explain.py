@@ -2,7 +2,7 @@
 
     facts = explain(run, rank=0)     a dict that JSON can hold; recipes/dryrun.py draws it
 
-The placements are not described but made: the function that training uses, `parallelize`, is applied to a
+The placements are not computed by a formula: `parallelize`, the function that training uses, is applied to a
 model without memory, in a pretended process group of the right size. What a step holds, sends and computes is
 counted by dry_run.py, and predicted by cost.py.
 """
@@ -29,8 +29,7 @@ from parallel.schedule_clock import clock, schedule_order
 
 @dataclass(frozen=True)
 class Run:
-    """Holds what is to be explained: a layout, resolved and checked, the job it does, and the dtype it
-    computes in."""
+    """Holds what is to be explained: a layout (resolved and checked), its job, and its dtype."""
 
     layout: ParallelConfig
     job: Job
@@ -93,8 +92,7 @@ def parameter_kinds(model: Llama) -> list[dict]:
 
 
 def placements_of(parameter: Tensor) -> dict[str, str]:
-    """Return on which axes a parameter is replicated (R) or split over a dim (S); a plain one is whole on one
-    process."""
+    """Return {axis: "R" (replicated) or "S(dim)" (split)} of a parameter; empty for a plain tensor."""
     if not isinstance(parameter, DTensor):
         return {}
     mesh = parameter.device_mesh

@@ -1,5 +1,6 @@
-"""Tensor parallelism of LoRA's adapters (dtensor_llama/chat/lora.py), which stand beside the layers that
-tensor.py splits.
+"""Tensor parallelism of LoRA's adapters (dtensor_llama/chat/lora.py).
+
+They stand beside the layers that tensor.py splits.
 
 The thin matrices of y = B A x beside W x, A (r, inputs) and B (outputs, r), are split as W is, so that what
 they add to y has the placement of y, with no traffic in forward. A matrix that is whole is used by each rank

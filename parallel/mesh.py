@@ -36,10 +36,10 @@ def start_process_group(
     arrive within `timeout_s` seconds, or a collective that lasts longer, is an error on all others.
 
     attempt: how often torchrun has restarted the processes. They find the store of the attempt before, with
-        the addresses of the dead in it, so each attempt has names of its own (pytorch issue 135712). Nodes
-        may count their restarts
-    differently: on several nodes set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, which then makes a
-        new store each time, and leave the attempt 0.
+        the addresses of processes that are gone, so each attempt uses names of its own (pytorch issue
+        135712). Several nodes may count their restarts differently: there, set
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, which then makes a new store each time, and leave
+        `attempt` at 0.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     options = {"timeout": timedelta(seconds=timeout_s)}
@@ -68,7 +68,7 @@ def stop_process_group() -> None:
 
 @dataclass(frozen=True)
 class Layout:
-    """A resolved ParallelConfig, the mesh that was built for it, and the number of microbatches in a step.
+    """Holds a resolved ParallelConfig, its mesh, and the number of microbatches in a step.
 
     n_microbatches: how many forwards a rank computes in one optimizer step; with pp they fill the pipeline,
         without pp their gradients are accumulated.
@@ -90,22 +90,22 @@ class Layout:
 
     @property
     def gradient_ranks(self) -> int:
-        """Over how many ranks FSDP averages a gradient. The loss is scaled by it, since we want the sum."""
+        """Return how many ranks FSDP averages a gradient over. Multiply the loss by it to get the sum."""
         return self.config.gradient_ranks
 
     @property
     def loss_group(self) -> dist.ProcessGroup:
-        """The ranks whose shares of the loss add up: all that hold other layers, rows or tokens."""
+        """Return the group whose shares of the loss add up: ranks with other layers, rows or tokens."""
         return self.mesh["loss"].get_group()
 
     def own_tokens(self, batch: Batch) -> Batch:
-        """Return the tokens of the batch that this rank holds: all of them, or under cp its share of each
-        row."""
+        """Return the batch with the tokens that this rank holds: all, or under cp its share of each row."""
         return shard_batch(batch, self.mesh["cp"], self.config.cp_method)
 
     def embedded_tokens(self, per_token: Tensor) -> Tensor:
-        """Return, of a value per token (B, T) of whole rows, those of the tokens that this rank embeds: its
-        share over cp, and under sequence parallelism of that its share over tp."""
+        """Return those of the values per_token (B, T) that belong to the tokens that this rank embeds.
+
+        These are its share over cp and, under sequence parallelism, of that share its part over tp."""
         if self.config.cp > 1:
             per_token = shard_sequence(per_token, self.mesh["cp"], self.config.cp_method)
         n_shards = self.config.sequence_shards
@@ -113,8 +113,7 @@ class Layout:
 
 
 def build_mesh(config: ParallelConfig, device_type: str) -> DeviceMesh:
-    """Return the mesh of a resolved config, with its axes (those of size 1 too) and the derived axes of
-    config.py.
+    """Return the mesh of a resolved config, with all axes of config.py, those of size 1 and derived ones too.
 
     At ZeRO stage 0 there is also an axis `solo` of size 1, which fully_shard shards over: nothing is sharded.
     """

@@ -15,7 +15,7 @@ def forget_meshes() -> None:
     """Empty DTensor's caches. They hold plans with the mesh they were made for, and take an equal mesh of a
     later process group for the same, whose groups are gone."""
     _clear_sharding_prop_cache()
-    # a dict: nothing below empties it
+    # This cache is a plain dict, which the loop below does not find.
     getattr(_redistribute, "clear_redistribute_planner_cache", lambda: None)()
     getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", lambda: None)()
     for name, module in list(sys.modules.items()):

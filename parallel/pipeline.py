@@ -83,7 +83,7 @@ SCHEDULES = {
 
 
 def split_layers(config: LlamaConfig, n_stages: int) -> list[range]:
-    """The layers of each stage: at least one, the slowest stage as fast as whole layers allow.
+    """Return the layers of each stage, at least one, so that the slowest stage is as fast as possible.
 
     Costs are FLOPs per token of forward and backward: 6 per weight of a block (attention over T adds to all
     alike and is left out), 6 V D for the head on the last stage, nothing for the embedding, which is looked
@@ -102,8 +102,9 @@ def split_layers(config: LlamaConfig, n_stages: int) -> list[range]:
 
 
 def stage_indices(schedule: str, pp: int, virtual_stages: int) -> list[list[int]]:
-    """The stages of each pp rank. Loop: rank r has r, r + pp, r + 2 pp ...; V (zbv, dualpipev): r and 2 pp -
-    1 - r."""
+    """Return the stages of each pp rank.
+
+    In a V (zbv, dualpipev) rank r has r and 2 pp - 1 - r; otherwise it has r, r + pp, r + 2 pp, ..."""
     if SCHEDULES[schedule].v_shaped:
         return [[rank, 2 * pp - 1 - rank] for rank in range(pp)]
     return [list(range(rank, pp * virtual_stages, pp)) for rank in range(pp)]
@@ -157,8 +158,7 @@ def _take(part: Llama, model: Llama, layers: Collection[int], has_first: bool, h
 
 
 class Stage(PipelineStage):
-    """Extends torch's PipelineStage: a Recorder can watch it, and each half of a split backward recomputes
-    once."""
+    """Extends torch's PipelineStage: a Recorder can watch it, and W recomputes each block only once."""
 
     recorder: Recorder | None = None
 
@@ -167,15 +167,15 @@ class Stage(PipelineStage):
             return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     def backward_one_chunk(self, bwd_chunk_id: int, loss=None, full_backward: bool = True, **kwargs):
-        # it has no input gradient, so I is empty and W is a whole B
+        # The first stage has no gradient of its input, so its I is empty and its W is a whole B.
         if self.is_first and not full_backward:
             return super().backward_one_chunk(bwd_chunk_id, loss=loss, full_backward=False, **kwargs)
         with self._noted(bwd_chunk_id, "B" if full_backward else "I"):
             return super().backward_one_chunk(bwd_chunk_id, loss=loss, full_backward=full_backward, **kwargs)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, **kwargs):
-        # torch asks autograd for one weight after another; without the group each would recompute its block
-        # again.
+        # torch asks autograd for one weight after another.
+        # Without the group each of them would recompute its block again.
         with self._noted(bwd_chunk_id, "B" if self.is_first else "W"), GraphExecGroup():
             return super().backward_weight_one_chunk(bwd_chunk_id, **kwargs)
 
@@ -184,7 +184,7 @@ class Stage(PipelineStage):
 
 
 class Pipeline:
-    """Run forward and backward of an optimizer step, or an evaluation, over the pp axis.
+    """Runs forward and backward of an optimizer step, or an evaluation, over the pp axis.
 
     All ranks of the axis call each method together. stages: of this rank, from split_stages, after all passes
     and `to_empty`. The batches hold this cp rank's tokens only (layout.own_tokens).
@@ -240,8 +240,8 @@ class Pipeline:
     def _arguments(self, microbatches: list[Batch]) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Return what the rank's stages are called with: the tokens, for the first one, and the rest by name.
 
-        torch takes one batch and cuts it into microbatches again. They are the same ones, as all have as many
-        rows.
+        torch takes one batch and cuts it into microbatches again. These are the same microbatches, because
+        all of them have the same number of rows.
         """
         inputs = {}
         joined = lambda name: torch.cat([getattr(batch, name) for batch in microbatches])
@@ -293,7 +293,7 @@ class Pipeline:
         return nats
 
     def _hidden_shape(self, batch_shape: torch.Size) -> tuple[int, int, int]:
-        """(B, T, D) of the hidden states between two stages, with the T that a tp rank holds there."""
+        """Return the shape (B, T, D) of hidden states between two stages, T as a tp rank holds it there."""
         n_tokens = batch_shape[1] // self.layout.config.sequence_shards
         return batch_shape[0], n_tokens, self.stages[0].config.hidden_size
 
@@ -328,8 +328,8 @@ class Pipeline:
         self.schedule, self.torch_stages, self.batch_shape = schedule, torch_stages, batch_shape
 
     # ---- a tied matrix: the owner is the embedding of the first stage, the copy the head of the last ----
-    # Each rank passes on its shard. The two ranks have the same place on every other axis, so their shards
-    # correspond.
+    # Each rank passes on its shard.
+    # The two ranks have the same place on every other axis, so their shards are of the same elements.
 
     def tied_ends(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
         """Return the owner and the copy of a tied matrix, where this rank has them."""
@@ -347,8 +347,7 @@ class Pipeline:
 
     @torch.no_grad()
     def sync_tied_gradients(self) -> None:
-        """Add the copy's gradient to the owner's. `step` calls it, after the gradients were synced over
-        dp."""
+        """Add the copy's gradient to the owner's. `step` calls it after gradients are summed over dp."""
         owner, copy = self.tied_ends()
         # A frozen matrix has no gradient at either end.
         grads = (None if end is None else end.grad for end in (copy, owner))
@@ -359,8 +358,7 @@ class Pipeline:
     def _pass_on(
         self, source: Tensor | None, target: Tensor | None, from_stage: int, to_stage: int, put: Callable
     ) -> None:
-        """Call put(target, source) with this rank's shards of both. Each is None on ranks without its
-        stage."""
+        """Call put(target, source) with this rank's shards. Each is None on ranks without its stage."""
         if source is not None and target is not None:  # V: one rank has both ends
             put(local(target), local(source))
         elif source is not None:

@@ -1,15 +1,14 @@
-"""Searches the layouts of a job on a cluster, and says which is the fastest that fits, and why the others are
-not.
+"""Searches the layouts of a job on a cluster for the fastest that fits, and says why the others are not.
 
     found = plan(Question(model, seq_len=4096, global_batch_size=1024, cluster=find_cluster("h100-80gb", 64)))
     found.best.account.tokens_per_second_per_gpu
     found.describe(), found.to_json(), draw_plan(found, "plan.png")
 
 The search goes over pp x dp x cp x tp, ZeRO's stage, whole copies between nodes, rows of a microbatch,
-recompute and schedule; over schedules that run backward in two halves only where nothing is compiled. It
-drops what breaks a rule (rules.py) and what does not fit (cost.py). Only if nothing fits are optimizer states
-moved to the host, by the chunk manager's own planner. What is left is ranked by predicted tokens per second.
-Nothing is built and nothing runs: thousands of layouts take seconds.
+recomputation and schedule. (Schedules that run backward in two halves are tried only without compilation.)
+It drops what breaks a rule (rules.py) and what does not fit (cost.py). Only if nothing fits, it asks the
+chunk manager's own planner to move optimizer states to the host. What is left is ranked by predicted tokens
+per second. Nothing is built and nothing runs, so thousands of layouts take seconds.
 """
 
 import json
@@ -49,7 +48,7 @@ MICRO_ROWS = (1, 2, 4, 8, 16)
 MAX_MICRO_TOKENS = 16384  # a forward of more tokens is no faster on any device
 LEAST_CP_TOKENS = 4096  # of a row on a cp rank: shorter slices save nothing that more rows would not
 RECOMPUTE = ("none", "selective", "full")
-MAX_TP = 8  # beyond the fast wires of a node tensor parallelism waits for traffic
+MAX_TP = 8  # GPUs of a node: between nodes tensor parallelism would mostly wait for its traffic
 PURPOSES = {  # the kinds of bytes_of_rank, in a sentence
     "parameters": "parameters",
     "gradients": "gradients",
@@ -59,7 +58,7 @@ PURPOSES = {  # the kinds of bytes_of_rank, in a sentence
     "logits": "logits",
     "reduced": "gradients on their way",
 }
-NEAR = 1.005  # times the fastest step: nearer than any prediction can tell apart
+NEAR = 1.005  # times the fastest step: predictions cannot tell such layouts apart
 
 
 # ---- A question and its answer -----------------------------------------------------------------------------
@@ -97,7 +96,7 @@ class Candidate:
         return self.account.work
 
     def facts(self) -> dict:
-        """Return what JSON shall hold of it."""
+        """Return the layout and its account as data for JSON."""
         account, job = self.account, self.work.job
         cluster = account.cluster
         return {
@@ -393,7 +392,7 @@ def _no_layout(question: Question) -> UsageError:
 
 
 def what_it_would_take(question: Question) -> str:
-    """Return what a model needs that fits no layout: more GPUs, or larger ones."""
+    """Return, for a model that fits in no layout, what would help: more GPUs, or larger ones."""
     cluster, model = question.cluster, question.model
     smallest = min((bytes_of_rank(work) for work in works(question)), key=lambda kinds: sum(kinds.values()))
     needed = sum(smallest.values()) / GIB

@@ -3,9 +3,9 @@
     with pretended_rank(rank, world_size), pretended_device(torch.device("cuda"), counter):
         ... assemble and a training step, on torch.device("meta") ...
 
-Tensors on `meta` have shapes and dtypes and no memory. Most of torch computes with them as it does on a GPU.
-What would not, or would do otherwise than on the device that is meant, is replaced here while the block
-lasts: each function below says what it replaces, and why.
+Tensors on `meta` have shapes and dtypes and no memory. Most of torch works with them as it does on a GPU.
+What does not work, or works differently than on the real device, is replaced here while the block lasts. Each
+function below says what it replaces, and why.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,5 +1,4 @@
-"""Stands for torch.compile where tensors have no memory: the same graphs, run so that they hold what compiled
-kernels hold.
+"""Stands for torch.compile where tensors have no memory: the same graphs hold what compiled kernels hold.
 
 Dynamo traces a block and AOTAutograd cuts its graph into a forward and a backward, as on a GPU: what is kept
 between the two is the partitioner's choice and no estimate. Inductor would then make few kernels of many
@@ -50,8 +49,9 @@ def compiler(counter: StepCounter) -> Callable[[Callable], Callable]:
 
 
 class _FusedGraph(fx.Interpreter):
-    """Runs a graph operation by operation, and lets the counter see those results that a compiled graph has
-    in memory."""
+    """Runs a graph operation by operation.
+
+    It lets the counter see only those results that a compiled graph would have in memory."""
 
     def __init__(self, graph: fx.GraphModule, counter: StepCounter):
         super().__init__(graph)

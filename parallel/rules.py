@@ -263,19 +263,19 @@ def _in_words(field: str, values: list) -> str:
     return f"use {field}={' or '.join(spans)}"
 
 
+# These are off unless they are set, so messages say to leave them out, and never to set them to False.
 LEFT_OUT = (
     "auto",
     "compile",
     "draw_schedule",
-)  # off unless they are set, so that they are never set to False
+)
 
 
 # ---- The number of processes -------------------------------------------------------------------------------
 
 
 def axis_rules(axes: Sequence[str]) -> list[Rule]:
-    """Return, for each axis, the rule that its size is a number of processes, or -1 where that is still
-    open."""
+    """Return one rule per axis: its size is a number of processes, or -1 while that is still open."""
 
     def rule(axis: str) -> Rule:
         return Rule(
@@ -361,10 +361,10 @@ OTHER_TP = {"tp": lambda c: range(1, c.num_attention_heads + 1)}
 
 
 def _shards_lie_right(c: Case) -> bool:
-    """Decide whether DTensor places what ZeRO shares of a slice of the vocabulary where FSDP looks for it.
+    """Decide whether DTensor puts the shards of a vocabulary slice where FSDP looks for them.
 
-    It does not where the last slice is smaller and would be dealt to the same ranks in smaller shares, except
-    for two slices over two ranks, as tests show.
+    It does not if the last slice is smaller than the others, so that the ranks of ZeRO would get smaller
+    shards of it. Two slices over two ranks are an exception, as tests show.
     """
     first, last = c.vocabulary_slices
     uneven = c.fsdp > 1 and first != last and -(-first // c.fsdp) != -(-last // c.fsdp)

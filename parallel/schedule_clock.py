@@ -11,14 +11,14 @@ DURATION = {"F": 1, "B": 2, "I": 1, "W": 1}  # of forwards: backward is twice th
 
 
 def schedule_order(schedule: str, pp: int, virtual_stages: int, n_microbatches: int) -> list[list[Action]]:
-    """The actions of each pp rank, in order."""
+    """Return the actions of each pp rank, in order."""
     return [order_of_rank(schedule, pp, virtual_stages, n_microbatches, rank) for rank in range(pp)]
 
 
 def order_of_rank(
     schedule: str, pp: int, virtual_stages: int, n_microbatches: int, rank: int
 ) -> list[Action]:
-    """The actions of one pp rank, in order. No process group is needed."""
+    """Return the actions of one pp rank, in order. No process group is needed."""
     if schedule in ("gpipe", "1f1b"):
         # forwards before the first backward
         ahead = n_microbatches if schedule == "gpipe" else min(n_microbatches, pp - rank)
@@ -41,8 +41,9 @@ def order_of_rank(
 
 
 def clock(orders: list[list[Action]]) -> tuple[list[list[tuple[int, str, int, int]]], float]:
-    """(start, *action) of each rank's actions in units of DURATION, transfers free; and the share of time
-    that is bubbles."""
+    """Return (start, *action) of each rank's actions, in units of DURATION, and the share of bubbles.
+
+    Transfers are taken to cost no time."""
     waiting, free, ended = [list(order) for order in orders], [0] * len(orders), {}
     work, last = [[] for _ in orders], max(stage for order in orders for _, stage, _ in order)
     while any(waiting):
@@ -66,8 +67,7 @@ def clock(orders: list[list[Action]]) -> tuple[list[list[tuple[int, str, int, in
 
 
 def idle_units(schedule: str, pp: int, virtual_stages: int) -> float:
-    """Return how long a rank is idle in a step, in units of its forward of a microbatch through all its
-    stages.
+    """Return how long a rank is idle in a step; the unit is its forward of one microbatch, all its stages.
 
     This is the clock in closed form, for any number of microbatches that the schedule can run without other
     bubbles: the pipeline fills and drains for pp - 1 microbatches, through one of the rank's stages each.

@@ -45,8 +45,7 @@ class Recorder:
         self.device, self.notes, self.began = device, [], None
 
     def start(self) -> None:
-        """Drop earlier notes and begin together with the other ranks, because the clocks of machines
-        differ."""
+        """Drop earlier notes, and begin together with the other ranks: the clocks of machines differ."""
         self.notes = []
         dist.barrier(group=self.group)
         self.began = moment(self.device)

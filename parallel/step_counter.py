@@ -298,8 +298,7 @@ class StepCounter(TorchDispatchMode):
         )
 
     def _counts(self, value: Any) -> bool:
-        """Return whether a value is a tensor in memory. The parts of a sparse one are seen where they are
-        made."""
+        """Return whether a value is a dense tensor of this device. A sparse one is seen by its parts."""
         is_plain = isinstance(value, Tensor) and not isinstance(value, FakeTensor)
         return is_plain and value.device.type == self.device_type and value.layout is torch.strided
 

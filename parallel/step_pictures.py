@@ -11,8 +11,8 @@ class StepPictures:
     """Draws one step with draw_schedule=True, and two with the chunk manager's draw=True, since an update
     hides behind the forward of the next step. All ranks enter both methods.
 
-    first_step, steps: where the run begins and how many steps it has in all. draws_memory: under a chunk
-        manager.
+    first_step, steps: where the run begins, and how many steps it has in all.
+    draws_memory: whether memory is drawn, which needs a chunk manager.
     """
 
     def __init__(self, training: Training, run_dir: Path, first_step: int, steps: int, draws_memory: bool):

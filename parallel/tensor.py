@@ -1,5 +1,6 @@
-"""Tensor and sequence parallelism: every matrix is split over the tp axis. The tables say where, and at what
-cost.
+"""Tensor and sequence parallelism: every matrix is split over the tp axis.
+
+The tables below say how each is split, and which collectives that costs.
 
     column-wise   the rows of W (its outputs) are split: x is whole, each rank computes its share of y, and
                   nothing travels: q k v gate up
@@ -45,8 +46,8 @@ class Local(ParallelStyle):
     """Shards the weight as `placement` and computes on local tensors, as the class `kind` does: used where no
     style of torch fits.
 
-    kind: a subclass of the module's class with a forward of its own, and no new state but `tp_mesh` and
-        `settings`.
+    kind: a subclass of the module's class with a forward of its own. Its only new attributes are `tp_mesh`
+        and the `settings`.
     """
 
     def __init__(self, placement: Placement, kind: type[nn.Module], **settings):
@@ -90,8 +91,7 @@ class NormOfOwnTokens(nn.RMSNorm):
 
 
 class NormOfAllTokens(nn.RMSNorm):
-    """Maps (B, T, D) to (B, T, D): the same work on every rank, hence the same gradient, with nothing to
-    sum."""
+    """Maps (B, T, D) to (B, T, D). Every rank does the same work, so the weight's gradient needs no sum."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to_local(), self.eps)

@@ -49,7 +49,8 @@ def apply_zero(
     one of GPT-2 under tp 2 (recipes/bench/models_tp.py). In a pipeline FSDP stays, because it also adds up
     the gradients of the microbatches before anyone hears of them.
 
-    shard_dim: returns the dim of a parameter that so many ranks share; if it is not 0, they must divide it.
+    shard_dim: returns the dim along which a parameter is sharded over a number of ranks. If it is not dim 0,
+        its size must be a multiple of that number.
 
     FSDP averages gradients over these ranks, so the loss is scaled by their number to get the sum.
     (`set_gradient_divide_factor(1)` would do the same, but gloo has no such reduction.)
@@ -74,8 +75,8 @@ def apply_zero(
     for block in blocks:
         fully_shard(block, reshard_after_forward=stage == 3, **shared)
     fully_shard(model, reshard_after_forward=False, **shared)
-    # This hook runs before FSDP's, which copies all tensors among the arguments to the GPU and waits each
-    # time.
+    # This hook runs before FSDP's own hook, which copies all tensors among the arguments to the GPU, and
+    # waits for each copy.
     model.register_forward_pre_hook(_leave_positions_on_host, prepend=True, with_kwargs=True)
 
 

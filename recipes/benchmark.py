@@ -1,12 +1,11 @@
-"""Time the training step of pretrain.py on synthetic rows, under the same flags. Prints one JSON line at the
-end.
+"""Time the training step of pretrain.py on synthetic rows, with the same flags, and print one JSON line.
 
     python recipes/benchmark.py --model tiny-5m --data.seq-len 256 --train.global-batch-size 16
     torchrun --nproc-per-node 8 recipes/benchmark.py --model llama2-7b --train.compile --train.recompute full
 
 With --data.document-mask the rows are packed documents of 512 tokens on average. With --data.path it also
-answers whether reading costs training time: steps on real rows and on synthetic ones take turns in one run,
-and `real_over_synthetic` is the ratio of their median times (1.0: reading is free).
+measures whether reading the data costs training time: steps on real rows and on synthetic rows take turns in
+one run, and `real_over_synthetic` is the ratio of their median times (1.0: reading costs nothing).
 """
 
 import json
@@ -62,17 +61,17 @@ from parallel.step_pictures import StepPictures
 
 @dataclass(frozen=True)
 class DataConfig:
-    # Files and globs of text, compressed or not (data/sources.py). `a:0.7 b:0.3` mixes two sources by these
-    # shares.
+    # Files and globs of text, compressed or not (data/sources.py).
+    # `a:0.7 b:0.3` mixes two sources in these shares.
     path: tuple[str, ...] = ()
     # A Hugging Face folder, a tokenizer.json or a SentencePiece .model; None takes the one of --model.
     tokenizer: FilePath | None = None
     seq_len: int | None = None  # tokens of a row; None: as many as the model was made for
     document_mask: bool = False  # keep a token from attending to other documents of its packed row
-    # The field of a .jsonl line, or the column of a .parquet, that holds the text; `a.b` is field b of field
-    # a.
+    # The field of a .jsonl line, or the column of a .parquet, that holds the text.
+    # `a.b` is field b inside field a.
     text_field: str = "text"
-    # A record without a text ends the run, or is left out, counted, and listed in RUN/bad-records.jsonl.
+    # A record without text ends the run, or is left out, counted, and listed in RUN/bad-records.jsonl.
     bad_records: Literal["refuse", "skip"] = "refuse"
     validation_share: float = 0.01  # share of the rows that is held out
     cache_dir: str = "~/.cache/dtensor-llama"  # tokenized text, reused by every run on the same files
@@ -88,8 +87,8 @@ class TrainConfig:
     min_lr: float | None = None  # where the cosine ends; None: a tenth of the peak
     warmup_steps: int | None = None  # None: 2 % of the steps, at most the 2,000 of LLaMA-2
     weight_decay: float = 0.1
-    # If the gradient, over all parameters together, is longer than this, it is scaled to it; inf turns this
-    # off.
+    # Gradients are scaled down if their norm, over all parameters together, is larger than this.
+    # inf turns this clipping off.
     max_grad_norm: float = 1.0
     # How many steps in a row may be skipped because their gradient is inf or nan; 0 stops at the first.
     skip_nonfinite: int = 0
@@ -98,8 +97,8 @@ class TrainConfig:
     compile: bool = False  # torch.compile each block: it takes a minute at the start and makes steps faster
     # Activation checkpointing: which activations are computed again in backward, to save memory.
     recompute: Literal["none", "selective", "full"] = "none"
-    # The attention kernel. auto takes the fastest that can run here and prints why; varlen needs no mask for
-    # documents.
+    # The attention kernel. auto takes the fastest one that can run here, and prints why.
+    # varlen keeps packed documents apart without a mask.
     attention: Literal["auto", "flash", "varlen", "sdpa", "math"] = "auto"
     validate_every: int = 100  # steps between two validations; 0: none
     validation_rows: int = 64  # how many of the held-out rows each validation reads
@@ -238,7 +237,8 @@ def main(cfg: BenchmarkConfig) -> None:
                 training, microbatches, n_targets, cfg.train.lr, cfg.train.max_grad_norm
             )
             reading.put({"source": name, "i": i}, loss, grad_norm)
-            # As in training the loss is read while the next step is computed, but for steps that take turns.
+            # As in training, the loss is read while the device computes the next step. Where real and
+            # synthetic steps take turns, each is read at once.
             done += reading.take(all=len(sources) > 1 or i + 1 in (cfg.warmup, n_steps))
             if i >= cfg.warmup and name == "real":
                 wait_s.append(waited)
@@ -261,7 +261,7 @@ def main(cfg: BenchmarkConfig) -> None:
     if rank == 0:
         median_s = statistics.median(step_s["synthetic"])
         tokens_per_s = cfg.train.global_batch_size * seq_len / median_s
-        share = tokens_per_s / launch.world_size / peak  # of the peak, per FLOP and token
+        share = tokens_per_s / launch.world_size / peak  # times the FLOPs of a token: a share of the peak
         result = {
             "model": cfg.model,
             "n_parameters": config.n_parameters,
@@ -305,8 +305,9 @@ def main(cfg: BenchmarkConfig) -> None:
 
 
 class Start:
-    """Times what comes before the steps, from the start of the process on, and says it phase by phase, so
-    that a run which is ended early has said what it waited for."""
+    """Times the phases before the first steps, counted from the start of the process.
+
+    Each is printed as it ends, so that a run that is killed early has shown what it was waiting for."""
 
     def __init__(self, say: Callable[[str], None]):
         self.say, self.seconds, self.began = say, {}, psutil.Process().create_time()
@@ -323,19 +324,19 @@ class Start:
 def train_step(
     training: Training, microbatches: list[Batch], n_targets: int, lr: float, max_grad_norm: float
 ) -> tuple[Tensor, Tensor]:
-    """Forward and backward of one global batch, clip, step. Returns (loss, gradient norm), the same on every
-    rank.
+    """Run forward and backward of one global batch, clip the gradients, and step the optimizer.
 
-    microbatches: the rows of this dp rank. n_targets: scored labels of the whole global batch, so that the
-        sums over microbatches and ranks give the mean, and neither padding nor accumulation changes it.
+    Returns (loss, gradient norm), the same on every rank. microbatches: the rows of this dp rank. n_targets:
+        scored labels of the whole global batch, so that the sums over microbatches and ranks give the mean,
+        and neither padding nor accumulation changes it.
     """
     optimizer, layout = training.optimizer, training.layout
     for group in optimizer.param_groups:
         group["lr"] = lr  # before backward: without clipping the chunk manager steps as gradients arrive
     loss = forward_backward(training, [layout.own_tokens(batch) for batch in microbatches], n_targets)
     dist.all_reduce(loss, group=layout.loss_group)  # each rank has the share of its own tokens
-    # One norm over all ranks and axes. The step scales the gradients; if they are not finite it changes
-    # nothing.
+    # This is one norm over all ranks and axes. The step below scales the gradients by it.
+    # If the norm is inf or nan, that step changes nothing.
     grad_norm = optimizer.clip_grad_norm(max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
@@ -343,8 +344,9 @@ def train_step(
 
 
 def forward_backward(training: Training, microbatches: list[Batch], n_targets: int) -> Tensor:
-    """Forward and backward of all microbatches; gradients add up. Returns this rank's share of the mean
-    loss."""
+    """Run forward and backward of all microbatches; their gradients add up.
+
+    Returns this rank's share of the mean loss."""
     if training.pipeline:  # stages and schedules: parallel/pipeline.py
         return training.pipeline.step(microbatches, n_targets)
     loss = torch.zeros((), device=training.device)
@@ -360,8 +362,8 @@ def forward_backward(training: Training, microbatches: list[Batch], n_targets: i
 
 
 def synthetic_positions(shape: torch.Size, seed: int, mean_document: int = 512) -> torch.Tensor:
-    """(..., T) positions of tokens in packed rows whose documents have `mean_document` tokens on average: any
-    token may begin one, and where it does the positions restart at 0."""
+    """Return the positions (..., T) of tokens in packed rows whose documents have `mean_document` tokens on
+    average. Any token may begin a document, and positions restart at 0 there."""
     draw = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
     begins = draw < 1 / mean_document
     at = torch.arange(shape[-1]).expand(shape)

@@ -4,15 +4,16 @@
     python recipes/dryrun.py --model llama2-70b --gpus 512 --gpu a100-40gb --parallel.tp 8 --parallel.pp 4 \\
         --train.recompute full --train.global-batch-size 1024 --json 70b.json
 
-The first command leaves the layout open: parallel/planner.py searches it, and says why the others lost. With
-a layout, any command line of pretrain.py can be tried, and --lora.rank of sft.py. The model is built and
-stepped by the code that trains, on tensors without memory (parallel/dry_run.py). Printed are the mesh, where
-each parameter lies, what a rank holds and when it holds most, what it sends on each axis, its FLOPs, the
-pipeline's schedule, and what the step is predicted to take (parallel/cost.py).
+The first command leaves the layout open: parallel/planner.py searches for the best one, and says why the
+others are slower. With a layout, any command line of pretrain.py can be tried, and --lora.rank of sft.py. The
+model is built and stepped by the code that trains, on tensors without memory (parallel/dry_run.py). The
+report has the mesh, where each parameter lies, what a rank holds and when it holds most, what it sends on
+each axis, its FLOPs, the pipeline's schedule, and what the step is predicted to take (parallel/cost.py).
 
---json names traffic by the mesh's axes, alike in each layout: `tp` and `cp` (activations), `pp` (between
-stages), `fsdp` (weights and gradients of ZeRO, over dp_shard and cp), `dp_replicate` (gradients of copies),
-`dp_cp` (gradients under ZeRO 0 with copies), and `loss` and `world` (sums of single numbers).
+--json names traffic by the axes of the mesh, with the same names in every layout: `tp` and `cp`
+(activations), `pp` (between stages), `fsdp` (weights and gradients of ZeRO, over dp_shard and cp),
+`dp_replicate` (gradients of whole copies of the model), `dp_cp` (gradients under ZeRO 0 with such copies),
+and `loss` and `world` (sums of single numbers).
 """
 
 import json
@@ -45,17 +46,17 @@ from parallel.dry_run_report import gpus_of, report
 
 @dataclass(frozen=True)
 class DataConfig:
-    # Files and globs of text, compressed or not (data/sources.py). `a:0.7 b:0.3` mixes two sources by these
-    # shares.
+    # Files and globs of text, compressed or not (data/sources.py).
+    # `a:0.7 b:0.3` mixes two sources in these shares.
     path: tuple[str, ...] = ()
     # A Hugging Face folder, a tokenizer.json or a SentencePiece .model; None takes the one of --model.
     tokenizer: FilePath | None = None
     seq_len: int | None = None  # tokens of a row; None: as many as the model was made for
     document_mask: bool = False  # keep a token from attending to other documents of its packed row
-    # The field of a .jsonl line, or the column of a .parquet, that holds the text; `a.b` is field b of field
-    # a.
+    # The field of a .jsonl line, or the column of a .parquet, that holds the text.
+    # `a.b` is field b inside field a.
     text_field: str = "text"
-    # A record without a text ends the run, or is left out, counted, and listed in RUN/bad-records.jsonl.
+    # A record without text ends the run, or is left out, counted, and listed in RUN/bad-records.jsonl.
     bad_records: Literal["refuse", "skip"] = "refuse"
     validation_share: float = 0.01  # share of the rows that is held out
     cache_dir: str = "~/.cache/dtensor-llama"  # tokenized text, reused by every run on the same files
@@ -71,8 +72,8 @@ class TrainConfig:
     min_lr: float | None = None  # where the cosine ends; None: a tenth of the peak
     warmup_steps: int | None = None  # None: 2 % of the steps, at most the 2,000 of LLaMA-2
     weight_decay: float = 0.1
-    # If the gradient, over all parameters together, is longer than this, it is scaled to it; inf turns this
-    # off.
+    # Gradients are scaled down if their norm, over all parameters together, is larger than this.
+    # inf turns this clipping off.
     max_grad_norm: float = 1.0
     # How many steps in a row may be skipped because their gradient is inf or nan; 0 stops at the first.
     skip_nonfinite: int = 0
@@ -81,8 +82,8 @@ class TrainConfig:
     compile: bool = False  # torch.compile each block: it takes a minute at the start and makes steps faster
     # Activation checkpointing: which activations are computed again in backward, to save memory.
     recompute: Literal["none", "selective", "full"] = "none"
-    # The attention kernel. auto takes the fastest that can run here and prints why; varlen needs no mask for
-    # documents.
+    # The attention kernel. auto takes the fastest one that can run here, and prints why.
+    # varlen keeps packed documents apart without a mask.
     attention: Literal["auto", "flash", "varlen", "sdpa", "math"] = "auto"
     validate_every: int = 100  # steps between two validations; 0: none
     validation_rows: int = 64  # how many of the held-out rows each validation reads
@@ -169,19 +170,19 @@ def main(cfg: DryrunConfig) -> None:
 def train_step(
     training: Training, microbatches: list[Batch], n_targets: int, lr: float, max_grad_norm: float
 ) -> tuple[Tensor, Tensor]:
-    """Forward and backward of one global batch, clip, step. Returns (loss, gradient norm), the same on every
-    rank.
+    """Run forward and backward of one global batch, clip the gradients, and step the optimizer.
 
-    microbatches: the rows of this dp rank. n_targets: scored labels of the whole global batch, so that the
-        sums over microbatches and ranks give the mean, and neither padding nor accumulation changes it.
+    Returns (loss, gradient norm), the same on every rank. microbatches: the rows of this dp rank. n_targets:
+        scored labels of the whole global batch, so that the sums over microbatches and ranks give the mean,
+        and neither padding nor accumulation changes it.
     """
     optimizer, layout = training.optimizer, training.layout
     for group in optimizer.param_groups:
         group["lr"] = lr  # before backward: without clipping the chunk manager steps as gradients arrive
     loss = forward_backward(training, [layout.own_tokens(batch) for batch in microbatches], n_targets)
     dist.all_reduce(loss, group=layout.loss_group)  # each rank has the share of its own tokens
-    # One norm over all ranks and axes. The step scales the gradients; if they are not finite it changes
-    # nothing.
+    # This is one norm over all ranks and axes. The step below scales the gradients by it.
+    # If the norm is inf or nan, that step changes nothing.
     grad_norm = optimizer.clip_grad_norm(max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
@@ -189,8 +190,9 @@ def train_step(
 
 
 def forward_backward(training: Training, microbatches: list[Batch], n_targets: int) -> Tensor:
-    """Forward and backward of all microbatches; gradients add up. Returns this rank's share of the mean
-    loss."""
+    """Run forward and backward of all microbatches; their gradients add up.
+
+    Returns this rank's share of the mean loss."""
     if training.pipeline:  # stages and schedules: parallel/pipeline.py
         return training.pipeline.step(microbatches, n_targets)
     loss = torch.zeros((), device=training.device)

@@ -4,9 +4,9 @@ ranks that wrote it.
     python recipes/export.py runs/pretrain/checkpoints/step-00001000 exported
     python recipes/export.py runs/pretrain/checkpoints/step-00001000 exported --dtype float32
 
-The shape of the model is in the checkpoint; tokenizer and dtype come from the run folder that it lies in, or
-from flags. The weights pass through memory a file at a time; only LoRA adapters need all of the model they
-are merged into.
+The shape of the model is in the checkpoint. Tokenizer and dtype come from the run folder that it lies in, or
+from flags. The weights pass through memory one file at a time. Only LoRA adapters need the whole model in
+memory, into which they are merged.
 """
 
 import json

@@ -1,5 +1,6 @@
-"""Text from a trained model: continue prompts, many at once, or chat. The model is on one process, or split
-over several by tp.
+"""Generate text with a trained model: continue prompts, many at once, or chat.
+
+The model is on one process, or split over several by tensor parallelism.
 
     python recipes/generate.py --model runs/pretrain/hf --prompt 'Once upon a time' --max-new-tokens 100
     python recipes/generate.py --model runs/pretrain/hf --prompts-file prompts.txt --json > answers.jsonl
@@ -61,10 +62,10 @@ class GenerateConfig:
     system: str | None = None  # with --chat: the system prompt
     json: bool = False  # print a line {"prompt", "text"} for each prompt
     max_new_tokens: int = 128
-    temperature: float = 0.0  # 0: always the likeliest token (greedy); 1: as the model believes
+    temperature: float = 0.0  # 0: always the likeliest token (greedy); 1: the probabilities of the model
     top_p: float = 1.0  # draw only from the likeliest tokens that together have this probability
     seed: int = 0  # of the draws, at a temperature above 0
-    batch_size: int = 16  # prompts at once: memory for speed
+    batch_size: int = 16  # prompts that are continued together: more are faster and take more memory
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["auto", "flash", "sdpa", "math"] = "auto"
     parallel: SplitConfig = field(default_factory=SplitConfig)
@@ -218,8 +219,8 @@ def system_turn(cfg: GenerateConfig) -> list[dict]:
 
 
 def read_prompts(cfg: GenerateConfig) -> list[str]:
-    """Return the prompts of --prompt and --prompts-file. A line of the file ends at a newline only: other
-    separators that Unicode has, such as a form feed or U+2028, are characters of a prompt."""
+    """Return the prompts of --prompt and --prompts-file. Only a newline ends a line of the file: other
+    separators of Unicode, such as a form feed or U+2028, are part of a prompt."""
     prompts = [as_text(prompt, "--prompt") for prompt in cfg.prompt]
     if cfg.prompts_file is None:
         return prompts
@@ -262,7 +263,7 @@ def encode(cfg: GenerateConfig, text: str, tokenizer, template) -> list[int]:
     if template:
         return template.encode_prompt([*system_turn(cfg), {"role": "user", "content": text}])
     tokens = tokenizer.encode(text)
-    if tokenizer.adds.bos:  # as the documents of training began
+    if tokenizer.adds.bos:  # every document began with this token in training
         tokens = [tokenizer.bos_id, *tokens]
     if not tokens:
         raise UsageError(

@@ -4,9 +4,9 @@
     torchrun --nproc-per-node 8 recipes/pretrain.py --model llama2-7b --data.path 'corpus/*.parquet' \
         --data.tokenizer llama2/tokenizer.model --train.global-batch-size 1024 --train.compile
 
-One file, in the order things happen: what can be asked for, what is refused, the parts, the loop. The run
-folder then holds config.json, metrics.jsonl, tensorboard/, loss.png, tokenizer/, checkpoints/ and hf/, which
-transformers opens as it is.
+This file is a whole run, in the order in which things happen: the flags, what is refused, the parts, the
+loop. The run folder then holds config.json, metrics.jsonl, tensorboard/, loss.png, tokenizer/, checkpoints/
+and hf/, which transformers opens as it is.
 """
 
 import math
@@ -73,17 +73,17 @@ from parallel.step_pictures import StepPictures
 
 @dataclass(frozen=True)
 class DataConfig:
-    # Files and globs of text, compressed or not (data/sources.py). `a:0.7 b:0.3` mixes two sources by these
-    # shares.
+    # Files and globs of text, compressed or not (data/sources.py).
+    # `a:0.7 b:0.3` mixes two sources in these shares.
     path: tuple[str, ...] = ()
     # A Hugging Face folder, a tokenizer.json or a SentencePiece .model; None takes the one of --model.
     tokenizer: FilePath | None = None
     seq_len: int | None = None  # tokens of a row; None: as many as the model was made for
     document_mask: bool = False  # keep a token from attending to other documents of its packed row
-    # The field of a .jsonl line, or the column of a .parquet, that holds the text; `a.b` is field b of field
-    # a.
+    # The field of a .jsonl line, or the column of a .parquet, that holds the text.
+    # `a.b` is field b inside field a.
     text_field: str = "text"
-    # A record without a text ends the run, or is left out, counted, and listed in RUN/bad-records.jsonl.
+    # A record without text ends the run, or is left out, counted, and listed in RUN/bad-records.jsonl.
     bad_records: Literal["refuse", "skip"] = "refuse"
     validation_share: float = 0.01  # share of the rows that is held out
     cache_dir: str = "~/.cache/dtensor-llama"  # tokenized text, reused by every run on the same files
@@ -99,8 +99,8 @@ class TrainConfig:
     min_lr: float | None = None  # where the cosine ends; None: a tenth of the peak
     warmup_steps: int | None = None  # None: 2 % of the steps, at most the 2,000 of LLaMA-2
     weight_decay: float = 0.1
-    # If the gradient, over all parameters together, is longer than this, it is scaled to it; inf turns this
-    # off.
+    # Gradients are scaled down if their norm, over all parameters together, is larger than this.
+    # inf turns this clipping off.
     max_grad_norm: float = 1.0
     # How many steps in a row may be skipped because their gradient is inf or nan; 0 stops at the first.
     skip_nonfinite: int = 0
@@ -109,8 +109,8 @@ class TrainConfig:
     compile: bool = False  # torch.compile each block: it takes a minute at the start and makes steps faster
     # Activation checkpointing: which activations are computed again in backward, to save memory.
     recompute: Literal["none", "selective", "full"] = "none"
-    # The attention kernel. auto takes the fastest that can run here and prints why; varlen needs no mask for
-    # documents.
+    # The attention kernel. auto takes the fastest one that can run here, and prints why.
+    # varlen keeps packed documents apart without a mask.
     attention: Literal["auto", "flash", "varlen", "sdpa", "math"] = "auto"
     validate_every: int = 100  # steps between two validations; 0: none
     validation_rows: int = 64  # how many of the held-out rows each validation reads
@@ -259,8 +259,8 @@ def main(cfg: PretrainConfig) -> None:
         is_last = stopped or at_end
         saves = is_due(step, cfg.checkpoint.every, is_last)
         validates = rows.n_validation and is_due(step, cfg.train.validate_every, at_end)
-        # The loss is read while the device computes the next step. Only a step that was read is saved or
-        # judged.
+        # The loss is read while the device computes the next step.
+        # Before a checkpoint or a validation we wait for it, so that a bad step is found first.
         finished = report.finished(wait=bool(is_last or saves or validates))
         validation_losses = {}
         if validates:
@@ -293,19 +293,19 @@ def main(cfg: PretrainConfig) -> None:
 def train_step(
     training: Training, microbatches: list[Batch], n_targets: int, lr: float, max_grad_norm: float
 ) -> tuple[Tensor, Tensor]:
-    """Forward and backward of one global batch, clip, step. Returns (loss, gradient norm), the same on every
-    rank.
+    """Run forward and backward of one global batch, clip the gradients, and step the optimizer.
 
-    microbatches: the rows of this dp rank. n_targets: scored labels of the whole global batch, so that the
-        sums over microbatches and ranks give the mean, and neither padding nor accumulation changes it.
+    Returns (loss, gradient norm), the same on every rank. microbatches: the rows of this dp rank. n_targets:
+        scored labels of the whole global batch, so that the sums over microbatches and ranks give the mean,
+        and neither padding nor accumulation changes it.
     """
     optimizer, layout = training.optimizer, training.layout
     for group in optimizer.param_groups:
         group["lr"] = lr  # before backward: without clipping the chunk manager steps as gradients arrive
     loss = forward_backward(training, [layout.own_tokens(batch) for batch in microbatches], n_targets)
     dist.all_reduce(loss, group=layout.loss_group)  # each rank has the share of its own tokens
-    # One norm over all ranks and axes. The step scales the gradients; if they are not finite it changes
-    # nothing.
+    # This is one norm over all ranks and axes. The step below scales the gradients by it.
+    # If the norm is inf or nan, that step changes nothing.
     grad_norm = optimizer.clip_grad_norm(max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
@@ -313,8 +313,9 @@ def train_step(
 
 
 def forward_backward(training: Training, microbatches: list[Batch], n_targets: int) -> Tensor:
-    """Forward and backward of all microbatches; gradients add up. Returns this rank's share of the mean
-    loss."""
+    """Run forward and backward of all microbatches; their gradients add up.
+
+    Returns this rank's share of the mean loss."""
     if training.pipeline:  # stages and schedules: parallel/pipeline.py
         return training.pipeline.step(microbatches, n_targets)
     loss = torch.zeros((), device=training.device)
@@ -330,8 +331,9 @@ def forward_backward(training: Training, microbatches: list[Batch], n_targets: i
 
 
 def say_what_a_step_does(cfg: PretrainConfig) -> None:
-    """Count the step above on tensors without memory, for GPUs that need not be here, and print what was
-    found."""
+    """Run the step above on tensors without memory, for GPUs that need not be here.
+
+    Prints what each rank holds and sends, and how long the step is predicted to take."""
 
     def step(training: Training, microbatches: list[Batch]) -> None:
         n_targets = sum(batch.n_targets for batch in microbatches)
@@ -344,8 +346,10 @@ def say_what_a_step_does(cfg: PretrainConfig) -> None:
 
 
 def run_record(cfg: PretrainConfig, model_config: LlamaConfig, rows, generation: dict) -> RunRecord:
-    """Return what a checkpoint records about its run, and what must be the same for its data position and
-    weights to mean the same in a run that resumes from it."""
+    """Return what a checkpoint records about its run.
+
+    `fixed` is what a run that resumes from it must have too: with other values the saved data position and
+    weights would not fit. `may_change` may differ, and the resumed run prints how."""
     fixed = {
         "--model": asdict(model_config),
         "--data.seq-len": rows.seq_len,
@@ -371,8 +375,7 @@ def run_record(cfg: PretrainConfig, model_config: LlamaConfig, rows, generation:
 
 
 def lines_on_data(cfg: PretrainConfig, rows, run_dir: Path) -> list[str]:
-    """Describe each source of the data: its tokens, how many rows they make, and how often this run reads
-    them."""
+    """Describe each source of the data: how many tokens and rows it has, and how often this run reads it."""
     lines = []
     sources = rows.parts(cfg.train.steps * cfg.train.global_batch_size)
     for name, source, n_read in sources:

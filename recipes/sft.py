@@ -4,10 +4,10 @@
     torchrun --nproc-per-node 8 recipes/sft.py --model llama2-7b/ --data.path 'chats/*.parquet' --lora.rank 16
     python recipes/sft.py --model llama2-7b/ --data.path chat.jsonl --preview 3    # show what is trained
 
-The same file as pretrain.py with other data, and the same step. A row holds whole conversations, only what
-the assistant says is scored, and what the user leaves open (None below) is chosen from the data and the
-hardware, with the reason printed. The run folder holds what pretrain's does and, with LoRA, hf-adapter/
-beside the merged hf/.
+This is pretrain.py with other data, and with the same step. A row holds whole conversations, and only what
+the assistant says is scored. What the user leaves open (None below) is chosen from the data and the hardware,
+and the reason is printed. The run folder holds what pretrain.py's does. With LoRA it also has hf-adapter/,
+beside the merged model in hf/.
 """
 
 import math
@@ -94,14 +94,14 @@ class DataConfig:
     # Tokens of a row; None: as many as the longest example has, at most what the model was made for.
     seq_len: int | None = None
     overlong: Literal["drop", "truncate"] = "drop"  # what happens to examples that are longer than a row
-    # A record that cannot be trained on ends the run, or is left out, counted, and listed in
-    # RUN/bad-records.jsonl.
+    # A record that cannot be trained on ends the run (refuse),
+    # or is left out, counted, and listed in RUN/bad-records.jsonl (skip).
     bad_records: Literal["refuse", "skip"] = "refuse"
-    # What is trained: all answers of the assistant, the last one of each conversation, or every token. Flags
-    # in a turn (weight, train and the like) count in any case.
+    # What is trained: all answers of the assistant, the last one of each conversation, or every token.
+    # Fields of a turn that say so themselves (weight, train and the like) are obeyed in any case.
     train_on: Literal["answers", "last-answer", "all"] = "answers"
-    # auto writes a conversation by the tokenizer's chat template, or LLaMA-2's if it has none; none writes
-    # prompt and completion as they are.
+    # auto writes a conversation with the tokenizer's chat template, or with LLaMA-2's if it has none.
+    # none writes prompt and completion as they are.
     template: Literal["auto", "none"] = "auto"
     packing: bool = True  # put several examples into a row; none of them attends to another
     validation_share: float = 0.02  # share of the rows that is held out
@@ -119,8 +119,8 @@ class TrainConfig:
     min_lr: float | None = None  # where the cosine ends; None: a tenth of the peak
     warmup_steps: int | None = None  # None: 2 % of the steps, at most the 2,000 of LLaMA-2
     weight_decay: float = 0.1
-    # If the gradient, over all parameters together, is longer than this, it is scaled to it; inf turns this
-    # off.
+    # Gradients are scaled down if their norm, over all parameters together, is larger than this.
+    # inf turns this clipping off.
     max_grad_norm: float = 1.0
     # How many steps in a row may be skipped because their gradient is inf or nan; 0 stops at the first.
     skip_nonfinite: int = 0
@@ -128,11 +128,11 @@ class TrainConfig:
     # The type of the computation; None: bfloat16 on a GPU, float32 without one.
     dtype: Literal["float32", "bfloat16"] | None = None
     compile: bool = False  # torch.compile each block: it takes a minute at the start and makes steps faster
-    # Activation checkpointing: which activations are computed again in backward; None: none if the memory
-    # allows.
+    # Activation checkpointing: which activations are computed again in backward.
+    # None: none of them if the memory allows it, else full.
     recompute: Literal["none", "selective", "full"] | None = None
-    # The attention kernel. auto takes the fastest that can run here and prints why; varlen needs no mask for
-    # documents.
+    # The attention kernel. auto takes the fastest one that can run here, and prints why.
+    # varlen keeps packed documents apart without a mask.
     attention: Literal["auto", "flash", "varlen", "sdpa", "math"] = "auto"
     validate_every: int | None = None  # steps between two validations; None: ten in a run; 0: none
     validation_rows: int = 64  # how many of the held-out rows each validation reads
@@ -165,8 +165,8 @@ class SftConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)  # where optimizer states and block inputs live
     lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    preview: int = 0  # print so many rows, trained tokens bright, and end
-    # write them here as {"tokens", "labels"} (all rows without --preview), and end
+    preview: int = 0  # print this many rows, with trained tokens bright, and end
+    # write those rows to this file as {"tokens", "labels"} (without --preview: all rows), and end
     preview_json: FilePath | None = None
     run_dir: FilePath = "runs/sft"  # everything this run writes
 
@@ -223,8 +223,8 @@ def main(cfg: SftConfig) -> None:
     chat = ChatOptions(cfg.data.bad_records, cfg.data.train_on, cfg.data.template)
     template = template_of(tokenizer, chat)
     corpus = prepare_chat(cfg.data.path, tokenizer, cache_dirs, options=chat)
-    # The chat template may end an answer with another token than the config.json of a base model has. What is
-    # exported must stop at both.
+    # The chat template may end an answer with another token than the config.json of a base model names.
+    # The exported model must stop at both.
     model.config = model_config = model_config.also_ending_at(corpus.end_ids)
     model.generation_config = base.generation_config(model_config)
     chosen = choose(cfg, model_config, corpus, tokenizer, launch)
@@ -326,8 +326,8 @@ def main(cfg: SftConfig) -> None:
         is_last = stopped or at_end
         saves = is_due(step, cfg.checkpoint.every, is_last)
         validates = rows.n_validation and is_due(step, cfg.train.validate_every, at_end)
-        # The loss is read while the device computes the next step. Only a step that was read is saved or
-        # judged.
+        # The loss is read while the device computes the next step.
+        # Before a checkpoint or a validation we wait for it, so that a bad step is found first.
         finished = report.finished(wait=bool(is_last or saves or validates))
         validation_losses, answers = {}, []
         if validates:
@@ -366,19 +366,19 @@ def main(cfg: SftConfig) -> None:
 def train_step(
     training: Training, microbatches: list[Batch], n_targets: int, lr: float, max_grad_norm: float
 ) -> tuple[Tensor, Tensor]:
-    """Forward and backward of one global batch, clip, step. Returns (loss, gradient norm), the same on every
-    rank.
+    """Run forward and backward of one global batch, clip the gradients, and step the optimizer.
 
-    microbatches: the rows of this dp rank. n_targets: scored labels of the whole global batch, so that the
-        sums over microbatches and ranks give the mean, and neither padding nor accumulation changes it.
+    Returns (loss, gradient norm), the same on every rank. microbatches: the rows of this dp rank. n_targets:
+        scored labels of the whole global batch, so that the sums over microbatches and ranks give the mean,
+        and neither padding nor accumulation changes it.
     """
     optimizer, layout = training.optimizer, training.layout
     for group in optimizer.param_groups:
         group["lr"] = lr  # before backward: without clipping the chunk manager steps as gradients arrive
     loss = forward_backward(training, [layout.own_tokens(batch) for batch in microbatches], n_targets)
     dist.all_reduce(loss, group=layout.loss_group)  # each rank has the share of its own tokens
-    # One norm over all ranks and axes. The step scales the gradients; if they are not finite it changes
-    # nothing.
+    # This is one norm over all ranks and axes. The step below scales the gradients by it.
+    # If the norm is inf or nan, that step changes nothing.
     grad_norm = optimizer.clip_grad_norm(max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
@@ -386,8 +386,9 @@ def train_step(
 
 
 def forward_backward(training: Training, microbatches: list[Batch], n_targets: int) -> Tensor:
-    """Forward and backward of all microbatches; gradients add up. Returns this rank's share of the mean
-    loss."""
+    """Run forward and backward of all microbatches; their gradients add up.
+
+    Returns this rank's share of the mean loss."""
     if training.pipeline:  # stages and schedules: parallel/pipeline.py
         return training.pipeline.step(microbatches, n_targets)
     loss = torch.zeros((), device=training.device)
@@ -428,8 +429,10 @@ def choose(
 def run_record(
     cfg: SftConfig, model_config: LlamaConfig, rows: PackedExamples, generation: dict
 ) -> RunRecord:
-    """Return what a checkpoint records about its run, and what must be the same for its data position and
-    weights to mean the same in a run that resumes from it."""
+    """Return what a checkpoint records about its run.
+
+    `fixed` is what a run that resumes from it must have too: with other values the saved data position and
+    weights would not fit. `may_change` may differ, and the resumed run prints how."""
     packing = "packed" if cfg.data.packing else "not packed"
     fixed = {
         "--model": asdict(model_config),
