@@ -148,6 +148,9 @@ def read_cluster(path: str | Path, n_gpus: int | None = None) -> Cluster:
     return cluster if n_gpus is None else with_gpus(cluster, n_gpus)
 
 
+SMALLEST, LARGEST = 1e-3, 1e30  # of the numbers in a cluster file; whatever is outside of them is a mistake
+
+
 def _check_fields(path: str | Path, what: str, stored: object, kind: type) -> None:
     if not isinstance(stored, dict):
         raise UsageError(f"{path}: {what} must be an object with the fields of parallel/cluster.py.")
@@ -159,12 +162,18 @@ def _check_fields(path: str | Path, what: str, stored: object, kind: type) -> No
         said += [f"has {', '.join(sorted(unknown))}, which is unknown"] if unknown else []
         raise UsageError(f"{path}: {what} {' and '.join(said)}; its fields are {', '.join(known)}.")
     for name, value in stored.items():
+        kind_of_field, rule = known[name].type, None
         if value is None and known[name].default is None:
             continue
-        if known[name].type in (float, int, float | None):
-            is_number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-            if not is_number or (known[name].type is int and value != int(value)):
-                raise UsageError(f"{path}: {name} is {value!r}; it must be a number above 0.")
+        is_number = type(value) in (int, float) and SMALLEST <= value < LARGEST
+        if kind_of_field is str and not (isinstance(value, str) and value):
+            rule = "a text"
+        elif kind_of_field is int and not (is_number and isinstance(value, int)):
+            rule = "a whole number above 0"
+        elif kind_of_field in (float, float | None) and not is_number:
+            rule = "a finite number above 0"
+        if rule:
+            raise UsageError(f"{path}: {name} is {json.dumps(value)}; it must be {rule}.")
 
 
 # ---- Calibration -------------------------------------------------------------------------------------------

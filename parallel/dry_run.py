@@ -15,6 +15,7 @@ is added as often as needed. The tests hold this against all of them.
 
 import gc
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -128,14 +129,23 @@ class RankCount:
         return dict(sent)
 
     def sent_between_nodes(self, gpus_per_node: int) -> dict[str, int]:
-        """Return how much of that leaves a node, for a mean rank of the ring."""
-        between = {}
-        for axis, n_bytes in self.sent_bytes().items():
-            ranks = self.groups[axis]
-            nodes = [rank // gpus_per_node for rank in ranks]
-            n_hops = sum(node != after for node, after in zip(nodes, nodes[1:] + nodes[:1], strict=True))
-            between[axis] = n_bytes * n_hops // len(ranks)
-        return between
+        """Return how much of that leaves a node: of a send to another node all, of an all-to-all what goes to
+        ranks of other nodes, and of what goes round a ring the share of a mean rank."""
+        between: Counter[str] = Counter()
+        for one, count in self.traffic.items():
+            nodes = [rank // gpus_per_node for rank in self.groups[one.axis]]
+            n_ranks = len(nodes)
+            n_bytes = count * ring_bytes(one.kind, one.whole_bytes, n_ranks)
+            if one.kind == "send":
+                sender, receiver = one.hop
+                share = float(nodes[sender] != nodes[receiver])
+            elif one.kind == "all-to-all":
+                n_pairs = sum(node != other for node in nodes for other in nodes)
+                share = n_pairs / (n_ranks * (n_ranks - 1))
+            else:
+                share = sum(map(operator.ne, nodes, nodes[1:] + nodes[:1])) / n_ranks
+            between[one.axis] += round(n_bytes * share)
+        return dict(between)
 
 
 @dataclass(frozen=True)

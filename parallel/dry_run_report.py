@@ -23,7 +23,7 @@ from dtensor_llama.errors import UsageError
 from dtensor_llama.metrics import GIB
 from parallel.apply import Computation
 from parallel.assemble import Offload
-from parallel.cluster import Cluster, find_cluster
+from parallel.cluster import Cluster, find_cluster, read_cluster
 from parallel.config import AXES, ParallelConfig, check_parallel
 from parallel.cost import Account, States, Work, account_for, account_with_offload
 from parallel.dry_run import Counted, RankCount, Setup, Step, dry_run, settle_auto
@@ -99,10 +99,14 @@ def read_model(model: str) -> LlamaConfig:
 
 
 def gpus_of(settings: Any) -> int:
-    """Return the number of GPUs: `gpus`, or as many as the axes that were given need together."""
+    """Return the number of GPUs: `gpus`, or as many as the axes that were given need together, or if none was
+    given, as many as the cluster file says."""
     if settings.gpus is not None:
         return settings.gpus
-    return math.prod(max(1, size) for size in settings.parallel.sizes.values())
+    needed = math.prod(max(1, size) for size in settings.parallel.sizes.values())
+    if needed == 1 and settings.gpu.endswith(".json"):
+        return read_cluster(settings.gpu).n_gpus
+    return needed
 
 
 def leaves_layout_open(settings: Any) -> bool:

@@ -55,7 +55,7 @@ PURPOSES = {  # the kinds of bytes_of_rank, in a sentence
     "optimizer": "optimizer states",
     "gathered": "gathered weights",
     "activations": "activations",
-    "logits": "logits",
+    "loss": "the loss",
     "reduced": "gradients on their way",
 }
 NEAR = 1.005  # times the fastest step: predictions cannot tell such layouts apart

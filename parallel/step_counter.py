@@ -61,6 +61,7 @@ class Collective(NamedTuple):
     axis: str  # of the mesh, which may be a derived one, or "world"
     kind: str  # all-gather, reduce-scatter, all-reduce, all-to-all, broadcast or send
     whole_bytes: int
+    hop: tuple[int, int] | None = None  # of a send: the places on the axis of its sender and its receiver
 
 
 class Product(NamedTuple):
@@ -357,7 +358,9 @@ class StepCounter(TorchDispatchMode):
             whole_bytes *= group.size()
         if group.size() > 1:
             axis = self.axes.get((group.group_name, kind in MESSAGES), "world")
-            self.traffic[Collective(axis, kind, whole_bytes)] += 1
+            # The arguments of a send are its tensors, the group, the receiver and a tag.
+            hop = (group.rank(), args[2]) if kind == "send" else None
+            self.traffic[Collective(axis, kind, whole_bytes, hop)] += 1
 
     def _note_flops(self, op: Any, args: tuple) -> None:
         name = op._opname

@@ -20,7 +20,7 @@ from dtensor_llama.chat.lora import LoraConfig, n_adapter_parameters
 from dtensor_llama.metrics import GIB
 from parallel import ParallelConfig
 from parallel.apply import Computation
-from parallel.cluster import NODES, calibrate, find_cluster, read_cluster, with_gpus
+from parallel.cluster import GPUS, NODES, calibrate, find_cluster, read_cluster, with_gpus
 from parallel.cost import FP32, STACKS, Share, States, Work, account_for, bytes_of_rank, shares, traffic
 from parallel.dry_run import Counted, Setup, dry_run
 from parallel.rules import Job
@@ -366,13 +366,19 @@ def test_a_cluster_is_written_and_read_again(tmp_path):
 @pytest.mark.parametrize(
     "change,said",
     [
-        ({"network_bytes_s": None}, "network_bytes_s is None; it must be a number above 0"),
-        ({"gpus_per_node": 7.5}, "gpus_per_node is 7.5"),
+        ({"network_bytes_s": None}, "network_bytes_s is null; it must be a finite number above 0"),
+        ({"network_bytes_s": float("inf")}, "network_bytes_s is Infinity"),
+        ({"network_bytes_s": 1e-300}, "network_bytes_s is 1e-300"),
+        ({"gpus_per_node": 7.5}, "gpus_per_node is 7.5; it must be a whole number above 0"),
+        ({"gpus_per_node": 8.0}, "gpus_per_node is 8.0; it must be a whole number above 0"),
+        ({"gpus_per_node": float("inf")}, "gpus_per_node is Infinity"),
         ({"node_bytes_s": -1}, "node_bytes_s is -1"),
-        ({"n_gpus": True}, "n_gpus is True"),
+        ({"n_gpus": True}, "n_gpus is true"),
         ({"nvlink": 3}, "has nvlink, which is unknown; its fields are gpu, n_gpus"),
         ({"gpu": {"name": "x"}}, "gpu lacks host_link_bytes_s, matmul_flops, memory_bytes_s, memory_gib"),
         ({"gpu": "h100"}, "gpu must be an object"),
+        ({"gpu": asdict(GPUS["h100-80gb"]) | {"name": 5}}, "name is 5; it must be a text"),
+        ({"gpu": asdict(GPUS["h100-80gb"]) | {"memory_gib": float("nan")}}, "memory_gib is NaN"),
     ],
 )
 def test_a_file_with_wrong_fields_is_refused_by_their_names(change, said, tmp_path):

@@ -23,10 +23,10 @@ from parallel.apply import Computation
 from parallel.assemble import Offload, adamw, assemble
 from parallel.cluster import NODES
 from parallel.cost import Work, account_for
-from parallel.dry_run import Setup, _microbatch, count_states, dry_run
+from parallel.dry_run import RankCount, Setup, _microbatch, count_states, dry_run
 from parallel.mesh import Layout
 from parallel.rules import Job
-from parallel.step_counter import StepCounter, groups_of
+from parallel.step_counter import Collective, StepCounter, groups_of
 from recipes import dryrun, pretrain
 
 SMALL = LlamaConfig(
@@ -226,6 +226,21 @@ def test_a_tensor_that_is_kept_is_seen():
 
     (plain,), (more,) = (dry_run(setup, run).ranks for run in (step, leaks))
     assert more.peak_bytes - plain.peak_bytes == 2**24
+
+
+def test_what_leaves_a_node_is_known_by_the_way_that_bytes_take():
+    nobody = {"held_bytes": {}, "at_peak": {}, "most": {}, "peak_bytes": 0, "peak_moment": ""}
+    groups = {"cp": list(range(16)), "pp": [0, 4, 8, 12]}
+    sent = {
+        Collective("cp", "all-to-all", 160): 1,  # 150 to others, of whom 8 of 15 are in the other node
+        Collective("pp", "send", 100, hop=(0, 1)): 3,  # to rank 4, in the node
+        Collective("pp", "send", 10, hop=(1, 2)): 1,  # from rank 4 to rank 8
+    }
+    rank = RankCount(0, **nobody, checkpoint_bytes=0, traffic=sent, products={}, attention={}, groups=groups)
+    assert rank.sent_bytes() == {"cp": 150, "pp": 310}
+    assert rank.sent_between_nodes(8) == {"cp": 80, "pp": 10}
+    ring = replace(rank, traffic={Collective("cp", "all-gather", 160): 1})
+    assert ring.sent_between_nodes(8) == {"cp": 19}  # 150 over each of 16 hops, of which 2 leave a node
 
 
 @pytest.mark.parametrize(

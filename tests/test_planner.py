@@ -15,9 +15,9 @@ from memory.auto import foresee
 from parallel import ParallelConfig
 from parallel.cluster import NODES, find_cluster
 from parallel.config import check_parallel
-from parallel.cost import FITS_SHARE, States
+from parallel.cost import FITS_SHARE, States, bytes_of_rank
 from parallel.pipeline import SCHEDULES
-from parallel.planner import Question, choose_open, draw_plan, frontier, name_of, plan, works
+from parallel.planner import PURPOSES, Question, choose_open, draw_plan, frontier, name_of, plan, works
 from parallel.recompute import MODES
 from parallel.rules import Job
 
@@ -101,6 +101,20 @@ def test_schedules_with_a_backward_in_halves_win_where_nothing_is_compiled():
 
 
 # ---- What does not fit -------------------------------------------------------------------------------------
+
+
+def test_small_gpus_are_told_what_takes_most_of_them_whatever_it_is():
+    """With a large vocabulary and short sequences the loss takes most."""
+    for model, memory_gib, seq_len in (("qwen2.5-0.5b", 1.5, 512), ("llama3-8b", 8, 512)):
+        asked = question(LlamaConfig.preset(model), gpus=8, rows=64, seq_len=seq_len)
+        small = replace(asked.cluster, gpu=replace(asked.cluster.gpu, memory_gib=memory_gib))
+        try:
+            said = plan(replace(asked, cluster=small)).describe()
+        except UsageError as refusal:
+            said = str(refusal)
+        assert "of them for " in said
+    kinds = {kind for work in works(question()) for kind in bytes_of_rank(work)}
+    assert "loss" in kinds and kinds <= set(PURPOSES)
 
 
 def test_what_fits_nowhere_gets_what_it_would_take():
