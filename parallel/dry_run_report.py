@@ -62,10 +62,12 @@ def report(settings: Any, step: Step, foresee: Callable, rank: int = 0, picture:
             draw_plan(found, picture)
         settings, counted, note = first_that_fits(settings, found, cluster, step)
     setup, note = (counted.setup, note) if counted else setup_of(settings, model, cluster)
-    facts = explain(Run(setup.layout, setup.job, setup.computation.dtype), rank)
+    facts = explain(Run(setup.layout, setup.job, setup.computation.dtype, setup.lora), rank)
     job, layout = setup.job, setup.layout
+    unit, of_unit = ("B", 1e9) if model.n_parameters >= 1e9 else ("M", 1e6)
+    n_parameters = f"{model.n_parameters / of_unit:.2f}{unit}"
     print(
-        f"{settings.model}, {model.n_parameters / 1e9:.2f}B parameters, on {cluster.n_gpus} "
+        f"{settings.model}, {n_parameters} parameters, on {cluster.n_gpus} "
         f"{cluster.gpu.name} with ZeRO stage {layout.zero_stage}\n{setup.tokens_per_step:,} tokens a step: "
         f"{layout.dp} dp ranks x {setup.n_microbatches} microbatches x {job.micro_batch_size} rows x "
         f"{job.seq_len} tokens",
@@ -283,28 +285,36 @@ def parameters(facts: dict) -> list[str]:
     return lines
 
 
+def unit_for(n_bytes: float) -> tuple[str, int]:
+    """Return the unit in which so many bytes are easily read: GiB, or for less than one MiB."""
+    return ("GiB", GIB) if n_bytes >= GIB else ("MiB", GIB // 1024)
+
+
 def memory(counted: Counted, gpu_gib: float) -> list[str]:
     lines = []
+    unit, unit_bytes = unit_for(counted.largest.peak_bytes)
     for rank in counted.ranks:
         title = f"pp rank {rank.pp_rank}" if len(counted.ranks) > 1 else "a rank"
-        lines.append(f"\n{title} holds, in GiB {'between steps':>24}{'at the peak':>14}{'most':>10}")
+        title += f" holds, in {unit}"
+        lines.append(f"\n{title:26}{'between steps':>14}{'at the peak':>14}{'most':>10}")
         for kind in [*KINDS, HOST]:
-            parts = [held.get(kind, 0) / GIB for held in (rank.held_bytes, rank.at_peak, rank.most)]
+            parts = [held.get(kind, 0) / unit_bytes for held in (rank.held_bytes, rank.at_peak, rank.most)]
             if any(part >= 0.0005 for part in parts):
                 name = "offloaded to the host" if kind == HOST else kind
                 lines.append("  {:24}{:>14.3f}{:>14.3f}{:>10.3f}".format(name, *parts))
         lines.append(
-            f"  its peak is {rank.peak_bytes / GIB:.2f} GiB: {rank.peak_moment}. A checkpoint adds "
-            f"{rank.checkpoint_bytes / GIB:.2f} GiB on the host."
+            f"  its peak is {rank.peak_bytes / unit_bytes:.2f} {unit}: {rank.peak_moment}. A checkpoint adds "
+            f"{rank.checkpoint_bytes / unit_bytes:.2f} {unit} on the host."
         )
     low, high = reserved_gib(counted.largest)
     needed = needed_gib(counted.largest)
     verdict = "it fits" if needed <= gpu_gib else "it does NOT fit"
     if needed <= gpu_gib < high + BESIDES_TORCH_GIB:
         verdict = "it fits, if torch reserves little more (PYTORCH_ALLOC_CONF=expandable_segments:True helps)"
+    share = GIB / unit_bytes
     lines.append(
-        f"\ntorch reserves {low:.1f} to {high:.1f} GiB, and CUDA and NCCL take about {BESIDES_TORCH_GIB:.0f} "
-        f"more, of {gpu_gib:.1f} GiB: {verdict}"
+        f"\ntorch reserves {low * share:.1f} to {high * share:.1f} {unit}, and CUDA and NCCL take about "
+        f"{BESIDES_TORCH_GIB:.0f} GiB more, of {gpu_gib:.1f} GiB: {verdict}"
     )
     return lines
 
@@ -322,21 +332,28 @@ def needed_gib(rank: RankCount) -> float:
 def traffic(counted: Counted, gpus_per_node: int) -> list[str]:
     rank = counted.largest
     between = rank.sent_between_nodes(gpus_per_node)
-    lines = [f"\nits traffic in a step, in GiB\n  {'axis':14}{'sent':>12}{'between nodes':>16}   collectives"]
-    for axis, sent in rank.sent_bytes().items():
+    all_sent = rank.sent_bytes()
+    if not all_sent:
+        return ["\nit sends nothing to other ranks"]
+    unit, unit_bytes = unit_for(max(all_sent.values()))
+    heads = f"  {'axis':14}{'sent':>12}{'between nodes':>16}   collectives"
+    lines = [f"\nits traffic in a step, in {unit}\n{heads}"]
+    for axis, sent in all_sent.items():
         kinds = {}
         for one, count in rank.traffic.items():
             if one.axis == axis:
                 kinds[one.kind] = kinds.get(one.kind, 0) + count
         what = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
-        lines.append(f"  {axis:14}{sent / GIB:>12.3f}{between[axis] / GIB:>16.3f}   {what}")
+        sent, outside = sent / unit_bytes, between[axis] / unit_bytes
+        lines.append(f"  {axis:14}{sent:>12.3f}{outside:>16.3f}   {what}")
     return lines
 
 
 def computation(counted: Counted, account: Account | None) -> list[str]:
     busiest = max(counted.ranks, key=lambda rank: rank.flops)
+    unit, size = ("TFLOP", 1e12) if busiest.flops >= 1e12 else ("GFLOP", 1e9)
     lines = [
-        f"\nthe busiest rank computes {busiest.flops / 1e12:,.1f} TFLOP in a step, recomputation included"
+        f"\nthe busiest rank computes {busiest.flops / size:,.1f} {unit} in a step, recomputation included"
     ]
     if account is None:
         return [*lines, f"{NO_RATE} Add the field to the file of --gpu, or let --calibrate measure it."]

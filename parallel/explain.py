@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dtensor_llama import Llama
+from dtensor_llama.chat.lora import LoraConfig, apply_lora
 from dtensor_llama.shards import local
 from parallel.apply import Computation, parallelize
 from parallel.config import AXES, ParallelConfig
@@ -29,11 +30,12 @@ from parallel.schedule_clock import clock, schedule_order
 
 @dataclass(frozen=True)
 class Run:
-    """Holds what is to be explained: a layout (resolved and checked), its job, and its dtype."""
+    """Holds what is to be explained: a layout (resolved and checked), its job, its dtype, and its adapters."""
 
     layout: ParallelConfig
     job: Job
     compute_dtype: torch.dtype = torch.bfloat16
+    lora: LoraConfig = LoraConfig()
 
     @property
     def n_microbatches(self) -> int:
@@ -48,6 +50,8 @@ def explain(run: Run, rank: int = 0) -> dict:
         mesh = build_mesh(layout, "cpu")
         with torch.device("meta"):
             model = Llama(job.model).float()
+            if run.lora.rank:
+                apply_lora(model, run.lora, run.compute_dtype)
         computation = Computation(dtype=run.compute_dtype, recompute=job.recompute)
         parts = parallelize(model, mesh, layout, computation)
         facts = {
