@@ -30,7 +30,7 @@ from parallel.schedule_clock import clock, schedule_order
 
 @dataclass(frozen=True)
 class Run:
-    """Holds what is to be explained: a layout (resolved and checked), its job, its dtype, and its adapters."""
+    """Holds what is to be explained: a layout (resolved and checked), its job, dtype and adapters."""
 
     layout: ParallelConfig
     job: Job
