@@ -134,7 +134,7 @@ class ChunkManager(ChunkStore):
             grad_dtype = torch.float32 if self.accumulates else dtype
             if len(on_device) < len(chunks):
                 self.kernel.warm_up_host(dtype, grad_dtype, self.lanes.n_threads)
-            self.kernel.warm_up_device(self.device, dtype, grad_dtype, lengths)
+            self.kernel.warm_up_device(dtype, grad_dtype, lengths)
 
     # ---- backward: gradients arrive ------------------------------------------------------------------------
 

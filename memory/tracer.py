@@ -11,9 +11,8 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from dtensor_llama.clock import moment, seconds_between
 from dtensor_llama.metrics import DevicePeak
-from memory.kernel import HyperParameters, Kernel
+from memory.kernel import HyperParameters, Kernel, threads_of_torch
 from memory.lanes import host_threads
 
 MIB = 2**20
@@ -236,17 +235,6 @@ def dram_rate_in_update(
             over.set()
         moving.result()  # raises what the copies have raised
         return rate
-
-
-@contextmanager
-def threads_of_torch(n: int) -> Iterator[None]:
-    """Let torch use n cores in this thread, and as many as before when the block ends."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def device_adam_rate(
