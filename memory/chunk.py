@@ -2,8 +2,8 @@
 
 shard      this rank's elements of one parameter, flat: DTensor.to_local(), or a plain parameter
 piece      a run of a shard that lies in one chunk; a large shard is cut into several
-chunk      pieces of one parameter group and dtype, in the order in which forward waits for them: 16 Mi
-           elements, or fewer on a small shard
+chunk      pieces of one parameter group, in the order in which forward waits for them: 16 Mi elements, or
+           fewer on a small shard
 owner      the module whose forward waits until a parameter has its new weight
 """
 
@@ -310,6 +310,12 @@ def find_params(
             raise UsageError(
                 f"{names[parameter]} is neither float32 nor bfloat16; use dtype=float32 or bfloat16."
             )
+    dtypes = {parameter.dtype for parameter in owner_of}
+    if len(dtypes) > 1:
+        raise UsageError(
+            f"the parameters that train are {' and '.join(sorted(map(str, dtypes)))}, and the chunk manager "
+            "needs them in one dtype; call model.to(torch.bfloat16) or model.to(torch.float32)."
+        )
     return [
         ParamState(names[p], p, group_of[p], copies(p), p in tied, module) for p, module in owner_of.items()
     ]
@@ -320,19 +326,18 @@ def names_of(model: nn.Module) -> dict[nn.Parameter, str]:
 
 
 def cut(params: list[ParamState], chunk_elements: int, accumulates: bool = False) -> list[Chunk]:
-    """Cut the shards, in this order, into chunks. At any time one chunk is open per (group, dtype); chunks
-    are in the order of their first pieces."""
+    """Cut the shards, in this order, into chunks. At any time one chunk is open per group; chunks are in the
+    order of their first pieces."""
     assert chunk_elements % ALIGN == 0, chunk_elements
     chunks: list[Chunk] = []
-    open_chunks: dict[tuple, Chunk] = {}
+    open_chunks: dict[int, Chunk] = {}
     for param in params:
-        dtype, done, n = param.parameter.dtype, 0, local(param.parameter).numel()
-        key = id(param.group), dtype
+        done, n = 0, local(param.parameter).numel()
         while done < n:
-            chunk = open_chunks.get(key)
+            chunk = open_chunks.get(id(param.group))
             if chunk is None or chunk.n == chunk_elements:
-                chunk = Chunk(len(chunks), param.group, StateFormat(dtype, accumulates))
-                open_chunks[key] = chunk
+                chunk = Chunk(len(chunks), param.group, StateFormat(param.parameter.dtype, accumulates))
+                open_chunks[id(param.group)] = chunk
                 chunks.append(chunk)
             run = min(n - done, chunk_elements - chunk.n)
             piece = Piece(param, chunk, slice(done, done + run), slice(chunk.n, chunk.n + run))

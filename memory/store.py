@@ -10,6 +10,7 @@ values     masters and moments by parameter, wherever they are: `read_state`, `w
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -89,6 +90,10 @@ class ChunkStore:
         all_resident = config.placement == "static" and config.resident == 1
         largest = RESIDENT_CHUNK_ELEMENTS if all_resident else chunk_size(self.n_parameters)
         self.chunks = cut(self.params, overrides.chunk_elements or largest, self.accumulates)
+        self.format = self.chunks[0].format if self.chunks else StateFormat()
+        n_elements = tuple(chunk.n for chunk in self.chunks)
+        layers = tuple(chunk.first_and_last for chunk in self.chunks)
+        self.chunk_sizes = ChunkSizes(n_elements, self.format, layers)
         self.device = local(self.params[0].parameter).device if self.params else torch.device("cpu")
         n_threads = host_threads(self.device, machine.ranks_per_host)
         self.lanes = overrides.lanes or Lanes(self.device, n_threads)
@@ -98,7 +103,7 @@ class ChunkStore:
         self.host_share = host_share(machine.ranks_per_host, self.is_cuda)
         budgets = {"device": config.device_budget_gib, "host": config.host_budget_gib}
         self.budgets = {name: None if gib is None else int(gib * GIB) for name, gib in budgets.items()}
-        self.plan = overrides.plan or self._first_plan()
+        self.plan = replace(overrides.plan or self._first_plan(), chunks=self.chunk_sizes)
         self._refuse_what_does_not_fit(self.plan)
         self._refuse_what_the_host_lacks()
 
@@ -115,15 +120,6 @@ class ChunkStore:
 
     # ---- the plan ------------------------------------------------------------------------------------------
 
-    @property
-    def chunk_sizes(self) -> ChunkSizes:
-        """The chunks as a plan sees them, all with the wider of the dtypes that there are."""
-        dtypes = {chunk.format.weight_dtype for chunk in self.chunks}
-        widest = max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
-        layers = tuple(chunk.first_and_last for chunk in self.chunks)
-        n_elements = tuple(chunk.n for chunk in self.chunks)
-        return ChunkSizes(n_elements, StateFormat(widest, self.accumulates), layers)
-
     def _first_plan(self) -> Plan:
         if self.config.placement == "static":
             return static_plan(self.chunk_sizes, self.config.resident, self.config.stream, self.config.cpu)
@@ -138,19 +134,11 @@ class ChunkStore:
         """Return the most bytes that a plan holds, by account: weights, states, buffers, and gradients that
         wait for their step or are on their way to the host. traced: those on their way are counted in what
         was traced."""
-        total = {"device": self.weight_bytes, "host": self.other_host_bytes}
-        slots, buffers = [0], [0]
-        for chunk, home in zip(self.chunks, plan.homes, strict=True):
-            for account, n_bytes in chunk.format.bytes_per_parameter(home).items():
-                total[account] += n_bytes * chunk.n
-            if home is Home.STREAM:
-                slots.append(chunk.n * chunk.format.state_bytes)
-            if home is Home.CPU:
-                buffers.append(chunk.n * chunk.format.weight_dtype.itemsize)
-        total["device"] += max(slots) * min(RING_SLOTS, len(slots) - 1)
-        total["host"] += max(buffers) * min(WEIGHT_BUFFERS, len(buffers) - 1)
+        held = plan.chunks.totals_held(plan.split)
+        total = {"device": self.weight_bytes + held["device"], "host": self.other_host_bytes + held["host"]}
         if self.lanes.has_queues and not traced:
-            total["device"] += min(IN_FLIGHT_BYTES, sum(buffers))
+            leaving = self.format.weight_dtype.itemsize * plan.n_parameters(Home.CPU)
+            total["device"] += min(IN_FLIGHT_BYTES, leaving)
         return total
 
     def _refuse_what_does_not_fit(self, plan: Plan) -> None:
@@ -219,6 +207,7 @@ class ChunkStore:
         assert all(param.n_collected == 0 for param in self.params), (
             "gradients have arrived; move between steps"
         )
+        plan = replace(plan, chunks=self.chunk_sizes)
         self._refuse_what_does_not_fit(plan)
         self.plan = plan
         pairs = zip(self.chunks, plan.homes, strict=True)
@@ -243,22 +232,17 @@ class ChunkStore:
             param.weight_version = None  # masters were split again and their upper halves written
 
     def _allocate_buffers(self) -> None:
-        streaming = [chunk for chunk in self.chunks if chunk.home is Home.STREAM]
-        n, dtypes = max((chunk.n for chunk in streaming), default=0), {}
-        for chunk in streaming:
-            tensors = chunk.format.tensors(Home.STREAM).items()
-            dtypes |= {name: dtype for name, (account, dtype, _) in tensors if account == "host"}
-        for i in range(min(RING_SLOTS, len(streaming))):
+        homes, n = set(self.plan.homes), max(self.chunk_sizes.n_elements, default=0)
+        tensors = self.format.tensors(Home.STREAM).items()
+        dtypes = {name: dtype for name, (account, dtype, _) in tensors if account == "host"}
+        for i in range(RING_SLOTS if Home.STREAM in homes else 0):
             what = f"ring slot {i}"
             slot = {name: self.ledger.zeros("device", n, dtype, what) for name, dtype in dtypes.items()}
             self.ring.append(slot)
         self._slot_free = [self.lanes.compute.now()] * len(self.ring)  # its zeros are written by then
-        on_cpu = [chunk for chunk in self.chunks if chunk.home is Home.CPU]
-        sizes = [chunk.n * chunk.format.weight_dtype.itemsize for chunk in on_cpu]
-        for i in range(min(WEIGHT_BUFFERS, len(sizes))):
-            what = f"weight buffer {i}"
-            buffer = self.ledger.zeros("host", max(sizes), torch.uint8, what, pin=True, nth=4 + i)
-            self.weight_buffers.append(buffer)
+        for i in range(WEIGHT_BUFFERS if Home.CPU in homes else 0):
+            dtype, what = self.format.weight_dtype, f"weight buffer {i}"
+            self.weight_buffers.append(self.ledger.zeros("host", n, dtype, what, pin=True, nth=4 + i))
         self._buffer_sent = [DONE] * len(self.weight_buffers)  # events: the weights in it have left
         self._decide_which_gradients_stay()
 
