@@ -96,7 +96,7 @@ class ChunkManager(ChunkStore):
         self._warm_up()
         parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
         self._frozen = [p for p in parameters if p not in self.param_of]
-        self.owners = _chunks_by_owner(self.parts, self.param_of)
+        self.owners = _waiting_modules(self.parts, self.param_of)
         self._install_hooks()
         self._note_weights(self.params)
         self.optimizer = ChunkOptimizer(self, optimizer)
@@ -140,23 +140,17 @@ class ChunkManager(ChunkStore):
 
     def _install_hooks(self) -> None:
         self._handles = []
+        wait = lambda *_: self.wait()
         for module in {self.model, *self.parts}:  # what reads or writes all weights comes after the update
-            self._handles += [
-                module.register_state_dict_pre_hook(lambda *_: self.wait()),
-                module.register_load_state_dict_pre_hook(lambda *_: self.wait()),
-            ]
+            self._handles.append(module.register_state_dict_pre_hook(wait))
+            self._handles.append(module.register_load_state_dict_pre_hook(wait))
         for param in self.params:
             param.parameter._has_chunks = True
             if not param.is_tied:
                 hook = lambda _, param=param: self._on_gradient(param)
                 self._handles.append(param.parameter.register_post_accumulate_grad_hook(hook))
-        for module, chunks in self.owners.items():
-            params = [param for param in self.params if param.owner is module]
-            gathers = isinstance(module, FSDPModule)
-
-            def hook(_module, _args, chunks=chunks, params=params, gathers=gathers) -> None:
-                self._before_forward(chunks, params, gathers)
-
+        for module in self.owners:
+            hook = lambda module, _: self._before_forward(module)
             # Prepended after fully_shard, so that it runs before FSDP gathers the weights.
             self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
 
@@ -197,7 +191,7 @@ class ChunkManager(ChunkStore):
         param.n_collected += 1
         if not self.loop.clips and param.n_collected == self.loop.accumulation:
             ready = self.lanes.compute.now()  # by then what waits on the device has been copied
-            for chunk in dict.fromkeys(piece.chunk for piece in param.pieces):
+            for chunk in _chunks_of([param]):
                 if all(
                     other.n_collected == self.loop.accumulation and not other.is_tied
                     for other in chunk.params
@@ -512,10 +506,11 @@ class ChunkManager(ChunkStore):
 
     # ---- forward and readers -------------------------------------------------------------------------------
 
-    def _before_forward(self, chunks: list[Chunk], params: list[ParamState], gathers: bool) -> None:
-        """Let the forward of a module wait for `chunks`, which hold all of its parameters `params`."""
+    def _before_forward(self, module: nn.Module) -> None:
+        """Let the forward of a module wait for the weights that it owns."""
+        params, chunks = self.owners[module]
         for chunk in chunks:
-            if gathers:
+            if isinstance(module, FSDPModule):
                 chunk.wait()  # FSDP gathers on streams of its own, which wait for no lane
             else:
                 chunk.wait_on(self.lanes.compute)
@@ -574,18 +569,21 @@ class ChunkManager(ChunkStore):
         return [self.lanes, *(offload.lanes for offload in self.loop.activations)]
 
 
-def _chunks_by_owner(
+def _waiting_modules(
     parts: list[nn.Module], param_of: dict[nn.Parameter, ParamState]
-) -> dict[nn.Module, list[Chunk]]:
-    """Return the chunks that must be ready before the forward of each module, in forward order; modules
-    without a chunk are in it too."""
-    chunks: dict[nn.Module, list[Chunk]] = {}
+) -> dict[nn.Module, tuple[list[ParamState], list[Chunk]]]:
+    """Return for each module that owns parameters, in forward order, those of them that train, and the chunks
+    that must be ready before its forward."""
+    params: dict[nn.Module, list[ParamState]] = {}
     for part in parts:
         for parameter, module in owners_of(part).items():
-            own = chunks.setdefault(module, [])
-            pieces = param_of[parameter].pieces if parameter in param_of else ()
-            own += [piece.chunk for piece in pieces if piece.chunk not in own]
-    return chunks
+            own = params.setdefault(module, [])
+            own += [param_of[parameter]] if parameter in param_of else []
+    return {module: (own, _chunks_of(own)) for module, own in params.items()}
+
+
+def _chunks_of(params: list[ParamState]) -> list[Chunk]:
+    return list(dict.fromkeys(piece.chunk for param in params for piece in param.pieces))
 
 
 def _hyper(param: ParamState) -> HyperParameters:

@@ -96,8 +96,8 @@ def test_without_one_of_the_waits_around_the_hosts_step_numbers_are_wrong(event)
 
         manager._step_host = hasty
         if event == "weights":  # the gate lets a layer in when the host is done, before they have come
-            manager._before_forward = lambda chunks, ones, gathers: (
-                [chunk.job and chunk.job.result() for chunk in chunks] and None
+            manager._before_forward = lambda module, owners=manager.owners: (
+                [chunk.job and chunk.job.result() for chunk in owners[module][1]] and None
             )
         try:
             for _ in range(4):
