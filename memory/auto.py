@@ -8,7 +8,7 @@ measured, and keep watching.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -183,10 +183,7 @@ class AutoPolicy:
 def _agreed(traced: StepTrace) -> StepTrace:
     """Return the slowest times and the highest peaks of all ranks: the slowest rank holds the others up, and
     the one with the highest peak runs out of memory first."""
-    numbers = torch.tensor(
-        [traced.non_model_peak_bytes, traced.forward_seconds, traced.backward_seconds, traced.host_bytes],
-        dtype=torch.float64,
-    )
+    numbers = torch.tensor(astuple(traced), dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
     peak, forward, backward, host = numbers.tolist()

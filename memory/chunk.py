@@ -7,8 +7,8 @@ chunk      pieces of one parameter group, in the order in which forward waits fo
 owner      the module whose forward waits until a parameter has its new weight
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from enum import Enum
 from itertools import chain
 from typing import Any
@@ -24,7 +24,7 @@ from dtensor_llama.metrics import GIB
 from dtensor_llama.shards import copies, local
 from dtensor_llama.weights import plain_name
 from memory.home import Home, StateFormat
-from memory.kernel import join_master, split_master
+from memory.kernel import blocks, join_master, split_master
 from memory.lanes import DONE, Lane
 
 # 64 MiB per float32 tensor: a copy of it runs at full bandwidth, and a ring of 4 takes 0.6 GiB
@@ -149,14 +149,6 @@ class Piece:
         """Return whether its gradient waits on the device until the step, neither moved nor accumulated."""
         return self.chunk.home is not Home.CPU and "grad_accum" not in self.chunk.tensors
 
-    def runs(self, n: int) -> Iterator["Piece"]:
-        """Yield the piece in runs of at most n elements."""
-        for start in range(0, self.n_elements, n):
-            stop = min(start + n, self.n_elements)
-            in_chunk = slice(self.in_chunk.start + start, self.in_chunk.start + stop)
-            in_shard = slice(self.in_shard.start + start, self.in_shard.start + stop)
-            yield replace(self, in_chunk=in_chunk, in_shard=in_shard)
-
 
 class Chunk:
     """The state of the pieces of one chunk. `state` is changed by move_to alone."""
@@ -228,27 +220,33 @@ class Chunk:
             ledger.release(account, self.tensors.pop(name).nbytes)
         self.home = None
 
-    def read(self, name: str, piece: Piece) -> Tensor:
-        """Return `master`, `exp_avg` or `exp_avg_sq` of a piece, in float32, where it is; it may be a
-        view."""
-        if name in self.tensors:
-            return self.tensors[name][piece.in_chunk]
+    def read(self, name: str, piece: Piece, values: Tensor) -> None:
+        """Copy `master`, `exp_avg` or `exp_avg_sq` of a piece, wherever it is, into float32 memory on the
+        host."""
         weight = piece.param.weight[piece.in_shard]
-        if "master_low16" not in self.tensors:
-            return weight
-        return join_master(weight, self.tensors["master_low16"][piece.in_chunk].to(weight.device))
-
-    def write(self, name: str, piece: Piece, value: Tensor) -> None:
-        """Write what `read` returns, from the host or the device; a new master is rounded into the weight
-        too."""
         if name in self.tensors:
-            self.tensors[name][piece.in_chunk] = value
+            values.copy_(self.tensors[name][piece.in_chunk])
+        elif "master_low16" in self.tensors:
+            for part, high, low16 in blocks(values, weight, self.tensors["master_low16"][piece.in_chunk]):
+                part.copy_(join_master(high, low16.to(weight.device)))
+        else:
+            values.copy_(weight)
+
+    def write(self, name: str, piece: Piece, values: Tensor) -> None:
+        """Write what `read` returns; a new master is rounded into the weight too."""
+        if name in self.tensors:
+            self.tensors[name][piece.in_chunk] = values
         if name == "master":
             weight = piece.param.weight[piece.in_shard]
             if "master_low16" in self.tensors:
-                value, low16 = split_master(value.to(weight.device).contiguous())
-                self.tensors["master_low16"][piece.in_chunk] = low16
-            weight.copy_(value.to(weight.dtype))  # rounded first, so that only the weight crosses the link
+                low16s = self.tensors["master_low16"][piece.in_chunk]
+                for part, high, low16 in blocks(values, weight, low16s):
+                    new_high, new_low16 = split_master(part.to(weight.device))
+                    high.copy_(new_high)
+                    low16.copy_(new_low16)
+            else:
+                for part, rounded in blocks(values, weight):
+                    rounded.copy_(part.to(weight.dtype))  # first, so that only the weight crosses the link
 
 
 def chunk_size(n_elements: int) -> int:

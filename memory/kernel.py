@@ -242,7 +242,7 @@ class Kernel:
             clip = _one_on(grad.device) if clip is None else clip
             self._host(master, exp_avg, exp_avg_sq, grad, weight, clip, *hyper.tensors())
             return
-        for *states, part, new_weight in _blocks(master, exp_avg, exp_avg_sq, grad, weight):
+        for *states, part, new_weight in blocks(master, exp_avg, exp_avg_sq, grad, weight):
             _fused(*([state] for state in states), [part.float()], clip, hyper)
             new_weight.copy_(states[0])
 
@@ -277,7 +277,7 @@ class Kernel:
             clip = _one_on(grad.device) if clip is None else clip
             self._device((weight, low16, exp_avg, exp_avg_sq, grad), clip, *hyper.tensors())
             return
-        for high, low, *moments, part in _blocks(weight, low16, exp_avg, exp_avg_sq, grad):
+        for high, low, *moments, part in blocks(weight, low16, exp_avg, exp_avg_sq, grad):
             master = join_master(high, low)
             _fused([master], *([moment] for moment in moments), [part.float()], clip, hyper)
             for old, value in zip((high, low), split_master(master), strict=True):
@@ -308,7 +308,9 @@ def _one_on(device: torch.device) -> Tensor:
     return torch.ones((), device=device)
 
 
-def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield views of 1-D tensors of one length, block by block: what is made of a block is in a core's cache,
+    and takes no memory to speak of."""
     return zip(*(tensor.split(BLOCK) for tensor in tensors), strict=True)
 
 

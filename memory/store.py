@@ -9,7 +9,6 @@ values     masters and moments by parameter, wherever they are: `read_state`, `w
            plans count as `transit_bytes`
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 
@@ -25,7 +24,6 @@ from memory.chunk import (
     RESIDENT_CHUNK_ELEMENTS,
     Ledger,
     ParamState,
-    Piece,
     chunk_size,
     cut,
     find_params,
@@ -51,8 +49,6 @@ from memory.placement import (
     static_plan,
 )
 
-# A copy of a parameter between chunks and the host takes so many elements at a time: 1 MiB of float32.
-TRANSIT_ELEMENTS = 2**18
 # The most bytes of gradients on their way to the host; over a slow link they would otherwise fill the device.
 IN_FLIGHT_BYTES = 512 * 2**20
 MASTER_AND_MOMENTS = ("master", "exp_avg", "exp_avg_sq")
@@ -216,16 +212,18 @@ class ChunkStore:
         self._free_buffers()
         empty_caches(self.device)
         for chunk, home in moving:
-            # States on the host are not copied: the old tensors live until their values are written.
-            kept = [
-                (name, piece, chunk.read(name, piece).to("cpu"))
+            # A chunk passes through the host, in the memory that is counted for a parameter that does so.
+            passing = [
+                (name, piece, torch.empty(piece.n_elements))
                 for piece in chunk.pieces
                 for name in MASTER_AND_MOMENTS
             ]
+            for state in passing:
+                chunk.read(*state)
             chunk.free(self.ledger)
             chunk.allocate(self.ledger, home)
-            for name, piece, value in kept:
-                chunk.write(name, piece, value)
+            for state in passing:
+                chunk.write(*state)
         self._allocate_buffers()
         empty_caches(self.device)
         for param in self.params:
@@ -301,27 +299,23 @@ class ChunkStore:
         self.wait()
         return Masters(self)
 
-    def _runs(self, param: ParamState) -> Iterator[Piece]:
-        """Yield the pieces of a parameter in runs of at most TRANSIT_ELEMENTS, when their chunks are new."""
-        for piece in param.pieces:
-            piece.chunk.wait_for_states()
-            yield from piece.runs(TRANSIT_ELEMENTS)
-
     @torch.no_grad()
     def read_state(self, name: str, param: ParamState) -> Tensor:
         """Return a copy of `master`, `exp_avg` or `exp_avg_sq` of this rank's shard: float32, flat, on the
         host."""
         values = torch.empty(local(param.parameter).numel())
-        for run in self._runs(param):
-            values[run.in_shard] = run.chunk.read(name, run)
+        for piece in param.pieces:
+            piece.chunk.wait_for_states()
+            piece.chunk.read(name, piece, values[piece.in_shard])
         return values
 
     @torch.no_grad()
     def write_state(self, name: str, param: ParamState, shard: Tensor) -> None:
         """Write what read_state returns, in any shape."""
-        values = shard.reshape(-1)
-        for run in self._runs(param):
-            run.chunk.write(name, run, values[run.in_shard].float())
+        values = shard.reshape(-1).float()
+        for piece in param.pieces:
+            piece.chunk.wait_for_states()
+            piece.chunk.write(name, piece, values[piece.in_shard])
         if name == "master":
             param.weight_version = None
 
