@@ -332,19 +332,16 @@ class Masters(StandIn):
         super().__init__()
         self.config = getattr(store.model, "config", None)
         self._store = store
-        self._stands_for: dict[nn.Parameter, ParamState] = {}
-        placeholders: dict[nn.Parameter, nn.Parameter] = {}
+        placeholders = {parameter: nn.Parameter(placeholder(parameter)) for parameter in store.param_of}
+        self._stands_for = {placeholders[parameter]: param for parameter, param in store.param_of.items()}
         for name, value in store.model.state_dict(keep_vars=True).items():
-            if value in store.param_of and value not in placeholders:  # a tied matrix has two names
-                placeholders[value] = nn.Parameter(placeholder(value))
-                self._stands_for[placeholders[value]] = store.param_of[value]
             *path, last = plain_name(name).split(".")
             module = self
             for step in path:
                 if step not in module._modules:
                     module.add_module(step, nn.Module())
                 module = module._modules[step]
-            value = placeholders.get(value, value)
+            value = placeholders.get(value, value)  # a tied matrix has two names and one placeholder
             is_parameter = isinstance(value, nn.Parameter)
             module.register_parameter(last, value) if is_parameter else module.register_buffer(last, value)
 
