@@ -55,7 +55,7 @@ class MachineRates:
     def to_json(self) -> dict:
         return asdict(self)
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Raise ValueError unless every rate is what a measurement can give."""
         for name, rate in self.to_json().items():
             if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < float("inf"):
@@ -100,12 +100,9 @@ def load_rates(
             kept = dict(json.loads(path.read_bytes()))
         if key in kept:
             rates = MachineRates(**kept[key])
-            rates.check()
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         say(f"memory    {path} holds no rates that can be used ({reason}); they are measured again")
-        kept.pop(key, None)
-        rates = None
     if rates is None:
         say(f"memory    measuring once what this machine can move and step; {path} keeps it")
         rates = (measure or measure_rates)(device, kernel, ranks_per_host)
