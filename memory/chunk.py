@@ -144,6 +144,11 @@ class Piece:
     def n_elements(self) -> int:
         return self.in_chunk.stop - self.in_chunk.start
 
+    def wait_until_added(self) -> None:
+        if self.adding is not None:
+            self.adding.result()
+            self.adding = None
+
     @property
     def grad_waits(self) -> bool:
         """Return whether its gradient waits on the device until the step, neither moved nor accumulated."""

@@ -109,7 +109,7 @@ class ChunkManager(ChunkStore):
             self.say(self.plan_in_words())
         if config.placement == "auto" and overrides.plan is None:
             rates = machine.rates or measure_rates(self.device, config.kernel, machine.ranks_per_host)
-            self.auto = AutoPolicy(self, rates, self.say)
+            self.auto = AutoPolicy(self, rates)
 
     def take_plan(self, saved: str) -> None:
         """Under placement auto, go on with this rank's plan of a checkpoint (Plan.to_json, or "") without
@@ -209,8 +209,7 @@ class ChunkManager(ChunkStore):
             chunk.grads_copied.clear()
             chunk.move_to(State.COLLECTING)
         if chunk.home is Home.CPU:
-            if piece.adding is not None:
-                piece.adding.result()  # the buffer still holds the gradient of the microbatch before
+            piece.wait_until_added()  # the buffer still holds the gradient of the microbatch before
             buffer = chunk.tensors["grad_buffer"][piece.in_chunk]
             copy = partial(buffer.copy_, grad, non_blocking=True)
             copied = self.lanes.d2h.run(f"gradient of {piece.param.name}", copy, after=[ready])
@@ -278,8 +277,8 @@ class ChunkManager(ChunkStore):
             self.ledger.release("device", _waiting_bytes(param))
         param.parameter.grad = None
         for piece in param.pieces:
-            piece.adding, piece.grad = piece.adding and piece.adding.result(), None
-            piece.norm, piece.host_square = self._zero, 0.0
+            piece.wait_until_added()
+            piece.grad, piece.norm, piece.host_square = None, self._zero, 0.0
         param.n_backwards = param.n_collected = 0
 
     # ---- the norm ------------------------------------------------------------------------------------------
@@ -302,7 +301,7 @@ class ChunkManager(ChunkStore):
         self.finish_backward()
         collected = [piece for piece in self.pieces if piece.param.n_collected]
         for piece in collected if self.accumulates else ():
-            piece.adding = piece.adding and piece.adding.result()
+            piece.wait_until_added()
         on_device = [piece for piece in collected if piece.chunk.home is not Home.CPU]
         norms = float64_norms([self._grad_of(piece) for piece in on_device])
         for piece, norm in zip(on_device, norms, strict=True):

@@ -35,7 +35,7 @@ from memory.chunk import (
 from memory.config import MemoryConfig
 from memory.home import Home, StateFormat
 from memory.inputs import Machine, Overrides, TrainingLoop
-from memory.lanes import DONE, Lanes, empty_caches, hold_to_budget, host_threads
+from memory.lanes import DONE, Lanes, device_memory, empty_caches, hold_to_budget, host_threads
 from memory.placement import (
     GIB,
     RESERVE,
@@ -99,6 +99,12 @@ class ChunkStore:
         self.host_share = host_share(machine.ranks_per_host, self.is_cuda)
         budgets = {"device": config.device_budget_gib, "host": config.host_budget_gib}
         self.budgets = {name: None if gib is None else int(gib * GIB) for name, gib in budgets.items()}
+        # What a plan of placement auto may take: what was asked for, or else what there is. The memory of the
+        # activation offload has been allocated, so it is not free any more.
+        self.room = {
+            "device": self.budgets["device"] or device_memory(self.device) or self.host_share,
+            "host": self.budgets["host"] or self.host_share + self.activation_bytes,
+        }
         self.plan = replace(overrides.plan or self._first_plan(), chunks=self.chunk_sizes)
         self._refuse_what_does_not_fit(self.plan)
         self._refuse_what_the_host_lacks()
@@ -119,12 +125,8 @@ class ChunkStore:
     def _first_plan(self) -> Plan:
         if self.config.placement == "static":
             return static_plan(self.chunk_sizes, self.config.resident, self.config.stream, self.config.cpu)
-        # Auto traces the first steps with the device as empty as the host can make it. The memory of the
-        # activation offload has been allocated, so it is not free any more.
-        room = self.budgets["host"]
-        if room is None:
-            room = self.host_share + self.activation_bytes
-        return least_device_plan(self.chunk_sizes, room - self.other_host_bytes)
+        # Auto traces the first steps with the device as empty as the host can make it.
+        return least_device_plan(self.chunk_sizes, self.room["host"] - self.other_host_bytes)
 
     def bytes_needed(self, plan: Plan, traced: bool = False) -> dict[str, int]:
         """Return the most bytes that a plan holds, by account: weights, states, buffers, and gradients that
