@@ -158,8 +158,8 @@ class Piece:
 class Chunk:
     """The state of the pieces of one chunk. `state` is changed by move_to alone."""
 
-    def __init__(self, index: int, group: dict[str, Any], state_format: StateFormat):
-        self.index, self.group, self.format, self.n = index, group, state_format, 0
+    def __init__(self, index: int, state_format: StateFormat):
+        self.index, self.format, self.n = index, state_format, 0
         self.pieces: list[Piece] = []
         self.home: Home | None = None
         self.tensors: dict[str, Tensor] = {}
@@ -339,7 +339,7 @@ def cut(params: list[ParamState], chunk_elements: int, accumulates: bool = False
         while done < n:
             chunk = open_chunks.get(id(param.group))
             if chunk is None or chunk.n == chunk_elements:
-                chunk = Chunk(len(chunks), param.group, StateFormat(param.parameter.dtype, accumulates))
+                chunk = Chunk(len(chunks), StateFormat(param.parameter.dtype, accumulates))
                 open_chunks[id(param.group)] = chunk
                 chunks.append(chunk)
             run = min(n - done, chunk_elements - chunk.n)

@@ -310,7 +310,7 @@ class Tracer:
     """Notes how long forward and backward of a step take and how many bytes they need, without waiting for
     the device.
 
-        tracer = Tracer([embed, block, ...], device)       # in forward order, after parallelize
+        tracer = Tracer([embed, block, ...], device, Counters.of(device))  # after parallelize
         for _ in range(3):
             tracer.start_step(); ... forward and backward of all microbatches ...; tracer.end_step()
         traced = tracer.result(model_bytes); tracer.close()
@@ -320,8 +320,8 @@ class Tracer:
     loss counts as forward. Memory of other programs on the GPU counts as non-torch memory.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], device: torch.device, counters: Counters | None = None):
-        self.device, self.counters = device, counters or Counters.of(device)
+    def __init__(self, modules: Iterable[nn.Module], device: torch.device, counters: Counters):
+        self.device, self.counters = device, counters
         self.steps: list[list[tuple]] = []  # per step: (the phase that begins, the moment)
         self.peak = self.non_torch = 0
         self.tracing = False

@@ -130,7 +130,7 @@ def ours(kind: str, n: int) -> Callable:
     )
     chunks = []
     for start in range(0, n, CHUNK_ELEMENTS):
-        chunks.append(Chunk(len(chunks), {}, StateFormat()))
+        chunks.append(Chunk(len(chunks), StateFormat()))
         chunks[-1].n = min(CHUNK_ELEMENTS, n - start)
         chunks[-1].allocate(ledger, Home.CPU)
         for tensor in chunks[-1].tensors.values():
