@@ -809,6 +809,13 @@ def test_a_second_manager_and_torn_memory_are_refused():
         ChunkManager(model, adamw(model), ON)
 
 
+def test_parameters_of_two_dtypes_are_refused_with_what_to_do():
+    model = tiny()
+    model.layers[0].to(BF16)
+    with pytest.raises(UsageError, match=r"torch.bfloat16 and torch.float32, .* call model.to\("):
+        ChunkManager(model, adamw(model), ON)
+
+
 @pytest.mark.parametrize("option", ["amsgrad", "maximize", "capturable", "differentiable", "foreach"])
 def test_an_option_the_kernel_does_not_have_is_refused_by_name(option):
     model = tiny()
