@@ -222,8 +222,6 @@ class ActivationOffload:
 
     def _make_slots(self) -> int:
         """Fill `free`. Return how many bytes of the host that took."""
-        if self.n_slots == 0:
-            return 0
         if self.device.type != "cuda":
             slabs = [torch.empty(self.n_slots * self.slot_bytes, dtype=torch.uint8)]
         else:

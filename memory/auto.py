@@ -7,8 +7,7 @@ measured, and keep watching.
     later          a peak close to the budget or an update far from its prediction leads to a new plan
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,19 +45,13 @@ def foresee(n_parameters: int, budgets: dict[str, int], rates: dict, traced: dic
 
 
 class AutoPolicy:
-    """Makes the plans of a ChunkManager, which calls it where steps begin and end. rates: of the machine.
-    say: is called with each plan in words."""
+    """Makes the plans of a ChunkManager, which calls it where steps begin and end. rates: of the machine."""
 
-    def __init__(self, manager: "ChunkManager", rates: MachineRates, say: Callable[[str], None]):
-        self.manager, self.rates, self.say, self.n_steps, self.n_plans = manager, rates, say, 0, 0
+    def __init__(self, manager: "ChunkManager", rates: MachineRates):
+        self.manager, self.rates, self.n_steps, self.n_plans = manager, rates, 0, 0
         self.counters = Counters.of(manager.device)
         self.tracer: Tracer | None = Tracer(manager.owners, manager.device, self.counters)
         self.traced: StepTrace | None = None
-        device, asked = manager.host_share, manager.budgets
-        if manager.is_cuda:
-            device = torch.cuda.get_device_properties(manager.device).total_memory
-        host = manager.host_share + manager.activation_bytes
-        self.budgets = {"device": asked["device"] or device, "host": asked["host"] or host}
 
     def take_plan(self, saved: str) -> None:
         """Go on with a plan that was saved before this process started, if every rank can. It is not watched,
@@ -69,7 +62,7 @@ class AutoPolicy:
         self.close()
         self.n_plans = MOST_PLANS
         self.manager.replan(plan)
-        self.say("memory    with the plan of the checkpoint\n" + self.manager.plan_in_words())
+        self.manager.say("memory    with the plan of the checkpoint\n" + self.manager.plan_in_words())
 
     def _keeps_budgets(self, plan: Plan) -> bool:
         """Return whether the plan was made for at most the budgets that were asked for now."""
@@ -139,7 +132,7 @@ class AutoPolicy:
             "another rank cannot hold its parameters within its budgets; its message says more."
         )
         try:
-            plan = auto_plan(manager.chunk_sizes, self.budgets, self.rates, traced, manager.loop.clips)
+            plan = auto_plan(manager.chunk_sizes, manager.room, self.rates, traced, manager.loop.clips)
         except UsageError as error:
             refusal = error
         if not self._all_ranks(plan is not None):
@@ -153,10 +146,10 @@ class AutoPolicy:
         self.n_plans += 1
         if reason:
             outcome = "" if moves else "; the plan in use is still the best one"
-            self.say(f"memory    planned again, because {reason}{outcome}")
+            manager.say(f"memory    planned again, because {reason}{outcome}")
         if moves or not reason:
             manager.replan(plan)
-            self.say(manager.plan_in_words())
+            manager.say(manager.plan_in_words())
         manager.plan = plan
         self.counters.reset()  # peaks from before belong to another plan
 
@@ -183,10 +176,7 @@ class AutoPolicy:
 def _agreed(traced: StepTrace) -> StepTrace:
     """Return the slowest times and the highest peaks of all ranks: the slowest rank holds the others up, and
     the one with the highest peak runs out of memory first."""
-    numbers = torch.tensor(
-        [traced.non_model_peak_bytes, traced.forward_seconds, traced.backward_seconds, traced.host_bytes],
-        dtype=torch.float64,
-    )
+    numbers = torch.tensor(astuple(traced), dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
     peak, forward, backward, host = numbers.tolist()

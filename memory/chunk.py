@@ -2,13 +2,13 @@
 
 shard      this rank's elements of one parameter, flat: DTensor.to_local(), or a plain parameter
 piece      a run of a shard that lies in one chunk; a large shard is cut into several
-chunk      pieces of one parameter group and dtype, in the order in which forward waits for them: 16 Mi
-           elements, or fewer on a small shard
+chunk      pieces of one parameter group, in the order in which forward waits for them: 16 Mi elements, or
+           fewer on a small shard
 owner      the module whose forward waits until a parameter has its new weight
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from enum import Enum
 from itertools import chain
 from typing import Any
@@ -24,7 +24,7 @@ from dtensor_llama.metrics import GIB
 from dtensor_llama.shards import copies, local
 from dtensor_llama.weights import plain_name
 from memory.home import Home, StateFormat
-from memory.kernel import join_master, split_master
+from memory.kernel import blocks, join_master, split_master
 from memory.lanes import DONE, Lane
 
 # 64 MiB per float32 tensor: a copy of it runs at full bandwidth, and a ring of 4 takes 0.6 GiB
@@ -144,25 +144,22 @@ class Piece:
     def n_elements(self) -> int:
         return self.in_chunk.stop - self.in_chunk.start
 
+    def wait_until_added(self) -> None:
+        if self.adding is not None:
+            self.adding.result()
+            self.adding = None
+
     @property
     def grad_waits(self) -> bool:
         """Return whether its gradient waits on the device until the step, neither moved nor accumulated."""
         return self.chunk.home is not Home.CPU and "grad_accum" not in self.chunk.tensors
 
-    def runs(self, n: int) -> Iterator["Piece"]:
-        """Yield the piece in runs of at most n elements."""
-        for start in range(0, self.n_elements, n):
-            stop = min(start + n, self.n_elements)
-            in_chunk = slice(self.in_chunk.start + start, self.in_chunk.start + stop)
-            in_shard = slice(self.in_shard.start + start, self.in_shard.start + stop)
-            yield replace(self, in_chunk=in_chunk, in_shard=in_shard)
-
 
 class Chunk:
     """The state of the pieces of one chunk. `state` is changed by move_to alone."""
 
-    def __init__(self, index: int, group: dict[str, Any], state_format: StateFormat):
-        self.index, self.group, self.format, self.n = index, group, state_format, 0
+    def __init__(self, index: int, state_format: StateFormat):
+        self.index, self.format, self.n = index, state_format, 0
         self.pieces: list[Piece] = []
         self.home: Home | None = None
         self.tensors: dict[str, Tensor] = {}
@@ -228,27 +225,33 @@ class Chunk:
             ledger.release(account, self.tensors.pop(name).nbytes)
         self.home = None
 
-    def read(self, name: str, piece: Piece) -> Tensor:
-        """Return `master`, `exp_avg` or `exp_avg_sq` of a piece, in float32, where it is; it may be a
-        view."""
-        if name in self.tensors:
-            return self.tensors[name][piece.in_chunk]
+    def read(self, name: str, piece: Piece, values: Tensor) -> None:
+        """Copy `master`, `exp_avg` or `exp_avg_sq` of a piece, wherever it is, into float32 memory on the
+        host."""
         weight = piece.param.weight[piece.in_shard]
-        if "master_low16" not in self.tensors:
-            return weight
-        return join_master(weight, self.tensors["master_low16"][piece.in_chunk].to(weight.device))
-
-    def write(self, name: str, piece: Piece, value: Tensor) -> None:
-        """Write what `read` returns, from the host or the device; a new master is rounded into the weight
-        too."""
         if name in self.tensors:
-            self.tensors[name][piece.in_chunk] = value
+            values.copy_(self.tensors[name][piece.in_chunk])
+        elif "master_low16" in self.tensors:
+            for part, high, low16 in blocks(values, weight, self.tensors["master_low16"][piece.in_chunk]):
+                part.copy_(join_master(high, low16.to(weight.device)))
+        else:
+            values.copy_(weight)
+
+    def write(self, name: str, piece: Piece, values: Tensor) -> None:
+        """Write what `read` returns; a new master is rounded into the weight too."""
+        if name in self.tensors:
+            self.tensors[name][piece.in_chunk] = values
         if name == "master":
             weight = piece.param.weight[piece.in_shard]
             if "master_low16" in self.tensors:
-                value, low16 = split_master(value.to(weight.device).contiguous())
-                self.tensors["master_low16"][piece.in_chunk] = low16
-            weight.copy_(value.to(weight.dtype))  # rounded first, so that only the weight crosses the link
+                low16s = self.tensors["master_low16"][piece.in_chunk]
+                for part, high, low16 in blocks(values, weight, low16s):
+                    new_high, new_low16 = split_master(part.to(weight.device))
+                    high.copy_(new_high)
+                    low16.copy_(new_low16)
+            else:
+                for part, rounded in blocks(values, weight):
+                    rounded.copy_(part.to(weight.dtype))  # first, so that only the weight crosses the link
 
 
 def chunk_size(n_elements: int) -> int:
@@ -310,6 +313,12 @@ def find_params(
             raise UsageError(
                 f"{names[parameter]} is neither float32 nor bfloat16; use dtype=float32 or bfloat16."
             )
+    dtypes = {parameter.dtype for parameter in owner_of}
+    if len(dtypes) > 1:
+        raise UsageError(
+            f"the parameters that train are {' and '.join(sorted(map(str, dtypes)))}, and the chunk manager "
+            "needs them in one dtype; call model.to(torch.bfloat16) or model.to(torch.float32)."
+        )
     return [
         ParamState(names[p], p, group_of[p], copies(p), p in tied, module) for p, module in owner_of.items()
     ]
@@ -320,19 +329,18 @@ def names_of(model: nn.Module) -> dict[nn.Parameter, str]:
 
 
 def cut(params: list[ParamState], chunk_elements: int, accumulates: bool = False) -> list[Chunk]:
-    """Cut the shards, in this order, into chunks. At any time one chunk is open per (group, dtype); chunks
-    are in the order of their first pieces."""
+    """Cut the shards, in this order, into chunks. At any time one chunk is open per group; chunks are in the
+    order of their first pieces."""
     assert chunk_elements % ALIGN == 0, chunk_elements
     chunks: list[Chunk] = []
-    open_chunks: dict[tuple, Chunk] = {}
+    open_chunks: dict[int, Chunk] = {}
     for param in params:
-        dtype, done, n = param.parameter.dtype, 0, local(param.parameter).numel()
-        key = id(param.group), dtype
+        done, n = 0, local(param.parameter).numel()
         while done < n:
-            chunk = open_chunks.get(key)
+            chunk = open_chunks.get(id(param.group))
             if chunk is None or chunk.n == chunk_elements:
-                chunk = Chunk(len(chunks), param.group, StateFormat(dtype, accumulates))
-                open_chunks[key] = chunk
+                chunk = Chunk(len(chunks), StateFormat(param.parameter.dtype, accumulates))
+                open_chunks[id(param.group)] = chunk
                 chunks.append(chunk)
             run = min(n - done, chunk_elements - chunk.n)
             piece = Piece(param, chunk, slice(done, done + run), slice(chunk.n, chunk.n + run))

@@ -24,7 +24,8 @@ import functools
 import importlib.util
 import shutil
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -113,19 +114,13 @@ def _host_step(master, exp_avg, exp_avg_sq, grad, weight, clip, *hyper):
 
 
 def _device_step(weight, low16, exp_avg, exp_avg_sq, grad, clip, *hyper):
-    """Step a piece on the device. If `clip` is nan every element keeps its value, so that the host need not
-    wait to see whether the gradient is finite."""
-    skips = clip.isnan()
-    master = weight if low16 is None else join_master(weight, low16)
-    stepped, new_avg, new_avg_sq = adamw_chunk(master, exp_avg, exp_avg_sq, grad, clip, *hyper)
-    exp_avg.copy_(torch.where(skips, exp_avg, new_avg))
-    exp_avg_sq.copy_(torch.where(skips, exp_avg_sq, new_avg_sq))
-    if low16 is None:
-        weight.copy_(torch.where(skips, weight, stepped))
-    else:
-        high, new_low16 = split_master(stepped)
-        weight.copy_(torch.where(skips, weight, high))
-        low16.copy_(torch.where(skips, low16, new_low16))
+    """Step a piece of bfloat16 weights on the device. If `clip` is nan every element keeps its value, so that
+    the host need not wait to see whether the gradient is finite."""
+    skips, master = clip.isnan(), join_master(weight, low16)
+    stepped, *new_moments = adamw_chunk(master, exp_avg, exp_avg_sq, grad, clip, *hyper)
+    new = *split_master(stepped), *new_moments
+    for old, value in zip((weight, low16, exp_avg, exp_avg_sq), new, strict=True):
+        old.copy_(torch.where(skips, old, value))
 
 
 def _device_add(total, grad):
@@ -155,25 +150,23 @@ class _ByRows:
     def __init__(self, step: Callable):
         self._rows, self._rest = _compiled(step), _compiled(step)
 
-    def __call__(self, tensors: Sequence[Tensor | None], *numbers: Tensor) -> None:
-        """tensors: what is read and written element by element; some may be None. numbers: 0-dim tensors."""
+    def __call__(self, tensors: Sequence[Tensor], *numbers: Tensor) -> None:
+        """tensors: what is read and written element by element. numbers: 0-dim tensors."""
         n = len(tensors[0])
         whole = whole_rows(n)
         if whole:
-            rows = [None if tensor is None else tensor[:whole].view(-1, ROW) for tensor in tensors]
-            self._rows(*_of_any_length(rows), *numbers)
+            self._rows(*_of_any_length([tensor[:whole].view(-1, ROW) for tensor in tensors]), *numbers)
         if whole < n:
-            rest = [None if tensor is None else tensor[whole:] for tensor in tensors]
-            self._rest(*_of_any_length(rest), *numbers)
+            self._rest(*_of_any_length([tensor[whole:] for tensor in tensors]), *numbers)
 
 
-def _of_any_length(tensors: list[Tensor | None]) -> list[Tensor | None]:
+def _of_any_length(tensors: list[Tensor]) -> list[Tensor]:
     """Mark the number of rows, or of elements in a rest, as dynamic, so that torch.compile does not recompile
     for other lengths. (dynamic=True would also make the length of the storage behind a view dynamic. Two
     tensors whose storages happen to be equally long at first would then have to stay so, or everything
     recompiles.)"""
     for tensor in tensors:
-        if tensor is not None and len(tensor) > 1:
+        if len(tensor) > 1:
             torch._dynamo.mark_dynamic(tensor, 0)
     return tensors
 
@@ -186,8 +179,8 @@ class Kernel:
     nothing. host_step must not be called with it: the thread that calls it reads the factor first anyway."""
 
     def __init__(self, kind: str, device: torch.device):
+        self.device = device
         self.kind, self.why = _choose(kind, device)
-        self._is_warm: set[tuple] = set()
         if self.kind == "compiled":
             # Inductor's C++ wrapper releases the interpreter lock while the loop runs. The default Python
             # wrapper holds it, and the forward that runs meanwhile could not launch a kernel.
@@ -195,46 +188,41 @@ class Kernel:
             self._device = _ByRows(_device_step)
             self._add, self._copy = _ByRows(_device_add), _ByRows(_device_copy)
 
+    @functools.cache  # noqa: B019  a process has a kernel or two
     def warm_up_host(self, dtype: torch.dtype, grad_dtype: torch.dtype, n_threads: int) -> None:
         """Compile host_step now, unless that has been done. Call it whenever a plan has put chunks on the
         host: if it were compiled within a step, other ranks would wait in a collective for 10 to 25 s.
 
         dtype: of the weights. n_threads: of the thread that will call host_step. Compilation happens in the
         calling thread, because with torch 2.11 the next backward may crash after another thread has compiled.
-        It happens under torch.set_num_threads(n_threads), because Inductor specialises on the number of
-        threads."""
-        if self.kind != "compiled" or ("host", dtype, grad_dtype) in self._is_warm:
+        It happens with so many threads, because Inductor specialises on their number."""
+        if self.kind != "compiled":
             return
-        self._is_warm.add(("host", dtype, grad_dtype))
-        before = torch.get_num_threads()
-        torch.set_num_threads(n_threads)
-        for n in (2 * BLOCK, BLOCK):
-            master, exp_avg, exp_avg_sq = torch.zeros(n), torch.zeros(n), torch.zeros(n)
-            grad, weight = torch.zeros(n, dtype=grad_dtype), torch.zeros(n, dtype=dtype)
-            self.host_step(master, exp_avg, exp_avg_sq, grad, weight, None, NO_CHANGE)
-        torch.set_num_threads(before)  # threads that start from now on inherit it
+        with threads_of_torch(n_threads):
+            for n in (2 * BLOCK, BLOCK):
+                states = torch.zeros(n), torch.zeros(n), torch.zeros(n)
+                grad, weight = torch.zeros(n, dtype=grad_dtype), torch.zeros(n, dtype=dtype)
+                self.host_step(*states, grad, weight, None, NO_CHANGE)
 
-    def warm_up_device(
-        self, device: torch.device, dtype: torch.dtype, grad_dtype: torch.dtype, lengths: set[int]
-    ) -> None:
+    def warm_up_device(self, dtype: torch.dtype, grad_dtype: torch.dtype, lengths: set[int]) -> None:
         """Compile device_steps and sum_into now for pieces of these lengths, unless that has been done: see
         warm_up_host."""
-        casts_nothing = dtype == grad_dtype == torch.float32  # device_steps then uses torch's own kernel
-        if self.kind != "compiled" or casts_nothing:
+        if self.kind != "compiled" or dtype == torch.float32:  # device_steps then uses torch's own kernel
             return
-        has_rows = any(whole_rows(n) for n in lengths)
-        has_rest = any(whole_rows(n) < n for n in lengths)
         # With fewer elements than BLOCK Inductor would compile for a single thread.
-        needed = {BLOCK: has_rows, ROW - 1: has_rest}
-        for n in [n for n, is_needed in needed.items() if is_needed]:
-            if (n, dtype, grad_dtype) in self._is_warm:
-                continue
-            self._is_warm.add((n, dtype, grad_dtype))
-            zeros = functools.partial(torch.zeros, n, device=device)
-            weight, grad = zeros(dtype=dtype), zeros(dtype=grad_dtype)
-            self.device_step(weight, zeros(dtype=torch.int16), zeros(), zeros(), grad, None, NO_CHANGE)
-            for adds in (False, True) if grad_dtype != dtype else ():
-                self.sum_into(grad, weight, adds)  # gradients arrive in the weights' dtype
+        rows = {BLOCK for n in lengths if whole_rows(n)}
+        rests = {ROW - 1 for n in lengths if whole_rows(n) < n}
+        for n in rows | rests:
+            self._compile_device_step(n, grad_dtype)
+
+    @functools.cache  # noqa: B019
+    def _compile_device_step(self, n: int, grad_dtype: torch.dtype) -> None:
+        zeros = functools.partial(torch.zeros, n, device=self.device)
+        weight, grad = zeros(dtype=torch.bfloat16), zeros(dtype=grad_dtype)
+        self.device_step(weight, zeros(dtype=torch.int16), zeros(), zeros(), grad, None, NO_CHANGE)
+        if grad_dtype == torch.float32:  # gradients arrive in the weights' dtype and are summed
+            self.sum_into(grad, weight, adds=False)
+            self.sum_into(grad, weight, adds=True)
 
     @torch.no_grad()
     def host_step(
@@ -254,17 +242,17 @@ class Kernel:
             clip = _one_on(grad.device) if clip is None else clip
             self._host(master, exp_avg, exp_avg_sq, grad, weight, clip, *hyper.tensors())
             return
-        for block in _blocks(len(grad)):
-            _fused([master[block]], [exp_avg[block]], [exp_avg_sq[block]], [grad[block].float()], clip, hyper)
-            weight[block].copy_(master[block])
+        for *states, part, new_weight in blocks(master, exp_avg, exp_avg_sq, grad, weight):
+            _fused(*([state] for state in states), [part.float()], clip, hyper)
+            new_weight.copy_(states[0])
 
     def device_steps(self, steps: list[tuple]) -> None:
-        """Call device_step with each of these tuples of arguments. torch's fused kernel takes all of those
-        that need no cast in one call."""
+        """Call device_step with each of these tuples of arguments. Where `low16` is None the weights are
+        float32, so nothing has to be cast, and torch's fused kernel takes all in one call."""
         alike: dict[HyperParameters, list[tuple]] = {}
         for step in steps:
-            _, low16, _, _, grad, _, hyper = step
-            if low16 is None and grad.dtype == torch.float32:
+            _, low16, *_, hyper = step
+            if low16 is None:
                 alike.setdefault(hyper, []).append(step)
             else:
                 self.device_step(*step)
@@ -276,26 +264,24 @@ class Kernel:
     def device_step(
         self,
         weight: Tensor,
-        low16: Tensor | None,
+        low16: Tensor,
         exp_avg: Tensor,
         exp_avg_sq: Tensor,
         grad: Tensor,
         clip: Tensor | None,
         hyper: HyperParameters,
     ) -> None:
-        """Step 1-D tensors of one length on one device, in place; `grad` may be scaled. low16: None if the
-        weights are float32."""
+        """Step 1-D tensors of one length on one device, in place; the weights are bfloat16, and `grad` may be
+        scaled."""
         if self.kind == "compiled":
             clip = _one_on(grad.device) if clip is None else clip
             self._device((weight, low16, exp_avg, exp_avg_sq, grad), clip, *hyper.tensors())
             return
-        for block in _blocks(len(grad)):
-            master = weight[block] if low16 is None else join_master(weight[block], low16[block])
-            _fused([master], [exp_avg[block]], [exp_avg_sq[block]], [grad[block].float()], clip, hyper)
-            if low16 is not None:
-                high, new_low16 = split_master(master)
-                weight[block].copy_(high)
-                low16[block].copy_(new_low16)
+        for high, low, *moments, part in blocks(weight, low16, exp_avg, exp_avg_sq, grad):
+            master = join_master(high, low)
+            _fused([master], *([moment] for moment in moments), [part.float()], clip, hyper)
+            for old, value in zip((high, low), split_master(master), strict=True):
+                old.copy_(value)
 
     @torch.no_grad()
     def sum_into(self, total: Tensor, grad: Tensor, adds: bool) -> None:
@@ -322,8 +308,22 @@ def _one_on(device: torch.device) -> Tensor:
     return torch.ones((), device=device)
 
 
-def _blocks(n: int) -> list[slice]:
-    return [slice(start, start + BLOCK) for start in range(0, n, BLOCK)]
+def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield views of 1-D tensors of one length, block by block: what is made of a block is in a core's cache,
+    and takes no memory to speak of."""
+    return zip(*(tensor.split(BLOCK) for tensor in tensors), strict=True)
+
+
+@contextmanager
+def threads_of_torch(n: int) -> Iterator[None]:
+    """Let torch use n cores in this thread and in threads that it starts, and as many as before when the
+    block ends."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @torch.no_grad()

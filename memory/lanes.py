@@ -156,11 +156,15 @@ def empty_caches(device: torch.device) -> None:
         _empty_host_cache()
 
 
+def device_memory(device: torch.device) -> int | None:
+    """Return the bytes of a GPU's memory; None without one."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
 def hold_to_budget(device: torch.device, budget_bytes: int | None) -> None:
     """Let torch's allocator refuse to pass the budget; None: the device's memory is the only limit. What
     torch does not allocate is not counted: CUDA's own half GiB or so, NCCL's buffers. Placement auto measures
     those and plans with them."""
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
+    if total := device_memory(device):
         fraction = 1.0 if budget_bytes is None else min(1.0, budget_bytes / total)
         torch.cuda.set_per_process_memory_fraction(fraction, device)

@@ -19,7 +19,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain, cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from memory.inputs import Machine, Overrides, TrainingLoop
 from memory.kernel import HyperParameters, Kernel
 from memory.lanes import DONE, Lanes, hold_to_budget
 from memory.optimizer import ChunkOptimizer, check_adamw
-from memory.placement import Plan, describe_measured, with_prediction
+from memory.placement import RING_SLOTS, WEIGHT_BUFFERS, Plan, describe_measured, with_prediction
 from memory.store import IN_FLIGHT_BYTES, MASTER_AND_MOMENTS, ChunkStore
 from memory.timeline import draw_timeline
 from memory.tracer import StepTrace, measure_rates
@@ -50,8 +50,8 @@ MEASURED_STEPS = 5  # steps under a plan whose median is reported
 class ChunkManager(ChunkStore):
     """Owns the master weights and moments of a model's trainable parameters; `manager.optimizer` is its face.
 
-    model: names the parameters, which are plain or DTensor, float32 or bfloat16. They have values, or will
-        get them from `masters().write`. Make the manager after parallelize and to_empty.
+    model: names the parameters, which are plain or DTensor, all float32 or all bfloat16. They have values, or
+        will get them from `masters().write`. Make the manager after parallelize and to_empty.
     optimizer: an AdamW on the parameters that has never stepped. Its groups (the very dicts, so that
         schedulers go on) become those of `manager.optimizer`, which takes its place.
     UsageError, before anything is allocated, if the optimizer or the budgets do not allow it.
@@ -86,14 +86,17 @@ class ChunkManager(ChunkStore):
         self._in_use: list[tuple[Any, list[Tensor]]] = []
         self._issued: set[Chunk] = set()  # chunks handed to an engine since the last `step`
         self._is_updating = False  # an update has begun, in backward or in `step`
-        self._n_issued = dict.fromkeys(Home, 0)  # chunks stepped: says whose turn it is in ring and buffers
+        self._slots, self._buffers = (
+            cycle(range(RING_SLOTS)),
+            cycle(range(WEIGHT_BUFFERS)),
+        )  # whose turn it is
         self._phase: tuple[str | None, Any] = None, None
         self._host_began_s = self._host_done_s = self._host_update_s = None
         self._steps_s: list[float] | None = []  # when steps ended; None: they have been reported
         self._warm_up()
         parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
         self._frozen = [p for p in parameters if p not in self.param_of]
-        self.owners = _chunks_by_owner(self.parts, self.param_of)
+        self.owners = _waiting_modules(self.parts, self.param_of)
         self._install_hooks()
         self._note_weights(self.params)
         self.optimizer = ChunkOptimizer(self, optimizer)
@@ -106,7 +109,7 @@ class ChunkManager(ChunkStore):
             self.say(self.plan_in_words())
         if config.placement == "auto" and overrides.plan is None:
             rates = machine.rates or measure_rates(self.device, config.kernel, machine.ranks_per_host)
-            self.auto = AutoPolicy(self, rates, self.say)
+            self.auto = AutoPolicy(self, rates)
 
     def take_plan(self, saved: str) -> None:
         """Under placement auto, go on with this rank's plan of a checkpoint (Plan.to_json, or "") without
@@ -126,37 +129,28 @@ class ChunkManager(ChunkStore):
         """Compile between steps what steps under the current plan will run: if it were compiled within one,
         other ranks would wait in a collective. What the plan has no chunk for is not compiled; another plan
         may need it later."""
-        for chunk_format in {chunk.format for chunk in self.chunks}:
-            chunks = [chunk for chunk in self.chunks if chunk.format == chunk_format]
-            on_device = {chunk for chunk in chunks if chunk.home is not Home.CPU}
-            lengths = {piece.n_elements for piece in self.pieces if piece.chunk in on_device}
-            dtype = chunk_format.weight_dtype
-            grad_dtype = torch.float32 if self.accumulates else dtype
-            if len(on_device) < len(chunks):
-                self.kernel.warm_up_host(dtype, grad_dtype, self.lanes.n_threads)
-            self.kernel.warm_up_device(self.device, dtype, grad_dtype, lengths)
+        dtype = self.format.weight_dtype
+        grad_dtype = torch.float32 if self.accumulates else dtype
+        if Home.CPU in self.plan.homes:
+            self.kernel.warm_up_host(dtype, grad_dtype, self.lanes.n_threads)
+        lengths = {piece.n_elements for piece in self.pieces if piece.chunk.home is not Home.CPU}
+        self.kernel.warm_up_device(dtype, grad_dtype, lengths)
 
     # ---- backward: gradients arrive ------------------------------------------------------------------------
 
     def _install_hooks(self) -> None:
         self._handles = []
+        wait = lambda *_: self.wait()
         for module in {self.model, *self.parts}:  # what reads or writes all weights comes after the update
-            self._handles += [
-                module.register_state_dict_pre_hook(lambda *_: self.wait()),
-                module.register_load_state_dict_pre_hook(lambda *_: self.wait()),
-            ]
+            self._handles.append(module.register_state_dict_pre_hook(wait))
+            self._handles.append(module.register_load_state_dict_pre_hook(wait))
         for param in self.params:
             param.parameter._has_chunks = True
             if not param.is_tied:
                 hook = lambda _, param=param: self._on_gradient(param)
                 self._handles.append(param.parameter.register_post_accumulate_grad_hook(hook))
-        for module, chunks in self.owners.items():
-            params = [param for param in self.params if param.owner is module]
-            gathers = isinstance(module, FSDPModule)
-
-            def hook(_module, _args, chunks=chunks, params=params, gathers=gathers) -> None:
-                self._before_forward(chunks, params, gathers)
-
+        for module in self.owners:
+            hook = lambda module, _: self._before_forward(module)
             # Prepended after fully_shard, so that it runs before FSDP gathers the weights.
             self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
 
@@ -197,7 +191,7 @@ class ChunkManager(ChunkStore):
         param.n_collected += 1
         if not self.loop.clips and param.n_collected == self.loop.accumulation:
             ready = self.lanes.compute.now()  # by then what waits on the device has been copied
-            for chunk in dict.fromkeys(piece.chunk for piece in param.pieces):
+            for chunk in _chunks_of([param]):
                 if all(
                     other.n_collected == self.loop.accumulation and not other.is_tied
                     for other in chunk.params
@@ -215,8 +209,7 @@ class ChunkManager(ChunkStore):
             chunk.grads_copied.clear()
             chunk.move_to(State.COLLECTING)
         if chunk.home is Home.CPU:
-            if piece.adding is not None:
-                piece.adding.result()  # the buffer still holds the gradient of the microbatch before
+            piece.wait_until_added()  # the buffer still holds the gradient of the microbatch before
             buffer = chunk.tensors["grad_buffer"][piece.in_chunk]
             copy = partial(buffer.copy_, grad, non_blocking=True)
             copied = self.lanes.d2h.run(f"gradient of {piece.param.name}", copy, after=[ready])
@@ -284,8 +277,8 @@ class ChunkManager(ChunkStore):
             self.ledger.release("device", _waiting_bytes(param))
         param.parameter.grad = None
         for piece in param.pieces:
-            piece.adding, piece.grad = piece.adding and piece.adding.result(), None
-            piece.norm, piece.host_square = self._zero, 0.0
+            piece.wait_until_added()
+            piece.grad, piece.norm, piece.host_square = None, self._zero, 0.0
         param.n_backwards = param.n_collected = 0
 
     # ---- the norm ------------------------------------------------------------------------------------------
@@ -308,7 +301,7 @@ class ChunkManager(ChunkStore):
         self.finish_backward()
         collected = [piece for piece in self.pieces if piece.param.n_collected]
         for piece in collected if self.accumulates else ():
-            piece.adding = piece.adding and piece.adding.result()
+            piece.wait_until_added()
         on_device = [piece for piece in collected if piece.chunk.home is not Home.CPU]
         norms = float64_norms([self._grad_of(piece) for piece in on_device])
         for piece, norm in zip(on_device, norms, strict=True):
@@ -414,14 +407,12 @@ class ChunkManager(ChunkStore):
         pieces = [(piece, _hyper(piece.param)) for piece in chunk.pieces if piece.param.n_collected]
         for piece, _ in pieces:
             piece.param.weight_version = None  # until the next forward, or `wait`
-        turn = self._n_issued[chunk.home]
-        self._n_issued[chunk.home] += 1
         if chunk.home is Home.RESIDENT:
             self._step_resident(chunk, pieces)
         elif chunk.home is Home.STREAM:
-            self._step_stream(chunk, pieces, ready, turn)
+            self._step_stream(chunk, pieces, ready)
         else:
-            self._queue_for_host(chunk, pieces, clip_copied, turn)
+            self._queue_for_host(chunk, pieces, clip_copied)
 
     def host_update_seconds(self) -> float | None:
         """Return the time from when the host could begin an update until its last weight was sent, for the
@@ -435,12 +426,12 @@ class ChunkManager(ChunkStore):
         chunk.weights_done = chunk.states_done = DONE
         chunk.move_to(State.IDLE)
 
-    def _step_stream(self, chunk: Chunk, pieces: list, ready, turn: int) -> None:
+    def _step_stream(self, chunk: Chunk, pieces: list, ready) -> None:
         """Step a chunk in a ring slot. The two copies and the step of different chunks overlap, each on its
         own lane."""
-        i, what = turn % len(self.ring), f"chunk {chunk.index}"
-        home = {name: tensor for name, tensor in chunk.tensors.items() if name != "grad_accum"}
-        slot = {name: self.ring[i][name][: chunk.n] for name in home}
+        i, what = next(self._slots), f"chunk {chunk.index}"
+        slot = {name: tensor[: chunk.n] for name, tensor in self.ring[i].items()}
+        home = {name: chunk.tensors[name] for name in slot}
 
         def copy(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:
             for name, target in targets.items():
@@ -471,21 +462,21 @@ class ChunkManager(ChunkStore):
             return piece.chunk.tensors["grad_accum"][piece.in_chunk]
         return flat_view(piece.param.parameter.grad)[piece.in_shard] if piece.param.keeps_grad else piece.grad
 
-    def _queue_for_host(self, chunk: Chunk, pieces: list, clip_copied, turn: int) -> None:
+    def _queue_for_host(self, chunk: Chunk, pieces: list, clip_copied) -> None:
         weights = [(piece, piece.param.weight[piece.in_shard]) for piece, _ in pieces]
         runs = [(piece.in_chunk, hyper) for piece, hyper in pieces]
         if len(pieces) == len(chunk.pieces) and len({hyper for _, hyper in pieces}) == 1:
             runs = [(slice(0, chunk.n), pieces[0][1])]  # one call for the whole chunk
-        clip = None if self.clip is None else self._host_clip
+        clip, i = None if self.clip is None else self._host_clip, next(self._buffers)
         chunk.weights_done = DONE
-        chunk.job = self.lanes.thread.submit(self._step_host, chunk, runs, weights, clip, clip_copied, turn)
+        chunk.job = self.lanes.thread.submit(self._step_host, chunk, runs, weights, clip, clip_copied, i)
 
     @torch.no_grad()
     def _step_host(
-        self, chunk: Chunk, runs: list, weights: list, clip: Tensor | None, clip_copied, turn: int
+        self, chunk: Chunk, runs: list, weights: list, clip: Tensor | None, clip_copied, i: int
     ) -> None:
-        """Step a chunk on the host's thread, which takes them one after another in forward order."""
-        i = turn % len(self.weight_buffers)
+        """Step a chunk on the host's thread, which takes them one after another in forward order. i: of the
+        weight buffer that it uses."""
         for event in (clip_copied, *chunk.grads_copied, self._buffer_sent[i]):
             event.synchronize()
         if clip is not None and clip.isnan():  # the gradient is not finite: nothing changes
@@ -496,7 +487,7 @@ class ChunkManager(ChunkStore):
             self._host_began_s = self.lanes.clock()
         states = [chunk.tensors[name] for name in MASTER_AND_MOMENTS]
         grad = chunk.tensors.get("grad_accum", chunk.tensors["grad_buffer"])
-        new = self.weight_buffers[i].view(chunk.format.weight_dtype)
+        new = self.weight_buffers[i]
 
         def step() -> None:
             for run, hyper in runs:
@@ -514,10 +505,11 @@ class ChunkManager(ChunkStore):
 
     # ---- forward and readers -------------------------------------------------------------------------------
 
-    def _before_forward(self, chunks: list[Chunk], params: list[ParamState], gathers: bool) -> None:
-        """Let the forward of a module wait for `chunks`, which hold all of its parameters `params`."""
+    def _before_forward(self, module: nn.Module) -> None:
+        """Let the forward of a module wait for the weights that it owns."""
+        params, chunks = self.owners[module]
         for chunk in chunks:
-            if gathers:
+            if isinstance(module, FSDPModule):
                 chunk.wait()  # FSDP gathers on streams of its own, which wait for no lane
             else:
                 chunk.wait_on(self.lanes.compute)
@@ -576,18 +568,21 @@ class ChunkManager(ChunkStore):
         return [self.lanes, *(offload.lanes for offload in self.loop.activations)]
 
 
-def _chunks_by_owner(
+def _waiting_modules(
     parts: list[nn.Module], param_of: dict[nn.Parameter, ParamState]
-) -> dict[nn.Module, list[Chunk]]:
-    """Return the chunks that must be ready before the forward of each module, in forward order; modules
-    without a chunk are in it too."""
-    chunks: dict[nn.Module, list[Chunk]] = {}
+) -> dict[nn.Module, tuple[list[ParamState], list[Chunk]]]:
+    """Return for each module that owns parameters, in forward order, those of them that train, and the chunks
+    that must be ready before its forward."""
+    params: dict[nn.Module, list[ParamState]] = {}
     for part in parts:
         for parameter, module in owners_of(part).items():
-            own = chunks.setdefault(module, [])
-            pieces = param_of[parameter].pieces if parameter in param_of else ()
-            own += [piece.chunk for piece in pieces if piece.chunk not in own]
-    return chunks
+            own = params.setdefault(module, [])
+            own += [param_of[parameter]] if parameter in param_of else []
+    return {module: (own, _chunks_of(own)) for module, own in params.items()}
+
+
+def _chunks_of(params: list[ParamState]) -> list[Chunk]:
+    return list(dict.fromkeys(piece.chunk for param in params for piece in param.pieces))
 
 
 def _hyper(param: ParamState) -> HyperParameters:

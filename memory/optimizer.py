@@ -149,9 +149,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return what AdamW would return; tensors are copies on the host, sharded as their parameters."""
         packed = super().state_dict()
-        packed["state"] = {
-            i: {name: states[name] for name in STATES} for i, states in packed["state"].items()
-        }
+        packed["state"] = {i: dict(states) for i, states in packed["state"].items()}
         return packed
 
     @torch.no_grad()

@@ -351,37 +351,33 @@ def reason_to_replan(plan: Plan, peak_device_bytes: int, update_seconds: float) 
 def describe(plan: Plan) -> str:
     """Return the plan as a table: what lives where and why, bytes on device and host, the predicted step and
     what bounds it."""
-    chunks, n_total, is_auto = plan.chunks, sum(plan.chunks.n_elements), plan.policy == "auto"
-    device = plan.device_bytes | {"sum": sum(plan.device_bytes.values()), "budget": plan.device_budget_bytes}
-    host = plan.host_bytes | {"sum": sum(plan.host_bytes.values()), "budget": plan.host_budget_bytes}
+    chunks, device, host = plan.chunks, plan.device_bytes, plan.host_bytes
+    device |= {"sum": sum(device.values()), "budget": plan.device_budget_bytes}
+    host |= {"sum": sum(host.values()), "budget": plan.host_budget_bytes}
     rows = []  # (name, chunks, parameters, words)
     for home in Home:
         chosen = [i for i, its_home in enumerate(plan.homes) if its_home is home]
         if chosen:
             first, last = chosen[0], chosen[-1]
             covers = f"{chunks.layers[first][0]} .. {chunks.layers[last][1]}: " if chunks.layers else ""
-            rows.append((home.value, len(chosen), _count(plan.n_parameters(home)), covers + WHY[home]))
-    if device["ring"]:
-        rows.append(("ring", "", "", f"{RING_SLOTS} chunks that pass through"))
-    rows.append(("weights", "", _count(n_total), f"{chunks.state.weight_dtype.itemsize} bytes each"))
-    if is_auto or host["other"]:
-        traced = "activations and the rest, as traced; " if is_auto else ""
-        passing = "on the host: block inputs until backward, and a parameter on its way to or from a file"
-        rows.append(("other", "", "", traced + passing))
-    if is_auto:
-        rows.append(("reserve", "", "", f"{RESERVE:.0%} of the budget"))
-    rows.append(("sum", len(plan.homes), "", ""))
-    if plan.device_budget_bytes is not None:
-        rows.append(("budget", "", "", "per rank"))
-    table = [("", "chunks", "parameters", "device GiB", "host GiB", "")]
-    for name, n_chunks, n_parameters, words in rows:
-        gib = [_gib(account[name]) if name in account else "" for account in (device, host)]
-        table.append((name, str(n_chunks), n_parameters, *gib, words))
-    widths = [max(len(row[i]) for row in table) for i in range(5)]
+            rows.append((home.value, len(chosen), f"{plan.n_parameters(home):,}", covers + WHY[home]))
+    traced = "activations and the rest, as traced; " if plan.policy == "auto" else ""
+    passing = "on the host: block inputs until backward, and a parameter on its way to or from a file"
+    rows += [
+        ("ring", "", "", f"{RING_SLOTS} chunks that pass through"),
+        ("weights", "", f"{sum(chunks.n_elements):,}", f"{chunks.state.weight_dtype.itemsize} bytes each"),
+        ("other", "", "", traced + passing),
+        ("reserve", "", "", f"{RESERVE:.0%} of the budget"),
+        ("sum", len(plan.homes), "", ""),
+        ("budget", "", "", "per rank"),
+    ]
     lines = [f"memory plan, {plan.policy}: {plan.why}"]
-    for name, *numbers, words in table:
-        cells = [f"{number:>{width}}" for number, width in zip(numbers, widths[1:], strict=True)]
-        lines.append(f"  {name:{widths[0]}}  {'  '.join(cells)}  {words}".rstrip())
+    lines.append(f"  {'':8}  chunks  {'parameters':>13}  device GiB  host GiB")
+    for name, n_chunks, n_parameters, words in rows:
+        if device.get(name) or host.get(name):
+            on_device, on_host = _gib(device.get(name)), _gib(host.get(name))
+            line = f"  {name:8}  {n_chunks:6}  {n_parameters:>13}  {on_device:>10}  {on_host:>8}  {words}"
+            lines.append(line.rstrip())
     if seconds := plan.seconds:
         hidden, behind = min(seconds["update"], seconds["beside_update"]), "it" if plan.clips else "both"
         lines.append(
@@ -417,11 +413,7 @@ def _at_least(plan: Plan) -> str:
     return "" if plan.policy == "auto" else "at least "
 
 
-def _gib(n_bytes: int) -> str:
+def _gib(n_bytes: int | None) -> str:
+    if n_bytes is None:
+        return ""
     return f"{n_bytes / GIB:.2f}" if n_bytes >= 0.1 * GIB or n_bytes == 0 else f"{n_bytes / GIB:.2g}"
-
-
-def _count(n: int) -> str:
-    if n >= 1e8:
-        return f"{n / 1e9:.2f} G"
-    return f"{n / 1e6:.2f} M" if n >= 1e5 else str(n)

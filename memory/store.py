@@ -9,7 +9,7 @@ values     masters and moments by parameter, wherever they are: `read_state`, `w
            plans count as `transit_bytes`
 """
 
-from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -24,7 +24,6 @@ from memory.chunk import (
     RESIDENT_CHUNK_ELEMENTS,
     Ledger,
     ParamState,
-    Piece,
     chunk_size,
     cut,
     find_params,
@@ -36,7 +35,7 @@ from memory.chunk import (
 from memory.config import MemoryConfig
 from memory.home import Home, StateFormat
 from memory.inputs import Machine, Overrides, TrainingLoop
-from memory.lanes import DONE, Lanes, empty_caches, hold_to_budget, host_threads
+from memory.lanes import DONE, Lanes, device_memory, empty_caches, hold_to_budget, host_threads
 from memory.placement import (
     GIB,
     RESERVE,
@@ -50,8 +49,6 @@ from memory.placement import (
     static_plan,
 )
 
-# A copy of a parameter between chunks and the host takes so many elements at a time: 1 MiB of float32.
-TRANSIT_ELEMENTS = 2**18
 # The most bytes of gradients on their way to the host; over a slow link they would otherwise fill the device.
 IN_FLIGHT_BYTES = 512 * 2**20
 MASTER_AND_MOMENTS = ("master", "exp_avg", "exp_avg_sq")
@@ -89,6 +86,10 @@ class ChunkStore:
         all_resident = config.placement == "static" and config.resident == 1
         largest = RESIDENT_CHUNK_ELEMENTS if all_resident else chunk_size(self.n_parameters)
         self.chunks = cut(self.params, overrides.chunk_elements or largest, self.accumulates)
+        self.format = self.chunks[0].format if self.chunks else StateFormat()
+        n_elements = tuple(chunk.n for chunk in self.chunks)
+        layers = tuple(chunk.first_and_last for chunk in self.chunks)
+        self.chunk_sizes = ChunkSizes(n_elements, self.format, layers)
         self.device = local(self.params[0].parameter).device if self.params else torch.device("cpu")
         n_threads = host_threads(self.device, machine.ranks_per_host)
         self.lanes = overrides.lanes or Lanes(self.device, n_threads)
@@ -98,7 +99,13 @@ class ChunkStore:
         self.host_share = host_share(machine.ranks_per_host, self.is_cuda)
         budgets = {"device": config.device_budget_gib, "host": config.host_budget_gib}
         self.budgets = {name: None if gib is None else int(gib * GIB) for name, gib in budgets.items()}
-        self.plan = overrides.plan or self._first_plan()
+        # What a plan of placement auto may take: what was asked for, or else what there is. The memory of the
+        # activation offload has been allocated, so it is not free any more.
+        self.room = {
+            "device": self.budgets["device"] or device_memory(self.device) or self.host_share,
+            "host": self.budgets["host"] or self.host_share + self.activation_bytes,
+        }
+        self.plan = replace(overrides.plan or self._first_plan(), chunks=self.chunk_sizes)
         self._refuse_what_does_not_fit(self.plan)
         self._refuse_what_the_host_lacks()
 
@@ -115,42 +122,21 @@ class ChunkStore:
 
     # ---- the plan ------------------------------------------------------------------------------------------
 
-    @property
-    def chunk_sizes(self) -> ChunkSizes:
-        """The chunks as a plan sees them, all with the wider of the dtypes that there are."""
-        dtypes = {chunk.format.weight_dtype for chunk in self.chunks}
-        widest = max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
-        layers = tuple(chunk.first_and_last for chunk in self.chunks)
-        n_elements = tuple(chunk.n for chunk in self.chunks)
-        return ChunkSizes(n_elements, StateFormat(widest, self.accumulates), layers)
-
     def _first_plan(self) -> Plan:
         if self.config.placement == "static":
             return static_plan(self.chunk_sizes, self.config.resident, self.config.stream, self.config.cpu)
-        # Auto traces the first steps with the device as empty as the host can make it. The memory of the
-        # activation offload has been allocated, so it is not free any more.
-        room = self.budgets["host"]
-        if room is None:
-            room = self.host_share + self.activation_bytes
-        return least_device_plan(self.chunk_sizes, room - self.other_host_bytes)
+        # Auto traces the first steps with the device as empty as the host can make it.
+        return least_device_plan(self.chunk_sizes, self.room["host"] - self.other_host_bytes)
 
     def bytes_needed(self, plan: Plan, traced: bool = False) -> dict[str, int]:
         """Return the most bytes that a plan holds, by account: weights, states, buffers, and gradients that
         wait for their step or are on their way to the host. traced: those on their way are counted in what
         was traced."""
-        total = {"device": self.weight_bytes, "host": self.other_host_bytes}
-        slots, buffers = [0], [0]
-        for chunk, home in zip(self.chunks, plan.homes, strict=True):
-            for account, n_bytes in chunk.format.bytes_per_parameter(home).items():
-                total[account] += n_bytes * chunk.n
-            if home is Home.STREAM:
-                slots.append(chunk.n * chunk.format.state_bytes)
-            if home is Home.CPU:
-                buffers.append(chunk.n * chunk.format.weight_dtype.itemsize)
-        total["device"] += max(slots) * min(RING_SLOTS, len(slots) - 1)
-        total["host"] += max(buffers) * min(WEIGHT_BUFFERS, len(buffers) - 1)
+        held = plan.chunks.totals_held(plan.split)
+        total = {"device": self.weight_bytes + held["device"], "host": self.other_host_bytes + held["host"]}
         if self.lanes.has_queues and not traced:
-            total["device"] += min(IN_FLIGHT_BYTES, sum(buffers))
+            leaving = self.format.weight_dtype.itemsize * plan.n_parameters(Home.CPU)
+            total["device"] += min(IN_FLIGHT_BYTES, leaving)
         return total
 
     def _refuse_what_does_not_fit(self, plan: Plan) -> None:
@@ -219,6 +205,7 @@ class ChunkStore:
         assert all(param.n_collected == 0 for param in self.params), (
             "gradients have arrived; move between steps"
         )
+        plan = replace(plan, chunks=self.chunk_sizes)
         self._refuse_what_does_not_fit(plan)
         self.plan = plan
         pairs = zip(self.chunks, plan.homes, strict=True)
@@ -227,38 +214,35 @@ class ChunkStore:
         self._free_buffers()
         empty_caches(self.device)
         for chunk, home in moving:
-            # States on the host are not copied: the old tensors live until their values are written.
-            kept = [
-                (name, piece, chunk.read(name, piece).to("cpu"))
+            # A chunk passes through the host, in the memory that is counted for a parameter that does so.
+            passing = [
+                (name, piece, torch.empty(piece.n_elements))
                 for piece in chunk.pieces
                 for name in MASTER_AND_MOMENTS
             ]
+            for state in passing:
+                chunk.read(*state)
             chunk.free(self.ledger)
             chunk.allocate(self.ledger, home)
-            for name, piece, value in kept:
-                chunk.write(name, piece, value)
+            for state in passing:
+                chunk.write(*state)
         self._allocate_buffers()
         empty_caches(self.device)
         for param in self.params:
             param.weight_version = None  # masters were split again and their upper halves written
 
     def _allocate_buffers(self) -> None:
-        streaming = [chunk for chunk in self.chunks if chunk.home is Home.STREAM]
-        n, dtypes = max((chunk.n for chunk in streaming), default=0), {}
-        for chunk in streaming:
-            tensors = chunk.format.tensors(Home.STREAM).items()
-            dtypes |= {name: dtype for name, (account, dtype, _) in tensors if account == "host"}
-        for i in range(min(RING_SLOTS, len(streaming))):
+        homes, n = set(self.plan.homes), max(self.chunk_sizes.n_elements, default=0)
+        tensors = self.format.tensors(Home.STREAM).items()
+        dtypes = {name: dtype for name, (account, dtype, _) in tensors if account == "host"}
+        for i in range(RING_SLOTS if Home.STREAM in homes else 0):
             what = f"ring slot {i}"
             slot = {name: self.ledger.zeros("device", n, dtype, what) for name, dtype in dtypes.items()}
             self.ring.append(slot)
         self._slot_free = [self.lanes.compute.now()] * len(self.ring)  # its zeros are written by then
-        on_cpu = [chunk for chunk in self.chunks if chunk.home is Home.CPU]
-        sizes = [chunk.n * chunk.format.weight_dtype.itemsize for chunk in on_cpu]
-        for i in range(min(WEIGHT_BUFFERS, len(sizes))):
-            what = f"weight buffer {i}"
-            buffer = self.ledger.zeros("host", max(sizes), torch.uint8, what, pin=True, nth=4 + i)
-            self.weight_buffers.append(buffer)
+        for i in range(WEIGHT_BUFFERS if Home.CPU in homes else 0):
+            dtype, what = self.format.weight_dtype, f"weight buffer {i}"
+            self.weight_buffers.append(self.ledger.zeros("host", n, dtype, what, pin=True, nth=4 + i))
         self._buffer_sent = [DONE] * len(self.weight_buffers)  # events: the weights in it have left
         self._decide_which_gradients_stay()
 
@@ -317,27 +301,23 @@ class ChunkStore:
         self.wait()
         return Masters(self)
 
-    def _runs(self, param: ParamState) -> Iterator[Piece]:
-        """Yield the pieces of a parameter in runs of at most TRANSIT_ELEMENTS, when their chunks are new."""
-        for piece in param.pieces:
-            piece.chunk.wait_for_states()
-            yield from piece.runs(TRANSIT_ELEMENTS)
-
     @torch.no_grad()
     def read_state(self, name: str, param: ParamState) -> Tensor:
         """Return a copy of `master`, `exp_avg` or `exp_avg_sq` of this rank's shard: float32, flat, on the
         host."""
         values = torch.empty(local(param.parameter).numel())
-        for run in self._runs(param):
-            values[run.in_shard] = run.chunk.read(name, run)
+        for piece in param.pieces:
+            piece.chunk.wait_for_states()
+            piece.chunk.read(name, piece, values[piece.in_shard])
         return values
 
     @torch.no_grad()
     def write_state(self, name: str, param: ParamState, shard: Tensor) -> None:
         """Write what read_state returns, in any shape."""
-        values = shard.reshape(-1)
-        for run in self._runs(param):
-            run.chunk.write(name, run, values[run.in_shard].float())
+        values = shard.reshape(-1).float()
+        for piece in param.pieces:
+            piece.chunk.wait_for_states()
+            piece.chunk.write(name, piece, values[piece.in_shard])
         if name == "master":
             param.weight_version = None
 
@@ -354,19 +334,16 @@ class Masters(StandIn):
         super().__init__()
         self.config = getattr(store.model, "config", None)
         self._store = store
-        self._stands_for: dict[nn.Parameter, ParamState] = {}
-        placeholders: dict[nn.Parameter, nn.Parameter] = {}
+        placeholders = {parameter: nn.Parameter(placeholder(parameter)) for parameter in store.param_of}
+        self._stands_for = {placeholders[parameter]: param for parameter, param in store.param_of.items()}
         for name, value in store.model.state_dict(keep_vars=True).items():
-            if value in store.param_of and value not in placeholders:  # a tied matrix has two names
-                placeholders[value] = nn.Parameter(placeholder(value))
-                self._stands_for[placeholders[value]] = store.param_of[value]
             *path, last = plain_name(name).split(".")
             module = self
             for step in path:
                 if step not in module._modules:
                     module.add_module(step, nn.Module())
                 module = module._modules[step]
-            value = placeholders.get(value, value)
+            value = placeholders.get(value, value)  # a tied matrix has two names and one placeholder
             is_parameter = isinstance(value, nn.Parameter)
             module.register_parameter(last, value) if is_parameter else module.register_buffer(last, value)
 

@@ -3,7 +3,7 @@ measured in two or three warm-up steps).
 
 A rate is the bytes per second that really moved, counted where they move: a copy within RAM costs its DRAM
 twice, a copy over the link once. Without an accelerator the link is a copy between two accounts of the same
-RAM, made by a thread of its own.
+RAM, made by the thread that calls, as the engine makes them there.
 """
 
 import json
@@ -11,9 +11,8 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from dtensor_llama.clock import moment, seconds_between
 from dtensor_llama.metrics import DevicePeak
-from memory.kernel import HyperParameters, Kernel
+from memory.kernel import HyperParameters, Kernel, threads_of_torch
 from memory.lanes import host_threads
 
 MIB = 2**20
@@ -56,7 +55,7 @@ class MachineRates:
     def to_json(self) -> dict:
         return asdict(self)
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Raise ValueError unless every rate is what a measurement can give."""
         for name, rate in self.to_json().items():
             if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < float("inf"):
@@ -101,12 +100,9 @@ def load_rates(
             kept = dict(json.loads(path.read_bytes()))
         if key in kept:
             rates = MachineRates(**kept[key])
-            rates.check()
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         say(f"memory    {path} holds no rates that can be used ({reason}); they are measured again")
-        kept.pop(key, None)
-        rates = None
     if rates is None:
         say(f"memory    measuring once what this machine can move and step; {path} keeps it")
         rates = (measure or measure_rates)(device, kernel, ranks_per_host)
@@ -129,14 +125,14 @@ def measure_rates(device: torch.device, kernel: str, ranks_per_host: int) -> Mac
     host_adam = host_adam_rate(n_threads, kernel=kernel)
     return MachineRates(
         **wires,
-        dram=DramStream(1024 * MIB).rate(),
+        dram=per_second(dram_stream(1024 * MIB)),
         dram_in_update=dram_rate_in_update(link, n_threads, kernel=kernel),
         host_adam=host_adam,
         device_adam=device_adam_rate(device, kernel=kernel) if device.type == "cuda" else host_adam,
     )
 
 
-def per_second(work: Callable[[], float], seconds: float) -> float:
+def per_second(work: Callable[[], float], seconds: float = 0.5) -> float:
     """Call work(), which does something and returns how much, until `seconds` are over, at least three times
     after one to warm up. Return the best rate: what disturbs a measurement only ever slows it down."""
     work()
@@ -150,55 +146,43 @@ def per_second(work: Callable[[], float], seconds: float) -> float:
 
 
 class Link:
-    """The wires between host and device. Each direction has a pair of buffers and a stream; without a GPU it
-    is a thread."""
+    """The wires between host and device. Each direction has a pair of buffers, and on a GPU a stream."""
 
     def __init__(self, device: torch.device, n_bytes: int):
-        self.device, self.n_bytes = device, n_bytes
         on_gpu = device.type == "cuda"
+        self.n_bytes, self.dram_bytes_per_byte = n_bytes, 1 if on_gpu else 2  # within RAM: read and written
         self.host = [torch.ones(n_bytes, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2)]
         self.on_device = [torch.ones(n_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
-        self.streams = [torch.cuda.Stream(device) for _ in range(2)] if on_gpu else None
-        self.dram_bytes_per_byte = 1 if on_gpu else 2  # a copy within RAM reads and writes it
+        self.streams = [torch.cuda.Stream(device) if on_gpu else None for _ in range(2)]
 
     def copy(self, direction: str, n_bytes: int | None = None) -> int:
         """Copy h2d, d2h or duplex and wait for the end. Return how many bytes moved."""
-        jobs = {"h2d": [0], "d2h": [1], "duplex": [0, 1]}[direction]
+        ways = {"h2d": [0], "d2h": [1], "duplex": [0, 1]}[direction]
+        targets, sources = (self.on_device[0], self.host[1]), (self.host[0], self.on_device[1])
         n_bytes = n_bytes or self.n_bytes
-        if self.streams is None:
-            with ThreadPoolExecutor(len(jobs)) as pool:
-                list(pool.map(self._copy_one_way, jobs, [n_bytes] * len(jobs)))
-        else:
-            for job in jobs:
-                with torch.cuda.stream(self.streams[job]):
-                    self._copy_one_way(job, n_bytes)
-            for job in jobs:
-                self.streams[job].synchronize()
-        return n_bytes * len(jobs)
-
-    def _copy_one_way(self, job: int, n_bytes: int) -> None:
-        source, target = (self.host[0], self.on_device[0]) if job == 0 else (self.on_device[1], self.host[1])
-        if self.streams is None:
-            torch.set_num_threads(1)  # of this thread: one engine copies each way, as on a GPU
-        target[:n_bytes].copy_(source[:n_bytes], non_blocking=True)
+        for way in ways:
+            with torch.cuda.stream(self.streams[way]):  # without a GPU None, and the copy is made at once
+                targets[way][:n_bytes].copy_(sources[way][:n_bytes], non_blocking=True)
+        for way in ways:
+            if self.streams[way]:
+                self.streams[way].synchronize()
+        return n_bytes * len(ways)
 
     def rate(self, direction: str, seconds: float = 0.5, n_bytes: int | None = None) -> float:
         return per_second(lambda: self.copy(direction, n_bytes), seconds)
 
 
-class DramStream:
-    """All cores add to an array in place, which is the least that any update of states does to DRAM. The
-    array is larger than the caches."""
+def dram_stream(n_bytes: int) -> Callable[[], int]:
+    """Return a function that lets all cores add to an array in place, which is the least that any update of
+    states does to DRAM, and returns how many bytes that moved. n_bytes: of the array, larger than the
+    caches."""
+    array = torch.zeros(n_bytes // 4)
 
-    def __init__(self, n_bytes: int):
-        self.array = torch.zeros(n_bytes // 4)
+    def once() -> int:
+        array.add_(1)
+        return 2 * array.nbytes
 
-    def once(self) -> int:
-        self.array.add_(1)
-        return 2 * self.array.nbytes
-
-    def rate(self, seconds: float = 0.5) -> float:
-        return per_second(self.once, seconds)
+    return once
 
 
 def host_adam_rate(
@@ -236,17 +220,6 @@ def dram_rate_in_update(
             over.set()
         moving.result()  # raises what the copies have raised
         return rate
-
-
-@contextmanager
-def threads_of_torch(n: int) -> Iterator[None]:
-    """Let torch use n cores in this thread, and as many as before when the block ends."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def device_adam_rate(
@@ -337,7 +310,7 @@ class Tracer:
     """Notes how long forward and backward of a step take and how many bytes they need, without waiting for
     the device.
 
-        tracer = Tracer([embed, block, ...], device)       # in forward order, after parallelize
+        tracer = Tracer([embed, block, ...], device, Counters.of(device))  # after parallelize
         for _ in range(3):
             tracer.start_step(); ... forward and backward of all microbatches ...; tracer.end_step()
         traced = tracer.result(model_bytes); tracer.close()
@@ -347,8 +320,8 @@ class Tracer:
     loss counts as forward. Memory of other programs on the GPU counts as non-torch memory.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], device: torch.device, counters: Counters | None = None):
-        self.device, self.counters = device, counters or Counters.of(device)
+    def __init__(self, modules: Iterable[nn.Module], device: torch.device, counters: Counters):
+        self.device, self.counters = device, counters
         self.steps: list[list[tuple]] = []  # per step: (the phase that begins, the moment)
         self.peak = self.non_torch = 0
         self.tracing = False

@@ -180,7 +180,7 @@ def test_the_compiled_kernels_of_the_device_are_exact_at_any_length_compiled_onc
     device = torch.device("cuda")
     kernel = Kernel("compiled", device)
     for grad_dtype in (torch.bfloat16, torch.float32):
-        kernel.warm_up_device(device, torch.bfloat16, grad_dtype, {5000})
+        kernel.warm_up_device(torch.bfloat16, grad_dtype, {5000})
     with torch.compiler.set_stance("fail_on_recompile"):
         for grad_dtype in (torch.bfloat16, torch.float32):
             for n in (900, 2048, 5000, 3 * 2**20, 3 * 2**20 + 64):

@@ -89,7 +89,7 @@ def test_both_kernels_step_host_and_device_chunks_as_exact_arithmetic_does(kind)
                 weight, low = master.clone(), None
             expected = exact(master, m, v, grad)
             states, device_grad = (m.clone(), v.clone()), grad.clone()
-            kernel.device_step(weight, low, *states, device_grad, CLIP, HYPER)
+            kernel.device_steps([(weight, low, *states, device_grad, CLIP, HYPER)])
             new_master = weight if low is None else join_master(weight, low)
             new_weight = torch.empty(n, dtype=weight_dtype)
             kernel.host_step(master, m, v, grad, new_weight, CLIP, HYPER)
@@ -133,20 +133,19 @@ def uncompiled(monkeypatch) -> tuple[Kernel, list]:
 def test_a_device_step_takes_rows_and_then_a_rest_and_each_element_gets_the_same_bits(n, calls, monkeypatch):
     kernel, shapes = uncompiled(monkeypatch)
     assert (2 if whole_rows(n) not in (0, n) else 1) == len(calls)
-    for weight_dtype, grad_dtype in ((torch.float32, torch.float32), (BF16, BF16), (BF16, torch.float32)):
+    for grad_dtype in (BF16, torch.float32):
         for clip in (CLIP, torch.tensor(math.nan)):
-            master, m, v, grad = chunk_of(n, weight_dtype, grad_dtype)
-            weight, low = split_master(master) if weight_dtype == BF16 else (master.clone(), None)
-            states = [weight, low, m, v]
+            master, m, v, grad = chunk_of(n, BF16, grad_dtype)
+            states = [*split_master(master), m, v]
             new_master, *right = adamw_chunk(master, m, v, grad, CLIP, *HYPER.tensors())
-            right = [*(split_master(new_master) if low is not None else (new_master, None)), *right]
+            right = [*split_master(new_master), *right]
             if clip.isnan():
-                right = [None if state is None else state.clone() for state in states]
+                right = [state.clone() for state in states]
             shapes.clear()
             kernel.device_step(*states, grad, clip, HYPER)
             assert shapes == calls
             for ours, it in zip(states, right, strict=True):
-                assert ours is None or torch.equal(bits(ours), bits(it))
+                assert torch.equal(bits(ours), bits(it))
 
 
 @pytest.mark.parametrize("kind", ["blocks", "compiled"])
@@ -233,7 +232,7 @@ def test_while_the_compiled_kernel_steps_on_the_host_other_threads_run_python():
 def test_a_compiled_kernel_is_compiled_once_for_all_steps_and_sizes():
     kernel = Kernel("compiled", torch.device("cpu"))
     kernel.warm_up_host(BF16, BF16, torch.get_num_threads())
-    kernel.warm_up_device(torch.device("cpu"), BF16, BF16, {5000})
+    kernel.warm_up_device(BF16, BF16, {5000})
     with torch.compiler.set_stance("fail_on_recompile"):
         for step in range(1, 4):
             for n in (64, 1000, 5000, 2**20):
@@ -807,6 +806,13 @@ def test_a_second_manager_and_torn_memory_are_refused():
     ChunkManager(model, adamw(model), ON).close()
     model.layers[0].weight = torch.nn.Parameter(torch.ones(7, 33).t())
     with pytest.raises(UsageError, match=r"layers.0.weight is not contiguous"):
+        ChunkManager(model, adamw(model), ON)
+
+
+def test_parameters_of_two_dtypes_are_refused_with_what_to_do():
+    model = tiny()
+    model.layers[0].to(BF16)
+    with pytest.raises(UsageError, match=r"torch.bfloat16 and torch.float32, .* call model.to\("):
         ChunkManager(model, adamw(model), ON)
 
 

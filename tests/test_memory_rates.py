@@ -18,12 +18,12 @@ from memory.timeline import LANES, draw_timeline
 from memory.tracer import (
     MIB,
     Counters,
-    DramStream,
     Link,
     MachineRates,
     StepTrace,
     Tracer,
     Usage,
+    dram_stream,
     load_rates,
     machine_key,
     per_second,
@@ -67,9 +67,9 @@ def test_a_link_copies_what_it_says():
 
 
 def test_the_stream_counts_what_it_reads_and_writes():
-    stream = DramStream(4 * MIB)
-    assert stream.once() == 8 * MIB and stream.array[0] == 1
-    assert stream.rate(0.01) > 0
+    stream = dram_stream(4 * MIB)
+    assert stream() == 8 * MIB
+    assert per_second(stream, 0.01) > 0
 
 
 @pytest.mark.parametrize("link_bytes,n_parameters", [(10_000_000, 50), (1, 5_000_000)])

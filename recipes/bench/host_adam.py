@@ -40,7 +40,7 @@ from memory.chunk import CHUNK_ELEMENTS, Chunk, Ledger
 from memory.home import StateFormat
 from memory.kernel import HyperParameters, Kernel
 from memory.placement import GIB, ChunkSizes, auto_plan
-from memory.tracer import HOST_ADAM_BYTES, DramStream, MachineRates, StepTrace, machine_key
+from memory.tracer import HOST_ADAM_BYTES, MachineRates, StepTrace, dram_stream, machine_key
 
 CPU = torch.device("cpu")
 
@@ -113,7 +113,7 @@ def median_ratio(numerators: list[float], denominators: list[float]) -> float:
 
 def stream(n: int) -> Callable:
     """Return a step that reads and writes an array, and so moves as many bytes as an update."""
-    return DramStream(HOST_ADAM_BYTES // 2 * n).once
+    return dram_stream(HOST_ADAM_BYTES // 2 * n)
 
 
 def state(n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -130,7 +130,7 @@ def ours(kind: str, n: int) -> Callable:
     )
     chunks = []
     for start in range(0, n, CHUNK_ELEMENTS):
-        chunks.append(Chunk(len(chunks), {}, StateFormat()))
+        chunks.append(Chunk(len(chunks), StateFormat()))
         chunks[-1].n = min(CHUNK_ELEMENTS, n - start)
         chunks[-1].allocate(ledger, Home.CPU)
         for tensor in chunks[-1].tensors.values():

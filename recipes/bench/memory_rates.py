@@ -27,13 +27,14 @@ from memory.lanes import host_threads
 from memory.tracer import (
     HOST_ADAM_BYTES,
     MIB,
-    DramStream,
     Link,
     device_adam_rate,
     dram_rate_in_update,
+    dram_stream,
     host_adam_rate,
     load_rates,
     machine_key,
+    per_second,
 )
 
 DEVICE_BYTES = 26  # that AdamW moves on the device for a parameter, where the master is split
@@ -67,7 +68,7 @@ def main(cfg: Config) -> None:
         rates = {mib: link.rate(direction, cfg.seconds, mib * MIB) for mib in cfg.sizes_mib}
         result[f"{direction}_gb_s_by_mib"] = {mib: gb_s(rate) for mib, rate in rates.items()}
     result |= {
-        "dram_gb_s": gb_s(DramStream(cfg.dram_mib * MIB).rate(cfg.seconds)),
+        "dram_gb_s": gb_s(per_second(dram_stream(cfg.dram_mib * MIB), cfg.seconds)),
         "dram_in_update_gb_s": gb_s(
             dram_rate_in_update(link, host_threads(device, 1), n_parameters, cfg.seconds, cfg.kernel)
         ),
