@@ -237,8 +237,16 @@ class Chunk:
         else:
             values.copy_(weight)
 
+    def on_host(self, name: str, piece: Piece) -> Tensor:
+        """Return what `read` reads; a view of it if it is on the host as it is."""
+        if name in self.tensors:
+            return self.tensors[name][piece.in_chunk].to("cpu")
+        values = torch.empty(piece.n_elements)
+        self.read(name, piece, values)
+        return values
+
     def write(self, name: str, piece: Piece, values: Tensor) -> None:
-        """Write what `read` returns; a new master is rounded into the weight too."""
+        """Write what `read` reads; a new master is rounded into the weight too."""
         if name in self.tensors:
             self.tensors[name][piece.in_chunk] = values
         if name == "master":

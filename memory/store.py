@@ -214,17 +214,15 @@ class ChunkStore:
         self._free_buffers()
         empty_caches(self.device)
         for chunk, home in moving:
-            # A chunk passes through the host, in the memory that is counted for a parameter that does so.
-            passing = [
-                (name, piece, torch.empty(piece.n_elements))
+            # States on the host are not copied: the old tensors live until their values are written.
+            kept = [
+                (name, piece, chunk.on_host(name, piece))
                 for piece in chunk.pieces
                 for name in MASTER_AND_MOMENTS
             ]
-            for state in passing:
-                chunk.read(*state)
             chunk.free(self.ledger)
             chunk.allocate(self.ledger, home)
-            for state in passing:
+            for state in kept:
                 chunk.write(*state)
         self._allocate_buffers()
         empty_caches(self.device)
