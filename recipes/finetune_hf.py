@@ -6,8 +6,8 @@
 
 This recipe is for families that our own Llama class does not cover: GPT-2, OPT, BLOOM, GLM, and those for
 which transformers has a tensor-parallel plan (parallel/plans/README.md). The model stays transformers' own,
-module for module. For LLaMA, pretrain.py and sft.py offer more options. OUT becomes a folder that
-transformers opens.
+module for module. For LLaMA, pretrain.py and sft.py offer more options.
+OUT becomes a folder that transformers opens.
 """
 
 import json

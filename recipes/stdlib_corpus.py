@@ -84,7 +84,8 @@ def standard_library():
 def train_tokenizer(texts: list[str], vocab_size: int, folder: Path) -> None:
     """Train a byte-level BPE tokenizer with Hugging Face's library, and save it into `folder`.
 
-    vocab_size includes BOS and EOS. Source: Sennrich et al. 2016, arXiv:1508.07909, over bytes as in GPT-2."""
+    vocab_size includes BOS and EOS.
+    Source: Sennrich et al. 2016, arXiv:1508.07909, over bytes as in GPT-2."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
