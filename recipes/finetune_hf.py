@@ -37,6 +37,8 @@ from parallel import Booster, ParallelConfig
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """Decides how long, on what rows and with which learning rate to train."""
+
     steps: int = 100
     rows: int = 8  # rows per step, over all ranks
     seq_len: int = 512  # tokens per row; the texts are joined and cut into rows

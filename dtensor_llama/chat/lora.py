@@ -40,6 +40,7 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
+        """Return alpha / rank, the factor of the product."""
         return (2 * self.rank if self.alpha is None else self.alpha) / self.rank
 
 

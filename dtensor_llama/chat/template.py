@@ -70,6 +70,7 @@ class _Chat:
     where: str
 
     def first(self, n_turns: int) -> "_Chat":
+        """Return the conversation with its first n_turns turns only."""
         return replace(self, turns=self.turns[:n_turns])
 
     def with_turn(self, at: int, turn: dict) -> "_Chat":
@@ -77,6 +78,7 @@ class _Chat:
         return replace(self, turns=[*self.turns[:at], turn, *self.turns[at + 1 :]])
 
     def with_answer_probed(self, at: int) -> "_Chat":
+        """Return the conversation in which turn `at` is an answer that says PROBE."""
         return self.with_turn(at, {"role": "assistant", "content": PROBE})
 
 
@@ -100,8 +102,8 @@ class ChatTemplate:
             templates, own = tokenizer.chat_templates, tokenizer.chat_template
             if templates and own is None:
                 raise UsageError(
-                    f"{self.where}: it has the chat templates {', '.join(templates)}, and none is called "
-                    "default, so that it is not known which one to use; call one default."
+                    f"{self.where}: it has the chat templates {', '.join(templates)}, and none of them is "
+                    "called default, so it is not clear which one to use; call one of them default."
                 )
             if "tool_use" in templates:
                 self.with_tools = ChatTemplate(tokenizer, templates["tool_use"])
@@ -289,7 +291,7 @@ class ChatTemplate:
         for text in _strings(chat.turns):
             if any(mark in text for mark in (ESCAPE, BEGIN, END, PROBE)):
                 raise BadRecord(
-                    chat.where, "holds one of U+FDD0 to U+FDD3", "which are no characters; take it out."
+                    chat.where, "holds one of U+FDD0 to U+FDD3", "these are not characters; take it out."
                 )
         found = [self._controls_in(turn) for turn in chat.turns]
         all_controls = self.writer.controls
@@ -374,7 +376,7 @@ class ChatTemplate:
             raise self._bad(
                 chat.where,
                 "the chat template cannot write this conversation",
-                f"ends in {type(error).__name__}: {error}.",
+                f"raises {type(error).__name__}: {error}.",
             ) from None
 
     def _refuse_as_the_template_says(self, message: str):
@@ -454,7 +456,7 @@ class ChatTemplate:
     def _unclear(self, chat: _Chat, why: str) -> BadRecord:
         return self._bad(
             chat.where,
-            "which tokens are the assistant's cannot be told",
+            "it is not clear which tokens are the assistant's",
             f"{'has' if self.has_markers else 'has no'} {{% generation %}} markers, and {why}. Put {{% "
             "generation %} and {% endgeneration %} around what the assistant writes in it, its end "
             "token included.",

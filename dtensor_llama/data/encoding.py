@@ -52,6 +52,7 @@ class Found:
         self.end_ids |= other.end_ids
 
     def as_json(self) -> dict:
+        """Return the counts as they are written to meta.json."""
         counts = {"counts": self.counts, "skipped": self.skipped, "unread": self.unread}
         return counts | {"end_ids": sorted(self.end_ids)}
 

@@ -114,8 +114,8 @@ class MixedSequences:
         for name, share, before in zip(self.names[1:], self.shares[1:], self._before[1:], strict=True):
             if before in (0, UNITS):
                 raise UsageError(
-                    f"data.path={name}: its share of {share:.1e} of the sequences is too small, or too "
-                    "large beside the others, to be dealt; use weights closer together."
+                    f"data.path={name}: its share of the sequences, {share:.1e}, is too small, or too large "
+                    "compared with the others; use weights that are closer together."
                 )
         # Held-out sequences are taken in the same proportions, until one source has no more of them.
         source, index = self._deal(np.arange(held_out.sum()))

@@ -77,9 +77,9 @@ def as_tokenizer_json(
             break
     else:
         raise UsageError(
-            f"tokenizer={file}: no tokenizer.json gives the ids of this SentencePiece model, so that "
-            "transformers could not open what was trained with it (models of whole words that fall back to "
-            "bytes are such). Give a tokenizer.json instead."
+            f"tokenizer={file}: no tokenizer.json gives the ids of this SentencePiece model (none does for "
+            "whole-word models that fall back to bytes), so transformers could not open a model that was "
+            "trained with it. Give a tokenizer.json instead."
         )
     built.add_tokens([token for _, token in added])  # they must keep their ids
     now = built.get_added_tokens_decoder()

@@ -54,7 +54,7 @@ def _wrapper(value: dict, where: str) -> str | None:
     found = [name for name in lists if name.lower() in WRAPPERS]
     if found and len(lists) > 1:
         raise UsageError(
-            f"{where}: an object with several lists of records, {' and '.join(lists)}; put the one to train "
+            f"{where}: the object has several lists of records, {' and '.join(lists)}; put the one to train "
             "on into a file of its own."
         )
     return found[0] if found else None
@@ -150,8 +150,8 @@ def csv_records(lines: Iterator[str], path: Path, delimiter: str) -> Records:
             row = next(rows, None)
         except csv.Error as error:
             raise UsageError(
-                f"{path}, {where}: broken CSV ({error}); a field with a quote, a line break or the "
-                "delimiter in it stands in double quotes, and a quote in there is doubled."
+                f"{path}, {where}: broken CSV ({error}); a field that contains a quote, a line break or the "
+                "delimiter must be in double quotes, and each quote in it must be doubled."
             ) from None
         first_line = rows.line_num + 1
         if row is None:
@@ -170,7 +170,7 @@ def csv_records(lines: Iterator[str], path: Path, delimiter: str) -> Records:
         if len(row) != len(columns):
             raise UsageError(
                 f"{path}, {where}: {len(row)} fields, and the header has {len(columns)} columns ("
-                f"{', '.join(columns[:20])}); a field with the delimiter in it stands in double quotes."
+                f"{', '.join(columns[:20])}); a field that contains the delimiter must be in double quotes."
             )
         yield where, dict(zip(columns, row, strict=True))
 
@@ -231,7 +231,7 @@ def _open_arrow(file, path: Path):
     file.seek(0)
     if head.startswith(b"FEA1"):
         raise UsageError(
-            f"{path}: Feather of version 1, which is not read; write it anew with pyarrow or as .parquet."
+            f"{path}: Feather version 1 cannot be read; write the file again with pyarrow, or as .parquet."
         )
     if head.startswith(b"ARROW1"):
         return pa.ipc.open_file(pa.PythonFile(file, mode="r"))

@@ -180,8 +180,8 @@ def _kind_of(path: Path) -> tuple[str, str | None]:
 def _check_format(path: Path, formats: tuple[str, ...]) -> None:
     if _kind_of(path)[0] not in formats:
         raise UsageError(
-            f"{path}: unknown kind of file; {_listed(formats)} can be read, and "
-            f"{_listed(tuple(COMPRESSIONS))} of each."
+            f"{path}: unknown kind of file; {_listed(formats)} can be read, also compressed as "
+            f"{_listed(tuple(COMPRESSIONS))}."
         )
 
 
@@ -360,13 +360,13 @@ def _object_of_line(line: bytes, where: str) -> dict:
         raise BadRecord(
             where,
             f"broken JSON ({reason})",
-            "a .jsonl holds one object a line. If one takes several lines here, call the file .json.",
+            "a .jsonl has one object per line. If an object takes several lines here, name the file .json.",
         ) from None
     if not isinstance(record, dict):
         raise BadRecord(
             where,
             f"expected a JSON object, found {type(record).__name__}",
-            "a .jsonl holds one object a line, a list of them goes into a .json.",
+            "a .jsonl has one object per line; write a list of objects as .json.",
         )
     return record
 
@@ -391,7 +391,7 @@ def _text_of_record(record: dict, where: str, text_field: str) -> str:
                 where,
                 f"no field {text_field!r}",
                 f"its fields are {_names_in(record)}. Name the one that holds the text with `text_field`, "
-                "as in a.b if it stands inside of another.",
+                "as a.b if it is the field b of the object in a.",
             )
         value = value[name]
     return checked_text(value, where, text_field)

@@ -85,6 +85,7 @@ class Tokenizer:
         return self._pieces.decode([i for i in ids if i < len(self._pieces)])
 
     def id_of(self, token: str) -> int:
+        """Return the id of an entry of the vocabulary."""
         return self._fast.token_to_id(token)
 
     def token_of(self, token_id: int) -> str:

@@ -43,6 +43,7 @@ def make_batch(step: int) -> tuple[Tensor, Tensor]:
 
 
 def nll_sum(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
+    """Return the sum of the losses over all targets; tokens and labels are (b, T)."""
     logits = model(tokens)  # (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
 

@@ -31,6 +31,7 @@ sent: list[int] = []  # the bytes of each message: the size of the whole tensor 
 
 
 def bytes_in_memory() -> int:
+    """Return the bytes of all tensors that Python knows."""
     storages = [t.untyped_storage() for t in gc.get_objects() if type(t) is Tensor]
     by_address = {storage.data_ptr(): storage.nbytes() for storage in storages}  # views share one storage
     return sum(by_address.values())

@@ -68,6 +68,8 @@ class Door(NamedTuple):
 
 
 class PassDoor(torch.autograd.Function):
+    """Applies one function of a door in forward, and the other one in backward."""
+
     @staticmethod
     def forward(ctx, x: Tensor, door: Door) -> Tensor:
         ctx.door = door
@@ -94,6 +96,8 @@ def blocks(x: Tensor, weights: list[list[Tensor]], enter: Door, leave: Door) -> 
 
 
 class Result(NamedTuple):
+    """Holds what a run gives, and how much it kept for backward."""
+
     y: Tensor
     grad_x: Tensor
     grads: list[list[Tensor]]  # of norm, up and down of each block
@@ -101,6 +105,7 @@ class Result(NamedTuple):
 
 
 def run(x: Tensor, weights: list[list[Tensor]], grad_y: Tensor, doors: tuple[Door, Door]) -> Result:
+    """Run forward and backward. x and grad_y are (B, T, D), or (B, T/tp, D) with the doors SEQUENCE."""
     x = x.clone().requires_grad_()
     weights = [[w.clone().requires_grad_() for w in block] for block in weights]
     kept = {}  # address of a storage -> its bytes

@@ -41,6 +41,8 @@ def all_to_all(x: Tensor, split: int, join: int) -> Tensor:
 
 
 class AllToAll(torch.autograd.Function):
+    """Exchanges tokens for heads or back; in backward the gradient takes the opposite way."""
+
     @staticmethod
     def forward(ctx, x: Tensor, split: int, join: int) -> Tensor:
         ctx.split, ctx.join = split, join

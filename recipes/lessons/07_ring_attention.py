@@ -46,6 +46,8 @@ def hop(x: Tensor, step: int) -> Tensor:
 
 
 class Hop(torch.autograd.Function):
+    """Sends keys and values one rank on; in backward their gradients go one rank back."""
+
     @staticmethod
     def forward(ctx, kv: Tensor) -> Tensor:
         return hop(kv, +1)

@@ -35,6 +35,7 @@ N_CELLS = 40  # columns of the measured timeline
 
 
 def gpipe(stage: int, n_stages: int, n_microbatches: int) -> list[str]:
+    """Return the order of work of a stage under gpipe: all forwards, then all backwards."""
     return [f"F{i}" for i in range(n_microbatches)] + [f"B{i}" for i in range(n_microbatches)]
 
 
@@ -65,6 +66,8 @@ class Span(NamedTuple):
 
 
 class Step(NamedTuple):
+    """Holds what is known about a step afterwards."""
+
     seconds: float  # until all ranks were done
     loss: float
     spans: list[Span]

@@ -38,6 +38,7 @@ def randn(*shape: int, seed: int) -> Tensor:
 
 
 def reserve(where: str, n_bytes: int) -> None:
+    """Count bytes as allocated on the "device" or the "host"."""
     now[where] += n_bytes
     peak[where] = max(peak[where], now[where])
 
@@ -47,6 +48,7 @@ def release(where: str, n_bytes: int) -> None:
 
 
 def send(tensor: Tensor, direction: str) -> Tensor:
+    """Return a copy that has passed the link: "out" of the device or "in" to it."""
     sent[direction] += tensor.nbytes
     return tensor.clone()
 
@@ -100,6 +102,7 @@ class Chunk:
 
 
 def loss_of(weights: Tensor, x: Tensor) -> Tensor:
+    """Return this rank's share of the loss: weights (N,), x (ROWS, D) -> a scalar."""
     for weight in weights.view(L, D, D):
         x = (x @ weight / D**0.5).tanh()
     return x.square().sum() / (2 * ROWS)
