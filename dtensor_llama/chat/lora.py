@@ -34,7 +34,7 @@ from dtensor_llama.weights import ADAPTER, copy_own_part, hf_parameters, local_b
 class LoraConfig:
     """Decides which layers get LoRA adapters, and their size."""
 
-    rank: int = 0  # of the trained product, which has no dropout; 0: no LoRA, all weights train
+    rank: int = 0  # the rank of the product, which has no dropout; 0: no LoRA, and all weights are trained
     alpha: float | None = None  # the product is multiplied by alpha / rank; None: twice the rank
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

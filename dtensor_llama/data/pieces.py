@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from dtensor_llama.errors import UsageError
 
-NEVER = -1e6  # a score so bad that no text has the piece
+NEVER = -1e6  # a score so bad that the piece is never chosen
 PROBES = (  # texts on which conversions of SentencePiece models have gone wrong
     "Hello world",
     " one leading space",

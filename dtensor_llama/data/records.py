@@ -20,7 +20,7 @@ from dtensor_llama.errors import UsageError
 
 Records = Iterator[tuple[str, dict]]  # (where, record); where is "line 3", for example
 
-BLANKS = re.compile(r"[ \t\r\n]*")  # what JSON allows between its parts
+BLANKS = re.compile(r"[ \t\r\n]*")  # the characters that JSON allows between its parts
 # The fields under which an object may hold a whole data set, as in {"version": "1.0", "data": [...]}.
 WRAPPERS = "data train rows instances examples records items samples dataset entries".split()
 BATCH_ROWS = 64  # this many rows of a table are decoded at once

@@ -137,7 +137,7 @@ def tokenize(
     try:
         cache_dir, why_not_first = first_writable(cache_dirs)
         folder, staging = cache_dir / name, cache_dir / f"{name}.partial"
-        with open(cache_dir / f"{name}.lock", "w") as lock:  # not removed: a new file is a new lock
+        with open(cache_dir / f"{name}.lock", "w") as lock:  # never removed: a new file would be another lock
             fcntl.flock(lock, fcntl.LOCK_EX)  # the system releases it however this process ends
             if folder.is_dir():
                 return folder
@@ -149,7 +149,7 @@ def tokenize(
             _write_corpus(files, encoding, staging, processes, for_process)
             if fingerprint(files, encoding) != name:
                 raise UsageError(f"{' '.join(paths)}: a file changed while it was read; start again.")
-            os.rename(staging, folder)  # the one moment at which the corpus comes to exist
+            os.rename(staging, folder)  # from this moment on the corpus exists
     except OSError as error:
         reason = say_full(cache_dir) if is_full(error) else error
         shutil.rmtree(cache_dir / f"{name}.partial", ignore_errors=True)  # else the disk stays full
@@ -356,7 +356,7 @@ def _encoding_of(args: argparse.Namespace) -> Encoding:
 def main() -> int:
     args = _arguments()
     make_streams_last()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers use all cores already
     try:
         if args.processes < 1:
             raise UsageError(f"--processes {args.processes}: at least one worker is needed.")

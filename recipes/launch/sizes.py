@@ -111,8 +111,8 @@ TABLE = {                        # least tp pp shard micro recompute
 }
 # fmt: on
 # For these the planner (parallel/planner.py) predicts another layout to be more than 10 % faster, on the
-# fewest GPUs or on 512. The text says why we do not use it. tests/test_planner.py checks that
-# all other rows are within 10 % of the planner's best.
+# fewest GPUs or on 512. The text says why we do not use it. tests/test_planner.py checks that all other rows
+# are within 10 % of the planner's best.
 ONE_ROW = "one line of the table serves 8 to 512 GPUs, and what fits 8 recomputes more than 512 would have to"
 SLACK = (
     "full recomputation leaves half of the GPU free, for longer rows and for networks that are slower than "

@@ -135,7 +135,7 @@ def lesson() -> None:
     for schedule in (gpipe, one_f_one_b):
         order = schedule(stage, n_stages, N_MICROBATCHES)
         layers = make_layers()[own]  # this rank's layers; the others are freed
-        step = min(run(layers, inputs, targets, order) for _ in range(4))  # the fastest
+        step = min(run(layers, inputs, targets, order) for _ in range(4))  # the fastest of four
         busy = sum(span.end - span.start for span in step.spans) / step.seconds
         print_once(
             f"{schedule.__name__}: {step.seconds * 1e3:.0f} ms; "
@@ -152,7 +152,7 @@ def lesson() -> None:
         if stage == n_stages - 1:
             assert_close(step.loss, plain_loss.item(), rtol=1e-5, atol=0)  # fp32: this is a sum of four sums
         for ours, plain in zip(layers.parameters(), all_layers[own].parameters(), strict=True):
-            assert_close(ours.grad, plain.grad, rtol=1e-4, atol=1e-8)  # fp32: a sum of four
+            assert_close(ours.grad, plain.grad, rtol=1e-4, atol=1e-8)  # fp32: four sums added
     print_once(
         "\nproven: 2 stages and 4 microbatches give one process's loss and gradients; "
         "1f1b keeps 2 of them where gpipe keeps 4"

@@ -89,7 +89,7 @@ class Chunk:
         if self.placement == "R":
             adamw(self.weight, self.states, self.grad, clip, step)
         elif self.placement == "S":
-            reserve("device", 3 * self.weight.nbytes)  # the slot
+            reserve("device", 3 * self.weight.nbytes)  # the slot for the states
             states = [send(state, "in") for state in self.states]
             adamw(self.weight, states, self.grad, clip, step)
             self.states = [send(state, "out") for state in states]
