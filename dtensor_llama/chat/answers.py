@@ -1,4 +1,4 @@
-"""Answers of a model in the middle of its training, on the ranks it is sharded over."""
+"""Lets a model answer questions in the middle of its training, on all ranks over which it is sharded."""
 
 from torch.distributed.fsdp import FSDPModule
 
@@ -9,9 +9,9 @@ from dtensor_llama.model import Llama
 
 
 def held_out_prompts(rows: PackedExamples, n_prompts: int, n_new: int) -> list[list[int]]:
-    """Return the ids of the first held-out examples up to their first answer.
+    """Return the ids of at most n_prompts held-out examples, each up to its first answer.
 
-    Only examples with room for n_new more tokens are taken."""
+    Only examples that leave room for n_new more tokens in a sequence are taken."""
     prompts = []
     for row in rows.validation_rows():
         for example in rows.examples_of(int(row)):
@@ -30,14 +30,17 @@ def answer(
     tokenizer: Tokenizer,
     tp: int,
 ) -> list[tuple[str, str]]:
-    """Return the likeliest (prompt, answer) texts.
+    """Return one (prompt, answer) pair of texts for each prompt. Answers are decoded greedily.
 
-    All ranks enter and do the same, as a sharded forward gathers weights. tp: the size of that axis, which
-    the number of tokens must divide by under sequence parallelism."""
+    This is a collective: a sharded forward gathers weights, so all ranks call it with the same arguments.
+    n_new: the most new tokens in an answer
+    stop_ids: the tokens that end an answer
+    tp: the size of that axis. Under sequence parallelism it must divide the number of tokens, so rows are
+        padded to a multiple of it."""
     if not prompts:
         return []
     answers = continue_whole_rows(model, prompts, n_new, tuple(stop_ids), row_multiple=tp)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # without a backward they would stay gathered, and become stale
+            module.reshard()  # no backward follows, so weights would stay gathered, and become stale
     return [(tokenizer.decode(ids), tokenizer.decode(new)) for ids, new in zip(prompts, answers, strict=True)]

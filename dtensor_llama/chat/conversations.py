@@ -1,21 +1,21 @@
-"""Records of the common fine-tuning formats as conversations: a system prompt, then user and assistant turns.
+"""Reads records of the common fine-tuning formats as conversations: a system prompt, then turns.
 
 OpenAI     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
 ShareGPT   {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}
 Alpaca     {"instruction": "Say hello", "input": "in French", "output": "Bonjour.", "history": [["A", "B"]]}
 one turn   {"prompt": "Hi", "completion": "Hello."}    {"question": "Hi", "answer": "Hello."}
 
-The fields of each record show its format, so files may be mixed. Every defect is a BadRecord that names the
-file and the line. Whatever the format, turns are messages as transformers' apply_chat_template takes them:
-{"role", "content"} and whatever else a turn has, such as tool_calls. As there, null fields are left out.
-Three things are taken out of a record:
+The fields of a record tell its format, so one file may mix formats. Every defect raises a BadRecord that
+names the file and the line. Whatever the format, the turns become messages as transformers'
+apply_chat_template takes them: {"role", "content"} and all other fields of the turn, such as tool_calls. As
+in transformers, fields that are null are left out. Three kinds of fields do not become part of a message:
 
-turn flags   `weight`, `train`, `trainable`, `training`, `loss` (true: trained) and `mask`, `masked` (true:
-             left out of the loss), of a turn or, for all its answers, of the record. A flag is true or
-             false, 1 or 0.
-variables    `tools` (or `functions`), `documents` and `chat_template_kwargs` of a record: what a template
-             gets besides the turns
-history      of the one-turn formats: earlier [question, answer] pairs
+turn flags   `weight`, `train`, `trainable`, `training` and `loss` (true: the turn counts in the loss), `mask`
+             and `masked` (true: it does not). On a record, a flag applies to all its answers. A flag is true
+             or false, 1 or 0.
+variables    `tools` (or `functions`), `documents` and `chat_template_kwargs` of a record. The template gets
+             them besides the turns.
+history      earlier [question, answer] pairs, in the one-turn formats
 """
 
 import json
@@ -25,8 +25,8 @@ from typing import Literal
 from dtensor_llama.data.sources import checked_text
 from dtensor_llama.errors import BadRecord
 
-LISTS = {"OpenAI messages": "messages", "ShareGPT": "conversations"}  # format: its field, a list of turns
-PAIRS = {  # format: (the user's question, what is put under it if there is any, the assistant's answer)
+LISTS = {"OpenAI messages": "messages", "ShareGPT": "conversations"}  # {format: the field with the turns}
+PAIRS = {  # {format: (field of the question, field of a text to put below it, field of the answer)}
     "Alpaca": ("instruction", "input", "output"),
     "prompt/completion": ("prompt", None, "completion"),
     "question/answer": ("question", None, "answer"),
@@ -35,24 +35,17 @@ TURN_FIELDS = (("role", "content"), ("from", "value"))
 ROLES = {role: role for role in ("system", "user", "assistant", "tool", "ipython", "function")}
 ROLES |= {"developer": "system", "human": "user", "observation": "tool", "function_response": "tool"}
 ROLES |= dict.fromkeys(("gpt", "chatgpt", "model", "bot"), "assistant")
-CALL_ROLES = ("function_call", "tool_call")  # ShareGPT: a turn of the assistant that is the JSON of its calls
+CALL_ROLES = ("function_call", "tool_call")  # ShareGPT: the assistant's turn is its calls, written as JSON
 TOOL_ROLES = ("tool", "ipython", "function")  # a turn that holds what a tool returned
-FOLLOWS = {
-    "start": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user", *TOOL_ROLES),
-}  # role: the next ones
+# {role of a turn: the roles that the next turn may have}
+FOLLOWS = {"start": ("user",), "user": ("assistant",), "assistant": ("user", *TOOL_ROLES)}
 FOLLOWS |= {role: (*TOOL_ROLES, "assistant", "user") for role in TOOL_ROLES}
-# flag: which value of it means "trained"
+# {flag: the value that means that the turn counts in the loss}
 TRAINED_IF = dict.fromkeys(("weight", "train", "trainable", "training", "loss"), True)
 TRAINED_IF |= {"mask": False, "masked": False}
-THOUGHTS = (
-    "reasoning_content",
-    "thinking",
-    "reasoning",
-)  # three names of one thing, as transformers has them
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # three names of one thing, as in transformers
 VARIABLES = ("tools", "functions", "documents", "chat_template_kwargs")
-# Records that are not trained on are counted under these names, and left out.
+# Special cases are counted under these names.
 EMPTY_ANSWER = "with an empty answer"
 NOTHING_TRAINED = "in which no answer is to be trained"
 UNANSWERED = "end with a turn without an answer, which is cut off"
@@ -62,9 +55,10 @@ UNANSWERED = "end with a turn without an answer, which is cut off"
 class ChatOptions:
     """Decides how records become examples.
 
-    bad_records: whether a record that cannot be trained on ends the run, or is left out and listed.
-    train_on: the answers of the assistant, the last of them, or every token.
-    template: "auto" for the tokenizer's own or LLaMA-2's; "none" for prompt and completion as they are."""
+    bad_records: "refuse" ends the run at a record that cannot be trained on; "skip" leaves it out, listed
+    train_on: what counts in the loss: the assistant's answers, only the last answer, or every token
+    template: "auto" uses the tokenizer's own template or LLaMA-2's; "none" writes prompt and completion as
+        they are"""
 
     bad_records: Literal["refuse", "skip"] = "refuse"
     train_on: Literal["answers", "last-answer", "all"] = "answers"
@@ -73,12 +67,14 @@ class ChatOptions:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A record that was read. It ends with a turn of the assistant.
+    """Holds a record that was read. The last turn is always one of the assistant.
 
-    format: its name. turns: messages for a template. flags: whether the record says that a turn is trained
-        (None: it says nothing). variables: what the template gets besides the turns.
-    unread: fields of the record that nothing here reads. n_unanswered: turns without an answer that were cut
-        off.
+    format: the name of its format, a key of LISTS or PAIRS
+    turns: messages for a template
+    flags: for each turn, whether the record says that it counts in the loss; None: the record does not say
+    variables: what the template gets besides the turns
+    unread: the fields of the record that nothing here reads
+    n_unanswered: the number of turns after the last answer, which were cut off
     """
 
     format: str
@@ -89,11 +85,14 @@ class Conversation:
     n_unanswered: int = 0
 
 
-Turns = tuple[list[dict], list[bool | None]]  # messages, and the flag of each
+Turns = tuple[list[dict], list[bool | None]]  # messages, and a flag for each
 
 
 def conversation_of(record: dict, where: str) -> Conversation:
-    """Read a record. BadRecord, beginning with `where`, for an unknown format and for wrong turns."""
+    """Return the conversation that a record holds.
+
+    where: the file and line. Raises BadRecord, whose message begins with `where`, for an unknown format and
+    for turns that cannot be trained on."""
     name = next((name for name, of_list in LISTS.items() if record.get(of_list) is not None), None)
     if name is not None:
         used = [LISTS[name]]
@@ -124,7 +123,9 @@ def conversation_of(record: dict, where: str) -> Conversation:
 
 
 def flag_of(fields: dict, at: str) -> bool | None:
-    """Return whether the flags among `fields` say that this is trained; None if there is none."""
+    """Return whether the flags among `fields` say that a turn counts in the loss; None if there is no flag.
+
+    at: the place of the turn, for the message of the BadRecord that a wrong flag raises"""
     said = {}
     for name, meaning in TRAINED_IF.items():
         value = fields.get(name)
@@ -147,7 +148,7 @@ def flag_of(fields: dict, at: str) -> bool | None:
 
 
 def _pair_format(record: dict, where: str) -> str:
-    """Return the format of a record that is no list of turns."""
+    """Return the format of a record that has no list of turns."""
     fields = ", ".join(list(record)[:20]) or "none"
     name = max(PAIRS, key=lambda name: sum(record.get(one) is not None for one in PAIRS[name]))
     question, _, answer = PAIRS[name]
@@ -183,7 +184,7 @@ def _turns_of_pair(record: dict, name: str, where: str) -> Turns:
 
 
 def _history(history, where: str) -> list[dict]:
-    """Return the turns of [[question, answer], ...]."""
+    """Return the turns of a history [[question, answer], ...] as messages."""
     turns, pairs = [], history or []
     for number, pair in enumerate(pairs if isinstance(pairs, list) else [pairs], 1):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
@@ -201,7 +202,7 @@ def _history(history, where: str) -> list[dict]:
 
 
 def _turns_of_list(turns, where: str, of_list: str) -> Turns:
-    if isinstance(turns, str):  # a table's cell may be the JSON of the list
+    if isinstance(turns, str):  # a cell of a table may hold the list as JSON
         turns = _parsed(turns, where, of_list, otherwise=turns)
     if not isinstance(turns, list):
         raise BadRecord(where, f"{of_list!r} holds {type(turns).__name__}", "expected a list of turns.")
@@ -218,7 +219,7 @@ def _turns_of_list(turns, where: str, of_list: str) -> Turns:
 
 
 def _message_of(turn, at: str) -> dict | None:
-    """Return a turn as a template takes it; None for a system prompt that is null."""
+    """Return a turn as the message that a template takes; None for a system prompt that is null."""
     if not isinstance(turn, dict):
         raise BadRecord(at, f"is {type(turn).__name__}", "expected an object.")
     role_field, text_field = next(
@@ -232,7 +233,7 @@ def _message_of(turn, at: str) -> dict | None:
     role = "assistant" if said_by in CALL_ROLES else ROLES.get(said_by)
     if role is None:
         raise BadRecord(
-            at, f"is by {turn[role_field]!r:.40}", f"trained on are conversations of {', '.join(ROLES)}."
+            at, f"is by {turn[role_field]!r:.40}", f"the roles that can be used are {', '.join(ROLES)}."
         )
     content = _content_of(turn.get(text_field), at, text_field)
     if content is None and role == "system":
@@ -244,13 +245,13 @@ def _message_of(turn, at: str) -> dict | None:
         calls = [_as_function(call) for call in (calls if isinstance(calls, list) else [calls])]
         return {"role": role, **others, "tool_calls": calls}
     if others.get("tool_calls") == []:
-        del others["tool_calls"]  # as null is; some templates ask only whether the field is there
+        del others["tool_calls"]  # like a null: some templates ask only whether the field is there
     calls_or_thinks = any(others.get(name) for name in ("tool_calls", "function_call", *THOUGHTS))
     if content is None and not calls_or_thinks:
-        content = ""  # a tool that returned nothing, an answer that is empty
+        content = ""  # a tool returned nothing, or an answer is empty
     message = {"role": role, **others} if content is None else {"role": role, "content": content, **others}
     thought = _thought(message, at)
-    if thought:  # a template finds it under the name that it reads
+    if thought:  # under both names, since some templates read one and some the other
         message = {"thinking": thought, **message, "reasoning_content": thought}
     return message
 
@@ -258,7 +259,7 @@ def _message_of(turn, at: str) -> dict | None:
 def _content_of(content, at: str, text_field: str) -> str | None:
     if content is None:
         return None
-    if isinstance(content, list):  # OpenAI's parts
+    if isinstance(content, list):  # in OpenAI's format, content may be a list of parts
         if any(not isinstance(part, dict) or part.get("type") != "text" for part in content):
             raise BadRecord(at, "has parts that are not text", "a LLaMA reads text only.")
         return "".join(checked_text(part.get("text"), at, "text") for part in content)
@@ -271,14 +272,16 @@ def _thought(fields: dict, at: str) -> str | None:
 
 
 def _as_function(function: dict) -> dict:
-    """Return a function, or a call of one, in the envelope that templates open."""
+    """Return a function, or a call of one, in the form {"type", "function"} that templates expect."""
     if isinstance(function, dict) and "function" in function:
         return function
     return {"type": "function", "function": function}
 
 
 def _parsed(text: str, at: str, name: str, **otherwise):
-    """Return the value of the JSON in `text`; if it is none, `otherwise` if that is given, else refuse it."""
+    """Return the value of the JSON in `text`.
+
+    If `text` is not JSON, return the keyword argument `otherwise` if there is one, else raise BadRecord."""
     try:
         return json.loads(text)
     except ValueError:
@@ -288,7 +291,7 @@ def _parsed(text: str, at: str, name: str, **otherwise):
 
 
 def _variables(record: dict, where: str) -> dict:
-    """Return {name: value} of what a template gets besides the turns."""
+    """Return {name: value} of the variables that a template gets besides the turns."""
     variables = {}
     for name in VARIABLES:
         value = record.get(name)

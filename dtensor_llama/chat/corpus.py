@@ -1,4 +1,4 @@
-"""Conversations to a corpus of token ids and masks, made once, which training maps into memory."""
+"""Turns conversations into a corpus of token ids and masks, once; training maps it into memory."""
 
 import json
 from collections.abc import Sequence
@@ -23,16 +23,16 @@ from dtensor_llama.data.tokenize import prepare
 from dtensor_llama.data.tokenizer import Tokenizer
 from dtensor_llama.errors import UsageError
 
-CHAT_VERSION = 2  # of how conversations become ids, in conversations.py and template.py
+CHAT_VERSION = 2  # raise it when conversations.py or template.py writes other ids or masks than before
 
 
 class ChatCorpus(TokenCorpus):
-    """A folder written by `prepare_chat`: its documents are conversations.
+    """Maps a folder that `prepare_chat` wrote into memory. Its documents are conversations.
 
-    trained: (n_tokens,) uint8, 1 where a token is trained. counts: records of each format, and those left
-        out.
-    unread: {field that nothing reads: in how many records it stands}. end_ids: the tokens that end an answer,
-        at which generation has to stop.
+    trained: (n_tokens,) uint8, 1 where a token counts in the loss
+    counts: the number of records of each format, and of each special case of conversations.py
+    unread: {field that nothing reads: the number of records that have it}
+    end_ids: the tokens that end an answer, at which generation has to stop
     """
 
     def __init__(self, folder: str | Path):
@@ -48,12 +48,14 @@ def prepare_chat(
     processes: int | None = None,
     options: ChatOptions = ChatOptions(),
 ) -> ChatCorpus:
-    """Return the corpus of conversations, in any of the formats of conversations.py; see prepare_corpus."""
+    """Return the corpus of the conversations in `paths`; tokenize it first unless the cache already has it.
+
+    The records may have any format of conversations.py. Arguments and errors are those of prepare_corpus."""
     return ChatCorpus(prepare(paths, ChatEncoding(tokenizer, options), cache_dir, processes))
 
 
 class ChatEncoding:
-    """Writes each conversation by its template, with a mask of what is trained: a data.encoding.Encoding."""
+    """Encodes each conversation with its template, and makes its loss mask: a data.encoding.Encoding."""
 
     formats, text_field, cutter = RECORD_FORMATS, None, None
     files, a_document = (
@@ -104,7 +106,7 @@ class ChatEncoding:
 
 
 def _why_left_out(conversation: Conversation) -> str | None:
-    """Return why a conversation is left out, as `counts` calls it: an answer to be trained is empty."""
+    """Return EMPTY_ANSWER, which `counts` counts, if an answer to train on is empty, else None."""
     for turn, flag in zip(conversation.turns, conversation.flags, strict=True):
         says = turn.get("content", "").strip() or turn.get("tool_calls") or turn.get("function_call")
         if turn["role"] == "assistant" and not says and flag is not False:

@@ -1,12 +1,13 @@
-"""LoRA: frozen weights W, and beside some of them a trained product: y = W x + (alpha / rank) B A x.
+"""Adds LoRA: weights W are frozen, and some get a trained product as well: y = W x + (alpha / rank) B A x.
 
-A (rank, inputs) starts random, B (outputs, rank) at zero, so that training starts from the model as it was.
-Source: Hu et al. 2021, arXiv:2106.09685. Files and initial values are those of the peft package. There is no
-dropout on x before A, as the model has none either: adapter_config.json says lora_dropout 0.
+A (rank, inputs) starts with random values and B (outputs, rank) with zeros, so that training starts from the
+unchanged model. Source: Hu et al. 2021, arXiv:2106.09685. Files and initial values are those of the peft
+package. There is no dropout on x before A, since the model has none either; the file adapter_config.json
+therefore says lora_dropout 0.
 
-The adapter of `q_proj` is its neighbour `q_proj_lora` (lora_A, lora_B), which a hook adds to its output.
-q_proj itself does not change, so weights load, split and save under their own names. Apply LoRA first, before
-any parallelism: the passes of parallel/ then find the adapters like any other module.
+The adapter of `q_proj` is a module beside it, `q_proj_lora` (lora_A, lora_B). A hook adds its output to that
+of q_proj. q_proj itself does not change, so weights are loaded, split and saved under their own names. Apply
+LoRA first, before any parallelism: the passes of parallel/ then find the adapters like any other module.
 """
 
 import json
@@ -31,18 +32,22 @@ from dtensor_llama.weights import ADAPTER, copy_own_part, hf_parameters, local_b
 
 @dataclass(frozen=True)
 class LoraConfig:
-    rank: int = 0  # of the trained product, which has no dropout; 0: no LoRA, all weights train
-    alpha: float | None = None  # the product counts alpha / rank; None: twice the rank
+    """Decides which layers get LoRA adapters, and their size."""
+
+    rank: int = 0  # the rank of the product, which has no dropout; 0: no LoRA, and all weights are trained
+    alpha: float | None = None  # the product is multiplied by alpha / rank; None: twice the rank
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
     @property
     def scale(self) -> float:
+        """Return alpha / rank, the factor of the product."""
         return (2 * self.rank if self.alpha is None else self.alpha) / self.rank
 
 
 class Lora(nn.Module):
-    """x (..., inputs) -> scale B A x (..., outputs). Both matrices are modules, as tensor parallelism
-    expects."""
+    """Maps x (..., inputs) to scale B A x (..., outputs).
+
+    Both matrices are modules, because tensor parallelism splits modules."""
 
     def __init__(self, linear: nn.Linear, config: LoraConfig):
         super().__init__()
@@ -57,16 +62,17 @@ class Lora(nn.Module):
 def apply_lora(model: Llama, config: LoraConfig, frozen_dtype: torch.dtype | None = None) -> None:
     """Freeze `model` and give each linear layer named in config.targets an adapter.
 
-    The model is whole and on one device or on `meta`. Call init_lora once the adapters, in fp32, have memory.
-    frozen_dtype: of the frozen weights afterwards (bfloat16: 2 bytes each).
-    Raises UsageError for a rank below 1 and for targets that do not exist."""
-    if config.rank < 1 or not 0 < config.scale < math.inf:  # in this order: scale divides by the rank
+    The model must be whole, on one device or on `meta`. The adapters are float32. Call init_lora as soon as
+    they have memory.
+    frozen_dtype: the dtype that the frozen weights get (bfloat16 takes 2 bytes each); None: they keep theirs
+    Raises UsageError for a rank below 1, an alpha that is not above 0, and targets that do not exist."""
+    if config.rank < 1 or not 0 < config.scale < math.inf:  # the rank comes first, since scale divides by it
         raise UsageError(
             f"lora.rank={config.rank} lora.alpha={config.alpha} is not possible; use a rank of at least 1 "
             "and an alpha above 0."
         )
-    # The head is a linear too, but the loss multiplies by its weight itself: an adapter there would have no
-    # effect.
+    # The head is a linear layer too, but the loss multiplies by its weight directly, so that an adapter there
+    # would have no effect.
     linears = {name: module for name, module in model.model.named_modules() if isinstance(module, nn.Linear)}
     existing = list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
     wrong = [target for target in config.targets if target not in existing]
@@ -95,7 +101,8 @@ def _add(adapter: Lora, linear: nn.Linear, args: tuple[Tensor], output: Tensor) 
 def init_lora(model: nn.Module, seed: int) -> None:
     """Give all adapters their initial values, which depend on the seed and the name, never on the layout.
 
-    B is zero, A uniform within 1 / sqrt(inputs): Kaiming's with a = sqrt(5), as in peft and nn.Linear."""
+    B is zero, and A is uniform within 1 / sqrt(inputs).
+    This is Kaiming's rule with a = sqrt(5), which peft and nn.Linear use too."""
     for name, parameter in adapter_parameters(model).items():
         whole = torch.zeros(parameter.shape)
         if "lora_A" in name:
@@ -106,24 +113,24 @@ def init_lora(model: nn.Module, seed: int) -> None:
 
 
 def n_adapter_parameters(model: LlamaConfig, config: LoraConfig) -> int:
-    """Return how many numbers the adapters of a whole model have."""
+    """Return the number of parameters in all adapters of a whole model."""
     matrices = {name: shape for name, shape in model.block_weights().items() if len(shape) == 2}
     targets = [shape for name, shape in matrices.items() if name.split(".")[-2] in config.targets]
     return model.num_hidden_layers * config.rank * sum(map(sum, targets))  # inputs + outputs of each layer
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the adapters' matrices by name, as in model.layers.0.self_attn.q_proj_lora.lora_A.weight."""
+    """Return the adapters' matrices by name, e.g. model.layers.0.self_attn.q_proj_lora.lora_A.weight."""
     parameters = hf_parameters(model, adapters=True)
     return {name: parameter for name, parameter in parameters.items() if ADAPTER in name}
 
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """Add scale B A to W in place, and remove the adapters: an ordinary model with the same answers is left.
+    """Add scale B A to each W in place, and remove the adapters, so that the answers stay the same.
 
-    All ranks call it. A rank adds what belongs to its own part of W; only the thin matrices are gathered. The
-    sum is made in fp32 and rounded to W's dtype once."""
+    This is a collective: all ranks call it. Each rank adds what belongs to its own shard of W, and only the
+    thin matrices A and B are gathered. The sum is computed in fp32 and rounded to W's dtype once."""
     for name, adapter in list(model.named_modules()):
         if not isinstance(adapter, Lora):
             continue
@@ -146,7 +153,8 @@ def _whole(parameter: nn.Parameter) -> Tensor:
 def save_adapter(model: nn.Module, folder: str | Path, config: LoraConfig, base_model: str) -> None:
     """Write adapter_config.json and adapter_model.safetensors, which peft opens over the base model.
 
-    All ranks call it. Rank 0 writes, and gets each matrix from the first rank that has it."""
+    This is a collective: all ranks call it. Rank 0 gets each matrix from the first owner, and writes it.
+    base_model: the name or path of the base model, which goes into adapter_config.json"""
     folder, rank = Path(folder), own_rank()
     whole = {name: _whole(parameter).float().cpu() for name, parameter in adapter_parameters(model).items()}
     first_rank = {}

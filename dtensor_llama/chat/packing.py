@@ -1,4 +1,4 @@
-"""Packed conversations: which of them stand in which sequence."""
+"""Packs conversations into sequences."""
 
 from typing import Literal
 
@@ -10,15 +10,16 @@ from dtensor_llama.errors import UsageError
 
 
 class PackedExamples(Shuffled):
-    """Sequences of whole conversations (examples), one behind another, the rest filled with `pad_id`.
+    """Packs whole conversations (examples) into sequences, and fills the rest of each with `pad_id`.
 
-    A sequence has `seq_len` tokens and one more, which is always padding, so an example fits if it has at
+    A sequence has `seq_len` tokens and one more, which is always padding. So an example fits if it has at
     most seq_len tokens.
 
-    overlong: "drop" leaves longer examples out; "truncate" keeps their first seq_len tokens, if any of these
-        is trained. packed False: one example a sequence. Raises UsageError if no sequence is left to train
-        on.
-    n_examples, n_dropped, n_truncated: examples in sequences, those left out and those cut for their length.
+    overlong: "drop" leaves out longer examples; "truncate" keeps their first seq_len tokens, if at least one
+        of these counts in the loss
+    packed: False puts each example into a sequence of its own
+    n_examples, n_dropped, n_truncated: how many examples were packed, left out and cut
+    Raises UsageError if no sequence is left to train on.
     """
 
     def __init__(
@@ -35,8 +36,8 @@ class PackedExamples(Shuffled):
         is_long = lengths > T
         fits = ~is_long
         if overlong == "truncate" and is_long.any():
-            # before: the number of trained tokens before each offset. It shows which examples have none left
-            # when cut; it takes 8 bytes a token for a moment.
+            # before: the number of trained tokens before each offset, which shows the examples that have none
+            # left after the cut. For a moment it takes 8 bytes per token.
             before = np.concatenate([[0], np.cumsum(corpus.trained, dtype=np.int64)])
             fits |= before[starts + np.minimum(lengths, T)] > before[starts]
         self.n_examples, self.n_dropped = int(fits.sum()), int((~fits).sum())
@@ -63,11 +64,11 @@ class PackedExamples(Shuffled):
 
     @property
     def contents(self) -> str:
-        """Describe the data in words: the same for the same tokens."""
+        """Describe the data in words, which are the same for the same tokens."""
         return f"{self.corpus.n_tokens} tokens in {self.corpus.n_documents} conversations"
 
     def examples_of(self, row: int) -> np.ndarray:
-        """Return the examples of a row, in order."""
+        """Return the numbers of the examples in a row, in order."""
         return self.examples[self.row_ends[row - 1] if row else 0 : self.row_ends[row]]
 
     def tokens_of(self, rows: np.ndarray) -> np.ndarray:
@@ -75,7 +76,7 @@ class PackedExamples(Shuffled):
         return self._gather(self.corpus.tokens, rows, self.pad_id).astype(np.int64)
 
     def trained_of(self, rows: np.ndarray) -> np.ndarray:
-        """Return (N, T + 1) bool: which tokens are trained."""
+        """Return (N, T + 1) bool: which tokens of (N,) rows count in the loss."""
         return self._gather(self.corpus.trained, rows, 0).astype(bool)
 
     def _gather(self, source: np.ndarray, rows: np.ndarray, fill: int) -> np.ndarray:
@@ -87,20 +88,21 @@ class PackedExamples(Shuffled):
         return gathered
 
     def span_of(self, example: int) -> slice:
-        """Return where the tokens of an example stand in the corpus."""
+        """Return the slice of the corpus that holds the tokens of an example."""
         return slice(self.starts[example], self.starts[example] + self.lengths[example])
 
     def document_starts_of(self, row: int) -> np.ndarray:
-        """Return the offsets within the row, 1 .. T, at which another example begins, or the padding."""
+        """Return the offsets within the row, 1 .. T, at which another example or the padding begins."""
         return np.cumsum(self.lengths[self.examples_of(row)])
 
 
 def pack(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pack examples of `lengths` tokens, none above seq_len, into few rows by best fit, the longest first.
+    """Pack examples into few rows by best fit, the longest example first.
 
-    Returns the examples in the order of the rows, and where each row ends in that list. Best fit puts an
-    example into the row where it leaves the least room. `rooms` is a bit mask: bit n is set if some row has n
-    free tokens. The lowest set bit of `rooms >> length` is the tightest row that fits.
+    lengths: (n_examples,), tokens of each example, none above seq_len
+    Returns the examples in the order of the rows, (n_examples,), and the end of each row in it, (n_rows,).
+    Best fit puts an example into the row where it leaves the least room. `rooms` is a bit mask: bit n is set
+    if some row has n free tokens. The lowest set bit of `rooms >> length` stands for the tightest fit.
     """
     rows, rows_with_room, rooms = [], [[] for _ in range(seq_len + 1)], 0
     for example in np.argsort(-lengths, kind="stable"):

@@ -1,4 +1,4 @@
-"""Sequences as they will be trained on, for a person to look at: as coloured text, and as numbers."""
+"""Shows sequences as they will be trained on, so that a person can check them: coloured text, or numbers."""
 
 import json
 from collections.abc import Callable
@@ -13,20 +13,20 @@ from dtensor_llama.data.tokenizer import Tokenizer
 from dtensor_llama.errors import UsageError
 from dtensor_llama.loss import IGNORE
 
-TRAINED, CONTEXT, PLAIN = "\x1b[1;92m", "\x1b[2m", "\x1b[0m"  # bright green; dim; as before
+TRAINED, CONTEXT, PLAIN = "\x1b[1;92m", "\x1b[2m", "\x1b[0m"  # bright green; dim; the terminal's own style
 
 
 def row_as_numbers(rows: PackedExamples, row: int) -> dict[str, list[int]]:
-    """Return {"tokens", "labels"} of one row without its padding.
+    """Return {"tokens": [...], "labels": [...]} of one row, without its padding.
 
-    labels[i] is tokens[i + 1], which position i must predict, or IGNORE where nothing is trained."""
+    labels[i] is tokens[i + 1], which position i must predict, or IGNORE if that token does not count."""
     batch = make_batch(rows, np.array([row]), document_mask=True)
     n_tokens = int(rows.document_starts_of(row)[-1])
     return {"tokens": batch.tokens[0, :n_tokens].tolist(), "labels": batch.labels[0, :n_tokens].tolist()}
 
 
 def row_as_text(rows: PackedExamples, row: int, tokenizer: Tokenizer) -> str:
-    """Return one row for a terminal: examples one below another, trained tokens bright, the rest dim."""
+    """Return one row as text for a terminal, one example below another, with the trained tokens bright."""
     numbers = row_as_numbers(rows, row)
     controls = {tokenizer.id_of(text): text for text in tokenizer.control_tokens}
     trained = [False] + [label != IGNORE for label in numbers["labels"]]
@@ -38,7 +38,7 @@ def row_as_text(rows: PackedExamples, row: int, tokenizer: Tokenizer) -> str:
         if token in controls:
             text, since_control = controls[token], []
         else:
-            # Decode the token with what comes before it: a space, or half a character, may depend on that.
+            # Decode the token together with those before it: a space or half a character may depend on them.
             text = tokenizer.decode([*since_control, token])[len(tokenizer.decode(since_control)) :]
             since_control.append(token)
         if at == 0 or trained[at] != trained[at - 1]:
@@ -48,9 +48,10 @@ def row_as_text(rows: PackedExamples, row: int, tokenizer: Tokenizer) -> str:
 
 
 def preview(rows: PackedExamples, tokenizer: Tokenizer, n_rows: int, json_file: str | None) -> None:
-    """Print the first n_rows in the order of training, and write them to json_file.
+    """Print the first n_rows in the order of training, and write them to json_file if it is given.
 
-    n_rows 0: print none and write all, the held-out ones last."""
+    With n_rows 0, print none and write all, the held-out rows last.
+    Raises UsageError if the file cannot be written."""
     order = [*rows.rows_at(np.arange(rows.n_train)), *rows.validation_rows()]
     for number, row in enumerate(order[:n_rows]):
         print(f"\n---- row {number} ----\n{row_as_text(rows, int(row), tokenizer)}")
@@ -63,7 +64,7 @@ def preview(rows: PackedExamples, tokenizer: Tokenizer, n_rows: int, json_file: 
 
 
 def log_conversations(rows: PackedExamples, template_name: str, log: Callable[[str], None]) -> None:
-    """Log what was found in the files, and what became of it."""
+    """Log what was found in the files, what was left out, and how the rows are filled."""
     corpus, counts = rows.corpus, dict(rows.corpus.counts)
     in_words = {
         EMPTY_ANSWER: "left out, which have an empty answer",

@@ -1,21 +1,23 @@
-"""Conversations to token ids and a mask of what is trained: the assistant's turns and their end tokens.
+"""Turns conversations into token ids and a loss mask of the assistant's turns and their end tokens.
 
-The template is the tokenizer's own (Jinja, as transformers renders it), else LLaMA-2's. Three things are
-ours:
+The template is the tokenizer's own (Jinja, rendered as in transformers), or else LLaMA-2's. Three things are
+different from transformers:
 
-control tokens     come from the template alone. "</s>" in what a person wrote is characters, not the end.
-                   (LLaMA-2's [INST] and <<SYS>> are no control tokens but characters, and stay so.)
-the mask           comes from {% generation %} markers if the template has them. Else an assistant's turn is
-                   what rendering it adds to rendering all before it with a generation prompt; a template for
-                   which that does not hold is refused. If the prompt opens a thought (<think>) and the
-                   template writes the turn without one, the turn begins where that opening would stand.
-where ids are cut  the ids before an answer are those of the prompt that asks for it, as in generation. A
-                   space that the template puts before the answer belongs to the answer, as in its first
-                   piece.
+control tokens     come from the template alone. If a person wrote "</s>", it is encoded as characters, not as
+                   the end. (LLaMA-2's [INST] and <<SYS>> are not control tokens. They are always characters.)
+the mask           comes from {% generation %} markers if the template has them. If it has none, the text up
+to
+                   an assistant's turn is rendered with a generation prompt, and then again with the turn; the
+                   turn is what was added. A template for which the second text does not begin with the first
+                   is refused. If the prompt opens a thought (<think>) and the template writes the turn
+                   without one, the turn begins where that opening would be.
+where ids are cut  The ids before an answer are those of the prompt that asks for it, as in generation. A
+space
+                   that the template puts before the answer becomes part of the answer's first piece.
 
-LLaMA-2's format, as in Meta's llama/generation.py: each pair of turns is BOS, "[INST] question [/INST]
-answer ", EOS, with the system prompt inside the first question. The trained part is "answer ", its last space
-too, and EOS: without that space the model would never get to the EOS behind it.
+LLaMA-2's format is that of Meta's llama/generation.py: each pair of turns is BOS, "[INST] question [/INST]
+answer ", EOS, with the system prompt inside the first question. The trained part is "answer ", including its
+last space, and EOS. Without that space the model would never reach the EOS after it.
 """
 
 import json
@@ -42,9 +44,9 @@ LLAMA2_TEMPLATE = """\
 {% for turn in turns %}{% set content = (system if loop.first else '') + turn['content'] %}\
 {% if turn['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}\
 {% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"""
-PROBE = "\ufdd3"  # stands for what a turn says, to find out where a template writes it
-# The end of a generation prompt that opens a thought, or writes an empty one: <think>, <|begin_of_thought|>,
-# [THINK].
+PROBE = "\ufdd3"  # takes the place of a turn's content, to find out where a template writes it
+# The end of a generation prompt that opens a thought or writes an empty one, in the form of <think>,
+# <|begin_of_thought|> or [THINK].
 OPENED_THOUGHT = re.compile(
     r"(?i)(?:<[^<>/]*(?:think|thought)[^<>/]*>|\[think\])\s*(?:(?:</think(?:ing)?>|\[/think\])\s*)?\Z"
 )
@@ -52,52 +54,56 @@ OPENED_THOUGHT = re.compile(
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation as it is trained on. ends: the tokens that end an answer."""
+    """Holds a conversation as it is trained on."""
 
     ids: list[int]
-    trained: list[bool]
-    ends: set[int]
+    trained: list[bool]  # for each id, whether it counts in the loss
+    ends: set[int]  # the ids that end an answer
 
 
 @dataclass(frozen=True)
 class _Chat:
-    """Holds what a template gets. Messages about a conversation begin with `where`."""
+    """Holds what a template gets. Error messages about the conversation begin with `where`."""
 
     turns: list[dict]
     variables: dict
     where: str
 
     def first(self, n_turns: int) -> "_Chat":
+        """Return the conversation with its first n_turns turns only."""
         return replace(self, turns=self.turns[:n_turns])
 
     def with_turn(self, at: int, turn: dict) -> "_Chat":
-        """Return the conversation with another turn in the place of turn `at`, or behind the last one."""
+        """Return the conversation with turn `at` replaced, or with a turn added after the last one."""
         return replace(self, turns=[*self.turns[:at], turn, *self.turns[at + 1 :]])
 
     def with_answer_probed(self, at: int) -> "_Chat":
+        """Return the conversation in which turn `at` is an answer that says PROBE."""
         return self.with_turn(at, {"role": "assistant", "content": PROBE})
 
 
 class ChatTemplate:
-    """Writes conversations as one tokenizer does.
+    """Writes conversations with the chat template of one tokenizer.
 
-    name: for printing. source: the Jinja text, to be saved with the model. identity: all that decides what is
-        written. Raises UsageError for a template that cannot be read, and for a tokenizer without any token
-        to end a turn with.
+    name: a description for the log
+    source: the Jinja text, which is saved with the model
+    identity: everything about the template that decides the ids, for the fingerprint of a corpus
+    Raises UsageError for a template that cannot be read, for several templates of which none is called
+    default, and for a tokenizer that has neither a template nor an EOS token.
     """
 
     def __init__(self, tokenizer: Tokenizer, own: str | None = None):
-        """own: one of the tokenizer's templates; None: the one that transformers would use.
+        """Compile the template.
 
-        As there, conversations with tools have a template of their own if the tokenizer has one called
-        tool_use."""
+        own: the Jinja source of one of the tokenizer's templates; None: the one that transformers would use.
+            Then conversations with tools use the template called tool_use if there is one, as there."""
         self.tokenizer, self.where, self.with_tools = tokenizer, f"tokenizer={tokenizer.path}", None
         if own is None:
             templates, own = tokenizer.chat_templates, tokenizer.chat_template
             if templates and own is None:
                 raise UsageError(
-                    f"{self.where}: it has the chat templates {', '.join(templates)}, and none is called "
-                    "default, so that it is not known which one to use; call one default."
+                    f"{self.where}: it has the chat templates {', '.join(templates)}, and none of them is "
+                    "called default, so it is not clear which one to use; call one of them default."
                 )
             if "tool_use" in templates:
                 self.with_tools = ChatTemplate(tokenizer, templates["tool_use"])
@@ -125,17 +131,19 @@ class ChatTemplate:
         self.variable_names = jinja2.meta.find_undeclared_variables(tree)
         self.words = set(re.findall(r"\w+", self.source))
         self.looked_for = _looked_for(tree)
-        self.accepted_shapes = set()  # of conversations whose every turn is known to be written
+        self.accepted_shapes = set()  # shapes of conversations of which the template writes every turn
 
     def encode(
         self, turns: list[dict], where: str, variables: dict | None = None
     ) -> tuple[list[int], list[bool]]:
-        """Return (ids, which of them are the assistant's) of a conversation that ends with the assistant.
+        """Return (ids, which of them are the assistant's) for a conversation that ends with the assistant.
 
-        The assistant's are all its turns and the control tokens that end them, and nothing else.
-        turns: messages as transformers' apply_chat_template takes them. variables: what the template gets
-            besides.
-        where: the beginning of the message of a BadRecord.
+        The ids of the assistant are those of all its turns and of the control tokens that end them.
+        turns: messages as transformers' apply_chat_template takes them
+        where: file and line, with which the message of a BadRecord begins
+        variables: what the template gets besides the turns
+        Raises BadRecord if the template does not write everything, or if it does not show what the
+        assistant's tokens are.
         """
         chosen = self._for(variables)
         if chosen is not self:
@@ -154,8 +162,9 @@ class ChatTemplate:
         return self.writer.encode_runs(runs)
 
     def encode_prompt(self, turns: list[dict], variables: dict | None = None) -> list[int]:
-        """Return the ids of a conversation that ends with the user or a tool, up to where the answer
-        begins."""
+        """Return the ids of a conversation that ends with the user or a tool, up to the start of the answer.
+
+        turns and variables are as in encode. Raises BadRecord if the template cannot write them."""
         chosen = self._for(variables)
         if chosen is not self:
             return chosen.encode_prompt(turns, variables)
@@ -165,7 +174,10 @@ class ChatTemplate:
         return self.writer.encode_runs(self.writer.runs(self._protected_in(text, chat, unprotected)))[0]
 
     def example(self, conversation: Conversation, where: str, train_on: str) -> Example:
-        """Return a conversation as `train_on` and the flags of its turns have it trained."""
+        """Return a conversation as an Example whose mask follows `train_on` and the flags of its turns.
+
+        train_on: a value of ChatOptions.train_on. where: file and line, for the BadRecord that encode may
+            raise."""
         ids, answers = self.encode(conversation.turns, where, conversation.variables)
         return choose_trained(ids, answers, conversation, where, train_on)
 
@@ -181,9 +193,9 @@ class ChatTemplate:
     # ---- what a template can write ----
 
     def _as_named_here(self, chat: _Chat) -> _Chat:
-        """Return the conversation with the names that the template has.
+        """Return the conversation with the names that the template knows.
 
-        These are OpenAI's older names, function_call and the role function, or their newer ones."""
+        OpenAI's older names are function_call and the role function, the newer ones tool_calls and tool."""
         if "function_call" in self.words or "tool_calls" not in self.words:
             return chat
         turns = []
@@ -230,7 +242,7 @@ class ChatTemplate:
         text = self._render(probed)
         for at, probe in probes.items():
             role = chat.turns[at]["role"]
-            is_counted = self.has_markers and role == "assistant"  # in _check_spans
+            is_counted = self.has_markers and role == "assistant"  # _check_spans counts these turns
             if probe not in _without_marks(text) and not is_counted:
                 raise self._bad(
                     f"{chat.where}: turn {at + 1}",
@@ -268,18 +280,18 @@ class ChatTemplate:
     def _protected(
         self, chat: _Chat, add_generation_prompt: bool = False
     ) -> tuple[_Chat, dict[int, set[str]]]:
-        """Return the conversation with an ESCAPE in what looks like a control token, which encode_runs takes
-        out.
+        """Return the conversation with an ESCAPE in every text that looks like a control token.
 
-        The second result is {turn: such texts that are left whole}, because the template looks for them in
-        there and would write something else. The assistant's turns are protected less: a token that is not
-        special (<think>, <tool_call>), or that the template looks for, is vocabulary of the assistant, and is
-        read as in transformers.
+        encode_runs takes the ESCAPEs out again. The second result is {turn: texts that were left without
+        one}, because the template looks for them in that turn and would write something else. The assistant's
+        turns are
+        protected less: a token that is not special (<think>, <tool_call>), or that the template looks for,
+        belongs to the assistant's vocabulary, and is read as in transformers.
         """
         for text in _strings(chat.turns):
             if any(mark in text for mark in (ESCAPE, BEGIN, END, PROBE)):
                 raise BadRecord(
-                    chat.where, "holds one of U+FDD0 to U+FDD3", "which are no characters; take it out."
+                    chat.where, "holds one of U+FDD0 to U+FDD3", "these are not characters; take it out."
                 )
         found = [self._controls_in(turn) for turn in chat.turns]
         all_controls = self.writer.controls
@@ -330,7 +342,7 @@ class ChatTemplate:
         return _map_strings(turn, lambda text: self.writer.escaped(text, texts)) | {"role": turn["role"]}
 
     def _protected_in(self, text: str, chat: _Chat, unprotected: dict[int, set[str]]) -> str:
-        """Return `text` with an ESCAPE in the control texts left whole, except in the assistant's turns."""
+        """Return `text` with an ESCAPE in the texts of `unprotected`, except in the assistant's turns."""
         at_char = 0
         for at, turn in enumerate(chat.turns if unprotected else []):
             said = turn["content"].strip() if isinstance(turn.get("content"), str) else ""
@@ -364,7 +376,7 @@ class ChatTemplate:
             raise self._bad(
                 chat.where,
                 "the chat template cannot write this conversation",
-                f"ends in {type(error).__name__}: {error}.",
+                f"raises {type(error).__name__}: {error}.",
             ) from None
 
     def _refuse_as_the_template_says(self, message: str):
@@ -381,12 +393,12 @@ class ChatTemplate:
         return text
 
     def _begin_of_answer(self, text: str, chat: _Chat, at: int) -> int:
-        """Return where turn `at` begins in `text`: where the prompt that asks for it ends; -1: nowhere.
+        """Return the offset in `text` at which turn `at` begins, or -1 if it cannot be found.
 
-        Some templates leave out the earlier thoughts once another question follows. Then what comes before
-        the turn is not the prompt that asked for it, but it ends with the same header: the one that a
-        generation prompt adds. If that header opens a thought and the turn has none, the turn begins behind
-        the rest of the header.
+        A turn begins where the prompt that asks for it ends. But some templates leave out earlier thoughts
+        once another question follows. Then the text before the turn is not that prompt, but it ends with the
+        same header, the one that a generation prompt adds. If the header opens a thought and the turn has
+        none, the turn begins after the rest of the header.
         """
         asked = self._render(chat.first(at), add_generation_prompt=True)
         if text.startswith(asked):
@@ -403,10 +415,11 @@ class ChatTemplate:
         return -1
 
     def _end_of_answer(self, text: str, chat: _Chat, at: int) -> int:
-        """Return where turn `at` ends in `text`: where rendering it as the last one does.
+        """Return the offset in `text` at which turn `at` ends.
 
-        Some templates write more behind the last turn, such as the header of another answer; then it ends
-        with the control token behind what it says."""
+        It is the length of the conversation rendered up to this turn. But some templates write more after the
+        last turn, such as the header of another answer. Then the turn ends with the control token that
+        follows its content."""
         through = self._render(chat.first(at + 1))
         followed = text
         if at + 1 == len(chat.turns):
@@ -418,7 +431,7 @@ class ChatTemplate:
             return len(through)
         probed = self._render(chat.with_answer_probed(at))
         behind = probed[probed.rfind(PROBE) + 1 :]
-        unmarked = _without_marks(text)  # `text` has the marks of the answers behind this one
+        unmarked = _without_marks(text)  # `text` already has the marks of later answers
         if PROBE not in probed or not unmarked.endswith(behind):
             raise self._unclear(chat, "a turn is written otherwise when another one follows it")
         end = len(unmarked) - len(behind)
@@ -443,7 +456,7 @@ class ChatTemplate:
     def _unclear(self, chat: _Chat, why: str) -> BadRecord:
         return self._bad(
             chat.where,
-            "which tokens are the assistant's cannot be told",
+            "it is not clear which tokens are the assistant's",
             f"{'has' if self.has_markers else 'has no'} {{% generation %}} markers, and {why}. Put {{% "
             "generation %} and {% endgeneration %} around what the assistant writes in it, its end "
             "token included.",
@@ -456,10 +469,11 @@ class ChatTemplate:
 
 
 class RawTemplate:
-    """Writes prompt and completion as they are, behind BOS if the tokenizer adds one, and EOS.
+    """Writes BOS (if the tokenizer adds one), prompt and completion as they are, and EOS.
 
-    The completion and EOS are trained. It is used as ChatTemplate is. source: the template that came with the
-    tokenizer, which is kept."""
+    The completion and EOS are trained. It has the methods of ChatTemplate that training needs.
+    source: the template that came with the tokenizer, which an export keeps
+    Raises UsageError for a tokenizer without an EOS token."""
 
     name = "no template: prompt and completion as they are"
 
@@ -473,7 +487,7 @@ class RawTemplate:
         self.source = self.identity = tokenizer.chat_template
 
     def example(self, conversation: Conversation, where: str, train_on: str) -> Example:
-        """Return what is trained of a conversation. BadRecord for more than a prompt and a completion."""
+        """Return a conversation as an Example; raise BadRecord unless it is one prompt and one completion."""
         turns = conversation.turns
         extra = set().union(*turns) - {"role", "content"} | set(conversation.variables)
         is_pair = conversation.format in ("prompt/completion", "question/answer") and len(turns) == 2
@@ -492,21 +506,22 @@ class RawTemplate:
         return choose_trained(ids, answers, conversation, where, train_on)
 
     def unread(self, conversation: Conversation) -> set[str]:
-        """Return no fields: what cannot be written is refused."""
+        """Return no fields, because `example` refuses whatever cannot be written."""
         return set()
 
 
 def template_of(tokenizer: Tokenizer, options: ChatOptions) -> ChatTemplate | RawTemplate:
-    """Return the template that the options ask for."""
+    """Return the template that the options ask for. Raises the UsageErrors of the two classes."""
     return RawTemplate(tokenizer) if options.template == "none" else ChatTemplate(tokenizer)
 
 
 def choose_trained(
     ids: list[int], answers: list[bool], conversation: Conversation, where: str, train_on: str
 ) -> Example:
-    """Choose which tokens of a conversation are trained, as `train_on` and the flags of its turns say.
+    """Choose which tokens of a conversation count in the loss, as `train_on` and the flags of its turns say.
 
-    answers: of each token, whether it is of a turn of the assistant."""
+    answers: for each id, whether it belongs to a turn of the assistant
+    Raises BadRecord, beginning with `where`, for a flag on another turn that contradicts `train_on`."""
     spoken = []  # the flags of the assistant's turns
     for number, (turn, flag) in enumerate(zip(conversation.turns, conversation.flags, strict=True), 1):
         if turn["role"] == "assistant":
@@ -531,7 +546,7 @@ def choose_trained(
 
 
 class _Generation(Extension):
-    """{% generation %} ... {% endgeneration %} puts BEGIN and END around what it encloses."""
+    """Makes {% generation %} ... {% endgeneration %} put BEGIN and END around the text between them."""
 
     tags = {"generation"}
 
@@ -545,7 +560,7 @@ class _Generation(Extension):
 
 
 def _environment(raise_exception: Callable[[str], None]) -> jinja2.Environment:
-    """Return an environment with what transformers gives to chat templates."""
+    """Return a Jinja environment with the functions that transformers gives to chat templates."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
@@ -556,7 +571,9 @@ def _environment(raise_exception: Callable[[str], None]) -> jinja2.Environment:
 
 
 def _looked_for(tree: nodes.Template) -> set[str]:
-    """Return the texts that a template compares with, splits at, or replaces; with </think> also <think>."""
+    """Return the texts that a template compares with, splits at or replaces.
+
+    If </think> is one of them, <think> is returned too."""
     texts = set()
     for kind in (nodes.Compare, nodes.Call, nodes.Filter, nodes.Test):
         for node in tree.find_all(kind):
@@ -569,7 +586,7 @@ def _without_marks(text: str) -> str:
 
 
 def _strings(value) -> Iterator[str]:
-    """Yield all texts in a record, however deep, but not the names of fields."""
+    """Yield all texts in a record, at any depth, but not the names of fields."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
@@ -578,7 +595,7 @@ def _strings(value) -> Iterator[str]:
 
 
 def _map_strings(value, change: Callable[[str], str]):
-    """Return a copy of `value` with all texts in it changed."""
+    """Return a copy of `value` in which change() was applied to every text."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):

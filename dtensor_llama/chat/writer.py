@@ -1,8 +1,8 @@
-"""Text with control tokens in it to ids.
+"""Turns text that contains control tokens into ids.
 
-Three characters, which Unicode keeps free for use inside a program, mark what a template has written:
-BEGIN, END   around what the assistant writes, which is trained
-ESCAPE       inside of a control text that a person wrote: it is characters there, not a token
+Unicode reserves some characters for use inside a program. Three of them mark what a template has written:
+BEGIN, END   stand around what the assistant writes, which counts in the loss
+ESCAPE       stands inside the text of a control token that a person wrote, so that it is read as characters
 """
 
 import re
@@ -12,14 +12,14 @@ from dtensor_llama.data.tokenizer import Tokenizer
 
 ESCAPE, BEGIN, END = "\ufdd0", "\ufdd1", "\ufdd2"
 
-Run = tuple[str | int, bool]  # characters, or the id of a control token; and whether it is trained
+Run = tuple[str | int, bool]  # text, or the id of a control token; and whether it is trained
 
 
 class TextWriter:
-    """Writes text as ids.
+    """Turns text into ids for one tokenizer.
 
-    controls: {text: AddedToken} of what means one id where a template writes it. special: those that it alone
-        may write.
+    controls: {text: AddedToken} of the texts that stand for one id where a template writes them
+    special: those of them that only a template may write, never a person or the assistant
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -32,29 +32,28 @@ class TextWriter:
         self.control_or_mark = re.compile(f"({BEGIN}|{END}|{any_control})")
         self.control = re.compile(any_control)
         self.control_behind_blanks = re.compile(rf"\s*(?:{any_control})")
-        # A dummy prefix is a space before every text. A newline joins no neighbour, so behind one it shows.
+        # A dummy prefix is a space that the tokenizer puts before every text. A newline never forms a token
+        # with its neighbours, so the ids of a text after a newline show whether there is such a space.
         newline, both = self.plain.encode("\n"), self.plain.encode("\na")
         n = len(newline)
         self.has_dummy_prefix = both[:n] == newline and both[n:] != self.plain.encode("a")
         self.prefixes_every_text = tokenizer.prefixes_every_text
 
     def escaped(self, text: str, controls: Iterable[str]) -> str:
-        """Return `text` with each of `controls` in it broken by an ESCAPE behind its first character."""
+        """Return `text` with an ESCAPE after the first character of each of `controls` in it."""
         if not any(one in text for one in controls):
             return text
         return re.sub(f"(?=(?:{_any_of(controls)}))(.)", rf"\1{ESCAPE}", text, flags=re.DOTALL)
 
     def runs(self, text: str) -> list[Run]:
-        """Split a text at its control tokens and marks."""
+        """Split a text at its control tokens and marks. The marks say which runs are trained."""
         runs, trained, strips_next = [], False, False
         for part in self.control_or_mark.split(text):
             if part in (BEGIN, END):
                 trained = part == BEGIN
             elif part in self.controls:
                 token = self.controls[part]
-                if (
-                    token.lstrip and runs and isinstance(runs[-1][0], str)
-                ):  # some take the blanks beside them along
+                if token.lstrip and runs and isinstance(runs[-1][0], str):  # it absorbs the blanks before it
                     runs[-1] = runs[-1][0].rstrip(), runs[-1][1]
                 runs.append((self.tokenizer.id_of(part), trained))
                 strips_next = token.rstrip
@@ -64,9 +63,10 @@ class TextWriter:
         return [run for run in runs if run[0] != ""]
 
     def trimmed(self, runs: list[Run]) -> list[Run]:
-        """Return the runs with trained turns that end with a control token.
+        """Return the runs, changed so that each trained turn ends with a control token where possible.
 
-        A control token just behind the END mark is trained too, and blanks behind one are not."""
+        A control token directly after the END mark is trained too. Blanks after a turn's last control token
+        are not trained."""
         runs = list(runs)
         for i, (what, trained) in enumerate(runs):
             ends_here = trained and (i + 1 == len(runs) or not runs[i + 1][1])
@@ -79,12 +79,12 @@ class TextWriter:
         return runs
 
     def encode_runs(self, runs: list[Run]) -> tuple[list[int], list[bool]]:
-        """Return (ids, whether each is trained).
+        """Return (ids, whether each of them is trained).
 
-        Text between two control tokens is encoded as one, as in transformers, but cut where training
-        begins."""
+        The text between two control tokens is encoded as a whole, as in transformers, but it is cut where the
+        trained part begins."""
         ids, mask = [], []
-        first, done = 0, ""  # the ids since the last control token begin at `first`, and `done` is their text
+        first, done = 0, ""  # the ids after the last control token begin at `first`; `done` is their text
         for what, trained in runs:
             if isinstance(what, int):
                 ids, mask = [*ids, what], [*mask, trained]
@@ -93,7 +93,7 @@ class TextWriter:
             text = what.replace(ESCAPE, "")
             whole, cut = self._encode_text(done + text, at_start=first == 0), len(ids) - first
             if done and whole[:cut] != ids[first:]:
-                if trained:  # a space before the answer belongs to the answer, as in its first piece
+                if trained:  # a space before the answer becomes part of the answer's first piece
                     cut = len(self._encode_text(done.rstrip(" "), at_start=first == 0))
                 if whole[:cut] != ids[first : first + cut]:
                     whole, cut = ids[first:] + self._continuation(text), len(ids) - first
@@ -107,12 +107,13 @@ class TextWriter:
         return self._continuation(text)
 
     def _continuation(self, text: str) -> list[int]:
-        """Return the ids of a text that goes on where another ended, without a dummy prefix."""
+        """Return the ids of a text that continues another one, without a dummy prefix."""
         before = "\n" if self.has_dummy_prefix else ""
         return self.plain.encode(before + text)[len(self.plain.encode(before)) :]
 
 
 def _any_of(texts: Iterable[str]) -> str:
-    """Return a regular expression for any of `texts`, the longest first; for no texts one that never
-    matches."""
+    """Return a regular expression that matches any of `texts`, or nothing if there are no texts.
+
+    Longer texts come first, because the first alternative that matches is taken."""
     return "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or "(?!)"

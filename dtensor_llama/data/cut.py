@@ -1,10 +1,11 @@
 """Cuts a long text into pieces whose ids, joined, are exactly the ids of the whole text.
 
-Why: one core should not have to tokenize a whole book, nor memory to hold it. The libraries also slow down on
-    long texts: LLaMA's BPE has no words, a text is one long word (2.5 MB/s on pieces of 1 MB, 6.5 MB/s on 16
-    kB).
-Where: only at whitespace between two other characters, and only where the tokenizer is seen to put a token
-    boundary.
+Why it cuts: one core should not have to tokenize a whole book, and memory should not have to hold it. The
+libraries also slow down on long texts: to LLaMA's BPE, which does not split text into words, a text is one
+long word (2.5 MB/s on pieces of 1 MB, 6.5 MB/s on pieces of 16 kB).
+
+Where it cuts: only at whitespace between two other characters, and only where a trial shows that the
+tokenizer puts a token boundary there.
 """
 
 import re
@@ -12,14 +13,14 @@ from collections.abc import Iterator
 
 from dtensor_llama.data.tokenizer import Tokenizer
 
-# Characters on each side on which a cut is checked: many times the longest piece of any vocabulary. Shorter
-# texts (below 256 bytes) would be cached by `tokenizers`, which costs 30 MB in each worker.
+# A cut is checked on this many characters on each side, many times the longest piece of any vocabulary.
+# `tokenizers` caches texts shorter than 256 bytes, which would cost 30 MB in each worker.
 WINDOW_CHARS = 300
-# Whitespaces tried per piece. A tokenizer that fails at all of them (one that strips its text, for example)
-# fails everywhere, and trying each would cost 200 times the tokenizing itself.
+# This many whitespaces are tried per piece. A tokenizer that fails at all of them (for example because it
+# strips its text) fails everywhere, and trying every whitespace would take 200 times as long as tokenizing.
 MAX_TRIES = 24
 GAP = re.compile(r"(?<=\S)\s+(?=\S)")
-# of starting the right-hand piece: (does it keep the whitespace, how many of its first ids are dropped)
+# Ways to start the right-hand piece: (does it keep the whitespace, how many of its first ids are dropped).
 WAYS = (
     (True, 0),  # byte-level BPE: nothing is added at a text's start
     (True, 1),  # SentencePiece: the dummy prefix that it puts before the right-hand piece is dropped again
@@ -28,15 +29,16 @@ WAYS = (
 
 
 class Cutter:
-    """Finds cuts for one tokenizer, and remembers which of the WAYS worked last, to try it first."""
+    """Finds cuts for one tokenizer. It remembers which of the WAYS worked last and tries that one first."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.ways = tokenizer, list(WAYS)
 
     def find(self, text: str, low: int, high: int) -> tuple[int, int, int] | None:
-        """Return the first good cut in text[low:high], or None.
+        """Return the first good cut in text[low:high], or None if there is none.
 
-        A cut is (end of the left piece, start of the right one, ids to skip there)."""
+        A cut is (end of the left piece, start of the right piece, number of ids to skip at its start). The
+        first two are offsets into `text`, in characters."""
         for tries, gap in enumerate(GAP.finditer(text, low, high)):
             if tries == MAX_TRIES:
                 break
@@ -55,10 +57,11 @@ class Cutter:
         return None
 
     def pieces(self, text: str, size: int, skip: int = 0) -> Iterator[tuple[str, int]]:
-        """Yield (piece of about `size` characters, ids to skip at its start). skip: that of the text
-        itself."""
+        """Yield (piece of about `size` characters, number of ids to skip at its start).
+
+        skip: that number for `text` itself, which may be a piece of a longer text."""
         start, reach = 0, size
-        while start + reach + size // 2 < len(text):  # a rest of up to half a piece joins the last one
+        while start + reach + size // 2 < len(text):  # up to half a piece more joins the last one
             cut = self.find(text, start + reach, min(start + reach + size, len(text)))
             if cut is None:
                 reach += size  # no cut can be trusted here; a longer piece is still exact

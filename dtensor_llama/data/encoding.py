@@ -1,4 +1,4 @@
-"""Chunks of files to token ids: what the processes that tokenize return, and how plain texts become ids."""
+"""Turns chunks of files into token ids. The processes that tokenize run this code."""
 
 import itertools
 import json
@@ -13,17 +13,18 @@ from dtensor_llama.data.sources import FORMATS, Chunk, Skip, TextOptions, refuse
 from dtensor_llama.data.tokenizer import Tokenizer
 from dtensor_llama.errors import BadRecord, UsageError
 
-PIECE_CHARS = 16384  # a worker cuts longer texts: both libraries are fastest on texts of about this length
+PIECE_CHARS = 16384  # a worker cuts longer texts, because both libraries are fastest at about this length
 
 
 @dataclass
 class Found:
-    """Counts what the records of some chunks were.
+    """Counts what was found in the records of some chunks.
 
-    counts: records of each format, and of each kind that is treated apart. skipped: bad records by what is
-        wrong.
-    skipped_lines: a JSON line for each of those. unread: fields that nothing reads. end_ids: tokens that end
-        an answer.
+    counts: the number of records of each format, and of each special case (such as an empty answer)
+    skipped: the number of bad records for each reason
+    skipped_lines: one JSON line for each bad record
+    unread: {field that nothing reads: the number of records that have it}
+    end_ids: the ids of the tokens that end an answer
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -33,14 +34,14 @@ class Found:
     skipped_lines: list[str] = field(default_factory=list)
 
     def skip(self, where: str, error: UsageError) -> None:
-        """Note a record that is left out."""
+        """Count a record that is left out, and keep a line about it."""
         reason = error.reason if isinstance(error, BadRecord) else "cannot be read"
         self.skipped[reason] += 1
         line = {"where": where, "reason": reason, "message": str(error)}
         self.skipped_lines.append(json.dumps(line, ensure_ascii=False))
 
     def skip_or_refuse(self, bad_records: str) -> Skip:
-        """Return what to call for a bad record, as the option bad_records says."""
+        """Return the function to call for a bad record, as the option bad_records says."""
         return self.skip if bad_records == "skip" else refuse
 
     def add(self, other: "Found") -> None:
@@ -51,6 +52,7 @@ class Found:
         self.end_ids |= other.end_ids
 
     def as_json(self) -> dict:
+        """Return the counts as they are written to meta.json."""
         counts = {"counts": self.counts, "skipped": self.skipped, "unread": self.unread}
         return counts | {"end_ids": sorted(self.end_ids)}
 
@@ -60,32 +62,32 @@ class Encoded(NamedTuple):
 
     ids: np.ndarray  # uint32, BOS and EOS included
     starts: np.ndarray  # int64: offsets into `ids` of the documents that start in this chunk
-    trained: np.ndarray | None  # uint8 beside `ids`: 1 where a token is trained; None: all of them are
+    trained: np.ndarray | None  # uint8, as long as `ids`: 1 where a token counts in the loss; None: all do
     found: Found
 
 
 class Encoding(Protocol):
-    """Turns the records of a corpus into token ids. The processes that tokenize share one by fork."""
+    """Turns the records of a corpus into token ids. The processes that tokenize inherit one by fork."""
 
     tokenizer: Tokenizer
-    formats: tuple[str, ...]  # kinds of files that can be read
-    text_field: str | None  # the field that is read of each record; None: all of them
+    formats: tuple[str, ...]  # the kinds of files that it can read, such as ".jsonl"
+    text_field: str | None  # the only field that is read of each record; None: all fields are read
     cutter: Cutter | None  # cuts long texts; None: records are never cut
-    files: tuple[str, ...]  # written beside meta.json
+    files: tuple[str, ...]  # the names of the files that are written beside meta.json
     meta: dict  # its own part of meta.json
-    a_document: str  # what the corpus must have at least one of
+    a_document: str  # for messages: what a corpus must have at least one of
 
-    def identity(
-        self,
-    ) -> object: ...  # all that decides the ids besides files and tokenizer; its repr is hashed
-    def arguments(
-        self,
-    ) -> list[str]: ...  # of `python -m dtensor_llama.data.tokenize`, to make the same there
+    # Everything that decides the ids besides the files and the tokenizer. Its repr is hashed.
+    def identity(self) -> object: ...
+
+    # The arguments of `python -m dtensor_llama.data.tokenize` that make an equal Encoding in that program.
+    def arguments(self) -> list[str]: ...
+
     def encode(self, chunk: Chunk) -> Encoded: ...
 
 
 class TextEncoding:
-    """Writes each text as BOS, if the tokenizer adds one, its ids, and EOS, if there is one."""
+    """Encodes each text as BOS (if the tokenizer adds one), its ids, and EOS (if the tokenizer has one)."""
 
     formats, files, a_document = FORMATS, ("tokens.bin", "documents.bin"), "document with any text"
 
@@ -94,7 +96,7 @@ class TextEncoding:
         self.cutter, self.meta = Cutter(tokenizer), {"text": asdict(options)}
 
     def identity(self) -> object:
-        # With the default the corpora of earlier versions stay valid.
+        # For the default this is what earlier versions hashed, so that their corpora stay valid.
         return self.options.field if self.options.bad_records == "refuse" else self.options
 
     def arguments(self) -> list[str]:

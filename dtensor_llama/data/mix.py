@@ -1,10 +1,10 @@
-"""Several corpora as one stream of sequences, each with its share.
+"""Combines several corpora into one stream of sequences, in which each corpus has its share.
 
-source: the packed sequences of one argument, as in data.path = web/*.jsonl:0.7 books/*.txt:0.3; its epochs
-    and its held-out sequences are its own
-share: its part of the sequences, and so of the tokens, since all sequences have one length. It is dealt and
-    not drawn by chance: any stretch of n sequences has n x share of them, give or take one per source, so
-    that each step sees the mixture that was asked for.
+source: the packed sequences of one argument, such as web/*.jsonl:0.7 in data.path = web/*.jsonl:0.7
+    books/*.txt:0.3. Each source has its own epochs and its own held-out sequences.
+share: the part of all sequences that come from a source. It is its part of the tokens too, since all
+    sequences are equally long. Nothing is drawn at random: any n consecutive sequences contain n x share of
+    them, give or take one per source, so that each step sees the mixture that was asked for.
 """
 
 import math
@@ -19,7 +19,7 @@ from dtensor_llama.data.tokenize import prepare_corpus
 from dtensor_llama.data.tokenizer import Tokenizer
 from dtensor_llama.errors import UsageError
 
-UNITS = 2**30  # of a share: integers, so that positions up to 2^33 are dealt exactly
+UNITS = 2**30  # shares are counted in 1/UNITS, as integers, so that positions up to 2^33 are exact
 
 
 def open_sequences(
@@ -29,9 +29,10 @@ def open_sequences(
     text: TextOptions,
     packing: Packing,
 ) -> "PackedSequences | MixedSequences":
-    """Return the sequences of `paths`: of all of them together, or mixed if they have weights.
+    """Return the sequences of all `paths` as one corpus, or as a mixture if the paths have weights.
 
-    What is not tokenized yet is tokenized now."""
+    Files that have not been tokenized yet are tokenized now. Raises UsageError for files, records or weights
+    that cannot be used; in a mixture the message begins with the path."""
     mixture = parse_mixture(paths)
     if mixture is None:
         return PackedSequences(prepare_corpus(paths, tokenizer, cache_dir, text), packing)
@@ -48,10 +49,11 @@ def open_sequences(
 
 
 def parse_mixture(paths: Sequence[str]) -> dict[str, float] | None:
-    """Return {path: weight} of arguments like "a.txt:0.7"; None if none has a weight.
+    """Return {path: weight} for arguments like "a.txt:0.7", or None if no argument has a weight.
 
-    Only the proportions of weights count. If a file with the whole name exists, the argument is a path
-    without a weight. Raises UsageError for weights that are not possible."""
+    Only the proportions of the weights count. If a file has the whole argument as its name, colon included,
+    the argument is a path without a weight. Raises UsageError for an impossible weight, for a path that comes
+    twice, and if only some of the arguments have weights."""
     weights, plain = {}, []
     for argument in map(str, paths):
         path, _, text = argument.rpartition(":")
@@ -90,11 +92,11 @@ def _weight(text: str, path: str) -> float | None:
 
 
 class MixedSequences:
-    """Deals the sequences of several sources, {name: (sequences, weight)}, by weight, as one Sequences.
+    """Mixes the sequences of several sources, {name: (sequences, weight)}, into one Sequences.
 
-    Which row stands at a position is a pure function, as in PackedSequences. The numbers of a source's rows
-    come after those of the sources before it. Raises UsageError if a weight is so small that it would never
-    be dealt.
+    Which row comes at a position is a pure function, as in PackedSequences. Rows are numbered source by
+    source, in the order of `sources`. Raises UsageError if a weight is so small that no sequence would ever
+    be taken for it.
     """
 
     def __init__(self, sources: dict[str, tuple[Sequences, float]]):
@@ -106,25 +108,25 @@ class MixedSequences:
         held_out = np.array([source.n_validation for source in self.sources])
         sizes = [source.n_train + source.n_validation for source in self.sources]
         self._first = np.cumsum([0, *sizes])  # the number of each source's first row
-        # Of what is dealt to the sources 0 .. k, the part that goes to 0 .. k - 1, in UNITS.
+        # Of every UNITS sequences that go to the sources 0 .. k, this many go to the sources 0 .. k - 1.
         dealt_to = [sum(self.shares[:k]) for k in range(len(self.shares) + 1)]
         self._before = [round(UNITS * dealt_to[k] / dealt_to[k + 1]) for k in range(len(self.shares))]
         for name, share, before in zip(self.names[1:], self.shares[1:], self._before[1:], strict=True):
             if before in (0, UNITS):
                 raise UsageError(
-                    f"data.path={name}: its share of {share:.1e} of the sequences is too small, or too "
-                    "large beside the others, to be dealt; use weights closer together."
+                    f"data.path={name}: its share of the sequences, {share:.1e}, is too small, or too large "
+                    "compared with the others; use weights that are closer together."
                 )
-        # Sequences are held out in the same proportions, until one source has no more.
+        # Held-out sequences are taken in the same proportions, until one source has no more of them.
         source, index = self._deal(np.arange(held_out.sum()))
         missing = np.flatnonzero(index >= held_out[source])
         self.n_validation = int(missing[0]) if len(missing) else len(index)
 
     def _deal(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return (source, position in the source's own order) for each position.
+        """Return (index of the source, position in the source's own order) for each position.
 
-        The last source is split off the others, then the last of those, and so on. Of n rows floor(n x part)
-        go to the others, so row n goes there if that number grows by one."""
+        First the last source is separated from all others, then the last of those, and so on. Of the first n
+        rows floor(n x part) belong to the others, so row n belongs to them if that number grows by one."""
         source, index = np.zeros_like(positions), positions.copy()
         undecided = np.ones(positions.shape, dtype=bool)
         for k in range(len(self.sources) - 1, 0, -1):
@@ -138,7 +140,7 @@ class MixedSequences:
     def _gather(
         self, positions: np.ndarray, rows_of: Callable[[Sequences, np.ndarray], np.ndarray]
     ) -> np.ndarray:
-        """Return the rows at positions, each by rows_of(source, positions in the source's own order)."""
+        """Return the rows at `positions`. rows_of(source, positions in its order) finds those of a source."""
         source, index = self._deal(np.asarray(positions, dtype=np.int64))
         rows = np.empty_like(index)
         for k, own in enumerate(self.sources):
@@ -154,7 +156,7 @@ class MixedSequences:
         return self._gather(np.arange(self.n_validation), lambda own, index: own.validation_rows()[index])
 
     def parts(self, n_rows: int) -> list[tuple[str, Sequences, int]]:
-        """Return (name, sequences, how many of the first n_rows come from it) of each source."""
+        """Return (name, sequences, how many of the first n_rows come from it) for each source."""
         counts, left = [], n_rows
         for before in reversed(self._before):
             others = left * before // UNITS
@@ -167,7 +169,7 @@ class MixedSequences:
         return np.concatenate([source.tokens_of(np.array([own])) for source, own in map(self._find, rows)])
 
     def trained_of(self, rows: np.ndarray) -> None:
-        """Return None: every token counts, as in PackedSequences."""
+        """Return None, which means that every token counts as a label, as in PackedSequences."""
 
     def document_starts_of(self, row: int) -> np.ndarray:
         """Return the offsets within the row at which another document begins."""
@@ -180,11 +182,11 @@ class MixedSequences:
 
     @property
     def contents(self) -> str:
-        """Describe the data in words: the same for the same sequences in the same order."""
+        """Describe the data in words, which are the same for the same sequences in the same order."""
         parts = zip(self.shares, self.sources, strict=True)
         return " + ".join(f"{share:.6g} x ({sequences.contents})" for share, sequences in parts)
 
     @property
     def content_hash(self) -> str:
-        """Return the hashes of all sources."""
+        """Return the content hashes of all sources, joined by " + "."""
         return " + ".join(sequences.content_hash for sequences in self.sources)

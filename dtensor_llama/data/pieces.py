@@ -1,11 +1,13 @@
-"""SentencePiece models as tokenizer.json, for transformers and every other reader of that file.
+"""Converts SentencePiece models to tokenizer.json, for transformers and every other reader of that file.
 
-piece          an entry of the vocabulary; `pieces` is the SentencePieceProcessor, `model` what it has read
+piece          an entry of the vocabulary; the variable `pieces` is the SentencePieceProcessor, and `model` is
+               the protocol buffer that it has read
 dummy prefix   the space that SentencePiece puts before every text, so that a word has the same ids at the
-               start of a text as inside one; some models have it behind the text instead
+               start of a text as inside one; some models put it after the text instead
 byte fallback  a character without a piece becomes its UTF-8 bytes
 
-A conversion counts only if it gives the same ids on many probes: training encodes with SentencePiece itself.
+A conversion is accepted only if it gives the same ids as SentencePiece on many probe texts, because training
+encodes with SentencePiece itself.
 """
 
 import re
@@ -18,8 +20,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from dtensor_llama.errors import UsageError
 
-NEVER = -1e6  # a score so bad that no text has the piece
-PROBES = (  # where conversions of a SentencePiece model have gone wrong
+NEVER = -1e6  # a score so bad that the piece is never chosen
+PROBES = (  # texts on which conversions of SentencePiece models have gone wrong
     "Hello world",
     " one leading space",
     "  two",
@@ -35,31 +37,35 @@ PROBES = (  # where conversions of a SentencePiece model have gone wrong
 
 
 def load_pieces(file: Path):
-    """Open a SentencePiece model; return None if the file is of another format."""
+    """Open a SentencePiece model and return its processor, or None if the file has another format."""
     try:
         model = file.read_bytes()
         return sentencepiece.SentencePieceProcessor(model_proto=model) if model else None
-    except (RuntimeError, OSError, ValueError, TypeError):  # what the versions of the library raise
+    except (RuntimeError, OSError, ValueError, TypeError):  # each version of the library raises another one
         return None
 
 
 def has_dummy_prefix(pieces) -> bool:
+    """Return whether the SentencePieceProcessor `pieces` puts a space before every text."""
     return "".join(pieces.encode("a", out_type=str)).startswith("▁")
 
 
 def as_tokenizer_json(
     pieces, given: tokenizers.Tokenizer | None, added: list, file: Path
 ) -> tokenizers.Tokenizer:
-    """Return a tokenizer.json that gives the ids of `pieces`: the one that came with it, else a new one.
+    """Return a tokenizer.json that gives the same ids as `pieces`: the given one if it does, else a new one.
 
-    added: (id, AddedToken) of the tokens behind the pieces. Raises UsageError if there is none."""
+    given: the tokenizer.json that came with the model; None if there was none
+    added: (id, AddedToken) for each token whose id comes after those of the pieces, in the order of ids
+    file: the SentencePiece model, for messages
+    Raises UsageError if no tokenizer.json gives the same ids, and if the ids of `added` have gaps."""
     model = sentencepiece_model_pb2.ModelProto.FromString(pieces.serialized_model_proto())
     probes = _probes(model)
     expected = pieces.encode(probes, num_threads=1)
 
     def agrees(candidate: tokenizers.Tokenizer) -> bool:
         candidate.encode_special_tokens = True
-        # One by one: the batch call starts threads, and warns about every fork after that.
+        # Probes are encoded one by one: the batch call starts threads, and then warns about every fork.
         return [candidate.encode(probe, add_special_tokens=False).ids for probe in probes] == expected
 
     if given is not None and agrees(given):
@@ -71,11 +77,11 @@ def as_tokenizer_json(
             break
     else:
         raise UsageError(
-            f"tokenizer={file}: no tokenizer.json gives the ids of this SentencePiece model, so that "
-            "transformers could not open what was trained with it (models of whole words that fall back to "
-            "bytes are such). Give a tokenizer.json instead."
+            f"tokenizer={file}: no tokenizer.json gives the ids of this SentencePiece model (none does for "
+            "whole-word models that fall back to bytes), so transformers could not open a model that was "
+            "trained with it. Give a tokenizer.json instead."
         )
-    built.add_tokens([token for _, token in added])  # they keep their ids
+    built.add_tokens([token for _, token in added])  # they must keep their ids
     now = built.get_added_tokens_decoder()
     if any(i not in now or now[i].content != token.content for i, token in added):
         raise UsageError(
@@ -86,7 +92,7 @@ def as_tokenizer_json(
 
 
 def _probes(model) -> list[str]:
-    # The names of bytes and control tokens are hardly ever met in a text; PROBES has some.
+    # The names of byte and control tokens are hardly ever found in a text; PROBES contains some of them.
     texts = [
         one.piece.replace("▁", " ") for one in model.pieces if one.type in (one.NORMAL, one.USER_DEFINED)
     ]
@@ -98,13 +104,13 @@ def _probes(model) -> list[str]:
 
 
 def _symbols(model) -> list[str]:
-    """Return the user-defined symbols, always pieces of their own in a text, in the order of the search."""
+    """Return the user-defined symbols, which are always pieces of their own, in the order of the search."""
     symbols = [one.piece for one in model.pieces if one.type == one.USER_DEFINED]
     return sorted(symbols, key=len, reverse=True)
 
 
 def _converted(pieces, model) -> tokenizers.Tokenizer:
-    """Return the tokenizer.json equivalent to a SentencePiece model, but for its normalizer."""
+    """Return the tokenizer.json that is equivalent to a SentencePiece model, except for the normalizer."""
     spec, symbols = model.trainer_spec, _symbols(model)
     if spec.model_type == spec.UNIGRAM:
         fast = tokenizers.Tokenizer(_unigram(pieces, model))
@@ -113,7 +119,7 @@ def _converted(pieces, model) -> tokenizers.Tokenizer:
         fast.pre_tokenizer = pre_tokenizers.Split(Regex(_any_known_word(model)), "isolated")
     else:
         fast = tokenizers.Tokenizer(_bpe(pieces, model))
-        if symbols:  # added tokens would do, if the text behind one did not get a dummy prefix
+        if symbols:  # not added tokens: the text after one of those would get another dummy prefix
             fast.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, symbols))), "isolated")
     strip = []
     if has_dummy_prefix(pieces) or spec.treat_whitespace_as_suffix:
@@ -128,11 +134,10 @@ def _converted(pieces, model) -> tokenizers.Tokenizer:
 
 
 def _bpe(pieces, model) -> models.BPE:
-    """Return the merges of a BPE model.
+    """Return a BPE model with the merges that the scores of the pieces stand for.
 
-    SentencePiece joins the neighbours that make the piece of the highest score; `tokenizers` wants that as a
-    list of pairs in order of preference. Source: generate_merges in transformers'
-    convert_slow_tokenizer.py."""
+    SentencePiece joins the two neighbours whose piece has the highest score; `tokenizers` wants a list of
+    pairs in order of preference. Source: generate_merges in transformers' convert_slow_tokenizer.py."""
     plain = {one.piece: i for i, one in enumerate(model.pieces) if one.type == one.NORMAL}
     ranked = []
     for piece, i in plain.items():
@@ -146,16 +151,17 @@ def _bpe(pieces, model) -> models.BPE:
         unk_token=pieces.id_to_piece(pieces.unk_id()),
         fuse_unk=True,
         byte_fallback=model.trainer_spec.byte_fallback,
-        # What the pre-tokenizer isolates is a piece, though no merges lead to it.
+        # The symbols that the pre-tokenizer isolates are pieces, although no merges lead to them.
         ignore_merges=bool(_symbols(model)),
     )
 
 
 def _unigram(pieces, model) -> models.Unigram:
-    """Return the scores of a unigram model: the pieces of a text are those with the largest sum.
+    """Return a unigram model, which splits a text into the pieces whose scores have the largest sum.
 
-    SentencePiece has user-defined symbols always win, and looks for no control tokens and bytes in a text;
-    `tokenizers` does, unless they score too badly. Source: PopulateNodes in sentencepiece's unigram_model.cc.
+    In SentencePiece user-defined symbols always win, and control tokens and bytes are never found in a text.
+    `tokenizers` has only scores, so symbols get good ones, and control tokens and bytes very bad ones.
+    Source: PopulateNodes in sentencepiece's unigram_model.cc.
     """
     best = max((one.score for one in model.pieces if one.type == one.NORMAL), default=0.0)
     scored = []
@@ -165,8 +171,7 @@ def _unigram(pieces, model) -> models.Unigram:
             score = len(one.piece) * best - 0.1
         elif one.type != one.NORMAL:
             score = NEVER
-        # Nine digits hold all of a float32, and are few enough that `tokenizers` reads back from a file what
-        # it wrote.
+        # Nine digits hold every bit of a float32, and `tokenizers` reads that many back exactly from a file.
         scored.append((one.piece, float(f"{score:.9g}")))
     return models.Unigram(scored, unk_id=pieces.unk_id(), byte_fallback=model.trainer_spec.byte_fallback)
 
@@ -177,10 +182,10 @@ def _words(pieces, model) -> models.WordLevel:
 
 
 def _any_known_word(model) -> str:
-    """Return a regular expression for whole known words.
+    """Return a regular expression that matches whole known words.
 
-    What lies between them, one unknown word or many, is one token in SentencePiece too. The pattern is nested
-    like a tree of the words' beginnings: a plain list of 32,000 words takes 40 times as long."""
+    The text between two matches, one unknown word or many, is one token in SentencePiece too. The pattern is
+    nested like a prefix tree of the words, since a plain list of 32,000 words takes 40 times as long."""
     tree: dict = {}
     for one in model.pieces:
         if one.type == one.NORMAL:
@@ -197,10 +202,10 @@ def _any_known_word(model) -> str:
 
 
 def _normalizer(pieces, model, splits_crlf: bool) -> normalizers.Normalizer:
-    """Return SentencePiece's steps before it looks for pieces.
+    """Return the steps that SentencePiece applies to a text before it looks for pieces.
 
-    splits_crlf: `tokenizers` looks up characters as people see them, so that a carriage return before a
-        newline is lost if both become spaces."""
+    splits_crlf: turn a carriage return and its newline into two spaces first. `tokenizers` takes the two for
+        one character, so that one of them would be lost where the model makes a space of each."""
     spec, steps = model.normalizer_spec, []
     if spec.precompiled_charsmap:
         steps += [normalizers.Replace("\r\n", "  ")] if splits_crlf else []

@@ -1,4 +1,4 @@
-"""Microbatches for one dp rank, read ahead in a thread. The position is the whole state of the reader."""
+"""Reads the microbatches of one dp rank ahead, in a thread. The position is the whole state of the reader."""
 
 import itertools
 import queue
@@ -16,14 +16,14 @@ from dtensor_llama.data.sequences import Sequences
 from dtensor_llama.errors import UsageError
 from dtensor_llama.loss import IGNORE
 
-STEPS_AHEAD = 4  # steps that are held ready: enough to ride out a slow read from disk
-STEPS_PERMUTED = 64  # steps whose rows are looked up at once: numpy takes 1 ms for one step or for 64
+STEPS_AHEAD = 4  # this many steps are held ready, enough to hide a slow read from disk
+STEPS_PERMUTED = 64  # the rows of this many steps are computed at once: numpy takes 1 ms for one or for 64
 
 
 class Batch(NamedTuple):
-    """Some sequences (rows) of T tokens.
+    """Holds B sequences (rows) of T tokens.
 
-    positions: counted from the start of each document; None without a document mask"""
+    positions: position ids, counted from the start of each document; None without a document mask"""
 
     tokens: Tensor  # (B, T) int64
     labels: Tensor  # (B, T) int64: the next token, or IGNORE
@@ -31,14 +31,14 @@ class Batch(NamedTuple):
 
     @property
     def n_targets(self) -> int:
-        """Return how many labels are scored."""
+        """Return how many labels count in the loss, that is, are not IGNORE."""
         return int((self.labels != IGNORE).sum())
 
     def to(self, device: torch.device) -> "Batch":
-        """Copy tokens and labels to the device.
+        """Return a batch whose tokens and labels are on the device.
 
-        Positions stay on the host, where the starts of documents are found without waiting for the device;
-        the model copies them itself."""
+        The positions stay on the host: there the starts of documents can be found without waiting for the
+        device. The model copies the positions itself."""
         tokens = self.tokens.to(device, non_blocking=True)
         labels = self.labels.to(device, non_blocking=True)
         return Batch(tokens, labels, self.positions)
@@ -48,15 +48,15 @@ class Batch(NamedTuple):
 class Batching:
     """Decides how the rows of a step become the microbatches of one dp rank.
 
-    Each rank takes a contiguous slice of the rows of a step, so that these depend neither on dp_size nor on
-    micro_batch_size. Raises UsageError if the rows cannot be shared alike.
+    Each rank takes a contiguous slice of the rows of a step, so that the rows of a step depend neither on
+    dp_size nor on micro_batch_size. Raises UsageError if the rows cannot be divided evenly.
     """
 
     global_batch_size: int  # rows of a step, over all ranks
     micro_batch_size: int  # rows of one microbatch
     dp_rank: int = 0
     dp_size: int = 1
-    document_mask: bool = False  # no token attends to, or is predicted from, another document of its row
+    document_mask: bool = False  # no token attends to another document of its row or is predicted from it
     pin_memory: bool = False  # faster copies to a GPU
 
     def __post_init__(self):
@@ -70,7 +70,7 @@ class Batching:
 
     @property
     def own_rows(self) -> np.ndarray:
-        """Return which rows of a step this rank reads, (microbatches, micro_batch_size)."""
+        """Return the indices of the rows of a step that this rank reads, (microbatches, micro_batch_size)."""
         n_rows = self.global_batch_size // self.dp_size
         return self.dp_rank * n_rows + np.arange(n_rows).reshape(-1, self.micro_batch_size)
 
@@ -78,7 +78,9 @@ class Batching:
 def make_batch(
     sequences: Sequences, rows: np.ndarray, document_mask: bool, pin_memory: bool = False
 ) -> Batch:
-    """Read some rows as one batch. With document_mask a label that belongs to the next document is IGNORE."""
+    """Read the rows with these numbers, an array (B,), as one batch on the host.
+
+    Labels that are not to be trained on are IGNORE. With document_mask so are those of the next document."""
     both = sequences.tokens_of(rows)  # (B, T + 1)
     trained = sequences.trained_of(rows)
     tokens, labels, positions = both[:, :-1].copy(), both[:, 1:].copy(), None
@@ -98,11 +100,11 @@ def make_batch(
 
 
 class SequenceReader:
-    """Gives the microbatches of one dp rank, a list for each step; endless, epoch after epoch.
+    """Yields one list of microbatches for each step of one dp rank, epoch after epoch, without an end.
 
     A step takes the next `global_batch_size` rows of the global order. `position` counts the rows of the
-    steps that were handed out, not those that the thread has read ahead: a reader made with it continues
-    exactly there, on any number of ranks.
+    steps that were handed out, not those that the thread has read ahead. A new reader that starts at this
+    position continues exactly there, on any number of ranks.
     """
 
     def __init__(self, sequences: Sequences, batching: Batching, position: int = 0):
@@ -114,7 +116,7 @@ class SequenceReader:
             name="row-reader",
             daemon=True,
         )
-        # The finalizer also runs when the interpreter exits. A thread that is inside of torch at that moment
+        # The finalizer also runs when the interpreter exits. A thread that is inside torch at that moment
         # would abort the process ("terminate called without an active exception").
         self._close = weakref.finalize(self, _stop_reading, self._ready, stop, thread)
         thread.start()
@@ -170,11 +172,11 @@ def _stop_reading(ready: queue.Queue, stop: threading.Event, thread: threading.T
 def validation_batches(
     sequences: Sequences, batching: Batching, max_rows: int | None = None
 ) -> Iterator[Batch]:
-    """Return this rank's share of the first `max_rows` held-out rows, in whole microbatches.
+    """Yield this rank's share of the first `max_rows` held-out rows (None: of all), in whole microbatches.
 
-    Each rank gets the same number of batches, because a sharded forward is a collective. Missing rows are
-    filled with rows without a label to train on, so that the sums of losses and of labels over the ranks do
-    not depend on dp_size.
+    Each rank gets the same number of batches, because a sharded forward is a collective. Where rows are
+    missing, rows whose labels are all IGNORE take their place, so that the sums of losses and of labels over
+    the ranks do not depend on dp_size.
     """
     held_out = sequences.validation_rows()[:max_rows]
     size, stride = batching.micro_batch_size, batching.dp_size * batching.micro_batch_size

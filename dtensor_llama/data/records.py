@@ -1,8 +1,8 @@
-"""Records of the files that do not hold one JSON object a line.
+"""Reads the records of .json, .csv, .tsv, .parquet and .arrow files. sources.py reads .jsonl and .txt.
 
-These are .json, .csv and .tsv, .parquet and .arrow. Each reader yields (where, record) in the order of the
-file, with `where` as in "line 3". Every defect is a UsageError: nothing is guessed about a file that is not
-what its name says, and nothing in it is passed over.
+Each reader yields (where, record) in the order of the file; `where` is the place in the file, such as
+"line 3". Every defect raises UsageError: if a file is not what its name says, the reader does not guess, and
+it never skips a part of a file.
 """
 
 import csv
@@ -18,23 +18,25 @@ import pyarrow.parquet as pq
 
 from dtensor_llama.errors import UsageError
 
-Records = Iterator[tuple[str, dict]]  # (where, record), with where as in "line 3"
+Records = Iterator[tuple[str, dict]]  # (where, record); where is "line 3", for example
 
-BLANKS = re.compile(r"[ \t\r\n]*")  # what JSON allows between its parts
-# Fields that hold a whole data set in an object, as in {"version": "1.0", "data": [...]}.
+BLANKS = re.compile(r"[ \t\r\n]*")  # the characters that JSON allows between its parts
+# The fields under which an object may hold a whole data set, as in {"version": "1.0", "data": [...]}.
 WRAPPERS = "data train rows instances examples records items samples dataset entries".split()
-BATCH_ROWS = 64  # of a table, decoded at once
+BATCH_ROWS = 64  # this many rows of a table are decoded at once
 
 
 # ---- .json ----
 
 
 def json_records(text: str, path: Path, text_field: str | None) -> Records:
-    """Yield the objects of a .json.
+    """Yield the records of a .json, whose whole text is `text`.
 
-    It holds lists, or objects, one after another over any number of lines, or an object with the list, like
-    {"data": [...]}. text_field: the field of plain texts; an object that has it is a record; None: there is
-    none.
+    The file holds objects or lists of objects, one after another, over any number of lines; or one object
+    with the list in it, such as {"data": [...]}.
+    text_field: an object that has this field is a record itself, not a wrapper around records; None: no field
+        tells. Raises UsageError for broken JSON, for values that are not objects, and for an object with
+        several lists of records.
     """
     for where, value in _Json(text, path).values():
         if not isinstance(value, dict):
@@ -47,12 +49,12 @@ def json_records(text: str, path: Path, text_field: str | None) -> Records:
 
 
 def _wrapper(value: dict, where: str) -> str | None:
-    """Return the field of `value` that holds all records; None if `value` is a record itself."""
+    """Return the name of the field that holds all records, or None if `value` is a record itself."""
     lists = [name for name, held in value.items() if _is_list_of_objects(held)]
     found = [name for name in lists if name.lower() in WRAPPERS]
     if found and len(lists) > 1:
         raise UsageError(
-            f"{where}: an object with several lists of records, {' and '.join(lists)}; put the one to train "
+            f"{where}: the object has several lists of records, {' and '.join(lists)}; put the one to train "
             "on into a file of its own."
         )
     return found[0] if found else None
@@ -63,7 +65,7 @@ def _is_list_of_objects(value) -> bool:
 
 
 class _Json:
-    """Walks through JSON values one after another, and keeps count of the line."""
+    """Reads JSON values one after another, and counts lines."""
 
     def __init__(self, text: str, path: Path):
         self.text, self.path = text, path
@@ -71,7 +73,7 @@ class _Json:
         self.at, self.line, self.counted_to = 0, 1, 0
 
     def values(self) -> Iterator[tuple[str, object]]:
-        """Yield (where, value) of each element of a list, and of each value outside of one."""
+        """Yield (where, value) for each element of a list, and for each value outside a list."""
         while self._next_char():
             if self._next_char() != "[":
                 yield self._where(), self._value()
@@ -94,7 +96,7 @@ class _Json:
             self.at += 1
 
     def _next_char(self) -> str:
-        """Skip blanks, and return the character there without reading it; empty at the end."""
+        """Skip blanks and return the next character without consuming it; "" at the end of the text."""
         self.at = BLANKS.match(self.text, self.at).end()
         return self.text[self.at : self.at + 1]
 
@@ -131,10 +133,11 @@ class _Json:
 
 
 def csv_records(lines: Iterator[str], path: Path, delimiter: str) -> Records:
-    """Yield the rows of a .csv or .tsv under its header line, as {column: text}.
+    """Yield each row after the header line of a .csv or .tsv as {column: text}.
 
-    If the header has no such delimiter but semicolons or tabs, these are the delimiter: spreadsheets write
-    them where the comma marks decimals."""
+    If the header contains semicolons or tabs instead of `delimiter`, they are taken as the delimiter:
+    spreadsheets write them in countries where the comma marks decimals. Raises UsageError for broken CSV, for
+    two columns of one name, and for a row with more or fewer fields than the header."""
     csv.field_size_limit(sys.maxsize)  # a field may hold a whole document
     header_line = next(lines, "")
     if delimiter not in header_line:
@@ -147,8 +150,8 @@ def csv_records(lines: Iterator[str], path: Path, delimiter: str) -> Records:
             row = next(rows, None)
         except csv.Error as error:
             raise UsageError(
-                f"{path}, {where}: broken CSV ({error}); a field with a quote, a line break or the "
-                "delimiter in it stands in double quotes, and a quote in there is doubled."
+                f"{path}, {where}: broken CSV ({error}); a field that contains a quote, a line break or the "
+                "delimiter must be in double quotes, and each quote in it must be doubled."
             ) from None
         first_line = rows.line_num + 1
         if row is None:
@@ -167,7 +170,7 @@ def csv_records(lines: Iterator[str], path: Path, delimiter: str) -> Records:
         if len(row) != len(columns):
             raise UsageError(
                 f"{path}, {where}: {len(row)} fields, and the header has {len(columns)} columns ("
-                f"{', '.join(columns[:20])}); a field with the delimiter in it stands in double quotes."
+                f"{', '.join(columns[:20])}); a field that contains the delimiter must be in double quotes."
             )
         yield where, dict(zip(columns, row, strict=True))
 
@@ -176,7 +179,9 @@ def csv_records(lines: Iterator[str], path: Path, delimiter: str) -> Records:
 
 
 def parquet_records(file, path: Path, text_field: str | None, buffer_bytes: int) -> Records:
-    """Yield the rows of a .parquet; with a text_field only that column, or that field of its structs."""
+    """Yield the rows of a .parquet; with a text_field only that column, or that field of its structs.
+
+    buffer_bytes: how much is read from the file at a time. Raises UsageError if there is no such column."""
     parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=buffer_bytes)
     columns = None
     if text_field is not None:
@@ -186,7 +191,9 @@ def parquet_records(file, path: Path, text_field: str | None, buffer_bytes: int)
 
 
 def arrow_records(file, path: Path, text_field: str | None) -> Records:
-    """Yield the rows of an .arrow; with a text_field only the column that it is in."""
+    """Yield the rows of an .arrow; with a text_field only the column that contains it.
+
+    Raises UsageError if there is no such column, and pyarrow's ArrowInvalid if the file is cut short."""
     reader = _open_arrow(file, path)
     batches = reader
     if isinstance(reader, pa.ipc.RecordBatchFileReader):
@@ -205,7 +212,7 @@ def _rows(path: Path, batches: Iterable[pa.RecordBatch], n_before: int = 0) -> R
         except UnicodeDecodeError as error:
             if len(batch) == 1:
                 raise UsageError(f"{path}, row {n_before + 1}: not UTF-8 text ({error}).") from None
-            yield from _rows(path, _slices(batch, 1), n_before)  # finds the row
+            yield from _rows(path, _slices(batch, 1), n_before)  # one row at a time, to find the bad one
         for record in records:
             n_before += 1
             yield f"row {n_before}", record
@@ -217,14 +224,14 @@ def _slices(batch: pa.RecordBatch, n_rows: int) -> Iterator[pa.RecordBatch]:
 
 
 def _open_arrow(file, path: Path):
-    """Open an Arrow file, or an Arrow stream, which the datasets library writes under the same ending."""
+    """Open an Arrow file, or an Arrow stream, which the datasets library saves with the same ending."""
     head = file.read(8)
     file.seek(-4, 2)
     tail = file.read(4)
     file.seek(0)
     if head.startswith(b"FEA1"):
         raise UsageError(
-            f"{path}: Feather of version 1, which is not read; write it anew with pyarrow or as .parquet."
+            f"{path}: Feather version 1 cannot be read; write the file again with pyarrow, or as .parquet."
         )
     if head.startswith(b"ARROW1"):
         return pa.ipc.open_file(pa.PythonFile(file, mode="r"))
@@ -234,7 +241,7 @@ def _open_arrow(file, path: Path):
 
 
 def _column_of(path: Path, schema: pa.Schema, text_field: str) -> str:
-    """Return the column of text_field: the column of that name, or the column of structs a for a.b."""
+    """Return the name of the column that contains text_field: the whole name, or a for the field b in a.b."""
     if text_field in schema.names:
         return text_field
     column, *inner = text_field.split(".")
@@ -252,7 +259,7 @@ def _column_of(path: Path, schema: pa.Schema, text_field: str) -> str:
 
 
 def _columns_in(column: pa.Field) -> list[str]:
-    """Return the name of a column; those of a column of structs as a.b."""
+    """Return the name of a column, or a.b for each field b of a column of structs a."""
     if pa.types.is_struct(column.type):
         return [f"{column.name}.{inner.name}" for inner in column.type]
     return [column.name]

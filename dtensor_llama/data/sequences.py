@@ -1,11 +1,12 @@
-"""Packed sequences over a tokenized corpus: which tokens stand in each, and in what order they are read.
+"""Packs a tokenized corpus into sequences: which tokens each one has, and in what order they are read.
 
-sequence (row): T + 1 consecutive tokens, T inputs and T labels shifted by one; its last token is also the
-    first of the next sequence
-position: how far a run has come in the global order of sequences. It never wraps: epoch = position // n_train
+sequence (row): T + 1 consecutive tokens, which make T inputs and T labels shifted by one. Its last token is
+    also the first one of the next sequence.
+position: how far a run has come in the global order of sequences. It keeps growing over all epochs:
+    epoch = position // n_train.
 
-Everything is a pure function of (corpus, seq_len, seed). No list of sequences is stored, however long the
-corpus.
+Everything is a pure function of (corpus, seq_len, seed). No list of sequences is stored, so memory does not
+depend on the size of the corpus.
 """
 
 import json
@@ -19,17 +20,17 @@ import numpy as np
 
 from dtensor_llama.errors import UsageError
 
-ROUNDS = (
-    6  # of the Feistel network: 4 give a pseudo-random permutation (Luby and Rackoff 1988), 2 are a reserve
-)
-SKIPPED = "bad-records.jsonl"  # lists the records that bad_records="skip" left out, one a line
+# Rounds of the Feistel network. 4 give a pseudo-random permutation (Luby and Rackoff 1988); 2 are a reserve.
+ROUNDS = 6
+SKIPPED = "bad-records.jsonl"  # has one line for each record that bad_records="skip" left out
 
 
 class Sequences(Protocol):
-    """Describes what data of your own must have: token sequences of one length, by number.
+    """Describes what data of your own must provide: numbered token sequences of one length.
 
-    n_train and n_validation count the sequences to train on in an epoch, and the held-out ones. contents and
-    content_hash name the data: a checkpoint resumes only on data with the same ones."""
+    n_train: the number of sequences to train on in an epoch
+    n_validation: the number of held-out sequences
+    contents, content_hash: they identify the data. A checkpoint resumes only on data with the same two."""
 
     seq_len: int
     n_train: int
@@ -37,21 +38,34 @@ class Sequences(Protocol):
     contents: str
     content_hash: str
 
-    def rows_at(self, positions: np.ndarray) -> np.ndarray: ...  # numbers of sequences to train on, any shape
-    def validation_rows(self) -> np.ndarray: ...  # (n_validation,): numbers of the held-out sequences
-    def tokens_of(self, rows: np.ndarray) -> np.ndarray: ...  # (N,) -> (N, seq_len + 1) int64 token ids
-    def trained_of(self, rows: np.ndarray) -> np.ndarray | None: ...  # which of them are labels; None: all
-    def document_starts_of(self, row: int) -> np.ndarray: ...  # offsets above 0 at which a document begins
+    # Positions, an array of any shape -> the numbers of the sequences to train on there, in the same shape.
+    def rows_at(self, positions: np.ndarray) -> np.ndarray: ...
+
+    # (n_validation,): the numbers of the held-out sequences.
+    def validation_rows(self) -> np.ndarray: ...
+
+    # Sequence numbers (N,) -> token ids (N, seq_len + 1) int64.
+    def tokens_of(self, rows: np.ndarray) -> np.ndarray: ...
+
+    # Sequence numbers (N,) -> (N, seq_len + 1) bool: which tokens count as labels. None: all of them.
+    def trained_of(self, rows: np.ndarray) -> np.ndarray | None: ...
+
+    # The offsets above 0, in one sequence, at which a document begins.
+    def document_starts_of(self, row: int) -> np.ndarray: ...
+
     def parts(self, n_rows: int) -> list[tuple[str, "Sequences", int]]: ...  # see Shuffled.parts
 
 
 class TokenCorpus:
-    """A folder written by `prepare_corpus`, mapped into memory: opening it reads no tokens.
+    """Maps a folder that `prepare_corpus` wrote into memory. Opening it reads no tokens.
 
-    tokens: (n_tokens,) uint16 or uint32. document_starts: (n_documents,) int64, offsets into `tokens`.
-    content_hash: the same for the same tokens, documents and masks, and for no others; "" if the folder has
-        none.
-    skipped: {what is wrong: how many records were left out for it}. bad_records: the file that lists them.
+    tokens: (n_tokens,) uint16 or uint32
+    document_starts: (n_documents,) int64, offsets into `tokens`
+    content_hash: equal for equal tokens, documents and masks, and only for those; "" in folders of older
+        versions, which have none
+    skipped: {what is wrong: the number of records that were left out for it}
+    bad_records: the path of the file that lists those records
+    Raises UsageError if a file is missing, unreadable or of the wrong size.
     """
 
     def __init__(self, folder: str | Path):
@@ -82,8 +96,8 @@ class Packing:
     """Decides how the tokens of a corpus become sequences, and which of them are held out."""
 
     seq_len: int  # T
-    validation_share: float = 0.0  # of the sequences, at least one of them; 0: none
-    seed: int = 0  # of the order, and of which are held out
+    validation_share: float = 0.0  # the part of the sequences that is held out, at least one; 0: none
+    seed: int = 0  # decides the order of the sequences, and which of them are held out
 
     def __post_init__(self):
         if self.seq_len < 1 or not 0 <= self.validation_share < 1:
@@ -94,7 +108,7 @@ class Packing:
 
 
 class Shuffled:
-    """Splits the numbers of n_rows sequences into those to train on and a held-out share, both shuffled."""
+    """Splits n_rows sequence numbers into those to train on and a held-out share, and shuffles both."""
 
     def __init__(self, corpus: TokenCorpus, n_rows: int, packing: Packing):
         self.corpus = corpus
@@ -105,13 +119,13 @@ class Shuffled:
 
     @property
     def content_hash(self) -> str:
-        """Return a hash: the same for the same tokens in the same order, and the same of them trained."""
+        """Return a hash that is equal for equal tokens in the same order with the same mask."""
         return self.corpus.content_hash
 
     def parts(self, n_rows: int) -> list[tuple[str, "Shuffled", int]]:
-        """Return (name, sequences, how many of the first n_rows to train on come from it) of each source.
+        """Return (name, sequences, how many of the first n_rows to train on come from it) for each source.
 
-        Here all come from one source without a name. MixedSequences has several."""
+        Here there is one source, and its name is empty. MixedSequences has several."""
         return [("", self, n_rows)]
 
     def rows_at(self, positions: np.ndarray) -> np.ndarray:
@@ -124,12 +138,12 @@ class Shuffled:
         return self._split(self.n_train + np.arange(self.n_validation))
 
     def _split(self, index: np.ndarray) -> np.ndarray:
-        """Shuffle all rows once: the first n_train of that order train, the rest are held out."""
+        """Return the rows at `index` in one shuffled order, of which the first n_train are to train on."""
         return permute(index, self.n_rows, np.full(index.shape, self._key))
 
 
 class PackedSequences(Shuffled):
-    """Sequences of consecutive tokens of a corpus. The tokens after the last whole sequence are dropped.
+    """Cuts a corpus into sequences of consecutive tokens, and drops the tokens after the last whole one.
 
     Raises UsageError if the corpus is too small to leave a sequence to train on.
     """
@@ -147,7 +161,7 @@ class PackedSequences(Shuffled):
 
     @property
     def contents(self) -> str:
-        """Describe the data in words: the same for the same tokens."""
+        """Describe the data in words, which are the same for the same tokens."""
         return f"{self.corpus.n_tokens} tokens in {self.corpus.n_documents} documents"
 
     def tokens_of(self, rows: np.ndarray) -> np.ndarray:
@@ -156,7 +170,7 @@ class PackedSequences(Shuffled):
         return np.stack([self.corpus.tokens[row * T : row * T + T + 1] for row in rows]).astype(np.int64)
 
     def trained_of(self, rows: np.ndarray) -> np.ndarray | None:
-        """Return (N, T + 1) bool, which tokens count as labels, or None: all of them."""
+        """Return (N, T + 1) bool, which tokens count as labels; None means all of them."""
         return None
 
     def document_starts_of(self, row: int) -> np.ndarray:
@@ -168,11 +182,12 @@ class PackedSequences(Shuffled):
 
 
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Map indices below n by pseudo-random bijections of 0 .. n - 1.
+    """Map each index below n by a pseudo-random bijection of 0 .. n - 1 that its key chooses.
 
-    keys: int64 of the same shape; they choose the bijections. A Feistel network permutes the 2^(2h) >= n
-        numbers of 2h bits. An image that is not below n is fed in again until it is (cycle walking, Black and
-        Rogaway 2002: fewer than 4 times on average), which leaves a bijection.
+    index and keys are int64 arrays of one shape, and so is the result.
+    A Feistel network permutes the 2^(2h) >= n numbers of 2h bits. A result that is not below n is fed in
+    again until it is (cycle walking, Black and Rogaway 2002: fewer than 4 times on average), so that the
+    whole map is a bijection.
     """
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
     mask = (1 << half_bits) - 1
@@ -188,11 +203,11 @@ def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
 
 
 def splitmix64(x):
-    """Mix the bits of an int64 array of numpy or torch: each input bit reaches each output bit.
+    """Mix the bits of an int64 array of numpy or torch, so that each input bit affects each output bit.
 
     Source: Steele, Lea and Flood 2014. The constants are 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9 and
-        0x94D049BB133111EB as signed numbers, since torch has no arithmetic on uint64; the masks make shifts
-        logical.
+    0x94D049BB133111EB, written as signed numbers because torch has no arithmetic on uint64. The masks turn
+    the arithmetic shifts of signed numbers into logical ones.
     """
     x = x + -7046029254386353131
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * -4658895280553007687
@@ -201,9 +216,9 @@ def splitmix64(x):
 
 
 def log_skipped(corpora: Iterable[TokenCorpus], run_dir: Path | None, log: Callable[[str], None]) -> None:
-    """Log how many bad records were left out and why.
+    """Log how many bad records were left out, why, and where they are listed.
 
-    They are listed in RUN/bad-records.jsonl if there is a run folder."""
+    With a run folder, the lists of all corpora are copied into RUN/bad-records.jsonl."""
     corpora = [corpus for corpus in corpora if corpus.skipped]
     if not corpora:
         return
@@ -218,5 +233,5 @@ def log_skipped(corpora: Iterable[TokenCorpus], run_dir: Path | None, log: Calla
 
 
 def in_words(skipped: dict[str, int]) -> str:
-    """Join counted reasons, the most frequent first, as in "2 unknown format, 1 no assistant turn"."""
+    """Join counted reasons, the most frequent one first, as in "2 unknown format, 1 no assistant turn"."""
     return ", ".join(f"{n:,} {reason}" for reason, n in Counter(skipped).most_common())

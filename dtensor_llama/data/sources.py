@@ -1,8 +1,8 @@
-"""Files to chunks of about a mebibyte, and chunks to documents.
+"""Reads files in chunks of about a mebibyte, and splits the chunks into documents.
 
-Memory does not depend on the size of a file. One process reads (`read_chunks`); others, which tokenize, turn
-chunks into documents (`Chunk.documents`), so that parsing does not slow the reading. Every defect of a file
-is a UsageError that names the file and the line or row.
+Memory does not depend on the size of a file. One process reads (`read_chunks`). The processes that tokenize
+split the chunks into documents (`Chunk.documents`), so that parsing does not slow down the reading. Every
+defect of a file raises a UsageError that names the file and the line or row.
 """
 
 import codecs
@@ -30,26 +30,26 @@ from dtensor_llama.data.unpack import (
 from dtensor_llama.errors import BadRecord, UsageError
 from dtensor_llama.places import expanded, hub_hint
 
-RECORD_FORMATS = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".tsv")  # objects of several fields
+RECORD_FORMATS = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".tsv")  # records with several fields
 FORMATS = (".txt", *RECORD_FORMATS)
-OTHER_ENDINGS = {".ndjson": ".jsonl", ".feather": ".arrow"}  # of the same formats
-# A worker gets this much at a time: long enough to hide the transfer to it, short enough to balance the load.
+OTHER_ENDINGS = {".ndjson": ".jsonl", ".feather": ".arrow"}  # other names for the same formats
+# A worker gets this much at a time: enough to hide the transfer to it, and little enough to balance the load.
 CHUNK_BYTES = 1 << 20
 
 Skip = Callable[[str, UsageError], None]  # takes where a bad record is, and what is wrong with it
 
 
 def refuse(where: str, error: UsageError) -> None:
-    """Raise what is wrong with a record: the meaning of bad_records="refuse"."""
+    """Raise the error of a bad record, as bad_records="refuse" asks for."""
     raise error
 
 
 @dataclass(frozen=True)
 class TextOptions:
-    """Decides which texts a corpus has.
+    """Decides which texts a corpus contains.
 
-    field: the field of a record, or the column, that holds the text; a.b is the field b of the object in a.
-    bad_records: whether a record without a text ends the run, or is left out and listed."""
+    field: the field of a record, or the column, that holds the text; a.b means the field b of the object in a
+    bad_records: "refuse" ends the run at a record without a text; "skip" leaves it out and lists it"""
 
     field: str = "text"
     bad_records: Literal["refuse", "skip"] = "refuse"
@@ -57,22 +57,23 @@ class TextOptions:
 
 @dataclass
 class Chunk:
-    """Part of one file: whole lines of a .jsonl (bytes), a piece of a .txt (str), or else a list of records.
+    """Holds part of one file: whole lines of a .jsonl (bytes), a piece of a .txt (str), or a list of records.
 
-    A record in the list comes with its place in the file, as in ("row 3", {"text": "..."})."""
+    A record in the list comes with its place in the file, for example ("row 3", {"text": "..."})."""
 
     path: Path
     data: bytes | str | list[tuple[str, dict]]
-    first_line: int = 1  # of a .jsonl's lines, counted from 1
-    input_bytes: int = 0  # read of the file on disk since the chunk before: for the progress bar
-    skip: int = 0  # .txt: leading ids of the piece that come from the cut, not from the text
+    first_line: int = 1  # .jsonl: the number of its first line in the file, counted from 1
+    input_bytes: int = 0  # bytes read from disk since the chunk before, for the progress bar
+    skip: int = 0  # .txt: the number of leading ids that come from the cut and not from the text
     opens: bool = True  # .txt: the piece starts its document
     closes: bool = True  # .txt: the piece ends its document
 
     def documents(self, text_field: str, skip: Skip = refuse) -> list[str]:
-        """Return the texts in this chunk, without those that hold nothing but whitespace.
+        """Return the texts in this chunk, without those that contain nothing but whitespace.
 
-        skip: is called for each record that cannot be read or has no text; by default that is raised."""
+        skip: is called with the place and the UsageError of each record that cannot be read or has no text;
+            the default raises the error"""
         texts = []
         if isinstance(self.data, str):
             texts.append(self.data)
@@ -86,9 +87,10 @@ class Chunk:
         return [text for text in texts if text and not (is_whole and text.isspace())]
 
     def records(self, skip: Skip = refuse) -> Records:
-        """Yield (where, record) of each record in this chunk, with `where` as in "FILE, line 3".
+        """Yield (where, record) for each record in this chunk; `where` is "FILE, line 3", for example.
 
-        skip: is called for each line that holds no object; by default that is raised."""
+        skip: is called with the place and the UsageError of each line that holds no JSON object; the default
+            raises the error"""
         if not isinstance(self.data, bytes):
             for where, record in self.data:
                 yield f"{self.path}, {where}", record
@@ -109,11 +111,12 @@ class Chunk:
 
 
 def expand_paths(patterns: Sequence[str | Path], formats: tuple[str, ...] = FORMATS) -> list[Path]:
-    """Return the files that `patterns` (files and globs, `**` too) name, of the given formats.
+    """Return the files that `patterns` (file names and globs, also with `**`) stand for.
 
-    Paths are absolute and sorted, and each file comes once. A link keeps its own name, as its ending shows
-    what the file holds: in the cache of the Hugging Face Hub, data.jsonl is a link to a file that is called
-    by its hash. Of two links to one file the first counts."""
+    Paths are absolute and sorted, and each file comes once. A link keeps its own name, because its ending
+    tells the format: in the cache of the Hugging Face Hub, data.jsonl is a link to a file whose name is a
+    hash. If two links lead to one file, the first is used.
+    Raises UsageError if a pattern matches no file, and for a file whose ending is not in `formats`."""
     files = {}
     for pattern in patterns:
         for match in _matches(str(pattern)):
@@ -127,7 +130,7 @@ def expand_paths(patterns: Sequence[str | Path], formats: tuple[str, ...] = FORM
 
 
 def _matches(pattern: str) -> list[Path]:
-    """Return the files of one argument, at least one; UsageError for what cannot be read as a file."""
+    """Return the files that one argument stands for; raise UsageError if there is none or it is no file."""
     path = Path(expanded(pattern, "data.path"))
     given = f"data.path={pattern}"
     if path.is_dir():
@@ -155,7 +158,7 @@ def _matches(pattern: str) -> list[Path]:
 
 
 def _taken_literally(path: Path) -> str:
-    """Return the pattern with its existing folders escaped: their names may have [brackets] in them."""
+    """Return the pattern with its existing folders escaped, because their names may contain [brackets]."""
     folder = path.parent
     while not folder.exists():
         folder = folder.parent
@@ -163,12 +166,12 @@ def _taken_literally(path: Path) -> str:
 
 
 def _named_by_its_kind(names: list[Path], target: Path, formats: tuple[str, ...]) -> Path:
-    """Return the first of the names of one file with a known ending, else the file that they link to."""
+    """Return the first name of a file with a known ending; the file that the names link to is tried last."""
     return next((name for name in [*names, target] if _kind_of(name)[0] in formats), names[0])
 
 
 def _kind_of(path: Path) -> tuple[str, str | None]:
-    """Return (ending, compression) of a file, as in (".jsonl", "gzip")."""
+    """Return (ending, compression) of a file, for example (".jsonl", "gzip")."""
     compression = COMPRESSIONS.get(path.suffix.lower())
     suffix = (path.with_suffix("") if compression else path).suffix.lower()
     return OTHER_ENDINGS.get(suffix, suffix), compression
@@ -177,8 +180,8 @@ def _kind_of(path: Path) -> tuple[str, str | None]:
 def _check_format(path: Path, formats: tuple[str, ...]) -> None:
     if _kind_of(path)[0] not in formats:
         raise UsageError(
-            f"{path}: unknown kind of file; {_listed(formats)} can be read, and "
-            f"{_listed(tuple(COMPRESSIONS))} of each."
+            f"{path}: unknown kind of file; {_listed(formats)} can be read, also compressed as "
+            f"{_listed(tuple(COMPRESSIONS))}."
         )
 
 
@@ -194,14 +197,15 @@ def read_chunks(
 ) -> Iterator[Chunk]:
     """Yield the chunks of one file, in order.
 
-    text_field None: chunks of records with all their fields, which need no cutter."""
+    text_field: the only field that is needed of each record; None: all fields are, and no cutter is needed
+    cutter: cuts the pieces of a .txt. Raises UsageError for a file that cannot be read to its end."""
     suffix, compression = _kind_of(path)
     done_bytes = 0
     try:
         with open(path, "rb") as file, tempfile.TemporaryFile() as unpacked:
             stream = packed = open_compressed(path, file, compression)
             if suffix in (".parquet", ".arrow") and compression:
-                # These are not read from the beginning to the end: unpack them, on disk.
+                # Their readers jump about in the file, so it is decompressed into a temporary file first.
                 shutil.copyfileobj(stream, unpacked, chunk_bytes)
                 unpacked.seek(0)
                 stream = unpacked
@@ -249,7 +253,7 @@ def _in_chunks(path: Path, records: Records, chunk_bytes: int) -> Iterator[Chunk
 
 
 def _n_chars(value) -> int:
-    """Return about how long a record is."""
+    """Return the approximate length of a record, in characters."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):
@@ -258,9 +262,9 @@ def _n_chars(value) -> int:
 
 
 def _blocks(path: Path, stream, chunk_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """Yield (number of the line in which it starts, bytes) of each block of a text file.
+    """Yield (number of the line in which it starts, its bytes) for each block of a text file.
 
-    A byte-order mark is left out."""
+    A byte-order mark at the start of the file is left out."""
     line, block = 1, stream.read(chunk_bytes).removeprefix(codecs.BOM_UTF8)
     while block:
         zero = block.find(b"\0")
@@ -313,7 +317,7 @@ def _read_jsonl(path: Path, stream, chunk_bytes: int) -> Iterator[Chunk]:
     parts, first_line = [], 1
     for line, block in _blocks(path, stream, chunk_bytes):
         end = block.rfind(b"\n") + 1
-        if end:  # else a line goes on that is longer than a block
+        if end:  # otherwise one line is longer than a block, and goes on in the next
             yield Chunk(path, b"".join([*parts, block[:end]]), first_line)
             parts, first_line = [], line + block.count(b"\n")
         parts.append(block[end:])
@@ -321,13 +325,13 @@ def _read_jsonl(path: Path, stream, chunk_bytes: int) -> Iterator[Chunk]:
 
 
 def _read_txt(path: Path, stream, cutter: Cutter, chunk_bytes: int) -> Iterator[Chunk]:
-    """Yield the pieces of a file that is one document, whose ids, joined, are those of the whole."""
+    """Yield the pieces of a file that is one document; their ids, joined, are the ids of the whole text."""
     decoder, text, line = codecs.getincrementaldecoder("utf-8")(), "", 1
     skip, opens, reach = 0, True, chunk_bytes
     try:
         for line, block in _blocks(path, stream, chunk_bytes):
             text += decoder.decode(block)
-            line += block.count(b"\n")  # where a character would stand that the end of the file cuts off
+            line += block.count(b"\n")  # the line of a character that the end of the file may cut in two
             while len(text) > reach + WINDOW_CHARS:
                 high = min(reach + chunk_bytes, len(text) - WINDOW_CHARS)
                 cut = cutter.find(text, reach, high)
@@ -356,19 +360,19 @@ def _object_of_line(line: bytes, where: str) -> dict:
         raise BadRecord(
             where,
             f"broken JSON ({reason})",
-            "a .jsonl holds one object a line. If one takes several lines here, call the file .json.",
+            "a .jsonl has one object per line. If an object takes several lines here, name the file .json.",
         ) from None
     if not isinstance(record, dict):
         raise BadRecord(
             where,
             f"expected a JSON object, found {type(record).__name__}",
-            "a .jsonl holds one object a line, a list of them goes into a .json.",
+            "a .jsonl has one object per line; write a list of objects as .json.",
         )
     return record
 
 
 def _text_of_record(record: dict, where: str, text_field: str) -> str:
-    """Return the text of a record. a.b is the field b of the object in a; a field called "a.b" goes first."""
+    """Return the text of a record. a.b is a field of that name, or else the field b of the object in a."""
     value, names = record, text_field.split(".")
     for depth, name in enumerate(names):
         rest = ".".join(names[depth:])
@@ -387,14 +391,14 @@ def _text_of_record(record: dict, where: str, text_field: str) -> str:
                 where,
                 f"no field {text_field!r}",
                 f"its fields are {_names_in(record)}. Name the one that holds the text with `text_field`, "
-                "as in a.b if it stands inside of another.",
+                "as a.b if it is the field b of the object in a.",
             )
         value = value[name]
     return checked_text(value, where, text_field)
 
 
 def _names_in(record: dict) -> str:
-    """Return the fields of a record, those of the objects in it as a.b, in words."""
+    """Return the names of the fields of a record, in words; a field b of an object in a is named a.b."""
     names = []
     for name, value in record.items():
         inner = [f"{name}.{one}" for one in value] if isinstance(value, dict) else []
@@ -403,12 +407,14 @@ def _names_in(record: dict) -> str:
 
 
 def checked_text(text, where: str, text_field: str) -> str:
-    """Return `text` if it is a string of whole characters; raise BadRecord if it is not."""
+    """Return `text` if it is a string that UTF-8 can encode; raise BadRecord if it is not.
+
+    where: the file and line of the record; text_field: the name of the field; both are for the message."""
     if not isinstance(text, str):
         raise BadRecord(where, f"{text_field!r} holds {type(text).__name__}, expected a string")
     try:
         text.encode()
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which is no character
+    except UnicodeEncodeError:  # JSON can contain half of a surrogate pair, which is not a character
         raise BadRecord(
             where, f"{text_field!r} holds half a surrogate pair", "\\ud800 to \\udfff stand in pairs."
         ) from None

@@ -2,18 +2,18 @@
 
   python -m dtensor_llama.data.tokenize --path 'data/**/*.jsonl' --tokenizer llama2/ --cache-dir runs/tokens
 
-One process reads and writes, one worker per core parses and encodes, and only a few chunks per worker are
-under way: memory depends on the number of cores, not on the corpus. This process never imports torch. It
-forks, which is safe only before threads exist; so `prepare_corpus`, which does the same for a training run,
-starts this module as a program when there is work.
+One process reads and writes, one worker per core parses and encodes, and only a few chunks per worker are in
+flight. So memory depends on the number of cores, not on the size of the corpus. This process never imports
+torch. It forks, which is safe only before any thread exists. That is why `prepare_corpus`, which does the
+same for a training run, starts this module as a program when there is something to tokenize.
 
 <cache-dir>/<fingerprint>/
-  tokens.bin      each document as BOS, ids, EOS, in uint16 or uint32; BOS if the tokenizer adds it to a text,
-                  EOS if there is one
-  documents.bin   int64 offset in tokens.bin at which each document starts
-  trained.bin     of conversations only: a byte for each token, 1 where it is trained, 0 elsewhere
-  meta.json       counts, the type of tokens.bin, the files and options, and content_hash: a hash of the bytes
-                  of the other files, which tells equal tokens from as many other ones
+  tokens.bin      each document as BOS, ids, EOS, in uint16 or uint32. BOS is there if the tokenizer adds it
+                  to a text, EOS if the tokenizer has one.
+  documents.bin   the int64 offset in tokens.bin at which each document starts
+  trained.bin     for conversations only: one byte per token, 1 if the token counts in the loss, else 0
+  meta.json       counts, the type of tokens.bin, the files and options, and content_hash. That is a hash of
+                  the bytes of the other files, and tells apart two corpora of equal size.
 """
 
 import argparse
@@ -48,9 +48,9 @@ from dtensor_llama.errors import UsageError
 from dtensor_llama.places import first_writable, is_full, readable, say_full
 from dtensor_llama.terminal import make_streams_last
 
-FORMAT_VERSION = 2  # of the files of a corpus; 2: meta.json has content_hash
-CHUNKS_PER_WORKER = 3  # under way at once: one being encoded, one waiting, one done and waiting for its turn
-LINE_EVERY_S = 10  # of progress, where stderr is no terminal
+FORMAT_VERSION = 2  # the version of the files of a corpus; since 2, meta.json has content_hash
+CHUNKS_PER_WORKER = 3  # one is being encoded, one waits for that, and one is done and waits to be written
+LINE_EVERY_S = 10  # seconds between two lines of progress, where stderr is not a terminal
 
 
 def prepare_corpus(
@@ -60,24 +60,29 @@ def prepare_corpus(
     text: TextOptions = TextOptions(),
     processes: int | None = None,
 ) -> TokenCorpus:
-    """Return the corpus of `paths` (files and globs), tokenized now unless nothing changed since last time.
+    """Return the corpus of `paths` (files and globs); tokenize it first unless the cache already has it.
 
-    Any number of ranks and runs may call this at once: one tokenizes, the others wait for it. Progress goes
-    to stderr. Raises UsageError for what is wrong with the files.
-
-    cache_dir: a folder, or several: the corpus is read where it is found, and written into the first one that
-        can be written"""
+    Any number of ranks and runs may call this at once: one of them tokenizes, and the others wait for it.
+    Progress is printed on stderr.
+    cache_dir: one folder or several. The corpus is looked for in all of them, and is written into the first
+        one that is writable.
+    processes: the number of workers; None: one per core
+    Raises UsageError if a file cannot be read, has a bad record, or cannot be written."""
     return TokenCorpus(prepare(paths, TextEncoding(tokenizer, text), cache_dir, processes))
 
 
 def prepare(paths, encoding: Encoding, cache_dir, processes: int | None) -> Path:
-    """Return the folder of a corpus, written now by a program of its own if it does not exist."""
+    """Return the folder of a corpus; if it does not exist, run a separate program that writes it.
+
+    The arguments are those of prepare_corpus, with an Encoding instead of a tokenizer and its options. Raises
+    UsageError with the message of that program, KeyboardInterrupt if it was interrupted, and RuntimeError if
+    it ended without an answer."""
     paths = [paths] if isinstance(paths, str | Path) else paths
     cache_dirs = [cache_dir] if isinstance(cache_dir, str | Path) else list(cache_dir)
     folder = _find(cache_dirs, fingerprint(expand_paths(paths, encoding.formats), encoding))
     if folder is not None:
         return folder
-    # -P: a file called queue.py in the current folder does not replace Python's module.
+    # With -P a file called queue.py in the current folder cannot replace Python's own module.
     command = [sys.executable, "-P", "-m", "dtensor_llama.data.tokenize", "--for-process", os.getpid()]
     command += ["--path", *paths, "--tokenizer", encoding.tokenizer.path, "--cache-dir", *cache_dirs]
     command += encoding.arguments()
@@ -101,13 +106,13 @@ def _find(cache_dirs: Sequence[str | Path], name: str) -> Path | None:
 
 
 def fingerprint(files: list[Path], encoding: Encoding) -> str:
-    """Return a hash of all that decides the tokens; of each file it takes path, size and time of change."""
+    """Return a hash of what decides the tokens, including each file's path, size and modification time."""
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     decisive = FORMAT_VERSION, stats, encoding.tokenizer.fingerprint, encoding.identity()
     return hashlib.sha256(repr(decisive).encode()).hexdigest()[:32]
 
 
-# ---- in the program of its own ----
+# ---- in the separate program ----
 
 
 def tokenize(
@@ -117,10 +122,12 @@ def tokenize(
     processes: int,
     for_process: int | None = None,
 ) -> Path:
-    """Write the corpus unless it exists; return its folder.
+    """Write the corpus unless it exists, and return its folder.
 
-    A second process that wants it waits here for the first. cache_dirs: the corpus is written into the first
-    of them that can be written, which is the same one for all processes."""
+    A second process that needs the same corpus waits here until the first has written it.
+    cache_dirs: the corpus is written into the first folder that is writable, the same one for all processes
+    for_process: the id of the parent process; tokenizing stops when that process is gone
+    Raises UsageError if a file changes while it is read, and if the corpus cannot be written."""
     files = expand_paths(paths, encoding.formats)
     name = fingerprint(files, encoding)
     found = _find(cache_dirs, name)
@@ -136,16 +143,16 @@ def tokenize(
                 return folder
             if why_not_first:
                 _print(f"note: {why_not_first}; the tokens go to {cache_dir}")
-            # Left by a run that was killed: no other process writes it while we hold the lock.
+            # A run that was killed may have left this folder: nobody else writes it while we hold the lock.
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
             _write_corpus(files, encoding, staging, processes, for_process)
             if fingerprint(files, encoding) != name:
                 raise UsageError(f"{' '.join(paths)}: a file changed while it was read; start again.")
-            os.rename(staging, folder)  # the one moment at which the corpus comes to exist
+            os.rename(staging, folder)  # from this moment on the corpus exists
     except OSError as error:
         reason = say_full(cache_dir) if is_full(error) else error
-        shutil.rmtree(cache_dir / f"{name}.partial", ignore_errors=True)  # it would keep the disk full
+        shutil.rmtree(cache_dir / f"{name}.partial", ignore_errors=True)  # else the disk stays full
         raise UsageError(
             f"the tokens cannot be written to {cache_dir}: {reason}; `cache_dir` names another folder."
         ) from None
@@ -153,7 +160,7 @@ def tokenize(
 
 
 class _HashedFile:
-    """A file that is being written, with a hash of what has been written so far."""
+    """Writes arrays to a file, and keeps a hash of what has been written so far."""
 
     def __init__(self, path: Path):
         self.file, self.digest = open(path, "wb"), hashlib.sha256()
@@ -175,7 +182,7 @@ class _HashedFile:
 
 
 class _Progress:
-    """Shows how much of the input is done: a bar in a terminal, else a line every now and then."""
+    """Shows how much of the input is done: a bar in a terminal, or else a line every LINE_EVERY_S seconds."""
 
     def __init__(self, total_bytes: int):
         self.total_bytes, self.done_bytes = total_bytes, 0
@@ -238,7 +245,8 @@ def _write_corpus(
         }
         (staging / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         for file in written:
-            # Before the folder is renamed: after a power cut its name must not stand for missing bytes.
+            # This comes before the folder is renamed: after a power cut, the final name must stand for
+            # a complete folder.
             file.flush_to_disk()
     elapsed_s = time.monotonic() - began_s
     _print(
@@ -254,7 +262,7 @@ def _print(line: str) -> None:
 def _in_order(
     pool: ProcessPoolExecutor, files: list[Path], encoding: Encoding, processes: int
 ) -> Iterator[tuple[Encoded, int]]:
-    """Yield each encoded chunk and its bytes of input in the order of the corpus; a few are under way."""
+    """Yield (encoded chunk, its bytes of input) in the order of the corpus, with a few chunks in flight."""
     under_way = deque()
     of_files = (read_chunks(file, encoding.text_field, encoding.cutter) for file in files)
     chunks = itertools.chain.from_iterable(of_files)
@@ -269,7 +277,7 @@ def _in_order(
 
 # ---- in the workers ----
 
-_encoding: Encoding  # set once in each worker
+_encoding: Encoding  # each worker sets it once, when it starts
 
 
 def _start_worker(encoding: Encoding) -> None:
@@ -280,7 +288,7 @@ def _start_worker(encoding: Encoding) -> None:
 
 
 def _die_with_parent() -> None:
-    """End this worker when its parent is killed: it would wait for ever, and hold the parent's lock."""
+    """End this worker when its parent is killed; else it would wait for ever and hold the parent's lock."""
     wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 
@@ -338,7 +346,7 @@ def _encoding_of(args: argparse.Namespace) -> Encoding:
     tokenizer = load_tokenizer(args.tokenizer)
     if not args.chat:
         return TextEncoding(tokenizer, TextOptions(args.text_field, args.bad_records))
-    # Only here: data/ does not need chat/ to tokenize texts.
+    # The imports stand here because data/ does not need chat/ to tokenize texts.
     from dtensor_llama.chat.conversations import ChatOptions
     from dtensor_llama.chat.corpus import ChatEncoding
 
@@ -348,7 +356,7 @@ def _encoding_of(args: argparse.Namespace) -> Encoding:
 def main() -> int:
     args = _arguments()
     make_streams_last()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers use all cores already
     try:
         if args.processes < 1:
             raise UsageError(f"--processes {args.processes}: at least one worker is needed.")

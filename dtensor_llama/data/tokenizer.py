@@ -1,7 +1,7 @@
-"""One tokenizer interface over SentencePiece models and Hugging Face's tokenizer.json.
+"""Gives SentencePiece models and Hugging Face's tokenizer.json files one interface.
 
-Where a SentencePiece model is known its ids are the reference: the models we continue to train learned from
-them. See pieces.py for the tokenizer.json that is exported with it.
+If there is a SentencePiece model, its ids are the reference, because the models that people continue to train
+have learned from them. pieces.py makes the tokenizer.json that is exported with it.
 """
 
 import hashlib
@@ -18,62 +18,61 @@ from dtensor_llama.places import expanded, read_settings, refuse_hub_name
 
 WELL_KNOWN = {"bos": ("<s>", "<|begin_of_text|>"), "eos": ("</s>", "<|end_of_text|>", "<|endoftext|>")}
 ADDED_FIELDS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")  # of an AddedToken
-TEMPLATE_FILE, TEMPLATE_FOLDER = (
-    "chat_template.jinja",
-    "additional_chat_templates",
-)  # as transformers has them
-# Settings of a tokenizer_config.json that an export does not take over. These are paths and classes of
-# another machine:
+# The names that transformers gives to the files of chat templates.
+TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
+# These settings of a tokenizer_config.json are not copied into an export. The first ones are paths and
+# classes that mean something only on the machine that wrote them.
 NOT_KEPT = {"tokenizer_class", "auto_map", "tokenizer_file", "vocab_file", "merges_file", "name_or_path"}
 NOT_KEPT |= {"special_tokens_map_file", "backend", "is_local", "legacy", "from_slow", "sp_model_kwargs"}
 NOT_KEPT |= {"clean_up_tokenization_spaces"}
-# These the export writes itself, as training had them:
+# The export writes these itself, with the values that training used.
 NOT_KEPT |= {"bos_token", "eos_token", "unk_token", "add_bos_token", "add_eos_token", "add_prefix_space"}
 NOT_KEPT |= {"added_tokens_decoder"}
 
 
 class EndIds(NamedTuple):
-    """Holds the tokens of begin and end; None where a tokenizer has none."""
+    """Holds the ids of BOS and EOS; None where a tokenizer has no such token."""
 
     bos: int | None
     eos: int | None
 
 
 class AddedEnds(NamedTuple):
-    """Tells which of these tokens transformers puts around a text on its own."""
+    """Tells which of BOS and EOS transformers puts around a text without being asked."""
 
     bos: bool
     eos: bool
 
 
 class Tokenizer:
-    """Text to ids and back.
+    """Turns text into ids and ids into text.
 
     `encode` adds neither BOS nor EOS, and reads `</s>` inside a text as plain characters.
 
     vocab_size: one more than the largest id, added tokens included
-    bos_id, eos_id: None where the tokenizer has none
-    adds: what transformers would put around a text. A document of training begins with BOS if adds.bos is
-        true, as a prompt of generate.py does; it always ends with EOS.
-    fingerprint: a hash of what decides the ids, BOS and EOS included
-    path: where it was loaded from"""
+    bos_id, eos_id: None where the tokenizer has no such token
+    adds: what transformers would put around a text. A document in training begins with BOS if adds.bos is
+        true, and so does a prompt of generate.py. A document always ends with EOS.
+    fingerprint: a hash of everything that decides the ids, including BOS and EOS
+    path: the file or folder that it was loaded from"""
 
     def __init__(self, path: Path, fast: tokenizers.Tokenizer, pieces, ids: EndIds, adds: AddedEnds):
         self.path, self.bos_id, self.eos_id, self.adds = path, ids.bos, ids.eos, adds
-        self._fast, self._pieces = fast, pieces  # pieces: the SentencePieceProcessor that encodes, or None
+        self._fast, self._pieces = fast, pieces  # pieces: the SentencePieceProcessor that encodes; or None
         fast.encode_special_tokens = True  # special tokens inside a text are text
         self.vocab_size = max(fast.get_vocab(with_added_tokens=True).values()) + 1
-        _put_ends(fast, ids, adds)  # so that the exported tokenizer.json does as training did
+        _put_ends(fast, ids, adds)  # so that the exported tokenizer.json adds what training did
         source = fast.to_str().encode() if pieces is None else pieces.serialized_model_proto()
         self.fingerprint = hashlib.sha256(source + repr((*ids, *adds, self.vocab_size)).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
+        """Return the ids of one text, without BOS and EOS."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Return the ids of each text.
+        """Return the ids of each text, without BOS and EOS.
 
-        SentencePiece runs in this thread, `tokenizers` in as many as TOKENIZERS_PARALLELISM allows."""
+        SentencePiece runs in this thread; `tokenizers` in as many as TOKENIZERS_PARALLELISM allows."""
         if self._pieces is not None:
             return self._pieces.encode(texts, num_threads=1)
         return [encoding.ids for encoding in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
@@ -86,22 +85,25 @@ class Tokenizer:
         return self._pieces.decode([i for i in ids if i < len(self._pieces)])
 
     def id_of(self, token: str) -> int:
+        """Return the id of an entry of the vocabulary."""
         return self._fast.token_to_id(token)
 
     def token_of(self, token_id: int) -> str:
-        """Return the entry of the vocabulary as it is written there."""
+        """Return the entry of the vocabulary with this id, exactly as it is written there."""
         return self._fast.id_to_token(token_id)
 
     @property
     def control_tokens(self) -> dict[str, AddedToken]:
-        """Return {text: AddedToken} of what a chat template may write to mean one id: with BOS and EOS."""
+        """Return {text: AddedToken} of the texts that stand for one id each in a chat template.
+
+        These are BOS, EOS and all added tokens."""
         ends = [self.token_of(i) for i in (self.bos_id, self.eos_id) if i is not None]
         added = {token.content: token for _, token in self._added_tokens()}
         return {token: AddedToken(token) for token in ends} | added
 
     @property
     def plain(self) -> "Tokenizer":
-        """Return a tokenizer that reads all added tokens as text, also those that are not called special."""
+        """Return a tokenizer that reads every added token as plain text, also those not marked as special."""
         if self._pieces is not None:
             return self
         source = json.loads(self._fast.to_str())
@@ -111,8 +113,9 @@ class Tokenizer:
 
     @property
     def prefixes_every_text(self) -> bool:
-        """Return whether a text after a control token gets its dummy prefix, if there is one, as at the
-        start."""
+        """Return whether the text after a control token gets a dummy prefix just as a text at the start does.
+
+        pieces.py explains the dummy prefix. Where a tokenizer has none, this says nothing."""
         if self._pieces is not None or self.bos_id is None:
             return True
         self._fast.encode_special_tokens = False
@@ -129,8 +132,8 @@ class Tokenizer:
     def chat_templates(self) -> dict[str, str]:
         """Return {name: Jinja source} of the chat templates that came with the tokenizer.
 
-        They are found as transformers finds them: in files of their own, else in tokenizer_config.json.
-        "tool_use" is the one for conversations with tools."""
+        They are looked for where transformers looks: in files of their own, else in tokenizer_config.json.
+        The template "tool_use" is for conversations with tools."""
         if self._neighbours is None:
             return {}
         files = {"default": self._neighbours / TEMPLATE_FILE}
@@ -145,9 +148,9 @@ class Tokenizer:
 
     @property
     def _neighbours(self) -> Path | None:
-        """Return the folder of the files that belong to the tokenizer; None for a .model by itself.
+        """Return the folder whose other files belong to the tokenizer; None for a path to a .model.
 
-        What lies beside a .model may belong to another tokenizer."""
+        The files beside such a .model may belong to another tokenizer."""
         if self.path.suffix == ".model":
             return None
         return self.path if self.path.is_dir() else self.path.parent
@@ -155,8 +158,8 @@ class Tokenizer:
     def save(self, folder: str | Path, chat_template: str | None = None) -> None:
         """Write a folder for transformers' AutoTokenizer: tokenizer.json, tokenizer_config.json and the rest.
 
-        chat_template: the one that training used, if any. Several that came with the tokenizer stay as they
-            are.
+        chat_template: the one that training used, if any. It is not written if the tokenizer came with
+            several templates, which are copied as they are.
         """
         folder, home = Path(folder), self._neighbours
         folder.mkdir(parents=True, exist_ok=True)
@@ -180,14 +183,14 @@ class Tokenizer:
         if self._pieces is not None:
             _write(folder / "tokenizer.model", self._pieces.serialized_model_proto())
             behind = {token.content: i for i, token in self._added_tokens() if i >= len(self._pieces)}
-            if behind:  # for readers of tokenizer.model, which knows none of them, like llama.cpp
+            if behind:  # tokenizer.model does not contain them, and llama.cpp, for example, reads only that
                 _write(folder / "added_tokens.json", _as_json(behind))
 
     def _added_tokens(self) -> list[tuple[int, AddedToken]]:
         return sorted(self._fast.get_added_tokens_decoder().items())
 
     def _settings_of_ids(self) -> dict:
-        """Return what a tokenizer_config.json tells about ids to readers that do not read tokenizer.json."""
+        """Return the settings about ids in a tokenizer_config.json, for readers that skip tokenizer.json."""
         added = {
             str(i): {name: getattr(token, name) for name in ADDED_FIELDS} for i, token in self._added_tokens()
         }
@@ -203,9 +206,10 @@ class Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Open a Hugging Face folder, a tokenizer.json or a SentencePiece .model.
 
-    In a folder with both files the SentencePiece model is the reference if it is one (LLaMA-3 has another
-    format under that name) and has as many pieces as tokenizer.json without its added tokens. Raises
-    UsageError.
+    A folder may have both tokenizer.model and tokenizer.json. Then the first is the reference, if it is a
+    SentencePiece model (LLaMA-3 has another format under that name) and has as many pieces as tokenizer.json
+    has tokens without the added ones.
+    Raises UsageError if there is no such file, or if it cannot be read as a tokenizer.
     """
     refuse_hub_name(str(path), "tokenizer")
     path = Path(expanded(str(path), "tokenizer"))
@@ -246,14 +250,16 @@ def _load_fast(file: Path) -> tokenizers.Tokenizer:
         fast = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare Exception
         raise UsageError(f"{file}: not a readable tokenizer.json ({_one_line(error)}).") from None
-    # A tokenizer.json may have the settings of its last use, which would cut documents in silence.
+    # A tokenizer.json may contain the settings of its last use, which would silently cut documents.
     fast.no_truncation()
     fast.no_padding()
     return fast
 
 
 def _named_id(name: str, settings: dict, fast: tokenizers.Tokenizer, folder: Path) -> int | None:
-    """Return the id of settings["bos_token"]: a text, an object with `content`, or an id (below 0: none)."""
+    """Return the id that settings["bos_token"] (or eos) means; None if there is none.
+
+    The setting is a text, an object with `content`, or an id, which is below 0 if there is no such token."""
     token = settings[f"{name}_token"]
     token = token.get("content") if isinstance(token, dict) else token
     if isinstance(token, str):
@@ -264,16 +270,16 @@ def _named_id(name: str, settings: dict, fast: tokenizers.Tokenizer, folder: Pat
 
 
 def _special_id(name: str, folder: Path, fast: tokenizers.Tokenizer) -> int | None:
-    """Return BOS or EOS of a tokenizer.json, which does not name them.
+    """Return the id of BOS or EOS for a tokenizer.json, which itself does not say which tokens these are.
 
-    It comes from the files beside it, else from the names in common use."""
+    The files beside it say so; if they do not, the names in common use are looked up."""
     for beside in ("tokenizer_config.json", "special_tokens_map.json"):
         settings = read_settings(folder / beside)
         if f"{name}_token" in settings:
             return _named_id(name, settings, fast, folder)
     for beside in ("config.json", "generation_config.json"):
         token_id = read_settings(folder / beside).get(f"{name}_token_id")
-        if isinstance(token_id, list) and token_id:  # LLaMA-3 lists several EOS
+        if isinstance(token_id, list) and token_id:  # LLaMA-3 lists several EOS ids
             token_id = token_id[0]
         if isinstance(token_id, int):
             if fast.id_to_token(token_id) is None:
@@ -289,8 +295,8 @@ def _special_id(name: str, folder: Path, fast: tokenizers.Tokenizer) -> int | No
 def _added_ends(settings: dict, fast: tokenizers.Tokenizer | None, ids: EndIds, folder: Path) -> AddedEnds:
     """Return what goes around a text: as tokenizer_config.json says, else as tokenizer.json does it.
 
-    (transformers before 5 and llama.cpp read the first, later ones the second.) Where neither says anything,
-    BOS is added if there is one."""
+    transformers before 5 and llama.cpp read the first file, later versions of transformers the second. If
+    neither says anything, BOS is added if there is one."""
     bos, eos = True, False
     if fast is not None and fast.post_processor is not None:
         around = fast.encode("a").ids
@@ -307,7 +313,7 @@ def _added_ends(settings: dict, fast: tokenizers.Tokenizer | None, ids: EndIds, 
 
 
 def _put_ends(fast: tokenizers.Tokenizer, ids: EndIds, adds: AddedEnds) -> None:
-    """Give `fast` a post-processor that adds these ends, unless it does so already."""
+    """Give `fast` a post-processor that adds BOS and EOS as `adds` says, unless it does so already."""
     before, after = [ids.bos] * adds.bos, [ids.eos] * adds.eos
     if fast.encode("a").ids == before + fast.encode("a", add_special_tokens=False).ids + after:
         return
@@ -319,7 +325,7 @@ def _put_ends(fast: tokenizers.Tokenizer, ids: EndIds, adds: AddedEnds) -> None:
 
 
 def _prefixes_first_word(fast: tokenizers.Tokenizer) -> bool | None:
-    """Return whether the pre-tokenizer puts a space before a text; None if it has no such setting."""
+    """Return whether the pre-tokenizer puts a space before a text, or None if it has no such setting."""
     if fast.pre_tokenizer is None:
         return None
     source = json.loads(fast.to_str())["pre_tokenizer"]
@@ -332,10 +338,10 @@ def _prefixes_first_word(fast: tokenizers.Tokenizer) -> bool | None:
 
 
 def _tokens_behind(pieces, fast: tokenizers.Tokenizer | None, settings: dict, folder: Path | None) -> list:
-    """Return (id, AddedToken) of the tokens that a fine-tuning added behind the pieces, in order.
+    """Return (id, AddedToken) for each token that fine-tuning has added after the pieces, in order of ids.
 
-    They come from tokenizer.json, else from tokenizer_config.json and added_tokens.json. folder: None for a
-    .model by itself, whose neighbours may not belong to it."""
+    They are read from tokenizer.json, else from tokenizer_config.json and added_tokens.json.
+    folder: None for a path to a .model, since the files beside it may not belong to it."""
     added = {}
     if fast is not None:
         added = fast.get_added_tokens_decoder()

@@ -1,4 +1,4 @@
-"""Compressed files as streams of bytes: gzip, zstd with any window, bzip2 and xz, several members too."""
+"""Reads gzip, zstd, bzip2 and xz files as streams of bytes; a zstd frame may have any window size."""
 
 import contextlib
 import importlib
@@ -15,12 +15,11 @@ from dtensor_llama.errors import UsageError
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 PYTHON_MODULES = {"bz2": ("bz2", "bzip2"), "xz": ("lzma", "xz")}  # compression: (module, program)
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-# Bytes of past text that the library allows a frame to refer to; `zstd --long=28` and above write frames that
-# need more.
+# The library lets a frame refer back to this many bytes of text; `zstd --long=28` and above need more.
 USUAL_WINDOW = 1 << 27
-NEEDS_WINDOW = "requires too much memory"  # the library's error for such a frame
+NEEDS_WINDOW = "requires too much memory"  # a part of the library's error message for such a frame
 UNPACK_ERRORS = (OSError, EOFError)
-with contextlib.suppress(ImportError):  # a Python may be built without it
+with contextlib.suppress(ImportError):  # Python can be built without it
     from lzma import LZMAError
 
     UNPACK_ERRORS += (LZMAError,)
@@ -31,9 +30,10 @@ with contextlib.suppress(ImportError):
 
 
 def open_compressed(path: Path, file, compression: str | None):
-    """Return the unpacked content of `file`, opened for bytes, as an object with read(n).
+    """Return a stream with read(n) that gives the decompressed bytes of `file`.
 
-    Raises UsageError if nothing on this machine can unpack it."""
+    path: the name of the file. file: the same file, opened for reading bytes. compression: a value of
+    COMPRESSIONS, or None. Raises UsageError if nothing on this machine can decompress it."""
     if compression is None:
         return file
     if compression in PYTHON_MODULES:
@@ -51,16 +51,16 @@ def open_compressed(path: Path, file, compression: str | None):
 
 
 def long_window_error(path: Path) -> UsageError:
-    """Return the error for a file that was compressed with `zstd --long` and cannot be unpacked here."""
+    """Return the error for a file that `zstd --long` has written and that cannot be decompressed here."""
     return UsageError(
-        f"{path}: compressed with zstd --long, so that unpacking it needs more memory than usual, for which "
-        "the package zstandard or the program zstd is needed; install one of them (pip install zstandard), "
-        f"or write the file anew: zstd -dc --long=31 {shlex.quote(path.name)} | zstd -o another.zst."
+        f"{path}: the file was compressed with zstd --long, and unpacking it takes the package zstandard or "
+        "the program zstd; install one of them (pip install zstandard), or write the file anew: "
+        f"zstd -dc --long=31 {shlex.quote(path.name)} | zstd -o another.zst."
     )
 
 
 def _zstd_window(file) -> int:
-    """Return the bytes of window that the first frame needs; 0 if it is no usual frame.
+    """Return the window size in bytes that the first frame needs, or 0 for any other kind of frame.
 
     Source: RFC 8878, section 3.1.1."""
     head = file.read(14)
@@ -87,7 +87,7 @@ def _open_long_zstd(path: Path, file):
 
 
 class _ZstdProgram(io.RawIOBase):
-    """Reads what the program zstd unpacks."""
+    """Reads the output of the program zstd, which decompresses a file."""
 
     def __init__(self, path: Path):
         command = ["zstd", "-dcq", "--long=31", "--", str(path)]

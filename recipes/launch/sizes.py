@@ -1,35 +1,37 @@
-"""The sizes that people train: model x GPU x number of GPUs -> flags of pretrain.py and sft.py. Every
-launcher in this folder asks this file.
+"""Chooses the flags of pretrain.py and sft.py for a model, a kind of GPU and a number of GPUs.
+
+Every launcher in this folder asks this file.
 
     python recipes/launch/sizes.py pretrain 70b h100-80gb 256         prints the flags, on one line
     python recipes/launch/sizes.py pretrain 70b h100-80gb 256 --why   also prints what a rank needs
 
 The numbers come from the following, for N parameters on nodes of 8 GPUs and rows of 4,096 tokens:
 - 7b and 13b use ZeRO 3 inside a node and whole copies between nodes (HSDP). ZeRO 3 sends 8N bytes per
-  microbatch (parallel/zero.py): 54 GB for 7b, which take 0.12 s over NVLink at 450 GB/s, hidden behind 0.4 s
-  of arithmetic per row on an H100; over one 400 Gbit/s link per GPU they would take 1.1 s. Between nodes only
-  gradients travel, once a step: 2 x 4N/8 bytes a rank, which are 6.7 GB. A rank keeps 16N/8 bytes: 13 GB for
-  7b, and 26 GB for 13b, which leaves too little of 40 GB, so there two nodes share them (13 GB).
-- 70b has 16N bytes of 1.1 TB, and shares them by ZeRO 3 over all GPUs, with full recomputation. Its
-  collectives go round rings that use all network cards of a node at once, and hide behind 8,192 tokens a GPU:
-  0.55 TB a microbatch take 1.6 s at 8 x 400 Gbit/s a node, beside 7 s of arithmetic on an H100. Others
+  microbatch (parallel/zero.py). For 7b these are 54 GB, which take 0.12 s over NVLink at 450 GB/s and are
+  hidden behind 0.4 s of arithmetic per row on an H100; over one 400 Gbit/s link per GPU they would take 1.1
+  s. Between nodes only gradients travel, once a step: 2 x 4N/8 bytes a rank, which are 6.7 GB. A rank keeps
+  16N/8 bytes, 13 GB for 7b and 26 GB for 13b. 26 GB would leave too little of a 40 GB GPU, so on those GPUs
+  two nodes share the states of 13b (13 GB a rank).
+- 70b has 16N bytes of states, 1.1 TB, and shares them by ZeRO 3 over all GPUs, with full recomputation. Its
+  collectives use all network cards of a node at once, in rings, and are hidden behind 8,192 tokens per GPU:
+  0.55 TB a microbatch take 1.6 s at 8 x 400 Gbit/s a node, beside 7 s of arithmetic on an H100. Others have
   measured this layout on 64 A100 at 353 to 410 tokens a second and GPU (docs/planning.md). tp 8 x pp 2 is
-  predicted to be 40 % slower on an H100, since what tp sends hides behind nothing.
-- 7b-lora, 13b-lora and 70b-lora have frozen weights of 2N bytes, and adapters of rank 16 that are 0.6 to 0.3
-  % of N, with 16 bytes each. 70b takes 17 GB a rank under ZeRO 3 on a node of 8, and 4.5 GB for gathered
-  weights. A row gathers 4N bytes, which take 0.5 s over NVLink, beside 6N FLOPs a token, which take 3.4 s at
-  half of the peak of an H100. No gradients of N travel, and tp would only add traffic.
+  predicted to be 40 % slower on an H100, since the traffic of tp cannot be hidden behind anything.
+- 7b-lora, 13b-lora and 70b-lora have frozen weights of 2N bytes. Their adapters of rank 16 have 0.6 to 0.3 %
+  of N parameters, with 16 bytes each. 70b takes 17 GB a rank under ZeRO 3 on a node of 8, and 4.5 GB for
+  gathered weights. A row gathers 4N bytes, which take 0.5 s over NVLink, beside 6N FLOPs a token, which take
+  3.4 s at half of the peak of an H100. No gradients of the N weights travel, and tp would only add traffic.
 - 7b-offload, 13b-offload and 70b-offload train all weights, and --memory.placement auto finds the best place
-  for their states. 2N bytes of weights must be on the GPUs; up to 18N may be on the host, or 14N where
-  gradients come once a step and need no sum there. 70b on a node of 8 x 40 GB uses tp 8, so that a rank has
-  17 GB of weights and gathers nothing. One microbatch of 16 rows is the step, and its block inputs wait on
-  the host, where 14N bytes are 900 of the 1,152 GiB of the node. An update moves 32N bytes in DRAM, which
-  takes 7 s at 300 GB/s, beside 65,536 tokens of 8N FLOPs, which take 29 s at half of the peak of an A100.
-  The host's memory is that of Amazon's p4d, p4de, p5 and p5en nodes; where there is less, use
+  for their states. 2N bytes of weights must be on the GPUs. Up to 18N bytes may be on the host, or 14N if
+  gradients arrive once a step and need not be summed there. 70b on a node of 8 x 40 GB uses tp 8, so that a
+  rank has 17 GB of weights and gathers nothing. A step is one microbatch of 16 rows. Its block inputs wait on
+  the host, where the 14N bytes take 900 of the 1,152 GiB of the node. An update moves 32N bytes in DRAM,
+  which takes 7 s at 300 GB/s, beside 65,536 tokens of 8N FLOPs, which take 29 s at half of the peak of an
+  A100. The host's memory is that of Amazon's p4d, p4de, p5 and p5en nodes; if yours has less, use
   --memory.host-budget-gib.
-- A microbatch is as large as fits; above 8,192 tokens a rank nothing gets faster. A step of pretraining has
-  the 4M tokens of LLaMA-2, 1,024 rows of 4,096 (arXiv:2307.09288, sec. 2.2). A step of fine-tuning has 128
-  rows, and more only where there are more ranks than that.
+- A microbatch is as large as fits, but above 8,192 tokens a rank nothing gets faster. A step of pretraining
+  has the 4M tokens of LLaMA-2, 1,024 rows of 4,096 (arXiv:2307.09288, sec. 2.2). A step of fine-tuning has
+  128 rows, and more only if there are more ranks than that.
 """
 
 import sys
@@ -54,15 +56,15 @@ LORA_RANK = 16
 
 
 class Size(NamedTuple):
-    """Holds how one model is trained on one kind of GPU."""
+    """Says how one model is trained on one kind of GPU."""
 
-    least: int  # GPUs that it fits on
+    least: int  # the fewest GPUs that it fits on
     tp: int
     pp: int
-    shard: int  # dp ranks that share by ZeRO, at most; the rest hold copies
-    micro_rows: int  # at most
+    shard: int  # at most this many dp ranks share the states by ZeRO; the others hold copies
+    micro_rows: int  # at most this many rows in a microbatch
     recompute: str
-    # a step is one microbatch of each dp rank, with its block inputs on the host
+    # True: a step is one microbatch of each dp rank, and the inputs of its blocks wait on the host.
     one_microbatch: bool = False
 
 
@@ -108,8 +110,9 @@ TABLE = {                        # least tp pp shard micro recompute
     ("70b-offload", "h200-141gb"): Size(8, 8, 1, 2, 16, "full", one_microbatch=True),
 }
 # fmt: on
-# Where the planner (parallel/planner.py) knows a layout that is predicted to be more than 10 % faster on the
-# fewest GPUs or on 512, and why it is not taken. tests/test_planner.py holds all others to be within 10 %.
+# For these the planner (parallel/planner.py) predicts another layout to be more than 10 % faster, on the
+# fewest GPUs or on 512. The text says why we do not use it. tests/test_planner.py checks that all other rows
+# are within 10 % of the planner's best.
 ONE_ROW = "one line of the table serves 8 to 512 GPUs, and what fits 8 recomputes more than 512 would have to"
 SLACK = (
     "full recomputation leaves half of the GPU free, for longer rows and for networks that are slower than "
@@ -132,7 +135,7 @@ class SizesConfig:
     """Print the flags of a recipe for a model on a number of GPUs."""
 
     recipe: Positional[Literal["pretrain", "sft"]]
-    # 7b, 13b or 70b; for sft also 7b-lora, 7b-offload and so on; own: no flags, so that all of them are yours
+    # 7b, 13b or 70b; for sft also 7b-lora, 7b-offload and so on; with `own` no flags are printed
     size: Positional[str]
     gpu: Positional[str]  # a100-40gb, a100-80gb, h100-80gb or h200-141gb
     gpus: Positional[int]  # on all nodes together
@@ -140,8 +143,10 @@ class SizesConfig:
 
 
 def flags(recipe: str, size: str, gpu: str, gpus: int) -> dict[str, object]:
-    """Return {flag: value}, with None for a flag without a value. UsageError says what fits if this does
-    not."""
+    """Return {flag: value}; the value is None for a flag that takes none.
+
+    recipe: "pretrain" or "sft". size and gpu: a key of TABLE. gpus: their number on all nodes together.
+    Raises UsageError, which says what would fit, if the model does not fit or cannot be divided evenly."""
     model, _, kind = size.partition("-")
     if kind and recipe != "sft":
         raise UsageError(
@@ -158,7 +163,7 @@ def flags(recipe: str, size: str, gpu: str, gpus: int) -> dict[str, object]:
         raise UsageError(f"{gpus} GPUs cannot share {rows} rows a step evenly; use a power of 2 of them.")
     lr = LR[model]
     if recipe == "sft":
-        lr = 2e-4 if kind == "lora" else 2e-5  # 2e-5 is that of LLaMA-2-Chat (sec. 3.1)
+        lr = 2e-4 if kind == "lora" else 2e-5  # LLaMA-2-Chat was trained with 2e-5 (sec. 3.1)
     return {
         "--data.seq-len": T,
         "--train.global-batch-size": rows,
@@ -176,10 +181,11 @@ def flags(recipe: str, size: str, gpu: str, gpus: int) -> dict[str, object]:
 
 
 def flags_of_kind(kind: str, chosen: Size, gpu: str) -> dict[str, object]:
-    """Return the flags that only this kind of training has: all weights, adapters, or all weights with
-    offload."""
+    """Return the flags that only this kind of training needs.
+
+    kind: "" for all weights, "lora" for adapters, "offload" for all weights with their states on the host"""
     if kind == "":
-        return {"--train.compile": None}  # it has not been tried with adapters, nor with a chunk manager
+        return {"--train.compile": None}  # not yet tried with adapters or with a chunk manager
     if kind == "lora":
         return {"--lora.rank": LORA_RANK}
     budgets = {
@@ -191,7 +197,9 @@ def flags_of_kind(kind: str, chosen: Size, gpu: str) -> dict[str, object]:
 
 
 def find(size: str, gpu: str, gpus: int) -> Size:
-    """Return the row of the table. UsageError if there is none, or if it needs other numbers of GPUs."""
+    """Return the row of the table for a size and a kind of GPU.
+
+    Raises UsageError, which says what would fit, if there is none or if it needs another number of GPUs."""
     if gpu not in GPUS:
         raise UsageError(f"{gpu} is not a GPU in the table; it has {', '.join(GPUS)}.")
     if (size, gpu) not in TABLE:
@@ -241,11 +249,11 @@ def main(cfg: SizesConfig) -> None:
         )
 
 
-# ---- What a size costs, which only --why and the tests compute ---------------------------------------------
+# ---- The cost of a size, which only --why and the tests compute --------------------------------------------
 
 
 def account_of(size: str, gpu: str, gpus: int, chosen: dict) -> "Account":
-    """Return bytes, traffic and time of these flags, as parallel/cost.py accounts for them."""
+    """Return the bytes, traffic and time of a rank under the flags `chosen`, from parallel/cost.py."""
     from memory.auto import foresee
     from parallel import ParallelConfig
     from parallel.cost import States, Work, account_for, account_with_offload

@@ -5,13 +5,15 @@ Each later lesson is about one axis of such a grid.
     torchrun --nproc-per-node 4 recipes/lessons/01_mesh.py          (four processes: a grid of 2 x 2)
 
 rank        a process with a number; all ranks run this same file, each with its own memory
-mesh        the ranks as a grid with named axes; over an axis, a rank talks to its own line of the grid
-placement   how a tensor lies over one axis:   Shard(d): each rank has a slice of dim d
-                                               Replicate(): each rank has the whole tensor
-                                               Partial(): each rank has a partial sum of the tensor
-DTensor     a tensor that knows its whole shape and has a placement for each mesh axis; a rank stores its
-            local part only
-collective  a message that all ranks of an axis exchange. To change a placement costs one, or nothing:
+mesh        the ranks, arranged in a grid with named axes; over an axis, a rank talks to its own line of the
+grid placement   says how a tensor is laid out over one axis:
+                Shard(d): each rank has a slice of dim d
+                Replicate(): each rank has the whole tensor
+                Partial(): each rank has a partial sum of the tensor
+DTensor     a tensor that knows its whole shape and has a placement for each mesh axis; a rank stores only its
+            local part
+collective  an operation in which all ranks of an axis exchange messages. Most changes of a placement cost
+one:
 
     mesh         tp 0   tp 1      Shard -> Replicate   all-gather       each rank gets every slice
           dp 0  rank 0 rank 1     Partial -> Replicate all-reduce       each rank gets the total
@@ -43,7 +45,7 @@ def lay_out_one_tensor(mesh: DeviceMesh, whole: torch.Tensor) -> None:
         distributed = distribute_tensor(whole, mesh, placements)
         print_once(f"\n0 .. 15 as (4, 4), {name}: {distributed.placements}")
         print_each(str(distributed.to_local().int().tolist()))
-        # full_tensor() all-gathers over both axes, and nothing was lost.
+        # full_tensor() all-gathers over both axes; it returns exactly what was distributed.
         assert_close(distributed.full_tensor(), whole, rtol=0, atol=0)
 
 
@@ -51,7 +53,7 @@ def change_placements(tp_mesh: DeviceMesh, whole: torch.Tensor) -> None:
     """Change the placement of one tensor over tp in four ways, and print what each change sends."""
     print_once("\nFrom one placement to another over tp, and what that sends:")
     slices = whole.chunk(2)[tp_mesh.get_local_rank()]  # (2, 4): rows 0 .. 1 or 2 .. 3
-    # Two halves add up to the whole without rounding, so they serve as partial sums.
+    # Two halves add up to the whole without rounding error, so they can serve as partial sums.
     local = {Shard(0): slices, Replicate(): whole, Partial(): whole / 2}
     changes = [
         (Shard(0), Replicate()),
@@ -65,10 +67,10 @@ def change_placements(tp_mesh: DeviceMesh, whole: torch.Tensor) -> None:
             y = x.redistribute(placements=[after])
         shapes = f"{before} {tuple(x.to_local().shape)} -> {after} {tuple(y.to_local().shape)}"
         print_once(f"  {shapes}:  {collectives(trace)}")
-        # The numbers are the same in another place, bit for bit.
+        # The numbers are the same, bit for bit, only in another place.
         assert_close(y.to_local(), local[after], rtol=0, atol=0)
-    # Shard(0) -> Shard(1) is an all-to-all. On gloo, DTensor would all-gather instead and drop the rest;
-    # lesson 6 sends the all-to-all by hand.
+    # Shard(0) -> Shard(1) is an all-to-all. With gloo, DTensor would do an all-gather instead and drop what
+    # it does not need; lesson 6 does the all-to-all by hand.
 
 
 def multiply_on_the_mesh(mesh: DeviceMesh) -> None:
@@ -80,9 +82,8 @@ def multiply_on_the_mesh(mesh: DeviceMesh) -> None:
     plain_y = x @ plain_weight
     plain_y.backward(grad_y)
 
-    dtensor_weight = distribute_tensor(
-        weight, mesh, [Replicate(), Shard(1)]
-    ).requires_grad_()  # here (4, 6/tp)
+    # Each rank stores (4, 6/tp) of the weight.
+    dtensor_weight = distribute_tensor(weight, mesh, [Replicate(), Shard(1)]).requires_grad_()
     with CommDebugMode() as trace:
         dtensor_x = distribute_tensor(x, mesh, [Shard(0), Replicate()], src_data_rank=None)
         y = dtensor_x @ dtensor_weight  # (8/dp, 6/tp)
@@ -95,7 +96,7 @@ def multiply_on_the_mesh(mesh: DeviceMesh) -> None:
         f"partial sum; backward sent {collectives(trace)}."
     )
     assert_close(y.full_tensor(), plain_y)
-    # Default fp32 tolerance: dp adds the same numbers in another order.
+    # The tolerance is assert_close's default for fp32: dp adds the same numbers in another order.
     assert_close(dtensor_weight.grad.full_tensor(), plain_weight.grad)
 
 

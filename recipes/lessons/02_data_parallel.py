@@ -1,13 +1,14 @@
-"""Lesson 2: in data parallelism every rank has the whole model and reads other sequences.
+"""Lesson 2: in data parallelism every rank has the whole model, and each rank reads different sequences.
 
 This is the first axis, dp. Gradients are summed over it.
 
     torchrun --nproc-per-node 2 recipes/lessons/02_data_parallel.py
 
 replica       a rank's copy of the model; replicas start equal and get equal gradients, so they stay equal
-all-reduce    every rank gives a partial sum, every rank gets the total
-bucket        many gradients laid end to end, so that one message carries all; each message has a fixed cost
-target        a label that counts; padding has label -100 and does not. Ranks have different numbers of them!
+all-reduce    every rank contributes a partial sum, and every rank gets the total
+bucket        many gradients laid end to end and sent as one message, because each message has a fixed cost
+target        a label that counts in the loss. Padding has label -100 and does not count, so ranks have
+              different numbers of targets.
 
     sequences 0 1 2 3     rank 0: sequences 0 1 -> model -> loss, partial gradient --+  all-reduce +--> step
                           rank 1: sequences 2 3 -> model -> loss, partial gradient --+   (sum)     +--> step
@@ -28,7 +29,7 @@ STEPS = 3
 
 
 def make_model() -> nn.Module:
-    """Return a model whose initial weights are the same on every rank: they depend on the seed alone."""
+    """Return a model whose initial weights depend on the seed alone, so that they are equal on every rank."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Embedding(V, D), nn.Linear(D, 4 * D), nn.SiLU(), nn.Linear(4 * D, V))
 
@@ -37,11 +38,12 @@ def make_batch(step: int) -> tuple[Tensor, Tensor]:
     """Return tokens and labels (B, T); later sequences are shorter, so the last rank has few targets."""
     tokens, labels = torch.randint(V, (2, B, T), generator=torch.Generator().manual_seed(step))
     for i in range(B):
-        labels[i, T - 2 * i :] = -100  # 8, 6, 4 and 2 targets are left
+        labels[i, T - 2 * i :] = -100  # the sequences keep 8, 6, 4 and 2 targets
     return tokens, labels
 
 
 def nll_sum(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
+    """Return the sum of the losses over all targets; tokens and labels are (b, T)."""
     logits = model(tokens)  # (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
 
@@ -53,7 +55,7 @@ def sgd_step(model: nn.Module) -> None:
 
 
 def train_alone() -> tuple[nn.Module, list[float]]:
-    """Train one process on all sequences: the result that data parallelism must reproduce."""
+    """Train in one process on all sequences. Data parallelism must reproduce the result."""
     model, losses = make_model(), []
     for step in range(STEPS):
         tokens, labels = make_batch(step)
@@ -68,7 +70,7 @@ def train_alone() -> tuple[nn.Module, list[float]]:
 def sum_gradients(model: nn.Module) -> Tensor:
     """All-reduce the gradients of all parameters in one bucket, and return the bucket."""
     parameters = list(model.parameters())
-    bucket = torch.cat([p.grad.flatten() for p in parameters])  # (N,): all gradients, one message
+    bucket = torch.cat([p.grad.flatten() for p in parameters])  # (N,): all gradients in one message
     dist.all_reduce(bucket)
     summed = bucket.split([p.numel() for p in parameters])
     for parameter, grad in zip(parameters, summed, strict=True):
@@ -77,7 +79,7 @@ def sum_gradients(model: nn.Module) -> Tensor:
 
 
 def train_together() -> tuple[nn.Module, list[float]]:
-    """Train the same model on all ranks; only the three all-reduces are new."""
+    """Train the same model on all ranks. Only the three all-reduces are new."""
     rank, dp = dist.get_rank(), dist.get_world_size()
     model, losses = make_model(), []
     for step in range(STEPS):
@@ -126,7 +128,7 @@ def lesson() -> None:
         assert_close(ours, plain, rtol=1e-5, atol=1e-6)
         from_rank_0 = ours.detach().clone()
         dist.broadcast(from_rank_0, src=0)
-        assert torch.equal(ours, from_rank_0), "replicas drifted apart"  # equal bit for bit: all got one sum
+        assert torch.equal(ours, from_rank_0), "replicas drifted apart"  # all ranks got the same sum
     print_once(
         f"\nproven: {STEPS} steps on 2 ranks give the losses, gradients and weights of one process, "
         "and equal replicas"

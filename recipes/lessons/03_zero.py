@@ -2,17 +2,19 @@
 
     torchrun --nproc-per-node 2 recipes/lessons/03_zero.py
 
-masters, moments  fp32 weights and Adam's two fp32 averages: 4 + 8 bytes per parameter, needed once a step
-copy              the bf16 weights that compute, 2 bytes; gradients are summed in fp32, 4 bytes
-shard             the rows of a weight that one rank owns and updates: 1/S of them, with S ranks
+masters, moments  the fp32 weights and Adam's two fp32 averages: 4 + 8 bytes per parameter, used once a step
+copy              the bf16 weights that the layers compute with, 2 bytes; gradients are summed in fp32, 4
+bytes shard             the rows of a weight that one rank owns and updates: 1/S of all rows, with S ranks
 
-         masters moments gradients copy   S = 2; what rank 0 keeps of a weight: # owned or whole, . elsewhere
-stage 0    ####    ####    ####    ####   as in lesson 2: all-reduce of gradients
+The drawing shows what rank 0 of S = 2 keeps of one weight. # is a part that it keeps, . one that it does not.
+
+         masters moments gradients copy
+stage 0    ####    ####    ####    ####   as in lesson 2: gradients are all-reduced
       1    ##..    ##..    ####    ####   a rank updates its shard, then all ranks gather the copies
       2    ##..    ##..    ##..    ####   gradients are reduce-scattered layer by layer, in every microbatch
-      3    ##..    ##..    ##..    ##..   a layer's copy is gathered before it computes, and freed after
+      3    ##..    ##..    ##..    ##..   a layer's copy is gathered before it computes, and freed afterwards
 
-The lesson uses no autograd, so that every byte in memory has a name in this file.
+The lesson does not use autograd, so that every byte in memory has a name in this file.
 Source: Rajbhandari et al. 2020, arXiv:1910.02054.
 """
 
@@ -25,17 +27,18 @@ from torch import Tensor
 from torch.testing import assert_close
 
 N_LAYERS, D, B, M = 8, 256, 4, 2  # layers of D x D, samples per rank and microbatch, microbatches a step
-sent: list[int] = []  # bytes of each message, counted as the whole tensor that it moves
+sent: list[int] = []  # the bytes of each message: the size of the whole tensor that it moves
 
 
 def bytes_in_memory() -> int:
+    """Return the bytes of all tensors that Python knows."""
     storages = [t.untyped_storage() for t in gc.get_objects() if type(t) is Tensor]
     by_address = {storage.data_ptr(): storage.nbytes() for storage in storages}  # views share one storage
     return sum(by_address.values())
 
 
 def free(tensor: Tensor) -> None:
-    """Free the memory at once, as FSDP does, although gloo's thread may hold the tensor a moment longer."""
+    """Free the memory at once, as FSDP does, even if gloo's thread still holds the tensor for a moment."""
     tensor.untyped_storage().resize_(0)
 
 
@@ -56,9 +59,10 @@ def reduce_scatter(partial: Tensor, S: int) -> Tensor:
 
 
 def step(stage: int, batches: list[Tensor], S: int, rank: int) -> tuple[list[Tensor], list[Tensor], int]:
-    """Do one Adam step of y = relu(relu(x W0^T) W1^T) ... with loss = sum(y^2) / 2, x (B, D) a microbatch.
+    """Do one Adam step of y = relu(relu(x W0^T) W1^T) ..., with loss = sum(y^2) / 2.
 
-    Returns this rank's gradients and masters, and the largest number of bytes in memory. S = 1: one process.
+    batches: the microbatches x, each (B, D). S: the number of ranks; 1 for one process without communication.
+    Returns this rank's gradients and masters, and the largest number of bytes that were in memory.
     """
     torch.manual_seed(0)
     own = slice(rank * D // S, (rank + 1) * D // S) if stage >= 1 else slice(None)  # rows of each weight
@@ -71,13 +75,13 @@ def step(stage: int, batches: list[Tensor], S: int, rank: int) -> tuple[list[Ten
         copy = masters[layer].bfloat16()
         return all_gather(copy) if stage >= 1 else copy  # (D, D)
 
-    copies = [make_copy(layer) for layer in range(N_LAYERS)] if stage < 3 else None  # kept for the whole step
+    copies = [make_copy(layer) for layer in range(N_LAYERS)] if stage < 3 else None  # for the whole step
 
     def multiply(x: Tensor, layer: int, transposed: bool) -> Tensor:
         nonlocal peak
         copy = copies[layer] if copies else make_copy(layer)  # stage 3: gathered in forward and in backward
         y = x @ (copy.T if transposed else copy)
-        peak = max(peak, bytes_in_memory())  # most is in memory while a copy is
+        peak = max(peak, bytes_in_memory())  # memory is fullest while a layer's copy is there
         if stage == 3:
             free(copy)
         return y
@@ -89,7 +93,7 @@ def step(stage: int, batches: list[Tensor], S: int, rank: int) -> tuple[list[Ten
         grad = activations[-1]  # d loss / d y
         for layer in reversed(range(N_LAYERS)):  # ---- backward ----
             grad = grad * (activations[layer + 1] > 0)  # through relu
-            grad_w = (grad.T @ activations[layer]).float()  # (D, D) Partial(dp): of this rank's samples only
+            grad_w = (grad.T @ activations[layer]).float()  # (D, D) Partial(dp): from this rank's samples
             grad = multiply(grad, layer, transposed=False)
             if stage >= 2:
                 grad_w = reduce_scatter(grad_w, S)  # (D/S, D), in every microbatch
@@ -110,12 +114,11 @@ def step(stage: int, batches: list[Tensor], S: int, rank: int) -> tuple[list[Ten
 @torch.no_grad()
 def lesson() -> None:
     S, rank, L = dist.get_world_size(), dist.get_rank(), N_LAYERS
-    gc.freeze()  # bytes_in_memory need not look at torch's own objects again
+    gc.freeze()  # so that bytes_in_memory does not look at torch's own objects each time
     batch = torch.randn(M, S, B, D, generator=torch.Generator().manual_seed(1)).bfloat16()
-    plain_grads, plain_masters, _ = step(
-        0, list(batch.flatten(0, 1)), S=1, rank=0
-    )  # one process, all samples
-    formulas = [  # 4/L is the whole gradient of the layer at work; 2/L is the copy of the layer at work
+    # One process, with the samples of all ranks.
+    plain_grads, plain_masters, _ = step(0, list(batch.flatten(0, 1)), S=1, rank=0)
+    formulas = [  # 4/L is the whole gradient of the layer that computes, 2/L is its copy
         ("4 + 8 + 4 + 2 + 4/L", 18 + 4 / L, 8),
         ("12/S + 4 + 2 + 4/L", 12 / S + 6 + 4 / L, 2 + 4),
         ("(12 + 4)/S + 2 + 4/L", 16 / S + 2 + 4 / L, 2 + 4 * M),
@@ -139,9 +142,8 @@ def lesson() -> None:
         assert measured_sent == moved
         own = slice(rank * D // S, (rank + 1) * D // S) if stage >= 1 else slice(None)
         for ours, plain in zip(grads + masters, plain_grads + plain_masters, strict=True):
-            assert_close(
-                ours, plain[own], rtol=1e-5, atol=1e-5
-            )  # fp32 sums of bf16 products, in another order
+            # The tolerance is for fp32 sums of bf16 products in another order.
+            assert_close(ours, plain[own], rtol=1e-5, atol=1e-5)
         del grads, masters, ours
     print_once(
         "\nproven: all four stages make the gradients and weights of one process, "

@@ -1,15 +1,15 @@
-"""Lesson 4: with tensor parallelism each matrix is cut, and every rank computes with its slice on all tokens.
+"""Lesson 4: with tensor parallelism each matrix is cut, and a rank applies its slice to all tokens.
 
 This is a new axis, tp.
 
     torchrun --nproc-per-node 2 recipes/lessons/04_tensor_parallel.py
 
 column-wise  the outputs of a layer are split: the whole x goes in, a slice of y comes out, nothing is sent
-row-wise     the inputs of a layer are split: a slice of x goes in, a partial sum of y comes out
-enter        the point where the whole x meets split weights: forward sends nothing; in backward each rank has
-             a partial sum of d x, so there is an all-reduce
-leave        the point where partial sums become y: forward is an all-reduce; backward sends nothing, as
-             d y is whole on every rank
+row-wise     the inputs of a layer are split: a slice of x goes in, and a partial sum of y comes out
+enter        the point where the whole x meets split weights. Forward sends nothing; in backward each rank has
+             a partial sum of the gradient of x, d x, so there is an all-reduce.
+leave        the point where partial sums become y. Forward is an all-reduce; backward sends nothing, because
+             d y is whole on every rank.
 
                   up, column-wise            down, row-wise
               +-> (F/2, D) -> silu, F/2 --> (D, F/2) -> partial y --+
@@ -17,9 +17,8 @@ leave        the point where partial sums become y: forward is an all-reduce; ba
       (B, T, D)-> (F/2, D) -> silu, F/2 --> (D, F/2) -> partial y --+                  (B, T, D)
           enter
 
-Two layers need one sum. silu works on each number alone, so it works on a slice too: that is why one sum, at
-the end, is enough. Attention looks the same: q, k and v are column-wise (a rank gets whole heads), o is
-row-wise.
+Two layers need only one sum, at the end, because silu treats each number alone, and so can be applied to a
+slice. Attention has the same form: q, k and v are column-wise (a rank gets whole heads), and o is row-wise.
 Source: Shoeybi et al. 2019, arXiv:1909.08053.
 """
 
@@ -56,7 +55,7 @@ class Enter(torch.autograd.Function):
 
 
 class Leave(torch.autograd.Function):
-    """Add up the ranks' partial sums; in backward, pass the gradient on to each of them."""
+    """Add up the ranks' partial sums; in backward, pass the gradient on to each rank unchanged."""
 
     @staticmethod
     def forward(ctx, partial: Tensor) -> Tensor:
@@ -68,12 +67,12 @@ class Leave(torch.autograd.Function):
 
 
 def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """Compute on one process: x (B, T, D), up (F, D), down (D, F) -> (B, T, D)."""
+    """Compute the MLP in one process: x (B, T, D), up (F, D), down (D, F) -> (B, T, D)."""
     return F.silu(x @ up.T) @ down.T
 
 
 def mlp_on_slices(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """Compute on each rank: x (B, T, D), up (F/tp, D), down (D, F/tp) -> (B, T, D)."""
+    """Compute the MLP on each rank's slices: x (B, T, D), up (F/tp, D), down (D, F/tp) -> (B, T, D)."""
     h = F.silu(Enter.apply(x) @ up.T)  # (B, T, F/tp)
     return Leave.apply(h @ down.T)  # (B, T, D) Partial(tp) -> (B, T, D)
 
@@ -96,7 +95,7 @@ def check_by_hand(plain: list[Tensor], plain_y: Tensor, grad_y: Tensor) -> None:
     y = mlp_on_slices(x, up, down)
     print_once("  backward")
     y.backward(grad_y)
-    # fp32 tolerance of assert_close: one sum over F is now two sums over F/2, added.
+    # The tolerance is assert_close's default for fp32: one sum over F has become two sums over F/2, added.
     assert_close(y, plain_y)
     assert_close(x.grad, plain[0].grad)
     assert_close(up.grad, plain[1].grad.chunk(tp, dim=0)[tp_rank])
@@ -104,7 +103,7 @@ def check_by_hand(plain: list[Tensor], plain_y: Tensor, grad_y: Tensor) -> None:
 
 
 def check_dtensors(plain: list[Tensor], plain_y: Tensor, grad_y: Tensor) -> None:
-    """Give DTensors to the code of one process: it does the same, and stops at a partial sum."""
+    """Pass DTensors to the code for one process, which then does the same, but stops at a partial sum."""
     print_once("\nAs DTensors, through the function of one process:")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     placements = (Replicate(), Shard(0), Shard(1))
@@ -136,7 +135,7 @@ def lesson() -> None:
     torch.manual_seed(0)
     whole = torch.randn(B, T, D), torch.randn(WIDTH, D) * D**-0.5, torch.randn(D, WIDTH) * WIDTH**-0.5
     plain = [t.requires_grad_() for t in whole]  # x, up, down
-    grad_y = torch.randn(B, T, D)  # what the rest of the model would send back; whole on every rank
+    grad_y = torch.randn(B, T, D)  # the gradient from the rest of the model, whole on every rank
     plain_y = mlp(*plain)
     plain_y.backward(grad_y)
     check_by_hand(plain, plain_y, grad_y)

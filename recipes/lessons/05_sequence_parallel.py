@@ -4,7 +4,7 @@ The axis is still tp.
 
     torchrun --nproc-per-node 2 recipes/lessons/05_sequence_parallel.py
 
-stream   the residual stream (B, T, D) from block to block: norms read it, blocks add to it
+stream   the residual stream (B, T, D) from block to block; norms read it, and blocks add to it
 gather   an all-gather of tokens before the split matrices; its backward is a reduce-scatter
 scatter  a reduce-scatter of tokens after them, where lesson 4 has an all-reduce; its backward is a gather
 
@@ -14,9 +14,9 @@ scatter  a reduce-scatter of tokens after them, where lesson 4 has an all-reduce
         x (B, T/2, D) - norm - gather [ up -> down ]-- reduce-scatter -- + x
                             (B, T, D)             (B, T, D) Partial(tp) -> (B, T/2, D)
 
-An all-reduce is a reduce-scatter followed by an all-gather, so the bytes on the wire stay the same, and less
-is kept for backward. The price: a norm's weight sees only its rank's tokens, so its gradient is a partial
-sum, and you have to add it up over tp. To forget that is the classic bug here.
+An all-reduce is a reduce-scatter followed by an all-gather, so the same number of bytes is sent, and fewer
+are kept for backward. The price is that a norm's weight sees only its rank's tokens, so its gradient is a
+partial sum, and you have to sum it over tp. Forgetting that is the classic bug here.
 Source: Korthikanti et al. 2022, arXiv:2205.05198, sec. 4.2.2.
 """
 
@@ -31,13 +31,13 @@ from torch import Tensor
 from torch.testing import assert_close
 
 B, T, D, WIDTH, N_BLOCKS = 2, 64, 128, 512, 3
-sent_bytes = Counter()  # what this rank sent, by collective
+sent_bytes = Counter()  # the bytes that this rank sent, by collective
 
 
 def all_gather(x: Tensor) -> Tensor:
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x)
-    sent_bytes["all-gather"] += x.nbytes * (len(parts) - 1)  # its own part, to every other rank
+    sent_bytes["all-gather"] += x.nbytes * (len(parts) - 1)  # its own part goes to every other rank
     return torch.cat(parts, dim=1)  # (B, T/tp, D) -> (B, T, D)
 
 
@@ -45,7 +45,7 @@ def reduce_scatter(x: Tensor) -> Tensor:
     parts = [part.contiguous() for part in x.chunk(dist.get_world_size(), dim=1)]
     own = torch.empty_like(parts[0])
     dist.reduce_scatter(own, parts)
-    sent_bytes["reduce-scatter"] += own.nbytes * (len(parts) - 1)  # to every other rank, its part
+    sent_bytes["reduce-scatter"] += own.nbytes * (len(parts) - 1)  # each other rank gets its part
     return own  # (B, T, D) Partial(tp) -> (B, T/tp, D)
 
 
@@ -61,13 +61,15 @@ def unchanged(x: Tensor) -> Tensor:
 
 
 class Door(NamedTuple):
-    """Names the function that x passes in forward, and the one that its gradient passes in backward."""
+    """Pairs the function for x in forward with the function for its gradient in backward."""
 
     forward: object
     backward: object
 
 
 class PassDoor(torch.autograd.Function):
+    """Applies one function of a door in forward, and the other one in backward."""
+
     @staticmethod
     def forward(ctx, x: Tensor, door: Door) -> Tensor:
         ctx.door = door
@@ -78,14 +80,14 @@ class PassDoor(torch.autograd.Function):
         return ctx.door.backward(grad), None
 
 
-# (enter, leave): the two doors around the split matrices. The second door mirrors the first.
+# (enter, leave): the doors before and after the split matrices. The second mirrors the first.
 ONE_PROCESS = Door(unchanged, unchanged), Door(unchanged, unchanged)
 LESSON_4 = Door(unchanged, all_reduce), Door(all_reduce, unchanged)
 SEQUENCE = Door(all_gather, reduce_scatter), Door(reduce_scatter, all_gather)
 
 
 def blocks(x: Tensor, weights: list[list[Tensor]], enter: Door, leave: Door) -> Tensor:
-    """Run the blocks: the code of one process, but for the two doors."""
+    """Run the blocks. Except for the two doors this is the code for one process."""
     for norm, up, down in weights:  # (D,), (F/tp, D), (D, F/tp)
         h = PassDoor.apply(F.rms_norm(x, (D,), norm), enter)  # (B, T, D)
         h = F.silu(h @ up.T) @ down.T  # (B, T, D) Partial(tp)
@@ -94,6 +96,8 @@ def blocks(x: Tensor, weights: list[list[Tensor]], enter: Door, leave: Door) -> 
 
 
 class Result(NamedTuple):
+    """Holds what a run gives, and how much it kept for backward."""
+
     y: Tensor
     grad_x: Tensor
     grads: list[list[Tensor]]  # of norm, up and down of each block
@@ -101,6 +105,7 @@ class Result(NamedTuple):
 
 
 def run(x: Tensor, weights: list[list[Tensor]], grad_y: Tensor, doors: tuple[Door, Door]) -> Result:
+    """Run forward and backward. x and grad_y are (B, T, D), or (B, T/tp, D) with the doors SEQUENCE."""
     x = x.clone().requires_grad_()
     weights = [[w.clone().requires_grad_() for w in block] for block in weights]
     kept = {}  # address of a storage -> its bytes
@@ -114,7 +119,7 @@ def run(x: Tensor, weights: list[list[Tensor]], grad_y: Tensor, doors: tuple[Doo
     y.backward(grad_y)
     for block in weights:
         for weight in block:
-            kept.pop(weight.untyped_storage().data_ptr(), None)  # weights are no activations
+            kept.pop(weight.untyped_storage().data_ptr(), None)  # weights are not activations
     return Result(y.detach(), x.grad, [[w.grad for w in block] for block in weights], sum(kept.values()))
 
 
@@ -147,15 +152,13 @@ def lesson() -> None:
         assert_close(ours.y, part(plain.y), rtol=1e-5, atol=1e-5)  # fp32: sums in another order
         assert_close(ours.grad_x, part(plain.grad_x), rtol=1e-5, atol=1e-4)
         for (norm, up, down), (plain_norm, plain_up, plain_down) in zip(ours.grads, plain.grads, strict=True):
-            summed = (
-                all_reduce(norm) if doors is SEQUENCE else norm
-            )  # (D,) Partial(tp) -> (D,): do not forget it
-            assert_close(
-                summed, plain_norm, rtol=1e-5, atol=1e-4
-            )  # 1e-4: each is a sum over B T = 128 tokens
+            # (D,) Partial(tp) -> (D,): this is the sum that must not be forgotten.
+            summed = all_reduce(norm) if doors is SEQUENCE else norm
+            # Each gradient is a sum over B T = 128 tokens, hence 1e-4.
+            assert_close(summed, plain_norm, rtol=1e-5, atol=1e-4)
             assert_close(up, plain_up.chunk(tp)[tp_rank], rtol=1e-5, atol=1e-4)
             assert_close(down, plain_down.chunk(tp, dim=1)[tp_rank], rtol=1e-5, atol=1e-4)
-    error = (norm - plain_norm).abs().max() / plain_norm.abs().max()  # of the last block
+    error = (norm - plain_norm).abs().max() / plain_norm.abs().max()  # for the last block
     print_once(
         f"a norm's gradient before its all-reduce over tp is wrong by {error:.0%}: the sum not to forget"
     )

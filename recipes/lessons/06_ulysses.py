@@ -4,8 +4,8 @@ This is a new axis, cp.
 
     torchrun --nproc-per-node 2 recipes/lessons/06_ulysses.py
 
-shard       the T/cp tokens of a sequence that a rank holds. All but attention works token by token
-all-to-all  each rank cuts its tensor in cp parts and sends part r to rank r, so it gets a part from each rank
+shard       the T/cp tokens of a sequence that a rank holds. Everything but attention works token by token.
+all-to-all  each rank cuts its tensor into cp parts and sends part r to rank r, so it gets one part from each
 
          before: all heads of some tokens       all-to-all        after: some heads of all tokens
                  t0 t1 t2 t3 | t4 t5 t6 t7                               t0 t1 t2 t3 t4 t5 t6 t7
@@ -14,10 +14,10 @@ all-to-all  each rank cuts its tensor in cp parts and sends part r to rank r, so
               2    rank 0    |   rank 1                                2         rank 1
               3    rank 0    |   rank 1                                3         rank 1
 
-Attention needs all tokens and treats each head alone, so after the exchange any kernel runs as on one
-process; then a second exchange restores the shards. The gradient of an all-to-all is the all-to-all in the
-other direction. Unlike in lesson 4 the weights are whole on every rank, and the ranks saw other tokens:
-gradients are summed over cp as over dp. Source: Jacobs et al. 2023, arXiv:2309.14509.
+Attention needs all tokens and treats each head alone, so after the exchange any kernel runs as in one
+process. Then a second exchange restores the shards. The gradient of an all-to-all is the all-to-all in the
+other direction. Unlike in lesson 4 every rank has the whole weights, and each rank has seen different tokens,
+so gradients are summed over cp as over dp. Source: Jacobs et al. 2023, arXiv:2309.14509.
 """
 
 import torch
@@ -37,10 +37,12 @@ def all_to_all(x: Tensor, split: int, join: int) -> Tensor:
     parts = torch.stack(x.chunk(dist.get_world_size(), dim=split))  # part r is for rank r
     received = torch.empty_like(parts)  # part r is from rank r
     dist.all_to_all_single(received, parts)
-    return torch.cat(received.unbind(), dim=join)  # in the order of ranks: tokens and heads stay in order
+    return torch.cat(received.unbind(), dim=join)  # ranks in order, so that tokens and heads stay in order
 
 
 class AllToAll(torch.autograd.Function):
+    """Exchanges tokens for heads or back; in backward the gradient takes the opposite way."""
+
     @staticmethod
     def forward(ctx, x: Tensor, split: int, join: int) -> Tensor:
         ctx.split, ctx.join = split, join
@@ -56,28 +58,28 @@ class AllToAll(torch.autograd.Function):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute causal attention as any library has it: (B, T, heads, E) of all tokens -> the same shape."""
+    """Compute ordinary causal attention over all tokens: (B, T, heads, E) -> the same shape."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, E)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 def ulysses(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute the same for a shard of the tokens: (B, T/cp, H, E) -> (B, T/cp, H, E)."""
+    """Compute the same attention from a shard of the tokens: (B, T/cp, H, E) -> (B, T/cp, H, E)."""
     q, k, v = (AllToAll.apply(x, HEADS, TOKENS) for x in (q, k, v))  # (B, T, H/cp, E)
     return AllToAll.apply(attention(q, k, v), TOKENS, HEADS)  # (B, T/cp, H, E)
 
 
 def layer(x: Tensor, qkv: Tensor, o: Tensor, attend) -> Tensor:
-    """Project, attend and project back, (B, t, D) -> (B, t, D); only `attend` knows whether t is T or T/cp.
+    """Project, attend and project back: (B, t, D) -> (B, t, D). Only `attend` knows if t is T or T/cp.
 
-    RoPE, which turns q and k by their position, would need the true positions of the shard's tokens.
+    RoPE, which rotates q and k by their positions, would need the true positions of the shard's tokens.
     """
     q, k, v = (x @ qkv.T).unflatten(-1, (3, H, E)).unbind(2)  # (B, t, H, E) each
     return attend(q, k, v).flatten(2) @ o.T
 
 
 def show_who_holds_what() -> None:
-    """Print the grid of token.head before and after the exchange: it is a transpose."""
+    """Print the grid of token.head before and after the exchange, which transposes it."""
     print_once(
         "Who holds what, as token.head, for the first and the last two tokens, before and after the exchange:"
     )
@@ -105,10 +107,10 @@ def lesson() -> None:
     ours = [t.clone().requires_grad_() for t in (x.chunk(cp, dim=1)[cp_rank], *weights)]
     y = layer(*ours, attend=ulysses)  # (B, T/cp, D)
     y.backward(grad_y.chunk(cp, dim=1)[cp_rank])
-    assert_close(y, plain_y.chunk(cp, dim=1)[cp_rank])  # default fp32 tolerance: kernels sum in blocks
+    assert_close(y, plain_y.chunk(cp, dim=1)[cp_rank])  # fp32: kernels sum in blocks
     assert_close(ours[0].grad, plain[0].grad.chunk(cp, dim=1)[cp_rank])
     for name, weight, plain_weight in zip(("qkv", "o"), ours[1:], plain[1:], strict=True):
-        dist.all_reduce(weight.grad)  # Partial(cp): each rank saw other tokens
+        dist.all_reduce(weight.grad)  # Partial(cp): each rank saw different tokens
         print_once(f"    all-reduce over cp: the gradient of {name} {tuple(weight.shape)}")
         assert_close(weight.grad, plain_weight.grad, rtol=1e-5, atol=1e-5)
     print_once(

@@ -1,15 +1,17 @@
-"""Lesson 7: in ring attention the queries stay, and the keys and values go round all ranks.
+"""Lesson 7: in ring attention the queries stay where they are, and keys and values travel round all ranks.
 
-The axis is cp as in lesson 6, but any number of heads will do.
+The axis is cp as in lesson 6, but the number of heads does not matter.
 
     torchrun --nproc-per-node 2 recipes/lessons/07_ring_attention.py
 
-hop            each rank sends the keys and values it holds to the next rank, and gets those of the last
+hop            each rank sends the keys and values that it holds to the next rank, and gets those of the rank
+               before it
 log-sum-exp    lse = log of the sum of exp(score) over the keys seen so far. Two outputs over two sets of keys
                merge exactly: out = out_1 exp(lse_1 - lse) + out_2 exp(lse_2 - lse), with
                lse = log(exp(lse_1) + exp(lse_2))
 zigzag         a rank holds a slice from the head of the sequence and its mirror from the tail. Under the
-               causal mask an early query sees few keys and a late one many: in order, the work is unequal:
+               causal mask an early query sees few keys and a late one sees many, so shards in order have
+               unequal work:
 
       in order  keys  0 1 2 3           zigzag  keys  0 1 2 3
              query 0  \\ . . .  rank 0        query 0  \\ . . .  rank 0   o  the queries see these keys
@@ -17,10 +19,10 @@ zigzag         a rank holds a slice from the head of the sequence and its mirror
                    2  o o \\ .  rank 1              2  o o \\ .  rank 1
                    3  o o o \\  rank 1              3  o o o \\  rank 0
 
-In order, rank 0 has 2 \\ and 1 o, and rank 1 has 2 \\ and 5 o. In zigzag order both have 2 \\ and 3 o, and as
-much in each round. Backward here is autograd's: the gradient of a hop is a hop in the other direction, so the
-gradients of keys and values travel home. It keeps the keys of all ranks; parallel/context.py sends them round
-again instead.
+In order, rank 0 has 2 \\ and 1 o, and rank 1 has 2 \\ and 5 o. In zigzag order both have 2 \\ and 3 o, and in
+each round both have the same work. Here autograd computes backward: the gradient of a hop is a hop in the
+other direction, so the gradients of keys and values travel home. But autograd keeps the keys of all ranks;
+parallel/context.py sends them round a second time instead.
 Source: Liu et al. 2023, arXiv:2310.01889.
 """
 
@@ -34,7 +36,7 @@ B, T, H, E = 2, 32, 3, 8  # sequences, tokens, heads (odd: Ulysses could not cut
 
 
 def hop(x: Tensor, step: int) -> Tensor:
-    """Send x to the rank `step` further round the ring and return what comes from the other side."""
+    """Send x to the rank `step` further round the ring, and return what comes from the other side."""
     rank, cp = dist.get_rank(), dist.get_world_size()
     received = torch.empty_like(x)
     sending = dist.isend(x.contiguous(), (rank + step) % cp)  # returns at once, so that all ranks send first
@@ -44,6 +46,8 @@ def hop(x: Tensor, step: int) -> Tensor:
 
 
 class Hop(torch.autograd.Function):
+    """Sends keys and values one rank on; in backward their gradients go one rank back."""
+
     @staticmethod
     def forward(ctx, kv: Tensor) -> Tensor:
         return hop(kv, +1)
@@ -55,7 +59,7 @@ class Hop(torch.autograd.Function):
 
 
 def slices_of(rank: int, cp: int, order: str) -> list[int]:
-    """Return which 2 of a sequence's 2 cp slices a rank holds."""
+    """Return the numbers of the 2 slices, of 2 cp in a sequence, that a rank holds."""
     return [rank, 2 * cp - 1 - rank] if order == "zigzag" else [2 * rank, 2 * rank + 1]
 
 
@@ -71,13 +75,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tenso
     mask (t, s) is True where a query sees a key.
     """
     scores = torch.einsum("bthe,bshe->bths", q, k) / E**0.5
-    scores = scores.masked_fill(~mask[:, None], -1e30)  # not -inf, whose gradient is nan; exp gives 0 too
-    lse = scores.logsumexp(-1, keepdim=True)  # about -1e30 if a query saw no key: it merges as nothing
+    scores = scores.masked_fill(~mask[:, None], -1e30)  # -inf would give a nan gradient; exp is 0 too
+    lse = scores.logsumexp(-1, keepdim=True)  # about -1e30, a weight of 0, if a query saw no key
     return torch.einsum("bths,bshe->bthe", (scores - lse).exp(), v), lse
 
 
 def merge(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Return output and lse over both sets of keys, from those over each set."""
+    """Return output and lse over two sets of keys, given output and lse over each of them."""
     total = torch.logaddexp(lse, new_lse)
     return out * (lse - total).exp() + new_out * (new_lse - total).exp(), total
 
@@ -85,7 +89,7 @@ def merge(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> tuple[T
 def ring(q: Tensor, k: Tensor, v: Tensor, order: str) -> tuple[Tensor, list[int]]:
     """Attend from this rank's queries (B, T/cp, H, E) to the keys of all ranks, one rank's keys per round.
 
-    Returns the output, and how many pairs of query and key each round had to score.
+    Returns the output (B, T/cp, H, E), and the number of (query, key) pairs that each round had to score.
     """
     rank, cp = dist.get_rank(), dist.get_world_size()
     queries, kv, n_pairs = positions_of(rank, cp, order), torch.stack([k, v]), []
@@ -127,7 +131,7 @@ def lesson() -> None:
         if order == "zigzag":
             assert n_pairs == slowest.tolist(), "zigzag must give all ranks equal work in each round"
         assert_close(out, plain_out[:, own])  # fp32: only the order of summation differs
-        assert_close(shard.grad, plain.grad[:, :, own])  # of q, k and v, back on the rank that owns them
+        assert_close(shard.grad, plain.grad[:, :, own])  # q, k, v: back on the rank that owns them
     print_once(
         "proven: merging by log-sum-exp gives one process's output and gradients in any order; "
         "zigzag shares the work equally"

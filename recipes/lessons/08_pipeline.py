@@ -5,17 +5,17 @@ This is a new axis, pp; nothing else is split.
     torchrun --nproc-per-node 2 recipes/lessons/08_pipeline.py
 
 stage       consecutive layers on one rank; hidden states go to the next stage, gradients to the one before
-microbatch  a part of the batch: while stage 1 works on the first, stage 0 works on the second
+microbatch  a part of the batch; while stage 1 works on the first, stage 0 works on the second
 bubble      the time in which a rank has nothing to do, because the microbatch it needs is on another rank
-schedule    the order in which a rank does its forwards F and backwards B. It changes no number, only time and
-            memory. B takes twice as long as F:
+schedule    the order in which a rank does its forwards F and backwards B. It changes time and memory, but not
+            the results. In this drawing B takes twice as long as F:
 
     gpipe  0 |F0 F1 F2 F3 .. .. B0 B0 B1 B1 B2 B2 B3 B3   1f1b  0 |F0 F1 .. .. B0 B0 F2 B1 B1 F3 B2 B2 .. B3
            1 |.. F0 F1 F2 F3 B0 B0 B1 B1 B2 B2 B3 B3 ..         1 |.. F0 B0 B0 F1 B1 B1 F2 B2 B2 F3 B3 B3 ..
 
 1f1b means one forward, one backward: as soon as a backward can run, it runs, and its activations are freed.
-So a rank keeps at most pp microbatches where gpipe keeps all of them. The bubble is the same, a share of
-(pp - 1) / (n_microbatches + pp - 1) of the time, so many microbatches make it small.
+So a rank keeps at most pp microbatches, where gpipe keeps all of them. The bubble is the same in both, a
+share of (pp - 1) / (n_microbatches + pp - 1) of the time, so it is small if there are many microbatches.
 Sources: Huang et al. 2018, arXiv:1811.06965; Narayanan et al. 2021, arXiv:2104.04473.
 """
 
@@ -35,13 +35,14 @@ N_CELLS = 40  # columns of the measured timeline
 
 
 def gpipe(stage: int, n_stages: int, n_microbatches: int) -> list[str]:
+    """Return the order of work of a stage under gpipe: all forwards, then all backwards."""
     return [f"F{i}" for i in range(n_microbatches)] + [f"B{i}" for i in range(n_microbatches)]
 
 
 def one_f_one_b(stage: int, n_stages: int, n_microbatches: int) -> list[str]:
-    """Return e.g. F0 F1 B0 F2 B1 F3 B2 B3.
+    """Return the order of work of a stage under 1f1b, for example F0 F1 B0 F2 B1 F3 B2 B3.
 
-    First come as many forwards as there are stages after this one, then one forward and one backward in turn.
+    First come as many forwards as there are stages after this one, then forwards and backwards in turn.
     """
     ahead = min(n_stages - 1 - stage, n_microbatches)
     order = [f"F{i}" for i in range(ahead)]
@@ -57,7 +58,7 @@ def make_layers() -> nn.Sequential:
 
 
 class Span(NamedTuple):
-    """Records one piece of work, such as F0, and when it started and ended, in seconds."""
+    """Records one piece of work, such as F0, and its start and end, in seconds since the step began."""
 
     work: str
     start: float
@@ -65,6 +66,8 @@ class Span(NamedTuple):
 
 
 class Step(NamedTuple):
+    """Holds what is known about a step afterwards."""
+
     seconds: float  # until all ranks were done
     loss: float
     spans: list[Span]
@@ -72,7 +75,7 @@ class Step(NamedTuple):
 
 
 def run(layers: nn.Module, inputs: Tensor, targets: Tensor, schedule: list[str]) -> Step:
-    """Do one step with this rank's layers, in the order of `schedule`."""
+    """Do one step with this rank's layers, in the order that `schedule` gives."""
     stage, n_stages = dist.get_rank(), dist.get_world_size()
     first, last = stage == 0, stage == n_stages - 1
     kept, most_kept, sends, spans, loss = {}, 0, [], [], torch.zeros(())
@@ -83,7 +86,7 @@ def run(layers: nn.Module, inputs: Tensor, targets: Tensor, schedule: list[str])
         kind, i = work[0], int(work[1:])
         received = torch.empty(ROWS, D)  # hidden states in forward, their gradient in backward
         if kind == "F" and not first:
-            dist.recv(received, stage - 1)  # the wait for another rank is what makes bubbles
+            dist.recv(received, stage - 1)  # waiting here for another rank makes the bubbles
         if kind == "B" and not last:
             dist.recv(received, stage + 1)
         start = time.perf_counter() - began
@@ -91,16 +94,14 @@ def run(layers: nn.Module, inputs: Tensor, targets: Tensor, schedule: list[str])
             x = inputs[i] if first else received.requires_grad_()
             y = layers(x)  # (ROWS, D)
             if last:
-                y = (
-                    (y - targets[i]) ** 2
-                ).sum() / targets.numel()  # a share of the mean over all microbatches
+                y = ((y - targets[i]) ** 2).sum() / targets.numel()  # its share of the mean over the batch
                 loss += y.detach()
-            kept[i] = x, y  # y keeps all that backward needs
+            kept[i] = x, y  # y holds all that backward needs
             most_kept = max(most_kept, len(kept))
             message = None if last else (y.detach(), stage + 1)
         else:
             x, y = kept.pop(i)
-            y.backward(None if last else received)  # adds to .grad: microbatches accumulate
+            y.backward(None if last else received)  # adds to .grad, so microbatches add up
             message = None if first else (x.grad, stage - 1)
         spans.append(Span(work, start, time.perf_counter() - began))
         if message:
@@ -115,7 +116,7 @@ def run(layers: nn.Module, inputs: Tensor, targets: Tensor, schedule: list[str])
 
 
 def draw(step: Step) -> str:
-    """Return what ran in the middle of each cell of the timeline, and dots where nothing did."""
+    """Return the timeline: each cell shows the work that ran in its middle, or dots if there was none."""
     spans = [(f"{span.work} ", span.start, span.end) for span in step.spans]
     return text_row(spans, 0, step.seconds, N_CELLS, idle=".. ").rstrip()
 
@@ -134,7 +135,7 @@ def lesson() -> None:
     for schedule in (gpipe, one_f_one_b):
         order = schedule(stage, n_stages, N_MICROBATCHES)
         layers = make_layers()[own]  # this rank's layers; the others are freed
-        step = min(run(layers, inputs, targets, order) for _ in range(4))  # the fastest
+        step = min(run(layers, inputs, targets, order) for _ in range(4))  # the fastest of four
         busy = sum(span.end - span.start for span in step.spans) / step.seconds
         print_once(
             f"{schedule.__name__}: {step.seconds * 1e3:.0f} ms; "
@@ -149,9 +150,9 @@ def lesson() -> None:
         if schedule is one_f_one_b:
             assert step.most_kept == n_stages - stage, "1f1b keeps one microbatch per stage from here on"
         if stage == n_stages - 1:
-            assert_close(step.loss, plain_loss.item(), rtol=1e-5, atol=0)  # fp32: a sum of four sums
+            assert_close(step.loss, plain_loss.item(), rtol=1e-5, atol=0)  # fp32: this is a sum of four sums
         for ours, plain in zip(layers.parameters(), all_layers[own].parameters(), strict=True):
-            assert_close(ours.grad, plain.grad, rtol=1e-4, atol=1e-8)  # four gradients added, not one batch's
+            assert_close(ours.grad, plain.grad, rtol=1e-4, atol=1e-8)  # fp32: four sums added
     print_once(
         "\nproven: 2 stages and 4 microbatches give one process's loss and gradients; "
         "1f1b keeps 2 of them where gpipe keeps 4"

@@ -4,16 +4,16 @@
 
 axis         pp: lesson 8   dp_replicate: lesson 2   dp_shard: lesson 3   cp: lessons 6, 7   tp: lessons 4, 5
 parallelize  applies the lessons as passes, from outside; the model does not know how many ranks there are.
-             They nest: pp comes first (which layers are here), then cp (which tokens), then tp (which
-             slices), and ZeRO last (it shards what is left)
+             The passes nest: pp comes first (which layers are here), then cp (which tokens), then tp (which
+             slices of the weights), and ZeRO last (it shards what is left)
 
         which rank has which quarter of a weight's rows    which rank has which tokens, dp_shard 2 x cp 2
         under tp 2                  0 0 1 1                sequence 0   [ rank 0 | rank 1 ]
         under dp_shard 2 x tp 2     0 2 1 3                sequence 1   [ rank 2 | rank 3 ]
 
-The loss is summed over the axes whose ranks saw other tokens, and over pp, as only the last stage has it. A
-gradient is summed over the axes whose ranks hold the same weight and saw other tokens. `_S(0, 2)` in the
-output stands for rows that tp has already cut in 2.
+The loss is summed over the axes whose ranks saw different tokens, and over pp, because only the last stage
+has it. A gradient is summed over the axes whose ranks have the same weight but saw different tokens. In the
+output, `_S(0, 2)` stands for rows that tp has already cut in 2.
 """
 
 import logging
@@ -40,7 +40,7 @@ TINY = LlamaConfig(
     vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4
 )
 B, T = 4, 16  # sequences and tokens of the global batch
-LAYOUTS = [  # dp_shard is what these leave of 4 processes
+LAYOUTS = [  # dp_shard gets the ranks, of 4, that the other axes leave
     ParallelConfig(tp=2),
     ParallelConfig(pp=2, tp=2),
     ParallelConfig(pp=2, cp=2, cp_method="ring"),
@@ -56,7 +56,7 @@ KINDS = (
     "ring-attention-backward",
     "ring-attention",
 )
-# The groups of all meshes so far are kept, because DTensor may reuse those of an earlier, equal mesh.
+# This keeps the groups of all meshes so far, because DTensor may reuse those of an earlier, equal mesh.
 axis_of_group: dict[str, str] = {}
 
 
@@ -84,7 +84,7 @@ class CountMessages(TorchDispatchMode):
 
 
 def forward_backward(training: Training, microbatches: list[Batch], n_targets: Tensor) -> Tensor:
-    """Run the step of recipes/pretrain.py. Returns this rank's share of the loss; gradients add up."""
+    """Run forward and backward as recipes/pretrain.py does, and return this rank's share of the loss."""
     if training.pipeline:
         return training.pipeline.step(microbatches, n_targets)
     loss = torch.zeros(())
@@ -140,7 +140,7 @@ def train_step(config: ParallelConfig, tokens: Tensor, labels: Tensor) -> tuple[
 
 
 def lesson() -> None:
-    # DTensor's advice on speed is not for tiny models.
+    # DTensor logs advice on speed, which is of no use for tiny models.
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
     tokens, labels = torch.randint(TINY.vocab_size, (2, B, T), generator=torch.Generator().manual_seed(1))
     labels[2:, T // 2 :] = -100  # the last sequences have fewer targets

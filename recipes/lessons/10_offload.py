@@ -1,20 +1,20 @@
-"""Lesson 10: optimizer states are offloaded to where there is room, and no number changes.
+"""Lesson 10: optimizer states are offloaded to where there is room, and the results stay the same.
 
 Lesson 3 shared the states between ranks; here they leave the device.
 
     torchrun --nproc-per-node 2 recipes/lessons/10_offload.py
 
-chunk     a run of this rank's parameters with its states, master, exp_avg and exp_avg_sq; all chunks are
-          equally long. Figures are bytes per parameter:
+chunk     some consecutive parameters of this rank with their states, which are master, exp_avg and
+          exp_avg_sq. All chunks are equally long. The drawing shows bytes per parameter in three placements:
 
              device                                    wire                host
   RESIDENT   grad 4, states 12 -> Adam -> weight 4
   STREAM     grad 4, [slot 12] -> Adam -> weight 4     <- states 12 ->     states 12
   CPU                                     weight 4     grad 4 ->, <- 4     grad 4, states 12 -> Adam
 
-Clipping needs the norm of all gradients before the first update: one all-reduce of the sums of squares. The
-clip factor is an argument of Adam, so no gradient is scaled in place. Here device and host are two accounts
-of the same memory. Source: ZeRO-Offload, arXiv:2101.06840.
+Clipping needs the norm of all gradients before the first update, which takes one all-reduce of the sums of
+squares. The clip factor is an argument of Adam, so no gradient is scaled in place. In this lesson device and
+host are only two counters for the same memory. Source: ZeRO-Offload, arXiv:2101.06840.
 """
 
 from collections import Counter
@@ -26,15 +26,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 L, D, ROWS = 3, 64, 8  # layers, width, samples per rank
-N, STEPS, CHUNK, MAX_NORM = (
-    L * D * D,
-    10,
-    1024,
-    0.1,
-)  # parameters, steps, elements of a chunk, of the gradient
-LR, BETA1, BETA2, EPS, DECAY = 1e-2, 0.9, 0.95, 1e-5, 0.1  # LLaMA-2's, but for LR
+# Parameters, steps, elements of a chunk, and the norm to which gradients are clipped.
+N, STEPS, CHUNK, MAX_NORM = L * D * D, 10, 1024, 0.1
+LR, BETA1, BETA2, EPS, DECAY = 1e-2, 0.9, 0.95, 1e-5, 0.1  # LLaMA-2's values, except for LR
 PLANS = {"all resident": "R", "all streamed": "S", "all on the CPU": "C", "two of each": "RRSCSC"}
-now, peak, sent = Counter(), Counter(), Counter()  # bytes on device and host, now and at most; over the wire
+now, peak, sent = Counter(), Counter(), Counter()  # bytes on device and host: now, at most; bytes transferred
 
 
 def randn(*shape: int, seed: int) -> Tensor:
@@ -42,6 +38,7 @@ def randn(*shape: int, seed: int) -> Tensor:
 
 
 def reserve(where: str, n_bytes: int) -> None:
+    """Count bytes as allocated on the "device" or the "host"."""
     now[where] += n_bytes
     peak[where] = max(peak[where], now[where])
 
@@ -51,6 +48,7 @@ def release(where: str, n_bytes: int) -> None:
 
 
 def send(tensor: Tensor, direction: str) -> Tensor:
+    """Return a copy that has passed the link: "out" of the device or "in" to it."""
     sent[direction] += tensor.nbytes
     return tensor.clone()
 
@@ -58,7 +56,7 @@ def send(tensor: Tensor, direction: str) -> Tensor:
 def adamw(weight: Tensor, states: list[Tensor], grad: Tensor, clip: Tensor, step: int) -> None:
     """Update weight and states in place, all (CHUNK,).
 
-    Device and host call the same code, so that all plans agree bit for bit on one machine.
+    Device and host call the same code, so that all plans give the same bits on one machine.
     """
     master, exp_avg, exp_avg_sq = states
     grad = grad * clip
@@ -70,7 +68,9 @@ def adamw(weight: Tensor, states: list[Tensor], grad: Tensor, clip: Tensor, step
 
 
 class Chunk:
-    """Holds one chunk's states where its placement puts them. weight (CHUNK,) is a view of what computes."""
+    """Holds one chunk's states where its placement puts them.
+
+    placement: "R", "S" or "C". weight: (CHUNK,), a view of the weights that the layers compute with."""
 
     def __init__(self, placement: str, weight: Tensor):
         self.placement, self.weight = placement, weight
@@ -79,7 +79,7 @@ class Chunk:
         reserve("device" if placement == "R" else "host", 3 * weight.nbytes)
 
     def take_gradient(self, grad: Tensor) -> None:
-        """Keep a gradient, which backward made on the device; that of a CPU chunk leaves at once."""
+        """Keep a gradient that backward made on the device. A CPU chunk sends it to the host at once."""
         reserve("device", grad.nbytes)
         self.grad = send(grad, "out") if self.placement == "C" else grad
         release("device", grad.nbytes)
@@ -89,7 +89,7 @@ class Chunk:
         if self.placement == "R":
             adamw(self.weight, self.states, self.grad, clip, step)
         elif self.placement == "S":
-            reserve("device", 3 * self.weight.nbytes)  # the slot
+            reserve("device", 3 * self.weight.nbytes)  # the slot for the states
             states = [send(state, "in") for state in self.states]
             adamw(self.weight, states, self.grad, clip, step)
             self.states = [send(state, "out") for state in states]
@@ -102,13 +102,14 @@ class Chunk:
 
 
 def loss_of(weights: Tensor, x: Tensor) -> Tensor:
+    """Return this rank's share of the loss: weights (N,), x (ROWS, D) -> a scalar."""
     for weight in weights.view(L, D, D):
         x = (x @ weight / D**0.5).tanh()
     return x.square().sum() / (2 * ROWS)
 
 
 def train_with(plan: str) -> Tensor:
-    """Do STEPS steps in which this rank updates its half of the weights. Returns all of them, (N,)."""
+    """Do STEPS steps in which this rank updates its half of the weights, and return all weights, (N,)."""
     now.clear()
     peak.clear()
     rank, weights = dist.get_rank(), randn(N, seed=0).requires_grad_()  # (N,): of all layers
@@ -119,7 +120,7 @@ def train_with(plan: str) -> Tensor:
         sent.clear()
         samples = randn(2 * ROWS, D, seed=step).chunk(2)[rank]
         (grads,) = torch.autograd.grad(loss_of(weights, samples), weights)
-        dist.all_reduce(grads)  # lesson 3 uses a reduce-scatter, with the same sum
+        dist.all_reduce(grads)  # lesson 3 gets the same sum with a reduce-scatter
         own = grads.chunk(2)[rank]  # (N/2,)
         arrivals = list(zip(chunks, own.split(CHUNK), strict=True))
         for chunk, grad in reversed(arrivals):  # the gradients of the last layer come first

@@ -1,25 +1,25 @@
-"""Lesson 11: the update of an offloaded step runs beside the next forward.
+"""Lesson 11: with offload, the update of a step runs at the same time as the forward of the next one.
 
 Lesson 10 was about where things are; this one is about when things happen.
 
     torchrun --nproc-per-node 2 recipes/lessons/11_memory_timeline.py
 
-C_f, C_b, U   seconds of forward, of backward, and of the update of all chunks
-lane          a worker that does one thing after another: the computation, the wire out of the device (d2h),
-              the wire into it (h2d), Adam on the host, Adam on the device
+C_f, C_b, U   the seconds of forward, of backward, and of the update of all chunks
+lane          a worker that does one thing after another: the computation, the link out of the device (d2h),
+              the link into it (h2d), Adam on the host, Adam on the device
 
   serial     |-- forward --|---- backward ----|---- update ----|-- forward --|      step = C_f + C_b + U
   offload    |-- forward --|---- backward ----|-- f o r w a r d --|                 step = C_b + max(C_f, U)
                               gradients out   |---- update ----|
 
-Clipping needs the whole norm, so the update waits until all of backward is done. But forward does not need
-all of the update: it starts with layer 0. Chunks are updated in forward order, resident ones (the first
-layers) at once, and each layer waits for the chunks that cover it and for no other. So Adam on the host,
-which is slow, hides behind the forward of the layers before.
+Clipping needs the norm of all gradients, so the update cannot start before backward is done. But forward does
+not have to wait for the whole update, because it starts with layer 0. Chunks are updated in forward order,
+the resident ones (the first layers) at once. Each layer waits only for the chunks that contain its weights.
+So Adam on the host, which is slow, is hidden behind the forward of the earlier layers.
 
-This is the project's own manager on lesson 4's slices, measured and drawn. Without a GPU the device's lanes
-are the calling thread, so that only Adam on the host runs beside it; the order is the same. Gaps are other
-work of the machine.
+The lesson measures and draws the project's own chunk manager on the slices of lesson 4. Without a GPU the
+device's lanes all run in the calling thread, so that only Adam on the host runs beside it; the order is the
+same. Gaps in the drawing are other work of the machine.
 """
 
 import tempfile
@@ -54,9 +54,10 @@ class Layers(nn.Module):
 
 
 def train(serial: bool) -> tuple[ChunkManager, list[list[float]], Tensor]:
-    """Do STEPS steps; with `serial`, nothing starts before the update is over.
+    """Do STEPS steps. With `serial`, nothing starts before the update is over.
 
-    Returns the manager with its events, when each layer's forward began (STEPS, L), and this rank's weights.
+    Returns the manager with its events, the times at which each layer's forward began (STEPS, L), in seconds,
+    and this rank's weights, (L D^2 / 2,).
     """
     torch.manual_seed(0)
     model, began = Layers(), []
@@ -86,7 +87,7 @@ def train(serial: bool) -> tuple[ChunkManager, list[list[float]], Tensor]:
 
 
 def print_timeline(events: list, begin: float, end: float) -> None:
-    """Print one line of N_CELLS letters for each lane."""
+    """Print the time from `begin` to `end`, in seconds, as one line of N_CELLS letters for each lane."""
     for lane in LANES:
         spans = []
         for what, its_lane, start, stop in events:
@@ -96,7 +97,7 @@ def print_timeline(events: list, begin: float, end: float) -> None:
 
 
 def updates_of_each_step(events: list, began: list[list[float]]) -> list[dict[int, float]]:
-    """Return, for each step, when Adam on the host was done with each layer's chunk: {layer: end}."""
+    """Return for each step {layer: the time at which Adam on the host was done with its chunk}."""
     done = [{} for _ in range(STEPS)]
     for what, lane, start, end in events:
         if lane == "host adam":

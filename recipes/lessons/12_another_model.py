@@ -1,24 +1,25 @@
-"""Lesson 12: from a module tree to a plan. What must be split together is found by counting and comparing.
+"""Lesson 12: a plan for another model is found from its module tree, by counting and by comparing numbers.
 
     torchrun --nproc-per-node 2 recipes/lessons/12_another_model.py
 
-plan         one row for each module with weights: how it is split over tp, and what that sends
-packed       one weight that holds several matrices, here q, k and v of GPT-2's c_attn, behind each other:
+plan         has one row for each module with weights: how it is split over tp, and what that sends
+packed       is a weight that contains several matrices. In GPT-2's c_attn these are q, k and v, side by side:
 
                  cut in two like any matrix        a share of each of the three
                  q q q q k k|k k v v v v           q q|q q  k k|k k  v v|v v
                  rank 0      rank 1                0   1    0   1    0   1
 
-The tree below is transformers' own GPT-2 block, and nothing in it is written again: its weights become
+The module tree below is transformers' own GPT-2 block, and no part of it is rewritten. Its weights become
 slices, one attribute counts fewer heads, and hooks send what lesson 4 sends. Four questions lead to the plan:
 
-  1. Which weights read the whole x? Split their columns (c_attn, c_fc). Which ones add up what came of it?
-     Split their rows (c_proj). Then one sum serves two layers. (Conv1D keeps (inputs, outputs).)
-  2. Which weight holds several matrices? It is cut in each of them.
-  3. What is added once, and not on every rank? The bias of what is summed.
-  4. Where does a whole x meet split weights? There every rank has a part of the gradient of x.
+  1. Which weights read the whole x? Split their columns (c_attn, c_fc). Which weights add up the results?
+  Split
+     their rows (c_proj). Then one sum serves two layers. (Conv1D stores (inputs, outputs).)
+  2. Which weight contains several matrices? Each of the matrices is cut.
+  3. What must be added once, and not on every rank? The bias of a layer whose output is summed.
+  4. Where does a whole x meet split weights? There every rank has a partial sum of the gradient of x.
 
-Each attempt answers one of them wrongly. Numbers that differ from those of one process say which one.
+Each attempt answers one question wrongly. The numbers that differ from those of one process show which one.
 """
 
 import copy
@@ -34,7 +35,7 @@ from parallel.plans.gpt2 import BLOCK
 
 B, T, D, HEADS = 2, 8, 32, 4
 TOLERANCE = 1e-5  # fp32: only the order of summation differs
-sent = {"forward": 0, "backward": 0}  # all-reduces of the attempt
+sent = {"forward": 0, "backward": 0}  # the number of all-reduces in the current attempt
 
 
 def all_reduce(x: Tensor, when: str) -> Tensor:
@@ -57,7 +58,7 @@ class Enter(torch.autograd.Function):
 
 
 class Leave(torch.autograd.Function):
-    """Add up the ranks' partial sums; in backward, pass the gradient on to each of them."""
+    """Add up the ranks' partial sums; in backward, pass the gradient on to each rank unchanged."""
 
     @staticmethod
     def forward(ctx, partial: Tensor) -> Tensor:
@@ -69,11 +70,11 @@ class Leave(torch.autograd.Function):
 
 
 def own_slice(name: str, whole: Tensor, packed: bool) -> Tensor:
-    """Return this rank's slice of a weight, a bias or their gradient, by the name of the parameter."""
+    """Return this rank's slice of a parameter or of its gradient; the name says how it is split."""
     tp, tp_rank = dist.get_world_size(), dist.get_rank()
     if "c_attn" in name and packed:  # (..., 3 D) is (..., 3, D): a share of q, of k and of v
         return whole.unflatten(-1, (3, -1)).chunk(tp, dim=-1)[tp_rank].flatten(-2)
-    if "c_attn" in name or "c_fc" in name:  # columns, and the bias of these columns
+    if "c_attn" in name or "c_fc" in name:  # columns, and their biases
         return whole.chunk(tp, dim=-1)[tp_rank]
     if name.endswith("c_proj.weight"):  # rows
         return whole.chunk(tp, dim=0)[tp_rank]
@@ -81,13 +82,15 @@ def own_slice(name: str, whole: Tensor, packed: bool) -> Tensor:
 
 
 def split(whole: GPT2Block, packed: bool, bias_once: bool, enters: bool) -> GPT2Block:
-    """Return a block with this rank's slices of the weights of a whole one."""
+    """Return a copy of a block that has only this rank's slices of the weights.
+
+    packed, bias_once, enters: the answers to questions 2, 3 and 4; all are right if True."""
     block, tp = copy.deepcopy(whole), dist.get_world_size()
     for name, parameter in whole.named_parameters():
         module = block.get_submodule(name.rpartition(".")[0])
         slice_ = own_slice(name, parameter.detach(), packed).clone()
         setattr(module, name.rpartition(".")[2], nn.Parameter(slice_))
-    block.attn.split_size //= tp  # of q in the output of c_attn; the heads are counted from what it gets
+    block.attn.split_size //= tp  # the width of q; the number of heads follows from it
     for column_wise in (block.attn.c_attn, block.mlp.c_fc):
         column_wise.nf //= tp
         if enters:
@@ -111,8 +114,9 @@ def run(block: GPT2Block, x: Tensor, grad_y: Tensor) -> tuple[Tensor, dict[str, 
 def attempt(
     what: str, whole: GPT2Block, x: Tensor, grad_y: Tensor, **answers: bool
 ) -> tuple[bool, list[str]]:
-    """Split the block, compare it with one process, and print a line. Return whether y is right, and which
-    gradients are wrong."""
+    """Split the block, compare it with one process, and print a line about `what` was tried.
+
+    Returns whether y is right, and the names of the parameters whose gradients are wrong."""
     plain_y, plain_grads = run(whole, x, grad_y)
     whole.zero_grad()
     sent.update(forward=0, backward=0)
@@ -151,7 +155,7 @@ def lesson() -> None:
     silent, wrong = attempt("nothing is sent in backward", whole, x, grad_y, **right | {"enters": False})
     is_right, none_wrong = attempt("all of it", whole, x, grad_y, **right)
     assert not cut_through and not twice, "a mistake was not noticed"
-    # Forward cannot show the last mistake: only gradients of what lies before the split weights are wrong.
+    # Forward cannot show the last mistake: only the gradients before the split weights are wrong.
     assert silent and {"x", "ln_1.weight", "ln_2.weight"} <= set(wrong), wrong
     assert is_right and not none_wrong, none_wrong
     stated = {

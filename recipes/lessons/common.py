@@ -1,4 +1,4 @@
-"""Provides what every lesson needs: start and stop the processes, and print readable output."""
+"""Starts and stops the processes of a lesson, and prints their output in a readable order."""
 
 import gc
 import sys
