@@ -287,7 +287,10 @@ class Llama(nn.Module):
 
     def _refuse_late(self, name: str) -> None:
         if self.is_parallel:
-            raise UsageError(f"model.{name} was set after parallelize, which carries it over; set it before.")
+            raise UsageError(
+                f"model.{name} was set after parallelize, which assemble calls and which carries it into "
+                "every stage; set it before."
+            )
 
     def tie(self) -> None:
         """Make a tied matrix one parameter again, where both ends of the model are here."""

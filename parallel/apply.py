@@ -9,13 +9,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from dtensor_llama.attention import WholeRows
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.errors import UsageError
+from dtensor_llama.loss import token_nll
 from dtensor_llama.model import Llama
 from parallel.config import Job, ParallelConfig
 from parallel.context import apply_context_parallel
 from parallel.lora import apply_lora_parallel
 from parallel.pipeline import split_stages
 from parallel.recompute import apply_recompute
-from parallel.tensor import apply_tensor_parallel
+from parallel.tensor import apply_tensor_parallel, check_token_loss
 from parallel.zero import apply_zero
 
 
@@ -62,12 +63,15 @@ def parallelize(
     Without pp the one stage is `model` itself. With pp the stages share their modules with `model`, which
     keeps all parameters of this rank under their Hugging Face names, for the optimizer, checkpoints and
     export. Every stage uses `model.token_loss` and `model.attention` as they are now. An attention that
-    cannot work on split sequences is refused with cp: UsageError.
+    cannot work on split sequences is refused with cp, and a token loss that cannot work on split logits with
+    tp: UsageError.
     """
     if type(model.attention) is WholeRows:
         _set_kernel(model, computation.attention)
     if config.cp > 1:  # first: which tokens this rank has, and how it attends to those of other ranks
         apply_context_parallel(model, mesh["cp"], config.cp_method)
+    if config.tp > 1 and model.token_loss is not token_nll:
+        check_token_loss(model.token_loss, model.config.vocab_size)
     parts = [model]
     if config.pp > 1:  # then: which layers exist on this rank
         parts = split_stages(model, mesh["pp"], config.schedule, config.stages_per_rank)

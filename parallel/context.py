@@ -112,8 +112,8 @@ def apply_context_parallel(model: Llama, cp_mesh: DeviceMesh, method: str) -> No
     if type(own) is not WholeRows:
         name = type(own).__name__
         raise UsageError(
-            f"model.attention is a {name}, which needs whole sequences, and with cp={cp_mesh.size()} no rank "
-            f'has them: use cp=1, or set model.attention = Ulysses(mesh["cp"], {name}(...)).'
+            f"model.attention is of class {name}, which needs whole sequences, and with cp={cp_mesh.size()} "
+            f'no rank has them: use cp=1, or set model.attention = Ulysses(mesh["cp"], {name}(...)).'
         )
     model.attention = Ulysses(cp_mesh, own) if method == "ulysses" else Ring(cp_mesh, own.kernel)
 

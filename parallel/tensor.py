@@ -20,6 +20,7 @@ Partial: a partial sum over tp.
 """
 
 import fnmatch
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ from torch.distributed.tensor.parallel import (
 
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.errors import UsageError
-from dtensor_llama.loss import Vocabulary, take_columns
+from dtensor_llama.loss import TokenLoss, Vocabulary, take_columns
 from dtensor_llama.model import Llama
 
 
@@ -323,3 +324,55 @@ class SplitVocabulary(Vocabulary):
         reduced = x.detach().clone()
         dist.all_reduce(reduced, op, self.group)
         return reduced
+
+
+class _Rehearsed(Vocabulary):
+    """Keeps its answers on whole logits, and gives them again where it is asked on some of the columns."""
+
+    def __init__(self, size: int):
+        super().__init__(size)
+        self.kept: list[Tensor] = []
+        self.again: Iterator[Tensor] | None = None
+
+    def _answer(self, x: Tensor) -> Tensor:
+        if self.again is not None:
+            return next(self.again)
+        self.kept.append(x)
+        return x
+
+    def pick(self, x: Tensor, labels: Tensor) -> Tensor:
+        return self._answer(super().pick(x, labels) if self.again is None else x)
+
+    def largest(self, x: Tensor) -> Tensor:
+        return self._answer(x)
+
+    def total(self, x: Tensor) -> Tensor:
+        return self._answer(x)
+
+
+def check_token_loss(token_loss: TokenLoss, size: int) -> None:
+    """Raise UsageError if a token loss cannot work on logits whose columns are split over tp.
+
+    It is called on the logits of four tokens, (4, V) float32 on the CPU, and then on their first half, with
+    the answers of the whole vocabulary. A loss that asks `vocab` for whatever depends on other columns gives
+    the same both times. size: V. A loss that does not run here, for example because it has tensors on a GPU,
+    is not judged."""
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, size, generator=random)
+    labels = torch.tensor([0, size // 3, size // 2, size - 1])
+    vocab = _Rehearsed(size)
+    try:
+        whole = token_loss(logits, labels, vocab)
+    except Exception:
+        return
+    vocab.again, vocab.n_columns = iter(vocab.kept), size // 2
+    try:
+        is_same = torch.allclose(token_loss(logits[:, : size // 2], labels, vocab), whole)
+    except Exception:
+        is_same = False
+    if not is_same:
+        raise UsageError(
+            "model.token_loss needs columns of the logits that other tp ranks have; use vocab.logsumexp, "
+            "vocab.pick, vocab.sum or vocab.mean for whatever looks at the whole vocabulary "
+            "(dtensor_llama/loss.py), or tp=1."
+        )

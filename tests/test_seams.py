@@ -21,6 +21,7 @@ from dtensor_llama.chat.lora import LoraConfig, adapter_parameters, apply_lora, 
 from dtensor_llama.model import init_weights
 from parallel import Booster, ParallelConfig, build_mesh, parallelize
 from parallel.context import Ulysses
+from parallel.tensor import check_token_loss
 
 V = GQA.vocab_size
 
@@ -50,6 +51,14 @@ def capped(logits, labels, vocab):
     logits = 5 * torch.tanh(logits / 5)
     nll = vocab.logsumexp(logits) - vocab.pick(logits, labels)
     return (1 - torch.exp(-nll)) ** 2 * nll
+
+
+def by_torch(logits, labels, vocab):
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def against_the_mean(logits, labels, vocab):
+    return logits.mean(-1) - vocab.pick(logits, labels)
 
 
 class SlidingWindow(WholeRows):
@@ -116,6 +125,28 @@ def test_a_loss_that_is_no_number_a_token_is_refused_in_a_line():
     with pytest.raises(UsageError, match=r"shape \[\] for .* one number for each") as refusal:
         model(batch.tokens, labels=batch.labels)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_loss_that_reads_other_ranks_columns_itself_is_refused_under_tp():
+    for works in (loss.token_nll, with_z_loss, smoothed, weighted, capped):
+        check_token_loss(works, V)
+    for fails in (by_torch, against_the_mean):
+        with pytest.raises(UsageError, match=r"needs columns .* use vocab.logsumexp, .* or tp=1") as refusal:
+            check_token_loss(fails, V)
+        assert "\n" not in str(refusal.value)
+
+
+def one_refusal() -> str:
+    layout, model = ParallelConfig(tp=2).resolve(2), Llama(GQA)
+    model.token_loss = by_torch
+    with pytest.raises(UsageError) as refusal:
+        parallelize(model, build_mesh(layout, "cpu"), layout)
+    return str(refusal.value)
+
+
+def test_parallelize_asks_a_readers_loss_before_it_splits_the_logits():
+    for refusal in run_on(2, one_refusal):
+        assert refusal.startswith("model.token_loss needs columns")
 
 
 # ---- every layout ----
@@ -247,8 +278,8 @@ def window_over_split_sequences(wrapped: bool):
 def test_a_readers_attention_is_refused_on_split_sequences_or_set_as_one_that_can():
     for refusal in run_on(2, window_over_split_sequences, False):
         assert refusal == (
-            "model.attention is a SlidingWindow, which needs whole sequences, and with cp=2 no rank has "
-            "them: "
+            "model.attention is of class SlidingWindow, which needs whole sequences, and with cp=2 no rank "
+            "has them: "
             'use cp=1, or set model.attention = Ulysses(mesh["cp"], SlidingWindow(...)).'
         )
     model, batch = Llama(GQA), rows_of(0, masked=True)
