@@ -141,6 +141,7 @@ COUNTED = {
     "lora-tp": dict(lora_rank=8, tp=2, recompute="full"),
     "compiled": dict(compile=True),
     "compiled-full": dict(compile=True, recompute="full"),
+    "compiled-tp-selective": dict(compile=True, tp=4, recompute="selective"),
 }
 FAST = ("zero-1", "zero-3-full", "tp-no-sp", "tp-shared-biases", "ring", "1f1b", "interleaved")
 FAST += ("zero-bubble", "zbv", "dualpipev", "lora-tp")
