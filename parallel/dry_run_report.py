@@ -19,7 +19,6 @@ import torch
 
 from dtensor_llama.chat.lora import LoraConfig, n_adapter_parameters
 from dtensor_llama.config import LlamaConfig
-from dtensor_llama.errors import UsageError
 from dtensor_llama.metrics import GIB
 from parallel.apply import Computation
 from parallel.assemble import Offload
@@ -28,7 +27,7 @@ from parallel.config import AXES, ParallelConfig, check_parallel
 from parallel.cost import Account, States, Work, account_for, account_with_offload
 from parallel.dry_run import Counted, RankCount, Setup, Step, dry_run, settle_auto
 from parallel.explain import Run, explain
-from parallel.planner import Candidate, Found, Question, draw_plan, plan
+from parallel.planner import Candidate, Found, Question, draw_plan, given_rows, plan
 from parallel.schedule_clock import DURATION, draw
 from parallel.step_counter import HOST, KINDS
 
@@ -130,16 +129,21 @@ def lora_of(settings: Any) -> LoraConfig:
 
 def search(settings: Any, model: LlamaConfig, cluster: Cluster, foresee: Callable) -> Found:
     """Return the layouts that the planner proposes."""
-    given = [axis for axis, size in settings.parallel.sizes.items() if axis != "dp_shard" and size != 1]
-    if given:
-        raise UsageError(
-            f"auto=True chooses every axis, and {given[0]}={settings.parallel.sizes[given[0]]} is given too; "
-            "leave one of them out."
-        )
+    layout = settings.parallel.resolve(cluster.n_gpus)
     seq_len = settings.data.seq_len or model.max_position_embeddings
     rows, dtype = settings.train.global_batch_size, getattr(torch, settings.train.dtype)
     states = states_of(model, dtype, lora_of(settings), settings.memory.placement != "off")
-    question = Question(model, seq_len, rows, cluster, states, settings.train.compile, foresee=foresee)
+    question = Question(
+        model,
+        seq_len,
+        rows,
+        cluster,
+        states,
+        compile=settings.train.compile,
+        layout=layout,
+        **given_rows(settings.train),
+        foresee=foresee,
+    )
     return plan(question)
 
 
