@@ -134,6 +134,31 @@ def cluster_of_device(device: torch.device, n_gpus: int, gpus_per_node: int) -> 
     return None
 
 
+def cluster_here(device: torch.device, device_bytes: int, n_gpus: int, gpus_per_node: int) -> Cluster:
+    """Return the GPUs of a launch as a cluster. A rank has `device_bytes` of memory, whatever its GPU.
+
+    A GPU that is unknown, or the CPU, is taken at the rates of the known one whose memory is nearest; of one
+    with the same chip if there is one. The name of the cluster's GPU then says so, for what is printed.
+    """
+
+    def distance(node: Cluster) -> float:
+        return abs(node.gpu.memory_gib * GIB - device_bytes)
+
+    node = cluster_of_device(device, n_gpus, gpus_per_node)
+    if node is not None:
+        name = node.gpu.name
+    elif device.type == "cuda":
+        found = torch.cuda.get_device_properties(device).name
+        same_chip = [node for name, node in NODES.items() if name.partition("-")[0].upper() in found]
+        node = min(same_chip or NODES.values(), key=distance)
+        name = f"{found} (not known here: at the rates of {node.gpu.name}, the nearest in memory)"
+    else:
+        node = min(NODES.values(), key=distance)
+        name = f"{device.type} (at the rates of {node.gpu.name}, which decide the order alone)"
+    gpu = replace(node.gpu, name=name, memory_gib=device_bytes / GIB)
+    return replace(node, gpu=gpu, n_gpus=n_gpus, gpus_per_node=min(gpus_per_node, n_gpus))
+
+
 def read_cluster(path: str | Path, n_gpus: int | None = None) -> Cluster:
     """Return the cluster that a JSON file describes, with the fields of Cluster and GPU by their names.
 

@@ -15,6 +15,7 @@ import torch
 from dtensor_llama.chat.corpus import ChatCorpus
 from dtensor_llama.chat.packing import PackedExamples
 from dtensor_llama.config import LlamaConfig
+from parallel.cluster import cluster_here
 from parallel.config import ParallelConfig
 from parallel.cost import States
 from parallel.planner import choose_open
@@ -36,6 +37,7 @@ class OpenSettings:
     global_batch_size: int | None
     micro_batch_size: int | None
     recompute: str | None
+    compile: bool  # never open; it decides what fits and what can run
 
     @classmethod
     def of(cls, train: Any, seq_len: int | None) -> "OpenSettings":
@@ -67,13 +69,13 @@ def choose_settings(
     corpus: ChatCorpus,
     pack: Callable[[int], PackedExamples],
     layout: tuple[ParallelConfig, bool],
-    memory: tuple[int, States],
+    hardware: tuple[Any, States],
 ) -> Chosen:
     """Choose what was left open; UsageError if nothing fits the memory.
 
     pack: makes rows of so many tokens from the corpus. layout: resolved, and whether the user left it open,
-        so that data-parallel ranks may become tensor-parallel ones. memory: the bytes that a rank has, and
-        what decides how many it needs.
+        so that data-parallel ranks may become tensor-parallel ones. hardware: the recipe's launch, which says
+        what a rank runs on, and what decides how many bytes it needs.
     """
     resolved, is_open = layout
     reasons = []
@@ -94,9 +96,21 @@ def choose_settings(
         wanted = min(EXAMPLES_PER_STEP / per_row, rows.n_train / STEPS_PER_EPOCH)
         batch = max(1, math.ceil(wanted / least)) * least
         reasons.append(f"batch     {batch} rows a step: about {batch * per_row:.0f} examples")
-    job = Job(model, seq_len, batch, asked.micro_batch_size, recompute=asked.recompute)
-    device_bytes, states = memory
-    job, resolved, why = choose_open(job, resolved, device_bytes, states, tries_tp=is_open)
+    launch, states = hardware
+    device = launch.take_device()
+    device_bytes = memory_of_rank(device, launch.ranks_per_host)
+    cluster = cluster_here(device, device_bytes, launch.world_size, launch.ranks_per_host)
+    job = Job(
+        model,
+        seq_len,
+        batch,
+        asked.micro_batch_size,
+        recompute=asked.recompute,
+        compile=asked.compile,
+        device_type=device.type,
+    )
+    is_open = is_open or resolved.auto
+    job, resolved, why = choose_open(job, resolved, cluster, states, tries_tp=is_open)
     if asked.recompute is None or asked.micro_batch_size is None or is_open:
         reasons.append(f"memory    {why}")
     steps = asked.steps or max(1, math.ceil(asked.epochs * rows.n_train / batch))

@@ -1,23 +1,28 @@
 """Says what a command of a recipe would do on a cluster.
 
-It chooses a layout if none is given, counts what the step does, and predicts its time.
+It counts what the step does, and predicts its time.
 
     facts = report(settings, step, foresee)     prints the report, and returns it as data that JSON can hold
 
 Bytes, traffic and FLOPs are counted by dry_run.py, from the step itself. Seconds are predicted by cost.py. If
-the layout was left open, planner.py proposes several, and the first one that fits as counted is taken.
+the layout was left open, planner.py proposes several, and the first one that fits as counted is taken. Only
+pretrain.py, whose command has a layout in any case, is described as it would run; beside auto=True that is
+the planner's layout too, and else the report ends with what the planner would choose.
 """
 
 import json
 import math
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dtensor_llama.chat.lora import LoraConfig, n_adapter_parameters
+from dtensor_llama.cli import in_flags
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.errors import UsageError
 from dtensor_llama.metrics import GIB
@@ -28,7 +33,7 @@ from parallel.config import AXES, ParallelConfig, check_parallel
 from parallel.cost import Account, States, Work, account_for, account_with_offload
 from parallel.dry_run import Counted, RankCount, Setup, Step, dry_run, settle_auto
 from parallel.explain import Run, explain
-from parallel.planner import Candidate, Found, Question, draw_plan, plan
+from parallel.planner import Candidate, Found, Question, draw_plan, given_rows, name_of, plan
 from parallel.schedule_clock import DURATION, draw
 from parallel.step_counter import HOST, KINDS
 
@@ -40,27 +45,42 @@ RESERVED = (1.01, 1.10)
 DOCUMENT_TOKENS = 512  # of each document, with a document mask
 
 
-def report(settings: Any, step: Step, foresee: Callable, rank: int = 0, picture: str | None = None) -> dict:
+def report(
+    settings: Any,
+    step: Step,
+    foresee: Callable,
+    rank: int = 0,
+    picture: str | None = None,
+    is_own_run: bool = False,
+) -> dict:
     """Print what a command would do on each rank, and return it as data.
 
     Call it where no process group exists.
 
     settings: has the fields `model`, `data`, `train`, `parallel`, `memory`, `gpus` and `gpu` of dryrun.py,
         and maybe `lora`. step: as for `dry_run`. foresee: memory.auto.foresee. rank: whose parameters are
-        listed. picture: the file for a drawing of a search.
+        listed. picture: the file for a drawing of a search. is_own_run: the settings are those of a run, so
+        that what they leave out has its default there, and the planner chooses only if `auto` asks for it.
     UsageError if the cluster is unknown, or if nothing that was asked for can run there.
     """
     cluster = find_cluster(settings.gpu, gpus_of(settings))
     model = read_model(settings.model)
     found, counted, note = None, None, ""
-    if leaves_layout_open(settings):
+    is_open = leaves_layout_open(settings)
+    if picture and not is_open:
+        raise UsageError(
+            f"png={picture} draws the planner's search, and there is none where the layout, the rows of a "
+            "microbatch, recomputation or memory is given; leave `png` out, or use auto=True."
+        )
+    if is_open and (settings.parallel.auto or not is_own_run):
         found = search(settings, model, cluster, foresee)
-        print(found.describe(), flush=True)
+        print(in_flags(found.describe(), type(settings)), flush=True)
         if has_no_rate(getattr(torch, settings.train.dtype), cluster):
             print(f"  {NO_RATE} Those of bfloat16 decide the order of layouts alone.", flush=True)
         if picture:
             draw_plan(found, picture)
         settings, counted, note = first_that_fits(settings, found, cluster, step)
+        print(f"  The layout that is counted below, in flags: {as_flags(settings)}\n", flush=True)
     setup, note = (counted.setup, note) if counted else setup_of(settings, model, cluster)
     facts = explain(Run(setup.layout, setup.job, setup.computation.dtype, setup.lora), rank)
     job, layout = setup.job, setup.layout
@@ -80,7 +100,8 @@ def report(settings: Any, step: Step, foresee: Callable, rank: int = 0, picture:
     )
     if counted is None:
         counted, said = count(setup, cluster, step)
-        print(*said, sep="\n", flush=True)
+        if said:
+            print(*said, sep="\n", flush=True)
     account = predict(counted.setup, cluster, foresee)
     print(
         *memory(counted, cluster.gpu.memory_gib),
@@ -89,11 +110,59 @@ def report(settings: Any, step: Step, foresee: Callable, rank: int = 0, picture:
         sep="\n",
         flush=True,
     )
+    if is_open and not found:
+        searched = partial(search, settings, model, cluster, foresee)
+        print(*other_choice(settings, setup, account, searched), sep="\n", flush=True)
     data = {"model": settings.model, **as_data(counted, cluster), **times(account), "mesh": facts}
     return data | ({"plan": json.loads(found.to_json())} if found else {})
 
 
 # ---- What is asked -----------------------------------------------------------------------------------------
+
+PICTURES = (".png", ".svg", ".pdf", ".jpg")
+
+
+def check_outputs(settings: Any) -> None:
+    """Raise UsageError, before anything is measured or counted, for a file that could not be written.
+
+    settings: has the fields `json`, `png` and `calibrate` of dryrun.py, each a path or None."""
+    for name in ("json", "png", "calibrate"):
+        path = getattr(settings, name)
+        if path and (problem := _why_not_written(Path(path))):
+            raise UsageError(f"{name}={path}: {problem}.")
+    suffix = Path(settings.png).suffix if settings.png else PICTURES[0]
+    if suffix.lower() not in PICTURES:
+        raise UsageError(
+            f"png={settings.png}: {suffix or 'a name without a suffix'} does not say which kind of picture "
+            f"to draw; end the name in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}."
+        )
+    if settings.calibrate:
+        if not settings.calibrate.endswith(".json"):
+            raise UsageError(
+                f"calibrate={settings.calibrate}: `gpu` reads only files that end in .json; end the name so."
+            )
+        others = [f"`{name}`" for name in ("json", "png") if getattr(settings, name)]
+        if others:
+            raise UsageError(
+                f"calibrate={settings.calibrate} measures this machine and does nothing else, so that there "
+                f"is nothing to write for {' and '.join(others)}; leave one of them out."
+            )
+
+
+def _why_not_written(path: Path) -> str:
+    """Return what keeps a file from being written, or nothing. No file is made or changed."""
+    try:
+        if not path.parent.is_dir():
+            return f"there is no folder {path.parent}; make it first"
+        if path.is_dir():
+            return "it is a folder; name a file in it"
+        if path.is_file():
+            path.open("ab").close()
+        elif not path.exists():  # a pipe or a device is left alone
+            tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:  # permissions, a read-only file system, a name that is too long
+        return f"it cannot be written ({error.strerror}); name another file"
+    return ""
 
 
 def read_model(model: str) -> LlamaConfig:
@@ -136,16 +205,21 @@ def lora_of(settings: Any) -> LoraConfig:
 
 def search(settings: Any, model: LlamaConfig, cluster: Cluster, foresee: Callable) -> Found:
     """Return the layouts that the planner proposes."""
-    given = [axis for axis, size in settings.parallel.sizes.items() if axis != "dp_shard" and size != 1]
-    if given:
-        raise UsageError(
-            f"auto=True chooses every axis, and {given[0]}={settings.parallel.sizes[given[0]]} is given too; "
-            "leave one of them out."
-        )
+    layout = settings.parallel.resolve(cluster.n_gpus)
     seq_len = settings.data.seq_len or model.max_position_embeddings
     rows, dtype = settings.train.global_batch_size, getattr(torch, settings.train.dtype)
     states = states_of(model, dtype, lora_of(settings), settings.memory.placement != "off")
-    question = Question(model, seq_len, rows, cluster, states, settings.train.compile, foresee=foresee)
+    question = Question(
+        model,
+        seq_len,
+        rows,
+        cluster,
+        states,
+        compile=settings.train.compile,
+        layout=layout,
+        **given_rows(settings.train),
+        foresee=foresee,
+    )
     return plan(question)
 
 
@@ -175,6 +249,41 @@ def settings_of(settings: Any, candidate: Candidate) -> Any:
     if candidate.work.states.offloads:
         memory = replace(memory, placement="auto")
     return replace(settings, parallel=candidate.work.layout, train=train, memory=memory)
+
+
+def as_flags(settings: Any) -> str:
+    """Return the flags that give a layout, with the rows of a microbatch, recomputation and memory: typed
+    after the rest of a command, they make it this one."""
+    plain = asdict(ParallelConfig()) | {"micro_batch_size": 1, "recompute": "none", "placement": None}
+    train = settings.train
+    chosen = asdict(settings.parallel) | {
+        "micro_batch_size": train.micro_batch_size,
+        "recompute": train.recompute,
+        "placement": settings.memory.placement,
+    }
+    fields = [f"{name}={value}" for name, value in chosen.items() if value != plain[name]]
+    return in_flags(" ".join(fields), type(settings))
+
+
+def other_choice(
+    settings: Any, setup: Setup, account: Account | None, searched: Callable[[], Found]
+) -> list[str]:
+    """Return lines with what the planner would choose instead of a layout of defaults, and its flags.
+
+    setup: of the settings as they are. account: its prediction, or None. searched: asks the planner."""
+    lines = ["\nNo layout was given, so that the above is what the run's own defaults make."]
+    try:
+        best = searched().best
+    except UsageError as error:
+        return [*lines, f"The planner has none to propose: {in_flags(str(error), type(settings))}"]
+    planned, own = best.work.job, setup.job
+    rows = planned.micro_batch_size == own.micro_batch_size
+    if best.work.layout == setup.layout and rows and planned.recompute == own.recompute:
+        return [*lines, "The planner would choose the same."]
+    share = account.step_seconds / best.account.step_seconds - 1 if account else 0.0
+    faster = f", which is predicted to be {share:.0%} faster" if share >= 0.005 else ""
+    flags = as_flags(settings_of(settings, best))
+    return [*lines, f"The planner would choose {name_of(best.work)}{faster}:", f"  {flags}"]
 
 
 def setup_of(settings: Any, model: LlamaConfig, cluster: Cluster) -> tuple[Setup, str]:

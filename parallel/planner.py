@@ -14,7 +14,7 @@ per second. Nothing is built and nothing runs, so thousands of layouts take seco
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from math import ceil, prod
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.errors import UsageError
 from dtensor_llama.metrics import GIB
-from parallel.cluster import NODES, Cluster, with_gpus
+from parallel.cluster import NODES, Cluster, cluster_here, with_gpus
 from parallel.config import RULES, ParallelConfig
 from parallel.cost import (
     FITS_SHARE,
@@ -40,7 +40,7 @@ from parallel.cost import (
     numbers_of_rank,
     splits_backward,
 )
-from parallel.rules import Case, Job, all_hold
+from parallel.rules import Case, Job, all_hold, check
 
 MOST_GPUS = 16384  # where the search for what a model would take ends
 N_BEST = 5  # layouts that a plan shows
@@ -75,6 +75,10 @@ class Question:
     states: States = States()
     compile: bool = True
     device_type: str = "cuda"
+    # The search keeps what differs from the defaults here, and chooses the axes and all else (`given`).
+    layout: ParallelConfig = ParallelConfig()
+    micro_batch_size: int | None = None  # None: open
+    recompute: str | None = None  # None: open
     # memory.auto.foresee, if states may be moved to the host where nothing fits without
     foresee: Callable | None = None
     stack: Stack = PYTORCH
@@ -82,6 +86,30 @@ class Question:
     @property
     def budget_bytes(self) -> float:
         return self.cluster.gpu.memory_gib * GIB * FITS_SHARE
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Return {field: value} of what every layout of the search keeps because the user set it.
+
+        A value that was typed and is the default cannot be told from one that was left out. It stays open."""
+        plain, chosen = ParallelConfig(), {*self.layout.sizes, "auto"}
+        layout = {
+            name: value
+            for name, value in asdict(self.layout).items()
+            if name not in chosen and value != getattr(plain, name)
+        }
+        rows = {"micro_batch_size": self.micro_batch_size, "recompute": self.recompute}
+        return layout | {name: value for name, value in rows.items() if value is not None}
+
+    @property
+    def given_in_words(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self.given.items())
+
+    def without(self, name: str) -> "Question":
+        """Return this question with one of the given fields open again."""
+        if name in ("micro_batch_size", "recompute"):
+            return replace(self, **{name: None})
+        return replace(self, layout=replace(self.layout, **{name: getattr(ParallelConfig(), name)}))
 
 
 @dataclass(frozen=True)
@@ -164,10 +192,14 @@ class Found:
                 )
             )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        nodes = f" in nodes of {cluster.gpus_per_node}" if cluster.n_gpus > cluster.gpus_per_node else ""
         lines = [
-            f"{self.n_tried:,} layouts on {cluster.n_gpus} x {cluster.gpu.name}, of which {self.n_fitting:,} "
-            f"fit {FITS_SHARE:.0%} of {cluster.gpu.memory_gib:.4g} GiB; the fastest of each mesh:"
+            f"{self.n_tried:,} layouts on {cluster.n_gpus} x {cluster.gpu.name}{nodes}, of which "
+            f"{self.n_fitting:,} fit {FITS_SHARE:.0%} of {cluster.gpu.memory_gib:.4g} GiB; the fastest of "
+            "each mesh:"
         ]
+        if self.question.given:
+            lines.append(f"  (all of them keep {self.question.given_in_words}, as given)")
         for name, *numbers in rows:
             cells = [f"{number:>{width}}" for number, width in zip(numbers, widths[1:], strict=True)]
             lines.append(f"  {name:{widths[0]}}  {'  '.join(cells)}")
@@ -207,12 +239,15 @@ def meshes(question: Question) -> Iterator[ParallelConfig]:
     """Yield the layouts to try, resolved. tp stays inside a node, where the fast wires are."""
     cluster, model = question.cluster, question.model
     for tp in powers_of_two(min(cluster.gpus_per_node, cluster.n_gpus)):
+        if cluster.gpus_per_node % tp:
+            continue
         for pp in divisors(cluster.n_gpus // tp, model.num_hidden_layers):
             most_cp = max(1, min(16, question.seq_len // LEAST_CP_TOKENS, cluster.n_gpus // tp // pp))
             for cp in powers_of_two(most_cp):
                 dp, left_over = divmod(cluster.n_gpus, tp * pp * cp)
                 if left_over == 0:
-                    yield from _ways_of_mesh(question, ParallelConfig(pp=pp, dp_shard=dp, cp=cp, tp=tp))
+                    sizes = {"pp": pp, "dp_replicate": 1, "dp_shard": dp, "cp": cp, "tp": tp}
+                    yield from _ways_of_mesh(question, replace(question.layout, auto=False, **sizes))
 
 
 # A schedule and its stages a rank. gpipe is left out: it has the bubble of 1f1b and keeps the activations of
@@ -223,15 +258,15 @@ IN_HALVES = [("zero-bubble", 1), ("zero-bubble", 2), ("zbv", None), ("dualpipev"
 
 def _ways_of_mesh(question: Question, mesh: ParallelConfig) -> Iterator[ParallelConfig]:
     """Yield ZeRO's stages, copies between nodes, and schedules for the sizes of a mesh."""
-    cluster = question.cluster
+    cluster, given = question.cluster, question.given
     # Under pp stages 2 and 3 do as stage 1 does within a step (zero.py).
     stages = (3, 2, 1) if mesh.pp == 1 else (1,)
+    if "zero_stage" in given:
+        stages = (mesh.zero_stage,)
     inside = max(1, cluster.gpus_per_node // (mesh.tp * mesh.cp))
     shards = {mesh.dp_shard, min(inside, mesh.dp_shard)} if mesh.pp == 1 else {mesh.dp_shard}
-    schedules = PIPELINED if mesh.pp > 1 else PIPELINED[:1]
-    if mesh.pp > 1 and not question.compile:
-        schedules = PIPELINED + IN_HALVES
-    methods = ("ulysses", "ring") if mesh.cp > 1 else ("ulysses",)
+    schedules = _schedules(question, mesh)
+    methods = ("ulysses", "ring") if mesh.cp > 1 and "cp_method" not in given else (mesh.cp_method,)
     for shard in sorted(shards):
         if mesh.dp_shard % shard == 0:
             for stage in stages if shard * mesh.cp > 1 else (stages[-1],):
@@ -248,6 +283,19 @@ def _ways_of_mesh(question: Question, mesh: ParallelConfig) -> Iterator[Parallel
                         )
 
 
+def _schedules(question: Question, mesh: ParallelConfig) -> list[tuple[str, int | None]]:
+    """Return the schedules to try, each with its stages a rank. One that was given asks for a pipeline."""
+    is_given, every = "schedule" in question.given, PIPELINED + IN_HALVES
+    if mesh.pp == 1:
+        return [] if is_given else [(mesh.schedule, mesh.virtual_stages)]
+    tried = PIPELINED if question.compile else every
+    if is_given:
+        tried = [way for way in every if way[0] == mesh.schedule] or [(mesh.schedule, None)]
+    if mesh.virtual_stages is not None:
+        tried = list(dict.fromkeys((schedule, mesh.virtual_stages) for schedule, _ in tried))
+    return tried
+
+
 def works(question: Question) -> Iterator[Work]:
     """Yield everything to try that the rules allow."""
     job = Job(
@@ -260,15 +308,19 @@ def works(question: Question) -> Iterator[Work]:
     )
     for layout in meshes(question):
         rows_of_rank = question.global_batch_size // layout.dp
-        for micro_rows in MICRO_ROWS:
+        given = question.micro_batch_size
+        if given is None and layout.microbatches:
+            given = max(1, rows_of_rank // layout.microbatches)
+        for micro_rows in [given] if given else MICRO_ROWS:
             tokens = micro_rows * question.seq_len // (layout.cp * layout.tp)
-            if micro_rows > rows_of_rank or (micro_rows > 1 and tokens > MAX_MICRO_TOKENS):
+            is_large = micro_rows > 1 and tokens > MAX_MICRO_TOKENS and not given
+            if micro_rows > rows_of_rank or is_large:
                 break
             tried = replace(job, micro_batch_size=micro_rows)
             case = Case(layout, tried)
             # With fewer microbatches than stages a pipeline is mostly a bubble.
             if case.n_microbatches >= layout.pp and all_hold(RULES, case):
-                for recompute in RECOMPUTE:
+                for recompute in [question.recompute] if question.recompute else RECOMPUTE:
                     # Only halves of backward ask for a kind of recompute.
                     if recompute != "selective" or not splits_backward(layout):
                         yield Work(replace(tried, recompute=recompute), layout, question.states)
@@ -384,10 +436,39 @@ def _fastest_too_large(question: Question, larger: list[Work], best: Account) ->
 
 def _no_layout(question: Question) -> UsageError:
     n_gpus, rows = question.cluster.n_gpus, question.global_batch_size
+    if question.given:
+        return _no_layout_as_given(question)
     return UsageError(
         f"no layout of {n_gpus} GPUs that the planner tries (tp and cp are powers of 2, and pp leaves each "
         f"stage a layer) can share global_batch_size={rows} rows of seq_len={question.seq_len}. Use a "
         f"multiple of {n_gpus} rows, or give the layout yourself."
+    )
+
+
+def _no_layout_as_given(question: Question) -> UsageError:
+    """Name what was given, the first rule that it breaks, and which of it would have to be left out."""
+    job = Job(
+        question.model,
+        question.seq_len,
+        question.global_batch_size,
+        question.micro_batch_size or 1,
+        recompute=question.recompute or "none",
+        compile=question.compile,
+        device_type=question.device_type,
+    )
+    broken = "none of them has a pipeline with as many microbatches as stages"
+    for layout in meshes(question):
+        try:
+            check(RULES, Case(layout, job))
+        except UsageError as error:
+            broken = str(error).removesuffix(".")
+            break
+    names = [f"`{name}`" for name in question.given if any(True for _ in works(question.without(name)))]
+    remedy = f"leave {' or '.join(names)} out" if names else "give the layout yourself"
+    return UsageError(
+        f"auto=True keeps {question.given_in_words}, as given, and no layout of {question.cluster.n_gpus} "
+        f"GPUs for global_batch_size={question.global_batch_size} rows of seq_len={question.seq_len} that "
+        f"the planner tries can: {broken}. To let it choose, {remedy}."
     )
 
 
@@ -415,9 +496,10 @@ def what_it_would_take(question: Question) -> str:
         ways.append("a smaller `seq_len`")
     elif not question.states.n_adapter:
         ways.append("adapters (rank=16), which train a small part of the parameters")
+    kept = f" that keeps {question.given_in_words}, as given" if question.given else ""
     return (
         f"{model.n_parameters / 1e9:.1f}G parameters and rows of seq_len={question.seq_len} fit no layout of "
-        f"{cluster.n_gpus} x {cluster.gpu.name}: the smallest needs {needed:.1f} GiB a GPU, "
+        f"{cluster.n_gpus} x {cluster.gpu.name}{kept}: the smallest needs {needed:.1f} GiB a GPU, "
         f"{smallest[largest] / GIB:.1f} of them for {PURPOSES[largest]}, and "
         f"{question.budget_bytes / GIB:.1f} are there. Use {', or '.join(ways)}."
     )
@@ -427,23 +509,21 @@ def what_it_would_take(question: Question) -> str:
 
 
 def choose_open(
-    job: Job, layout: ParallelConfig, device_bytes: int, states: States, tries_tp: bool
+    job: Job, layout: ParallelConfig, cluster: Cluster, states: States, tries_tp: bool
 ) -> tuple[Job, ParallelConfig, str]:
     """Return job and layout with what was open chosen, and why; UsageError if nothing fits.
 
-    job: its recompute and its micro_batch_size are None where they are open. layout: resolved. tries_tp:
-        whether data-parallel ranks of the layout may become tp ranks. What a memory placement keeps on the
-        device beyond the weights is not known here. Of what fits the fastest is taken, and of equally fast
-        ones the one with less tensor parallelism, no recomputation and the largest microbatch. The order is
-        that of the known GPU whose memory is nearest.
+    job: its recompute and its micro_batch_size are None where they are open. layout: resolved. cluster: what
+        the job runs on (cluster.cluster_here). tries_tp: whether data-parallel ranks of the layout may become
+        tp ranks, which stay inside a node. What a memory placement keeps on the device beyond the weights is
+        not known here. Of what fits the fastest is taken, and of equally fast ones the one with less tensor
+        parallelism, no recomputation and the largest microbatch.
     """
     if layout.auto:
-        return _choose_all(job, layout, device_bytes, states)
-    n_gpus = prod(layout.sizes.values())
-    near = min(NODES.values(), key=lambda node: abs(node.gpu.memory_gib * GIB - device_bytes))
-    cluster = replace(near, n_gpus=n_gpus)
+        return _choose_all(job, layout, cluster, states)
+    device_bytes = cluster.gpu.memory_gib * GIB
     fitting, first, needed = [], "", 0
-    for tried, tried_layout in _open_candidates(job, layout, tries_tp):
+    for tried, tried_layout in _open_candidates(job, layout, cluster.gpus_per_node if tries_tp else 0):
         needed = bytes_needed(tried, tried_layout, states)
         if needed <= FITS_SHARE * device_bytes:
             seconds = account_for(Work(tried, tried_layout, states), cluster).step_seconds
@@ -455,7 +535,8 @@ def choose_open(
         fastest = min(seconds for seconds, *_ in fitting)
         _, tried, tried_layout, needed = next(each for each in fitting if each[0] <= NEAR * fastest)
         what = _in_words(tried, tried_layout)
-        why = f"{what}: about {needed / GIB:.1f} of {device_bytes / GIB:.1f} GiB a rank{first}"
+        memory = f"{needed / GIB:.1f} of {device_bytes / GIB:.1f} GiB a rank{first}"
+        why = f"{what}: about {memory}, on {cluster.gpu.name}"
         return tried, tried_layout, why
     ways = ["more processes", "a smaller `seq_len`"]
     if not states.n_adapter and not states.offloads:
@@ -469,24 +550,26 @@ def choose_open(
 
 
 def _choose_all(
-    job: Job, layout: ParallelConfig, device_bytes: int, states: States
+    job: Job, layout: ParallelConfig, cluster: Cluster, states: States
 ) -> tuple[Job, ParallelConfig, str]:
-    """Return job and layout of the best plan, and the plan in words. UsageError: an axis was given too."""
-    given = [axis for axis, size in layout.sizes.items() if axis != "dp_shard" and size != 1]
-    if given:
+    """Return job and layout of the best plan, and the plan in words. Fields of the layout that were given,
+    and rows and recomputation of the job that are not None, are kept."""
+    if cluster.n_gpus % cluster.gpus_per_node:
         raise UsageError(
-            f"auto=True chooses every axis, and {given[0]}={layout.sizes[given[0]]} is given too; leave one "
-            "of them out."
+            f"auto=True plans for nodes of equally many processes, and {cluster.n_gpus} do not fill nodes of "
+            f"{cluster.gpus_per_node}; start as many on each node, or give the layout yourself."
         )
-    n_gpus = prod(layout.sizes.values())
-    near = min(NODES.values(), key=lambda node: abs(node.gpu.memory_gib * GIB - device_bytes))
-    name = near.gpu.name
-    if job.device_type == "cpu":
-        name = f"cpu (at the rates of {name}, which decide the order alone)"
-    gpu = replace(near.gpu, name=name, memory_gib=device_bytes / GIB)
-    cluster = replace(near, gpu=gpu, n_gpus=n_gpus, gpus_per_node=min(near.gpus_per_node, n_gpus))
     question = Question(
-        job.model, job.seq_len, job.global_batch_size, cluster, states, job.compile, job.device_type
+        job.model,
+        job.seq_len,
+        job.global_batch_size,
+        cluster,
+        states,
+        compile=job.compile,
+        device_type=job.device_type,
+        layout=layout,
+        micro_batch_size=job.micro_batch_size,
+        recompute=job.recompute,
     )
     found = plan(question)
     best = found.best.work
@@ -498,6 +581,10 @@ def plan_settings(settings: Any, model: LlamaConfig, seq_len: int, launch: Any) 
     """Return a recipe's settings with the layout, the rows of a microbatch and the recomputation of the best
     plan, and the plan in words.
 
+    What the user gave another value than the default is kept, and the search goes over the rest: whoever sets
+    zero_stage=2 beside auto=True has a reason for it, and a refusal would only make them plan by hand. Axes
+    are what the planner is asked for, so that one that is given too is refused (rules.py).
+
     settings: has the fields `parallel`, `train` and `memory` of pretrain.py. launch: of the recipe. Every
         rank comes to the same plan, since it depends on what all of them have in common.
     """
@@ -506,20 +593,26 @@ def plan_settings(settings: Any, model: LlamaConfig, seq_len: int, launch: Any) 
         model,
         seq_len,
         train.global_batch_size,
-        None,
-        recompute=None,
+        **given_rows(train),
         compile=train.compile,
         device_type=device.type,
     )
     memory = psutil.virtual_memory().total // launch.ranks_per_host
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
+    cluster = cluster_here(device, memory, launch.world_size, launch.ranks_per_host)
     states = States.under(settings.memory, getattr(torch, train.dtype).itemsize)
-    job, layout, why = choose_open(
-        job, settings.parallel.resolve(launch.world_size), memory, states, tries_tp=False
-    )
+    layout = settings.parallel.resolve(launch.world_size)
+    job, layout, why = choose_open(job, layout, cluster, states, tries_tp=False)
     train = replace(train, micro_batch_size=job.micro_batch_size, recompute=job.recompute)
     return replace(settings, parallel=layout, train=train), why
+
+
+def given_rows(train: Any) -> dict[str, Any]:
+    """Return micro_batch_size and recompute of a recipe's settings; one at its default is None, for open."""
+    plain, names = type(train)(), ("micro_batch_size", "recompute")
+    asked = {name: getattr(train, name) for name in names}
+    return {name: None if value == getattr(plain, name) else value for name, value in asked.items()}
 
 
 def _in_words(job: Job, layout: ParallelConfig) -> str:
@@ -528,13 +621,11 @@ def _in_words(job: Job, layout: ParallelConfig) -> str:
     )
 
 
-def _open_candidates(
-    job: Job, layout: ParallelConfig, tries_tp: bool
-) -> Iterator[tuple[Job, ParallelConfig]]:
-    """Yield each choice of what is open, the preferred ones first."""
+def _open_candidates(job: Job, layout: ParallelConfig, most_tp: int) -> Iterator[tuple[Job, ParallelConfig]]:
+    """Yield each choice of what is open, the preferred ones first. most_tp: 0 leaves tp as it is."""
     ranks, model = layout.dp_shard * layout.tp, job.model
-    for tp in (1, 2, 4, MAX_TP) if tries_tp else (layout.tp,):
-        if ranks % tp or model.num_key_value_heads % tp or model.intermediate_size % tp:
+    for tp in powers_of_two(min(most_tp, MAX_TP)) or (layout.tp,):
+        if ranks % tp or most_tp % tp or model.num_key_value_heads % tp or model.intermediate_size % tp:
             continue
         tried = replace(layout, tp=tp, dp_shard=ranks // tp)
         rows = max(1, job.global_batch_size // layout.pp // tried.dp)

@@ -79,6 +79,12 @@ class Case:
         return {axis: size for axis, size in self.sizes.items() if size not in (1, -1)}
 
     @property
+    def given_axes(self) -> str:
+        """Return the axes whose size is not the default, 1, or -1 for dp_shard."""
+        given = [axis for axis, size in self.sizes.items() if size != (-1 if axis == "dp_shard" else 1)]
+        return " and ".join(f"{axis}={self.sizes[axis]}" for axis in given)
+
+    @property
     def n_fixed(self) -> int:
         """Return how many processes the axes of a given size need."""
         return prod(self.fixed_axes.values())
@@ -307,6 +313,12 @@ def world_rules(axes: Sequence[str]) -> list[Rule]:
         return lambda c: [-1, *_divisors(c)] if axis in c.fixed_axes or axis == "dp_shard" else []
 
     return [
+        Rule(
+            "auto",
+            lambda c: not (c.auto and c.given_axes),
+            "chooses every axis, and {c.given_axes} is given too; leave one of them out",
+            {},
+        ),
         *axis_rules(axes),
         *(only_one_is_open(axis) for axis in axes),
         Rule(

@@ -4,11 +4,12 @@
     python recipes/dryrun.py --model llama2-70b --gpus 512 --gpu a100-40gb --parallel.tp 8 --parallel.pp 4 \\
         --train.recompute full --train.global-batch-size 1024 --json 70b.json
 
-The first command leaves the layout open: parallel/planner.py searches for the best one, and says why the
-others are slower. With a layout, any command line of pretrain.py can be tried, and --lora.rank of sft.py. The
-model is built and stepped by the code that trains, on tensors without memory (parallel/dry_run.py). The
-report has the mesh, where each parameter lies, what a rank holds and when it holds most, what it sends on
-each axis, its FLOPs, the pipeline's schedule, and what the step is predicted to take (parallel/cost.py).
+The first command leaves the layout open: parallel/planner.py searches for the best one, says why the others
+are slower, and the flags of the best one are printed to be copied. With a layout, any command line of
+pretrain.py can be tried, and --lora.rank of sft.py. The model is built and stepped by the code that trains,
+on tensors without memory (parallel/dry_run.py). The report has the mesh, where each parameter lies, what a
+rank holds and when it holds most, what it sends on each axis, its FLOPs, the pipeline's schedule, and what
+the step is predicted to take (parallel/cost.py).
 
 --json names traffic by the axes of the mesh, with the same names in every layout: `tp` and `cp`
 (activations), `pp` (between stages), `fsdp` (weights and gradients of ZeRO, over dp_shard and cp),
@@ -39,7 +40,7 @@ from memory.auto import foresee
 from parallel import ParallelConfig
 from parallel.assemble import Training
 from parallel.cluster import calibrate
-from parallel.dry_run_report import gpus_of, report
+from parallel.dry_run_report import check_outputs, gpus_of, report
 
 # ---- What can be asked for: the flags of pretrain.py, so that its command can be explained -----------------
 
@@ -118,8 +119,9 @@ class DryrunConfig:
     gpu: FilePath = "h100-80gb"
     rank: int = 0  # the rank whose place and parameters are drawn
     json: FilePath | None = None  # file to write the result to, as data
-    png: FilePath | None = None  # file for a picture of the search: memory against throughput
-    # measure this machine for a minute, write its rates to this file, and do nothing else
+    # file for a picture of the search, .png, .svg, .pdf or .jpg: memory against throughput
+    png: FilePath | None = None
+    # measure this machine for a minute, write its rates to this .json file, and do nothing else
     calibrate: FilePath | None = None
 
 
@@ -136,10 +138,7 @@ NUMBERS = [
 
 
 def main(cfg: DryrunConfig) -> None:
-    for flag in ("json", "png", "calibrate"):
-        path = getattr(cfg, flag)
-        if path and not Path(path).parent.is_dir():
-            raise UsageError(f"--{flag} {path}: there is no folder {Path(path).parent}; make it first.")
+    check_outputs(cfg)
     if cfg.calibrate:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         print("measuring this machine for about a minute ...", flush=True)

@@ -333,13 +333,14 @@ def forward_backward(training: Training, microbatches: list[Batch], n_targets: i
 def say_what_a_step_does(cfg: PretrainConfig) -> None:
     """Run the step above on tensors without memory, for GPUs that need not be here.
 
-    Prints what each rank holds and sends, and how long the step is predicted to take."""
+    Prints what each rank holds and sends, how long the step is predicted to take, and, where no layout was
+    given, what the planner would choose."""
 
     def step(training: Training, microbatches: list[Batch]) -> None:
         n_targets = sum(batch.n_targets for batch in microbatches)
         train_step(training, microbatches, n_targets, cfg.train.lr, cfg.train.max_grad_norm)
 
-    report(cfg, step, foresee)
+    report(cfg, step, foresee, is_own_run=True)
 
 
 # ---- What a checkpoint records, what is printed ------------------------------------------------------------

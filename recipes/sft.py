@@ -78,7 +78,7 @@ from parallel.apply import Computation
 from parallel.assemble import Offload, Training, adamw, assemble, check_skips
 from parallel.config import AXES, check_parallel
 from parallel.cost import States
-from parallel.defaults import Chosen, OpenSettings, choose_settings, memory_of_rank
+from parallel.defaults import Chosen, OpenSettings, choose_settings
 from parallel.mesh import Layout, start_process_group, stop_process_group
 from parallel.step_pictures import StepPictures
 
@@ -412,7 +412,6 @@ def choose(
     """Choose what the user left open from the data and the hardware, with a reason for each choice."""
     train, data = cfg.train, cfg.data
     asked = OpenSettings.of(train, seq_len=data.seq_len)
-    device_bytes = memory_of_rank(launch.take_device(), launch.ranks_per_host)
     n_adapter = n_adapter_parameters(model, cfg.lora) if cfg.lora.rank else 0
     states = States.under(cfg.memory, getattr(torch, train.dtype).itemsize, n_adapter)
     resolved = cfg.parallel.resolve(launch.world_size)
@@ -423,7 +422,7 @@ def choose(
         packing = Packing(seq_len, data.validation_share, train.seed)
         return PackedExamples(corpus, packing, pad_id, data.overlong, packed=data.packing)
 
-    return choose_settings(asked, model, corpus, pack, (resolved, is_open), (device_bytes, states))
+    return choose_settings(asked, model, corpus, pack, (resolved, is_open), (launch, states))
 
 
 def run_record(

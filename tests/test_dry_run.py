@@ -3,7 +3,7 @@
 import gc
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import pytest
@@ -12,8 +12,9 @@ from pool import run_on
 from recipe import recipe
 from versions import marks_for
 
-from dtensor_llama import Llama, LlamaConfig
+from dtensor_llama import Llama, LlamaConfig, UsageError
 from dtensor_llama.chat.lora import LoraConfig, apply_lora, init_lora
+from dtensor_llama.cli import parse_cli
 from dtensor_llama.metrics import GIB
 from dtensor_llama.model import init_weights
 from memory import MemoryConfig
@@ -359,6 +360,13 @@ def test_a_layout_that_was_left_open_is_searched_and_the_best_is_counted(tmp_pat
     best = facts["plan"]["candidates"][0]
     assert facts["layout"] == best["layout"] and facts["step_seconds"] == pytest.approx(best["step_seconds"])
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    (typed,) = [line for line in ended.out.splitlines() if "in flags: " in line]
+    same = parse_cli(dryrun.DryrunConfig, typed.partition("in flags: ")[2].split())
+    assert asdict(same.parallel.resolve(8)) == best["layout"]
+    assert (same.train.micro_batch_size, same.train.recompute) == (
+        best["micro_batch_size"],
+        best["recompute"],
+    )
 
 
 def test_a_layout_that_the_planner_proposes_and_the_count_refutes_is_passed_over(monkeypatch, capsys):
@@ -382,6 +390,52 @@ def test_pretrain_counts_its_own_command_and_trains_nothing(tmp_path):
     assert ended.status == 0, ended
     same = recipe("dryrun", *[flag for flag in flags if flag != "--dry-run"])
     assert ended.out == same.out and not (tmp_path / "run").exists()
+
+
+def test_pretrain_without_a_layout_counts_its_defaults_and_names_what_the_planner_would_choose():
+    flags = ["--model", "tiny-1m", "--gpus", 8, "--data.seq-len", 64]
+    ended = recipe("pretrain", *flags, "--dry-run")
+    assert ended.status == 0 and "with ZeRO stage 3" in ended.out, ended
+    assert "8 dp ranks x 4 microbatches x 1 rows" in ended.out and "layouts on" not in ended.out
+    own, _, planned = ended.out.partition("\nNo layout was given")
+    assert own == recipe("dryrun", *flags, "--parallel.dp-shard", 8).out
+    assert "The planner would choose dp 8, zero 2, 1 x 4 rows" in planned
+    typed = planned.splitlines()[-1].split()
+    assert typed == "--parallel.dp-shard 8 --parallel.zero-stage 2 --train.micro-batch-size 4".split()
+    planned = recipe("pretrain", *flags, "--dry-run", "--parallel.auto")
+    assert planned.status == 0 and "layouts on 8 x h100-80gb" in planned.out, planned
+    assert "with ZeRO stage 2" in planned.out and f"in flags: {' '.join(typed)}\n" in planned.out
+    assert planned.out == recipe("dryrun", *flags).out
+    same = recipe("pretrain", *flags, "--dry-run", *typed).out
+    assert planned.out.endswith("\n".join(line for line in same.split("\n") if line[:3] != "..."))
+
+
+def test_a_search_keeps_what_was_given_beside_auto():
+    flags = ["--model", "tiny-1m", "--gpus", 8, "--data.seq-len", 64, "--parallel.auto"]
+    given = ["--parallel.zero-stage", 1, "--train.micro-batch-size", 2, "--train.recompute", "full"]
+    ended = recipe("dryrun", *flags, *given)
+    assert ended.status == 0 and f"keep {' '.join(map(str, given))}, as given" in ended.out, ended
+    (typed,) = [line for line in ended.out.splitlines() if "in flags: " in line]
+    assert typed.endswith(" ".join(map(str, given)))
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_starts(tmp_path, monkeypatch):
+    def check(**outputs) -> str:
+        outputs = {name: str(tmp_path / path) for name, path in outputs.items()}
+        with pytest.raises(UsageError) as refused:
+            dryrun.main(dryrun.DryrunConfig("tiny-1m", **outputs))
+        return str(refused.value)
+
+    monkeypatch.setattr(dryrun, "calibrate", None)  # neither is to be called
+    monkeypatch.setattr(dryrun, "report", None)
+    for name in ("json", "png", "calibrate"):
+        assert "it is a folder; name a file in it" in check(**{name: "."})
+        assert "File name too long" in check(**{name: 300 * "a"})
+    assert ".foo does not say which kind of picture" in check(png="x.foo")
+    assert "a name without a suffix does not say" in check(png="x")
+    assert "`gpu` reads only files that end in .json" in check(calibrate="ours")
+    assert "nothing to write for `json`; leave one" in check(calibrate="ours.json", json="facts.json")
+    assert not list(tmp_path.iterdir())
 
 
 def test_float32_has_a_time_where_its_rate_is_known_and_else_a_sentence(tmp_path):
@@ -410,6 +464,9 @@ def test_a_machine_is_measured_into_a_file_that_the_next_dry_run_reads(tmp_path,
         (["--parallel.auto", "--parallel.tp", 2], "--parallel.tp 2 is given too"),
         (["--rank", 4], "--rank 4 is not one of --gpus 4"),
         (["--json", "no/where.json"], "--json no/where.json: there is no folder no"),
+        (["--png", "x.png", "--parallel.tp", 2], "--png x.png draws the planner's search"),
+        (["--parallel.auto", "--train.micro-batch-size", 3], "leave --train.micro-batch-size out"),
+        (["--parallel.auto", "--parallel.dp-shard", 4], "--parallel.dp-shard 4 is given too"),
         (["--calibrate", "no/where.json"], "--calibrate no/where.json: there is no folder no"),
         (["--lora.rank", -1], "--lora.rank -1 is not possible"),
         (["--memory.placement", "static"], "--memory.placement static needs"),

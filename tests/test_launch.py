@@ -77,7 +77,7 @@ def parsed(recipe: str, size: str, gpu: str, gpus: int):
     if recipe == "sft":  # it refuses what it does not expect to fit
         n_adapter = n_adapter_parameters(config, cfg.lora) if cfg.lora.rank else 0
         states = States(itemsize=2, n_adapter=n_adapter, offloads=cfg.memory.is_on)
-        choose_open(job, layout, NODES[gpu].gpu.memory_gib * GIB, states, tries_tp=False)
+        choose_open(job, layout, replace(NODES[gpu], n_gpus=gpus), states, tries_tp=False)
     return cfg, layout, check_parallel(layout, job)
 
 

@@ -4,8 +4,10 @@ import json
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from recipe import ROOT, pretrain_flags, recipe
 from versions import needs_split_backward
 
@@ -13,13 +15,24 @@ from dtensor_llama import LlamaConfig, UsageError
 from dtensor_llama.metrics import GIB
 from memory.auto import foresee
 from parallel import ParallelConfig
-from parallel.cluster import NODES, find_cluster
+from parallel.cluster import NODES, cluster_here, find_cluster
 from parallel.config import check_parallel
 from parallel.cost import FITS_SHARE, States, bytes_of_rank
 from parallel.pipeline import SCHEDULES
-from parallel.planner import PURPOSES, Question, choose_open, draw_plan, frontier, name_of, plan, works
+from parallel.planner import (
+    PURPOSES,
+    Question,
+    choose_open,
+    draw_plan,
+    frontier,
+    name_of,
+    plan,
+    plan_settings,
+    works,
+)
 from parallel.recompute import MODES
 from parallel.rules import Job
+from recipes.pretrain import PretrainConfig, TrainConfig
 
 sys.path[:0] = [str(ROOT / "recipes/launch"), str(ROOT / "recipes/bench")]
 import plan_cases  # noqa: E402
@@ -151,12 +164,12 @@ def test_a_number_of_gpus_that_is_no_power_of_2_gets_stages_of_uneven_layers():
 def test_auto_takes_the_whole_layout_from_the_planner():
     layout = ParallelConfig(auto=True).resolve(8)
     job = Job(SEVEN_B, 4096, 64, None, recompute=None, compile=True, device_type="cuda")
-    chosen, resolved, why = choose_open(job, layout, 79 * GIB, States(), tries_tp=False)
+    chosen, resolved, why = choose_open(job, layout, find_cluster("h100-80gb", 8), States(), tries_tp=False)
     best = plan(question(rows=64)).best.work
     assert (chosen.micro_batch_size, chosen.recompute) == (best.job.micro_batch_size, best.job.recompute)
     assert resolved == best.layout and not resolved.auto and "the fastest" in why
     with pytest.raises(UsageError, match="auto=True chooses every axis, and tp=2 is given too"):
-        choose_open(job, ParallelConfig(auto=True, tp=2).resolve(8), 79 * GIB, States(), tries_tp=False)
+        ParallelConfig(auto=True, tp=2).resolve(8)
 
 
 def test_pretrain_trains_what_the_planner_chose_and_prints_why(inputs, tmp_path):
@@ -170,6 +183,96 @@ def test_pretrain_trains_what_the_planner_chose_and_prints_why(inputs, tmp_path)
     assert ended.status == 2 and "--parallel.tp 2 is given too" in ended.err, ended
     ended = recipe("benchmark", "--model", "tiny-1m", "--parallel.auto")
     assert ended.status == 2 and "asks the planner" in ended.err, ended
+
+
+def launch_on(monkeypatch, name: str, gib: float, world_size: int, ranks_per_host: int) -> SimpleNamespace:
+    """Return a launch on GPUs that are not here."""
+    properties = SimpleNamespace(name=name, total_memory=int(gib * GIB))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    device = torch.device("cuda", 0)
+    return SimpleNamespace(take_device=lambda: device, world_size=world_size, ranks_per_host=ranks_per_host)
+
+
+def settings_with(train: dict, **layout) -> PretrainConfig:
+    train = replace(TrainConfig(), global_batch_size=64, **train)
+    return PretrainConfig("llama2-7b", train=train, parallel=ParallelConfig(auto=True, **layout))
+
+
+def test_auto_plans_for_the_gpu_that_is_there_by_name_and_for_the_nodes_of_the_launch(monkeypatch):
+    launch = launch_on(monkeypatch, "NVIDIA H100 80GB HBM3", 79.1, world_size=16, ranks_per_host=4)
+    cluster = cluster_here(launch.take_device(), int(79.1 * GIB), 16, 4)
+    here = replace(NODES["h100-80gb"], n_gpus=16, gpus_per_node=4)
+    assert replace(cluster, gpu=here.gpu) == here
+    assert cluster.gpu == replace(here.gpu, memory_gib=int(79.1 * GIB) / GIB)
+    settings, why = plan_settings(settings_with({}), SEVEN_B, 4096, launch)
+    assert "layouts on 16 x h100-80gb in nodes of 4, of which" in why and "fit 90% of 79.1 GiB" in why
+    assert max(work.layout.tp for work in works(question(rows=64))) == 8
+    assert max(work.layout.tp for work in works(replace(question(rows=64), cluster=cluster))) == 4
+    job = Job(SEVEN_B, 4096, 64, None, recompute=None, device_type="cuda")
+    layout = ParallelConfig().resolve(16)  # as sft.py, which leaves dp or tp open
+    _, chosen, why = choose_open(job, layout, replace(cluster, gpus_per_node=1), States(), tries_tp=True)
+    assert chosen.tp == 1 and why.endswith("on h100-80gb")
+    uneven = launch_on(monkeypatch, "NVIDIA H100 80GB HBM3", 79.1, world_size=6, ranks_per_host=4)
+    with pytest.raises(UsageError, match="auto=True plans for nodes of equally many processes, and 6 do not"):
+        plan_settings(settings_with({}), SEVEN_B, 4096, uneven)
+
+
+@pytest.mark.parametrize(
+    "name,gib,said",
+    [
+        (
+            "NVIDIA L40S",
+            44.5,
+            "NVIDIA L40S (not known here: at the rates of a100-40gb, the nearest in memory)",
+        ),
+        (
+            "NVIDIA H100",
+            64.0,
+            "NVIDIA H100 (not known here: at the rates of h100-80gb, the nearest in memory)",
+        ),
+    ],
+)
+def test_a_gpu_that_is_not_known_says_whose_rates_it_is_given(monkeypatch, name, gib, said):
+    launch = launch_on(monkeypatch, name, gib, world_size=8, ranks_per_host=8)
+    _, why = plan_settings(settings_with({}), SEVEN_B, 4096, launch)
+    assert f"layouts on 8 x {said}, of which" in why and f"fit 90% of {gib:.4g} GiB" in why
+
+
+@needs_split_backward
+def test_auto_keeps_what_was_given_and_searches_the_rest(monkeypatch):
+    launch = launch_on(monkeypatch, "NVIDIA H100 80GB HBM3", 79.1, world_size=16, ranks_per_host=8)
+    layout = {"zero_stage": 2, "schedule": "zbv", "sequence_parallel": False, "draw_schedule": True}
+    train = {"recompute": "full", "micro_batch_size": 4}
+    settings, why = plan_settings(settings_with(train, **layout), SEVEN_B, 4096, launch)
+    assert {name: getattr(settings.parallel, name) for name in layout} == layout
+    assert {name: getattr(settings.train, name) for name in train} == train
+    assert settings.parallel.pp > 1 and not settings.parallel.auto
+    assert "schedule=zbv draw_schedule=True micro_batch_size=4 recompute=full, as given" in why
+    asked = question(seq_len=8192, layout=ParallelConfig(auto=True, cp_method="ring", zero_stage=1))
+    kept = {(each.layout.cp_method, each.layout.zero_stage) for each in works(asked)}
+    assert kept == {("ring", 1)}
+    interleaved = ParallelConfig(schedule="interleaved-1f1b", virtual_stages=8)
+    ways = {
+        (each.layout.schedule, each.layout.virtual_stages) for each in works(question(layout=interleaved))
+    }
+    assert ways == {("interleaved-1f1b", 8)}
+    asked = question(rows=72, layout=ParallelConfig(microbatches=3))
+    assert {(each.n_microbatches, each.layout.pp <= 3) for each in works(asked)} == {(3, True)}
+
+
+@pytest.mark.parametrize(
+    "train,layout,said",
+    [
+        ({"compile": True}, {"schedule": "zbv"}, "zbv runs backward in two halves, .*leave `schedule` out"),
+        ({"micro_batch_size": 3}, {}, "keeps micro_batch_size=3, as given, .* leave `micro_batch_size` out"),
+        ({}, {"microbatches": 3}, "microbatches=3 is not what .* leave `microbatches` out"),
+        ({}, {"dp_shard": 8}, "auto=True chooses every axis, and dp_shard=8 is given too"),
+    ],
+)
+def test_what_auto_cannot_keep_is_refused_in_words(monkeypatch, train, layout, said):
+    launch = launch_on(monkeypatch, "NVIDIA H100 80GB HBM3", 79.1, world_size=8, ranks_per_host=8)
+    with pytest.raises(UsageError, match=said):
+        plan_settings(settings_with(train, **layout), SEVEN_B, 4096, launch)
 
 
 # ---- The cases that people ask about -----------------------------------------------------------------------

@@ -355,6 +355,19 @@ def test_what_fits_only_with_its_states_on_the_host_is_not_refused_where_they_go
         settle()
 
 
+def test_auto_keeps_the_recomputation_that_was_given_and_says_where_it_plans(inputs, chat):
+    tokenizer, config = load_tokenizer(inputs / "model"), LlamaConfig.from_hf(inputs / "model")
+    corpus = prepare_chat([str(chat / "chat.jsonl")], tokenizer, inputs / "cache")
+    asked = flags(inputs, chat, "none", "--parallel.auto", "--train.recompute", "full")
+    asked += ["--train.micro-batch-size", 1]
+    chosen = sft.choose(
+        parse_cli(sft.SftConfig, list(map(str, asked))), config, corpus, tokenizer, read_launch()
+    )
+    assert chosen.settings["recompute"] == "full" and not chosen.layout.auto
+    assert "layouts on 1 x cpu (at the rates of" in chosen.reasons[-1]
+    assert "keep micro_batch_size=1 recompute=full, as given" in chosen.reasons[-1]
+
+
 def rows_of(preview: Path) -> list[tuple[list[int], list[int]]]:
     """(tokens, those that are trained) of each row of a --preview-json."""
     rows = json.loads(preview.read_text())
