@@ -60,7 +60,7 @@ def report(settings: Any, step: Step, foresee: Callable, rank: int = 0, picture:
             print(f"  {NO_RATE} Those of bfloat16 decide the order of layouts alone.", flush=True)
         if picture:
             draw_plan(found, picture)
-        settings, counted, note = first_that_fits(settings, found, cluster, step)
+        settings, counted, note = first_that_fits(settings, found, cluster, step, foresee)
     setup, note = (counted.setup, note) if counted else setup_of(settings, model, cluster)
     facts = explain(Run(setup.layout, setup.job, setup.computation.dtype), rank)
     job, layout = setup.job, setup.layout
@@ -77,17 +77,18 @@ def report(settings: Any, step: Step, foresee: Callable, rank: int = 0, picture:
         flush=True,
     )
     if counted is None:
-        counted, said = count(setup, cluster, step)
+        counted, said = count(setup, cluster, step, foresee)
         print(*said, sep="\n", flush=True)
     account = predict(counted.setup, cluster, foresee)
     print(
-        *memory(counted, cluster.gpu.memory_gib),
+        *memory(counted, cluster.gpu.memory_gib, settings.memory.device_budget_gib),
         *traffic(counted, cluster.gpus_per_node),
         *computation(counted, account),
         sep="\n",
         flush=True,
     )
     data = {"model": settings.model, **as_data(counted, cluster), **times(account), "mesh": facts}
+    data["fits"] = data["fits"] and keeps_budget(counted, settings.memory.device_budget_gib)
     return data | ({"plan": json.loads(found.to_json())} if found else {})
 
 
@@ -119,9 +120,9 @@ def leaves_layout_open(settings: Any) -> bool:
     return settings.parallel.auto or (says_nothing and gpus_of(settings) > 1)
 
 
-def states_of(model: LlamaConfig, dtype: torch.dtype, lora: LoraConfig, settles_one_gpu: bool) -> States:
+def states_of(model: LlamaConfig, dtype: torch.dtype, lora: LoraConfig, offload: Offload) -> States:
     n_adapter = n_adapter_parameters(model, lora) if lora.rank else 0
-    return States(dtype.itemsize, n_adapter, settles_one_gpu=settles_one_gpu)
+    return States.under(offload.config, dtype.itemsize, n_adapter, offload.clips)
 
 
 def lora_of(settings: Any) -> LoraConfig:
@@ -138,19 +139,22 @@ def search(settings: Any, model: LlamaConfig, cluster: Cluster, foresee: Callabl
         )
     seq_len = settings.data.seq_len or model.max_position_embeddings
     rows, dtype = settings.train.global_batch_size, getattr(torch, settings.train.dtype)
-    states = states_of(model, dtype, lora_of(settings), settings.memory.placement != "off")
+    offload = Offload(settings.memory, clips=settings.train.max_grad_norm < math.inf)
+    states = states_of(model, dtype, lora_of(settings), offload)
     question = Question(model, seq_len, rows, cluster, states, settings.train.compile, foresee=foresee)
     return plan(question)
 
 
-def first_that_fits(settings: Any, found: Found, cluster: Cluster, step: Step) -> tuple[Any, Counted, str]:
+def first_that_fits(
+    settings: Any, found: Found, cluster: Cluster, step: Step, foresee: Callable
+) -> tuple[Any, Counted, str]:
     """Return the settings of the first proposal that fits as counted, its count, and what was passed over. If
     none does, the first is returned; its report says by how much."""
     first, passed = (), ""
     for candidate in found.candidates:
         proposed = settings_of(settings, candidate)
         setup, _ = setup_of(proposed, candidate.work.model, cluster)
-        counted, said = count(setup, cluster, step)
+        counted, said = count(setup, cluster, step, foresee)
         first = first or (proposed, counted)
         if needed_gib(counted.largest) <= cluster.gpu.memory_gib:
             return proposed, counted, "\n".join([*said, passed]).strip()
@@ -166,7 +170,7 @@ def settings_of(settings: Any, candidate: Candidate) -> Any:
     job = candidate.work.job
     train = replace(settings.train, micro_batch_size=job.micro_batch_size, recompute=job.recompute)
     memory = settings.memory
-    if candidate.work.states.offloads:
+    if candidate.work.states.offloads and not memory.is_on:
         memory = replace(memory, placement="auto")
     return replace(settings, parallel=candidate.work.layout, train=train, memory=memory)
 
@@ -194,13 +198,22 @@ def setup_of(settings: Any, model: LlamaConfig, cluster: Cluster) -> tuple[Setup
 # ---- What is counted and predicted -------------------------------------------------------------------------
 
 
-def count(setup: Setup, cluster: Cluster, step: Step) -> tuple[Counted, list[str]]:
+def count(setup: Setup, cluster: Cluster, step: Step, foresee: Callable) -> tuple[Counted, list[str]]:
     """Return what a step does, and what was chosen for placement auto."""
     said = []
     config = setup.offload.config
     if config.placement == "auto":
+        # The account leaves more of a GPU free, because it has counted nothing.
         budget_gib = config.device_budget_gib or cluster.gpu.memory_gib - BESIDES_TORCH_GIB
-        setup, chosen = settle_auto(setup, step, int(budget_gib * GIB))
+        work = work_of(setup)
+        asked = replace(config, device_budget_gib=budget_gib)
+        work = replace(work, states=replace(work.states, memory=asked))
+
+        def place(other_bytes: int) -> tuple[float, float]:
+            states = account_with_offload(work, cluster, foresee, other_bytes=other_bytes).work.states
+            return states.resident, states.stream
+
+        setup, chosen = settle_auto(setup, step, int(budget_gib * GIB), place)
         said.append(chosen)
     return dry_run(setup, step, lambda text: print(f"... {text}", flush=True)), said
 
@@ -212,14 +225,17 @@ def has_no_rate(dtype: torch.dtype, cluster: Cluster) -> bool:
     return dtype == torch.float32 and cluster.gpu.float32_flops is None
 
 
+def work_of(setup: Setup) -> Work:
+    states = states_of(setup.job.model, setup.computation.dtype, setup.lora, setup.offload)
+    return Work(setup.job, setup.layout, states)
+
+
 def predict(setup: Setup, cluster: Cluster, foresee: Callable) -> Account | None:
     """Return the account of the setup, or None if the rate of its type is unknown."""
     if has_no_rate(setup.computation.dtype, cluster):
         return None
-    config = setup.offload.config
-    states = states_of(setup.job.model, setup.computation.dtype, setup.lora, config.is_on)
-    work = Work(setup.job, setup.layout, states)
-    if config.is_on and (config.resident or 0.0) < 1:
+    work = work_of(setup)
+    if work.states.offloads:
         return account_with_offload(work, cluster, foresee)
     return account_for(work, cluster)
 
@@ -279,7 +295,7 @@ def parameters(facts: dict) -> list[str]:
     return lines
 
 
-def memory(counted: Counted, gpu_gib: float) -> list[str]:
+def memory(counted: Counted, gpu_gib: float, budget_gib: float | None) -> list[str]:
     lines = []
     for rank in counted.ranks:
         title = f"pp rank {rank.pp_rank}" if len(counted.ranks) > 1 else "a rank"
@@ -298,6 +314,8 @@ def memory(counted: Counted, gpu_gib: float) -> list[str]:
     verdict = "it fits" if needed <= gpu_gib else "it does NOT fit"
     if needed <= gpu_gib < high + BESIDES_TORCH_GIB:
         verdict = "it fits, if torch reserves little more (PYTORCH_ALLOC_CONF=expandable_segments:True helps)"
+    if not keeps_budget(counted, budget_gib):
+        verdict = f"it does NOT fit device_budget_gib={budget_gib:g}"
     lines.append(
         f"\ntorch reserves {low:.1f} to {high:.1f} GiB, and CUDA and NCCL take about {BESIDES_TORCH_GIB:.0f} "
         f"more, of {gpu_gib:.1f} GiB: {verdict}"
@@ -309,6 +327,11 @@ def reserved_gib(rank: RankCount) -> tuple[float, float]:
     """Return between which numbers of GiB torch's allocator reserves."""
     low, high = (share * rank.peak_bytes / GIB for share in RESERVED)
     return low, high
+
+
+def keeps_budget(counted: Counted, budget_gib: float | None) -> bool:
+    """Return whether torch can do with the budget of the device, if there is one."""
+    return budget_gib is None or reserved_gib(counted.largest)[0] <= budget_gib
 
 
 def needed_gib(rank: RankCount) -> float:
