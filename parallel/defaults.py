@@ -67,13 +67,13 @@ def choose_settings(
     corpus: ChatCorpus,
     pack: Callable[[int], PackedExamples],
     layout: tuple[ParallelConfig, bool],
-    memory: tuple[int, States],
+    memory: tuple[int, States, Callable],
 ) -> Chosen:
     """Choose what was left open; UsageError if nothing fits the memory.
 
     pack: makes rows of so many tokens from the corpus. layout: resolved, and whether the user left it open,
-        so that data-parallel ranks may become tensor-parallel ones. memory: the bytes that a rank has, and
-        what decides how many it needs.
+        so that data-parallel ranks may become tensor-parallel ones. memory: the bytes that a rank has,
+        what decides how many it needs, and memory.auto.foresee.
     """
     resolved, is_open = layout
     reasons = []
@@ -95,8 +95,8 @@ def choose_settings(
         batch = max(1, math.ceil(wanted / least)) * least
         reasons.append(f"batch     {batch} rows a step: about {batch * per_row:.0f} examples")
     job = Job(model, seq_len, batch, asked.micro_batch_size, recompute=asked.recompute)
-    device_bytes, states = memory
-    job, resolved, why = choose_open(job, resolved, device_bytes, states, tries_tp=is_open)
+    device_bytes, states, foresee = memory
+    job, resolved, why = choose_open(job, resolved, device_bytes, states, is_open, foresee)
     if asked.recompute is None or asked.micro_batch_size is None or is_open:
         reasons.append(f"memory    {why}")
     steps = asked.steps or max(1, math.ceil(asked.epochs * rows.n_train / batch))

@@ -81,14 +81,14 @@ def report(settings: Any, step: Step, foresee: Callable, rank: int = 0, picture:
         print(*said, sep="\n", flush=True)
     account = predict(counted.setup, cluster, foresee)
     print(
-        *memory(counted, cluster.gpu.memory_gib, settings.memory.device_budget_gib),
+        *memory(counted, cluster, settings.memory.device_budget_gib),
         *traffic(counted, cluster.gpus_per_node),
         *computation(counted, account),
         sep="\n",
         flush=True,
     )
     data = {"model": settings.model, **as_data(counted, cluster), **times(account), "mesh": facts}
-    data["fits"] = data["fits"] and keeps_budget(counted, settings.memory.device_budget_gib)
+    data["fits"] = fits(counted, cluster, settings.memory.device_budget_gib)
     return data | ({"plan": json.loads(found.to_json())} if found else {})
 
 
@@ -150,18 +150,25 @@ def first_that_fits(
 ) -> tuple[Any, Counted, str]:
     """Return the settings of the first proposal that fits as counted, its count, and what was passed over. If
     none does, the first is returned; its report says by how much."""
-    first, passed = (), ""
+    first, passed, refusal = (), "", None
     for candidate in found.candidates:
         proposed = settings_of(settings, candidate)
         setup, _ = setup_of(proposed, candidate.work.model, cluster)
-        counted, said = count(setup, cluster, step, foresee)
+        try:
+            counted, said = count(setup, cluster, step, foresee)
+        except UsageError as error:  # no place for the states beside what was counted
+            refusal = refusal or error
+            passed = f"Proposals before this one do not fit as counted: {error}"
+            continue
         first = first or (proposed, counted)
-        if needed_gib(counted.largest) <= cluster.gpu.memory_gib:
+        if fits(counted, cluster, settings.memory.device_budget_gib):
             return proposed, counted, "\n".join([*said, passed]).strip()
         passed = (
             f"Proposals before this one do not fit as counted: the last of them holds "
             f"{counted.largest.peak_bytes / GIB:.1f} GiB."
         )
+    if not first:
+        raise refusal
     return *first, passed
 
 
@@ -295,8 +302,8 @@ def parameters(facts: dict) -> list[str]:
     return lines
 
 
-def memory(counted: Counted, gpu_gib: float, budget_gib: float | None) -> list[str]:
-    lines = []
+def memory(counted: Counted, cluster: Cluster, budget_gib: float | None) -> list[str]:
+    lines, gpu_gib = [], cluster.gpu.memory_gib
     for rank in counted.ranks:
         title = f"pp rank {rank.pp_rank}" if len(counted.ranks) > 1 else "a rank"
         lines.append(f"\n{title} holds, in GiB {'between steps':>24}{'at the peak':>14}{'most':>10}")
@@ -310,12 +317,12 @@ def memory(counted: Counted, gpu_gib: float, budget_gib: float | None) -> list[s
             f"{rank.checkpoint_bytes / GIB:.2f} GiB on the host."
         )
     low, high = reserved_gib(counted.largest)
-    needed = needed_gib(counted.largest)
-    verdict = "it fits" if needed <= gpu_gib else "it does NOT fit"
-    if needed <= gpu_gib < high + BESIDES_TORCH_GIB:
+    verdict = "it fits" if fits(counted, cluster, None) else "it does NOT fit"
+    if verdict == "it fits" and gpu_gib < high + BESIDES_TORCH_GIB:
         verdict = "it fits, if torch reserves little more (PYTORCH_ALLOC_CONF=expandable_segments:True helps)"
-    if not keeps_budget(counted, budget_gib):
-        verdict = f"it does NOT fit device_budget_gib={budget_gib:g}"
+    if budget_gib is not None:
+        keeps = fits(counted, cluster, budget_gib)
+        verdict += f"; device_budget_gib={budget_gib:g} {'is kept' if keeps else 'is NOT kept'}"
     lines.append(
         f"\ntorch reserves {low:.1f} to {high:.1f} GiB, and CUDA and NCCL take about {BESIDES_TORCH_GIB:.0f} "
         f"more, of {gpu_gib:.1f} GiB: {verdict}"
@@ -329,13 +336,15 @@ def reserved_gib(rank: RankCount) -> tuple[float, float]:
     return low, high
 
 
-def keeps_budget(counted: Counted, budget_gib: float | None) -> bool:
-    """Return whether torch can do with the budget of the device, if there is one."""
-    return budget_gib is None or reserved_gib(counted.largest)[0] <= budget_gib
-
-
 def needed_gib(rank: RankCount) -> float:
     return reserved_gib(rank)[0] + BESIDES_TORCH_GIB
+
+
+def fits(counted: Counted, cluster: Cluster, budget_gib: float | None) -> bool:
+    """Return whether the fullest rank fits a GPU, and torch the budget of the device if there is one: what
+    torch does not allocate is not held against it (memory/lanes.py)."""
+    least = reserved_gib(counted.largest)[0]
+    return needed_gib(counted.largest) <= cluster.gpu.memory_gib and least <= (budget_gib or math.inf)
 
 
 def traffic(counted: Counted, gpus_per_node: int) -> list[str]:
@@ -395,7 +404,6 @@ def as_data(counted: Counted, cluster: Cluster) -> dict:
     ]
     most = gib(largest.most)
     return {
-        "fits": needed_gib(largest) <= cluster.gpu.memory_gib,
         "layout": asdict(layout),
         "per_rank": {
             **{f"{kind}_gib": most.get(kind, 0.0) for kind in ("parameters", "gradients", "optimizer")},

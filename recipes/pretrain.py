@@ -175,7 +175,7 @@ def main(cfg: PretrainConfig) -> None:
     model_config = base.read_config(tokenizer)
     seq_len = cfg.data.seq_len or model_config.max_position_embeddings
     if cfg.parallel.auto:  # the planner chooses the layout, before anything is built
-        cfg, why_layout = plan_settings(cfg, model_config, seq_len, launch)
+        cfg, why_layout = plan_settings(cfg, model_config, seq_len, launch, foresee)
         say(f"layout    {why_layout}")
     # Now every axis has its size: an axis of -1 takes the processes that the others leave over.
     resolved = cfg.parallel.resolve(launch.world_size)
