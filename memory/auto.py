@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from dtensor_llama.errors import UsageError
-from memory.chunk import CHUNK_ELEMENTS
+from memory.chunk import chunk_size
 from memory.config import MemoryConfig
 from memory.home import Home, StateFormat
 from memory.placement import ChunkSizes, Plan, auto_plan, reason_to_replan, static_plan, with_prediction
@@ -48,8 +48,9 @@ def foresee(
         StepTrace. run: `itemsize` of the weights, `accumulates` if gradients of a step are summed, and
         `clips`. UsageError: nothing fits.
     """
-    n_whole, left_over = divmod(n_parameters, CHUNK_ELEMENTS)
-    sizes = (CHUNK_ELEMENTS,) * n_whole + (left_over,) * (left_over > 0)
+    largest = chunk_size(n_parameters)
+    n_whole, left_over = divmod(n_parameters, largest)
+    sizes = (largest,) * n_whole + (left_over,) * (left_over > 0)
     dtype = torch.float32 if run["itemsize"] == 4 else torch.bfloat16
     chunks = ChunkSizes(sizes, StateFormat(dtype, run["accumulates"]))
     of_machine, of_step = MachineRates(**rates), StepTrace(**traced)

@@ -10,6 +10,7 @@ the layout was left open, planner.py proposes several, and the first one that fi
 
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,15 +18,16 @@ from typing import Any
 
 import torch
 
+from dtensor_llama.attention import choose_attention
 from dtensor_llama.chat.lora import LoraConfig, n_adapter_parameters
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.errors import UsageError
 from dtensor_llama.metrics import GIB
 from parallel.apply import Computation
-from parallel.assemble import Offload
+from parallel.assemble import Offload, check_skips
 from parallel.cluster import Cluster, find_cluster
 from parallel.config import AXES, ParallelConfig, check_parallel
-from parallel.cost import Account, States, Work, account_for, account_with_offload
+from parallel.cost import Account, States, Work, account_for, account_with_offload, check_states
 from parallel.dry_run import Counted, RankCount, Setup, Step, dry_run, settle_auto
 from parallel.explain import Run, explain
 from parallel.planner import Candidate, Found, Question, draw_plan, plan
@@ -82,6 +84,7 @@ def report(settings: Any, step: Step, foresee: Callable, rank: int = 0, picture:
     account = predict(counted.setup, cluster, foresee)
     print(
         *memory(counted, cluster, settings.memory.device_budget_gib),
+        *refused(counted.setup, cluster),
         *traffic(counted, cluster.gpus_per_node),
         *computation(counted, account),
         sep="\n",
@@ -96,7 +99,8 @@ def report(settings: Any, step: Step, foresee: Callable, rank: int = 0, picture:
 
 
 def read_model(model: str) -> LlamaConfig:
-    return LlamaConfig.from_hf(model) if Path(model).exists() else LlamaConfig.preset(model)
+    looks_like_path = os.sep in model or Path(model).exists()
+    return LlamaConfig.from_hf(model) if looks_like_path else LlamaConfig.preset(model)
 
 
 def gpus_of(settings: Any) -> int:
@@ -183,22 +187,30 @@ def settings_of(settings: Any, candidate: Candidate) -> Any:
 
 
 def setup_of(settings: Any, model: LlamaConfig, cluster: Cluster) -> tuple[Setup, str]:
-    """Return what is to be counted, and a sentence on what was chosen if a placement was left open."""
+    """Return what is to be counted, and a sentence on what was chosen if a placement was left open.
+
+    Raises UsageError for what a run refuses before it starts, but for states that are too large: the report
+    says so."""
     train, layout = settings.train, settings.parallel.resolve(cluster.n_gpus)
     seq_len = settings.data.seq_len or model.max_position_embeddings
     device, dtype = torch.device("cuda"), getattr(torch, train.dtype)
-    kernel = train.attention
+    kernel, documents = train.attention, settings.data.document_mask
+    if (
+        kernel != "flash" or dtype == torch.float32
+    ):  # whether flash-attn is installed is said by another machine
+        choose_attention(kernel, device, dtype, merges_blocks=layout.is_ring, documents=documents)
     if kernel in ("auto", "flash"):  # flash-attn holds what torch's kernels do, and need not be installed
         merges_or_fp32 = layout.is_ring or dtype == torch.float32
-        kernel = "varlen" if settings.data.document_mask and not merges_or_fp32 else "sdpa"
+        kernel = "varlen" if documents and not merges_or_fp32 else "sdpa"
     computation = Computation(device, dtype, train.recompute, train.compile, kernel)
     job = computation.job(model, seq_len, train.global_batch_size, train.micro_batch_size)
-    check_parallel(layout, job)
+    check_parallel(layout, job if train.attention == "auto" else replace(job, attention=train.attention))
     memory, note = settings.memory.settle(device, dtype, cluster.n_gpus)
+    check_skips(train.skip_nonfinite, train.max_grad_norm, memory)
     clips = train.max_grad_norm < math.inf
     ranks_per_host = min(cluster.n_gpus, cluster.gpus_per_node)
     offload = Offload(memory, train.micro_batch_size, seq_len, clips, ranks_per_host)
-    document_tokens = DOCUMENT_TOKENS if settings.data.document_mask else None
+    document_tokens = DOCUMENT_TOKENS if documents else None
     return Setup(layout, job, computation, lora_of(settings), offload, document_tokens), note
 
 
@@ -338,6 +350,18 @@ def reserved_gib(rank: RankCount) -> tuple[float, float]:
 
 def needed_gib(rank: RankCount) -> float:
     return reserved_gib(rank)[0] + BESIDES_TORCH_GIB
+
+
+def refused(setup: Setup, cluster: Cluster) -> list[str]:
+    """Return what a run says before it starts if its states alone are too large (assemble.settle_memory)."""
+    per_parameter = setup.offload.config.device_bytes_per_parameter(
+        setup.computation.dtype.itemsize, setup.n_microbatches
+    )
+    try:
+        check_states(setup.job.model, setup.layout, int(cluster.gpu.memory_gib * GIB), per_parameter)
+    except UsageError as error:
+        return [] if setup.lora.rank else [f"pretrain.py would refuse it: {error}"]
+    return []
 
 
 def fits(counted: Counted, cluster: Cluster, budget_gib: float | None) -> bool:
