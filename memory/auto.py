@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 
 from dtensor_llama.errors import UsageError
-from memory.chunk import CHUNK_ELEMENTS
+from memory.chunk import chunk_size
+from memory.config import MemoryConfig
 from memory.home import Home, StateFormat
-from memory.placement import ChunkSizes, Plan, auto_plan, reason_to_replan
+from memory.placement import ChunkSizes, Plan, auto_plan, reason_to_replan, static_plan, with_prediction
 from memory.tracer import Counters, MachineRates, StepTrace, Tracer
 
 if TYPE_CHECKING:
@@ -32,16 +33,31 @@ MOST_PLANS = 4  # a machine whose rates keep changing does not get new plans for
 HOST_SHARE = 0.9  # of the host's free memory: the page cache and the data reader want some
 
 
-def foresee(n_parameters: int, budgets: dict[str, int], rates: dict, traced: dict, accumulates: bool) -> Plan:
-    """Return the plan that this policy would make for so many parameters of a rank, before anything is built.
+def foresee(
+    n_parameters: int,
+    asked: MemoryConfig | None,
+    budgets: dict[str, int],
+    rates: dict,
+    traced: dict,
+    run: dict,
+) -> Plan:
+    """Return the plan that a manager would have for so many parameters of a rank, before anything is built.
 
-    rates, traced: the fields of MachineRates and of StepTrace. accumulates: a step has several microbatches,
-        whose gradients are summed. UsageError: nothing fits.
+    asked: its placement is static, or this policy plans. rates, traced: the fields of MachineRates and of
+        StepTrace. run: `itemsize` of the weights, `accumulates` if gradients of a step are summed, and
+        `clips`. UsageError: nothing fits.
     """
-    n_whole, left_over = divmod(n_parameters, CHUNK_ELEMENTS)
-    sizes = (CHUNK_ELEMENTS,) * n_whole + (left_over,) * (left_over > 0)
-    chunks = ChunkSizes(sizes, StateFormat(accumulates=accumulates))
-    return auto_plan(chunks, budgets, MachineRates(**rates), StepTrace(**traced))
+    largest = chunk_size(n_parameters)
+    n_whole, left_over = divmod(n_parameters, largest)
+    sizes = (largest,) * n_whole + (left_over,) * (left_over > 0)
+    dtype = torch.float32 if run["itemsize"] == 4 else torch.bfloat16
+    chunks = ChunkSizes(sizes, StateFormat(dtype, run["accumulates"]))
+    of_machine, of_step = MachineRates(**rates), StepTrace(**traced)
+    if asked is None or asked.placement != "static":
+        return auto_plan(chunks, budgets, of_machine, of_step, run["clips"])
+    plan = static_plan(chunks, asked.resident, asked.stream, asked.cpu)
+    plan = replace(plan, other_host_bytes=of_step.host_bytes, clips=run["clips"])
+    return with_prediction(plan, of_machine, of_step)
 
 
 class AutoPolicy:

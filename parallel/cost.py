@@ -55,17 +55,37 @@ class States:
 
     itemsize: int = 2  # bytes of the numbers that compute
     n_adapter: int = 0  # trained parameters if all others are frozen, else 0
-    offloads: bool = False  # optimizer states may all live on the host
+    offloads: bool = False  # a chunk manager has the optimizer states, and may keep them on the host
     # On one GPU, which has nothing to gather, the bfloat16 weights are what computes, and the lower halves of
     # their masters lie beside the moments (MemoryConfig.settle). False: placement=off, and FSDP has both.
     settles_one_gpu: bool = True
-    inputs_on_host: bool = False  # what `full` keeps of each block waits on the host (memory/activations.py)
+    inputs_on_host: bool = False  # the inputs of blocks wait on the host (memory/activations.py)
+    # Shares of the states that the chunk manager steps on the device: those that stay there, and those that
+    # pass through it. The placement auto chooses them.
+    resident: float = 0.0
+    stream: float = 0.0
+    clips: bool = True  # False: the manager steps while gradients arrive
+    memory: Any = None  # the memory.MemoryConfig of the run; None: auto, without budgets
 
     @classmethod
-    def under(cls, memory: Any, itemsize: int, n_adapter: int = 0) -> "States":
+    def under(cls, memory: Any, itemsize: int, n_adapter: int = 0, clips: bool = True) -> "States":
         """Return the states of a run with this memory.MemoryConfig, whose placement may be open."""
-        offloads = memory.is_on and memory.resident != 1
-        return cls(itemsize, n_adapter, offloads, settles_one_gpu=memory.placement != "off")
+        return cls(
+            itemsize,
+            n_adapter,
+            offloads=memory.is_on,
+            settles_one_gpu=memory.placement != "off",
+            inputs_on_host=memory.activations,
+            resident=memory.resident or 0.0,
+            stream=memory.stream or 0.0,
+            clips=clips,
+            memory=memory,
+        )
+
+    @property
+    def uses_host(self) -> bool:
+        """Return whether states leave the device, or may leave it."""
+        return self.offloads and self.resident < 1
 
 
 @dataclass(frozen=True)
@@ -153,6 +173,17 @@ class Work:
         states = self.states
         one_gpu = self.n_gpus == 1 and self.job.device_type != "cpu" and states.itemsize != FP32
         return one_gpu and states.settles_one_gpu and not states.n_adapter and not states.offloads
+
+    @cached_property
+    def is_managed(self) -> bool:
+        """Return whether a chunk manager steps the weights that compute, and FSDP has no others."""
+        return self.is_plain or self.states.offloads
+
+    @cached_property
+    def accumulates(self) -> bool:
+        """Return whether the chunk manager itself sums the gradients of microbatches (zero.py)."""
+        sums_first = self.layout.pp > 1 or (self.layout.gradient_ranks > 1 and self.layout.zero_stage < 2)
+        return self.n_microbatches > 1 and not sums_first
 
     @cached_property
     def keeps_weights(self) -> bool:
@@ -521,29 +552,28 @@ def bytes_of_rank(work: Work, share: Share | None = None) -> dict[str, float]:
     trained = 1.0  # share of the weights
     if states.n_adapter:
         kinds = {"parameters": itemsize * here + FP32 * adapters / work.shards}
-        kinds["optimizer"] = 2 * FP32 * adapters / work.shards
+        kinds["optimizer"] = 2 * FP32 * adapters / work.shards * (states.resident if states.offloads else 1)
         gradients = FP32 * adapters / (1 if work.keeps_gradients else work.shards)
         trained = adapters / whole
-    elif states.offloads:
-        kinds = {"parameters": itemsize * here, "optimizer": 0.0}
-        gradients = 0.0
+    elif work.is_managed:
+        resident, stream = (1.0, 0.0) if work.is_plain else (states.resident, states.stream)
+        kinds = {"parameters": itemsize * here, "optimizer": (2 * FP32 + FP32 - itemsize) * here * resident}
+        gradients = here * (resident + stream) * (FP32 if work.accumulates else itemsize)
+        if work.keeps_gradients and not work.accumulates:  # FSDP sums them
+            gradients = FP32 * whole
         fsdp = work.shards > 1
-    elif work.is_plain:
-        kinds = {"parameters": itemsize * here, "optimizer": (2 * FP32 + FP32 - itemsize) * here}
-        gradients = here * (FP32 if work.n_microbatches > 1 else itemsize)
-        fsdp = False
     waits = work.n_microbatches > 1 and not (work.layout.pp > 1 and work.layout.schedule == "gpipe")
     waiting = gradients * waits
     n_block = work.n_block + adapters / max(1, share.n_layers)
     block, blocks, outside = (itemsize * n * fsdp for n in (n_block, share.n_layers * n_block, ends))
     gathered = outside + (blocks if work.keeps_weights else block)
     both_gathered = outside + (blocks if work.keeps_weights else min(2, share.n_layers) * block)
-    kept = _kept_bytes(work)
-    # At most the inputs of two blocks are on the device if the others are on the host.
-    n_kept = min(2, share.n_layers) if states.inputs_on_host else share.n_layers
-    n_in_flight = in_flight(work, share)
+    kept, n_in_flight = _kept_bytes(work), in_flight(work, share)
     both_ends = n_in_flight * (share.has_embedding - share.has_head)
-    activations = kept * n_kept * n_in_flight + _buffer_bytes(work, share, both_ends)
+    activations = kept * share.n_layers * n_in_flight + _buffer_bytes(work, share, both_ends)
+    if states.inputs_on_host:  # but those of two blocks
+        n_gone = max(0, share.n_layers - 2) * n_in_flight
+        activations -= n_gone * work.hidden_bytes / work.layout.sequence_shards
     at_work = at_work_bytes(work)
     # The gradient of the head waits for that of the embedding; a block's are whole and fp32 until reduced.
     of_head = itemsize * work.n_matrix * share.has_head * trained
@@ -966,13 +996,14 @@ def gather_copy_seconds(work: Work, share: Share, cluster: Cluster, stack: Stack
     own = n / work.shards
     if work.states.n_adapter:
         n_bytes = 8 * n if work.layout.zero_stage == 3 else 0
-    elif work.is_plain:  # nothing is gathered
+    elif work.is_managed and work.layout.gradient_ranks == work.layout.pp == 1:  # nothing is gathered
         n_bytes = 10 * n if M > 1 else 0
     elif work.keeps_weights and work.keeps_gradients:
         n_bytes = 10 * n  # a bf16 gradient is added to an fp32 one
     else:
         gathers = 1 / M if work.keeps_weights else 2
-        n_bytes = gathers * (10 * own + 4 * n) + 6 * n + 12 * own * (1 - 1 / M)
+        casts = 0 if work.is_managed else 6
+        n_bytes = gathers * ((casts + 4) * own + 4 * n) + 6 * n + 12 * own * (1 - 1 / M)
     return n_bytes / (cluster.gpu.memory_bytes_s * stack.memory)
 
 
@@ -1040,11 +1071,14 @@ def account_for(work: Work, cluster: Cluster, stack: Stack = PYTORCH) -> Account
     ranks = kinds_of_shares(work.model, work.layout, evenly=stack.is_megatron)
     timed = [(_rank_seconds(work, share, cluster, stack), share) for share in ranks]
     seconds, slowest = max(timed, key=lambda each: sum(each[0].values()))
-    return Account(work, cluster, bytes_of_rank(work), traffic(work, slowest), seconds)
+    host_bytes = max(inputs_on_host_bytes(work, share) for share in ranks)
+    return Account(work, cluster, bytes_of_rank(work), traffic(work, slowest), seconds, host_bytes)
 
 
 def numbers_of_rank(work: Work) -> int:
     """Return how many parameters the fullest rank keeps states of."""
+    if work.states.n_adapter:
+        return int(work.n_adapters / work.shards)
     most = 0.0
     for share in shares(work.model, work.layout):
         most = max(most, (share.n_layers * work.n_block + work.n_ends(share)) / work.shards)
@@ -1065,45 +1099,63 @@ def machine_rates(cluster: Cluster, stack: Stack = PYTORCH) -> dict[str, float]:
     }
 
 
-def account_with_offload(work: Work, cluster: Cluster, foresee: Callable, stack: Stack = PYTORCH) -> Account:
-    """Return what a layout costs if a chunk manager keeps states on the host, as its own planner foresees it.
+def budgets_of(memory: Any, cluster: Cluster) -> dict[str, int]:
+    """Return how many bytes of its GPU and of its host a rank may take: what a memory.MemoryConfig allows, or
+    what is there."""
+    device, host = cluster.gpu.memory_gib * FITS_SHARE, cluster.host_memory_gib
+    if memory is not None:
+        device = min(memory.device_budget_gib or device, cluster.gpu.memory_gib)
+        host = memory.host_budget_gib or host
+    return {"device": int(device * GIB), "host": int(host * GIB)}
 
-    foresee: memory.auto.foresee, which this package does not import. Raises UsageError if no plan fits."""
-    work = replace(work, states=replace(work.states, offloads=True))
-    account = account_for(work, cluster, stack)
+
+def account_with_offload(
+    work: Work,
+    cluster: Cluster,
+    foresee: Callable,
+    stack: Stack = PYTORCH,
+    other_bytes: int | None = None,
+) -> Account:
+    """Return what a layout costs if a chunk manager has the states and places them as `work.states.memory`
+    says, or as its own planner foresees it. The work of the account has the shares on the device.
+
+    foresee: memory.auto.foresee, which this package does not import. other_bytes: on the device whatever the
+    placement, beside the weights; None: as accounted for. Raises UsageError if no plan fits."""
+    states = replace(work.states, offloads=True, resident=0.0, stream=0.0)
+    account = account_for(replace(work, states=states), cluster, stack)
     seconds = dict(account.seconds)
     computing = sum(seconds.values()) - seconds.pop("optimizer")
     forwards = 4 if work.job.recompute == "full" else 3  # that a forward and its backward take
-    host_inputs = 0.0
-    if work.states.inputs_on_host:
-        per_layer = work.hidden_bytes / work.layout.sequence_shards
-        each = [share.n_layers * in_flight(work, share) for share in kinds_of_shares(work.model, work.layout)]
-        host_inputs = per_layer * max(each)
-    other_bytes = sum(account.bytes.values()) - account.bytes["parameters"]
+    if other_bytes is None:
+        other_bytes = int(sum(account.bytes.values()) - account.bytes["parameters"])
     traced = {
-        "non_model_peak_bytes": int(other_bytes),
+        "non_model_peak_bytes": other_bytes,
         "forward_seconds": computing / forwards,
         "backward_seconds": computing * (forwards - 1) / forwards,
-        "host_bytes": int(host_inputs),
+        "host_bytes": int(account.host_bytes),
     }
-    budgets = {
-        "device": int(cluster.gpu.memory_gib * FITS_SHARE * GIB),
-        "host": int(cluster.host_memory_gib * GIB),
-    }
-    plan = foresee(
-        numbers_of_rank(work),
-        budgets,
-        machine_rates(cluster, stack),
-        traced,
-        accumulates=work.n_microbatches > 1,
-    )
-    kept = dict(account.bytes) | {"optimizer": float(sum(plan.device_bytes.values()))}
-    for counted in ("weights", "other", "reserve"):
-        kept["optimizer"] -= plan.device_bytes.get(counted, 0)
-    seconds["optimizer"] = plan.seconds["resident_adam"]
-    seconds["waiting for host"] = max(0.0, plan.seconds["step"] - computing - seconds["optimizer"])
-    host = float(sum(plan.host_bytes.values()))
-    return replace(account, bytes=kept, seconds=seconds, host_bytes=host)
+    run = {"itemsize": states.itemsize, "accumulates": work.accumulates, "clips": states.clips}
+    budgets, rates = budgets_of(states.memory, cluster), machine_rates(cluster, stack)
+    n = numbers_of_rank(work)
+    plan = foresee(n, states.memory, budgets, rates, traced, run)
+    placed = replace(states, resident=plan.split.resident / n, stream=plan.split.stream / n)
+    account = replace(account, work=replace(work, states=placed))
+    kinds = bytes_of_rank(account.work)
+    kinds["optimizer"] += plan.device_bytes["ring"]
+    of_plan = plan.seconds
+    # The norm of the gradients is taken on the device, wherever they go from there.
+    norm_s = 4 * n / (cluster.gpu.memory_bytes_s * stack.memory)
+    seconds["optimizer"] = of_plan["resident_adam"] + norm_s
+    seconds["waiting for host"] += max(0.0, of_plan["step"] - computing - of_plan["resident_adam"])
+    seconds["contention"] += stack.contention * min(of_plan["update"], of_plan["beside_update"])
+    return replace(account, bytes=kinds, seconds=seconds, host_bytes=float(sum(plan.host_bytes.values())))
+
+
+def inputs_on_host_bytes(work: Work, share: Share) -> float:
+    """Return the bytes of block inputs that a rank has on the host: of all blocks of a stage but the last."""
+    n_inputs = sum(max(0.0, n - 1) for n in share.layers_of_stages or (share.n_layers,))
+    n_inputs *= work.n_microbatches if work.layout.pp > 1 else 1
+    return work.states.inputs_on_host * n_inputs * work.hidden_bytes / work.layout.sequence_shards
 
 
 def _rank_seconds(work: Work, share: Share, cluster: Cluster, stack: Stack) -> dict[str, float]:
@@ -1144,6 +1196,11 @@ def _rank_seconds(work: Work, share: Share, cluster: Cluster, stack: Stack) -> d
             contended += stack.contention * possible
     spent["contention"] = contended
     spent |= {f"waiting for {axis}": seconds for axis, seconds in waits.items()}
+    # An input of a block goes to the host while the next block computes, and comes back in backward, while
+    # the block after it does.
+    copy_s = work.hidden_bytes / layout.sequence_shards / cluster.gpu.host_link_bytes_s
+    exposed_s = max(0.0, copy_s - forward.total) + max(0.0, copy_s - backward.total)
+    spent["waiting for host"] = work.states.inputs_on_host * n_blocks * exposed_s
     # The ranks of a pipeline wait for each other as often as microbatches pass.
     per_step = spent["waiting for dp"]
     pipelined = sum(spent.values()) - per_step

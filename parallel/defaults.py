@@ -69,13 +69,13 @@ def choose_settings(
     corpus: ChatCorpus,
     pack: Callable[[int], PackedExamples],
     layout: tuple[ParallelConfig, bool],
-    hardware: tuple[Any, States],
+    hardware: tuple[Any, States, Callable],
 ) -> Chosen:
     """Choose what was left open; UsageError if nothing fits the memory.
 
     pack: makes rows of so many tokens from the corpus. layout: resolved, and whether the user left it open,
         so that data-parallel ranks may become tensor-parallel ones. hardware: the recipe's launch, which says
-        what a rank runs on, and what decides how many bytes it needs.
+        what a rank runs on, what decides how many bytes it needs, and memory.auto.foresee.
     """
     resolved, is_open = layout
     reasons = []
@@ -96,7 +96,7 @@ def choose_settings(
         wanted = min(EXAMPLES_PER_STEP / per_row, rows.n_train / STEPS_PER_EPOCH)
         batch = max(1, math.ceil(wanted / least)) * least
         reasons.append(f"batch     {batch} rows a step: about {batch * per_row:.0f} examples")
-    launch, states = hardware
+    launch, states, foresee = hardware
     device = launch.take_device()
     device_bytes = memory_of_rank(device, launch.ranks_per_host)
     cluster = cluster_here(device, device_bytes, launch.world_size, launch.ranks_per_host)
@@ -110,7 +110,7 @@ def choose_settings(
         device_type=device.type,
     )
     is_open = is_open or resolved.auto
-    job, resolved, why = choose_open(job, resolved, cluster, states, tries_tp=is_open)
+    job, resolved, why = choose_open(job, resolved, cluster, states, is_open, foresee)
     if asked.recompute is None or asked.micro_batch_size is None or is_open:
         reasons.append(f"memory    {why}")
     steps = asked.steps or max(1, math.ceil(asked.epochs * rows.n_train / batch))

@@ -176,40 +176,42 @@ def dry_run(setup: Setup, step: Step, say: Callable[[str], None] = lambda text: 
     return Counted(setup, ranks)
 
 
-def settle_auto(setup: Setup, step: Step, device_bytes: int) -> tuple[Setup, str]:
-    """Return a setup whose placement is static instead of auto, with as much resident as fits `device_bytes`,
-    and a sentence about it.
+def settle_auto(
+    setup: Setup, step: Step, device_bytes: int, place: Callable[[int], tuple[float, float]]
+) -> tuple[Setup, str]:
+    """Return a setup whose placement is static instead of auto, and a sentence about it.
 
-    A run measures what its machine can move and may put chunks that are not resident into either place on
-    the host. Here they are stepped by the CPU, which takes the least memory of the device. UsageError if even
-    nothing resident does not fit."""
+    A run measures its machine and its steps, and plans from both. Here the step is counted with all states on
+    the host. place: takes the bytes of the device that it then needs beside the weights, and returns the
+    shares of the parameters that a plan keeps resident and streams. UsageError if `device_bytes` cannot hold
+    even that step."""
 
-    def placed(resident: float) -> Setup:
+    def placed(resident: float, stream: float) -> Setup:
         config = replace(
             setup.offload.config,
             placement="static",
             resident=resident,
-            stream=0.0,
-            cpu=1 - resident,
+            stream=stream,
+            cpu=1 - resident - stream,
             device_budget_gib=None,
+            host_budget_gib=None,
         )
         return replace(setup, offload=replace(setup.offload, config=config))
 
-    least = dry_run(placed(0.0), step).largest
-    room = 0.97 * device_bytes - least.peak_bytes  # a plan keeps so much in reserve: memory/placement.py
-    if room < 0:
+    least = dry_run(placed(0.0, 0.0), step).largest
+    if least.peak_bytes > 0.97 * device_bytes:  # a plan keeps so much in reserve: memory/placement.py
         raise UsageError(
             f"placement=auto cannot help: with all states on the host a rank needs "
             f"{least.peak_bytes / GIB:.1f} GiB of the device, and {0.97 * device_bytes / GIB:.1f} can be "
             "used. Use recompute=full, a lower `micro_batch_size` or more ranks."
         )
-    itemsize = setup.computation.dtype.itemsize
-    per_parameter = placed(1.0).offload.config.device_bytes_per_parameter(itemsize, setup.n_microbatches)
-    n_trained = least.checkpoint_bytes // (3 * FP32)
-    share = min(1.0, room / ((per_parameter - itemsize) * n_trained))
-    resident = int(100 * share) / 100
-    said = f"placement auto: {resident:.0%} of the states can be resident, the rest is stepped on the host"
-    return placed(resident), said
+    resident, stream = place(least.peak_bytes - least.held_bytes[PARAMETERS])
+    said = (
+        f"placement auto: of the states {resident:.1%} are resident, {stream:.1%} pass through the device, "
+        f"and {max(0.0, 1 - resident - stream):.1%} are stepped on the host, within "
+        f"{device_bytes / GIB:.1f} GiB of the device"
+    )
+    return placed(resident, stream), said
 
 
 def kinds_of_ranks(setup: Setup) -> list[int]:

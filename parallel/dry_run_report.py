@@ -12,6 +12,7 @@ the planner's layout too, and else the report ends with what the planner would c
 
 import json
 import math
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -21,16 +22,17 @@ from typing import Any
 
 import torch
 
+from dtensor_llama.attention import choose_attention
 from dtensor_llama.chat.lora import LoraConfig, n_adapter_parameters
 from dtensor_llama.cli import in_flags
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.errors import UsageError
 from dtensor_llama.metrics import GIB
 from parallel.apply import Computation
-from parallel.assemble import Offload
+from parallel.assemble import Offload, check_skips
 from parallel.cluster import Cluster, find_cluster, read_cluster
 from parallel.config import AXES, ParallelConfig, check_parallel
-from parallel.cost import Account, States, Work, account_for, account_with_offload
+from parallel.cost import Account, States, Work, account_for, account_with_offload, check_states
 from parallel.dry_run import Counted, RankCount, Setup, Step, dry_run, settle_auto
 from parallel.explain import Run, explain
 from parallel.planner import Candidate, Found, Question, draw_plan, given_rows, name_of, plan
@@ -79,7 +81,7 @@ def report(
             print(f"  {NO_RATE} Those of bfloat16 decide the order of layouts alone.", flush=True)
         if picture:
             draw_plan(found, picture)
-        settings, counted, note = first_that_fits(settings, found, cluster, step)
+        settings, counted, note = first_that_fits(settings, found, cluster, step, foresee)
         print(f"  The layout that is counted below, in flags: {as_flags(settings)}\n", flush=True)
     setup, note = (counted.setup, note) if counted else setup_of(settings, model, cluster)
     facts = explain(Run(setup.layout, setup.job, setup.computation.dtype, setup.lora), rank)
@@ -99,12 +101,13 @@ def report(
         flush=True,
     )
     if counted is None:
-        counted, said = count(setup, cluster, step)
+        counted, said = count(setup, cluster, step, foresee)
         if said:
             print(*said, sep="\n", flush=True)
     account = predict(counted.setup, cluster, foresee)
     print(
-        *memory(counted, cluster.gpu.memory_gib),
+        *memory(counted, cluster, settings.memory.device_budget_gib),
+        *refused(counted.setup, cluster),
         *traffic(counted, cluster.gpus_per_node),
         *computation(counted, account),
         sep="\n",
@@ -114,6 +117,7 @@ def report(
         searched = partial(search, settings, model, cluster, foresee)
         print(*other_choice(settings, setup, account, searched), sep="\n", flush=True)
     data = {"model": settings.model, **as_data(counted, cluster), **times(account), "mesh": facts}
+    data["fits"] = fits(counted, cluster, settings.memory.device_budget_gib)
     return data | ({"plan": json.loads(found.to_json())} if found else {})
 
 
@@ -166,7 +170,8 @@ def _why_not_written(path: Path) -> str:
 
 
 def read_model(model: str) -> LlamaConfig:
-    return LlamaConfig.from_hf(model) if Path(model).exists() else LlamaConfig.preset(model)
+    looks_like_path = os.sep in model or Path(model).exists()
+    return LlamaConfig.from_hf(model) if looks_like_path else LlamaConfig.preset(model)
 
 
 def gpus_of(settings: Any) -> int:
@@ -194,9 +199,9 @@ def leaves_layout_open(settings: Any) -> bool:
     return settings.parallel.auto or (says_nothing and gpus_of(settings) > 1)
 
 
-def states_of(model: LlamaConfig, dtype: torch.dtype, lora: LoraConfig, settles_one_gpu: bool) -> States:
+def states_of(model: LlamaConfig, dtype: torch.dtype, lora: LoraConfig, offload: Offload) -> States:
     n_adapter = n_adapter_parameters(model, lora) if lora.rank else 0
-    return States(dtype.itemsize, n_adapter, settles_one_gpu=settles_one_gpu)
+    return States.under(offload.config, dtype.itemsize, n_adapter, offload.clips)
 
 
 def lora_of(settings: Any) -> LoraConfig:
@@ -208,7 +213,8 @@ def search(settings: Any, model: LlamaConfig, cluster: Cluster, foresee: Callabl
     layout = settings.parallel.resolve(cluster.n_gpus)
     seq_len = settings.data.seq_len or model.max_position_embeddings
     rows, dtype = settings.train.global_batch_size, getattr(torch, settings.train.dtype)
-    states = states_of(model, dtype, lora_of(settings), settings.memory.placement != "off")
+    offload = Offload(settings.memory, clips=settings.train.max_grad_norm < math.inf)
+    states = states_of(model, dtype, lora_of(settings), offload)
     question = Question(
         model,
         seq_len,
@@ -223,21 +229,30 @@ def search(settings: Any, model: LlamaConfig, cluster: Cluster, foresee: Callabl
     return plan(question)
 
 
-def first_that_fits(settings: Any, found: Found, cluster: Cluster, step: Step) -> tuple[Any, Counted, str]:
+def first_that_fits(
+    settings: Any, found: Found, cluster: Cluster, step: Step, foresee: Callable
+) -> tuple[Any, Counted, str]:
     """Return the settings of the first proposal that fits as counted, its count, and what was passed over. If
     none does, the first is returned; its report says by how much."""
-    first, passed = (), ""
+    first, passed, refusal = (), "", None
     for candidate in found.candidates:
         proposed = settings_of(settings, candidate)
         setup, _ = setup_of(proposed, candidate.work.model, cluster)
-        counted, said = count(setup, cluster, step)
+        try:
+            counted, said = count(setup, cluster, step, foresee)
+        except UsageError as error:  # no place for the states beside what was counted
+            refusal = refusal or error
+            passed = f"Proposals before this one do not fit as counted: {error}"
+            continue
         first = first or (proposed, counted)
-        if needed_gib(counted.largest) <= cluster.gpu.memory_gib:
+        if fits(counted, cluster, settings.memory.device_budget_gib):
             return proposed, counted, "\n".join([*said, passed]).strip()
         passed = (
             f"Proposals before this one do not fit as counted: the last of them holds "
             f"{counted.largest.peak_bytes / GIB:.1f} GiB."
         )
+    if not first:
+        raise refusal
     return *first, passed
 
 
@@ -246,7 +261,7 @@ def settings_of(settings: Any, candidate: Candidate) -> Any:
     job = candidate.work.job
     train = replace(settings.train, micro_batch_size=job.micro_batch_size, recompute=job.recompute)
     memory = settings.memory
-    if candidate.work.states.offloads:
+    if candidate.work.states.offloads and not memory.is_on:
         memory = replace(memory, placement="auto")
     return replace(settings, parallel=candidate.work.layout, train=train, memory=memory)
 
@@ -287,35 +302,52 @@ def other_choice(
 
 
 def setup_of(settings: Any, model: LlamaConfig, cluster: Cluster) -> tuple[Setup, str]:
-    """Return what is to be counted, and a sentence on what was chosen if a placement was left open."""
+    """Return what is to be counted, and a sentence on what was chosen if a placement was left open.
+
+    Raises UsageError for what a run refuses before it starts, but for states that are too large: the report
+    says so."""
     train, layout = settings.train, settings.parallel.resolve(cluster.n_gpus)
     seq_len = settings.data.seq_len or model.max_position_embeddings
     device, dtype = torch.device("cuda"), getattr(torch, train.dtype)
-    kernel = train.attention
+    kernel, documents = train.attention, settings.data.document_mask
+    if (
+        kernel != "flash" or dtype == torch.float32
+    ):  # whether flash-attn is installed is said by another machine
+        choose_attention(kernel, device, dtype, merges_blocks=layout.is_ring, documents=documents)
     if kernel in ("auto", "flash"):  # flash-attn holds what torch's kernels do, and need not be installed
         merges_or_fp32 = layout.is_ring or dtype == torch.float32
-        kernel = "varlen" if settings.data.document_mask and not merges_or_fp32 else "sdpa"
+        kernel = "varlen" if documents and not merges_or_fp32 else "sdpa"
     computation = Computation(device, dtype, train.recompute, train.compile, kernel)
     job = computation.job(model, seq_len, train.global_batch_size, train.micro_batch_size)
-    check_parallel(layout, job)
+    check_parallel(layout, job if train.attention == "auto" else replace(job, attention=train.attention))
     memory, note = settings.memory.settle(device, dtype, cluster.n_gpus)
+    check_skips(train.skip_nonfinite, train.max_grad_norm, memory)
     clips = train.max_grad_norm < math.inf
     ranks_per_host = min(cluster.n_gpus, cluster.gpus_per_node)
     offload = Offload(memory, train.micro_batch_size, seq_len, clips, ranks_per_host)
-    document_tokens = DOCUMENT_TOKENS if settings.data.document_mask else None
+    document_tokens = DOCUMENT_TOKENS if documents else None
     return Setup(layout, job, computation, lora_of(settings), offload, document_tokens), note
 
 
 # ---- What is counted and predicted -------------------------------------------------------------------------
 
 
-def count(setup: Setup, cluster: Cluster, step: Step) -> tuple[Counted, list[str]]:
+def count(setup: Setup, cluster: Cluster, step: Step, foresee: Callable) -> tuple[Counted, list[str]]:
     """Return what a step does, and what was chosen for placement auto."""
     said = []
     config = setup.offload.config
     if config.placement == "auto":
+        # The account leaves more of a GPU free, because it has counted nothing.
         budget_gib = config.device_budget_gib or cluster.gpu.memory_gib - BESIDES_TORCH_GIB
-        setup, chosen = settle_auto(setup, step, int(budget_gib * GIB))
+        work = work_of(setup)
+        asked = replace(config, device_budget_gib=budget_gib)
+        work = replace(work, states=replace(work.states, memory=asked))
+
+        def place(other_bytes: int) -> tuple[float, float]:
+            states = account_with_offload(work, cluster, foresee, other_bytes=other_bytes).work.states
+            return states.resident, states.stream
+
+        setup, chosen = settle_auto(setup, step, int(budget_gib * GIB), place)
         said.append(chosen)
     return dry_run(setup, step, lambda text: print(f"... {text}", flush=True)), said
 
@@ -327,14 +359,17 @@ def has_no_rate(dtype: torch.dtype, cluster: Cluster) -> bool:
     return dtype == torch.float32 and cluster.gpu.float32_flops is None
 
 
+def work_of(setup: Setup) -> Work:
+    states = states_of(setup.job.model, setup.computation.dtype, setup.lora, setup.offload)
+    return Work(setup.job, setup.layout, states)
+
+
 def predict(setup: Setup, cluster: Cluster, foresee: Callable) -> Account | None:
     """Return the account of the setup, or None if the rate of its type is unknown."""
     if has_no_rate(setup.computation.dtype, cluster):
         return None
-    config = setup.offload.config
-    states = states_of(setup.job.model, setup.computation.dtype, setup.lora, config.is_on)
-    work = Work(setup.job, setup.layout, states)
-    if config.is_on and (config.resident or 0.0) < 1:
+    work = work_of(setup)
+    if work.states.offloads:
         return account_with_offload(work, cluster, foresee)
     return account_for(work, cluster)
 
@@ -399,8 +434,8 @@ def unit_for(n_bytes: float) -> tuple[str, int]:
     return ("GiB", GIB) if n_bytes >= GIB else ("MiB", GIB // 1024)
 
 
-def memory(counted: Counted, gpu_gib: float) -> list[str]:
-    lines = []
+def memory(counted: Counted, cluster: Cluster, budget_gib: float | None) -> list[str]:
+    lines, gpu_gib = [], cluster.gpu.memory_gib
     unit, unit_bytes = unit_for(counted.largest.peak_bytes)
     for rank in counted.ranks:
         title = f"pp rank {rank.pp_rank}" if len(counted.ranks) > 1 else "a rank"
@@ -416,10 +451,12 @@ def memory(counted: Counted, gpu_gib: float) -> list[str]:
             f"{rank.checkpoint_bytes / unit_bytes:.2f} {unit} on the host."
         )
     low, high = reserved_gib(counted.largest)
-    needed = needed_gib(counted.largest)
-    verdict = "it fits" if needed <= gpu_gib else "it does NOT fit"
-    if needed <= gpu_gib < high + BESIDES_TORCH_GIB:
+    verdict = "it fits" if fits(counted, cluster, None) else "it does NOT fit"
+    if verdict == "it fits" and gpu_gib < high + BESIDES_TORCH_GIB:
         verdict = "it fits, if torch reserves little more (PYTORCH_ALLOC_CONF=expandable_segments:True helps)"
+    if budget_gib is not None:
+        keeps = fits(counted, cluster, budget_gib)
+        verdict += f"; device_budget_gib={budget_gib:g} {'is kept' if keeps else 'is NOT kept'}"
     share = GIB / unit_bytes
     lines.append(
         f"\ntorch reserves {low * share:.1f} to {high * share:.1f} {unit}, and CUDA and NCCL take about "
@@ -436,6 +473,25 @@ def reserved_gib(rank: RankCount) -> tuple[float, float]:
 
 def needed_gib(rank: RankCount) -> float:
     return reserved_gib(rank)[0] + BESIDES_TORCH_GIB
+
+
+def refused(setup: Setup, cluster: Cluster) -> list[str]:
+    """Return what a run says before it starts if its states alone are too large (assemble.settle_memory)."""
+    per_parameter = setup.offload.config.device_bytes_per_parameter(
+        setup.computation.dtype.itemsize, setup.n_microbatches
+    )
+    try:
+        check_states(setup.job.model, setup.layout, int(cluster.gpu.memory_gib * GIB), per_parameter)
+    except UsageError as error:
+        return [] if setup.lora.rank else [f"pretrain.py would refuse it: {error}"]
+    return []
+
+
+def fits(counted: Counted, cluster: Cluster, budget_gib: float | None) -> bool:
+    """Return whether the fullest rank fits a GPU, and torch the budget of the device if there is one: what
+    torch does not allocate is not held against it (memory/lanes.py)."""
+    least = reserved_gib(counted.largest)[0]
+    return needed_gib(counted.largest) <= cluster.gpu.memory_gib and least <= (budget_gib or math.inf)
 
 
 def traffic(counted: Counted, gpus_per_node: int) -> list[str]:
@@ -502,7 +558,6 @@ def as_data(counted: Counted, cluster: Cluster) -> dict:
     ]
     most = gib(largest.most)
     return {
-        "fits": needed_gib(largest) <= cluster.gpu.memory_gib,
         "layout": asdict(layout),
         "per_rank": {
             **{f"{kind}_gib": most.get(kind, 0.0) for kind in ("parameters", "gradients", "optimizer")},

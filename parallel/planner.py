@@ -6,15 +6,16 @@
 
 The search goes over pp x dp x cp x tp, ZeRO's stage, whole copies between nodes, rows of a microbatch,
 recomputation and schedule. (Schedules that run backward in two halves are tried only without compilation.)
-It drops what breaks a rule (rules.py) and what does not fit (cost.py). Only if nothing fits, it asks the
-chunk manager's own planner to move optimizer states to the host. What is left is ranked by predicted tokens
-per second. Nothing is built and nothing runs, so thousands of layouts take seconds.
+It drops what breaks a rule (rules.py) and what does not fit (cost.py). Where a memory placement was asked
+for, each layout is taken with it, within the budgets that were given. If none was, and nothing fits, the
+layouts are tried with the placement auto. What is left is ranked by predicted tokens per second. Nothing is
+built and nothing runs, so thousands of layouts take seconds.
 """
 
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from parallel.cost import (
     Work,
     account_for,
     account_with_offload,
+    budgets_of,
     bytes_needed,
     bytes_of_rank,
     numbers_of_rank,
@@ -79,13 +81,32 @@ class Question:
     layout: ParallelConfig = ParallelConfig()
     micro_batch_size: int | None = None  # None: open
     recompute: str | None = None  # None: open
-    # memory.auto.foresee, if states may be moved to the host where nothing fits without
+    # memory.auto.foresee, if states may be on the host: because it was asked for, or where nothing fits
     foresee: Callable | None = None
     stack: Stack = PYTORCH
 
     @property
-    def budget_bytes(self) -> float:
-        return self.cluster.gpu.memory_gib * GIB * FITS_SHARE
+    def may_offload(self) -> bool:
+        return self.foresee is not None and self.states.settles_one_gpu  # else placement=off was asked for
+
+    @property
+    def budgets(self) -> dict[str, int]:
+        return budgets_of(self.states.memory, self.cluster)
+
+    @property
+    def budget_bytes(self) -> int:
+        return self.budgets["device"]
+
+    @property
+    def limits(self) -> str:
+        """Return in words what a layout has to fit."""
+        memory = self.states.memory
+        words = f"{FITS_SHARE:.0%} of {self.cluster.gpu.memory_gib:.4g} GiB"
+        if memory is not None and memory.device_budget_gib:
+            words = f"device_budget_gib={memory.device_budget_gib:g}"
+        if memory is not None and memory.host_budget_gib:
+            words += f" and host_budget_gib={memory.host_budget_gib:g}"
+        return words
 
     @property
     def given(self) -> dict[str, Any]:
@@ -132,7 +153,7 @@ class Candidate:
             "micro_batch_size": job.micro_batch_size,
             "microbatches": self.work.n_microbatches,
             "recompute": job.recompute,
-            "offload": self.work.states.offloads,
+            "offload": self.work.states.uses_host,
             "peak_gib": round(account.peak_gib, 2),
             "host_gib": round(account.host_bytes / GIB, 2),
             "gib_by_kind": {kind: round(n_bytes / GIB, 3) for kind, n_bytes in account.bytes.items()},
@@ -178,25 +199,27 @@ class Found:
     def describe(self) -> str:
         """Return the best layouts as a table, and the reasons below it."""
         cluster = self.question.cluster
-        rows = [("layout", "GiB", "tokens/s/GPU", "MFU", "bubble", "waits")]
+        rows = [("layout", "GiB", "on the host", "tokens/s/GPU", "MFU", "bubble", "waits")]
         for candidate in self.candidates:
             account = candidate.account
             rows.append(
                 (
                     name_of(candidate.work),
                     f"{account.peak_gib:.1f}",
+                    f"{account.host_bytes / GIB:.1f}",
                     f"{account.tokens_per_second_per_gpu:,.0f}",
                     f"{account.mfu:.1%}",
                     f"{account.bubble:.1%}",
                     f"{account.exposed:.1%}",
                 )
             )
+        if not any(candidate.account.host_bytes for candidate in self.candidates):
+            rows = [(*row[:2], *row[3:]) for row in rows]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         nodes = f" in nodes of {cluster.gpus_per_node}" if cluster.n_gpus > cluster.gpus_per_node else ""
         lines = [
             f"{self.n_tried:,} layouts on {cluster.n_gpus} x {cluster.gpu.name}{nodes}, of which "
-            f"{self.n_fitting:,} fit {FITS_SHARE:.0%} of {cluster.gpu.memory_gib:.4g} GiB; the fastest of "
-            "each mesh:"
+            f"{self.n_fitting:,} fit {self.question.limits}; the fastest of each mesh:"
         ]
         if self.question.given:
             lines.append(f"  (all of them keep {self.question.given_in_words}, as given)")
@@ -221,7 +244,7 @@ def name_of(work: Work) -> str:
         words.append(f"{layout.schedule}{stages}")
     words.append(f"{work.n_microbatches} x {job.micro_batch_size} rows")
     words.append(f"recompute {job.recompute}")
-    return ", ".join(words) + (", offload" if work.states.offloads else "")
+    return ", ".join(words) + (", offload" if work.states.uses_host else "")
 
 
 # ---- The search --------------------------------------------------------------------------------------------
@@ -328,20 +351,24 @@ def works(question: Question) -> Iterator[Work]:
 
 def plan(question: Question) -> Found:
     """Return the best layouts. UsageError says what the job would take if it fits nowhere."""
-    fitting, larger, n_tried = [], [], 0
+    works_that_fit, larger, n_tried = [], [], 0
     for work in works(question):
         n_tried += 1
         needed = sum(bytes_of_rank(work).values())
         if needed <= question.budget_bytes:
-            fitting.append(account_for(work, question.cluster, question.stack))
+            works_that_fit.append(work)
         elif needed <= 2 * question.budget_bytes:
             larger.append(work)
     if not n_tried:
         raise _no_layout(question)
-    if not fitting and question.foresee:
-        fitting = list(_with_offload(question))
+    fitting, refusals = _accounts(question, works_that_fit)
+    if not fitting and question.may_offload and not question.states.offloads:
+        try:
+            return plan(replace(question, states=replace(question.states, offloads=True)))
+        except UsageError:
+            pass  # what is said of the job without a placement says more
     if not fitting:
-        raise UsageError(what_it_would_take(question))
+        raise UsageError(next(iter(refusals), None) or what_it_would_take(question))
     fitting = _sorted(fitting)
     points = [
         (account.peak_gib, account.tokens_per_second_per_gpu, name_of(account.work)) for account in fitting
@@ -370,24 +397,29 @@ def _sorted(accounts: list[Account]) -> list[Account]:
     return [best, *(each for each in by_speed if each is not best)]
 
 
-def _with_offload(question: Question) -> Iterator[Account]:
-    """Yield layouts with states on the host: of each mesh the few that hold most of the rest."""
-    tried = set()
-    for work in works(question):
-        layout, job = work.layout, work.job
-        offloaded = replace(work, states=replace(work.states, offloads=True))
-        key = (layout, job.recompute)
-        # A larger microbatch makes fewer gathers; the largest that may fit is tried last and wins.
-        if layout.pp > 1 or (key, job.micro_batch_size) in tried:
+def _accounts(question: Question, works_that_fit: list[Work]) -> tuple[list[Account], list[str]]:
+    """Return the accounts of layouts whose least bytes fit the device. If states may be on the host, those
+    are left out whose states device and host cannot hold together; also returned is why, of those first that
+    share the states over the most ranks."""
+    if not (question.states.offloads and question.may_offload):
+        return [account_for(work, question.cluster, question.stack) for work in works_that_fit], []
+    fitting, refusals, budgets = [], [], question.budgets
+    for work in sorted(works_that_fit, key=numbers_of_rank):
+        try:
+            account = account_with_offload(work, question.cluster, question.foresee, question.stack)
+        except UsageError as error:
+            refusals.append(f"{name_of(work)}: {error}")
             continue
-        if numbers_of_rank(work) * 2 > question.budget_bytes:
-            continue
-        if sum(bytes_of_rank(offloaded).values()) <= question.budget_bytes:
-            tried.add((key, job.micro_batch_size))
-            try:
-                yield account_with_offload(work, question.cluster, question.foresee, question.stack)
-            except UsageError:
-                continue  # the chunk manager has no plan for it
+        held = {"device": sum(account.bytes.values()), "host": account.host_bytes}
+        if all(held[where] <= budgets[where] for where in budgets):
+            fitting.append(account)
+        else:
+            refusals.append(
+                f"{name_of(work)}: placement=static needs {held['device'] / GIB:.1f} GiB of the device and "
+                f"{held['host'] / GIB:.1f} of the host, and {budgets['device'] / GIB:.1f} and "
+                f"{budgets['host'] / GIB:.1f} can be used. Use placement=auto, or other shares."
+            )
+    return fitting, refusals
 
 
 def _why_best(account: Account) -> str:
@@ -485,12 +517,16 @@ def what_it_would_take(question: Question) -> str:
         more = replace(question, cluster=with_gpus(cluster, n_gpus), global_batch_size=rows)
         if any(sum(bytes_of_rank(work).values()) <= more.budget_bytes for work in works(more)):
             ways.append(f"{n_gpus} of these GPUs")
+    lacks = needed > cluster.gpu.memory_gib * FITS_SHARE  # else a budget is too small
     for name, node in NODES.items():
-        if node.gpu.memory_gib > cluster.gpu.memory_gib and needed <= node.gpu.memory_gib * FITS_SHARE:
+        larger = lacks and node.gpu.memory_gib > cluster.gpu.memory_gib
+        if larger and needed <= node.gpu.memory_gib * FITS_SHARE:
             ways.append(f"{cluster.n_gpus} x {name}")
             break
     largest = max(smallest, key=smallest.get)
-    if not question.foresee:
+    if not lacks:
+        ways.append(f"device_budget_gib={ceil(needed) + 1}")
+    elif not question.may_offload:
         ways.append("placement=auto, which keeps optimizer states on the host")
     elif largest == "activations":
         ways.append("a smaller `seq_len`")
@@ -501,7 +537,7 @@ def what_it_would_take(question: Question) -> str:
         f"{model.n_parameters / 1e9:.1f}G parameters and rows of seq_len={question.seq_len} fit no layout of "
         f"{cluster.n_gpus} x {cluster.gpu.name}{kept}: the smallest needs {needed:.1f} GiB a GPU, "
         f"{smallest[largest] / GIB:.1f} of them for {PURPOSES[largest]}, and "
-        f"{question.budget_bytes / GIB:.1f} are there. Use {', or '.join(ways)}."
+        f"{question.budget_bytes / GIB:.1f} can be used ({question.limits}). Use {', or '.join(ways)}."
     )
 
 
@@ -509,18 +545,24 @@ def what_it_would_take(question: Question) -> str:
 
 
 def choose_open(
-    job: Job, layout: ParallelConfig, cluster: Cluster, states: States, tries_tp: bool
+    job: Job,
+    layout: ParallelConfig,
+    cluster: Cluster,
+    states: States,
+    tries_tp: bool,
+    foresee: Callable | None = None,
 ) -> tuple[Job, ParallelConfig, str]:
     """Return job and layout with what was open chosen, and why; UsageError if nothing fits.
 
     job: its recompute and its micro_batch_size are None where they are open. layout: resolved. cluster: what
         the job runs on (cluster.cluster_here). tries_tp: whether data-parallel ranks of the layout may become
-        tp ranks, which stay inside a node. What a memory placement keeps on the device beyond the weights is
-        not known here. Of what fits the fastest is taken, and of equally fast ones the one with less tensor
-        parallelism, no recomputation and the largest microbatch.
+        tp ranks, which stay inside a node. foresee: memory.auto.foresee, for layout.auto; otherwise what a
+        memory placement keeps on the device beyond the weights is not known here. Of what fits the fastest is
+        taken, and of equally fast ones the one with less tensor parallelism, no recomputation and the largest
+        microbatch.
     """
     if layout.auto:
-        return _choose_all(job, layout, cluster, states)
+        return _choose_all(job, layout, cluster, states, foresee)
     device_bytes = cluster.gpu.memory_gib * GIB
     fitting, first, needed = [], "", 0
     for tried, tried_layout in _open_candidates(job, layout, cluster.gpus_per_node if tries_tp else 0):
@@ -550,7 +592,7 @@ def choose_open(
 
 
 def _choose_all(
-    job: Job, layout: ParallelConfig, cluster: Cluster, states: States
+    job: Job, layout: ParallelConfig, cluster: Cluster, states: States, foresee: Callable | None
 ) -> tuple[Job, ParallelConfig, str]:
     """Return job and layout of the best plan, and the plan in words. Fields of the layout that were given,
     and rows and recomputation of the job that are not None, are kept."""
@@ -570,6 +612,7 @@ def _choose_all(
         layout=layout,
         micro_batch_size=job.micro_batch_size,
         recompute=job.recompute,
+        foresee=foresee,
     )
     found = plan(question)
     best = found.best.work
@@ -577,9 +620,11 @@ def _choose_all(
     return chosen, best.layout, found.describe()
 
 
-def plan_settings(settings: Any, model: LlamaConfig, seq_len: int, launch: Any) -> tuple[Any, str]:
+def plan_settings(
+    settings: Any, model: LlamaConfig, seq_len: int, launch: Any, foresee: Callable
+) -> tuple[Any, str]:
     """Return a recipe's settings with the layout, the rows of a microbatch and the recomputation of the best
-    plan, and the plan in words.
+    plan, and the plan in words. If the placement is open and nothing fits without one, it becomes auto.
 
     What the user gave another value than the default is kept, and the search goes over the rest: whoever sets
     zero_stage=2 beside auto=True has a reason for it, and a refusal would only make them plan by hand. Axes
@@ -601,11 +646,16 @@ def plan_settings(settings: Any, model: LlamaConfig, seq_len: int, launch: Any) 
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     cluster = cluster_here(device, memory, launch.world_size, launch.ranks_per_host)
-    states = States.under(settings.memory, getattr(torch, train.dtype).itemsize)
+    itemsize, clips = getattr(torch, train.dtype).itemsize, train.max_grad_norm < inf
+    states = States.under(settings.memory, itemsize, clips=clips)
     layout = settings.parallel.resolve(launch.world_size)
-    job, layout, why = choose_open(job, layout, cluster, states, tries_tp=False)
+    job, layout, why = choose_open(job, layout, cluster, states, tries_tp=False, foresee=foresee)
     train = replace(train, micro_batch_size=job.micro_batch_size, recompute=job.recompute)
-    return replace(settings, parallel=layout, train=train), why
+    settings = replace(settings, parallel=layout, train=train)
+    budget = min(FITS_SHARE * memory, (settings.memory.device_budget_gib or inf) * GIB)
+    if not states.offloads and bytes_needed(job, layout, states) > budget:  # nothing fits without the host
+        settings = replace(settings, memory=replace(settings.memory, placement="auto"))
+    return settings, why
 
 
 def given_rows(train: Any) -> dict[str, Any]:

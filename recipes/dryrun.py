@@ -35,6 +35,8 @@ from dtensor_llama import UsageError
 from dtensor_llama.chat.lora import LoraConfig
 from dtensor_llama.cli import AtLeast, FilePath, at_least, check_numbers, run_recipe
 from dtensor_llama.data.reader import Batch
+from dtensor_llama.hf_folder import Base
+from dtensor_llama.schedule import check_schedule
 from memory import MemoryConfig
 from memory.auto import foresee
 from parallel import ParallelConfig
@@ -147,9 +149,11 @@ def main(cfg: DryrunConfig) -> None:
         print(f"{cluster.to_json()}\nwritten to {cfg.calibrate}; use it with --gpu {cfg.calibrate}")
         return
     check_numbers(cfg, [*NUMBERS, *at_least(1, "gpus"), AtLeast("lora.rank", 0)])
+    check_schedule(cfg.train)
     cfg.memory.check()
     if not cfg.model:
         raise UsageError("`model` is missing; name a preset, e.g. model=llama2-7b, or a folder.")
+    Base(cfg.model, cfg.data.tokenizer, cfg.random_init).check()
     if not 0 <= cfg.rank < gpus_of(cfg):
         n_gpus = gpus_of(cfg)
         raise UsageError(f"--rank {cfg.rank} is not one of --gpus {n_gpus}; use 0 to {n_gpus - 1}.")

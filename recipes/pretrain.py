@@ -165,17 +165,17 @@ def main(cfg: PretrainConfig) -> None:
     check_numbers(cfg, NUMBERS)
     check_schedule(cfg.train)
     cfg.memory.check()
+    base = Base(cfg.model, cfg.data.tokenizer, cfg.random_init)
+    base.check()
     if cfg.dry_run:
         return say_what_a_step_does(cfg)
     if not cfg.data.path:
         raise UsageError("`path` is missing; name the files to train on, e.g. path='text/*.txt'.")
-    base = Base(cfg.model, cfg.data.tokenizer, cfg.random_init)
-    base.check()
     tokenizer = load_tokenizer(base.tokenizer_path)
     model_config = base.read_config(tokenizer)
     seq_len = cfg.data.seq_len or model_config.max_position_embeddings
     if cfg.parallel.auto:  # the planner chooses the layout, before anything is built
-        cfg, why_layout = plan_settings(cfg, model_config, seq_len, launch)
+        cfg, why_layout = plan_settings(cfg, model_config, seq_len, launch, foresee)
         say(f"layout    {why_layout}")
     # Now every axis has its size: an axis of -1 takes the processes that the others leave over.
     resolved = cfg.parallel.resolve(launch.world_size)

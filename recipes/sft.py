@@ -73,6 +73,7 @@ from dtensor_llama.run import (
 from dtensor_llama.schedule import check_schedule, is_due, learning_rate
 from dtensor_llama.weights import check_hf
 from memory import MemoryConfig
+from memory.auto import foresee
 from parallel import ParallelConfig, build_mesh
 from parallel.apply import Computation
 from parallel.assemble import Offload, Training, adamw, assemble, check_skips
@@ -422,7 +423,8 @@ def choose(
         packing = Packing(seq_len, data.validation_share, train.seed)
         return PackedExamples(corpus, packing, pad_id, data.overlong, packed=data.packing)
 
-    return choose_settings(asked, model, corpus, pack, (resolved, is_open), (launch, states))
+    hardware = launch, states, foresee
+    return choose_settings(asked, model, corpus, pack, (resolved, is_open), hardware)
 
 
 def run_record(

@@ -18,15 +18,30 @@ from versions import marks_for
 from dtensor_llama import LlamaConfig, UsageError
 from dtensor_llama.chat.lora import LoraConfig, n_adapter_parameters
 from dtensor_llama.metrics import GIB
+from memory import MemoryConfig
+from memory.auto import foresee
 from parallel import ParallelConfig
 from parallel.apply import Computation
 from parallel.cluster import GPUS, NODES, calibrate, find_cluster, read_cluster, with_gpus
-from parallel.cost import FP32, STACKS, Share, States, Work, account_for, bytes_of_rank, shares, traffic
+from parallel.cost import (
+    FP32,
+    STACKS,
+    Account,
+    Share,
+    States,
+    Work,
+    account_for,
+    bytes_of_rank,
+    shares,
+    traffic,
+)
 from parallel.dry_run import Counted, Setup, dry_run
+from parallel.dry_run_report import predict, setup_of
 from parallel.rules import Job
 from parallel.schedule_clock import DURATION, clock, idle_units, schedule_order
 from parallel.step_counter import CUDA_BLOCK
 from recipes import pretrain
+from recipes.dryrun import DryrunConfig
 
 sys.path[:0] = [str(ROOT / "recipes/bench")]
 import published  # noqa: E402
@@ -308,6 +323,64 @@ def test_seven_b_on_one_h200_takes_what_was_measured():
     """13,239 tokens/s at 4 microbatches of 2 rows, all states on the device: recipes/bench/README.md."""
     account = account_for(work(rows=8, micro_rows=2, zero_stage=0), find_cluster("h200-141gb", 1))
     assert account.tokens_per_second_per_gpu == pytest.approx(13_239, rel=0.02)
+
+
+ON_GPU = {"placement": "static", "resident": 1.0, "stream": 0.0, "cpu": 0.0}
+
+
+def predicted(model="llama2-7b", gpus=1, gpu="h200-141gb", max_grad_norm=1.0, **memory) -> Account:
+    """Return what a dry run predicts for four microbatches of a row on each GPU."""
+    settings = DryrunConfig(model, gpus=gpus, gpu=gpu, memory=MemoryConfig(**memory))
+    train = replace(settings.train, global_batch_size=4 * gpus, recompute="full", max_grad_norm=max_grad_norm)
+    cluster = find_cluster(gpu, gpus)
+    setup, _ = setup_of(replace(settings, train=train), LlamaConfig.preset(model), cluster)
+    return predict(setup, cluster, foresee)
+
+
+def test_a_step_takes_what_its_placement_asks_of_the_host():
+    host, n = NODES["h200-141gb"], SEVEN_B.n_parameters
+    none, resident, auto = predicted(), predicted(**ON_GPU), predicted(placement="auto")
+    for same in (resident, auto):  # everything fits, so that nothing leaves the GPU
+        assert same.seconds == pytest.approx(none.seconds, rel=0.001)
+        assert same.peak_gib == pytest.approx(none.peak_gib, rel=0.001) and same.host_bytes == 0
+    on_host = ON_GPU | {"resident": 0.0, "cpu": 1.0}
+    cpu, stream = predicted(**on_host), predicted(**on_host | {"cpu": 0.0, "stream": 1.0})
+    half = predicted(**on_host | {"resident": 0.5, "cpu": 0.5})
+    adamw_s = n / host.host_adam_per_s
+    assert cpu.step_seconds > adamw_s > 2.8 and cpu.host_bytes >= 16 * n
+    assert stream.step_seconds > 10 * n / host.gpu.host_link_bytes_s
+    assert none.step_seconds < half.step_seconds < cpu.step_seconds != stream.step_seconds
+    assert cpu.peak_gib < stream.peak_gib < half.peak_gib < none.peak_gib
+    # Without clipping the host steps during backward too.
+    assert predicted(max_grad_norm=math.inf, **on_host).step_seconds < cpu.step_seconds
+
+
+def test_a_budget_of_the_device_takes_time_and_is_kept():
+    free = predicted(placement="auto")
+    tight, tighter = (predicted(placement="auto", device_budget_gib=gib) for gib in (60, 24))
+    assert free.step_seconds < tight.step_seconds < tighter.step_seconds
+    assert 24 > tighter.peak_gib and 60 > tight.peak_gib > 40
+    assert tighter.host_bytes > tight.host_bytes > 0
+    with pytest.raises(UsageError, match="device_budget_gib=24 and host_budget_gib=10 .* cannot hold"):
+        predicted(placement="auto", device_budget_gib=24, host_budget_gib=10)
+
+
+def test_block_inputs_on_the_host_take_time_only_where_the_link_is_slower_than_the_blocks():
+    for placement in ({}, {"placement": "off"}):
+        account, without = predicted(activations=True, **placement), predicted(**placement)
+        assert account.host_bytes == 31 * 4096 * 4096 * 2 and account.seconds["waiting for host"] == 0
+        assert account.step_seconds == without.step_seconds
+        slow = replace(account.cluster, gpu=replace(account.cluster.gpu, host_link_bytes_s=1e9))
+        waits = account_for(account.work, slow).seconds["waiting for host"]
+        assert waits == pytest.approx(128 * 2 * 4096 * 4096 * 2 / 1e9, rel=0.5)
+    eight = predicted("llama2-7b", 8, placement="off", activations=True)
+    assert eight.host_bytes == account.host_bytes and eight.bytes["activations"] < 2 * GIB
+
+
+def test_a_manager_with_all_states_on_many_gpus_copies_less_than_fsdp_that_casts():
+    fsdp, managed = predicted(gpus=8), predicted(gpus=8, **ON_GPU)
+    assert 0.9 * fsdp.seconds["copies"] < managed.seconds["copies"] < fsdp.seconds["copies"]
+    assert managed.seconds["optimizer"] == pytest.approx(fsdp.seconds["optimizer"], rel=0.01)
 
 
 @needs_published

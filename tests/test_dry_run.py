@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import time
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from dtensor_llama.cli import parse_cli
 from dtensor_llama.metrics import GIB
 from dtensor_llama.model import init_weights
 from memory import MemoryConfig
+from memory.auto import foresee
 from parallel import ParallelConfig, build_mesh, dry_run_report
 from parallel import dry_run as dry_run_module
 from parallel.apply import Computation
@@ -475,6 +477,56 @@ def test_a_machine_is_measured_into_a_file_that_the_next_dry_run_reads(tmp_path,
 def test_what_cannot_be_counted_is_one_line(flags, said):
     ended = recipe("dryrun", "--model", "tiny-1m", "--gpus", 4, *flags)
     assert ended.status == 2 and said in ended.err and ended.err.count("\n") == 1, ended
+
+
+SKIPS = ["--train.max-grad-norm", "inf", "--train.skip-nonfinite", 3]
+FLASH = ["--train.attention", "flash"]
+
+
+@pytest.mark.parametrize(
+    "flags,said",
+    [
+        (["--memory.placement", "auto", *SKIPS], "skip_nonfinite=3 cannot skip a step under a chunk manager"),
+        (["--gpus", 1, *SKIPS], "skip_nonfinite=3 cannot skip a step under a chunk manager"),
+        (["--train.min-lr", 1.0], "min_lr=1.0 is above lr=0.0003"),
+        (["--train.attention", "varlen"], "attention=varlen cannot run here: varlen_attn is for packed"),
+        ([*FLASH, "--train.dtype", "float32"], "attention=flash cannot run here: flash-attn computes in"),
+        ([*FLASH, "--parallel.cp", 2, "--parallel.cp-method", "ring"], "attention=flash cannot run under"),
+        (["--random-init"], "random_init=True takes the shape of a Hugging Face folder, and model=tiny-1m"),
+        (["--memory.device-budget-gib", 10], "device_budget_gib=10 would do nothing"),
+    ],
+)
+def test_what_a_run_refuses_before_it_starts_its_dry_run_refuses(flags, said):
+    words = [str(word) for word in ["--model", "tiny-1m", "--gpus", 2, *flags]]
+    with pytest.raises(UsageError, match=re.escape(said)):
+        dryrun.main(parse_cli(dryrun.DryrunConfig, words))
+    with pytest.raises(UsageError, match=re.escape(said)):
+        pretrain.main(parse_cli(pretrain.PretrainConfig, [*words, "--dry-run"]))
+
+
+def test_states_that_are_too_large_are_counted_and_the_refusal_is_told():
+    computation = Computation(torch.device("cuda"), torch.bfloat16)
+    model, offload = LlamaConfig.preset("llama2-7b"), Offload(MemoryConfig(**RESIDENT))
+    setup = Setup(ParallelConfig().resolve(1), Job(model, 4096, 1), computation, offload=offload)
+    (told,) = dry_run_report.refused(setup, NODES["a100-40gb"])
+    assert told.startswith("pretrain.py would refuse it: weights, gradients and AdamW's states of 6.7G")
+    assert dry_run_report.refused(setup, NODES["h200-141gb"]) == []
+
+
+def test_a_dry_run_keeps_the_budget_and_counts_the_placement_that_it_times(capsys):
+    """All of the states fit a GPU, and 0.35 GiB do not hold them."""
+    settings = dryrun.DryrunConfig("tiny-15m", gpus=1)
+    train = replace(settings.train, micro_batch_size=32)  # one microbatch: a step that is counted once
+    settings = replace(settings, data=replace(settings.data, seq_len=64), train=train)
+    facts = {}
+    for gib in (None, 0.35):
+        memory = MemoryConfig("auto", device_budget_gib=gib)
+        facts[gib] = dry_run_report.report(replace(settings, memory=memory), step, foresee)
+    assert facts[0.35]["per_rank"]["peak_gib"] < 0.35 < facts[None]["per_rank"]["peak_gib"]
+    assert facts[0.35]["step_seconds"] > facts[None]["step_seconds"]
+    assert facts[0.35]["per_rank"]["host_gib"] > 0 == facts[None]["per_rank"]["host_gib"]
+    said = capsys.readouterr().out
+    assert "100.0% are resident" in said and "device_budget_gib=0.35 is kept" in said
 
 
 def print_table() -> None:

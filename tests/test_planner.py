@@ -13,11 +13,13 @@ from versions import needs_split_backward
 
 from dtensor_llama import LlamaConfig, UsageError
 from dtensor_llama.metrics import GIB
+from memory import MemoryConfig
 from memory.auto import foresee
 from parallel import ParallelConfig
 from parallel.cluster import NODES, cluster_here, find_cluster
 from parallel.config import check_parallel
 from parallel.cost import FITS_SHARE, States, bytes_of_rank
+from parallel.dry_run_report import search, settings_of
 from parallel.pipeline import SCHEDULES
 from parallel.planner import (
     PURPOSES,
@@ -32,6 +34,7 @@ from parallel.planner import (
 )
 from parallel.recompute import MODES
 from parallel.rules import Job
+from recipes import dryrun, pretrain
 from recipes.pretrain import PretrainConfig, TrainConfig
 
 sys.path[:0] = [str(ROOT / "recipes/launch"), str(ROOT / "recipes/bench")]
@@ -146,6 +149,71 @@ def test_states_go_to_the_host_only_where_nothing_fits_without():
     assert not plan(question(foresee=foresee)).best.work.states.offloads
     with pytest.raises(UsageError, match="16 of these GPUs"):
         plan(question(SEVENTY_B, gpus=1, rows=16, foresee=foresee))
+
+
+def under(**memory) -> dict:
+    return {"states": States.under(MemoryConfig(**memory), itemsize=2), "foresee": foresee}
+
+
+def test_a_layout_is_planned_with_the_placement_and_the_budgets_that_were_asked_for():
+    asked = {"placement": "auto", "device_budget_gib": 30, "host_budget_gib": 40}
+    found = plan(question(gpus=2, rows=16, **under(**asked)))
+    assert all(each.account.peak_gib <= 30 for each in found.candidates)
+    assert all(0 < each.account.host_bytes <= 40 * GIB for each in found.candidates)
+    assert all(gib <= 30 for gib, _, _ in found.points)
+    said = found.describe()
+    assert "fit device_budget_gib=30 and host_budget_gib=40; the fastest" in said and "on the host" in said
+    with pytest.raises(UsageError, match="^dp 2, zero 3.*host_budget_gib=5 .* cannot hold 3,369,207,808"):
+        plan(question(gpus=2, rows=16, **under(**asked | {"host_budget_gib": 5})))
+    with pytest.raises(UsageError, match=r"5.0 can be used \(device_budget_gib=5 .* or device_budget_gib=9"):
+        plan(question(gpus=2, rows=16, **under(**asked | {"device_budget_gib": 5})))
+    plan(question(gpus=2, rows=16, **under(placement="auto", device_budget_gib=9)))  # as was advised
+
+
+def test_static_shares_cost_in_a_plan_what_they_cost_in_a_step():
+    on_host = {"placement": "static", "resident": 0.0, "stream": 0.0, "cpu": 1.0}
+    asked = question(gpus=2, rows=8)
+    free, static, auto = (
+        plan(replace(asked, **how)).best.account for how in ({}, under(**on_host), under(placement="auto"))
+    )
+    assert static.seconds["waiting for host"] > 0 == free.seconds["waiting for host"]
+    assert static.bytes["optimizer"] == 0 < static.host_bytes
+    assert auto.step_seconds < static.step_seconds
+    with pytest.raises(UsageError, match="placement=static needs .* 10.0 can be used"):
+        plan(replace(asked, **under(**on_host, host_budget_gib=10)))
+
+
+def planned_by_pretrain(monkeypatch, model, gpus, gib, **memory):
+    """Return the settings that pretrain.py would train with on so many GPUs, and what it prints."""
+    properties = SimpleNamespace(name="NVIDIA H200", total_memory=int(gib * GIB))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    device = torch.device("cuda")
+    launch = SimpleNamespace(world_size=gpus, ranks_per_host=8, take_device=lambda: device)
+    settings = pretrain.PretrainConfig(model, memory=MemoryConfig(**memory))
+    train = replace(settings.train, global_batch_size=256, compile=True)
+    settings = replace(settings, parallel=ParallelConfig(auto=True), train=train)
+    return plan_settings(settings, LlamaConfig.preset(model), 4096, launch, foresee)
+
+
+def test_pretrain_and_a_dry_run_plan_alike_under_a_placement(monkeypatch):
+    memory = {"placement": "auto", "device_budget_gib": 40.0}
+    planned, said = planned_by_pretrain(monkeypatch, "llama2-70b", 16, 139, **memory)
+    settings = dryrun.DryrunConfig("llama2-70b", gpus=16, train=planned.train, memory=planned.memory)
+    settings = replace(settings, parallel=ParallelConfig(auto=True))
+    found = search(settings, SEVENTY_B, find_cluster("h200-141gb", 16), foresee)
+    assert found.describe() == said and "device_budget_gib=40" in said
+    assert found.best.work.layout == planned.parallel and found.best.account.peak_gib <= 40
+    proposed = settings_of(settings, found.best)
+    assert proposed.memory == planned.memory == MemoryConfig(**memory)
+    assert proposed.train.recompute == planned.train.recompute
+
+
+def test_states_that_fit_nowhere_else_go_to_the_host_unless_that_was_turned_off(monkeypatch):
+    planned, said = planned_by_pretrain(monkeypatch, "llama2-70b", 4, 139)
+    assert planned.memory.placement == "auto" and ", offload" in said
+    assert planned_by_pretrain(monkeypatch, "llama2-7b", 4, 139)[0].memory.placement is None
+    with pytest.raises(UsageError, match="or placement=auto, which keeps optimizer states on the host"):
+        planned_by_pretrain(monkeypatch, "llama2-70b", 4, 139, placement="off")
 
 
 def test_rows_that_no_layout_can_share_are_refused():

@@ -25,11 +25,12 @@ from offload import Config as OffloadConfig
 
 from dtensor_llama import LlamaConfig, UsageError
 from dtensor_llama.flops import PEAK_FLOPS, hardware_flops_per_token, model_flops_per_token
+from memory import MemoryConfig
 from memory.auto import foresee
 from memory.tracer import HOST_ADAM_BYTES, MachineRates
 from parallel.cluster import find_cluster
 from parallel.config import ParallelConfig
-from parallel.cost import FITS_SHARE, States, Work, account_with_offload
+from parallel.cost import States, Work, account_with_offload
 from parallel.rules import Job
 
 CALL_SECONDS = 600  # what one call on a lent machine may take; every part stays below it
@@ -231,20 +232,17 @@ def our_seconds(
 
     budget_gib: of the device; None: all that the card has."""
     own = find_cluster(setting.card.cluster, 1)
-    gpu = replace(own.gpu, host_link_bytes_s=MACHINE.duplex / 2)
-    if budget_gib:
-        gpu = replace(gpu, memory_gib=budget_gib / FITS_SHARE)
     cluster = replace(
         own,
-        gpu=gpu,
-        host_memory_gib=setting.host_budget_gib or 120,
+        gpu=replace(own.gpu, host_link_bytes_s=MACHINE.duplex / 2),
+        host_memory_gib=120,
         host_dram_bytes_s=MACHINE.dram_in_update,
         host_adam_per_s=MACHINE.host_adam,
     )
     rows = n_tokens // 4096
     job = Job(config, 4096, rows, min(4, rows), recompute="full", compile=True, device_type="cuda")
-    states = States(offloads=True, settles_one_gpu=False)
-    work = Work(job, ParallelConfig(dp_shard=1), states)
+    memory = MemoryConfig("auto", device_budget_gib=budget_gib, host_budget_gib=setting.host_budget_gib)
+    work = Work(job, ParallelConfig(dp_shard=1), States.under(memory, itemsize=2))
     try:
         return account_with_offload(work, cluster, foresee).step_seconds
     except UsageError:

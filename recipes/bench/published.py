@@ -439,7 +439,7 @@ none for a GPU:
   weights, before they are gathered, was not counted: 10 bytes a parameter and gather, which one rank pays
   in full and of which eight pay an eighth each.
 - 3.5B with its states on the host, under a budget of 24 GiB, took 0.748 s for 4,096 tokens there, where the
-  account of parallel/cost.py says 0.728 s if it is given the rates of that host: 97 GB/s of DRAM in an
+  account of parallel/cost.py says 0.720 s if it is given the rates of that host: 97 GB/s of DRAM in an
   update, which was found in the same run, 3.13 G parameters/s of AdamW and a link of 96 GB/s both ways.
 
 What the account does not explain:

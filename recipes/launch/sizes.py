@@ -254,20 +254,21 @@ def main(cfg: SizesConfig) -> None:
 
 def account_of(size: str, gpu: str, gpus: int, chosen: dict) -> "Account":
     """Return the bytes, traffic and time of a rank under the flags `chosen`, from parallel/cost.py."""
+    from memory import MemoryConfig
     from memory.auto import foresee
     from parallel import ParallelConfig
     from parallel.cost import States, Work, account_for, account_with_offload
     from parallel.rules import Job
 
     model, _, kind = size.partition("-")
-    config, group = LlamaConfig.preset(f"llama2-{model}"), "--parallel."
-    layout = ParallelConfig(
-        **{
-            flag.removeprefix(group).replace("-", "_"): value
-            for flag, value in chosen.items()
-            if flag.startswith(group)
-        }
-    )
+    config = LlamaConfig.preset(f"llama2-{model}")
+
+    def of_group(group: str) -> dict:
+        flags = {flag: value for flag, value in chosen.items() if flag.startswith(group)}
+        named = {flag.removeprefix(group).replace("-", "_"): value for flag, value in flags.items()}
+        return {name: value is None or value for name, value in named.items()}  # None: a flag without a value
+
+    layout, memory = ParallelConfig(**of_group("--parallel.")), MemoryConfig(**of_group("--memory."))
     job = Job(
         config,
         T,
@@ -282,11 +283,11 @@ def account_of(size: str, gpu: str, gpus: int, chosen: dict) -> "Account":
         from dtensor_llama.chat.lora import LoraConfig, n_adapter_parameters
 
         n_adapter = n_adapter_parameters(config, LoraConfig(rank=LORA_RANK))
-    states = States(n_adapter=n_adapter, inputs_on_host="--memory.activations" in chosen)
+    work = Work(job, layout, States.under(memory, itemsize=2, n_adapter=n_adapter))
     cluster = replace(NODES[gpu], n_gpus=gpus)
-    if kind == "offload":
-        return account_with_offload(Work(job, layout, states), cluster, foresee)
-    return account_for(Work(job, layout, states), cluster)
+    if memory.is_on:
+        return account_with_offload(work, cluster, foresee)
+    return account_for(work, cluster)
 
 
 if __name__ == "__main__":
