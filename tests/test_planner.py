@@ -198,7 +198,9 @@ def planned_by_pretrain(monkeypatch, model, gpus, gib, **memory):
 def test_pretrain_and_a_dry_run_plan_alike_under_a_placement(monkeypatch):
     memory = {"placement": "auto", "device_budget_gib": 40.0}
     planned, said = planned_by_pretrain(monkeypatch, "llama2-70b", 16, 139, **memory)
-    settings = dryrun.DryrunConfig("llama2-70b", gpus=16, train=planned.train, memory=planned.memory)
+    # What a plan has chosen would be kept as given, so the same is asked anew.
+    train = replace(planned.train, micro_batch_size=1, recompute="none")
+    settings = dryrun.DryrunConfig("llama2-70b", gpus=16, train=train, memory=planned.memory)
     settings = replace(settings, parallel=ParallelConfig(auto=True))
     found = search(settings, SEVENTY_B, find_cluster("h200-141gb", 16), foresee)
     assert found.describe() == said and "device_budget_gib=40" in said
@@ -272,7 +274,7 @@ def test_auto_plans_for_the_gpu_that_is_there_by_name_and_for_the_nodes_of_the_l
     here = replace(NODES["h100-80gb"], n_gpus=16, gpus_per_node=4)
     assert replace(cluster, gpu=here.gpu) == here
     assert cluster.gpu == replace(here.gpu, memory_gib=int(79.1 * GIB) / GIB)
-    settings, why = plan_settings(settings_with({}), SEVEN_B, 4096, launch)
+    settings, why = plan_settings(settings_with({}), SEVEN_B, 4096, launch, foresee)
     assert "layouts on 16 x h100-80gb in nodes of 4, of which" in why and "fit 90% of 79.1 GiB" in why
     assert max(work.layout.tp for work in works(question(rows=64))) == 8
     assert max(work.layout.tp for work in works(replace(question(rows=64), cluster=cluster))) == 4
@@ -282,7 +284,7 @@ def test_auto_plans_for_the_gpu_that_is_there_by_name_and_for_the_nodes_of_the_l
     assert chosen.tp == 1 and why.endswith("on h100-80gb")
     uneven = launch_on(monkeypatch, "NVIDIA H100 80GB HBM3", 79.1, world_size=6, ranks_per_host=4)
     with pytest.raises(UsageError, match="auto=True plans for nodes of equally many processes, and 6 do not"):
-        plan_settings(settings_with({}), SEVEN_B, 4096, uneven)
+        plan_settings(settings_with({}), SEVEN_B, 4096, uneven, foresee)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +304,7 @@ def test_auto_plans_for_the_gpu_that_is_there_by_name_and_for_the_nodes_of_the_l
 )
 def test_a_gpu_that_is_not_known_says_whose_rates_it_is_given(monkeypatch, name, gib, said):
     launch = launch_on(monkeypatch, name, gib, world_size=8, ranks_per_host=8)
-    _, why = plan_settings(settings_with({}), SEVEN_B, 4096, launch)
+    _, why = plan_settings(settings_with({}), SEVEN_B, 4096, launch, foresee)
     assert f"layouts on 8 x {said}, of which" in why and f"fit 90% of {gib:.4g} GiB" in why
 
 
@@ -311,7 +313,7 @@ def test_auto_keeps_what_was_given_and_searches_the_rest(monkeypatch):
     launch = launch_on(monkeypatch, "NVIDIA H100 80GB HBM3", 79.1, world_size=16, ranks_per_host=8)
     layout = {"zero_stage": 2, "schedule": "zbv", "sequence_parallel": False, "draw_schedule": True}
     train = {"recompute": "full", "micro_batch_size": 4}
-    settings, why = plan_settings(settings_with(train, **layout), SEVEN_B, 4096, launch)
+    settings, why = plan_settings(settings_with(train, **layout), SEVEN_B, 4096, launch, foresee)
     assert {name: getattr(settings.parallel, name) for name in layout} == layout
     assert {name: getattr(settings.train, name) for name in train} == train
     assert settings.parallel.pp > 1 and not settings.parallel.auto
@@ -340,7 +342,7 @@ def test_auto_keeps_what_was_given_and_searches_the_rest(monkeypatch):
 def test_what_auto_cannot_keep_is_refused_in_words(monkeypatch, train, layout, said):
     launch = launch_on(monkeypatch, "NVIDIA H100 80GB HBM3", 79.1, world_size=8, ranks_per_host=8)
     with pytest.raises(UsageError, match=said):
-        plan_settings(settings_with(train, **layout), SEVEN_B, 4096, launch)
+        plan_settings(settings_with(train, **layout), SEVEN_B, 4096, launch, foresee)
 
 
 # ---- The cases that people ask about -----------------------------------------------------------------------
