@@ -9,11 +9,12 @@ read, and what a graph returns.
 
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd  # private in torch 2.11 to 2.13, as are the next
-from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._functorch import partitioners
 from torch._inductor.decomposition import select_decomp_table
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -29,7 +30,7 @@ def compiler(counter: StepCounter) -> Callable[[Callable], Callable]:
             fw_compiler=run,
             bw_compiler=run,
             inference_compiler=run,
-            partition_fn=min_cut_rematerialization_partition,
+            partition_fn=_cut,
             decompositions=select_decomp_table(),
         )
         return build(graph, inputs)
@@ -46,6 +47,16 @@ def compiler(counter: StepCounter) -> Callable[[Callable], Callable]:
         return call
 
     return pretended_compile
+
+
+def _cut(*args, **kwargs) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Cut a graph into forward and backward as the compiler does for a GPU.
+
+    There the random state of attention that is recomputed belongs to the generator. On `meta` torch would
+    save it as one more tensor, for which it has no place under tp; and this attention draws nothing."""
+    without_random_state = lambda joint, forward, backward, n_symbols: (forward, backward)
+    with mock.patch.object(partitioners, "functionalize_rng_ops", without_random_state):
+        return partitioners.min_cut_rematerialization_partition(*args, **kwargs)
 
 
 class _FusedGraph(fx.Interpreter):

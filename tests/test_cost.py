@@ -157,9 +157,10 @@ COUNTED = {
     "compiled": dict(compile=True),
     "compiled-full": dict(compile=True, recompute="full"),
     "compiled-tp-selective": dict(compile=True, tp=4, recompute="selective"),
+    "compiled-tp-full": dict(compile=True, tp=2, recompute="full"),
 }
 FAST = ("zero-1", "zero-3-full", "tp-no-sp", "tp-shared-biases", "ring", "1f1b", "interleaved")
-FAST += ("zero-bubble", "zbv", "dualpipev", "lora-tp")
+FAST += ("zero-bubble", "zbv", "dualpipev", "lora-tp", "compiled-tp-full")
 COUNTED_MODEL = LlamaConfig(8192, 1024, 2816, 8, 16, 8, max_position_embeddings=2048)
 # Peaks that the account has further off than 1 %, and how far.
 FURTHER_OFF = {
