@@ -803,7 +803,7 @@ def test_conversations_with_tools_have_the_template_called_tool_use_as_in_transf
     (tmp_path / "named/tokenizer_config.json").write_text(
         json.dumps(config | {"chat_template": {"tool_use": AGENT, "rag": CHATML}})
     )
-    with pytest.raises(UsageError, match="chat templates tool_use, rag, and none is called default"):
+    with pytest.raises(UsageError, match="chat templates tool_use, rag, and none of them is called default"):
         ChatTemplate(load_tokenizer(tmp_path / "named"))
 
 
