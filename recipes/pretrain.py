@@ -169,6 +169,8 @@ def main(cfg: PretrainConfig) -> None:
     base.check()
     if cfg.dry_run:
         return say_what_a_step_does(cfg)
+    if cfg.gpus is not None:
+        raise UsageError(f"gpus={cfg.gpus} is for a dry run; add dry_run=True, or start as many processes.")
     if not cfg.data.path:
         raise UsageError("`path` is missing; name the files to train on, e.g. path='text/*.txt'.")
     tokenizer = load_tokenizer(base.tokenizer_path)

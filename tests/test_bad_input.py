@@ -38,6 +38,7 @@ def refused(*arguments, name: str = "pretrain", ranks: int = 1) -> str:
         (["--train.dtype", "float8"], ["--train.dtype", "bfloat16"]),
         (["--random-init", "--model", "tiny-1m"], ["--random-init", "tiny-1m"]),
         (["--train.steps", 0], ["--train.steps 0"]),
+        (["--gpus", 8], ["--gpus 8 is for a dry run", "--dry-run"]),
         (["--train.lr", 0], ["--train.lr"]),
         (["--train.lr", "nan"], ["--train.lr nan"]),
         (["--train.lr", "-1e-3"], ["--train.lr"]),
