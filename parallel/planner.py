@@ -269,8 +269,9 @@ def meshes(question: Question) -> Iterator[ParallelConfig]:
             for cp in powers_of_two(most_cp):
                 dp, left_over = divmod(cluster.n_gpus, tp * pp * cp)
                 if left_over == 0:
-                    sizes = {"pp": pp, "dp_replicate": 1, "dp_shard": dp, "cp": cp, "tp": tp}
-                    yield from _ways_of_mesh(question, replace(question.layout, auto=False, **sizes))
+                    asked = replace(question.layout, auto=False, dp_replicate=1)
+                    mesh = replace(asked, pp=pp, dp_shard=dp, cp=cp, tp=tp)
+                    yield from _ways_of_mesh(question, mesh)
 
 
 # A schedule and its stages a rank. gpipe is left out: it has the bubble of 1f1b and keeps the activations of

@@ -36,9 +36,11 @@ def compiler(counter: StepCounter) -> Callable[[Callable], Callable]:
         return build(graph, inputs)
 
     compile = torch.compile
+    # What was compiled for an earlier count, of rows of another length, would leave symbols in the shapes.
+    torch.compiler.reset()
 
     def pretended_compile(function: Callable, **how) -> Callable:
-        compiled = compile(function, backend=backend)
+        compiled = compile(function, backend=backend, **how)
 
         def call(*args, **kwargs):
             with _disable_current_modes():  # dynamo does not look into a function while something watches it
