@@ -35,10 +35,8 @@ class MemoryConfig:
         anything is made."""
         fractions = {"resident": self.resident, "stream": self.stream, "cpu": self.cpu}
         budgets = {"device_budget_gib": self.device_budget_gib, "host_budget_gib": self.host_budget_gib}
-        given, given_budgets = (
-            {f"{name}={value:g}": value for name, value in values.items() if value is not None}
-            for values in (fractions, budgets)
-        )
+        given = {f"{name}={value:g}": value for name, value in fractions.items() if value is not None}
+        given_budgets = {f"{name}={value:g}": value for name, value in budgets.items() if value is not None}
         if self.placement == "off":
             idle = [*given, *given_budgets, *["draw=True"] * self.draw]
             idle += [] if self.kernel == "auto" else [f"kernel={self.kernel}"]

@@ -117,10 +117,12 @@ def _device_step(weight, low16, exp_avg, exp_avg_sq, grad, clip, *hyper):
     """Step a piece of bfloat16 weights on the device. If `clip` is nan every element keeps its value, so that
     the host need not wait to see whether the gradient is finite."""
     skips, master = clip.isnan(), join_master(weight, low16)
-    stepped, *new_moments = adamw_chunk(master, exp_avg, exp_avg_sq, grad, clip, *hyper)
-    new = *split_master(stepped), *new_moments
-    for old, value in zip((weight, low16, exp_avg, exp_avg_sq), new, strict=True):
-        old.copy_(torch.where(skips, old, value))
+    stepped, new_avg, new_avg_sq = adamw_chunk(master, exp_avg, exp_avg_sq, grad, clip, *hyper)
+    new_weight, new_low16 = split_master(stepped)
+    weight.copy_(torch.where(skips, weight, new_weight))
+    low16.copy_(torch.where(skips, low16, new_low16))
+    exp_avg.copy_(torch.where(skips, exp_avg, new_avg))
+    exp_avg_sq.copy_(torch.where(skips, exp_avg_sq, new_avg_sq))
 
 
 def _device_add(total, grad):
@@ -181,6 +183,7 @@ class Kernel:
     def __init__(self, kind: str, device: torch.device):
         self.device = device
         self.kind, self.why = _choose(kind, device)
+        self._is_warm: set[tuple] = set()  # for what steps have been compiled
         if self.kind == "compiled":
             # Inductor's C++ wrapper releases the interpreter lock while the loop runs. The default Python
             # wrapper holds it, and the forward that runs meanwhile could not launch a kernel.
@@ -188,7 +191,6 @@ class Kernel:
             self._device = _ByRows(_device_step)
             self._add, self._copy = _ByRows(_device_add), _ByRows(_device_copy)
 
-    @functools.cache  # noqa: B019  a process has a kernel or two
     def warm_up_host(self, dtype: torch.dtype, grad_dtype: torch.dtype, n_threads: int) -> None:
         """Compile host_step now, unless that has been done. Call it whenever a plan has put chunks on the
         host: if it were compiled within a step, other ranks would wait in a collective for 10 to 25 s.
@@ -196,8 +198,9 @@ class Kernel:
         dtype: of the weights. n_threads: of the thread that will call host_step. Compilation happens in the
         calling thread, because with torch 2.11 the next backward may crash after another thread has compiled.
         It happens with so many threads, because Inductor specialises on their number."""
-        if self.kind != "compiled":
+        if self.kind != "compiled" or (dtype, grad_dtype) in self._is_warm:
             return
+        self._is_warm.add((dtype, grad_dtype))
         with threads_of_torch(n_threads):
             for n in (2 * BLOCK, BLOCK):
                 states = torch.zeros(n), torch.zeros(n), torch.zeros(n)
@@ -213,9 +216,10 @@ class Kernel:
         rows = {BLOCK for n in lengths if whole_rows(n)}
         rests = {ROW - 1 for n in lengths if whole_rows(n) < n}
         for n in rows | rests:
-            self._compile_device_step(n, grad_dtype)
+            if (n, grad_dtype) not in self._is_warm:
+                self._is_warm.add((n, grad_dtype))
+                self._compile_device_step(n, grad_dtype)
 
-    @functools.cache  # noqa: B019
     def _compile_device_step(self, n: int, grad_dtype: torch.dtype) -> None:
         zeros = functools.partial(torch.zeros, n, device=self.device)
         weight, grad = zeros(dtype=torch.bfloat16), zeros(dtype=grad_dtype)
@@ -242,9 +246,9 @@ class Kernel:
             clip = _one_on(grad.device) if clip is None else clip
             self._host(master, exp_avg, exp_avg_sq, grad, weight, clip, *hyper.tensors())
             return
-        for *states, part, new_weight in blocks(master, exp_avg, exp_avg_sq, grad, weight):
-            _fused(*([state] for state in states), [part.float()], clip, hyper)
-            new_weight.copy_(states[0])
+        for stepped, avg, avg_sq, part, new_weight in blocks(master, exp_avg, exp_avg_sq, grad, weight):
+            _fused([stepped], [avg], [avg_sq], [part.float()], clip, hyper)
+            new_weight.copy_(stepped)
 
     def device_steps(self, steps: list[tuple]) -> None:
         """Call device_step with each of these tuples of arguments. Where `low16` is None the weights are
@@ -277,11 +281,12 @@ class Kernel:
             clip = _one_on(grad.device) if clip is None else clip
             self._device((weight, low16, exp_avg, exp_avg_sq, grad), clip, *hyper.tensors())
             return
-        for high, low, *moments, part in blocks(weight, low16, exp_avg, exp_avg_sq, grad):
-            master = join_master(high, low)
-            _fused([master], *([moment] for moment in moments), [part.float()], clip, hyper)
-            for old, value in zip((high, low), split_master(master), strict=True):
-                old.copy_(value)
+        for high, low, avg, avg_sq, part in blocks(weight, low16, exp_avg, exp_avg_sq, grad):
+            stepped = join_master(high, low)
+            _fused([stepped], [avg], [avg_sq], [part.float()], clip, hyper)
+            new_high, new_low = split_master(stepped)
+            high.copy_(new_high)
+            low.copy_(new_low)
 
     @torch.no_grad()
     def sum_into(self, total: Tensor, grad: Tensor, adds: bool) -> None:

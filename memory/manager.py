@@ -86,10 +86,9 @@ class ChunkManager(ChunkStore):
         self._in_use: list[tuple[Any, list[Tensor]]] = []
         self._issued: set[Chunk] = set()  # chunks handed to an engine since the last `step`
         self._is_updating = False  # an update has begun, in backward or in `step`
-        self._slots, self._buffers = (
-            cycle(range(RING_SLOTS)),
-            cycle(range(WEIGHT_BUFFERS)),
-        )  # whose turn it is
+        # Whose turn it is in the ring and among the weight buffers.
+        self._slots = cycle(range(RING_SLOTS))
+        self._buffers = cycle(range(WEIGHT_BUFFERS))
         self._phase: tuple[str | None, Any] = None, None
         self._host_began_s = self._host_done_s = self._host_update_s = None
         self._steps_s: list[float] | None = []  # when steps ended; None: they have been reported

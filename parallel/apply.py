@@ -71,7 +71,7 @@ def parallelize(
     if config.cp > 1:  # first: which tokens this rank has, and how it attends to those of other ranks
         apply_context_parallel(model, mesh["cp"], config.cp_method)
     if config.tp > 1 and model.token_loss is not token_nll:
-        check_token_loss(model.token_loss, model.config.vocab_size)
+        check_token_loss(model.token_loss, model.config.vocab_size, computation.device)
     parts = [model]
     if config.pp > 1:  # then: which layers exist on this rank
         parts = split_stages(model, mesh["pp"], config.schedule, config.stages_per_rank)

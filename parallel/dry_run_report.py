@@ -310,11 +310,11 @@ def setup_of(settings: Any, model: LlamaConfig, cluster: Cluster) -> tuple[Setup
     seq_len = settings.data.seq_len or model.max_position_embeddings
     device, dtype = torch.device("cuda"), getattr(torch, train.dtype)
     kernel, documents = train.attention, settings.data.document_mask
-    if (
-        kernel != "flash" or dtype == torch.float32
-    ):  # whether flash-attn is installed is said by another machine
+    # A kernel that cannot do what was asked for is refused. flash-attn can in bfloat16, holds what torch's
+    # kernels hold, and need not be installed here, since the run is on other machines.
+    if kernel != "flash" or dtype == torch.float32:
         choose_attention(kernel, device, dtype, merges_blocks=layout.is_ring, documents=documents)
-    if kernel in ("auto", "flash"):  # flash-attn holds what torch's kernels do, and need not be installed
+    if kernel in ("auto", "flash"):
         merges_or_fp32 = layout.is_ring or dtype == torch.float32
         kernel = "varlen" if documents and not merges_or_fp32 else "sdpa"
     computation = Computation(device, dtype, train.recompute, train.compile, kernel)

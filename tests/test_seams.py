@@ -129,10 +129,10 @@ def test_a_loss_that_is_no_number_a_token_is_refused_in_a_line():
 
 def test_a_loss_that_reads_other_ranks_columns_itself_is_refused_under_tp():
     for works in (loss.token_nll, with_z_loss, smoothed, weighted, capped):
-        check_token_loss(works, V)
+        check_token_loss(works, V, torch.device("cpu"))
     for fails in (by_torch, against_the_mean):
         with pytest.raises(UsageError, match=r"needs columns .* use vocab.logsumexp, .* or tp=1") as refusal:
-            check_token_loss(fails, V)
+            check_token_loss(fails, V, torch.device("cpu"))
         assert "\n" not in str(refusal.value)
 
 
