@@ -15,13 +15,22 @@ is added as often as needed. The tests hold this against all of them.
 
 import gc
 import math
+import multiprocessing
 import operator
+import os
+import signal
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib import import_module
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from dtensor_llama import Llama
@@ -167,13 +176,51 @@ def dry_run(setup: Setup, step: Step, say: Callable[[str], None] = lambda text: 
     step: runs forwards, backwards, clipping and the optimizer's step of the microbatches; the recipes' own.
     say: is told which rank is being counted.
     """
-    ranks = []
     kinds = kinds_of_ranks(setup)
-    for pp_rank in kinds:
-        if len(kinds) > 1:
-            say(f"counting a step of pp rank {pp_rank} of {setup.layout.pp}")
-        ranks.append(_count(setup, pp_rank, step))
-    return Counted(setup, ranks)
+    if len(kinds) > 1:
+        say(f"counting a step of pp ranks {', '.join(map(str, kinds))} of {setup.layout.pp}")
+    if setup.is_gpu:
+        import_module("parallel.pretended_compiler")  # for seconds, and so once, before the processes fork
+    steps = _steps_to_count(setup)
+    counts = _side_by_side([partial(_count_rank, setup, kind, step, n) for kind in kinds for n in steps])
+    ranks = [counts[i : i + len(steps)] for i in range(0, len(counts), len(steps))]
+    return Counted(setup, [_whole_step(setup, counted) for counted in ranks])
+
+
+def _side_by_side(tasks: list[Callable[[], RankCount]]) -> list[RankCount]:
+    """Return the results of tasks, for which the cores of this computer share the work.
+
+    Each core has a process that is forked, so that it knows the tasks and has torch imported. The tasks run
+    one after another where that is not possible: elsewhere than on Linux a fork is not safe, and a daemonic
+    process may have no children."""
+    may_fork = sys.platform == "linux" and not multiprocessing.current_process().daemon
+    n_processes = min(len(tasks), len(os.sched_getaffinity(0))) if may_fork else 1
+    if n_processes == 1:
+        return list(_with_progress((task() for task in tasks), len(tasks)))
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(n_processes, fork, _begin_process, (tasks,)) as pool:
+        results = pool.map(_run_task, range(len(tasks)))  # this forks, before the progress bar has a thread
+        return list(_with_progress(results, len(tasks)))
+
+
+def _with_progress(results: Iterable[RankCount], n_results: int) -> Iterable[RankCount]:
+    """Yield results, with a progress bar if a person is looking."""
+    console = Console(stderr=True)
+    off = not sys.stderr.isatty()
+    return track(results, "counting steps", n_results, console=console, transient=True, disable=off)
+
+
+_tasks: list[Callable[[], RankCount]] = []  # of a forked process
+
+
+def _begin_process(tasks: list[Callable[[], RankCount]]) -> None:
+    _tasks[:] = tasks
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback beside its parent's
+
+
+def _run_task(i: int) -> RankCount:
+    return _tasks[i]()
 
 
 def settle_auto(
@@ -246,12 +293,17 @@ def few_microbatches(setup: Setup) -> tuple[int, int]:
     return 3 * layout.pp, 4 * layout.pp
 
 
-def _count(setup: Setup, pp_rank: int, step: Step) -> RankCount:
-    """Count a step, or two shorter ones."""
+def _steps_to_count(setup: Setup) -> list[int]:
+    """Return the numbers of microbatches to count a step with: the setup's own, or two smaller ones."""
     n, (few, more) = setup.n_microbatches, few_microbatches(setup)
-    if n <= more:
-        return _count_rank(setup, pp_rank, step, n)
-    one, other = (_count_rank(setup, pp_rank, step, some) for some in (few, more))
+    return [n] if n <= more else [few, more]
+
+
+def _whole_step(setup: Setup, counted: list[RankCount]) -> RankCount:
+    """Return the count of the whole step of a rank from its counts of `_steps_to_count`."""
+    if len(counted) == 1:
+        return counted[0]
+    (one, other), n, (few, more) = counted, setup.n_microbatches, few_microbatches(setup)
 
     def extended(first: int, second: int) -> int:
         return second + (second - first) * (n - more) // (more - few)

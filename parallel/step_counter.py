@@ -17,10 +17,10 @@ kind      what the bytes are for, one of KINDS. A storage has the kind of the mo
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -146,6 +146,7 @@ class StepCounter(TorchDispatchMode):
         self.live: dict[int, _Held] = {}
         self.held_bytes = 0
         self.by_kind: Counter[str] = Counter()
+        self.shapes: dict[tuple, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}  # of results
         self.is_muted = False
         self.moment = "building the model"
         self.kind_of_new = OTHER
@@ -272,7 +273,7 @@ class StepCounter(TorchDispatchMode):
             self._note_flops(op, args)
         if self.device_type == "meta" and (answer := _read_by_host(name, args, kwargs)) is not None:
             return answer
-        result = op(*args, **kwargs)
+        result = self._result(op, args, kwargs)
         if not self.is_muted:
             for tensor in tree_leaves(result):
                 if self._counts(tensor):
@@ -283,6 +284,24 @@ class StepCounter(TorchDispatchMode):
                 if self._counts(tensor):
                     self._see(tensor, kind)
         return result
+
+    def _result(self, op: Any, args: tuple, kwargs: dict) -> Any:
+        """Run an operation.
+
+        On `meta` torch works out in Python what shape a result has, which takes most of the time of a dry
+        run. But a step does the same operations on the same shapes again and again. So the shape of a new
+        tensor is worked out once."""
+        if self.device_type != "meta" or not _makes_new_tensor(op):
+            return op(*args, **kwargs)
+        question = (op, _signature(args), _signature(tuple(kwargs.items())))
+        known = self.shapes.get(question)
+        if known is None:
+            result = op(*args, **kwargs)
+            if type(result) is Tensor and self._counts(result):
+                self.shapes[question] = result.shape, result.stride(), result.dtype
+            return result
+        shape, stride, dtype = known
+        return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
 
     def _replay(self, op: HigherOrderOperator, args: tuple, kwargs: dict) -> Any:
         """Run an operation whose random numbers a compiled graph would replay in its recomputation."""
@@ -398,6 +417,26 @@ _KIND_OF = {  # the operations of torch.distributed, by their names
     "broadcast": "broadcast",
     "send": "send",
 }
+
+
+@cache
+def _makes_new_tensor(op: Any) -> bool:
+    """Return whether all that an operation of torch does is to make one new tensor: it changes none, and its
+    result is no view. torch's _unsafe_view is one, although its schema does not say so."""
+    schema = op._schema
+    returns = schema.returns
+    is_one_tensor = len(returns) == 1 and isinstance(returns[0].type, torch.TensorType)
+    is_new = is_one_tensor and returns[0].alias_info is None and op._opname != "_unsafe_view"
+    return is_new and op.namespace in ("aten", "prims") and not schema.is_mutable
+
+
+def _signature(value: Any) -> Hashable:
+    """Return what the shape of a result can depend on. The type of a number is part of it: 1 equals 1.0."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device.type
+    if isinstance(value, tuple | list):
+        return tuple([_signature(one) for one in value])
+    return type(value), value
 
 
 def _is_group(boxed: torch.ScriptObject) -> bool:
