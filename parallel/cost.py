@@ -940,12 +940,7 @@ def block_seconds(work: Work, cluster: Cluster, stack: Stack) -> tuple[Seconds, 
         product_seconds(work, cluster, stack, (work.tokens, rows, columns))
         for rows, columns in ((D, heads), (H * E / tp, D), (D, F / tp), (D, F / tp), (F / tp, D))
     )
-    # Causal attention: half of the square, two products. Backward has five.
-    rate = cluster.gpu.attention_flops
-    if rate is None or (work.states.itemsize == FP32 and work.job.device_type != "cpu"):  # measured in bf16
-        rate = flops_rate(work, cluster) * stack.attention
-    attention = 2 * work.tokens * work.job.seq_len * H / tp * E / rate
-    attention_backward = 2.5 * attention / ATTENTION_BACKWARD
+    attention, attention_backward = attention_seconds(work, cluster, stack)
     # Two norms (read, write) and two sums (read twice, write); RoPE (read, write q and k); SwiGLU.
     numbers = 10 * D / layout.sequence_shards + 2 * (H + K) * E / tp + 3 * F / tp
     memory_rate = cluster.gpu.memory_bytes_s * stack.memory
@@ -963,6 +958,56 @@ def block_seconds(work: Work, cluster: Cluster, stack: Stack) -> tuple[Seconds, 
     launches = 2 + max(again[0], again[1] / 2)
     launch_s = stack.block_launch_s
     return _launched(forward, launch_s), _launched(backward, launches * launch_s)
+
+
+def attention_seconds(work: Work, cluster: Cluster, stack: Stack) -> tuple[float, float]:
+    """Return the time of attention in a block's forward and in its backward, for one microbatch.
+
+    Forward has two products over the keys of each token, backward has five. The kernel math also stores its
+    scores: it writes or reads them 7 times in forward and 11 times in backward, most of them in float32."""
+    model = work.model
+    scores = work.tokens * keys_per_token(work) * model.num_attention_heads / work.layout.tp
+    flops = 4 * scores * model.head_dim
+    if kernel_of(work) == "math":
+        product_s = flops / (flops_rate(work, cluster) * stack.matmul)
+        pass_s = FP32 * scores / (cluster.gpu.memory_bytes_s * stack.memory)
+        return product_s + 7 * pass_s, 2 * product_s + 11 * pass_s
+    rate = cluster.gpu.attention_flops
+    if rate is None or (work.states.itemsize == FP32 and work.job.device_type != "cpu"):  # measured in bf16
+        rate = flops_rate(work, cluster) * stack.attention
+    forward = flops / rate
+    return forward, 2.5 * forward / ATTENTION_BACKWARD
+
+
+def kernel_of(work: Work) -> str:
+    """Return the attention kernel. For auto it is what choose_attention takes where flash-attn is not
+    installed."""
+    job = work.job
+    if job.attention != "auto":
+        return job.attention
+    has_varlen = job.device_type == "cuda" and work.states.itemsize < FP32 and not work.layout.is_ring
+    return "varlen" if job.document_tokens and has_varlen else "sdpa"
+
+
+def keys_per_token(work: Work) -> float:
+    """Return how many keys a kernel multiplies a query with, in the mean of all queries and blocks.
+
+    A causal kernel leaves out the later half. flash and varlen also leave out other documents and what is
+    beyond a sliding window; a mask of these hides scores that are computed all the same."""
+    job, model, T, kernel = work.job, work.model, work.job.seq_len, kernel_of(work)
+    length = min(job.document_tokens or T, T)
+    if kernel == "math":
+        return T
+    if kernel == "flash" or (kernel == "varlen" and job.document_tokens):
+        widths = [min(length, model.window(layer) or length) for layer in range(model.num_hidden_layers)]
+        return sum(width - width**2 / (2 * length) for width in widths) / len(widths)
+    if work.layout.is_ring:
+        # A rank's own share of the keys comes first, and half of it is hidden. Of the other shares a rank
+        # computes only the half that it sees.
+        cp = work.layout.cp
+        return T * (cp + 1) / (2 * cp) if job.document_tokens else T / 2
+    masked = [job.document_tokens or (model.window(i) or T) < T for i in range(model.num_hidden_layers)]
+    return sum(T if is_masked else T / 2 for is_masked in masked) / len(masked)
 
 
 def _launched(seconds: Seconds, launch_s: float) -> Seconds:

@@ -37,7 +37,8 @@ class OpenSettings:
     global_batch_size: int | None
     micro_batch_size: int | None
     recompute: str | None
-    compile: bool  # never open; it decides what fits and what can run
+    compile: bool  # never open; it decides what fits and what can run, as does the next
+    attention: str
 
     @classmethod
     def of(cls, train: Any, seq_len: int | None) -> "OpenSettings":
@@ -100,14 +101,18 @@ def choose_settings(
     device = launch.take_device()
     device_bytes = memory_of_rank(device, launch.ranks_per_host)
     cluster = cluster_here(device, device_bytes, launch.world_size, launch.ranks_per_host)
+    lengths = np.minimum(np.diff(corpus.document_starts, append=corpus.n_tokens), seq_len)
     job = Job(
         model,
         seq_len,
         batch,
         asked.micro_batch_size,
+        attention=asked.attention,
         recompute=asked.recompute,
         compile=asked.compile,
         device_type=device.type,
+        # A token attends to its own document, and long documents have more tokens.
+        document_tokens=round((lengths**2).sum() / lengths.sum()),
     )
     is_open = is_open or resolved.auto
     job, resolved, why = choose_open(job, resolved, cluster, states, is_open, foresee)

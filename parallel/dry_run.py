@@ -69,8 +69,7 @@ class Setup:
     """Holds what a run would be: its layout, resolved and checked, its job, and how it computes.
 
     computation: its device says what for: `cuda` stands for any GPU, `cpu` for the processes of a test.
-    offload: as for `assemble`; None: the states live on the device. document_tokens: of each document of a
-        packed row; None: rows are not masked.
+    offload: as for `assemble`; None: the states live on the device.
     """
 
     layout: ParallelConfig
@@ -78,7 +77,6 @@ class Setup:
     computation: Computation
     lora: LoraConfig = LoraConfig()
     offload: Offload | None = None
-    document_tokens: int | None = None
 
     @property
     def world_size(self) -> int:
@@ -335,7 +333,7 @@ def _count_rank(setup: Setup, pp_rank: int, step: Step, n_microbatches: int) -> 
     layout, job = setup.layout, setup.job
     rank = pp_rank * (setup.world_size // layout.pp)
     computation = replace(setup.computation, device=META)
-    counter = StepCounter("meta", {}, CUDA_BLOCK if setup.is_gpu else 1)
+    counter = StepCounter("meta", {}, CUDA_BLOCK if setup.is_gpu else 1, job.document_tokens)
     pretending = pretended_device(setup.computation.device, counter)
     with pretended_rank(rank, setup.world_size), pretending, pretended_manager(), counter.following_resizes():
         mesh = build_mesh(layout, "meta" if setup.is_gpu else "cpu")
@@ -416,9 +414,9 @@ def memory_of_manager(training: Training) -> tuple[list[Tensor], list[Tensor]]:
 def _microbatch(setup: Setup) -> Batch:
     shape = setup.job.micro_batch_size, setup.job.seq_len
     tokens, labels = torch.zeros(2, *shape, dtype=torch.int64)
-    if setup.document_tokens is None:
+    if setup.job.document_tokens is None:
         return Batch(tokens, labels, None)
-    positions = torch.arange(setup.job.seq_len) % setup.document_tokens
+    positions = torch.arange(setup.job.seq_len) % setup.job.document_tokens
     return Batch(tokens, labels, positions.expand(shape).contiguous())
 
 

@@ -36,6 +36,7 @@ from parallel.cost import Account, States, Work, account_for, account_with_offlo
 from parallel.dry_run import Counted, RankCount, Setup, Step, dry_run, settle_auto
 from parallel.explain import Run, explain
 from parallel.planner import Candidate, Found, Question, draw_plan, given_rows, name_of, plan
+from parallel.rules import DOCUMENT_TOKENS
 from parallel.schedule_clock import DURATION, draw
 from parallel.step_counter import HOST, KINDS
 
@@ -44,7 +45,6 @@ BESIDES_TORCH_GIB = 1.0
 # torch's allocator reserves more than is allocated, as freed blocks do not fit what is needed next: 1 to 2 %
 # more where parameters stay as they are, 6 to 10 % more where FSDP gathers and frees them.
 RESERVED = (1.01, 1.10)
-DOCUMENT_TOKENS = 512  # of each document, with a document mask
 
 
 def report(
@@ -224,6 +224,8 @@ def search(settings: Any, model: LlamaConfig, cluster: Cluster, foresee: Callabl
         compile=settings.train.compile,
         layout=layout,
         **given_rows(settings.train),
+        attention=settings.train.attention,
+        document_tokens=DOCUMENT_TOKENS if settings.data.document_mask else None,
         foresee=foresee,
     )
     return plan(question)
@@ -319,14 +321,15 @@ def setup_of(settings: Any, model: LlamaConfig, cluster: Cluster) -> tuple[Setup
         kernel = "varlen" if documents and not merges_or_fp32 else "sdpa"
     computation = Computation(device, dtype, train.recompute, train.compile, kernel)
     job = computation.job(model, seq_len, train.global_batch_size, train.micro_batch_size)
-    check_parallel(layout, job if train.attention == "auto" else replace(job, attention=train.attention))
+    document_tokens = DOCUMENT_TOKENS if documents else None
+    job = replace(job, attention=train.attention, document_tokens=document_tokens)
+    check_parallel(layout, job)
     memory, note = settings.memory.settle(device, dtype, cluster.n_gpus)
     check_skips(train.skip_nonfinite, train.max_grad_norm, memory)
     clips = train.max_grad_norm < math.inf
     ranks_per_host = min(cluster.n_gpus, cluster.gpus_per_node)
     offload = Offload(memory, train.micro_batch_size, seq_len, clips, ranks_per_host)
-    document_tokens = DOCUMENT_TOKENS if documents else None
-    return Setup(layout, job, computation, lora_of(settings), offload, document_tokens), note
+    return Setup(layout, job, computation, lora_of(settings), offload), note
 
 
 # ---- What is counted and predicted -------------------------------------------------------------------------
@@ -530,6 +533,11 @@ def computation(counted: Counted, account: Account | None) -> list[str]:
     )
     if counted.setup.computation.dtype == torch.float32:
         lines.append("the rate of float32 is a data sheet's or --calibrate's; no run was held against it")
+    length = counted.setup.job.document_tokens
+    if length is not None:
+        lines.append(
+            f"packed documents are taken to have {length} tokens each, which decides what attention costs"
+        )
     return [
         *lines,
         f"predicted: a step takes {account.step_seconds:.3g} s, "

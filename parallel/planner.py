@@ -42,7 +42,7 @@ from parallel.cost import (
     numbers_of_rank,
     splits_backward,
 )
-from parallel.rules import Case, Job, all_hold, check
+from parallel.rules import DOCUMENT_TOKENS, Case, Job, all_hold, check
 
 MOST_GPUS = 16384  # where the search for what a model would take ends
 N_BEST = 5  # layouts that a plan shows
@@ -81,6 +81,8 @@ class Question:
     layout: ParallelConfig = ParallelConfig()
     micro_batch_size: int | None = None  # None: open
     recompute: str | None = None  # None: open
+    attention: str = "auto"
+    document_tokens: int | None = None
     # memory.auto.foresee, if states may be on the host: because it was asked for, or where nothing fits
     foresee: Callable | None = None
     stack: Stack = PYTORCH
@@ -326,9 +328,10 @@ def works(question: Question) -> Iterator[Work]:
         question.model,
         question.seq_len,
         question.global_batch_size,
-        attention="sdpa",
+        attention=question.attention,
         compile=question.compile,
         device_type=question.device_type,
+        document_tokens=question.document_tokens,
     )
     for layout in meshes(question):
         rows_of_rank = question.global_batch_size // layout.dp
@@ -485,6 +488,7 @@ def _no_layout_as_given(question: Question) -> UsageError:
         question.seq_len,
         question.global_batch_size,
         question.micro_batch_size or 1,
+        attention=question.attention,
         recompute=question.recompute or "none",
         compile=question.compile,
         device_type=question.device_type,
@@ -564,11 +568,12 @@ def choose_open(
     """
     if layout.auto:
         return _choose_all(job, layout, cluster, states, foresee)
-    device_bytes = cluster.gpu.memory_gib * GIB
+    budget_bytes = budgets_of(states.memory, cluster)["device"]
+    limit_gib = getattr(states.memory, "device_budget_gib", None) or cluster.gpu.memory_gib
     fitting, first, needed = [], "", 0
     for tried, tried_layout in _open_candidates(job, layout, cluster.gpus_per_node if tries_tp else 0):
         needed = bytes_needed(tried, tried_layout, states)
-        if needed <= FITS_SHARE * device_bytes:
+        if needed <= budget_bytes:
             seconds = account_for(Work(tried, tried_layout, states), cluster).step_seconds
             fitting.append((seconds, tried, tried_layout, needed))
         elif not fitting:
@@ -578,7 +583,7 @@ def choose_open(
         fastest = min(seconds for seconds, *_ in fitting)
         _, tried, tried_layout, needed = next(each for each in fitting if each[0] <= NEAR * fastest)
         what = _in_words(tried, tried_layout)
-        memory = f"{needed / GIB:.1f} of {device_bytes / GIB:.1f} GiB a rank{first}"
+        memory = f"{needed / GIB:.1f} of {limit_gib:.1f} GiB a rank{first}"
         why = f"{what}: about {memory}, on {cluster.gpu.name}"
         return tried, tried_layout, why
     ways = ["more processes", "a smaller `seq_len`"]
@@ -587,7 +592,7 @@ def choose_open(
     if not states.n_adapter:
         ways.append("lora.rank=16")
     raise UsageError(
-        f"the model and rows of seq_len={job.seq_len} tokens do not fit {device_bytes / GIB:.1f} GiB a rank: "
+        f"the model and rows of seq_len={job.seq_len} tokens do not fit {limit_gib:.1f} GiB a rank: "
         f"at least {needed / GIB:.1f} are needed. Use {', or '.join(ways)}."
     )
 
@@ -613,6 +618,8 @@ def _choose_all(
         layout=layout,
         micro_batch_size=job.micro_batch_size,
         recompute=job.recompute,
+        attention=job.attention,
+        document_tokens=job.document_tokens,
         foresee=foresee,
     )
     found = plan(question)
@@ -640,8 +647,10 @@ def plan_settings(
         seq_len,
         train.global_batch_size,
         **given_rows(train),
+        attention=train.attention,
         compile=train.compile,
         device_type=device.type,
+        document_tokens=DOCUMENT_TOKENS if settings.data.document_mask else None,
     )
     memory = psutil.virtual_memory().total // launch.ranks_per_host
     if device.type == "cuda":

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from parallel.config import ParallelConfig
 
 
+# What is assumed of packed documents before the data is read: their mean length. See Job.document_tokens.
+DOCUMENT_TOKENS = 512
+
+
 @dataclass(frozen=True)
 class Job:
     """Holds what a layout shall train: the model, the batch, and how a rank computes."""
@@ -33,10 +37,13 @@ class Job:
     seq_len: int
     global_batch_size: int = 1  # rows of one optimizer step, on all ranks together
     micro_batch_size: int | None = 1  # rows of one forward, on one dp rank; None: parallel/planner.py chooses
-    attention: str = "sdpa"  # one of the kernels of dtensor_llama/attention.py
+    attention: str = (
+        "sdpa"  # one of the kernels of dtensor_llama/attention.py, or auto: the fastest that can run
+    )
     recompute: str | None = "none"  # None: parallel/planner.py chooses
     compile: bool = False
     device_type: str = "cpu"
+    document_tokens: int | None = None  # of a document in a packed row; None: rows are not masked
 
 
 @dataclass(frozen=True)
@@ -431,7 +438,7 @@ TENSOR = [
             c.tp == 1
             or not c.compile
             or (c.recompute, c.device_type) != ("full", "cpu")
-            or c.attention not in ("sdpa", "varlen")
+            or c.attention == "math"
         ),
         "with recompute=full and tp={c.tp} fails inside torch on a CPU",
         {"recompute": ["selective"], "attention": ["math"]},

@@ -135,13 +135,21 @@ class StepCounter(TorchDispatchMode):
     """See the first lines of this file.
 
     device_type: of the tensors whose bytes count. axes: the axis of each group, from `groups_of`.
-    block_bytes: a storage counts as a multiple of so many.
+    block_bytes: a storage counts as a multiple of so many. document_tokens: of each document, if rows of
+    several documents go to varlen_attn, which has their ends as values; None: a row is one.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, device_type: str, axes: dict[tuple[str, bool], str], block_bytes: int = 1):
+    def __init__(
+        self,
+        device_type: str,
+        axes: dict[tuple[str, bool], str],
+        block_bytes: int = 1,
+        document_tokens: int | None = None,
+    ):
         super().__init__()
+        self.document_tokens = document_tokens
         self.device_type, self.axes, self.block_bytes = device_type, axes, block_bytes
         self.live: dict[int, _Held] = {}
         self.held_bytes = 0
@@ -270,7 +278,7 @@ class StepCounter(TorchDispatchMode):
             with self:
                 return _PYTHON_OF[name](*args, **kwargs)
         else:
-            self._note_flops(op, args)
+            self._note_flops(op, args, kwargs)
         if self.device_type == "meta" and (answer := _read_by_host(name, args, kwargs)) is not None:
             return answer
         result = self._result(op, args, kwargs)
@@ -381,7 +389,7 @@ class StepCounter(TorchDispatchMode):
             hop = (group.rank(), args[2]) if kind == "send" else None
             self.traffic[Collective(axis, kind, whole_bytes, hop)] += 1
 
-    def _note_flops(self, op: Any, args: tuple) -> None:
+    def _note_flops(self, op: Any, args: tuple, kwargs: dict) -> None:
         name = op._opname
         if name in ("mm", "addmm", "bmm", "baddbmm"):
             a, b = args[-2:] if name in ("mm", "bmm") else args[1:3]
@@ -389,17 +397,26 @@ class StepCounter(TorchDispatchMode):
             dtype = str(a.dtype).removeprefix("torch.")
             self.products[Product(m, b.shape[-1], k, dtype)] += prod(batch)
         elif "attention" in name or name.startswith("_varlen_attn"):
-            self._note_attention(name, args)
+            self._note_attention(op, args, kwargs)
 
-    def _note_attention(self, name: str, args: tuple) -> None:
-        is_backward = "backward" in name
-        q, k = args[1:3] if is_backward else args[:2]
-        if name.startswith("_varlen"):  # all sequences in a line: (N, H, E)
-            shape = (1, q.shape[1], q.shape[0], k.shape[0])
+    def _note_attention(self, op: Any, args: tuple, kwargs: dict) -> None:
+        is_backward, is_varlen = "backward" in op._opname, op._opname.startswith("_varlen")
+        names = [argument.name for argument in op._schema.arguments]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        q, k = given["query"], given["key"]
+        if is_varlen:  # the tokens of all sequences in a line, (N, H, E), which fall into documents
+            n_tokens, n_heads, head_dim = q.shape
+            length = min(self.document_tokens or n_tokens, n_tokens)
+            before, _ = given.get("window_size") or (-1, 0)
+            width = length if before < 0 else min(length, before + 1)
+            # A causal kernel sees half of so many keys, in the mean: of the first queries' windows a part.
+            n_keys = round(2 * width - width**2 / length)
+            shape = (n_tokens // length, n_heads, length, n_keys)
         else:
-            shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        is_causal = any(arg is True for arg in args[3:]) or name.startswith("_varlen")
-        self.attention[Attention(is_backward, *shape, q.shape[-1], is_causal)] += 1
+            *batch, n_tokens, head_dim = q.shape
+            shape = (*batch, n_tokens, k.shape[2])
+        is_causal = is_varlen or given.get("is_causal", False)
+        self.attention[Attention(is_backward, *shape, head_dim, is_causal)] += 1
 
 
 _KIND_OF = {  # the operations of torch.distributed, by their names

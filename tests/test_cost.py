@@ -24,6 +24,7 @@ from parallel import ParallelConfig
 from parallel.apply import Computation
 from parallel.cluster import GPUS, NODES, calibrate, find_cluster, read_cluster, with_gpus
 from parallel.cost import (
+    ATTENTION_BACKWARD,
     FP32,
     STACKS,
     Account,
@@ -31,7 +32,9 @@ from parallel.cost import (
     States,
     Work,
     account_for,
+    attention_seconds,
     bytes_of_rank,
+    keys_per_token,
     shares,
     traffic,
 )
@@ -197,21 +200,71 @@ def counted_step(**settings) -> tuple[Work, Counted]:
     settings = dict(settings)
     option = lambda name, default: settings.pop(name, default)
     lora, recompute, compiled = option("lora_rank", 0), option("recompute", "none"), option("compile", False)
+    kernel, document_tokens, window = (
+        option("kernel", "sdpa"),
+        option("document_tokens", None),
+        option("window", None),
+    )
     n_microbatches = option("n_microbatches", 4 if "pp" in settings else 2)
     model = replace(
         COUNTED_MODEL,
         num_key_value_heads=option("n_kv_heads", 8),
         tie_word_embeddings=option("is_tied", False),
         model_type=option("family", "llama"),
+        sliding_window=window,
     )
     layout = ParallelConfig(**settings).resolve(8)
     rows = 2 * n_microbatches * layout.dp
-    job = Job(model, 2048, rows, 2, recompute=recompute, compile=compiled, device_type="cuda")
-    computation = Computation(torch.device("cuda"), torch.bfloat16, recompute, compiled)
+    job = Job(model, 2048, rows, 2, kernel, recompute, compiled, "cuda", document_tokens)
+    computation = Computation(torch.device("cuda"), torch.bfloat16, recompute, compiled, kernel)
     config = LoraConfig(rank=lora)
     n_adapter = n_adapter_parameters(model, config) if lora else 0
     counted = dry_run(Setup(layout, job, computation, config), step)
     return Work(job, layout, States(n_adapter=n_adapter)), counted
+
+
+# What a kernel computes of the scores: all (1), the causal half, or less.
+ATTENDED = {
+    "causal": (dict(), 1 / 2),
+    "documents in varlen": (dict(kernel="varlen", document_tokens=256), 1 / 2 * 256 / 2048),
+    "a window in varlen": (
+        dict(kernel="varlen", document_tokens=1024, window=256, family="mistral"),
+        (256 - 32) / 2048,
+    ),
+    "documents behind a mask": (dict(document_tokens=256), 1),
+    "a window behind a mask": (dict(window=256, family="mistral"), 1),
+    "a window of a whole row": (dict(window=2048, family="mistral"), 1 / 2),
+    "a ring": (dict(cp=4, cp_method="ring"), 1 / 2),
+    "documents in a ring": (dict(cp=4, cp_method="ring", document_tokens=256), 5 / 8),
+    "documents in Ulysses": (dict(cp=4, kernel="varlen", document_tokens=256), 1 / 2 * 256 / 2048),
+}
+
+
+@pytest.mark.parametrize("name", ATTENDED)
+def test_attention_costs_what_a_kernel_computes_of_its_scores(name):
+    settings, share_of_scores = ATTENDED[name]
+    work, counted = counted_step(**settings)
+    assert keys_per_token(work) == pytest.approx(2048 * share_of_scores)
+    # Two products in forward and five in backward, over the keys of each token, in each block.
+    model, n_tokens = work.model, work.tokens * work.n_microbatches
+    one = 2 * n_tokens * keys_per_token(work) * model.num_attention_heads * model.head_dim
+    (rank,) = counted.ranks
+    done = sum(each.flops * n for each, n in rank.attention.items())
+    assert done == pytest.approx(7 * one * model.num_hidden_layers, rel=0.001)
+    cluster = find_cluster("a100-80gb", 8)
+    forward, backward = attention_seconds(work, cluster, STACKS["pytorch"])
+    assert backward == pytest.approx(2.5 * forward / ATTENTION_BACKWARD)
+    assert forward == pytest.approx(2 * one / work.n_microbatches / (312e12 * 0.92 * 0.598), rel=0.1)
+
+
+def test_the_kernel_math_is_slower_because_it_stores_its_scores():
+    cluster = find_cluster("a100-80gb", 8)
+    slow, fast = (
+        account_for(replace(asked, job=replace(asked.job, attention=kernel)), cluster).seconds["attention"]
+        for asked in [work()]
+        for kernel in ("math", "sdpa")
+    )
+    assert slow > 5 * fast
 
 
 def sent_by_axis(sent: Iterable[tuple[str, float]]) -> dict[str, float]:

@@ -2,8 +2,8 @@
 
 import gc
 import json
+import os
 import re
-import time
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
@@ -59,7 +59,14 @@ class Case:
     def setup(self, n_microbatches: int | None = None, device: str = "cpu") -> Setup:
         layout = ParallelConfig(**self.layout).resolve(self.ranks)
         n_microbatches = n_microbatches or self.n_microbatches
-        job = Job(self.model, SEQ_LEN, 2 * n_microbatches * layout.dp, 2, recompute=self.recompute)
+        job = Job(
+            self.model,
+            SEQ_LEN,
+            2 * n_microbatches * layout.dp,
+            2,
+            recompute=self.recompute,
+            document_tokens=self.document_tokens,
+        )
         memory = MemoryConfig(kernel="blocks", **self.memory) if self.memory else None
         return Setup(
             layout,
@@ -67,7 +74,6 @@ class Case:
             Computation(torch.device(device), getattr(torch, self.dtype), self.recompute),
             LoraConfig(rank=self.lora_rank),
             Offload(memory, 2, SEQ_LEN) if memory else None,
-            self.document_tokens,
         )
 
 
@@ -311,12 +317,12 @@ def test_peaks_of_compiled_7b_steps_are_those_of_the_cuda_allocator(row):
 
 def test_a_rank_of_70b_on_512_takes_seconds_and_little_memory():
     """Of 80 layers 8, so that the test is short; docs/dry-run.md has the time of all."""
-    began = time.process_time()
+    began = sum(os.times()[:4])  # seconds of this process and of its children
     model = replace(LlamaConfig.preset("llama2-70b"), num_hidden_layers=8)
     layout = ParallelConfig(tp=8).resolve(512)
     setup = Setup(layout, Job(model, 4096, 256), Computation(torch.device("cuda"), torch.bfloat16))
     counted = dry_run(setup, step)
-    assert time.process_time() - began < 30
+    assert sum(os.times()[:4]) - began < 30
     assert counted.largest.held_bytes["optimizer"] >= 2 * 4 * model.n_parameters / 512
     # q, k, v, o, gate, up and down of each block, and the head: 6 FLOPs per token and weight, over tp
     n_weights = model.n_parameters - model.vocab_size * model.hidden_size

@@ -18,7 +18,7 @@ from memory.auto import foresee
 from parallel import ParallelConfig
 from parallel.cluster import NODES, cluster_here, find_cluster
 from parallel.config import check_parallel
-from parallel.cost import FITS_SHARE, States, bytes_of_rank
+from parallel.cost import FITS_SHARE, States, bytes_needed, bytes_of_rank
 from parallel.dry_run_report import search, settings_of
 from parallel.pipeline import SCHEDULES
 from parallel.planner import (
@@ -240,6 +240,36 @@ def test_auto_takes_the_whole_layout_from_the_planner():
     assert resolved == best.layout and not resolved.auto and "the fastest" in why
     with pytest.raises(UsageError, match="auto=True chooses every axis, and tp=2 is given too"):
         ParallelConfig(auto=True, tp=2).resolve(8)
+
+
+def test_what_a_recipe_leaves_open_keeps_its_device_budget():
+    """All states are on the host, so that activations and weights decide."""
+    job = Job(SEVEN_B, 4096, 64, None, recompute=None, compile=True, device_type="cuda")
+    layout, cluster = ParallelConfig(zero_stage=3).resolve(8), find_cluster("h100-80gb", 8)
+    open_to = lambda gib: MemoryConfig(placement="static", cpu=1.0, device_budget_gib=gib)
+    choose = lambda gib: choose_open(job, layout, cluster, States.under(open_to(gib), 2), tries_tp=False)
+    (roomy, _, _), (tight, _, why) = choose(None), choose(24.0)
+    assert bytes_needed(tight, layout, States.under(open_to(None), 2)) <= 24 * GIB
+    assert bytes_needed(roomy, layout, States.under(open_to(None), 2)) > 24 * GIB
+    assert "of 24.0 GiB a rank" in why
+    with pytest.raises(UsageError, match=r"do not fit 4\.0 GiB a rank"):
+        choose(4.0)
+
+
+def test_an_attention_kernel_that_cannot_merge_blocks_keeps_ring_attention_out_of_the_search():
+    long = replace(question(rows=8), seq_len=65536)
+    rings = lambda asked: {work.layout.cp_method for work in works(asked) if work.layout.cp > 1}
+    assert rings(long) == {"ulysses", "ring"}
+    assert rings(replace(long, attention="flash")) == {"ulysses"}
+
+
+def test_long_rows_of_short_documents_are_fast_where_the_kernel_keeps_them_apart():
+    """Ring attention computes what its masks hide."""
+    long = replace(question(rows=8), seq_len=65536)
+    packed = replace(long, document_tokens=512)
+    whole, apart = plan(long).best.account, plan(packed).best.account
+    assert apart.seconds["attention"] < 0.02 * apart.step_seconds < whole.seconds["attention"]
+    assert apart.work.layout.cp_method == "ulysses"
 
 
 def test_pretrain_trains_what_the_planner_chose_and_prints_why(inputs, tmp_path):
