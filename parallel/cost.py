@@ -162,6 +162,14 @@ class Work:
             n_matrices = 1
         return self.n_matrix * n_matrices + self.model.hidden_size * share.has_head
 
+    def n_whole(self, share: "Share") -> float:
+        """Return the parameters, without adapters, that a tp rank of this pp rank has in all its shards."""
+        return share.n_layers * self.n_block + self.n_ends(share)
+
+    def trained_share(self, share: "Share") -> float:
+        """Return what is trained of a pp rank's weights; of adapters, their size beside those weights."""
+        return self.n_adapters / self.n_whole(share) if self.states.n_adapter else 1.0
+
     @cached_property
     def shards(self) -> int:
         """Return how many ranks share optimizer states."""
@@ -178,6 +186,18 @@ class Work:
     def is_managed(self) -> bool:
         """Return whether a chunk manager steps the weights that compute, and FSDP has no others."""
         return self.is_plain or self.states.offloads
+
+    @cached_property
+    def on_device(self) -> tuple[float, float]:
+        """Return the shares of the parameters whose states are resident, and of those that pass through."""
+        return (1.0, 0.0) if self.is_plain else (self.states.resident, self.states.stream)
+
+    @cached_property
+    def gathers(self) -> bool:
+        """Return whether FSDP has weights of its own that compute, beside the shards."""
+        if self.is_managed and not self.states.n_adapter:
+            return self.shards > 1
+        return self.layout.gradient_ranks > 1 or self.states.itemsize != FP32
 
     @cached_property
     def accumulates(self) -> bool:
@@ -338,8 +358,8 @@ def in_flight(work: Work, share: Share) -> float:
     if layout.schedule == "1f1b":
         return min(m, after + 1)
     blocks = [
-        sum(n * layers for n, layers in zip(moment.kept, share.layers_of_stages, strict=True))
-        for moment in moments_of_rank(work, share)
+        sum(n * layers for n, layers in zip(now.kept, share.layers_of_stages, strict=True))
+        for now in fullest_occupancies(work, share)
     ]
     return max(blocks) / share.n_layers
 
@@ -352,8 +372,8 @@ def in_flight(work: Work, share: Share) -> float:
 # the order of its actions.
 
 
-class Moment(NamedTuple):
-    """Describes an action of a pp rank, and what is in memory while it runs.
+class Occupancy(NamedTuple):
+    """Describes what a pp rank holds in memory while it runs an action.
 
     kept, deferred, has_gradients: for each of the rank's stages, of how many microbatches activations are
         kept, how many Is wait for their W, and whether there are gradients of weights. The action's own
@@ -362,73 +382,96 @@ class Moment(NamedTuple):
     torch.distributed.pipelining clears the gradient of an input after a B, and not after an I. What two
     stages of one rank hand to each other, in forward and backward, it keeps as if it had been received."""
 
-    kind: str  # F, B, I or W
+    kind: str  # of the action: F, B, I or W
     place: int  # of the action's stage among those of the rank
     kept: tuple[int, ...]
     deferred: tuple[int, ...]
     has_gradients: tuple[bool, ...]
     n_to_the_end: int = 0  # inputs of stages, and their gradients, that torch keeps to the end of the step
 
+    @property
+    def amounts(self) -> tuple[int, ...]:
+        """Return everything that takes memory, in one row."""
+        return (*self.kept, *self.deferred, *self.has_gradients, self.n_to_the_end)
 
-def moments_of_rank(work: Work, share: Share) -> list[Moment]:
-    """Return the moments of a step that can be the fullest."""
+
+def fullest_occupancies(work: Work, share: Share) -> list[Occupancy]:
+    """Return what a rank holds in those actions of a step that can be the fullest."""
     layout = work.layout
     return _fullest(layout.schedule, layout.pp, share.stages, share.pp_rank, work.n_microbatches)
 
 
 @lru_cache(maxsize=4096)
-def _moments(
+def _fullest(
     schedule: str, pp: int, stages: tuple[int, ...], rank: int, n_microbatches: int
-) -> dict[Moment, int]:
-    """Return each different moment, and the most that torch has kept by then for the end of the step."""
-    places = range(len(stages))
-    kept, deferred, has_gradients = [0 for _ in places], [0 for _ in places], [False for _ in places]
-    n_to_the_end = 0
-    seen: dict[Moment, int] = {}
-    for kind, stage, _ in order_of_rank(schedule, pp, len(stages), n_microbatches, rank):
-        place = stages.index(stage)
-        if stage == 0:  # it has no gradient of an input: its I is empty, and its W is a whole B
-            kind = {"I": None, "W": "B"}.get(kind, kind)
-        if kind is None:
-            continue
-        kept[place] += kind == "F"
-        moment = Moment(kind, place, tuple(kept), tuple(deferred), tuple(has_gradients))
-        seen[moment] = n_to_the_end
-        deferred[place] += {"I": 1, "W": -1}.get(kind, 0)
-        if kind == "F":
-            n_to_the_end += stage + 1 in stages
-        if kind == "I" or (kind == "B" and stage - 1 in stages):
-            n_to_the_end += 1
-        if kind in ("B", "W"):
-            kept[place] -= 1
-            has_gradients[place] = True
-    return seen
+) -> list[Occupancy]:
+    """Return the occupancies that no other one of the same action surpasses in everything."""
+    by_action: dict[tuple[str, int], list[Occupancy]] = {}
+    for one in _occupancies(schedule, pp, stages, rank, n_microbatches):
+        by_action.setdefault((one.kind, one.place), []).append(one)
+    fullest = []
+    for of_action in by_action.values():
+        best: list[Occupancy] = []
+        # In this order whatever surpasses another comes before it.
+        for one in sorted(of_action, key=lambda one: one.amounts, reverse=True):
+            if not any(all(map(operator.le, one.amounts, other.amounts)) for other in best):
+                best.append(one)
+        fullest += best
+    return fullest
+
+
+def _occupancies(
+    schedule: str, pp: int, stages: tuple[int, ...], rank: int, n_microbatches: int
+) -> list[Occupancy]:
+    """Return each different occupancy of a step, with the most that torch has kept by then for its end.
+
+    The middle rounds of a long step repeat each other, but for what torch keeps to the end. So two short
+    steps are followed, and what the longer one keeps more is added for each further round."""
+    follow, n_rounds = partial(_follow_rank, schedule, pp, stages, rank), max(1, n_microbatches // pp)
+    if n_rounds <= 5:
+        found = follow(n_microbatches)
+    else:
+        shorter, found = (follow(n * n_microbatches // n_rounds) for n in (4, 5))
+        more = {one: (n - shorter[one]) * (n_rounds - 5) for one, n in found.items() if one in shorter}
+        found = {one: n + more.get(one, 0) for one, n in found.items()}
+    return [one._replace(n_to_the_end=n) for one, n in found.items()]
 
 
 @lru_cache(maxsize=4096)
-def _fullest(schedule: str, pp: int, stages: tuple[int, ...], rank: int, n_microbatches: int) -> list[Moment]:
-    """Return the moments that can be the fullest: no other moment of the same action holds more of each."""
-    of, n_rounds = partial(_moments, schedule, pp, stages, rank), max(1, n_microbatches // pp)
-    if n_rounds <= 5:
-        moments = of(n_microbatches)
-    else:
-        # The middle rounds of a step repeat each other, but for what torch keeps to the end.
-        few, moments = (of(n * n_microbatches // n_rounds) for n in (4, 5))
-        grown = {one: (n - few[one]) * (n_rounds - 5) for one, n in moments.items() if one in few}
-        moments = {one: n + grown.get(one, 0) for one, n in moments.items()}
-    by_action: dict[tuple, list[tuple]] = {}
-    for one, n in moments.items():
-        by_action.setdefault(one[:2], []).append((*one.kept, *one.deferred, *one.has_gradients, n))
-    fullest, n_stages = [], len(stages)
-    for action, all_held in by_action.items():
-        best: list[tuple] = []
-        for held in sorted(all_held, reverse=True):  # whatever surpasses another comes before it
-            if not any(all(map(operator.le, held, other)) for other in best):
-                best.append(held)
-        for held in best:
-            counts = (held[:n_stages], held[n_stages : 2 * n_stages], held[2 * n_stages : -1], held[-1])
-            fullest.append(Moment(*action, *counts))
-    return fullest
+def _follow_rank(
+    schedule: str, pp: int, stages: tuple[int, ...], rank: int, n_microbatches: int
+) -> dict[Occupancy, int]:
+    """Follow the actions of a rank through a step.
+
+    Returns each different occupancy, its n_to_the_end left at 0, with the last n_to_the_end that it had: it
+    only grows."""
+    places = range(len(stages))
+    kept, deferred, has_gradients = [0 for _ in places], [0 for _ in places], [False for _ in places]
+    n_to_the_end = 0
+    seen: dict[Occupancy, int] = {}
+    for kind, stage, _ in order_of_rank(schedule, pp, len(stages), n_microbatches, rank):
+        place = stages.index(stage)
+        if stage == 0:  # it has no gradient of an input: its I is empty, and its W is a whole B
+            if kind == "I":
+                continue
+            kind = "B" if kind == "W" else kind
+        if kind == "F":
+            kept[place] += 1
+        seen[Occupancy(kind, place, tuple(kept), tuple(deferred), tuple(has_gradients))] = n_to_the_end
+        # What the action leaves behind:
+        if kind == "F":
+            n_to_the_end += stage + 1 in stages
+        elif kind == "I":
+            deferred[place] += 1
+            n_to_the_end += 1
+        else:
+            kept[place] -= 1
+            has_gradients[place] = True
+            if kind == "W":
+                deferred[place] -= 1
+            else:
+                n_to_the_end += stage - 1 in stages
+    return seen
 
 
 def made_again(work: Work, share: Share) -> float:
@@ -465,135 +508,254 @@ def deferred_per_token(work: Work) -> float:
     return 2 * F / tp + heads + 2 * D + 2 * D / work.layout.sequence_shards
 
 
-def split_backward_bytes(work: Work, share: Share) -> Iterator[dict[str, float]]:
-    """Yield the bytes of each moment by kind, without parameters, optimizer states and gathered weights."""
-    model, layout, itemsize = work.model, work.layout, work.states.itemsize
-    tp, D, F, E = layout.tp, model.hidden_size, model.intermediate_size, model.head_dim
-    H, K = model.num_attention_heads / tp, max(1, model.num_key_value_heads / tp)
-    per_token, hidden = itemsize * work.tokens, work.hidden_bytes / layout.sequence_shards
-    trains_weights, is_full = not work.states.n_adapter, work.job.recompute == "full"
-    first = 0 if share.has_embedding else None
-    last = len(share.stages) - 1 if share.has_head else None
-    is_turn = len(share.stages) == 2 and share.stages[1] == share.stages[0] + 1
-    of_loss, beside = _loss_bytes(work, trains_weights)
-    # What a block keeps, what its I leaves, and what its I and its B need beside.
-    kept, deferred = _kept_bytes(work), per_token * deferred_per_token(work)
-    in_b = at_work_bytes(work)
-    in_i = in_b - itemsize * D * F / tp * trains_weights
-    if not is_full:  # the gradient of q passes RoPE in fp32
-        in_rope = per_token * (2 * F / tp + 3 * D + 2 * K * E) + FP32 * work.tokens * 3 * H * E
-        in_i = max(in_i, in_rope)
-    # What W makes again stays until the W of the whole stage is done, but for what products alone need, and
-    # so do the gradients of weights. What I left goes block by block.
-    as_none = replace(work, job=replace(work.job, recompute="none"))
-    again = per_token * (kept_per_token(as_none) - kept_per_token(work))
-    stays = again - per_token * (F / tp + 2 * D + H * E) + itemsize * work.n_block * trains_weights
-    gradients = [FP32 * layers * work.n_block for layers in share.layers_of_stages]
-    for end in {first, last} - {None}:
-        gradients[end] += FP32 * work.n_matrix
-    for moment in moments_of_rank(work, share):
-        layers = share.layers_of_stages
-        n_kept = sum(map(operator.mul, moment.kept, layers))
-        n_deferred = sum(map(operator.mul, moment.deferred, layers))
-        both_ends = (0 if first is None else moment.kept[first]) - (0 if last is None else moment.kept[last])
+@dataclass(frozen=True)
+class SplitBackward:
+    """Counts what a rank holds in an action of a schedule that splits backward, beside parameters, optimizer
+    states and gathered weights."""
+
+    work: Work
+    share: Share
+
+    def bytes_of(self, now: Occupancy) -> dict[str, float]:
+        kinds = {"activations": self.activations(now), "gradients": self.gradients(now)}
+        if self.share.has_head:
+            kinds["loss"] = self.loss(now)
+        return kinds
+
+    @cached_property
+    def per_token(self) -> int:
+        """Return the bytes of one number of each token."""
+        return self.work.states.itemsize * self.work.tokens
+
+    @cached_property
+    def trains_weights(self) -> bool:
+        return not self.work.states.n_adapter
+
+    @cached_property
+    def first(self) -> int | None:
+        """Return the place of the stage with the embedding among this rank's, if it is here."""
+        return 0 if self.share.has_embedding else None
+
+    @cached_property
+    def last(self) -> int | None:
+        """Return the place of the stage with the head among this rank's, if it is here."""
+        return len(self.share.stages) - 1 if self.share.has_head else None
+
+    # ---- Activations ----
+
+    @cached_property
+    def kept(self) -> float:
+        return _kept_bytes(self.work)
+
+    @cached_property
+    def deferred(self) -> float:
+        """Return the bytes that the I of a block leaves for its W."""
+        return self.per_token * deferred_per_token(self.work)
+
+    @cached_property
+    def in_b(self) -> float:
+        """Return the bytes that a block's whole backward needs while it runs."""
+        return at_work_bytes(self.work)
+
+    @cached_property
+    def in_i(self) -> float:
+        """Return the bytes that the I of a block needs while it runs."""
+        model, tp = self.work.model, self.work.layout.tp
+        D, F, E = model.hidden_size, model.intermediate_size, model.head_dim
+        H, K = model.num_attention_heads / tp, max(1, model.num_key_value_heads / tp)
+        in_mlp = self.in_b - self.work.states.itemsize * D * F / tp * self.trains_weights
+        if self.work.job.recompute == "full":
+            return in_mlp
+        # The gradient of q passes RoPE in fp32.
+        in_rope = self.per_token * (2 * F / tp + 3 * D + 2 * K * E) + FP32 * self.work.tokens * 3 * H * E
+        return max(in_mlp, in_rope)
+
+    @cached_property
+    def in_w(self) -> tuple[float, float]:
+        """Return the bytes that the W of a block makes again, and how many of them, with the gradients of its
+        weights, stay until the W of the whole stage is done. Only what products alone need does not."""
+        model, tp = self.work.model, self.work.layout.tp
+        D, F, E, H = (
+            model.hidden_size,
+            model.intermediate_size,
+            model.head_dim,
+            model.num_attention_heads / tp,
+        )
+        as_none = replace(self.work, job=replace(self.work.job, recompute="none"))
+        again = self.per_token * (kept_per_token(as_none) - kept_per_token(self.work))
+        of_weights = self.work.states.itemsize * self.work.n_block * self.trains_weights
+        return again, again - self.per_token * (F / tp + 2 * D + H * E) + of_weights
+
+    def activations(self, now: Occupancy) -> float:
+        layers = self.share.layers_of_stages
+        n_kept = sum(map(operator.mul, now.kept, layers))
+        n_deferred = sum(map(operator.mul, now.deferred, layers))
+        kept_first = 0 if self.first is None else now.kept[self.first]
+        kept_last = 0 if self.last is None else now.kept[self.last]
+        buffers = _buffer_bytes(self.work, self.share, kept_first - kept_last)
         # What a stage gives to one of the same rank is the other's input, which its first block keeps; and
         # what it received is a buffer.
-        n_to_the_end = max(0, moment.n_to_the_end - is_turn * sum(moment.kept))
-        kinds = {
-            "activations": n_kept * kept
-            + n_deferred * deferred
-            + n_to_the_end * hidden
-            + _buffer_bytes(work, share, both_ends),
-            "gradients": sum(map(operator.mul, gradients, moment.has_gradients)),
-        }
-        if work.states.n_adapter:
-            kinds["gradients"] = FP32 * work.n_adapters
-        if last is not None:
-            # The last norm's weight waits for its gradient too.
-            kinds["loss"] = moment.kept[last] * of_loss + moment.deferred[last] * per_token * D
-            if (moment.kind, moment.place) == ("F", last):
-                kinds["loss"] += beside
-            elif trains_weights and moment.kind != "F":
-                # The gradient of the head waits for that of the embedding.
-                kinds["gradients"] += itemsize * work.n_matrix
-        n_others = layers[moment.place] - 1
-        if moment.kind == "B":
-            kinds["activations"] += in_b
-        elif moment.kind == "I":
-            kinds["activations"] += n_others * deferred + in_i
-        elif moment.kind == "W" and is_full:
-            kinds["activations"] += again + n_others * max(0.0, stays - deferred)
-        yield kinds
+        stages = self.share.stages
+        is_turn = len(stages) == 2 and stages[1] == stages[0] + 1
+        n_to_the_end = max(0, now.n_to_the_end - is_turn * sum(now.kept))
+        hidden = self.work.hidden_bytes / self.work.layout.sequence_shards
+        held = n_kept * self.kept + n_deferred * self.deferred + n_to_the_end * hidden + buffers
+        n_others = layers[now.place] - 1  # blocks of the stage that are not at work
+        if now.kind == "B":
+            return held + self.in_b
+        if now.kind == "I":
+            return held + n_others * self.deferred + self.in_i
+        if now.kind == "W" and self.work.job.recompute == "full":
+            # What I left goes block by block.
+            again, stays = self.in_w
+            return held + again + n_others * max(0.0, stays - self.deferred)
+        return held
+
+    # ---- Gradients and loss ----
+
+    @cached_property
+    def gradients_of_stages(self) -> list[float]:
+        """Return the bytes of the gradients of each stage's weights."""
+        gradients = [FP32 * layers * self.work.n_block for layers in self.share.layers_of_stages]
+        for end in {self.first, self.last} - {None}:
+            gradients[end] += FP32 * self.work.n_matrix
+        return gradients
+
+    def gradients(self, now: Occupancy) -> float:
+        if not self.trains_weights:
+            return FP32 * self.work.n_adapters
+        gradients = sum(map(operator.mul, self.gradients_of_stages, now.has_gradients))
+        if self.share.has_head and now.kind != "F":
+            # The gradient of the head waits for that of the embedding.
+            gradients += self.work.states.itemsize * self.work.n_matrix
+        return gradients
+
+    def loss(self, now: Occupancy) -> float:
+        kept, beside = _loss_bytes(self.work, self.trains_weights)
+        # The last norm's weight waits for its gradient too.
+        of_norm = self.per_token * self.work.model.hidden_size
+        held = now.kept[self.last] * kept + now.deferred[self.last] * of_norm
+        return held + beside if (now.kind, now.place) == ("F", self.last) else held
 
 
 # ---- Bytes of a rank ----
 
 
 def bytes_of_rank(work: Work, share: Share | None = None) -> dict[str, float]:
-    """Return the bytes on the device of a rank, by kind, at the fullest of four moments.
+    """Return the bytes on the device of a rank, by kind, at the fullest moment of a step.
 
-    These are the loss of the last microbatch, when all activations are there; the backward of its first
-    block; that of its second, while the gradients of the first are reduced; and the end of backward, while
-    the gradients of embedding, norm and head are. share: of a pp rank; None: the one that needs the most."""
+    share: of a pp rank; None: the one that needs the most."""
     if share is None:
         ranks = [bytes_of_rank(work, each) for each in kinds_of_shares(work.model, work.layout)]
         return max(ranks, key=lambda kinds: sum(kinds.values()))
-    states, itemsize = work.states, work.states.itemsize
-    ends = work.n_ends(share)
-    whole = share.n_layers * work.n_block + ends
-    here = whole / work.shards
+    moments = [_end_of_backward(work, share)]
+    if splits_backward(work.layout):
+        gathered, halves = _gathered_bytes(work, share, 1), SplitBackward(work, share)
+        occupied = fullest_occupancies(work, share)
+        moments += [{"gathered": gathered} | halves.bytes_of(now) for now in occupied]
+    else:
+        moments += [_last_loss(work, share), *_first_backwards(work, share)]
+    states = _state_bytes(work, share)
+    return max((states | moment for moment in moments), key=lambda kinds: sum(kinds.values()))
+
+
+def _last_loss(work: Work, share: Share) -> dict[str, float]:
+    """Return what is held in the loss of the last microbatch, when all activations are there."""
+    kinds = {
+        "gathered": _gathered_bytes(work, share, 1),
+        "gradients": _waiting_gradient_bytes(work, share),
+        "activations": _activation_bytes(work, share),
+    }
+    if share.has_head:
+        kept, beside = _loss_bytes(work, trains_head=not work.states.n_adapter)
+        n_kept = in_flight(work, share) if work.layout.schedule == "gpipe" else 1
+        kinds["loss"] = kept * n_kept + beside
+    return kinds
+
+
+def _first_backwards(work: Work, share: Share) -> Iterator[dict[str, float]]:
+    """Yield what is held in the backward of the first block, and of the second, while the gradients of the
+    first are reduced."""
+    trained = work.trained_share(share)
+    activations = _activation_bytes(work, share) + at_work_bytes(work)
+    # The gradient of the head waits for that of the embedding.
+    of_head = work.states.itemsize * work.n_matrix * share.has_head * trained
+    first = {
+        "gathered": _gathered_bytes(work, share, 2),
+        "gradients": _waiting_gradient_bytes(work, share) + of_head,
+        "activations": activations,
+    }
+    yield first
+    # A block's gradients are whole and fp32 until they are reduced; in a pipeline that is after the step.
+    reduces = work.gathers and work.layout.pp == 1
+    reduced = FP32 * work.n_block * reduces * trained
+    yield first | {"activations": activations - _kept_bytes(work), "reduced": reduced}
+
+
+def _end_of_backward(work: Work, share: Share) -> dict[str, float]:
+    """Return what is held while the gradients of embedding, norm and head are reduced."""
+    of_ends = work.n_ends(share) * work.trained_share(share)
+    return {
+        "gathered": _gathered_bytes(work, share, 1),
+        "gradients": _gradient_bytes(work, share) + work.states.itemsize * of_ends,
+        "reduced": FP32 * of_ends * work.gathers,
+    }
+
+
+def _state_bytes(work: Work, share: Share) -> dict[str, float]:
+    """Return the bytes of parameters and optimizer states, which are there in every moment."""
+    states, itemsize, here = work.states, work.states.itemsize, work.n_whole(share) / work.shards
+    if states.n_adapter:  # frozen weights have no states
+        adapters = FP32 * work.n_adapters / work.shards
+        on_device = states.resident if states.offloads else 1.0
+        return {"parameters": itemsize * here + adapters, "optimizer": 2 * adapters * on_device}
+    if work.is_managed:
+        # What a master has more bytes than the weight that computes is kept beside the two moments.
+        per_parameter = 2 * FP32 + FP32 - itemsize
+        resident, _ = work.on_device
+        return {"parameters": itemsize * here, "optimizer": per_parameter * here * resident}
     # A tied matrix is stepped on the first pp rank alone; the last has a copy.
     is_copy = work.model.tie_word_embeddings and share.has_head and not share.has_embedding
     stepped = here - is_copy * work.n_matrix / work.shards
-    kinds = {"parameters": FP32 * here, "optimizer": 2 * FP32 * stepped}
-    gradients = FP32 * (whole if work.keeps_gradients else here)
-    fsdp = work.layout.gradient_ranks > 1 or itemsize != FP32
-    adapters = work.n_adapters
-    trained = 1.0  # share of the weights
-    if states.n_adapter:
-        kinds = {"parameters": itemsize * here + FP32 * adapters / work.shards}
-        kinds["optimizer"] = 2 * FP32 * adapters / work.shards * (states.resident if states.offloads else 1)
-        gradients = FP32 * adapters / (1 if work.keeps_gradients else work.shards)
-        trained = adapters / whole
-    elif work.is_managed:
-        resident, stream = (1.0, 0.0) if work.is_plain else (states.resident, states.stream)
-        kinds = {"parameters": itemsize * here, "optimizer": (2 * FP32 + FP32 - itemsize) * here * resident}
-        gradients = here * (resident + stream) * (FP32 if work.accumulates else itemsize)
-        if work.keeps_gradients and not work.accumulates:  # FSDP sums them
-            gradients = FP32 * whole
-        fsdp = work.shards > 1
-    waits = work.n_microbatches > 1 and not (work.layout.pp > 1 and work.layout.schedule == "gpipe")
-    waiting = gradients * waits
-    n_block = work.n_block + adapters / max(1, share.n_layers)
-    block, blocks, outside = (itemsize * n * fsdp for n in (n_block, share.n_layers * n_block, ends))
-    gathered = outside + (blocks if work.keeps_weights else block)
-    both_gathered = outside + (blocks if work.keeps_weights else min(2, share.n_layers) * block)
-    kept, n_in_flight = _kept_bytes(work), in_flight(work, share)
+    return {"parameters": FP32 * here, "optimizer": 2 * FP32 * stepped}
+
+
+def _gradient_bytes(work: Work, share: Share) -> float:
+    """Return the bytes of the gradients when all are there."""
+    whole = work.n_whole(share)
+    if work.states.n_adapter:
+        return FP32 * work.n_adapters / (1 if work.keeps_gradients else work.shards)
+    if work.is_managed and (work.accumulates or not work.keeps_gradients):  # otherwise FSDP sums them
+        per_parameter = FP32 if work.accumulates else work.states.itemsize
+        return per_parameter * whole / work.shards * sum(work.on_device)
+    return FP32 * (whole if work.keeps_gradients else whole / work.shards)
+
+
+def _waiting_gradient_bytes(work: Work, share: Share) -> float:
+    """Return the bytes of gradients that earlier microbatches left, when all activations are there."""
+    is_gpipe = work.layout.pp > 1 and work.layout.schedule == "gpipe"  # all forwards, then all backwards
+    return 0.0 if work.n_microbatches == 1 or is_gpipe else _gradient_bytes(work, share)
+
+
+def _gathered_bytes(work: Work, share: Share, n_blocks: int) -> float:
+    """Return the bytes of gathered weights: of what is outside the blocks, and of `n_blocks` at a time or, if
+    they stay gathered, of all."""
+    if not work.gathers:
+        return 0.0
+    n_block = work.n_block + work.n_adapters / max(1, share.n_layers)
+    n_here = share.n_layers if work.keeps_weights else min(n_blocks, share.n_layers)
+    return work.states.itemsize * (work.n_ends(share) + n_here * n_block)
+
+
+def _activation_bytes(work: Work, share: Share) -> float:
+    """Return the bytes that the blocks keep of all microbatches in flight, and the buffers of messages."""
+    n_in_flight = in_flight(work, share)
     both_ends = n_in_flight * (share.has_embedding - share.has_head)
-    activations = kept * share.n_layers * n_in_flight + _buffer_bytes(work, share, both_ends)
-    if states.inputs_on_host:  # but those of two blocks
-        n_gone = max(0, share.n_layers - 2) * n_in_flight
-        activations -= n_gone * work.hidden_bytes / work.layout.sequence_shards
-    at_work = at_work_bytes(work)
-    # The gradient of the head waits for that of the embedding; a block's are whole and fp32 until reduced.
-    of_head = itemsize * work.n_matrix * share.has_head * trained
-    reduces = fsdp * trained * (work.layout.pp == 1)
-    at_loss = {"gathered": gathered, "gradients": waiting, "activations": activations}
-    if share.has_head:
-        of_loss, beside = _loss_bytes(work, trained == 1.0)
-        at_loss["loss"] = of_loss * (n_in_flight if work.layout.schedule == "gpipe" else 1) + beside
-    first = {
-        "gathered": both_gathered,
-        "gradients": waiting + of_head,
-        "activations": activations + at_work,
-    }
-    second = first | {"activations": activations - kept + at_work, "reduced": FP32 * work.n_block * reduces}
-    ended = {"gathered": gathered, "gradients": gradients + itemsize * ends * trained}
-    ended["reduced"] = FP32 * ends * fsdp * trained
-    moments = [at_loss, first, second, ended]
-    if splits_backward(work.layout):
-        moments = [ended, *({"gathered": gathered} | half for half in split_backward_bytes(work, share))]
-    return max((kinds | moment for moment in moments), key=lambda kinds: sum(kinds.values()))
+    kept = _kept_bytes(work) * share.n_layers * n_in_flight + _buffer_bytes(work, share, both_ends)
+    if not work.states.inputs_on_host:
+        return kept
+    n_gone = max(0, share.n_layers - 2) * n_in_flight  # the inputs of two blocks stay
+    return kept - n_gone * work.hidden_bytes / work.layout.sequence_shards
 
 
 def _kept_bytes(work: Work) -> float:
@@ -672,7 +834,7 @@ def check_states(
 
 
 @dataclass(frozen=True)
-class Collective:
+class CollectiveCost:
     """Holds the collectives of one kind in a step of a rank, which all have the same size."""
 
     axis: str
@@ -718,7 +880,7 @@ def stride_of(layout: ParallelConfig, axis: str) -> int:
     return prod(layout.sizes[name] for name in AXES[AXES.index(inner) + 1 :])
 
 
-def traffic(work: Work, share: Share) -> list[Collective]:
+def traffic(work: Work, share: Share) -> list[CollectiveCost]:
     """Return what a pp rank with this share sends in a step."""
     found = [
         *_zero_traffic(work, share),
@@ -729,7 +891,7 @@ def traffic(work: Work, share: Share) -> list[Collective]:
     return [each for each in found if each.count and each.n_ranks > 1]
 
 
-def _zero_traffic(work: Work, share: Share) -> Iterator[Collective]:
+def _zero_traffic(work: Work, share: Share) -> Iterator[CollectiveCost]:
     """Yield what ZeRO sends: see zero.py. A block at a time, and what is outside the blocks as one unit."""
     layout, stage, n = work.layout, work.layout.zero_stage, work.shards
     each = work.n_microbatches if layout.pp == 1 else 1
@@ -742,14 +904,14 @@ def _zero_traffic(work: Work, share: Share) -> Iterator[Collective]:
         weights, gradients = work.states.itemsize * numbers, FP32 * numbers * trained
         hides = is_block and "forward"
         if n > 1 and numbers:
-            yield Collective(
+            yield CollectiveCost(
                 "fsdp", "all-gather", "weights", gathers * count, weights, n, stride, hides or ""
             )
             if again and is_block:
-                yield Collective(
+                yield CollectiveCost(
                     "fsdp", "all-gather", "weights", gathers * count, weights, n, stride, "backward"
                 )
-            yield Collective(
+            yield CollectiveCost(
                 "fsdp", "reduce-scatter", "gradients", reduces * count, gradients, n, stride, "backward"
             )
         replicas = layout.gradient_ranks // n
@@ -757,12 +919,12 @@ def _zero_traffic(work: Work, share: Share) -> Iterator[Collective]:
         if not stage and layout.fsdp > 1:
             axis = "fsdp" if layout.dp_replicate == 1 else "dp_cp"
         stride_out = stride * n if stage else stride
-        yield Collective(
+        yield CollectiveCost(
             axis, "all-reduce", "gradients", count, gradients / n, replicas, stride_out, "backward"
         )
 
 
-def _tp_traffic(work: Work, share: Share) -> Iterator[Collective]:
+def _tp_traffic(work: Work, share: Share) -> Iterator[CollectiveCost]:
     """Yield what the rows of the tensor-parallel plan send."""
     layout, M = work.layout, work.n_microbatches
     if layout.tp == 1:
@@ -784,7 +946,7 @@ def _tp_traffic(work: Work, share: Share) -> Iterator[Collective]:
                 what, number, whole_bytes = _of_row(work, name, row, kind, number if is_forward else -number)
                 count = number * (n_forwards if is_forward else n_here)
                 behind = "product" if what == "activations" else ""
-                yield Collective("tp", kind, what, count, whole_bytes, layout.tp, 1, behind)
+                yield CollectiveCost("tp", kind, what, count, whole_bytes, layout.tp, 1, behind)
 
 
 def _of_row(work: Work, name: str, row: Row, kind: str, number: int) -> tuple[str, int, float]:
@@ -804,7 +966,7 @@ def _of_row(work: Work, name: str, row: Row, kind: str, number: int) -> tuple[st
     return "activations", abs(number), work.hidden_bytes
 
 
-def _cp_traffic(work: Work, share: Share) -> Iterator[Collective]:
+def _cp_traffic(work: Work, share: Share) -> Iterator[CollectiveCost]:
     """Yield what attention sends, by the formulas in context.py. Recompute repeats forward, but `selective`
     keeps what the ring gave."""
     layout, model, cp = work.layout, work.model, work.layout.cp
@@ -816,15 +978,15 @@ def _cp_traffic(work: Work, share: Share) -> Iterator[Collective]:
     if layout.cp_method == "ulysses":
         n = passes * (2 if work.job.recompute == "none" else 3) + made_again(work, share)
         numbers = (2 * H + 2 * math.lcm(K, cp)) / 4  # of q, k, v and out in the mean
-        yield Collective("cp", "all-to-all", "q, k, v, out", 4 * n, itemsize * head * numbers, cp, stride)
+        yield CollectiveCost("cp", "all-to-all", "q, k, v, out", 4 * n, itemsize * head * numbers, cp, stride)
         return
     n = (passes * (3 if work.job.recompute == "full" else 2) + made_again(work, share)) * (cp - 1)
     pair = 2 * head * K
-    yield Collective("cp", "send", "k, v", n, pair * itemsize, cp, stride, "attention")
-    yield Collective("cp", "send", "gradients of k, v", passes * cp, pair * FP32, cp, stride, "attention")
+    yield CollectiveCost("cp", "send", "k, v", n, pair * itemsize, cp, stride, "attention")
+    yield CollectiveCost("cp", "send", "gradients of k, v", passes * cp, pair * FP32, cp, stride, "attention")
 
 
-def _pp_traffic(work: Work, share: Share) -> Iterator[Collective]:
+def _pp_traffic(work: Work, share: Share) -> Iterator[CollectiveCost]:
     """Yield what stages send: hidden states to the stage after, gradients to the one before, where that stage
     is on another rank."""
     layout = work.layout
@@ -832,11 +994,11 @@ def _pp_traffic(work: Work, share: Share) -> Iterator[Collective]:
         return
     count, stride = work.n_microbatches * share.n_neighbours, stride_of(layout, "pp")
     whole = work.hidden_bytes / layout.sequence_shards
-    yield Collective("pp", "send", "hidden states, gradients", count, whole, layout.pp, stride)
+    yield CollectiveCost("pp", "send", "hidden states, gradients", count, whole, layout.pp, stride)
     if work.model.tie_word_embeddings and share.has_embedding != share.has_head:
         # The weight goes one way, and its gradient comes back.
         whole = FP32 * work.n_matrix / work.shards
-        yield Collective("pp", "send", "the tied matrix", 1, whole, layout.pp, stride)
+        yield CollectiveCost("pp", "send", "the tied matrix", 1, whole, layout.pp, stride)
 
 
 # ---- Time --------------------------------------------------------------------------------------------------
@@ -1026,8 +1188,7 @@ def head_seconds(work: Work, cluster: Cluster, stack: Stack) -> float:
 
 def step_update_seconds(work: Work, share: Share, cluster: Cluster, stack: Stack) -> float:
     """Return the time of clipping and AdamW. Per parameter AdamW reads and writes 28 bytes, the norm 4."""
-    n = work.n_block * share.n_layers + work.n_ends(share)
-    trained = work.n_adapters or n
+    trained = work.n_adapters or work.n_whole(share)
     return 32 * trained / work.shards / (cluster.gpu.memory_bytes_s * stack.memory)
 
 
@@ -1037,7 +1198,7 @@ def gather_copy_seconds(work: Work, share: Share, cluster: Cluster, stack: Stack
     Before weights are gathered, a rank casts its own from float32 (6 bytes a parameter) and copies them into
     the buffer that is sent (4); afterwards all are copied into their places (4). Gradients are cast into a
     flat float32 buffer (6), and their sums are added to those of earlier microbatches (12)."""
-    n, M = work.n_block * share.n_layers + work.n_ends(share), work.n_microbatches
+    n, M = work.n_whole(share), work.n_microbatches
     own = n / work.shards
     if work.states.n_adapter:
         n_bytes = 8 * n if work.layout.zero_stage == 3 else 0
@@ -1062,7 +1223,7 @@ class Account:
     work: Work
     cluster: Cluster
     bytes: dict[str, float]  # on the device, by kind
-    traffic: list[Collective]
+    traffic: list[CollectiveCost]
     # of a step, by what they are spent on: they sum to step_seconds
     seconds: dict[str, float]
     host_bytes: float = 0.0
@@ -1124,10 +1285,7 @@ def numbers_of_rank(work: Work) -> int:
     """Return how many parameters the fullest rank keeps states of."""
     if work.states.n_adapter:
         return int(work.n_adapters / work.shards)
-    most = 0.0
-    for share in shares(work.model, work.layout):
-        most = max(most, (share.n_layers * work.n_block + work.n_ends(share)) / work.shards)
-    return int(most)
+    return int(max(work.n_whole(share) for share in shares(work.model, work.layout)) / work.shards)
 
 
 def machine_rates(cluster: Cluster, stack: Stack = PYTORCH) -> dict[str, float]:
@@ -1257,7 +1415,7 @@ def _rank_seconds(work: Work, share: Share, cluster: Cluster, stack: Stack) -> d
     return spent
 
 
-def _gathers_again(work: Work, share: Share) -> list[Collective]:
+def _gathers_again(work: Work, share: Share) -> list[CollectiveCost]:
     """Return the all-gathers of Megatron's backward. It keeps its tp rank's own tokens of what enters a
     column-wise matrix, and gathers the others again for the weight's gradient.
 
@@ -1266,7 +1424,9 @@ def _gathers_again(work: Work, share: Share) -> list[Collective]:
         return []
     count = 2 * share.n_layers * work.n_microbatches
     return [
-        Collective("tp", "all-gather", "activations", count, work.hidden_bytes, work.layout.tp, 1, "product")
+        CollectiveCost(
+            "tp", "all-gather", "activations", count, work.hidden_bytes, work.layout.tp, 1, "product"
+        )
     ]
 
 
