@@ -62,6 +62,7 @@ from parallel.step_counter import (
 
 Step = Callable[[Training, list[Batch]], object]
 FP32 = 4
+FORK = multiprocessing.get_context("fork")
 
 
 @dataclass(frozen=True)
@@ -188,15 +189,12 @@ def dry_run(setup: Setup, step: Step, say: Callable[[str], None] = lambda text: 
 def _side_by_side(tasks: list[Callable[[], RankCount]]) -> list[RankCount]:
     """Return the results of tasks, for which the cores of this computer share the work.
 
-    Each core has a process that is forked, so that it knows the tasks and has torch imported. The tasks run
-    one after another where that is not possible: elsewhere than on Linux a fork is not safe, and a daemonic
-    process may have no children."""
-    may_fork = sys.platform == "linux" and not multiprocessing.current_process().daemon
-    n_processes = min(len(tasks), len(os.sched_getaffinity(0))) if may_fork else 1
+    Each core has a process that is forked, so that it knows the tasks and has torch imported. Where that is
+    not possible, the tasks run one after another."""
+    n_processes = min(len(tasks), len(os.sched_getaffinity(0))) if _forks_can_step() else 1
     if n_processes == 1:
         return list(_with_progress((task() for task in tasks), len(tasks)))
-    fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(n_processes, fork, _begin_process, (tasks,)) as pool:
+    with ProcessPoolExecutor(n_processes, FORK, _begin_process, (tasks,)) as pool:
         results = pool.map(_run_task, range(len(tasks)))  # this forks, before the progress bar has a thread
         return list(_with_progress(results, len(tasks)))
 
@@ -206,6 +204,27 @@ def _with_progress(results: Iterable[RankCount], n_results: int) -> Iterable[Ran
     console = Console(stderr=True)
     off = not sys.stderr.isatty()
     return track(results, "counting steps", n_results, console=console, transient=True, disable=off)
+
+
+def _forks_can_step() -> bool:
+    """Return whether a process that is forked from this one can run a step.
+
+    Elsewhere than on Linux a fork is not safe, and a daemonic process may have no children. torch refuses
+    backward in a fork of a process whose autograd has started its threads, one for each GPU. torch does not
+    say whether it has, and so a fork tries."""
+    if sys.platform != "linux" or multiprocessing.current_process().daemon:
+        return False
+    trial = FORK.Process(target=_try_backward)
+    trial.start()
+    trial.join()
+    return trial.exitcode == 0
+
+
+def _try_backward() -> None:
+    try:
+        torch.zeros((), requires_grad=True).backward()
+    except RuntimeError:
+        sys.exit(1)
 
 
 _tasks: list[Callable[[], RankCount]] = []  # of a forked process

@@ -237,6 +237,20 @@ def test_a_tensor_that_is_kept_is_seen():
     assert more.peak_bytes - plain.peak_bytes == 2**24
 
 
+def test_steps_counted_side_by_side_are_those_counted_one_after_another(monkeypatch):
+    setup = Case(4, {"pp": 4}, n_microbatches=8).setup()
+
+    def refuses(training, microbatches):
+        raise UsageError("this step cannot be counted")
+
+    assert dry_run_module._forks_can_step()
+    side_by_side = dry_run(setup, step).ranks
+    with pytest.raises(UsageError, match="this step cannot be counted"):
+        dry_run(setup, refuses)
+    monkeypatch.setattr(dry_run_module, "_forks_can_step", lambda: False)
+    assert dry_run(setup, step).ranks == side_by_side and len(side_by_side) == 3
+
+
 def test_what_leaves_a_node_is_known_by_the_way_that_bytes_take():
     nobody = {"held_bytes": {}, "at_peak": {}, "most": {}, "peak_bytes": 0, "peak_moment": ""}
     groups = {"cp": list(range(16)), "pp": [0, 4, 8, 12]}
