@@ -30,7 +30,8 @@ MODELS = {  # name of the class -> settings of its config
     "Starcoder2ForCausalLM": ROTARY,
     "Olmo2ForCausalLM": ROTARY,
     "MixtralForCausalLM": ROTARY | {"num_local_experts": 4},
-    "Qwen3MoeForCausalLM": ROTARY | {"head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4}
+    "Qwen3MoeForCausalLM": ROTARY
+    | {"head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4}
     | {"num_experts_per_tok": 2},
     "DeepseekV3ForCausalLM": COMMON
     | {"intermediate_size": 48, "num_key_value_heads": 4, "max_position_embeddings": 64}
