@@ -41,7 +41,12 @@ from parallel.mesh import start_process_group, stop_process_group
 from parallel.tensor import apply_tensor_parallel
 
 WAIT_FOR_A_PERSON_S = 7 * 24 * 3600  # how long other tp ranks wait in a collective while the user types
-NUMBERS = [AtLeast("max_new_tokens", 1), AtLeast("temperature", 0), AtLeast("batch_size", 1)]
+NUMBERS = [
+    AtLeast("max_new_tokens", 1),
+    AtLeast("temperature", 0),
+    AtLeast("batch_size", 1),
+    AtLeast("seed", 0, below=2**64),  # torch takes no larger one
+]
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,8 @@ class GenerateConfig:
     json: bool = False  # print a line {"prompt", "text"} for each prompt
     max_new_tokens: int = 128
     temperature: float = 0.0  # 0: always the likeliest token (greedy); 1: the probabilities of the model
-    top_p: float = 1.0  # draw only from the likeliest tokens that together have this probability
+    # of the draws, at a temperature above 0: take the likeliest tokens that together have this probability
+    top_p: float = 1.0
     seed: int = 0  # of the draws, at a temperature above 0
     batch_size: int = 16  # prompts that are continued together: more are faster and take more memory
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -81,6 +87,13 @@ def main(cfg: GenerateConfig) -> None:
     check_numbers(cfg, NUMBERS)
     if not 0 < cfg.top_p <= 1:
         raise UsageError(f"--top-p {cfg.top_p} is not possible; it must be above 0 and at most 1.")
+    drawn = f"--seed {cfg.seed}" if cfg.seed else ""
+    drawn = f"--top-p {cfg.top_p}" if cfg.top_p < 1 else drawn
+    if drawn and cfg.temperature == 0:
+        raise UsageError(
+            f"{drawn} is for draws, and at --temperature 0 nothing is drawn: the likeliest token is taken. "
+            f"Use a --temperature above 0, such as 0.7, or leave {drawn} out."
+        )
     refuse_hub_name(cfg.model, "model")
     if not Path(cfg.model).is_dir():
         raise UsageError(
