@@ -175,6 +175,13 @@ class Checkpointer:
             # torch's writer may report a full disk as a RuntimeError about positions in its file.
             if is_full(cause) or isinstance(cause, RuntimeError) and self._free_when_it_failed < NOTHING_LEFT:
                 cause, is_users = say_full(self.folder, self._needed_bytes), True
+            elif "inline_container" in str(cause):  # torch's writer, of a write that the system cut short
+                is_users = True
+                cause = (
+                    f"the file system of {self.folder} did not take a whole file, and has "
+                    f"{self._free_when_it_failed / 1e6:,.1f} MB free; a quota, or a limit on the size of "
+                    "files (ulimit -f), may be reached"
+                )
             complete = _complete(self.folder)
             newest = f" The newest complete one is {complete[-1]}." if is_users and complete else ""
             kind = UsageError if is_users else RuntimeError
@@ -425,10 +432,10 @@ def _checksums(path: Path) -> dict[str, tuple[int, int]]:
             f"{path}: not a complete checkpoint (it was being written or removed). {_older(path)}"
         )
     if not (path / CHECKSUMS).is_file() and not (path / ".metadata").is_file():
-        inside = [one.name for one in _complete(path)]
+        inside = [*_complete(path), *_complete(path / "checkpoints")]  # the second is of a run folder
         hint = "a checkpoint is a folder like step-00000100"
         if inside:
-            hint = f"name one inside it, like {inside[-1]}"
+            hint = f"name one inside it, like {inside[-1].relative_to(path)}"
         raise UsageError(f"{path}: {'not a checkpoint' if path.exists() else 'no such folder'}; {hint}")
     try:
         sums = json.loads((path / CHECKSUMS).read_bytes())

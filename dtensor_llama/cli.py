@@ -177,14 +177,10 @@ def run_recipe(
         if os.environ.get("LOCAL_RANK", "0") not in ("", "0"):
             time.sleep(3)  # torchrun ends us as soon as rank 0, which printed the same, is gone
         _exit_with_error(in_flags(str(error), config_class))
-    except torch.OutOfMemoryError as error:
-        details = str(error).partition(" If reserved but unallocated")[0]
-        _exit_with_error(
-            f"rank {os.environ.get('RANK', '0')} has no more memory on its device, or in its "
-            "--memory.device-budget-gib. Training needs less with a lower --train.micro-batch-size or "
-            "--data.seq-len, --train.recompute full, --memory.activations, --memory.placement auto, or more "
-            f"ranks. torch's message: {details}"
-        )
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _exit_with_error(_say_out_of_memory(error, config_class))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -193,6 +189,35 @@ def run_recipe(
 def _exit_with_error(message: str) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+# What takes less memory, written in fields. A line is for the recipes that have all of its fields.
+TAKES_LESS_MEMORY = (
+    "a lower `train.micro_batch_size` or `data.seq_len`, or with `memory.activations`",
+    "a lower `train.rows` or `train.seq_len`",
+    "train.recompute=full or memory.placement=auto",
+    "a lower `batch_size` or `max_new_tokens`",
+    "a lower `max_shard_gb`",
+    "more processes, for example for `parallel.tp`",
+)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch has no class for this error on a CPU.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _say_out_of_memory(error: Exception, config_class: type) -> str:
+    """Return one line that says what takes less memory, among what this recipe's flags can choose."""
+    where = "on its host"
+    if isinstance(error, torch.OutOfMemoryError):
+        where = "on its device, or in the device budget that it was given"
+    turned = {text: in_flags(text, config_class) for text in TAKES_LESS_MEMORY}
+    remedies = [said for text, said in turned.items() if said != text and "`" not in said]
+    remedy = f" It needs less with {', '.join(remedies)}." if remedies else ""
+    details = " ".join(str(error).partition(" If reserved but unallocated")[0].split())
+    rank = os.environ.get("RANK", "0")
+    return f"rank {rank} has no more memory {where}.{remedy} The error was: {details}"
 
 
 def _stdout_is_lost() -> bool:

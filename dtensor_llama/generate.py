@@ -135,7 +135,10 @@ def sample(
     temperature 0 takes the likeliest token."""
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities, ids = (logits / temperature).softmax(-1).sort(descending=True)
+    # At a tiny temperature the quotients would be inf, of which softmax makes nan.
+    from_largest = logits - logits.amax(-1, keepdim=True)
+    temperature = max(temperature, torch.finfo(logits.dtype).tiny)
+    probabilities, ids = (from_largest / temperature).softmax(-1).sort(descending=True)
     before = probabilities.cumsum(-1) - probabilities  # the probability of likelier tokens
     probabilities[before >= top_p] = 0  # the first is always kept: before = 0
     return ids.gather(-1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(-1)

@@ -135,7 +135,7 @@ def load_hf(model: nn.Module, folder: str | Path) -> None:
     held = everywhere(lambda: {name: tuple(param.shape) for name, param in parameters.items()})
     # Under pp a rank holds only some of the parameters.
     wanted = {name: shape for one_rank in held for name, shape in one_rank.items()}
-    tied = getattr(model.config, "tie_word_embeddings", False)
+    tied = _is_tied(model)
     stored = everywhere(lambda: _checked(folder, wanted, tied), share=False)
 
     def read():
@@ -155,8 +155,12 @@ def check_hf(model: nn.Module, folder: str | Path) -> None:
     """Raise the UsageError that load_hf would raise for this whole model, which may be on `meta`.
 
     It reads little more than headers and needs no process group, so a recipe can call it first of all."""
-    tied = getattr(model.config, "tie_word_embeddings", False)
-    _checked(Path(folder), {name: tuple(one.shape) for name, one in hf_parameters(model).items()}, tied)
+    shapes = {name: tuple(one.shape) for name, one in hf_parameters(model).items()}
+    _checked(Path(folder), shapes, _is_tied(model))
+
+
+def _is_tied(model: nn.Module) -> bool:
+    return getattr(getattr(model, "config", None), "tie_word_embeddings", False)
 
 
 def save_hf(
@@ -183,6 +187,9 @@ def save_hf(
         raise ValueError(
             "the model has LoRA adapters, which save_hf would leave out; merge_lora(model) first"
         )
+    for name, parameter in parameters.items():
+        if parameter.is_meta and not isinstance(model, StandIn):
+            raise UsageError(f"{name} is on the meta device, without values; load or initialize them first")
     # A model of transformers may have buffers that belong to its weights, whole on each rank of a stage.
     buffers = getattr(model, "kept_buffers", {})
     held = parameters | buffers
@@ -353,11 +360,15 @@ def _checked(folder: Path, wanted: dict[str, tuple], tied: bool) -> dict[str, St
     # A problem with a file stands for its tensors.
     lost = indexed - stored.keys() if stored or not problems else wanted.keys()
     problems += mismatches(found, {name: shape for name, shape in wanted.items() if name not in lost})
-    problems += [
+    of_other_types = [
         f"{name}: dtype {where.dtype}, only {', '.join(FLOATS)} are read"
         for name, where in stored.items()
         if name in wanted and where.dtype not in FLOATS
     ]
+    remedy = "Use the folder's own config.json, or fetch the files again"
+    if of_other_types and not problems:
+        remedy = "Give a copy of these weights in one of the types that are read"
+    problems += of_other_types
     ends = stored.get("model.embed_tokens.weight"), stored.get("lm_head.weight")
     if tied and all(ends) and not problems and not _hold_the_same(folder, *ends):
         problems.append(
@@ -365,10 +376,7 @@ def _checked(folder: Path, wanted: dict[str, tuple], tied: bool) -> dict[str, St
             "(tie_word_embeddings is true); transformers would keep both, so set it to false"
         )
     if problems:
-        raise UsageError(
-            f"{folder}: weights do not fit this model: {listed(problems)}. "
-            "Use the folder's own config.json, or fetch the files again"
-        )
+        raise UsageError(f"{folder}: weights do not fit this model: {listed(problems)}. {remedy}")
     return stored
 
 

@@ -12,7 +12,7 @@ memory, into which they are merged.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 if __name__ == "__main__":
     from dtensor_llama.terminal import end_quietly_on_ctrl_c
@@ -30,6 +30,8 @@ from dtensor_llama.places import refuse_hub_name
 from dtensor_llama.run import GENERATION
 from dtensor_llama.weights import check_hf, hf_parameters, save_generation_config, save_hf_in_parts
 
+Dtype = Literal["float32", "bfloat16", "float16"]
+
 
 @dataclass(frozen=True)
 class ExportConfig:
@@ -38,7 +40,7 @@ class ExportConfig:
     checkpoint: Positional[FilePath]  # folder like runs/pretrain/checkpoints/step-00001000
     out: Positional[FilePath]  # folder to write; what another export left there is replaced
     # of the weights in it; None: the run's --train.dtype
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Dtype | None = None
     tokenizer: FilePath | None = None  # Hugging Face folder, tokenizer.json or .model; None: the run's
     base: FilePath | None = None  # LoRA: Hugging Face folder of the frozen weights; None: the run's --model
     max_shard_gb: float = 5.0  # of one safetensors file, and about what this process needs of memory
@@ -58,6 +60,8 @@ def main(cfg: ExportConfig) -> None:
             f"--dtype is missing, and there is no {run_dir / 'config.json'} that records what the run "
             "computed in; use --dtype bfloat16 or --dtype float32."
         )
+    if dtype_name not in get_args(Dtype):
+        raise UsageError(f"{run_dir / 'config.json'}: train.dtype is {dtype_name!r}; name one with --dtype.")
     dtype = getattr(torch, dtype_name)
     tokenizer = find_tokenizer(cfg, run_dir, run)
     if "--model" not in saved.meta:
@@ -65,12 +69,23 @@ def main(cfg: ExportConfig) -> None:
             f"{checkpoint} does not record its model; only checkpoints of the recipes can be exported."
         )
     config = LlamaConfig(**saved.meta["--model"])
-    if saved.meta.get("--lora", {}).get("rank"):
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UsageError(
+            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens and the model of {checkpoint} a "
+            f"vocabulary of {config.vocab_size}; give the tokenizer of the run with --tokenizer."
+        )
+    has_adapters = bool(saved.meta.get("--lora", {}).get("rank"))
+    if cfg.base and not has_adapters:
+        raise UsageError(
+            f"--base {cfg.base} is for LoRA adapters, and {checkpoint} holds a whole model; leave it out."
+        )
+    max_shard_bytes = int(cfg.max_shard_gb * 1e9)
+    if has_adapters:
         base = Path(cfg.base or run.get("model", "(unknown)"))
         model = merged_model(saved, config, base, run.get("train", {}).get("dtype") or dtype_name)
-        save_hf(model, out, dtype=dtype)
+        save_hf(model, out, dtype, max_shard_bytes)
     else:
-        save(saved, config, dtype, out, int(cfg.max_shard_gb * 1e9))
+        save(saved, config, dtype, out, max_shard_bytes)
     if GENERATION in saved.meta:  # else it stays as save_hf made it, from the ids of the model
         save_generation_config(out, saved.meta[GENERATION])
     if "--lora" in saved.meta:  # a checkpoint of sft.py, which uses LLaMA-2's template if there is none
@@ -135,6 +150,9 @@ def read_run(run_dir: Path) -> dict:
         raise UsageError(
             f"{run_dir / 'config.json'}: holds a {type(run).__name__}, not the settings of a run."
         )
+    for group in ("train", "data"):
+        if not isinstance(run.get(group, {}), dict):
+            raise UsageError(f"{run_dir / 'config.json'}: {group} is {run[group]!r}, not settings of a run.")
     return run
 
 

@@ -1,7 +1,7 @@
 """Fine-tune a causal model of transformers on text, spread over any mesh by the Booster.
 
     python recipes/finetune_hf.py --model gpt2-folder --text notes.txt --out runs/notes
-    torchrun --nproc-per-node 8 recipes/finetune_hf.py --model opt-folder --text 'corpus/*.jsonl' \
+    torchrun --nproc-per-node 8 recipes/finetune_hf.py --model opt-folder --text 'corpus/**/*.jsonl' \
         --out runs/opt --parallel.tp 2 --train.dtype bfloat16
 
 This recipe is for families that our own Llama class does not cover: GPT-2, OPT, BLOOM, GLM, and those for
@@ -13,10 +13,9 @@ OUT becomes a folder that transformers opens.
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from glob import glob
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 if __name__ == "__main__":
     from dtensor_llama.terminal import end_quietly_on_ctrl_c
@@ -25,11 +24,15 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dtensor_llama import UsageError
 from dtensor_llama.cli import AtLeast, FilePath, at_least, check_numbers, run_recipe
+from dtensor_llama.data.sources import expand_paths, read_chunks
+from dtensor_llama.errors import listed
+from dtensor_llama.places import first_writable
 from dtensor_llama.schedule import check_schedule, learning_rate
 from memory import MemoryConfig
 from parallel import Booster, ParallelConfig
@@ -58,8 +61,12 @@ class FinetuneConfig:
     """Fine-tune a causal model of transformers on text."""
 
     model: FilePath  # a Hugging Face folder: config.json, safetensors and a tokenizer
-    text: FilePath  # .txt files, or .jsonl files of {"text": ...}; may contain a *
+    # One file or a glob, which may contain `**`, of any kind that pretrain.py reads (data/sources.py).
+    text: FilePath
     out: FilePath  # a new folder, which gets the model, its tokenizer and losses.jsonl
+    # The field of a .jsonl line, or the column of a .parquet, that holds the text.
+    # `a.b` is field b inside field a.
+    text_field: str = "text"
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(zero_stage=1))
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -70,35 +77,30 @@ NUMBERS = [
     *at_least(0, "train.min_lr", "train.warmup_steps", "train.weight_decay"),
     AtLeast("train.lr", 0, exclusive=True),
     AtLeast("train.max_grad_norm", 0, exclusive=True, may_be_infinite=True),
+    AtLeast("train.seed", 0, below=2**63),  # torch takes no larger one
 ]
 
 
 def main(cfg: FinetuneConfig) -> None:
     # 1. Check what was asked for. If it is not possible, one line says why.
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     check_numbers(cfg, NUMBERS)
     check_schedule(cfg.train)
-    if not Path(cfg.model, "config.json").is_file():
-        raise UsageError(f"model={cfg.model} has no config.json; give a local Hugging Face folder.")
+    if cfg.memory.draw:
+        raise UsageError("draw=True is for pretrain.py and sft.py; leave it out.")
     if Path(cfg.out).exists() and (not Path(cfg.out).is_dir() or any(Path(cfg.out).iterdir())):
         raise UsageError(f"out={cfg.out} is there and not empty; name a new folder, so that nothing is lost.")
     booster = Booster(
         cfg.parallel,
-        cfg.memory,
+        # The Booster turns a placement that was left open off. Said here, a budget without one is refused.
+        replace(cfg.memory, placement=cfg.memory.placement or "off"),
         dtype=getattr(torch, cfg.train.dtype),
         recompute=cfg.train.recompute,
         compile=cfg.train.compile,
         seed=cfg.train.seed,
     )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(cfg.model, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32, local_files_only=True)
-    except (OSError, ValueError) as error:  # no weights, no tokenizer, no causal model
-        first_line = str(error).splitlines()[0]
-        raise UsageError(f"model={cfg.model} is not opened by transformers: {first_line}") from None
+    tokenizer, model = open_base(cfg.model)
     model.train()  # from_pretrained turns dropout off
-    rows = rows_of(cfg, tokenizer)
+    rows = rows_of(cfg, tokenizer, model.config.get_text_config().vocab_size)
 
     # 2. Make an ordinary training set-up, which the Booster then spreads over the ranks. Every rank makes the
     # same one, with the same order of rows, and the Booster gives each dp rank its share of every batch.
@@ -112,6 +114,10 @@ def main(cfg: FinetuneConfig) -> None:
     order = torch.Generator().manual_seed(cfg.train.seed)
     dataloader = DataLoader(rows, cfg.train.rows, shuffle=True, generator=order, collate_fn=as_batch)
     model, optimizer, dataloader, _ = booster.boost(model, optimizer, dataloader)
+    try:
+        first_writable([cfg.out])  # so that this is found before the training, and not after it
+    except OSError as error:
+        raise UsageError(f"out={error}; name a folder that you can write.") from None
 
     # 3. Train. Nothing in this loop knows how many ranks there are.
     losses = []
@@ -126,8 +132,12 @@ def main(cfg: FinetuneConfig) -> None:
         optimizer.zero_grad()
         # Reading the numbers makes the host wait for the device, once a step. pretrain.py reads them later.
         losses.append({"step": step + 1, "loss": loss.item(), "grad_norm": grad_norm.item()})
-        if not math.isfinite(losses[-1]["loss"]):
-            raise UsageError(f"the loss of step {step + 1} is {losses[-1]['loss']}; use a smaller lr.")
+        # Where the norm of the gradients is not finite, the optimizer has changed nothing.
+        if not all(map(math.isfinite, losses[-1].values())):
+            raise UsageError(
+                f"step {step + 1} has the loss {losses[-1]['loss']} and the gradient norm "
+                f"{losses[-1]['grad_norm']}, which must be finite; nothing is saved. Use a smaller `lr`."
+            )
         if dist.get_rank() == 0:
             print(f"step {step + 1:5}  loss {losses[-1]['loss']:.4f}  norm {losses[-1]['grad_norm']:.3f}")
 
@@ -140,34 +150,73 @@ def main(cfg: FinetuneConfig) -> None:
         print(f"{cfg.out}: transformers opens it")
 
 
-def rows_of(cfg: FinetuneConfig, tokenizer) -> list[Tensor]:
+def open_base(folder: str) -> tuple[Any, Any]:
+    """Return the tokenizer and the causal model of a Hugging Face folder.
+
+    Raises UsageError if one of them cannot be opened, or if transformers would make up what the folder lacks:
+    it gives missing weights random values, and a missing tokenizer an empty vocabulary."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    home = Path(folder)
+    if not (home / "config.json").is_file():
+        raise UsageError(f"model={folder} has no config.json; give a local Hugging Face folder.")
+    if not {*home.glob("tokenizer*"), *home.glob("vocab*"), *home.glob("*.model")}:
+        raise UsageError(f"model={folder} has no tokenizer; copy the files of the model's tokenizer into it.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, in one line
+        )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:  # for example, no weights
+        first_line = str(error).partition("\n")[0]
+        raise UsageError(f"model={folder} is not opened by transformers: {first_line}") from None
+    problems = [f"{name}: missing" for name in sorted(found["missing_keys"])]
+    for name, stored, needed in found["mismatched_keys"]:
+        problems.append(f"{name}: is {list(stored)}, must be {list(needed)}")
+    if problems:
+        raise UsageError(
+            f"model={folder}: the weights do not fit its config.json: {listed(problems)}; give the whole "
+            "folder of one model."
+        )
+    return tokenizer, model
+
+
+def rows_of(cfg: FinetuneConfig, tokenizer, vocab_size: int) -> list[Tensor]:
     """Return all texts, each followed by an end-of-sequence token, joined and cut into rows (T,) int64.
 
-    Raises UsageError if there is no such file, or if all texts together are shorter than a row."""
+    Raises UsageError for files and records that cannot be read, for ids beyond the model's vocabulary, and if
+    all texts together make fewer rows than a step takes."""
     tokens = []
-    for path in sorted(glob(cfg.text)) or [cfg.text]:
-        if not Path(path).is_file():
-            raise UsageError(f"text={cfg.text} names no file.")
-        for text in texts_of(Path(path)):
-            tokens += tokenizer(text, add_special_tokens=False)["input_ids"]
-            tokens += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    n_rows = len(tokens) // cfg.train.seq_len
-    if n_rows == 0:
-        raise UsageError(f"text={cfg.text} has {len(tokens)} tokens, fewer than seq_len={cfg.train.seq_len}.")
-    return list(torch.tensor(tokens[: n_rows * cfg.train.seq_len]).view(n_rows, cfg.train.seq_len))
-
-
-def texts_of(path: Path) -> list[str]:
-    """Return the texts of a file: the whole of a .txt, or one text per line of a .jsonl.
-
-    Raises UsageError for a line of a .jsonl that is not {"text": ...}."""
-    whole = path.read_text(encoding="utf-8")
-    if path.suffix != ".jsonl":
-        return [whole]
     try:
-        return [json.loads(line)["text"] for line in whole.splitlines() if line.strip()]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f'{path} has a line that is not {{"text": ...}}: {error!r}.') from None
+        for path in expand_paths([cfg.text]):
+            for chunk in read_chunks(path, cfg.text_field, cutter=None):
+                for text in chunk.documents(cfg.text_field):
+                    tokens += tokenizer(text, add_special_tokens=False)["input_ids"]
+                    tokens += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    except UsageError as error:  # pretrain.py, for which the reader is made, has another name for the flag
+        raise UsageError(str(error).replace("data.path", "text")) from None
+    if max(tokens, default=0) >= vocab_size:
+        raise UsageError(
+            f"model={cfg.model}: its tokenizer gives the id {max(tokens)}, and config.json has a vocabulary "
+            f"of {vocab_size}; give a folder in which they belong together."
+        )
+    seq_len, wanted = cfg.train.seq_len, cfg.train.rows
+    n_rows = len(tokens) // seq_len
+    if n_rows < wanted:
+        raise UsageError(
+            f"text={cfg.text} has {len(tokens)} tokens, fewer than one step takes: rows={wanted} of "
+            f"seq_len={seq_len}. Use more text, a smaller `seq_len` or fewer `rows`."
+        )
+    if dist.get_rank() == 0:
+        n_read = cfg.train.steps * wanted / n_rows
+        print(
+            f"text      {len(tokens):,} tokens: {n_rows:,} rows of {seq_len}; each is read {n_read:.2f} times"
+        )
+    return list(torch.tensor(tokens[: n_rows * seq_len]).view(n_rows, seq_len))
 
 
 def as_batch(rows: list[Tensor]) -> dict[str, Tensor]:

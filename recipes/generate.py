@@ -41,7 +41,12 @@ from parallel.mesh import start_process_group, stop_process_group
 from parallel.tensor import apply_tensor_parallel
 
 WAIT_FOR_A_PERSON_S = 7 * 24 * 3600  # how long other tp ranks wait in a collective while the user types
-NUMBERS = [AtLeast("max_new_tokens", 1), AtLeast("temperature", 0), AtLeast("batch_size", 1)]
+NUMBERS = [
+    AtLeast("max_new_tokens", 1),
+    AtLeast("temperature", 0),
+    AtLeast("batch_size", 1),
+    AtLeast("seed", 0, below=2**64),  # torch takes no larger one
+]
 
 
 @dataclass(frozen=True)

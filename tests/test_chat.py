@@ -262,6 +262,7 @@ def test_a_record_is_recognized_by_its_fields(name, record, turns):
         ({"messages": []}, "no turn"),
         ({"messages": "Hi"}, "holds str"),
         ({"messages": [{"role": "user"}]}, "turn 1 of 'messages' has no 'content'"),
+        ({"messages": [{"role": "user", "content": None}, HELLO[1]]}, "turn 1 of 'messages' has null as its"),
         ({"messages": [{"role": "narrator", "content": "4"}]}, "by 'narrator'"),
         ({"messages": [{"role": "tool", "content": "4"}]}, "out of order: turn 1 is by the tool"),
         ({"messages": HELLO[::-1]}, "out of order: turn 1 is by the assistant"),

@@ -396,6 +396,27 @@ def test_what_is_no_checkpoint_is_refused_as_such(tmp_path):
     saver.close()
 
 
+def test_a_file_that_the_system_cuts_short_is_the_disks_fault_and_one_line(tmp_path):
+    """A quota does this too, and torch's writer then speaks only of positions in its file."""
+    saver = Checkpointer(tmp_path / "run")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(UsageError, match="did not take a whole file.*ulimit -f"):
+            saver.save(1, {"x": torch.zeros(100_000)}, wait=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    saver.close()
+
+
+def test_a_run_folder_that_is_named_instead_of_a_checkpoint_names_its_newest(tmp_path):
+    save_steps(tmp_path / "run" / "checkpoints", 0, [5])
+    saver = Checkpointer(tmp_path / "other")
+    with pytest.raises(UsageError, match="name one inside it, like checkpoints/step-00000005"):
+        saver.load(tmp_path / "run", {"x": torch.zeros(10)})
+    saver.close()
+
+
 @pytest.mark.parametrize(
     "changes,said",
     [

@@ -592,6 +592,10 @@ def test_too_few_tokens_are_refused_with_the_length_that_would_work(tmp_path):
         assert PackedSequences(corpus, Packing(works, share)).n_train == 1
     with pytest.raises(UsageError, match="give more text"):
         PackedSequences(make_corpus(tmp_path / "tiny", [1, 2]), Packing(4, 0.1))
+    corpus = make_corpus(tmp_path / "held-out", range(100))
+    with pytest.raises(UsageError, match="validation_share=0.99 holds out all 24 sequences .*such as 0.01"):
+        PackedSequences(corpus, Packing(4, 0.99))
+    assert PackedSequences(corpus, Packing(4, 0.01)).n_train == 23
     with pytest.raises(UsageError, match="seq_len=0"):
         Packing(0, 0.1)
 

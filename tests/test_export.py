@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from recipe import ROOT, recipe
 from recipe import pretrain_flags as flags
@@ -123,17 +124,35 @@ def test_what_cannot_be_exported_is_said_in_a_line(reference, tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:-1])
     for arguments, said in (
         ((tmp_path / "none", out), "no such folder"),
-        ((run_dir, out), "not a checkpoint"),
+        ((run_dir, out), "not a checkpoint; name one inside it, like checkpoints/step-00000008"),
         ((run_dir / "checkpoints", out), "name one inside it"),
         ((damaged.parent, out), "An older one: "),
         ((checkpoint, run_dir), "holds the checkpoint itself"),
         ((checkpoint, out, "--max-shard-gb", 0), "--max-shard-gb 0"),
         ((checkpoint, out, "--tokenizer", tmp_path / "none"), "name it with --tokenizer"),
+        ((checkpoint, out, "--tokenizer", large_tokenizer(tmp_path)), "has 5000 tokens"),
+        ((checkpoint, out, "--base", tmp_path), "--base"),
         ((checkpoint, checkpoint / ".metadata" / "hf"), "Not a directory"),
     ):
         ended = recipe("export", *arguments)
         assert ended.status == 2 and said in ended.err and ended.err.count("\n") == 1, ended
+    for settings, said in (
+        ({"train": None}, "train is None"),
+        ({"data": []}, "data is []"),
+        ({"train": {"dtype": "int8"}}, "train.dtype is 'int8'; name one with --dtype"),
+    ):
+        (run_dir / "config.json").write_text(json.dumps(settings))
+        ended = recipe("export", checkpoint, out)
+        assert ended.status == 2 and said in ended.err and ended.err.count("\n") == 1, ended
     assert not out.exists()
+
+
+def large_tokenizer(folder: Path) -> Path:
+    """Write a tokenizer.json of more words than the model of the fixture has rows."""
+    words = {f"word{i}": i for i in range(5000)}
+    words_only = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="word0"))
+    words_only.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
 
 
 def test_a_run_that_never_ended_is_exported_with_its_tokenizer_though_what_it_was_given_is_gone(
@@ -311,6 +330,9 @@ def test_fine_tuned_and_merged_weights_are_exported_with_their_template(inputs, 
         )
         assert same_folders(tmp_path / f"hf-{number}", tmp_path / "kept")
     if more:
+        asked = [run_dir / "checkpoints/step-00000002", tmp_path / "parts", "--max-shard-gb", "0.00003"]
+        assert recipe("export", *asked).status == 0
+        assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
         settings = json.loads((run_dir / "config.json").read_text()) | {"model": "gone"}
         (run_dir / "config.json").write_text(json.dumps(settings))
         ended = recipe(

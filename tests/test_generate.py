@@ -14,7 +14,7 @@ from recipe import ROOT, recipe
 from dtensor_llama import Llama, LlamaConfig, load_hf
 from dtensor_llama.attention import WholeRows
 from dtensor_llama.data.tokenizer import load_tokenizer
-from dtensor_llama.generate import Sampling, TextStream, continue_whole_rows, generate_batch
+from dtensor_llama.generate import Sampling, TextStream, continue_whole_rows, generate_batch, sample
 from dtensor_llama.model import init_weights
 from parallel import ParallelConfig, build_mesh
 from parallel.tensor import apply_tensor_parallel
@@ -108,6 +108,12 @@ def test_draws_follow_the_seed_in_a_batch_too():
         )
 
     assert draw(1) == draw(1) != draw(2)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 1e-320])
+def test_at_a_tiny_temperature_the_likeliest_token_is_drawn(temperature):
+    logits = torch.tensor([[1.0, 3.0, -2.0], [-5.0, -7.0, -6.0]])
+    assert sample(logits, temperature, top_p=1.0).tolist() == [1, 0]
 
 
 class Bytes:
@@ -227,6 +233,7 @@ def chat_alone(folder: Path, questions: list[str]) -> list[str]:
         (["--prompt", "a", "--parallel.tp", 2], "torchrun --nproc-per-node 2"),
         (["--prompt", "a", "--parallel.tp", 3], "does not divide the 4 query heads"),
         (["--prompt", "a", "--system", "b"], "--system is for --chat"),
+        (["--prompt", "a", "--seed", 2**64], f"--seed {2**64} is not possible"),
     ],
 )
 def test_what_it_cannot_do_it_says_in_a_line(inputs, arguments, said):

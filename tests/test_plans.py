@@ -1,6 +1,8 @@
 """Models of transformers through the Booster: one answer with plain transformers, for the traffic that their
 tables state."""
 
+import codecs
+import gzip
 import json
 import re
 from collections import Counter
@@ -15,7 +17,7 @@ from conftest import PLAN_ROWS
 from hf_models import ADAPTED, DECODERS, MODELS, STAGED, batches, plain_model, small_model
 from pool import run_on
 from recipe import ROOT, recipe
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_compile import CountedGraphs
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -679,13 +681,75 @@ def test_the_recipe_says_in_one_line_what_is_wrong(tmp_path, inputs):
     model = gpt2_folder(inputs, tmp_path / "model")
     for flags, said in (
         (["--model", tmp_path], "has no config.json"),
-        (["--text", tmp_path / "none"], "names no file"),
-        (["--train.seq-len", 10**6], "fewer than --train.seq-len"),
+        (["--text", tmp_path / "none"], "no file matches"),
+        (["--text-field", "body"], "no field 'body'"),
+        (["--train.seq-len", 10**6], "fewer than one step takes: --train.rows 8 of --train.seq-len 1000000"),
+        (["--train.seed", 2**63], f"less than {2**63}"),
+        (["--memory.draw"], "--memory.draw is for"),
+        (["--memory.device-budget-gib", 1], "--memory.device-budget-gib 1 would do nothing"),
+        (["--out", "/proc/model", "--train.seq-len", 16], "--out /proc/model cannot be written"),
         (["--parallel.cp", 2], "GPT2LMHeadModel: --parallel.cp 2"),
     ):
         asked = ["--model", model, "--text", inputs / "data.jsonl", "--out", tmp_path / "out", *flags]
         ended = recipe("finetune_hf", *asked, ranks=2 if "--parallel.cp" in flags else 1)
         assert ended.status == 2 and said in ended.err, ended
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_recipe_makes_up_no_part_of_a_model(tmp_path, inputs):
+    from recipes.finetune_hf import open_base
+
+    model = gpt2_folder(inputs, tmp_path / "model")
+    whole = load_file(model / "model.safetensors")
+    name = "transformer.ln_f.bias"
+    others = {key: tensor for key, tensor in whole.items() if key != name}
+    for tensors, said in (
+        (others, f"{name}: missing"),
+        (others | {name: whole[name][:3].clone()}, f"{name}: is [3], must be"),
+    ):
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UsageError, match=re.escape(said)):
+            open_base(str(model))
+    (model / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(UsageError, match="not opened by transformers"):
+        open_base(str(model))
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(UsageError, match="has no tokenizer"):
+        open_base(str(model))
+
+
+class Letters:
+    """A tokenizer whose ids are the characters themselves."""
+
+    eos_token_id = 0
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+def test_the_recipe_reads_what_pretraining_reads(tmp_path):
+    """A line may contain a separator of Unicode, begin with a byte-order mark, and be compressed."""
+    from recipes.finetune_hf import FinetuneConfig, TrainConfig, rows_of
+
+    line = json.dumps({"body": "ab\u2028c"}, ensure_ascii=False) + "\n"
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "one.jsonl.gz").write_bytes(gzip.compress(codecs.BOM_UTF8 + line.encode()))
+    train = TrainConfig(rows=1, seq_len=5)
+    cfg = FinetuneConfig("model", f"{tmp_path}/**/*.jsonl.gz", "out", text_field="body", train=train)
+    with mock.patch("torch.distributed.get_rank", return_value=1):
+        (row,) = rows_of(cfg, Letters(), vocab_size=0x2029)
+        assert row.tolist() == [ord("a"), ord("b"), 0x2028, ord("c"), 0]
+        with pytest.raises(UsageError, match="gives the id 8232, and config.json has a vocabulary of 8232"):
+            rows_of(cfg, Letters(), vocab_size=0x2028)
+
+
+def test_the_recipe_stops_at_a_gradient_that_is_not_finite(tmp_path, inputs):
+    model = gpt2_folder(inputs, tmp_path / "model")
+    asked = ["--model", model, "--text", inputs / "data.jsonl", "--train.seq-len", 32, "--train.lr", "1e38"]
+    ended = recipe("finetune_hf", *asked, "--out", tmp_path / "out")
+    assert ended.status == 2 and "must be finite; nothing is saved" in ended.err, ended
+    assert not any((tmp_path / "out").iterdir())
 
 
 FROZEN = ("transformer.wpe.weight", "transformer.h.1.mlp.c_fc.weight", "transformer.h.2.ln_1.bias")

@@ -372,6 +372,20 @@ def test_no_folder_and_parameters_on_meta_are_refused(tmp_path):
         model = Llama(LlamaConfig(**SHAPE))
     with pytest.raises(UsageError, match=r"embed_tokens.weight is on the meta device.*to_empty"):
         load_hf(model, tmp_path / "hf")
+    with pytest.raises(UsageError, match=r"embed_tokens.weight is on the meta device, without values"):
+        save_hf(model, tmp_path / "other")
+    assert not list(tmp_path.glob("*other*"))
+
+
+def test_weights_of_other_types_and_of_another_module_are_refused(tmp_path):
+    save_hf(llama(), tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    with pytest.raises(UsageError, match=r"weight: missing; bias: missing;.*config.json"):
+        load_hf(torch.nn.Linear(2, 2), tmp_path / "hf")
+    doubles = {name: tensor.double() for name, tensor in load_file(file).items()}
+    save_file(doubles, file)
+    with pytest.raises(UsageError, match="dtype F64, only F32, BF16, F16 are read.*in one of the types"):
+        load_hf(llama(), tmp_path / "hf")
 
 
 def test_a_target_that_cannot_be_replaced_is_refused(tmp_path, monkeypatch):

@@ -238,6 +238,8 @@ def _message_of(turn, at: str) -> dict | None:
     content = _content_of(turn.get(text_field), at, text_field)
     if content is None and role == "system":
         return None
+    if content is None and role == "user":
+        raise BadRecord(at, f"has null as its {text_field!r}", "a question needs text, which may be empty.")
     taken = (role_field, text_field, *TURN_FIELDS[0], *TRAINED_IF)
     others = {name: value for name, value in turn.items() if name not in taken and value is not None}
     if said_by in CALL_ROLES:

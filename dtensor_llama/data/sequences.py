@@ -151,6 +151,11 @@ class PackedSequences(Shuffled):
     def __init__(self, corpus: TokenCorpus, packing: Packing):
         super().__init__(corpus, max(0, corpus.n_tokens - 1) // packing.seq_len, packing)
         T = packing.seq_len
+        if self.n_train < 1 and self.n_rows > 1:
+            raise UsageError(
+                f"validation_share={packing.validation_share} holds out all {self.n_rows} sequences of "
+                f"seq_len={T}, and none is left to train on: use a smaller share, such as 0.01."
+            )
         if self.n_train < 1:
             fitting = (corpus.n_tokens - 1) // (2 if packing.validation_share > 0 else 1)
             shorter = f"use seq_len={fitting} or less, or " if fitting > 0 else ""

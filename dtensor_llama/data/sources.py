@@ -198,7 +198,8 @@ def read_chunks(
     """Yield the chunks of one file, in order.
 
     text_field: the only field that is needed of each record; None: all fields are, and no cutter is needed
-    cutter: cuts the pieces of a .txt. Raises UsageError for a file that cannot be read to its end."""
+    cutter: cuts the pieces of a .txt; None: a .txt is one piece. Raises UsageError for a file that cannot be
+        read to its end."""
     suffix, compression = _kind_of(path)
     done_bytes = 0
     try:
@@ -324,7 +325,7 @@ def _read_jsonl(path: Path, stream, chunk_bytes: int) -> Iterator[Chunk]:
     yield Chunk(path, b"".join(parts), first_line)
 
 
-def _read_txt(path: Path, stream, cutter: Cutter, chunk_bytes: int) -> Iterator[Chunk]:
+def _read_txt(path: Path, stream, cutter: Cutter | None, chunk_bytes: int) -> Iterator[Chunk]:
     """Yield the pieces of a file that is one document; their ids, joined, are the ids of the whole text."""
     decoder, text, line = codecs.getincrementaldecoder("utf-8")(), "", 1
     skip, opens, reach = 0, True, chunk_bytes
@@ -332,7 +333,7 @@ def _read_txt(path: Path, stream, cutter: Cutter, chunk_bytes: int) -> Iterator[
         for line, block in _blocks(path, stream, chunk_bytes):
             text += decoder.decode(block)
             line += block.count(b"\n")  # the line of a character that the end of the file may cut in two
-            while len(text) > reach + WINDOW_CHARS:
+            while cutter is not None and len(text) > reach + WINDOW_CHARS:
                 high = min(reach + chunk_bytes, len(text) - WINDOW_CHARS)
                 cut = cutter.find(text, reach, high)
                 if cut is None:
