@@ -214,15 +214,16 @@ def _forks_can_step() -> bool:
     say whether it has, and so a fork tries."""
     if sys.platform != "linux" or multiprocessing.current_process().daemon:
         return False
-    trial = FORK.Process(target=_try_backward)
+    trial = FORK.Process(target=_try_autograd)
     trial.start()
     trial.join()
     return trial.exitcode == 0
 
 
-def _try_backward() -> None:
+def _try_autograd() -> None:
     try:
-        torch.zeros((), requires_grad=True).backward()
+        x = torch.zeros((), requires_grad=True)
+        torch.autograd.grad(2 * x, x)
     except RuntimeError:
         sys.exit(1)
 
