@@ -91,9 +91,7 @@ KERNELS = {
     ("parallel/context.py", "_math_backward"),
 }
 # These still have more and are to lose some; the aim is none.
-MANY_PARAMETERS = {
-    ("parallel/booster.py", "__init__"),
-}
+MANY_PARAMETERS: set[tuple[str, str]] = set()
 
 # A docstring is a sentence, in the imperative or about its subject; it does not begin with one of these.
 VERBLESS = "Of As What Where Who Whose Which Whether How Why When".split()
