@@ -1,4 +1,4 @@
-"""What a batch for a model of transformers must hold: the columns that its own forward takes."""
+"""Reads a batch for a model of transformers: the columns that its own forward takes."""
 
 import inspect
 from collections.abc import Mapping
