@@ -69,7 +69,7 @@ class Booster:
     """
 
     # An axis of -1 takes the processes that the others leave over. `microbatches` is how many parts `step`
-    # cuts the rows of a dp rank into; None means 1, or with pp two per pp rank.
+    # cuts the sequences of a dp rank into; None means 1, or with pp two per pp rank.
     config: ParallelConfig
     memory: MemoryConfig | None = None  # None keeps all states on the device
     _: KW_ONLY
@@ -132,11 +132,12 @@ class Booster:
             rank's parameters. With memory: a torch AdamW; the chunk manager's optimizer takes its place, with
             the very same groups.
         dataloader: any iterable of global batches, the same on every rank (checked at each batch). The one
-            that is returned gives this dp rank's rows of each batch. None if you cut batches yourself.
+            that is returned gives this dp rank's sequences of each batch. None if you cut batches yourself.
         criterion: None: the model's own loss, the mean over the scored tokens of the global batch. Yours is
             called with the whole logits (B, T, V) fp32 of a microbatch and its labels, not shifted, and must
             return a mean over scored tokens: microbatches and ranks count by their labels[:, 1:] that are not
-            -100 (of BERT and T5, by all labels). Not under cp: no rank has whole rows.
+            -100 (of BERT and T5, by all labels). Not under cp: no rank has whole
+            sequences.
         """
         is_llama = isinstance(model, Llama) or type(model).__name__ == "LlamaForCausalLM"
         self.way = _AsOurLlama(self, model, criterion) if is_llama else _AsItIs(self, model, criterion)
@@ -165,12 +166,12 @@ class Booster:
         self.training, self.model, self.optimizer = training, boosted, training.optimizer
         self.dataloader = None
         if dataloader is not None:
-            self.dataloader = OwnRows(dataloader, layout, self.way.read, self.device)
+            self.dataloader = OwnSequences(dataloader, layout, self.way.read, self.device)
         return boosted, self.optimizer, self.dataloader, criterion
 
     def step(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Forward and backward of this dp rank's rows {"input_ids", "labels"} (B, T); gradients add to what
-        is there. A model of a family gets the other columns of the batch, too.
+        """Run forward and backward of this dp rank's sequences, {"input_ids", "labels"} (B, T); gradients add
+        to what is there. A model of a family gets the other columns of the batch, too.
 
         Returns the mean loss of the global batch in nats, a float32 scalar, the same on every rank. If no
         label of the global batch is scored it is 0, and so are the gradients.
@@ -300,7 +301,7 @@ class _AsOurLlama:
         return _columns(batch)
 
     def cut(self, columns: Columns, targets: Tensor, layout: Layout) -> list[Batch]:
-        """Cut the rows of a dp rank into microbatches, with the tokens of this rank in each."""
+        """Cut the sequences of a dp rank into microbatches, with the tokens of this rank in each."""
         labels = targets if self.criterion is None else columns["labels"]
         parts = (column.chunk(layout.n_microbatches) for column in (columns["input_ids"], labels))
         return [layout.own_tokens(Batch(*part, None)) for part in zip(*parts, strict=True)]
@@ -389,13 +390,15 @@ def forward_backward(training: Training, microbatches: list[Batch], n_targets: T
     return loss
 
 
-class OwnRows:
-    """Iterates over the rows of one dp rank in each global batch of a dataloader: {"input_ids", "labels"}
-    (B/dp, T), and for a model of a family the other columns.
+class OwnSequences:
+    """Iterates over the sequences of one dp rank in each global batch of a dataloader: {"input_ids",
+    "labels"} (B/dp, T), and for a model of a family the other columns.
 
-    A batch whose rows or tokens do not divide evenly is filled up at its end with tokens that nothing is
+    A batch whose sequences or tokens do not divide evenly is filled up at its end with tokens that nothing is
     scored on and that no earlier token sees: neither loss nor gradients change, whatever the last batch of a
-    pass holds. read: of the model's way.
+    pass holds.
+
+    read: the method of the model's way that checks a batch.
     """
 
     def __init__(
@@ -420,21 +423,21 @@ class OwnRows:
                 continue
             columns = self.read(batch)
             self._refuse_other_batches(columns)
-            yield {name: self._own_rows(name, column) for name, column in columns.items()}
+            yield {name: self._own_sequences(name, column) for name, column in columns.items()}
 
-    def _own_rows(self, name: str, column: Tensor) -> Tensor:
-        """Pad a column, and return this dp rank's rows of it. Padding tokens are not scored, but attention
-        sees them, because the softmax of a row of padding alone would not be defined."""
+    def _own_sequences(self, name: str, column: Tensor) -> Tensor:
+        """Pad a column, and return this dp rank's sequences of it. Padding tokens are not scored, but
+        attention sees them, because the softmax of a sequence of padding alone would not be defined."""
         fill = IGNORE if name == "labels" else int("mask" in name)
         dp, dp_rank = self.layout.config.dp, self.layout.dp_rank
-        n_rows_missing = -len(column) % (dp * self.layout.n_microbatches)
+        n_sequences_missing = -len(column) % (dp * self.layout.n_microbatches)
         n_tokens_missing = -column.shape[1] % self.layout.config.token_slices
-        column = F.pad(column, (0, n_tokens_missing, 0, n_rows_missing), value=fill)
+        column = F.pad(column, (0, n_tokens_missing, 0, n_sequences_missing), value=fill)
         return column[dp_rank * len(column) // dp : (dp_rank + 1) * len(column) // dp]
 
     def _refuse_other_batches(self, columns: Columns) -> None:
-        """Raise UsageError if ranks see different batches: they would train on some rows twice, and tp ranks
-        on a mix of two rows."""
+        """Raise UsageError if ranks see different batches: they would train on some sequences twice, and tp
+        ranks on a mix of two."""
         if dist.get_world_size() == 1:
             return  # there is nothing to compare, and the host would wait for the previous step
         crc = 0

@@ -242,7 +242,7 @@ class Pipeline:
         """Return what the rank's stages are called with: the tokens, for the first one, and the rest by name.
 
         torch takes one batch and cuts it into microbatches again. These are the same microbatches, because
-        all of them have the same number of rows.
+        all of them have the same number of sequences.
         """
         inputs = {}
         joined = lambda name: torch.cat([getattr(batch, name) for batch in microbatches])

@@ -31,8 +31,9 @@ class Job:
 
     model: LlamaConfig
     seq_len: int
-    global_batch_size: int = 1  # rows of one optimizer step, on all ranks together
-    micro_batch_size: int | None = 1  # rows of one forward, on one dp rank; None: parallel/planner.py chooses
+    global_batch_size: int = 1  # sequences of one optimizer step, on all ranks together
+    # sequences of one forward, on one dp rank; None: parallel/planner.py chooses
+    micro_batch_size: int | None = 1
     attention: str = "sdpa"  # one of the kernels of dtensor_llama/attention.py
     recompute: str | None = "none"  # None: parallel/planner.py chooses
     compile: bool = False
@@ -74,7 +75,7 @@ class Case:
             return replace(self, job=replace(self.job, **{field: value}))
         case = replace(self, layout=replace(self.layout, **{field: value}))
         if field == "microbatches" and value is not None:
-            # Only the Booster sets it, whose batch may have any number of rows: the batch grows with it.
+            # Only the Booster sets it, whose batch may have any number of sequences: the batch grows with it.
             return case.changed("global_batch_size", value * self.stride)
         return case
 
@@ -107,7 +108,7 @@ class Case:
 
     @property
     def stride(self) -> int:
-        """Return how many rows all dp ranks together read for one microbatch each."""
+        """Return how many sequences all dp ranks together read for one microbatch each."""
         return self.micro_batch_size * self.dp
 
     @property

@@ -148,9 +148,10 @@ def main(cfg: BenchmarkConfig) -> None:
     start.ended("imports")
     cache_dirs = cache_folders(cfg.data.cache_dir, cfg.run_dir)
     setting = settle(cfg, launch, device)
+    cfg = setting.cfg
 
     # ---- 3. The parts --------------------------------------------------------------------------------------
-    rows = read_rows(setting, cache_dirs) if cfg.data.path else None
+    sequences = read_sequences(setting, cache_dirs) if cfg.data.path else None
     if setting.memory_note:
         launch.say(f"memory    {setting.memory_note}")
     start_process_group(device, launch.world_size)
@@ -161,20 +162,20 @@ def main(cfg: BenchmarkConfig) -> None:
     layout = training.layout
     synthetic = synthetic_microbatches(setting, layout.dp_rank)
     sources = {"synthetic": lambda: synthetic}
-    if rows:
+    if sequences:
         batch_sizes, pins = (cfg.train.global_batch_size, cfg.train.micro_batch_size), device.type == "cuda"
         batching = Batching(*batch_sizes, layout.dp_rank, layout.config.dp, cfg.data.document_mask, pins)
-        reader = SequenceReader(rows, batching)
+        reader = SequenceReader(sequences, batching)
         sources["real"] = lambda: next(reader)
 
     # ---- 4. The steps, and what they come to ---------------------------------------------------------------
     if launch.is_main and (cfg.memory.draw or layout.config.draw_schedule):
         Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
     peak = peak_flops(device, setting.computation.dtype)
-    measured = measure(setting.cfg, training, sources, start)
+    measured = measure(cfg, training, sources, start)
     if launch.is_main:
         print(json.dumps(result_of(setting, training, measured, peak, start.seconds)), flush=True)
-    if rows:
+    if sequences:
         reader.close()
     stop_process_group()
 
@@ -242,8 +243,8 @@ def build(setting: Setting, launch: Launch, rates_file: Path) -> Training:
     )
 
 
-def read_rows(setting: Setting, cache_dirs: list[Path]) -> PackedSequences:
-    """Return the rows of the files that were given, tokenized if no cache has them."""
+def read_sequences(setting: Setting, cache_dirs: list[Path]) -> PackedSequences:
+    """Return the sequences of the files that were given, tokenized if no cache has them."""
     cfg = setting.cfg
     tokenizer = load_tokenizer(Base(cfg.model, cfg.data.tokenizer).tokenizer_path)
     text = TextOptions(cfg.data.text_field, cfg.data.bad_records)
@@ -264,8 +265,8 @@ def synthetic_microbatches(setting: Setting, dp_rank: int) -> list[Batch]:
 
 
 def synthetic_positions(shape: torch.Size, seed: int, mean_document: int = 512) -> torch.Tensor:
-    """Return the positions (..., T) of tokens in packed rows whose documents have `mean_document` tokens on
-    average. Any token may begin a document, and positions restart at 0 there."""
+    """Return the positions (..., T) of tokens in packed sequences, whose documents have `mean_document`
+    tokens on average. Any token may begin a document, and positions restart at 0 there."""
     draw = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
     begins = draw < 1 / mean_document
     at = torch.arange(shape[-1]).expand(shape)
@@ -276,12 +277,26 @@ def synthetic_positions(shape: torch.Size, seed: int, mean_document: int = 512) 
 # ---- 4. The steps, timed -----------------------------------------------------------------------------------
 
 
+class Start:
+    """Times the phases before the first steps, counted from the start of the process.
+
+    Each is printed as it ends, so that a run that is killed early has shown what it was waiting for."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say, self.seconds, self.began = say, {}, psutil.Process().create_time()
+
+    def ended(self, phase: str) -> None:
+        now = time.time()
+        self.seconds[phase], self.began = now - self.began, now
+        self.say(f"start     {self.seconds[phase]:.1f} s for {phase}")
+
+
 class Measured(NamedTuple):
     """Holds what the steps after the warm-up took, and what was highest in all of them."""
 
-    step_s: dict[str, list[float]]  # of each step, by the source of its rows
-    wait_s: list[float]  # how long each real step waited for its rows
-    losses: list[float]  # of each step, the warm-up's too; real rows take turns with synthetic ones
+    step_s: dict[str, list[float]]  # of each step, by the source of its sequences
+    wait_s: list[float]  # how long each real step waited for its sequences
+    losses: list[float]  # of each step, the warm-up's too; real steps take turns with synthetic ones
     peaks: MemoryPeaks  # over all ranks
 
 
@@ -289,9 +304,9 @@ def measure(
     cfg: BenchmarkConfig,
     training: Training,
     sources: dict[str, Callable[[], list[Batch]]],
-    start: "Start",
+    start: Start,
 ) -> Measured:
-    """Train as many steps on each source of rows as were asked for, after the warm-up. All ranks enter."""
+    """Take the warm-up and the steps that were asked for, on each source of sequences. All ranks enter."""
     device, is_main = training.device, dist.get_rank() == 0
     n_steps, takes_turns = cfg.warmup + cfg.train.steps, len(sources) > 1
     pictures = StepPictures(training, Path(cfg.run_dir), 0, n_steps, cfg.memory.draw)
@@ -334,20 +349,6 @@ def measure(
     largest = torch.tensor(peak_memory.take(), dtype=torch.float64)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return Measured(step_s, wait_s, [row["loss"] for row in done], MemoryPeaks(*largest.tolist()))
-
-
-class Start:
-    """Times the phases before the first steps, counted from the start of the process.
-
-    Each is printed as it ends, so that a run that is killed early has shown what it was waiting for."""
-
-    def __init__(self, say: Callable[[str], None]):
-        self.say, self.seconds, self.began = say, {}, psutil.Process().create_time()
-
-    def ended(self, phase: str) -> None:
-        now = time.time()
-        self.seconds[phase], self.began = now - self.began, now
-        self.say(f"start     {self.seconds[phase]:.1f} s for {phase}")
 
 
 # ---- The step: one global batch ----------------------------------------------------------------------------
