@@ -99,20 +99,21 @@ REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers
 
 # What these fields may hold without changing the arithmetic of model.py. Absent and null are always fine, and
 # a family's own fields are read below.
+# fmt: off
 _SWITCHES = (
-    *("attention_bias", "mlp_bias", "qkv_bias", "bias", "use_qk_norm", "qk_norm", "rope_interleaved"),
-    *("use_mrope", "use_sliding_window", "is_encoder_decoder", "add_cross_attention"),
+    "attention_bias", "mlp_bias", "qkv_bias", "bias", "use_qk_norm", "qk_norm", "rope_interleaved",
+    "use_mrope", "use_sliding_window", "is_encoder_decoder", "add_cross_attention",
 )
 _DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop")
 _FACTORS = (
-    *("partial_rotary_factor", "embedding_multiplier", "residual_multiplier"),
-    *("logits_scaling", "logit_scale"),
+    "partial_rotary_factor", "embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale",
 )
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _MECHANISMS = (
-    *("sliding_window", "attention_chunk_size", "quantization_config", "quantization"),
-    *("attn_logit_softcapping", "final_logit_softcapping"),
+    "sliding_window", "attention_chunk_size", "quantization_config", "quantization",
+    "attn_logit_softcapping", "final_logit_softcapping",
 )
+# fmt: on
 _NEUTRAL = {
     "hidden_act": ("silu", "swish"),
     **dict.fromkeys(_SWITCHES, (False,)),
@@ -124,10 +125,12 @@ _NEUTRAL = {
 
 # Fields of a config.json that would contradict what is exported: family, rotation and dtype,
 # which are written anew, and statements about the files and the program that the base model came from.
+# fmt: off
 _NOT_CARRIED = (
-    *("rope_theta", "rope_scaling", "rope_parameters", "dtype", "torch_dtype"),
-    *("_name_or_path", "transformers_version", "auto_map", "architectures", "model_type"),
+    "rope_theta", "rope_scaling", "rope_parameters", "dtype", "torch_dtype",
+    "_name_or_path", "transformers_version", "auto_map", "architectures", "model_type",
 )
+# fmt: on
 
 # ---- RoPE scaling ------------------------------------------------------------------------------------------
 
@@ -255,6 +258,21 @@ def read_fields(fields: dict, known: set[str]) -> dict:
 
     known: the names of LlamaConfig's fields
     """
+    family = _family_of(fields)
+    _check_shape(fields)
+    _check_arithmetic(fields, family)
+    same_in_both = known - LAYER_FIELDS  # fields that mean the same in a file and in LlamaConfig
+    settings = _read_plain_fields(fields, family, same_in_both)
+    theta = family.defaults.get("rope_theta", 10_000.0)
+    settings["rope_theta"], settings["rope_scaling"] = _read_rope(fields, theta)
+    settings |= _read_windows(fields, family)
+    # What is left changes nothing in this family, and is carried on into the config.json of what is exported.
+    read = {*same_in_both, *family.fixed_fields, *family.own_fields, *_NOT_CARRIED}
+    settings["other_fields"] = {name: value for name, value in fields.items() if name not in read}
+    return settings
+
+
+def _family_of(fields: dict) -> Family:
     model_type = fields.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UsageError(
@@ -262,36 +280,35 @@ def read_fields(fields: dict, known: set[str]) -> dict:
             f"{', '.join(FAMILIES)} (LLaMA 1 to 3.2, CodeLlama, TinyLlama and SmolLM2 are llama, Qwen2.5 is "
             "qwen2)."
         )
-    family, known = FAMILIES[model_type], known - LAYER_FIELDS
+    return FAMILIES[model_type]
+
+
+def _check_shape(fields: dict) -> None:
+    """Raise UsageError unless the file has the fields without which a model has no shape."""
     missing = [name for name in REQUIRED if fields.get(name) is None]
     if missing:
         raise UsageError(f"{', '.join(missing)} missing; the file is not a whole config.json of a model.")
     n_layers = fields["num_hidden_layers"]
     require(type(n_layers) is int, "num_hidden_layers", n_layers, "a whole number")
-    refused = _refused_fields(fields, family)
-    if refused:
-        raise UsageError(
-            f"not supported: {'; '.join(refused)}. Each would change the arithmetic, so it is "
-            "refused rather than ignored (supported: silu, no dropout, biases on q, k, v of qwen2 alone)."
-        )
-    # A field that is absent or null means transformers' default, where ours (LLaMA-2's) is another one.
-    settings = {"rms_norm_eps": 1e-6, **{k: v for k, v in family.defaults.items() if k in known}}
-    settings |= {name: fields[name] for name in known & fields.keys() if fields[name] is not None}
-    # A null means no such token, and as many key/value heads as query heads; absent, they have the defaults.
-    may_be_none = ("bos_token_id", "eos_token_id", "pad_token_id", "num_key_value_heads")
-    settings |= {name: None for name in may_be_none if name in fields and fields[name] is None}
-    settings["rope_theta"], settings["rope_scaling"] = _read_rope(
-        fields, family.defaults.get("rope_theta", 10_000.0)
-    )
-    settings |= _read_windows(fields, family)
-    # Fields that the family does not use, and that change nothing, are carried on.
-    written = {*known, *family.fixed_fields, *_NOT_CARRIED, *family.own_fields}
-    settings["other_fields"] = {name: value for name, value in fields.items() if name not in written}
+
+
+def _read_plain_fields(fields: dict, family: Family, names: set[str]) -> dict:
+    """Return {name: value} of the fields that need no translation: the file's value, or else the default that
+    transformers has for the family. A name that neither has is left to the default of LlamaConfig."""
+    # LlamaConfig has 1e-5, as LLaMA-2 does, and transformers takes 1e-6 where a file has nothing.
+    settings = {"rms_norm_eps": 1e-6}
+    settings |= {name: value for name, value in family.defaults.items() if name in names}
+    # A null says the same as an absent field, but not in these: there it means that no such token exists, or
+    # that there are as many key/value heads as query heads.
+    may_be_null = ("bos_token_id", "eos_token_id", "pad_token_id", "num_key_value_heads")
+    for name in names & fields.keys():
+        if fields[name] is not None or name in may_be_null:
+            settings[name] = fields[name]
     return settings
 
 
-def _refused_fields(fields: dict, family: Family) -> list[str]:
-    """Return name=value of each field that asks for arithmetic which the family or model.py does not have."""
+def _check_arithmetic(fields: dict, family: Family) -> None:
+    """Raise UsageError for fields that ask for arithmetic which the family or model.py does not have."""
     in_all_layers = {"no_rope_layers": ([1] * fields["num_hidden_layers"],)}
     refused = [
         f"{name}={fields[name]!r}"
@@ -302,7 +319,11 @@ def _refused_fields(fields: dict, family: Family) -> list[str]:
     possible = (f"{family.name}ForCausalLM", f"{family.name}Model", "LLaMAForCausalLM")
     if not isinstance(architectures, list) or not any(name in architectures for name in possible):
         refused.append(f"architectures={architectures!r}")
-    return refused
+    if refused:
+        raise UsageError(
+            f"not supported: {'; '.join(refused)}. Each would change the arithmetic, so it is "
+            "refused rather than ignored (supported: silu, no dropout, biases on q, k, v of qwen2 alone)."
+        )
 
 
 def write_fields(settings: dict) -> dict:

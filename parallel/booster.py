@@ -12,16 +12,19 @@
 The Booster does nothing that a recipe could not write: it calls what recipes/pretrain.py calls, in the same
 order. Read that file to see the steps, and use the Booster if your own program has a model, an optimizer and
 a dataloader already.
+
+A model goes one of two ways. A LLaMA becomes our Llama (_AsOurLlama), and any other model of transformers
+stays what it is and is spread by a table of parallel/plans/ (_AsItIs). Booster has what both share, and the
+two classes have the same methods.
 """
 
 import atexit
-import dataclasses
 import gc
-import inspect
 import socket
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -47,6 +50,7 @@ from parallel.clip import clip_grad_norm
 from parallel.config import ParallelConfig, check_parallel
 from parallel.mesh import Layout, build_mesh, start_process_group
 from parallel.plans import Family, family_of
+from parallel.plans.batch import columns_of
 from parallel.plans.family import refuse, shape_of
 from parallel.plans.loss import HfBatch, loss_sum, summed, targets_of
 from parallel.plans.spread import check_family, has_dropout, kept_buffers, restore_buffers, shell_of
@@ -56,72 +60,58 @@ Columns = dict[str, Tensor]  # of a batch of Hugging Face, by name
 EXIT_WAIT = timedelta(seconds=20)
 
 
+@dataclass(eq=False)
 class Booster:
     """Runs a model under one layout. Every rank makes a Booster, and all call its methods together.
-
-    config: an axis of -1 takes the processes that the others leave over. `microbatches` is how many parts
-        `step` cuts the rows of a dp rank into; None means 1, or with pp two per pp rank.
-    memory: None keeps all states on the device.
-    dtype: the type of the computation; master weights, moments and reductions are fp32 in any case.
-    recompute, compile, attention: as the settings of these names in pretrain.py. attention is for our own
-        Llama only.
-    seed: decides the initial weights of a model that is on `meta`, and what dropout draws.
-    device: None takes this process's accelerator or, without one, the CPU.
 
     An existing process group is used. Otherwise one is made from what torchrun set, or a group of one without
     a launcher, and is left when the program ends without an error. UsageError names what cannot be done.
     """
 
-    def __init__(
-        self,
-        config: ParallelConfig,
-        memory: MemoryConfig | None = None,
-        *,
-        dtype: torch.dtype = torch.float32,
-        recompute: str = "none",
-        compile: bool = False,
-        attention: str = "auto",
-        seed: int = 0,
-        device: torch.device | None = None,
-    ):
-        if memory is not None and not isinstance(memory, MemoryConfig):
+    # An axis of -1 takes the processes that the others leave over. `microbatches` is how many parts `step`
+    # cuts the sequences of a dp rank into; None means 1, or with pp two per pp rank.
+    config: ParallelConfig
+    memory: MemoryConfig | None = None  # None keeps all states on the device
+    _: KW_ONLY
+    # The type of the computation. Master weights, moments and reductions are fp32 in any case.
+    dtype: torch.dtype = torch.float32
+    # The next three are as the settings of these names in pretrain.py.
+    recompute: str = "none"
+    compile: bool = False
+    attention: str = "auto"  # for our own Llama only
+    seed: int = 0  # decides the initial weights of a model that is on `meta`, and what dropout draws
+    device: torch.device | None = None  # None takes this process's accelerator or, without one, the CPU
+
+    def __post_init__(self):
+        _check_memory(self.memory)
+        if self.dtype not in (torch.float32, torch.bfloat16):
             raise UsageError(
-                f"Booster was given {type(memory).__name__} for memory; pass memory.MemoryConfig(...), or "
-                "None."
+                f"Booster(dtype={self.dtype}) is not possible; use torch.bfloat16 or torch.float32."
             )
-        if memory is not None:
-            memory.check()
-            if memory.activations:
-                raise UsageError(
-                    "MemoryConfig(activations=True) needs to know the shape of a microbatch before the first "
-                    "one comes, and the Booster does not; leave it out and use recompute='full', or write "
-                    "the loop of recipes/pretrain.py."
-                )
-        if dtype not in (torch.float32, torch.bfloat16):
-            raise UsageError(f"Booster(dtype={dtype}) is not possible; use torch.bfloat16 or torch.float32.")
         local_rank = dist.get_node_local_rank(fallback_rank=-1)  # -1: there is no launcher
-        if device is None:
+        if self.device is None:
             kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-            device = torch.device(kind.type, max(local_rank, 0)) if kind else torch.device("cpu")
-        if device.type != "cpu":
-            torch.accelerator.set_device_index(device.index or 0)
-        ring = config.cp != 1 and config.cp_method == "ring"
-        kernel, _ = choose_attention(attention, device, dtype, merges_blocks=ring)
-        self.computation = Computation(device, dtype, recompute, compile, kernel)
-        self.asked_attention, self.seed = attention, seed
+            self.device = torch.device(kind.type, max(local_rank, 0)) if kind else torch.device("cpu")
+        if self.device.type != "cpu":
+            torch.accelerator.set_device_index(self.device.index or 0)
+        ring = self.config.cp != 1 and self.config.cp_method == "ring"
+        kernel, _ = choose_attention(self.attention, self.device, self.dtype, merges_blocks=ring)
+        self.computation = Computation(self.device, self.dtype, self.recompute, self.compile, kernel)
         if not dist.is_initialized():
-            start_process_group(device, 1 if local_rank < 0 else None)
+            start_process_group(self.device, 1 if local_rank < 0 else None)
             atexit.register(_leave_group)
-        resolved = config.resolve(dist.get_world_size())
+        resolved = self.config.resolve(dist.get_world_size())
+        self.n_microbatches = resolved.microbatches or (2 * resolved.pp if resolved.pp > 1 else 1)
+        self.config = replace(resolved, microbatches=self.n_microbatches)
         # A placement that was left open is off here, on one GPU too: the optimizer may be any, and gradients
         # may be accumulated over as many calls of `step` as the caller likes.
-        self.memory = memory if memory is not None and memory.is_on else None
-        self.n_microbatches = resolved.microbatches or (2 * resolved.pp if resolved.pp > 1 else 1)
-        self.config = dataclasses.replace(resolved, microbatches=self.n_microbatches)
+        if self.memory is not None and not self.memory.is_on:
+            self.memory = None
         self.steps = 0  # calls of `step`
+        # All of these come with `boost`.
+        self.way: _AsOurLlama | _AsItIs | None = None
         self.training: Training | None = None
-        self.family: Family | None = None  # of a model of transformers that stays one
-        self.model = self.optimizer = self.dataloader = self.criterion = None
+        self.model = self.optimizer = self.dataloader = None
 
     def boost(
         self,
@@ -142,16 +132,19 @@ class Booster:
             rank's parameters. With memory: a torch AdamW; the chunk manager's optimizer takes its place, with
             the very same groups.
         dataloader: any iterable of global batches, the same on every rank (checked at each batch). The one
-            that is returned gives this dp rank's rows of each batch. None if you cut batches yourself.
+            that is returned gives this dp rank's sequences of each batch. None if you cut batches yourself.
         criterion: None: the model's own loss, the mean over the scored tokens of the global batch. Yours is
             called with the whole logits (B, T, V) fp32 of a microbatch and its labels, not shifted, and must
             return a mean over scored tokens: microbatches and ranks count by their labels[:, 1:] that are not
-            -100 (of BERT and T5, by all labels). Not under cp: no rank has whole rows.
+            -100 (of BERT and T5, by all labels). Not under cp: no rank has whole
+            sequences.
         """
-        if isinstance(model, Llama) or type(model).__name__ == "LlamaForCausalLM":
-            boosted, whole = self._llama_of(model, criterion)
-        else:
-            boosted, whole = self._shell_of(model)
+        is_llama = isinstance(model, Llama) or type(model).__name__ == "LlamaForCausalLM"
+        self.way = _AsOurLlama(self, model, criterion) if is_llama else _AsItIs(self, model, criterion)
+        config, self._checked_shape = self.way.config, None
+        # This is the smallest batch that may come: a layout that fits none is refused here.
+        self._check(config.token_slices, self.n_microbatches * config.dp)
+        boosted, whole = self.way.on_meta(model)
         names = _names_in(optimizer, whole)
 
         def own_parameters(boosted: nn.Module) -> torch.optim.Optimizer:
@@ -161,77 +154,29 @@ class Booster:
                 group["params"] = [here[name] for name in names_of_group if name in here]
             return optimizer
 
-        layout = Layout(self.config, build_mesh(self.config, self.device.type), self.n_microbatches)
+        layout = Layout(config, build_mesh(config, self.device.type), self.n_microbatches)
         offload = Offload(self.memory, ranks_per_host=_ranks_of_this_host()) if self.memory else None
         say = print if dist.get_rank() == 0 else lambda text: None
-        self.training = assemble(boosted, layout, self.computation, own_parameters, offload, say)
-        if self.family is not None:
-            self._finish_family(model, boosted, criterion)
-        elif criterion is not None:
-            for stage in self.training.stages:
-                stage.loss_sum = _loss_by(criterion, stage)
+        training = assemble(boosted, layout, self.way.computation, own_parameters, offload, say)
+        self.way.finish(training, model)
         if next(iter(whole.values())).is_meta:
-            init_weights(self.training.fp32_weights(), self.seed)
+            init_weights(training.fp32_weights(), self.seed)
         else:
-            copy_weights(whole, self.training.fp32_weights())
-        self.model, self.optimizer, self.criterion = boosted, self.training.optimizer, criterion
-        self._checked_shape, self.dataloader = None, None
+            copy_weights(whole, training.fp32_weights())
+        self.training, self.model, self.optimizer = training, boosted, training.optimizer
+        self.dataloader = None
         if dataloader is not None:
-            self.dataloader = OwnRows(dataloader, layout, self._read, self.device)
+            self.dataloader = OwnSequences(dataloader, layout, self.way.read, self.device)
         return boosted, self.optimizer, self.dataloader, criterion
 
-    def _llama_of(self, model: nn.Module, criterion: Criterion | None) -> tuple[Llama, Columns]:
-        """Return our Llama of this shape, on `meta`, and the user's parameters by name."""
-        self.shape, self.family = _config_of(model), None
-        if criterion is not None and self.config.cp > 1:
-            raise UsageError(
-                "a criterion of your own needs the logits of whole rows, and under ParallelConfig(cp="
-                f"{self.config.cp}) no rank has them; use criterion=None (the causal-LM loss), or cp=1."
-            )
-        # This is the smallest batch that may come: a layout that fits none is refused here.
-        self._check(self.config.token_slices, self.n_microbatches * self.config.dp)
-        with torch.device("meta"):
-            boosted = Llama(self.shape).float()
-        boosted.generation_config = _generation_config_of(model, self.shape)
-        if isinstance(model, Llama):
-            boosted.token_loss, boosted.attention = model.token_loss, model.attention
-        return boosted, _matching_parameters(model, boosted)
-
-    def _shell_of(self, model: nn.Module) -> tuple[nn.Module, Columns]:
-        """Return a model of the same class and modules, on `meta`, and the user's parameters by name."""
-        self.family = family_of(model)
-        if self.config.tp > 1 and self.config.sequence_parallel and dist.get_rank() == 0:
-            print(f"tp        {type(model).__name__}: no sequence parallelism, its blocks map whole rows")
-        self.config = dataclasses.replace(self.config, sequence_parallel=False)
-        self.computation = check_family(model, self.family, self.config, self.computation)
-        whole = dict(model.named_parameters())
-        if self.asked_attention != "auto":
-            what = f"attention={self.asked_attention} is for our own Llama"
-            refuse(model, f"{what}; make the model with the attn_implementation that you want.")
-        self.shape = shape_of(model, self.family)
-        self._check(self.config.token_slices, self.n_microbatches * self.config.dp)
-        boosted = shell_of(model, self.family)
-        boosted.family = self.family
-        return boosted, whole
-
-    def _finish_family(self, model: nn.Module, boosted: nn.Module, criterion: Criterion | None) -> None:
-        """Restore what a model of transformers has beside its parameters; give dropout its seeds."""
-        restore_buffers(boosted, model, self.device)
-        for stage in self.training.stages:
-            stage.criterion = criterion
-        if has_dropout(model) and dist.get_world_size() > 1:
-            # Ranks of tp draw alike, where they have the same activations, and all others differently.
-            other_tokens_or_layers = self.training.layout.mesh["loss"].get_local_rank()
-            torch.manual_seed(self.seed + 1_000_003 * (1 + other_tokens_or_layers))
-
     def step(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Forward and backward of this dp rank's rows {"input_ids", "labels"} (B, T); gradients add to what
-        is there. A model of a family gets the other columns of the batch, too.
+        """Run forward and backward of this dp rank's sequences, {"input_ids", "labels"} (B, T); gradients add
+        to what is there. A model of a family gets the other columns of the batch, too.
 
         Returns the mean loss of the global batch in nats, a float32 scalar, the same on every rank. If no
         label of the global batch is scored it is 0, and so are the gradients.
         """
-        columns = self._read(batch)
+        columns = self.way.read(batch)
         tokens, labels = columns["input_ids"], columns["labels"]
         if tokens.shape != self._checked_shape:
             if len(tokens) % self.n_microbatches:
@@ -243,46 +188,14 @@ class Booster:
             self._check(tokens.shape[1], len(tokens) * self.config.dp)
             self._checked_shape = tokens.shape
         layout = self.training.layout
-        targets = targets_of(self.family, labels)
+        targets = targets_of(self.way.family, labels)
         n_targets = (targets != IGNORE).sum().to(self.device)
         dist.all_reduce(n_targets, group=layout.mesh["dp"].get_group())
-        microbatches = self._microbatches(columns, targets)
-        run = forward_backward if self.family is None else self._family_forward_backward
-        loss = run(self.training, microbatches, n_targets.clamp(min=1))
+        microbatches = self.way.cut(columns, targets, layout)
+        loss = self.way.forward_backward(self.training, microbatches, n_targets.clamp(min=1))
         dist.all_reduce(loss, group=layout.loss_group)  # each rank has its own tokens' share
         self.steps += 1
         return loss
-
-    def _microbatches(self, columns: Columns, targets: Tensor) -> list[Batch | HfBatch]:
-        """Cut the rows of a dp rank; each part is what one forward sees."""
-        if self.family is None:
-            labels = targets if self.criterion is None else columns["labels"]
-            tokens, labels = (column.chunk(self.n_microbatches) for column in (columns["input_ids"], labels))
-            cut = zip(tokens, labels, strict=True)
-            return [self.training.layout.own_tokens(Batch(*microbatch, None)) for microbatch in cut]
-        parts = {name: column.to(self.device).chunk(self.n_microbatches) for name, column in columns.items()}
-        tokens, labels = parts.pop("input_ids"), parts.pop("labels")
-        others = [{name: cut[i] for name, cut in parts.items()} for i in range(self.n_microbatches)]
-        return [HfBatch(*microbatch) for microbatch in zip(tokens, labels, others, strict=True)]
-
-    def _family_forward_backward(
-        self, training: Training, microbatches: list[HfBatch], n_targets: Tensor
-    ) -> Tensor:
-        """Do what `forward_backward` does with a Llama, with the loss of a model of transformers."""
-        if training.pipeline:
-            return training.pipeline.step(microbatches, n_targets)
-        loss = torch.zeros((), device=training.device)
-        for i, batch in enumerate(microbatches):
-            training.sync_gradients(last=i == len(microbatches) - 1)
-            loss_i = loss_sum(training.model, self.family, batch, self.criterion) / n_targets
-            # FSDP averages gradients over these ranks; we want their sum.
-            (loss_i * training.layout.gradient_ranks).backward()
-            loss += loss_i.detach()
-        return loss
-
-    def _read(self, batch: Mapping[str, Tensor]) -> Columns:
-        """Return the columns of a batch that the model gets; UsageError if something is missing or odd."""
-        return _columns(batch) if self.family is None else _family_columns(batch, self.model)
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """Clip all gradients to this norm over all ranks and axes. Returns the norm before, on every rank.
@@ -296,11 +209,7 @@ class Booster:
 
     def save_hf(self, model: Llama, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a folder that transformers opens (save your tokenizer beside it); dtype None: fp32."""
-        weights = self.training.fp32_weights()
-        if self.family is not None:
-            weights.convert_to_save = self.model.convert_to_save
-            weights.kept_buffers = kept_buffers(self.model)
-        save_hf(weights, folder, dtype)
+        save_hf(self.way.weights_to_save(self.training), folder, dtype)
 
     def save(self, folder: str | Path) -> None:
         """Write all that training needs to go on, as folder/step-00000042 after 42 calls of `step`.
@@ -342,14 +251,126 @@ class Booster:
             self.dataloader.n_to_skip = progress["position"]
         return self.steps
 
-    @property
-    def device(self) -> torch.device:
-        return self.computation.device
-
     def _check(self, seq_len: int, global_batch_size: int) -> None:
-        micro_batch_size = global_batch_size // (self.n_microbatches * self.config.dp)
-        job = self.computation.job(self.shape, seq_len, global_batch_size, micro_batch_size)
-        check_parallel(self.config, job)
+        """Raise UsageError if the layout cannot run such a batch of the boosted model."""
+        way = self.way
+        micro_batch_size = global_batch_size // (self.n_microbatches * way.config.dp)
+        job = way.computation.job(way.shape, seq_len, global_batch_size, micro_batch_size)
+        check_parallel(way.config, job)
+
+
+# ---- The two ways ------------------------------------------------------------------------------------------
+
+
+class _AsOurLlama:
+    """Trains a LLaMA as our Llama of the same shape and names.
+
+    config, computation: those of the Booster, as far as this way can follow them. shape: what the rules of a
+    layout ask about a model. The user's model is passed in where it is needed, and never kept, so that the
+    caller can free it.
+    """
+
+    family: Family | None = None
+
+    def __init__(self, booster: Booster, model: nn.Module, criterion: Criterion | None):
+        self.config, self.computation, self.criterion = booster.config, booster.computation, criterion
+        self.shape = _config_of(model)
+        if criterion is not None and self.config.cp > 1:
+            raise UsageError(
+                "a criterion of your own needs the logits of whole rows, and under ParallelConfig(cp="
+                f"{self.config.cp}) no rank has them; use criterion=None (the causal-LM loss), or cp=1."
+            )
+
+    def on_meta(self, model: nn.Module) -> tuple[nn.Module, Columns]:
+        """Return the model to spread, on `meta`, and the user's parameters by name."""
+        with torch.device("meta"):
+            boosted = Llama(self.shape).float()
+        boosted.generation_config = _generation_config_of(model, self.shape)
+        if isinstance(model, Llama):
+            boosted.token_loss, boosted.attention = model.token_loss, model.attention
+        return boosted, _matching_parameters(model, boosted)
+
+    def finish(self, training: Training, model: nn.Module) -> None:
+        """Take over from the user's model what is not a parameter, and set the loss of each stage."""
+        if self.criterion is not None:
+            for stage in training.stages:
+                stage.loss_sum = _loss_by(self.criterion, stage)
+
+    def read(self, batch: Mapping[str, Tensor]) -> Columns:
+        """Return the columns of a batch that the model gets; UsageError if something is missing or odd."""
+        return _columns(batch)
+
+    def cut(self, columns: Columns, targets: Tensor, layout: Layout) -> list[Batch]:
+        """Cut the sequences of a dp rank into microbatches, with the tokens of this rank in each."""
+        labels = targets if self.criterion is None else columns["labels"]
+        parts = (column.chunk(layout.n_microbatches) for column in (columns["input_ids"], labels))
+        return [layout.own_tokens(Batch(*part, None)) for part in zip(*parts, strict=True)]
+
+    def forward_backward(self, training: Training, microbatches: list[Batch], n_targets: Tensor) -> Tensor:
+        """Add up the gradients of all microbatches. Returns this rank's share of the loss."""
+        return forward_backward(training, microbatches, n_targets)
+
+    def weights_to_save(self, training: Training) -> nn.Module:
+        """Return what save_hf writes."""
+        return training.fp32_weights()
+
+
+class _AsItIs:
+    """Trains a model of transformers as the class that it is. Its methods are those of _AsOurLlama."""
+
+    def __init__(self, booster: Booster, model: nn.Module, criterion: Criterion | None):
+        self.criterion, self.seed, self.family = criterion, booster.seed, family_of(model)
+        if booster.config.tp > 1 and booster.config.sequence_parallel and dist.get_rank() == 0:
+            print(f"tp        {type(model).__name__}: no sequence parallelism, its blocks map whole rows")
+        self.config = replace(booster.config, sequence_parallel=False)
+        self.computation = check_family(model, self.family, self.config, booster.computation)
+        if booster.attention != "auto":
+            what = f"attention={booster.attention} is for our own Llama"
+            refuse(model, f"{what}; make the model with the attn_implementation that you want.")
+        self.shape = shape_of(model, self.family)
+
+    def on_meta(self, model: nn.Module) -> tuple[nn.Module, Columns]:
+        self.boosted = shell_of(model, self.family)
+        self.boosted.family = self.family
+        return self.boosted, dict(model.named_parameters())
+
+    def finish(self, training: Training, model: nn.Module) -> None:
+        restore_buffers(training.model, model, training.device)
+        for stage in training.stages:
+            stage.criterion = self.criterion
+        if has_dropout(model) and dist.get_world_size() > 1:
+            # Ranks of tp draw alike, where they have the same activations, and all others differently.
+            other_tokens_or_layers = training.layout.mesh["loss"].get_local_rank()
+            torch.manual_seed(self.seed + 1_000_003 * (1 + other_tokens_or_layers))
+
+    def read(self, batch: Mapping[str, Tensor]) -> Columns:
+        return columns_of(batch, self.boosted)
+
+    def cut(self, columns: Columns, targets: Tensor, layout: Layout) -> list[HfBatch]:
+        n, device = layout.n_microbatches, self.computation.device
+        parts = {name: column.to(device).chunk(n) for name, column in columns.items()}
+        tokens, labels = parts.pop("input_ids"), parts.pop("labels")
+        others = [{name: part[i] for name, part in parts.items()} for i in range(n)]
+        return [HfBatch(*microbatch) for microbatch in zip(tokens, labels, others, strict=True)]
+
+    def forward_backward(self, training: Training, microbatches: list[HfBatch], n_targets: Tensor) -> Tensor:
+        """Do what the function of this name does below, with the loss of a model of transformers."""
+        if training.pipeline:
+            return training.pipeline.step(microbatches, n_targets)
+        loss = torch.zeros((), device=training.device)
+        for i, batch in enumerate(microbatches):
+            training.sync_gradients(last=i == len(microbatches) - 1)
+            loss_i = loss_sum(training.model, self.family, batch, self.criterion) / n_targets
+            # FSDP averages gradients over these ranks; we want their sum.
+            (loss_i * training.layout.gradient_ranks).backward()
+            loss += loss_i.detach()
+        return loss
+
+    def weights_to_save(self, training: Training) -> nn.Module:
+        weights = training.fp32_weights()
+        weights.convert_to_save = training.model.convert_to_save
+        weights.kept_buffers = kept_buffers(training.model)
+        return weights
 
 
 def forward_backward(training: Training, microbatches: list[Batch], n_targets: Tensor) -> Tensor:
@@ -369,13 +390,15 @@ def forward_backward(training: Training, microbatches: list[Batch], n_targets: T
     return loss
 
 
-class OwnRows:
-    """Iterates over the rows of one dp rank in each global batch of a dataloader: {"input_ids", "labels"}
-    (B/dp, T), and for a model of a family the other columns.
+class OwnSequences:
+    """Iterates over the sequences of one dp rank in each global batch of a dataloader: {"input_ids",
+    "labels"} (B/dp, T), and for a model of a family the other columns.
 
-    A batch whose rows or tokens do not divide evenly is filled up at its end with tokens that nothing is
+    A batch whose sequences or tokens do not divide evenly is filled up at its end with tokens that nothing is
     scored on and that no earlier token sees: neither loss nor gradients change, whatever the last batch of a
-    pass holds. read: Booster._read.
+    pass holds.
+
+    read: the method of the model's way that checks a batch.
     """
 
     def __init__(
@@ -400,21 +423,21 @@ class OwnRows:
                 continue
             columns = self.read(batch)
             self._refuse_other_batches(columns)
-            yield {name: self._own_rows(name, column) for name, column in columns.items()}
+            yield {name: self._own_sequences(name, column) for name, column in columns.items()}
 
-    def _own_rows(self, name: str, column: Tensor) -> Tensor:
-        """Pad a column, and return this dp rank's rows of it. Padding tokens are not scored, but attention
-        sees them, because the softmax of a row of padding alone would not be defined."""
+    def _own_sequences(self, name: str, column: Tensor) -> Tensor:
+        """Pad a column, and return this dp rank's sequences of it. Padding tokens are not scored, but
+        attention sees them, because the softmax of a sequence of padding alone would not be defined."""
         fill = IGNORE if name == "labels" else int("mask" in name)
         dp, dp_rank = self.layout.config.dp, self.layout.dp_rank
-        n_rows_missing = -len(column) % (dp * self.layout.n_microbatches)
+        n_sequences_missing = -len(column) % (dp * self.layout.n_microbatches)
         n_tokens_missing = -column.shape[1] % self.layout.config.token_slices
-        column = F.pad(column, (0, n_tokens_missing, 0, n_rows_missing), value=fill)
+        column = F.pad(column, (0, n_tokens_missing, 0, n_sequences_missing), value=fill)
         return column[dp_rank * len(column) // dp : (dp_rank + 1) * len(column) // dp]
 
     def _refuse_other_batches(self, columns: Columns) -> None:
-        """Raise UsageError if ranks see different batches: they would train on some rows twice, and tp ranks
-        on a mix of two rows."""
+        """Raise UsageError if ranks see different batches: they would train on some sequences twice, and tp
+        ranks on a mix of two."""
         if dist.get_world_size() == 1:
             return  # there is nothing to compare, and the host would wait for the previous step
         crc = 0
@@ -437,6 +460,22 @@ def copy_weights(whole: dict[str, Tensor], model: nn.Module) -> None:
     for name, parameter in hf_parameters(model).items():
         with values_to_write(model, name, parameter) as values:
             copy_own_part(whole[name].detach().reshape(values.shape), values)
+
+
+def _check_memory(memory: MemoryConfig | None) -> None:
+    if memory is None:
+        return
+    if not isinstance(memory, MemoryConfig):
+        raise UsageError(
+            f"Booster was given {type(memory).__name__} for memory; pass memory.MemoryConfig(...), or None."
+        )
+    memory.check()
+    if memory.activations:
+        raise UsageError(
+            "MemoryConfig(activations=True) needs to know the shape of a microbatch before the first "
+            "one comes, and the Booster does not; leave it out and use recompute='full', or write "
+            "the loop of recipes/pretrain.py."
+        )
 
 
 def _config_of(model: nn.Module) -> LlamaConfig:
@@ -524,46 +563,6 @@ def _columns(batch: Mapping[str, Tensor]) -> Columns:
             "labels are scored where attention_mask hides the token before; set labels of padding to -100."
         )
     return {"input_ids": tokens, "labels": labels}
-
-
-def _family_columns(batch: Mapping[str, Tensor], model: nn.Module) -> Columns:
-    """Return the columns of a batch for a model of transformers; UsageError if its forward lacks one."""
-    missing = [name for name in ("input_ids", "labels") if name not in batch]
-    known = inspect.signature(type(model).forward).parameters
-    if missing:
-        raise UsageError(f'a batch lacks {missing[0]}; it must have "input_ids" and "labels", (B, T) each.')
-    n_rows = len(batch["input_ids"])
-    for name, column in batch.items():
-        fits = isinstance(column, Tensor) and column.dim() == 2 and len(column) == n_rows
-        if not fits or name not in known:
-            refuse(
-                model,
-                f"a batch has {name}, which its forward does not take, or which is no tensor (B, T) of the "
-                f"{n_rows} rows of input_ids; leave it out.",
-            )
-    _refuse_ids_out_of_range(batch, model)
-    return dict(batch)
-
-
-def _refuse_ids_out_of_range(batch: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Raise UsageError for ids that the vocabulary lacks, and rows that are longer than a table of positions.
-    Columns on a GPU are not looked at: that would wait for it."""
-    n_ids = model.config.get_text_config().vocab_size
-    for name in ("input_ids", "decoder_input_ids", "labels"):
-        column = batch.get(name)
-        if column is None or column.device.type != "cpu" or column.numel() == 0:
-            continue
-        low, high = int(column.min()), int(column.max())
-        if high >= n_ids or (low < 0 and name != "labels"):
-            refuse(model, f"{name} has ids from {low} to {high}, and its vocabulary is 0 to {n_ids - 1}.")
-    longest = getattr(model.config, "max_position_embeddings", None)
-    n_tokens = batch["input_ids"].shape[1]
-    if longest is not None and n_tokens > longest:
-        refuse(
-            model,
-            f"rows of {n_tokens} tokens are longer than its {longest} positions "
-            "(max_position_embeddings); cut them.",
-        )
 
 
 def _ranks_of_this_host() -> int:

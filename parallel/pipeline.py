@@ -24,7 +24,7 @@ transfers are those of torch.distributed.pipelining; this file splits the model,
 keeps everything else as it is without pp.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
 from copy import deepcopy
 from itertools import accumulate
@@ -201,8 +201,9 @@ class Pipeline:
         self.kind = SCHEDULES[config.schedule]
         self.group, self.pp_rank = pp_mesh.get_group(), pp_mesh.get_local_rank()
         placement = stage_indices(config.schedule, pp_mesh.size(), len(stages))
-        self.own, self.last = placement[self.pp_rank], pp_mesh.size() * len(stages) - 1
+        self.own = placement[self.pp_rank]  # the numbers of `stages` among all stages, from 0 to `last`
         self.rank_of = {stage: rank for rank, of_rank in enumerate(placement) for stage in of_rank}
+        self.last = max(self.rank_of)
         # The schedule is made at the first step, for the shape of its microbatches.
         self.schedule, self.batch_shape = None, None
         self.recorder: Recorder | None = None  # set for one step, it notes which rank worked when
@@ -241,7 +242,7 @@ class Pipeline:
         """Return what the rank's stages are called with: the tokens, for the first one, and the rest by name.
 
         torch takes one batch and cuts it into microbatches again. These are the same microbatches, because
-        all of them have the same number of rows.
+        all of them have the same number of sequences.
         """
         inputs = {}
         joined = lambda name: torch.cat([getattr(batch, name) for batch in microbatches])
@@ -260,37 +261,45 @@ class Pipeline:
         All microbatches pass through a rank's first stage, then through its second."""
         self._renew_tied_copy()
         nats = torch.zeros((), dtype=torch.float64, device=self.device)
-        sends, kept = [], {}
-        for index, stage in zip(self.own, self.stages, strict=True):
-            sender, receiver = self.rank_of.get(index - 1), self.rank_of.get(index + 1)
-            outgoing = []
-            for i, batch in enumerate(microbatches):
-                if sender is None:  # the first stage
-                    x = batch.tokens.to(self.device)
-                elif sender == self.pp_rank:
-                    x = kept.pop(i)
-                else:
-                    shape = self._hidden_shape(batch.tokens.shape)
-                    x = torch.empty(shape, dtype=self.computation.dtype, device=self.device)
-                    dist.recv(x, group=self.group, group_src=sender)
-                x = stage(x, labels=batch.labels.to(self.device), positions=batch.positions)
-                if receiver is None:  # the last stage
-                    nats += x
-                elif receiver == self.pp_rank:
-                    kept[i] = x
-                else:
-                    outgoing.append(x.contiguous())
-                    # In looped schedules the last rank sends on to rank 0, which starts to receive only after
-                    # it has finished its previous stage. So these sends wait for the last microbatch; else
-                    # both ranks would order their sends and receives differently, and deadlock.
-                    is_loop = receiver < self.pp_rank and not self.kind.v_shaped
-                    if not is_loop or i == len(microbatches) - 1:
-                        sends += [(dist.isend(x, group=self.group, group_dst=receiver), x) for x in outgoing]
-                        outgoing = []
-        for work, _ in sends:
+        kept, sends = [], []  # outputs for this rank's next stage, and for other ranks
+        for index in self.own:
+            outputs = self._outputs_of(index, microbatches, kept)
+            receiver = self.rank_of.get(index + 1)
+            if receiver is None:  # the last stage
+                nats = sum(outputs, nats)
+            elif receiver == self.pp_rank:
+                kept = list(outputs)
+            else:
+                # In looped schedules the last rank sends on to rank 0, which starts to receive only after it
+                # has finished its previous stage. So these sends wait for the last microbatch; else both
+                # ranks would order their sends and receives differently, and deadlock.
+                if receiver < self.pp_rank and not self.kind.v_shaped:
+                    outputs = list(outputs)
+                outputs = map(Tensor.contiguous, outputs)
+                sends += [(dist.isend(x, group=self.group, group_dst=receiver), x) for x in outputs]
+        for work, _ in sends:  # each beside its tensor, which has to live until it is sent
             work.wait()
         reshard(self.stages)
         return nats
+
+    def _outputs_of(self, index: int, microbatches: list[Batch], kept: list[Tensor]) -> Iterator[Tensor]:
+        """Run one of this rank's stages. Yield its output for each microbatch before the next one is begun:
+        hidden states (B, T, D), or on the last stage the sum of the losses.
+
+        kept: the hidden states that come in, where the stage before is this rank's too; they are taken out,
+            which frees them."""
+        stage = self.stages[self.own.index(index)]
+        sender = self.rank_of.get(index - 1)
+        for batch in microbatches:
+            if sender is None:  # the first stage
+                x = batch.tokens.to(self.device)
+            elif sender == self.pp_rank:
+                x = kept.pop(0)
+            else:
+                shape = self._hidden_shape(batch.tokens.shape)
+                x = torch.empty(shape, dtype=self.computation.dtype, device=self.device)
+                dist.recv(x, group=self.group, group_src=sender)
+            yield stage(x, labels=batch.labels.to(self.device), positions=batch.positions)
 
     def _hidden_shape(self, batch_shape: torch.Size) -> tuple[int, int, int]:
         """Return the shape (B, T, D) of hidden states between two stages, T as a tp rank holds it there."""
@@ -308,8 +317,9 @@ class Pipeline:
         torch_stages = []
         for index, stage in zip(self.own, self.stages, strict=True):
             takes, gives = hidden if index else tokens, loss if index == self.last else hidden
-            shapes = {"input_args": takes, "output_args": gives}
-            torch_stages.append(Stage(stage, index, self.last + 1, self.device, group=self.group, **shapes))
+            torch_stages.append(
+                Stage(stage, index, self.last + 1, self.device, takes, gives, group=self.group)
+            )
         one_each = self.kind.torch_class in (ScheduleGPipe, Schedule1F1B)
         schedule = self.kind.torch_class(
             torch_stages[0] if one_each else torch_stages,

@@ -35,35 +35,42 @@ class Job:
 
     model: LlamaConfig
     seq_len: int
-    global_batch_size: int = 1  # rows of one optimizer step, on all ranks together
-    micro_batch_size: int | None = 1  # rows of one forward, on one dp rank; None: parallel/planner.py chooses
-    attention: str = (
-        "sdpa"  # one of the kernels of dtensor_llama/attention.py, or auto: the fastest that can run
-    )
+    global_batch_size: int = 1  # sequences of one optimizer step, on all ranks together
+    # sequences of one forward, on one dp rank; None: parallel/planner.py chooses
+    micro_batch_size: int | None = 1
+    attention: str = "sdpa"  # a kernel of dtensor_llama/attention.py, or auto: the fastest that can run
     recompute: str | None = "none"  # None: parallel/planner.py chooses
     compile: bool = False
     device_type: str = "cpu"
-    document_tokens: int | None = None  # of a document in a packed row; None: rows are not masked
+    document_tokens: int | None = None  # of a document in a packed sequence; None: no document mask
 
 
 @dataclass(frozen=True)
 class Case:
     """Holds what a rule decides about: a layout, and its job or the number of processes that it is for.
 
-    Each field of the layout, of the job and of its model is an attribute of the case too. The properties are
-    what several rules, or the message of one, need beside the fields.
+    A rule reads every setting by its bare name, so that it looks like the formula that it is and so that its
+    message can show the values. `c` is the case:
+
+        c.tp, c.dp      the same as c.layout.tp, c.layout.dp     a field or property of ParallelConfig
+        c.seq_len       the same as c.job.seq_len                of Job
+        c.vocab_size    the same as c.job.model.vocab_size       of LlamaConfig
+
+    No name stands in two of these classes (tests/test_rules.py). The properties below are what several rules,
+    or the message of one, need beside the settings.
     """
 
     layout: "ParallelConfig"
     job: Job | None = None
     world_size: int | None = None  # given while an axis of the layout may still be -1
 
-    def __getattr__(self, field: str):
-        model = self.job and self.job.model
-        for owner in (self.layout, self.job, model):
-            if hasattr(owner, field):
-                return getattr(owner, field)
-        raise AttributeError(field)
+    def __getattr__(self, name: str):
+        """Return a setting by its bare name. Python asks this for names that Case itself does not have."""
+        owners = [self.layout] if self.job is None else [self.layout, self.job, self.job.model]
+        for owner in owners:
+            if hasattr(owner, name):
+                return getattr(owner, name)
+        raise AttributeError(name)
 
     def changed(self, field: str, value: object) -> "Case":
         """Return this case with another value of one field."""
@@ -73,7 +80,7 @@ class Case:
             return replace(self, job=replace(self.job, **{field: value}))
         case = replace(self, layout=replace(self.layout, **{field: value}))
         if field == "microbatches" and value is not None:
-            # Only the Booster sets it, whose batch may have any number of rows: the batch grows with it.
+            # Only the Booster sets it, whose batch may have any number of sequences: the batch grows with it.
             return case.changed("global_batch_size", value * self.stride)
         return case
 
@@ -106,7 +113,7 @@ class Case:
 
     @property
     def stride(self) -> int:
-        """Return how many rows all dp ranks together read for one microbatch each."""
+        """Return how many sequences all dp ranks together read for one microbatch each."""
         return self.micro_batch_size * self.dp
 
     @property
@@ -208,13 +215,12 @@ def check(rules: Sequence[Rule], case: Case) -> None:
     subject = f"{rule.field}={value}"
     if rule.field == "world_size":
         subject = "one process" if value == 1 else f"{value} processes"
-    message = f"{subject} {rule.says.format(c=case)}."
-    ways = ", or ".join(_in_words(*way) for way in what_works(rules, case).items())
-    if not ways:
-        ways = " and ".join(_in_words(field, [value]) for field, value in what_works_together(rules, case))
-    if ways:
-        message += f" {ways[0].upper()}{ways[1:]}."
-    raise UsageError(message)
+    problem = f"{subject} {rule.says.format(c=case)}."
+    remedy = ", or ".join(_in_words(*way) for way in what_works(rules, case).items())
+    if not remedy:  # no single change helps
+        both = what_works_together(rules, case)
+        remedy = " and ".join(_in_words(field, [value]) for field, value in both)
+    raise UsageError(f"{problem} {remedy[0].upper()}{remedy[1:]}." if remedy else problem)
 
 
 def all_hold(rules: Sequence[Rule], case: Case) -> bool:
@@ -225,12 +231,15 @@ def all_hold(rules: Sequence[Rule], case: Case) -> bool:
 def what_works(rules: Sequence[Rule], case: Case) -> dict[str, list]:
     """Return {field: values}: each single change that satisfies the first broken rule, and that no other such
     change surpasses in how many of the rules after it hold."""
-    at = _first_broken(rules, case)
-    reached = {change: _first_broken(rules, case.changed(*change)) for change in _changes(rules[at], case)}
-    furthest = max(reached.values(), default=at)
+    broken = _first_broken(rules, case)
+    # {(field, value): the index of the first rule that does not hold after this change}
+    next_broken = {
+        change: _first_broken(rules, case.changed(*change)) for change in _changes(rules[broken], case)
+    }
+    furthest = max(next_broken.values(), default=broken)
     ways: dict[str, list] = {}
-    for (field, value), place in reached.items():
-        if place == furthest > at:
+    for (field, value), index in next_broken.items():
+        if index == furthest > broken:
             ways.setdefault(field, []).append(value)
     return ways
 
@@ -238,11 +247,11 @@ def what_works(rules: Sequence[Rule], case: Case) -> dict[str, list]:
 def what_works_together(rules: Sequence[Rule], case: Case) -> list[tuple[str, object]]:
     """Return the first two changes, each a (field, value), that satisfy the first broken rule together: for a
     case that no single one helps, because of another rule. Empty if there are none."""
-    at = _first_broken(rules, case)
-    for first in _changes(rules[at], case):
+    broken = _first_broken(rules, case)
+    for first in _changes(rules[broken], case):
         halfway = case.changed(*first)
         for second in _changes(rules[_first_broken(rules, halfway)], halfway):
-            if _first_broken(rules, halfway.changed(*second)) > at:
+            if _first_broken(rules, halfway.changed(*second)) > broken:
                 return [first, second]
     return []
 
@@ -261,12 +270,13 @@ def _first_broken(rules: Sequence[Rule], case: Case) -> int:
 
 
 def _in_words(field: str, values: list) -> str:
+    """Return what to do so that the field has one of the values, for example `use tp=1 or 2 or 4`."""
     if field == "world_size":
         launches = ["plain python" if n == 1 else f"torchrun --nproc-per-node {n}" for n in values]
         return f"launch with {' or '.join(launches)}"
     if values[0] is None or field in LEFT_OUT:
         return f"leave `{field}` out"
-    runs: list[list] = []
+    runs: list[list] = []  # values that follow each other, as 3, 4, 5, are one run and become `3 to 5`
     for value in values:
         if runs and isinstance(value, int) and value == runs[-1][-1] + 1:
             runs[-1].append(value)
@@ -290,51 +300,50 @@ LEFT_OUT = (
 def axis_rules(axes: Sequence[str]) -> list[Rule]:
     """Return one rule per axis: its size is a number of processes, or -1 while that is still open."""
 
-    def rule(axis: str) -> Rule:
+    def rule_of(axis: str) -> Rule:
         return Rule(
             axis,
-            lambda c: getattr(c, axis) >= 1 or (getattr(c, axis) == -1 and c.world_size is not None),
+            lambda c: c.sizes[axis] >= 1 or (c.sizes[axis] == -1 and c.world_size is not None),
             "is not possible; it must be a number of processes, or -1 for all that are left over",
             {axis: [1, -1]},
         )
 
-    return [rule(axis) for axis in axes]
-
-
-def _divisors(c: Case) -> list[int]:
-    return [n for n in range(1, c.world_size + 1) if c.world_size % n == 0]
+    return [rule_of(axis) for axis in axes]
 
 
 def world_rules(axes: Sequence[str]) -> list[Rule]:
     """Return the rules by which a number of processes becomes a mesh with these axes."""
+    auto_chooses_every_axis = Rule(
+        "auto",
+        lambda c: not (c.auto and c.given_axes),
+        "chooses every axis, and {c.given_axes} is given too; leave one of them out",
+        {},
+    )
 
-    def only_one_is_open(axis: str) -> Rule:
+    def only_one_axis_is_open(axis: str) -> Rule:
         return Rule(
             axis,
-            lambda c: getattr(c, axis) != -1 or c.open_axes == axis,
+            lambda c: c.sizes[axis] != -1 or c.open_axes == axis,
             "cannot be what is left over, because several axes are -1: {c.open_axes}",
-            {axis: _divisors},
+            {axis: _divisors_of_world},
         )
 
     def sizes_to_try(axis: str) -> Callable[[Case], list[int]]:
-        return lambda c: [-1, *_divisors(c)] if axis in c.fixed_axes or axis == "dp_shard" else []
+        # An axis that is 1 stays so, as nobody asked for it, but for dp_shard, which takes what is left over.
+        return lambda c: [-1, *_divisors_of_world(c)] if axis in c.fixed_axes or axis == "dp_shard" else []
 
-    return [
-        Rule(
-            "auto",
-            lambda c: not (c.auto and c.given_axes),
-            "chooses every axis, and {c.given_axes} is given too; leave one of them out",
-            {},
-        ),
-        *axis_rules(axes),
-        *(only_one_is_open(axis) for axis in axes),
-        Rule(
-            "world_size",
-            lambda c: c.world_size % c.n_fixed == 0 and (c.open_axes or c.world_size == c.n_fixed),
-            "cannot form {c.asked}, which needs {c.needed}",
-            {**{axis: sizes_to_try(axis) for axis in axes}, "world_size": lambda c: [c.n_fixed]},
-        ),
-    ]
+    sizes_make_the_world = Rule(
+        "world_size",
+        lambda c: c.world_size % c.n_fixed == 0 and (c.open_axes or c.world_size == c.n_fixed),
+        "cannot form {c.asked}, which needs {c.needed}",
+        {**{axis: sizes_to_try(axis) for axis in axes}, "world_size": lambda c: [c.n_fixed]},
+    )
+    open_axis_rules = [only_one_axis_is_open(axis) for axis in axes]
+    return [auto_chooses_every_axis, *axis_rules(axes), *open_axis_rules, sizes_make_the_world]
+
+
+def _divisors_of_world(c: Case) -> list[int]:
+    return [n for n in range(1, c.world_size + 1) if c.world_size % n == 0]
 
 
 AUTO = [

@@ -13,9 +13,9 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 if __name__ == "__main__":
     from dtensor_llama.terminal import end_quietly_on_ctrl_c
@@ -32,6 +32,7 @@ from dtensor_llama.attention import choose_attention
 from dtensor_llama.cli import (
     AtLeast,
     FilePath,
+    Launch,
     at_least,
     check_numbers,
     read_launch,
@@ -120,11 +121,11 @@ class BenchmarkConfig:
     model: FilePath  # preset (llama2-7b, tiny-10m, ...) or a Hugging Face folder, of which the shape is taken
     warmup: int = 3  # steps before the clock starts
     random_init: bool = False  # the weights are random in any case
-    data: DataConfig = field(default_factory=DataConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    memory: MemoryConfig = field(default_factory=MemoryConfig)  # where optimizer states and block inputs live
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)  # no checkpoint is written here
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    memory: MemoryConfig = MemoryConfig()  # where optimizer states and block inputs live
+    checkpoint: CheckpointConfig = CheckpointConfig()  # no checkpoint is written here
     run_dir: FilePath = "runs/benchmark"  # for the pictures that are asked for
 
 
@@ -142,166 +143,138 @@ NUMBERS = [
 
 def main(cfg: BenchmarkConfig) -> None:
     launch = read_launch()
-    rank, device, dtype = launch.rank, launch.take_device(), getattr(torch, cfg.train.dtype)
+    device = launch.take_device()
     start = Start(launch.say)
     start.ended("imports")
     cache_dirs = cache_folders(cfg.data.cache_dir, cfg.run_dir)
-
-    # ---- 2. What is refused, before anything starts --------------------------------------------------------
-    check_numbers(cfg, [*NUMBERS, AtLeast("warmup", 0)])
-    cfg.memory.check()
-    config = LlamaConfig.from_hf(cfg.model) if Path(cfg.model).exists() else LlamaConfig.preset(cfg.model)
-    seq_len = cfg.data.seq_len or config.max_position_embeddings
-    resolved = cfg.parallel.resolve(launch.world_size)
-    kernel, _ = choose_attention(
-        cfg.train.attention, device, dtype, merges_blocks=resolved.is_ring, documents=cfg.data.document_mask
-    )
-    computation = Computation(device, dtype, cfg.train.recompute, cfg.train.compile, kernel)
-    job = computation.job(config, seq_len, cfg.train.global_batch_size, cfg.train.micro_batch_size)
-    n_microbatches = check_parallel(resolved, job)
-    memory, memory_note = settle_memory(cfg.memory, config, resolved, n_microbatches, computation)
-    check_skips(cfg.train.skip_nonfinite, cfg.train.max_grad_norm, memory)
-    cfg = replace(cfg, memory=memory)
-    refuse_compile_without_compiler(cfg.train.compile, device)
+    setting = settle(cfg, launch, device)
+    cfg = setting.cfg
 
     # ---- 3. The parts --------------------------------------------------------------------------------------
-    rows = None
-    if cfg.data.path:
-        tokenizer = load_tokenizer(Base(cfg.model, cfg.data.tokenizer).tokenizer_path)
-        text = TextOptions(cfg.data.text_field, cfg.data.bad_records)
-        corpus = prepare_corpus(cfg.data.path, tokenizer, cache_dirs, text)
-        rows = PackedSequences(corpus, Packing(seq_len, cfg.data.validation_share, cfg.train.seed))
-    if memory_note:
-        launch.say(f"memory    {memory_note}")
+    sequences = read_sequences(setting, cache_dirs) if cfg.data.path else None
+    if setting.memory_note:
+        launch.say(f"memory    {setting.memory_note}")
     start_process_group(device, launch.world_size)
-    with torch.device("meta"):
-        model = Llama(config)
-    layout = Layout(resolved, build_mesh(resolved, device.type), n_microbatches)
-    offload = Offload(
-        cfg.memory,
-        cfg.train.micro_batch_size,
-        seq_len,
-        clips=cfg.train.max_grad_norm < math.inf,
-        ranks_per_host=launch.ranks_per_host,
-        rates_file=readable(cache_dirs)[0] / "rates.json",
-    )
-    build_optimizer = adamw(cfg.train.lr, cfg.train.weight_decay)
-    training = assemble(model, layout, computation, build_optimizer, offload, launch.say)
-    dp_rank = layout.dp_rank
+    training = build(setting, launch, readable(cache_dirs)[0] / "rates.json")
     start.ended("building")
     init_weights(training.fp32_weights(), cfg.train.seed)
     start.ended("initial weights")
-
-    synthetic = torch.randint(
-        config.vocab_size,
-        (n_microbatches, cfg.train.micro_batch_size, seq_len + 1),
-        generator=torch.Generator().manual_seed(dp_rank),
-    )
-    positions = [None] * n_microbatches
-    if cfg.data.document_mask:
-        positions = synthetic_positions(synthetic[:, :, 1:].shape, seed=dp_rank)
-    sources = {
-        "synthetic": lambda: [
-            Batch(micro[:, :-1], micro[:, 1:], where)
-            for micro, where in zip(synthetic, positions, strict=True)
-        ]
-    }
-    reader = None
-    if rows:
+    layout = training.layout
+    synthetic = synthetic_microbatches(setting, layout.dp_rank)
+    sources = {"synthetic": lambda: synthetic}
+    if sequences:
         batch_sizes, pins = (cfg.train.global_batch_size, cfg.train.micro_batch_size), device.type == "cuda"
-        reader = SequenceReader(
-            rows, Batching(*batch_sizes, dp_rank, resolved.dp, cfg.data.document_mask, pins)
-        )
+        batching = Batching(*batch_sizes, layout.dp_rank, layout.config.dp, cfg.data.document_mask, pins)
+        reader = SequenceReader(sequences, batching)
         sources["real"] = lambda: next(reader)
-    n_steps = cfg.warmup + cfg.train.steps
-    pictures = StepPictures(training, Path(cfg.run_dir), 0, n_steps, cfg.memory.draw)
-    if rank == 0 and (cfg.memory.draw or resolved.draw_schedule):
-        Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
-    peak, peak_source = peak_flops(device, dtype)
-    peak_memory, wait_s = PeakMemory(device), []
-    reading, done = LateReader(device), []
-    for i in range(n_steps):
-        for name, next_step in sources.items():  # turn by turn, so that a slow minute slows both
-            if len(sources) > 1:
-                dist.barrier()
-            reading.begin()
-            began = time.perf_counter()
-            microbatches = next_step()
-            waited = time.perf_counter() - began
-            n_targets = torch.tensor(sum(batch.n_targets for batch in microbatches))
-            dist.all_reduce(n_targets)
-            if name == "synthetic":
-                pictures.before(i)
-            n_targets = int(n_targets) // layout.ranks_per_batch
-            loss, grad_norm = train_step(
-                training, microbatches, n_targets, cfg.train.lr, cfg.train.max_grad_norm
-            )
-            reading.put({"source": name, "i": i}, loss, grad_norm)
-            # As in training, the loss is read while the device computes the next step. Where real and
-            # synthetic steps take turns, each is read at once.
-            done += reading.take(all=len(sources) > 1 or i + 1 in (cfg.warmup, n_steps))
-            if i >= cfg.warmup and name == "real":
-                wait_s.append(waited)
-            if name == "synthetic":
-                pictures.after(i + 1, print if rank == 0 else None)
-            if i == 0:
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                start.ended(f"first step, {name}")
-        if i + 1 == cfg.warmup:
-            start.ended("the rest of the warm-up")
-    step_s = {name: [] for name in sources}
-    for row in done:
-        if row["i"] >= cfg.warmup:
-            step_s[row["source"]].append(row["step_seconds"])
-    largest = torch.tensor(peak_memory.take(), dtype=torch.float64)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    peaks = MemoryPeaks(*largest.tolist())
 
-    if rank == 0:
-        median_s = statistics.median(step_s["synthetic"])
-        tokens_per_s = cfg.train.global_batch_size * seq_len / median_s
-        share = tokens_per_s / launch.world_size / peak  # times the FLOPs of a token: a share of the peak
-        result = {
-            "model": cfg.model,
-            "n_parameters": config.n_parameters,
-            "world_size": launch.world_size,
-            "device": _device_name(device),
-            "torch": torch.__version__,
-            "dtype": cfg.train.dtype,
-            "attention": kernel,
-            "compile": cfg.train.compile,
-            "recompute": cfg.train.recompute,
-            "memory": cfg.memory.placement,
-            "seq_len": seq_len,
-            "global_batch_size": cfg.train.global_batch_size,
-            "micro_batch_size": cfg.train.micro_batch_size,
-            "step_seconds": median_s,
-            "step_seconds_min": min(step_s["synthetic"]),
-            "tokens_per_second": tokens_per_s,
-            "tokens_per_second_per_device": tokens_per_s / launch.world_size,
-            "mfu": share * model_flops_per_token(config, seq_len),
-            "mfu_6n": share * model_flops_per_token(config, seq_len, "6n"),
-            "mfu_causal": share * model_flops_per_token(config, seq_len, "causal"),
-            "hfu": share * hardware_flops_per_token(config, seq_len, cfg.train.recompute),
-            "peak_flops": peak,
-            "peak_flops_source": peak_source,
-            "device_memory_gib": peaks.device / GIB,
-            "device_reserved_gib": peaks.device_reserved / GIB,
-            "host_memory_gib": peaks.host / GIB,
-            "host_pinned_gib": peaks.host_pinned / GIB,
-            "losses": [row["loss"] for row in done],  # of each step; real rows take turns with synthetic ones
-            "start_seconds": start.seconds,
-        }
-        if cfg.memory.placement == "auto":
-            result["memory_plan"] = plan_facts(training.optimizer.manager)
-        if reader:
-            result["real_over_synthetic"] = statistics.median(step_s["real"]) / median_s
-            result["data_wait_seconds_per_step"] = statistics.median(wait_s)
-        print(json.dumps(result), flush=True)
-    if reader:
+    # ---- 4. The steps, and what they come to ---------------------------------------------------------------
+    if launch.is_main and (cfg.memory.draw or layout.config.draw_schedule):
+        Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
+    peak = peak_flops(device, setting.computation.dtype)
+    measured = measure(cfg, training, sources, start)
+    if launch.is_main:
+        print(json.dumps(result_of(setting, training, measured, peak, start.seconds)), flush=True)
+    if sequences:
         reader.close()
     stop_process_group()
+
+
+# ---- 2. What is refused, before anything starts ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Holds what is timed, with nothing left open."""
+
+    cfg: BenchmarkConfig
+    model: LlamaConfig
+    seq_len: int
+    layout: ParallelConfig  # every axis has its size
+    n_microbatches: int
+    computation: Computation
+    memory_note: str  # which placement was chosen and why, if it was left open
+
+
+def settle(cfg: BenchmarkConfig, launch: Launch, device: torch.device) -> Setting:
+    """Choose what was left open. Raises UsageError for what cannot run, as pretrain.py does."""
+    check_numbers(cfg, [*NUMBERS, AtLeast("warmup", 0)])
+    cfg.memory.check()
+    model = LlamaConfig.from_hf(cfg.model) if Path(cfg.model).exists() else LlamaConfig.preset(cfg.model)
+    seq_len, dtype = cfg.data.seq_len or model.max_position_embeddings, getattr(torch, cfg.train.dtype)
+    layout = cfg.parallel.resolve(launch.world_size)
+    kernel, _ = choose_attention(
+        cfg.train.attention, device, dtype, merges_blocks=layout.is_ring, documents=cfg.data.document_mask
+    )
+    computation = Computation(device, dtype, cfg.train.recompute, cfg.train.compile, kernel)
+    job = computation.job(model, seq_len, cfg.train.global_batch_size, cfg.train.micro_batch_size)
+    n_microbatches = check_parallel(layout, job)
+    memory, memory_note = settle_memory(cfg.memory, model, layout, n_microbatches, computation)
+    check_skips(cfg.train.skip_nonfinite, cfg.train.max_grad_norm, memory)
+    refuse_compile_without_compiler(cfg.train.compile, device)
+    cfg = replace(cfg, memory=memory)
+    return Setting(cfg, model, seq_len, layout, n_microbatches, computation, memory_note)
+
+
+# ---- 3. The parts: what computes, and what it computes on --------------------------------------------------
+
+
+def build(setting: Setting, launch: Launch, rates_file: Path) -> Training:
+    """Return the model, spread over the ranks, with its optimizer. The weights have no values yet."""
+    cfg, layout = setting.cfg, setting.layout
+    with torch.device("meta"):
+        model = Llama(setting.model)
+    offload = Offload(
+        cfg.memory,
+        cfg.train.micro_batch_size,
+        setting.seq_len,
+        clips=cfg.train.max_grad_norm < math.inf,
+        ranks_per_host=launch.ranks_per_host,
+        rates_file=rates_file,
+    )
+    mesh = build_mesh(layout, setting.computation.device.type)
+    return assemble(
+        model,
+        Layout(layout, mesh, setting.n_microbatches),
+        setting.computation,
+        adamw(cfg.train.lr, cfg.train.weight_decay),
+        offload,
+        launch.say,
+    )
+
+
+def read_sequences(setting: Setting, cache_dirs: list[Path]) -> PackedSequences:
+    """Return the sequences of the files that were given, tokenized if no cache has them."""
+    cfg = setting.cfg
+    tokenizer = load_tokenizer(Base(cfg.model, cfg.data.tokenizer).tokenizer_path)
+    text = TextOptions(cfg.data.text_field, cfg.data.bad_records)
+    corpus = prepare_corpus(cfg.data.path, tokenizer, cache_dirs, text)
+    return PackedSequences(corpus, Packing(setting.seq_len, cfg.data.validation_share, cfg.train.seed))
+
+
+def synthetic_microbatches(setting: Setting, dp_rank: int) -> list[Batch]:
+    """Return the microbatches of a step, of random tokens that are other ones on each dp rank. Every
+    synthetic step takes the same ones."""
+    cfg, draw = setting.cfg, torch.Generator().manual_seed(dp_rank)
+    shape = setting.n_microbatches, cfg.train.micro_batch_size, setting.seq_len + 1
+    tokens = torch.randint(setting.model.vocab_size, shape, generator=draw)
+    positions = [None] * setting.n_microbatches
+    if cfg.data.document_mask:
+        positions = synthetic_positions(tokens[:, :, 1:].shape, seed=dp_rank)
+    return [Batch(ids[:, :-1], ids[:, 1:], where) for ids, where in zip(tokens, positions, strict=True)]
+
+
+def synthetic_positions(shape: torch.Size, seed: int, mean_document: int = 512) -> torch.Tensor:
+    """Return the positions (..., T) of tokens in packed sequences, whose documents have `mean_document`
+    tokens on average. Any token may begin a document, and positions restart at 0 there."""
+    draw = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    begins = draw < 1 / mean_document
+    at = torch.arange(shape[-1]).expand(shape)
+    began_at = torch.where(begins, at, 0).cummax(-1).values
+    return at - began_at
+
+
+# ---- 4. The steps, timed -----------------------------------------------------------------------------------
 
 
 class Start:
@@ -316,6 +289,66 @@ class Start:
         now = time.time()
         self.seconds[phase], self.began = now - self.began, now
         self.say(f"start     {self.seconds[phase]:.1f} s for {phase}")
+
+
+class Measured(NamedTuple):
+    """Holds what the steps after the warm-up took, and what was highest in all of them."""
+
+    step_s: dict[str, list[float]]  # of each step, by the source of its sequences
+    wait_s: list[float]  # how long each real step waited for its sequences
+    losses: list[float]  # of each step, the warm-up's too; real steps take turns with synthetic ones
+    peaks: MemoryPeaks  # over all ranks
+
+
+def measure(
+    cfg: BenchmarkConfig,
+    training: Training,
+    sources: dict[str, Callable[[], list[Batch]]],
+    start: Start,
+) -> Measured:
+    """Take the warm-up and the steps that were asked for, on each source of sequences. All ranks enter."""
+    device, is_main = training.device, dist.get_rank() == 0
+    n_steps, takes_turns = cfg.warmup + cfg.train.steps, len(sources) > 1
+    pictures = StepPictures(training, Path(cfg.run_dir), 0, n_steps, cfg.memory.draw)
+    peak_memory, reading = PeakMemory(device), LateReader(device)
+    wait_s, done = [], []
+    for i in range(n_steps):
+        for name, next_step in sources.items():  # turn by turn, so that a slow minute slows both
+            if takes_turns:
+                dist.barrier()
+            reading.begin()
+            began = time.perf_counter()
+            microbatches = next_step()
+            waited = time.perf_counter() - began
+            n_targets = torch.tensor(sum(batch.n_targets for batch in microbatches))
+            dist.all_reduce(n_targets)
+            if name == "synthetic":
+                pictures.before(i)
+            n_targets = int(n_targets) // training.layout.ranks_per_batch
+            loss, grad_norm = train_step(
+                training, microbatches, n_targets, cfg.train.lr, cfg.train.max_grad_norm
+            )
+            reading.put({"source": name, "i": i}, loss, grad_norm)
+            # As in training, the loss is read while the device computes the next step. Where real and
+            # synthetic steps take turns, each is read at once.
+            done += reading.take(all=takes_turns or i + 1 in (cfg.warmup, n_steps))
+            if i >= cfg.warmup and name == "real":
+                wait_s.append(waited)
+            if name == "synthetic":
+                pictures.after(i + 1, print if is_main else None)
+            if i == 0:
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                start.ended(f"first step, {name}")
+        if i + 1 == cfg.warmup:
+            start.ended("the rest of the warm-up")
+    step_s = {name: [] for name in sources}
+    for row in done:
+        if row["i"] >= cfg.warmup:
+            step_s[row["source"]].append(row["step_seconds"])
+    largest = torch.tensor(peak_memory.take(), dtype=torch.float64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return Measured(step_s, wait_s, [row["loss"] for row in done], MemoryPeaks(*largest.tolist()))
 
 
 # ---- The step: one global batch ----------------------------------------------------------------------------
@@ -361,14 +394,58 @@ def forward_backward(training: Training, microbatches: list[Batch], n_targets: i
     return loss
 
 
-def synthetic_positions(shape: torch.Size, seed: int, mean_document: int = 512) -> torch.Tensor:
-    """Return the positions (..., T) of tokens in packed rows whose documents have `mean_document` tokens on
-    average. Any token may begin a document, and positions restart at 0 there."""
-    draw = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
-    begins = draw < 1 / mean_document
-    at = torch.arange(shape[-1]).expand(shape)
-    began_at = torch.where(begins, at, 0).cummax(-1).values
-    return at - began_at
+# ---- 5. The result -----------------------------------------------------------------------------------------
+
+
+def result_of(
+    setting: Setting,
+    training: Training,
+    measured: Measured,
+    peak: tuple[float, str],
+    start_seconds: dict[str, float],
+) -> dict:
+    """Return what is printed as JSON. peak: the FLOP/s of one device at best, and who says so."""
+    cfg, config, seq_len = setting.cfg, setting.model, setting.seq_len
+    world_size, median_s = dist.get_world_size(), statistics.median(measured.step_s["synthetic"])
+    tokens_per_s = cfg.train.global_batch_size * seq_len / median_s
+    share = tokens_per_s / world_size / peak[0]  # times the FLOPs of a token: a share of the peak
+    result = {
+        "model": cfg.model,
+        "n_parameters": config.n_parameters,
+        "world_size": world_size,
+        "device": _device_name(training.device),
+        "torch": torch.__version__,
+        "dtype": cfg.train.dtype,
+        "attention": setting.computation.attention,
+        "compile": cfg.train.compile,
+        "recompute": cfg.train.recompute,
+        "memory": cfg.memory.placement,
+        "seq_len": seq_len,
+        "global_batch_size": cfg.train.global_batch_size,
+        "micro_batch_size": cfg.train.micro_batch_size,
+        "step_seconds": median_s,
+        "step_seconds_min": min(measured.step_s["synthetic"]),
+        "tokens_per_second": tokens_per_s,
+        "tokens_per_second_per_device": tokens_per_s / world_size,
+        "mfu": share * model_flops_per_token(config, seq_len),
+        "mfu_6n": share * model_flops_per_token(config, seq_len, "6n"),
+        "mfu_causal": share * model_flops_per_token(config, seq_len, "causal"),
+        "hfu": share * hardware_flops_per_token(config, seq_len, cfg.train.recompute),
+        "peak_flops": peak[0],
+        "peak_flops_source": peak[1],
+        "device_memory_gib": measured.peaks.device / GIB,
+        "device_reserved_gib": measured.peaks.device_reserved / GIB,
+        "host_memory_gib": measured.peaks.host / GIB,
+        "host_pinned_gib": measured.peaks.host_pinned / GIB,
+        "losses": measured.losses,
+        "start_seconds": start_seconds,
+    }
+    if cfg.memory.placement == "auto":
+        result["memory_plan"] = plan_facts(training.optimizer.manager)
+    if "real" in measured.step_s:
+        result["real_over_synthetic"] = statistics.median(measured.step_s["real"]) / median_s
+        result["data_wait_seconds_per_step"] = statistics.median(measured.wait_s)
+    return result
 
 
 def plan_facts(manager: ChunkManager) -> dict:

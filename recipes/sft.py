@@ -11,7 +11,7 @@ beside the merged model in hf/.
 """
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -160,12 +160,12 @@ class SftConfig:
 
     model: FilePath  # Hugging Face folder with config.json, safetensors and tokenizer; or a preset
     random_init: bool = False  # take only config.json of the folder, not its weights
-    data: DataConfig = field(default_factory=DataConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    memory: MemoryConfig = field(default_factory=MemoryConfig)  # where optimizer states and block inputs live
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    memory: MemoryConfig = MemoryConfig()  # where optimizer states and block inputs live
+    lora: LoraConfig = LoraConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     preview: int = 0  # print this many rows, with trained tokens bright, and end
     # write those rows to this file as {"tokens", "labels"} (without --preview: all rows), and end
     preview_json: FilePath | None = None
@@ -186,16 +186,27 @@ NUMBERS = [
     *at_least(0, "train.epochs", "train.lr", exclusive=True),
     AtLeast("train.max_grad_norm", 0, exclusive=True, may_be_infinite=True),
     AtLeast("data.validation_share", 0, below=1),
-    *at_least(0, "train.warmup_steps", "train.weight_decay", "train.min_lr", "train.validate_every"),
-    *at_least(0, "train.skip_nonfinite", "train.neftune_alpha", "train.answers", "train.seed"),
-    *at_least(0, "lora.rank", "preview", "checkpoint.every", "checkpoint.keep"),
+    *at_least(
+        0,
+        "train.warmup_steps",
+        "train.weight_decay",
+        "train.min_lr",
+        "train.validate_every",
+        "train.skip_nonfinite",
+        "train.neftune_alpha",
+        "train.answers",
+        "train.seed",
+        "lora.rank",
+        "preview",
+        "checkpoint.every",
+        "checkpoint.keep",
+    ),
 ]
 
 
 def main(cfg: SftConfig) -> None:
     launch = read_launch()
-    is_main, device = launch.is_main, launch.take_device()
-    say = launch.say
+    is_main, say, device = launch.is_main, launch.say, launch.take_device()
     # Few CPUs are fast at bfloat16.
     dtype_name = cfg.train.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     dtype, cfg = getattr(torch, dtype_name), replace(cfg, train=replace(cfg.train, dtype=dtype_name))
@@ -213,27 +224,18 @@ def main(cfg: SftConfig) -> None:
     base = Base(cfg.model, cfg.data.tokenizer, cfg.random_init)
     base.check()
     tokenizer = load_tokenizer(base.tokenizer_path)
-    model_config = base.read_config(tokenizer)
-    with torch.device("meta"):
-        model = Llama(model_config)  # names and shapes only: no memory yet
-    if base.weights:
-        check_hf(model, base.weights)  # reads the headers of the files
-    if cfg.lora.rank:  # before the passes, which find adapters like any module
-        apply_lora(model, cfg.lora, frozen_dtype=dtype)
+    model = model_to_train(cfg, base, base.read_config(tokenizer))
     refuse_compile_without_compiler(cfg.train.compile, device)
     chat = ChatOptions(cfg.data.bad_records, cfg.data.train_on, cfg.data.template)
     template = template_of(tokenizer, chat)
     corpus = prepare_chat(cfg.data.path, tokenizer, cache_dirs, options=chat)
     # The chat template may end an answer with another token than the config.json of a base model names.
     # The exported model must stop at both.
-    model.config = model_config = model_config.also_ending_at(corpus.end_ids)
+    model.config = model_config = model.config.also_ending_at(corpus.end_ids)
     model.generation_config = base.generation_config(model_config)
-    chosen = choose(cfg, model_config, corpus, tokenizer, launch)
-    resolved, rows = chosen.layout, chosen.rows
-    lr = cfg.train.lr or (2e-4 if cfg.lora.rank else 2e-5)
-    train, data = replace(cfg.train, **chosen.settings, lr=lr), replace(cfg.data, seq_len=rows.seq_len)
-    cfg = replace(cfg, train=train, data=data)
-    check_schedule(cfg.train)  # once more, as the peak may have been open
+    cfg, chosen = choose(cfg, model_config, corpus, tokenizer, launch)
+    train, resolved, rows = cfg.train, chosen.layout, chosen.rows
+    check_schedule(train)  # once more, as the peak may have been open
     if cfg.preview or cfg.preview_json:
         if is_main:
             log_conversations(rows, template.name, say)
@@ -242,10 +244,10 @@ def main(cfg: SftConfig) -> None:
         return
     seq_len = rows.seq_len
     kernel, why = choose_attention(
-        cfg.train.attention, device, dtype, merges_blocks=resolved.is_ring, documents=True
+        train.attention, device, dtype, merges_blocks=resolved.is_ring, documents=True
     )
-    computation = Computation(device, dtype, cfg.train.recompute, cfg.train.compile, kernel)
-    job = computation.job(model_config, seq_len, cfg.train.global_batch_size, cfg.train.micro_batch_size)
+    computation = Computation(device, dtype, train.recompute, train.compile, kernel)
+    job = computation.job(model_config, seq_len, train.global_batch_size, train.micro_batch_size)
     n_microbatches = check_parallel(resolved, job)
     if is_main:
         run_lock = claim_run_dir(run_dir, fresh=cfg.checkpoint.resume == "never")  # held until the run ends
@@ -257,43 +259,34 @@ def main(cfg: SftConfig) -> None:
     layout = Layout(resolved, build_mesh(resolved, device.type), n_microbatches)
     offload = Offload(
         cfg.memory,
-        cfg.train.micro_batch_size,
+        train.micro_batch_size,
         seq_len,
-        clips=cfg.train.max_grad_norm < math.inf,
+        clips=train.max_grad_norm < math.inf,
         ranks_per_host=launch.ranks_per_host,
         rates_file=readable(cache_dirs)[0] / "rates.json",
     )
-    build_optimizer = adamw(cfg.train.lr, cfg.train.weight_decay)
-    training = assemble(model, layout, computation, build_optimizer, offload, say)
+    training = assemble(model, layout, computation, adamw(train.lr, train.weight_decay), offload, say)
     noise = None
-    if cfg.train.neftune_alpha and model.model.embed_tokens is not None:  # not on later stages of a pipeline
-        noise = Neftune(cfg.train.neftune_alpha, cfg.train.seed, share=layout.embedded_tokens)
+    if train.neftune_alpha and model.model.embed_tokens is not None:  # not on later stages of a pipeline
+        noise = Neftune(train.neftune_alpha, train.seed, share=layout.embedded_tokens)
         noise.add_to(model.model.embed_tokens)
     # The weights are loaded before a resumption too, since a LoRA checkpoint has no frozen ones.
-    weights = training.fp32_weights()
-    if base.weights:
-        load_hf(weights, base.weights)
-    else:
-        init_weights(weights, cfg.train.seed)
-    init_lora(weights, cfg.train.seed)
+    set_weights(training, base, train.seed)
     checkpoints = Checkpointer(run_dir / "checkpoints", keep=cfg.checkpoint.keep)
     record = run_record(cfg, model_config, rows, model.generation_config)
     step, position = resume(cfg.checkpoint.resume, checkpoints, model, training.optimizer, record, say)
 
-    batch_sizes = cfg.train.global_batch_size, cfg.train.micro_batch_size
-    pins = device.type == "cuda"
+    batch_sizes, pins = (train.global_batch_size, train.micro_batch_size), device.type == "cuda"
     batching = Batching(*batch_sizes, layout.dp_rank, resolved.dp, document_mask=True, pin_memory=pins)
     reader = SequenceReader(rows, batching, position)
-    attention = f"{kernel} ({why})"
-    facts = RunFacts(
-        model_config, rows, str(corpus.folder), resolved, AXES, n_microbatches, device, attention
-    )
+    attention, folder = f"{kernel} ({why})", str(corpus.folder)
+    facts = RunFacts(model_config, rows, folder, resolved, AXES, n_microbatches, device, attention)
     if is_main:
         keep_tokenizer(run_dir, tokenizer, template.source)
     report = open_report(run_dir, step, asdict(cfg), facts, lines_on_data(cfg, rows, template.name), launch)
     for reason in chosen.reasons:
         report.say(reason)
-    prompts = held_out_prompts(rows, cfg.train.answers, cfg.train.answer_tokens)
+    prompts = held_out_prompts(rows, train.answers, train.answer_tokens)
     if prompts and resolved.pp * resolved.cp > 1:
         prompts = []
         report.say(
@@ -304,10 +297,10 @@ def main(cfg: SftConfig) -> None:
     # ---- 4. The loop ---------------------------------------------------------------------------------------
     stop = StopSignal(launch.launcher_pid, say=report.say)
     stopped = False
-    pictures = StepPictures(training, run_dir, step, cfg.train.steps, cfg.memory.draw)
-    while step < cfg.train.steps and not stopped:
+    pictures = StepPictures(training, run_dir, step, train.steps, cfg.memory.draw)
+    while step < train.steps and not stopped:
         report.begin_step()
-        lr = learning_rate(cfg.train, step)
+        lr = learning_rate(train, step)
         microbatches = next(reader)  # n_microbatches batches of (micro_batch_size, T)
         # How many labels count in the whole global batch, and whether any rank was asked to stop: one
         # reduction for both. It goes over gloo, from host to host, so that nothing waits for the device.
@@ -317,26 +310,24 @@ def main(cfg: SftConfig) -> None:
         if noise:
             noise.next_step(step, layout.dp_rank, microbatches)
         pictures.before(step)
-        loss, grad_norm = train_step(training, microbatches, n_targets, lr, cfg.train.max_grad_norm)
+        loss, grad_norm = train_step(training, microbatches, n_targets, lr, train.max_grad_norm)
         step += 1
 
         # ---- below here nothing changes the weights ----
         pictures.after(step, report.say if is_main else None)
         report.end_step(step, lr, reader.position * seq_len, loss, grad_norm)
-        at_end = step == cfg.train.steps
+        at_end = step == train.steps
         is_last = stopped or at_end
         saves = is_due(step, cfg.checkpoint.every, is_last)
-        validates = rows.n_validation and is_due(step, cfg.train.validate_every, at_end)
+        validates = rows.n_validation and is_due(step, train.validate_every, at_end)
         # The loss is read while the device computes the next step.
         # Before a checkpoint or a validation we wait for it, so that a bad step is found first.
         finished = report.finished(wait=bool(is_last or saves or validates))
         validation_losses, answers = {}, []
         if validates:
-            batches = validation_batches(rows, batching, cfg.train.validation_rows)
+            batches = validation_batches(rows, batching, train.validation_rows)
             validation_losses[""] = training.evaluate(list(batches))
-            answers = answer(
-                model, prompts, cfg.train.answer_tokens, model_config.ends, tokenizer, resolved.tp
-            )
+            answers = answer(model, prompts, train.answer_tokens, model_config.ends, tokenizer, resolved.tp)
         report.write(finished, validation_losses, answers)
         if saves:
             state = training_state(model, training.optimizer, step, reader.position, record.to_meta())
@@ -348,15 +339,9 @@ def main(cfg: SftConfig) -> None:
     reader.close()
     checkpoints.close()
     if cfg.checkpoint.export_hf and not stopped:
-        weights = training.fp32_weights()  # waits for the last update, which adapters need too
-        if cfg.lora.rank:
-            save_adapter(model, run_dir / "hf-adapter", cfg.lora, cfg.model)
-            save_tokenizer(tokenizer, run_dir / "hf-adapter", template.source)
-            merge_lora(model)
-            weights = model
-        export(weights, run_dir / "hf", dtype, tokenizer, template.source)
+        export_all(cfg, training, tokenizer, template.source)
     if is_main:
-        end_run(report.log, run_dir, step, cfg.train.steps, stopped, chat=cfg.data.template != "none")
+        end_run(report.log, run_dir, step, train.steps, stopped, chat=cfg.data.template != "none")
         run_lock.close()
     stop_process_group()
 
@@ -404,27 +389,73 @@ def forward_backward(training: Training, microbatches: list[Batch], n_targets: i
     return loss
 
 
+# ---- The model: before it is spread over the ranks, with values, and as it is exported ---------------------
+
+
+def model_to_train(cfg: SftConfig, base: Base, config: LlamaConfig) -> Llama:
+    """Return the model with its adapters, if it has any, on `meta`: names and shapes only, no memory yet.
+
+    Raises UsageError if the files of weights do not have these names and shapes."""
+    with torch.device("meta"):
+        model = Llama(config)
+    if base.weights:
+        check_hf(model, base.weights)  # reads the headers of the files
+    if cfg.lora.rank:  # before the passes, which find adapters like any module
+        apply_lora(model, cfg.lora, frozen_dtype=getattr(torch, cfg.train.dtype))
+    return model
+
+
+def set_weights(training: Training, base: Base, seed: int) -> None:
+    """Load the weights of the base model, or make initial ones, and initial adapters, from the seed."""
+    weights = training.fp32_weights()
+    if base.weights:
+        load_hf(weights, base.weights)
+    else:
+        init_weights(weights, seed)
+    init_lora(weights, seed)
+
+
+def export_all(cfg: SftConfig, training: Training, tokenizer: Tokenizer, chat_template: str) -> None:
+    """Write hf/, with the adapters merged into the weights, and hf-adapter/, which has them alone."""
+    run_dir = Path(cfg.run_dir)
+    weights = training.fp32_weights()  # waits for the last update, which adapters need too
+    if cfg.lora.rank:
+        save_adapter(training.model, run_dir / "hf-adapter", cfg.lora, cfg.model)
+        save_tokenizer(tokenizer, run_dir / "hf-adapter", chat_template)
+        merge_lora(training.model)
+        weights = training.model
+    export(weights, run_dir / "hf", training.computation.dtype, tokenizer, chat_template)
+
+
 # ---- What is chosen, what a checkpoint records, what is printed --------------------------------------------
 
 
 def choose(
     cfg: SftConfig, model: LlamaConfig, corpus: ChatCorpus, tokenizer: Tokenizer, launch: Launch
-) -> Chosen:
-    """Choose what the user left open from the data and the hardware, with a reason for each choice."""
+) -> tuple[SftConfig, Chosen]:
+    """Choose what the user left open from the data and the hardware, with a reason for each choice.
+
+    Returns the settings with nothing left open, and what was chosen."""
     train, data = cfg.train, cfg.data
-    asked = OpenSettings.of(train, seq_len=data.seq_len)
     n_adapter = n_adapter_parameters(model, cfg.lora) if cfg.lora.rank else 0
     states = States.under(cfg.memory, getattr(torch, train.dtype).itemsize, n_adapter)
-    resolved = cfg.parallel.resolve(launch.world_size)
     is_open = replace(cfg.parallel, dp_shard=-1) == ParallelConfig() and launch.world_size > 1
-    pad_id = tokenizer.eos_id or 0
 
     def pack(seq_len: int) -> PackedExamples:
         packing = Packing(seq_len, data.validation_share, train.seed)
-        return PackedExamples(corpus, packing, pad_id, data.overlong, packed=data.packing)
+        return PackedExamples(corpus, packing, tokenizer.eos_id or 0, data.overlong, packed=data.packing)
 
-    hardware = launch, states, foresee
-    return choose_settings(asked, model, corpus, pack, (resolved, is_open), hardware)
+    chosen = choose_settings(
+        OpenSettings.of(train, data.seq_len),
+        model,
+        corpus,
+        pack,
+        (cfg.parallel.resolve(launch.world_size), is_open),
+        (launch, states, foresee),
+    )
+    peak = train.lr or (2e-4 if cfg.lora.rank else 2e-5)
+    closed = replace(train, **chosen.settings, lr=peak)
+    return replace(cfg, train=closed, data=replace(data, seq_len=chosen.rows.seq_len)), chosen
 
 
 def run_record(

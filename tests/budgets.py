@@ -56,8 +56,8 @@ NOT_COUNTED = (
 
 NODES = {  # room, or a recipe -> its nodes
     "the spine": Budget(now=21_580, aim=22_000),
-    "the spine and what is beside it": Budget(now=28_350, aim=22_000),
-    "dtensor_llama and parallel": Budget(now=93_950, aim=50_000),
+    "the spine and what is beside it": Budget(now=28_340, aim=22_000),
+    "dtensor_llama and parallel": Budget(now=93_790, aim=50_000),
     "memory": Budget(now=26_910, aim=25_000),
     "a lesson": Budget(now=1_400, aim=1_400),
     "recipes/pretrain.py": Budget(now=2_570, aim=3_200),
@@ -65,7 +65,7 @@ NODES = {  # room, or a recipe -> its nodes
     "recipes/generate.py": Budget(now=2_050, aim=3_200),
     "recipes/export.py": Budget(now=1_240, aim=3_200),
     "recipes/dryrun.py": Budget(now=3_200, aim=3_200),
-    "recipes/benchmark.py": Budget(now=2_750, aim=3_200),
+    "recipes/benchmark.py": Budget(now=3_200, aim=3_200),
     "recipes/example_sft.py": Budget(now=1_300, aim=3_200),
     "recipes/finetune_hf.py": Budget(now=1_560, aim=3_200),
     "recipes/stdlib_corpus.py": Budget(now=600, aim=3_200),
@@ -91,9 +91,7 @@ KERNELS = {
     ("parallel/context.py", "_math_backward"),
 }
 # These still have more and are to lose some; the aim is none.
-MANY_PARAMETERS = {
-    ("parallel/booster.py", "__init__"),
-}
+MANY_PARAMETERS: set[tuple[str, str]] = set()
 
 # A docstring is a sentence, in the imperative or about its subject; it does not begin with one of these.
 VERBLESS = "Of As What Where Who Whose Which Whether How Why When".split()

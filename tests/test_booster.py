@@ -1,6 +1,8 @@
 """The Booster's few lines train like plain transformers in one process, under every axis, on our model and on
 theirs."""
 
+import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -337,3 +339,24 @@ def test_a_plain_script_starts_and_ends_its_own_process_group(tmp_path, ranks, l
     assert bool(ended.returncode) == bool(fails), ended.stderr
     losses = [float(line) for line in ended.stdout.splitlines()]
     assert len(losses) == ranks and all(abs(loss - plain()[0][0]) < 2e-5 for loss in losses)
+
+
+def test_the_program_of_the_readme_trains_on_two_processes_and_saves_what_transformers_opens(tmp_path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(# train.py.*?)```", text, re.DOTALL)
+    (tmp_path / "train.py").write_text(program)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py"]
+    ended = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert ended.returncode == 0, ended.stderr
+    losses = [float(line.removeprefix("loss ")) for line in ended.stdout.splitlines()]
+    assert len(losses) == 16 and losses[0] > 5 and losses[-1] < 4, losses  # ln 256 = 5.5
+    from transformers import LlamaForCausalLM
+
+    assert LlamaForCausalLM.from_pretrained(tmp_path / "trained").config.vocab_size == 256

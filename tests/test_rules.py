@@ -340,6 +340,18 @@ def read_proposals(words: str):
                     )
 
 
+def test_a_rule_reads_any_setting_by_its_bare_name_and_no_two_have_the_same():
+    case = Case(ParallelConfig(tp=2, dp_shard=3), Job(SMALL, seq_len=32))
+    assert (case.tp, case.dp, case.seq_len, case.vocab_size) == (2, 3, 32, 97)
+    settings = [set(dir(owner)) for owner in (case.layout, case.job, case.job.model)]
+    own = {name for name in dir(Case) if not name.startswith("_")}
+    for names in settings:
+        others = set().union(own, *(other for other in settings if other is not names))
+        assert {name for name in names & others if not name.startswith("_")} == set()
+    with pytest.raises(AttributeError, match="seq_len"):
+        _ = Case(ParallelConfig(), world_size=2).seq_len  # without a job there is none
+
+
 # What no single change makes a run: fewer layers than stages, where other rules forbid pp=1 with these; and a
 # schedule beside two settings that it does not go with, where other schedules need other numbers.
 TOO_FEW_LAYERS = Case(

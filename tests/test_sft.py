@@ -360,7 +360,7 @@ def test_auto_keeps_the_recomputation_that_was_given_and_says_where_it_plans(inp
     corpus = prepare_chat([str(chat / "chat.jsonl")], tokenizer, inputs / "cache")
     asked = flags(inputs, chat, "none", "--parallel.auto", "--train.recompute", "full")
     asked += ["--train.micro-batch-size", 1]
-    chosen = sft.choose(
+    _, chosen = sft.choose(
         parse_cli(sft.SftConfig, list(map(str, asked))), config, corpus, tokenizer, read_launch()
     )
     assert chosen.settings["recompute"] == "full" and not chosen.layout.auto
