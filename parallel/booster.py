@@ -50,7 +50,7 @@ from parallel.clip import clip_grad_norm
 from parallel.config import ParallelConfig, check_parallel
 from parallel.mesh import Layout, build_mesh, start_process_group
 from parallel.plans import Family, family_of
-from parallel.plans.batch import columns_of
+from parallel.plans.batch import check_ids, check_tensors, columns_of
 from parallel.plans.family import refuse, shape_of
 from parallel.plans.loss import HfBatch, loss_sum, summed, targets_of
 from parallel.plans.spread import check_family, has_dropout, kept_buffers, restore_buffers, shell_of
@@ -136,8 +136,7 @@ class Booster:
         criterion: None: the model's own loss, the mean over the scored tokens of the global batch. Yours is
             called with the whole logits (B, T, V) fp32 of a microbatch and its labels, not shifted, and must
             return a mean over scored tokens: microbatches and ranks count by their labels[:, 1:] that are not
-            -100 (of BERT and T5, by all labels). Not under cp: no rank has whole
-            sequences.
+            -100 (of BERT and T5, by all labels). Not under cp: no rank has whole sequences.
         """
         is_llama = isinstance(model, Llama) or type(model).__name__ == "LlamaForCausalLM"
         self.way = _AsOurLlama(self, model, criterion) if is_llama else _AsItIs(self, model, criterion)
@@ -176,6 +175,7 @@ class Booster:
         Returns the mean loss of the global batch in nats, a float32 scalar, the same on every rank. If no
         label of the global batch is scored it is 0, and so are the gradients.
         """
+        self._check_boosted("step")
         columns = self.way.read(batch)
         tokens, labels = columns["input_ids"], columns["labels"]
         if tokens.shape != self._checked_shape:
@@ -205,16 +205,21 @@ class Booster:
         or nan the next optimizer.step() changes nothing. (An optimizer that is not fused makes every call
         wait for the device.)
         """
+        self._check_boosted("clip_grad_norm")
+        if not max_norm > 0:
+            raise UsageError(f"max_norm={max_norm} is not possible; it must be above 0 (inf clips nothing).")
         return clip_grad_norm(self.model.parameters(), max_norm, self.optimizer)
 
     def save_hf(self, model: Llama, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a folder that transformers opens (save your tokenizer beside it); dtype None: fp32."""
+        self._check_boosted("save_hf")
         save_hf(self.way.weights_to_save(self.training), folder, dtype)
 
     def save(self, folder: str | Path) -> None:
         """Write all that training needs to go on, as folder/step-00000042 after 42 calls of `step`.
 
         Call it between steps: gradients are not saved."""
+        self._check_boosted("save")
         checkpoints = Checkpointer(folder)
         position = self.dataloader.n_dealt if self.dataloader is not None else 0
         checkpoints.save(
@@ -230,6 +235,7 @@ class Booster:
         come in the same order again (shuffle with a seed that depends on the pass). The settings of the
         optimizer become the saved ones. A scheduler has its own load_state_dict.
         """
+        self._check_boosted("load")
         path = Path(path)
         if not path.is_dir():
             raise UsageError(
@@ -250,6 +256,10 @@ class Booster:
         if self.dataloader is not None:
             self.dataloader.n_to_skip = progress["position"]
         return self.steps
+
+    def _check_boosted(self, method: str) -> None:
+        if self.training is None:
+            raise UsageError(f"booster.{method} was called before booster.boost, which gives it the model.")
 
     def _check(self, seq_len: int, global_batch_size: int) -> None:
         """Raise UsageError if the layout cannot run such a batch of the boosted model."""
@@ -298,7 +308,7 @@ class _AsOurLlama:
 
     def read(self, batch: Mapping[str, Tensor]) -> Columns:
         """Return the columns of a batch that the model gets; UsageError if something is missing or odd."""
-        return _columns(batch)
+        return _columns(batch, self.shape.vocab_size)
 
     def cut(self, columns: Columns, targets: Tensor, layout: Layout) -> list[Batch]:
         """Cut the sequences of a dp rank into microbatches, with the tokens of this rank in each."""
@@ -469,7 +479,10 @@ def _check_memory(memory: MemoryConfig | None) -> None:
         raise UsageError(
             f"Booster was given {type(memory).__name__} for memory; pass memory.MemoryConfig(...), or None."
         )
-    memory.check()
+    # A placement that is left open is off here, where a budget would do nothing.
+    replace(memory, placement=memory.placement or "off").check()
+    if memory.draw:
+        raise UsageError("draw=True is for the recipes that write pictures of a step; leave it out.")
     if memory.activations:
         raise UsageError(
             "MemoryConfig(activations=True) needs to know the shape of a microbatch before the first "
@@ -539,8 +552,9 @@ def _names_in(optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]) -
     return groups
 
 
-def _columns(batch: Mapping[str, Tensor]) -> Columns:
-    """Return input_ids and labels of a Hugging Face batch; UsageError if it has more that would matter."""
+def _columns(batch: Mapping[str, Tensor], n_ids: int) -> Columns:
+    """Return input_ids and labels of a Hugging Face batch; UsageError if it has more that would matter, or
+    ids that a vocabulary of `n_ids` lacks."""
     missing = [name for name in ("input_ids", "labels") if name not in batch]
     strange = sorted(set(batch) - {"input_ids", "labels", "attention_mask"})
     if missing or strange:
@@ -548,11 +562,13 @@ def _columns(batch: Mapping[str, Tensor]) -> Columns:
         raise UsageError(
             f'a batch {what}; it must be {{"input_ids", "labels"}}, both (B, T), and may have attention_mask.'
         )
+    check_tensors(batch)
     tokens, labels, mask = batch["input_ids"], batch["labels"], batch.get("attention_mask")
     if tokens.dim() != 2 or tokens.shape != labels.shape:
         raise UsageError(
             f"input_ids are {list(tokens.shape)} and labels {list(labels.shape)}; both must be (B, T)."
         )
+    check_ids(batch, n_ids)
     if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
         raise UsageError(
             "attention_mask hides tokens before others that it shows; pad on the right "

@@ -13,7 +13,7 @@ OUT becomes a folder that transformers opens.
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,14 +85,11 @@ def main(cfg: FinetuneConfig) -> None:
     # 1. Check what was asked for. If it is not possible, one line says why.
     check_numbers(cfg, NUMBERS)
     check_schedule(cfg.train)
-    if cfg.memory.draw:
-        raise UsageError("draw=True is for pretrain.py and sft.py; leave it out.")
     if Path(cfg.out).exists() and (not Path(cfg.out).is_dir() or any(Path(cfg.out).iterdir())):
         raise UsageError(f"out={cfg.out} is there and not empty; name a new folder, so that nothing is lost.")
     booster = Booster(
         cfg.parallel,
-        # The Booster turns a placement that was left open off. Said here, a budget without one is refused.
-        replace(cfg.memory, placement=cfg.memory.placement or "off"),
+        cfg.memory,
         dtype=getattr(torch, cfg.train.dtype),
         recompute=cfg.train.recompute,
         compile=cfg.train.compile,

@@ -260,11 +260,31 @@ def refused(what):
         data[0]["attention_mask"] = torch.ones(8, 16).index_fill(1, torch.tensor([0]), 0)
     elif what == "scored padding":
         data[0]["attention_mask"], data[0]["labels"] = torch.ones(8, 16).tril(8), data[0]["input_ids"]
+    elif what == "unknown id":
+        data[0]["input_ids"][1, 2] = 10**6
+    elif what == "negative id":
+        data[0]["input_ids"][1, 2] = -1
+    elif what == "unknown label":
+        data[0]["labels"] = data[0]["labels"].clone().fill_(10**6)
+    elif what == "floats":
+        data[0]["input_ids"] = data[0]["input_ids"].float()
+    elif what == "lists":
+        data[0]["labels"] = data[0]["labels"].tolist()
+    elif what == "no rows":
+        data[0] = {name: column[:0] for name, column in data[0].items()}
+    elif what == "budget without placement":
+        memory = MemoryConfig(device_budget_gib=1.0)
+    elif what == "drawing":
+        memory = MemoryConfig(placement="auto", draw=True)
     elif what == "shuffled":
         data = data[torch.distributed.get_rank() :]
     try:
         booster = Booster(ParallelConfig(**layout), memory)
+        if what == "not boosted":
+            booster.step(data[0])
         *_, data, _ = booster.boost(model, optimizer or adamw(model), data, criterion)
+        if what == "clip":
+            booster.clip_grad_norm(-1.0)
         run(booster, data)
     except UsageError as error:
         return str(error)
@@ -287,6 +307,16 @@ def refused(what):
         "positions": "position_ids",
         "left padding": "pad on the right",
         "scored padding": "set labels of padding to -100",
+        "unknown id": "input_ids has ids from",
+        "negative id": "input_ids has ids from -1",
+        "unknown label": "labels has ids from 1000000",
+        "floats": "torch.float32; they must be whole numbers",
+        "lists": "a batch has labels as a list",
+        "no rows": "B and T at least 1",
+        "budget without placement": "device_budget_gib",
+        "drawing": "draw=True is for the recipes",
+        "clip": "max_norm=-1.0 is not possible",
+        "not boosted": "booster.step was called before booster.boost",
         "shuffled": "different batches",
     }.items(),
 )
