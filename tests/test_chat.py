@@ -260,7 +260,7 @@ def test_a_record_is_recognized_by_its_fields(name, record, turns):
         ({"instruction": "Hi", "input": ""}, "no field 'output', which Alpaca needs"),
         ({"output": "Hi"}, "no field 'instruction'"),
         ({"messages": []}, "no turn"),
-        ({"messages": "Hi"}, "holds str"),
+        ({"messages": "Hi"}, "holds a string"),
         ({"messages": [{"role": "user"}]}, "turn 1 of 'messages' has no 'content'"),
         ({"messages": [{"role": "user", "content": None}, HELLO[1]]}, "turn 1 of 'messages' has null as its"),
         ({"messages": [{"role": "narrator", "content": "4"}]}, "by 'narrator'"),
@@ -272,7 +272,7 @@ def test_a_record_is_recognized_by_its_fields(name, record, turns):
         ),
         ({"messages": [*HELLO, {"role": "system", "content": "S"}]}, "out of order: turn 3 is by the system"),
         ({"messages": HELLO[:1]}, "no assistant turn"),
-        ({"prompt": 3, "completion": "Hello."}, "'prompt' holds int"),
+        ({"prompt": 3, "completion": "Hello."}, "'prompt' holds a number"),
         ({"messages": [HELLO[0], {"role": "assistant", "content": [{"type": "image_url"}]}]}, "not text"),
     ],
 )

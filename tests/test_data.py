@@ -360,14 +360,14 @@ def zstd_bytes(data: bytes) -> bytes:
     [
         ("a.jsonl", bad_jsonl(b'{"text": "cut'), "line 3: broken JSON"),
         ("a.jsonl", bad_jsonl(b"[" * 100_000), "line 3: broken JSON"),
-        ("a.jsonl", bad_jsonl(b'["text"]'), "line 3: expected a JSON object, found list"),
+        ("a.jsonl", bad_jsonl(b'["text"]'), "line 3: expected a JSON object, found a list"),
         (
             "a.jsonl",
             bad_jsonl(b'{"body": "x", "id": 1}'),
             "line 3: no field 'text'; its fields are body, id.*`text_field`",
         ),
-        ("a.jsonl", bad_jsonl(b'{"text": 5}'), "line 3: 'text' holds int, expected a string"),
-        ("a.jsonl", bad_jsonl(b'{"text": null}'), "line 3: 'text' holds NoneType, expected a string"),
+        ("a.jsonl", bad_jsonl(b'{"text": 5}'), "line 3: 'text' holds a number, expected a string"),
+        ("a.jsonl", bad_jsonl(b'{"text": null}'), "line 3: 'text' holds null, expected a string"),
         ("a.jsonl", bad_jsonl(b'{"text": "\\ud83e"}'), "line 3: 'text' holds half a surrogate pair"),
         ("a.jsonl", bad_jsonl(b'{"text": "\xff"}'), "line 3: byte 0xff is not UTF-8"),
         ("a.jsonl", bad_jsonl(b'{"text": "\0"}'), "line 3: a zero byte"),
@@ -386,8 +386,8 @@ def zstd_bytes(data: bytes) -> bytes:
             parquet_bytes(body=["x"], id=[1]),
             "no column 'text'; it has body, id.*`text_field`",
         ),
-        ("a.parquet", parquet_bytes(text=[1, 2]), "row 1: 'text' holds int, expected a string"),
-        ("a.parquet", parquet_bytes(text=["x", None]), "row 2: 'text' holds NoneType, expected a string"),
+        ("a.parquet", parquet_bytes(text=[1, 2]), "row 1: 'text' holds a number, expected a string"),
+        ("a.parquet", parquet_bytes(text=["x", None]), "row 2: 'text' holds null, expected a string"),
     ],
 )
 def test_a_bad_file_is_named_with_the_line(tokenizer, tmp_path, name, content, message):
@@ -656,7 +656,7 @@ def test_records_without_a_text_are_skipped_and_listed(tokenizer, tmp_path):
     )
     assert plain.skipped == {} and plain.bad_records.read_text() == ""
     for name, lost in {"a.jsonl": 4, "b.json": 2, "c.parquet": 1}.items():
-        with pytest.raises(UsageError, match=f"{name}, (line|row) \\d+: 'text' holds NoneType"):
+        with pytest.raises(UsageError, match=f"{name}, (line|row) \\d+: 'text' holds null"):
             prepare_corpus([tmp_path / name], tokenizer, tmp_path / "cache")
         skipping = TextOptions(bad_records="skip")
         corpus = prepare_corpus([tmp_path / name], tokenizer, tmp_path / "cache", skipping, processes=1)
@@ -749,10 +749,10 @@ def test_an_object_with_the_field_is_a_record_even_if_it_has_a_list_called_data(
         ('[{"text": "a"},', "not closed"),
         ("[", "not closed"),
         ('{"text": "a"}\n{"text":', "line 2: broken JSON"),
-        ('["a"]', "line 1: expected a JSON object, found str"),
-        ('[[{"text": "a"}]]', "expected a JSON object, found list"),
-        ("3", "found int"),
-        ('[{"text": 1}]', "holds int"),
+        ('["a"]', "line 1: expected a JSON object, found a string"),
+        ('[[{"text": "a"}]]', "expected a JSON object, found a list"),
+        ("3", "found a number"),
+        ('[{"text": 1}]', "holds a number"),
         ('{"train": [{"text": "a"}], "test": [{"text": "b"}]}', "several lists of records, train and test"),
         ('{"data": [{"body": "a"}]}', r"line 1, data\[0\]: no field 'text'"),
         ("[{}, \0]", "a zero byte"),

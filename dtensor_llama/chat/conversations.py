@@ -22,6 +22,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dtensor_llama.data.records import in_json
 from dtensor_llama.data.sources import checked_text
 from dtensor_llama.errors import BadRecord
 
@@ -205,7 +206,7 @@ def _turns_of_list(turns, where: str, of_list: str) -> Turns:
     if isinstance(turns, str):  # a cell of a table may hold the list as JSON
         turns = _parsed(turns, where, of_list, otherwise=turns)
     if not isinstance(turns, list):
-        raise BadRecord(where, f"{of_list!r} holds {type(turns).__name__}", "expected a list of turns.")
+        raise BadRecord(where, f"{of_list!r} holds {in_json(turns)}", "expected a list of turns.")
     messages, flags = [], []
     for number, turn in enumerate(turns, 1):
         at = f"{where}: turn {number} of {of_list!r}"
@@ -221,7 +222,7 @@ def _turns_of_list(turns, where: str, of_list: str) -> Turns:
 def _message_of(turn, at: str) -> dict | None:
     """Return a turn as the message that a template takes; None for a system prompt that is null."""
     if not isinstance(turn, dict):
-        raise BadRecord(at, f"is {type(turn).__name__}", "expected an object.")
+        raise BadRecord(at, f"is {in_json(turn)}", "expected an object.")
     role_field, text_field = next(
         (pair for pair in TURN_FIELDS if turn.get(pair[0]) is not None), TURN_FIELDS[0]
     )
@@ -303,8 +304,9 @@ def _variables(record: dict, where: str) -> dict:
             continue
         if name == "chat_template_kwargs":
             if not isinstance(value, dict):
-                what = type(value).__name__
-                raise BadRecord(where, f"{name!r} holds {what}", "expected an object of names and values.")
+                raise BadRecord(
+                    where, f"{name!r} holds {in_json(value)}", "expected an object of names and values."
+                )
             variables |= {one: given for one, given in value.items() if given is not None}
             continue
         value = [_parsed(one, where, name) if isinstance(one, str) else one for one in value]

@@ -40,7 +40,7 @@ def json_records(text: str, path: Path, text_field: str | None) -> Records:
     """
     for where, value in _Json(text, path).values():
         if not isinstance(value, dict):
-            raise UsageError(f"{path}, {where}: expected a JSON object, found {type(value).__name__}.")
+            raise UsageError(f"{path}, {where}: expected a JSON object, found {in_json(value)}.")
         wrapper = None if text_field in value else _wrapper(value, f"{path}, {where}")
         if wrapper is None:
             yield where, value
@@ -263,3 +263,9 @@ def _columns_in(column: pa.Field) -> list[str]:
     if pa.types.is_struct(column.type):
         return [f"{column.name}.{inner.name}" for inner in column.type]
     return [column.name]
+
+
+def in_json(value: object) -> str:
+    """Return what kind of value this is, in the words of JSON, in which people write the records."""
+    kinds = {type(None): "null", bool: "true or false", str: "a string", list: "a list", dict: "an object"}
+    return kinds.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)

@@ -19,7 +19,14 @@ from typing import Literal
 import pyarrow as pa
 
 from dtensor_llama.data.cut import WINDOW_CHARS, Cutter
-from dtensor_llama.data.records import Records, arrow_records, csv_records, json_records, parquet_records
+from dtensor_llama.data.records import (
+    Records,
+    arrow_records,
+    csv_records,
+    in_json,
+    json_records,
+    parquet_records,
+)
 from dtensor_llama.data.unpack import (
     COMPRESSIONS,
     NEEDS_WINDOW,
@@ -366,7 +373,7 @@ def _object_of_line(line: bytes, where: str) -> dict:
     if not isinstance(record, dict):
         raise BadRecord(
             where,
-            f"expected a JSON object, found {type(record).__name__}",
+            f"expected a JSON object, found {in_json(record)}",
             "a .jsonl has one object per line; write a list of objects as .json.",
         )
     return record
@@ -382,7 +389,7 @@ def _text_of_record(record: dict, where: str, text_field: str) -> str:
             raise BadRecord(
                 where,
                 f"no field {text_field!r}",
-                f"{above!r} holds {type(value).__name__}, no object with further fields.",
+                f"{above!r} holds {in_json(value)}, no object with further fields.",
             )
         if rest in value:
             value = value[rest]
@@ -412,7 +419,7 @@ def checked_text(text, where: str, text_field: str) -> str:
 
     where: the file and line of the record; text_field: the name of the field; both are for the message."""
     if not isinstance(text, str):
-        raise BadRecord(where, f"{text_field!r} holds {type(text).__name__}, expected a string")
+        raise BadRecord(where, f"{text_field!r} holds {in_json(text)}, expected a string")
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can contain half of a surrogate pair, which is not a character
