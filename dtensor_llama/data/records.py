@@ -69,7 +69,7 @@ class _Json:
 
     def __init__(self, text: str, path: Path):
         self.text, self.path = text, path
-        self.decoder = json.JSONDecoder()
+        self.decoder = json.JSONDecoder(object_pairs_hook=fields_once)
         self.at, self.line, self.counted_to = 0, 1, 0
 
     def values(self) -> Iterator[tuple[str, object]]:
@@ -263,6 +263,17 @@ def _columns_in(column: pa.Field) -> list[str]:
     if pa.types.is_struct(column.type):
         return [f"{column.name}.{inner.name}" for inner in column.type]
     return [column.name]
+
+
+def fields_once(pairs: list[tuple[str, object]]) -> dict:
+    """Return the object with these fields, as an object_pairs_hook of json; ValueError if one stands twice,
+    because json would keep the last of them and drop the others."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field {twice!r} stands twice")
+    return fields
 
 
 def in_json(value: object) -> str:

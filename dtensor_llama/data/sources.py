@@ -23,6 +23,7 @@ from dtensor_llama.data.records import (
     Records,
     arrow_records,
     csv_records,
+    fields_once,
     in_json,
     json_records,
     parquet_records,
@@ -362,7 +363,7 @@ def _read_txt(path: Path, stream, cutter: Cutter | None, chunk_bytes: int) -> It
 def _object_of_line(line: bytes, where: str) -> dict:
     text = _decoded(line, where)
     try:
-        record = json.loads(text)
+        record = json.loads(text, object_pairs_hook=fields_once)
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
         raise BadRecord(
