@@ -62,7 +62,7 @@ from parallel.step_pictures import StepPictures
 
 @dataclass(frozen=True)
 class DataConfig:
-    # Files and globs of text, compressed or not (data/sources.py).
+    # Files and globs of text, compressed or not (data/sources.py); a file that is named twice is read once.
     # `a:0.7 b:0.3` mixes two sources in these shares.
     path: tuple[str, ...] = ()
     # A Hugging Face folder, a tokenizer.json or a SentencePiece .model; None takes the one of --model.

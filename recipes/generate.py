@@ -13,6 +13,7 @@ import codecs
 import contextlib
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -29,7 +30,7 @@ from tyro.conf import UseAppendAction
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf
 from dtensor_llama.attention import WholeRows, choose_attention
 from dtensor_llama.cli import AtLeast, FilePath, check_numbers, read_launch, run_recipe
-from dtensor_llama.data.tokenizer import load_tokenizer
+from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
 from dtensor_llama.generate import Sampling, TextStream, generate_batch
 from dtensor_llama.generation_config import ends_of, read_generation_config
 from dtensor_llama.places import refuse_hub_name
@@ -78,55 +79,26 @@ class GenerateConfig:
 
 def main(cfg: GenerateConfig) -> None:
     launch = read_launch()
-    rank, world_size = launch.rank, launch.world_size
     device = launch.take_device()
     dtype, tp = getattr(torch, cfg.dtype), cfg.parallel.tp
 
-    # ---- 1. What is refused --------------------------------------------------------------------------------
-    check_numbers(cfg, NUMBERS)
-    if not 0 < cfg.top_p <= 1:
-        raise UsageError(f"--top-p {cfg.top_p} is not possible; it must be above 0 and at most 1.")
-    refuse_hub_name(cfg.model, "model")
-    if not Path(cfg.model).is_dir():
-        raise UsageError(
-            f"--model {cfg.model} is not a folder; text comes from trained weights, e.g. runs/pretrain/hf."
-        )
-    config = LlamaConfig.from_hf(cfg.model)
-    tokenizer = load_tokenizer(cfg.model)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UsageError(
-            f"--model {cfg.model}: its tokenizer has {tokenizer.vocab_size} tokens and its config.json a "
-            f"vocabulary of {config.vocab_size}; they do not belong together."
-        )
-    check_parallel(ParallelConfig(tp=tp, dp_shard=1, sequence_parallel=False), Job(config, seq_len=1))
-    if world_size != tp:
-        command = f"torchrun --nproc-per-node {tp}" if tp > 1 else "plain python"
-        raise UsageError(
-            f"--parallel.tp {tp} is for {tp} process(es) and torchrun started {world_size}; launch with "
-            f"{command}."
-        )
-    if cfg.system is not None and not cfg.chat:
-        raise UsageError("--system is for --chat; a prompt to continue has no system prompt.")
+    # ---- 1. What is refused, before anything is loaded -----------------------------------------------------
+    check_flags(cfg)
+    config, tokenizer = LlamaConfig.from_hf(cfg.model), load_tokenizer(cfg.model)
+    check_model(cfg, config, tokenizer, launch.world_size)
+    template = chat_template(tokenizer) if cfg.chat else None
     texts = read_prompts(cfg)
     if not texts and not cfg.chat:
         raise UsageError("--prompt is missing; give texts to continue, a --prompts-file, or --chat.")
-    template = chat_template(tokenizer) if cfg.chat else None
     prompts = [encode(cfg, text, tokenizer, template) for text in texts]
     longest = max(map(len, prompts), default=0) + cfg.max_new_tokens
-    if longest > config.max_position_embeddings and rank == 0:
+    if longest > config.max_position_embeddings and launch.is_main:
         print(
             f"note: up to {longest} tokens with --max-new-tokens, and the model was trained on at most "
             f"{config.max_position_embeddings}; what comes after those may make no sense",
             file=sys.stderr,
         )
-    kernel, _ = choose_attention(cfg.attention, device, dtype)
-    if kernel == "flash" and len(set(map(len, prompts))) > 1:  # it takes no mask for the padding
-        if cfg.attention == "flash":
-            raise UsageError(
-                "--attention flash cannot continue prompts of unequal lengths at once; use --batch-size 1 or "
-                "--attention sdpa."
-            )
-        kernel = "sdpa"
+    kernel = attention_kernel(cfg, device, prompts)
     with torch.device("meta"):
         model = Llama(config)
     check_hf(model, cfg.model)
@@ -134,7 +106,7 @@ def main(cfg: GenerateConfig) -> None:
     # ---- 2. The model: whole, or this rank's heads and columns ---------------------------------------------
     model.to(dtype)
     if tp > 1:
-        start_process_group(device, world_size, timeout_s=WAIT_FOR_A_PERSON_S if cfg.chat else 600)
+        start_process_group(device, tp, timeout_s=WAIT_FOR_A_PERSON_S if cfg.chat else 600)
         mesh = build_mesh(ParallelConfig(tp=tp, dp_shard=1), device.type)
         # Each step has one token, so there is no sequence to shard.
         apply_tensor_parallel(model, mesh["tp"], sequence_parallel=False)
@@ -144,39 +116,21 @@ def main(cfg: GenerateConfig) -> None:
     # Every rank draws the same tokens.
     sampling = Sampling(cfg.temperature, cfg.top_p, torch.Generator(device).manual_seed(cfg.seed))
     stop_ids = find_stop_ids(cfg, config, template)
-
-    def continue_all(prompts: list[list[int]], show=None) -> list[str]:
-        """Return the text that follows each prompt. `show` is called with the text of a single prompt as it
-        comes, which begins with the prompt except in a chat."""
-        ids = [[] for _ in prompts]
-        streams = [TextStream(tokenizer, [] if template else tokens) for tokens in prompts]
-        for step in generate_batch(model, prompts, cfg.max_new_tokens, stop_ids, sampling):
-            for own, stream, token in zip(ids, streams, step, strict=True):
-                if token is not None and token not in stop_ids:
-                    own.append(token)
-                    if show:
-                        show(stream.put(token))
-        if show:
-            show(streams[0].end() + "\n")
-        if template:
-            return [tokenizer.decode(own) for own in ids]
-        wholes = [tokenizer.decode(tokens + own) for tokens, own in zip(prompts, ids, strict=True)]
-        starts = [tokenizer.decode(tokens) for tokens in prompts]
-        return [whole[len(start) :] for whole, start in zip(wholes, starts, strict=True)]
-
-    def show(text: str) -> None:
-        if rank == 0:
-            print(text, end="", flush=True)
+    writer = Writer(model, tokenizer, cfg.max_new_tokens, stop_ids, sampling, is_chat=cfg.chat)
 
     # ---- 3. Text -------------------------------------------------------------------------------------------
+    def show(text: str) -> None:
+        if launch.is_main:
+            print(text, end="", flush=True)
+
     if not texts:
-        talk(cfg, config.max_position_embeddings, template, continue_all, show)
+        talk(cfg, config.max_position_embeddings, template, writer, show)
     elif len(texts) == 1 and not cfg.json:
-        continue_all(prompts, show)
+        writer.continue_all(prompts, show)
     else:
         for first in range(0, len(texts), cfg.batch_size):
             batch = slice(first, first + cfg.batch_size)
-            more = continue_all(prompts[batch])
+            more = writer.continue_all(prompts[batch])
             for number, (text, new) in enumerate(zip(texts[batch], more, strict=True), first + 1):
                 if cfg.json:
                     line = {"prompt": text, "text": new}
@@ -186,7 +140,85 @@ def main(cfg: GenerateConfig) -> None:
     stop_process_group()
 
 
-def talk(cfg: GenerateConfig, context: int, template, continue_all, show) -> None:
+@dataclass(frozen=True)
+class Writer:
+    """Continues prompts with one model and one way to draw tokens."""
+
+    model: Llama
+    tokenizer: Tokenizer
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    sampling: Sampling
+    is_chat: bool
+
+    def continue_all(self, prompts: list[list[int]], show: Callable[[str], None] | None = None) -> list[str]:
+        """Return the text that follows each prompt. `show` is called with the text of a single prompt as it
+        comes, which begins with the prompt except in a chat."""
+        ids = [[] for _ in prompts]
+        streams = [TextStream(self.tokenizer, [] if self.is_chat else tokens) for tokens in prompts]
+        steps = generate_batch(self.model, prompts, self.max_new_tokens, self.stop_ids, self.sampling)
+        for step in steps:
+            for own, stream, token in zip(ids, streams, step, strict=True):
+                if token is not None and token not in self.stop_ids:
+                    own.append(token)
+                    if show:
+                        show(stream.put(token))
+        if show:
+            show(streams[0].end() + "\n")
+        decode = self.tokenizer.decode
+        if self.is_chat:
+            return [decode(own) for own in ids]
+        wholes = [decode(tokens + own) for tokens, own in zip(prompts, ids, strict=True)]
+        starts = [decode(tokens) for tokens in prompts]
+        return [whole[len(start) :] for whole, start in zip(wholes, starts, strict=True)]
+
+
+def check_flags(cfg: GenerateConfig) -> None:
+    """Raise UsageError for flags that are not possible, or not together."""
+    check_numbers(cfg, NUMBERS)
+    if not 0 < cfg.top_p <= 1:
+        raise UsageError(f"--top-p {cfg.top_p} is not possible; it must be above 0 and at most 1.")
+    refuse_hub_name(cfg.model, "model")
+    if not Path(cfg.model).is_dir():
+        raise UsageError(
+            f"--model {cfg.model} is not a folder; text comes from trained weights, e.g. runs/pretrain/hf."
+        )
+    if cfg.system is not None and not cfg.chat:
+        raise UsageError("--system is for --chat; a prompt to continue has no system prompt.")
+
+
+def check_model(cfg: GenerateConfig, config: LlamaConfig, tokenizer: Tokenizer, world_size: int) -> None:
+    """Raise UsageError for a tokenizer of another model, a model that tp cannot split, or another number of
+    processes than tp has."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UsageError(
+            f"--model {cfg.model}: its tokenizer has {tokenizer.vocab_size} tokens and its config.json a "
+            f"vocabulary of {config.vocab_size}; they do not belong together."
+        )
+    tp = cfg.parallel.tp
+    check_parallel(ParallelConfig(tp=tp, dp_shard=1, sequence_parallel=False), Job(config, seq_len=1))
+    if world_size != tp:
+        command = f"torchrun --nproc-per-node {tp}" if tp > 1 else "plain python"
+        raise UsageError(
+            f"--parallel.tp {tp} is for {tp} process(es) and torchrun started {world_size}; launch with "
+            f"{command}."
+        )
+
+
+def attention_kernel(cfg: GenerateConfig, device: torch.device, prompts: list[list[int]]) -> str:
+    """Return the kernel that was asked for, or the fastest that can continue these prompts."""
+    kernel, _ = choose_attention(cfg.attention, device, getattr(torch, cfg.dtype))
+    if kernel == "flash" and len(set(map(len, prompts))) > 1:  # it takes no mask for the padding
+        if cfg.attention == "flash":
+            raise UsageError(
+                "--attention flash cannot continue prompts of unequal lengths at once; use --batch-size 1 or "
+                "--attention sdpa."
+            )
+        return "sdpa"
+    return kernel
+
+
+def talk(cfg: GenerateConfig, context: int, template, writer: Writer, show) -> None:
     """Hold a conversation with the user at the terminal of rank 0, until the end of the input.
 
     context: how many tokens the model was trained on; older turns are left out beyond it
@@ -216,7 +248,7 @@ def talk(cfg: GenerateConfig, context: int, template, continue_all, show) -> Non
             del turns[:2]
             tokens = template.encode_prompt(system + turns)
             show("(the oldest question and answer are forgotten: the model's context is full)\n")
-        turns.append({"role": "assistant", "content": continue_all([tokens], show)[0].strip()})
+        turns.append({"role": "assistant", "content": writer.continue_all([tokens], show)[0].strip()})
 
 
 def system_turn(cfg: GenerateConfig) -> list[dict]:
