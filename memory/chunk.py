@@ -138,16 +138,11 @@ class Piece:
     grad: Tensor | None = None  # a copy of the gradient until the step, if it cannot stay in p.grad
     norm: Tensor | None = None  # of its gradient: 0-dim, float64
     host_square: float = 0.0  # the square of its norm, if the host accumulates its gradient
-    adding: Any = None  # a future: the gradient of an earlier microbatch is being added on the host
+    adding: Any = DONE  # a future: the gradient of an earlier microbatch is being added on the host
 
     @property
     def n_elements(self) -> int:
         return self.in_chunk.stop - self.in_chunk.start
-
-    def wait_until_added(self) -> None:
-        if self.adding is not None:
-            self.adding.result()
-            self.adding = None
 
     @property
     def grad_waits(self) -> bool:
@@ -164,7 +159,7 @@ class Chunk:
         self.home: Home | None = None
         self.tensors: dict[str, Tensor] = {}
         self.state = State.IDLE
-        self.job = None  # a future: the host's step of this chunk
+        self.job: Any = DONE  # a future: the host's step of this chunk
         self.weights_done = self.states_done = DONE  # events of the last update
         self.grads_copied: list = []  # events: gradients have arrived in grad_buffer
 
@@ -186,9 +181,14 @@ class Chunk:
             raise RuntimeError(f"{self} cannot move from {self.state.value} to {state.value}")
         self.state = state
 
+    def end_update(self, weights_done, states_done) -> None:
+        """Note the events of the new weights and states, now that an engine has issued all of its work."""
+        self.weights_done, self.states_done = weights_done, states_done
+        self.move_to(State.IDLE)
+
     def wait(self) -> None:
         """Wait until its weights are new. Raises what went wrong in the host's step."""
-        self.wait_for_host()
+        self.job.result()
         self.weights_done.synchronize()
 
     def wait_for_states(self) -> None:
@@ -199,13 +199,8 @@ class Chunk:
     def wait_on(self, lane: Lane) -> None:
         """Let work that the lane is given from now on wait until the weights are new. The caller waits only
         until the host has stepped the chunk."""
-        self.wait_for_host()
+        self.job.result()
         lane.wait(self.weights_done)
-
-    def wait_for_host(self) -> None:
-        if self.job is not None:
-            self.job.result()
-            self.job = None
 
     # ---- where it lives ----
 

@@ -30,10 +30,12 @@ CORES_FOR_LAUNCHES = 3  # cores kept for launches, autograd and communication wh
 
 
 class _Done:
-    """An event that has happened."""
+    """An event that has happened, and a future whose work is over."""
 
     def synchronize(self) -> None:
         pass
+
+    result = synchronize
 
     def query(self) -> bool:
         return True

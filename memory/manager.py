@@ -80,12 +80,11 @@ class ChunkManager(ChunkStore):
         self.clip: Tensor | None = None  # factor of the next step; nan: the step shall change nothing
         self._host_clip = torch.ones((), pin_memory=self.is_cuda)
         # the last step's event of its clip factor, and the parameters whose step was counted
-        self._unconfirmed: tuple[Any, list[ParamState]] | None = None
+        self._unconfirmed: tuple[Any, list[ParamState]] = DONE, []
         # (event, what has to live until then): gradients that are being copied; what the last update reads
         self._in_flight: list[tuple[Any, Tensor]] = []
         self._in_use: list[tuple[Any, list[Tensor]]] = []
         self._issued: set[Chunk] = set()  # chunks handed to an engine since the last `step`
-        self._is_updating = False  # an update has begun, in backward or in `step`
         # Whose turn it is in the ring and among the weight buffers.
         self._slots = cycle(range(RING_SLOTS))
         self._buffers = cycle(range(WEIGHT_BUFFERS))
@@ -195,6 +194,7 @@ class ChunkManager(ChunkStore):
                     other.n_collected == self.loop.accumulation and not other.is_tied
                     for other in chunk.params
                 ):
+                    self._begin_update()
                     self._issue(chunk, ready, DONE)
         self._release_finished()
         self._bound_in_flight()
@@ -208,7 +208,7 @@ class ChunkManager(ChunkStore):
             chunk.grads_copied.clear()
             chunk.move_to(State.COLLECTING)
         if chunk.home is Home.CPU:
-            piece.wait_until_added()  # the buffer still holds the gradient of the microbatch before
+            piece.adding.result()  # the buffer still holds the gradient of the microbatch before
             buffer = chunk.tensors["grad_buffer"][piece.in_chunk]
             copy = partial(buffer.copy_, grad, non_blocking=True)
             copied = self.lanes.d2h.run(f"gradient of {piece.param.name}", copy, after=[ready])
@@ -276,7 +276,7 @@ class ChunkManager(ChunkStore):
             self.ledger.release("device", _waiting_bytes(param))
         param.parameter.grad = None
         for piece in param.pieces:
-            piece.wait_until_added()
+            piece.adding.result()
             piece.grad, piece.norm, piece.host_square = None, self._zero, 0.0
         param.n_backwards = param.n_collected = 0
 
@@ -299,8 +299,8 @@ class ChunkManager(ChunkStore):
             )
         self.finish_backward()
         collected = [piece for piece in self.pieces if piece.param.n_collected]
-        for piece in collected if self.accumulates else ():
-            piece.wait_until_added()
+        for piece in collected:
+            piece.adding.result()
         on_device = [piece for piece in collected if piece.chunk.home is not Home.CPU]
         norms = float64_norms([self._grad_of(piece) for piece in on_device])
         for piece, norm in zip(on_device, norms, strict=True):
@@ -346,7 +346,7 @@ class ChunkManager(ChunkStore):
         for param in self.params:
             self._forget_gradient(param)
         self._issued.clear()
-        self._is_updating, self.clip = False, None
+        self.clip = None
         for piece in self.pieces:
             if piece.param.is_tied:
                 piece.chunk.wait()
@@ -364,12 +364,10 @@ class ChunkManager(ChunkStore):
         finite. The host does not know that when it counts, but before the counts are used, by the next step
         or by a reader of the states. The event that is waited for is a whole forward and backward old by
         then."""
-        if self._unconfirmed is None:
-            return
         clip_copied, counted = self._unconfirmed
-        self._unconfirmed = None
+        self._unconfirmed = DONE, []
         clip_copied.synchronize()
-        if self._host_clip.isnan():
+        if counted and self._host_clip.isnan():
             for param in counted:
                 param.step -= 1
 
@@ -387,9 +385,8 @@ class ChunkManager(ChunkStore):
     def _begin_update(self) -> None:
         """Before the first chunk of an update is stepped, wait for the rest of the last update, and note its
         time."""
-        if self._is_updating:
+        if self._issued:
             return
-        self._is_updating = True
         for chunk in self.chunks:
             if chunk.state is not State.COLLECTING:
                 chunk.wait()  # long done, except for a chunk whose layers did not run since the last step
@@ -400,7 +397,6 @@ class ChunkManager(ChunkStore):
     def _issue(self, chunk: Chunk, ready, clip_copied) -> None:
         """Let the engine of a chunk step those pieces whose gradients are there, once the event `ready` has
         happened."""
-        self._begin_update()
         self._issued.add(chunk)
         chunk.move_to(State.UPDATING)
         pieces = [(piece, _hyper(piece.param)) for piece in chunk.pieces if piece.param.n_collected]
@@ -422,8 +418,7 @@ class ChunkManager(ChunkStore):
         """Step a chunk where it is, on the caller's stream: what the caller computes next comes after it
         without a wait."""
         self.lanes.resident.run(f"chunk {chunk.index}", self._adam_on_device(chunk.tensors, pieces))
-        chunk.weights_done = chunk.states_done = DONE
-        chunk.move_to(State.IDLE)
+        chunk.end_update(DONE, DONE)
 
     def _step_stream(self, chunk: Chunk, pieces: list, ready) -> None:
         """Step a chunk in a ring slot. The two copies and the step of different chunks overlap, each on its
@@ -440,8 +435,8 @@ class ChunkManager(ChunkStore):
         loaded = self.lanes.h2d.run(what, partial(copy, slot, home), after=after)
         stepped = self.lanes.adam.run(what, self._adam_on_device(slot, pieces), after=[loaded, ready])
         stored = self.lanes.d2h.run(what, partial(copy, home, slot), after=[stepped])
-        chunk.weights_done, chunk.states_done, self._slot_free[i] = stepped, stored, stored
-        chunk.move_to(State.IDLE)
+        self._slot_free[i] = stored
+        chunk.end_update(stepped, stored)
 
     def _adam_on_device(self, states: dict[str, Tensor], pieces: list) -> Callable[[], None]:
         """Return a function that steps the pieces when it is called, with the gradients and clip factor of
@@ -467,7 +462,6 @@ class ChunkManager(ChunkStore):
         if len(pieces) == len(chunk.pieces) and len({hyper for _, hyper in pieces}) == 1:
             runs = [(slice(0, chunk.n), pieces[0][1])]  # one call for the whole chunk
         clip, i = None if self.clip is None else self._host_clip, next(self._buffers)
-        chunk.weights_done = DONE
         chunk.job = self.lanes.thread.submit(self._step_host, chunk, runs, weights, clip, clip_copied, i)
 
     @torch.no_grad()
@@ -479,8 +473,7 @@ class ChunkManager(ChunkStore):
         for event in (clip_copied, *chunk.grads_copied, self._buffer_sent[i]):
             event.synchronize()
         if clip is not None and clip.isnan():  # the gradient is not finite: nothing changes
-            chunk.weights_done = chunk.states_done = DONE
-            chunk.move_to(State.IDLE)
+            chunk.end_update(DONE, DONE)
             return
         if self._host_began_s is None:
             self._host_began_s = self.lanes.clock()
@@ -498,8 +491,8 @@ class ChunkManager(ChunkStore):
 
         self.lanes.host.run(f"chunk {chunk.index}", step)
         sent = self.lanes.weights.run(f"weights of chunk {chunk.index}", send)
-        chunk.weights_done = chunk.states_done = self._buffer_sent[i] = sent
-        chunk.move_to(State.IDLE)
+        self._buffer_sent[i] = sent
+        chunk.end_update(sent, sent)
         self._host_done_s = self.lanes.clock()
 
     # ---- forward and readers -------------------------------------------------------------------------------
