@@ -70,8 +70,9 @@ class AutoPolicy:
         self.traced: StepTrace | None = None
 
     def take_plan(self, saved: str) -> None:
-        """Go on with a plan that was saved before this process started, if every rank can. It is not watched,
-        because it is not known what it was made from."""
+        """Go on with this rank's plan of a checkpoint (Plan.to_json, or "") without tracing again, if on
+        every rank it fits the chunks and budgets of now. All ranks call it. The plan is not watched, because
+        it is not known what it was made from."""
         plan = Plan.from_json(saved, self.manager.chunk_sizes) if saved else None
         if not self._all_ranks(plan is not None and self._keeps_budgets(plan)):
             return

@@ -7,7 +7,7 @@ chunk      pieces of one parameter group, in the order in which forward waits fo
 owner      the module whose forward waits until a parameter has its new weight
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import chain
@@ -267,23 +267,23 @@ def chunk_size(n_elements: int) -> int:
     return size
 
 
-def owners_of(part: nn.Module) -> dict[nn.Parameter, nn.Module]:
-    """Return the owner of each parameter, in the order in which forward waits for them: the root module's
-    first, then block by block.
+def owners_of(parts: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
+    """Yield each module that owns parameters, and those, in the order in which forward waits for them: the
+    root module of a part first, then block by block.
 
     FSDP gathers the weights of a wrapped module together, so that module owns them. Without FSDP each
     transformer block (an element of an nn.ModuleList) owns its parameters. Everything else (embedding, head)
     belongs to the root module, with or without FSDP, and is waited for before the first block, because it may
     be read anywhere."""
-    wrapped = [module for module in part.modules() if isinstance(module, FSDPModule)]
-    lists = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
-    modules = dict.fromkeys([part, *(wrapped or chain.from_iterable(lists))])
-    innermost, owner_of = {}, {}
-    for module in modules:  # inner modules come after outer ones
-        innermost |= dict.fromkeys(module.parameters(), module)
-    for module in modules:
-        owner_of |= {p: module for p in module.parameters() if innermost[p] is module}
-    return owner_of
+    for part in parts:
+        wrapped = [module for module in part.modules() if isinstance(module, FSDPModule)]
+        lists = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
+        modules, innermost = dict.fromkeys([part, *(wrapped or chain.from_iterable(lists))]), {}
+        for module in modules:  # inner modules come after outer ones
+            innermost |= dict.fromkeys(module.parameters(), module)
+        for module in modules:
+            if own := [p for p in module.parameters() if innermost[p] is module]:
+                yield module, own
 
 
 def find_params(
@@ -296,10 +296,8 @@ def find_params(
     names, group_of, owner_of = names_of(model), {}, {}
     for group in optimizer.param_groups:
         group_of |= {p: group for p in group["params"] if p.requires_grad}
-    for part in parts:  # what several parts use is waited for by the first
-        owner_of |= {
-            p: module for p, module in owners_of(part).items() if p in group_of and p not in owner_of
-        }
+    for module, own in owners_of(parts):  # what several parts use is waited for by the first
+        owner_of |= {p: module for p in own if p in group_of and p not in owner_of}
     unknown = [p for p in group_of if p not in owner_of or p not in names]
     if unknown:
         raise UsageError(

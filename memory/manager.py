@@ -109,12 +109,6 @@ class ChunkManager(ChunkStore):
             rates = machine.rates or measure_rates(self.device, config.kernel, machine.ranks_per_host)
             self.auto = AutoPolicy(self, rates)
 
-    def take_plan(self, saved: str) -> None:
-        """Under placement auto, go on with this rank's plan of a checkpoint (Plan.to_json, or "") without
-        tracing again, if on every rank it fits the chunks and budgets of now. All ranks call it."""
-        if self.auto:
-            self.auto.take_plan(saved)
-
     def replan(self, plan: Plan) -> None:
         """Move chunks to the homes of another plan, once the last update is over."""
         self.wait()
@@ -565,12 +559,11 @@ def _waiting_modules(
 ) -> dict[nn.Module, tuple[list[ParamState], list[Chunk]]]:
     """Return for each module that owns parameters, in forward order, those of them that train, and the chunks
     that must be ready before its forward."""
-    params: dict[nn.Module, list[ParamState]] = {}
-    for part in parts:
-        for parameter, module in owners_of(part).items():
-            own = params.setdefault(module, [])
-            own += [param_of[parameter]] if parameter in param_of else []
-    return {module: (own, _chunks_of(own)) for module, own in params.items()}
+    waiting = {}
+    for module, own in owners_of(parts):
+        params = [param_of[parameter] for parameter in own if parameter in param_of]
+        waiting[module] = params, _chunks_of(params)
+    return waiting
 
 
 def _chunks_of(params: list[ParamState]) -> list[Chunk]:

@@ -133,7 +133,8 @@ class ChunkOptimizer(torch.optim.Optimizer):
             if param is not None:
                 param.step = int(loaded[f"state.{name}.step"])
         check_options(self.param_groups)
-        self.manager.take_plan(*state["plan"].values())
+        if self.manager.auto:
+            self.manager.auto.take_plan(*state["plan"].values())
 
     def _named_params(self) -> Iterator[tuple[str, ParamState | None, dict[str, Any]]]:
         """Yield the name, the state (None if frozen) and the group of each parameter."""

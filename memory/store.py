@@ -167,9 +167,9 @@ class ChunkStore:
     def _host_bytes_and_room(self) -> tuple[int, int]:
         """Return how much the plan adds to the host's memory, and how much it may: the budget, or what was
         free."""
-        needed = self.bytes_needed(self.plan)
-        if self.config.host_budget_gib is not None:
-            return needed["host"], int(self.config.host_budget_gib * GIB)
+        needed, budget = self.bytes_needed(self.plan), self.budgets["host"]
+        if budget is not None:
+            return needed["host"], budget
         if self.is_cuda:
             return needed["host"] - self.activation_bytes, self.host_share
         on_both = needed["host"] - self.activation_bytes + needed["device"] - self.weight_bytes

@@ -146,7 +146,7 @@ def steps_without_a_forward() -> list[str]:
         manager.optimizer.step()
         manager.optimizer.zero_grad()
     assert manager.auto.is_tracing and manager.optimizer.saved_plan() == ""
-    manager.take_plan("")  # a checkpoint from before the plan: traced anew
+    manager.auto.take_plan("")  # a checkpoint from before the plan: traced anew
     train(model, manager.optimizer, WARM_UP_STEPS - 1)
     assert manager.auto.is_tracing
     train(model, manager.optimizer, 1)
