@@ -41,8 +41,7 @@ ALIGN = 64  # elements: pieces begin where a vector register and a cache line be
 
 class State(Enum):
     """Says what a chunk waits for. Copies of an update may still be under way on a lane when the chunk is
-    idle
-    again: `weights_done` is the event of its new weights."""
+    idle again: `weights_done` is the event of its new weights."""
 
     IDLE = "idle"  # no gradient of the next update has arrived
     COLLECTING = "collecting"  # some have
@@ -161,7 +160,7 @@ class Chunk:
         self.state = State.IDLE
         self.job: Any = DONE  # a future: the host's step of this chunk
         self.weights_done = self.states_done = DONE  # events of the last update
-        self.grads_copied: list = []  # events: gradients have arrived in grad_buffer
+        self.grads_copied = DONE  # event: the last gradient, and so all, has arrived in grad_buffer
 
     def __repr__(self) -> str:
         return f"chunk {self.index} ({self.home.value}, {self.n} elements from {self.pieces[0].param.name})"

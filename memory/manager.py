@@ -199,7 +199,6 @@ class ChunkManager(ChunkStore):
         chunk = piece.chunk
         if chunk.state is not State.COLLECTING:
             chunk.wait()
-            chunk.grads_copied.clear()
             chunk.move_to(State.COLLECTING)
         if chunk.home is Home.CPU:
             piece.adding.result()  # the buffer still holds the gradient of the microbatch before
@@ -210,7 +209,7 @@ class ChunkManager(ChunkStore):
             if "grad_accum" in chunk.tensors:
                 piece.adding = self.lanes.thread.submit(self._add_on_host, piece, copied, adds)
                 return
-            chunk.grads_copied.append(copied)
+            chunk.grads_copied = copied  # one lane copies all gradients, one after another
             [piece.norm] = float64_norms([grad])
         elif "grad_accum" in chunk.tensors:
             self.kernel.sum_into(chunk.tensors["grad_accum"][piece.in_chunk], grad, adds)
@@ -464,7 +463,7 @@ class ChunkManager(ChunkStore):
     ) -> None:
         """Step a chunk on the host's thread, which takes them one after another in forward order. i: of the
         weight buffer that it uses."""
-        for event in (clip_copied, *chunk.grads_copied, self._buffer_sent[i]):
+        for event in (clip_copied, chunk.grads_copied, self._buffer_sent[i]):
             event.synchronize()
         if clip is not None and clip.isnan():  # the gradient is not finite: nothing changes
             chunk.end_update(DONE, DONE)

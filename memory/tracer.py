@@ -49,8 +49,8 @@ class MachineRates:
 
     def scaled(self, factor: float) -> "MachineRates":
         """Return these rates with all that an update on the host waits for multiplied by `factor`."""
-        names = ("h2d", "d2h", "duplex", "dram", "dram_in_update", "host_adam")
-        return replace(self, **{name: factor * getattr(self, name) for name in names})
+        scaled = {name: factor * rate for name, rate in self.to_json().items()}
+        return replace(self, **scaled | {"device_adam": self.device_adam})
 
     def to_json(self) -> dict:
         return asdict(self)

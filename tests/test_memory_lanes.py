@@ -88,7 +88,7 @@ def test_without_one_of_the_waits_around_the_hosts_step_numbers_are_wrong(event)
         step = manager._step_host
 
         def hasty(chunk, runs, weights, clip, clip_copied, i, manager=manager, step=step):
-            chunk.grads_copied = [] if event == "gradient" else chunk.grads_copied
+            chunk.grads_copied = DONE if event == "gradient" else chunk.grads_copied
             manager._buffer_sent = (
                 [DONE] * len(manager._buffer_sent) if event == "outbox" else manager._buffer_sent
             )
