@@ -222,17 +222,16 @@ class ActivationOffload:
 
     def _make_slots(self) -> int:
         """Fill `free`. Return how many bytes of the host that took."""
-        if self.device.type != "cuda":
-            slabs = [torch.empty(self.n_slots * self.slot_bytes, dtype=torch.uint8)]
-        else:
+        pins, slab_bytes, host_bytes = self.device.type == "cuda", self.n_slots * self.slot_bytes, 0
+        if pins:
             slab_bytes = 1 << (SLOTS_PER_SLAB * self.slot_bytes - 1).bit_length()
-            n_slabs = -(-self.n_slots // (slab_bytes // self.slot_bytes))
-            slabs = [torch.empty(slab_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(n_slabs)]
-        for slab in slabs:
-            n_fit = slab.numel() // self.slot_bytes
-            self.free += [(slot, DONE) for slot in slab[: n_fit * self.slot_bytes].split(self.slot_bytes)]
+        while len(self.free) < self.n_slots:
+            slab = torch.empty(slab_bytes, dtype=torch.uint8, pin_memory=pins)
+            whole = slab[: slab_bytes // self.slot_bytes * self.slot_bytes]
+            self.free += [(slot, DONE) for slot in whole.split(self.slot_bytes)]
+            host_bytes += slab_bytes
         del self.free[self.n_slots :]
-        return sum(slab.numel() for slab in slabs)
+        return host_bytes
 
 
 def _extent(tensor: Tensor) -> int:

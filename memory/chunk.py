@@ -148,6 +148,51 @@ class Piece:
         """Return whether its gradient waits on the device until the step, neither moved nor accumulated."""
         return self.chunk.home is not Home.CPU and "grad_accum" not in self.chunk.tensors
 
+    @property
+    def weight(self) -> Tensor:
+        """Its part of the parameter's weight: see ParamState.weight."""
+        return self.param.weight[self.in_shard]
+
+    def part_of(self, name: str) -> Tensor:
+        """Return its part of a tensor of the chunk."""
+        return self.chunk.tensors[name][self.in_chunk]
+
+    # ---- values, wherever they are ----
+
+    def read(self, name: str, values: Tensor) -> None:
+        """Copy `master`, `exp_avg` or `exp_avg_sq` into float32 memory on the host."""
+        weight = self.weight
+        if name in self.chunk.tensors:
+            values.copy_(self.part_of(name))
+        elif "master_low16" in self.chunk.tensors:
+            for part, high, low16 in blocks(values, weight, self.part_of("master_low16")):
+                part.copy_(join_master(high, low16.to(weight.device)))
+        else:
+            values.copy_(weight)
+
+    def on_host(self, name: str) -> Tensor:
+        """Return what `read` reads; a view of it if it is on the host as it is."""
+        if name in self.chunk.tensors:
+            return self.part_of(name).to("cpu")
+        values = torch.empty(self.n_elements)
+        self.read(name, values)
+        return values
+
+    def write(self, name: str, values: Tensor) -> None:
+        """Write what `read` reads; a new master is rounded into the weight too."""
+        if name in self.chunk.tensors:
+            self.part_of(name).copy_(values)
+        if name == "master":
+            weight = self.weight
+            if "master_low16" in self.chunk.tensors:
+                for part, high, low16 in blocks(values, weight, self.part_of("master_low16")):
+                    new_high, new_low16 = split_master(part.to(weight.device))
+                    high.copy_(new_high)
+                    low16.copy_(new_low16)
+            else:
+                for part, rounded in blocks(values, weight):
+                    rounded.copy_(part.to(weight.dtype))  # first, so that only the weight crosses the link
+
 
 class Chunk:
     """The state of the pieces of one chunk. `state` is changed by move_to alone."""
@@ -212,48 +257,12 @@ class Chunk:
         self.home = home
         if home is Home.CPU:
             for piece in self.pieces:
-                self.tensors["master"][piece.in_chunk] = piece.param.weight[piece.in_shard]
+                piece.part_of("master").copy_(piece.weight)
 
     def free(self, ledger: Ledger) -> None:
         for name, (account, _, _) in self.format.tensors(self.home).items():
             ledger.release(account, self.tensors.pop(name).nbytes)
         self.home = None
-
-    def read(self, name: str, piece: Piece, values: Tensor) -> None:
-        """Copy `master`, `exp_avg` or `exp_avg_sq` of a piece, wherever it is, into float32 memory on the
-        host."""
-        weight = piece.param.weight[piece.in_shard]
-        if name in self.tensors:
-            values.copy_(self.tensors[name][piece.in_chunk])
-        elif "master_low16" in self.tensors:
-            for part, high, low16 in blocks(values, weight, self.tensors["master_low16"][piece.in_chunk]):
-                part.copy_(join_master(high, low16.to(weight.device)))
-        else:
-            values.copy_(weight)
-
-    def on_host(self, name: str, piece: Piece) -> Tensor:
-        """Return what `read` reads; a view of it if it is on the host as it is."""
-        if name in self.tensors:
-            return self.tensors[name][piece.in_chunk].to("cpu")
-        values = torch.empty(piece.n_elements)
-        self.read(name, piece, values)
-        return values
-
-    def write(self, name: str, piece: Piece, values: Tensor) -> None:
-        """Write what `read` reads; a new master is rounded into the weight too."""
-        if name in self.tensors:
-            self.tensors[name][piece.in_chunk] = values
-        if name == "master":
-            weight = piece.param.weight[piece.in_shard]
-            if "master_low16" in self.tensors:
-                low16s = self.tensors["master_low16"][piece.in_chunk]
-                for part, high, low16 in blocks(values, weight, low16s):
-                    new_high, new_low16 = split_master(part.to(weight.device))
-                    high.copy_(new_high)
-                    low16.copy_(new_low16)
-            else:
-                for part, rounded in blocks(values, weight):
-                    rounded.copy_(part.to(weight.dtype))  # first, so that only the weight crosses the link
 
 
 def chunk_size(n_elements: int) -> int:

@@ -202,8 +202,7 @@ class ChunkManager(ChunkStore):
             chunk.move_to(State.COLLECTING)
         if chunk.home is Home.CPU:
             piece.adding.result()  # the buffer still holds the gradient of the microbatch before
-            buffer = chunk.tensors["grad_buffer"][piece.in_chunk]
-            copy = partial(buffer.copy_, grad, non_blocking=True)
+            copy = partial(piece.part_of("grad_buffer").copy_, grad, non_blocking=True)
             copied = self.lanes.d2h.run(f"gradient of {piece.param.name}", copy, after=[ready])
             self._in_flight.append((copied, grad))
             if "grad_accum" in chunk.tensors:
@@ -212,7 +211,7 @@ class ChunkManager(ChunkStore):
             chunk.grads_copied = copied  # one lane copies all gradients, one after another
             [piece.norm] = float64_norms([grad])
         elif "grad_accum" in chunk.tensors:
-            self.kernel.sum_into(chunk.tensors["grad_accum"][piece.in_chunk], grad, adds)
+            self.kernel.sum_into(piece.part_of("grad_accum"), grad, adds)
         elif not piece.param.keeps_grad:
             piece.grad = piece.grad.add_(grad) if adds else grad.clone()
 
@@ -220,8 +219,8 @@ class ChunkManager(ChunkStore):
     def _add_on_host(self, piece: Piece, copied, adds: bool) -> None:
         """Add grad_buffer to grad_accum, on the host's thread."""
         copied.synchronize()
-        total, grad = (piece.chunk.tensors[name][piece.in_chunk] for name in ("grad_accum", "grad_buffer"))
-        self.kernel.sum_into(total, grad, adds)
+        total = piece.part_of("grad_accum")
+        self.kernel.sum_into(total, piece.part_of("grad_buffer"), adds)
         [norm] = float64_norms([total])
         piece.host_square = norm.item() ** 2 / piece.param.copies
 
@@ -436,21 +435,21 @@ class ChunkManager(ChunkStore):
         now."""
         steps = []
         for piece, hyper in pieces:
-            weight, run = piece.param.weight[piece.in_shard], piece.in_chunk
+            run = piece.in_chunk
             low16 = states["master_low16"][run] if "master_low16" in states else None
             moments = states["exp_avg"][run], states["exp_avg_sq"][run]
-            steps.append((weight, low16, *moments, self._grad_of(piece), self.clip, hyper))
+            steps.append((piece.weight, low16, *moments, self._grad_of(piece), self.clip, hyper))
         return partial(self.kernel.device_steps, steps)
 
     @staticmethod
     def _grad_of(piece: Piece) -> Tensor:
         """Return the gradient of a piece on the device, which is complete once backward has ended."""
         if "grad_accum" in piece.chunk.tensors:
-            return piece.chunk.tensors["grad_accum"][piece.in_chunk]
+            return piece.part_of("grad_accum")
         return flat_view(piece.param.parameter.grad)[piece.in_shard] if piece.param.keeps_grad else piece.grad
 
     def _queue_for_host(self, chunk: Chunk, pieces: list, clip_copied) -> None:
-        weights = [(piece, piece.param.weight[piece.in_shard]) for piece, _ in pieces]
+        weights = [(piece, piece.weight) for piece, _ in pieces]
         runs = [(piece.in_chunk, hyper) for piece, hyper in pieces]
         if len(pieces) == len(chunk.pieces) and len({hyper for _, hyper in pieces}) == 1:
             runs = [(slice(0, chunk.n), pieces[0][1])]  # one call for the whole chunk

@@ -216,14 +216,12 @@ class ChunkStore:
         for chunk, home in moving:
             # States on the host are not copied: the old tensors live until their values are written.
             kept = [
-                (name, piece, chunk.on_host(name, piece))
-                for piece in chunk.pieces
-                for name in MASTER_AND_MOMENTS
+                (piece, name, piece.on_host(name)) for piece in chunk.pieces for name in MASTER_AND_MOMENTS
             ]
             chunk.free(self.ledger)
             chunk.allocate(self.ledger, home)
-            for state in kept:
-                chunk.write(*state)
+            for piece, name, values in kept:
+                piece.write(name, values)
         self._allocate_buffers()
         empty_caches(self.device)
         for param in self.params:
@@ -288,8 +286,7 @@ class ChunkStore:
         RESIDENT and STREAM chunks need nothing: there the weight is part of the master."""
         for piece in param.pieces:
             if piece.chunk.home is Home.CPU:
-                master = piece.chunk.tensors["master"][piece.in_chunk]
-                weight = param.weight[piece.in_shard].cpu()
+                master, weight = piece.part_of("master"), piece.weight.cpu()
                 master.copy_(torch.where(master.to(weight.dtype) == weight, master, weight.float()))
         self.say(f"memory    the weight of {param.name} was modified between steps; it is the new master")
 
@@ -306,7 +303,7 @@ class ChunkStore:
         values = torch.empty(local(param.parameter).numel())
         for piece in param.pieces:
             piece.chunk.wait_for_states()
-            piece.chunk.read(name, piece, values[piece.in_shard])
+            piece.read(name, values[piece.in_shard])
         return values
 
     @torch.no_grad()
@@ -315,7 +312,7 @@ class ChunkStore:
         values = shard.reshape(-1).float()
         for piece in param.pieces:
             piece.chunk.wait_for_states()
-            piece.chunk.write(name, piece, values[piece.in_shard])
+            piece.write(name, values[piece.in_shard])
         if name == "master":
             param.weight_version = None
 
