@@ -83,7 +83,7 @@ class ChunkManager(ChunkStore):
         self._unconfirmed: tuple[Any, list[ParamState]] = DONE, []
         # (event, what has to live until then): gradients that are being copied; what the last update reads
         self._in_flight: list[tuple[Any, Tensor]] = []
-        self._in_use: list[tuple[Any, list[Tensor]]] = []
+        self._in_use: list[tuple[Any, list[Tensor | None]]] = []
         self._issued: set[Chunk] = set()  # chunks handed to an engine since the last `step`
         # Whose turn it is in the ring and among the weight buffers.
         self._slots = cycle(range(RING_SLOTS))
@@ -328,8 +328,8 @@ class ChunkManager(ChunkStore):
                 if is_due and any(param.n_collected for param in chunk.params):
                     self._issue(chunk, ready, clip_copied)
         read = [piece.grad for piece in self.pieces]
-        read += [param.parameter.grad for param in self.params] + [self.clip]
-        self._in_use.append((self.lanes.adam.now(), [tensor for tensor in read if tensor is not None]))
+        read += [param.parameter.grad for param in self.params]
+        self._in_use.append((self.lanes.adam.now(), [*read, self.clip]))
         counted = [param for param in self.params if param.n_collected]
         for param in counted:
             param.step += 1
@@ -453,15 +453,13 @@ class ChunkManager(ChunkStore):
         runs = [(piece.in_chunk, hyper) for piece, hyper in pieces]
         if len(pieces) == len(chunk.pieces) and len({hyper for _, hyper in pieces}) == 1:
             runs = [(slice(0, chunk.n), pieces[0][1])]  # one call for the whole chunk
-        clip, i = None if self.clip is None else self._host_clip, next(self._buffers)
-        chunk.job = self.lanes.thread.submit(self._step_host, chunk, runs, weights, clip, clip_copied, i)
+        clip = None if self.clip is None else self._host_clip
+        chunk.job = self.lanes.thread.submit(self._step_host, chunk, runs, weights, clip, clip_copied)
 
     @torch.no_grad()
-    def _step_host(
-        self, chunk: Chunk, runs: list, weights: list, clip: Tensor | None, clip_copied, i: int
-    ) -> None:
-        """Step a chunk on the host's thread, which takes them one after another in forward order. i: of the
-        weight buffer that it uses."""
+    def _step_host(self, chunk: Chunk, runs: list, weights: list, clip: Tensor | None, clip_copied) -> None:
+        """Step a chunk on the host's thread, which takes them one after another in forward order."""
+        i = next(self._buffers)
         for event in (clip_copied, chunk.grads_copied, self._buffer_sent[i]):
             event.synchronize()
         if clip is not None and clip.isnan():  # the gradient is not finite: nothing changes
