@@ -17,7 +17,6 @@ beside it (lanes.py).
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from itertools import chain, cycle, pairwise
 from pathlib import Path
@@ -101,7 +100,6 @@ class ChunkManager(ChunkStore):
         self.auto = None
         self.say(f"memory    this rank has {len(self.chunks)} chunks; AdamW runs by {self.kernel.why}")
         if config.placement == "static":
-            self.plan = replace(self.plan, other_host_bytes=self.other_host_bytes)
             if machine.rates and machine.compute_seconds:
                 self.plan = with_prediction(self.plan, machine.rates, StepTrace(0, *machine.compute_seconds))
             self.say(self.plan_in_words())

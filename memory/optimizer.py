@@ -111,7 +111,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
 
         weights = {}
         for name, value in masters.state_dict(keep_vars=True).items():
-            if param := masters.param_of(value):
+            if param := masters.param_of.get(value):
                 weights[name] = deferred("master", param)
             elif not isinstance(value, nn.Parameter):  # a buffer; frozen parameters are not saved
                 weights[name] = value

@@ -105,7 +105,8 @@ class ChunkStore:
             "device": self.budgets["device"] or device_memory(self.device) or self.host_share,
             "host": self.budgets["host"] or self.host_share + self.activation_bytes,
         }
-        self.plan = replace(overrides.plan or self._first_plan(), chunks=self.chunk_sizes)
+        plan = overrides.plan or self._first_plan()
+        self.plan = replace(plan, chunks=self.chunk_sizes, other_host_bytes=self.other_host_bytes)
         self._refuse_what_does_not_fit(self.plan)
         self._refuse_what_the_host_lacks()
 
@@ -330,7 +331,8 @@ class Masters(StandIn):
         self.config = getattr(store.model, "config", None)
         self._store = store
         placeholders = {parameter: nn.Parameter(placeholder(parameter)) for parameter in store.param_of}
-        self._stands_for = {placeholders[parameter]: param for parameter, param in store.param_of.items()}
+        # what the manager knows of a parameter of this stand-in, if it manages it
+        self.param_of = {placeholders[parameter]: param for parameter, param in store.param_of.items()}
         for name, value in store.model.state_dict(keep_vars=True).items():
             *path, last = plain_name(name).split(".")
             module = self
@@ -342,22 +344,18 @@ class Masters(StandIn):
             is_parameter = isinstance(value, nn.Parameter)
             module.register_parameter(last, value) if is_parameter else module.register_buffer(last, value)
 
-    def param_of(self, parameter: nn.Parameter) -> ParamState | None:
-        """Return what the manager knows of a parameter of this stand-in; None if it does not manage it."""
-        return self._stands_for.get(parameter)
-
     def empty(self, name: str) -> Tensor:
         own = self.get_parameter(name)
-        if (param := self.param_of(own)) is None:
+        if (param := self.param_of.get(own)) is None:
             return own
         return from_local_like(param.parameter, torch.empty(local(own).numel()))
 
     def read(self, name: str) -> Tensor:
         own = self.get_parameter(name)
-        if (param := self.param_of(own)) is None:
+        if (param := self.param_of.get(own)) is None:
             return own
         return from_local_like(param.parameter, self._store.read_state("master", param))
 
     def write(self, name: str, values: Tensor) -> None:
-        if param := self.param_of(self.get_parameter(name)):
+        if param := self.param_of.get(self.get_parameter(name)):
             self._store.write_state("master", param, local(values))

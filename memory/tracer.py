@@ -175,12 +175,7 @@ def dram_stream(n_bytes: int) -> Callable[[], int]:
     states does to DRAM, and returns how many bytes that moved. n_bytes: of the array, larger than the
     caches."""
     array = torch.zeros(n_bytes // 4)
-
-    def once() -> int:
-        array.add_(1)
-        return 2 * array.nbytes
-
-    return once
+    return lambda: 2 * array.add_(1).nbytes
 
 
 def host_adam_rate(
