@@ -96,9 +96,10 @@ class ActivationOffload:
         in_flight: int = 1,
         lanes: Lanes | None = None,
     ):
-        self.device, self.blocks, self.lanes = device, list(blocks), lanes or Lanes(device, n_threads=1)
+        self.device, self.lanes = device, lanes or Lanes(device, n_threads=1)
         self.slot_bytes = -(-input_bytes // ALIGNMENT) * ALIGNMENT
-        self.n_slots = (len(self.blocks) - 1) * in_flight
+        self.last = len(blocks) - 1  # the number of the block whose input is kept
+        self.n_slots = self.last * in_flight
         self.free: list[tuple[Tensor, Any]] = []  # slots, each with the event of its last copy
         self.host_bytes = self._make_slots()
         self._no_input = lambda: None
@@ -108,14 +109,8 @@ class ActivationOffload:
         self._entered: _Input | None = None  # ... and the same once autograd has saved it
         # One pair for all blocks, because a compiled block is guarded on the identity of the hooks.
         self._hooks = (self._pack, self._unpack)
-        self._inner = [block.forward for block in self.blocks]
-        for i, (block, inner) in enumerate(zip(self.blocks, self._inner, strict=True)):
-            block.forward = partial(self._forward, i, inner)
-
-    def close(self) -> None:
-        """Give the blocks their own forward methods back."""
-        for block, inner in zip(self.blocks, self._inner, strict=True):
-            block.forward = inner
+        for i, block in enumerate(blocks):
+            block.forward = partial(self._forward, i, block.forward)
 
     # ---- forward ----
 
@@ -126,7 +121,7 @@ class ActivationOffload:
             x = x.contiguous()
         if i == 0:
             self._newest = self._no_input
-        self._entering, self._entered = (local(x), i == len(self.blocks) - 1), None
+        self._entering, self._entered = (local(x), i == self.last), None
         try:
             with saved_tensors_hooks(*self._hooks):
                 return inner(x, *args, **kwargs)
