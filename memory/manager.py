@@ -93,7 +93,8 @@ class ChunkManager(ChunkStore):
         self._warm_up()
         parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
         self._frozen = [p for p in parameters if p not in self.param_of]
-        self.owners = _waiting_modules(self.parts, self.param_of)
+        # for each module that owns parameters: those that train, and the chunks that its forward waits for
+        self.owners: dict[nn.Module, tuple[list[ParamState], list[Chunk]]] = {}
         self._install_hooks()
         self._note_weights(self.params)
         self.optimizer = ChunkOptimizer(self, optimizer)
@@ -139,7 +140,9 @@ class ChunkManager(ChunkStore):
             if not param.is_tied:
                 hook = lambda _, param=param: self._on_gradient(param)
                 self._handles.append(param.parameter.register_post_accumulate_grad_hook(hook))
-        for module in self.owners:
+        for module, own in owners_of(self.parts):
+            params = [self.param_of[parameter] for parameter in own if parameter in self.param_of]
+            self.owners[module] = params, _chunks_of(params)
             hook = lambda module, _: self._before_forward(module)
             # Prepended after fully_shard, so that it runs before FSDP gathers the weights.
             self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
@@ -546,18 +549,6 @@ class ChunkManager(ChunkStore):
 
     def _all_lanes(self) -> list[Lanes]:
         return [self.lanes, *(offload.lanes for offload in self.loop.activations)]
-
-
-def _waiting_modules(
-    parts: list[nn.Module], param_of: dict[nn.Parameter, ParamState]
-) -> dict[nn.Module, tuple[list[ParamState], list[Chunk]]]:
-    """Return for each module that owns parameters, in forward order, those of them that train, and the chunks
-    that must be ready before its forward."""
-    waiting = {}
-    for module, own in owners_of(parts):
-        params = [param_of[parameter] for parameter in own if parameter in param_of]
-        waiting[module] = params, _chunks_of(params)
-    return waiting
 
 
 def _chunks_of(params: list[ParamState]) -> list[Chunk]:
