@@ -36,7 +36,7 @@ from memory.config import MemoryConfig
 from memory.home import Home
 from memory.inputs import Machine, Overrides, TrainingLoop
 from memory.kernel import HyperParameters, Kernel
-from memory.lanes import DONE, Lanes, hold_to_budget
+from memory.lanes import DONE, hold_to_budget
 from memory.optimizer import ChunkOptimizer, check_adamw
 from memory.placement import RING_SLOTS, WEIGHT_BUFFERS, Plan, describe_measured, with_prediction
 from memory.store import IN_FLIGHT_BYTES, MASTER_AND_MOMENTS, ChunkStore
@@ -88,6 +88,7 @@ class ChunkManager(ChunkStore):
         self._slots = cycle(range(RING_SLOTS))
         self._buffers = cycle(range(WEIGHT_BUFFERS))
         self._phase: tuple[str | None, Any] = None, None
+        self._all_lanes = [self.lanes, *(offload.lanes for offload in loop.activations)]
         self._host_began_s = self._host_done_s = self._host_update_s = None
         self._steps_s: list[float] | None = []  # when steps ended; None: they have been reported
         self._warm_up()
@@ -523,7 +524,7 @@ class ChunkManager(ChunkStore):
 
     @record.setter
     def record(self, on: bool) -> None:
-        for lanes in self._all_lanes():
+        for lanes in self._all_lanes:
             lanes.recording = on
 
     def _mark(self, phase: str | None) -> None:
@@ -540,15 +541,12 @@ class ChunkManager(ChunkStore):
     def events(self) -> list[tuple[str, str, float, float]]:
         """See Lanes.events; in the order of their starts. Waits until all is over."""
         self.wait()
-        noted = chain.from_iterable(lanes.events() for lanes in self._all_lanes())
+        noted = chain.from_iterable(lanes.events() for lanes in self._all_lanes)
         return sorted(noted, key=lambda event: event[2])
 
     def draw(self, path: str | Path, title: str) -> None:
         """Write a PNG of what was moved and computed while `record` was true."""
         draw_timeline(self.events, path, title)
-
-    def _all_lanes(self) -> list[Lanes]:
-        return [self.lanes, *(offload.lanes for offload in self.loop.activations)]
 
 
 def _chunks_of(params: list[ParamState]) -> list[Chunk]:
