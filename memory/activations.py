@@ -43,15 +43,10 @@ class _Input:
 
     def __init__(self, offload: "ActivationOffload", flat: Tensor, kept: bool, previous: Callable):
         self.offload, self.kept, self.previous = offload, kept, previous
-        self.n_bytes, self.dtype = flat.nbytes, flat.dtype
         self.slot: Tensor | None = None  # bytes on the host
+        self.host: Tensor | None = None  # what of them it takes, in its dtype
         self.moved = DONE  # event: the last copy, in either direction
-        self.flat: Tensor | None = None  # 1-D on the device: on its way to the host, fetched, or kept
-        self.hold(flat)
-
-    def hold(self, flat: Tensor) -> None:
-        self.flat = flat
-        self.offload.count(self.n_bytes)
+        self.flat: Tensor | None = flat  # 1-D on the device: on its way to the host, fetched, or kept
 
     def release(self) -> None:
         """Drop the device's copy. Computation that is queued from here on may use its memory once the last
@@ -59,7 +54,6 @@ class _Input:
         if self.flat is not None:
             self.offload.lanes.compute.wait(self.moved)
             self.flat = None
-            self.offload.count(-self.n_bytes)
 
     def __del__(self):
         self.release()
@@ -78,21 +72,34 @@ class _Saved(NamedTuple):
 
 
 class ActivationOffload:
-    """See `offload_block_inputs`. device_bytes, peak_device_bytes: block inputs on the device. host_bytes:
-    the slabs."""
+    """Keeps the inputs of `blocks` on the host between forward and backward. At most two are on the device at
+    a time, and results are bitwise the same.
+
+    blocks: those of one pipeline stage, in forward order, each called with its input first; apply recompute
+        and compile before
+    input_bytes: of the largest input on this rank: sequences x tokens x width x bytes, with tokens / tp under
+        sequence parallelism
+    in_flight: how many forwards have begun whose backward is not over: 1, or under pp up to all microbatches;
+        each keeps the last block's input
+    lanes: what copies run on, `recording` if they are to be drawn. Not the chunk manager's lanes, whose
+        queues hold other work.
+
+    It pins host memory, `host_bytes` in all. Make it before training: to pin within a step can hold up other
+    ranks.
+    """
 
     def __init__(
         self,
         blocks: Sequence[nn.Module],
         device: torch.device,
         input_bytes: int,
-        in_flight: int,
-        lanes: Lanes,
+        in_flight: int = 1,
+        lanes: Lanes | None = None,
     ):
-        self.device, self.blocks, self.lanes = device, list(blocks), lanes
+        self.device, self.lanes = device, lanes or Lanes(device, n_threads=1)
         self.slot_bytes = -(-input_bytes // ALIGNMENT) * ALIGNMENT
-        self.n_slots = (len(self.blocks) - 1) * in_flight
-        self.device_bytes = self.peak_device_bytes = 0
+        self.last = len(blocks) - 1  # the number of the block whose input is kept
+        self.n_slots = self.last * in_flight
         self.free: list[tuple[Tensor, Any]] = []  # slots, each with the event of its last copy
         self.host_bytes = self._make_slots()
         self._no_input = lambda: None
@@ -102,18 +109,8 @@ class ActivationOffload:
         self._entered: _Input | None = None  # ... and the same once autograd has saved it
         # One pair for all blocks, because a compiled block is guarded on the identity of the hooks.
         self._hooks = (self._pack, self._unpack)
-        self._inner = [block.forward for block in self.blocks]
-        for i, (block, inner) in enumerate(zip(self.blocks, self._inner, strict=True)):
-            block.forward = partial(self._forward, i, inner)
-
-    def close(self) -> None:
-        """Give the blocks their own forward methods back."""
-        for block, inner in zip(self.blocks, self._inner, strict=True):
-            block.forward = inner
-
-    def count(self, n_bytes: int) -> None:
-        self.device_bytes += n_bytes
-        self.peak_device_bytes = max(self.peak_device_bytes, self.device_bytes)
+        for i, block in enumerate(blocks):
+            block.forward = partial(self._forward, i, block.forward)
 
     # ---- forward ----
 
@@ -124,7 +121,7 @@ class ActivationOffload:
             x = x.contiguous()
         if i == 0:
             self._newest = self._no_input
-        self._entering, self._entered = (local(x), i == len(self.blocks) - 1), None
+        self._entering, self._entered = (local(x), i == self.last), None
         try:
             with saved_tensors_hooks(*self._hooks):
                 return inner(x, *args, **kwargs)
@@ -162,10 +159,10 @@ class ActivationOffload:
         self._newest = weakref.ref(input)
         if not kept:
             input.slot, last_read = self._take_slot(flat.nbytes)
-            host = input.slot[: flat.nbytes].view(flat.dtype)
+            input.host = input.slot[: flat.nbytes].view(flat.dtype)
             input.moved = self.lanes.d2h.run(
                 "input of a block",
-                partial(host.copy_, flat, non_blocking=True),
+                partial(input.host.copy_, flat, non_blocking=True),
                 after=[self.lanes.compute.now(), last_read],  # the block before computed it
             )
             self._leaving = weakref.ref(input)
@@ -210,53 +207,26 @@ class ActivationOffload:
         return DTensor.from_local(view, mesh, placements, run_check=False, shape=shape, stride=stride)
 
     def _fetch(self, input: _Input) -> None:
-        host = input.slot[: input.n_bytes].view(input.dtype)
-        flat = torch.empty(host.shape, dtype=input.dtype, device=self.device)
-        # The memory of `flat` may belong to computation that has been queued before.
+        input.flat = torch.empty_like(input.host, device=self.device)
+        # Its memory may belong to computation that has been queued before.
         input.moved = self.lanes.h2d.run(
             "input of a block",
-            partial(flat.copy_, host, non_blocking=True),
+            partial(input.flat.copy_, input.host, non_blocking=True),
             after=[self.lanes.compute.now(), input.moved],
         )
-        input.hold(flat)
 
     def _make_slots(self) -> int:
         """Fill `free`. Return how many bytes of the host that took."""
-        if self.device.type != "cuda":
-            slabs = [torch.empty(self.n_slots * self.slot_bytes, dtype=torch.uint8)]
-        else:
+        pins, slab_bytes, host_bytes = self.device.type == "cuda", self.n_slots * self.slot_bytes, 0
+        if pins:
             slab_bytes = 1 << (SLOTS_PER_SLAB * self.slot_bytes - 1).bit_length()
-            n_slabs = -(-self.n_slots // (slab_bytes // self.slot_bytes))
-            slabs = [torch.empty(slab_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(n_slabs)]
-        for slab in slabs:
-            n_fit = slab.numel() // self.slot_bytes
-            self.free += [(slot, DONE) for slot in slab[: n_fit * self.slot_bytes].split(self.slot_bytes)]
+        while len(self.free) < self.n_slots:
+            slab = torch.empty(slab_bytes, dtype=torch.uint8, pin_memory=pins)
+            whole = slab[: slab_bytes // self.slot_bytes * self.slot_bytes]
+            self.free += [(slot, DONE) for slot in whole.split(self.slot_bytes)]
+            host_bytes += slab_bytes
         del self.free[self.n_slots :]
-        return sum(slab.numel() for slab in slabs)
-
-
-def offload_block_inputs(
-    blocks: Sequence[nn.Module],
-    device: torch.device,
-    input_bytes: int,
-    in_flight: int = 1,
-    lanes: Lanes | None = None,
-) -> ActivationOffload:
-    """Keep the inputs of `blocks` on the host between forward and backward. At most two are on the device at
-    a time, and results are bitwise the same.
-
-    blocks: those of one pipeline stage, in forward order, each called with its input first; apply recompute
-        and compile before
-    input_bytes: of the largest input on this rank: sequences x tokens x width x bytes, with tokens / tp under
-        sequence parallelism
-    in_flight: how many forwards have begun whose backward is not over: 1, or under pp up to all microbatches;
-        each keeps the last block's input
-    lanes: what copies run on, `recording` if they are to be drawn. Not the chunk manager's lanes, whose
-        queues hold other work.
-
-    It pins host memory. Call it before training: to pin within a step can hold up other ranks.
-    """
-    return ActivationOffload(blocks, device, input_bytes, in_flight, lanes or Lanes(device, n_threads=1))
+        return host_bytes
 
 
 def _extent(tensor: Tensor) -> int:

@@ -65,13 +65,14 @@ class AutoPolicy:
 
     def __init__(self, manager: "ChunkManager", rates: MachineRates):
         self.manager, self.rates, self.n_steps, self.n_plans = manager, rates, 0, 0
-        self.counters = Counters.of(manager.device)
+        self.counters = Counters(manager.device)
         self.tracer: Tracer | None = Tracer(manager.owners, manager.device, self.counters)
         self.traced: StepTrace | None = None
 
     def take_plan(self, saved: str) -> None:
-        """Go on with a plan that was saved before this process started, if every rank can. It is not watched,
-        because it is not known what it was made from."""
+        """Go on with this rank's plan of a checkpoint (Plan.to_json, or "") without tracing again, if on
+        every rank it fits the chunks and budgets of now. All ranks call it. The plan is not watched, because
+        it is not known what it was made from."""
         plan = Plan.from_json(saved, self.manager.chunk_sizes) if saved else None
         if not self._all_ranks(plan is not None and self._keeps_budgets(plan)):
             return
@@ -82,11 +83,9 @@ class AutoPolicy:
 
     def _keeps_budgets(self, plan: Plan) -> bool:
         """Return whether the plan was made for at most the budgets that were asked for now."""
-        made_for = {"device": plan.device_budget_bytes, "host": plan.host_budget_bytes}
-        for account, asked in self.manager.budgets.items():
-            if asked is not None and (made_for[account] is None or made_for[account] > asked):
-                return False
-        return True
+        budgets = plan.device_budget_bytes, plan.host_budget_bytes
+        pairs = zip(self.manager.budgets.values(), budgets, strict=True)
+        return all(asked is None or made_for is not None and made_for <= asked for asked, made_for in pairs)
 
     def close(self) -> None:
         if self.tracer:

@@ -7,7 +7,7 @@ chunk      pieces of one parameter group, in the order in which forward waits fo
 owner      the module whose forward waits until a parameter has its new weight
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import chain
@@ -41,8 +41,7 @@ ALIGN = 64  # elements: pieces begin where a vector register and a cache line be
 
 class State(Enum):
     """Says what a chunk waits for. Copies of an update may still be under way on a lane when the chunk is
-    idle
-    again: `weights_done` is the event of its new weights."""
+    idle again: `weights_done` is the event of its new weights."""
 
     IDLE = "idle"  # no gradient of the next update has arrived
     COLLECTING = "collecting"  # some have
@@ -138,21 +137,61 @@ class Piece:
     grad: Tensor | None = None  # a copy of the gradient until the step, if it cannot stay in p.grad
     norm: Tensor | None = None  # of its gradient: 0-dim, float64
     host_square: float = 0.0  # the square of its norm, if the host accumulates its gradient
-    adding: Any = None  # a future: the gradient of an earlier microbatch is being added on the host
+    adding: Any = DONE  # a future: the gradient of an earlier microbatch is being added on the host
 
     @property
     def n_elements(self) -> int:
         return self.in_chunk.stop - self.in_chunk.start
 
-    def wait_until_added(self) -> None:
-        if self.adding is not None:
-            self.adding.result()
-            self.adding = None
-
     @property
     def grad_waits(self) -> bool:
         """Return whether its gradient waits on the device until the step, neither moved nor accumulated."""
         return self.chunk.home is not Home.CPU and "grad_accum" not in self.chunk.tensors
+
+    @property
+    def weight(self) -> Tensor:
+        """Its part of the parameter's weight: see ParamState.weight."""
+        return self.param.weight[self.in_shard]
+
+    def part_of(self, name: str) -> Tensor:
+        """Return its part of a tensor of the chunk."""
+        return self.chunk.tensors[name][self.in_chunk]
+
+    # ---- values, wherever they are ----
+
+    def read(self, name: str, values: Tensor) -> None:
+        """Copy `master`, `exp_avg` or `exp_avg_sq` into float32 memory on the host."""
+        weight = self.weight
+        if name in self.chunk.tensors:
+            values.copy_(self.part_of(name))
+        elif "master_low16" in self.chunk.tensors:
+            for part, high, low16 in blocks(values, weight, self.part_of("master_low16")):
+                part.copy_(join_master(high, low16.to(weight.device)))
+        else:
+            values.copy_(weight)
+
+    def on_host(self, name: str) -> Tensor:
+        """Return what `read` reads; a view of it if it is on the host as it is."""
+        if name in self.chunk.tensors:
+            return self.part_of(name).to("cpu")
+        values = torch.empty(self.n_elements)
+        self.read(name, values)
+        return values
+
+    def write(self, name: str, values: Tensor) -> None:
+        """Write what `read` reads; a new master is rounded into the weight too."""
+        if name in self.chunk.tensors:
+            self.part_of(name).copy_(values)
+        if name == "master":
+            weight = self.weight
+            if "master_low16" in self.chunk.tensors:
+                for part, high, low16 in blocks(values, weight, self.part_of("master_low16")):
+                    new_high, new_low16 = split_master(part.to(weight.device))
+                    high.copy_(new_high)
+                    low16.copy_(new_low16)
+            else:
+                for part, rounded in blocks(values, weight):
+                    rounded.copy_(part.to(weight.dtype))  # first, so that only the weight crosses the link
 
 
 class Chunk:
@@ -164,9 +203,9 @@ class Chunk:
         self.home: Home | None = None
         self.tensors: dict[str, Tensor] = {}
         self.state = State.IDLE
-        self.job = None  # a future: the host's step of this chunk
+        self.job: Any = DONE  # a future: the host's step of this chunk
         self.weights_done = self.states_done = DONE  # events of the last update
-        self.grads_copied: list = []  # events: gradients have arrived in grad_buffer
+        self.grads_copied = DONE  # event: the last gradient, and so all, has arrived in grad_buffer
 
     def __repr__(self) -> str:
         return f"chunk {self.index} ({self.home.value}, {self.n} elements from {self.pieces[0].param.name})"
@@ -186,9 +225,14 @@ class Chunk:
             raise RuntimeError(f"{self} cannot move from {self.state.value} to {state.value}")
         self.state = state
 
+    def end_update(self, weights_done, states_done) -> None:
+        """Note the events of the new weights and states, now that an engine has issued all of its work."""
+        self.weights_done, self.states_done = weights_done, states_done
+        self.move_to(State.IDLE)
+
     def wait(self) -> None:
         """Wait until its weights are new. Raises what went wrong in the host's step."""
-        self.wait_for_host()
+        self.job.result()
         self.weights_done.synchronize()
 
     def wait_for_states(self) -> None:
@@ -199,13 +243,8 @@ class Chunk:
     def wait_on(self, lane: Lane) -> None:
         """Let work that the lane is given from now on wait until the weights are new. The caller waits only
         until the host has stepped the chunk."""
-        self.wait_for_host()
+        self.job.result()
         lane.wait(self.weights_done)
-
-    def wait_for_host(self) -> None:
-        if self.job is not None:
-            self.job.result()
-            self.job = None
 
     # ---- where it lives ----
 
@@ -218,48 +257,12 @@ class Chunk:
         self.home = home
         if home is Home.CPU:
             for piece in self.pieces:
-                self.tensors["master"][piece.in_chunk] = piece.param.weight[piece.in_shard]
+                piece.part_of("master").copy_(piece.weight)
 
     def free(self, ledger: Ledger) -> None:
         for name, (account, _, _) in self.format.tensors(self.home).items():
             ledger.release(account, self.tensors.pop(name).nbytes)
         self.home = None
-
-    def read(self, name: str, piece: Piece, values: Tensor) -> None:
-        """Copy `master`, `exp_avg` or `exp_avg_sq` of a piece, wherever it is, into float32 memory on the
-        host."""
-        weight = piece.param.weight[piece.in_shard]
-        if name in self.tensors:
-            values.copy_(self.tensors[name][piece.in_chunk])
-        elif "master_low16" in self.tensors:
-            for part, high, low16 in blocks(values, weight, self.tensors["master_low16"][piece.in_chunk]):
-                part.copy_(join_master(high, low16.to(weight.device)))
-        else:
-            values.copy_(weight)
-
-    def on_host(self, name: str, piece: Piece) -> Tensor:
-        """Return what `read` reads; a view of it if it is on the host as it is."""
-        if name in self.tensors:
-            return self.tensors[name][piece.in_chunk].to("cpu")
-        values = torch.empty(piece.n_elements)
-        self.read(name, piece, values)
-        return values
-
-    def write(self, name: str, piece: Piece, values: Tensor) -> None:
-        """Write what `read` reads; a new master is rounded into the weight too."""
-        if name in self.tensors:
-            self.tensors[name][piece.in_chunk] = values
-        if name == "master":
-            weight = piece.param.weight[piece.in_shard]
-            if "master_low16" in self.tensors:
-                low16s = self.tensors["master_low16"][piece.in_chunk]
-                for part, high, low16 in blocks(values, weight, low16s):
-                    new_high, new_low16 = split_master(part.to(weight.device))
-                    high.copy_(new_high)
-                    low16.copy_(new_low16)
-            else:
-                for part, rounded in blocks(values, weight):
-                    rounded.copy_(part.to(weight.dtype))  # first, so that only the weight crosses the link
 
 
 def chunk_size(n_elements: int) -> int:
@@ -272,23 +275,23 @@ def chunk_size(n_elements: int) -> int:
     return size
 
 
-def owners_of(part: nn.Module) -> dict[nn.Parameter, nn.Module]:
-    """Return the owner of each parameter, in the order in which forward waits for them: the root module's
-    first, then block by block.
+def owners_of(parts: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
+    """Yield each module that owns parameters, and those, in the order in which forward waits for them: the
+    root module of a part first, then block by block.
 
     FSDP gathers the weights of a wrapped module together, so that module owns them. Without FSDP each
     transformer block (an element of an nn.ModuleList) owns its parameters. Everything else (embedding, head)
     belongs to the root module, with or without FSDP, and is waited for before the first block, because it may
     be read anywhere."""
-    wrapped = [module for module in part.modules() if isinstance(module, FSDPModule)]
-    lists = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
-    modules = dict.fromkeys([part, *(wrapped or chain.from_iterable(lists))])
-    innermost, owner_of = {}, {}
-    for module in modules:  # inner modules come after outer ones
-        innermost |= dict.fromkeys(module.parameters(), module)
-    for module in modules:
-        owner_of |= {p: module for p in module.parameters() if innermost[p] is module}
-    return owner_of
+    for part in parts:
+        wrapped = [module for module in part.modules() if isinstance(module, FSDPModule)]
+        lists = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
+        modules, innermost = dict.fromkeys([part, *(wrapped or chain.from_iterable(lists))]), {}
+        for module in modules:  # inner modules come after outer ones
+            innermost |= dict.fromkeys(module.parameters(), module)
+        for module in modules:
+            if own := [p for p in module.parameters() if innermost[p] is module]:
+                yield module, own
 
 
 def find_params(
@@ -301,10 +304,8 @@ def find_params(
     names, group_of, owner_of = names_of(model), {}, {}
     for group in optimizer.param_groups:
         group_of |= {p: group for p in group["params"] if p.requires_grad}
-    for part in parts:  # what several parts use is waited for by the first
-        owner_of |= {
-            p: module for p, module in owners_of(part).items() if p in group_of and p not in owner_of
-        }
+    for module, own in owners_of(parts):  # what several parts use is waited for by the first
+        owner_of |= {p: module for p in own if p in group_of and p not in owner_of}
     unknown = [p for p in group_of if p not in owner_of or p not in names]
     if unknown:
         raise UsageError(

@@ -30,10 +30,12 @@ CORES_FOR_LAUNCHES = 3  # cores kept for launches, autograd and communication wh
 
 
 class _Done:
-    """An event that has happened."""
+    """An event that has happened, and a future whose work is over."""
 
     def synchronize(self) -> None:
         pass
+
+    result = synchronize
 
     def query(self) -> bool:
         return True
@@ -126,8 +128,6 @@ class Lanes:
     def events(self) -> list[tuple[str, str, float, float]]:
         """Return (what, lane, start, end), in seconds of `clock`, of all work that ran while recording. All
         of it must have ended."""
-        if not self.is_cuda:
-            return list(self._noted)
         zero = self.compute.now(timing=True)
         zero.synchronize()
         zero_s = self.clock()

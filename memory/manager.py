@@ -17,7 +17,6 @@ beside it (lanes.py).
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from itertools import chain, cycle, pairwise
 from pathlib import Path
@@ -37,7 +36,7 @@ from memory.config import MemoryConfig
 from memory.home import Home
 from memory.inputs import Machine, Overrides, TrainingLoop
 from memory.kernel import HyperParameters, Kernel
-from memory.lanes import DONE, Lanes, hold_to_budget
+from memory.lanes import DONE, hold_to_budget
 from memory.optimizer import ChunkOptimizer, check_adamw
 from memory.placement import RING_SLOTS, WEIGHT_BUFFERS, Plan, describe_measured, with_prediction
 from memory.store import IN_FLIGHT_BYTES, MASTER_AND_MOMENTS, ChunkStore
@@ -80,41 +79,35 @@ class ChunkManager(ChunkStore):
         self.clip: Tensor | None = None  # factor of the next step; nan: the step shall change nothing
         self._host_clip = torch.ones((), pin_memory=self.is_cuda)
         # the last step's event of its clip factor, and the parameters whose step was counted
-        self._unconfirmed: tuple[Any, list[ParamState]] | None = None
+        self._unconfirmed: tuple[Any, list[ParamState]] = DONE, []
         # (event, what has to live until then): gradients that are being copied; what the last update reads
         self._in_flight: list[tuple[Any, Tensor]] = []
-        self._in_use: list[tuple[Any, list[Tensor]]] = []
+        self._in_use: list[tuple[Any, list[Tensor | None]]] = []
         self._issued: set[Chunk] = set()  # chunks handed to an engine since the last `step`
-        self._is_updating = False  # an update has begun, in backward or in `step`
         # Whose turn it is in the ring and among the weight buffers.
         self._slots = cycle(range(RING_SLOTS))
         self._buffers = cycle(range(WEIGHT_BUFFERS))
         self._phase: tuple[str | None, Any] = None, None
+        self._all_lanes = [self.lanes, *(offload.lanes for offload in loop.activations)]
         self._host_began_s = self._host_done_s = self._host_update_s = None
         self._steps_s: list[float] | None = []  # when steps ended; None: they have been reported
         self._warm_up()
         parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
         self._frozen = [p for p in parameters if p not in self.param_of]
-        self.owners = _waiting_modules(self.parts, self.param_of)
+        # for each module that owns parameters: those that train, and the chunks that its forward waits for
+        self.owners: dict[nn.Module, tuple[list[ParamState], list[Chunk]]] = {}
         self._install_hooks()
         self._note_weights(self.params)
         self.optimizer = ChunkOptimizer(self, optimizer)
         self.auto = None
         self.say(f"memory    this rank has {len(self.chunks)} chunks; AdamW runs by {self.kernel.why}")
         if config.placement == "static":
-            self.plan = replace(self.plan, other_host_bytes=self.other_host_bytes)
             if machine.rates and machine.compute_seconds:
                 self.plan = with_prediction(self.plan, machine.rates, StepTrace(0, *machine.compute_seconds))
             self.say(self.plan_in_words())
         if config.placement == "auto" and overrides.plan is None:
             rates = machine.rates or measure_rates(self.device, config.kernel, machine.ranks_per_host)
             self.auto = AutoPolicy(self, rates)
-
-    def take_plan(self, saved: str) -> None:
-        """Under placement auto, go on with this rank's plan of a checkpoint (Plan.to_json, or "") without
-        tracing again, if on every rank it fits the chunks and budgets of now. All ranks call it."""
-        if self.auto:
-            self.auto.take_plan(saved)
 
     def replan(self, plan: Plan) -> None:
         """Move chunks to the homes of another plan, once the last update is over."""
@@ -148,7 +141,9 @@ class ChunkManager(ChunkStore):
             if not param.is_tied:
                 hook = lambda _, param=param: self._on_gradient(param)
                 self._handles.append(param.parameter.register_post_accumulate_grad_hook(hook))
-        for module in self.owners:
+        for module, own in owners_of(self.parts):
+            params = [self.param_of[parameter] for parameter in own if parameter in self.param_of]
+            self.owners[module] = params, _chunks_of(params)
             hook = lambda module, _: self._before_forward(module)
             # Prepended after fully_shard, so that it runs before FSDP gathers the weights.
             self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
@@ -195,6 +190,7 @@ class ChunkManager(ChunkStore):
                     other.n_collected == self.loop.accumulation and not other.is_tied
                     for other in chunk.params
                 ):
+                    self._begin_update()
                     self._issue(chunk, ready, DONE)
         self._release_finished()
         self._bound_in_flight()
@@ -205,21 +201,19 @@ class ChunkManager(ChunkStore):
         chunk = piece.chunk
         if chunk.state is not State.COLLECTING:
             chunk.wait()
-            chunk.grads_copied.clear()
             chunk.move_to(State.COLLECTING)
         if chunk.home is Home.CPU:
-            piece.wait_until_added()  # the buffer still holds the gradient of the microbatch before
-            buffer = chunk.tensors["grad_buffer"][piece.in_chunk]
-            copy = partial(buffer.copy_, grad, non_blocking=True)
+            piece.adding.result()  # the buffer still holds the gradient of the microbatch before
+            copy = partial(piece.part_of("grad_buffer").copy_, grad, non_blocking=True)
             copied = self.lanes.d2h.run(f"gradient of {piece.param.name}", copy, after=[ready])
             self._in_flight.append((copied, grad))
             if "grad_accum" in chunk.tensors:
                 piece.adding = self.lanes.thread.submit(self._add_on_host, piece, copied, adds)
                 return
-            chunk.grads_copied.append(copied)
+            chunk.grads_copied = copied  # one lane copies all gradients, one after another
             [piece.norm] = float64_norms([grad])
         elif "grad_accum" in chunk.tensors:
-            self.kernel.sum_into(chunk.tensors["grad_accum"][piece.in_chunk], grad, adds)
+            self.kernel.sum_into(piece.part_of("grad_accum"), grad, adds)
         elif not piece.param.keeps_grad:
             piece.grad = piece.grad.add_(grad) if adds else grad.clone()
 
@@ -227,8 +221,8 @@ class ChunkManager(ChunkStore):
     def _add_on_host(self, piece: Piece, copied, adds: bool) -> None:
         """Add grad_buffer to grad_accum, on the host's thread."""
         copied.synchronize()
-        total, grad = (piece.chunk.tensors[name][piece.in_chunk] for name in ("grad_accum", "grad_buffer"))
-        self.kernel.sum_into(total, grad, adds)
+        total = piece.part_of("grad_accum")
+        self.kernel.sum_into(total, piece.part_of("grad_buffer"), adds)
         [norm] = float64_norms([total])
         piece.host_square = norm.item() ** 2 / piece.param.copies
 
@@ -276,7 +270,7 @@ class ChunkManager(ChunkStore):
             self.ledger.release("device", _waiting_bytes(param))
         param.parameter.grad = None
         for piece in param.pieces:
-            piece.wait_until_added()
+            piece.adding.result()
             piece.grad, piece.norm, piece.host_square = None, self._zero, 0.0
         param.n_backwards = param.n_collected = 0
 
@@ -299,8 +293,8 @@ class ChunkManager(ChunkStore):
             )
         self.finish_backward()
         collected = [piece for piece in self.pieces if piece.param.n_collected]
-        for piece in collected if self.accumulates else ():
-            piece.wait_until_added()
+        for piece in collected:
+            piece.adding.result()
         on_device = [piece for piece in collected if piece.chunk.home is not Home.CPU]
         norms = float64_norms([self._grad_of(piece) for piece in on_device])
         for piece, norm in zip(on_device, norms, strict=True):
@@ -336,8 +330,8 @@ class ChunkManager(ChunkStore):
                 if is_due and any(param.n_collected for param in chunk.params):
                     self._issue(chunk, ready, clip_copied)
         read = [piece.grad for piece in self.pieces]
-        read += [param.parameter.grad for param in self.params] + [self.clip]
-        self._in_use.append((self.lanes.adam.now(), [tensor for tensor in read if tensor is not None]))
+        read += [param.parameter.grad for param in self.params]
+        self._in_use.append((self.lanes.adam.now(), [*read, self.clip]))
         counted = [param for param in self.params if param.n_collected]
         for param in counted:
             param.step += 1
@@ -346,7 +340,7 @@ class ChunkManager(ChunkStore):
         for param in self.params:
             self._forget_gradient(param)
         self._issued.clear()
-        self._is_updating, self.clip = False, None
+        self.clip = None
         for piece in self.pieces:
             if piece.param.is_tied:
                 piece.chunk.wait()
@@ -364,12 +358,10 @@ class ChunkManager(ChunkStore):
         finite. The host does not know that when it counts, but before the counts are used, by the next step
         or by a reader of the states. The event that is waited for is a whole forward and backward old by
         then."""
-        if self._unconfirmed is None:
-            return
         clip_copied, counted = self._unconfirmed
-        self._unconfirmed = None
+        self._unconfirmed = DONE, []
         clip_copied.synchronize()
-        if self._host_clip.isnan():
+        if counted and self._host_clip.isnan():
             for param in counted:
                 param.step -= 1
 
@@ -387,9 +379,8 @@ class ChunkManager(ChunkStore):
     def _begin_update(self) -> None:
         """Before the first chunk of an update is stepped, wait for the rest of the last update, and note its
         time."""
-        if self._is_updating:
+        if self._issued:
             return
-        self._is_updating = True
         for chunk in self.chunks:
             if chunk.state is not State.COLLECTING:
                 chunk.wait()  # long done, except for a chunk whose layers did not run since the last step
@@ -400,7 +391,6 @@ class ChunkManager(ChunkStore):
     def _issue(self, chunk: Chunk, ready, clip_copied) -> None:
         """Let the engine of a chunk step those pieces whose gradients are there, once the event `ready` has
         happened."""
-        self._begin_update()
         self._issued.add(chunk)
         chunk.move_to(State.UPDATING)
         pieces = [(piece, _hyper(piece.param)) for piece in chunk.pieces if piece.param.n_collected]
@@ -422,8 +412,7 @@ class ChunkManager(ChunkStore):
         """Step a chunk where it is, on the caller's stream: what the caller computes next comes after it
         without a wait."""
         self.lanes.resident.run(f"chunk {chunk.index}", self._adam_on_device(chunk.tensors, pieces))
-        chunk.weights_done = chunk.states_done = DONE
-        chunk.move_to(State.IDLE)
+        chunk.end_update(DONE, DONE)
 
     def _step_stream(self, chunk: Chunk, pieces: list, ready) -> None:
         """Step a chunk in a ring slot. The two copies and the step of different chunks overlap, each on its
@@ -440,47 +429,43 @@ class ChunkManager(ChunkStore):
         loaded = self.lanes.h2d.run(what, partial(copy, slot, home), after=after)
         stepped = self.lanes.adam.run(what, self._adam_on_device(slot, pieces), after=[loaded, ready])
         stored = self.lanes.d2h.run(what, partial(copy, home, slot), after=[stepped])
-        chunk.weights_done, chunk.states_done, self._slot_free[i] = stepped, stored, stored
-        chunk.move_to(State.IDLE)
+        self._slot_free[i] = stored
+        chunk.end_update(stepped, stored)
 
     def _adam_on_device(self, states: dict[str, Tensor], pieces: list) -> Callable[[], None]:
         """Return a function that steps the pieces when it is called, with the gradients and clip factor of
         now."""
         steps = []
         for piece, hyper in pieces:
-            weight, run = piece.param.weight[piece.in_shard], piece.in_chunk
+            run = piece.in_chunk
             low16 = states["master_low16"][run] if "master_low16" in states else None
             moments = states["exp_avg"][run], states["exp_avg_sq"][run]
-            steps.append((weight, low16, *moments, self._grad_of(piece), self.clip, hyper))
+            steps.append((piece.weight, low16, *moments, self._grad_of(piece), self.clip, hyper))
         return partial(self.kernel.device_steps, steps)
 
     @staticmethod
     def _grad_of(piece: Piece) -> Tensor:
         """Return the gradient of a piece on the device, which is complete once backward has ended."""
         if "grad_accum" in piece.chunk.tensors:
-            return piece.chunk.tensors["grad_accum"][piece.in_chunk]
+            return piece.part_of("grad_accum")
         return flat_view(piece.param.parameter.grad)[piece.in_shard] if piece.param.keeps_grad else piece.grad
 
     def _queue_for_host(self, chunk: Chunk, pieces: list, clip_copied) -> None:
-        weights = [(piece, piece.param.weight[piece.in_shard]) for piece, _ in pieces]
+        weights = [(piece, piece.weight) for piece, _ in pieces]
         runs = [(piece.in_chunk, hyper) for piece, hyper in pieces]
         if len(pieces) == len(chunk.pieces) and len({hyper for _, hyper in pieces}) == 1:
             runs = [(slice(0, chunk.n), pieces[0][1])]  # one call for the whole chunk
-        clip, i = None if self.clip is None else self._host_clip, next(self._buffers)
-        chunk.weights_done = DONE
-        chunk.job = self.lanes.thread.submit(self._step_host, chunk, runs, weights, clip, clip_copied, i)
+        clip = None if self.clip is None else self._host_clip
+        chunk.job = self.lanes.thread.submit(self._step_host, chunk, runs, weights, clip, clip_copied)
 
     @torch.no_grad()
-    def _step_host(
-        self, chunk: Chunk, runs: list, weights: list, clip: Tensor | None, clip_copied, i: int
-    ) -> None:
-        """Step a chunk on the host's thread, which takes them one after another in forward order. i: of the
-        weight buffer that it uses."""
-        for event in (clip_copied, *chunk.grads_copied, self._buffer_sent[i]):
+    def _step_host(self, chunk: Chunk, runs: list, weights: list, clip: Tensor | None, clip_copied) -> None:
+        """Step a chunk on the host's thread, which takes them one after another in forward order."""
+        i = next(self._buffers)
+        for event in (clip_copied, chunk.grads_copied, self._buffer_sent[i]):
             event.synchronize()
         if clip is not None and clip.isnan():  # the gradient is not finite: nothing changes
-            chunk.weights_done = chunk.states_done = DONE
-            chunk.move_to(State.IDLE)
+            chunk.end_update(DONE, DONE)
             return
         if self._host_began_s is None:
             self._host_began_s = self.lanes.clock()
@@ -498,8 +483,8 @@ class ChunkManager(ChunkStore):
 
         self.lanes.host.run(f"chunk {chunk.index}", step)
         sent = self.lanes.weights.run(f"weights of chunk {chunk.index}", send)
-        chunk.weights_done = chunk.states_done = self._buffer_sent[i] = sent
-        chunk.move_to(State.IDLE)
+        self._buffer_sent[i] = sent
+        chunk.end_update(sent, sent)
         self._host_done_s = self.lanes.clock()
 
     # ---- forward and readers -------------------------------------------------------------------------------
@@ -539,7 +524,7 @@ class ChunkManager(ChunkStore):
 
     @record.setter
     def record(self, on: bool) -> None:
-        for lanes in self._all_lanes():
+        for lanes in self._all_lanes:
             lanes.recording = on
 
     def _mark(self, phase: str | None) -> None:
@@ -556,28 +541,12 @@ class ChunkManager(ChunkStore):
     def events(self) -> list[tuple[str, str, float, float]]:
         """See Lanes.events; in the order of their starts. Waits until all is over."""
         self.wait()
-        noted = chain.from_iterable(lanes.events() for lanes in self._all_lanes())
+        noted = chain.from_iterable(lanes.events() for lanes in self._all_lanes)
         return sorted(noted, key=lambda event: event[2])
 
     def draw(self, path: str | Path, title: str) -> None:
         """Write a PNG of what was moved and computed while `record` was true."""
         draw_timeline(self.events, path, title)
-
-    def _all_lanes(self) -> list[Lanes]:
-        return [self.lanes, *(offload.lanes for offload in self.loop.activations)]
-
-
-def _waiting_modules(
-    parts: list[nn.Module], param_of: dict[nn.Parameter, ParamState]
-) -> dict[nn.Module, tuple[list[ParamState], list[Chunk]]]:
-    """Return for each module that owns parameters, in forward order, those of them that train, and the chunks
-    that must be ready before its forward."""
-    params: dict[nn.Module, list[ParamState]] = {}
-    for part in parts:
-        for parameter, module in owners_of(part).items():
-            own = params.setdefault(module, [])
-            own += [param_of[parameter]] if parameter in param_of else []
-    return {module: (own, _chunks_of(own)) for module, own in params.items()}
 
 
 def _chunks_of(params: list[ParamState]) -> list[Chunk]:

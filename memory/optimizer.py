@@ -111,7 +111,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
 
         weights = {}
         for name, value in masters.state_dict(keep_vars=True).items():
-            if param := masters.param_of(value):
+            if param := masters.param_of.get(value):
                 weights[name] = deferred("master", param)
             elif not isinstance(value, nn.Parameter):  # a buffer; frozen parameters are not saved
                 weights[name] = value
@@ -133,7 +133,8 @@ class ChunkOptimizer(torch.optim.Optimizer):
             if param is not None:
                 param.step = int(loaded[f"state.{name}.step"])
         check_options(self.param_groups)
-        self.manager.take_plan(*state["plan"].values())
+        if self.manager.auto:
+            self.manager.auto.take_plan(*state["plan"].values())
 
     def _named_params(self) -> Iterator[tuple[str, ParamState | None, dict[str, Any]]]:
         """Yield the name, the state (None if frozen) and the group of each parameter."""

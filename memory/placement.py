@@ -17,7 +17,7 @@ With N parameters on this rank, x_r of them RESIDENT, x_s STREAM and x_c CPU:
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import ceil, floor, log10
 from typing import Any, NamedTuple
@@ -176,16 +176,32 @@ def splits(n_elements: Sequence[int]) -> Iterator[tuple[int, Split]]:
         yield n_resident, Split(int(x_r[n_resident]), x_s, x_r[-1] - x_r[n_resident] - x_s)
 
 
+def cheapest(chunks: ChunkSizes, cost: Callable[[Split], np.ndarray]) -> Iterator[tuple[float, int, int]]:
+    """Yield (cost, n_resident, n_stream) of the cheapest plan with each n_resident. cost: of all plans of a
+    split, as an array over n_stream."""
+    for n_resident, split in splits(chunks.n_elements):
+        costs = cost(split)
+        yield float(costs.min()), n_resident, int(costs.argmin())
+
+
+def least_held(chunks: ChunkSizes, account: str, other: str, other_room: int) -> tuple[float, int, int]:
+    """Return (bytes, n_resident, n_stream) of the plan with the fewest bytes on an account among those that
+    hold at most `other_room` on the other one. If there is none, the bytes are NEVER."""
+
+    def held(split: Split) -> np.ndarray:
+        totals = chunks.totals_held(split)
+        return np.where(totals[other] <= other_room, totals[account], NEVER)
+
+    return min(cheapest(chunks, held))
+
+
 def static_plan(chunks: ChunkSizes, resident: float, stream: float, cpu: float) -> Plan:
     """Return the plan that is closest to these fractions of the parameters, which sum to 1: the sum of the
     three deviations is the least that whole chunks in forward order allow."""
-    n_total, best = sum(chunks.n_elements), (float("inf"), 0, 0)
-    for n_resident, split in splits(chunks.n_elements):
-        wanted = (resident * n_total, stream * n_total, cpu * n_total)
-        deviation = sum(abs(n - wish) for n, wish in zip(split, wanted, strict=True))
-        n_stream = int(deviation.argmin())
-        best = min(best, (float(deviation[n_stream]), n_resident, n_stream))
-    homes = lay_out(len(chunks.n_elements), *best[1:])
+    wanted = [fraction * sum(chunks.n_elements) for fraction in (resident, stream, cpu)]
+    deviation = lambda split: sum(abs(n - wish) for n, wish in zip(split, wanted, strict=True))
+    _, *counts = min(cheapest(chunks, deviation))
+    homes = lay_out(len(chunks.n_elements), *counts)
     return Plan(homes, chunks, "static", f"as asked for: resident={resident:g} stream={stream:g} cpu={cpu:g}")
 
 
@@ -201,18 +217,17 @@ def auto_plan(
     n_chunks, other = len(chunks.n_elements), traced.non_model_peak_bytes
     fixed = chunks.state.weight_dtype.itemsize * sum(chunks.n_elements) + other
     device_room = budgets["device"] - _reserve(budgets["device"]) - fixed
-    least_device = least_host = NEVER  # among the plans that the other budget allows
-    found: list[tuple[float, int, int]] = []  # for each n_resident: step seconds, n_resident, n_stream
-    for n_resident, split in splits(chunks.n_elements):
+    host_room = budgets["host"] - traced.host_bytes
+
+    def step_seconds(split: Split) -> np.ndarray:
         held = chunks.totals_held(split)
-        host = held["host"] + traced.host_bytes
-        fits_device, fits_host = held["device"] <= device_room, host <= budgets["host"]
-        least_host = min(least_host, int(np.where(fits_device, host, NEVER).min()))
-        least_device = min(least_device, int(np.where(fits_host, held["device"], NEVER).min()))
-        if (fits := fits_device & fits_host).any():
-            step = np.where(fits, predict(split, chunks.state, rates, traced, clips)["step"], np.inf)
-            found.append((float(step.min()), n_resident, int(step.argmin())))
+        fits = (held["device"] <= device_room) & (held["host"] <= host_room)
+        return np.where(fits, predict(split, chunks.state, rates, traced, clips)["step"], np.inf)
+
+    found = [entry for entry in cheapest(chunks, step_seconds) if entry[0] < np.inf]
     if not found:
+        least_device = least_held(chunks, "device", "host", host_room)[0]
+        least_host = least_held(chunks, "host", "device", device_room)[0] + traced.host_bytes
         raise _nothing_fits(chunks, budgets, traced, least_device, least_host)
     fastest = min(found)[0]
     ties = [entry for entry in found if entry[0] <= fastest * (1 + CLOSE_ENOUGH)]
@@ -235,7 +250,7 @@ def auto_plan(
 
 
 def _nothing_fits(
-    chunks: ChunkSizes, budgets: dict[str, int], traced: StepTrace, least_device: int, least_host: int
+    chunks: ChunkSizes, budgets: dict[str, int], traced: StepTrace, least_device: float, least_host: float
 ) -> UsageError:
     """least_device, least_host: of the plans that the other budget allows."""
     n_total, other = sum(chunks.n_elements), traced.non_model_peak_bytes
@@ -265,13 +280,8 @@ def least_device_plan(chunks: ChunkSizes, host_bytes: int) -> Plan:
 
     CPU chunks take nothing of the device and the most of the host. STREAM chunks take less of the host, where
     they have neither a whole master nor a gradient buffer."""
-    best = NEVER, len(chunks.n_elements), 0  # bytes on the device, n_resident, n_stream
-    for n_resident, split in splits(chunks.n_elements):
-        held = chunks.totals_held(split)
-        device = np.where(held["host"] <= host_bytes, held["device"], NEVER)
-        n_stream = int(device.argmin())
-        best = min(best, (int(device[n_stream]), n_resident, n_stream))
-    homes = lay_out(len(chunks.n_elements), *best[1:])
+    _, *counts = least_held(chunks, "device", "host", host_bytes)
+    homes = lay_out(len(chunks.n_elements), *counts)
     return Plan(homes, chunks, "static", "the device is as empty as the host can make it")
 
 

@@ -105,7 +105,8 @@ class ChunkStore:
             "device": self.budgets["device"] or device_memory(self.device) or self.host_share,
             "host": self.budgets["host"] or self.host_share + self.activation_bytes,
         }
-        self.plan = replace(overrides.plan or self._first_plan(), chunks=self.chunk_sizes)
+        plan = overrides.plan or self._first_plan()
+        self.plan = replace(plan, chunks=self.chunk_sizes, other_host_bytes=self.other_host_bytes)
         self._refuse_what_does_not_fit(self.plan)
         self._refuse_what_the_host_lacks()
 
@@ -167,9 +168,9 @@ class ChunkStore:
     def _host_bytes_and_room(self) -> tuple[int, int]:
         """Return how much the plan adds to the host's memory, and how much it may: the budget, or what was
         free."""
-        needed = self.bytes_needed(self.plan)
-        if self.config.host_budget_gib is not None:
-            return needed["host"], int(self.config.host_budget_gib * GIB)
+        needed, budget = self.bytes_needed(self.plan), self.budgets["host"]
+        if budget is not None:
+            return needed["host"], budget
         if self.is_cuda:
             return needed["host"] - self.activation_bytes, self.host_share
         on_both = needed["host"] - self.activation_bytes + needed["device"] - self.weight_bytes
@@ -216,14 +217,12 @@ class ChunkStore:
         for chunk, home in moving:
             # States on the host are not copied: the old tensors live until their values are written.
             kept = [
-                (name, piece, chunk.on_host(name, piece))
-                for piece in chunk.pieces
-                for name in MASTER_AND_MOMENTS
+                (piece, name, piece.on_host(name)) for piece in chunk.pieces for name in MASTER_AND_MOMENTS
             ]
             chunk.free(self.ledger)
             chunk.allocate(self.ledger, home)
-            for state in kept:
-                chunk.write(*state)
+            for piece, name, values in kept:
+                piece.write(name, values)
         self._allocate_buffers()
         empty_caches(self.device)
         for param in self.params:
@@ -288,8 +287,7 @@ class ChunkStore:
         RESIDENT and STREAM chunks need nothing: there the weight is part of the master."""
         for piece in param.pieces:
             if piece.chunk.home is Home.CPU:
-                master = piece.chunk.tensors["master"][piece.in_chunk]
-                weight = param.weight[piece.in_shard].cpu()
+                master, weight = piece.part_of("master"), piece.weight.cpu()
                 master.copy_(torch.where(master.to(weight.dtype) == weight, master, weight.float()))
         self.say(f"memory    the weight of {param.name} was modified between steps; it is the new master")
 
@@ -306,7 +304,7 @@ class ChunkStore:
         values = torch.empty(local(param.parameter).numel())
         for piece in param.pieces:
             piece.chunk.wait_for_states()
-            piece.chunk.read(name, piece, values[piece.in_shard])
+            piece.read(name, values[piece.in_shard])
         return values
 
     @torch.no_grad()
@@ -315,7 +313,7 @@ class ChunkStore:
         values = shard.reshape(-1).float()
         for piece in param.pieces:
             piece.chunk.wait_for_states()
-            piece.chunk.write(name, piece, values[piece.in_shard])
+            piece.write(name, values[piece.in_shard])
         if name == "master":
             param.weight_version = None
 
@@ -333,7 +331,8 @@ class Masters(StandIn):
         self.config = getattr(store.model, "config", None)
         self._store = store
         placeholders = {parameter: nn.Parameter(placeholder(parameter)) for parameter in store.param_of}
-        self._stands_for = {placeholders[parameter]: param for parameter, param in store.param_of.items()}
+        # what the manager knows of a parameter of this stand-in, if it manages it
+        self.param_of = {placeholders[parameter]: param for parameter, param in store.param_of.items()}
         for name, value in store.model.state_dict(keep_vars=True).items():
             *path, last = plain_name(name).split(".")
             module = self
@@ -345,22 +344,18 @@ class Masters(StandIn):
             is_parameter = isinstance(value, nn.Parameter)
             module.register_parameter(last, value) if is_parameter else module.register_buffer(last, value)
 
-    def param_of(self, parameter: nn.Parameter) -> ParamState | None:
-        """Return what the manager knows of a parameter of this stand-in; None if it does not manage it."""
-        return self._stands_for.get(parameter)
-
     def empty(self, name: str) -> Tensor:
         own = self.get_parameter(name)
-        if (param := self.param_of(own)) is None:
+        if (param := self.param_of.get(own)) is None:
             return own
         return from_local_like(param.parameter, torch.empty(local(own).numel()))
 
     def read(self, name: str) -> Tensor:
         own = self.get_parameter(name)
-        if (param := self.param_of(own)) is None:
+        if (param := self.param_of.get(own)) is None:
             return own
         return from_local_like(param.parameter, self._store.read_state("master", param))
 
     def write(self, name: str, values: Tensor) -> None:
-        if param := self.param_of(self.get_parameter(name)):
+        if param := self.param_of.get(self.get_parameter(name)):
             self._store.write_state("master", param, local(values))

@@ -49,8 +49,8 @@ class MachineRates:
 
     def scaled(self, factor: float) -> "MachineRates":
         """Return these rates with all that an update on the host waits for multiplied by `factor`."""
-        names = ("h2d", "d2h", "duplex", "dram", "dram_in_update", "host_adam")
-        return replace(self, **{name: factor * getattr(self, name) for name in names})
+        scaled = {name: factor * rate for name, rate in self.to_json().items()}
+        return replace(self, **scaled | {"device_adam": self.device_adam})
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -71,8 +71,7 @@ def machine_key(device: torch.device, ranks_per_host: int = 1) -> str:
 
 
 def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
@@ -83,7 +82,6 @@ def load_rates(
     device: torch.device,
     kernel: str = "auto",
     ranks_per_host: int = 1,
-    measure: Callable[..., MachineRates] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> MachineRates:
     """Return the rates of this machine from the JSON file `path`. If they are not there, they are measured,
@@ -100,12 +98,12 @@ def load_rates(
             kept = dict(json.loads(path.read_bytes()))
         if key in kept:
             rates = MachineRates(**kept[key])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         say(f"memory    {path} holds no rates that can be used ({reason}); they are measured again")
     if rates is None:
         say(f"memory    measuring once what this machine can move and step; {path} keeps it")
-        rates = (measure or measure_rates)(device, kernel, ranks_per_host)
+        rates = measure_rates(device, kernel, ranks_per_host)
         kept[key] = rates.to_json()
         partial = path.with_suffix(f".{os.getpid()}")  # ranks may measure at once: the last whole file stays
         try:
@@ -177,12 +175,7 @@ def dram_stream(n_bytes: int) -> Callable[[], int]:
     states does to DRAM, and returns how many bytes that moved. n_bytes: of the array, larger than the
     caches."""
     array = torch.zeros(n_bytes // 4)
-
-    def once() -> int:
-        array.add_(1)
-        return 2 * array.nbytes
-
-    return once
+    return lambda: 2 * array.add_(1).nbytes
 
 
 def host_adam_rate(
@@ -225,19 +218,12 @@ def dram_rate_in_update(
 def device_adam_rate(
     device: torch.device, n_parameters: int = 64 * MIB, seconds: float = 0.5, kernel: str = "auto"
 ) -> float:
-    step = _adam_step(device, n_parameters, kernel)
-
-    def timed() -> float:
-        done = step()
-        torch.cuda.synchronize(device)
-        return done
-
-    return per_second(timed, seconds)
+    return per_second(_adam_step(device, n_parameters, kernel), seconds)
 
 
 def _adam_step(device: torch.device, n_parameters: int, kind: str) -> Callable[[], float]:
     """Return a function that makes one update of bfloat16 weights with our kernel, as the engine on this
-    device calls it, and returns how many parameters it stepped."""
+    device calls it, waits for its end, and returns how many parameters it stepped."""
     kernel, hyper = Kernel(kind, device), HyperParameters(1e-3, 0.9, 0.95, 1e-8, 0.1, 1)
     zeros = lambda dtype=torch.float32: torch.zeros(n_parameters, dtype=dtype, device=device)
     moments, grad = (zeros(), zeros()), zeros(torch.bfloat16)
@@ -248,6 +234,8 @@ def _adam_step(device: torch.device, n_parameters: int, kind: str) -> Callable[[
 
     def once() -> float:
         step(*tensors, None, hyper)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return n_parameters
 
     return once
@@ -275,42 +263,37 @@ class Usage(NamedTuple):
     non_torch: int = 0
 
 
-@dataclass
 class Counters:
-    """Describes how the bytes in use are read, and how a peak begins anew."""
+    """Reads the bytes in use, and lets a peak begin anew.
 
-    read: Callable[[], Usage]
-    reset: Callable[[], None]
+    On a GPU they are those of torch's allocator, which is read without waiting for anything, and whose other
+    readers keep their peaks. On a CPU they are the process's resident memory, above that of the first
+    reading, and there are no peaks."""
 
-    @classmethod
-    def of(cls, device: torch.device) -> "Counters":
-        """Return the counters of the GPU's allocator, which wait for nothing. For a CPU they count the
-        process's resident memory, above that of the first reading."""
-        if device.type != "cuda":
-            process, baseline = psutil.Process(), []
+    def __init__(self, device: torch.device):
+        self.device, self.process = device, psutil.Process()
+        self.allocator = DevicePeak(device) if device.type == "cuda" else None
+        self.baseline = 0
 
-            def resident() -> Usage:
-                now = process.memory_info().rss
-                baseline[:] = baseline or [now]
-                return Usage(max(0, now - baseline[0]))
+    def read(self) -> Usage:
+        if self.allocator is None:
+            now = self.process.memory_info().rss
+            self.baseline = self.baseline or now
+            return Usage(max(0, now - self.baseline))
+        free, total = torch.cuda.mem_get_info(self.device)
+        non_torch = total - free - torch.cuda.memory_stats(self.device)["reserved_bytes.all.current"]
+        return Usage(self.allocator.read()[0], max(0, non_torch))
 
-            return cls(resident, lambda: None)
-
-        peak = DevicePeak(device)
-
-        def allocator() -> Usage:
-            free, total = torch.cuda.mem_get_info(device)
-            non_torch = total - free - torch.cuda.memory_stats(device)["reserved_bytes.all.current"]
-            return Usage(peak.read()[0], max(0, non_torch))
-
-        return cls(allocator, peak.reset)  # other readers of the same allocator keep their peaks
+    def reset(self) -> None:
+        if self.allocator is not None:
+            self.allocator.reset()
 
 
 class Tracer:
     """Notes how long forward and backward of a step take and how many bytes they need, without waiting for
     the device.
 
-        tracer = Tracer([embed, block, ...], device, Counters.of(device))  # after parallelize
+        tracer = Tracer([embed, block, ...], device, Counters(device))  # after parallelize
         for _ in range(3):
             tracer.start_step(); ... forward and backward of all microbatches ...; tracer.end_step()
         traced = tracer.result(model_bytes); tracer.close()

@@ -28,7 +28,7 @@ from dtensor_llama.flops import hardware_flops_per_token, matmul_flops, model_fl
 from dtensor_llama.model import Llama
 from dtensor_llama.optim import build_adamw
 from memory import ChunkManager, Machine, MemoryConfig, TrainingLoop
-from memory.activations import ActivationOffload, offload_block_inputs
+from memory.activations import ActivationOffload
 from memory.optimizer import ChunkOptimizer
 from memory.tracer import load_rates
 from parallel.apply import Computation, parallelize
@@ -234,7 +234,7 @@ def _offload_activations(
     input_bytes = n_tokens * stage.config.hidden_size * computation.dtype.itemsize
     blocks = [block for block in stage.model.layers if block is not None]
     in_flight = layout.n_microbatches if config.pp > 1 else 1
-    return offload_block_inputs(blocks, computation.device, input_bytes, in_flight)
+    return ActivationOffload(blocks, computation.device, input_bytes, in_flight)
 
 
 def _compute_seconds(

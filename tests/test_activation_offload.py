@@ -19,7 +19,7 @@ from versions import marks_for
 from dtensor_llama import Llama, LlamaConfig
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import init_weights
-from memory.activations import offload_block_inputs
+from memory.activations import ActivationOffload
 from memory.lanes import DONE
 from parallel import ParallelConfig
 from parallel.apply import Computation
@@ -38,6 +38,35 @@ INPUT_BYTES = ROWS * T * CONFIG.hidden_size * 4
 CPU = torch.device("cpu")
 
 
+class WatchedOffload(ActivationOffload):
+    """Counts the bytes of the block inputs that are on the device."""
+
+    device_bytes = peak_device_bytes = 0
+
+    def _leave(self, *args):
+        input = super()._leave(*args)
+        self._watch(input.flat)
+        return input
+
+    def _fetch(self, input) -> None:
+        super()._fetch(input)
+        self._watch(input.flat)
+
+    def _watch(self, flat: torch.Tensor) -> None:
+        self._count(flat.nbytes)
+        weakref.finalize(flat, self._count, -flat.nbytes)
+
+    def _count(self, n_bytes: int) -> None:
+        self.device_bytes += n_bytes
+        self.peak_device_bytes = max(self.peak_device_bytes, self.device_bytes)
+
+
+def stop_offloading(model: Llama) -> None:
+    """Give the blocks, which nothing else has wrapped, their own forward back."""
+    for block in model.model.layers:
+        del block.forward
+
+
 def batches(n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     tokens = torch.randint(CONFIG.vocab_size, (n, 2, ROWS, T), generator=torch.Generator().manual_seed(1))
     return [tuple(pair) for pair in tokens]
@@ -50,7 +79,7 @@ def train(recompute: str, offload: bool, compiler: str | None = None, n_micros: 
     apply_recompute(list(model.model.layers), recompute)
     for block in model.model.layers if compiler else ():
         block.forward = torch.compile(block.forward, backend=compiler)  # as parallel/apply.py does
-    offloading = offload_block_inputs(model.model.layers, CPU, INPUT_BYTES, lanes=lanes) if offload else None
+    offloading = WatchedOffload(model.model.layers, CPU, INPUT_BYTES, lanes=lanes) if offload else None
     losses = []
     for _ in range(2):
         model.zero_grad()
@@ -103,7 +132,7 @@ def test_the_block_inputs_are_really_gone_from_the_device():
                 lambda _, args: inputs.append(weakref.ref(args[0].untyped_storage()))
             )
         if offload:
-            offload_block_inputs(model.model.layers, CPU, INPUT_BYTES)
+            WatchedOffload(model.model.layers, CPU, INPUT_BYTES)
         loss = model(*batches(1)[0])
         alive = sum(x() is not None for x in inputs)
         loss.backward()
@@ -127,7 +156,7 @@ def test_nothing_waits_for_the_garbage_collector():
 def test_inputs_come_one_block_ahead_and_in_order():
     model = Llama(CONFIG)
     apply_recompute(list(model.model.layers), "full")
-    offload, log = offload_block_inputs(model.model.layers, CPU, INPUT_BYTES), []
+    offload, log = WatchedOffload(model.model.layers, CPU, INPUT_BYTES), []
     names = {}
     fetch, leave = offload._fetch, offload._leave
 
@@ -181,10 +210,10 @@ def test_it_composes_with_compile_and_all_blocks_share_one_graph(compiler, recom
 
 def test_forwards_without_gradient_leave_no_trace():
     model = Llama(CONFIG)
-    offload = offload_block_inputs(model.model.layers, CPU, 1)  # no slot would be large enough
+    offload = WatchedOffload(model.model.layers, CPU, 1)  # no slot would be large enough
     with torch.no_grad():
         logits = model(batches(1)[0][0])
-    offload.close()
+    stop_offloading(model)
     with torch.no_grad():
         assert torch.equal(logits, model(batches(1)[0][0]))
     assert offload.peak_device_bytes == 0
@@ -192,7 +221,7 @@ def test_forwards_without_gradient_leave_no_trace():
 
 def test_a_forward_that_fails_or_is_dropped_gives_its_slots_back():
     model = Llama(CONFIG)
-    offload = offload_block_inputs(model.model.layers, CPU, INPUT_BYTES)
+    offload = WatchedOffload(model.model.layers, CPU, INPUT_BYTES)
     model(*batches(1)[0])
     assert (len(offload.free), offload.device_bytes) == (5, 0)
     original, model.model.layers[3].mlp = model.model.layers[3].mlp, None
@@ -206,13 +235,13 @@ def test_a_forward_that_fails_or_is_dropped_gives_its_slots_back():
 
 def test_too_many_or_too_large_inputs_are_named():
     model = Llama(CONFIG)
-    offload = offload_block_inputs(model.model.layers, CPU, INPUT_BYTES)
+    WatchedOffload(model.model.layers, CPU, INPUT_BYTES)
     first = model(*batches(1)[0])
     with pytest.raises(RuntimeError, match="all 5 slots .* in_flight"):
         model(*batches(1)[0])
     first.backward()
-    offload.close()
-    offload_block_inputs(model.model.layers, CPU, INPUT_BYTES // 2)
+    stop_offloading(model)
+    WatchedOffload(model.model.layers, CPU, INPUT_BYTES // 2)
     with pytest.raises(RuntimeError, match=f"{INPUT_BYTES:,} bytes .* {INPUT_BYTES // 2:,}"):
         model(*batches(1)[0])
 
@@ -239,7 +268,7 @@ def test_inputs_and_their_views_come_back_as_they_were(strides):
     def grads(offload: bool):
         torch.manual_seed(0)
         blocks = nn.Sequential(*[Views(strides) for _ in range(4)])
-        offloading = offload_block_inputs(blocks, CPU, 6 * 5 * 8 * 4) if offload else None
+        offloading = WatchedOffload(blocks, CPU, 6 * 5 * 8 * 4) if offload else None
         x = torch.randn(6, 5, 8, requires_grad=True)
         blocks(x).square().sum().backward()
         if offload:
@@ -274,7 +303,7 @@ def step_under(layout: dict, recompute: str, in_flight: int, offload: bool):
     input_bytes = n_here * CONFIG.hidden_size * 4
     offloads = (
         [
-            offload_block_inputs([b for b in part.model.layers if b is not None], CPU, input_bytes, in_flight)
+            WatchedOffload([b for b in part.model.layers if b is not None], CPU, input_bytes, in_flight)
             for part in training.stages
         ]
         if offload
@@ -335,7 +364,7 @@ class OfDTensors(nn.Module):
 def of_dtensors(offload: bool):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     blocks = nn.ModuleList(OfDTensors(mesh) for _ in range(4))
-    offloading = offload_block_inputs(blocks, CPU, 2 * 3 * 8 * 4) if offload else None
+    offloading = WatchedOffload(blocks, CPU, 2 * 3 * 8 * 4) if offload else None
     x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(dist.get_rank())).requires_grad_()
     y = x
     for block in blocks:

@@ -544,7 +544,7 @@ def test_the_peak_of_a_step_survives_the_tracers_resets(monkeypatch):
     counter = OneCounter(monkeypatch)
     monkeypatch.setattr(metrics, "pinned_memory_is_resident", lambda: True)
     memory = metrics.PeakMemory(torch.device("cuda"))
-    traced = Counters.of(torch.device("cuda", 0))
+    traced = Counters(torch.device("cuda", 0))
     for group in (10, 50, 20):
         counter.use(group)
         counter.use(0)

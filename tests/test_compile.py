@@ -23,7 +23,7 @@ from dtensor_llama import Llama, LlamaConfig, loss
 from dtensor_llama.chat.lora import LoraConfig, apply_lora, init_lora
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import init_weights
-from memory.activations import offload_block_inputs
+from memory.activations import ActivationOffload
 from parallel import ParallelConfig
 from parallel.apply import Computation
 from parallel.tensor import SplitVocabulary, apply_tensor_parallel
@@ -106,7 +106,7 @@ def graphs_after_each_phase(run: Run, documents: bool) -> list[int]:
     if run.activations:
         for stage in training.stages:
             blocks = [block for block in stage.model.layers if block is not None]
-            offload_block_inputs(blocks, CPU, input_bytes=T * GQA.hidden_size * 4, in_flight=N_MICROS)
+            ActivationOffload(blocks, CPU, input_bytes=T * GQA.hidden_size * 4, in_flight=N_MICROS)
     init_weights(model, seed=0)
     if run.lora:
         init_lora(model, seed=0)

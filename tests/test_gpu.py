@@ -29,7 +29,6 @@ from dtensor_llama.generate import KVCache
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw, float64_norms
 from memory import ChunkManager, Home, Overrides, TrainingLoop
-from memory.chunk import GIB
 from memory.kernel import Kernel, join_master, split_master
 from parallel import ParallelConfig, build_mesh
 from parallel.clip import clip_grad_norm
@@ -278,8 +277,7 @@ def test_a_checkpoint_holds_the_masters_whether_the_host_has_room_for_a_copy_or_
     manager = ChunkManager(model, build_adamw(model, 1e-3, 0.1), replace(ON, resident=0, cpu=1))
     init_weights(manager.masters(), seed=0)
     if not has_room:
-        budget_gib = manager.bytes_needed(manager.plan)["host"] / GIB
-        manager.config = replace(manager.config, host_budget_gib=budget_gib)
+        manager.budgets = manager.budgets | {"host": manager.bytes_needed(manager.plan)["host"]}
     assert manager.stages_checkpoints() == has_room
     saver = Checkpointer(tmp_path)
     saver.save(1, training_state(model, manager.optimizer, 1), wait=True)

@@ -3,6 +3,7 @@ of torch's AdamW."""
 
 import itertools
 import json
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -16,17 +17,17 @@ from dtensor_llama import UsageError
 from memory import ChunkManager, Home, Machine, MemoryConfig
 from memory.auto import WARM_UP_STEPS
 from memory.chunk import GIB
-from memory.tracer import Counters, MachineRates, Usage
+from memory.tracer import MachineRates, Usage
 
 RATES = MachineRates(
     h2d=1e9, d2h=1e9, duplex=2e9, dram=1e10, dram_in_update=1e10, host_adam=1e8, device_adam=1e9
 )
-NOTHING_ELSE = Counters(Usage, lambda: None)
 
 
-def managed(counters=NOTHING_ELSE, said=None, **config):
-    model = tiny()
-    with mock.patch.object(Counters, "of", lambda device: counters):
+def managed(peak=0, said=None, **config):
+    """peak: the bytes on the device that are always read."""
+    model, counters = tiny(), SimpleNamespace(read=lambda: Usage(peak), reset=lambda: None)
+    with mock.patch("memory.auto.Counters", lambda device: counters):
         manager = ChunkManager(
             model,
             torchs_adamw(model),
@@ -100,7 +101,7 @@ def test_an_update_far_from_its_prediction_is_planned_again_once():
 def one_rank_has_less_room():
     peak = 1000 if dist.get_rank() else 0
     model, manager = managed(
-        Counters(lambda: Usage(peak=peak), lambda: None),
+        peak,
         host_budget_gib=0.1,
         device_budget_gib=bytes_of(tiny()) * 3 / GIB,
     )
@@ -116,8 +117,7 @@ def test_ranks_agree_on_the_highest_peak():
 
 def too_many_activations() -> tuple[str, float, list[str]]:
     """Return the refusal, how far weights moved, and the hooks of the tracer that are left."""
-    activations = Counters(lambda: Usage(peak=100_000), lambda: None)
-    model, manager = managed(activations, device_budget_gib=50_000 / GIB)
+    model, manager = managed(100_000, device_budget_gib=50_000 / GIB)
     before = weights(model)
     with pytest.raises(UsageError) as refusal:
         train(model, manager.optimizer, 1, max_norm=1.0)
@@ -146,7 +146,7 @@ def steps_without_a_forward() -> list[str]:
         manager.optimizer.step()
         manager.optimizer.zero_grad()
     assert manager.auto.is_tracing and manager.optimizer.saved_plan() == ""
-    manager.take_plan("")  # a checkpoint from before the plan: traced anew
+    manager.auto.take_plan("")  # a checkpoint from before the plan: traced anew
     train(model, manager.optimizer, WARM_UP_STEPS - 1)
     assert manager.auto.is_tracing
     train(model, manager.optimizer, 1)
@@ -166,9 +166,9 @@ LITTLE = 12_885 + 3 * 4 * 33 * 20
 
 def only_one_rank_has_no_room() -> str:
     """Both ranks have room for the warm-up, one of them little on the host; then activations are seen."""
-    activations, little = Counters(lambda: Usage(peak=1000), lambda: None), LITTLE / GIB
+    little = LITTLE / GIB
     model, manager = managed(
-        activations, device_budget_gib=10_400 / GIB, host_budget_gib=1.0 if dist.get_rank() else little
+        1000, device_budget_gib=10_400 / GIB, host_budget_gib=1.0 if dist.get_rank() else little
     )
     with pytest.raises(UsageError) as refusal:
         train(model, manager.optimizer, 1, max_norm=1.0)

@@ -71,7 +71,7 @@ def manager_of(plan: str, config: LlamaConfig) -> ChunkManager:
 
 
 def allow_host(manager: ChunkManager, n_bytes: float | None) -> None:
-    manager.config = replace(manager.config, host_budget_gib=n_bytes and n_bytes / GIB)
+    manager.budgets = manager.budgets | {"host": n_bytes and int(n_bytes)}
 
 
 def stated(manager: ChunkManager) -> int:

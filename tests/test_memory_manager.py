@@ -30,7 +30,7 @@ from test_memory_parity import (
 from dtensor_llama import UsageError
 from dtensor_llama.weights import values_to_write
 from memory import ChunkManager, Home, Machine, MemoryConfig, Overrides, TrainingLoop
-from memory.activations import offload_block_inputs
+from memory.activations import ActivationOffload
 from memory.chunk import GIB, LEGAL_MOVES, State
 from memory.kernel import HyperParameters, Kernel, adamw_chunk, join_master, split_master, whole_rows
 from memory.tracer import MachineRates
@@ -519,7 +519,7 @@ def test_a_recorded_step_shows_each_lane_in_its_order():
 
 def test_offloaded_block_inputs_count_on_the_host_and_are_drawn_with_the_rest():
     model = tiny(sizes=(7, 7, 7, 7))
-    inputs = offload_block_inputs(model.layers, torch.device("cpu"), 4 * 7 * 4)
+    inputs = ActivationOffload(model.layers, torch.device("cpu"), 4 * 7 * 4)
     loop = TrainingLoop(activations=[inputs])
     manager = ChunkManager(model, adamw(model), ON, loop, overrides=SMALL_CHUNKS)
     assert inputs.host_bytes > 0

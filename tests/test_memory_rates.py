@@ -6,6 +6,7 @@ import json
 import os
 import runpy
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,11 +35,11 @@ CPU = torch.device("cpu")
 RATES = MachineRates(1e9, 2e9, 3e9, 4e9, 5e9, 7e8, 8e9)
 
 
-def test_rates_are_measured_once_per_machine_and_kept(tmp_path):
+def test_rates_are_measured_once_per_machine_and_kept(tmp_path, monkeypatch):
     path, measured = tmp_path / "deep" / "rates.json", []
-    measure = lambda *asked: measured.append(asked) or RATES
+    monkeypatch.setattr("memory.tracer.measure_rates", lambda *asked: measured.append(asked) or RATES)
     said = []
-    load = lambda kernel="blocks", ranks=1: load_rates(path, CPU, kernel, ranks, measure, said.append)
+    load = lambda kernel="blocks", ranks=1: load_rates(path, CPU, kernel, ranks, said.append)
     assert load() == load() == RATES and len(said) == 1 and str(path) in said[0]
     assert measured == [(CPU, "blocks", 1)]
     kept = json.loads(path.read_text())
@@ -207,11 +208,11 @@ class Clock:
     def __init__(self):
         self.now = self.high = 0
 
-    def counters(self) -> Counters:
+    def counters(self) -> SimpleNamespace:
         def reset():
             self.high = self.now
 
-        return Counters(lambda: Usage(self.high, 50), reset)
+        return SimpleNamespace(read=lambda: Usage(self.high, 50), reset=reset)
 
     def set(self, now: int) -> None:
         self.now = now
@@ -262,7 +263,7 @@ def test_the_times_of_a_trace_are_those_of_its_quickest_step(monkeypatch):
 
 
 def test_the_tracer_on_a_cpu_reads_the_resident_memory_of_the_process():
-    counters = Counters.of(CPU)
+    counters = Counters(CPU)
     before = counters.read().peak
     held = torch.ones(64 * MIB, dtype=torch.uint8)
     assert counters.read().peak - before > 60 * MIB

@@ -379,14 +379,15 @@ def test_a_cache_that_is_read_only_is_read(inputs, reference, tmp_path, monkeypa
         "folder",
     ],
 )
-def test_rates_that_are_empty_or_broken_are_measured_anew_and_said(tmp_path, content):
+def test_rates_that_are_empty_or_broken_are_measured_anew_and_said(tmp_path, monkeypatch, content):
     import torch
 
     from memory.tracer import MachineRates, load_rates
 
     device, path, said = torch.device("cpu"), tmp_path / "rates.json", []
     good = MachineRates(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
-    assert load_rates(path, device, "blocks", measure=lambda *_: good) == good
+    monkeypatch.setattr("memory.tracer.measure_rates", lambda *_: good)
+    assert load_rates(path, device, "blocks") == good
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif content == "folder":
@@ -403,20 +404,16 @@ def test_rates_that_are_empty_or_broken_are_measured_anew_and_said(tmp_path, con
             "no threads": entry | {"host_adam": {}},
         }[content]
         path.write_text(json.dumps({key: entry}))
-    assert load_rates(path, device, "blocks", measure=lambda *_: good, say=said.append) == good
+    assert load_rates(path, device, "blocks", say=said.append) == good
     assert sum("no rates that can be used" in line for line in said) == 1, said
     if content != "folder":
         said.clear()
-        assert (
-            load_rates(
-                path, device, "blocks", measure=lambda *_: pytest.fail("measured again"), say=said.append
-            )
-            == good
-        )
+        monkeypatch.setattr("memory.tracer.measure_rates", lambda *_: pytest.fail("measured again"))
+        assert load_rates(path, device, "blocks", say=said.append) == good
         assert said == []
 
 
-def test_rates_that_cannot_be_kept_are_measured_and_said():
+def test_rates_that_cannot_be_kept_are_measured_and_said(monkeypatch):
     from pathlib import Path
 
     import torch
@@ -425,7 +422,8 @@ def test_rates_that_cannot_be_kept_are_measured_and_said():
 
     said, good = [], MachineRates(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
     path = Path("/proc/nowhere/rates.json")
-    assert load_rates(path, torch.device("cpu"), "blocks", measure=lambda *_: good, say=said.append) == good
+    monkeypatch.setattr("memory.tracer.measure_rates", lambda *_: good)
+    assert load_rates(path, torch.device("cpu"), "blocks", say=said.append) == good
     assert sum("cannot be written" in line for line in said) == 1, said
 
 
