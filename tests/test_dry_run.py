@@ -4,7 +4,11 @@ import gc
 import json
 import os
 import re
+import select
+import signal
+import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -249,6 +253,67 @@ def test_steps_counted_side_by_side_are_those_counted_one_after_another(monkeypa
         dry_run(setup, refuses)
     monkeypatch.setattr(dry_run_module, "_forks_can_step", lambda: False)
     assert dry_run(setup, step).ranks == side_by_side and len(side_by_side) == 3
+
+
+@pytest.fixture
+def two_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+
+
+def test_ctrl_c_does_not_wait_for_steps_that_are_being_counted(monkeypatch, two_cores):
+    def interrupted(results, n_results):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dry_run_module, "_with_progress", interrupted)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        dry_run_module._side_by_side([partial(time.sleep, 60)] * 2)
+    assert time.monotonic() - started < 30
+
+
+def test_processes_that_count_do_not_outlive_the_one_that_asked(two_cores):
+    """A dry run that is killed, for example by `timeout`, leaves nobody who holds its output open."""
+    reader, writer = os.pipe()
+
+    def count_for_long():
+        os.write(writer, b".")
+        time.sleep(60)
+
+    asking = dry_run_module.FORK.Process(target=dry_run_module._side_by_side, args=([count_for_long] * 2,))
+    asking.start()
+    os.close(writer)
+    assert os.read(reader, 1) + os.read(reader, 1) == b".."
+    asking.kill()
+    asking.join()
+    is_closed, *_ = select.select([reader], [], [], 30)
+    assert is_closed and os.read(reader, 1) == b""
+    os.close(reader)
+
+
+def test_a_counting_process_that_is_killed_is_no_traceback(two_cores):
+    def killed():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(UsageError, match="ended from outside, as Linux does where no memory is left"):
+        dry_run_module._side_by_side([killed] * 2)
+
+
+def test_a_dry_run_that_ignores_ctrl_c_counts_on(two_cores):
+    """So does every command that a shell script runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        handlers = dry_run_module._side_by_side([partial(signal.getsignal, signal.SIGINT)] * 2)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert handlers == [signal.SIG_IGN] * 2
+
+
+def test_where_no_process_can_be_forked_steps_are_counted_one_after_another(monkeypatch, two_cores):
+    def refuses(process):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(dry_run_module.FORK.Process, "start", refuses)
+    assert dry_run_module._side_by_side([os.getpid] * 2) == [os.getpid()] * 2
 
 
 def test_what_leaves_a_node_is_known_by_the_way_that_bytes_take():
