@@ -318,7 +318,11 @@ def setup_of(settings: Any, model: LlamaConfig, cluster: Cluster) -> tuple[Setup
         choose_attention(kernel, device, dtype, merges_blocks=layout.is_ring, documents=documents)
     if kernel in ("auto", "flash"):
         merges_or_fp32 = layout.is_ring or dtype == torch.float32
-        kernel = "varlen" if documents and not merges_or_fp32 else "sdpa"
+        if documents and not merges_or_fp32:
+            kernel = "varlen"
+        elif kernel == "auto" or not model.hides_tokens(seq_len):
+            # (With a sliding window sdpa stores a mask, and flash does not.)
+            kernel = "sdpa"
     computation = Computation(device, dtype, train.recompute, train.compile, kernel)
     job = computation.job(model, seq_len, train.global_batch_size, train.micro_batch_size)
     document_tokens = DOCUMENT_TOKENS if documents else None
@@ -533,8 +537,9 @@ def computation(counted: Counted, account: Account | None) -> list[str]:
     )
     if counted.setup.computation.dtype == torch.float32:
         lines.append("the rate of float32 is a data sheet's or --calibrate's; no run was held against it")
-    length = counted.setup.job.document_tokens
-    if length is not None:
+    job = counted.setup.job
+    if job.document_tokens is not None:
+        length = min(job.document_tokens, job.seq_len)
         lines.append(
             f"packed documents are taken to have {length} tokens each, which decides what attention costs"
         )

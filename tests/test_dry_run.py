@@ -255,6 +255,26 @@ def test_steps_counted_side_by_side_are_those_counted_one_after_another(monkeypa
     assert dry_run(setup, step).ranks == side_by_side and len(side_by_side) == 3
 
 
+def test_the_end_of_a_row_cuts_its_last_document():
+    documents_of_row = StepCounter("meta", {}, document_tokens=512)._documents_of_row
+    assert documents_of_row(1280) == {512: 2, 256: 1}
+    assert documents_of_row(256) == {256: 1}
+
+
+def test_flash_with_a_sliding_window_stores_no_mask(tmp_path, capsys):
+    model = replace(SMALL, model_type="mistral", sliding_window=32, max_position_embeddings=1024)
+    (tmp_path / "config.json").write_text(json.dumps(asdict(model)))
+
+    def peak(*flags: str) -> float:
+        path = tmp_path / "facts.json"
+        command = ["--model", str(tmp_path), "--gpus", "2", "--data.seq-len", "1024", "--json", str(path)]
+        asked = parse_cli(dryrun.DryrunConfig, [*command, "--parallel.zero-stage", "2", *flags])
+        dryrun.main(asked)
+        return json.loads(path.read_text())["per_rank"]["peak_gib"]
+
+    assert peak("--train.attention", "flash") < peak("--train.attention", "sdpa") - 2**20 / GIB
+
+
 @pytest.fixture
 def two_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
