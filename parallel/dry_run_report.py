@@ -45,6 +45,7 @@ BESIDES_TORCH_GIB = 1.0
 # torch's allocator reserves more than is allocated, as freed blocks do not fit what is needed next: 1 to 2 %
 # more where parameters stay as they are, 6 to 10 % more where FSDP gathers and frees them.
 RESERVED = (1.01, 1.10)
+MOST_GPUS = 2**17  # of a dry run, which takes minutes then: it makes every group of ranks
 
 
 def report(
@@ -65,7 +66,10 @@ def report(
         that what they leave out has its default there, and the planner chooses only if `auto` asks for it.
     UsageError if the cluster is unknown, or if nothing that was asked for can run there.
     """
-    cluster = find_cluster(settings.gpu, gpus_of(settings))
+    n_gpus = gpus_of(settings)
+    if n_gpus > MOST_GPUS:
+        raise UsageError(f"gpus={n_gpus} are too many to list the ranks of; use at most {MOST_GPUS}.")
+    cluster = find_cluster(settings.gpu, n_gpus)
     model = read_model(settings.model)
     found, counted, note = None, None, ""
     is_open = leaves_layout_open(settings)
@@ -129,11 +133,15 @@ PICTURES = (".png", ".svg", ".pdf", ".jpg")
 def check_outputs(settings: Any) -> None:
     """Raise UsageError, before anything is measured or counted, for a file that could not be written.
 
-    settings: has the fields `json`, `png` and `calibrate` of dryrun.py, each a path or None."""
+    settings: has the fields `json`, `png` and `calibrate` of dryrun.py, each a path or None, and `gpu`."""
     for name in ("json", "png", "calibrate"):
         path = getattr(settings, name)
         if path and (problem := _why_not_written(Path(path))):
             raise UsageError(f"{name}={path}: {problem}.")
+    for name, other in (("png", "json"), ("json", "gpu"), ("png", "gpu")):
+        path, same = getattr(settings, name), getattr(settings, other)
+        if path and same and Path(path).resolve() == Path(same).resolve():
+            raise UsageError(f"{name}={path} would overwrite the file of {other}={same}; name another file.")
     suffix = Path(settings.png).suffix if settings.png else PICTURES[0]
     if suffix.lower() not in PICTURES:
         raise UsageError(

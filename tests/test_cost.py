@@ -504,6 +504,8 @@ def test_a_cluster_is_written_and_read_again(tmp_path):
         ({"gpus_per_node": 8.0}, "gpus_per_node is 8.0; it must be a whole number above 0"),
         ({"gpus_per_node": float("inf")}, "gpus_per_node is Infinity"),
         ({"node_bytes_s": -1}, "node_bytes_s is -1"),
+        ({"node_bytes_s": 450}, "node_bytes_s is 450; it must be FLOP or bytes a second, without T or G"),
+        ({"gpu": asdict(GPUS["h100-80gb"]) | {"matmul_flops": 2e15}}, "more than peak_flops, which is 9.89e"),
         ({"n_gpus": True}, "n_gpus is true"),
         ({"nvlink": 3}, "has nvlink, which is unknown; its fields are gpu, n_gpus"),
         ({"gpu": {"name": "x"}}, "gpu lacks host_link_bytes_s, matmul_flops, memory_bytes_s, memory_gib"),

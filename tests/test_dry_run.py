@@ -517,6 +517,11 @@ def test_pretrain_without_a_layout_counts_its_defaults_and_names_what_the_planne
     assert planned.out.endswith("\n".join(line for line in same.split("\n") if line[:3] != "..."))
 
 
+def test_more_gpus_than_a_dry_run_can_list_are_refused():
+    ended = recipe("dryrun", "--model", "tiny-1m", "--gpus", 2**20)
+    assert ended.status == 2 and "--gpus 1048576 are too many to list the ranks of" in ended.err, ended
+
+
 def test_a_search_keeps_what_was_given_beside_auto():
     flags = ["--model", "tiny-1m", "--gpus", 8, "--data.seq-len", 64, "--parallel.auto"]
     given = ["--parallel.zero-stage", 1, "--train.micro-batch-size", 2, "--train.recompute", "full"]
@@ -541,6 +546,8 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_starts(tmp_
     assert ".foo does not say which kind of picture" in check(png="x.foo")
     assert "a name without a suffix does not say" in check(png="x")
     assert "`gpu` reads only files that end in .json" in check(calibrate="ours")
+    assert "would overwrite the file of json=" in check(png="x.png", json="x.png")
+    assert "would overwrite the file of gpu=" in check(json="ours.json", gpu="ours.json")
     assert "nothing to write for `json`; leave one" in check(calibrate="ours.json", json="facts.json")
     assert not list(tmp_path.iterdir())
 
