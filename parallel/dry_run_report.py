@@ -79,6 +79,8 @@ def report(
             "microbatch, recomputation or memory is given; leave `png` out, or use auto=True."
         )
     if is_open and (settings.parallel.auto or not is_own_run):
+        # What no proposal could run with, such as a budget without a placement, is refused before the search.
+        settings.memory.settle(torch.device("cuda"), getattr(torch, settings.train.dtype), n_gpus)
         found = search(settings, model, cluster, foresee)
         print(in_flags(found.describe(), type(settings)), flush=True)
         if has_no_rate(getattr(torch, settings.train.dtype), cluster):
@@ -353,7 +355,8 @@ def count(setup: Setup, cluster: Cluster, step: Step, foresee: Callable) -> tupl
     config = setup.offload.config
     if config.placement == "auto":
         # The account leaves more of a GPU free, because it has counted nothing.
-        budget_gib = config.device_budget_gib or cluster.gpu.memory_gib - BESIDES_TORCH_GIB
+        budget_gib = cluster.gpu.memory_gib - BESIDES_TORCH_GIB
+        budget_gib = min(config.device_budget_gib or budget_gib, budget_gib)
         work = work_of(setup)
         asked = replace(config, device_budget_gib=budget_gib)
         work = replace(work, states=replace(work.states, memory=asked))

@@ -103,10 +103,13 @@ class Question:
     @property
     def limits(self) -> str:
         """Return in words what a layout has to fit."""
-        memory = self.states.memory
-        words = f"{FITS_SHARE:.0%} of {self.cluster.gpu.memory_gib:.4g} GiB"
+        memory, gpu_gib = self.states.memory, self.cluster.gpu.memory_gib
+        words = f"{FITS_SHARE:.0%} of {gpu_gib:.4g} GiB"
         if memory is not None and memory.device_budget_gib:
-            words = f"device_budget_gib={memory.device_budget_gib:g}"
+            asked_gib = memory.device_budget_gib
+            words = f"device_budget_gib={asked_gib:g}"
+            if asked_gib > gpu_gib:
+                words = f"all {gpu_gib:.4g} GiB of the GPU ({words} is more)"
         if memory is not None and memory.host_budget_gib:
             words += f" and host_budget_gib={memory.host_budget_gib:g}"
         return words

@@ -517,6 +517,21 @@ def test_pretrain_without_a_layout_counts_its_defaults_and_names_what_the_planne
     assert planned.out.endswith("\n".join(line for line in same.split("\n") if line[:3] != "..."))
 
 
+def test_a_budget_that_no_run_would_keep_is_refused_before_the_search(monkeypatch):
+    monkeypatch.setattr(dry_run_report, "search", None)  # it is not to be called
+    with pytest.raises(UsageError, match="device_budget_gib=20 would do nothing"):
+        dryrun.main(
+            dryrun.DryrunConfig("tiny-1m", gpus=8, memory=MemoryConfig(device_budget_gib=20)),
+        )
+
+
+def test_a_budget_beyond_the_gpu_is_the_gpu():
+    flags = ["--model", "tiny-1m", "--gpus", 8, "--data.seq-len", 64, "--parallel.auto"]
+    ended = recipe("dryrun", *flags, "--memory.placement", "auto", "--memory.device-budget-gib", 500)
+    assert "fit all 79 GiB of the GPU (--memory.device-budget-gib 500 is more); " in ended.out, ended
+    assert "within 78.0 GiB of the device" in ended.out
+
+
 def test_more_gpus_than_a_dry_run_can_list_are_refused():
     ended = recipe("dryrun", "--model", "tiny-1m", "--gpus", 2**20)
     assert ended.status == 2 and "--gpus 1048576 are too many to list the ranks of" in ended.err, ended
