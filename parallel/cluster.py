@@ -162,7 +162,8 @@ def cluster_here(device: torch.device, device_bytes: int, n_gpus: int, gpus_per_
 def read_cluster(path: str | Path, n_gpus: int | None = None) -> Cluster:
     """Return the cluster that a JSON file describes, with the fields of Cluster and GPU by their names.
 
-    UsageError names what is missing, unknown, or no number above 0. n_gpus: used instead of the file's."""
+    UsageError names what is missing, unknown, or no number that can be meant. n_gpus: used instead of the
+    file's."""
     try:
         stored = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -170,10 +171,17 @@ def read_cluster(path: str | Path, n_gpus: int | None = None) -> Cluster:
     _check_fields(path, "cluster", stored, Cluster)
     _check_fields(path, "gpu", stored["gpu"], GPU)
     cluster = Cluster(**{**stored, "gpu": GPU(**stored["gpu"])})
+    gpu = cluster.gpu
+    if gpu.matmul_flops > gpu.peak_flops:
+        raise UsageError(
+            f"{path}: matmul_flops is {gpu.matmul_flops:g}, more than peak_flops, which is "
+            f"{gpu.peak_flops:g}; what a GPU sustains is at most its peak."
+        )
     return cluster if n_gpus is None else with_gpus(cluster, n_gpus)
 
 
 SMALLEST, LARGEST = 1e-3, 1e30  # of the numbers in a cluster file; whatever is outside of them is a mistake
+LEAST_RATE = 1e6  # a second: a CPU of thirty years ago did more, and 989 was meant to be TFLOP/s
 
 
 def _check_fields(path: str | Path, what: str, stored: object, kind: type) -> None:
@@ -197,6 +205,8 @@ def _check_fields(path: str | Path, what: str, stored: object, kind: type) -> No
             rule = "a whole number above 0"
         elif kind_of_field in (float, float | None) and not is_number:
             rule = "a finite number above 0"
+        elif name.endswith(("_flops", "_bytes_s")) and value < LEAST_RATE:
+            rule = f"FLOP or bytes a second, without T or G, and so {LEAST_RATE:,.0f} at least"
         if rule:
             raise UsageError(f"{path}: {name} is {json.dumps(value)}; it must be {rule}.")
 

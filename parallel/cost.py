@@ -800,6 +800,12 @@ def _loss_bytes(work: Work, trains_head: bool) -> tuple[float, float]:
     return kept, beside
 
 
+def in_billions(config: LlamaConfig) -> str:
+    """Return the number of parameters as 69.0G, or of a small model as 11.2M."""
+    n = config.n_parameters
+    return f"{n / 1e9:.1f}G" if n >= 1e8 else f"{n / 1e6:.1f}M"
+
+
 def bytes_needed(job: Job, layout: ParallelConfig, states: States) -> int:
     """Return about how many bytes of device memory a rank needs."""
     return int(sum(bytes_of_rank(Work(job, layout, states)).values()))
@@ -823,7 +829,7 @@ def check_states(
     if needed > device_bytes:
         n_gpus = ceil(bytes_per_parameter * config.n_parameters / device_bytes)
         raise UsageError(
-            f"weights, gradients and AdamW's states of {config.n_parameters / 1e9:.1f}G parameters take "
+            f"weights, gradients and AdamW's states of {in_billions(config)} parameters take "
             f"{needed / GIB:.1f} GiB of each device ({bytes_per_parameter:g} bytes a parameter), which has "
             f"{device_bytes / GIB:.1f} GiB; use placement=auto, which keeps on the host what the device "
             f"cannot hold, or share them over more ranks: at least {n_gpus} with zero_stage=3."

@@ -13,6 +13,7 @@ A step of many microbatches repeats itself. So two steps of few are counted, and
 is added as often as needed. The tests hold this against all of them.
 """
 
+import ctypes
 import gc
 import math
 import multiprocessing
@@ -23,6 +24,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
@@ -63,6 +65,7 @@ from parallel.step_counter import (
 Step = Callable[[Training, list[Batch]], object]
 FP32 = 4
 FORK = multiprocessing.get_context("fork")
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h: the signal that a process gets when its parent ends
 
 
 @dataclass(frozen=True)
@@ -190,13 +193,25 @@ def _side_by_side(tasks: list[Callable[[], RankCount]]) -> list[RankCount]:
     """Return the results of tasks, for which the cores of this computer share the work.
 
     Each core has a process that is forked, so that it knows the tasks and has torch imported. Where that is
-    not possible, the tasks run one after another."""
+    not possible, the tasks run one after another. Whatever ends this function ends those processes too."""
     n_processes = min(len(tasks), len(os.sched_getaffinity(0))) if _forks_can_step() else 1
     if n_processes == 1:
         return list(_with_progress((task() for task in tasks), len(tasks)))
-    with ProcessPoolExecutor(n_processes, FORK, _begin_process, (tasks,)) as pool:
-        results = pool.map(_run_task, range(len(tasks)))  # this forks, before the progress bar has a thread
-        return list(_with_progress(results, len(tasks)))
+    others = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(n_processes, FORK, _begin_process, (tasks, os.getpid())) as pool:
+        try:
+            # This forks, before the progress bar has a thread.
+            futures = [pool.submit(_run_task, i) for i in range(len(tasks))]
+            return list(_with_progress((future.result() for future in futures), len(tasks)))
+        except BaseException as error:  # such as Ctrl-C: the pool would wait for steps that are being counted
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()
+            if isinstance(error, BrokenProcessPool) and error.__cause__ is None:
+                raise UsageError(
+                    "a process that counted a step was ended from outside, as Linux does where no memory is "
+                    "left. Make some free, or let one core count the steps one after another: taskset -c 0."
+                ) from None
+            raise
 
 
 def _with_progress(results: Iterable[RankCount], n_results: int) -> Iterable[RankCount]:
@@ -214,13 +229,17 @@ def _forks_can_step() -> bool:
     say whether it has, and so a fork tries."""
     if sys.platform != "linux" or multiprocessing.current_process().daemon:
         return False
-    trial = FORK.Process(target=_try_autograd)
-    trial.start()
+    trial = FORK.Process(target=_try_autograd, args=(os.getpid(),))
+    try:
+        trial.start()
+    except OSError:  # there is no memory for another process, or there are as many as the user may have
+        return False
     trial.join()
     return trial.exitcode == 0
 
 
-def _try_autograd() -> None:
+def _try_autograd(parent: int) -> None:
+    _end_with(parent)
     try:
         x = torch.zeros((), requires_grad=True)
         torch.autograd.grad(2 * x, x)
@@ -231,10 +250,21 @@ def _try_autograd() -> None:
 _tasks: list[Callable[[], RankCount]] = []  # of a forked process
 
 
-def _begin_process(tasks: list[Callable[[], RankCount]]) -> None:
+def _begin_process(tasks: list[Callable[[], RankCount]], parent: int) -> None:
     _tasks[:] = tasks
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback beside its parent's
+    _end_with(parent)
+
+
+def _end_with(parent: int) -> None:
+    """Let this process, which was forked, end without a word when its parent does, however that ends.
+
+    Otherwise it would wait for tasks forever, and whoever reads its parent's output would wait with it."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a job in the background lives through Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended already
+        os._exit(1)
 
 
 def _run_task(i: int) -> RankCount:

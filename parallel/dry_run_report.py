@@ -45,6 +45,7 @@ BESIDES_TORCH_GIB = 1.0
 # torch's allocator reserves more than is allocated, as freed blocks do not fit what is needed next: 1 to 2 %
 # more where parameters stay as they are, 6 to 10 % more where FSDP gathers and frees them.
 RESERVED = (1.01, 1.10)
+MOST_GPUS = 2**17  # of a dry run, which takes minutes then: it makes every group of ranks
 
 
 def report(
@@ -65,7 +66,10 @@ def report(
         that what they leave out has its default there, and the planner chooses only if `auto` asks for it.
     UsageError if the cluster is unknown, or if nothing that was asked for can run there.
     """
-    cluster = find_cluster(settings.gpu, gpus_of(settings))
+    n_gpus = gpus_of(settings)
+    if n_gpus > MOST_GPUS:
+        raise UsageError(f"gpus={n_gpus} are too many to list the ranks of; use at most {MOST_GPUS}.")
+    cluster = find_cluster(settings.gpu, n_gpus)
     model = read_model(settings.model)
     found, counted, note = None, None, ""
     is_open = leaves_layout_open(settings)
@@ -75,6 +79,8 @@ def report(
             "microbatch, recomputation or memory is given; leave `png` out, or use auto=True."
         )
     if is_open and (settings.parallel.auto or not is_own_run):
+        # What no proposal could run with, such as a budget without a placement, is refused before the search.
+        settings.memory.settle(torch.device("cuda"), getattr(torch, settings.train.dtype), n_gpus)
         found = search(settings, model, cluster, foresee)
         print(in_flags(found.describe(), type(settings)), flush=True)
         if has_no_rate(getattr(torch, settings.train.dtype), cluster):
@@ -129,11 +135,15 @@ PICTURES = (".png", ".svg", ".pdf", ".jpg")
 def check_outputs(settings: Any) -> None:
     """Raise UsageError, before anything is measured or counted, for a file that could not be written.
 
-    settings: has the fields `json`, `png` and `calibrate` of dryrun.py, each a path or None."""
+    settings: has the fields `json`, `png` and `calibrate` of dryrun.py, each a path or None, and `gpu`."""
     for name in ("json", "png", "calibrate"):
         path = getattr(settings, name)
         if path and (problem := _why_not_written(Path(path))):
             raise UsageError(f"{name}={path}: {problem}.")
+    for name, other in (("png", "json"), ("json", "gpu"), ("png", "gpu")):
+        path, same = getattr(settings, name), getattr(settings, other)
+        if path and same and Path(path).resolve() == Path(same).resolve():
+            raise UsageError(f"{name}={path} would overwrite the file of {other}={same}; name another file.")
     suffix = Path(settings.png).suffix if settings.png else PICTURES[0]
     if suffix.lower() not in PICTURES:
         raise UsageError(
@@ -318,7 +328,11 @@ def setup_of(settings: Any, model: LlamaConfig, cluster: Cluster) -> tuple[Setup
         choose_attention(kernel, device, dtype, merges_blocks=layout.is_ring, documents=documents)
     if kernel in ("auto", "flash"):
         merges_or_fp32 = layout.is_ring or dtype == torch.float32
-        kernel = "varlen" if documents and not merges_or_fp32 else "sdpa"
+        if documents and not merges_or_fp32:
+            kernel = "varlen"
+        elif kernel == "auto" or not model.hides_tokens(seq_len):
+            # (With a sliding window sdpa stores a mask, and flash does not.)
+            kernel = "sdpa"
     computation = Computation(device, dtype, train.recompute, train.compile, kernel)
     job = computation.job(model, seq_len, train.global_batch_size, train.micro_batch_size)
     document_tokens = DOCUMENT_TOKENS if documents else None
@@ -341,7 +355,8 @@ def count(setup: Setup, cluster: Cluster, step: Step, foresee: Callable) -> tupl
     config = setup.offload.config
     if config.placement == "auto":
         # The account leaves more of a GPU free, because it has counted nothing.
-        budget_gib = config.device_budget_gib or cluster.gpu.memory_gib - BESIDES_TORCH_GIB
+        budget_gib = cluster.gpu.memory_gib - BESIDES_TORCH_GIB
+        budget_gib = min(config.device_budget_gib or budget_gib, budget_gib)
         work = work_of(setup)
         asked = replace(config, device_budget_gib=budget_gib)
         work = replace(work, states=replace(work.states, memory=asked))
@@ -533,8 +548,9 @@ def computation(counted: Counted, account: Account | None) -> list[str]:
     )
     if counted.setup.computation.dtype == torch.float32:
         lines.append("the rate of float32 is a data sheet's or --calibrate's; no run was held against it")
-    length = counted.setup.job.document_tokens
-    if length is not None:
+    job = counted.setup.job
+    if job.document_tokens is not None:
+        length = min(job.document_tokens, job.seq_len)
         lines.append(
             f"packed documents are taken to have {length} tokens each, which decides what attention costs"
         )

@@ -39,6 +39,7 @@ from parallel.cost import (
     budgets_of,
     bytes_needed,
     bytes_of_rank,
+    in_billions,
     numbers_of_rank,
     splits_backward,
 )
@@ -102,10 +103,13 @@ class Question:
     @property
     def limits(self) -> str:
         """Return in words what a layout has to fit."""
-        memory = self.states.memory
-        words = f"{FITS_SHARE:.0%} of {self.cluster.gpu.memory_gib:.4g} GiB"
+        memory, gpu_gib = self.states.memory, self.cluster.gpu.memory_gib
+        words = f"{FITS_SHARE:.0%} of {gpu_gib:.4g} GiB"
         if memory is not None and memory.device_budget_gib:
-            words = f"device_budget_gib={memory.device_budget_gib:g}"
+            asked_gib = memory.device_budget_gib
+            words = f"device_budget_gib={asked_gib:g}"
+            if asked_gib > gpu_gib:
+                words = f"all {gpu_gib:.4g} GiB of the GPU ({words} is more)"
         if memory is not None and memory.host_budget_gib:
             words += f" and host_budget_gib={memory.host_budget_gib:g}"
         return words
@@ -511,7 +515,7 @@ def _no_layout_as_given(question: Question) -> UsageError:
 
 def what_it_would_take(question: Question) -> str:
     """Return, for a model that fits in no layout, what would help: more GPUs, or larger ones."""
-    cluster, model = question.cluster, question.model
+    cluster = question.cluster
     smallest = min((bytes_of_rank(work) for work in works(question)), key=lambda kinds: sum(kinds.values()))
     needed = sum(smallest.values()) / GIB
     ways = []
@@ -536,10 +540,10 @@ def what_it_would_take(question: Question) -> str:
     elif largest == "activations":
         ways.append("a smaller `seq_len`")
     elif not question.states.n_adapter:
-        ways.append("adapters (rank=16), which train a small part of the parameters")
+        ways.append("adapters (lora.rank=16), which train a small part of the parameters")
     kept = f" that keeps {question.given_in_words}, as given" if question.given else ""
     return (
-        f"{model.n_parameters / 1e9:.1f}G parameters and rows of seq_len={question.seq_len} fit no layout of "
+        f"{in_billions(question.model)} parameters and rows of seq_len={question.seq_len} fit no layout of "
         f"{cluster.n_gpus} x {cluster.gpu.name}{kept}: the smallest needs {needed:.1f} GiB a GPU, "
         f"{smallest[largest] / GIB:.1f} of them for {PURPOSES[largest]}, and "
         f"{question.budget_bytes / GIB:.1f} can be used ({question.limits}). Use {', or '.join(ways)}."
@@ -743,7 +747,7 @@ def draw_plan(found: Found, path: str | Path) -> None:
     axes.set_ylim(0, best.tokens_per_second_per_gpu * 1.15)
     axes.set_xlabel("GiB of a GPU (predicted peak)")
     axes.set_ylabel("tokens per second and GPU (predicted)")
-    model = f"{found.question.model.n_parameters / 1e9:.1f}G parameters"
+    model = f"{in_billions(found.question.model)} parameters"
     gpus = f"{cluster.n_gpus} x {cluster.gpu.name}"
     axes.set_title(f"{model} on {gpus}: {found.n_fitting:,} layouts fit")
     for side in ("top", "right"):

@@ -27,7 +27,7 @@ from torch.distributed.pipelining import schedules
 from torch.nn.attention import SDPBackend
 
 from dtensor_llama import attention, loss
-from dtensor_llama.attention import expand_heads, pad_head_width, plan_sdpa
+from dtensor_llama.attention import AttentionMask, expand_heads, pad_head_width, plan_sdpa
 from parallel import context, tensor
 from parallel.mesh_caches import forget_meshes
 from parallel.step_counter import StepCounter
@@ -73,6 +73,7 @@ def pretended_device(device: torch.device, counter: StepCounter) -> Iterator[Non
             replace(torch, "compile", compiler(counter))
             replace(F, "rms_norm", _fused_rms_norm)
             replace(attention, "_sdpa", _sdpa_on_gpu)
+            replace(attention, "_flash", _flash_on_gpu)
             replace(context, "_cpu_forward", context._cuda_forward)
             replace(context, "_cpu_backward", context._cuda_backward)
             replace(loss, "choose_loss", lambda device: ("compiled", "as on a GPU"))
@@ -288,6 +289,18 @@ def _sdpa_on_gpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
             *heads_first, bias, q.requires_grad, 0.0, is_causal, scale=scale
         )[0]
     return out.transpose(1, 2)[..., :head_dim]
+
+
+def _flash_on_gpu(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
+    """Call the FlashAttention inside torch, which computes and holds the same: the package need not be
+    installed here, and does not know `meta`."""
+    if mask is None:
+        return _sdpa_on_gpu(q, k, v, None)
+    n_rows, n_tokens = q.shape[:2]
+    if mask.cu_seqlens is None:  # a row is one document
+        ends = torch.arange(n_rows + 1, dtype=torch.int32, device=q.device) * n_tokens
+        mask = AttentionMask(cu_seqlens=ends, window=mask.window)
+    return attention._varlen(q, k, v, mask)
 
 
 def _sdpa_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

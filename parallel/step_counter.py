@@ -404,19 +404,26 @@ class StepCounter(TorchDispatchMode):
         names = [argument.name for argument in op._schema.arguments]
         given = dict(zip(names, args, strict=False)) | kwargs
         q, k = given["query"], given["key"]
-        if is_varlen:  # the tokens of all sequences in a line, (N, H, E), which fall into documents
+        if is_varlen:  # the tokens of all rows in a line, (N, H, E), and the length of a row
             n_tokens, n_heads, head_dim = q.shape
-            length = min(self.document_tokens or n_tokens, n_tokens)
             before, _ = given.get("window_size") or (-1, 0)
-            width = length if before < 0 else min(length, before + 1)
-            # A causal kernel sees half of so many keys, in the mean: of the first queries' windows a part.
-            n_keys = round(2 * width - width**2 / length)
-            shape = (n_tokens // length, n_heads, length, n_keys)
+            for length, n_documents in self._documents_of_row(given["max_q"]).items():
+                width = length if before < 0 else min(length, before + 1)
+                # A causal kernel sees half of so many keys, in the mean: of the first queries' windows
+                # a part.
+                n_keys = round(2 * width - width**2 / length)
+                shape = (n_documents * n_tokens // given["max_q"], n_heads, length, n_keys)
+                self.attention[Attention(is_backward, *shape, head_dim, True)] += 1
         else:
             *batch, n_tokens, head_dim = q.shape
             shape = (*batch, n_tokens, k.shape[2])
-        is_causal = is_varlen or given.get("is_causal", False)
-        self.attention[Attention(is_backward, *shape, head_dim, is_causal)] += 1
+            self.attention[Attention(is_backward, *shape, head_dim, given.get("is_causal", False))] += 1
+
+    def _documents_of_row(self, n_tokens: int) -> dict[int, int]:
+        """Return the lengths of the documents of a row, and how many have each: a row's end cuts the last."""
+        length = min(self.document_tokens or n_tokens, n_tokens)
+        n_whole, rest = divmod(n_tokens, length)
+        return {length: n_whole} | ({rest: 1} if rest else {})
 
 
 _KIND_OF = {  # the operations of torch.distributed, by their names

@@ -4,7 +4,11 @@ import gc
 import json
 import os
 import re
+import select
+import signal
+import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -251,6 +255,87 @@ def test_steps_counted_side_by_side_are_those_counted_one_after_another(monkeypa
     assert dry_run(setup, step).ranks == side_by_side and len(side_by_side) == 3
 
 
+def test_the_end_of_a_row_cuts_its_last_document():
+    documents_of_row = StepCounter("meta", {}, document_tokens=512)._documents_of_row
+    assert documents_of_row(1280) == {512: 2, 256: 1}
+    assert documents_of_row(256) == {256: 1}
+
+
+def test_flash_with_a_sliding_window_stores_no_mask(tmp_path, capsys):
+    model = replace(SMALL, model_type="mistral", sliding_window=32, max_position_embeddings=1024)
+    (tmp_path / "config.json").write_text(json.dumps(asdict(model)))
+
+    def peak(*flags: str) -> float:
+        path = tmp_path / "facts.json"
+        command = ["--model", str(tmp_path), "--gpus", "2", "--data.seq-len", "1024", "--json", str(path)]
+        asked = parse_cli(dryrun.DryrunConfig, [*command, "--parallel.zero-stage", "2", *flags])
+        dryrun.main(asked)
+        return json.loads(path.read_text())["per_rank"]["peak_gib"]
+
+    assert peak("--train.attention", "flash") < peak("--train.attention", "sdpa") - 2**20 / GIB
+
+
+@pytest.fixture
+def two_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+
+
+def test_ctrl_c_does_not_wait_for_steps_that_are_being_counted(monkeypatch, two_cores):
+    def interrupted(results, n_results):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dry_run_module, "_with_progress", interrupted)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        dry_run_module._side_by_side([partial(time.sleep, 60)] * 2)
+    assert time.monotonic() - started < 30
+
+
+def test_processes_that_count_do_not_outlive_the_one_that_asked(two_cores):
+    """A dry run that is killed, for example by `timeout`, leaves nobody who holds its output open."""
+    reader, writer = os.pipe()
+
+    def count_for_long():
+        os.write(writer, b".")
+        time.sleep(60)
+
+    asking = dry_run_module.FORK.Process(target=dry_run_module._side_by_side, args=([count_for_long] * 2,))
+    asking.start()
+    os.close(writer)
+    assert os.read(reader, 1) + os.read(reader, 1) == b".."
+    asking.kill()
+    asking.join()
+    is_closed, *_ = select.select([reader], [], [], 30)
+    assert is_closed and os.read(reader, 1) == b""
+    os.close(reader)
+
+
+def test_a_counting_process_that_is_killed_is_no_traceback(two_cores):
+    def killed():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(UsageError, match="ended from outside, as Linux does where no memory is left"):
+        dry_run_module._side_by_side([killed] * 2)
+
+
+def test_a_dry_run_that_ignores_ctrl_c_counts_on(two_cores):
+    """So does every command that a shell script runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        handlers = dry_run_module._side_by_side([partial(signal.getsignal, signal.SIGINT)] * 2)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert handlers == [signal.SIG_IGN] * 2
+
+
+def test_where_no_process_can_be_forked_steps_are_counted_one_after_another(monkeypatch, two_cores):
+    def refuses(process):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(dry_run_module.FORK.Process, "start", refuses)
+    assert dry_run_module._side_by_side([os.getpid] * 2) == [os.getpid()] * 2
+
+
 def test_what_leaves_a_node_is_known_by_the_way_that_bytes_take():
     nobody = {"held_bytes": {}, "at_peak": {}, "most": {}, "peak_bytes": 0, "peak_moment": ""}
     groups = {"cp": list(range(16)), "pp": [0, 4, 8, 12]}
@@ -432,6 +517,26 @@ def test_pretrain_without_a_layout_counts_its_defaults_and_names_what_the_planne
     assert planned.out.endswith("\n".join(line for line in same.split("\n") if line[:3] != "..."))
 
 
+def test_a_budget_that_no_run_would_keep_is_refused_before_the_search(monkeypatch):
+    monkeypatch.setattr(dry_run_report, "search", None)  # it is not to be called
+    with pytest.raises(UsageError, match="device_budget_gib=20 would do nothing"):
+        dryrun.main(
+            dryrun.DryrunConfig("tiny-1m", gpus=8, memory=MemoryConfig(device_budget_gib=20)),
+        )
+
+
+def test_a_budget_beyond_the_gpu_is_the_gpu():
+    flags = ["--model", "tiny-1m", "--gpus", 8, "--data.seq-len", 64, "--parallel.auto"]
+    ended = recipe("dryrun", *flags, "--memory.placement", "auto", "--memory.device-budget-gib", 500)
+    assert "fit all 79 GiB of the GPU (--memory.device-budget-gib 500 is more); " in ended.out, ended
+    assert "within 78.0 GiB of the device" in ended.out
+
+
+def test_more_gpus_than_a_dry_run_can_list_are_refused():
+    ended = recipe("dryrun", "--model", "tiny-1m", "--gpus", 2**20)
+    assert ended.status == 2 and "--gpus 1048576 are too many to list the ranks of" in ended.err, ended
+
+
 def test_a_search_keeps_what_was_given_beside_auto():
     flags = ["--model", "tiny-1m", "--gpus", 8, "--data.seq-len", 64, "--parallel.auto"]
     given = ["--parallel.zero-stage", 1, "--train.micro-batch-size", 2, "--train.recompute", "full"]
@@ -456,6 +561,8 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_starts(tmp_
     assert ".foo does not say which kind of picture" in check(png="x.foo")
     assert "a name without a suffix does not say" in check(png="x")
     assert "`gpu` reads only files that end in .json" in check(calibrate="ours")
+    assert "would overwrite the file of json=" in check(png="x.png", json="x.png")
+    assert "would overwrite the file of gpu=" in check(json="ours.json", gpu="ours.json")
     assert "nothing to write for `json`; leave one" in check(calibrate="ours.json", json="facts.json")
     assert not list(tmp_path.iterdir())
 

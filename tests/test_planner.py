@@ -139,6 +139,11 @@ def test_what_fits_nowhere_gets_what_it_would_take():
     said = str(refused.value)
     assert "69.0G parameters" in said and "fit no layout of 8 x h100-80gb" in said
     assert "Use 16 of these GPUs, or 8 x b200, or placement=auto" in said
+    small = find_cluster("h100-80gb", 8)
+    small = replace(small, gpu=replace(small.gpu, memory_gib=0.01))
+    tiny = replace(question(gpus=8), model=LlamaConfig.preset("tiny-10m"), foresee=foresee, cluster=small)
+    with pytest.raises(UsageError, match=r"11\.2M parameters.*adapters \(lora\.rank=16\)"):
+        plan(tiny)
 
 
 def test_states_go_to_the_host_only_where_nothing_fits_without():
