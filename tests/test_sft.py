@@ -421,7 +421,7 @@ def test_pretraining_leaves_out_and_lists_records_without_a_text(inputs, tmp_pat
         "--data.text-field",
         "content.text",
     ]
-    assert f"line {len(good) + 1}: 'content.text' holds NoneType" in refused(*own, name="pretrain")
+    assert f"line {len(good) + 1}: 'content.text' holds null" in refused(*own, name="pretrain")
     ended = recipe("pretrain", *own, "--data.bad-records", "skip")
     assert ended.status == 0 and "skipped   2 bad records: 1 " in ended.out, ended
     listed = [
