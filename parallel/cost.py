@@ -517,6 +517,7 @@ class SplitBackward:
     share: Share
 
     def bytes_of(self, now: Occupancy) -> dict[str, float]:
+        """Return the bytes by kind, with the loss on the rank that has the head."""
         kinds = {"activations": self.activations(now), "gradients": self.gradients(now)}
         if self.share.has_head:
             kinds["loss"] = self.loss(now)
@@ -575,18 +576,15 @@ class SplitBackward:
         """Return the bytes that the W of a block makes again, and how many of them, with the gradients of its
         weights, stay until the W of the whole stage is done. Only what products alone need does not."""
         model, tp = self.work.model, self.work.layout.tp
-        D, F, E, H = (
-            model.hidden_size,
-            model.intermediate_size,
-            model.head_dim,
-            model.num_attention_heads / tp,
-        )
+        D, F, E = model.hidden_size, model.intermediate_size, model.head_dim
+        H = model.num_attention_heads / tp
         as_none = replace(self.work, job=replace(self.work.job, recompute="none"))
         again = self.per_token * (kept_per_token(as_none) - kept_per_token(self.work))
         of_weights = self.work.states.itemsize * self.work.n_block * self.trains_weights
         return again, again - self.per_token * (F / tp + 2 * D + H * E) + of_weights
 
     def activations(self, now: Occupancy) -> float:
+        """Return the bytes of what forwards keep and Is leave, of messages, and of the block at work."""
         layers = self.share.layers_of_stages
         n_kept = sum(map(operator.mul, now.kept, layers))
         n_deferred = sum(map(operator.mul, now.deferred, layers))
@@ -622,6 +620,7 @@ class SplitBackward:
         return gradients
 
     def gradients(self, now: Occupancy) -> float:
+        """Return the bytes of the gradients of weights, or of adapters."""
         if not self.trains_weights:
             return FP32 * self.work.n_adapters
         gradients = sum(map(operator.mul, self.gradients_of_stages, now.has_gradients))
@@ -631,6 +630,7 @@ class SplitBackward:
         return gradients
 
     def loss(self, now: Occupancy) -> float:
+        """Return the bytes of the head, the loss and the last norm; the last stage is here."""
         kept, beside = _loss_bytes(self.work, self.trains_weights)
         # The last norm's weight waits for its gradient too.
         of_norm = self.per_token * self.work.model.hidden_size
@@ -1131,15 +1131,17 @@ def block_seconds(work: Work, cluster: Cluster, stack: Stack) -> tuple[Seconds, 
 def attention_seconds(work: Work, cluster: Cluster, stack: Stack) -> tuple[float, float]:
     """Return the time of attention in a block's forward and in its backward, for one microbatch.
 
-    Forward has two products over the keys of each token, backward has five. The kernel math also stores its
-    scores: it writes or reads them 7 times in forward and 11 times in backward, most of them in float32."""
+    Forward has two products over the keys of each token, backward has five. The kernel math stores its scores
+    and makes none of them again, so that its backward has four. By its operations it writes or reads float32
+    scores 9 times in forward and 11 times in backward, and makes them in a float32 product."""
     model = work.model
     scores = work.tokens * keys_per_token(work) * model.num_attention_heads / work.layout.tp
     flops = 4 * scores * model.head_dim
-    if kernel_of(work) == "math":
-        product_s = flops / (flops_rate(work, cluster) * stack.matmul)
+    if kernel_of(work.job, work.layout, work.states.itemsize) == "math":
+        rates = cluster.gpu.float32_flops or cluster.gpu.matmul_flops, flops_rate(work, cluster)
+        products_s = sum(flops / 2 / (rate * stack.matmul) for rate in rates)
         pass_s = FP32 * scores / (cluster.gpu.memory_bytes_s * stack.memory)
-        return product_s + 7 * pass_s, 2 * product_s + 11 * pass_s
+        return products_s + 9 * pass_s, 2 * products_s + 11 * pass_s
     rate = cluster.gpu.attention_flops
     if rate is None or (work.states.itemsize == FP32 and work.job.device_type != "cpu"):  # measured in bf16
         rate = flops_rate(work, cluster) * stack.attention
@@ -1147,13 +1149,12 @@ def attention_seconds(work: Work, cluster: Cluster, stack: Stack) -> tuple[float
     return forward, 2.5 * forward / ATTENTION_BACKWARD
 
 
-def kernel_of(work: Work) -> str:
-    """Return the attention kernel. For auto it is what choose_attention takes where flash-attn is not
-    installed."""
-    job = work.job
+def kernel_of(job: Job, layout: ParallelConfig, itemsize: int) -> str:
+    """Return the attention kernel of a job. For auto it is what choose_attention takes where flash-attn is
+    not installed. itemsize: bytes of the numbers that compute."""
     if job.attention != "auto":
         return job.attention
-    has_varlen = job.device_type == "cuda" and work.states.itemsize < FP32 and not work.layout.is_ring
+    has_varlen = job.device_type == "cuda" and itemsize < FP32 and not layout.is_ring
     return "varlen" if job.document_tokens and has_varlen else "sdpa"
 
 
@@ -1162,7 +1163,8 @@ def keys_per_token(work: Work) -> float:
 
     A causal kernel leaves out the later half. flash and varlen also leave out other documents and what is
     beyond a sliding window; a mask of these hides scores that are computed all the same."""
-    job, model, T, kernel = work.job, work.model, work.job.seq_len, kernel_of(work)
+    job, model, T = work.job, work.model, work.job.seq_len
+    kernel = kernel_of(job, work.layout, work.states.itemsize)
     length = min(job.document_tokens or T, T)
     if kernel == "math":
         return T

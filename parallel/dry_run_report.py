@@ -32,11 +32,11 @@ from parallel.apply import Computation
 from parallel.assemble import Offload, check_skips
 from parallel.cluster import Cluster, find_cluster, read_cluster
 from parallel.config import AXES, ParallelConfig, check_parallel
-from parallel.cost import Account, States, Work, account_for, account_with_offload, check_states
+from parallel.cost import Account, States, Work, account_for, account_with_offload, check_states, kernel_of
 from parallel.dry_run import Counted, RankCount, Setup, Step, dry_run, settle_auto
 from parallel.explain import Run, explain
 from parallel.planner import Candidate, Found, Question, draw_plan, given_rows, name_of, plan
-from parallel.rules import DOCUMENT_TOKENS
+from parallel.rules import DOCUMENT_TOKENS, Job
 from parallel.schedule_clock import DURATION, draw
 from parallel.step_counter import HOST, KINDS
 
@@ -321,23 +321,25 @@ def setup_of(settings: Any, model: LlamaConfig, cluster: Cluster) -> tuple[Setup
     train, layout = settings.train, settings.parallel.resolve(cluster.n_gpus)
     seq_len = settings.data.seq_len or model.max_position_embeddings
     device, dtype = torch.device("cuda"), getattr(torch, train.dtype)
-    kernel, documents = train.attention, settings.data.document_mask
-    # A kernel that cannot do what was asked for is refused. flash-attn can in bfloat16, holds what torch's
-    # kernels hold, and need not be installed here, since the run is on other machines.
-    if kernel != "flash" or dtype == torch.float32:
-        choose_attention(kernel, device, dtype, merges_blocks=layout.is_ring, documents=documents)
-    if kernel in ("auto", "flash"):
-        merges_or_fp32 = layout.is_ring or dtype == torch.float32
-        if documents and not merges_or_fp32:
-            kernel = "varlen"
-        elif kernel == "auto" or not model.hides_tokens(seq_len):
-            # (With a sliding window sdpa stores a mask, and flash does not.)
-            kernel = "sdpa"
-    computation = Computation(device, dtype, train.recompute, train.compile, kernel)
-    job = computation.job(model, seq_len, train.global_batch_size, train.micro_batch_size)
-    document_tokens = DOCUMENT_TOKENS if documents else None
-    job = replace(job, attention=train.attention, document_tokens=document_tokens)
+    documents = settings.data.document_mask
+    # A kernel that cannot do what was asked for is refused. flash-attn can in bfloat16, and need not be
+    # installed here, since the run is on other machines: pretend.py has a stand-in.
+    if train.attention != "flash" or dtype == torch.float32:
+        choose_attention(train.attention, device, dtype, merges_blocks=layout.is_ring, documents=documents)
+    job = Job(
+        model,
+        seq_len,
+        train.global_batch_size,
+        train.micro_batch_size,
+        train.attention,
+        train.recompute,
+        train.compile,
+        device.type,
+        DOCUMENT_TOKENS if documents else None,
+    )
     check_parallel(layout, job)
+    kernel = kernel_of(job, layout, dtype.itemsize)
+    computation = Computation(device, dtype, train.recompute, train.compile, kernel)
     memory, note = settings.memory.settle(device, dtype, cluster.n_gpus)
     check_skips(train.skip_nonfinite, train.max_grad_norm, memory)
     clips = train.max_grad_norm < math.inf
