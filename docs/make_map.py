@@ -53,50 +53,82 @@ def first_sentence(node: ast.AST) -> str:
 
 
 class File:
+    """Holds what the map needs of a source file: its syntax tree, and the names that it uses."""
+
     def __init__(self, path: Path):
         text = path.read_text(encoding="utf-8")
-        self.path, self.n_lines = path.relative_to(ROOT).as_posix(), text.count("\n")
+        self.path = path.relative_to(ROOT).as_posix()
+        self.n_lines = text.count("\n")
         self.tree = ast.parse(text)
         self.module = self.path.removesuffix(".py").replace("/", ".")
-        self.used = set()  # (module, name): `from module import name`, or `module.name` of an imported module
-        imports = [node for node in ast.walk(self.tree) if isinstance(node, ast.ImportFrom)]
-        for node in imports:
-            self.used |= {(node.module, alias.name) for alias in node.names}
-        for node in ast.walk(self.tree):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                self.used |= {(f"{n.module}.{node.value.id}", node.attr) for n in imports}
+        self.used = _names_used(self.tree)
 
     def uses(self, module: str, name: str) -> bool:
         """Return whether this file imports a name from its module, or from the package that exports it."""
-        return (module, name) in self.used or (module.split(".")[0], name) in self.used
+        package = module.split(".")[0]
+        return (module, name) in self.used or (package, name) in self.used
+
+    def public(self) -> list[ast.ClassDef | ast.FunctionDef]:
+        """Return the classes and functions of the file that others may use."""
+        definitions = [node for node in self.tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+        return [node for node in definitions if not node.name.startswith("_")]
+
+
+def _names_used(tree: ast.Module) -> set[tuple[str, str]]:
+    """Return (module, name) of each `from module import name`, and of each `module.name` where the module
+    itself was imported from a package."""
+    nodes = list(ast.walk(tree))
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    used = {(node.module, alias.name) for node in imports for alias in node.names}
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            # Of which package the module is, is not asked: a wrong pair names nothing that there is.
+            used |= {(f"{one.module}.{node.value.id}", node.attr) for one in imports}
+    return used
+
+
+def files_of(room: str, first: str) -> list[File]:
+    """Return the files of a folder, those named in `first` before the others."""
+    paths = sorted(path for path in (ROOT / room).glob("*.py") if path.name != "__init__.py")
+    order = [*first.split(), *(path.stem for path in paths)]
+    return [File(path) for path in sorted(paths, key=lambda path: order.index(path.stem))]
 
 
 def make_map() -> str:
-    rooms, head, body = {}, HEAD, ""
-    for room, purpose, first in ROOMS:
-        paths = [path for path in (ROOT / room).glob("*.py") if path.name != "__init__.py"]
-        order = [*first.split(), *sorted(path.stem for path in paths)]
-        rooms[room] = [File(path) for path in sorted(paths, key=lambda path: order.index(path.stem))]
-        n_lines = sum(file.n_lines for file in rooms[room])
-        head += f"| [{room}](#{room.replace('/', '')}) | {purpose} | {len(paths)} | {n_lines:,} |\n"
-    everywhere = [file for files in rooms.values() for file in files]
+    """Return the text of docs/map.md."""
+    rooms = {room: files_of(room, first) for room, _, first in ROOMS}
+    sources = [file for files in rooms.values() for file in files]
     tests = [File(path) for path in (ROOT / "tests").glob("*.py")]
-    for room, files in rooms.items():
+
+    head, body = HEAD, ""
+    for room, purpose, _ in ROOMS:
+        files = rooms[room]
+        anchor = room.replace("/", "")
+        n_lines = sum(file.n_lines for file in files)
+        head += f"| [{room}](#{anchor}) | {purpose} | {len(files)} | {n_lines:,} |\n"
+
         body += f"\n## {room}\n"
         for file in files:
-            body += f"\n**[{Path(file.path).name}](../{file.path})** {first_sentence(file.tree)}\n\n"
-            public = [node for node in file.tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
-            public = [node for node in public if not node.name.startswith("_")]
+            name = Path(file.path).name
+            body += f"\n**[{name}](../{file.path})** {first_sentence(file.tree)}\n\n"
             if room in SCRIPTS:
-                body += ", ".join(f"`{node.name}`" for node in public) + "\n"
-                continue
-            for node in public:
-                users = [other.path for other in everywhere if other.uses(file.module, node.name)]
-                tested = ["the tests"] if any(test.uses(file.module, node.name) for test in tests) else []
-                users = users or tested or ["this file"]
-                shown = users[:4] + [f"{len(users) - 4} more"] * (len(users) > 4)
-                body += f"- `{node.name}`: {first_sentence(node)} *Used in {', '.join(shown)}.*\n"
+                body += ", ".join(f"`{node.name}`" for node in file.public()) + "\n"
+            else:
+                lines = [line_of(node, file, sources, tests) for node in file.public()]
+                body += "".join(lines)
     return head + body
+
+
+def line_of(node: ast.ClassDef | ast.FunctionDef, file: File, sources: list[File], tests: list[File]) -> str:
+    """Return the line of a class or a function: what it is, and which files use it."""
+    users = [other.path for other in sources if other.uses(file.module, node.name)]
+    if not users:
+        is_tested = any(test.uses(file.module, node.name) for test in tests)
+        users = ["the tests"] if is_tested else ["this file"]
+    shown = users[:4]
+    if len(users) > 4:
+        shown.append(f"{len(users) - 4} more")
+    return f"- `{node.name}`: {first_sentence(node)} *Used in {', '.join(shown)}.*\n"
 
 
 if __name__ == "__main__":
