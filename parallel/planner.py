@@ -740,16 +740,18 @@ def draw_plan(found: Found, path: str | Path) -> None:
         ha="right" if best.peak_gib > found.question.budget_bytes / GIB / 2 else "left",
         color="#e45756",
     )
-    limit = found.question.budget_bytes / GIB
-    axes.axvline(limit, color="#888888", linestyle="--", linewidth=1)
-    axes.text(limit, axes.get_ylim()[0], f" {FITS_SHARE:.0%} of the GPU", color="#666666", va="bottom")
-    axes.set_xlim(0, limit * 1.15)
+    limit, largest = found.question.budget_bytes / GIB, max(gib for gib, *_ in found.points)
+    # A model that leaves most of a GPU empty is drawn without the empty part.
+    axes.set_xlim(0, 1.15 * limit if largest > limit / 4 else 1.5 * largest)
     axes.set_ylim(0, best.tokens_per_second_per_gpu * 1.15)
+    axes.axvline(limit, color="#888888", linestyle="--", linewidth=1)
+    top = axes.get_ylim()[1]
+    axes.text(limit, top, "the limit ", color="#666666", rotation=90, ha="right", va="top", clip_on=True)
     axes.set_xlabel("GiB of a GPU (predicted peak)")
     axes.set_ylabel("tokens per second and GPU (predicted)")
     model = f"{in_billions(found.question.model)} parameters"
     gpus = f"{cluster.n_gpus} x {cluster.gpu.name}"
-    axes.set_title(f"{model} on {gpus}: {found.n_fitting:,} layouts fit")
+    axes.set_title(f"{model} on {gpus}: {found.n_fitting:,} layouts fit {found.question.limits}")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.tight_layout()
