@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtensor_llama import Llama, LlamaConfig, UsageError
 from dtensor_llama import attention as module
-from dtensor_llama.attention import AttentionMask, WholeRows, attention, choose_attention, plan_sdpa
+from dtensor_llama.attention import AttentionMask, WholeSequences, attention, choose_attention, plan_sdpa
 from dtensor_llama.model import OnHost
 from parallel import ParallelConfig, build_mesh, parallelize
 from parallel.apply import Computation
@@ -238,7 +238,7 @@ def test_selective_recompute_keeps_what_varlen_attention_gave(recompute, forward
     tokens, positions, _ = packed_rows(step=3)
     with torch.device("meta"):
         model = Llama(GQA).to(BF16)
-    model.attention = WholeRows("varlen")
+    model.attention = WholeSequences("varlen")
     apply_recompute(list(model.model.layers), recompute)
     with KernelCount() as calls:
         model(tokens.to("meta"), labels=tokens.to("meta"), positions=positions).backward()
@@ -261,7 +261,7 @@ def test_another_number_of_documents_compiles_nothing_anew(recompute, backend):
     torch._dynamo.utils.counters.clear()
     compiled, plain = Llama(GQA), Llama(GQA)
     for model in (compiled, plain):
-        model.attention = WholeRows("varlen")
+        model.attention = WholeSequences("varlen")
     apply_recompute(list(compiled.model.layers), recompute)
     for block in compiled.model.layers:
         block.forward = torch.compile(block.forward, backend=backend)

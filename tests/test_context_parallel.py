@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
 
 from dtensor_llama import Llama, LlamaConfig
-from dtensor_llama.attention import AttentionMask, WholeRows, attention
+from dtensor_llama.attention import AttentionMask, WholeSequences, attention
 from dtensor_llama.model import init_weights
 from parallel import context
 from parallel.context import (
@@ -52,7 +52,7 @@ def model_on(cp_mesh, method: str, kernel: str = "sdpa", config: LlamaConfig = G
         for parameter in model.parameters():  # large enough for attention to matter
             if parameter.dim() == 2:
                 parameter.mul_(5)
-    model.attention = WholeRows("math" if cp_mesh is None else kernel)
+    model.attention = WholeSequences("math" if cp_mesh is None else kernel)
     if cp_mesh is not None:
         apply_context_parallel(model, cp_mesh, method)
     return model
@@ -291,7 +291,7 @@ def heads_redistributed(n_heads: int, n_kv_heads: int) -> list[int]:
     context._redistribute = lambda x, *rest: seen.append(x.shape[2]) or original(x, *rest)
     try:
         q, k, v = (torch.randn(1, 4, heads, 16) for heads in (n_heads, n_kv_heads, n_kv_heads))
-        context.Ulysses(mesh, WholeRows("sdpa"))(q, k, v, None)
+        context.Ulysses(mesh, WholeSequences("sdpa"))(q, k, v, None)
     finally:
         context._redistribute = original
     return seen

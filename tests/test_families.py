@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf, save_hf
-from dtensor_llama.attention import WholeRows
+from dtensor_llama.attention import WholeSequences
 from dtensor_llama.chat.lora import (
     LoraConfig,
     adapter_parameters,
@@ -215,7 +215,7 @@ def test_a_cache_gives_the_tokens_of_transformers(family):
 @pytest.mark.parametrize("kernel", ["sdpa", "varlen", "math"])
 def test_a_window_holds_in_packed_documents_too(kernel):
     model = ours_of("qwen2, window")
-    model.attention = WholeRows(kernel)
+    model.attention = WholeSequences(kernel)
     lengths = [7, 1, 20, 4]
     rows = tokens_of(sum(lengths))
     positions = torch.cat([torch.arange(n) for n in lengths]).expand(2, -1)

@@ -12,7 +12,7 @@ from pool import run_on
 from recipe import ROOT, recipe
 
 from dtensor_llama import Llama, LlamaConfig, load_hf
-from dtensor_llama.attention import WholeRows
+from dtensor_llama.attention import WholeSequences
 from dtensor_llama.data.tokenizer import load_tokenizer
 from dtensor_llama.generate import Sampling, TextStream, continue_whole_rows, generate_batch, sample
 from dtensor_llama.model import init_weights
@@ -57,7 +57,7 @@ def columns(steps) -> list[list[int]]:
 @pytest.mark.parametrize("kernel", ["sdpa", "math"])
 def test_a_batch_of_unequal_prompts_says_what_transformers_says_to_each(expected, kernel):
     model = Llama(CONFIG)
-    model.attention = WholeRows(kernel)
+    model.attention = WholeSequences(kernel)
     assert columns(generate_batch(model, PROMPTS, N)) == expected
     assert [columns(generate_batch(model, [prompt], N))[0] for prompt in PROMPTS] == expected
     assert len({tuple(row) for row in expected}) == len(PROMPTS)  # else equality would mean little

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
 from dtensor_llama import Llama, UsageError, loss
-from dtensor_llama.attention import AttentionMask, WholeRows
+from dtensor_llama.attention import AttentionMask, WholeSequences
 from dtensor_llama.chat.lora import LoraConfig, adapter_parameters, apply_lora, init_lora
 from dtensor_llama.model import init_weights
 from parallel import Booster, ParallelConfig, build_mesh, parallelize
@@ -61,7 +61,7 @@ def against_the_mean(logits, labels, vocab):
     return logits.mean(-1) - vocab.pick(logits, labels)
 
 
-class SlidingWindow(WholeRows):
+class SlidingWindow(WholeSequences):
     """Each token sees at most the last `width` tokens of its document, itself among them."""
 
     def __init__(self, width: int):
