@@ -45,6 +45,13 @@ BESIDES_TORCH_GIB = 1.0
 # torch's allocator reserves more than is allocated, as freed blocks do not fit what is needed next: 1 to 2 %
 # more where parameters stay as they are, 6 to 10 % more where FSDP gathers and frees them.
 RESERVED = (1.01, 1.10)
+# A rule on the number of processes says how to launch them, and a dry run launches none.
+IN_GPUS = {
+    "launch with plain python": "use gpus=1",
+    "launch with torchrun --nproc-per-node ": "use gpus=",
+    "one process": "one GPU",
+    "processes": "GPUs",
+}
 MOST_GPUS = 2**17  # of a dry run, which takes minutes then: it makes every group of ranks
 
 
@@ -209,6 +216,17 @@ def leaves_layout_open(settings: Any) -> bool:
     return settings.parallel.auto or (says_nothing and gpus_of(settings) > 1)
 
 
+def layout_of(settings: Any, cluster: Cluster) -> ParallelConfig:
+    """Return the layout with -1 replaced by what the GPUs leave for it; UsageError if they cannot form it."""
+    try:
+        return settings.parallel.resolve(cluster.n_gpus)
+    except UsageError as error:
+        said = str(error)
+        for of_processes, of_gpus in IN_GPUS.items():
+            said = said.replace(of_processes, of_gpus)
+        raise UsageError(said) from None
+
+
 def states_of(model: LlamaConfig, dtype: torch.dtype, lora: LoraConfig, offload: Offload) -> States:
     n_adapter = n_adapter_parameters(model, lora) if lora.rank else 0
     return States.under(offload.config, dtype.itemsize, n_adapter, offload.clips)
@@ -220,7 +238,7 @@ def lora_of(settings: Any) -> LoraConfig:
 
 def search(settings: Any, model: LlamaConfig, cluster: Cluster, foresee: Callable) -> Found:
     """Return the layouts that the planner proposes."""
-    layout = settings.parallel.resolve(cluster.n_gpus)
+    layout = layout_of(settings, cluster)
     seq_len = settings.data.seq_len or model.max_position_embeddings
     rows, dtype = settings.train.global_batch_size, getattr(torch, settings.train.dtype)
     offload = Offload(settings.memory, clips=settings.train.max_grad_norm < math.inf)
@@ -318,7 +336,7 @@ def setup_of(settings: Any, model: LlamaConfig, cluster: Cluster) -> tuple[Setup
 
     Raises UsageError for what a run refuses before it starts, but for states that are too large: the report
     says so."""
-    train, layout = settings.train, settings.parallel.resolve(cluster.n_gpus)
+    train, layout = settings.train, layout_of(settings, cluster)
     seq_len = settings.data.seq_len or model.max_position_embeddings
     device, dtype = torch.device("cuda"), getattr(torch, train.dtype)
     documents = settings.data.document_mask
