@@ -99,8 +99,8 @@ def _set_kernel(model: Llama, kernel: str) -> None:
     own = model.attention.kernel
     if own not in (kernel, WholeSequences().kernel):
         raise UsageError(
-            f"model.attention was set to WholeSequences({own!r}) and attention={kernel}; set only one of them, "
-            "or give both the same kernel."
+            f"model.attention was set to WholeSequences({own!r}) and attention={kernel}; set only one of "
+            "them, or give both the same kernel."
         )
     model.attention = WholeSequences(kernel)
 

@@ -90,8 +90,8 @@ def test_logits_and_gradients_on_the_gpu_equal_the_cpu_in_float32(kv_heads, kern
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tokens_over_a_cache_continue_prompts_of_unequal_lengths_as_the_whole_rows_would(dtype):
-    """One new token at a time, and several: what is decoded equals the logits of the rows as a whole."""
+def test_tokens_over_a_cache_continue_prompts_of_unequal_lengths_as_the_whole_sequences_would(dtype):
+    """One new token at a time, and several: what is decoded equals the logits of the sequences as a whole."""
     config = LlamaConfig(
         vocab_size=307,
         hidden_size=64,

@@ -82,17 +82,17 @@ def test_trained_weights_give_the_published_loss_and_equal_transformers():
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "varlen", "math"])
-def test_a_packed_row_gives_what_its_documents_give_alone(kernel):
+def test_a_packed_sequence_gives_what_its_documents_give_alone(kernel):
     model = Llama(SHAPES["gqa"])
     model.attention = WholeSequences(kernel)
     lengths = [7, 1, 20, 4]
-    rows = torch.randint(307, (2, sum(lengths)), generator=torch.Generator().manual_seed(2))
+    sequences = torch.randint(307, (2, sum(lengths)), generator=torch.Generator().manual_seed(2))
     positions = torch.cat([torch.arange(n) for n in lengths]).expand(2, -1)
     with torch.no_grad():
-        packed = model(rows, positions=positions)
-        alone = torch.cat([model(document) for document in rows.split(lengths, dim=1)], dim=1)
+        packed = model(sequences, positions=positions)
+        alone = torch.cat([model(document) for document in sequences.split(lengths, dim=1)], dim=1)
         assert_close(packed, alone, rtol=0, atol=2e-6)  # only the order of summation differs
-        assert (model(rows) - alone).abs().max() > 1e-3  # without the mask they see each other
+        assert (model(sequences) - alone).abs().max() > 1e-3  # without the mask they see each other
 
 
 def test_attention_kernels_agree_with_and_without_a_cache():
