@@ -373,7 +373,7 @@ def block_forward(q, k, v, causal: bool, mask: Tensor | None, kernel: str) -> tu
     if mask is None:
         return forward(q, k, v, causal, None)
     blind = ~mask.any(-1, keepdim=True)  # (B, 1, t, 1)
-    out, lse = forward(q, k, v, False, mask)  # here kernels differ on a row with no key
+    out, lse = forward(q, k, v, False, mask)  # here kernels differ on a query with no key
     return out.masked_fill(blind.transpose(1, 2), 0), lse.masked_fill(blind[..., 0], float("-inf"))
 
 

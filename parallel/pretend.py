@@ -296,9 +296,9 @@ def _flash_on_gpu(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -
     installed here, and does not know `meta`."""
     if mask is None:
         return _sdpa_on_gpu(q, k, v, None)
-    n_rows, n_tokens = q.shape[:2]
-    if mask.cu_seqlens is None:  # a row is one document
-        ends = torch.arange(n_rows + 1, dtype=torch.int32, device=q.device) * n_tokens
+    n_sequences, n_tokens = q.shape[:2]
+    if mask.cu_seqlens is None:  # a sequence is one document
+        ends = torch.arange(n_sequences + 1, dtype=torch.int32, device=q.device) * n_tokens
         mask = AttentionMask(cu_seqlens=ends, window=mask.window)
     return attention._varlen(q, k, v, mask)
 

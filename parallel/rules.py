@@ -474,8 +474,8 @@ CONTEXT = [
     Rule(
         "cp_method",
         lambda c: not (c.is_ring and c.job.model.hides_tokens(c.seq_len)),
-        "knows no sliding window, and the model has sliding_window={c.sliding_window} for rows of "
-        "seq_len={c.seq_len}",
+        "knows no sliding window, and the model has sliding_window={c.sliding_window} for "
+        "sequences of seq_len={c.seq_len}",
         {"cp_method": ["ulysses"], "seq_len": lambda c: [c.sliding_window]},
     ),
     Rule(

@@ -135,8 +135,8 @@ class StepCounter(TorchDispatchMode):
     """See the first lines of this file.
 
     device_type: of the tensors whose bytes count. axes: the axis of each group, from `groups_of`.
-    block_bytes: a storage counts as a multiple of so many. document_tokens: of each document, if rows of
-    several documents go to varlen_attn, which has their ends as values; None: a row is one.
+    block_bytes: a storage counts as a multiple of so many. document_tokens: of each document, if
+    sequences of several documents go to varlen_attn, which has their ends as values; None: a sequence is one.
     """
 
     supports_higher_order_operators = True
@@ -404,10 +404,10 @@ class StepCounter(TorchDispatchMode):
         names = [argument.name for argument in op._schema.arguments]
         given = dict(zip(names, args, strict=False)) | kwargs
         q, k = given["query"], given["key"]
-        if is_varlen:  # the tokens of all rows in a line, (N, H, E), and the length of a row
+        if is_varlen:  # the tokens of all sequences in a line, (N, H, E), and the length of one
             n_tokens, n_heads, head_dim = q.shape
             before, _ = given.get("window_size") or (-1, 0)
-            for length, n_documents in self._documents_of_row(given["max_q"]).items():
+            for length, n_documents in self._documents_of_sequence(given["max_q"]).items():
                 width = length if before < 0 else min(length, before + 1)
                 # A causal kernel sees half of so many keys, in the mean: of the first queries' windows
                 # a part.
@@ -419,8 +419,8 @@ class StepCounter(TorchDispatchMode):
             shape = (*batch, n_tokens, k.shape[2])
             self.attention[Attention(is_backward, *shape, head_dim, given.get("is_causal", False))] += 1
 
-    def _documents_of_row(self, n_tokens: int) -> dict[int, int]:
-        """Return the lengths of the documents of a row, and how many have each: a row's end cuts the last."""
+    def _documents_of_sequence(self, n_tokens: int) -> dict[int, int]:
+        """Return the lengths of a sequence's documents, and how many have each; its end cuts the last."""
         length = min(self.document_tokens or n_tokens, n_tokens)
         n_whole, rest = divmod(n_tokens, length)
         return {length: n_whole} | ({rest: 1} if rest else {})
