@@ -68,7 +68,7 @@ class ParallelConfig:
 
     @property
     def dp(self) -> int:
-        """Return how many ranks, or groups of ranks that share sequences, read sequences of their own."""
+        """Return how many ranks read sequences of their own; ranks that share theirs (pp, cp, tp) count once."""
         return self.ranks("dp")
 
     @property

@@ -138,8 +138,8 @@ def bare(cfg: Config, device: torch.device, wrap: str | None = None):
 
 
 def ours(cfg: Config, device: torch.device, layout: ParallelConfig):
-    """Return the step of recipes/pretrain.py. Under tp all ranks read the same rows, and each has a share of
-    their tokens."""
+    """Return the step of recipes/pretrain.py. Under tp all ranks read the same sequences, and each has a
+    share of their tokens."""
     dtype = getattr(torch, cfg.dtype)
     resolved = layout.resolve(dist.get_world_size())
     with torch.device("meta"):
