@@ -12,10 +12,8 @@ from parallel.rules import Case, Job
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # of the mesh, outermost first
 DERIVED_AXES = {  # each is made of neighbours among AXES
-    "dp": (
-        "dp_replicate",
-        "dp_shard",
-    ),  # ranks that read different sequences; the loss is summed over it (and cp)
+    # ranks that read different sequences; the loss is summed over it (and cp)
+    "dp": ("dp_replicate", "dp_shard"),
     "fsdp": ("dp_shard", "cp"),  # ranks that share parameters, gradients and optimizer state (ZeRO)
     "dp_cp": ("dp_replicate", "dp_shard", "cp"),  # ranks whose gradients are averaged: they saw other tokens
     # ranks whose shares of the loss add up; tp ranks all have the same share, so tp is not among them
@@ -68,7 +66,7 @@ class ParallelConfig:
 
     @property
     def dp(self) -> int:
-        """Return how many ranks read sequences of their own; ranks that share theirs (pp, cp, tp) count once."""
+        """Return how many ranks read sequences of their own; those that share them count as one."""
         return self.ranks("dp")
 
     @property

@@ -85,7 +85,7 @@ class Layout:
 
     @property
     def ranks_per_batch(self) -> int:
-        """Return how many ranks read the same sequences; a sum over the world counts each one so often."""
+        """Return how many ranks read the same sequences: so often a sum over the world counts each one."""
         return dist.get_world_size() // self.config.dp
 
     @property
