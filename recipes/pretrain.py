@@ -231,8 +231,10 @@ def main(cfg: PretrainConfig) -> None:
     pins = device.type == "cuda"
     batching = Batching(*batch_sizes, layout.dp_rank, resolved.dp, cfg.data.document_mask, pins)
     reader = SequenceReader(sequences, batching, position)
-    attention, corpus = f"{kernel} ({why})", sequences.contents
-    facts = RunFacts(model_config, sequences, corpus, resolved, AXES, n_microbatches, device, attention)
+    attention = f"{kernel} ({why})"
+    facts = RunFacts(
+        model_config, sequences, sequences.contents, resolved, AXES, n_microbatches, device, attention
+    )
     if is_main:
         keep_tokenizer(run_dir, tokenizer)
     report = open_report(run_dir, step, asdict(cfg), facts, lines_on_data(cfg, sequences, run_dir), launch)

@@ -156,8 +156,9 @@ class MixedSequences:
 
     def validation_sequences(self) -> np.ndarray:
         """Return the numbers of the held-out sequences in the proportions of training, (n_validation,)."""
-        every = np.arange(self.n_validation)
-        return self._gather(every, lambda own, index: own.validation_sequences()[index])
+        return self._gather(
+            np.arange(self.n_validation), lambda own, index: own.validation_sequences()[index]
+        )
 
     def parts(self, n_sequences: int) -> list[tuple[str, Sequences, int]]:
         """Return (name, sequences, how many of the first n_sequences come from it) for each source."""
@@ -170,8 +171,7 @@ class MixedSequences:
 
     def tokens_of(self, numbers: np.ndarray) -> np.ndarray:
         """Return the token ids (N, T + 1) int64 of the sequences with these numbers (N,)."""
-        found = map(self._find, numbers)
-        return np.concatenate([source.tokens_of(np.array([own])) for source, own in found])
+        return np.concatenate([source.tokens_of(np.array([own])) for source, own in map(self._find, numbers)])
 
     def trained_of(self, numbers: np.ndarray) -> None:
         """Return None, which means that every token counts as a label, as in PackedSequences."""
