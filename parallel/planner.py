@@ -343,12 +343,12 @@ def works(question: Question) -> Iterator[Work]:
         given = question.micro_batch_size
         if given is None and layout.microbatches:
             given = max(1, sequences_of_rank // layout.microbatches)
-        for micro_batch in [given] if given else MICRO_BATCH_SIZES:
-            tokens = micro_batch * question.seq_len // (layout.cp * layout.tp)
-            is_large = micro_batch > 1 and tokens > MAX_MICRO_TOKENS and not given
-            if micro_batch > sequences_of_rank or is_large:
+        for per_microbatch in [given] if given else MICRO_BATCH_SIZES:
+            tokens = per_microbatch * question.seq_len // (layout.cp * layout.tp)
+            is_large = per_microbatch > 1 and tokens > MAX_MICRO_TOKENS and not given
+            if per_microbatch > sequences_of_rank or is_large:
                 break
-            tried = replace(job, micro_batch_size=micro_batch)
+            tried = replace(job, micro_batch_size=per_microbatch)
             case = Case(layout, tried)
             # With fewer microbatches than stages a pipeline is mostly a bubble.
             if case.n_microbatches >= layout.pp and all_hold(RULES, case):

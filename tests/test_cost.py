@@ -56,9 +56,11 @@ SEVEN_B = LlamaConfig.preset("llama2-7b")
 TINY = LlamaConfig.preset("tiny-1m")
 
 
-def work(model=SEVEN_B, sequences=8, micro_batch=1, states=None, **layout) -> Work:
+def work(model=SEVEN_B, sequences=8, per_microbatch=1, states=None, **layout) -> Work:
     recompute, seq_len = layout.pop("recompute", "none"), layout.pop("seq_len", 4096)
-    job = Job(model, seq_len, sequences, micro_batch, recompute=recompute, compile=True, device_type="cuda")
+    job = Job(
+        model, seq_len, sequences, per_microbatch, recompute=recompute, compile=True, device_type="cuda"
+    )
     return Work(job, ParallelConfig(**{"dp_shard": 1} | layout), states or States())
 
 
@@ -69,14 +71,14 @@ OFF = States(settles_one_gpu=False)  # FSDP and AdamW; else the chunk manager ha
 PEAKS = [
     (32, dict(zero_stage=3, recompute="selective", sequences=4, states=OFF), 113.7),
     (32, dict(zero_stage=2, recompute="selective", sequences=4, states=OFF), 125.8),
-    (32, dict(zero_stage=3, recompute="full", sequences=4, micro_batch=4, states=OFF), 103.7),
+    (32, dict(zero_stage=3, recompute="full", sequences=4, per_microbatch=4, states=OFF), 103.7),
     (16, dict(zero_stage=3, recompute="selective", sequences=4, states=OFF), 59.8),
     (16, dict(sequences=4), 61.6),
-    (16, dict(sequences=8, micro_batch=2), 69.7),
+    (16, dict(sequences=8, per_microbatch=2), 69.7),
     (32, dict(recompute="selective", sequences=4), 113.2),
-    (32, dict(recompute="selective", sequences=8, micro_batch=2), 124.7),
+    (32, dict(recompute="selective", sequences=8, per_microbatch=2), 124.7),
     (32, dict(sequences=4), 117.8),
-    (32, dict(sequences=8, micro_batch=2), 134.0),
+    (32, dict(sequences=8, per_microbatch=2), 134.0),
 ]
 
 
@@ -93,9 +95,9 @@ def test_one_gpu_takes_the_time_that_was_measured_on_it():
     runs = measured_on_an_h200("resident")
     assert len(runs) == 2
     for run in runs:
-        sequences, micro_batch = run["global_batch_size"], run["micro_batch_size"]
+        sequences, per_microbatch = run["global_batch_size"], run["micro_batch_size"]
         account = account_for(
-            work(sequences=sequences, micro_batch=micro_batch), find_cluster("h200-141gb", 1)
+            work(sequences=sequences, per_microbatch=per_microbatch), find_cluster("h200-141gb", 1)
         )
         assert account.step_seconds == pytest.approx(run["step_seconds"], rel=0.05)
         assert account.peak_gib == pytest.approx(run["device_memory_gib"], rel=0.01)
@@ -365,13 +367,13 @@ def test_bubbles_are_those_of_the_clock(schedule, virtual_stages, pp):
 
 def test_seconds_sum_to_the_step_and_depend_on_what_they_should():
     cluster = find_cluster("h100-80gb", 8)
-    account = account_for(work(sequences=64, micro_batch=2, dp_shard=8), cluster)
+    account = account_for(work(sequences=64, per_microbatch=2, dp_shard=8), cluster)
     assert account.step_seconds == pytest.approx(sum(account.seconds.values()))
     assert account.tokens_per_second_per_gpu == pytest.approx(64 * 4096 / 8 / account.step_seconds)
     assert 0.4 < account.mfu < 0.7
     slow = account_for(account.work, replace(cluster, node_bytes_s=cluster.node_bytes_s / 50))
     assert slow.exposed > 0.2 > account.exposed
-    small = account_for(work(sequences=64, micro_batch=1, dp_shard=4, tp=2), cluster)
+    small = account_for(work(sequences=64, per_microbatch=1, dp_shard=4, tp=2), cluster)
     assert small.seconds["matrix products"] > account.seconds["matrix products"]  # narrower ones are slower
     two_nodes = account_for(work(sequences=64, dp_shard=8, tp=2), find_cluster("h100-80gb", 16))
     axes = two_nodes.gib_per_axis(two_nodes.cluster)
@@ -380,7 +382,7 @@ def test_seconds_sum_to_the_step_and_depend_on_what_they_should():
 
 def test_seven_b_on_one_h200_takes_what_was_measured():
     """13,239 tokens/s at 4 microbatches of 2 sequences, all states on the device: recipes/bench/README.md."""
-    account = account_for(work(sequences=8, micro_batch=2, zero_stage=0), find_cluster("h200-141gb", 1))
+    account = account_for(work(sequences=8, per_microbatch=2, zero_stage=0), find_cluster("h200-141gb", 1))
     assert account.tokens_per_second_per_gpu == pytest.approx(13_239, rel=0.02)
 
 

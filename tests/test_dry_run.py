@@ -397,13 +397,13 @@ SEVEN_B = [
 ]
 
 
-def peak_of_7b(layers, zero_stage, recompute, micro_batch, n_microbatches, placement) -> float:
+def peak_of_7b(layers, zero_stage, recompute, per_microbatch, n_microbatches, placement) -> float:
     model = replace(LlamaConfig.preset("llama2-7b"), num_hidden_layers=layers)
     layout = ParallelConfig(zero_stage=zero_stage).resolve(1)
-    job = Job(model, 4096, micro_batch * n_microbatches, micro_batch, recompute=recompute, compile=True)
+    job = Job(model, 4096, per_microbatch * n_microbatches, per_microbatch, recompute=recompute, compile=True)
     computation = Computation(torch.device("cuda"), torch.bfloat16, recompute, compile=True)
     memory = MemoryConfig(**RESIDENT) if placement == "static" else MemoryConfig(placement="off")
-    setup = Setup(layout, job, computation, offload=Offload(memory, micro_batch, 4096))
+    setup = Setup(layout, job, computation, offload=Offload(memory, per_microbatch, 4096))
     return dry_run(setup, step).largest.peak_bytes / GIB
 
 

@@ -196,9 +196,9 @@ PEAKS = {
 }
 
 
-def expected_memory(layers: int, way: str, micro_batch: int) -> tuple[Expected, ...]:
+def expected_memory(layers: int, way: str, per_microbatch: int) -> tuple[Expected, ...]:
     """Return the peaks of such a run from PEAKS, or nothing where none was made."""
-    peaks = PEAKS.get((layers, way, micro_batch))
+    peaks = PEAKS.get((layers, way, per_microbatch))
     if peaks is None:
         return ()
     allocated, reserved = peaks
@@ -269,25 +269,25 @@ PLACEMENT = {
 STEP_LIMIT_S = sum(START_SECONDS.values()) + 70
 
 
-def step(setting: Setting, way: str, microbatches: int, micro_batch: int) -> Measurement:
+def step(setting: Setting, way: str, microbatches: int, per_microbatch: int) -> Measurement:
     """Time training steps of 7B, or of the layers that the card holds, with benchmark.py. way: as in WAYS."""
     placement, recompute = way.split()
-    n_tokens = 4096 * micro_batch * microbatches
+    n_tokens = 4096 * per_microbatch * microbatches
     n_timed = max(4, 8 * STEP_TOKENS // n_tokens)
     command = (
         f"recipes/benchmark.py --model {setting.model('llama2-7b', setting.card.layers)} --data.seq-len 4096 "
         f"--train.compile --train.recompute {recompute} "
-        f"--train.global-batch-size {micro_batch * microbatches} "
-        f"--train.micro-batch-size {micro_batch} --train.steps {n_timed} --warmup 2 {PLACEMENT[placement]}"
+        f"--train.global-batch-size {per_microbatch * microbatches} "
+        f"--train.micro-batch-size {per_microbatch} --train.steps {n_timed} --warmup 2 {PLACEMENT[placement]}"
     )
     if placement == "resident":
         command += f" {setting.host_flags}"
     expects = expected_step(way, setting.card, n_tokens) if way in WAYS else ()
     return Measurement(
-        f"{recompute} {microbatches} x {micro_batch} rows",  # sequences; results/*.jsonl has this name
+        f"{recompute} {microbatches} x {per_microbatch} rows",  # sequences; results/*.jsonl has this name
         tuple(command.split()),
         STEP_LIMIT_S,
-        (*expects, *expected_memory(setting.card.layers, way, micro_batch)),
+        (*expects, *expected_memory(setting.card.layers, way, per_microbatch)),
     )
 
 
@@ -422,20 +422,20 @@ def warm_up(setting: Setting, measurements: list[Measurement]) -> list[Measureme
         if script == "recipes/bench/offload.py":
             preset, recompute = given["--model"], "full"
             batch = int(given["--tokens"]) // 4096
-            micro_batch = min(4, batch)
+            per_microbatch = min(4, batch)
             placement = f"{MIXED} {setting.host_flags}".split()
         elif "--train.recompute" in given:
             preset, recompute = "llama2-7b", given["--train.recompute"]
             batch = int(given["--train.global-batch-size"])
-            micro_batch = int(given["--train.micro-batch-size"])
+            per_microbatch = int(given["--train.micro-batch-size"])
             placement = flags[flags.index("--memory.placement") :]
         else:
             continue
-        several = min(batch, 2 * micro_batch)  # microbatches are summed by a kernel of its own
+        several = min(batch, 2 * per_microbatch)  # microbatches are summed by a kernel of its own
         command = (
             f"recipes/benchmark.py --model {short.model(preset)} --data.seq-len 4096 --train.compile "
             f"--train.recompute {recompute} --train.global-batch-size {several} "
-            f"--train.micro-batch-size {micro_batch} --train.steps 1 --warmup 1 "
+            f"--train.micro-batch-size {per_microbatch} --train.steps 1 --warmup 1 "
             f"--data.cache-dir {setting.out / 'warm-up'} --run-dir {setting.out / 'warm-up'}"
         )
         commands.append((*command.split(), *placement))

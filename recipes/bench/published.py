@@ -117,15 +117,15 @@ def run_of(row: dict) -> Run:
         model = replace(model, num_hidden_layers=row["layers"])
     # The data has words of its own for the sequences of a microbatch.
     its_words = (key for key in row if key == "rows" or key.startswith("micro_"))
-    micro_batch = row.get(next(its_words, None))
-    if micro_batch is None:
-        micro_batch = max(1, ASSUMED_TOKENS * layout.tp * layout.cp // row["seq_len"])
-        assumed.append(f"{counted(micro_batch, 'sequence')} a microbatch")
+    per_microbatch = row.get(next(its_words, None))
+    if per_microbatch is None:
+        per_microbatch = max(1, ASSUMED_TOKENS * layout.tp * layout.cp // row["seq_len"])
+        assumed.append(f"{counted(per_microbatch, 'sequence')} a microbatch")
     microbatches = row.get("microbatches")
     if microbatches is None and "global_batch" in row:
-        microbatches = row["global_batch"] // (micro_batch * layout.dp)
+        microbatches = row["global_batch"] // (per_microbatch * layout.dp)
     if microbatches is None and "4.19 M tokens a step" in row["source"]:
-        microbatches = 1024 // (micro_batch * layout.dp)
+        microbatches = 1024 // (per_microbatch * layout.dp)
     if microbatches is None:
         microbatches = 1 if layout.zero_stage == 3 else 4
         assumed.append(counted(microbatches, "microbatch", "es"))
@@ -136,15 +136,15 @@ def run_of(row: dict) -> Run:
     job = Job(
         model,
         row["seq_len"],
-        microbatches * micro_batch * layout.dp,
-        micro_batch,
+        microbatches * per_microbatch * layout.dp,
+        per_microbatch,
         recompute=RECOMPUTE.get(recompute, recompute),
         compile=bool(row.get("compile")),
         device_type="cuda",
     )
     axes = " ".join(f"{axis} {size}" for axis, size in row["layout"].items() if size not in (1, True))
     name = f"{row['model']} {row['gpus']} x {row['gpu']}, {row['seq_len']}, {axes} "
-    name += f"({microbatches} x {micro_batch})"
+    name += f"({microbatches} x {per_microbatch})"
     stack = STACK_OF.get(row.get("stack"), STACK_OF.get(row["source"], "pytorch"))
     blocks = SELECTIVE_BLOCKS.get(row["source"]) if job.recompute == "selective" else None
     if blocks:

@@ -161,8 +161,8 @@ def flags(recipe: str, size: str, gpu: str, gpus: int) -> dict[str, object]:
     batch = max(SEQUENCES[recipe], dp * chosen.pp)  # 1f1b needs a microbatch for each stage
     if chosen.one_microbatch:
         batch = dp * chosen.micro_batch_size
-    micro_batch = min(chosen.micro_batch_size, batch // (dp * chosen.pp))
-    if batch % (dp * micro_batch) or dp % shard:
+    per_microbatch = min(chosen.micro_batch_size, batch // (dp * chosen.pp))
+    if batch % (dp * per_microbatch) or dp % shard:
         raise UsageError(
             f"{gpus} GPUs cannot share {batch} sequences a step evenly; use a power of 2 of them."
         )
@@ -172,7 +172,7 @@ def flags(recipe: str, size: str, gpu: str, gpus: int) -> dict[str, object]:
     return {
         "--data.seq-len": T,
         "--train.global-batch-size": batch,
-        "--train.micro-batch-size": micro_batch,
+        "--train.micro-batch-size": per_microbatch,
         "--train.lr": lr,
         "--train.dtype": "bfloat16",
         "--train.recompute": chosen.recompute,
