@@ -85,7 +85,7 @@ class Layout:
 
     @property
     def ranks_per_batch(self) -> int:
-        """Return how many ranks read the same sequences: so often a sum over the world counts each one."""
+        """Return how many ranks read the same sequences. A sum over the world counts each one that often."""
         return dist.get_world_size() // self.config.dp
 
     @property
