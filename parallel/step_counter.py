@@ -76,7 +76,7 @@ class Product(NamedTuple):
 class Attention(NamedTuple):
     """Describes calls of an attention kernel that are alike.
 
-    batch: the number of sequences, or of documents where the kernel keeps them apart; tokens, keys: of each"""
+    batch: how many sequences, or documents if the kernel keeps them apart. tokens, keys: of each of them."""
 
     is_backward: bool
     batch: int
