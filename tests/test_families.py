@@ -60,7 +60,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-WINDOW = {"sliding_window": 6}  # less than the documents of 12 and 14 tokens in the rows
+WINDOW = {"sliding_window": 6}  # less than the documents of 12 and 14 tokens in the sequences
 USE_WINDOW = {**WINDOW, "use_sliding_window": True}
 FAMILIES = {  # name -> (transformers calls its classes, fields of config.json beside SIZES)
     "llama3": ("Llama", {"rope_scaling": LLAMA3_ROPE, "rope_theta": 5e5, "tie_word_embeddings": True}),
@@ -217,14 +217,14 @@ def test_a_window_holds_in_packed_documents_too(kernel):
     model = ours_of("qwen2, window")
     model.attention = WholeSequences(kernel)
     lengths = [7, 1, 20, 4]
-    rows = tokens_of(sum(lengths))
+    sequences = tokens_of(sum(lengths))
     positions = torch.cat([torch.arange(n) for n in lengths]).expand(2, -1)
     with torch.no_grad():
-        packed = model(rows, positions=positions)
-        alone = torch.cat([model(document) for document in rows.split(lengths, dim=1)], dim=1)
+        packed = model(sequences, positions=positions)
+        alone = torch.cat([model(document) for document in sequences.split(lengths, dim=1)], dim=1)
         assert_close(packed, alone, rtol=0, atol=1e-5)  # only the order of summation differs
         model.model.config = replace(model.config, sliding_window=None, layer_types=None)
-        assert (model(rows, positions=positions) - alone).abs().max() > 1e-2
+        assert (model(sequences, positions=positions) - alone).abs().max() > 1e-2
 
 
 # ---- one answer --------------------------------------------------------------------------------------------

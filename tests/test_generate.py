@@ -51,7 +51,7 @@ def expected() -> list[list[int]]:
 
 
 def columns(steps) -> list[list[int]]:
-    return [list(row) for row in zip(*steps, strict=True)]
+    return [list(ids) for ids in zip(*steps, strict=True)]
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "math"])
@@ -60,7 +60,7 @@ def test_a_batch_of_unequal_prompts_says_what_transformers_says_to_each(expected
     model.attention = WholeSequences(kernel)
     assert columns(generate_batch(model, PROMPTS, N)) == expected
     assert [columns(generate_batch(model, [prompt], N))[0] for prompt in PROMPTS] == expected
-    assert len({tuple(row) for row in expected}) == len(PROMPTS)  # else equality would mean little
+    assert len({tuple(ids) for ids in expected}) == len(PROMPTS)  # else equality would mean little
 
 
 def split_and_generate(tp: int) -> list[list[int]]:

@@ -269,7 +269,7 @@ def test_sharded_weights_that_are_loaded_or_changed_by_hand_become_the_masters(r
 
 
 class Spread(torch.nn.Module):
-    """A weight that all ranks hold and each uses with its own rows, so that autograd leaves its gradient
+    """A weight that all ranks hold and each uses with its own sequences, so that autograd leaves its gradient
     Partial."""
 
     def __init__(self, mesh):

@@ -214,7 +214,7 @@ QUICK = {
 def test_a_readers_loss_gives_the_answer_of_one_process(layout, losses):
     ranks, config = LAYOUTS[layout]
     shape = "tied" if layout == "pp-2-tp-2" else "gqa"
-    micro = 2 if layout == "zero-3" else 4  # rows: two microbatches, of 4 rows on each dp rank or of all 8
+    micro = 2 if layout == "zero-3" else 4  # sequences: a rank cuts its 4, or all 8, into two microbatches
     ours = run_on(ranks, five_steps_of_each, "token_loss", losses, shape, config, micro, True, timeout=240)[0]
     expected = dict(zip(LOSSES, losses_in_one_process(shape), strict=True))
     for token_loss, own in zip(losses, ours, strict=True):
