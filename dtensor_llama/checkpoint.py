@@ -197,9 +197,12 @@ class Checkpointer:
         found = on_first_rank(self._everywhere, lambda: _complete(self.folder))
         return found[-1] if found else None
 
-    def load(self, path: str | Path, state: dict[str, Any]) -> None:
+    def load(
+        self, path: str | Path, state: dict[str, Any], refuse: Callable[[dict], None] | None = None
+    ) -> None:
         """Verify a checkpoint, then fill `state`: tensors in place (resharded as needed), values anew.
 
+        refuse: is called with the `meta` of a training_state, and raises UsageError if it does not fit
         The ranks share the reading for the checksums, then each reads what its boxes need. Before anything is
         changed, UsageError is raised if this is no checkpoint, or if it is not complete, damaged, or of a
         model with other tensors."""
@@ -215,11 +218,16 @@ class Checkpointer:
         names = self._everywhere(lambda: set(leaves))
         deferred = {name: value for name, value in leaves.items() if isinstance(value, Deferred)}
         tensors = _map_leaves(state, lambda value: value.like if isinstance(value, Deferred) else value)
-        self._everywhere(
-            lambda: _refuse_other_model(
-                path, tensors, set().union(*names), reader.read_metadata().state_dict_metadata
-            )
-        )
+
+        def compare():
+            stored = reader.read_metadata().state_dict_metadata
+            all_names = set().union(*names)
+            _refuse_other_kind(path, all_names, stored)
+            if refuse is not None:  # before a list of tensors, since it names settings
+                refuse(_read_progress(path)["meta"])
+            _refuse_other_model(path, tensors, all_names, stored)
+
+        self._everywhere(compare)
         try:
             dcp.load(tensors, storage_reader=reader, planner=_Planner(deferred), process_group=self._group)
         except CheckpointException as error:
@@ -295,9 +303,7 @@ class SavedWeights:
             damage = list(threads.map(lambda name: _damage(self.path / name, *sums[name]), sums))
         _refuse_damage(self.path, damage)
         self.stored = _Reader(self.path).read_metadata().state_dict_metadata
-        state = {"progress": ""}
-        self._load(state)
-        progress = json.loads(state["progress"])
+        progress = _read_progress(self.path)
         self.step, self.meta = progress["step"], progress["meta"]
 
     def check(self, shapes: dict[str, tuple], derived: tuple[str, ...] = ()) -> None:
@@ -314,14 +320,8 @@ class SavedWeights:
 
     def read(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Fill these tensors, by Hugging Face name, converting to their dtype; returns them."""
-        self._load({"model": tensors})
+        _load_alone(self.path, {"model": tensors})
         return tensors
-
-    def _load(self, state: dict[str, Any]) -> None:
-        try:
-            dcp.load(state, storage_reader=_Reader(self.path), planner=_Planner(), no_dist=True)
-        except CheckpointException as error:
-            raise RuntimeError(f"checkpoint {self.path} was not read: {_cause(error)}") from error
 
 
 def training_state(
@@ -347,8 +347,11 @@ def training_state(
     if isinstance(optimizer, KeepsMasters):
         state = optimizer.checkpoint_state()
     else:
+        weights = get_model_state_dict(model, options=TRAINED)
+        if any(map(is_adapter, weights)):  # of frozen weights that are tied, torch leaves out one name only
+            weights.pop("lm_head.weight", None)
         state = {
-            "model": get_model_state_dict(model, options=TRAINED),
+            "model": weights,
             "optimizer": get_optimizer_state_dict(model, optimizer, options=FLAT),
         }
     state["rng"] = {name: generator.get_rng_state() for name, generator in _generators()}
@@ -470,10 +473,25 @@ def _damage(file: Path, size: int, crc: int) -> str:
     return ""
 
 
-def _refuse_other_model(path: Path, state: dict, names: set[str], stored: dict[str, Any]) -> None:
-    """Raise UsageError unless the checkpoint has what the run's state needs.
+def _read_progress(path: Path) -> dict:
+    """Return {"step": int, "position": int, "meta": dict} of a training_state."""
+    state = {"progress": ""}
+    _load_alone(path, state)
+    return json.loads(state["progress"])
 
-    state: this rank's; names: of all ranks' states; stored: DCP's record of each tensor and value by name"""
+
+def _load_alone(path: Path, state: dict[str, Any]) -> None:
+    """Fill `state` in this process, without the others."""
+    try:
+        dcp.load(state, storage_reader=_Reader(path), planner=_Planner(), no_dist=True)
+    except CheckpointException as error:
+        raise RuntimeError(f"checkpoint {path} was not read: {_cause(error)}") from error
+
+
+def _refuse_other_kind(path: Path, names: set[str], stored: dict[str, Any]) -> None:
+    """Raise UsageError if one of the run and the checkpoint has LoRA adapters and the other has none.
+
+    names: of all ranks' states; stored: DCP's record of each tensor and value by name"""
     adapters_here, adapters_there = (any(map(is_adapter, some)) for some in (names, stored))
     if adapters_there and not adapters_here:
         raise UsageError(
@@ -485,6 +503,12 @@ def _refuse_other_model(path: Path, state: dict, names: set[str], stored: dict[s
             f"{path}: a checkpoint of a whole model, and this run trains LoRA adapters; leave `lora.rank` "
             "out, or start anew from its hf/ as `model`."
         )
+
+
+def _refuse_other_model(path: Path, state: dict, names: set[str], stored: dict[str, Any]) -> None:
+    """Raise UsageError unless the checkpoint has what the run's state needs.
+
+    state: this rank's; names and stored are as in _refuse_other_kind"""
     wanted = dict.fromkeys(names) | {
         name: value.shape for name, value in _leaves(state) if isinstance(value, Tensor)
     }
@@ -493,6 +517,8 @@ def _refuse_other_model(path: Path, state: dict, names: set[str], stored: dict[s
         for name in list(shapes):
             if name.startswith(("rng.", "plan.")):  # of each rank, however many ranks there are
                 del shapes[name]
+    if any(map(is_adapter, names)):  # an older checkpoint has the frozen head of tied embeddings too
+        found.pop("model.lm_head.weight", None)
     problems = mismatches(found, wanted)
     if problems:
         raise UsageError(

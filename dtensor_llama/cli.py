@@ -30,6 +30,8 @@ Config = TypeVar("Config")
 
 # The name of a hash of all tokens and masks in the checkpoints of pretrain.py and sft.py.
 CONTENT = "the content of --data.path"
+# The name of a fingerprint of the frozen weights beside LoRA adapters in the checkpoints of sft.py.
+FROZEN = "the content of --model"
 
 
 # ---- The launch --------------------------------------------------------------------------------------------

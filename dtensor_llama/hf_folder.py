@@ -17,7 +17,7 @@ from dtensor_llama.config import LlamaConfig
 from dtensor_llama.data.tokenizer import Tokenizer
 from dtensor_llama.errors import UsageError
 from dtensor_llama.generation_config import generation_config, read_generation_config, without_token_ids
-from dtensor_llama.weights import save_hf
+from dtensor_llama.weights import fingerprint, save_hf
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,11 @@ class Base:
     def weights(self) -> Path | None:
         """The folder that the weights are loaded from; None: they are initialized at random."""
         return Path(self.model) if Path(self.model).is_dir() and not self.random_init else None
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the weights, or a word where they are random and follow from the seed."""
+        return fingerprint(self.weights) if self.weights else "random"
 
     @property
     def tokenizer_path(self) -> Path:

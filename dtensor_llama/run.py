@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dtensor_llama.checkpoint import Checkpointer, restore_training_state, training_state
-from dtensor_llama.cli import CONTENT, Launch, commands_for
+from dtensor_llama.cli import CONTENT, FROZEN, Launch, commands_for
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.data.tokenizer import Tokenizer
 from dtensor_llama.errors import UsageError
@@ -141,10 +141,9 @@ def resume(
         return 0, 0
     present = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
     state = training_state(model, optimizer)
-    checkpoints.load(path, state)
+    checkpoints.load(path, state, lambda saved: refuse_other_run(path, saved, record.to_meta()))
     progress = restore_training_state(state, model, optimizer)
     step, meta = progress["step"], progress["meta"]
-    refuse_other_run(path, meta, record.to_meta())
     for group, setting in zip(optimizer.param_groups, present, strict=True):
         group.update(setting)  # weight decay and the like are what this run asks for, not what was saved
     say(f"resuming from {path}: {step} steps done")
@@ -164,12 +163,12 @@ def refuse_other_run(checkpoint: Path, saved: dict, now: dict) -> None:
 
     saved, now: what RunRecord.to_meta made for the checkpoint and for this run. Where the data differ, the
         message names the settings of the data that do, as these may be the cause.
-    A checkpoint from before there was a hash of the data has none, and is not refused for that."""
+    An older checkpoint may have no hash of the data or of frozen weights, and is not refused for that."""
     settings = _changed(saved.get(SETTINGS, {}), now.get(SETTINGS, {}))
     of_data = [change for change in settings if change.startswith("--data.")]
     for name, value in now.items():
         was = saved.get(name)
-        unknown = name == CONTENT and not (was and value)
+        unknown = name in (CONTENT, FROZEN) and not (was and value)
         if name in (SETTINGS, GENERATION) or unknown or _compared(was) == _compared(value):
             continue
         changes = f"{was} -> {value}"
@@ -194,14 +193,11 @@ _ADDED_LATER = {
 
 
 def _compared(value: Any) -> Any:
-    """Return the settings of a model without the fields that a comparison ignores.
-
-    These are fields of config.json that are only carried on, and fields that an older checkpoint lacks, if
-    they have the value that held then."""
+    """Return the settings of a model as they are compared: without the fields of config.json that are only
+    carried on, and with the values that held before for fields that an older checkpoint lacks."""
     if not isinstance(value, dict):
         return value
-    kept = {name: own for name, own in value.items() if name != "other_fields"}
-    return {name: own for name, own in kept.items() if name not in _ADDED_LATER or own != _ADDED_LATER[name]}
+    return _ADDED_LATER | {name: own for name, own in value.items() if name != "other_fields"}
 
 
 def _changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

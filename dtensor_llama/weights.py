@@ -12,6 +12,7 @@ memory until the file is closed, and a mapped file that is truncated meanwhile i
 """
 
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -42,6 +43,7 @@ from dtensor_llama.generation_config import generation_config
 from dtensor_llama.places import free_bytes, is_full, refuse_adapter, say_full
 
 STAGING_BYTES = 32 << 20  # 8 and 128 MiB load no faster; 32 keeps the Python calls rare
+FINGERPRINT_BYTES = 4096  # of each tensor
 INDEX = "model.safetensors.index.json"
 OURS = re.compile(r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 ADAPTER = "_lora.lora_"  # in the name of a parameter that lora.py added: see is_adapter
@@ -157,6 +159,18 @@ def check_hf(model: nn.Module, folder: str | Path) -> None:
     It reads little more than headers and needs no process group, so a recipe can call it first of all."""
     shapes = {name: tuple(one.shape) for name, one in hf_parameters(model).items()}
     _checked(Path(folder), shapes, _is_tied(model))
+
+
+def fingerprint(folder: str | Path) -> str:
+    """Return a hash of the first bytes of all tensors in a Hugging Face folder. It tells models of one shape
+    apart, and takes no time. The weights must have passed check_hf."""
+    digest = hashlib.sha256()
+    for name, where in sorted(_read_headers(Path(folder))[0].items()):
+        with open(Path(folder, where.file), "rb") as opened:
+            opened.seek(where.start)
+            first = opened.read(min(FINGERPRINT_BYTES, where.n_bytes))
+        digest.update(repr((name, where.dtype, where.shape, first)).encode())
+    return digest.hexdigest()
 
 
 def _is_tied(model: nn.Module) -> bool:

@@ -378,21 +378,18 @@ class Occupancy(NamedTuple):
     kept, deferred, has_gradients: for each of the rank's stages, of how many microbatches activations are
         kept, how many Is wait for their W, and whether there are gradients of weights. The action's own
         microbatch counts as kept, and in W as waiting.
-
-    torch.distributed.pipelining clears the gradient of an input after a B, and not after an I. What two
-    stages of one rank hand to each other, in forward and backward, it keeps as if it had been received."""
+    """
 
     kind: str  # of the action: F, B, I or W
     place: int  # of the action's stage among those of the rank
     kept: tuple[int, ...]
     deferred: tuple[int, ...]
     has_gradients: tuple[bool, ...]
-    n_to_the_end: int = 0  # inputs of stages, and their gradients, that torch keeps to the end of the step
 
     @property
     def amounts(self) -> tuple[int, ...]:
         """Return everything that takes memory, in one tuple."""
-        return (*self.kept, *self.deferred, *self.has_gradients, self.n_to_the_end)
+        return (*self.kept, *self.deferred, *self.has_gradients)
 
 
 def fullest_occupancies(work: Work, share: Share) -> list[Occupancy]:
@@ -407,7 +404,10 @@ def _fullest(
 ) -> list[Occupancy]:
     """Return the occupancies that no other one of the same action surpasses in everything."""
     by_action: dict[tuple[str, int], list[Occupancy]] = {}
-    for one in _occupancies(schedule, pp, stages, rank, n_microbatches):
+    # The middle rounds of a long step repeat each other.
+    n_rounds = max(1, n_microbatches // pp)
+    n_followed = n_microbatches if n_rounds <= 5 else 5 * n_microbatches // n_rounds
+    for one in _occupancies(schedule, pp, stages, rank, n_followed):
         by_action.setdefault((one.kind, one.place), []).append(one)
     fullest = []
     for of_action in by_action.values():
@@ -422,33 +422,11 @@ def _fullest(
 
 def _occupancies(
     schedule: str, pp: int, stages: tuple[int, ...], rank: int, n_microbatches: int
-) -> list[Occupancy]:
-    """Return each different occupancy of a step, with the most that torch has kept by then for its end.
-
-    The middle rounds of a long step repeat each other, but for what torch keeps to the end. So two short
-    steps are followed, and what the longer one keeps more is added for each further round."""
-    follow, n_rounds = partial(_follow_rank, schedule, pp, stages, rank), max(1, n_microbatches // pp)
-    if n_rounds <= 5:
-        found = follow(n_microbatches)
-    else:
-        shorter, found = (follow(n * n_microbatches // n_rounds) for n in (4, 5))
-        more = {one: (n - shorter[one]) * (n_rounds - 5) for one, n in found.items() if one in shorter}
-        found = {one: n + more.get(one, 0) for one, n in found.items()}
-    return [one._replace(n_to_the_end=n) for one, n in found.items()]
-
-
-@lru_cache(maxsize=4096)
-def _follow_rank(
-    schedule: str, pp: int, stages: tuple[int, ...], rank: int, n_microbatches: int
-) -> dict[Occupancy, int]:
-    """Follow the actions of a rank through a step.
-
-    Returns each different occupancy, its n_to_the_end left at 0, with the last n_to_the_end that it had: it
-    only grows."""
+) -> set[Occupancy]:
+    """Follow the actions of a rank through a step, and return each different occupancy."""
     places = range(len(stages))
     kept, deferred, has_gradients = [0 for _ in places], [0 for _ in places], [False for _ in places]
-    n_to_the_end = 0
-    seen: dict[Occupancy, int] = {}
+    seen: set[Occupancy] = set()
     for kind, stage, _ in order_of_rank(schedule, pp, len(stages), n_microbatches, rank):
         place = stages.index(stage)
         if stage == 0:  # it has no gradient of an input: its I is empty, and its W is a whole B
@@ -457,20 +435,14 @@ def _follow_rank(
             kind = "B" if kind == "W" else kind
         if kind == "F":
             kept[place] += 1
-        seen[Occupancy(kind, place, tuple(kept), tuple(deferred), tuple(has_gradients))] = n_to_the_end
+        seen.add(Occupancy(kind, place, tuple(kept), tuple(deferred), tuple(has_gradients)))
         # What the action leaves behind:
-        if kind == "F":
-            n_to_the_end += stage + 1 in stages
-        elif kind == "I":
+        if kind == "I":
             deferred[place] += 1
-            n_to_the_end += 1
-        else:
+        elif kind != "F":
             kept[place] -= 1
             has_gradients[place] = True
-            if kind == "W":
-                deferred[place] -= 1
-            else:
-                n_to_the_end += stage - 1 in stages
+            deferred[place] -= kind == "W"
     return seen
 
 
@@ -558,6 +530,16 @@ class SplitBackward:
         """Return the bytes that a block's whole backward needs while it runs."""
         return at_work_bytes(self.work)
 
+    def n_outputs(self, now: Occupancy) -> int:
+        """Return of how many microbatches the outputs of stages are kept, beside the inputs of blocks: an
+        output that stays on the rank, at the turn of a V, is the input of the next stage."""
+        stages, n_outputs = self.share.stages, sum(now.kept)
+        if self.last is not None:
+            n_outputs -= now.kept[self.last]
+        if len(stages) == 2 and stages[1] == stages[0] + 1:
+            n_outputs -= now.kept[1]
+        return n_outputs
+
     @cached_property
     def in_i(self) -> float:
         """Return the bytes that the I of a block needs while it runs."""
@@ -588,16 +570,8 @@ class SplitBackward:
         layers = self.share.layers_of_stages
         n_kept = sum(map(operator.mul, now.kept, layers))
         n_deferred = sum(map(operator.mul, now.deferred, layers))
-        kept_first = 0 if self.first is None else now.kept[self.first]
-        kept_last = 0 if self.last is None else now.kept[self.last]
-        buffers = _buffer_bytes(self.work, self.share, kept_first - kept_last)
-        # What a stage gives to one of the same rank is the other's input, which its first block keeps; and
-        # what it received is a buffer.
-        stages = self.share.stages
-        is_turn = len(stages) == 2 and stages[1] == stages[0] + 1
-        n_to_the_end = max(0, now.n_to_the_end - is_turn * sum(now.kept))
-        hidden = self.work.hidden_bytes / self.work.layout.sequence_shards
-        held = n_kept * self.kept + n_deferred * self.deferred + n_to_the_end * hidden + buffers
+        messages = _message_bytes(self.work, self.share, self.n_outputs(now))
+        held = n_kept * self.kept + n_deferred * self.deferred + messages
         n_others = layers[now.place] - 1  # blocks of the stage that are not at work
         if now.kind == "B":
             return held + self.in_b
@@ -750,8 +724,8 @@ def _gathered_bytes(work: Work, share: Share, n_blocks: int) -> float:
 def _activation_bytes(work: Work, share: Share) -> float:
     """Return the bytes that the blocks keep of all microbatches in flight, and the buffers of messages."""
     n_in_flight = in_flight(work, share)
-    both_ends = n_in_flight * (share.has_embedding - share.has_head)
-    kept = _kept_bytes(work) * share.n_layers * n_in_flight + _buffer_bytes(work, share, both_ends)
+    n_outputs = n_in_flight * (len(share.stages) - share.has_head)
+    kept = _kept_bytes(work) * share.n_layers * n_in_flight + _message_bytes(work, share, n_outputs)
     if not work.states.inputs_on_host:
         return kept
     n_gone = max(0, share.n_layers - 2) * n_in_flight  # the inputs of two blocks stay
@@ -767,16 +741,16 @@ def _kept_bytes(work: Work) -> float:
     return work.states.itemsize * numbers + FP32 * of_tokens
 
 
-def _buffer_bytes(work: Work, share: Share, both_ends: float) -> float:
-    """Return the bytes of a pipeline's messages: torch has a buffer for each that will be received in a step.
-    The output of a stage is kept too, and its input, which a block also keeps, is one of these buffers.
+def _message_bytes(work: Work, share: Share, n_outputs: float) -> float:
+    """Return the bytes of what a pipeline rank receives and sends, beside the inputs that blocks keep: the
+    outputs of stages, which torch keeps until their backward, and in backward the gradient that came in and
+    the one that will go out.
 
-    both_ends: microbatches in flight in the first stage, which receives nothing, minus those in the last
-        stage, which sends nothing, as far as this rank has them."""
+    n_outputs: of how many microbatches outputs are kept"""
     if work.layout.pp == 1:
         return 0.0
-    n_buffers = work.n_microbatches * share.n_neighbours + both_ends + (not share.has_embedding)
-    return n_buffers * work.hidden_bytes / work.layout.sequence_shards
+    n_gradients = (not share.has_embedding) + (not share.has_head)
+    return (n_outputs + n_gradients) * work.hidden_bytes / work.layout.sequence_shards
 
 
 def _loss_bytes(work: Work, trains_head: bool) -> tuple[float, float]:

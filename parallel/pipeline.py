@@ -26,7 +26,7 @@ keeps everything else as it is without pp.
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
-from copy import deepcopy
+from copy import copy, deepcopy
 from itertools import accumulate
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
@@ -158,9 +158,38 @@ def _take(part: Llama, model: Llama, layers: Collection[int], has_first: bool, h
 
 
 class Stage(PipelineStage):
-    """Extends torch's PipelineStage: a Recorder can watch it, and W recomputes each block only once."""
+    """Extends torch's PipelineStage: a Recorder can watch it, W recomputes each block only once, and a
+    message has a buffer only from the moment it is waited for until the backward of its microbatch.
+
+    torch allocates a buffer for every message of a step and keeps all of them. With 64 microbatches of
+    (1, 4096, 8192) in bf16 that is 8 GiB on a stage that receives hidden states and gradients, of which 1f1b
+    on 8 ranks uses less than 1 GiB at any time.
+    """
 
     recorder: Recorder | None = None
+
+    def _prepare_forward_infra(self, num_microbatches: int, *args, **kwargs):
+        answer = super()._prepare_forward_infra(1, *args, **kwargs)
+        if not self.is_first:
+            _free(self.args_recv_info[0])
+        self.args_recv_info = _for_each_microbatch(self.args_recv_info[0], num_microbatches)
+        return answer
+
+    def _prepare_backward_infra(self, num_microbatches: int, *args, **kwargs):
+        answer = super()._prepare_backward_infra(1, *args, **kwargs)
+        _free(self.grad_recv_info[0])  # the last stage receives none
+        self.grad_recv_info = _for_each_microbatch(self.grad_recv_info[0], num_microbatches)
+        self.chunks = num_microbatches
+        return answer
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        if not self.is_first:
+            _allocate(self.args_recv_info[fwd_chunk_id])
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        _allocate(self.grad_recv_info[bwd_chunk_id])
+        return super().get_bwd_recv_ops(bwd_chunk_id)
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args, **kwargs):
         with self._noted(fwd_chunk_id, "F"):
@@ -168,10 +197,15 @@ class Stage(PipelineStage):
 
     def backward_one_chunk(self, bwd_chunk_id: int, loss=None, full_backward: bool = True, **kwargs):
         # The first stage has no gradient of its input, so its I is empty and its W is a whole B.
-        if self.is_first and not full_backward:
-            return super().backward_one_chunk(bwd_chunk_id, loss=loss, full_backward=False, **kwargs)
-        with self._noted(bwd_chunk_id, "B" if full_backward else "I"):
-            return super().backward_one_chunk(bwd_chunk_id, loss=loss, full_backward=full_backward, **kwargs)
+        is_empty = self.is_first and not full_backward
+        kind = "B" if full_backward else "I"
+        with nullcontext() if is_empty else self._noted(bwd_chunk_id, kind):
+            super().backward_one_chunk(bwd_chunk_id, loss=loss, full_backward=full_backward, **kwargs)
+        if full_backward and loss is not None:
+            loss.detach_()  # the list of losses would keep its graph, which ends at the input of the stage
+        _free(self.grad_recv_info[bwd_chunk_id])
+        if not self.is_first:
+            _free(self.args_recv_info[bwd_chunk_id])
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, **kwargs):
         # torch asks autograd for one weight after another.
@@ -181,6 +215,27 @@ class Stage(PipelineStage):
 
     def _noted(self, microbatch: int, kind: str):
         return self.recorder.note(self.stage_index, microbatch, kind) if self.recorder else nullcontext()
+
+
+def _for_each_microbatch(messages: tuple, n_microbatches: int) -> dict[int, tuple]:
+    """Return the messages of each microbatch, which are like those of one."""
+    return {i: tuple(copy(message) for message in messages) for i in range(n_microbatches)}
+
+
+def _allocate(messages: tuple) -> None:
+    """Give messages their buffers."""
+    for message in messages:
+        old = message.buffer
+        message.buffer = old.new_empty(old.shape, requires_grad=old.requires_grad)
+
+
+def _free(messages: tuple) -> None:
+    """Take the buffers of messages away. In their place are tensors of the same shape with a single element
+    in memory."""
+    for message in messages:
+        old = message.buffer
+        old.grad = None  # an I leaves it at the input, which is there until W
+        message.buffer = old.new_empty(()).expand(old.shape).requires_grad_(old.requires_grad)
 
 
 class Pipeline:

@@ -151,6 +151,7 @@ def main(cfg: DryrunConfig) -> None:
     check_numbers(cfg, [*NUMBERS, *at_least(1, "gpus"), AtLeast("lora.rank", 0)])
     check_schedule(cfg.train)
     cfg.memory.check()
+    cfg.lora.check()
     if not cfg.model:
         raise UsageError("`model` is missing; name a preset, e.g. model=llama2-7b, or a folder.")
     Base(cfg.model, cfg.data.tokenizer, cfg.random_init).check()

@@ -24,10 +24,11 @@ from tyro.conf import Positional
 
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf, save_hf
 from dtensor_llama.checkpoint import SavedWeights
-from dtensor_llama.cli import AtLeast, FilePath, check_numbers, run_recipe
+from dtensor_llama.cli import FROZEN, AtLeast, FilePath, check_numbers, run_recipe
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
+from dtensor_llama.hf_folder import Base
 from dtensor_llama.places import refuse_hub_name
-from dtensor_llama.run import GENERATION
+from dtensor_llama.run import GENERATION, SETTINGS
 from dtensor_llama.weights import check_hf, hf_parameters, save_generation_config, save_hf_in_parts
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -79,6 +80,13 @@ def main(cfg: ExportConfig) -> None:
         raise UsageError(
             f"--base {cfg.base} is for LoRA adapters, and {checkpoint} holds a whole model; leave it out."
         )
+    template = None  # the tokenizer's own, if it has one
+    settings = saved.meta.get(SETTINGS, {})
+    if "--lora" in saved.meta and settings.get("--data.template") != "none":
+        # sft.py made this checkpoint, and uses LLaMA-2's template where a tokenizer has none.
+        from dtensor_llama.chat.template import ChatTemplate
+
+        template = ChatTemplate(tokenizer).source
     max_shard_bytes = int(cfg.max_shard_gb * 1e9)
     if has_adapters:
         base = Path(cfg.base or run.get("model", "(unknown)"))
@@ -88,12 +96,7 @@ def main(cfg: ExportConfig) -> None:
         save(saved, config, dtype, out, max_shard_bytes)
     if GENERATION in saved.meta:  # else it stays as save_hf made it, from the ids of the model
         save_generation_config(out, saved.meta[GENERATION])
-    if "--lora" in saved.meta:  # a checkpoint of sft.py, which uses LLaMA-2's template if there is none
-        from dtensor_llama.chat.template import ChatTemplate
-
-        tokenizer.save(out, chat_template=ChatTemplate(tokenizer).source)
-    else:
-        tokenizer.save(out)
+    tokenizer.save(out, template)
     print(
         f"step {saved.step} of {run_dir}: {config.n_parameters / 1e6:,.1f}M parameters in {dtype_name}, "
         f"tokenizer {tokenizer.path}\nmodel         {out}   (Hugging Face format)"
@@ -129,8 +132,14 @@ def merged_model(saved: SavedWeights, config: LlamaConfig, base: Path, frozen_dt
     with torch.device("meta"):
         model = Llama(config)
     check_hf(model, base)
+    if saved.meta.get(FROZEN) not in (None, Base(str(base)).fingerprint):
+        raise UsageError(
+            f"{base} does not hold the weights beside which the adapters of {saved.path} were trained; name "
+            "their folder with --base."
+        )
     apply_lora(model, LoraConfig(**saved.meta["--lora"]), getattr(torch, frozen_dtype))
-    saved.check({name: tuple(parameter.shape) for name, parameter in adapter_parameters(model).items()})
+    shapes = {name: tuple(parameter.shape) for name, parameter in adapter_parameters(model).items()}
+    saved.check(shapes, derived=("lm_head.weight",))  # older checkpoints have it where embeddings are tied
     model.to_empty(device="cpu")
     load_hf(model, base)
     saved.read({name: parameter.detach() for name, parameter in adapter_parameters(model).items()})
@@ -159,13 +168,11 @@ def read_run(run_dir: Path) -> dict:
 def find_tokenizer(cfg: ExportConfig, run_dir: Path, run: dict) -> Tokenizer:
     """Return the tokenizer that --tokenizer names, else the one of the run: kept in its folder, or where its
     own flags found it."""
-    asked = run.get("data", {}).get("tokenizer") or run.get("model")
     if cfg.tokenizer:
-        refuse_hub_name(cfg.tokenizer, "tokenizer")
+        return load_tokenizer(cfg.tokenizer)
     places = [run_dir / "tokenizer", run_dir / "hf"]
-    if cfg.tokenizer:
-        places = [cfg.tokenizer]
-    elif asked:
+    asked = run.get("data", {}).get("tokenizer") or run.get("model")
+    if asked:
         places.append(asked)
     found = [place for place in places if Path(place).exists()]
     if not found:

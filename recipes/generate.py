@@ -28,9 +28,11 @@ import torch.distributed as dist
 from tyro.conf import UseAppendAction
 
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf
+from dtensor_llama.atomic import is_first_rank
 from dtensor_llama.attention import WholeSequences, choose_attention
-from dtensor_llama.cli import AtLeast, FilePath, check_numbers, read_launch, run_recipe
+from dtensor_llama.cli import AtLeast, FilePath, Launch, check_numbers, read_launch, run_recipe
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
+from dtensor_llama.errors import BadRecord
 from dtensor_llama.generate import Sampling, TextStream, generate_batch
 from dtensor_llama.generation_config import ends_of, read_generation_config
 from dtensor_llama.places import refuse_hub_name
@@ -98,6 +100,9 @@ def main(cfg: GenerateConfig) -> None:
             f"{config.max_position_embeddings}; what comes after those may make no sense",
             file=sys.stderr,
         )
+    if template:
+        encode(cfg, "a", tokenizer, template)  # a template may refuse the system prompt
+    stop_ids = find_stop_ids(cfg, config, template, launch)
     kernel = attention_kernel(cfg, device, prompts)
     with torch.device("meta"):
         model = Llama(config)
@@ -115,7 +120,6 @@ def main(cfg: GenerateConfig) -> None:
     model.attention = WholeSequences(kernel)
     # Every rank draws the same tokens.
     sampling = Sampling(cfg.temperature, cfg.top_p, torch.Generator(device).manual_seed(cfg.seed))
-    stop_ids = find_stop_ids(cfg, config, template)
     writer = Writer(model, tokenizer, cfg.max_new_tokens, stop_ids, sampling, is_chat=cfg.chat)
 
     # ---- 3. Text -------------------------------------------------------------------------------------------
@@ -223,7 +227,7 @@ def talk(cfg: GenerateConfig, context: int, template, writer: Writer, show) -> N
 
     context: how many tokens the model was trained on; older turns are left out beyond it
     """
-    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    is_main = is_first_rank()
     system, turns = system_turn(cfg), []
     while True:
         typed = [None]
@@ -234,16 +238,16 @@ def talk(cfg: GenerateConfig, context: int, template, writer: Writer, show) -> N
             dist.broadcast_object_list(typed, src=0)
         if typed[0] is None:
             return
+        if not typed[0].strip():
+            continue
         try:
-            question = as_text(typed[0], "the question")
+            question = {"role": "user", "content": as_text(typed[0], "the question")}
+            tokens = template.encode_prompt([*system, *turns, question])
         except UsageError as error:
             if is_main:
                 print(f"not asked: {error}", file=sys.stderr, flush=True)
             continue
-        if not question.strip():
-            continue
-        turns.append({"role": "user", "content": question})
-        tokens = template.encode_prompt(system + turns)
+        turns.append(question)
         while len(tokens) + cfg.max_new_tokens > context and len(turns) > 1:
             del turns[:2]
             tokens = template.encode_prompt(system + turns)
@@ -261,6 +265,11 @@ def read_prompts(cfg: GenerateConfig) -> list[str]:
     prompts = [as_text(prompt, "--prompt") for prompt in cfg.prompt]
     if cfg.prompts_file is None:
         return prompts
+    if cfg.parallel.tp > 1 and Path(cfg.prompts_file).is_fifo():
+        raise UsageError(
+            f"--prompts-file {cfg.prompts_file} is a pipe, of which each of the --parallel.tp "
+            f"{cfg.parallel.tp} processes would read a part; write the prompts to a file."
+        )
     try:
         data = Path(cfg.prompts_file).read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
@@ -315,13 +324,17 @@ def chat_template(tokenizer):
     return ChatTemplate(tokenizer)
 
 
-def find_stop_ids(cfg: GenerateConfig, config: LlamaConfig, template) -> tuple[int, ...]:
+def find_stop_ids(cfg: GenerateConfig, config: LlamaConfig, template, launch: Launch) -> tuple[int, ...]:
     """Return the tokens that end a text: the EOS tokens of config.json and generation_config.json, and the
-    token that ends a turn in a chat."""
+    token that ends a turn in a chat, if the template has one."""
     ids = {*config.ends, *ends_of(read_generation_config(cfg.model).get("eos_token_id"))}
     if template:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        ids.add([i for i, trained in zip(*template.encode(turns, "--chat"), strict=True) if trained][-1])
+        try:
+            ids.add([i for i, trained in zip(*template.encode(turns, "--chat"), strict=True) if trained][-1])
+        except BadRecord as error:
+            if launch.is_main:
+                print(f"note: answers end at the model's EOS token only. {error}", file=sys.stderr)
     return tuple(ids)
 
 

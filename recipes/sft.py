@@ -43,6 +43,7 @@ from dtensor_llama.chat.preview import log_conversations, preview
 from dtensor_llama.chat.template import template_of
 from dtensor_llama.checkpoint import Checkpointer, training_state
 from dtensor_llama.cli import (
+    FROZEN,
     AtLeast,
     FilePath,
     Launch,
@@ -216,6 +217,7 @@ def main(cfg: SftConfig) -> None:
     check_numbers(cfg, NUMBERS)
     check_schedule(cfg.train)
     cfg.memory.check()
+    cfg.lora.check()
     if not cfg.data.path:
         raise UsageError("`path` is missing; name the conversations to train on, e.g. path=chat.jsonl.")
     memory, memory_note = cfg.memory.settle(device, dtype, launch.world_size)
@@ -273,18 +275,27 @@ def main(cfg: SftConfig) -> None:
     # The weights are loaded before a resumption too, since a LoRA checkpoint has no frozen ones.
     set_weights(training, base, train.seed)
     checkpoints = Checkpointer(run_dir / "checkpoints", keep=cfg.checkpoint.keep)
-    record = run_record(cfg, model_config, sequences, model.generation_config)
+    record = run_record(cfg, base, model_config, sequences, model.generation_config)
     step, position = resume(cfg.checkpoint.resume, checkpoints, model, training.optimizer, record, say)
 
     batch_sizes, pins = (train.global_batch_size, train.micro_batch_size), device.type == "cuda"
     batching = Batching(*batch_sizes, layout.dp_rank, resolved.dp, document_mask=True, pin_memory=pins)
     reader = SequenceReader(sequences, batching, position)
-    attention, folder = f"{kernel} ({why})", str(corpus.folder)
-    facts = RunFacts(model_config, sequences, folder, resolved, AXES, n_microbatches, device, attention)
+    facts = RunFacts(
+        model_config,
+        sequences,
+        str(corpus.folder),
+        resolved,
+        AXES,
+        n_microbatches,
+        device,
+        attention=f"{kernel} ({why})",
+    )
     if is_main:
         keep_tokenizer(run_dir, tokenizer, template.source)
-    data_lines = lines_on_data(cfg, sequences, template.name)
-    report = open_report(run_dir, step, asdict(cfg), facts, data_lines, launch)
+    report = open_report(
+        run_dir, step, asdict(cfg), facts, lines_on_data(cfg, sequences, template.name), launch
+    )
     for reason in chosen.reasons:
         report.say(reason)
     prompts = held_out_prompts(sequences, train.answers, train.answer_tokens)
@@ -438,7 +449,7 @@ def choose(
 
     Returns the settings with nothing left open, and what was chosen."""
     train, data = cfg.train, cfg.data
-    n_adapter = n_adapter_parameters(model, cfg.lora) if cfg.lora.rank else 0
+    n_adapter = n_adapter_parameters(model, cfg.lora)
     states = States.under(cfg.memory, getattr(torch, train.dtype).itemsize, n_adapter)
     is_open = replace(cfg.parallel, dp_shard=-1) == ParallelConfig() and launch.world_size > 1
 
@@ -460,7 +471,7 @@ def choose(
 
 
 def run_record(
-    cfg: SftConfig, model_config: LlamaConfig, sequences: PackedExamples, generation: dict
+    cfg: SftConfig, base: Base, model_config: LlamaConfig, sequences: PackedExamples, generation: dict
 ) -> RunRecord:
     """Return what a checkpoint records about its run.
 
@@ -474,6 +485,7 @@ def run_record(
         "--data.overlong and --data.packing": f"{cfg.data.overlong}, {packing}",
         "--data.path and --data.tokenizer": sequences.contents,
         CONTENT: sequences.content_hash,
+        FROZEN: cfg.lora.rank and base.fingerprint,  # a checkpoint of LoRA has no frozen weights
     }
     may_change = (
         "train.steps",

@@ -176,7 +176,7 @@ def test_a_damaged_checkpoint_is_named_and_refused_and_nothing_is_lost(inputs, r
         (["--data.seq-len", 32], "--data.seq-len"),
         (["--train.seed", 5], "--train.seed"),
         (["--data.validation-share", 0.1], "--data.validation-share"),
-        (["--model", "tiny-1m", "--data.seq-len", 64], "another model"),
+        (["--model", "tiny-1m", "--data.seq-len", 64], "--model is not what"),
     ],
 )
 def test_a_run_cannot_go_on_as_another_run(inputs, reference, tmp_path, change, said):

@@ -129,7 +129,7 @@ def test_what_cannot_be_exported_is_said_in_a_line(reference, tmp_path):
         ((damaged.parent, out), "An older one: "),
         ((checkpoint, run_dir), "holds the checkpoint itself"),
         ((checkpoint, out, "--max-shard-gb", 0), "--max-shard-gb 0"),
-        ((checkpoint, out, "--tokenizer", tmp_path / "none"), "name it with --tokenizer"),
+        ((checkpoint, out, "--tokenizer", tmp_path / "none"), "there is no such file or folder"),
         ((checkpoint, out, "--tokenizer", large_tokenizer(tmp_path)), "has 5000 tokens"),
         ((checkpoint, out, "--base", tmp_path), "--base"),
         ((checkpoint, checkpoint / ".metadata" / "hf"), "Not a directory"),

@@ -224,6 +224,30 @@ def chat_alone(folder: Path, questions: list[str]) -> list[str]:
     return answers
 
 
+def test_a_template_that_ends_no_answer_or_takes_no_system_prompt(inputs, tmp_path):
+    folder = shutil.copytree(inputs / "model", tmp_path / "model")
+    write = "{% for turn in messages %}{{ turn.role + ': ' + turn.content + '\n' }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(write)
+    flags = ["--model", folder, "--chat", "--max-new-tokens", 4]
+    ended = recipe("generate", *flags, typed="Hello\n")
+    assert ended.status == 0 and ended.out.count("\n") >= 1, ended
+    assert "note: answers end at the model's EOS token only" in ended.err and ended.err.count("\n") == 1
+    when = "{% if messages[0].role == 'system' or 'no' in messages[-1].content %}"
+    refuse = "{{ raise_exception('no!') }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(when + refuse + write)
+    ended = recipe("generate", *flags, "--system", "Be kind.", typed="Hello\n")
+    assert ended.status == 2 and ended.err.endswith("says: no!\n") and not ended.out, ended
+    ended = recipe("generate", *flags, typed="no\nHello\n")  # the chat goes on after what cannot be asked
+    assert ended.status == 0 and "not asked: " in ended.err and ended.out.count("\n") >= 1, ended
+
+
+def test_a_pipe_of_prompts_is_for_one_process(inputs, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    flags = ["--model", inputs / "model", "--prompts-file", tmp_path / "pipe", "--parallel.tp", 2]
+    ended = recipe("generate", *flags, ranks=2)
+    assert ended.status == 2 and "is a pipe" in ended.err and ended.err.count("\n") == 1, ended
+
+
 @pytest.mark.parametrize(
     "arguments,said",
     [

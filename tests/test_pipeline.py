@@ -3,6 +3,7 @@ cannot run."""
 
 import functools
 import time
+import weakref
 from collections import Counter
 from functools import partial
 
@@ -14,13 +15,13 @@ from pool import RankFailed, run_on
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import forward_backward, make_training
-from versions import marks_for, needs_split_backward
+from versions import keeps_no_sends, marks_for, needs_split_backward
 
 from dtensor_llama import Llama, LlamaConfig
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
-from parallel import ParallelConfig
+from parallel import ParallelConfig, pipeline
 from parallel.apply import Computation
 from parallel.pipeline import SCHEDULES, split_layers, stage_indices
 from parallel.schedule_picture import Event, Recorder, bubble_share, draw_schedule
@@ -260,6 +261,50 @@ def test_five_adamw_steps_with_zero_or_hsdp_equal_one_process(layout):
             # fp32: only the order of summation differs
             assert_close(weight, weights[name], rtol=0, atol=1e-5)
     assert {name for _, held in ranks for name in held} == set(weights)
+
+
+# ---- Memory of messages ----
+
+# The most buffers that a rank of two has at once, of a step with 12 microbatches. A rank gets 12 messages, or
+# 24 or 36 with two stages. 1f1b: the input of a microbatch, and the gradient of its output.
+MOST_BUFFERS = {"gpipe": 12, "1f1b": 2, "interleaved-1f1b": 6, "zero-bubble": 3, "zbv": 4, "dualpipev": 4}
+
+
+def buffers_of_messages(schedule):
+    """The most buffers that are alive at once in a step, those alive after it, and how many there were."""
+    born, most = [], 0
+    allocate = pipeline._allocate
+
+    def alive():
+        return sum(buffer() is not None for buffer in born)
+
+    def allocate_and_count(messages):
+        nonlocal most
+        allocate(messages)
+        born.extend(weakref.ref(message.buffer) for message in messages)
+        most = max(most, alive())
+
+    training = build(LLAMA, 12, pp=2, schedule=schedule)
+    micros = make_micros(12)
+    pipeline._allocate = allocate_and_count
+    try:
+        forward_backward(training, micros, count_scored(micros))
+    finally:
+        pipeline._allocate = allocate
+    return most, alive(), len(born)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        pytest.param(name, marks=[keeps_no_sends] if name == "interleaved-1f1b" else marks_for(name))
+        for name in SCHEDULES
+    ],
+)
+def test_a_message_has_a_buffer_only_until_its_microbatch_is_done(schedule):
+    most, after, messages = zip(*run_on(2, buffers_of_messages, schedule), strict=True)
+    assert max(most) == MOST_BUFFERS[schedule] and after == (0, 0)
+    assert min(messages) >= 12
 
 
 class CountCollectives(TorchDispatchMode):

@@ -141,7 +141,8 @@ def test_what_fits_nowhere_gets_what_it_would_take():
     assert "Use 16 of these GPUs, or 8 x b200, or placement=auto" in said
     small = find_cluster("h100-80gb", 8)
     small = replace(small, gpu=replace(small.gpu, memory_gib=0.01))
-    tiny = replace(question(gpus=8), model=LlamaConfig.preset("tiny-10m"), foresee=foresee, cluster=small)
+    tiny = question(LlamaConfig.preset("tiny-10m"), seq_len=512, foresee=foresee)
+    tiny = replace(tiny, cluster=small)
     with pytest.raises(UsageError, match=r"11\.2M parameters.*adapters \(lora\.rank=16\)"):
         plan(tiny)
 

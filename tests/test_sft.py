@@ -4,6 +4,7 @@ refusals."""
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,11 +17,12 @@ from test_bad_input import refused
 from test_chat import CHATML, HELLO, TALK, write
 from torch.testing import assert_close
 
-from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf
+from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf, save_hf
 from dtensor_llama.chat.corpus import prepare_chat
 from dtensor_llama.chat.neftune import lengths_of, uniform
 from dtensor_llama.cli import parse_cli, read_launch
 from dtensor_llama.data.tokenizer import load_tokenizer
+from dtensor_llama.initial_weights import init_weights
 from parallel import ParallelConfig, defaults
 from parallel.cost import States, bytes_needed
 from parallel.rules import Job
@@ -290,6 +292,38 @@ def test_a_lora_run_resumes_where_it_stopped(inputs, chat, lora, tmp_path):
     assert "step-00000002: a LoRA checkpoint" in line and "--lora.rank" in line
 
 
+def test_lora_beside_tied_embeddings_saves_adapters_only_and_knows_its_base(inputs, chat, tmp_path):
+    config = replace(LlamaConfig.from_hf(inputs / "model"), tie_word_embeddings=True)
+    for seed, name in enumerate(("base", "other")):
+        model = Llama(config)
+        init_weights(model, seed)
+        save_hf(model, tmp_path / name)
+        shutil.copytree(inputs / "tokenizer", tmp_path / name, dirs_exist_ok=True)
+
+    def own(run_dir: str, *more) -> list:
+        return [*flags(inputs, chat, tmp_path / run_dir), "--lora.rank", 4, "--checkpoint.every", 2, *more]
+
+    ended = recipe("sft", *own("run", "--model", tmp_path / "base"))
+    assert ended.status == 0, ended
+    step, last = (tmp_path / "run/checkpoints" / name for name in ("step-00000002", "step-00000004"))
+    stored = dcp.FileSystemReader(step).read_metadata().state_dict_metadata
+    assert all("_lora.lora_" in name for name in stored if name.startswith("model."))
+    ended = recipe("export", last, tmp_path / "out")
+    assert ended.status == 0, ended
+    merged = load_file(tmp_path / "run/hf/model.safetensors")
+    assert_close(load_file(tmp_path / "out/model.safetensors"), merged, rtol=0, atol=0)
+    line = refused(last, tmp_path / "no", "--base", tmp_path / "other", name="export")
+    assert "does not hold the weights beside which the adapters" in line and not (tmp_path / "no").exists()
+    for changed, said in (
+        (["--model", tmp_path / "other"], "the content of --model is not"),
+        (["--model", tmp_path / "base", "--random-init"], "the content of --model is not"),
+        (["--model", tmp_path / "base", "--lora.rank", 8], "--lora is not"),
+        (["--model", inputs / "model"], "(tie_word_embeddings True -> False)"),
+    ):
+        line = refused(*own("again", "--checkpoint.resume", step, *changed), name="sft")
+        assert said in line and "step-00000002" in line
+
+
 def test_noise_is_the_same_on_every_layout_and_changes_training(inputs, chat, full, tmp_path):
     for name, ranks, more in (("one", 1, []), ("tp", 2, ["--parallel.tp", 2])):
         ended = recipe(
@@ -464,9 +498,12 @@ def test_prompt_and_completion_are_trained_on_without_a_template(inputs, tmp_pat
         [{"prompt": "def append(self", "completion": f", item{i}): pass"} for i in range(8)],
     )
     raw = ["--data.template", "none", "--data.no-packing", "--data.validation-share", 0]
-    ended = recipe("sft", *flags(inputs, tmp_path, tmp_path / "run", *raw, steps=1))
+    kept = ["--checkpoint.every", 1]
+    ended = recipe("sft", *flags(inputs, tmp_path, tmp_path / "run", *raw, *kept, steps=1))
     assert ended.status == 0 and "written with no template" in ended.out and "--chat" not in ended.out, ended
     assert not (tmp_path / "run/hf/chat_template.jinja").exists()
+    ended = recipe("export", tmp_path / "run/checkpoints/step-00000001", tmp_path / "out")
+    assert ended.status == 0 and not (tmp_path / "out/chat_template.jinja").exists(), ended
     shown = recipe(
         "sft", *flags(inputs, tmp_path, tmp_path / "no", "--preview-json", tmp_path / "sequences.json", *raw)
     )
@@ -516,6 +553,8 @@ def test_bad_records_are_refused(inputs, tmp_path, records, said):
         ),
         (["--lora.rank", -1], ["--lora.rank -1"]),
         (["--lora.rank", 4, "--lora.alpha", 0], ["--lora.alpha 0"]),
+        (["--lora.alpha", 8], ["--lora.alpha 8.0", "--lora.rank 0", "Use --lora.rank 16"]),
+        (["--lora.targets", "q_proj", "v_proj"], ["--lora.targets q_proj v_proj is for LoRA"]),
         (["--data.path", "nothing.json"], ["nothing.json"]),
         (["--train.epochs", 0], ["--train.epochs 0"]),
         (["--data.overlong", "keep"], ["--data.overlong", "truncate"]),

@@ -229,6 +229,36 @@ def test_tokens_behind_a_sentencepiece_model_are_written_where_readers_of_it_loo
         assert (again.vocab_size, again.id_of("<|im_end|>"), again.id_of("<tool>")) == (603, 601, 602)
 
 
+def test_an_added_token_that_is_text_is_decoded_behind_sentencepiece_too(folder_with_both):
+    fast = tokenizers.Tokenizer.from_file(str(folder_with_both / "tokenizer.json"))
+    fast.add_special_tokens(["<|im_end|>"])
+    fast.add_tokens(["<think>"])
+    fast.save(str(folder_with_both / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder_with_both)
+    end, think = tokenizer.id_of("<|im_end|>"), tokenizer.id_of("<think>")
+    ids = [think, think, *tokenizer.encode("why"), end, think, *tokenizer.encode("so be it"), end]
+    assert tokenizer.decode(ids) == "<think><think>why<think>so be it"
+
+
+def test_a_saved_tokenizer_has_nothing_of_another_one_that_was_there(folder_with_both, json_file, tmp_path):
+    (folder_with_both / "additional_chat_templates").mkdir()
+    (folder_with_both / "additional_chat_templates/tool_use.jinja").write_text("tools")
+    fast = tokenizers.Tokenizer.from_file(str(folder_with_both / "tokenizer.json"))
+    fast.add_tokens(["<tool>"])
+    fast.save(str(folder_with_both / "tokenizer.json"))
+    before, after = load_tokenizer(folder_with_both), load_tokenizer(json_file)
+    before.save(tmp_path / "hf", chat_template="{{ messages }}")
+    (tmp_path / "elsewhere").write_text("precious")
+    (tmp_path / "hf/tokenizer_config.json").unlink()
+    (tmp_path / "hf/tokenizer_config.json").symlink_to(tmp_path / "elsewhere")
+    after.save(tmp_path / "hf")
+    after.save(tmp_path / "fresh")
+    for folder in (tmp_path / "hf", tmp_path / "fresh"):
+        files = {file.name for file in folder.rglob("*") if file.is_file()}
+        assert files == {"tokenizer.json", "tokenizer_config.json"}
+    assert (tmp_path / "elsewhere").read_text() == "precious"
+
+
 def test_settings_of_the_base_are_carried_on_but_not_its_paths_and_classes(folder_with_both, tmp_path):
     carried = {
         "extra_special_tokens": ["<extra>"],

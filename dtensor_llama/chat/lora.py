@@ -43,6 +43,17 @@ class LoraConfig:
         """Return alpha / rank, the factor of the product."""
         return (2 * self.rank if self.alpha is None else self.alpha) / self.rank
 
+    def check(self) -> None:
+        """Raise UsageError for settings of adapters where there shall be none."""
+        asked = [f"lora.alpha={self.alpha}"] if self.alpha is not None else []
+        if self.targets != LoraConfig.targets:
+            asked.append(f"lora.targets={' '.join(self.targets)}")
+        if asked and not self.rank:
+            raise UsageError(
+                f"{' '.join(asked)} is for LoRA adapters, and with lora.rank=0 there are none: all weights "
+                "are trained. Use lora.rank=16, or leave it out."
+            )
+
 
 class Lora(nn.Module):
     """Maps x (..., inputs) to scale B A x (..., outputs).

@@ -5,7 +5,9 @@ have learned from them. pieces.py makes the tokenizer.json that is exported with
 """
 
 import hashlib
+import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,6 +62,12 @@ class Tokenizer:
         self.path, self.bos_id, self.eos_id, self.adds = path, ids.bos, ids.eos, adds
         self._fast, self._pieces = fast, pieces  # pieces: the SentencePieceProcessor that encodes; or None
         fast.encode_special_tokens = True  # special tokens inside a text are text
+        # of the added tokens that SentencePiece does not know, those that are text
+        self._added_texts = {
+            i: token.content
+            for i, token in self._added_tokens()
+            if pieces is not None and i >= len(pieces) and not token.special
+        }
         self.vocab_size = max(fast.get_vocab(with_added_tokens=True).values()) + 1
         _put_ends(fast, ids, adds)  # so that the exported tokenizer.json adds what training did
         source = fast.to_str().encode() if pieces is None else pieces.serialized_model_proto()
@@ -78,11 +86,20 @@ class Tokenizer:
         return [encoding.ids for encoding in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of `ids`, without special tokens."""
+        """Return the text of `ids`, without special tokens.
+
+        A token that fine-tuning has added, such as <think>, is text too, unless it is marked as special."""
         ids = [int(i) for i in ids]
         if self._pieces is None:
             return self._fast.decode(ids, skip_special_tokens=True)
-        return self._pieces.decode([i for i in ids if i < len(self._pieces)])
+        text = ""
+        # The pieces after an added token are a text of their own, as when they were encoded.
+        for added, run in itertools.groupby(ids, key=self._added_texts.get):
+            if added is None:
+                text += self._pieces.decode([i for i in run if i < len(self._pieces)])
+            else:
+                text += added * len(list(run))
+        return text
 
     def id_of(self, token: str) -> int:
         """Return the id of an entry of the vocabulary."""
@@ -158,11 +175,17 @@ class Tokenizer:
     def save(self, folder: str | Path, chat_template: str | None = None) -> None:
         """Write a folder for transformers' AutoTokenizer: tokenizer.json, tokenizer_config.json and the rest.
 
+        Files of another tokenizer there are replaced, or removed if this one has no such file.
         chat_template: the one that training used, if any. It is not written if the tokenizer came with
             several templates, which are copied as they are.
         """
         folder, home = Path(folder), self._neighbours
         folder.mkdir(parents=True, exist_ok=True)
+        if home is None or not home.samefile(folder):
+            # What another tokenizer has left there would be read as a part of this one.
+            for name in (TEMPLATE_FILE, "tokenizer.model", "added_tokens.json"):
+                (folder / name).unlink(missing_ok=True)
+            shutil.rmtree(folder / TEMPLATE_FOLDER, ignore_errors=True)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         if home is not None:
             given = read_settings(home / "tokenizer_config.json")
@@ -359,6 +382,7 @@ def _tokens_behind(pieces, fast: tokenizers.Tokenizer | None, settings: dict, fo
 
 def _write(file: Path, content: bytes) -> None:
     file.parent.mkdir(exist_ok=True)
+    file.unlink(missing_ok=True)  # if it is a link, what it points to stays as it is
     file.write_bytes(content)
 
 
