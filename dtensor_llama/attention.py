@@ -5,9 +5,9 @@ The model has one attention object, `model.attention`. Each forward uses it in t
     prepare(n_tokens, positions, cache, device)   once: position ids for RoPE and the attention mask
     __call__(q, k, v, mask)                       in every layer: attention of this rank's heads
 
-`WholeRows` is the one in this file, for ranks that hold whole sequences; parallel/context.py has two for
+`WholeSequences` is the one in this file, for ranks that hold whole sequences; parallel/context.py has two for
 ranks that share a sequence. Models whose config.json has a sliding window call `near` too, once, for the
-layers with that window. To train with another attention, write a subclass of WholeRows and set it once,
+layers with that window. To train with another attention, write a subclass of WholeSequences and set it once,
 `model.attention = Mine(...)`, before `parallelize`: every pipeline stage and every layout then uses it, and a
 layout that cannot is refused. The tests have such a class (tests/test_seams.py).
 
@@ -88,7 +88,7 @@ def _of_any_length(ends: Tensor) -> Tensor:
     return ends
 
 
-class WholeRows:
+class WholeSequences:
     """Causal attention of a rank that holds whole sequences. Subclass it for another kind of attention."""
 
     # True in a class that attends over sequences split by context parallelism. A subclass that leaves it
@@ -117,7 +117,7 @@ class WholeRows:
             return at, None
         key = torch.arange(first + n_tokens, device=device)
         seen = (key >= cache.padding[:, None])[:, None] & (key <= at[..., None])  # (B, T, S)
-        seen |= key == at[..., None]  # the softmax over a row without any key would be nan
+        seen |= key == at[..., None]  # the softmax over a row of scores without any key would be nan
         # RoPE is relative, and padding moves all positions of a sequence alike.
         return at, AttentionMask(dense=seen[:, None])
 

@@ -335,7 +335,7 @@ def training_state(
 
     With a new model and optimizer it is also what Checkpointer.load fills.
 
-    step: optimizer steps done; position: rows that were read; meta: any value that JSON can hold
+    step: optimizer steps done; position: sequences that were read; meta: any value that JSON can hold
 
     Tensors are the live ones, not copies; those of an optimizer that KeepsMasters are Deferred, and the
     weights are its fp32 masters. Frozen parameters are left out: load them first. The random states are this

@@ -58,66 +58,65 @@ def generate_batch(
     padding = [longest - len(tokens) for tokens in prompts]
     cache = KVCache(longest + max_new_tokens, torch.tensor(padding, device=device) if any(padding) else None)
     padded = [[0] * n + tokens for n, tokens in zip(padding, prompts, strict=True)]
-    prompt_rows = torch.tensor(padded, device=device)
+    prompt_ids = torch.tensor(padded, device=device)
 
     def next_logits(new: Tensor | None) -> Tensor:
-        hidden = model.model(prompt_rows if new is None else new[:, None], cache=cache)
+        hidden = model.model(prompt_ids if new is None else new[:, None], cache=cache)
         return model.lm_head(hidden[:, -1]).float()  # (B, V): of the last position only
 
     yield from _choose(next_logits, len(prompts), max_new_tokens, stop_ids, sampling)
 
 
 @torch.no_grad()
-def continue_whole_rows(
+def continue_whole_sequences(
     model: Llama,
     prompts: list[list[int]],
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
-    row_multiple: int = 1,
+    token_multiple: int = 1,
 ) -> list[list[int]]:
-    """Continue prompts greedily, without a cache: whole rows are computed anew for each token. Returns the
-    new ids of each prompt, the stop id included.
+    """Continue prompts greedily, without a cache: whole sequences are computed anew for each token. Returns
+    the new ids of each prompt, the stop id included.
 
     A model in the middle of its training can do this on the ranks that it is sharded over, because this is
-    the forward of its training. row_multiple: what the number of tokens in a row must divide by, under
-    sequence parallelism that of the tp ranks.
+    the forward of its training. token_multiple: the number of tokens in a sequence must be a multiple of it;
+    under sequence parallelism it is the number of tp ranks.
     """
     longest = max(map(len, prompts)) + max_new_tokens
     device = next(model.parameters()).device
-    rows = torch.zeros(
-        len(prompts), -(-longest // row_multiple) * row_multiple, dtype=torch.int64, device=device
-    )
-    for row, prompt in zip(rows, prompts, strict=True):
-        row[: len(prompt)] = torch.tensor(prompt)
+    n_tokens = -(-longest // token_multiple) * token_multiple
+    sequences = torch.zeros(len(prompts), n_tokens, dtype=torch.int64, device=device)
+    for sequence, prompt in zip(sequences, prompts, strict=True):
+        sequence[: len(prompt)] = torch.tensor(prompt)
     index = torch.arange(len(prompts), device=device)
     ends = torch.tensor([len(prompt) for prompt in prompts], device=device)
 
     def next_logits(new: Tensor | None) -> Tensor:
         if new is not None:
-            rows[index, ends] = new
+            sequences[index, ends] = new
             ends.add_(1)
-        return model(rows)[index, ends - 1]  # (B, V), from (B, T, V)
+        return model(sequences)[index, ends - 1]  # (B, V), from (B, T, V)
 
     new_ids = [[] for _ in prompts]
     for ids in _choose(next_logits, len(prompts), max_new_tokens, stop_ids, GREEDY):
-        for row, token in zip(new_ids, ids, strict=True):
-            row += [] if token is None else [token]
+        for answer, token in zip(new_ids, ids, strict=True):
+            answer += [] if token is None else [token]
     return new_ids
 
 
 def _choose(
     next_logits: Callable[[Tensor | None], Tensor],
-    n_rows: int,
+    n_sequences: int,
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
     sampling: Sampling,
 ) -> Iterator[list[int | None]]:
-    """Choose tokens until every row has ended; yields the new id of each row, None after its stop id.
+    """Choose tokens until every sequence has ended; yields the new id of each, None after its stop id.
 
     next_logits: (B, V) of the position after the last, from the (B,) tokens chosen last, None at the
-        beginning. It gets tokens of rows that have ended too, whose values do not matter.
+        beginning. It gets tokens of sequences that have ended too, whose values do not matter.
     """
-    running, new = [True] * n_rows, None
+    running, new = [True] * n_sequences, None
     for _ in range(max_new_tokens):
         new = sample(next_logits(new), *sampling)
         ids = [token if goes_on else None for token, goes_on in zip(new.tolist(), running, strict=True)]

@@ -79,8 +79,9 @@ class Base:
         return replace(config, other_fields=carried, **ends)
 
     def generation_config(self, config: LlamaConfig) -> dict:
-        """Return the generation_config.json of what is exported: the base model's, if there is one, with the
-        ends of `config`, which is the shape that is trained."""
+        """Return the generation_config.json for the exported model.
+
+        It is that of the base model, if there is one, with the end tokens of `config`, the trained shape."""
         base = read_generation_config(self.weights) if self.weights else {}
         return generation_config(base, config, same_tokens=self.tokenizer is None)
 

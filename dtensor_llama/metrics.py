@@ -96,8 +96,8 @@ class RunReport:
     ) -> None:
         """Write finished rows.
 
-        validation_losses: after the newest of them; "" is the loss of all held-out rows, other names are the
-            sources of a mix
+        validation_losses: after the newest of them; "" is the loss of all held-out sequences, other names are
+            the sources of a mix
         answers: (prompt, answer) pairs that were sampled in a validation
         """
         if validation_losses:

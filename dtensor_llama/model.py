@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dtensor_llama.attention import AttentionMask, WholeRows
+from dtensor_llama.attention import AttentionMask, WholeSequences
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.errors import UsageError
 from dtensor_llama.initial_weights import init_weights
@@ -100,7 +100,7 @@ class LlamaAttention(nn.Module):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor] | None,
-        attention: WholeRows,
+        attention: WholeSequences,
         mask: AttentionMask | None,
         cache: "KVCache | None",
     ) -> Tensor:
@@ -146,7 +146,7 @@ class LlamaBlock(nn.Module):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor] | None,  # None: a layer that does not rotate
-        attention: WholeRows,
+        attention: WholeSequences,
         mask: AttentionMask | None = None,
         cache: "KVCache | None" = None,
     ) -> Tensor:
@@ -171,7 +171,7 @@ class LlamaModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LlamaBlock(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.attention = WholeRows()
+        self.attention = WholeSequences()
         # How many ranks share the tokens of the hidden states that a later pipeline stage receives: those of
         # tp under sequence parallelism. The first stage receives all tokens.
         self.sequence_shards = 1
@@ -277,11 +277,11 @@ class Llama(nn.Module):
         self._token_loss = token_loss
 
     @property
-    def attention(self) -> WholeRows:
+    def attention(self) -> WholeSequences:
         return self.model.attention
 
     @attention.setter
-    def attention(self, attention: WholeRows) -> None:
+    def attention(self, attention: WholeSequences) -> None:
         self._refuse_late("attention")
         self.model.attention = attention
 

@@ -128,7 +128,7 @@ def resume(
     record: RunRecord,
     say: Callable[[str], None],
 ) -> tuple[int, int]:
-    """Load the checkpoint that was asked for; returns (steps done, rows read), zeros for a fresh start.
+    """Load the checkpoint that was asked for; returns (steps done, sequences read), zeros for a fresh start.
 
     asked: "auto" for the newest checkpoint if there is one, "never", or a checkpoint's folder
     record: of this run; UsageError unless the checkpoint's agrees
@@ -237,7 +237,7 @@ class RunFacts:
     """Holds what a run finds out about itself before it trains."""
 
     model_config: LlamaConfig
-    rows: Any  # has n_train and n_validation, the numbers of rows, and seq_len, their length
+    sequences: Any  # has n_train and n_validation, how many there are, and seq_len, their length
     corpus: str
     layout: Any  # a dataclass with all parallel settings, resolved
     axes: tuple[str, ...]  # names of those of its fields that are sizes of mesh axes
@@ -259,7 +259,7 @@ def open_report(
     All ranks enter; the main one prints and writes. first_step: how many steps are done already. settings,
     data_lines: as in describe_run.
     """
-    train, seq_len = settings["train"], facts.rows.seq_len
+    train, seq_len = settings["train"], facts.sequences.seq_len
     utilization = Utilization(
         facts.model_config,
         seq_len,
@@ -300,8 +300,8 @@ def describe_run(
         **made_with(),
         "peak_flops_per_device": peak_flop_s,
         "peak_flops_source": peak_source,
-        "n_training_rows": facts.rows.n_train,
-        "n_validation_rows": facts.rows.n_validation,
+        "n_training_rows": facts.sequences.n_train,
+        "n_validation_rows": facts.sequences.n_validation,
         "corpus": facts.corpus,
     }
     (run_dir / "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -313,7 +313,7 @@ def describe_run(
     say(
         f"layout    {' x '.join(axes) or 'one process'} on {facts.device.type}, ZeRO stage "
         f"{layout['zero_stage']}; {facts.n_microbatches} microbatches of {train['micro_batch_size']} "
-        "rows per rank and step"
+        "sequences per rank and step"
     )
     say(
         f"numbers   {train['dtype']} compute, float32 masters; MFU against {peak_flop_s / 1e12:.2f} TFLOP/s "

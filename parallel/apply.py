@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtensor_llama.attention import WholeRows
+from dtensor_llama.attention import WholeSequences
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.errors import UsageError
 from dtensor_llama.loss import token_nll
@@ -66,7 +66,7 @@ def parallelize(
     cannot work on split sequences is refused with cp, and a token loss that cannot work on split logits with
     tp: UsageError.
     """
-    if type(model.attention) is WholeRows:
+    if type(model.attention) is WholeSequences:
         _set_kernel(model, computation.attention)
     if config.cp > 1:  # first: which tokens this rank has, and how it attends to those of other ranks
         apply_context_parallel(model, mesh["cp"], config.cp_method)
@@ -97,12 +97,12 @@ def parallelize(
 
 def _set_kernel(model: Llama, kernel: str) -> None:
     own = model.attention.kernel
-    if own not in (kernel, WholeRows().kernel):
+    if own not in (kernel, WholeSequences().kernel):
         raise UsageError(
-            f"model.attention was set to WholeRows({own!r}) and attention={kernel}; set only one of them, "
-            "or give both the same kernel."
+            f"model.attention was set to WholeSequences({own!r}) and attention={kernel}; set only one of "
+            "them, or give both the same kernel."
         )
-    model.attention = WholeRows(kernel)
+    model.attention = WholeSequences(kernel)
 
 
 def apply_compile(blocks: list, dynamic: bool | None = None) -> None:

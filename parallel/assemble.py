@@ -50,7 +50,7 @@ class Offload:
     sequences, seq_len: the shape of a microbatch, from which follow the size of the activations and how long
         a step computes; None where it is not known before the first step.
     clips: False if gradients are never clipped: the manager then steps while they arrive, during backward.
-    rates_file: keeps what the transfers of this machine were measured to take; None: they are not measured.
+    rates_file: stores the measured rates of this machine's transfers; None: they are not measured.
     """
 
     config: MemoryConfig

@@ -181,9 +181,9 @@ class Booster:
         if tokens.shape != self._checked_shape:
             if len(tokens) % self.n_microbatches:
                 raise UsageError(
-                    f"booster.step was given {len(tokens)} rows, which microbatches={self.n_microbatches} "
-                    "does not divide; take batches from the dataloader that boost returned, which fills them "
-                    "up."
+                    f"booster.step was given {len(tokens)} sequences, which microbatches="
+                    f"{self.n_microbatches} does not divide; take batches from the dataloader that boost "
+                    "returned, which fills them up."
                 )
             self._check(tokens.shape[1], len(tokens) * self.config.dp)
             self._checked_shape = tokens.shape
@@ -287,8 +287,8 @@ class _AsOurLlama:
         self.shape = _config_of(model)
         if criterion is not None and self.config.cp > 1:
             raise UsageError(
-                "a criterion of your own needs the logits of whole rows, and under ParallelConfig(cp="
-                f"{self.config.cp}) no rank has them; use criterion=None (the causal-LM loss), or cp=1."
+                "a criterion of your own needs the logits of whole sequences, and under ParallelConfig("
+                f"cp={self.config.cp}) no rank has them; use criterion=None (the causal-LM loss), or cp=1."
             )
 
     def on_meta(self, model: nn.Module) -> tuple[nn.Module, Columns]:
@@ -331,7 +331,9 @@ class _AsItIs:
     def __init__(self, booster: Booster, model: nn.Module, criterion: Criterion | None):
         self.criterion, self.seed, self.family = criterion, booster.seed, family_of(model)
         if booster.config.tp > 1 and booster.config.sequence_parallel and dist.get_rank() == 0:
-            print(f"tp        {type(model).__name__}: no sequence parallelism, its blocks map whole rows")
+            print(
+                f"tp        {type(model).__name__}: no sequence parallelism, its blocks map whole sequences"
+            )
         self.config = replace(booster.config, sequence_parallel=False)
         self.computation = check_family(model, self.family, self.config, booster.computation)
         if booster.attention != "auto":
@@ -458,7 +460,7 @@ class OwnSequences:
         if ends[0] != -ends[1]:
             raise UsageError(
                 "the ranks' dataloaders gave different batches; each must see the same global batches, of "
-                "which the Booster takes its rows. Leave out distributed samplers, and shuffle with one "
+                "which the Booster takes its share. Leave out distributed samplers, and shuffle with one "
                 "seed: DataLoader(..., shuffle=True, generator=torch.Generator().manual_seed(0))."
             )
 

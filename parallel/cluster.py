@@ -296,7 +296,7 @@ def _product_flops(device: torch.device, dtype: torch.dtype, seconds: float) -> 
 
 
 def _attention_flops(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    """Return the FLOP/s of causal attention, forward, on a row of 4,096 tokens, or 256 on a CPU."""
+    """Return the FLOP/s of causal attention, forward, on a sequence of 4,096 tokens, or 256 on a CPU."""
     tokens, heads, width = (4096, 32, 128) if device.type == "cuda" else (256, 4, 64)
     q, k, v = (torch.randn(1, heads, tokens, width, device=device).to(dtype) for _ in range(3))
     attend = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)

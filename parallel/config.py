@@ -12,7 +12,8 @@ from parallel.rules import Case, Job
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # of the mesh, outermost first
 DERIVED_AXES = {  # each is made of neighbours among AXES
-    "dp": ("dp_replicate", "dp_shard"),  # ranks that read different rows; the loss is summed over it (and cp)
+    # ranks that read different sequences; the loss is summed over it (and cp)
+    "dp": ("dp_replicate", "dp_shard"),
     "fsdp": ("dp_shard", "cp"),  # ranks that share parameters, gradients and optimizer state (ZeRO)
     "dp_cp": ("dp_replicate", "dp_shard", "cp"),  # ranks whose gradients are averaged: they saw other tokens
     # ranks whose shares of the loss add up; tp ranks all have the same share, so tp is not among them
@@ -26,11 +27,11 @@ class ParallelConfig:
     the number of processes."""
 
     pp: int = 1  # pipeline: ranks that hold different layers
-    # groups of ranks that hold whole copies of the model and read different rows (HSDP)
+    # groups of ranks that hold whole copies of the model and read different sequences (HSDP)
     dp_replicate: int = 1
-    # ranks that read different rows and share parameters and optimizer state; -1: all that are left over
+    # ranks that read different sequences and share parameters and optimizer state; -1: all that are left
     dp_shard: int = -1
-    cp: int = 1  # context: ranks that hold different tokens of the same rows
+    cp: int = 1  # context: ranks that hold different tokens of the same sequences
     tp: int = 1  # tensor: ranks that hold slices of each matrix
     # what the ranks of dp_shard x cp share: 1 optimizer state, 2 also gradients, 3 also weights
     zero_stage: Literal[0, 1, 2, 3] = 3
@@ -44,7 +45,7 @@ class ParallelConfig:
     # with pp: measure one warm step and draw which rank did what when, in RUN_DIR/schedule.png
     draw_schedule: bool = False
     microbatches: int | None = None  # per dp rank and step; None: as many as the batch sizes make
-    # let the planner choose all of the above, the rows of a microbatch and what is recomputed (planner.py)
+    # let the planner choose all of the above, the size of a microbatch and what is recomputed (planner.py)
     auto: bool = False
 
     def resolve(self, world_size: int) -> "ParallelConfig":
@@ -65,7 +66,7 @@ class ParallelConfig:
 
     @property
     def dp(self) -> int:
-        """Return how many ranks, or groups of ranks that work on the same rows, read rows of their own."""
+        """Return how many ranks read sequences of their own; those that share them count as one."""
         return self.ranks("dp")
 
     @property
@@ -91,13 +92,13 @@ class ParallelConfig:
 
     @property
     def token_slices(self) -> int:
-        """Return how many slices cp, and tp under sequence parallelism, cut the tokens of a row into."""
+        """Return how many slices cp, and tp under sequence parallelism, cut a sequence into."""
         slices = n_slices(self.cp_method, self.cp) if self.cp > 1 else 1
         return slices * self.sequence_shards
 
     @property
     def sequence_shards(self) -> int:
-        """Return how many ranks share, between two blocks, the tokens of a row that one cp rank has."""
+        """Return how many ranks share, between two blocks, the tokens of a sequence that one cp rank has."""
         return self.tp if self.sequence_parallel else 1
 
 

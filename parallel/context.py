@@ -44,7 +44,7 @@ from torch.nn.attention import SDPBackend
 
 from dtensor_llama.attention import (
     AttentionMask,
-    WholeRows,
+    WholeSequences,
     causal_mask,
     expand_heads,
     math_scores,
@@ -109,7 +109,7 @@ def apply_context_parallel(model: Llama, cp_mesh: DeviceMesh, method: str) -> No
     own = model.attention
     if getattr(own, "splits_sequence", False):
         return
-    if type(own) is not WholeRows:
+    if type(own) is not WholeSequences:
         name = type(own).__name__
         raise UsageError(
             f"model.attention is of class {name}, which needs whole sequences, and with cp={cp_mesh.size()} "
@@ -131,12 +131,12 @@ class Ulysses:
 
     Outside of attention the rank has its share of the tokens, and all heads.
 
-    whole: the attention that computes with whole sequences, a WholeRows or a subclass of it.
+    whole: the attention that computes with whole sequences, a WholeSequences or a subclass of it.
     """
 
     splits_sequence = True
 
-    def __init__(self, cp_mesh: DeviceMesh, whole: WholeRows):
+    def __init__(self, cp_mesh: DeviceMesh, whole: WholeSequences):
         self.cp_mesh = cp_mesh
         self.whole = whole
         self.sequence_ranks = cp_mesh.size()
@@ -373,7 +373,7 @@ def block_forward(q, k, v, causal: bool, mask: Tensor | None, kernel: str) -> tu
     if mask is None:
         return forward(q, k, v, causal, None)
     blind = ~mask.any(-1, keepdim=True)  # (B, 1, t, 1)
-    out, lse = forward(q, k, v, False, mask)  # here kernels differ on a row with no key
+    out, lse = forward(q, k, v, False, mask)  # here kernels differ on a query with no key
     return out.masked_fill(blind.transpose(1, 2), 0), lse.masked_fill(blind[..., 0], float("-inf"))
 
 

@@ -19,8 +19,8 @@ one for each kind of kernel. They were measured in a step of this trainer, or fi
 others have published; the other half tests them. docs/planning.md has the rows, and
 recipes/bench/published.py makes it.
 
-B rows, T tokens, D width, H query heads, K key/value heads of width E, F feed-forward width, V vocabulary, L
-layers, M microbatches, N parameters, n ranks.
+B sequences, T tokens, D width, H query heads, K key/value heads of width E, F feed-forward width, V
+vocabulary, L layers, M microbatches, N parameters, n ranks.
 """
 
 import math
@@ -388,7 +388,7 @@ class Occupancy(NamedTuple):
 
     @property
     def amounts(self) -> tuple[int, ...]:
-        """Return everything that takes memory, in one row."""
+        """Return everything that takes memory, in one tuple."""
         return (*self.kept, *self.deferred, *self.has_gradients)
 
 
@@ -733,12 +733,12 @@ def _activation_bytes(work: Work, share: Share) -> float:
 
 
 def _kept_bytes(work: Work) -> float:
-    """Return the bytes that a block keeps, with what attention and the norms keep of each row in fp32."""
+    """Return the bytes that a block keeps, with what attention and the norms keep of each token in fp32."""
     numbers = work.tokens * kept_per_token(work)
     if work.job.recompute == "full" or work.job.device_type == "cpu":
         return work.states.itemsize * numbers
-    of_rows = work.tokens * (work.model.num_attention_heads / work.layout.tp + 2)
-    return work.states.itemsize * numbers + FP32 * of_rows
+    of_tokens = work.tokens * (work.model.num_attention_heads / work.layout.tp + 2)
+    return work.states.itemsize * numbers + FP32 * of_tokens
 
 
 def _message_bytes(work: Work, share: Share, n_outputs: float) -> float:

@@ -56,11 +56,11 @@ def memory_of_rank(device: torch.device, ranks_per_host: int) -> int:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Holds the settings with nothing left open, the layout, the rows, and a reason for each choice."""
+    """Holds the settings with nothing left open, the layout, the sequences, and a reason for each choice."""
 
     settings: dict[str, int | str]  # steps, validate_every, global_batch_size, micro_batch_size, recompute
     layout: ParallelConfig
-    rows: PackedExamples
+    sequences: PackedExamples
     reasons: list[str]
 
 
@@ -74,9 +74,9 @@ def choose_settings(
 ) -> Chosen:
     """Choose what was left open; UsageError if nothing fits the memory.
 
-    pack: makes rows of so many tokens from the corpus. layout: resolved, and whether the user left it open,
-        so that data-parallel ranks may become tensor-parallel ones. hardware: the recipe's launch, which says
-        what a rank runs on, what decides how many bytes it needs, and memory.auto.foresee.
+    pack: makes sequences of so many tokens from the corpus. layout: resolved, and whether the user left it
+        open, so that data-parallel ranks may become tensor-parallel ones. hardware: the recipe's launch,
+        which says what a rank runs on, what decides how many bytes it needs, and memory.auto.foresee.
     """
     resolved, is_open = layout
     reasons = []
@@ -85,18 +85,18 @@ def choose_settings(
         longest = int(np.diff(corpus.document_starts, append=corpus.n_tokens).max())
         seq_len = min(model.max_position_embeddings, max(256, 1 << (longest - 1).bit_length()))
         reasons.append(
-            f"rows      of {seq_len} tokens: the longest example has {longest:,}, the model's context is "
+            f"sequences of {seq_len} tokens: the longest example has {longest:,}, the model's context is "
             f"{model.max_position_embeddings:,}"
         )
-    rows = pack(seq_len)
+    sequences = pack(seq_len)
     batch = asked.global_batch_size
     if batch is None:
-        per_row = rows.n_examples / rows.n_rows
-        # A row, or a microbatch of the size that was asked for, for each dp rank and pipeline stage.
+        per_sequence = sequences.n_examples / sequences.n_sequences
+        # A sequence, or a microbatch of the size that was asked for, for each dp rank and pipeline stage.
         least = resolved.dp * resolved.pp * (asked.micro_batch_size or 1)
-        wanted = min(EXAMPLES_PER_STEP / per_row, rows.n_train / STEPS_PER_EPOCH)
+        wanted = min(EXAMPLES_PER_STEP / per_sequence, sequences.n_train / STEPS_PER_EPOCH)
         batch = max(1, math.ceil(wanted / least)) * least
-        reasons.append(f"batch     {batch} rows a step: about {batch * per_row:.0f} examples")
+        reasons.append(f"batch     {batch} sequences a step: about {batch * per_sequence:.0f} examples")
     launch, states, foresee = hardware
     device = launch.take_device()
     device_bytes = memory_of_rank(device, launch.ranks_per_host)
@@ -118,7 +118,7 @@ def choose_settings(
     job, resolved, why = choose_open(job, resolved, cluster, states, is_open, foresee)
     if asked.recompute is None or asked.micro_batch_size is None or is_open:
         reasons.append(f"memory    {why}")
-    steps = asked.steps or max(1, math.ceil(asked.epochs * rows.n_train / batch))
+    steps = asked.steps or max(1, math.ceil(asked.epochs * sequences.n_train / batch))
     every = max(1, steps // VALIDATIONS) if asked.validate_every is None else asked.validate_every
     settings = {
         "steps": steps,
@@ -127,4 +127,4 @@ def choose_settings(
         "micro_batch_size": job.micro_batch_size,
         "recompute": job.recompute,
     }
-    return Chosen(settings, resolved, rows, reasons)
+    return Chosen(settings, resolved, sequences, reasons)

@@ -35,7 +35,7 @@ from parallel.config import AXES, ParallelConfig, check_parallel
 from parallel.cost import Account, States, Work, account_for, account_with_offload, check_states, kernel_of
 from parallel.dry_run import Counted, RankCount, Setup, Step, dry_run, settle_auto
 from parallel.explain import Run, explain
-from parallel.planner import Candidate, Found, Question, draw_plan, given_rows, name_of, plan
+from parallel.planner import Candidate, Found, Question, draw_plan, given_computation, name_of, plan
 from parallel.rules import DOCUMENT_TOKENS, Job
 from parallel.schedule_clock import DURATION, draw
 from parallel.step_counter import HOST, KINDS
@@ -82,7 +82,7 @@ def report(
     is_open = leaves_layout_open(settings)
     if picture and not is_open:
         raise UsageError(
-            f"png={picture} draws the planner's search, and there is none where the layout, the rows of a "
+            f"png={picture} draws the planner's search, and there is none where the layout, the size of a "
             "microbatch, recomputation or memory is given; leave `png` out, or use auto=True."
         )
     if is_open and (settings.parallel.auto or not is_own_run):
@@ -104,7 +104,7 @@ def report(
     print(
         f"{settings.model}, {n_parameters} parameters, on {cluster.n_gpus} "
         f"{cluster.gpu.name} with ZeRO stage {layout.zero_stage}\n{setup.tokens_per_step:,} tokens a step: "
-        f"{layout.dp} dp ranks x {setup.n_microbatches} microbatches x {job.micro_batch_size} rows x "
+        f"{layout.dp} dp ranks x {setup.n_microbatches} microbatches x {job.micro_batch_size} sequences x "
         f"{job.seq_len} tokens",
         *([note] if note else []),
         *mesh(facts),
@@ -203,7 +203,7 @@ def gpus_of(settings: Any) -> int:
 
 
 def leaves_layout_open(settings: Any) -> bool:
-    """Return whether the planner shall choose: it is asked to, or nothing was said about the layout, the rows
+    """Return whether the planner shall choose: it is asked to, or nothing was said about the layout, the size
     of a microbatch, recomputation and memory."""
     train = settings.train
     says_nothing = (
@@ -240,18 +240,18 @@ def search(settings: Any, model: LlamaConfig, cluster: Cluster, foresee: Callabl
     """Return the layouts that the planner proposes."""
     layout = layout_of(settings, cluster)
     seq_len = settings.data.seq_len or model.max_position_embeddings
-    rows, dtype = settings.train.global_batch_size, getattr(torch, settings.train.dtype)
+    batch, dtype = settings.train.global_batch_size, getattr(torch, settings.train.dtype)
     offload = Offload(settings.memory, clips=settings.train.max_grad_norm < math.inf)
     states = states_of(model, dtype, lora_of(settings), offload)
     question = Question(
         model,
         seq_len,
-        rows,
+        batch,
         cluster,
         states,
         compile=settings.train.compile,
         layout=layout,
-        **given_rows(settings.train),
+        **given_computation(settings.train),
         attention=settings.train.attention,
         document_tokens=DOCUMENT_TOKENS if settings.data.document_mask else None,
         foresee=foresee,
@@ -297,7 +297,7 @@ def settings_of(settings: Any, candidate: Candidate) -> Any:
 
 
 def as_flags(settings: Any) -> str:
-    """Return the flags that give a layout, with the rows of a microbatch, recomputation and memory: typed
+    """Return the flags that give a layout, with the size of a microbatch, recomputation and memory: typed
     after the rest of a command, they make it this one."""
     plain = asdict(ParallelConfig()) | {"micro_batch_size": 1, "recompute": "none", "placement": None}
     train = settings.train
@@ -322,8 +322,8 @@ def other_choice(
     except UsageError as error:
         return [*lines, f"The planner has none to propose: {in_flags(str(error), type(settings))}"]
     planned, own = best.work.job, setup.job
-    rows = planned.micro_batch_size == own.micro_batch_size
-    if best.work.layout == setup.layout and rows and planned.recompute == own.recompute:
+    same_size = planned.micro_batch_size == own.micro_batch_size
+    if best.work.layout == setup.layout and same_size and planned.recompute == own.recompute:
         return [*lines, "The planner would choose the same."]
     share = account.step_seconds / best.account.step_seconds - 1 if account else 0.0
     faster = f", which is predicted to be {share:.0%} faster" if share >= 0.005 else ""

@@ -80,12 +80,12 @@ class Layout:
 
     @property
     def dp_rank(self) -> int:
-        """Return which of the dp groups this rank belongs to; it decides which rows the rank reads."""
+        """Return which of the dp groups this rank belongs to; it decides which sequences the rank reads."""
         return self.mesh["dp"].get_local_rank()
 
     @property
     def ranks_per_batch(self) -> int:
-        """Return how many ranks read the same rows. A sum over the world counts each row so many times."""
+        """Return how many ranks read the same sequences. A sum over the world counts each one that often."""
         return dist.get_world_size() // self.config.dp
 
     @property
@@ -95,11 +95,11 @@ class Layout:
 
     @property
     def loss_group(self) -> dist.ProcessGroup:
-        """Return the group whose shares of the loss add up: ranks with other layers, rows or tokens."""
+        """Return the group whose shares of the loss add up: ranks with other layers, sequences or tokens."""
         return self.mesh["loss"].get_group()
 
     def own_tokens(self, batch: Batch) -> Batch:
-        """Return the batch with the tokens that this rank holds: all, or under cp its share of each row."""
+        """Return the batch with the tokens that this rank holds: all, or under cp its share of them."""
         return shard_batch(batch, self.mesh["cp"], self.config.cp_method)
 
     def embedded_tokens(self, per_token: Tensor) -> Tensor:

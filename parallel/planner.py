@@ -4,7 +4,7 @@
     found.best.account.tokens_per_second_per_gpu
     found.describe(), found.to_json(), draw_plan(found, "plan.png")
 
-The search goes over pp x dp x cp x tp, ZeRO's stage, whole copies between nodes, rows of a microbatch,
+The search goes over pp x dp x cp x tp, ZeRO's stage, whole copies between nodes, the size of a microbatch,
 recomputation and schedule. (Schedules that run backward in two halves are tried only without compilation.)
 It drops what breaks a rule (rules.py) and what does not fit (cost.py). Where a memory placement was asked
 for, each layout is taken with it, within the budgets that were given. If none was, and nothing fits, the
@@ -47,9 +47,9 @@ from parallel.rules import DOCUMENT_TOKENS, Case, Job, all_hold, check
 
 MOST_GPUS = 16384  # where the search for what a model would take ends
 N_BEST = 5  # layouts that a plan shows
-MICRO_ROWS = (1, 2, 4, 8, 16)
+MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 MAX_MICRO_TOKENS = 16384  # a forward of more tokens is no faster on any device
-LEAST_CP_TOKENS = 4096  # of a row on a cp rank: shorter slices save nothing that more rows would not
+LEAST_CP_TOKENS = 4096  # of a sequence on a cp rank: instead of shorter slices, dp would do as well
 RECOMPUTE = ("none", "selective", "full")
 MAX_TP = 8  # GPUs of a node: between nodes tensor parallelism would mostly wait for its traffic
 PURPOSES = {  # the kinds of bytes_of_rank, in a sentence
@@ -125,8 +125,8 @@ class Question:
             for name, value in asdict(self.layout).items()
             if name not in chosen and value != getattr(plain, name)
         }
-        rows = {"micro_batch_size": self.micro_batch_size, "recompute": self.recompute}
-        return layout | {name: value for name, value in rows.items() if value is not None}
+        computation = {"micro_batch_size": self.micro_batch_size, "recompute": self.recompute}
+        return layout | {name: value for name, value in computation.items() if value is not None}
 
     @property
     def given_in_words(self) -> str:
@@ -248,7 +248,8 @@ def name_of(work: Work) -> str:
     if layout.pp > 1:
         stages = f" x {layout.stages_per_rank}" if layout.stages_per_rank > 1 else ""
         words.append(f"{layout.schedule}{stages}")
-    words.append(f"{work.n_microbatches} x {job.micro_batch_size} rows")
+    sequences = "sequence" if job.micro_batch_size == 1 else "sequences"
+    words.append(f"{work.n_microbatches} x {job.micro_batch_size} {sequences}")
     words.append(f"recompute {job.recompute}")
     return ", ".join(words) + (", offload" if work.states.uses_host else "")
 
@@ -338,16 +339,16 @@ def works(question: Question) -> Iterator[Work]:
         document_tokens=question.document_tokens,
     )
     for layout in meshes(question):
-        rows_of_rank = question.global_batch_size // layout.dp
+        sequences_of_rank = question.global_batch_size // layout.dp
         given = question.micro_batch_size
         if given is None and layout.microbatches:
-            given = max(1, rows_of_rank // layout.microbatches)
-        for micro_rows in [given] if given else MICRO_ROWS:
-            tokens = micro_rows * question.seq_len // (layout.cp * layout.tp)
-            is_large = micro_rows > 1 and tokens > MAX_MICRO_TOKENS and not given
-            if micro_rows > rows_of_rank or is_large:
+            given = max(1, sequences_of_rank // layout.microbatches)
+        for per_microbatch in [given] if given else MICRO_BATCH_SIZES:
+            tokens = per_microbatch * question.seq_len // (layout.cp * layout.tp)
+            is_large = per_microbatch > 1 and tokens > MAX_MICRO_TOKENS and not given
+            if per_microbatch > sequences_of_rank or is_large:
                 break
-            tried = replace(job, micro_batch_size=micro_rows)
+            tried = replace(job, micro_batch_size=per_microbatch)
             case = Case(layout, tried)
             # With fewer microbatches than stages a pipeline is mostly a bubble.
             if case.n_microbatches >= layout.pp and all_hold(RULES, case):
@@ -475,13 +476,13 @@ def _fastest_too_large(question: Question, larger: list[Work], best: Account) ->
 
 
 def _no_layout(question: Question) -> UsageError:
-    n_gpus, rows = question.cluster.n_gpus, question.global_batch_size
+    n_gpus, batch = question.cluster.n_gpus, question.global_batch_size
     if question.given:
         return _no_layout_as_given(question)
     return UsageError(
         f"no layout of {n_gpus} GPUs that the planner tries (tp and cp are powers of 2, and pp leaves each "
-        f"stage a layer) can share global_batch_size={rows} rows of seq_len={question.seq_len}. Use a "
-        f"multiple of {n_gpus} rows, or give the layout yourself."
+        f"stage a layer) can share global_batch_size={batch} sequences of seq_len={question.seq_len}. Use "
+        f"a multiple of {n_gpus} sequences, or give the layout yourself."
     )
 
 
@@ -508,8 +509,8 @@ def _no_layout_as_given(question: Question) -> UsageError:
     remedy = f"leave {' or '.join(names)} out" if names else "give the layout yourself"
     return UsageError(
         f"auto=True keeps {question.given_in_words}, as given, and no layout of {question.cluster.n_gpus} "
-        f"GPUs for global_batch_size={question.global_batch_size} rows of seq_len={question.seq_len} that "
-        f"the planner tries can: {broken}. To let it choose, {remedy}."
+        f"GPUs for global_batch_size={question.global_batch_size} sequences of seq_len={question.seq_len} "
+        f"that the planner tries can: {broken}. To let it choose, {remedy}."
     )
 
 
@@ -522,8 +523,8 @@ def what_it_would_take(question: Question) -> str:
     n_gpus = max(cluster.gpus_per_node, cluster.n_gpus)
     while n_gpus < MOST_GPUS and not ways:
         n_gpus *= 2
-        rows = ceil(question.global_batch_size / n_gpus) * n_gpus
-        more = replace(question, cluster=with_gpus(cluster, n_gpus), global_batch_size=rows)
+        batch = ceil(question.global_batch_size / n_gpus) * n_gpus
+        more = replace(question, cluster=with_gpus(cluster, n_gpus), global_batch_size=batch)
         if any(sum(bytes_of_rank(work).values()) <= more.budget_bytes for work in works(more)):
             ways.append(f"{n_gpus} of these GPUs")
     lacks = needed > cluster.gpu.memory_gib * FITS_SHARE  # else a budget is too small
@@ -543,8 +544,8 @@ def what_it_would_take(question: Question) -> str:
         ways.append("adapters (lora.rank=16), which train a small part of the parameters")
     kept = f" that keeps {question.given_in_words}, as given" if question.given else ""
     return (
-        f"{in_billions(question.model)} parameters and rows of seq_len={question.seq_len} fit no layout of "
-        f"{cluster.n_gpus} x {cluster.gpu.name}{kept}: the smallest needs {needed:.1f} GiB a GPU, "
+        f"{in_billions(question.model)} parameters and sequences of seq_len={question.seq_len} fit no layout "
+        f"of {cluster.n_gpus} x {cluster.gpu.name}{kept}: the smallest needs {needed:.1f} GiB a GPU, "
         f"{smallest[largest] / GIB:.1f} of them for {PURPOSES[largest]}, and "
         f"{question.budget_bytes / GIB:.1f} can be used ({question.limits}). Use {', or '.join(ways)}."
     )
@@ -596,7 +597,7 @@ def choose_open(
     if not states.n_adapter:
         ways.append("lora.rank=16")
     raise UsageError(
-        f"the model and rows of seq_len={job.seq_len} tokens do not fit {limit_gib:.1f} GiB a rank: "
+        f"the model and sequences of seq_len={job.seq_len} do not fit {limit_gib:.1f} GiB a rank: "
         f"at least {needed / GIB:.1f} are needed. Use {', or '.join(ways)}."
     )
 
@@ -605,7 +606,7 @@ def _choose_all(
     job: Job, layout: ParallelConfig, cluster: Cluster, states: States, foresee: Callable | None
 ) -> tuple[Job, ParallelConfig, str]:
     """Return job and layout of the best plan, and the plan in words. Fields of the layout that were given,
-    and rows and recomputation of the job that are not None, are kept."""
+    and micro_batch_size and recompute of the job where they are not None, are kept."""
     if cluster.n_gpus % cluster.gpus_per_node:
         raise UsageError(
             f"auto=True plans for nodes of equally many processes, and {cluster.n_gpus} do not fill nodes of "
@@ -635,7 +636,7 @@ def _choose_all(
 def plan_settings(
     settings: Any, model: LlamaConfig, seq_len: int, launch: Any, foresee: Callable
 ) -> tuple[Any, str]:
-    """Return a recipe's settings with the layout, the rows of a microbatch and the recomputation of the best
+    """Return a recipe's settings with the layout, the size of a microbatch and the recomputation of the best
     plan, and the plan in words. If the placement is open and nothing fits without one, it becomes auto.
 
     What the user gave another value than the default is kept, and the search goes over the rest: whoever sets
@@ -650,7 +651,7 @@ def plan_settings(
         model,
         seq_len,
         train.global_batch_size,
-        **given_rows(train),
+        **given_computation(train),
         attention=train.attention,
         compile=train.compile,
         device_type=device.type,
@@ -672,7 +673,7 @@ def plan_settings(
     return settings, why
 
 
-def given_rows(train: Any) -> dict[str, Any]:
+def given_computation(train: Any) -> dict[str, Any]:
     """Return micro_batch_size and recompute of a recipe's settings; one at its default is None, for open."""
     plain, names = type(train)(), ("micro_batch_size", "recompute")
     asked = {name: getattr(train, name) for name in names}
@@ -692,11 +693,11 @@ def _open_candidates(job: Job, layout: ParallelConfig, most_tp: int) -> Iterator
         if ranks % tp or most_tp % tp or model.num_key_value_heads % tp or model.intermediate_size % tp:
             continue
         tried = replace(layout, tp=tp, dp_shard=ranks // tp)
-        rows = max(1, job.global_batch_size // layout.pp // tried.dp)
+        most = max(1, job.global_batch_size // layout.pp // tried.dp)
         for recompute in [job.recompute] if job.recompute else ["none", "full"]:
             for micro_batch_size in [job.micro_batch_size] if job.micro_batch_size else (8, 4, 2, 1):
                 fits_batch = (
-                    rows % micro_batch_size == 0 and micro_batch_size * job.seq_len <= MAX_MICRO_TOKENS
+                    most % micro_batch_size == 0 and micro_batch_size * job.seq_len <= MAX_MICRO_TOKENS
                 )
                 if job.micro_batch_size or micro_batch_size == 1 or fits_batch:
                     yield replace(job, recompute=recompute, micro_batch_size=micro_batch_size), tried

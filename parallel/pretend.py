@@ -186,9 +186,10 @@ def _send_and_receive(operations: list[dist.P2POp]) -> list[dist.Work]:
 
 @contextmanager
 def pretended_manager() -> Iterator[None]:
-    """Let a chunk manager plan and move tensors on `meta`, which have no values: its kernels, which are
-    compiled and hold nothing, compute nothing; the host's work is done by the calling thread, which is
-    watched; and the free memory of this computer does not matter."""
+    """Let a chunk manager plan and move tensors on `meta`, which have no values.
+
+    Its kernels, which are compiled and hold no memory, compute nothing. The calling thread does the host's
+    work, because it is the thread that is watched. The free memory of this computer does not matter."""
     nothing = lambda *args: None
     with ExitStack() as stack:
         stack.enter_context(mock.patch("memory.lanes.ThreadPoolExecutor", _InThisThread))
@@ -227,8 +228,8 @@ class _InThisThread(Executor):
 
 
 class _TakeColumns(torch.autograd.Function):
-    """Gives a gradient that takes no memory, as elsewhere the sparse one of C numbers hardly does; `meta` has
-    no sparse tensors."""
+    """Gives a gradient that takes no memory. On a device this gradient is sparse: its C numbers take hardly
+    any memory. There are no sparse tensors on `meta`."""
 
     @staticmethod
     def forward(ctx, x: Tensor, columns: Tensor) -> Tensor:
@@ -296,9 +297,9 @@ def _flash_on_gpu(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -
     installed here, and does not know `meta`."""
     if mask is None:
         return _sdpa_on_gpu(q, k, v, None)
-    n_rows, n_tokens = q.shape[:2]
-    if mask.cu_seqlens is None:  # a row is one document
-        ends = torch.arange(n_rows + 1, dtype=torch.int32, device=q.device) * n_tokens
+    n_sequences, n_tokens = q.shape[:2]
+    if mask.cu_seqlens is None:  # a sequence is one document
+        ends = torch.arange(n_sequences + 1, dtype=torch.int32, device=q.device) * n_tokens
         mask = AttentionMask(cu_seqlens=ends, window=mask.window)
     return attention._varlen(q, k, v, mask)
 
@@ -317,8 +318,8 @@ def _sdpa_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
 
 
 def _fused_loss(counter: StepCounter) -> Callable:
-    """Return what holds what the compiled loss of a chunk holds: its logits and their gradient, in the dtype
-    that computes. The float32 numbers are in registers."""
+    """Return a function that holds the same memory as the compiled loss of a chunk: the logits and their
+    gradient, in the dtype of the computation. The float32 numbers are in registers."""
 
     def loss_of_a_chunk(hidden: Tensor, weight: Tensor, labels: Tensor, loss_of: Callable, wants_grad: bool):
         logits = hidden.new_empty(len(hidden), len(weight))

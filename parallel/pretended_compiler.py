@@ -36,7 +36,7 @@ def compiler(counter: StepCounter) -> Callable[[Callable], Callable]:
         return build(graph, inputs)
 
     compile = torch.compile
-    # What was compiled for an earlier count, of rows of another length, would leave symbols in the shapes.
+    # What was compiled for an earlier count, with another sequence length, would leave symbols in the shapes.
     torch.compiler.reset()
 
     def pretended_compile(function: Callable, **how) -> Callable:

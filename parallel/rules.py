@@ -229,8 +229,8 @@ def all_hold(rules: Sequence[Rule], case: Case) -> bool:
 
 
 def what_works(rules: Sequence[Rule], case: Case) -> dict[str, list]:
-    """Return {field: values}: each single change that satisfies the first broken rule, and that no other such
-    change surpasses in how many of the rules after it hold."""
+    """Return {field: values} with each single change that satisfies the first broken rule. Of these changes,
+    only those are returned after which the most of the later rules hold."""
     broken = _first_broken(rules, case)
     # {(field, value): the index of the first rule that does not hold after this change}
     next_broken = {
@@ -474,8 +474,8 @@ CONTEXT = [
     Rule(
         "cp_method",
         lambda c: not (c.is_ring and c.job.model.hides_tokens(c.seq_len)),
-        "knows no sliding window, and the model has sliding_window={c.sliding_window} for rows of "
-        "seq_len={c.seq_len}",
+        "knows no sliding window, and the model has sliding_window={c.sliding_window} for "
+        "sequences of seq_len={c.seq_len}",
         {"cp_method": ["ulysses"], "seq_len": lambda c: [c.sliding_window]},
     ),
     Rule(

@@ -7,7 +7,7 @@
     counter.peak_bytes, counter.peak_moment, counter.traffic, counter.products
 
 It watches tensors of one device. With `meta` they hold no memory, so that any size can be counted on a laptop
-(dry_run.py); with `cpu` it counts a real run of a few processes, by which the tests hold the former.
+(dry_run.py). With `cpu` it counts a real run of a few processes, and the tests compare both counts.
 
 storage   the memory behind a tensor and its views. It is counted from the operation that first returned it
           until nothing refers to it any more, and anew whenever FSDP resizes it.
@@ -74,10 +74,12 @@ class Product(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """Describes calls of an attention kernel that are alike; tokens and keys of each sequence."""
+    """Describes calls of an attention kernel that are alike.
+
+    batch: how many sequences, or documents if the kernel keeps them apart. tokens, keys: of each of them."""
 
     is_backward: bool
-    sequences: int
+    batch: int
     heads: int
     tokens: int
     keys: int
@@ -88,7 +90,7 @@ class Attention(NamedTuple):
     def flops(self) -> int:
         """Return the FLOPs of its matrix products: two in forward, five in backward, which computes the
         scores again. A causal kernel leaves out half of them."""
-        one = 2 * self.sequences * self.heads * self.tokens * self.keys * self.head_dim
+        one = 2 * self.batch * self.heads * self.tokens * self.keys * self.head_dim
         return one * (5 if self.is_backward else 2) // (2 if self.is_causal else 1)
 
 
@@ -135,8 +137,8 @@ class StepCounter(TorchDispatchMode):
     """See the first lines of this file.
 
     device_type: of the tensors whose bytes count. axes: the axis of each group, from `groups_of`.
-    block_bytes: a storage counts as a multiple of so many. document_tokens: of each document, if rows of
-    several documents go to varlen_attn, which has their ends as values; None: a row is one.
+    block_bytes: a storage counts as a multiple of so many. document_tokens: of each document, if
+    sequences of several documents go to varlen_attn, which has their ends as values; None: a sequence is one.
     """
 
     supports_higher_order_operators = True
@@ -404,13 +406,13 @@ class StepCounter(TorchDispatchMode):
         names = [argument.name for argument in op._schema.arguments]
         given = dict(zip(names, args, strict=False)) | kwargs
         q, k = given["query"], given["key"]
-        if is_varlen:  # the tokens of all rows in a line, (N, H, E), and the length of a row
+        if is_varlen:  # the tokens of all sequences in a line, (N, H, E), and the length of one
             n_tokens, n_heads, head_dim = q.shape
             before, _ = given.get("window_size") or (-1, 0)
-            for length, n_documents in self._documents_of_row(given["max_q"]).items():
+            for length, n_documents in self._documents_of_sequence(given["max_q"]).items():
                 width = length if before < 0 else min(length, before + 1)
-                # A causal kernel sees half of so many keys, in the mean: of the first queries' windows
-                # a part.
+                # Twice the keys that a query sees on average, since half are left out of a causal kernel. The
+                # windows of the first queries are cut short.
                 n_keys = round(2 * width - width**2 / length)
                 shape = (n_documents * n_tokens // given["max_q"], n_heads, length, n_keys)
                 self.attention[Attention(is_backward, *shape, head_dim, True)] += 1
@@ -419,8 +421,8 @@ class StepCounter(TorchDispatchMode):
             shape = (*batch, n_tokens, k.shape[2])
             self.attention[Attention(is_backward, *shape, head_dim, given.get("is_causal", False))] += 1
 
-    def _documents_of_row(self, n_tokens: int) -> dict[int, int]:
-        """Return the lengths of the documents of a row, and how many have each: a row's end cuts the last."""
+    def _documents_of_sequence(self, n_tokens: int) -> dict[int, int]:
+        """Return the lengths of a sequence's documents, and how many have each; its end cuts the last."""
         length = min(self.document_tokens or n_tokens, n_tokens)
         n_whole, rest = divmod(n_tokens, length)
         return {length: n_whole} | ({rest: 1} if rest else {})

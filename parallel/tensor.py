@@ -84,8 +84,10 @@ def summed_over_tp(weight: DTensor) -> Tensor:
 
 
 class NormOfOwnTokens(nn.RMSNorm):
-    """Maps (B, T/tp, D) to (B, T/tp, D), or q (B, T, H/tp, E) to its like: the weight is whole, and each rank
-    norms its own tokens or heads. torch's SequenceParallel would sum the weight's gradients in bf16."""
+    """Maps (B, T/tp, D) to (B, T/tp, D), or q (B, T, H/tp, E) to the same shape.
+
+    The weight is whole, and each rank norms its own tokens or heads. torch's SequenceParallel would sum the
+    weight's gradients in bf16."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, summed_over_tp(self.weight), self.eps)

@@ -47,7 +47,7 @@ def apply_zero(
     there is nothing to share and nothing to cast. Parameters then stay as they are: FSDP would copy each of
     them for nothing, which took 4 % of a step of tiny-15m on a CPU (recipes/bench/step_price.py) and 7 % of
     one of GPT-2 under tp 2 (recipes/bench/models_tp.py). In a pipeline FSDP stays, because it also adds up
-    the gradients of the microbatches before anyone hears of them.
+    the gradients of the microbatches before they are reduced.
 
     shard_dim: returns the dim along which a parameter is sharded over a number of ranks. If it is not dim 0,
         its size must be a multiple of that number.

@@ -1,11 +1,11 @@
-"""Time the training step of pretrain.py on synthetic rows, with the same flags, and print one JSON line.
+"""Time the training step of pretrain.py on synthetic sequences, with the same flags, and print one JSON line.
 
     python recipes/benchmark.py --model tiny-5m --data.seq-len 256 --train.global-batch-size 16
     torchrun --nproc-per-node 8 recipes/benchmark.py --model llama2-7b --train.compile --train.recompute full
 
-With --data.document-mask the rows are packed documents of 512 tokens on average. With --data.path it also
-measures whether reading the data costs training time: steps on real rows and on synthetic rows take turns in
-one run, and `real_over_synthetic` is the ratio of their median times (1.0: reading costs nothing).
+With --data.document-mask each sequence is packed with documents of 512 tokens on average. With --data.path it
+also measures whether reading the data costs training time: steps on real and on synthetic sequences take
+turns in one run, and `real_over_synthetic` is the ratio of their median times (1.0: reading costs nothing).
 """
 
 import json
@@ -67,23 +67,23 @@ class DataConfig:
     path: tuple[str, ...] = ()
     # A Hugging Face folder, a tokenizer.json or a SentencePiece .model; None takes the one of --model.
     tokenizer: FilePath | None = None
-    seq_len: int | None = None  # tokens of a row; None: as many as the model was made for
-    document_mask: bool = False  # keep a token from attending to other documents of its packed row
+    seq_len: int | None = None  # tokens of a sequence; None: as many as the model was made for
+    document_mask: bool = False  # keep a token from attending to other documents of its packed sequence
     # The field of a .jsonl line, or the column of a .parquet, that holds the text.
     # `a.b` is field b inside field a.
     text_field: str = "text"
     # A record without text ends the run, or is left out, counted, and listed in RUN/bad-records.jsonl.
     bad_records: Literal["refuse", "skip"] = "refuse"
-    validation_share: float = 0.01  # share of the rows that is held out
+    validation_share: float = 0.01  # share of the sequences that is held out
     cache_dir: str = "~/.cache/dtensor-llama"  # tokenized text, reused by every run on the same files
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     steps: int = 20  # how many steps of each kind are timed, after the warm-up
-    global_batch_size: int = 32  # rows of one step, on all ranks together
-    micro_batch_size: int = 1  # rows of one forward of a rank: the first thing to lower when memory runs out
-    seed: int = 0  # decides the initial weights and the order of the rows
+    global_batch_size: int = 32  # sequences of one step, on all ranks together
+    micro_batch_size: int = 1  # sequences of one forward of a rank: lower it first when memory runs out
+    seed: int = 0  # decides the initial weights and the order of the sequences
     lr: float = 3e-4  # the peak; LLaMA-2 took 3e-4 for 7b and 13b and 1.5e-4 for 70b, at 4M tokens a step
     min_lr: float | None = None  # where the cosine ends; None: a tenth of the peak
     warmup_steps: int | None = None  # None: 2 % of the steps, at most the 2,000 of LLaMA-2
@@ -102,7 +102,7 @@ class TrainConfig:
     # varlen keeps packed documents apart without a mask.
     attention: Literal["auto", "flash", "varlen", "sdpa", "math"] = "auto"
     validate_every: int = 100  # steps between two validations; 0: none
-    validation_rows: int = 64  # how many of the held-out rows each validation reads
+    validation_rows: int = 64  # how many of the held-out sequences each validation reads
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """Time the training step on synthetic rows; with --data.path also on real ones, taking turns."""
+    """Time the training step on synthetic sequences; with --data.path also on real ones, taking turns."""
 
     model: FilePath  # preset (llama2-7b, tiny-10m, ...) or a Hugging Face folder, of which the shape is taken
     warmup: int = 3  # steps before the clock starts
@@ -359,9 +359,9 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """Run forward and backward of one global batch, clip the gradients, and step the optimizer.
 
-    Returns (loss, gradient norm), the same on every rank. microbatches: the rows of this dp rank. n_targets:
-        scored labels of the whole global batch, so that the sums over microbatches and ranks give the mean,
-        and neither padding nor accumulation changes it.
+    Returns (loss, gradient norm), the same on every rank. microbatches: the sequences of this dp rank.
+        n_targets: scored labels of the whole global batch, so that the sums over microbatches and ranks give
+        the mean, and neither padding nor accumulation changes it.
     """
     optimizer, layout = training.optimizer, training.layout
     for group in optimizer.param_groups:

@@ -40,11 +40,11 @@ from parallel import Booster, ParallelConfig
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Decides how long, on what rows and with which learning rate to train."""
+    """Decides how long, on what sequences and with which learning rate to train."""
 
     steps: int = 100
-    rows: int = 8  # rows per step, over all ranks
-    seq_len: int = 512  # tokens per row; the texts are joined and cut into rows
+    rows: int = 8  # sequences per step, over all ranks
+    seq_len: int = 512  # tokens per sequence; the texts are joined and cut into sequences
     lr: float = 5e-5  # the peak of the learning rate
     min_lr: float | None = None  # where the cosine ends; None: a tenth of the peak
     warmup_steps: int | None = None  # None: 2 % of the steps
@@ -53,7 +53,7 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights and moments are float32
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool = False  # torch.compile each block
-    seed: int = 0  # for the order of the rows, and for dropout
+    seed: int = 0  # for the order of the sequences, and for dropout
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,10 @@ def main(cfg: FinetuneConfig) -> None:
     )
     tokenizer, model = open_base(cfg.model)
     model.train()  # from_pretrained turns dropout off
-    rows = rows_of(cfg, tokenizer, model.config.get_text_config().vocab_size)
+    sequences = sequences_of(cfg, tokenizer, model.config.get_text_config().vocab_size)
 
     # 2. Make an ordinary training set-up, which the Booster then spreads over the ranks. Every rank makes the
-    # same one, with the same order of rows, and the Booster gives each dp rank its share of every batch.
+    # same one, with the same order of sequences, and the Booster gives each dp rank its share of every batch.
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
     groups = [
@@ -109,7 +109,7 @@ def main(cfg: FinetuneConfig) -> None:
     ]
     optimizer = torch.optim.AdamW(groups, lr=cfg.train.lr, fused=True)
     order = torch.Generator().manual_seed(cfg.train.seed)
-    dataloader = DataLoader(rows, cfg.train.rows, shuffle=True, generator=order, collate_fn=as_batch)
+    dataloader = DataLoader(sequences, cfg.train.rows, shuffle=True, generator=order, collate_fn=as_batch)
     model, optimizer, dataloader, _ = booster.boost(model, optimizer, dataloader)
     try:
         first_writable([cfg.out])  # so that this is found before the training, and not after it
@@ -182,11 +182,11 @@ def open_base(folder: str) -> tuple[Any, Any]:
     return tokenizer, model
 
 
-def rows_of(cfg: FinetuneConfig, tokenizer, vocab_size: int) -> list[Tensor]:
-    """Return all texts, each followed by an end-of-sequence token, joined and cut into rows (T,) int64.
+def sequences_of(cfg: FinetuneConfig, tokenizer, vocab_size: int) -> list[Tensor]:
+    """Return sequences (T,) int64: all texts, each followed by the tokenizer's EOS token, joined and cut.
 
     Raises UsageError for files and records that cannot be read, for ids beyond the model's vocabulary, and if
-    all texts together make fewer rows than a step takes."""
+    all texts together make fewer sequences than a step takes."""
     tokens = []
     try:
         for path in expand_paths([cfg.text]):
@@ -202,23 +202,24 @@ def rows_of(cfg: FinetuneConfig, tokenizer, vocab_size: int) -> list[Tensor]:
             f"of {vocab_size}; give a folder in which they belong together."
         )
     seq_len, wanted = cfg.train.seq_len, cfg.train.rows
-    n_rows = len(tokens) // seq_len
-    if n_rows < wanted:
+    n_sequences = len(tokens) // seq_len
+    if n_sequences < wanted:
         raise UsageError(
             f"text={cfg.text} has {len(tokens)} tokens, fewer than one step takes: rows={wanted} of "
             f"seq_len={seq_len}. Use more text, a smaller `seq_len` or fewer `rows`."
         )
     if dist.get_rank() == 0:
-        n_read = cfg.train.steps * wanted / n_rows
+        n_read = cfg.train.steps * wanted / n_sequences
         print(
-            f"text      {len(tokens):,} tokens: {n_rows:,} rows of {seq_len}; each is read {n_read:.2f} times"
+            f"text      {len(tokens):,} tokens: {n_sequences:,} sequences of {seq_len}; each is read "
+            f"{n_read:.2f} times"
         )
-    return list(torch.tensor(tokens[: n_rows * seq_len]).view(n_rows, seq_len))
+    return list(torch.tensor(tokens[: n_sequences * seq_len]).view(n_sequences, seq_len))
 
 
-def as_batch(rows: list[Tensor]) -> dict[str, Tensor]:
-    """Return rows (T,) as a Hugging Face batch (B, T). Labels equal tokens, since the model shifts them."""
-    tokens = torch.stack(rows)
+def as_batch(sequences: list[Tensor]) -> dict[str, Tensor]:
+    """Return sequences (T,) as a Hugging Face batch (B, T); labels equal tokens, as the model shifts them."""
+    tokens = torch.stack(sequences)
     return {"input_ids": tokens, "labels": tokens}
 
 

@@ -29,7 +29,7 @@ from tyro.conf import UseAppendAction
 
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf
 from dtensor_llama.atomic import is_first_rank
-from dtensor_llama.attention import WholeRows, choose_attention
+from dtensor_llama.attention import WholeSequences, choose_attention
 from dtensor_llama.cli import AtLeast, FilePath, Launch, check_numbers, read_launch, run_recipe
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
 from dtensor_llama.errors import BadRecord
@@ -117,7 +117,7 @@ def main(cfg: GenerateConfig) -> None:
         apply_tensor_parallel(model, mesh["tp"], sequence_parallel=False)
     model.to_empty(device=device)
     load_hf(model, cfg.model)
-    model.attention = WholeRows(kernel)
+    model.attention = WholeSequences(kernel)
     # Every rank draws the same tokens.
     sampling = Sampling(cfg.temperature, cfg.top_p, torch.Generator(device).manual_seed(cfg.seed))
     writer = Writer(model, tokenizer, cfg.max_new_tokens, stop_ids, sampling, is_chat=cfg.chat)

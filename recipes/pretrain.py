@@ -78,23 +78,23 @@ class DataConfig:
     path: tuple[str, ...] = ()
     # A Hugging Face folder, a tokenizer.json or a SentencePiece .model; None takes the one of --model.
     tokenizer: FilePath | None = None
-    seq_len: int | None = None  # tokens of a row; None: as many as the model was made for
-    document_mask: bool = False  # keep a token from attending to other documents of its packed row
+    seq_len: int | None = None  # tokens of a sequence; None: as many as the model was made for
+    document_mask: bool = False  # keep a token from attending to other documents of its packed sequence
     # The field of a .jsonl line, or the column of a .parquet, that holds the text.
     # `a.b` is field b inside field a.
     text_field: str = "text"
     # A record without text ends the run, or is left out, counted, and listed in RUN/bad-records.jsonl.
     bad_records: Literal["refuse", "skip"] = "refuse"
-    validation_share: float = 0.01  # share of the rows that is held out
+    validation_share: float = 0.01  # share of the sequences that is held out
     cache_dir: str = "~/.cache/dtensor-llama"  # tokenized text, reused by every run on the same files
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     steps: int = 1000  # optimizer steps
-    global_batch_size: int = 32  # rows of one step, on all ranks together
-    micro_batch_size: int = 1  # rows of one forward of a rank: the first thing to lower when memory runs out
-    seed: int = 0  # decides the initial weights and the order of the rows
+    global_batch_size: int = 32  # sequences of one step, on all ranks together
+    micro_batch_size: int = 1  # sequences of one forward of a rank: lower it first when memory runs out
+    seed: int = 0  # decides the initial weights and the order of the sequences
     lr: float = 3e-4  # the peak; LLaMA-2 took 3e-4 for 7b and 13b and 1.5e-4 for 70b, at 4M tokens a step
     min_lr: float | None = None  # where the cosine ends; None: a tenth of the peak
     warmup_steps: int | None = None  # None: 2 % of the steps, at most the 2,000 of LLaMA-2
@@ -113,7 +113,7 @@ class TrainConfig:
     # varlen keeps packed documents apart without a mask.
     attention: Literal["auto", "flash", "varlen", "sdpa", "math"] = "auto"
     validate_every: int = 100  # steps between two validations; 0: none
-    validation_rows: int = 64  # how many of the held-out rows each validation reads
+    validation_rows: int = 64  # how many of the held-out sequences each validation reads
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def main(cfg: PretrainConfig) -> None:
     # ---- 3. The parts --------------------------------------------------------------------------------------
     text = TextOptions(cfg.data.text_field, cfg.data.bad_records)
     packing = Packing(seq_len, cfg.data.validation_share, cfg.train.seed)
-    rows = open_sequences(cfg.data.path, tokenizer, cache_dirs, text, packing)
+    sequences = open_sequences(cfg.data.path, tokenizer, cache_dirs, text, packing)
     start_process_group(device, launch.world_size, attempt=launch.attempt)
     if memory_note:
         say(f"memory    {memory_note}")
@@ -218,7 +218,7 @@ def main(cfg: PretrainConfig) -> None:
     build_optimizer = adamw(cfg.train.lr, cfg.train.weight_decay)
     training = assemble(model, layout, computation, build_optimizer, offload, say)
     checkpoints = Checkpointer(run_dir / "checkpoints", keep=cfg.checkpoint.keep)
-    record = run_record(cfg, model_config, rows, model.generation_config)
+    record = run_record(cfg, model_config, sequences, model.generation_config)
     step, position = resume(cfg.checkpoint.resume, checkpoints, model, training.optimizer, record, say)
     if step == 0:
         weights = training.fp32_weights()
@@ -230,12 +230,14 @@ def main(cfg: PretrainConfig) -> None:
     batch_sizes = cfg.train.global_batch_size, cfg.train.micro_batch_size
     pins = device.type == "cuda"
     batching = Batching(*batch_sizes, layout.dp_rank, resolved.dp, cfg.data.document_mask, pins)
-    reader = SequenceReader(rows, batching, position)
+    reader = SequenceReader(sequences, batching, position)
     attention = f"{kernel} ({why})"
-    facts = RunFacts(model_config, rows, rows.contents, resolved, AXES, n_microbatches, device, attention)
+    facts = RunFacts(
+        model_config, sequences, sequences.contents, resolved, AXES, n_microbatches, device, attention
+    )
     if is_main:
         keep_tokenizer(run_dir, tokenizer)
-    report = open_report(run_dir, step, asdict(cfg), facts, lines_on_data(cfg, rows, run_dir), launch)
+    report = open_report(run_dir, step, asdict(cfg), facts, lines_on_data(cfg, sequences, run_dir), launch)
 
     # ---- 4. The loop ---------------------------------------------------------------------------------------
     stop = StopSignal(launch.launcher_pid, say=report.say)
@@ -260,14 +262,14 @@ def main(cfg: PretrainConfig) -> None:
         at_end = step == cfg.train.steps
         is_last = stopped or at_end
         saves = is_due(step, cfg.checkpoint.every, is_last)
-        validates = rows.n_validation and is_due(step, cfg.train.validate_every, at_end)
+        validates = sequences.n_validation and is_due(step, cfg.train.validate_every, at_end)
         # The loss is read while the device computes the next step.
         # Before a checkpoint or a validation we wait for it, so that a bad step is found first.
         finished = report.finished(wait=bool(is_last or saves or validates))
         validation_losses = {}
         if validates:
-            held_out = {"": rows}  # all of them together, and below each source of a mix
-            held_out |= {name: source for name, source, _ in rows.parts(0) if name}
+            held_out = {"": sequences}  # all of them together, and below each source of a mix
+            held_out |= {name: source for name, source, _ in sequences.parts(0) if name}
             for name, source in held_out.items():
                 batches = validation_batches(source, batching, cfg.train.validation_rows)
                 validation_losses[name] = training.evaluate(list(batches))
@@ -297,9 +299,9 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """Run forward and backward of one global batch, clip the gradients, and step the optimizer.
 
-    Returns (loss, gradient norm), the same on every rank. microbatches: the rows of this dp rank. n_targets:
-        scored labels of the whole global batch, so that the sums over microbatches and ranks give the mean,
-        and neither padding nor accumulation changes it.
+    Returns (loss, gradient norm), the same on every rank. microbatches: the sequences of this dp rank.
+        n_targets: scored labels of the whole global batch, so that the sums over microbatches and ranks give
+        the mean, and neither padding nor accumulation changes it.
     """
     optimizer, layout = training.optimizer, training.layout
     for group in optimizer.param_groups:
@@ -348,17 +350,17 @@ def say_what_a_step_does(cfg: PretrainConfig) -> None:
 # ---- What a checkpoint records, what is printed ------------------------------------------------------------
 
 
-def run_record(cfg: PretrainConfig, model_config: LlamaConfig, rows, generation: dict) -> RunRecord:
+def run_record(cfg: PretrainConfig, model_config: LlamaConfig, sequences, generation: dict) -> RunRecord:
     """Return what a checkpoint records about its run.
 
     `fixed` is what a run that resumes from it must have too: with other values the saved data position and
     weights would not fit. `may_change` may differ, and the resumed run prints how."""
     fixed = {
         "--model": asdict(model_config),
-        "--data.seq-len": rows.seq_len,
+        "--data.seq-len": sequences.seq_len,
         **values_by_flag(cfg, ("train.seed", "data.validation_share")),
-        "--data.path and --data.tokenizer": rows.contents,
-        CONTENT: rows.content_hash,
+        "--data.path and --data.tokenizer": sequences.contents,
+        CONTENT: sequences.content_hash,
     }
     may_change = (
         "train.steps",
@@ -377,15 +379,15 @@ def run_record(cfg: PretrainConfig, model_config: LlamaConfig, rows, generation:
     return RunRecord(fixed, values_by_flag(cfg, may_change), generation)
 
 
-def lines_on_data(cfg: PretrainConfig, rows, run_dir: Path) -> list[str]:
-    """Describe each source of the data: how many tokens and rows it has, and how often this run reads it."""
+def lines_on_data(cfg: PretrainConfig, sequences, run_dir: Path) -> list[str]:
+    """Describe each source of the data: its tokens and its sequences, and how often this run reads them."""
     lines = []
-    sources = rows.parts(cfg.train.steps * cfg.train.global_batch_size)
+    sources = sequences.parts(cfg.train.steps * cfg.train.global_batch_size)
     for name, source, n_read in sources:
         lines.append(
             f"data      {name + ': ' if name else ''}{source.corpus.n_tokens:,} tokens: {source.n_train:,} "
-            f"rows of {rows.seq_len} to train on, {source.n_validation:,} held out; this run reads them "
-            f"{n_read / source.n_train:.2f} times"
+            f"sequences of {sequences.seq_len} to train on, {source.n_validation:,} held out; this run reads "
+            f"them {n_read / source.n_train:.2f} times"
         )
     log_skipped([source.corpus for _, source, _ in sources], run_dir, lines.append)
     return lines

@@ -4,10 +4,10 @@
     torchrun --nproc-per-node 8 recipes/sft.py --model llama2-7b/ --data.path 'chats/*.parquet' --lora.rank 16
     python recipes/sft.py --model llama2-7b/ --data.path chat.jsonl --preview 3    # show what is trained
 
-This is pretrain.py with other data, and with the same step. A row holds whole conversations, and only what
-the assistant says is scored. What the user leaves open (None below) is chosen from the data and the hardware,
-and the reason is printed. The run folder holds what pretrain.py's does. With LoRA it also has hf-adapter/,
-beside the merged model in hf/.
+This is pretrain.py with other data, and with the same step. A sequence holds whole conversations, and only
+what the assistant says is scored. What the user leaves open (None below) is chosen from the data and the
+hardware, and the reason is printed. The run folder holds what pretrain.py's does. With LoRA it also has
+hf-adapter/, beside the merged model in hf/.
 """
 
 import math
@@ -93,9 +93,9 @@ class DataConfig:
     path: tuple[str, ...] = ()
     # A Hugging Face folder, a tokenizer.json or a SentencePiece .model; None takes the one of --model.
     tokenizer: FilePath | None = None
-    # Tokens of a row; None: as many as the longest example has, at most what the model was made for.
+    # Tokens of a sequence; None: as many as the longest example has, at most what the model was made for.
     seq_len: int | None = None
-    overlong: Literal["drop", "truncate"] = "drop"  # what happens to examples that are longer than a row
+    overlong: Literal["drop", "truncate"] = "drop"  # what happens to longer examples
     # A record that cannot be trained on ends the run (refuse),
     # or is left out, counted, and listed in RUN/bad-records.jsonl (skip).
     bad_records: Literal["refuse", "skip"] = "refuse"
@@ -105,8 +105,8 @@ class DataConfig:
     # auto writes a conversation with the tokenizer's chat template, or with LLaMA-2's if it has none.
     # none writes prompt and completion as they are.
     template: Literal["auto", "none"] = "auto"
-    packing: bool = True  # put several examples into a row; none of them attends to another
-    validation_share: float = 0.02  # share of the rows that is held out
+    packing: bool = True  # put several examples into a sequence; none of them attends to another
+    validation_share: float = 0.02  # share of the sequences that is held out
     cache_dir: str = "~/.cache/dtensor-llama"  # tokenized data, reused by every run on the same files
 
 
@@ -114,9 +114,9 @@ class DataConfig:
 class TrainConfig:
     epochs: float = 2.0  # how often the data is read, if `steps` is None
     steps: int | None = None  # optimizer steps; None: as many as the epochs need
-    global_batch_size: int | None = None  # rows of one step, on all ranks together; None: about 32 examples
-    micro_batch_size: int | None = None  # rows of one forward of a rank; None: as many as fit the memory
-    seed: int = 0  # decides the initial adapters, the order of the rows and the noise
+    global_batch_size: int | None = None  # sequences of one step, on all ranks; None: about 32 examples
+    micro_batch_size: int | None = None  # sequences of one forward of a rank; None: as many as fit
+    seed: int = 0  # decides the initial adapters, the order of the sequences and the noise
     lr: float | None = None  # the peak; None: 2e-5 as LLaMA-2 (arXiv:2307.09288, sec. 3.1), with LoRA 2e-4
     min_lr: float | None = None  # where the cosine ends; None: a tenth of the peak
     warmup_steps: int | None = None  # None: 2 % of the steps, at most the 2,000 of LLaMA-2
@@ -137,7 +137,7 @@ class TrainConfig:
     # varlen keeps packed documents apart without a mask.
     attention: Literal["auto", "flash", "varlen", "sdpa", "math"] = "auto"
     validate_every: int | None = None  # steps between two validations; None: ten in a run; 0: none
-    validation_rows: int = 64  # how many of the held-out rows each validation reads
+    validation_rows: int = 64  # how many of the held-out sequences each validation reads
     answers: int = 3  # held-out prompts that are answered at each validation, also in TensorBoard
     answer_tokens: int = 48  # tokens of each answer, at most
 
@@ -156,8 +156,8 @@ class SftConfig:
     """Fine-tune the model in a Hugging Face folder on conversations.
 
     dryrun.py says before a run what each rank would hold and how long a step would take: give it --gpus,
-    --gpu, --data.document-mask (rows here are packed), and --model, --data.seq-len, --train.*, --parallel.*,
-    --memory.* and --lora.* as here, with numbers for what is None below."""
+    --gpu, --data.document-mask (sequences here are packed), and --model, --data.seq-len, --train.*,
+    --parallel.*, --memory.* and --lora.* as here, with numbers for what is None below."""
 
     model: FilePath  # Hugging Face folder with config.json, safetensors and tokenizer; or a preset
     random_init: bool = False  # take only config.json of the folder, not its weights
@@ -167,8 +167,8 @@ class SftConfig:
     memory: MemoryConfig = MemoryConfig()  # where optimizer states and block inputs live
     lora: LoraConfig = LoraConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    preview: int = 0  # print this many rows, with trained tokens bright, and end
-    # write those rows to this file as {"tokens", "labels"} (without --preview: all rows), and end
+    preview: int = 0  # print this many sequences, with trained tokens bright, and end
+    # write these sequences to this file as {"tokens", "labels"} (without --preview: all), and end
     preview_json: FilePath | None = None
     run_dir: FilePath = "runs/sft"  # everything this run writes
 
@@ -236,15 +236,15 @@ def main(cfg: SftConfig) -> None:
     model.config = model_config = model.config.also_ending_at(corpus.end_ids)
     model.generation_config = base.generation_config(model_config)
     cfg, chosen = choose(cfg, model_config, corpus, tokenizer, launch)
-    train, resolved, rows = cfg.train, chosen.layout, chosen.rows
+    train, resolved, sequences = cfg.train, chosen.layout, chosen.sequences
     check_schedule(train)  # once more, as the peak may have been open
     if cfg.preview or cfg.preview_json:
         if is_main:
-            log_conversations(rows, template.name, say)
+            log_conversations(sequences, template.name, say)
             log_skipped([corpus], None, say)
-            preview(rows, tokenizer, cfg.preview, cfg.preview_json)
+            preview(sequences, tokenizer, cfg.preview, cfg.preview_json)
         return
-    seq_len = rows.seq_len
+    seq_len = sequences.seq_len
     kernel, why = choose_attention(
         train.attention, device, dtype, merges_blocks=resolved.is_ring, documents=True
     )
@@ -275,15 +275,15 @@ def main(cfg: SftConfig) -> None:
     # The weights are loaded before a resumption too, since a LoRA checkpoint has no frozen ones.
     set_weights(training, base, train.seed)
     checkpoints = Checkpointer(run_dir / "checkpoints", keep=cfg.checkpoint.keep)
-    record = run_record(cfg, base, model_config, rows, model.generation_config)
+    record = run_record(cfg, base, model_config, sequences, model.generation_config)
     step, position = resume(cfg.checkpoint.resume, checkpoints, model, training.optimizer, record, say)
 
     batch_sizes, pins = (train.global_batch_size, train.micro_batch_size), device.type == "cuda"
     batching = Batching(*batch_sizes, layout.dp_rank, resolved.dp, document_mask=True, pin_memory=pins)
-    reader = SequenceReader(rows, batching, position)
+    reader = SequenceReader(sequences, batching, position)
     facts = RunFacts(
         model_config,
-        rows,
+        sequences,
         str(corpus.folder),
         resolved,
         AXES,
@@ -293,15 +293,17 @@ def main(cfg: SftConfig) -> None:
     )
     if is_main:
         keep_tokenizer(run_dir, tokenizer, template.source)
-    report = open_report(run_dir, step, asdict(cfg), facts, lines_on_data(cfg, rows, template.name), launch)
+    report = open_report(
+        run_dir, step, asdict(cfg), facts, lines_on_data(cfg, sequences, template.name), launch
+    )
     for reason in chosen.reasons:
         report.say(reason)
-    prompts = held_out_prompts(rows, train.answers, train.answer_tokens)
+    prompts = held_out_prompts(sequences, train.answers, train.answer_tokens)
     if prompts and resolved.pp * resolved.cp > 1:
         prompts = []
         report.say(
-            "answers   none are sampled in training: no rank of a pipeline or of cp sees whole rows in a "
-            "whole model"
+            "answers   none are sampled in training: no rank of a pipeline or of cp sees whole sequences in "
+            "a whole model"
         )
 
     # ---- 4. The loop ---------------------------------------------------------------------------------------
@@ -329,13 +331,13 @@ def main(cfg: SftConfig) -> None:
         at_end = step == train.steps
         is_last = stopped or at_end
         saves = is_due(step, cfg.checkpoint.every, is_last)
-        validates = rows.n_validation and is_due(step, train.validate_every, at_end)
+        validates = sequences.n_validation and is_due(step, train.validate_every, at_end)
         # The loss is read while the device computes the next step.
         # Before a checkpoint or a validation we wait for it, so that a bad step is found first.
         finished = report.finished(wait=bool(is_last or saves or validates))
         validation_losses, answers = {}, []
         if validates:
-            batches = validation_batches(rows, batching, train.validation_rows)
+            batches = validation_batches(sequences, batching, train.validation_rows)
             validation_losses[""] = training.evaluate(list(batches))
             answers = answer(model, prompts, train.answer_tokens, model_config.ends, tokenizer, resolved.tp)
         report.write(finished, validation_losses, answers)
@@ -364,9 +366,9 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """Run forward and backward of one global batch, clip the gradients, and step the optimizer.
 
-    Returns (loss, gradient norm), the same on every rank. microbatches: the rows of this dp rank. n_targets:
-        scored labels of the whole global batch, so that the sums over microbatches and ranks give the mean,
-        and neither padding nor accumulation changes it.
+    Returns (loss, gradient norm), the same on every rank. microbatches: the sequences of this dp rank.
+        n_targets: scored labels of the whole global batch, so that the sums over microbatches and ranks give
+        the mean, and neither padding nor accumulation changes it.
     """
     optimizer, layout = training.optimizer, training.layout
     for group in optimizer.param_groups:
@@ -465,11 +467,11 @@ def choose(
     )
     peak = train.lr or (2e-4 if cfg.lora.rank else 2e-5)
     closed = replace(train, **chosen.settings, lr=peak)
-    return replace(cfg, train=closed, data=replace(data, seq_len=chosen.rows.seq_len)), chosen
+    return replace(cfg, train=closed, data=replace(data, seq_len=chosen.sequences.seq_len)), chosen
 
 
 def run_record(
-    cfg: SftConfig, base: Base, model_config: LlamaConfig, rows: PackedExamples, generation: dict
+    cfg: SftConfig, base: Base, model_config: LlamaConfig, sequences: PackedExamples, generation: dict
 ) -> RunRecord:
     """Return what a checkpoint records about its run.
 
@@ -481,8 +483,8 @@ def run_record(
         **values_by_flag(cfg, ("data.seq_len", "train.seed", "data.validation_share")),
         "--lora": {**asdict(cfg.lora), "targets": list(cfg.lora.targets)},  # a list, as JSON gives it back
         "--data.overlong and --data.packing": f"{cfg.data.overlong}, {packing}",
-        "--data.path and --data.tokenizer": rows.contents,
-        CONTENT: rows.content_hash,
+        "--data.path and --data.tokenizer": sequences.contents,
+        CONTENT: sequences.content_hash,
         FROZEN: cfg.lora.rank and base.fingerprint,  # a checkpoint of LoRA has no frozen weights
     }
     may_change = (
@@ -503,13 +505,13 @@ def run_record(
     return RunRecord(fixed, values_by_flag(cfg, may_change), generation)
 
 
-def lines_on_data(cfg: SftConfig, rows: PackedExamples, template_name: str) -> list[str]:
-    """Describe the conversations, the records that were left out, and how often this run reads the rows."""
+def lines_on_data(cfg: SftConfig, sequences: PackedExamples, template_name: str) -> list[str]:
+    """Describe the conversations, the records that were left out, and how often this run reads them."""
     lines = []
-    log_conversations(rows, template_name, lines.append)
-    log_skipped([rows.corpus], Path(cfg.run_dir), lines.append)
-    epochs = cfg.train.steps * cfg.train.global_batch_size / rows.n_train
-    lines.append(f"epochs    {epochs:.2f}: {cfg.train.steps} steps of {cfg.train.global_batch_size} rows")
+    log_conversations(sequences, template_name, lines.append)
+    log_skipped([sequences.corpus], Path(cfg.run_dir), lines.append)
+    steps, batch = cfg.train.steps, cfg.train.global_batch_size
+    lines.append(f"epochs    {steps * batch / sequences.n_train:.2f}: {steps} steps of {batch} sequences")
     return lines
 
 

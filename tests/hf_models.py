@@ -138,21 +138,21 @@ def small_model(name: str):
     return model.eval()  # without dropout
 
 
-def batches(name: str, n: int = 5, rows: int = 8, tokens: int = 16) -> list[dict[str, torch.Tensor]]:
-    """Return global batches padded on both sides; scored labels lie unevenly over rows and tokens."""
+def batches(name: str, n: int = 5, sequences: int = 8, tokens: int = 16) -> list[dict[str, torch.Tensor]]:
+    """Return global batches padded on both sides; scored labels lie unevenly over sequences and tokens."""
     made = []
     for step in range(n):
         draw = torch.Generator().manual_seed(step)
-        input_ids = torch.randint(4, VOCABULARY, (rows, tokens), generator=draw)
-        mask = torch.ones(rows, tokens, dtype=torch.int64)
+        input_ids = torch.randint(4, VOCABULARY, (sequences, tokens), generator=draw)
+        mask = torch.ones(sequences, tokens, dtype=torch.int64)
         mask[1, -5:] = mask[3, :4] = mask[6, -9:] = 0
         input_ids[mask == 0] = 1  # the padding token
         labels = input_ids.clone()
         if name.startswith("T5"):
-            labels = torch.randint(4, VOCABULARY, (rows, tokens - 4), generator=draw)
+            labels = torch.randint(4, VOCABULARY, (sequences, tokens - 4), generator=draw)
         if name.startswith("Bert"):
-            labels = torch.randint(4, VOCABULARY, (rows, tokens), generator=draw)
-        ignored = torch.rand(labels.shape, generator=draw) < torch.linspace(0, 0.9, rows)[:, None]
+            labels = torch.randint(4, VOCABULARY, (sequences, tokens), generator=draw)
+        ignored = torch.rand(labels.shape, generator=draw) < torch.linspace(0, 0.9, sequences)[:, None]
         labels[ignored] = -100
         if not name.startswith("T5"):
             labels[mask == 0] = -100

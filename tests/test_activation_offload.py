@@ -33,8 +33,8 @@ CONFIG = LlamaConfig(
     num_attention_heads=4,
     num_key_value_heads=2,
 )
-ROWS, T = 2, 16
-INPUT_BYTES = ROWS * T * CONFIG.hidden_size * 4
+SEQUENCES, T = 2, 16
+INPUT_BYTES = SEQUENCES * T * CONFIG.hidden_size * 4
 CPU = torch.device("cpu")
 
 
@@ -68,7 +68,9 @@ def stop_offloading(model: Llama) -> None:
 
 
 def batches(n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    tokens = torch.randint(CONFIG.vocab_size, (n, 2, ROWS, T), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(
+        CONFIG.vocab_size, (n, 2, SEQUENCES, T), generator=torch.Generator().manual_seed(1)
+    )
     return [tuple(pair) for pair in tokens]
 
 
@@ -315,7 +317,7 @@ def step_under(layout: dict, recompute: str, in_flight: int, offload: bool):
         (2, n_micros, T // layout.cp),
         generator=torch.Generator().manual_seed(training.layout.dp_rank),
     )
-    micros = [Batch(*rows, None) for rows in zip(tokens.split(1), labels.split(1), strict=True)]
+    micros = [Batch(*each, None) for each in zip(tokens.split(1), labels.split(1), strict=True)]
     loss = forward_backward(training, micros, labels.numel())
     grads = {
         name: (p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad).clone()

@@ -1,6 +1,6 @@
 """Which kernel computes attention, as tables; and packed documents without a mask.
 
-Packed equals unpacked, in forward and in gradients and under every axis that has whole rows.
+Packed equals unpacked, in forward and in gradients and under every axis that has whole sequences.
 Another number of documents compiles nothing anew.
 """
 
@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtensor_llama import Llama, LlamaConfig, UsageError
 from dtensor_llama import attention as module
-from dtensor_llama.attention import AttentionMask, WholeRows, attention, choose_attention, plan_sdpa
+from dtensor_llama.attention import AttentionMask, WholeSequences, attention, choose_attention, plan_sdpa
 from dtensor_llama.model import OnHost
 from parallel import ParallelConfig, build_mesh, parallelize
 from parallel.apply import Computation
@@ -95,7 +95,7 @@ def test_what_is_handed_to_a_gpus_kernels_is_attention(monkeypatch, width, n_kv_
         for shape in ((n_new, 6), (9, n_kv_heads), (9, n_kv_heads))
     )
     mask = torch.ones(2, 1, n_new, 9, dtype=torch.bool).tril(9 - n_new)
-    # The second row begins with three tokens of padding, which see nothing but themselves.
+    # The second sequence begins with three tokens of padding, which see nothing but themselves.
     mask[1, :, :, :3] &= torch.eye(9, dtype=torch.bool)[9 - n_new :, :3]
     its_mask = AttentionMask(dense=mask) if masked else None
     results = {}
@@ -157,37 +157,41 @@ def test_a_kernel_is_chosen_with_a_reason_or_refused_in_a_line(monkeypatch, choi
 # ---- documents without a mask ----
 
 
-def packed_rows(step: int) -> tuple[torch.Tensor, torch.Tensor, list[list[int]]]:
-    """Tokens and positions (2, 32), and the lengths of each row's documents, one more in each step."""
+def packed_sequences(step: int) -> tuple[torch.Tensor, torch.Tensor, list[list[int]]]:
+    """Tokens and positions (2, 32), and the lengths of each sequence's documents, one more in each step."""
     stream = torch.Generator().manual_seed(step)
     cuts = sorted((torch.randperm(31, generator=stream)[: step + 1] + 1).tolist())
     first = [end - begin for begin, end in zip([0, *cuts], [*cuts, 32], strict=True)]
-    # The second row is one document, whose beginning is in an earlier row.
+    # The second sequence is one document, whose beginning is in an earlier sequence.
     positions = torch.stack([torch.cat([torch.arange(n) for n in first]), torch.arange(5, 37)])
     return torch.randint(97, (2, 32), generator=stream), positions, [first, [32]]
 
 
-def test_lengths_of_documents_add_up_over_the_flattened_rows():
-    _, positions, lengths = packed_rows(step=3)
+def test_lengths_of_documents_add_up_over_the_flattened_sequences():
+    _, positions, lengths = packed_sequences(step=3)
     ends = AttentionMask.of_documents(positions, "varlen", CPU).cu_seqlens
-    assert ends.dtype == torch.int32 and ends.diff().tolist() == [n for of_row in lengths for n in of_row]
+    assert ends.dtype == torch.int32 and ends.diff().tolist() == [
+        n for of_sequence in lengths for n in of_sequence
+    ]
     assert ends[0] == 0 and ends[-1] == positions.numel()
 
 
 @pytest.mark.parametrize("n_kv_heads,width", [(6, 16), (2, 16), (1, 12)])
 def test_varlen_attention_and_its_gradients_are_those_of_each_document_alone(n_kv_heads, width):
-    _, positions, lengths = packed_rows(step=3)
+    _, positions, lengths = packed_sequences(step=3)
     stream = torch.Generator().manual_seed(5)
     q, k, v = (
         torch.randn(2, 32, heads, width, generator=stream).requires_grad_()
         for heads in (6, n_kv_heads, n_kv_heads)
     )
     packed = attention(q, k, v, "varlen", AttentionMask.of_documents(positions, "varlen", CPU))
-    rows = []
-    for row, of_row in enumerate(lengths):
-        own = [x[row : row + 1].split(of_row, dim=1) for x in (q, k, v)]
-        rows.append(torch.cat([attention(*document, "math") for document in zip(*own, strict=True)], dim=1))
-    alone = torch.cat(rows)
+    sequences = []
+    for sequence, of_sequence in enumerate(lengths):
+        own = [x[sequence : sequence + 1].split(of_sequence, dim=1) for x in (q, k, v)]
+        sequences.append(
+            torch.cat([attention(*document, "math") for document in zip(*own, strict=True)], dim=1)
+        )
+    alone = torch.cat(sequences)
     assert_close(packed, alone, rtol=0, atol=2e-6)  # fp32: the order of summation
     weight = torch.randn(packed.shape, generator=stream)
     grads = torch.autograd.grad(packed, (q, k, v), weight)
@@ -196,7 +200,7 @@ def test_varlen_attention_and_its_gradients_are_those_of_each_document_alone(n_k
         assert_close(ours, reference, rtol=0, atol=1e-5)
 
 
-def test_rows_of_one_document_and_a_cache_need_no_varlen_kernel():
+def test_sequences_of_one_document_and_a_cache_need_no_varlen_kernel():
     q, k, v = torch.randn(2, 4, 6, 16), torch.randn(2, 9, 2, 16), torch.randn(2, 9, 2, 16)
     assert_close(attention(q, k, v, "varlen"), attention(q, k, v, "math"), rtol=0, atol=1e-6)
     padded = AttentionMask(dense=torch.ones(2, 1, 4, 9, dtype=torch.bool).tril(5))
@@ -210,7 +214,7 @@ def test_torch_takes_our_call_of_varlen_attn(n_kv_heads):
         torch.empty(2, 32, heads, 16, dtype=BF16, device="meta", requires_grad=True)
         for heads in (8, n_kv_heads, n_kv_heads)
     )
-    _, positions, _ = packed_rows(step=3)
+    _, positions, _ = packed_sequences(step=3)
     documents = AttentionMask.of_documents(positions, "varlen", torch.device("meta"))
     with KernelCount() as calls:
         out = attention(q, k, v, "varlen", documents)
@@ -235,10 +239,10 @@ class KernelCount(TorchDispatchMode):
 
 @pytest.mark.parametrize("recompute,forwards", [("none", 2), ("selective", 2), ("full", 4)])
 def test_selective_recompute_keeps_what_varlen_attention_gave(recompute, forwards):
-    tokens, positions, _ = packed_rows(step=3)
+    tokens, positions, _ = packed_sequences(step=3)
     with torch.device("meta"):
         model = Llama(GQA).to(BF16)
-    model.attention = WholeRows("varlen")
+    model.attention = WholeSequences("varlen")
     apply_recompute(list(model.model.layers), recompute)
     with KernelCount() as calls:
         model(tokens.to("meta"), labels=tokens.to("meta"), positions=positions).backward()
@@ -261,12 +265,12 @@ def test_another_number_of_documents_compiles_nothing_anew(recompute, backend):
     torch._dynamo.utils.counters.clear()
     compiled, plain = Llama(GQA), Llama(GQA)
     for model in (compiled, plain):
-        model.attention = WholeRows("varlen")
+        model.attention = WholeSequences("varlen")
     apply_recompute(list(compiled.model.layers), recompute)
     for block in compiled.model.layers:
         block.forward = torch.compile(block.forward, backend=backend)
     for step in range(4):
-        tokens, positions, _ = packed_rows(step)
+        tokens, positions, _ = packed_sequences(step)
         # The first step has compiled all there is: after it every recompilation is an exception.
         with torch._dynamo.config.patch(error_on_recompile=step > 0):
             losses = [model(tokens, labels=tokens, positions=positions) for model in (compiled, plain)]
@@ -281,7 +285,7 @@ def test_another_number_of_documents_compiles_nothing_anew(recompute, backend):
 def arguments_that_fsdp_sees() -> list[type]:
     mesh = build_mesh(ParallelConfig(dp_shard=2), "cpu")
     (model,) = parallelize(Llama(GQA), mesh, ParallelConfig(dp_shard=2), Computation(attention="varlen"))
-    tokens, positions, _ = packed_rows(step=3)
+    tokens, positions, _ = packed_sequences(step=3)
     seen = []
     original = FSDPState._root_pre_forward
 
@@ -313,7 +317,7 @@ def five_steps_without_masks(*arguments) -> dict:
         pytest.param(4, ParallelConfig(pp=2, tp=2), id="pipeline and tensor parallel", marks=SLOW),
     ],
 )
-def test_varlen_attention_gives_the_one_answer_under_every_axis_with_whole_rows(ranks, layout):
+def test_varlen_attention_gives_the_one_answer_under_every_axis_with_whole_sequences(ranks, layout):
     ours = run_on(ranks, five_steps_without_masks, "gqa", layout, 2, True, timeout=180)[0]
     expected = one_process("gqa", True)  # by a mask
     assert max(abs(a - b) for a, b in zip(ours["losses"], expected["losses"], strict=True)) < 2e-5

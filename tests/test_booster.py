@@ -64,14 +64,15 @@ def adamw(model):
     return torch.optim.AdamW(groups, lr=1e-3, eps=1e-5)
 
 
-def batches(n=5, rows=8, tokens=16):
-    """Global batches; the scored labels lie unevenly over rows and tokens, and some rows have none."""
+def batches(n=5, sequences=8, tokens=16):
+    """Global batches; scored labels lie unevenly over sequences and tokens, and some sequences have none."""
     made = []
     for step in range(n):
         draw = torch.Generator().manual_seed(step)
-        input_ids = torch.randint(61, (rows, tokens), generator=draw)
+        input_ids = torch.randint(61, (sequences, tokens), generator=draw)
         labels = input_ids.clone()
-        labels[torch.rand(rows, tokens, generator=draw) < torch.linspace(0, 0.9, rows)[:, None]] = -100
+        ignored = torch.rand(sequences, tokens, generator=draw) < torch.linspace(0, 0.9, sequences)[:, None]
+        labels[ignored] = -100
         labels[2, :10] = labels[5] = -100
         made.append({"input_ids": input_ids, "labels": labels})
     return made
@@ -158,7 +159,7 @@ def test_a_criterion_of_the_user_gets_whole_logits_and_unshifted_labels(tmp_path
 @pytest.mark.parametrize("layout", ["tp2-pp2", "cp2-ring-dp2"])
 def test_batches_that_do_not_divide_are_filled_up_with_what_changes_nothing(tmp_path, layout):
     ranks, config = LAYOUTS[layout]
-    size = (3, 7, 15)  # rows over microbatches and dp, tokens over cp and tp
+    size = (3, 7, 15)  # sequences over microbatches and dp, tokens over cp and tp
     assert_same_training(ranks, plain(size=size), theirs, config, tmp_path / "hf", False, None, size)
 
 
@@ -270,7 +271,7 @@ def refused(what):
         data[0]["input_ids"] = data[0]["input_ids"].float()
     elif what == "lists":
         data[0]["labels"] = data[0]["labels"].tolist()
-    elif what == "no rows":
+    elif what == "no sequences":
         data[0] = {name: column[:0] for name, column in data[0].items()}
     elif what == "budget without placement":
         memory = MemoryConfig(device_budget_gib=1.0)
@@ -312,7 +313,7 @@ def refused(what):
         "unknown label": "labels has ids from 1000000",
         "floats": "torch.float32; they must be whole numbers",
         "lists": "a batch has labels as a list",
-        "no rows": "B and T at least 1",
+        "no sequences": "B and T at least 1",
         "budget without placement": "device_budget_gib",
         "drawing": "draw=True is for the recipes",
         "clip": "max_norm=-1.0 is not possible",

@@ -1,4 +1,4 @@
-"""Conversations to masked rows: masks against another implementation, control tokens from the template alone,
+"""Conversations to masked sequences: masks against another implementation, control tokens from the template alone,
 bad records."""
 
 import gzip
@@ -103,7 +103,7 @@ def test_every_shared_conversation_has_the_mask_that_another_implementation_make
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     lines = [json.loads(line) for line in (SHARED / "sft" / file).read_text().splitlines()][::every]
     corpus = prepare_chat([write(tmp_path / file, lines)], load_tokenizer(folder), tmp_path / "cache")
-    rows = PackedExamples(corpus, Packing(512))
+    sequences = PackedExamples(corpus, Packing(512))
     expected = set()
     for line in lines:
         turns = line.get("messages") or [
@@ -114,17 +114,17 @@ def test_every_shared_conversation_has_the_mask_that_another_implementation_make
         if len(ids) <= 512:
             expected.add((tuple(ids), tuple(labels)))
     found = set()
-    for row in range(rows.n_rows):
-        batch = make_batch(rows, np.array([row]), document_mask=True)
+    for number in range(sequences.n_sequences):
+        batch = make_batch(sequences, np.array([number]), document_mask=True)
         tokens, labels, positions = (x[0].tolist() for x in batch)
-        starts = [0, *rows.document_starts_of(row)]
+        starts = [0, *sequences.document_starts_of(number)]
         for start, end in zip(starts, starts[1:], strict=False):
             assert positions[start:end] == list(range(end - start))
             assert labels[end - 1] == -100  # the last token of an example predicts nothing of the next
             found.add((tuple(tokens[start:end]), (-100, *labels[start : end - 1])))
         assert all(label == -100 for label in labels[starts[-1] :])
     assert found == expected
-    assert rows.n_examples + rows.n_dropped == len(lines)
+    assert sequences.n_examples + sequences.n_dropped == len(lines)
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])
@@ -934,16 +934,16 @@ def test_fields_that_nothing_reads_are_counted(agent, tmp_path):
     assert corpus.unread == {"id": 2, "stamp": 1}  # the template has a word `name`, of a tool
 
 
-# ---- rows ----
+# ---- sequences ----
 
 
-def test_packing_puts_every_example_in_one_row_and_wastes_little():
+def test_packing_puts_every_example_in_one_sequence_and_wastes_little():
     lengths = np.random.default_rng(0).integers(1, 400, 1000)
     examples, ends = pack(lengths, 512)
     assert sorted(examples) == list(range(1000))
-    rows = np.split(examples, ends[:-1])
-    assert max(lengths[row].sum() for row in rows) <= 512
-    assert len(rows) <= 1.02 * lengths.sum() / 512 + 1
+    sequences = np.split(examples, ends[:-1])
+    assert max(lengths[own].sum() for own in sequences) <= 512
+    assert len(sequences) <= 1.02 * lengths.sum() / 512 + 1
 
 
 def test_overlong_examples_are_dropped_or_cut_and_counted(chatml, tmp_path):
@@ -962,4 +962,4 @@ def test_overlong_examples_are_dropped_or_cut_and_counted(chatml, tmp_path):
     with pytest.raises(UsageError, match="none is left to train on"):
         PackedExamples(corpus, Packing(64, 0.5))
     unpacked = PackedExamples(corpus, Packing(64), packed=False)
-    assert unpacked.n_rows == 2 and len(unpacked.examples_of(1)) == 1
+    assert unpacked.n_sequences == 2 and len(unpacked.examples_of(1)) == 1

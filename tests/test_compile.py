@@ -65,7 +65,7 @@ class CountedGraphs:
 
 
 def packed_batches(seed: int, n: int) -> list[Batch]:
-    """Rows of 3 to 5 documents; how many and how long they are depends on the seed."""
+    """Sequences of 3 to 5 documents; how many and how long they are depends on the seed."""
     random = torch.Generator().manual_seed(seed)
     batches = []
     for _ in range(n):
@@ -145,7 +145,7 @@ RUNS = {
     "one-selective-activations": Run(1, recompute="selective", activations=True),
     "dp-2-full": Run(2, {"dp_shard": 2}, recompute="full"),
     "tp-2-selective": Run(2, {"tp": 2}, recompute="selective"),
-    "tp-2-whole-rows-shared-heads": Run(2, {"tp": 2, "sequence_parallel": False}, MQA),
+    "tp-2-whole-sequences-shared-heads": Run(2, {"tp": 2, "sequence_parallel": False}, MQA),
     "cp-2-ring": Run(2, {"cp": 2, "cp_method": "ring"}),
     "cp-2-ulysses-full": Run(2, {"cp": 2}, recompute="full"),
     "pp-2": Run(2, {"pp": 2, "schedule": "interleaved-1f1b"}),
@@ -165,7 +165,7 @@ LAYOUTS = {
     "dp-2-zero-2": (2, {"dp_shard": 2, "zero_stage": 2}),
     "hsdp-2-2": (4, {"dp_shard": 2, "dp_replicate": 2}),
     "tp-2": (2, {"tp": 2}),
-    "tp-2-whole-rows": (2, {"tp": 2, "sequence_parallel": False}),
+    "tp-2-whole-sequences": (2, {"tp": 2, "sequence_parallel": False}),
     "tp-4-shared-heads": (4, {"tp": 4}),
     "dp-2-tp-2": (4, {"dp_shard": 2, "tp": 2}),
     "cp-2-ring": (2, {"cp": 2, "cp_method": "ring"}),
@@ -200,7 +200,7 @@ def test_every_layout_with_every_recompute_compiles_no_more(name, recompute, doc
     )
 
 
-def losses_of_shorter_rows(compiled: bool, layout: dict) -> list[float]:
+def losses_of_shorter_sequences(compiled: bool, layout: dict) -> list[float]:
     """Return the losses of a step and a validation with sequences of T tokens, and of two of each with
     shorter ones."""
     resolved = ParallelConfig(**layout).resolve(dist.get_world_size())
@@ -233,8 +233,8 @@ def losses_of_shorter_rows(compiled: bool, layout: dict) -> list[float]:
         ),
     ],
 )
-def test_rows_of_another_length_after_the_first_step_train_and_validate_as_without_compile(layout):
-    compiled, eager = (run_on(2, losses_of_shorter_rows, how, layout) for how in (True, False))
+def test_sequences_of_another_length_after_the_first_step_train_and_validate_as_without_compile(layout):
+    compiled, eager = (run_on(2, losses_of_shorter_sequences, how, layout) for how in (True, False))
     assert_close(compiled, eager, rtol=1e-5, atol=0)
 
 

@@ -1,5 +1,5 @@
-"""Context parallelism: a row split over ranks gives what one process gives, for the work and the traffic it
-claims."""
+"""Context parallelism: a sequence split over ranks gives what one process gives, for the work and the traffic
+that it claims."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
 
 from dtensor_llama import Llama, LlamaConfig
-from dtensor_llama.attention import AttentionMask, WholeRows, attention
+from dtensor_llama.attention import AttentionMask, WholeSequences, attention
 from dtensor_llama.model import init_weights
 from parallel import context
 from parallel.context import (
@@ -32,7 +32,7 @@ GQA = LlamaConfig(
 T = 64
 
 
-def rows(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def sequences(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """tokens and labels (2, T), with unscored runs of uneven length, and positions of packed documents (2,
     T)."""
     generator = torch.Generator().manual_seed(seed)
@@ -41,7 +41,7 @@ def rows(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     labels[0, 3:20] = labels[1, 50:] = -100
     documents = [[5, 1, 17, 30, 11], [40, 24]]  # 40 begins in the first zigzag slice and ends in a late one
     positions = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in documents])
-    positions[1, :40] += 7  # a document whose beginning is in an earlier row
+    positions[1, :40] += 7  # a document whose beginning is in an earlier sequence
     return tokens[:, :-1].contiguous(), labels, positions
 
 
@@ -52,7 +52,7 @@ def model_on(cp_mesh, method: str, kernel: str = "sdpa", config: LlamaConfig = G
         for parameter in model.parameters():  # large enough for attention to matter
             if parameter.dim() == 2:
                 parameter.mul_(5)
-    model.attention = WholeRows("math" if cp_mesh is None else kernel)
+    model.attention = WholeSequences("math" if cp_mesh is None else kernel)
     if cp_mesh is not None:
         apply_context_parallel(model, cp_mesh, method)
     return model
@@ -68,7 +68,7 @@ def assert_attention_is_whole(method: str, kernel: str, n_heads: int, n_kv_heads
         torch.randn(2, T, heads, 16, generator=generator).requires_grad_()
         for heads in (n_heads, n_kv_heads, n_kv_heads, n_heads)
     )
-    tokens, _, positions = rows()
+    tokens, _, positions = sequences()
     positions = positions if packed else None
     whole = attention(
         q, k, v, "math", AttentionMask.of_documents(positions, "math", q.device) if packed else None
@@ -101,13 +101,13 @@ def every_attention(method: str, heads: list[tuple[int, int]]) -> None:
 
 
 @pytest.mark.parametrize("cp", [2, 4])
-def test_ulysses_attention_and_its_gradients_are_those_of_the_whole_row(cp):
+def test_ulysses_attention_and_its_gradients_are_those_of_the_whole_sequence(cp):
     # K a multiple of cp, K divides cp, K = 1, and neither divides the other (12 / 3 at cp 2 and 4)
     run_on(cp, every_attention, "ulysses", [(8, 8), (8, 2), (4, 1), (12, 3)])
 
 
 @pytest.mark.parametrize("cp", [2, 4])
-def test_ring_attention_and_its_gradients_are_those_of_the_whole_row(cp):
+def test_ring_attention_and_its_gradients_are_those_of_the_whole_sequence(cp):
     run_on(cp, every_attention, "ring", [(4, 4), (6, 2), (3, 1)])  # no need for heads to divide by cp
 
 
@@ -116,7 +116,7 @@ def test_ring_attention_and_its_gradients_are_those_of_the_whole_row(cp):
 
 def losses_and_gradients(method: str, kernel: str, packed: bool, recompute: str) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
-    tokens, labels, positions = rows()
+    tokens, labels, positions = sequences()
     positions = positions if packed else None
     plain = model_on(None, "")
     expected = plain(tokens, labels, positions=positions)
@@ -146,7 +146,7 @@ def losses_and_gradients(method: str, kernel: str, packed: bool, recompute: str)
         ("ring", "sdpa", True, "selective"),
     ],
 )
-def test_loss_and_gradients_of_a_split_row_equal_one_process(method, kernel, packed, recompute):
+def test_loss_and_gradients_of_a_split_sequence_equal_one_process(method, kernel, packed, recompute):
     run_on(4, losses_and_gradients, method, kernel, packed, recompute)
 
 
@@ -161,7 +161,7 @@ def five_steps(method: str | None) -> tuple[list[float], list[torch.Tensor]]:
         fully_shard(model, mesh=mesh)
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-5), []
     for step in range(5):
-        tokens, labels, positions = rows(step)
+        tokens, labels, positions = sequences(step)
         n_scored = (labels != -100).sum()
         if method:
             tokens, labels = (shard_sequence(x, mesh, method) for x in (tokens, labels))
@@ -192,7 +192,7 @@ def test_five_adamw_steps_sharded_over_cp_equal_one_process(method, plain_steps)
 
 def bfloat16_step(method: str) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
-    tokens, labels, positions = rows()
+    tokens, labels, positions = sequences()
     plain = model_on(None, "").to(torch.bfloat16)
     expected = plain(tokens, labels, positions=positions)
     expected.backward()
@@ -214,7 +214,7 @@ def test_bfloat16_stays_near_one_process(method):
 
 def compiled_block(method: str) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
-    tokens, labels, positions = rows()
+    tokens, labels, positions = sequences()
     tokens, labels = (shard_sequence(x, mesh, method) for x in (tokens, labels))
     losses, grads = [], []
     for compiled in (False, True):
@@ -280,7 +280,7 @@ def bytes_sent(n_heads: int, n_kv_heads: int) -> tuple[int, int]:
 
 def test_ring_sends_key_value_heads_unexpanded():
     for answer in run_on(4, bytes_sent, 8, 2):
-        keys_and_values = 2 * 2 * (T // 4) * 2 * 16 * 4  # both, rows, tokens, K heads, E, bytes
+        keys_and_values = 2 * 2 * (T // 4) * 2 * 16 * 4  # both, sequences, tokens, K heads, E, bytes
         # hops: of kv; of kv and of its gradients
         assert answer == (3 * keys_and_values, (3 + 4) * keys_and_values)
 
@@ -291,7 +291,7 @@ def heads_redistributed(n_heads: int, n_kv_heads: int) -> list[int]:
     context._redistribute = lambda x, *rest: seen.append(x.shape[2]) or original(x, *rest)
     try:
         q, k, v = (torch.randn(1, 4, heads, 16) for heads in (n_heads, n_kv_heads, n_kv_heads))
-        context.Ulysses(mesh, WholeRows("sdpa"))(q, k, v, None)
+        context.Ulysses(mesh, WholeSequences("sdpa"))(q, k, v, None)
     finally:
         context._redistribute = original
     return seen

@@ -41,18 +41,18 @@ def tell_stories(n: int, n_tokens: int) -> list[str]:
 
 
 @torch.no_grad()
-def held_out_loss(folder: Path, texts: list[str], seq_len: int, n_rows: int = 100) -> float:
-    """Nats a token of the model in `folder` on rows of `texts`: each text alone, BOS first, what is left of
-    it on the next."""
+def held_out_loss(folder: Path, texts: list[str], seq_len: int, n_sequences: int = 100) -> float:
+    """Nats a token of the model in `folder` on sequences of `texts`: each text alone, BOS first; a long text
+    makes several."""
     model, tokenizer = Llama(LlamaConfig.from_hf(folder)), load_tokenizer(folder)
     load_hf(model, folder)
-    rows = [
+    sequences = [
         [tokenizer.bos_id, *ids[at : at + seq_len]]
         for ids in map(tokenizer.encode, texts)
         for at in range(0, len(ids), seq_len)
-    ][:n_rows]
-    nats = sum(model(torch.tensor([row[:-1]]), labels=torch.tensor([row[1:]])).item() for row in rows)
-    return nats / sum(len(row) - 1 for row in rows)
+    ][:n_sequences]
+    nats = sum(model(torch.tensor([one[:-1]]), labels=torch.tensor([one[1:]])).item() for one in sequences)
+    return nats / sum(len(one) - 1 for one in sequences)
 
 
 @pytest.mark.skipif(not STORIES.exists(), reason="the trained weights stories260K are not on this machine")
@@ -112,15 +112,15 @@ def test_a_new_domain_is_learnt_and_replay_by_mixing_weights_keeps_the_old_one(
         assert after["new"] < before["new"] - NEW_FALLS
     forgotten, kept = alone["old"] - before["old"], replay["old"] - before["old"]
     assert forgotten > 0 and kept < (1 - REPLAY_KEEPS) * forgotten
-    # The weights are honoured: in the rows dealt, and in the first loss, of untouched weights, which lies
-    # between the domains'.
-    n_rows = dict(re.findall(r"/(\w+)\.\w+: [\d,]+ tokens: ([\d,]+) rows", said))
+    # The weights are honoured: in the sequences dealt, and in the first loss, which is that of untouched
+    # weights and lies between the domains'.
+    n_sequences = dict(re.findall(r"/(\w+)\.\w+: [\d,]+ tokens: ([\d,]+) sequences", said))
     times = dict(re.findall(r"/(\w+)\.\w+: .* reads them ([\d.]+) times", said))
-    dealt = {name: float(n_rows[name].replace(",", "")) * float(times[name]) for name in n_rows}
+    dealt = {name: float(n_sequences[name].replace(",", "")) * float(times[name]) for name in n_sequences}
     assert dealt["plays"] / sum(dealt.values()) == pytest.approx(SHARES["new"], abs=0.02)
     mixed = SHARES["new"] * alone_rows[0]["loss"] + SHARES["old"] * before["old"]
     assert replay_rows[0]["loss"] == pytest.approx(mixed, abs=0.1 * (before["new"] - before["old"]))
-    # What the run itself said of each source, rows of which it held out, is the same story.
+    # What the run itself said of each source, sequences of which it held out, is the same story.
     last = replay_rows[-1]
     assert last[f"validation_loss/{new}"] < before["new"] - NEW_FALLS
     assert last[f"validation_loss/{old}"] < alone["old"]

@@ -56,9 +56,11 @@ SEVEN_B = LlamaConfig.preset("llama2-7b")
 TINY = LlamaConfig.preset("tiny-1m")
 
 
-def work(model=SEVEN_B, rows=8, micro_rows=1, states=None, **layout) -> Work:
+def work(model=SEVEN_B, sequences=8, per_microbatch=1, states=None, **layout) -> Work:
     recompute, seq_len = layout.pop("recompute", "none"), layout.pop("seq_len", 4096)
-    job = Job(model, seq_len, rows, micro_rows, recompute=recompute, compile=True, device_type="cuda")
+    job = Job(
+        model, seq_len, sequences, per_microbatch, recompute=recompute, compile=True, device_type="cuda"
+    )
     return Work(job, ParallelConfig(**{"dp_shard": 1} | layout), states or States())
 
 
@@ -67,16 +69,16 @@ def work(model=SEVEN_B, rows=8, micro_rows=1, states=None, **layout) -> Work:
 # Peaks that torch's CUDA allocator gave out in a steady step of 7B, in a run on a GPU without arithmetic.
 OFF = States(settles_one_gpu=False)  # FSDP and AdamW; else the chunk manager has all states on the GPU
 PEAKS = [
-    (32, dict(zero_stage=3, recompute="selective", rows=4, states=OFF), 113.7),
-    (32, dict(zero_stage=2, recompute="selective", rows=4, states=OFF), 125.8),
-    (32, dict(zero_stage=3, recompute="full", rows=4, micro_rows=4, states=OFF), 103.7),
-    (16, dict(zero_stage=3, recompute="selective", rows=4, states=OFF), 59.8),
-    (16, dict(rows=4), 61.6),
-    (16, dict(rows=8, micro_rows=2), 69.7),
-    (32, dict(recompute="selective", rows=4), 113.2),
-    (32, dict(recompute="selective", rows=8, micro_rows=2), 124.7),
-    (32, dict(rows=4), 117.8),
-    (32, dict(rows=8, micro_rows=2), 134.0),
+    (32, dict(zero_stage=3, recompute="selective", sequences=4, states=OFF), 113.7),
+    (32, dict(zero_stage=2, recompute="selective", sequences=4, states=OFF), 125.8),
+    (32, dict(zero_stage=3, recompute="full", sequences=4, per_microbatch=4, states=OFF), 103.7),
+    (16, dict(zero_stage=3, recompute="selective", sequences=4, states=OFF), 59.8),
+    (16, dict(sequences=4), 61.6),
+    (16, dict(sequences=8, per_microbatch=2), 69.7),
+    (32, dict(recompute="selective", sequences=4), 113.2),
+    (32, dict(recompute="selective", sequences=8, per_microbatch=2), 124.7),
+    (32, dict(sequences=4), 117.8),
+    (32, dict(sequences=8, per_microbatch=2), 134.0),
 ]
 
 
@@ -93,8 +95,10 @@ def test_one_gpu_takes_the_time_that_was_measured_on_it():
     runs = measured_on_an_h200("resident")
     assert len(runs) == 2
     for run in runs:
-        rows, micro_rows = run["global_batch_size"], run["micro_batch_size"]
-        account = account_for(work(rows=rows, micro_rows=micro_rows), find_cluster("h200-141gb", 1))
+        sequences, per_microbatch = run["global_batch_size"], run["micro_batch_size"]
+        account = account_for(
+            work(sequences=sequences, per_microbatch=per_microbatch), find_cluster("h200-141gb", 1)
+        )
         assert account.step_seconds == pytest.approx(run["step_seconds"], rel=0.05)
         assert account.peak_gib == pytest.approx(run["device_memory_gib"], rel=0.01)
 
@@ -102,7 +106,7 @@ def test_one_gpu_takes_the_time_that_was_measured_on_it():
 def test_fsdp2_on_one_gpu_takes_the_time_that_was_measured_on_it():
     """This run was made after the account; its copies around collectives are what it tries."""
     (run,) = measured_on_an_h200("zero3")
-    asked = work(zero_stage=3, recompute="selective", rows=4, states=OFF)
+    asked = work(zero_stage=3, recompute="selective", sequences=4, states=OFF)
     account = account_for(asked, find_cluster("h200-141gb", 1))
     assert account.step_seconds == pytest.approx(run["step_seconds"], rel=0.05)
     assert account.peak_gib == pytest.approx(run["device_memory_gib"], rel=0.01)
@@ -211,8 +215,8 @@ def counted_step(**settings) -> tuple[Work, Counted]:
         sliding_window=window,
     )
     layout = ParallelConfig(**settings).resolve(8)
-    rows = 2 * n_microbatches * layout.dp
-    job = Job(model, 2048, rows, 2, kernel, recompute, compiled, "cuda", document_tokens)
+    sequences = 2 * n_microbatches * layout.dp
+    job = Job(model, 2048, sequences, 2, kernel, recompute, compiled, "cuda", document_tokens)
     computation = Computation(torch.device("cuda"), torch.bfloat16, recompute, compiled, kernel)
     config = LoraConfig(rank=lora)
     n_adapter = n_adapter_parameters(model, config) if lora else 0
@@ -228,12 +232,12 @@ ATTENDED = {
         dict(kernel="varlen", document_tokens=1024, window=256, family="mistral"),
         (256 - 32) / 2048,
     ),
-    "documents that are longer than a row": (dict(kernel="varlen", document_tokens=4096), 1 / 2),
+    "documents that are longer than a sequence": (dict(kernel="varlen", document_tokens=4096), 1 / 2),
     "flash": (dict(kernel="flash"), 1 / 2),
     "a window in flash": (dict(kernel="flash", window=256, family="mistral"), (256 - 16) / 2048),
     "documents behind a mask": (dict(document_tokens=256), 1),
     "a window behind a mask": (dict(window=256, family="mistral"), 1),
-    "a window of a whole row": (dict(window=2048, family="mistral"), 1 / 2),
+    "a window of a whole sequence": (dict(window=2048, family="mistral"), 1 / 2),
     "a ring": (dict(cp=4, cp_method="ring"), 1 / 2),
     "documents in a ring": (dict(cp=4, cp_method="ring", document_tokens=256), 5 / 8),
     "documents in Ulysses": (dict(cp=4, kernel="varlen", document_tokens=256), 1 / 2 * 256 / 2048),
@@ -324,7 +328,7 @@ def test_states_and_traffic_are_those_of_a_dry_run_and_peaks_within_one_percent(
 
 
 def test_recompute_offload_and_adapters_save_what_they_promise():
-    peak = lambda **settings: sum(bytes_of_rank(work(rows=8, **settings)).values())
+    peak = lambda **settings: sum(bytes_of_rank(work(sequences=8, **settings)).values())
     none, selective, full = (peak(recompute=mode) for mode in ("none", "selective", "full"))
     assert none > selective > full > 16 * SEVEN_B.n_parameters
     offloaded = peak(states=States(offloads=True), recompute="full")
@@ -360,22 +364,22 @@ def test_bubbles_are_those_of_the_clock(schedule, virtual_stages, pp):
 
 def test_seconds_sum_to_the_step_and_depend_on_what_they_should():
     cluster = find_cluster("h100-80gb", 8)
-    account = account_for(work(rows=64, micro_rows=2, dp_shard=8), cluster)
+    account = account_for(work(sequences=64, per_microbatch=2, dp_shard=8), cluster)
     assert account.step_seconds == pytest.approx(sum(account.seconds.values()))
     assert account.tokens_per_second_per_gpu == pytest.approx(64 * 4096 / 8 / account.step_seconds)
     assert 0.4 < account.mfu < 0.7
     slow = account_for(account.work, replace(cluster, node_bytes_s=cluster.node_bytes_s / 50))
     assert slow.exposed > 0.2 > account.exposed
-    small = account_for(work(rows=64, micro_rows=1, dp_shard=4, tp=2), cluster)
+    small = account_for(work(sequences=64, per_microbatch=1, dp_shard=4, tp=2), cluster)
     assert small.seconds["matrix products"] > account.seconds["matrix products"]  # narrower ones are slower
-    two_nodes = account_for(work(rows=64, dp_shard=8, tp=2), find_cluster("h100-80gb", 16))
+    two_nodes = account_for(work(sequences=64, dp_shard=8, tp=2), find_cluster("h100-80gb", 16))
     axes = two_nodes.gib_per_axis(two_nodes.cluster)
     assert axes["tp"]["between nodes"] == 0 and axes["fsdp"]["between nodes"] > 0
 
 
 def test_seven_b_on_one_h200_takes_what_was_measured():
-    """13,239 tokens/s at 4 microbatches of 2 rows, all states on the device: recipes/bench/README.md."""
-    account = account_for(work(rows=8, micro_rows=2, zero_stage=0), find_cluster("h200-141gb", 1))
+    """13,239 tokens/s at 4 microbatches of 2 sequences, all states on the device: recipes/bench/README.md."""
+    account = account_for(work(sequences=8, per_microbatch=2, zero_stage=0), find_cluster("h200-141gb", 1))
     assert account.tokens_per_second_per_gpu == pytest.approx(13_239, rel=0.02)
 
 
@@ -383,7 +387,7 @@ ON_GPU = {"placement": "static", "resident": 1.0, "stream": 0.0, "cpu": 0.0}
 
 
 def predicted(model="llama2-7b", gpus=1, gpu="h200-141gb", max_grad_norm=1.0, **memory) -> Account:
-    """Return what a dry run predicts for four microbatches of a row on each GPU."""
+    """Return what a dry run predicts for four microbatches of a sequence on each GPU."""
     settings = DryrunConfig(model, gpus=gpus, gpu=gpu, memory=MemoryConfig(**memory))
     train = replace(settings.train, global_batch_size=4 * gpus, recompute="full", max_grad_norm=max_grad_norm)
     cluster = find_cluster(gpu, gpus)
@@ -536,8 +540,10 @@ def test_what_is_no_cluster_is_refused_with_what_there_is(tmp_path):
 
 def test_float32_takes_the_rate_of_its_own_units():
     """67 of 989 TFLOP/s on an H100: torch's products in float32 leave the tensor cores alone."""
-    bf16 = account_for(work(rows=64, dp_shard=8), find_cluster("h100-80gb", 8))
-    fp32 = account_for(work(rows=64, dp_shard=8, states=States(itemsize=FP32)), find_cluster("h100-80gb", 8))
+    bf16 = account_for(work(sequences=64, dp_shard=8), find_cluster("h100-80gb", 8))
+    fp32 = account_for(
+        work(sequences=64, dp_shard=8, states=States(itemsize=FP32)), find_cluster("h100-80gb", 8)
+    )
     slower = fp32.seconds["matrix products"] / bf16.seconds["matrix products"]
     assert 0.95 * 794 / 67 < slower < 1.01 * 794 / 67
     assert 0.5 < fp32.mfu < 1

@@ -1,5 +1,5 @@
-"""What the data path promises: exact ids however a text is cut, one tokenizing, and rows that do not depend
-on layout."""
+"""What the data path promises: exact ids however a text is cut, one tokenizing, and sequences that do not
+depend on the layout."""
 
 import gzip
 import json
@@ -443,7 +443,7 @@ def test_the_command_prints_one_line_and_exits_with_2(tokenizer, tmp_path):
     )
 
 
-# ---- rows ----
+# ---- sequences ----
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 65, 1000, 65_537])
@@ -462,55 +462,55 @@ def test_the_permutation_reaches_a_trillion_tokens_without_a_list():
     assert len(set(image.tolist())) == 1000 and image.min() >= 0 and image.max() < n
 
 
-def test_training_and_held_out_rows_are_all_rows_once_and_epochs_differ(tmp_path):
-    rows = PackedSequences(make_corpus(tmp_path, range(1008)), Packing(10, 0.1, seed=3))
-    # 1,008 tokens: the last 7 make no row
-    assert (rows.n_rows, rows.n_train, rows.n_validation) == (100, 90, 10)
-    epochs = [rows.rows_at(np.arange(e * 90, e * 90 + 90)).tolist() for e in range(3)]
+def test_training_and_held_out_sequences_are_all_sequences_once_and_epochs_differ(tmp_path):
+    sequences = PackedSequences(make_corpus(tmp_path, range(1008)), Packing(10, 0.1, seed=3))
+    # 1,008 tokens: the last 7 make no sequence
+    assert (sequences.n_sequences, sequences.n_train, sequences.n_validation) == (100, 90, 10)
+    epochs = [sequences.sequences_at(np.arange(e * 90, e * 90 + 90)).tolist() for e in range(3)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2]) and epochs[0] != epochs[1] != epochs[2]
-    assert sorted(epochs[0] + rows.validation_rows().tolist()) == list(range(100))
-    other_seed = PackedSequences(rows.corpus, Packing(10, 0.1, seed=4))
-    assert set(other_seed.validation_rows()) != set(rows.validation_rows())
+    assert sorted(epochs[0] + sequences.validation_sequences().tolist()) == list(range(100))
+    other_seed = PackedSequences(sequences.corpus, Packing(10, 0.1, seed=4))
+    assert set(other_seed.validation_sequences()) != set(sequences.validation_sequences())
 
 
-def test_a_row_has_the_next_token_as_label(tmp_path):
-    rows = PackedSequences(make_corpus(tmp_path, range(31)), Packing(10))
-    [batch] = next(SequenceReader(rows, Batching(3, 3)))
-    order = rows.rows_at(np.arange(3)).tolist()
-    assert batch.tokens.tolist() == [list(range(row * 10, row * 10 + 10)) for row in order]
+def test_a_sequence_has_the_next_token_as_label(tmp_path):
+    sequences = PackedSequences(make_corpus(tmp_path, range(31)), Packing(10))
+    [batch] = next(SequenceReader(sequences, Batching(3, 3)))
+    order = sequences.sequences_at(np.arange(3)).tolist()
+    assert batch.tokens.tolist() == [list(range(sequence * 10, sequence * 10 + 10)) for sequence in order]
     assert torch.equal(batch.labels, batch.tokens + 1) and batch.positions is None
     assert batch.tokens.dtype == batch.labels.dtype == torch.int64 and sorted(order) == [0, 1, 2]
 
 
 def test_under_the_document_mask_positions_restart_and_labels_stay_in_their_document(tmp_path):
     corpus = make_corpus(tmp_path, range(25), starts=[0, 5, 8, 16, 20])
-    rows = PackedSequences(corpus, Packing(8))
-    [batch] = next(SequenceReader(rows, Batching(3, 3, document_mask=True)))
-    by_row = {int(t[0]) // 8: (labels.tolist(), p.tolist()) for t, labels, p in zip(*batch, strict=True)}
+    sequences = PackedSequences(corpus, Packing(8))
+    [batch] = next(SequenceReader(sequences, Batching(3, 3, document_mask=True)))
+    by_number = {int(t[0]) // 8: (labels.tolist(), p.tolist()) for t, labels, p in zip(*batch, strict=True)}
     no = -100
-    # 8 opens the next row and a document
-    assert by_row[0] == ([1, 2, 3, 4, no, 6, 7, no], [0, 1, 2, 3, 4, 0, 1, 2])
-    assert by_row[1] == ([9, 10, 11, 12, 13, 14, 15, no], [0, 1, 2, 3, 4, 5, 6, 7])
-    assert by_row[2] == ([17, 18, 19, no, 21, 22, 23, 24], [0, 1, 2, 3, 0, 1, 2, 3])
+    # 8 opens the next sequence and a document
+    assert by_number[0] == ([1, 2, 3, 4, no, 6, 7, no], [0, 1, 2, 3, 4, 0, 1, 2])
+    assert by_number[1] == ([9, 10, 11, 12, 13, 14, 15, no], [0, 1, 2, 3, 4, 5, 6, 7])
+    assert by_number[2] == ([17, 18, 19, no, 21, 22, 23, 24], [0, 1, 2, 3, 0, 1, 2, 3])
 
 
 @pytest.fixture
-def rows(tmp_path):
+def sequences(tmp_path):
     starts = np.unique(np.random.default_rng(0).integers(0, 3000, 200))
-    corpus = make_corpus(tmp_path / "rows", np.arange(3000) % 500, [0, *starts[starts > 0]])
+    corpus = make_corpus(tmp_path / "sequences", np.arange(3000) % 500, [0, *starts[starts > 0]])
     return PackedSequences(corpus, Packing(16, 0.05, seed=1))
 
 
 def steps_of(
-    rows, n_steps, dp_size=1, micro_batch_size=1, position=0, global_batch_size=8
+    sequences, n_steps, dp_size=1, micro_batch_size=1, position=0, global_batch_size=8
 ) -> list[list[list[int]]]:
-    """Token rows of each step in global order: the micro-batches of the dp ranks one after another."""
+    """Token sequences of each step in global order: the micro-batches of the dp ranks one after another."""
     readers = [
-        SequenceReader(rows, Batching(global_batch_size, micro_batch_size, r, dp_size, True), position)
+        SequenceReader(sequences, Batching(global_batch_size, micro_batch_size, r, dp_size, True), position)
         for r in range(dp_size)
     ]
     steps = [
-        [row for reader in readers for micro in next(reader) for row in micro.tokens.tolist()]
+        [sequence for reader in readers for micro in next(reader) for sequence in micro.tokens.tolist()]
         for _ in range(n_steps)
     ]
     assert {reader.position for reader in readers} == {position + n_steps * global_batch_size}
@@ -519,24 +519,24 @@ def steps_of(
     return steps
 
 
-def test_a_step_has_the_same_rows_in_the_same_order_on_any_layout(rows):
-    plain = steps_of(rows, 70)  # 560 rows: three epochs of 177, and beyond one block of looked-up rows
+def test_a_step_has_the_same_sequences_in_the_same_order_on_any_layout(sequences):
+    plain = steps_of(sequences, 70)  # 560 sequences: three epochs of 177, and more than STEPS_PERMUTED
     for dp_size, micro_batch_size in ((1, 8), (2, 1), (2, 4), (4, 2), (8, 1)):
-        assert steps_of(rows, 70, dp_size, micro_batch_size) == plain
+        assert steps_of(sequences, 70, dp_size, micro_batch_size) == plain
 
 
-def test_a_reader_resumed_anywhere_goes_on_exactly_also_on_another_layout(rows):
-    plain = steps_of(rows, 40)
+def test_a_reader_resumed_anywhere_goes_on_exactly_also_on_another_layout(sequences):
+    plain = steps_of(sequences, 40)
     for step in (1, 7, 23):
-        assert steps_of(rows, 5, dp_size=4, micro_batch_size=2, position=step * 8) == plain[step : step + 5]
-    flat = [row for step in plain for row in step]
-    assert [row for s in steps_of(rows, 3, position=56, global_batch_size=12) for row in s] == flat[
-        56 : 56 + 36
-    ]
+        resumed = steps_of(sequences, 5, dp_size=4, micro_batch_size=2, position=step * 8)
+        assert resumed == plain[step : step + 5]
+    flat = [sequence for step in plain for sequence in step]
+    resumed = steps_of(sequences, 3, position=56, global_batch_size=12)
+    assert [sequence for step in resumed for sequence in step] == flat[56 : 56 + 36]
 
 
-def test_position_counts_steps_handed_out_not_those_read_ahead(rows):
-    reader = SequenceReader(rows, Batching(8, 8))
+def test_position_counts_steps_handed_out_not_those_read_ahead(sequences):
+    reader = SequenceReader(sequences, Batching(8, 8))
     wait_until(lambda: reader._ready.full())
     assert reader.position == 0
     next(reader)
@@ -544,9 +544,9 @@ def test_position_counts_steps_handed_out_not_those_read_ahead(rows):
     reader.close()
 
 
-def test_an_error_while_reading_reaches_the_caller_and_no_thread_stays(rows):
-    rows.corpus.tokens = rows.corpus.tokens[:100]
-    reader = SequenceReader(rows, Batching(8, 8))
+def test_an_error_while_reading_reaches_the_caller_and_no_thread_stays(sequences):
+    sequences.corpus.tokens = sequences.corpus.tokens[:100]
+    reader = SequenceReader(sequences, Batching(8, 8))
     for _ in range(2):
         with pytest.raises(ValueError, match="same shape"):
             next(reader)
@@ -554,23 +554,25 @@ def test_an_error_while_reading_reaches_the_caller_and_no_thread_stays(rows):
     reader.close()
     with pytest.raises(RuntimeError, match="closed"):
         next(reader)
-    assert not [thread for thread in threading.enumerate() if thread.name == "row-reader"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "sequence-reader"]
 
 
-def test_a_reader_never_closed_does_not_disturb_the_exit(rows):
+def test_a_reader_never_closed_does_not_disturb_the_exit(sequences):
     code = "from dtensor_llama.data.reader import Batching, SequenceReader\n"
     code += "from dtensor_llama.data.sequences import PackedSequences, Packing, TokenCorpus\n"
-    code += f"rows = PackedSequences(TokenCorpus({str(rows.corpus.folder)!r}), Packing(16))\n"
-    code += "reader = SequenceReader(rows, Batching(8, 8)); next(reader); print(reader.position)"
+    code += f"sequences = PackedSequences(TokenCorpus({str(sequences.corpus.folder)!r}), Packing(16))\n"
+    code += "reader = SequenceReader(sequences, Batching(8, 8)); next(reader); print(reader.position)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "8\n", "")
 
 
 @pytest.mark.parametrize("document_mask", [False, True])
-def test_validation_sums_do_not_depend_on_dp_size_and_every_rank_gets_as_many_batches(rows, document_mask):
-    def scored(dp_size, micro_batch_size, max_rows=None):
+def test_validation_sums_do_not_depend_on_dp_size_and_every_rank_gets_as_many_batches(
+    sequences, document_mask
+):
+    def scored(dp_size, micro_batch_size, max_sequences=None):
         ranks = [
-            list(validation_batches(rows, batching, max_rows))
+            list(validation_batches(sequences, batching, max_sequences))
             for r in range(dp_size)
             for batching in [
                 Batching(dp_size * micro_batch_size, micro_batch_size, r, dp_size, document_mask)
@@ -583,10 +585,10 @@ def test_validation_sums_do_not_depend_on_dp_size_and_every_rank_gets_as_many_ba
         labels = torch.cat([batch.labels[batch.labels != -100] for batch in batches])
         return len(labels), int((labels**2).sum())
 
-    assert rows.n_validation == 9
+    assert sequences.n_validation == 9
     sums = {scored(dp_size, micro) for dp_size, micro in ((1, 1), (1, 4), (2, 2), (4, 1), (4, 3), (16, 1))}
     assert len(sums) == 1 and (document_mask or sums.pop()[0] == 9 * 16)
-    assert scored(2, 2, max_rows=5) == scored(1, 1, max_rows=5) != scored(1, 1)
+    assert scored(2, 2, max_sequences=5) == scored(1, 1, max_sequences=5) != scored(1, 1)
 
 
 def test_too_few_tokens_are_refused_with_the_length_that_would_work(tmp_path):

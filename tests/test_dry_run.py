@@ -255,10 +255,10 @@ def test_steps_counted_side_by_side_are_those_counted_one_after_another(monkeypa
     assert dry_run(setup, step).ranks == side_by_side and len(side_by_side) == 3
 
 
-def test_the_end_of_a_row_cuts_its_last_document():
-    documents_of_row = StepCounter("meta", {}, document_tokens=512)._documents_of_row
-    assert documents_of_row(1280) == {512: 2, 256: 1}
-    assert documents_of_row(256) == {256: 1}
+def test_the_end_of_a_sequence_cuts_its_last_document():
+    documents_of_sequence = StepCounter("meta", {}, document_tokens=512)._documents_of_sequence
+    assert documents_of_sequence(1280) == {512: 2, 256: 1}
+    assert documents_of_sequence(256) == {256: 1}
 
 
 def test_flash_with_a_sliding_window_stores_no_mask(tmp_path, capsys):
@@ -382,7 +382,7 @@ def test_traffic_has_the_same_name_in_each_layout(layout, axes):
 # Of a whole step of llama2-7b, or its first 16 layers, on one GPU: what torch's allocator for CUDA had
 # allocated at its peak.
 SEVEN_B = [
-    # layers, ZeRO stage, recompute, rows of a microbatch, microbatches, placement, GiB
+    # layers, ZeRO stage, recompute, sequences of a microbatch, microbatches, placement, GiB
     (32, 3, "selective", 1, 2, "off", 113.7),
     (32, 2, "selective", 1, 2, "off", 125.8),
     (32, 3, "full", 4, 1, "off", 103.7),
@@ -397,13 +397,13 @@ SEVEN_B = [
 ]
 
 
-def peak_of_7b(layers, zero_stage, recompute, rows, n_microbatches, placement) -> float:
+def peak_of_7b(layers, zero_stage, recompute, per_microbatch, n_microbatches, placement) -> float:
     model = replace(LlamaConfig.preset("llama2-7b"), num_hidden_layers=layers)
     layout = ParallelConfig(zero_stage=zero_stage).resolve(1)
-    job = Job(model, 4096, rows * n_microbatches, rows, recompute=recompute, compile=True)
+    job = Job(model, 4096, per_microbatch * n_microbatches, per_microbatch, recompute=recompute, compile=True)
     computation = Computation(torch.device("cuda"), torch.bfloat16, recompute, compile=True)
     memory = MemoryConfig(**RESIDENT) if placement == "static" else MemoryConfig(placement="off")
-    setup = Setup(layout, job, computation, offload=Offload(memory, rows, 4096))
+    setup = Setup(layout, job, computation, offload=Offload(memory, per_microbatch, 4096))
     return dry_run(setup, step).largest.peak_bytes / GIB
 
 
@@ -503,10 +503,10 @@ def test_pretrain_without_a_layout_counts_its_defaults_and_names_what_the_planne
     flags = ["--model", "tiny-1m", "--gpus", 8, "--data.seq-len", 64]
     ended = recipe("pretrain", *flags, "--dry-run")
     assert ended.status == 0 and "with ZeRO stage 3" in ended.out, ended
-    assert "8 dp ranks x 4 microbatches x 1 rows" in ended.out and "layouts on" not in ended.out
+    assert "8 dp ranks x 4 microbatches x 1 sequences" in ended.out and "layouts on" not in ended.out
     own, _, planned = ended.out.partition("\nNo layout was given")
     assert own == recipe("dryrun", *flags, "--parallel.dp-shard", 8).out
-    assert "The planner would choose dp 8, zero 2, 1 x 4 rows" in planned
+    assert "The planner would choose dp 8, zero 2, 1 x 4 sequences" in planned
     typed = planned.splitlines()[-1].split()
     assert typed == "--parallel.dp-shard 8 --parallel.zero-stage 2 --train.micro-batch-size 4".split()
     planned = recipe("pretrain", *flags, "--dry-run", "--parallel.auto")

@@ -36,14 +36,16 @@ SMALL = LlamaConfig(
     num_attention_heads=4,
     num_key_value_heads=2,
 )
-ROWS, SEQ_LEN = 2, 16
+SEQUENCES, SEQ_LEN = 2, 16
 
 
 def build(run: Run):
     computation = Computation(dtype=run.compute_dtype, recompute=run.job.recompute)
     training = make_training(run.job.model, run.layout, run.n_microbatches, computation)
     init_weights(training.model, seed=0)
-    tokens_and_labels = torch.randint(64, (2, run.n_microbatches, ROWS, run.job.seq_len // run.layout.cp))
+    tokens_and_labels = torch.randint(
+        64, (2, run.n_microbatches, SEQUENCES, run.job.seq_len // run.layout.cp)
+    )
     micros = [Batch(*micro, None) for micro in zip(*tokens_and_labels, strict=True)]
 
     def step(recorder: Recorder | None = None):
@@ -56,8 +58,8 @@ def build(run: Run):
 
 def small(ranks: int, layout: dict, n_microbatches=2) -> Run:
     resolved = ParallelConfig(**layout).resolve(ranks)
-    rows = n_microbatches * ROWS * resolved.dp
-    return Run(resolved, Job(SMALL, SEQ_LEN, rows, ROWS))
+    batch = n_microbatches * SEQUENCES * resolved.dp
+    return Run(resolved, Job(SMALL, SEQ_LEN, batch, SEQUENCES))
 
 
 # ---- parameters ----

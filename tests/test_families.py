@@ -18,13 +18,13 @@ from recipe import metrics, pretrain_flags, recipe
 from safetensors.torch import load_file
 from test_compile import Run, graphs_after_each_phase
 from test_memory_layouts import managed_steps
-from test_one_answer import ROWS, SHAPES, T, five_steps, rows_of
+from test_one_answer import SEQUENCES, SHAPES, T, batch_of, five_steps
 from test_tensor_parallel import count_collectives, planned
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf, save_hf
-from dtensor_llama.attention import WholeRows
+from dtensor_llama.attention import WholeSequences
 from dtensor_llama.chat.lora import (
     LoraConfig,
     adapter_parameters,
@@ -60,7 +60,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-WINDOW = {"sliding_window": 6}  # less than the documents of 12 and 14 tokens in the rows
+WINDOW = {"sliding_window": 6}  # less than the documents of 12 and 14 tokens in the sequences
 USE_WINDOW = {**WINDOW, "use_sliding_window": True}
 FAMILIES = {  # name -> (transformers calls its classes, fields of config.json beside SIZES)
     "llama3": ("Llama", {"rope_scaling": LLAMA3_ROPE, "rope_theta": 5e5, "tie_word_embeddings": True}),
@@ -215,16 +215,16 @@ def test_a_cache_gives_the_tokens_of_transformers(family):
 @pytest.mark.parametrize("kernel", ["sdpa", "varlen", "math"])
 def test_a_window_holds_in_packed_documents_too(kernel):
     model = ours_of("qwen2, window")
-    model.attention = WholeRows(kernel)
+    model.attention = WholeSequences(kernel)
     lengths = [7, 1, 20, 4]
-    rows = tokens_of(sum(lengths))
+    sequences = tokens_of(sum(lengths))
     positions = torch.cat([torch.arange(n) for n in lengths]).expand(2, -1)
     with torch.no_grad():
-        packed = model(rows, positions=positions)
-        alone = torch.cat([model(document) for document in rows.split(lengths, dim=1)], dim=1)
+        packed = model(sequences, positions=positions)
+        alone = torch.cat([model(document) for document in sequences.split(lengths, dim=1)], dim=1)
         assert_close(packed, alone, rtol=0, atol=1e-5)  # only the order of summation differs
         model.model.config = replace(model.config, sliding_window=None, layer_types=None)
-        assert (model(rows, positions=positions) - alone).abs().max() > 1e-2
+        assert (model(sequences, positions=positions) - alone).abs().max() > 1e-2
 
 
 # ---- one answer --------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def steps_of(family: str, changes: dict, on_host: bool, layout: ParallelConfig, 
 @functools.cache
 def one_process(family: str, n_kv_heads: int) -> dict:
     changes = {"num_key_value_heads": n_kv_heads}
-    return run_on(1, steps_of, family, changes, False, ParallelConfig(), ROWS)[0]
+    return run_on(1, steps_of, family, changes, False, ParallelConfig(), SEQUENCES)[0]
 
 
 def assert_one_answer(family: str, layout: str) -> None:
@@ -272,12 +272,12 @@ def assert_one_answer(family: str, layout: str) -> None:
     shape, parallel = replace(config_of(family), **changes), ParallelConfig(**fields)
     if layout == "cp 2, ring" and shape.sliding_window is not None:
         with pytest.raises(UsageError, match=r"cp_method=ring knows no sliding window.*sliding_window=6"):
-            check_parallel(parallel.resolve(ranks), Job(shape, T, ROWS))
+            check_parallel(parallel.resolve(ranks), Job(shape, T, SEQUENCES))
         return
     on_host = layout == "states on the host"
     if on_host and family == "dynamic":
         pytest.skip("the steps with a chunk manager have packed documents")
-    micro = 2 if parallel.pp > 1 else ROWS // parallel.resolve(ranks).dp
+    micro = 2 if parallel.pp > 1 else SEQUENCES // parallel.resolve(ranks).dp
     ours = run_on(ranks, steps_of, family, changes, on_host, parallel, micro, timeout=240)[0]
     expected = one_process(family, shape.num_key_value_heads)
     nats = max(abs(a - b) for a, b in zip(ours["losses"], expected["losses"], strict=True))
@@ -313,7 +313,7 @@ def adapters_of(family: str, layout: ParallelConfig) -> dict[str, torch.Tensor]:
     for name, parameter in adapters.items():
         if "lora_B" in name:  # where it is zero, A has no gradient
             torch.nn.init.constant_(parameter, 0.02)
-    batch = rows_of(0, masked=True)
+    batch = batch_of(0, masked=True)
     model(batch.tokens, labels=batch.labels, positions=batch.positions).backward()
     grads = {name: parameter.grad for name, parameter in adapters.items()}
     return {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in grads.items()}
@@ -512,13 +512,13 @@ def test_dynamic_rope_is_refused_where_it_would_depend_on_how_a_batch_is_cut():
 def test_a_ring_is_refused_where_a_window_hides_tokens_and_not_where_it_hides_none():
     ring = ParallelConfig(cp=2, cp_method="ring").resolve(2)
     config = replace(config_of("mistral"), sliding_window=T)
-    assert check_parallel(ring, Job(config, T, ROWS)) == ROWS
+    assert check_parallel(ring, Job(config, T, SEQUENCES)) == SEQUENCES
     with pytest.raises(UsageError, match="Use cp_method=ulysses, or use seq_len=16"):
-        check_parallel(ring, Job(replace(config, sliding_window=16), T, ROWS))
+        check_parallel(ring, Job(replace(config, sliding_window=16), T, SEQUENCES))
     no_layer = {"sliding_window": 16, "layer_types": ["full_attention"] * 5}
-    check_parallel(ring, Job(replace(config_of("qwen2"), **no_layer), T, ROWS))
+    check_parallel(ring, Job(replace(config_of("qwen2"), **no_layer), T, SEQUENCES))
     whole = ParallelConfig(cp=2).resolve(2)
-    check_parallel(whole, Job(replace(config, sliding_window=16), T, ROWS))
+    check_parallel(whole, Job(replace(config, sliding_window=16), T, SEQUENCES))
 
 
 def test_a_head_that_differs_from_the_embedding_it_is_said_to_be_tied_to_is_refused(tmp_path):

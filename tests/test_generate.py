@@ -12,9 +12,9 @@ from pool import run_on
 from recipe import ROOT, recipe
 
 from dtensor_llama import Llama, LlamaConfig, load_hf
-from dtensor_llama.attention import WholeRows
+from dtensor_llama.attention import WholeSequences
 from dtensor_llama.data.tokenizer import load_tokenizer
-from dtensor_llama.generate import Sampling, TextStream, continue_whole_rows, generate_batch, sample
+from dtensor_llama.generate import Sampling, TextStream, continue_whole_sequences, generate_batch, sample
 from dtensor_llama.model import init_weights
 from parallel import ParallelConfig, build_mesh
 from parallel.tensor import apply_tensor_parallel
@@ -51,16 +51,16 @@ def expected() -> list[list[int]]:
 
 
 def columns(steps) -> list[list[int]]:
-    return [list(row) for row in zip(*steps, strict=True)]
+    return [list(ids) for ids in zip(*steps, strict=True)]
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "math"])
 def test_a_batch_of_unequal_prompts_says_what_transformers_says_to_each(expected, kernel):
     model = Llama(CONFIG)
-    model.attention = WholeRows(kernel)
+    model.attention = WholeSequences(kernel)
     assert columns(generate_batch(model, PROMPTS, N)) == expected
     assert [columns(generate_batch(model, [prompt], N))[0] for prompt in PROMPTS] == expected
-    assert len({tuple(row) for row in expected}) == len(PROMPTS)  # else equality would mean little
+    assert len({tuple(ids) for ids in expected}) == len(PROMPTS)  # else equality would mean little
 
 
 def split_and_generate(tp: int) -> list[list[int]]:
@@ -78,21 +78,21 @@ def test_split_over_tp_it_says_the_same_on_every_rank(expected, tp):
     assert run_on(tp, split_and_generate, tp) == [[row[:6] for row in expected]] * tp
 
 
-def test_a_row_that_ended_says_no_more_and_the_others_go_on(expected):
+def test_a_sequence_that_ended_says_no_more_and_the_others_go_on(expected):
     stop = expected[1][5]
-    rows = columns(generate_batch(Llama(CONFIG), PROMPTS, N, stop_ids=(stop,)))
-    for row, whole in zip(rows, expected, strict=False):
+    answers = columns(generate_batch(Llama(CONFIG), PROMPTS, N, stop_ids=(stop,)))
+    for answer, whole in zip(answers, expected, strict=False):
         end = whole.index(stop) + 1 if stop in whole else N
-        assert row == (whole[:end] + [None] * (N - end))[: len(row)]
-    assert rows[1][-1] is None
+        assert answer == (whole[:end] + [None] * (N - end))[: len(answer)]
+    assert answers[1][-1] is None
 
 
-@pytest.mark.parametrize("row_multiple", [1, 8])
-def test_without_a_cache_the_likeliest_tokens_are_those_with_one(expected, row_multiple):
+@pytest.mark.parametrize("token_multiple", [1, 8])
+def test_without_a_cache_the_likeliest_tokens_are_those_with_one(expected, token_multiple):
     stop = expected[1][5]
-    rows = continue_whole_rows(Llama(CONFIG), PROMPTS, N, (stop,), row_multiple)
-    assert rows == [
-        whole[: whole.index(stop) + 1] if stop in whole else whole for whole in (row[:N] for row in expected)
+    answers = continue_whole_sequences(Llama(CONFIG), PROMPTS, N, (stop,), token_multiple)
+    assert answers == [
+        whole[: whole.index(stop) + 1] if stop in whole else whole for whole in (ids[:N] for ids in expected)
     ]
 
 

@@ -23,7 +23,7 @@ from test_memory_parity import (
 from torch.testing import assert_close
 
 from dtensor_llama import Llama, LlamaConfig, loss
-from dtensor_llama.attention import AttentionMask, WholeRows, attention, choose_attention
+from dtensor_llama.attention import AttentionMask, WholeSequences, attention, choose_attention
 from dtensor_llama.checkpoint import Checkpointer, SavedWeights, training_state
 from dtensor_llama.generate import KVCache
 from dtensor_llama.model import init_weights
@@ -75,7 +75,7 @@ def test_logits_and_gradients_on_the_gpu_equal_the_cpu_in_float32(kv_heads, kern
         num_key_value_heads=kv_heads,
     )
     on_cpu, on_gpu = Llama(config), Llama(config).cuda()
-    on_gpu.attention = WholeRows(choose_attention(kernel, torch.device("cuda"), torch.float32)[0])
+    on_gpu.attention = WholeSequences(choose_attention(kernel, torch.device("cuda"), torch.float32)[0])
     tokens = torch.randint(307, (2, 50))
     positions = torch.cat([torch.arange(n) for n in (20, 1, 29)]).expand(2, -1)
     for packed in (None, positions):
@@ -90,8 +90,8 @@ def test_logits_and_gradients_on_the_gpu_equal_the_cpu_in_float32(kv_heads, kern
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tokens_over_a_cache_continue_prompts_of_unequal_lengths_as_the_whole_rows_would(dtype):
-    """One new token at a time, and several: what is decoded equals the logits of the rows as a whole."""
+def test_tokens_over_a_cache_continue_prompts_of_unequal_lengths_as_the_whole_sequences_would(dtype):
+    """One new token at a time, and several: what is decoded equals the logits of the sequences as a whole."""
     config = LlamaConfig(
         vocab_size=307,
         hidden_size=64,
@@ -106,10 +106,10 @@ def test_tokens_over_a_cache_continue_prompts_of_unequal_lengths_as_the_whole_ro
     for padding in (None, torch.tensor([0, 7], device="cuda")):
         cache, parts = KVCache(40, padding), []
         with torch.no_grad():
-            model.attention = WholeRows("sdpa")
+            model.attention = WholeSequences("sdpa")
             for new in tokens.split([25, 9, 3, 1, 1, 1], dim=1):
                 parts.append(model(new, cache=cache))
-            model.attention = WholeRows("math")
+            model.attention = WholeSequences("math")
             whole = model(tokens, cache=KVCache(40, padding))
         assert_close(torch.cat(parts, dim=1)[:, 7:], whole[:, 7:], rtol=tolerance, atol=tolerance)
 
@@ -305,13 +305,13 @@ def test_every_pass_runs_on_nccl_with_one_rank_and_changes_nothing(cp_method, de
                 model = Llama(config)
             if layout:
                 mesh = build_mesh(layout.resolve(1), device.type)
-                model.attention = WholeRows("math")
+                model.attention = WholeSequences("math")
                 apply_context_parallel(model, mesh["cp"], cp_method)
                 apply_tensor_parallel(model, mesh["tp"], sequence_parallel=True)
                 apply_recompute(list(model.model.layers), "full")
                 apply_zero(model, list(model.model.layers), mesh, 3, torch.float32)
             else:
-                model.attention = WholeRows("math")
+                model.attention = WholeSequences("math")
             model.to_empty(device=device)
             init_weights(model, seed=0)
             loss = model(tokens, labels=labels)

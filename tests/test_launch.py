@@ -89,7 +89,7 @@ def test_every_size_from_the_least_to_512_gpus_passes_the_checks_of_its_recipe(r
     for gpus in (n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if n >= TABLE[size, gpu].least):
         cfg, layout, n_micros = parsed(recipe, size, gpu, gpus)
         assert n_micros * layout.dp * cfg.train.micro_batch_size == cfg.train.global_batch_size
-        # What talks in every layer is a node or two; 70b's states need more, and its rows hide the traffic.
+        # What talks in every layer is a node or two; 70b's states need more, and its tokens hide the traffic.
         assert layout.tp * layout.dp_shard <= 16 or size.startswith("70b")
         if recipe == "pretrain":
             assert cfg.train.global_batch_size * T == 2**22  # LLaMA-2's 4M tokens

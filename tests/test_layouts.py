@@ -42,7 +42,7 @@ def test_a_layout_gives_the_answer_of_one_process(inputs, reference, tmp_path, l
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["cp-2-dp-2", "pp-2-cp-2-tp-2"])
-def test_one_document_a_row_needs_no_positions_on_any_stage(inputs, tmp_path, layout):
+def test_one_document_a_sequence_needs_no_positions_on_any_stage(inputs, tmp_path, layout):
     ranks, more = LAYOUTS[layout]
     for name, n, flags_of in (("one", 1, []), ("many", ranks, more)):
         assert recipe("pretrain", *flags(inputs, tmp_path / name, *flags_of, steps=2), ranks=n).status == 0

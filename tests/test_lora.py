@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from pool import run_on
 from safetensors.torch import load_file
-from test_one_answer import GQA, ROWS, rows_of, whole_weights
+from test_one_answer import GQA, SEQUENCES, batch_of, whole_weights
 from torch.testing import assert_close
 from training import forward_backward, make_training
 from versions import marks_for
@@ -49,7 +49,7 @@ def three_steps(
     """Train the adapters on the ranks of the default group; export merged and unmerged into `out`."""
     config = SHAPES[shape]
     layout = layout.resolve(dist.get_world_size())
-    n_micros = check_parallel(layout, Job(config, 32, ROWS, micro, recompute=recompute))
+    n_micros = check_parallel(layout, Job(config, 32, SEQUENCES, micro, recompute=recompute))
     with torch.device("meta"):
         model = Llama(config)
     apply_lora(model, LORA, frozen_dtype=dtype)
@@ -61,10 +61,10 @@ def three_steps(
     initial = whole_weights(model)
     losses, norms = [], []
     for step in range(3):
-        batch = rows_of(step, masked=True)
+        batch = batch_of(step, masked=True)
         n_scored = (batch.labels != -100).sum()
         mine = [x.chunk(layout.dp)[mesh["dp"].get_local_rank()] for x in batch]
-        micros = [Batch(*(x[i : i + micro] for x in mine)) for i in range(0, ROWS // layout.dp, micro)]
+        micros = [Batch(*(x[i : i + micro] for x in mine)) for i in range(0, SEQUENCES // layout.dp, micro)]
         own = [training.layout.own_tokens(batch) for batch in micros]
         loss = forward_backward(training, own, n_scored)
         dist.all_reduce(loss, group=mesh["loss"].get_group())
@@ -82,7 +82,7 @@ def three_steps(
 
 @functools.cache
 def one_process(shape: str) -> dict:
-    return run_on(1, three_steps, shape, ParallelConfig(), ROWS)[0]
+    return run_on(1, three_steps, shape, ParallelConfig(), SEQUENCES)[0]
 
 
 def case(
@@ -147,7 +147,7 @@ def test_adapters_train_alike_on_every_layout_and_frozen_weights_stay(ranks, sha
 
 def test_frozen_weights_are_bfloat16_beside_float32_adapters_and_merge_into_what_peft_reads(tmp_path):
     ours = run_on(2, three_steps, "gqa", ParallelConfig(tp=2), 1, torch.bfloat16, "none", tmp_path)[0]
-    expected = run_on(1, three_steps, "gqa", ParallelConfig(), ROWS, torch.float32)[0]
+    expected = run_on(1, three_steps, "gqa", ParallelConfig(), SEQUENCES, torch.float32)[0]
     assert max(abs(a - b) for a, b in zip(ours["losses"], expected["losses"], strict=True)) < 0.02
     assert {("_lora." in name, weight.dtype) for name, weight in ours["final"].items()} == {
         (True, torch.float32),

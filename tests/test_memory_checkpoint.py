@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from pool import run_on
 from test_memory_layouts import start, step
-from test_one_answer import ROWS, SHAPES, rows_of
+from test_one_answer import SEQUENCES, SHAPES, batch_of
 from torch.distributed.tensor import DTensor
 from training import forward_backward, make_training
 
@@ -60,7 +60,7 @@ def load_and_go_on(folder, layout, plan_seed, dtype=torch.float32, more=2):
 
 def with_torchs_adamw(folder, load: bool):
     """One process without a manager: save after 3 steps, or load and say what came."""
-    training = make_training(SHAPES["gqa"], ParallelConfig(), ROWS // MICRO)
+    training = make_training(SHAPES["gqa"], ParallelConfig(), SEQUENCES // MICRO)
     model, optimizer = training.model, training.optimizer
     init_weights(model, seed=0)
     saver = Checkpointer(folder)
@@ -71,8 +71,8 @@ def with_torchs_adamw(folder, load: bool):
         saver.close()
         return whole(model, optimizer)
     for i in range(3):
-        batch = rows_of(i, masked=True)
-        micros = [Batch(*(x[j : j + MICRO] for x in batch)) for j in range(0, ROWS, MICRO)]
+        batch = batch_of(i, masked=True)
+        micros = [Batch(*(x[j : j + MICRO] for x in batch)) for j in range(0, SEQUENCES, MICRO)]
         forward_backward(training, micros, (batch.labels != -100).sum())
         optimizer.clip_grad_norm(0.5)
         optimizer.step()

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from emulated_lanes import QueuedLanes
 from pool import run_on
 from test_memory_parity import chunk_sizes, plan_of
-from test_one_answer import ROWS, SHAPES, STEPS, five_steps, rows_of, whole_weights
+from test_one_answer import SEQUENCES, SHAPES, STEPS, batch_of, five_steps, whole_weights
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -52,7 +52,7 @@ def start(
     parts = parallelize(model, mesh, layout, computation)
     for part in parts:
         part.to_empty(device="cpu")
-    n_micros = ROWS // layout.dp // micro
+    n_micros = SEQUENCES // layout.dp // micro
     adamw = build_adamw(model, lr=1e-3, weight_decay=0.1)
     draw = random.Random(f"{plan_seed} {dist.get_rank()}")  # ranks need not agree where their chunks live
     sizes = chunk_sizes(model, adamw, CHUNK, parts)
@@ -75,9 +75,9 @@ def start(
 
 
 def step(number: int, layout, mesh, optimizer, training, micro: int) -> tuple[float, float]:
-    batch = rows_of(number, masked=True)
+    batch = batch_of(number, masked=True)
     mine = [x.chunk(layout.dp)[mesh["dp"].get_local_rank()] for x in batch]
-    micros = [Batch(*(x[i : i + micro] for x in mine)) for i in range(0, ROWS // layout.dp, micro)]
+    micros = [Batch(*(x[i : i + micro] for x in mine)) for i in range(0, SEQUENCES // layout.dp, micro)]
     micros = [shard_batch(one, mesh["cp"], layout.cp_method) for one in micros]
     loss = forward_backward(training, micros, (batch.labels != -100).sum())
     dist.all_reduce(loss, group=mesh["loss"].get_group())
@@ -101,7 +101,7 @@ def managed_steps(shape: str, layout: ParallelConfig, micro: int, plan_seed: int
 
 @functools.cache
 def one_process(shape: str) -> dict:
-    return run_on(1, five_steps, shape, ParallelConfig(), ROWS, True)[0]
+    return run_on(1, five_steps, shape, ParallelConfig(), SEQUENCES, True)[0]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def jobs_left_as_blocks_begin(layout: ParallelConfig) -> tuple[list[int], int, l
     """Look at the forward after an update of which the host does nothing until something waits for it. Return
     how many of its jobs are left when each block begins, how many there were, and how many cover later blocks
     alone."""
-    lanes, micro = QueuedLanes(), ROWS // dist.get_world_size()
+    lanes, micro = QueuedLanes(), SEQUENCES // dist.get_world_size()
     layout, mesh, model, manager, training = start("gqa", layout, micro, None, lanes=lanes)
     blocks, left, later = list(model.model.layers), [], []
     for number, block in enumerate(blocks):
@@ -198,9 +198,11 @@ def test_blocks_begin_while_the_host_still_steps_later_ones(ranks, stage):
 
 def gradients_that_wait(layout: ParallelConfig, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of the storages that gradients keep alive until the step, and what the ledger counts of them."""
-    layout, mesh, model, manager, training = start("gqa", layout, ROWS // dist.get_world_size(), 1, dtype)
+    layout, mesh, model, manager, training = start(
+        "gqa", layout, SEQUENCES // dist.get_world_size(), 1, dtype
+    )
     before = manager.ledger.held["device"]
-    batch = rows_of(0, masked=True)
+    batch = batch_of(0, masked=True)
     mine = Batch(*(x.chunk(layout.dp)[mesh["dp"].get_local_rank()] for x in batch))
     forward_backward(training, [mine], (batch.labels != -100).sum())
     manager.finish_backward()
@@ -234,14 +236,14 @@ def weights_changed_by_hand(layout: ParallelConfig) -> float:
     ends = []
     for manage in (True, False):
         resolved, mesh, model, manager, training = start(
-            "gqa", layout, ROWS // dist.get_world_size(), 1 if manage else None
+            "gqa", layout, SEQUENCES // dist.get_world_size(), 1 if manage else None
         )
         if not manage:
             manager.close()
             init_weights(model, seed=0)
         optimizer = manager.optimizer if manage else build_adamw(model, lr=1e-3, weight_decay=0.1)
         for i in range(3):
-            batch = rows_of(i, masked=True)
+            batch = batch_of(i, masked=True)
             mine = Batch(*(x.chunk(resolved.dp)[mesh["dp"].get_local_rank()] for x in batch))
             forward_backward(training, [mine], (batch.labels != -100).sum())
             optimizer.step()
@@ -267,7 +269,7 @@ def test_sharded_weights_that_are_loaded_or_changed_by_hand_become_the_masters(r
 
 
 class Spread(torch.nn.Module):
-    """A weight that all ranks hold and each uses with its own rows, so that autograd leaves its gradient
+    """A weight that all ranks hold and each uses with its own sequences, so that autograd leaves its gradient
     Partial."""
 
     def __init__(self, mesh):

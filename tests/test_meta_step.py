@@ -3,7 +3,7 @@ refuse raises here.
 
 On `meta` every operation checks shapes, dtypes and devices, and computes nothing. What would make the host
 wait for the device raises: .item(), bool(), .cpu(), nonzero(). So does a tensor that was left on the CPU.
-Rows come from the CPU, as the reader gives them. Not covered: FSDP and pipeline transfers, which need real
+Batches come from the CPU, as the reader gives them. Not covered: FSDP and pipeline transfers, which need real
 devices, and what only happens on `cuda`.
 """
 

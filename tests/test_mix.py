@@ -35,12 +35,12 @@ def mixed(tmp_path) -> MixedSequences:
     )
 
 
-def sources_of(rows: MixedSequences, indices) -> np.ndarray:
-    return rows.tokens_of(indices)[:, 0] // 10_000
+def sources_of(sequences: MixedSequences, indices) -> np.ndarray:
+    return sequences.tokens_of(indices)[:, 0] // 10_000
 
 
-def test_any_stretch_of_rows_has_the_shares_asked_for(mixed):
-    source = sources_of(mixed, mixed.rows_at(np.arange(4000)))
+def test_any_stretch_of_sequences_has_the_shares_asked_for(mixed):
+    source = sources_of(mixed, mixed.sequences_at(np.arange(4000)))
     for k, weight in enumerate(WEIGHTS):
         dealt = np.cumsum(source == k)
         for first, n in ((0, 20), (1, 20), (777, 100), (1500, 2000)):
@@ -49,17 +49,17 @@ def test_any_stretch_of_rows_has_the_shares_asked_for(mixed):
 
 
 def test_each_source_comes_in_its_own_order_whole_before_it_comes_again(mixed):
-    indices = mixed.rows_at(np.arange(2000))
+    indices = mixed.sequences_at(np.arange(2000))
     source = sources_of(mixed, indices)
     for k, own in enumerate(mixed.sources):
         mine = indices[source == k]
-        assert (mine == mixed._first[k] + own.rows_at(np.arange(len(mine)))).all()
+        assert (mine == mixed._first[k] + own.sequences_at(np.arange(len(mine)))).all()
         assert len(set(mine[: own.n_train])) == min(own.n_train, len(mine))
-    assert not set(indices) & set(mixed.validation_rows())
+    assert not set(indices) & set(mixed.validation_sequences())
 
 
-def test_held_out_rows_have_the_shares_too_and_none_comes_twice(mixed):
-    held_out = mixed.validation_rows()
+def test_held_out_sequences_have_the_shares_too_and_none_comes_twice(mixed):
+    held_out = mixed.validation_sequences()
     assert len(held_out) == mixed.n_validation == len(set(held_out)) > 20
     counts = Counter(sources_of(mixed, held_out).tolist())
     assert all(
@@ -68,7 +68,7 @@ def test_held_out_rows_have_the_shares_too_and_none_comes_twice(mixed):
     assert sum(len(batch.tokens) for batch in validation_batches(mixed, Batching(4, 4))) >= mixed.n_validation
 
 
-def test_rows_and_position_do_not_depend_on_ranks_or_stops(mixed):
+def test_sequences_and_position_do_not_depend_on_ranks_or_stops(mixed):
     def read(ranks: int, first: int, steps: int) -> torch.Tensor:
         readers = [
             SequenceReader(mixed, Batching(12, 12 // ranks, rank, ranks, document_mask=True), position=first)
@@ -89,8 +89,8 @@ def test_rows_and_position_do_not_depend_on_ranks_or_stops(mixed):
 
 
 def test_a_document_boundary_is_that_of_the_source(mixed):
-    row = mixed._first[2] + 500 // T
-    assert mixed.document_starts_of(int(row)).tolist() == [500 % T]
+    number = mixed._first[2] + 500 // T
+    assert mixed.document_starts_of(int(number)).tolist() == [500 % T]
 
 
 def test_paths_with_weights_are_a_mixture_and_others_are_what_they_were(inputs, tmp_path):
@@ -99,10 +99,10 @@ def test_paths_with_weights_are_a_mixture_and_others_are_what_they_were(inputs, 
     two.write_text("gamma delta " * 400)
     arguments = tmp_path / "cache", TextOptions(), Packing(16, 0.1)
     tokenizer = load_tokenizer(inputs / "tokenizer")
-    rows = open_sequences([f"{one}:7", f"{tmp_path}/b*:3"], tokenizer, *arguments)
-    assert rows.shares == [0.7, 0.3] and rows.contents.startswith("0.7 x (")
+    sequences = open_sequences([f"{one}:7", f"{tmp_path}/b*:3"], tokenizer, *arguments)
+    assert sequences.shares == [0.7, 0.3] and sequences.contents.startswith("0.7 x (")
     both = open_sequences([str(one), str(two)], tokenizer, *arguments)
-    assert isinstance(both, PackedSequences) and both.n_rows > rows.sources[0].n_rows
+    assert isinstance(both, PackedSequences) and both.n_sequences > sequences.sources[0].n_sequences
     tmp_path.joinpath("a.txt:0.5").write_text("a file may be called so")
     assert parse_mixture([f"{one}:0.5"]) is None
 
@@ -154,5 +154,5 @@ def test_a_mixed_run_says_each_source_s_loss_and_does_not_depend_on_ranks(inputs
         assert abs(one["loss"] - two["loss"]) < 2e-5
     last = metrics(tmp_path / "2")[-1]
     own = [last[f"validation_loss/{tmp_path}/{name}.jsonl"] for name in "ab"]
-    # of other held-out rows
+    # of other held-out sequences
     assert own[0] != own[1] and last["validation_loss"] == pytest.approx(sum(own) / 2, abs=0.5)

@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf
-from dtensor_llama.attention import WholeRows, attention
+from dtensor_llama.attention import WholeSequences, attention
 from dtensor_llama.loss import token_loss_sum
 from dtensor_llama.model import init_weights
 
@@ -57,7 +57,7 @@ def assert_equals_twin(model: Llama, twin, tokens: torch.Tensor):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_and_gradients_equal_transformers(shape, kernel):
     model = Llama(SHAPES[shape])
-    model.attention = WholeRows(kernel)
+    model.attention = WholeSequences(kernel)
     tokens = torch.randint(SHAPES[shape].vocab_size, (2, 50), generator=torch.Generator().manual_seed(1))
     assert_equals_twin(model, transformers_twin(model), tokens)
 
@@ -82,17 +82,17 @@ def test_trained_weights_give_the_published_loss_and_equal_transformers():
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "varlen", "math"])
-def test_a_packed_row_gives_what_its_documents_give_alone(kernel):
+def test_a_packed_sequence_gives_what_its_documents_give_alone(kernel):
     model = Llama(SHAPES["gqa"])
-    model.attention = WholeRows(kernel)
+    model.attention = WholeSequences(kernel)
     lengths = [7, 1, 20, 4]
-    rows = torch.randint(307, (2, sum(lengths)), generator=torch.Generator().manual_seed(2))
+    sequences = torch.randint(307, (2, sum(lengths)), generator=torch.Generator().manual_seed(2))
     positions = torch.cat([torch.arange(n) for n in lengths]).expand(2, -1)
     with torch.no_grad():
-        packed = model(rows, positions=positions)
-        alone = torch.cat([model(document) for document in rows.split(lengths, dim=1)], dim=1)
+        packed = model(sequences, positions=positions)
+        alone = torch.cat([model(document) for document in sequences.split(lengths, dim=1)], dim=1)
         assert_close(packed, alone, rtol=0, atol=2e-6)  # only the order of summation differs
-        assert (model(rows) - alone).abs().max() > 1e-3  # without the mask they see each other
+        assert (model(sequences) - alone).abs().max() > 1e-3  # without the mask they see each other
 
 
 def test_attention_kernels_agree_with_and_without_a_cache():

@@ -26,7 +26,7 @@ from parallel.apply import Computation
 from parallel.config import Job, check_parallel
 from parallel.context import shard_sequence
 
-STEPS, ROWS, T = 5, 8, 32
+STEPS, SEQUENCES, T = 5, 8, 32
 GQA = LlamaConfig(
     vocab_size=101,
     hidden_size=32,
@@ -43,15 +43,15 @@ SHAPES = {
 }
 
 
-def rows_of(step: int, masked: bool) -> Batch:
-    """The global batch of a step: (ROWS, T). masked: packed documents, and labels missing unevenly."""
+def batch_of(step: int, masked: bool) -> Batch:
+    """The global batch of a step: (SEQUENCES, T). masked: packed documents, and labels missing unevenly."""
     stream = torch.Generator().manual_seed(step)
-    both = torch.randint(101, (ROWS, T + 1), generator=stream)
+    both = torch.randint(101, (SEQUENCES, T + 1), generator=stream)
     tokens, labels, positions = both[:, :-1].contiguous(), both[:, 1:].clone(), None
     if masked:
-        labels[torch.rand(labels.shape, generator=stream) < torch.linspace(0, 0.9, ROWS)[:, None]] = -100
+        labels[torch.rand(labels.shape, generator=stream) < torch.linspace(0, 0.9, SEQUENCES)[:, None]] = -100
         lengths = [5, 1, 14, 12]
-        positions = torch.cat([torch.arange(n) for n in lengths]).expand(ROWS, -1).contiguous()
+        positions = torch.cat([torch.arange(n) for n in lengths]).expand(SEQUENCES, -1).contiguous()
     return Batch(tokens, labels, positions)
 
 
@@ -60,19 +60,19 @@ def five_steps(shape: str, layout: ParallelConfig, micro: int, masked: bool, rec
     began = time.perf_counter()
     config = SHAPES[shape]
     layout = layout.resolve(dist.get_world_size())
-    n_micros = check_parallel(layout, Job(config, T, ROWS, micro, recompute=recompute))
+    n_micros = check_parallel(layout, Job(config, T, SEQUENCES, micro, recompute=recompute))
     training = make_training(config, layout, n_micros, Computation(recompute=recompute))
     model, mesh, optimizer = training.model, training.layout.mesh, training.optimizer
     init_weights(model, seed=0)
     initial = whole_weights(model)
     losses, norms = [], []
     for step in range(STEPS):
-        batch = rows_of(step, masked)
+        batch = batch_of(step, masked)
         n_scored = (batch.labels != -100).sum()
         mine = [None if x is None else x.chunk(layout.dp)[mesh["dp"].get_local_rank()] for x in batch]
         micros = [
             Batch(*(None if x is None else x[i : i + micro] for x in mine))
-            for i in range(0, ROWS // layout.dp, micro)
+            for i in range(0, SEQUENCES // layout.dp, micro)
         ]
         if layout.cp > 1:
             micros = [
@@ -108,7 +108,7 @@ def whole_weights(model: Llama) -> dict[str, torch.Tensor]:
 
 @functools.cache
 def one_process(shape: str, masked: bool) -> dict:
-    return run_on(1, five_steps, shape, ParallelConfig(), ROWS, masked)[0]
+    return run_on(1, five_steps, shape, ParallelConfig(), SEQUENCES, masked)[0]
 
 
 def assert_one_answer(
@@ -267,7 +267,7 @@ def any_layout(draw):
 def run_or_refuse(layout: ParallelConfig, shape: str, micro: int, masked: bool, recompute: str) -> str:
     ranks = layout.pp * layout.dp * layout.cp * layout.tp
     try:
-        check_parallel(layout.resolve(ranks), Job(SHAPES[shape], T, ROWS, micro, recompute=recompute))
+        check_parallel(layout.resolve(ranks), Job(SHAPES[shape], T, SEQUENCES, micro, recompute=recompute))
     except UsageError as refusal:
         assert "=" in str(refusal) and "\n" not in str(refusal), refusal
         return "refused"

@@ -74,8 +74,8 @@ def test_stages_lie_in_a_loop_or_a_v(schedule, pp, virtual_stages, placement):
 
 
 def make_micros(n, step=0, dp_rank=0, documents=False):
-    """n microbatches of 2 rows of 32 tokens, each with another share of scored labels; the second has none at
-    all."""
+    """n microbatches of 2 sequences of 32 tokens, each with another share of scored labels; the second has
+    none at all."""
     micros = []
     for i in range(n):
         draw = torch.Generator().manual_seed(1000 * step + 100 * dp_rank + i)

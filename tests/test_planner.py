@@ -44,8 +44,8 @@ from sizes import SLOWER, TABLE, T, account_of, flags  # noqa: E402
 SEVEN_B, SEVENTY_B = LlamaConfig.preset("llama2-7b"), LlamaConfig.preset("llama2-70b")
 
 
-def question(model=SEVEN_B, gpu="h100-80gb", gpus=8, rows=1024, seq_len=4096, **more) -> Question:
-    return Question(model, seq_len, rows, find_cluster(gpu, gpus), **more)
+def question(model=SEVEN_B, gpu="h100-80gb", gpus=8, sequences=1024, seq_len=4096, **more) -> Question:
+    return Question(model, seq_len, sequences, find_cluster(gpu, gpus), **more)
 
 
 # ---- The search --------------------------------------------------------------------------------------------
@@ -94,10 +94,10 @@ def test_the_frontier_is_what_nothing_surpasses():
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("gpus,rows", [(512, 1024), (4096, 4096)])
-def test_seventy_b_on_many_gpus_is_planned_in_seconds(gpus, rows, compiled):
+@pytest.mark.parametrize("gpus,sequences", [(512, 1024), (4096, 4096)])
+def test_seventy_b_on_many_gpus_is_planned_in_seconds(gpus, sequences, compiled):
     start = time.process_time()  # what other processes do does not count
-    found = plan(question(SEVENTY_B, gpus=gpus, rows=rows, compile=compiled))
+    found = plan(question(SEVENTY_B, gpus=gpus, sequences=sequences, compile=compiled))
     assert found.n_tried > 500 and time.process_time() - start < 20  # 2 s were measured
     assert 0.35 < found.best.account.mfu < 0.6
 
@@ -105,7 +105,7 @@ def test_seventy_b_on_many_gpus_is_planned_in_seconds(gpus, rows, compiled):
 @needs_split_backward
 def test_schedules_with_a_backward_in_halves_win_where_nothing_is_compiled():
     """Compiled blocks have one graph for both halves (rules.py), so that there they are not tried."""
-    asked = question(SEVENTY_B, gpus=64, rows=128)
+    asked = question(SEVENTY_B, gpus=64, sequences=128)
     in_halves = {name for name, kind in SCHEDULES.items() if kind.splits_backward}
     assert not in_halves & {work.layout.schedule for work in works(asked)}
     eager = replace(asked, compile=False)
@@ -122,7 +122,7 @@ def test_schedules_with_a_backward_in_halves_win_where_nothing_is_compiled():
 def test_small_gpus_are_told_what_takes_most_of_them_whatever_it_is():
     """With a large vocabulary and short sequences the loss takes most."""
     for model, memory_gib, seq_len in (("qwen2.5-0.5b", 1.5, 512), ("llama3-8b", 8, 512)):
-        asked = question(LlamaConfig.preset(model), gpus=8, rows=64, seq_len=seq_len)
+        asked = question(LlamaConfig.preset(model), gpus=8, sequences=64, seq_len=seq_len)
         small = replace(asked.cluster, gpu=replace(asked.cluster.gpu, memory_gib=memory_gib))
         try:
             said = plan(replace(asked, cluster=small)).describe()
@@ -148,13 +148,13 @@ def test_what_fits_nowhere_gets_what_it_would_take():
 
 
 def test_states_go_to_the_host_only_where_nothing_fits_without():
-    found = plan(question(SEVENTY_B, gpu="a100-40gb", gpus=8, rows=128, foresee=foresee))
+    found = plan(question(SEVENTY_B, gpu="a100-40gb", gpus=8, sequences=128, foresee=foresee))
     assert all(each.work.states.offloads for each in found.candidates)
     best = found.best.account
     assert best.host_bytes <= NODES["a100-40gb"].host_memory_gib * GIB and best.peak_gib <= 39 * FITS_SHARE
     assert not plan(question(foresee=foresee)).best.work.states.offloads
     with pytest.raises(UsageError, match="16 of these GPUs"):
-        plan(question(SEVENTY_B, gpus=1, rows=16, foresee=foresee))
+        plan(question(SEVENTY_B, gpus=1, sequences=16, foresee=foresee))
 
 
 def under(**memory) -> dict:
@@ -163,22 +163,22 @@ def under(**memory) -> dict:
 
 def test_a_layout_is_planned_with_the_placement_and_the_budgets_that_were_asked_for():
     asked = {"placement": "auto", "device_budget_gib": 30, "host_budget_gib": 40}
-    found = plan(question(gpus=2, rows=16, **under(**asked)))
+    found = plan(question(gpus=2, sequences=16, **under(**asked)))
     assert all(each.account.peak_gib <= 30 for each in found.candidates)
     assert all(0 < each.account.host_bytes <= 40 * GIB for each in found.candidates)
     assert all(gib <= 30 for gib, _, _ in found.points)
     said = found.describe()
     assert "fit device_budget_gib=30 and host_budget_gib=40; the fastest" in said and "on the host" in said
     with pytest.raises(UsageError, match="^dp 2, zero 3.*host_budget_gib=5 .* cannot hold 3,369,207,808"):
-        plan(question(gpus=2, rows=16, **under(**asked | {"host_budget_gib": 5})))
+        plan(question(gpus=2, sequences=16, **under(**asked | {"host_budget_gib": 5})))
     with pytest.raises(UsageError, match=r"5.0 can be used \(device_budget_gib=5 .* or device_budget_gib=9"):
-        plan(question(gpus=2, rows=16, **under(**asked | {"device_budget_gib": 5})))
-    plan(question(gpus=2, rows=16, **under(placement="auto", device_budget_gib=9)))  # as was advised
+        plan(question(gpus=2, sequences=16, **under(**asked | {"device_budget_gib": 5})))
+    plan(question(gpus=2, sequences=16, **under(placement="auto", device_budget_gib=9)))  # as was advised
 
 
 def test_static_shares_cost_in_a_plan_what_they_cost_in_a_step():
     on_host = {"placement": "static", "resident": 0.0, "stream": 0.0, "cpu": 1.0}
-    asked = question(gpus=2, rows=8)
+    asked = question(gpus=2, sequences=8)
     free, static, auto = (
         plan(replace(asked, **how)).best.account for how in ({}, under(**on_host), under(placement="auto"))
     )
@@ -224,14 +224,14 @@ def test_states_that_fit_nowhere_else_go_to_the_host_unless_that_was_turned_off(
         planned_by_pretrain(monkeypatch, "llama2-70b", 4, 139, placement="off")
 
 
-def test_rows_that_no_layout_can_share_are_refused():
+def test_sequences_that_no_layout_can_share_are_refused():
     with pytest.raises(UsageError, match="no layout of 7 GPUs that .* can share global_batch_size=5"):
-        plan(question(gpus=7, rows=5))
+        plan(question(gpus=7, sequences=5))
 
 
 def test_a_number_of_gpus_that_is_no_power_of_2_gets_stages_of_uneven_layers():
-    """32 layers over 3 stages are 11, 11 and 10; 7 rows are shared by no other axis of 3 or 6 ranks."""
-    assert {each.work.layout.pp for each in plan(question(gpus=6, rows=7)).candidates} <= {3, 6}
+    """32 layers over 3 stages are 11, 11 and 10; 7 sequences are shared by no other axis of 3 or 6 ranks."""
+    assert {each.work.layout.pp for each in plan(question(gpus=6, sequences=7)).candidates} <= {3, 6}
 
 
 # ---- What a recipe leaves open -----------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def test_auto_takes_the_whole_layout_from_the_planner():
     layout = ParallelConfig(auto=True).resolve(8)
     job = Job(SEVEN_B, 4096, 64, None, recompute=None, compile=True, device_type="cuda")
     chosen, resolved, why = choose_open(job, layout, find_cluster("h100-80gb", 8), States(), tries_tp=False)
-    best = plan(question(rows=64)).best.work
+    best = plan(question(sequences=64)).best.work
     assert (chosen.micro_batch_size, chosen.recompute) == (best.job.micro_batch_size, best.job.recompute)
     assert resolved == best.layout and not resolved.auto and "the fastest" in why
     with pytest.raises(UsageError, match="auto=True chooses every axis, and tp=2 is given too"):
@@ -263,15 +263,15 @@ def test_what_a_recipe_leaves_open_keeps_its_device_budget():
 
 
 def test_an_attention_kernel_that_cannot_merge_blocks_keeps_ring_attention_out_of_the_search():
-    long = replace(question(rows=8), seq_len=65536)
+    long = replace(question(sequences=8), seq_len=65536)
     rings = lambda asked: {work.layout.cp_method for work in works(asked) if work.layout.cp > 1}
     assert rings(long) == {"ulysses", "ring"}
     assert rings(replace(long, attention="flash")) == {"ulysses"}
 
 
-def test_long_rows_of_short_documents_are_fast_where_the_kernel_keeps_them_apart():
+def test_long_sequences_of_short_documents_are_fast_where_the_kernel_keeps_them_apart():
     """Ring attention computes what its masks hide."""
-    long = replace(question(rows=8), seq_len=65536)
+    long = replace(question(sequences=8), seq_len=65536)
     packed = replace(long, document_tokens=512)
     whole, apart = plan(long).best.account, plan(packed).best.account
     assert apart.seconds["attention"] < 0.02 * apart.step_seconds < whole.seconds["attention"]
@@ -312,8 +312,8 @@ def test_auto_plans_for_the_gpu_that_is_there_by_name_and_for_the_nodes_of_the_l
     assert cluster.gpu == replace(here.gpu, memory_gib=int(79.1 * GIB) / GIB)
     settings, why = plan_settings(settings_with({}), SEVEN_B, 4096, launch, foresee)
     assert "layouts on 16 x h100-80gb in nodes of 4, of which" in why and "fit 90% of 79.1 GiB" in why
-    assert max(work.layout.tp for work in works(question(rows=64))) == 8
-    assert max(work.layout.tp for work in works(replace(question(rows=64), cluster=cluster))) == 4
+    assert max(work.layout.tp for work in works(question(sequences=64))) == 8
+    assert max(work.layout.tp for work in works(replace(question(sequences=64), cluster=cluster))) == 4
     job = Job(SEVEN_B, 4096, 64, None, recompute=None, device_type="cuda")
     layout = ParallelConfig().resolve(16)  # as sft.py, which leaves dp or tp open
     _, chosen, why = choose_open(job, layout, replace(cluster, gpus_per_node=1), States(), tries_tp=True)
@@ -362,7 +362,7 @@ def test_auto_keeps_what_was_given_and_searches_the_rest(monkeypatch):
         (each.layout.schedule, each.layout.virtual_stages) for each in works(question(layout=interleaved))
     }
     assert ways == {("interleaved-1f1b", 8)}
-    asked = question(rows=72, layout=ParallelConfig(microbatches=3))
+    asked = question(sequences=72, layout=ParallelConfig(microbatches=3))
     assert {(each.n_microbatches, each.layout.pp <= 3) for each in works(asked)} == {(3, True)}
 
 
@@ -399,7 +399,7 @@ def test_seventy_b_on_512_small_gpus_fits_with_recomputation_and_not_without():
     found = plan(question(SEVENTY_B, gpu="a100-40gb", gpus=512))
     assert found.n_fitting > 100 and 0.45 < found.best.account.mfu < 0.55
     zero3 = next(each for each in found.candidates if each.work.layout.dp_shard == 512)
-    assert name_of(zero3.work) == "dp 512, zero 3, 1 x 2 rows, recompute full"
+    assert name_of(zero3.work) == "dp 512, zero 3, 1 x 2 sequences, recompute full"
     assert zero3.account.mfu > 0.95 * found.best.account.mfu
 
 
@@ -408,9 +408,9 @@ def test_each_size_of_the_launchers_agrees_with_the_planner_or_says_why_not(size
     for gpus in (TABLE[size, gpu].least, 512):
         chosen = flags("pretrain", size, gpu, gpus)
         ours = account_of(size, gpu, gpus, chosen)
-        rows = chosen["--train.global-batch-size"]
+        batch = chosen["--train.global-batch-size"]
         model = LlamaConfig.preset(f"llama2-{size}")
-        best = plan(Question(model, T, rows, replace(NODES[gpu], n_gpus=gpus))).best.account
+        best = plan(Question(model, T, batch, replace(NODES[gpu], n_gpus=gpus))).best.account
         share = ours.tokens_per_second_per_gpu / best.tokens_per_second_per_gpu
         assert share > 0.9 or (size, gpu) in SLOWER, f"{share:.0%} of {name_of(best.work)}"
         assert share > 0.75, f"{share:.0%} of {name_of(best.work)}"

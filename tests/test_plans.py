@@ -80,11 +80,11 @@ def smoothed(name):
 
 
 @cache
-def plain(name, smooth=False, rows=8):
+def plain(name, smooth=False, sequences=8):
     """Train with transformers alone; return the losses, gradient norms and the model at the end."""
     model = plain_model(name)
     optimizer, losses, norms = adamw(model), [], []
-    for batch in batches(name, rows=rows):
+    for batch in batches(name, sequences=sequences):
         out = model(**batch)
         loss = smoothed(name)(out.logits, batch["labels"]) if smooth else out.loss
         loss.backward()
@@ -95,11 +95,13 @@ def plain(name, smooth=False, rows=8):
     return losses, norms, model
 
 
-def boosted(name, layout, folder, memory=None, smooth=False, rows=8, **computation):
+def boosted(name, layout, folder, memory=None, smooth=False, sequences=8, **computation):
     model = plain_model(name)
     booster = Booster(ParallelConfig(**layout), memory, **computation)
     criterion = smoothed(name) if smooth else None
-    model, optimizer, dataloader, _ = booster.boost(model, adamw(model), batches(name, rows=rows), criterion)
+    model, optimizer, dataloader, _ = booster.boost(
+        model, adamw(model), batches(name, sequences=sequences), criterion
+    )
     losses, norms = [], []
     for batch in dataloader:
         losses.append(booster.step(batch).item())
@@ -214,8 +216,8 @@ def test_recomputed_blocks_give_the_same(tmp_path, name, mode):
 
 
 @pytest.mark.slow
-def test_rows_that_do_not_divide_are_filled_up(tmp_path):
-    expected = plain("BertForMaskedLM", rows=7)
+def test_sequences_that_do_not_divide_are_filled_up(tmp_path):
+    expected = plain("BertForMaskedLM", sequences=7)
     assert_same_training("BertForMaskedLM", "tp2-zero3", tmp_path / "hf", None, False, 7, expected=expected)
 
 
@@ -730,7 +732,7 @@ class Letters:
 
 def test_the_recipe_reads_what_pretraining_reads(tmp_path):
     """A line may contain a separator of Unicode, begin with a byte-order mark, and be compressed."""
-    from recipes.finetune_hf import FinetuneConfig, TrainConfig, rows_of
+    from recipes.finetune_hf import FinetuneConfig, TrainConfig, sequences_of
 
     line = json.dumps({"body": "ab\u2028c"}, ensure_ascii=False) + "\n"
     (tmp_path / "below").mkdir()
@@ -738,10 +740,10 @@ def test_the_recipe_reads_what_pretraining_reads(tmp_path):
     train = TrainConfig(rows=1, seq_len=5)
     cfg = FinetuneConfig("model", f"{tmp_path}/**/*.jsonl.gz", "out", text_field="body", train=train)
     with mock.patch("torch.distributed.get_rank", return_value=1):
-        (row,) = rows_of(cfg, Letters(), vocab_size=0x2029)
-        assert row.tolist() == [ord("a"), ord("b"), 0x2028, ord("c"), 0]
+        (sequence,) = sequences_of(cfg, Letters(), vocab_size=0x2029)
+        assert sequence.tolist() == [ord("a"), ord("b"), 0x2028, ord("c"), 0]
         with pytest.raises(UsageError, match="gives the id 8232, and config.json has a vocabulary of 8232"):
-            rows_of(cfg, Letters(), vocab_size=0x2028)
+            sequences_of(cfg, Letters(), vocab_size=0x2028)
 
 
 def test_the_recipe_stops_at_a_gradient_that_is_not_finite(tmp_path, inputs):

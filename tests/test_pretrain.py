@@ -348,7 +348,7 @@ def test_continual_pretraining_starts_from_the_weights_and_learns_the_new_text(t
     assert rows[-1]["validation_loss"] < 3.7
 
 
-def test_benchmark_prints_one_json_line_and_reading_data_is_timed_against_synthetic_rows(inputs):
+def test_benchmark_prints_one_json_line_and_reading_data_is_timed_against_synthetic_sequences(inputs):
     ended = recipe(
         "benchmark",
         "--model",

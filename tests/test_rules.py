@@ -191,8 +191,8 @@ def test_a_split_backward_is_refused_where_torch_cannot_do_it(monkeypatch, sched
     ],
 )
 def test_batches_and_what_only_a_pipeline_has(layout, said):
-    rows = 5 if "dp_shard" in layout else 4
-    message = refusal(layout, model=SMALL, seq_len=32, global_batch_size=rows, micro_batch_size=2)
+    batch = 5 if "dp_shard" in layout else 4
+    message = refusal(layout, model=SMALL, seq_len=32, global_batch_size=batch, micro_batch_size=2)
     assert re.search(said, message)
 
 

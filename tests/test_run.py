@@ -358,15 +358,15 @@ def test_a_launch_gives_the_device_and_refuses_compiling_without_a_compiler(monk
 def test_a_run_is_described_in_its_config_json_and_on_the_screen(tmp_path):
     lines = []
     settings = {"model": "tiny", "train": {"micro_batch_size": 2, "dtype": "float32"}, "run_dir": "x"}
-    rows = SimpleNamespace(n_train=90, n_validation=10, seq_len=8)
+    sequences = SimpleNamespace(n_train=90, n_validation=10, seq_len=8)
     layout = ParallelConfig(cp=2, tp=2, zero_stage=1)
-    facts = RunFacts(SHAPE, rows, "9 tokens", layout, ("pp", "cp", "tp"), 4, CPU, "sdpa (a reason)")
+    facts = RunFacts(SHAPE, sequences, "9 tokens", layout, ("pp", "cp", "tp"), 4, CPU, "sdpa (a reason)")
     peak = (2e12, "a data sheet")
     describe_run(tmp_path, settings, facts, peak, ["data      9 tokens"], lines.append)
     assert lines == [
         f"model     tiny: {SHAPE.n_parameters / 1e6:.1f}M parameters, attention sdpa (a reason)",
         "data      9 tokens",
-        "layout    cp 2 x tp 2 on cpu, ZeRO stage 1; 4 microbatches of 2 rows per rank and step",
+        "layout    cp 2 x tp 2 on cpu, ZeRO stage 1; 4 microbatches of 2 sequences per rank and step",
         "numbers   float32 compute, float32 masters; MFU against 2.00 TFLOP/s (a data sheet)",
         "loss      eager: on a CPU compiling takes longer than a short run gains",
     ]

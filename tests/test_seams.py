@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pool import run_on
 from test_compile import Run, graphs_after_each_phase
-from test_one_answer import GQA, ROWS, SHAPES, five_steps, rows_of
+from test_one_answer import GQA, SEQUENCES, SHAPES, batch_of, five_steps
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
 from dtensor_llama import Llama, UsageError, loss
-from dtensor_llama.attention import AttentionMask, WholeRows
+from dtensor_llama.attention import AttentionMask, WholeSequences
 from dtensor_llama.chat.lora import LoraConfig, adapter_parameters, apply_lora, init_lora
 from dtensor_llama.model import init_weights
 from parallel import Booster, ParallelConfig, build_mesh, parallelize
@@ -61,7 +61,7 @@ def against_the_mean(logits, labels, vocab):
     return logits.mean(-1) - vocab.pick(logits, labels)
 
 
-class SlidingWindow(WholeRows):
+class SlidingWindow(WholeSequences):
     """Each token sees at most the last `width` tokens of its document, itself among them."""
 
     def __init__(self, width: int):
@@ -121,7 +121,7 @@ def test_a_token_loss_and_its_gradients_are_those_of_torch(
 def test_a_loss_that_is_no_number_a_token_is_refused_in_a_line():
     model = Llama(GQA)
     model.token_loss = lambda logits, labels, vocab: loss.token_nll(logits, labels, vocab).mean()
-    batch = rows_of(0, masked=False)
+    batch = batch_of(0, masked=False)
     with pytest.raises(UsageError, match=r"shape \[\] for .* one number for each") as refusal:
         model(batch.tokens, labels=batch.labels)
     assert "\n" not in str(refusal.value)
@@ -188,7 +188,9 @@ LOSSES = [with_z_loss, smoothed, weighted, capped]
 @functools.cache
 def losses_in_one_process(shape: str) -> list[dict]:
     every = [*LOSSES, loss.token_nll]
-    *own, default = run_on(1, five_steps_of_each, "token_loss", every, shape, ParallelConfig(), ROWS, True)[0]
+    *own, default = run_on(
+        1, five_steps_of_each, "token_loss", every, shape, ParallelConfig(), SEQUENCES, True
+    )[0]
     for one in own:  # each is a loss of its own
         assert abs(one["losses"][0] - default["losses"][0]) > 2e-4
     return own
@@ -212,7 +214,7 @@ QUICK = {
 def test_a_readers_loss_gives_the_answer_of_one_process(layout, losses):
     ranks, config = LAYOUTS[layout]
     shape = "tied" if layout == "pp-2-tp-2" else "gqa"
-    micro = 2 if layout == "zero-3" else 4  # rows: two microbatches, of 4 rows on each dp rank or of all 8
+    micro = 2 if layout == "zero-3" else 4  # sequences: a rank cuts its 4, or all 8, into two microbatches
     ours = run_on(ranks, five_steps_of_each, "token_loss", losses, shape, config, micro, True, timeout=240)[0]
     expected = dict(zip(LOSSES, losses_in_one_process(shape), strict=True))
     for token_loss, own in zip(losses, ours, strict=True):
@@ -232,7 +234,7 @@ def adapters_gradients(tp: int) -> tuple[float, dict[str, torch.Tensor]]:
         for name, parameter in adapters.items():
             if "lora_B" in name:
                 parameter.fill_(0.02)
-    batch = rows_of(0, masked=True)
+    batch = batch_of(0, masked=True)
     loss_sum = model(batch.tokens, labels=batch.labels, positions=batch.positions)
     loss_sum.backward()
     grads = {name: parameter.grad for name, parameter in adapters.items()}
@@ -250,7 +252,7 @@ def test_a_readers_loss_trains_adapters_below_a_frozen_split_head():
 @functools.cache
 def window_in_one_process() -> dict:
     window = SlidingWindow(3)
-    return run_on(1, five_steps_with, "attention", window, "gqa", ParallelConfig(), ROWS, True)[0]
+    return run_on(1, five_steps_with, "attention", window, "gqa", ParallelConfig(), SEQUENCES, True)[0]
 
 
 @pytest.mark.parametrize("layout", [pytest.param("tp-2", marks=pytest.mark.slow), "pp-2-tp-2", "zero-3"])
@@ -270,7 +272,7 @@ def window_over_split_sequences(wrapped: bool):
         parallelize(model, mesh, layout)
     except UsageError as refusal:
         return str(refusal)
-    batch = rows_of(0, masked=True)
+    batch = batch_of(0, masked=True)
     tokens, labels = (x.chunk(2, dim=1)[mesh["cp"].get_local_rank()] for x in (batch.tokens, batch.labels))
     return model(tokens, labels=labels, positions=batch.positions).item()
 
@@ -282,7 +284,7 @@ def test_a_readers_attention_is_refused_on_split_sequences_or_set_as_one_that_ca
             "has them: "
             'use cp=1, or set model.attention = Ulysses(mesh["cp"], SlidingWindow(...)).'
         )
-    model, batch = Llama(GQA), rows_of(0, masked=True)
+    model, batch = Llama(GQA), batch_of(0, masked=True)
     default = model(batch.tokens, labels=batch.labels, positions=batch.positions).item()
     model.attention = SlidingWindow(3)
     expected = model(batch.tokens, labels=batch.labels, positions=batch.positions).item()
@@ -327,12 +329,12 @@ def boosted_loss() -> float:
     model.token_loss, model.attention = smoothed, SlidingWindow(3)
     booster = Booster(ParallelConfig(tp=2))
     booster.boost(model, torch.optim.AdamW(model.parameters()))
-    tokens = rows_of(0, masked=False).tokens
+    tokens = batch_of(0, masked=False).tokens
     return booster.step({"input_ids": tokens, "labels": tokens}).item()
 
 
 def test_the_booster_keeps_what_is_set_on_a_model():
-    model, tokens = Llama(SHAPES["gqa"]), rows_of(0, masked=False).tokens
+    model, tokens = Llama(SHAPES["gqa"]), batch_of(0, masked=False).tokens
     init_weights(model, seed=0)
     model.token_loss, model.attention = smoothed, SlidingWindow(3)
     labels = F.pad(tokens[:, 1:], (0, 1), value=loss.IGNORE)

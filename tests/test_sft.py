@@ -164,15 +164,16 @@ def test_lora_has_one_loss(inputs, chat, lora, tmp_path, ranks, more):
 @pytest.mark.parametrize("more", [[], pytest.param(["--lora.rank", 4], marks=pytest.mark.slow)])
 def test_packing_does_not_change_the_loss(inputs, chat, tmp_path, more):
     """One batch is the whole data either way, so that both see the same examples in each step."""
-    for name, n_rows, how in (("packed", None, []), ("one-each", 42, ["--data.no-packing"])):
+    for name, n_sequences, how in (("packed", None, []), ("one-each", 42, ["--data.no-packing"])):
         preview = tmp_path / f"{name}.json"
         how = ["--data.validation-share", 0, *how]
         shown = recipe("sft", *flags(inputs, chat, tmp_path / "no", "--preview-json", preview, *how))
         assert shown.status == 0, shown
-        rows = json.loads(preview.read_text())
-        assert n_rows is None or len(rows) == n_rows
+        sequences = json.loads(preview.read_text())
+        assert n_sequences is None or len(sequences) == n_sequences
         ended = recipe(
-            "sft", *flags(inputs, chat, tmp_path / name, "--train.global-batch-size", len(rows), *how, *more)
+            "sft",
+            *flags(inputs, chat, tmp_path / name, "--train.global-batch-size", len(sequences), *how, *more),
         )
         assert ended.status == 0, ended
     assert_same_losses(tmp_path / "packed", tmp_path / "one-each")
@@ -181,16 +182,16 @@ def test_packing_does_not_change_the_loss(inputs, chat, tmp_path, more):
 def test_preview_shows_what_each_position_must_predict_and_trains_nothing(inputs, chat, tmp_path):
     ended = recipe(
         "sft",
-        *flags(inputs, chat, tmp_path / "run", "--preview", 2, "--preview-json", tmp_path / "rows.json"),
+        *flags(inputs, chat, tmp_path / "run", "--preview", 2, "--preview-json", tmp_path / "sequences.json"),
     )
     assert ended.status == 0 and not (tmp_path / "run").exists()
     assert "\x1b[1;92m self.add(item" in ended.out or "\x1b[1;92m self." in ended.out
-    rows = json.loads((tmp_path / "rows.json").read_text())
-    assert len(rows) == 2
-    for row in rows:
-        assert len(row["tokens"]) == len(row["labels"]) <= 256
-        assert all(label in (-100, row["tokens"][i + 1]) for i, label in enumerate(row["labels"][:-1]))
-        assert row["labels"][-1] == -100 and any(label != -100 for label in row["labels"])
+    sequences = json.loads((tmp_path / "sequences.json").read_text())
+    assert len(sequences) == 2
+    for one in sequences:
+        assert len(one["tokens"]) == len(one["labels"]) <= 256
+        assert all(label in (-100, one["tokens"][i + 1]) for i, label in enumerate(one["labels"][:-1]))
+        assert one["labels"][-1] == -100 and any(label != -100 for label in one["labels"])
 
 
 def test_the_export_opens_in_transformers_with_its_template(full):
@@ -358,7 +359,7 @@ def test_with_only_model_and_data_it_chooses_and_says_why(inputs, chat, tmp_path
     )
     assert ended.status == 0, ended
     for said in (
-        "rows      of 64 tokens",
+        "sequences of 64 tokens",
         "batch",
         "memory    tp 1 x dp 2, recompute none",
         "epochs    2",
@@ -402,10 +403,10 @@ def test_auto_keeps_the_recomputation_that_was_given_and_says_where_it_plans(inp
     assert "keep micro_batch_size=1 recompute=full, as given" in chosen.reasons[-1]
 
 
-def rows_of(preview: Path) -> list[tuple[list[int], list[int]]]:
-    """(tokens, those that are trained) of each row of a --preview-json."""
-    rows = json.loads(preview.read_text())
-    return [(row["tokens"], [label for label in row["labels"] if label != -100]) for row in rows]
+def sequences_of(preview: Path) -> list[tuple[list[int], list[int]]]:
+    """(tokens, those that are trained) of each sequence of a --preview-json."""
+    sequences = json.loads(preview.read_text())
+    return [(one["tokens"], [label for label in one["labels"] if label != -100]) for one in sequences]
 
 
 def test_bad_records_are_left_out_and_listed_in_the_run_folder(inputs, chat, tmp_path):
@@ -486,7 +487,7 @@ def test_all_of_an_example_can_be_trained_or_its_last_answer_only(inputs, tmp_pa
             ),
         )
         assert shown.status == 0, shown
-        tokens, trained[train_on] = rows_of(tmp_path / f"{train_on}.json")[0]
+        tokens, trained[train_on] = sequences_of(tmp_path / f"{train_on}.json")[0]
     assert trained["all"] == tokens[1:]
     assert trained["answers"] == 2 * trained["last-answer"] and len(trained["answers"]) < len(trained["all"])
 
@@ -504,13 +505,13 @@ def test_prompt_and_completion_are_trained_on_without_a_template(inputs, tmp_pat
     ended = recipe("export", tmp_path / "run/checkpoints/step-00000001", tmp_path / "out")
     assert ended.status == 0 and not (tmp_path / "out/chat_template.jinja").exists(), ended
     shown = recipe(
-        "sft", *flags(inputs, tmp_path, tmp_path / "no", "--preview-json", tmp_path / "rows.json", *raw)
+        "sft", *flags(inputs, tmp_path, tmp_path / "no", "--preview-json", tmp_path / "sequences.json", *raw)
     )
     assert shown.status == 0, shown
     tokenizer, prompt = load_tokenizer(inputs / "model"), "def append(self"
     shown = {
         tokenizer.decode(tokens)[len(prompt) :]: trained
-        for tokens, trained in rows_of(tmp_path / "rows.json")
+        for tokens, trained in sequences_of(tmp_path / "sequences.json")
     }
     assert set(shown) == {f", item{i}): pass" for i in range(8)}
     assert all(

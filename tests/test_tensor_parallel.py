@@ -33,10 +33,10 @@ MQA_TIED = replace(MHA, num_key_value_heads=1, tie_word_embeddings=True)
 T = 32
 
 
-def rows(n_rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and labels (B, T); the scored tokens lie unevenly over rows and over the halves and quarters of
-    a row."""
-    tokens = torch.randint(MHA.vocab_size, (n_rows, T + 1), generator=torch.Generator().manual_seed(1))
+def sequences(n_sequences: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and labels (B, T); the scored tokens lie unevenly over sequences, and over the halves and
+    quarters of a sequence."""
+    tokens = torch.randint(MHA.vocab_size, (n_sequences, T + 1), generator=torch.Generator().manual_seed(1))
     labels = tokens[:, 1:].clone()
     labels[0, :11], labels[1, -1] = -100, -100
     return tokens[:, :-1], labels
@@ -96,7 +96,7 @@ def one_backward(config, tp, sequence_parallel, recompute, documents):
     model = split_model(config, tp_mesh(tp), sequence_parallel)
     initial = whole(model)
     apply_recompute(list(model.model.layers), recompute)
-    tokens, labels = rows()
+    tokens, labels = sequences()
     # 6 tokens for 49 rows, 7 for 48: ranks must agree all the same
     before, loss.CHUNK_ELEMENTS = loss.CHUNK_ELEMENTS, 336
     nll_sum = model(tokens, labels, packed_positions() if documents else None)
@@ -108,7 +108,7 @@ def one_backward(config, tp, sequence_parallel, recompute, documents):
 @pytest.mark.parametrize("case", CASES)
 def test_loss_gradients_and_initial_weights_equal_one_process(case):
     config, tp, _, _, documents = CASES[case]
-    plain, (tokens, labels) = Llama(config), rows()
+    plain, (tokens, labels) = Llama(config), sequences()
     nll_sum = plain(tokens, labels, packed_positions() if documents else None)
     nll_sum.backward()
     n_scored = (labels != -100).sum().item()
@@ -125,7 +125,7 @@ def compiled_backward(config, sequence_parallel, recompute):
     apply_recompute(blocks, recompute)
     for block in blocks:  # aot_eager: the graphs that inductor would get, without waiting for a C++ compiler
         block.forward = torch.compile(block.forward, backend="aot_eager")
-    nll_sum = model(*rows())
+    nll_sum = model(*sequences())
     nll_sum.backward()
     return nll_sum.item(), gradients(model)
 
@@ -135,7 +135,7 @@ def compiled_backward(config, sequence_parallel, recompute):
 )
 def test_compiled_blocks_give_the_same(config, sequence_parallel, recompute):
     plain = Llama(config)
-    nll_sum = plain(*rows())
+    nll_sum = plain(*sequences())
     nll_sum.backward()
     its_loss, its_gradients = run_on(2, compiled_backward, config, sequence_parallel, recompute)[1]
     assert_close(its_loss, nll_sum.item(), rtol=1e-6, atol=0)
@@ -169,7 +169,7 @@ def logits_with_biases(config, tp):
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.fill_(0.5)
-        return initial, model(rows()[0])
+        return initial, model(sequences()[0])
 
 
 @pytest.mark.parametrize("config", [GQA, MQA_TIED], ids=["split heads", "shared heads"])
@@ -190,14 +190,14 @@ def test_biases_start_at_zero_and_are_split_with_their_layers(config):
 
 def train(model: Llama, dp_rank: int, dp: int) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-5)
-    tokens, labels = rows(n_rows=4)
+    tokens, labels = sequences(n_sequences=4)
     n_scored, mine, losses = (labels != -100).sum(), slice(dp_rank * 4 // dp, (dp_rank + 1) * 4 // dp), []
     for _ in range(5):
         nll_mean = model(tokens[mine], labels[mine]) / n_scored
         (nll_mean * dp).backward()  # ZeRO averages over dp; we want the sum
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(nll_mean.item())  # of this rank's rows
+        losses.append(nll_mean.item())  # of this rank's sequences
     return losses
 
 
@@ -262,7 +262,7 @@ def count_collectives(config, sequence_parallel):
     model = split_model(config, tp_mesh(2), sequence_parallel)
     whole_counts, block_counts = [], []
     with CommDebugMode() as comm:
-        nll_sum = model(*rows())
+        nll_sum = model(*sequences())
     whole_counts.append(count(comm))
     with CommDebugMode() as comm:
         nll_sum.backward()
@@ -367,7 +367,7 @@ class Widths(TorchDispatchMode):
 
 def widths_seen(sequence_parallel):
     model = split_model(GQA, tp_mesh(2), sequence_parallel)
-    tokens, labels = rows()
+    tokens, labels = sequences()
     with Widths() as with_labels:
         model(tokens, labels).backward()
     with Widths() as without_labels:
@@ -386,7 +386,7 @@ def test_whole_logits_are_never_made_when_there_are_labels(sequence_parallel):
 
 
 def generate_logits(config, tp):
-    tokens, _ = rows()
+    tokens, _ = sequences()
     with torch.no_grad():
         at_once = split_model(config, tp_mesh(tp), sequence_parallel=True)(tokens)
         model, cache = split_model(config, tp_mesh(tp), sequence_parallel=False), KVCache(T)
@@ -399,7 +399,7 @@ def generate_logits(config, tp):
 @pytest.mark.parametrize("config,tp", [(GQA, 2), (MQA_TIED, 4)])
 def test_without_labels_every_rank_gets_whole_logits_with_a_cache_too(config, tp):
     with torch.no_grad():
-        expected = Llama(config)(rows()[0])
+        expected = Llama(config)(sequences()[0])
     for at_once, one_by_one in run_on(tp, generate_logits, config, tp):
         assert_close(at_once, expected, rtol=0, atol=1e-5)
         assert_close(one_by_one, expected[:, :12], rtol=0, atol=1e-5)
@@ -414,7 +414,7 @@ def two_stages(sequence_parallel, documents):
         apply_tensor_parallel(stage, tp_mesh(2), sequence_parallel)
         stage.to_empty(device="cpu")
         init_weights(stage, seed=0)
-    tokens, labels = rows()
+    tokens, labels = sequences()
     positions = packed_positions() if documents else None
     hidden = first(tokens, positions=positions)
     nll_sum = last(hidden, labels, positions)
@@ -425,7 +425,7 @@ def two_stages(sequence_parallel, documents):
 @pytest.mark.parametrize("sequence_parallel,documents", [(True, False), (True, True), (False, False)])
 def test_pipeline_stages_hand_on_plain_hidden_states(sequence_parallel, documents):
     plain = Llama(GQA)
-    nll_sum = plain(*rows(), packed_positions() if documents else None)
+    nll_sum = plain(*sequences(), packed_positions() if documents else None)
     nll_sum.backward()
     for shape, its_loss, its_gradients in run_on(2, two_stages, sequence_parallel, documents):
         assert shape == (2, T // 2 if sequence_parallel else T, GQA.hidden_size)
@@ -444,11 +444,11 @@ def test_a_rank_has_whole_key_value_heads_or_shares_one():
     assert tensor_plan(LLAMA_70B, 8)[k_proj].weight == "S(0)"
 
 
-def odd_row():
+def odd_sequence():
     model = split_model(MHA, tp_mesh(2), sequence_parallel=True)
     with pytest.raises(UsageError, match="a sequence has 31; use a multiple of 2"):
-        model(rows()[0][:, :31])
+        model(sequences()[0][:, :31])
 
 
-def test_a_row_that_cannot_be_split_is_refused_not_cut():
-    run_on(2, odd_row)
+def test_a_sequence_that_cannot_be_split_is_refused_not_cut():
+    run_on(2, odd_sequence)

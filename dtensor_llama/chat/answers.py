@@ -4,21 +4,21 @@ from torch.distributed.fsdp import FSDPModule
 
 from dtensor_llama.chat.packing import PackedExamples
 from dtensor_llama.data.tokenizer import Tokenizer
-from dtensor_llama.generate import continue_whole_rows
+from dtensor_llama.generate import continue_whole_sequences
 from dtensor_llama.model import Llama
 
 
-def held_out_prompts(rows: PackedExamples, n_prompts: int, n_new: int) -> list[list[int]]:
+def held_out_prompts(sequences: PackedExamples, n_prompts: int, n_new: int) -> list[list[int]]:
     """Return the ids of at most n_prompts held-out examples, each up to its first answer.
 
     Only examples that leave room for n_new more tokens in a sequence are taken."""
     prompts = []
-    for row in rows.validation_rows():
-        for example in rows.examples_of(int(row)):
-            span = rows.span_of(example)
-            first = int(rows.corpus.trained[span].argmax())
-            if 0 < first <= rows.seq_len - n_new and len(prompts) < n_prompts:
-                prompts.append(rows.corpus.tokens[span][:first].tolist())
+    for number in sequences.validation_sequences():
+        for example in sequences.examples_of(int(number)):
+            span = sequences.span_of(example)
+            first = int(sequences.corpus.trained[span].argmax())
+            if 0 < first <= sequences.seq_len - n_new and len(prompts) < n_prompts:
+                prompts.append(sequences.corpus.tokens[span][:first].tolist())
     return prompts
 
 
@@ -35,11 +35,11 @@ def answer(
     This is a collective: a sharded forward gathers weights, so all ranks call it with the same arguments.
     n_new: the most new tokens in an answer
     stop_ids: the tokens that end an answer
-    tp: the size of that axis. Under sequence parallelism it must divide the number of tokens, so rows are
-        padded to a multiple of it."""
+    tp: the size of that axis. Under sequence parallelism it must divide the number of tokens, so sequences
+        are padded to a multiple of it."""
     if not prompts:
         return []
-    answers = continue_whole_rows(model, prompts, n_new, tuple(stop_ids), row_multiple=tp)
+    answers = continue_whole_sequences(model, prompts, n_new, tuple(stop_ids), token_multiple=tp)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # no backward follows, so weights would stay gathered, and become stale

@@ -2,7 +2,8 @@
 
 Each of the L tokens x D dims of an example gets uniform noise within alpha / sqrt(L D). Source: Jain et al.
 2023, arXiv:2310.05914. The noise does not come from a random generator. It is computed from the seed, the
-step, the row and the place in the row, so that every rank of any layout makes the same noise for its tokens.
+step, the sequence and the place in the sequence, so that every rank of any layout makes the same noise for
+its tokens.
 """
 
 from collections import deque
@@ -24,7 +25,7 @@ class Neftune:
     def __init__(self, alpha: float, seed: int, share=lambda per_token: per_token):
         """Keep the settings; the noise starts with add_to and next_step.
 
-        share: maps (B, T) of whole rows to the tokens whose embeddings this rank has, in their order"""
+        share: maps (B, T) of whole sequences to the tokens whose embeddings this rank has, in their order"""
         self.alpha, self.seed, self.share, self.waiting = alpha, seed, share, deque()
 
     def add_to(self, embedding: nn.Module) -> None:
@@ -34,18 +35,18 @@ class Neftune:
     def next_step(self, step: int, dp_rank: int, microbatches: list[Batch]) -> None:
         """Announce the microbatches of a step, whose forwards come next and in this order.
 
-        microbatches: those of this dp rank, whole rows with positions. All dp ranks have equally many rows.
+        microbatches: those of this dp rank, whole sequences with positions; all dp ranks have equally many
         """
         self.waiting.clear()
-        first_row = dp_rank * sum(len(batch.tokens) for batch in microbatches)
+        first_sequence = dp_rank * sum(len(batch.tokens) for batch in microbatches)
         for batch in microbatches:
             B, T = batch.tokens.shape
-            rows = first_row + torch.arange(B)[:, None]
+            sequence = first_sequence + torch.arange(B)[:, None]
             # (B, T): no two tokens of a run have the same place.
-            places = ((self.seed % 2**22 << 40) + (step << 20) + rows) * T + torch.arange(T)
+            places = ((self.seed % 2**22 << 40) + (step << 20) + sequence) * T + torch.arange(T)
             scale = self.alpha / lengths_of(batch.positions).float().sqrt()  # (B, T)
             self.waiting.append((self.share(places), self.share(scale)))
-            first_row += B
+            first_sequence += B
 
     def _add(self, embedding: nn.Module, args: tuple, x: Tensor) -> Tensor:
         if not self.waiting:

@@ -51,14 +51,15 @@ class PackedExamples(Shuffled):
             )
         self.starts, self.lengths = starts[fits], np.minimum(lengths, T)[fits]
         if packed:
-            self.examples, self.row_ends = pack(self.lengths, T)
+            self.examples, self.sequence_ends = pack(self.lengths, T)
         else:
-            self.examples, self.row_ends = np.arange(self.n_examples), np.arange(1, self.n_examples + 1)
-        super().__init__(corpus, len(self.row_ends), packing)
+            self.examples = np.arange(self.n_examples)
+            self.sequence_ends = self.examples + 1
+        super().__init__(corpus, len(self.sequence_ends), packing)
         if self.n_train < 1:
             raise UsageError(
-                f"`data.path`: {self.n_examples} examples make {self.n_rows} sequence(s) of {T} tokens, and "
-                f"with {self.n_validation} held out none is left to train on; use validation_share=0, a "
+                f"`data.path`: {self.n_examples} examples make {self.n_sequences} sequence(s) of {T} tokens, "
+                f"and with {self.n_validation} held out none is left to train on; use validation_share=0, a "
                 "smaller `seq_len`, or more data."
             )
 
@@ -67,22 +68,23 @@ class PackedExamples(Shuffled):
         """Describe the data in words, which are the same for the same tokens."""
         return f"{self.corpus.n_tokens} tokens in {self.corpus.n_documents} conversations"
 
-    def examples_of(self, row: int) -> np.ndarray:
-        """Return the numbers of the examples in a row, in order."""
-        return self.examples[self.row_ends[row - 1] if row else 0 : self.row_ends[row]]
+    def examples_of(self, number: int) -> np.ndarray:
+        """Return the numbers of the examples in the sequence with this number, in order."""
+        first = self.sequence_ends[number - 1] if number else 0
+        return self.examples[first : self.sequence_ends[number]]
 
-    def tokens_of(self, rows: np.ndarray) -> np.ndarray:
-        """Return the (N, T + 1) int64 token ids of (N,) rows."""
-        return self._gather(self.corpus.tokens, rows, self.pad_id).astype(np.int64)
+    def tokens_of(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the token ids (N, T + 1) int64 of the sequences with these numbers (N,)."""
+        return self._gather(self.corpus.tokens, numbers, self.pad_id).astype(np.int64)
 
-    def trained_of(self, rows: np.ndarray) -> np.ndarray:
-        """Return (N, T + 1) bool: which tokens of (N,) rows count in the loss."""
-        return self._gather(self.corpus.trained, rows, 0).astype(bool)
+    def trained_of(self, numbers: np.ndarray) -> np.ndarray:
+        """Return (N, T + 1) bool: which tokens of the sequences with these numbers (N,) count in the loss."""
+        return self._gather(self.corpus.trained, numbers, 0).astype(bool)
 
-    def _gather(self, source: np.ndarray, rows: np.ndarray, fill: int) -> np.ndarray:
-        gathered = np.full((len(rows), self.seq_len + 1), fill, dtype=source.dtype)
-        for b, row in enumerate(rows):
-            spans = [source[self.span_of(example)] for example in self.examples_of(int(row))]
+    def _gather(self, source: np.ndarray, numbers: np.ndarray, fill: int) -> np.ndarray:
+        gathered = np.full((len(numbers), self.seq_len + 1), fill, dtype=source.dtype)
+        for b, number in enumerate(numbers):
+            spans = [source[self.span_of(example)] for example in self.examples_of(int(number))]
             joined = np.concatenate(spans)
             gathered[b, : len(joined)] = joined
         return gathered
@@ -91,33 +93,35 @@ class PackedExamples(Shuffled):
         """Return the slice of the corpus that holds the tokens of an example."""
         return slice(self.starts[example], self.starts[example] + self.lengths[example])
 
-    def document_starts_of(self, row: int) -> np.ndarray:
-        """Return the offsets within the row, 1 .. T, at which another example or the padding begins."""
-        return np.cumsum(self.lengths[self.examples_of(row)])
+    def document_starts_of(self, number: int) -> np.ndarray:
+        """Return the offsets within the sequence, 1 .. T, at which another example or the padding begins."""
+        return np.cumsum(self.lengths[self.examples_of(number)])
 
 
 def pack(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pack examples into few rows by best fit, the longest example first.
+    """Pack examples into few sequences by best fit, the longest example first.
 
     lengths: (n_examples,), tokens of each example, none above seq_len
-    Returns the examples in the order of the rows, (n_examples,), and the end of each row in it, (n_rows,).
-    Best fit puts an example into the row where it leaves the least room. `rooms` is a bit mask: bit n is set
-    if some row has n free tokens. The lowest set bit of `rooms >> length` stands for the tightest fit.
+    Returns the examples in the order of the sequences, (n_examples,), and where in it each sequence ends,
+    (n_sequences,).
+    Best fit puts an example into the sequence where it leaves the least room. `rooms` is a bit mask: bit n is
+    set if some sequence has n free tokens. The lowest set bit of `rooms >> length` stands for the tightest
+    fit.
     """
-    rows, rows_with_room, rooms = [], [[] for _ in range(seq_len + 1)], 0
+    sequences, with_room, rooms = [], [[] for _ in range(seq_len + 1)], 0
     for example in np.argsort(-lengths, kind="stable"):
         length = int(lengths[example])
         fitting = rooms >> length
         if fitting:
             room = length + (fitting & -fitting).bit_length() - 1
-            row = rows_with_room[room].pop()
-            if not rows_with_room[room]:
+            number = with_room[room].pop()
+            if not with_room[room]:
                 rooms &= ~(1 << room)
         else:
-            room, row = seq_len, len(rows)
-            rows.append([])
-        rows[row].append(example)
+            room, number = seq_len, len(sequences)
+            sequences.append([])
+        sequences[number].append(example)
         if room > length:
-            rows_with_room[room - length].append(row)
+            with_room[room - length].append(number)
             rooms |= 1 << (room - length)
-    return np.concatenate(rows), np.cumsum([len(row) for row in rows])
+    return np.concatenate(sequences), np.cumsum([len(examples) for examples in sequences])

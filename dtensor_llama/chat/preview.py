@@ -16,23 +16,25 @@ from dtensor_llama.loss import IGNORE
 TRAINED, CONTEXT, PLAIN = "\x1b[1;92m", "\x1b[2m", "\x1b[0m"  # bright green; dim; the terminal's own style
 
 
-def row_as_numbers(rows: PackedExamples, row: int) -> dict[str, list[int]]:
-    """Return {"tokens": [...], "labels": [...]} of one row, without its padding.
+def sequence_as_ids(sequences: PackedExamples, number: int) -> dict[str, list[int]]:
+    """Return {"tokens": [...], "labels": [...]} of one sequence, without its padding.
 
     labels[i] is tokens[i + 1], which position i must predict, or IGNORE if that token does not count."""
-    batch = make_batch(rows, np.array([row]), document_mask=True)
-    n_tokens = int(rows.document_starts_of(row)[-1])
+    batch = make_batch(sequences, np.array([number]), document_mask=True)
+    n_tokens = int(sequences.document_starts_of(number)[-1])
     return {"tokens": batch.tokens[0, :n_tokens].tolist(), "labels": batch.labels[0, :n_tokens].tolist()}
 
 
-def row_as_text(rows: PackedExamples, row: int, tokenizer: Tokenizer) -> str:
-    """Return one row as text for a terminal, one example below another, with the trained tokens bright."""
-    numbers = row_as_numbers(rows, row)
+def sequence_as_text(sequences: PackedExamples, number: int, tokenizer: Tokenizer) -> str:
+    """Return one sequence as text for a terminal, with the trained tokens bright.
+
+    Each example begins on a line of its own."""
+    ids = sequence_as_ids(sequences, number)
     controls = {tokenizer.id_of(text): text for text in tokenizer.control_tokens}
-    trained = [False] + [label != IGNORE for label in numbers["labels"]]
-    starts = {0, *rows.document_starts_of(row).tolist()}
+    trained = [False] + [label != IGNORE for label in ids["labels"]]
+    starts = {0, *sequences.document_starts_of(number).tolist()}
     shown, since_control = "", []
-    for at, token in enumerate(numbers["tokens"]):
+    for at, token in enumerate(ids["tokens"]):
         if at in starts:
             shown, since_control = shown + ("\n" if at else ""), []
         if token in controls:
@@ -47,25 +49,25 @@ def row_as_text(rows: PackedExamples, row: int, tokenizer: Tokenizer) -> str:
     return shown + PLAIN
 
 
-def preview(rows: PackedExamples, tokenizer: Tokenizer, n_rows: int, json_file: str | None) -> None:
-    """Print the first n_rows in the order of training, and write them to json_file if it is given.
+def preview(sequences: PackedExamples, tokenizer: Tokenizer, n_shown: int, json_file: str | None) -> None:
+    """Print the first n_shown sequences in the order of training, and write them to json_file if it is given.
 
-    With n_rows 0, print none and write all, the held-out rows last.
+    With n_shown 0, print none and write all, the held-out sequences last.
     Raises UsageError if the file cannot be written."""
-    order = [*rows.rows_at(np.arange(rows.n_train)), *rows.validation_rows()]
-    for number, row in enumerate(order[:n_rows]):
-        print(f"\n---- row {number} ----\n{row_as_text(rows, int(row), tokenizer)}")
+    order = [*sequences.sequences_at(np.arange(sequences.n_train)), *sequences.validation_sequences()]
+    for place, number in enumerate(order[:n_shown]):
+        print(f"\n---- sequence {place} ----\n{sequence_as_text(sequences, int(number), tokenizer)}")
     if json_file:
-        chosen = [row_as_numbers(rows, int(row)) for row in order[: n_rows or None]]
+        chosen = [sequence_as_ids(sequences, int(number)) for number in order[: n_shown or None]]
         try:
             Path(json_file).write_text(json.dumps(chosen), encoding="utf-8")
         except OSError as error:
             raise UsageError(f"preview_json={json_file} cannot be written ({error.strerror}).") from None
 
 
-def log_conversations(rows: PackedExamples, template_name: str, log: Callable[[str], None]) -> None:
-    """Log what was found in the files, what was left out, and how the rows are filled."""
-    corpus, counts = rows.corpus, dict(rows.corpus.counts)
+def log_conversations(sequences: PackedExamples, template_name: str, log: Callable[[str], None]) -> None:
+    """Log what was found in the files, what was left out, and how the sequences are filled."""
+    corpus, counts = sequences.corpus, dict(sequences.corpus.counts)
     in_words = {
         EMPTY_ANSWER: "left out, which have an empty answer",
         NOTHING_TRAINED: f"left out, {NOTHING_TRAINED}",
@@ -81,15 +83,19 @@ def log_conversations(rows: PackedExamples, template_name: str, log: Callable[[s
         more = f" and {len(names) - 10} more" if len(names) > 10 else ""
         log(f"fields    not read, as neither the format nor the template has a use for them: {named}{more}")
     too_long = ""
-    if rows.n_dropped:
+    if sequences.n_dropped:
         too_long += (
-            f"; {rows.n_dropped:,} longer than a row were DROPPED (overlong=truncate keeps their beginnings)"
+            f"; {sequences.n_dropped:,} longer than a sequence were DROPPED (overlong=truncate keeps their "
+            "beginnings)"
         )
-    if rows.n_truncated:
-        too_long += f"; {rows.n_truncated:,} longer than a row were CUT (overlong=drop leaves them out)"
-    full = rows.lengths.sum() / rows.n_rows / rows.seq_len
+    if sequences.n_truncated:
+        too_long += (
+            f"; {sequences.n_truncated:,} longer than a sequence were CUT (overlong=drop leaves them out)"
+        )
+    full = sequences.lengths.sum() / sequences.n_sequences / sequences.seq_len
     trained = int(corpus.trained.sum()) / corpus.n_tokens
     log(
-        f"rows      {rows.n_train:,} of {rows.seq_len} tokens to train on, {rows.n_validation:,} held out: "
-        f"{rows.n_examples:,} examples, {full:.0%} full; {trained:.0%} of the tokens are trained{too_long}"
+        f"sequences {sequences.n_train:,} of {sequences.seq_len} tokens to train on, "
+        f"{sequences.n_validation:,} held out: {sequences.n_examples:,} examples, {full:.0%} full; "
+        f"{trained:.0%} of the tokens are trained{too_long}"
     )

@@ -5,15 +5,13 @@ different from transformers:
 
 control tokens     come from the template alone. If a person wrote "</s>", it is encoded as characters, not as
                    the end. (LLaMA-2's [INST] and <<SYS>> are not control tokens. They are always characters.)
-the mask           comes from {% generation %} markers if the template has them. If it has none, the text up
-to
-                   an assistant's turn is rendered with a generation prompt, and then again with the turn; the
-                   turn is what was added. A template for which the second text does not begin with the first
-                   is refused. If the prompt opens a thought (<think>) and the template writes the turn
-                   without one, the turn begins where that opening would be.
+the mask           comes from {% generation %} markers if the template has them. If it has none, the text
+                   before an assistant's turn is rendered with a generation prompt, and then again with the
+                   turn; the turn is what was added. A template for which the second text does not begin with
+                   the first is refused. If the prompt opens a thought (<think>) and the template writes the
+                   turn without one, the turn begins where that opening would be.
 where ids are cut  The ids before an answer are those of the prompt that asks for it, as in generation. A
-space
-                   that the template puts before the answer becomes part of the answer's first piece.
+                   space that the template puts before the answer becomes part of the answer's first piece.
 
 LLaMA-2's format is that of Meta's llama/generation.py: each pair of turns is BOS, "[INST] question [/INST]
 answer ", EOS, with the system prompt inside the first question. The trained part is "answer ", including its

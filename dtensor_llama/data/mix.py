@@ -94,9 +94,9 @@ def _weight(text: str, path: str) -> float | None:
 class MixedSequences:
     """Mixes the sequences of several sources, {name: (sequences, weight)}, into one Sequences.
 
-    Which row comes at a position is a pure function, as in PackedSequences. Rows are numbered source by
-    source, in the order of `sources`. Raises UsageError if a weight is so small that no sequence would ever
-    be taken for it.
+    Which sequence comes at a position is a pure function, as in PackedSequences. Sequences are numbered
+    source by source, in the order of `sources`. Raises UsageError if a weight is so small that no sequence
+    would ever be taken for it.
     """
 
     def __init__(self, sources: dict[str, tuple[Sequences, float]]):
@@ -107,7 +107,7 @@ class MixedSequences:
         self.n_train = sum(source.n_train for source in self.sources)
         held_out = np.array([source.n_validation for source in self.sources])
         sizes = [source.n_train + source.n_validation for source in self.sources]
-        self._first = np.cumsum([0, *sizes])  # the number of each source's first row
+        self._first = np.cumsum([0, *sizes])  # the number of each source's first sequence
         # Of every UNITS sequences that go to the sources 0 .. k, this many go to the sources 0 .. k - 1.
         dealt_to = [sum(self.shares[:k]) for k in range(len(self.shares) + 1)]
         self._before = [round(UNITS * dealt_to[k] / dealt_to[k + 1]) for k in range(len(self.shares))]
@@ -126,7 +126,8 @@ class MixedSequences:
         """Return (index of the source, position in the source's own order) for each position.
 
         First the last source is separated from all others, then the last of those, and so on. Of the first n
-        rows floor(n x part) belong to the others, so row n belongs to them if that number grows by one."""
+        sequences floor(n x part) belong to the others, so that sequence n belongs to them if this number
+        grows by one."""
         source, index = np.zeros_like(positions), positions.copy()
         undecided = np.ones(positions.shape, dtype=bool)
         for k in range(len(self.sources) - 1, 0, -1):
@@ -138,47 +139,51 @@ class MixedSequences:
         return source, index
 
     def _gather(
-        self, positions: np.ndarray, rows_of: Callable[[Sequences, np.ndarray], np.ndarray]
+        self, positions: np.ndarray, numbers_of: Callable[[Sequences, np.ndarray], np.ndarray]
     ) -> np.ndarray:
-        """Return the rows at `positions`. rows_of(source, positions in its order) finds those of a source."""
+        """Return the numbers of the sequences at `positions`.
+
+        numbers_of(source, positions in the source's own order): finds those within one source"""
         source, index = self._deal(np.asarray(positions, dtype=np.int64))
-        rows = np.empty_like(index)
+        numbers = np.empty_like(index)
         for k, own in enumerate(self.sources):
-            rows[source == k] = self._first[k] + rows_of(own, index[source == k])
-        return rows
+            numbers[source == k] = self._first[k] + numbers_of(own, index[source == k])
+        return numbers
 
-    def rows_at(self, positions: np.ndarray) -> np.ndarray:
-        """Return the rows at positions, as PackedSequences.rows_at does."""
-        return self._gather(positions, lambda own, index: own.rows_at(index))
+    def sequences_at(self, positions: np.ndarray) -> np.ndarray:
+        """Return the numbers of the sequences at `positions`, as PackedSequences.sequences_at does."""
+        return self._gather(positions, lambda own, index: own.sequences_at(index))
 
-    def validation_rows(self) -> np.ndarray:
-        """Return the held-out rows in the proportions of training, (n_validation,)."""
-        return self._gather(np.arange(self.n_validation), lambda own, index: own.validation_rows()[index])
+    def validation_sequences(self) -> np.ndarray:
+        """Return the numbers of the held-out sequences in the proportions of training, (n_validation,)."""
+        return self._gather(
+            np.arange(self.n_validation), lambda own, index: own.validation_sequences()[index]
+        )
 
-    def parts(self, n_rows: int) -> list[tuple[str, Sequences, int]]:
-        """Return (name, sequences, how many of the first n_rows come from it) for each source."""
-        counts, left = [], n_rows
+    def parts(self, n_sequences: int) -> list[tuple[str, Sequences, int]]:
+        """Return (name, sequences, how many of the first n_sequences come from it) for each source."""
+        counts, left = [], n_sequences
         for before in reversed(self._before):
             others = left * before // UNITS
             counts.append(left - others)
             left = others
         return list(zip(self.names, self.sources, reversed(counts), strict=True))
 
-    def tokens_of(self, rows: np.ndarray) -> np.ndarray:
-        """Return the (N, T + 1) int64 token ids of (N,) rows."""
-        return np.concatenate([source.tokens_of(np.array([own])) for source, own in map(self._find, rows)])
+    def tokens_of(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the token ids (N, T + 1) int64 of the sequences with these numbers (N,)."""
+        return np.concatenate([source.tokens_of(np.array([own])) for source, own in map(self._find, numbers)])
 
-    def trained_of(self, rows: np.ndarray) -> None:
+    def trained_of(self, numbers: np.ndarray) -> None:
         """Return None, which means that every token counts as a label, as in PackedSequences."""
 
-    def document_starts_of(self, row: int) -> np.ndarray:
-        """Return the offsets within the row at which another document begins."""
-        source, own = self._find(row)
+    def document_starts_of(self, number: int) -> np.ndarray:
+        """Return the offsets within the sequence at which another document begins."""
+        source, own = self._find(number)
         return source.document_starts_of(own)
 
-    def _find(self, row: int) -> tuple[Sequences, int]:
-        k = int(np.searchsorted(self._first, row, side="right")) - 1
-        return self.sources[k], int(row - self._first[k])
+    def _find(self, number: int) -> tuple[Sequences, int]:
+        k = int(np.searchsorted(self._first, number, side="right")) - 1
+        return self.sources[k], int(number - self._first[k])
 
     @property
     def contents(self) -> str:

@@ -17,11 +17,11 @@ from dtensor_llama.errors import UsageError
 from dtensor_llama.loss import IGNORE
 
 STEPS_AHEAD = 4  # this many steps are held ready, enough to hide a slow read from disk
-STEPS_PERMUTED = 64  # the rows of this many steps are computed at once: numpy takes 1 ms for one or for 64
+STEPS_PERMUTED = 64  # so many steps are permuted at once: numpy takes 1 ms for one or for 64
 
 
 class Batch(NamedTuple):
-    """Holds B sequences (rows) of T tokens.
+    """Holds B sequences of T tokens.
 
     positions: position ids, counted from the start of each document; None without a document mask"""
 
@@ -46,17 +46,17 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Batching:
-    """Decides how the rows of a step become the microbatches of one dp rank.
+    """Decides how the sequences of a step become the microbatches of one dp rank.
 
-    Each rank takes a contiguous slice of the rows of a step, so that the rows of a step depend neither on
-    dp_size nor on micro_batch_size. Raises UsageError if the rows cannot be divided evenly.
+    Each rank takes a contiguous slice of the sequences of a step, so that which sequences a step has depends
+    neither on dp_size nor on micro_batch_size. Raises UsageError if they cannot be divided evenly.
     """
 
-    global_batch_size: int  # rows of a step, over all ranks
-    micro_batch_size: int  # rows of one microbatch
+    global_batch_size: int  # sequences of a step, over all ranks
+    micro_batch_size: int  # sequences of one microbatch
     dp_rank: int = 0
     dp_size: int = 1
-    document_mask: bool = False  # no token attends to another document of its row or is predicted from it
+    document_mask: bool = False  # no token attends to another document or is predicted from one
     pin_memory: bool = False  # faster copies to a GPU
 
     def __post_init__(self):
@@ -64,32 +64,32 @@ class Batching:
         if min(self.global_batch_size, self.micro_batch_size) < 1 or self.global_batch_size % stride:
             raise UsageError(
                 f"global_batch_size={self.global_batch_size} cannot be shared by {self.dp_size} dp rank(s) "
-                f"in microbatches of micro_batch_size={self.micro_batch_size} rows; use a multiple of "
-                f"{max(stride, self.dp_size)}."
+                f"in microbatches of micro_batch_size={self.micro_batch_size} sequences; use a multiple "
+                f"of {max(stride, self.dp_size)}."
             )
 
     @property
-    def own_rows(self) -> np.ndarray:
-        """Return the indices of the rows of a step that this rank reads, (microbatches, micro_batch_size)."""
-        n_rows = self.global_batch_size // self.dp_size
-        return self.dp_rank * n_rows + np.arange(n_rows).reshape(-1, self.micro_batch_size)
+    def own_sequences(self) -> np.ndarray:
+        """Return which sequences of a step this rank reads, (microbatches, micro_batch_size), from 0."""
+        n_own = self.global_batch_size // self.dp_size
+        return self.dp_rank * n_own + np.arange(n_own).reshape(-1, self.micro_batch_size)
 
 
 def make_batch(
-    sequences: Sequences, rows: np.ndarray, document_mask: bool, pin_memory: bool = False
+    sequences: Sequences, numbers: np.ndarray, document_mask: bool, pin_memory: bool = False
 ) -> Batch:
-    """Read the rows with these numbers, an array (B,), as one batch on the host.
+    """Read the sequences with these numbers, an array (B,), as one batch on the host.
 
     Labels that are not to be trained on are IGNORE. With document_mask so are those of the next document."""
-    both = sequences.tokens_of(rows)  # (B, T + 1)
-    trained = sequences.trained_of(rows)
+    both = sequences.tokens_of(numbers)  # (B, T + 1)
+    trained = sequences.trained_of(numbers)
     tokens, labels, positions = both[:, :-1].copy(), both[:, 1:].copy(), None
     if trained is not None:
         labels[~trained[:, 1:]] = IGNORE
     if document_mask:
-        positions = np.tile(np.arange(sequences.seq_len), (len(rows), 1))
-        for b, row in enumerate(rows):
-            starts = sequences.document_starts_of(int(row))
+        positions = np.tile(np.arange(sequences.seq_len), (len(numbers), 1))
+        for b, number in enumerate(numbers):
+            starts = sequences.document_starts_of(int(number))
             labels[b, starts - 1] = IGNORE
             for start in starts[starts < sequences.seq_len]:
                 positions[b, start:] = np.arange(sequences.seq_len - start)
@@ -102,7 +102,7 @@ def make_batch(
 class SequenceReader:
     """Yields one list of microbatches for each step of one dp rank, epoch after epoch, without an end.
 
-    A step takes the next `global_batch_size` rows of the global order. `position` counts the rows of the
+    A step takes the next `global_batch_size` sequences of the global order. `position` counts those of the
     steps that were handed out, not those that the thread has read ahead. A new reader that starts at this
     position continues exactly there, on any number of ranks.
     """
@@ -113,7 +113,7 @@ class SequenceReader:
         thread = threading.Thread(
             target=_read_ahead,
             args=(_steps(sequences, batching, position), self._ready, stop),
-            name="row-reader",
+            name="sequence-reader",
             daemon=True,
         )
         # The finalizer also runs when the interpreter exits. A thread that is inside torch at that moment
@@ -143,10 +143,10 @@ class SequenceReader:
 
 def _steps(sequences: Sequences, batching: Batching, position: int) -> Iterator[list[Batch]]:
     how = batching.document_mask, batching.pin_memory
-    first_rows = batching.global_batch_size * np.arange(STEPS_PERMUTED)[:, None, None]
+    to_step = batching.global_batch_size * np.arange(STEPS_PERMUTED)[:, None, None]
     for first in itertools.count(position, STEPS_PERMUTED * batching.global_batch_size):
-        for step in sequences.rows_at(first + first_rows + batching.own_rows):
-            yield [make_batch(sequences, rows, *how) for rows in step]
+        for step in sequences.sequences_at(first + to_step + batching.own_sequences):
+            yield [make_batch(sequences, numbers, *how) for numbers in step]
 
 
 def _read_ahead(steps: Iterator[list[Batch]], ready: queue.Queue, stop: threading.Event) -> None:
@@ -170,19 +170,20 @@ def _stop_reading(ready: queue.Queue, stop: threading.Event, thread: threading.T
 
 
 def validation_batches(
-    sequences: Sequences, batching: Batching, max_rows: int | None = None
+    sequences: Sequences, batching: Batching, max_sequences: int | None = None
 ) -> Iterator[Batch]:
-    """Yield this rank's share of the first `max_rows` held-out rows (None: of all), in whole microbatches.
+    """Yield this rank's share of the first `max_sequences` held-out sequences (None: of all), in whole
+    microbatches.
 
-    Each rank gets the same number of batches, because a sharded forward is a collective. Where rows are
-    missing, rows whose labels are all IGNORE take their place, so that the sums of losses and of labels over
-    the ranks do not depend on dp_size.
+    Each rank gets the same number of batches, because a sharded forward is a collective. Where sequences are
+    missing, others whose labels are all IGNORE take their place, so that the sums of losses and of labels
+    over the ranks do not depend on dp_size.
     """
-    held_out = sequences.validation_rows()[:max_rows]
+    held_out = sequences.validation_sequences()[:max_sequences]
     size, stride = batching.micro_batch_size, batching.dp_size * batching.micro_batch_size
     for first in range(batching.dp_rank * size, -(-len(held_out) // stride) * stride, stride):
-        rows = held_out[first : first + size]
-        filled = np.concatenate([rows, np.repeat(held_out[:1], size - len(rows))])
+        numbers = held_out[first : first + size]
+        filled = np.concatenate([numbers, np.repeat(held_out[:1], size - len(numbers))])
         batch = make_batch(sequences, filled, batching.document_mask)
-        batch.labels[len(rows) :] = IGNORE
+        batch.labels[len(numbers) :] = IGNORE
         yield batch

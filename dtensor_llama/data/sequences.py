@@ -1,7 +1,7 @@
 """Packs a tokenized corpus into sequences: which tokens each one has, and in what order they are read.
 
-sequence (row): T + 1 consecutive tokens, which make T inputs and T labels shifted by one. Its last token is
-    also the first one of the next sequence.
+sequence: T + 1 consecutive tokens, which make T inputs and T labels shifted by one. Its last token is also
+    the first one of the next sequence.
 position: how far a run has come in the global order of sequences. It keeps growing over all epochs:
     epoch = position // n_train.
 
@@ -39,21 +39,22 @@ class Sequences(Protocol):
     content_hash: str
 
     # Positions, an array of any shape -> the numbers of the sequences to train on there, in the same shape.
-    def rows_at(self, positions: np.ndarray) -> np.ndarray: ...
+    def sequences_at(self, positions: np.ndarray) -> np.ndarray: ...
 
     # (n_validation,): the numbers of the held-out sequences.
-    def validation_rows(self) -> np.ndarray: ...
+    def validation_sequences(self) -> np.ndarray: ...
 
     # Sequence numbers (N,) -> token ids (N, seq_len + 1) int64.
-    def tokens_of(self, rows: np.ndarray) -> np.ndarray: ...
+    def tokens_of(self, numbers: np.ndarray) -> np.ndarray: ...
 
     # Sequence numbers (N,) -> (N, seq_len + 1) bool: which tokens count as labels. None: all of them.
-    def trained_of(self, rows: np.ndarray) -> np.ndarray | None: ...
+    def trained_of(self, numbers: np.ndarray) -> np.ndarray | None: ...
 
     # The offsets above 0, in one sequence, at which a document begins.
-    def document_starts_of(self, row: int) -> np.ndarray: ...
+    def document_starts_of(self, number: int) -> np.ndarray: ...
 
-    def parts(self, n_rows: int) -> list[tuple[str, "Sequences", int]]: ...  # see Shuffled.parts
+    # See Shuffled.parts.
+    def parts(self, n_sequences: int) -> list[tuple[str, "Sequences", int]]: ...
 
 
 class TokenCorpus:
@@ -108,13 +109,13 @@ class Packing:
 
 
 class Shuffled:
-    """Splits n_rows sequence numbers into those to train on and a held-out share, and shuffles both."""
+    """Splits n_sequences sequences into those to train on and a held-out share, and shuffles both."""
 
-    def __init__(self, corpus: TokenCorpus, n_rows: int, packing: Packing):
+    def __init__(self, corpus: TokenCorpus, n_sequences: int, packing: Packing):
         self.corpus = corpus
-        self.n_rows, self.seq_len, share = n_rows, packing.seq_len, packing.validation_share
-        self.n_validation = max(1, round(n_rows * share)) if share > 0 else 0
-        self.n_train = n_rows - self.n_validation
+        self.n_sequences, self.seq_len, share = n_sequences, packing.seq_len, packing.validation_share
+        self.n_validation = max(1, round(n_sequences * share)) if share > 0 else 0
+        self.n_train = n_sequences - self.n_validation
         self._key = splitmix64(np.array([packing.seed % 2**64], dtype=np.uint64).view(np.int64))
 
     @property
@@ -122,24 +123,27 @@ class Shuffled:
         """Return a hash that is equal for equal tokens in the same order with the same mask."""
         return self.corpus.content_hash
 
-    def parts(self, n_rows: int) -> list[tuple[str, "Shuffled", int]]:
-        """Return (name, sequences, how many of the first n_rows to train on come from it) for each source.
+    def parts(self, n_sequences: int) -> list[tuple[str, "Shuffled", int]]:
+        """Return (name, sequences, how many of the first n_sequences come from it) for each source.
 
-        Here there is one source, and its name is empty. MixedSequences has several."""
-        return [("", self, n_rows)]
+        The first are the first to train on. Here there is one source, and its name is empty. MixedSequences
+        has several."""
+        return [("", self, n_sequences)]
 
-    def rows_at(self, positions: np.ndarray) -> np.ndarray:
-        """Return the rows at `positions`, an array of any shape. Each epoch is another permutation."""
+    def sequences_at(self, positions: np.ndarray) -> np.ndarray:
+        """Return the numbers of the sequences at `positions`, an array of any shape.
+
+        Each epoch is another permutation."""
         epochs, index = np.divmod(np.asarray(positions, dtype=np.int64), self.n_train)
         return self._split(permute(index, self.n_train, splitmix64(self._key + splitmix64(epochs))))
 
-    def validation_rows(self) -> np.ndarray:
-        """Return all held-out rows, (n_validation,), in an order that never changes."""
+    def validation_sequences(self) -> np.ndarray:
+        """Return the numbers of all held-out sequences, (n_validation,), in an order that never changes."""
         return self._split(self.n_train + np.arange(self.n_validation))
 
     def _split(self, index: np.ndarray) -> np.ndarray:
-        """Return the rows at `index` in one shuffled order, of which the first n_train are to train on."""
-        return permute(index, self.n_rows, np.full(index.shape, self._key))
+        """Return the sequence numbers at `index` in one shuffled order; its first n_train are trained on."""
+        return permute(index, self.n_sequences, np.full(index.shape, self._key))
 
 
 class PackedSequences(Shuffled):
@@ -151,17 +155,17 @@ class PackedSequences(Shuffled):
     def __init__(self, corpus: TokenCorpus, packing: Packing):
         super().__init__(corpus, max(0, corpus.n_tokens - 1) // packing.seq_len, packing)
         T = packing.seq_len
-        if self.n_train < 1 and self.n_rows > 1:
+        if self.n_train < 1 and self.n_sequences > 1:
             raise UsageError(
-                f"validation_share={packing.validation_share} holds out all {self.n_rows} sequences of "
+                f"validation_share={packing.validation_share} holds out all {self.n_sequences} sequences of "
                 f"seq_len={T}, and none is left to train on: use a smaller share, such as 0.01."
             )
         if self.n_train < 1:
             fitting = (corpus.n_tokens - 1) // (2 if packing.validation_share > 0 else 1)
             shorter = f"use seq_len={fitting} or less, or " if fitting > 0 else ""
             raise UsageError(
-                f"seq_len={T}: the data has {corpus.n_tokens} tokens, {self.n_rows} sequences of {T} + 1; "
-                f"with {self.n_validation} held out none is left to train on: {shorter}give more text."
+                f"seq_len={T}: the data has {corpus.n_tokens} tokens, {self.n_sequences} sequences of {T} + "
+                f"1; with {self.n_validation} held out none is left to train on: {shorter}give more text."
             )
 
     @property
@@ -169,18 +173,18 @@ class PackedSequences(Shuffled):
         """Describe the data in words, which are the same for the same tokens."""
         return f"{self.corpus.n_tokens} tokens in {self.corpus.n_documents} documents"
 
-    def tokens_of(self, rows: np.ndarray) -> np.ndarray:
-        """Return the (N, T + 1) int64 token ids of (N,) rows."""
+    def tokens_of(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the token ids (N, T + 1) int64 of the sequences with these numbers (N,)."""
         T = self.seq_len
-        return np.stack([self.corpus.tokens[row * T : row * T + T + 1] for row in rows]).astype(np.int64)
+        return np.stack([self.corpus.tokens[k * T : k * T + T + 1] for k in numbers]).astype(np.int64)
 
-    def trained_of(self, rows: np.ndarray) -> np.ndarray | None:
+    def trained_of(self, numbers: np.ndarray) -> np.ndarray | None:
         """Return (N, T + 1) bool, which tokens count as labels; None means all of them."""
         return None
 
-    def document_starts_of(self, row: int) -> np.ndarray:
-        """Return the offsets within the row, 1 .. T, at which another document begins."""
-        first = row * self.seq_len
+    def document_starts_of(self, number: int) -> np.ndarray:
+        """Return the offsets within the sequence, 1 .. T, at which another document begins."""
+        first = number * self.seq_len
         starts = self.corpus.document_starts
         low, high = np.searchsorted(starts, [first + 1, first + self.seq_len + 1])
         return np.asarray(starts[low:high]) - first

@@ -19,14 +19,14 @@ def columns_of(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tenso
     known = inspect.signature(type(model).forward).parameters
     if missing:
         raise UsageError(f'a batch lacks {missing[0]}; it must have "input_ids" and "labels", (B, T) each.')
-    n_rows = batch["input_ids"].shape[:1]
+    n_sequences = batch["input_ids"].shape[:1]
     for name, column in batch.items():
-        fits = column.dim() == 2 and column.shape[:1] == n_rows
+        fits = column.dim() == 2 and column.shape[:1] == n_sequences
         if not fits or name not in known:
             refuse(
                 model,
                 f"a batch has {name}, which its forward does not take, or which is not (B, T) with "
-                "as many rows as input_ids; leave it out.",
+                "as many sequences as input_ids; leave it out.",
             )
     check_ids(batch, model.config.get_text_config().vocab_size)
     longest = getattr(model.config, "max_position_embeddings", None)
@@ -34,7 +34,7 @@ def columns_of(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tenso
     if longest is not None and n_tokens > longest:
         refuse(
             model,
-            f"rows of {n_tokens} tokens are longer than its {longest} positions "
+            f"sequences of {n_tokens} tokens are longer than its {longest} positions "
             "(max_position_embeddings); cut them.",
         )
     return dict(batch)

@@ -30,7 +30,9 @@ def check_family(
     """Refuse by name what a model of this family cannot do; config: resolved. Return how it computes, with
     the attention kernel that its own config chose."""
     if config.cp > 1:
-        refuse(model, f"cp={config.cp} splits rows, and only our own Llama attends to split rows; use cp=1.")
+        refuse(
+            model, f"cp={config.cp} splits sequences, and only our own Llama attends to split ones; use cp=1."
+        )
     if config.pp > 1 and family.stages is None:
         refuse(model, f"pp={config.pp} is for decoders whose plan says where to cut them; use pp=1.")
     if config.pp > 1 and config.stages_per_rank > 1:

@@ -1,10 +1,10 @@
-"""Measure whether a rank of 8 with rows 8 times longer needs as much memory as one rank with short rows.
+"""Measure whether 8 ranks with sequences 8 times longer need as much memory each as one rank with short ones.
 
     python recipes/bench/context_memory.py                # CPU, gloo, some seconds; --help lists the sizes
 
-One step of a small model is made four times: with rows of `tokens` on 1 rank, with rows of ranks x `tokens`
-on 1 rank, and with these long rows on `ranks` ranks by each method of context parallelism. On each rank the
-bytes that autograd keeps from forward for backward are counted, without parameters (by torch's
+One step of a small model is made four times: with sequences of `tokens` on 1 rank, with sequences of ranks x
+`tokens` on 1 rank, and with these long sequences on `ranks` ranks by each method of context parallelism. On
+each rank the bytes that autograd keeps from forward for backward are counted, without parameters (by torch's
 saved_tensors_hooks; a storage counts once), and so is the rise of the process's resident memory during the
 step. Prints one JSON object for each run.
 """
@@ -24,7 +24,7 @@ import tyro
 from torch.distributed.device_mesh import init_device_mesh
 
 from dtensor_llama import Llama, LlamaConfig, UsageError
-from dtensor_llama.attention import WholeRows
+from dtensor_llama.attention import WholeSequences
 from parallel.config import Job, ParallelConfig, check_parallel
 from parallel.context import apply_context_parallel, shard_sequence
 
@@ -32,8 +32,8 @@ from parallel.context import apply_context_parallel, shard_sequence
 @dataclass(frozen=True)
 class Config:
     ranks: int = 8
-    tokens: int = 512  # tokens of a row, on each rank
-    rows: int = 2
+    tokens: int = 512  # tokens of a sequence, on each rank
+    rows: int = 2  # sequences
     layers: int = 4
     hidden: int = 128
     heads: int = 8
@@ -84,19 +84,19 @@ def measure(cfg: Config, method: str, rank: int, store: str) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(store, cfg.ranks), rank=rank, world_size=cfg.ranks)
     mesh = init_device_mesh("cpu", (cfg.ranks,), mesh_dim_names=("cp",))
     model, seq_len = Llama(shape(cfg)), cfg.ranks * cfg.tokens
-    model.attention = WholeRows(cfg.kernel)
-    rows = torch.randint(512, (cfg.rows, seq_len + 1), generator=torch.Generator().manual_seed(0))
+    model.attention = WholeSequences(cfg.kernel)
+    sequences = torch.randint(512, (cfg.rows, seq_len + 1), generator=torch.Generator().manual_seed(0))
     if method == "none":
         share = lambda x: x.contiguous()
     else:
         apply_context_parallel(model, mesh, method)
         share = lambda x: shard_sequence(x, mesh, method)
-    tokens, labels = share(rows[:, :-1]), share(rows[:, 1:])
+    tokens, labels = share(sequences[:, :-1]), share(sequences[:, 1:])
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     for p in model.parameters():
         p.grad = torch.zeros_like(p)  # gradients that exist already are no part of the rise
     few = 2 * cfg.ranks  # tokens of a first step, in which everything is made that is made only once
-    model(share(rows[:, :few]), share(rows[:, 1 : few + 1])).backward()
+    model(share(sequences[:, :few]), share(sequences[:, 1 : few + 1])).backward()
     gc.collect()
     dist.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here

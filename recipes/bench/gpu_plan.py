@@ -179,7 +179,7 @@ def expected_step(way: str, card: Card, n_tokens: int) -> tuple[Expected, Expect
 # ---- predictions: memory -------------------------------------------------------------------------
 
 # Peaks of a steady step, in GiB: what torch's allocator had given out, and what it had reserved. The keys are
-# the number of layers, where states are and what is recomputed, and the rows of a microbatch.
+# the number of layers, where states are and what is recomputed, and the sequences of a microbatch.
 PEAKS = {
     (32, "zero3 selective", 1): (113.7, 120.8),
     (32, "zero2 selective", 1): (125.8, 135.4),
@@ -196,9 +196,9 @@ PEAKS = {
 }
 
 
-def expected_memory(layers: int, way: str, micro_rows: int) -> tuple[Expected, ...]:
+def expected_memory(layers: int, way: str, per_microbatch: int) -> tuple[Expected, ...]:
     """Return the peaks of such a run from PEAKS, or nothing where none was made."""
-    peaks = PEAKS.get((layers, way, micro_rows))
+    peaks = PEAKS.get((layers, way, per_microbatch))
     if peaks is None:
         return ()
     allocated, reserved = peaks
@@ -227,8 +227,8 @@ MACHINE = MachineRates(
 def our_seconds(
     config: LlamaConfig, budget_gib: float | None, setting: Setting, n_tokens: int
 ) -> float | None:
-    """Predict a step of ours with full recompute and at most 4 rows a forward; None if device and host cannot
-    hold it, which our run then says too.
+    """Predict a step of ours with full recompute and at most 4 sequences a forward; None if device and host
+    cannot hold it, which our run then says too.
 
     budget_gib: of the device; None: all that the card has."""
     own = find_cluster(setting.card.cluster, 1)
@@ -239,8 +239,8 @@ def our_seconds(
         host_dram_bytes_s=MACHINE.dram_in_update,
         host_adam_per_s=MACHINE.host_adam,
     )
-    rows = n_tokens // 4096
-    job = Job(config, 4096, rows, min(4, rows), recompute="full", compile=True, device_type="cuda")
+    batch = n_tokens // 4096  # sequences of a step
+    job = Job(config, 4096, batch, min(4, batch), recompute="full", compile=True, device_type="cuda")
     memory = MemoryConfig("auto", device_budget_gib=budget_gib, host_budget_gib=setting.host_budget_gib)
     work = Work(job, ParallelConfig(dp_shard=1), States.under(memory, itemsize=2))
     try:
@@ -250,7 +250,7 @@ def our_seconds(
 
 
 def fsdp2_seconds(config: LlamaConfig, n_tokens: int) -> float:
-    """Predict a step of FSDP2's CPU offload on one rank of that machine, with 4 rows a microbatch."""
+    """Predict a step of FSDP2's CPU offload on one rank of that machine, with 4 sequences a microbatch."""
     alone_s = n_tokens * hardware_flops_per_token(config, 4096, "full") / SUSTAINED_FLOPS
     return predict_peer("fsdp2_offload", config.n_parameters, alone_s, MACHINE, max(1, n_tokens // 4096 // 4))
 
@@ -269,24 +269,25 @@ PLACEMENT = {
 STEP_LIMIT_S = sum(START_SECONDS.values()) + 70
 
 
-def step(setting: Setting, way: str, microbatches: int, rows: int) -> Measurement:
+def step(setting: Setting, way: str, microbatches: int, per_microbatch: int) -> Measurement:
     """Time training steps of 7B, or of the layers that the card holds, with benchmark.py. way: as in WAYS."""
     placement, recompute = way.split()
-    n_tokens = 4096 * rows * microbatches
+    n_tokens = 4096 * per_microbatch * microbatches
     n_timed = max(4, 8 * STEP_TOKENS // n_tokens)
     command = (
         f"recipes/benchmark.py --model {setting.model('llama2-7b', setting.card.layers)} --data.seq-len 4096 "
-        f"--train.compile --train.recompute {recompute} --train.global-batch-size {rows * microbatches} "
-        f"--train.micro-batch-size {rows} --train.steps {n_timed} --warmup 2 {PLACEMENT[placement]}"
+        f"--train.compile --train.recompute {recompute} "
+        f"--train.global-batch-size {per_microbatch * microbatches} "
+        f"--train.micro-batch-size {per_microbatch} --train.steps {n_timed} --warmup 2 {PLACEMENT[placement]}"
     )
     if placement == "resident":
         command += f" {setting.host_flags}"
     expects = expected_step(way, setting.card, n_tokens) if way in WAYS else ()
     return Measurement(
-        f"{recompute} {microbatches} x {rows} rows",
+        f"{recompute} {microbatches} x {per_microbatch} rows",  # sequences; results/*.jsonl has this name
         tuple(command.split()),
         STEP_LIMIT_S,
-        (*expects, *expected_memory(setting.card.layers, way, rows)),
+        (*expects, *expected_memory(setting.card.layers, way, per_microbatch)),
     )
 
 
@@ -386,8 +387,8 @@ def kernels(card: Card) -> Measurement:
         Expected("tflop_s", 640, 700, {"kernel": "matmul 4096 x 4096 x 4096"}),
         Expected("tflop_s", 680, 730, {"kernel": "matmul 4096 x 11008 x 4096"}),
         Expected("tflop_s", 700, 750, {"kernel": "matmul 8192 x 4096 x 4096"}),
-        # A forward of one row takes 0.137 TFLOP. The first predictions, 0.13 and 0.53 ms, were above the peak
-        # of the data sheet; these are what an H200 took on 2026-11-27.
+        # A forward of one sequence takes 0.137 TFLOP. The first predictions, 0.13 and 0.53 ms, were above the
+        # peak of the data sheet; these are what an H200 took on 2026-11-27.
         Expected("forward_ms", 0.285, 0.285, {"kernel": "attention"}),
         Expected("forward_backward_ms", 1.12, 1.12, {"kernel": "attention"}),
         Expected("g_parameters_s", 100 / slower_memory, 155 / slower_memory, {"kernel": "device AdamW"}),
@@ -420,21 +421,21 @@ def warm_up(setting: Setting, measurements: list[Measurement]) -> list[Measureme
         given = dict(pairwise(flags))  # each flag, and what follows it
         if script == "recipes/bench/offload.py":
             preset, recompute = given["--model"], "full"
-            rows = int(given["--tokens"]) // 4096
-            micro_rows = min(4, rows)
+            batch = int(given["--tokens"]) // 4096
+            per_microbatch = min(4, batch)
             placement = f"{MIXED} {setting.host_flags}".split()
         elif "--train.recompute" in given:
             preset, recompute = "llama2-7b", given["--train.recompute"]
-            rows = int(given["--train.global-batch-size"])
-            micro_rows = int(given["--train.micro-batch-size"])
+            batch = int(given["--train.global-batch-size"])
+            per_microbatch = int(given["--train.micro-batch-size"])
             placement = flags[flags.index("--memory.placement") :]
         else:
             continue
-        several = min(rows, 2 * micro_rows)  # microbatches are summed by a kernel of its own
+        several = min(batch, 2 * per_microbatch)  # microbatches are summed by a kernel of its own
         command = (
             f"recipes/benchmark.py --model {short.model(preset)} --data.seq-len 4096 --train.compile "
             f"--train.recompute {recompute} --train.global-batch-size {several} "
-            f"--train.micro-batch-size {micro_rows} --train.steps 1 --warmup 1 "
+            f"--train.micro-batch-size {per_microbatch} --train.steps 1 --warmup 1 "
             f"--data.cache-dir {setting.out / 'warm-up'} --run-dir {setting.out / 'warm-up'}"
         )
         commands.append((*command.split(), *placement))
@@ -529,7 +530,7 @@ def segments(setting: Setting) -> list[Part]:
 
 
 def small_models() -> tuple[Measurement, ...]:
-    """Measure a small model. It gets 32 rows because with 8 the GPU would wait for the host."""
+    """Measure a small model. It gets 32 sequences because with 8 the GPU would wait for the host."""
     price = "recipes/bench/step_price.py --model small-110m --seq-len 2048 --dtype bfloat16 --rows 32"
     speed = (
         "recipes/benchmark.py --model small-110m --data.seq-len 2048 --train.compile "

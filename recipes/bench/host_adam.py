@@ -51,8 +51,8 @@ class Config:
     rounds: int = 9
     threads: int = 0  # 0: as many as torch takes (OMP_NUM_THREADS)
     model: str = "tiny-10m"  # the model on which the manager's cost is measured
-    rows: int = 4  # rows of a step there
-    tokens: int = 256  # tokens of a row there
+    rows: int = 4  # sequences of a step there
+    tokens: int = 256  # tokens of a sequence there
 
 
 def main(cfg: Config) -> None:

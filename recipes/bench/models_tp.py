@@ -5,9 +5,9 @@
     python recipes/bench/models_tp.py --models llama --rounds 5
 
 Every contestant is two gloo processes on the CPU with one thread each, and holds one model. All contestants
-of a model start from the same saved weights and read the same rows. They take turns: while one computes, the
-others wait for a line on their standard input. A step is forward, loss, backward, clipping to a norm of 1,
-and a fused AdamW, in float32 and without dropout.
+of a model start from the same saved weights and read the same sequences. They take turns: while one computes,
+the others wait for a line on their standard input. A step is forward, loss, backward, clipping to a norm of
+1, and a fused AdamW, in float32 and without dropout.
 
 The first steps of each contestant are compared with plain transformers in one process: their losses say
 whether all compute the same thing. Prints one JSON line for each contestant and model: milliseconds of a step
@@ -65,8 +65,8 @@ class Config:
     layers: int = 6
     heads: int = 8
     vocabulary: int = 8192
-    rows: int = 4  # of a step, the same on both ranks
-    tokens: int = 256  # of a row
+    rows: int = 4  # sequences of a step, the same on both ranks
+    tokens: int = 256  # of a sequence
 
 
 # ---- Contestants: each turns a saved model into a training step, in two processes --------------------------
@@ -96,7 +96,7 @@ def ours_eager(folder: Path) -> Step:
     return ours(folder, attention="eager")
 
 
-def ours_whole_rows(folder: Path) -> Step:
+def ours_whole_sequences(folder: Path) -> Step:
     """Ours without sequence parallelism: each rank norms all tokens, as in transformers."""
     return ours(folder, sequence_parallel=False)
 
@@ -192,7 +192,7 @@ def load(folder: Path, **settings) -> nn.Module:
 STEPS = {
     "ours": ours,
     "ours, eager attention": ours_eager,
-    "ours, no sequence parallelism": ours_whole_rows,
+    "ours, no sequence parallelism": ours_whole_sequences,
     "transformers": of_transformers,
     "Colossal-AI": of_colossal,
 }

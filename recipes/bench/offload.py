@@ -8,12 +8,12 @@
     fsdp2_offload    fully_shard per block with CPUOffloadPolicy, AdamW(fused) on the host
     deepspeed_zero3  DeepSpeed ZeRO-3 with its optimizer on the host (CPUAdam), where it is installed
 
-All contenders have the same model, seed, rows, clipping and recompute. Two of them together do not fit one
-device, so each turn is a process of its own, and the turns go round: each contender once, then each again.
-The peers have no setting for a device budget, so torch's allocator is limited to it. A peer that the host's
-memory cannot hold is not started, because Linux would kill it, and us with it. After each turn one JSON line
-has the median of the contender's rounds so far, or the error that ended it, so that nothing is lost when the
-machine goes away; of several lines the last one counts. A table comes at the end.
+All contenders have the same model, seed, sequences, clipping and recompute. Two of them together do not fit
+one device, so each turn is a process of its own, and the turns go round: each contender once, then each
+again. The peers have no setting for a device budget, so torch's allocator is limited to it. A peer that the
+host's memory cannot hold is not started, because Linux would kill it, and us with it. After each turn one
+JSON line has the median of the contender's rounds so far, or the error that ended it, so that nothing is lost
+when the machine goes away; of several lines the last one counts. A table comes at the end.
 
     exposed update   the step less its forward and backward, which our tracer saw or which the peer measured
     DRAM share       bytes that the host's update must move, over its time, over the rate of a plain stream
@@ -66,7 +66,7 @@ class Config:
     host_budget_gib: float | None = None  # None: what is free; give it where memory grows on demand
     tokens: tuple[int, ...] = (4096, 16384, 65536)  # tokens of a step, each number measured by itself
     seq_len: int = 4096
-    micro_batch_size: int = 4  # rows of a forward, at most
+    micro_batch_size: int = 4  # sequences of a forward, at most
     contenders: tuple[str, ...] = CONTENDERS
     rounds: int = 2
     steps: int = 3  # timed steps of each turn
@@ -207,7 +207,7 @@ def where_it_stood(said: str) -> str:
 
 
 def ours_command(cfg: Config, name: str, folder: str, n_tokens: int) -> list:
-    rows = n_tokens // cfg.seq_len
+    batch = n_tokens // cfg.seq_len
     command = [
         "recipes/benchmark.py",
         "--model",
@@ -215,9 +215,9 @@ def ours_command(cfg: Config, name: str, folder: str, n_tokens: int) -> list:
         "--data.seq-len",
         cfg.seq_len,
         "--train.global-batch-size",
-        rows,
+        batch,
         "--train.micro-batch-size",
-        min(rows, cfg.micro_batch_size),
+        min(batch, cfg.micro_batch_size),
         "--train.recompute",
         "full",
         "--train.dtype",
@@ -271,10 +271,10 @@ def turn_seconds(cfg: Config, config: LlamaConfig, name: str, n_tokens: int) -> 
 
     A step computes at 500 TFLOP/s with full recompute. Ours is at its slowest while it traces, with all
     states on the host: 28 bytes a parameter pass through memory at 88 GB/s, and 4 over a link of 50 GB/s. A
-    peer moves 40 at 56 GB/s and, for each microbatch of 4 rows, 12 over the link. A second initializes 1e9
-    weights, touches TOUCHED_BYTES_S and pins PINNED_BYTES_S. Of ours, 14 bytes a parameter are touched, and
-    7 pinned, most of them after the trace, when states move; a peer pins all 14. (3.5B in all took us 146 s
-    where everything was compiled already, and FSDP2 69. 7B had not ended after 185 s.)
+    peer moves 40 at 56 GB/s and, for each microbatch of 4 sequences, 12 over the link. A second initializes
+    1e9 weights, touches TOUCHED_BYTES_S and pins PINNED_BYTES_S. Of ours, 14 bytes a parameter are touched,
+    and 7 pinned, most of them after the trace, when states move; a peer pins all 14. (3.5B in all took us 146
+    s where everything was compiled already, and FSDP2 69. 7B had not ended after 185 s.)
     """
     n = config.n_parameters
     compute_s = n_tokens * hardware_flops_per_token(config, 4096, "full") / 500e12
@@ -445,12 +445,12 @@ def peer(cfg: Config, config: LlamaConfig) -> dict:
         torch.cuda.set_per_process_memory_fraction(min(1.0, cfg.device_budget_gib * GIB / total), device)
     start_process_group(device, 1)
     n_microbatches = cfg.tokens[0] // cfg.seq_len // cfg.micro_batch_size
-    rows = torch.randint(
+    microbatches = torch.randint(
         config.vocab_size,
         (n_microbatches, cfg.micro_batch_size, cfg.seq_len + 1),
         generator=torch.Generator().manual_seed(0),
     ).to(device)
-    n_scored = rows[:, :, 1:].numel()
+    n_scored = microbatches[:, :, 1:].numel()
     with torch.device("meta"):
         model = Llama(config)
     step = (fsdp2_offload if cfg.turn == "fsdp2_offload" else deepspeed_zero3)(cfg, model, dtype, device)
@@ -458,7 +458,7 @@ def peer(cfg: Config, config: LlamaConfig) -> dict:
     for _ in range(cfg.warmup + cfg.steps):
         torch.cuda.synchronize()
         began = time.perf_counter()
-        loss, forward_backward_s = step(rows, n_scored)
+        loss, forward_backward_s = step(microbatches, n_scored)
         torch.cuda.synchronize()
         times.append((time.perf_counter() - began, forward_backward_s))
         losses.append(loss)
@@ -495,10 +495,10 @@ def fsdp2_offload(cfg: Config, model: Llama, dtype: torch.dtype, device: torch.d
     init_weights(model, 0)
     optimizer = build_adamw(model, LR, WEIGHT_DECAY)
 
-    def step(rows: torch.Tensor, n_scored: int) -> tuple[float, float]:
+    def step(microbatches: torch.Tensor, n_scored: int) -> tuple[float, float]:
         began, total = time.perf_counter(), torch.zeros((), device=device)
-        for i, micro in enumerate(rows):
-            model.set_requires_gradient_sync(i == len(rows) - 1)
+        for i, micro in enumerate(microbatches):
+            model.set_requires_gradient_sync(i == len(microbatches) - 1)
             loss = model(micro[:, :-1], labels=micro[:, 1:]) / n_scored
             loss.backward()
             total += loss.detach()
@@ -535,13 +535,13 @@ def deepspeed_zero3(cfg: Config, model: Llama, dtype: torch.dtype, device: torch
         },
     )
 
-    def step(rows: torch.Tensor, n_scored: int) -> tuple[float, float]:
+    def step(microbatches: torch.Tensor, n_scored: int) -> tuple[float, float]:
         began, alone_s, total = time.perf_counter(), 0.0, torch.zeros((), device=device)
-        for micro in rows:
+        for micro in microbatches:
             # DeepSpeed averages over microbatches.
-            loss = engine(micro[:, :-1], labels=micro[:, 1:]) / n_scored * len(rows)
+            loss = engine(micro[:, :-1], labels=micro[:, 1:]) / n_scored * len(microbatches)
             engine.backward(loss)
-            total += loss.detach() / len(rows)
+            total += loss.detach() / len(microbatches)
             torch.cuda.synchronize()
             alone_s = time.perf_counter() - began
             engine.step()  # this updates after the last microbatch only

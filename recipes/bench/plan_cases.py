@@ -17,20 +17,20 @@ from parallel.planner import Found, Question, draw_plan, name_of, plan
 from parallel.recompute import MODES
 from parallel.rules import Job
 
-ROWS, T = 1024, 4096  # a step of LLaMA-2 has 4M tokens
+SEQUENCES, T = 1024, 4096  # a step of LLaMA-2 has 4M tokens
 CASES = (("llama2-7b", "a100-80gb", 8), ("llama2-7b", "h200-141gb", 8), ("llama2-70b", "a100-40gb", 512))
 SIZES = (8, 16, 32, 64, 128, 256, 512)
 SCALED = ("llama2-7b", "llama2-13b", "llama2-70b")
 
 
 def planned(model: str, gpu: str, n_gpus: int) -> Found:
-    return plan(Question(LlamaConfig.preset(model), T, ROWS, find_cluster(gpu, n_gpus), foresee=foresee))
+    return plan(Question(LlamaConfig.preset(model), T, SEQUENCES, find_cluster(gpu, n_gpus), foresee=foresee))
 
 
 def zero3_account(recompute: str) -> Account:
     """Return the account of 70B under ZeRO-3 over 512 A100-40GB, without any other axis."""
     model = LlamaConfig.preset("llama2-70b")
-    job = Job(model, T, ROWS, 2, recompute=recompute, compile=True, device_type="cuda")
+    job = Job(model, T, SEQUENCES, 2, recompute=recompute, compile=True, device_type="cuda")
     return account_for(Work(job, ParallelConfig(dp_shard=512)), find_cluster("a100-40gb", 512))
 
 
@@ -40,16 +40,17 @@ def cases_in_words() -> str:
     for model, gpu, n_gpus in CASES:
         found = planned(model, gpu, n_gpus)
         parts.append(
-            f"{model}, {ROWS} rows of {T} tokens a step, blocks compiled:\n\n```\n{found.describe()}\n```"
+            f"{model}, {SEQUENCES} sequences of {T} tokens a step, blocks compiled:\n\n"
+            f"```\n{found.describe()}\n```"
         )
     best = found.best.account.mfu
     zero3 = zero3_account("full").mfu / best
     needs = [f"{zero3_account(recompute).peak_gib:.1f} GiB with recompute {recompute}" for recompute in MODES]
     parts.append(
         "70B on 512 x A100-40GB is the case in which ZeRO-3 alone did not start. Its states are not the "
-        f"reason, since they are 2 GiB a GPU. Two rows a GPU need {needs[0]}, {needs[1]} and {needs[2]}. "
-        "Without recomputation the activations alone are several times the GPU. With all of it the run fits, "
-        f"at {zero3:.0%} of the speed of the best layout, which has tp and pp."
+        f"reason, since they are 2 GiB a GPU. Two sequences a GPU need {needs[0]}, {needs[1]} and "
+        f"{needs[2]}. Without recomputation the activations alone are several times the GPU. With all of it "
+        f"the run fits, at {zero3:.0%} of the speed of the best layout, which has tp and pp."
     )
     parts.append(
         "![7B to 70B from 8 to 512 GPUs](scaling.png)\n\n![the layouts of 70B on 512 GPUs](planning.png)"
@@ -62,7 +63,7 @@ def scaling(gpu: str) -> dict[str, list[tuple[int, float, str]]]:
     found: dict[str, list[tuple[int, float, str]]] = {}
     for model in SCALED:
         for n_gpus in SIZES:
-            question = Question(LlamaConfig.preset(model), T, ROWS, find_cluster(gpu, n_gpus))
+            question = Question(LlamaConfig.preset(model), T, SEQUENCES, find_cluster(gpu, n_gpus))
             try:
                 best = plan(question).best
             except ValueError:

@@ -115,19 +115,20 @@ def run_of(row: dict) -> Run:
     model, layout, assumed = MODELS[row["model"]], layout_of(row), []
     if "layers" in row and row["model"].startswith("llama3"):
         model = replace(model, num_hidden_layers=row["layers"])
-    # The data has a word of its own for the rows of a microbatch.
-    rows = next((value for key, value in row.items() if key == "rows" or key.startswith("micro_")), None)
-    if rows is None:
-        rows = max(1, ASSUMED_TOKENS * layout.tp * layout.cp // row["seq_len"])
-        assumed.append(f"{rows} rows a microbatch")
+    # The data has words of its own for the sequences of a microbatch.
+    its_words = (key for key in row if key == "rows" or key.startswith("micro_"))
+    per_microbatch = row.get(next(its_words, None))
+    if per_microbatch is None:
+        per_microbatch = max(1, ASSUMED_TOKENS * layout.tp * layout.cp // row["seq_len"])
+        assumed.append(f"{counted(per_microbatch, 'sequence')} a microbatch")
     microbatches = row.get("microbatches")
     if microbatches is None and "global_batch" in row:
-        microbatches = row["global_batch"] // (rows * layout.dp)
+        microbatches = row["global_batch"] // (per_microbatch * layout.dp)
     if microbatches is None and "4.19 M tokens a step" in row["source"]:
-        microbatches = 1024 // (rows * layout.dp)
+        microbatches = 1024 // (per_microbatch * layout.dp)
     if microbatches is None:
         microbatches = 1 if layout.zero_stage == 3 else 4
-        assumed.append(f"{microbatches} microbatches")
+        assumed.append(counted(microbatches, "microbatch", "es"))
     recompute = row.get("recompute")
     if recompute is None:
         recompute = "full" if row.get("stack") == "maxtext" else "none"
@@ -135,14 +136,15 @@ def run_of(row: dict) -> Run:
     job = Job(
         model,
         row["seq_len"],
-        microbatches * rows * layout.dp,
-        rows,
+        microbatches * per_microbatch * layout.dp,
+        per_microbatch,
         recompute=RECOMPUTE.get(recompute, recompute),
         compile=bool(row.get("compile")),
         device_type="cuda",
     )
     axes = " ".join(f"{axis} {size}" for axis, size in row["layout"].items() if size not in (1, True))
-    name = f"{row['model']} {row['gpus']} x {row['gpu']}, {row['seq_len']}, {axes} ({microbatches} x {rows})"
+    name = f"{row['model']} {row['gpus']} x {row['gpu']}, {row['seq_len']}, {axes} "
+    name += f"({microbatches} x {per_microbatch})"
     stack = STACK_OF.get(row.get("stack"), STACK_OF.get(row["source"], "pytorch"))
     blocks = SELECTIVE_BLOCKS.get(row["source"]) if job.recompute == "selective" else None
     if blocks:
@@ -160,6 +162,11 @@ def run_of(row: dict) -> Run:
         "microbatches" in row,
         "SimuMax" not in row["source"],
     )
+
+
+def counted(n: int, word: str, plural: str = "s") -> str:
+    """Return the number with its word, which gets the ending `plural` unless there is one."""
+    return f"{n} {word}" + (plural if n != 1 else "")
 
 
 def left_out(row: dict) -> str:
@@ -256,7 +263,7 @@ class Sweep:
         measured throughput it reaches."""
         jobs = defaultdict(list)
         for run in self.runs:
-            words = f"{run.work.job.seq_len} tokens a row"
+            words = f"{run.work.job.seq_len} tokens a sequence"
             if run.microbatches_given:
                 words += f", {run.work.n_microbatches} microbatches"
             jobs[words].append(run)
@@ -282,7 +289,9 @@ def sweeps_of(runs: list[Run]) -> list[Sweep]:
 
 def errors_in_words(runs: list[Run]) -> str:
     errors = [abs(run.error()) for run in runs]
-    return f"median {statistics.median(errors):.1%}, at most {max(errors):.1%} ({len(errors)} rows)"
+    return (
+        f"median {statistics.median(errors):.1%}, at most {max(errors):.1%} ({counted(len(errors), 'row')})"
+    )
 
 
 def table_of_times(runs: list[Run]) -> str:
@@ -377,7 +386,7 @@ def page(paths: list[str]) -> str:
     for row in rows:
         if why := left_out(row):
             unused[why] += 1
-    without = "; ".join(f"{n} {'row' if n == 1 else 'rows'} with {why}" for why, n in unused.items())
+    without = "; ".join(f"{counted(n, 'row')} with {why}" for why, n in unused.items())
     stacks = "\n".join(
         f"| {stack.name} | " + " | ".join(f"{getattr(stack, name):g}" for name in FITTED) + " |"
         for stack in STACKS.values()
@@ -434,10 +443,10 @@ none for a GPU:
 - That step of 7B, 32,768 tokens, took 2.475 s; the account says {own_s:.3f} s. By kind, measured and
   predicted: matrix products 1.891 and {own_products:.3f}, attention 0.284 and {own_attention:.3f}, AdamW
   and the norm 0.053 and {own_optimizer:.3f}, sums of microbatches 0.067 and {own_sums:.3f}.
-- FSDP2 at ZeRO 3 on that H200 took 1.591 s for 16,384 tokens (selective recompute, 4 microbatches of a row);
-  the account says {fsdp2_s:.3f} s. It said 1.444 before the run, which showed that a rank's cast of its own
-  weights, before they are gathered, was not counted: 10 bytes a parameter and gather, which one rank pays
-  in full and of which eight pay an eighth each.
+- FSDP2 at ZeRO 3 on that H200 took 1.591 s for 16,384 tokens (selective recompute, 4 microbatches of a
+  sequence); the account says {fsdp2_s:.3f} s. It said 1.444 before the run, which showed that a rank's cast
+  of its own weights, before they are gathered, was not counted: 10 bytes a parameter and gather, which one
+  rank pays in full and of which eight pay an eighth each.
 - 3.5B with its states on the host, under a budget of 24 GiB, took 0.748 s for 4,096 tokens there, where the
   account of parallel/cost.py says 0.720 s if it is given the rates of that host: 97 GB/s of DRAM in an
   update, which was found in the same run, 3.13 G parameters/s of AdamW and a link of 96 GB/s both ways.

@@ -46,7 +46,7 @@ class Config:
 
     model: str = "tiny-15m"
     seq_len: int = 256
-    rows: int = 8  # rows of a step, in each process
+    rows: int = 8  # sequences of a step, in each process
     steps: int = 20  # timed steps of each variant
     warmup: int = 3  # steps of each variant before them; the first one compiles the loss on a GPU
     dtype: str = "float32"  # in which the forward computes
@@ -73,10 +73,10 @@ def main(cfg: Config) -> None:
             "ours, ZeRO 3": ours(cfg, device, ParallelConfig()),
             "ours, tp": ours(cfg, device, ParallelConfig(tp=world_size)),
         }
-    rows = torch.randint(
+    sequences = torch.randint(
         config.vocab_size, (cfg.rows, cfg.seq_len + 1), generator=torch.Generator().manual_seed(rank)
     )
-    batch = Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), None)
+    batch = Batch(sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous(), None)
     step_s = defaultdict(list)
     for i in range(cfg.warmup + cfg.steps):
         for name, step in variants.items():
@@ -138,8 +138,8 @@ def bare(cfg: Config, device: torch.device, wrap: str | None = None):
 
 
 def ours(cfg: Config, device: torch.device, layout: ParallelConfig):
-    """Return the step of recipes/pretrain.py. Under tp all ranks read the same rows, and each has a share of
-    their tokens."""
+    """Return the step of recipes/pretrain.py. Under tp all ranks read the same sequences, and each has a
+    share of their tokens."""
     dtype = getattr(torch, cfg.dtype)
     resolved = layout.resolve(dist.get_world_size())
     with torch.device("meta"):

@@ -5,13 +5,13 @@ Every launcher in this folder asks this file.
     python recipes/launch/sizes.py pretrain 70b h100-80gb 256         prints the flags, on one line
     python recipes/launch/sizes.py pretrain 70b h100-80gb 256 --why   also prints what a rank needs
 
-The numbers come from the following, for N parameters on nodes of 8 GPUs and rows of 4,096 tokens:
+The numbers come from the following, for N parameters on nodes of 8 GPUs and sequences of 4,096 tokens:
 - 7b and 13b use ZeRO 3 inside a node and whole copies between nodes (HSDP). ZeRO 3 sends 8N bytes per
   microbatch (parallel/zero.py). For 7b these are 54 GB, which take 0.12 s over NVLink at 450 GB/s and are
-  hidden behind 0.4 s of arithmetic per row on an H100; over one 400 Gbit/s link per GPU they would take 1.1
-  s. Between nodes only gradients travel, once a step: 2 x 4N/8 bytes a rank, which are 6.7 GB. A rank keeps
-  16N/8 bytes, 13 GB for 7b and 26 GB for 13b. 26 GB would leave too little of a 40 GB GPU, so on those GPUs
-  two nodes share the states of 13b (13 GB a rank).
+  hidden behind 0.4 s of arithmetic per sequence on an H100; over one 400 Gbit/s link per GPU they would
+  take 1.1 s. Between nodes only gradients travel, once a step: 2 x 4N/8 bytes a rank, which are 6.7 GB. A
+  rank keeps 16N/8 bytes, 13 GB for 7b and 26 GB for 13b. 26 GB would leave too little of a 40 GB GPU, so on
+  those GPUs two nodes share the states of 13b (13 GB a rank).
 - 70b has 16N bytes of states, 1.1 TB, and shares them by ZeRO 3 over all GPUs, with full recomputation. Its
   collectives use all network cards of a node at once, in rings, and are hidden behind 8,192 tokens per GPU:
   0.55 TB a microbatch take 1.6 s at 8 x 400 Gbit/s a node, beside 7 s of arithmetic on an H100. Others have
@@ -19,19 +19,20 @@ The numbers come from the following, for N parameters on nodes of 8 GPUs and row
   predicted to be 40 % slower on an H100, since the traffic of tp cannot be hidden behind anything.
 - 7b-lora, 13b-lora and 70b-lora have frozen weights of 2N bytes. Their adapters of rank 16 have 0.6 to 0.3 %
   of N parameters, with 16 bytes each. 70b takes 17 GB a rank under ZeRO 3 on a node of 8, and 4.5 GB for
-  gathered weights. A row gathers 4N bytes, which take 0.5 s over NVLink, beside 6N FLOPs a token, which take
-  3.4 s at half of the peak of an H100. No gradients of the N weights travel, and tp would only add traffic.
+  gathered weights. A sequence gathers 4N bytes, which take 0.5 s over NVLink, beside 6N FLOPs a token, which
+  take 3.4 s at half of the peak of an H100. No gradients of the N weights travel, and tp would only add
+  traffic.
 - 7b-offload, 13b-offload and 70b-offload train all weights, and --memory.placement auto finds the best place
   for their states. 2N bytes of weights must be on the GPUs. Up to 18N bytes may be on the host, or 14N if
   gradients arrive once a step and need not be summed there. 70b on a node of 8 x 40 GB uses tp 8, so that a
-  rank has 17 GB of weights and gathers nothing. A step is one microbatch of 16 rows. Its block inputs wait on
-  the host, where the 14N bytes take 900 of the 1,152 GiB of the node. An update moves 32N bytes in DRAM,
-  which takes 7 s at 300 GB/s, beside 65,536 tokens of 8N FLOPs, which take 29 s at half of the peak of an
-  A100. The host's memory is that of Amazon's p4d, p4de, p5 and p5en nodes; if yours has less, use
+  rank has 17 GB of weights and gathers nothing. A step is one microbatch of 16 sequences. Its block inputs
+  wait on the host, where the 14N bytes take 900 of the 1,152 GiB of the node. An update moves 32N bytes in
+  DRAM, which takes 7 s at 300 GB/s, beside 65,536 tokens of 8N FLOPs, which take 29 s at half of the peak
+  of an A100. The host's memory is that of Amazon's p4d, p4de, p5 and p5en nodes; if yours has less, use
   --memory.host-budget-gib.
 - A microbatch is as large as fits, but above 8,192 tokens a rank nothing gets faster. A step of pretraining
-  has the 4M tokens of LLaMA-2, 1,024 rows of 4,096 (arXiv:2307.09288, sec. 2.2). A step of fine-tuning has
-  128 rows, and more only if there are more ranks than that.
+  has the 4M tokens of LLaMA-2, 1,024 sequences of 4,096 (arXiv:2307.09288, sec. 2.2). A step of fine-tuning
+  has 128 sequences, and more only if there are more ranks than that.
 """
 
 import sys
@@ -49,8 +50,8 @@ if TYPE_CHECKING:
     from parallel.cost import Account
 
 GPUS = ("a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb")
-T = 4096  # tokens a row: the context of LLaMA-2
-ROWS = {"pretrain": 1024, "sft": 128}  # rows a step
+T = 4096  # tokens a sequence: the context of LLaMA-2
+SEQUENCES = {"pretrain": 1024, "sft": 128}  # of a step
 LR = {"7b": 3e-4, "13b": 3e-4, "70b": 1.5e-4}
 LORA_RANK = 16
 
@@ -62,7 +63,7 @@ class Size(NamedTuple):
     tp: int
     pp: int
     shard: int  # at most this many dp ranks share the states by ZeRO; the others hold copies
-    micro_rows: int  # at most this many rows in a microbatch
+    micro_batch_size: int  # at most this many sequences in a microbatch
     recompute: str
     # True: a step is one microbatch of each dp rank, and the inputs of its blocks wait on the host.
     one_microbatch: bool = False
@@ -111,19 +112,21 @@ TABLE = {                        # least tp pp shard micro recompute
 }
 # fmt: on
 # For these the planner (parallel/planner.py) predicts another layout to be more than 10 % faster, on the
-# fewest GPUs or on 512. The text says why we do not use it. tests/test_planner.py checks that all other rows
+# fewest GPUs or on 512. The text says why we do not use it. tests/test_planner.py checks that all other lines
 # are within 10 % of the planner's best.
-ONE_ROW = "one line of the table serves 8 to 512 GPUs, and what fits 8 recomputes more than 512 would have to"
+ONE_LAYOUT = (
+    "one line of the table serves 8 to 512 GPUs, and what fits 8 recomputes more than 512 would have to"
+)
 SLACK = (
-    "full recomputation leaves half of the GPU free, for longer rows and for networks that are slower than "
-    "planned for; selective, with tp 2 and pp, is predicted to be 10 to 27 % faster"
+    "full recomputation leaves half of the GPU free, for longer sequences and for networks that are slower "
+    "than planned for; selective, with tp 2 and pp, is predicted to be 10 to 27 % faster"
 )
 SLOWER = {
-    ("7b", "a100-40gb"): ONE_ROW,
-    ("7b", "h100-80gb"): ONE_ROW,
-    ("13b", "a100-40gb"): ONE_ROW,
-    ("13b", "h100-80gb"): ONE_ROW,
-    ("13b", "h200-141gb"): ONE_ROW,
+    ("7b", "a100-40gb"): ONE_LAYOUT,
+    ("7b", "h100-80gb"): ONE_LAYOUT,
+    ("13b", "a100-40gb"): ONE_LAYOUT,
+    ("13b", "h100-80gb"): ONE_LAYOUT,
+    ("13b", "h200-141gb"): ONE_LAYOUT,
     ("70b", "a100-80gb"): SLACK,
     ("70b", "h100-80gb"): SLACK,
     ("70b", "h200-141gb"): SLACK,
@@ -155,19 +158,21 @@ def flags(recipe: str, size: str, gpu: str, gpus: int) -> dict[str, object]:
     chosen = find(size, gpu, gpus)
     dp = gpus // (chosen.tp * chosen.pp)
     shard = min(chosen.shard, dp)
-    rows = max(ROWS[recipe], dp * chosen.pp)  # 1f1b needs a microbatch for each stage
+    batch = max(SEQUENCES[recipe], dp * chosen.pp)  # 1f1b needs a microbatch for each stage
     if chosen.one_microbatch:
-        rows = dp * chosen.micro_rows
-    micro_rows = min(chosen.micro_rows, rows // (dp * chosen.pp))
-    if rows % (dp * micro_rows) or dp % shard:
-        raise UsageError(f"{gpus} GPUs cannot share {rows} rows a step evenly; use a power of 2 of them.")
+        batch = dp * chosen.micro_batch_size
+    per_microbatch = min(chosen.micro_batch_size, batch // (dp * chosen.pp))
+    if batch % (dp * per_microbatch) or dp % shard:
+        raise UsageError(
+            f"{gpus} GPUs cannot share {batch} sequences a step evenly; use a power of 2 of them."
+        )
     lr = LR[model]
     if recipe == "sft":
         lr = 2e-4 if kind == "lora" else 2e-5  # LLaMA-2-Chat was trained with 2e-5 (sec. 3.1)
     return {
         "--data.seq-len": T,
-        "--train.global-batch-size": rows,
-        "--train.micro-batch-size": micro_rows,
+        "--train.global-batch-size": batch,
+        "--train.micro-batch-size": per_microbatch,
         "--train.lr": lr,
         "--train.dtype": "bfloat16",
         "--train.recompute": chosen.recompute,
@@ -197,7 +202,7 @@ def flags_of_kind(kind: str, chosen: Size, gpu: str) -> dict[str, object]:
 
 
 def find(size: str, gpu: str, gpus: int) -> Size:
-    """Return the row of the table for a size and a kind of GPU.
+    """Return the line of the table for a size and a kind of GPU.
 
     Raises UsageError, which says what would fit, if there is none or if it needs another number of GPUs."""
     if gpu not in GPUS:

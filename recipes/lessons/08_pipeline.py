@@ -30,7 +30,7 @@ from torch.testing import assert_close
 
 from dtensor_llama.gantt import text_row
 
-D, ROWS, N_LAYERS, N_MICROBATCHES = 512, 256, 4, 4  # width, samples per microbatch, layers of all stages
+D, SAMPLES, N_LAYERS, N_MICROBATCHES = 512, 256, 4, 4  # width, samples per microbatch, layers of all stages
 N_CELLS = 40  # columns of the measured timeline
 
 
@@ -84,7 +84,7 @@ def run(layers: nn.Module, inputs: Tensor, targets: Tensor, schedule: list[str])
     began = time.perf_counter()
     for work in schedule:
         kind, i = work[0], int(work[1:])
-        received = torch.empty(ROWS, D)  # hidden states in forward, their gradient in backward
+        received = torch.empty(SAMPLES, D)  # hidden states in forward, their gradient in backward
         if kind == "F" and not first:
             dist.recv(received, stage - 1)  # waiting here for another rank makes the bubbles
         if kind == "B" and not last:
@@ -92,7 +92,7 @@ def run(layers: nn.Module, inputs: Tensor, targets: Tensor, schedule: list[str])
         start = time.perf_counter() - began
         if kind == "F":
             x = inputs[i] if first else received.requires_grad_()
-            y = layers(x)  # (ROWS, D)
+            y = layers(x)  # (SAMPLES, D)
             if last:
                 y = ((y - targets[i]) ** 2).sum() / targets.numel()  # its share of the mean over the batch
                 loss += y.detach()
@@ -125,7 +125,7 @@ def lesson() -> None:
     stage, n_stages = dist.get_rank(), dist.get_world_size()
     all_layers = make_layers()
     draws = torch.Generator().manual_seed(1)
-    inputs, targets = torch.randn(2, N_MICROBATCHES, ROWS, D, generator=draws)
+    inputs, targets = torch.randn(2, N_MICROBATCHES, SAMPLES, D, generator=draws)
     plain_y = all_layers(inputs.flatten(0, 1))  # one process, one batch
     plain_loss = ((plain_y - targets.flatten(0, 1)) ** 2).mean()
     plain_loss.backward()

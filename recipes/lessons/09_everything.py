@@ -160,7 +160,7 @@ def lesson() -> None:
     print_once("To add an axis of your own, e.g. ep for experts:")
     for file, start, what in (
         ("parallel/config.py", "AXES =", "its name, beside the axes that shall be its neighbours; a field"),
-        ("parallel/config.py", "DERIVED_AXES =", "do its ranks read other rows (dp)? share weights (fsdp)?"),
+        ("parallel/config.py", "DERIVED_AXES =", "do its ranks read other data (dp)? share weights (fsdp)?"),
         ("parallel/rules.py", "TENSOR =", "a list like this one: what it cannot do, and what works instead"),
         ("parallel/apply.py", "def parallelize", "its pass, from a file of its own, after those it needs"),
         ("parallel/cost.py", "def _tp_traffic", "a function like this one: what it sends"),

@@ -25,7 +25,7 @@ from common import print_once, run_lesson
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-L, D, ROWS = 3, 64, 8  # layers, width, samples per rank
+L, D, SAMPLES = 3, 64, 8  # layers, width, samples per rank
 # Parameters, steps, elements of a chunk, and the norm to which gradients are clipped.
 N, STEPS, CHUNK, MAX_NORM = L * D * D, 10, 1024, 0.1
 LR, BETA1, BETA2, EPS, DECAY = 1e-2, 0.9, 0.95, 1e-5, 0.1  # LLaMA-2's values, except for LR
@@ -102,10 +102,10 @@ class Chunk:
 
 
 def loss_of(weights: Tensor, x: Tensor) -> Tensor:
-    """Return this rank's share of the loss: weights (N,), x (ROWS, D) -> a scalar."""
+    """Return this rank's share of the loss: weights (N,), x (SAMPLES, D) -> a scalar."""
     for weight in weights.view(L, D, D):
         x = (x @ weight / D**0.5).tanh()
-    return x.square().sum() / (2 * ROWS)
+    return x.square().sum() / (2 * SAMPLES)
 
 
 def train_with(plan: str) -> Tensor:
@@ -118,7 +118,7 @@ def train_with(plan: str) -> Tensor:
     chunks = [Chunk(plan[i % len(plan)], piece) for i, piece in enumerate(shard.split(CHUNK))]
     for step in range(1, STEPS + 1):
         sent.clear()
-        samples = randn(2 * ROWS, D, seed=step).chunk(2)[rank]
+        samples = randn(2 * SAMPLES, D, seed=step).chunk(2)[rank]
         (grads,) = torch.autograd.grad(loss_of(weights, samples), weights)
         dist.all_reduce(grads)  # lesson 3 gets the same sum with a reduce-scatter
         own = grads.chunk(2)[rank]  # (N/2,)
@@ -139,7 +139,7 @@ def train_on_one_process() -> Tensor:
     plain = nn.Parameter(randn(N, seed=0))
     optimizer = torch.optim.AdamW([plain], LR, (BETA1, BETA2), EPS, DECAY)
     for step in range(1, STEPS + 1):
-        plain.grad = torch.autograd.grad(loss_of(plain, randn(2 * ROWS, D, seed=step)), plain)[0]
+        plain.grad = torch.autograd.grad(loss_of(plain, randn(2 * SAMPLES, D, seed=step)), plain)[0]
         assert nn.utils.clip_grad_norm_([plain], MAX_NORM) > MAX_NORM, "every step shall be clipped"
         optimizer.step()
     return plain.detach()

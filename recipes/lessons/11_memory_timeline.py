@@ -37,7 +37,7 @@ from dtensor_llama.gantt import busy_seconds, text_row
 from memory import ChunkManager, Home, MemoryConfig, Overrides
 from memory.timeline import LANES, draw_timeline
 
-L, D, ROWS, STEPS = 16, 1536, 16, 6  # layers, width, samples
+L, D, SAMPLES, STEPS = 16, 1536, 16, 6  # layers, width, samples
 N_CELLS = 64  # columns of the timeline in letters
 MIX = MemoryConfig("static", resident=0.125, stream=0.125, cpu=0.75, kernel="blocks")
 
@@ -76,7 +76,7 @@ def train(serial: bool) -> tuple[ChunkManager, list[list[float]], Tensor]:
     manager.record = True
     for step in range(STEPS):
         began.append([])
-        samples = torch.randn(ROWS, D, generator=torch.Generator().manual_seed(step))
+        samples = torch.randn(SAMPLES, D, generator=torch.Generator().manual_seed(step))
         model(samples).backward()
         manager.clip_grad_norm(1e-3)
         manager.optimizer.step()  # returns while Adam works on the host

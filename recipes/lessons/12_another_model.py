@@ -13,8 +13,7 @@ The module tree below is transformers' own GPT-2 block, and no part of it is rew
 slices, one attribute counts fewer heads, and hooks send what lesson 4 sends. Four questions lead to the plan:
 
   1. Which weights read the whole x? Split their columns (c_attn, c_fc). Which weights add up the results?
-  Split
-     their rows (c_proj). Then one sum serves two layers. (Conv1D stores (inputs, outputs).)
+     Split their rows (c_proj). Then one sum serves two layers. (Conv1D stores (inputs, outputs).)
   2. Which weight contains several matrices? Each of the matrices is cut.
   3. What must be added once, and not on every rank? The bias of a layer whose output is summed.
   4. Where does a whole x meet split weights? There every rank has a partial sum of the gradient of x.
