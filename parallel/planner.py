@@ -205,12 +205,13 @@ class Found:
     def describe(self) -> str:
         """Return the best layouts as a table, and the reasons below it."""
         cluster = self.question.cluster
-        rows = [("layout", "GiB", "on the host", "tokens/s/GPU", "MFU", "bubble", "waits")]
+        name = "layout, microbatches x sequences"
+        rows = [(name, "GiB", "on the host", "tokens/s/GPU", "MFU", "bubble", "waits")]
         for candidate in self.candidates:
             account = candidate.account
             rows.append(
                 (
-                    name_of(candidate.work),
+                    name_of(candidate.work, in_table=True),
                     f"{account.peak_gib:.1f}",
                     f"{account.host_bytes / GIB:.1f}",
                     f"{account.tokens_per_second_per_gpu:,.0f}",
@@ -232,14 +233,16 @@ class Found:
         for name, *numbers in rows:
             cells = [f"{number:>{width}}" for number, width in zip(numbers, widths[1:], strict=True)]
             lines.append(f"  {name:{widths[0]}}  {'  '.join(cells)}")
-        lines += [f"  {name_of(each.work)}: {each.reason}" for each in self.candidates]
+        lines += [f"  {name_of(each.work, in_table=True)}: {each.reason}" for each in self.candidates]
         if self.too_large:
-            lines.append(f"  {name_of(self.too_large.work)}: {self.too_large.reason}")
+            lines.append(f"  {name_of(self.too_large.work, in_table=True)}: {self.too_large.reason}")
         return "\n".join(lines)
 
 
-def name_of(work: Work) -> str:
-    """Return a layout and its job in a few words: axes of one rank are left out."""
+def name_of(work: Work, in_table: bool = False) -> str:
+    """Return a layout and its job in a few words: axes of one rank are left out.
+
+    in_table: write `64 x 2` for `64 x 2 sequences`, because the heading of the table says what it is."""
     layout, job = work.layout, work.job
     axes = [f"{axis} {size}" for axis, size in layout.sizes.items() if size > 1] or ["one GPU"]
     words = [" x ".join(axes).replace("dp_replicate", "copies").replace("dp_shard", "dp")]
@@ -248,8 +251,10 @@ def name_of(work: Work) -> str:
     if layout.pp > 1:
         stages = f" x {layout.stages_per_rank}" if layout.stages_per_rank > 1 else ""
         words.append(f"{layout.schedule}{stages}")
-    sequences = "sequence" if job.micro_batch_size == 1 else "sequences"
-    words.append(f"{work.n_microbatches} x {job.micro_batch_size} {sequences}")
+    counted = f"{work.n_microbatches} x {job.micro_batch_size}"
+    if not in_table:
+        counted += " sequence" if job.micro_batch_size == 1 else " sequences"
+    words.append(counted)
     words.append(f"recompute {job.recompute}")
     return ", ".join(words) + (", offload" if work.states.uses_host else "")
 
