@@ -41,9 +41,9 @@ class _Input:
     and frees its slot. previous: a weak reference to the input of the block before, or a function that
     returns None."""
 
-    def __init__(self, offload: "ActivationOffload", flat: Tensor, kept: bool, previous: Callable):
-        self.offload, self.kept, self.previous = offload, kept, previous
-        self.slot: Tensor | None = None  # bytes on the host
+    def __init__(self, offload: "ActivationOffload", flat: Tensor, previous: Callable):
+        self.offload, self.previous = offload, previous
+        self.slot: Tensor | None = None  # bytes on the host; None: it is kept on the device
         self.host: Tensor | None = None  # what of them it takes, in its dtype
         self.moved = DONE  # event: the last copy, in either direction
         self.flat: Tensor | None = flat  # 1-D on the device: on its way to the host, fetched, or kept
@@ -155,7 +155,7 @@ class ActivationOffload:
         if (gone := self._leaving()) is not None:
             gone.release()
         self._leaving = self._no_input
-        input = _Input(self, flat, kept, self._newest)
+        input = _Input(self, flat, self._newest)
         self._newest = weakref.ref(input)
         if not kept:
             input.slot, last_read = self._take_slot(flat.nbytes)
@@ -194,7 +194,7 @@ class ActivationOffload:
         self.lanes.compute.wait(input.moved)
         # A block's backward begins, so the backward of the block after it is over.
         if (done := self._in_use()) is not input:
-            if done is not None and not done.kept:
+            if done is not None and done.slot is not None:
                 done.release()
             self._in_use = weakref.ref(input)
             previous = input.previous()
