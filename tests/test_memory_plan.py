@@ -262,8 +262,8 @@ class WholeMasters(StateFormat):
     def tensors(self, home):
         tensors = super().tensors(home)
         if "master_low16" in tensors:
-            account, _, pinned = tensors.pop("master_low16")
-            tensors["master"] = account, F32, pinned
+            account, _ = tensors.pop("master_low16")
+            tensors["master"] = account, F32
         return tensors
 
 
