@@ -7,6 +7,7 @@ chunk      pieces of one parameter group, in the order in which forward waits fo
 owner      the module whose forward waits until a parameter has its new weight
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -69,7 +70,7 @@ class Ledger:
         fill: Callable[[Tensor], None] = Tensor.zero_,
     ):
         self.device, self.budgets, self.fill = device, budgets, fill
-        self.held, self.peak = {"device": 0, "host": 0}, {"device": 0, "host": 0}
+        self.held, self.peak = Counter(), Counter()  # bytes by account
 
     def reserve(self, account: str, n_bytes: int, what: str) -> None:
         """RuntimeError if this exceeds the budget: plans are checked before, so it is our defect."""

@@ -89,8 +89,6 @@ class ChunkManager(ChunkStore):
         self._host_began_s = self._host_done_s = self._host_update_s = None
         self._steps_s: list[float] | None = []  # when steps ended; None: they have been reported
         self._warm_up()
-        parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-        self._frozen = [p for p in parameters if p not in self.param_of]
         self.owners: dict[nn.Module, list[ParamState]] = {}  # what trains of a module's own parameters
         self._install_hooks()
         self._note_weights(self.params)
@@ -138,9 +136,7 @@ class ChunkManager(ChunkStore):
                 hook = lambda _, param=param: self._on_gradient(param)
                 self._handles.append(param.parameter.register_post_accumulate_grad_hook(hook))
         for module, own in owners_of(self.parts):
-            self.owners[module] = [
-                self.param_of[parameter] for parameter in own if parameter in self.param_of
-            ]
+            self.owners[module] = [self.param_of[p] for p in own if p in self.param_of]
             hook = lambda module, _: self._before_forward(module)
             # Prepended after fully_shard, so that it runs before FSDP gathers the weights.
             self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
@@ -228,11 +224,9 @@ class ChunkManager(ChunkStore):
 
     def _bound_in_flight(self) -> None:
         """Let backward wait here for the link, if the link is slower."""
-        n_bytes = sum(grad.nbytes for _, grad in self._in_flight)
-        while n_bytes > IN_FLIGHT_BYTES:
-            event, grad = self._in_flight.pop(0)
+        while sum(grad.nbytes for _, grad in self._in_flight) > IN_FLIGHT_BYTES:
+            event, _ = self._in_flight.pop(0)
             event.synchronize()
-            n_bytes -= grad.nbytes
 
     def finish_backward(self) -> None:
         """Collect the gradients that no hook has collected: those that stay in p.grad, those that came
@@ -244,8 +238,8 @@ class ChunkManager(ChunkStore):
                 self._collect(param)
             elif param.n_collected and param.keeps_grad and param.parameter.grad is None:
                 self._forget_gradient(param)  # model.zero_grad() has discarded it
-        for parameter in self._frozen:
-            if parameter.grad is not None:
+        for parameter in chain.from_iterable(group["params"] for group in self.optimizer.param_groups):
+            if parameter.grad is not None and parameter not in self.param_of:
                 raise RuntimeError(
                     f"a parameter of shape {tuple(parameter.shape)} has a gradient and was frozen when "
                     "chunks were cut; unfreeze what shall train before ChunkManager is made."
@@ -287,10 +281,11 @@ class ChunkManager(ChunkStore):
                 "their gradients arrive; give ChunkManager TrainingLoop(clips=True)."
             )
         self.finish_backward()
-        collected = [piece for piece in self.pieces if piece.param.n_collected]
-        for piece in collected:
+        for piece in self.pieces:
             piece.adding.result()
-        on_device = [piece for piece in collected if piece.chunk.home is not Home.CPU]
+        on_device = [
+            piece for piece in self.pieces if piece.param.n_collected and piece.chunk.home is not Home.CPU
+        ]
         norms = float64_norms([self._grad_of(piece) for piece in on_device])
         for piece, norm in zip(on_device, norms, strict=True):
             piece.norm = norm
@@ -373,8 +368,7 @@ class ChunkManager(ChunkStore):
         if self._issued:
             return
         for chunk in self.chunks:
-            if chunk.state is not State.COLLECTING:
-                chunk.wait()  # long done, except for a chunk whose layers did not run since the last step
+            chunk.wait()  # long done, except for a chunk whose layers did not run since the last step
         self._confirm_counts()
         self._host_update_s = self._host_began_s and self._host_done_s - self._host_began_s
         self._host_began_s = None
@@ -384,8 +378,9 @@ class ChunkManager(ChunkStore):
         happened."""
         self._issued.add(chunk)
         chunk.move_to(State.UPDATING)
-        pieces = [(piece, _hyper(piece.param)) for piece in chunk.pieces if piece.param.n_collected]
-        for piece, _ in pieces:
+        collected = [piece for piece in chunk.pieces if piece.param.n_collected]
+        pieces = [(piece, piece.weight, _hyper(piece.param)) for piece in collected]
+        for piece in collected:
             piece.param.weight_version = None  # until the next forward, or `wait`
         if chunk.home is Home.RESIDENT:
             # On the caller's stream, so that what the caller computes next comes after it without a wait.
@@ -394,7 +389,7 @@ class ChunkManager(ChunkStore):
         elif chunk.home is Home.STREAM:
             self._step_stream(chunk, pieces, ready)
         else:
-            self._queue_for_host(chunk, pieces, clip_copied)
+            chunk.job = self.lanes.thread.submit(self._step_host, chunk, pieces, clip_copied)
 
     def host_update_seconds(self) -> float | None:
         """Return the time from when the host could begin an update until its last weight was sent, for the
@@ -423,9 +418,9 @@ class ChunkManager(ChunkStore):
         """Return a function that steps the pieces when it is called, with the gradients and clip factor of
         now."""
         steps = []
-        for piece, hyper in pieces:
+        for piece, weight, hyper in pieces:
             own = {name: tensor[piece.in_chunk] for name, tensor in states.items()}
-            all_states = piece.weight, own.get("master_low16"), own["exp_avg"], own["exp_avg_sq"]
+            all_states = weight, own.get("master_low16"), own["exp_avg"], own["exp_avg_sq"]
             steps.append((*all_states, self._grad_of(piece), self.clip, hyper))
         return partial(self.kernel.device_steps, steps)
 
@@ -436,15 +431,8 @@ class ChunkManager(ChunkStore):
             return piece.part_of("grad_accum")
         return flat_view(piece.param.parameter.grad)[piece.in_shard] if piece.param.keeps_grad else piece.grad
 
-    def _queue_for_host(self, chunk: Chunk, pieces: list, clip_copied) -> None:
-        weights = [(piece, piece.weight) for piece, _ in pieces]
-        runs = [(piece.in_chunk, hyper) for piece, hyper in pieces]
-        if len(pieces) == len(chunk.pieces) and len({hyper for _, hyper in pieces}) == 1:
-            runs = [(slice(0, chunk.n), pieces[0][1])]  # one call for the whole chunk
-        chunk.job = self.lanes.thread.submit(self._step_host, chunk, runs, weights, clip_copied)
-
     @torch.no_grad()
-    def _step_host(self, chunk: Chunk, runs: list, weights: list, clip_copied) -> None:
+    def _step_host(self, chunk: Chunk, pieces: list, clip_copied) -> None:
         """Step a chunk on the host's thread, which takes them one after another in forward order."""
         clip_copied.synchronize()
         if self._host_clip.isnan():  # the gradient is not finite: nothing changes
@@ -458,13 +446,17 @@ class ChunkManager(ChunkStore):
         grad = chunk.tensors.get("grad_accum", chunk.tensors["grad_buffer"])
         tensors = [*(chunk.tensors[name] for name in MASTER_AND_MOMENTS), grad, new]
 
+        runs = [(piece.in_chunk, hyper) for piece, _, hyper in pieces]
+        if len(runs) == len(chunk.pieces) and len({hyper for _, hyper in runs}) == 1:
+            runs = [(slice(0, chunk.n), runs[0][1])]  # one call for the whole chunk
+
         def step() -> None:
             for run, hyper in runs:
                 parts = [tensor[run] for tensor in tensors]
                 self.kernel.host_step(*parts, self._host_clip, hyper)
 
         def send() -> None:
-            for piece, weight in weights:
+            for piece, weight, _ in pieces:
                 weight.copy_(new[piece.in_chunk], non_blocking=True)
 
         self.lanes.host.run(f"chunk {chunk.index}", step)
@@ -541,8 +533,9 @@ def _chunks_of(params: list[ParamState]) -> list[Chunk]:
 
 def _hyper(param: ParamState) -> HyperParameters:
     """Return the hyperparameters of the update to come."""
-    lr, betas, eps, decay = (param.group[name] for name in ("lr", "betas", "eps", "weight_decay"))
-    return HyperParameters(float(lr), *map(float, betas), float(eps), float(decay), param.step + 1)
+    group = param.group
+    numbers = group["lr"], *group["betas"], group["eps"], group["weight_decay"]
+    return HyperParameters(*map(float, numbers), param.step + 1)
 
 
 def _waiting_bytes(param: ParamState) -> int:

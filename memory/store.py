@@ -91,9 +91,8 @@ class ChunkStore:
         self.device = any_weight.device
         self.format = StateFormat(any_weight.dtype, accumulates=loop.accumulation > 1)
         self.chunks = cut(self.params, overrides.chunk_elements or largest, self.format)
-        n_elements = tuple(chunk.n for chunk in self.chunks)
         layers = tuple(chunk.first_and_last for chunk in self.chunks)
-        self.chunk_sizes = ChunkSizes(n_elements, self.format, layers)
+        self.chunk_sizes = ChunkSizes(tuple(chunk.n for chunk in self.chunks), self.format, layers)
         n_threads = host_threads(self.device, machine.ranks_per_host)
         self.lanes = overrides.lanes or Lanes(self.device, n_threads)
         self.is_cuda = self.lanes.is_cuda
@@ -138,7 +137,7 @@ class ChunkStore:
         held = plan.chunks.totals_held(plan.split)
         total = {"device": self.weight_bytes + held["device"], "host": self.other_host_bytes + held["host"]}
         if self.lanes.has_queues and not traced:
-            leaving = self.format.weight_dtype.itemsize * plan.n_parameters(Home.CPU)
+            leaving = self.format.weight_dtype.itemsize * plan.split.cpu
             total["device"] += min(IN_FLIGHT_BYTES, leaving)
         return total
 

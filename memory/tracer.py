@@ -50,15 +50,12 @@ class MachineRates:
 
     def scaled(self, factor: float) -> "MachineRates":
         """Return these rates with all that an update on the host waits for multiplied by `factor`."""
-        scaled = {name: factor * rate for name, rate in self.to_json().items() if name != "device_adam"}
+        scaled = {name: factor * rate for name, rate in asdict(self).items() if name != "device_adam"}
         return replace(self, **scaled)
-
-    def to_json(self) -> dict:
-        return asdict(self)
 
     def __post_init__(self) -> None:
         """Raise ValueError unless every rate is what a measurement can give."""
-        for name, rate in self.to_json().items():
+        for name, rate in asdict(self).items():
             if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < float("inf"):
                 raise ValueError(f"{name} is {rate!r}, not a number above 0")
 
@@ -105,7 +102,7 @@ def load_rates(
     if rates is None:
         say(f"memory    measuring once what this machine can move and step; {path} keeps it")
         rates = measure_rates(device, kernel, ranks_per_host)
-        kept[key] = rates.to_json()
+        kept[key] = asdict(rates)
         staged = path.with_suffix(f".{os.getpid()}")  # ranks may measure at once: the last whole file stays
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,13 +134,12 @@ def per_second(work: Callable[[], float], seconds: float = 0.5) -> float:
     """Call work(), which does something and returns how much, until `seconds` are over, at least three times
     after one to warm up. Return the best rate: what disturbs a measurement only ever slows it down."""
     work()
-    best, n_goes, began = 0.0, 0, time.perf_counter()
-    while n_goes < 3 or time.perf_counter() - began < seconds:
+    rates, began = [], time.perf_counter()
+    while len(rates) < 3 or time.perf_counter() - began < seconds:
         start = time.perf_counter()
         amount = work()
-        best = max(best, amount / (time.perf_counter() - start))
-        n_goes += 1
-    return best
+        rates.append(amount / (time.perf_counter() - start))
+    return max(rates)
 
 
 class Link:
@@ -276,7 +272,7 @@ class Counters:
             self.baseline = self.baseline or now
             return Usage(max(0, now - self.baseline))
         free, total = torch.cuda.mem_get_info(self.device)
-        non_torch = total - free - torch.cuda.memory_stats(self.device)["reserved_bytes.all.current"]
+        non_torch = total - free - torch.cuda.memory_reserved(self.device)
         return Usage(self.allocator.read()[0], max(0, non_torch))
 
     def reset(self) -> None:
@@ -301,7 +297,7 @@ class Tracer:
     def __init__(self, modules: Iterable[nn.Module], device: torch.device, counters: Counters):
         self.device, self.counters = device, counters
         self.steps: list[list[tuple]] = []  # per step: (the phase that begins, the moment)
-        self.peak = self.non_torch = 0
+        self.usage = Usage()  # the most of each kind of bytes, at any moments
         self.tracing = False
         self.hooks = []
         for module in modules:
@@ -331,8 +327,7 @@ class Tracer:
     def _note(self, phase: str) -> None:
         if not self.tracing:
             return
-        usage = self.counters.read()
-        self.peak, self.non_torch = max(self.peak, usage.peak), max(self.non_torch, usage.non_torch)
+        self.usage = Usage(*map(max, self.usage, self.counters.read()))
         self.counters.reset()
         notes = self.steps[-1]
         if not notes or notes[-1][0] != phase:
@@ -342,7 +337,7 @@ class Tracer:
         """Return what was traced; waits for the device. model_bytes: the part of the peak that plans count
         themselves, which is weights and resident states."""
         forward, backward = min(map(self._seconds, self.steps), key=sum)
-        return StepTrace(max(0, self.peak + self.non_torch - model_bytes), forward, backward, host_bytes)
+        return StepTrace(max(0, sum(self.usage) - model_bytes), forward, backward, host_bytes)
 
     @staticmethod
     def _seconds(notes: list[tuple]) -> tuple[float, float]:

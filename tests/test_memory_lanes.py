@@ -88,11 +88,11 @@ def test_without_one_of_the_waits_around_the_hosts_step_numbers_are_wrong(event)
         model, manager = managed(PLANS["cpu"], lanes=QueuedLanes(seed), clips=clips)
         step = manager._step_host
 
-        def hasty(chunk, runs, weights, clip_copied, manager=manager, step=step):
+        def hasty(chunk, pieces, clip_copied, manager=manager, step=step):
             chunk.grads_copied = DONE if event == "gradient" else chunk.grads_copied
             if event == "outbox":
                 manager.weight_buffers = deque((buffer, DONE) for buffer, _ in manager.weight_buffers)
-            step(chunk, runs, weights, DONE if event == "clip" else clip_copied)
+            step(chunk, pieces, DONE if event == "clip" else clip_copied)
 
         manager._step_host = hasty
         if event == "weights":  # the gate lets a layer in when the host is done, before they have come

@@ -14,7 +14,7 @@ wire.
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -80,7 +80,7 @@ def main(cfg: Config) -> None:
     print(json.dumps(result), flush=True)
     if cfg.keep:
         kept = load_rates(Path(cfg.keep), device, cfg.kernel)
-        print(json.dumps({"kept_in": cfg.keep, "rates": kept.to_json()}), flush=True)
+        print(json.dumps({"kept_in": cfg.keep, "rates": asdict(kept)}), flush=True)
 
 
 if __name__ == "__main__":
