@@ -145,8 +145,8 @@ class Piece:
 
     @property
     def weight(self) -> Tensor:
-        """Its part of the parameter's weight. FSDP may reallocate a padded shard when it first runs, so do not
-        keep the tensor."""
+        """Its part of the parameter's weight. FSDP may reallocate a padded shard when it first runs, so do
+        not keep the tensor."""
         return flat_view(self.param.parameter)[self.in_shard]
 
     def part_of(self, name: str) -> Tensor:

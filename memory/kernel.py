@@ -182,7 +182,6 @@ class Kernel:
     def __init__(self, kind: str, device: torch.device):
         self.device = device
         self.kind, self.why = _choose(kind, device)
-        self._is_warm: set[tuple] = set()  # for what steps have been compiled
         if self.kind == "compiled":
             # Inductor's C++ wrapper releases the interpreter lock while the loop runs. The default Python
             # wrapper holds it, and the forward that runs meanwhile could not launch a kernel.
@@ -191,38 +190,33 @@ class Kernel:
             self._add, self._copy = _ByRows(_device_add), _ByRows(_device_copy)
 
     def warm_up_host(self, dtype: torch.dtype, grad_dtype: torch.dtype, n_threads: int) -> None:
-        """Compile host_step now, unless that has been done. Call it whenever a plan has put chunks on the
-        host: if it were compiled within a step, other ranks would wait in a collective for 10 to 25 s.
+        """Step some zeros, so that host_step is compiled now. Call it whenever a plan has put chunks on the
+        host: if it were compiled within a step, other ranks would wait in a collective for 10 to 25 s. A
+        second call takes a millisecond.
 
         dtype: of the weights. n_threads: of the thread that will call host_step. Compilation happens in the
         calling thread, because with torch 2.11 the next backward may crash after another thread has compiled.
         It happens with so many threads, because Inductor specialises on their number."""
-        if self.kind != "compiled" or (dtype, grad_dtype) in self._is_warm:
+        if self.kind != "compiled":
             return
-        self._is_warm.add((dtype, grad_dtype))
         with threads_of_torch(n_threads):
             for n in (2 * BLOCK, BLOCK):
                 self.host_step_of_zeros(n, dtype, grad_dtype)()
 
     def warm_up_device(self, dtype: torch.dtype, grad_dtype: torch.dtype, lengths: set[int]) -> None:
-        """Compile device_steps and sum_into now for pieces of these lengths, unless that has been done: see
-        warm_up_host."""
+        """Call device_step and sum_into with zeros, so that they are compiled now for pieces of these
+        lengths: see warm_up_host."""
         if self.kind != "compiled" or dtype == torch.float32:  # device_steps then uses torch's own kernel
             return
         # With fewer elements than BLOCK Inductor would compile for a single thread.
         rows = {BLOCK for n in lengths if whole_rows(n)}
         rests = {ROW - 1 for n in lengths if whole_rows(n) < n}
         for n in rows | rests:
-            if (n, grad_dtype) not in self._is_warm:
-                self._is_warm.add((n, grad_dtype))
-                self._compile_device_step(n, grad_dtype)
-
-    def _compile_device_step(self, n: int, grad_dtype: torch.dtype) -> None:
-        self.device_step_of_zeros(n, grad_dtype)()
-        if grad_dtype == torch.float32:  # gradients arrive in the weights' dtype and are summed
-            total, grad = _zeros(n, self.device, torch.float32, torch.bfloat16)
-            self.sum_into(total, grad, adds=False)
-            self.sum_into(total, grad, adds=True)
+            self.device_step_of_zeros(n, grad_dtype)()
+            if grad_dtype == torch.float32:  # gradients arrive in the weights' dtype and are summed
+                total, grad = _zeros(n, self.device, torch.float32, torch.bfloat16)
+                self.sum_into(total, grad, adds=False)
+                self.sum_into(total, grad, adds=True)
 
     def host_step_of_zeros(self, n: int, dtype: torch.dtype, grad_dtype: torch.dtype) -> Callable[[], None]:
         """Return a call of host_step with n elements that are all zero, to compile or to time it."""

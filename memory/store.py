@@ -203,7 +203,6 @@ class ChunkStore:
         assert all(param.n_collected == 0 for param in self.params), (
             "gradients have arrived; move between steps"
         )
-        plan = replace(plan, chunks=self.chunk_sizes)
         self._refuse_what_does_not_fit(plan)
         self.plan = plan
         pairs = zip(self.chunks, plan.homes, strict=True)
