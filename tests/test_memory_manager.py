@@ -186,6 +186,7 @@ def test_only_what_a_plan_uses_is_compiled_and_a_later_plan_gets_the_rest_betwee
         compiled.clear()
         manager.replan(replace(manager.plan, homes=(CPU,) * len(manager.chunks)))
         assert {name for name, *_ in compiled} == {"_host_step"}
+        compiled.clear()
         manager.close()
 
 
