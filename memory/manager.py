@@ -400,7 +400,7 @@ class ChunkManager(ChunkStore):
         """Step a chunk in a ring slot. The two copies and the step of different chunks overlap, each on its
         own lane."""
         what = f"chunk {chunk.index}"
-        whole_slot, is_free = self.ring.popleft()
+        whole_slot, freed = self.ring.popleft()
         slot = {name: tensor[: chunk.n] for name, tensor in whole_slot.items()}
         home = {name: chunk.tensors[name] for name in slot}
 
@@ -408,7 +408,7 @@ class ChunkManager(ChunkStore):
             for name, target in targets.items():
                 target.copy_(sources[name], non_blocking=True)
 
-        loaded = self.lanes.h2d.run(what, partial(copy, slot, home), after=[is_free, chunk.states_done])
+        loaded = self.lanes.h2d.run(what, partial(copy, slot, home), after=[freed, chunk.states_done])
         stepped = self.lanes.adam.run(what, self._adam_on_device(slot, pieces), after=[loaded, ready])
         stored = self.lanes.d2h.run(what, partial(copy, home, slot), after=[stepped])
         self.ring.append((whole_slot, stored))
@@ -438,8 +438,8 @@ class ChunkManager(ChunkStore):
         if self._host_clip.isnan():  # the gradient is not finite: nothing changes
             chunk.end_update(DONE, DONE)
             return
-        new, is_sent = self.weight_buffers.popleft()
-        for event in (chunk.grads_copied, is_sent):
+        new, emptied = self.weight_buffers.popleft()
+        for event in (chunk.grads_copied, emptied):
             event.synchronize()
         if self._host_began_s is None:
             self._host_began_s = self.lanes.clock()
