@@ -168,9 +168,11 @@ class ChunkStore:
 
     def _host_bytes_left(self) -> int:
         """Return what the plan leaves of the budget of the host, or of what was free there."""
-        needed = self.bytes_needed(self.plan)
-        left = self.room["host"] - needed["host"]
-        if self.is_cuda or self.budgets["host"] is not None:
+        needed, budget = self.bytes_needed(self.plan), self.budgets["host"]
+        if budget is not None:
+            return budget - needed["host"]
+        left = self.host_share + self.activation_bytes - needed["host"]
+        if self.is_cuda:
             return left
         return left + self.host_share - (needed["device"] - self.weight_bytes)  # one RAM has both accounts
 
