@@ -41,9 +41,9 @@ class _Input:
     and frees its slot. previous: a weak reference to the input of the block before, or a function that
     returns None."""
 
-    def __init__(self, offload: "ActivationOffload", flat: Tensor, kept: bool, previous: Callable):
-        self.offload, self.kept, self.previous = offload, kept, previous
-        self.slot: Tensor | None = None  # bytes on the host
+    def __init__(self, offload: "ActivationOffload", flat: Tensor, previous: Callable):
+        self.offload, self.previous = offload, previous
+        self.slot: Tensor | None = None  # bytes on the host; None: it is kept on the device
         self.host: Tensor | None = None  # what of them it takes, in its dtype
         self.moved = DONE  # event: the last copy, in either direction
         self.flat: Tensor | None = flat  # 1-D on the device: on its way to the host, fetched, or kept
@@ -103,10 +103,10 @@ class ActivationOffload:
         self.free: list[tuple[Tensor, Any]] = []  # slots, each with the event of its last copy
         self.host_bytes = self._make_slots()
         self._no_input = lambda: None
-        self._leaving = self._newest = self._in_use = self._no_input  # weak references to inputs
-        # The input of the block that computes, and whether it is kept on the device ...
-        self._entering: tuple[Tensor, bool] | None = None
-        self._entered: _Input | None = None  # ... and the same once autograd has saved it
+        self._newest = self._in_use = self._no_input  # weak references to inputs
+        # The number of the block that computes, and its input ...
+        self._entering: tuple[int, Tensor] | None = None
+        self._entered: _Input | None = None  # ... and that input once autograd has saved it
         # One pair for all blocks, because a compiled block is guarded on the identity of the hooks.
         self._hooks = (self._pack, self._unpack)
         for i, block in enumerate(blocks):
@@ -119,9 +119,7 @@ class ActivationOffload:
             return inner(x, *args, **kwargs)
         if not _is_dense(local(x)):
             x = x.contiguous()
-        if i == 0:
-            self._newest = self._no_input
-        self._entering, self._entered = (local(x), i == self.last), None
+        self._entering, self._entered = (i, local(x)), None
         try:
             with saved_tensors_hooks(*self._hooks):
                 return inner(x, *args, **kwargs)
@@ -130,7 +128,7 @@ class ActivationOffload:
 
     def _pack(self, tensor: Tensor):
         """Autograd calls it with each tensor that it saves in a block."""
-        x, kept = self._entering
+        i, x = self._entering
         here = local(tensor)
         offset = here.storage_offset() - x.storage_offset()
         if (
@@ -143,21 +141,21 @@ class ActivationOffload:
             # An output must be detached: saved as it is, it would be in a reference cycle and leak.
             return tensor.detach() if tensor.grad_fn is not None else tensor
         if self._entered is None:
-            self._entered = self._leave(x.detach().as_strided((x.numel(),), (1,)), kept)
+            self._entered = self._leave(i, x.detach().as_strided((x.numel(),), (1,)))
         layout = None
         if isinstance(tensor, DTensor):
             layout = tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride()
         return _Saved(self._entered, here.shape, here.stride(), offset, layout)
 
-    def _leave(self, flat: Tensor, kept: bool) -> _Input:
+    def _leave(self, i: int, flat: Tensor) -> _Input:
         # The copy of the input before had the time of a whole block; if that was too short, computation
         # waits.
-        if (gone := self._leaving()) is not None:
+        gone = self._newest()
+        if gone is not None and gone.slot is not None:
             gone.release()
-        self._leaving = self._no_input
-        input = _Input(self, flat, kept, self._newest)
+        input = _Input(self, flat, self._newest if i > 0 else self._no_input)
         self._newest = weakref.ref(input)
-        if not kept:
+        if i < self.last:
             input.slot, last_read = self._take_slot(flat.nbytes)
             input.host = input.slot[: flat.nbytes].view(flat.dtype)
             input.moved = self.lanes.d2h.run(
@@ -165,7 +163,6 @@ class ActivationOffload:
                 partial(input.host.copy_, flat, non_blocking=True),
                 after=[self.lanes.compute.now(), last_read],  # the block before computed it
             )
-            self._leaving = weakref.ref(input)
         return input
 
     def _take_slot(self, n_bytes: int):
@@ -194,7 +191,7 @@ class ActivationOffload:
         self.lanes.compute.wait(input.moved)
         # A block's backward begins, so the backward of the block after it is over.
         if (done := self._in_use()) is not input:
-            if done is not None and not done.kept:
+            if done is not None and done.slot is not None:
                 done.release()
             self._in_use = weakref.ref(input)
             previous = input.previous()

@@ -134,10 +134,17 @@ class AutoPolicy:
         if manager.is_cuda:
             return manager.bytes_needed(plan, traced=True)["device"]
         grad_bytes = plan.chunks.state.bytes_per_parameter(Home.STREAM)["device"]
-        return grad_bytes * (plan.n_parameters(Home.RESIDENT) + plan.n_parameters(Home.STREAM))
+        return grad_bytes * (plan.split.resident + plan.split.stream)
 
     def _trace(self) -> StepTrace:
-        return _agreed(self.tracer.result(self._held_while_traced(), self.manager.other_host_bytes))
+        """Return the slowest times and the highest peaks of all ranks: the slowest rank holds the others up,
+        and the one with the highest peak runs out of memory first."""
+        own = self.tracer.result(self._held_while_traced(), self.manager.other_host_bytes)
+        numbers = torch.tensor(astuple(own), dtype=torch.float64)
+        if dist.is_initialized():
+            dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        peak, forward, backward, host = numbers.tolist()
+        return StepTrace(int(peak), forward, backward, int(host))
 
     def _best_plan(self, traced: StepTrace) -> Plan:
         """Return this rank's plan. If one rank has none, which can happen because chunks and free host memory
@@ -173,10 +180,10 @@ class AutoPolicy:
         manager = self.manager
         # Without clipping the update also waits for gradients, during backward.
         update_s = manager.host_update_seconds() if manager.loop.clips else None
-        usage, held = self.counters.read(), manager.bytes_needed(manager.plan, traced=True)["device"]
+        held = manager.bytes_needed(manager.plan, traced=True)["device"]
         peak = held + self.traced.non_model_peak_bytes
         if manager.is_cuda:
-            peak = usage.peak + usage.non_torch
+            peak = sum(self.counters.read())
         expected_s = manager.plan.seconds.get("update", 0.0)
         reason = reason_to_replan(manager.plan, peak, update_s or expected_s)
         if self._all_ranks(reason is None):
@@ -186,16 +193,6 @@ class AutoPolicy:
         elif reason and update_s:
             self.rates = self.rates.scaled(expected_s / update_s)
         return reason or "another rank asked for it"
-
-
-def _agreed(traced: StepTrace) -> StepTrace:
-    """Return the slowest times and the highest peaks of all ranks: the slowest rank holds the others up, and
-    the one with the highest peak runs out of memory first."""
-    numbers = torch.tensor(astuple(traced), dtype=torch.float64)
-    if dist.is_initialized():
-        dist.all_reduce(numbers, dist.ReduceOp.MAX)
-    peak, forward, backward, host = numbers.tolist()
-    return StepTrace(int(peak), forward, backward, int(host))
 
 
 def host_share(ranks_per_host: int, is_cuda: bool) -> int:

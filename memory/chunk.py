@@ -7,6 +7,7 @@ chunk      pieces of one parameter group, in the order in which forward waits fo
 owner      the module whose forward waits until a parameter has its new weight
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -69,7 +70,7 @@ class Ledger:
         fill: Callable[[Tensor], None] = Tensor.zero_,
     ):
         self.device, self.budgets, self.fill = device, budgets, fill
-        self.held, self.peak = {"device": 0, "host": 0}, {"device": 0, "host": 0}
+        self.held, self.peak = Counter(), Counter()  # bytes by account
 
     def reserve(self, account: str, n_bytes: int, what: str) -> None:
         """RuntimeError if this exceeds the budget: plans are checked before, so it is our defect."""
@@ -119,12 +120,6 @@ class ParamState:
     n_backwards: int = 0  # backwards since the last update that gave it a gradient
     n_collected: int = 0  # gradients of these, or sums of them, that were collected
 
-    @property
-    def weight(self) -> Tensor:
-        """This rank's elements, flat and as they lie. FSDP may reallocate a padded shard when it first runs,
-        so do not keep the tensor."""
-        return flat_view(self.parameter)
-
 
 @dataclass(eq=False)
 class Piece:
@@ -150,8 +145,9 @@ class Piece:
 
     @property
     def weight(self) -> Tensor:
-        """Its part of the parameter's weight: see ParamState.weight."""
-        return self.param.weight[self.in_shard]
+        """Its part of the parameter's weight. FSDP may reallocate a padded shard when it first runs, so do
+        not keep the tensor."""
+        return flat_view(self.param.parameter)[self.in_shard]
 
     def part_of(self, name: str) -> Tensor:
         """Return its part of a tensor of the chunk."""
@@ -159,27 +155,20 @@ class Piece:
 
     # ---- values, wherever they are ----
 
-    def read(self, name: str, values: Tensor) -> None:
-        """Copy `master`, `exp_avg` or `exp_avg_sq` into float32 memory on the host."""
-        weight = self.weight
-        if name in self.chunk.tensors:
-            values.copy_(self.part_of(name))
-        elif "master_low16" in self.chunk.tensors:
-            for part, high, low16 in blocks(values, weight, self.part_of("master_low16")):
-                part.copy_(join_master(high, low16.to(weight.device)))
-        else:
-            values.copy_(weight)
-
     def on_host(self, name: str) -> Tensor:
-        """Return what `read` reads; a view of it if it is on the host as it is."""
+        """Return `master`, `exp_avg` or `exp_avg_sq`, float32, on the host; a view of it if it is there as it
+        is."""
         if name in self.chunk.tensors:
             return self.part_of(name).to("cpu")
+        if "master_low16" not in self.chunk.tensors:
+            return self.weight.to("cpu")
         values = torch.empty(self.n_elements)
-        self.read(name, values)
+        for part, high, low16 in blocks(values, self.weight, self.part_of("master_low16")):
+            part.copy_(join_master(high, low16.to(high.device)))
         return values
 
     def write(self, name: str, values: Tensor) -> None:
-        """Write what `read` reads; a new master is rounded into the weight too."""
+        """Write what `on_host` returns; a new master is rounded into the weight too."""
         if name in self.chunk.tensors:
             self.part_of(name).copy_(values)
         if name == "master":
@@ -190,8 +179,7 @@ class Piece:
                     high.copy_(new_high)
                     low16.copy_(new_low16)
             else:
-                for part, rounded in blocks(values, weight):
-                    rounded.copy_(part.to(weight.dtype))  # first, so that only the weight crosses the link
+                weight.copy_(values.to(weight.dtype))  # first, so that only the weight crosses the link
 
 
 class Chunk:
@@ -251,18 +239,18 @@ class Chunk:
     def allocate(self, ledger: Ledger, home: Home) -> None:
         """Take memory for a home. Moments are 0, and so is master_low16, with which the weight is the
         master."""
-        for nth, (name, (account, dtype, pin)) in enumerate(self.format.tensors(home).items()):
+        for nth, (name, (account, dtype)) in enumerate(self.format.tensors(home).items()):
             what = f"{name} of chunk {self.index}"
-            self.tensors[name] = ledger.zeros(account, self.n, dtype, what, pin, nth)
+            crosses = home is Home.STREAM or name == "grad_buffer"  # the link, so it is pinned on the host
+            self.tensors[name] = ledger.zeros(account, self.n, dtype, what, crosses, nth)
         self.home = home
         if home is Home.CPU:
             for piece in self.pieces:
                 piece.part_of("master").copy_(piece.weight)
 
     def free(self, ledger: Ledger) -> None:
-        for name, (account, _, _) in self.format.tensors(self.home).items():
+        for name, (account, _) in self.format.tensors(self.home).items():
             ledger.release(account, self.tensors.pop(name).nbytes)
-        self.home = None
 
 
 def chunk_size(n_elements: int) -> int:
@@ -337,7 +325,9 @@ def names_of(model: nn.Module) -> dict[nn.Parameter, str]:
     return {parameter: plain_name(name) for name, parameter in model.named_parameters()}
 
 
-def cut(params: list[ParamState], chunk_elements: int, accumulates: bool = False) -> list[Chunk]:
+def cut(
+    params: list[ParamState], chunk_elements: int, state_format: StateFormat = StateFormat()
+) -> list[Chunk]:
     """Cut the shards, in this order, into chunks. At any time one chunk is open per group; chunks are in the
     order of their first pieces."""
     assert chunk_elements % ALIGN == 0, chunk_elements
@@ -348,7 +338,7 @@ def cut(params: list[ParamState], chunk_elements: int, accumulates: bool = False
         while done < n:
             chunk = open_chunks.get(id(param.group))
             if chunk is None or chunk.n == chunk_elements:
-                chunk = Chunk(len(chunks), StateFormat(param.parameter.dtype, accumulates))
+                chunk = Chunk(len(chunks), state_format)
                 open_chunks[id(param.group)] = chunk
                 chunks.append(chunk)
             run = min(n - done, chunk_elements - chunk.n)

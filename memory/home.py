@@ -31,19 +31,19 @@ class StateFormat:
     weight_dtype: torch.dtype = torch.bfloat16
     accumulates: bool = False
 
-    def tensors(self, home: Home) -> dict[str, tuple[str, torch.dtype, bool]]:
-        """Return {name: (account, dtype, whether it is pinned)}. The weight itself belongs to the model."""
+    def tensors(self, home: Home) -> dict[str, tuple[str, torch.dtype]]:
+        """Return {name: (account, dtype)}. The weight itself belongs to the model."""
         float32, is_split = torch.float32, self.weight_dtype != torch.float32
         if home is Home.CPU:
             names = ["master", "exp_avg", "exp_avg_sq", *["grad_accum"] * self.accumulates]
-            pageable = {name: ("host", float32, False) for name in names}
-            return pageable | {"grad_buffer": ("host", self.weight_dtype, True)}
-        account, pinned = ("host", True) if home is Home.STREAM else ("device", False)
-        states = {name: (account, float32, pinned) for name in ("exp_avg", "exp_avg_sq")}
+            states = {name: ("host", float32) for name in names}
+            return states | {"grad_buffer": ("host", self.weight_dtype)}
+        account = "host" if home is Home.STREAM else "device"
+        states = {name: (account, float32) for name in ("exp_avg", "exp_avg_sq")}
         if is_split:
-            states["master_low16"] = account, torch.int16, pinned
+            states["master_low16"] = account, torch.int16
         if is_split and self.accumulates:
-            states["grad_accum"] = "device", float32, False
+            states["grad_accum"] = "device", float32
         return states
 
     def bytes_per_parameter(self, home: Home) -> dict[str, int]:
@@ -52,7 +52,7 @@ class StateFormat:
         tensors = self.tensors(home)
         waits = home is not Home.CPU and "grad_accum" not in tensors
         counted = {"device": self.weight_dtype.itemsize if waits else 0, "host": 0}
-        for account, dtype, _ in tensors.values():
+        for account, dtype in tensors.values():
             counted[account] += dtype.itemsize
         return counted
 

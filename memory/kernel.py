@@ -22,6 +22,7 @@ and weights, 26 on the device.
 
 import functools
 import importlib.util
+import itertools
 import shutil
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -117,12 +118,10 @@ def _device_step(weight, low16, exp_avg, exp_avg_sq, grad, clip, *hyper):
     """Step a piece of bfloat16 weights on the device. If `clip` is nan every element keeps its value, so that
     the host need not wait to see whether the gradient is finite."""
     skips, master = clip.isnan(), join_master(weight, low16)
-    stepped, new_avg, new_avg_sq = adamw_chunk(master, exp_avg, exp_avg_sq, grad, clip, *hyper)
-    new_weight, new_low16 = split_master(stepped)
-    weight.copy_(torch.where(skips, weight, new_weight))
-    low16.copy_(torch.where(skips, low16, new_low16))
-    exp_avg.copy_(torch.where(skips, exp_avg, new_avg))
-    exp_avg_sq.copy_(torch.where(skips, exp_avg_sq, new_avg_sq))
+    stepped, *moments = adamw_chunk(master, exp_avg, exp_avg_sq, grad, clip, *hyper)
+    new = (*split_master(stepped), *moments)
+    for old, value in zip((weight, low16, exp_avg, exp_avg_sq), new, strict=True):
+        old.copy_(torch.where(skips, old, value))
 
 
 def _device_add(total, grad):
@@ -183,7 +182,6 @@ class Kernel:
     def __init__(self, kind: str, device: torch.device):
         self.device = device
         self.kind, self.why = _choose(kind, device)
-        self._is_warm: set[tuple] = set()  # for what steps have been compiled
         if self.kind == "compiled":
             # Inductor's C++ wrapper releases the interpreter lock while the loop runs. The default Python
             # wrapper holds it, and the forward that runs meanwhile could not launch a kernel.
@@ -192,41 +190,44 @@ class Kernel:
             self._add, self._copy = _ByRows(_device_add), _ByRows(_device_copy)
 
     def warm_up_host(self, dtype: torch.dtype, grad_dtype: torch.dtype, n_threads: int) -> None:
-        """Compile host_step now, unless that has been done. Call it whenever a plan has put chunks on the
-        host: if it were compiled within a step, other ranks would wait in a collective for 10 to 25 s.
+        """Step some zeros, so that host_step is compiled now. Call it whenever a plan has put chunks on the
+        host: if it were compiled within a step, other ranks would wait in a collective for 10 to 25 s. A
+        second call takes a millisecond.
 
         dtype: of the weights. n_threads: of the thread that will call host_step. Compilation happens in the
         calling thread, because with torch 2.11 the next backward may crash after another thread has compiled.
         It happens with so many threads, because Inductor specialises on their number."""
-        if self.kind != "compiled" or (dtype, grad_dtype) in self._is_warm:
+        if self.kind != "compiled":
             return
-        self._is_warm.add((dtype, grad_dtype))
         with threads_of_torch(n_threads):
             for n in (2 * BLOCK, BLOCK):
-                states = torch.zeros(n), torch.zeros(n), torch.zeros(n)
-                grad, weight = torch.zeros(n, dtype=grad_dtype), torch.zeros(n, dtype=dtype)
-                self.host_step(*states, grad, weight, None, NO_CHANGE)
+                self.host_step_of_zeros(n, dtype, grad_dtype)()
 
     def warm_up_device(self, dtype: torch.dtype, grad_dtype: torch.dtype, lengths: set[int]) -> None:
-        """Compile device_steps and sum_into now for pieces of these lengths, unless that has been done: see
-        warm_up_host."""
+        """Call device_step and sum_into with zeros, so that they are compiled now for pieces of these
+        lengths: see warm_up_host."""
         if self.kind != "compiled" or dtype == torch.float32:  # device_steps then uses torch's own kernel
             return
         # With fewer elements than BLOCK Inductor would compile for a single thread.
         rows = {BLOCK for n in lengths if whole_rows(n)}
         rests = {ROW - 1 for n in lengths if whole_rows(n) < n}
         for n in rows | rests:
-            if (n, grad_dtype) not in self._is_warm:
-                self._is_warm.add((n, grad_dtype))
-                self._compile_device_step(n, grad_dtype)
+            self.device_step_of_zeros(n, grad_dtype)()
+            if grad_dtype == torch.float32:  # gradients arrive in the weights' dtype and are summed
+                total, grad = _zeros(n, self.device, torch.float32, torch.bfloat16)
+                self.sum_into(total, grad, adds=False)
+                self.sum_into(total, grad, adds=True)
 
-    def _compile_device_step(self, n: int, grad_dtype: torch.dtype) -> None:
-        zeros = functools.partial(torch.zeros, n, device=self.device)
-        weight, grad = zeros(dtype=torch.bfloat16), zeros(dtype=grad_dtype)
-        self.device_step(weight, zeros(dtype=torch.int16), zeros(), zeros(), grad, None, NO_CHANGE)
-        if grad_dtype == torch.float32:  # gradients arrive in the weights' dtype and are summed
-            self.sum_into(grad, weight, adds=False)
-            self.sum_into(grad, weight, adds=True)
+    def host_step_of_zeros(self, n: int, dtype: torch.dtype, grad_dtype: torch.dtype) -> Callable[[], None]:
+        """Return a call of host_step with n elements that are all zero, to compile or to time it."""
+        float32 = torch.float32
+        tensors = _zeros(n, torch.device("cpu"), float32, float32, float32, grad_dtype, dtype)
+        return functools.partial(self.host_step, *tensors, None, NO_CHANGE)
+
+    def device_step_of_zeros(self, n: int, grad_dtype: torch.dtype) -> Callable[[], None]:
+        """Return a call of device_step with n elements that are all zero, to compile or to time it."""
+        dtypes = torch.bfloat16, torch.int16, torch.float32, torch.float32, grad_dtype
+        return functools.partial(self.device_step, *_zeros(n, self.device, *dtypes), None, NO_CHANGE)
 
     @torch.no_grad()
     def host_step(
@@ -252,17 +253,15 @@ class Kernel:
 
     def device_steps(self, steps: list[tuple]) -> None:
         """Call device_step with each of these tuples of arguments. Where `low16` is None the weights are
-        float32, so nothing has to be cast, and torch's fused kernel takes all in one call."""
-        alike: dict[HyperParameters, list[tuple]] = {}
-        for step in steps:
-            _, low16, *_, hyper = step
-            if low16 is None:
-                alike.setdefault(hyper, []).append(step)
-            else:
+        float32, so nothing has to be cast, and torch's fused kernel takes those with the same
+        hyperparameters in one call."""
+        if steps[0][1] is not None:
+            for step in steps:
                 self.device_step(*step)
-        for hyper, same in alike.items():
-            weights, _, exp_avgs, exp_avg_sqs, grads, (clip, *_), _ = zip(*same, strict=True)
-            _fused(weights, exp_avgs, exp_avg_sqs, grads, clip, hyper)
+            return
+        for hyper, alike in itertools.groupby(steps, key=lambda step: step[-1]):
+            weights, _, *tensors, (clip, *_), _ = zip(*alike, strict=True)
+            _fused(weights, *tensors, clip, hyper)
 
     @torch.no_grad()
     def device_step(
@@ -306,6 +305,10 @@ def _compiled(step: Callable, **how) -> Callable:
     for other numbers of threads would use up the same limit."""
     own = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
     return torch.compile(own, fullgraph=True, **how)
+
+
+def _zeros(n: int, device: torch.device, *dtypes: torch.dtype) -> list[Tensor]:
+    return [torch.zeros(n, dtype=dtype, device=device) for dtype in dtypes]
 
 
 @functools.cache

@@ -18,7 +18,7 @@ import math
 import statistics
 from collections.abc import Callable
 from functools import partial
-from itertools import chain, cycle, pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from memory.inputs import Machine, Overrides, TrainingLoop
 from memory.kernel import HyperParameters, Kernel
 from memory.lanes import DONE, hold_to_budget
 from memory.optimizer import ChunkOptimizer, check_adamw
-from memory.placement import RING_SLOTS, WEIGHT_BUFFERS, Plan, describe_measured, with_prediction
+from memory.placement import Plan, describe_measured, with_prediction
 from memory.store import IN_FLIGHT_BYTES, MASTER_AND_MOMENTS, ChunkStore
 from memory.timeline import draw_timeline
 from memory.tracer import StepTrace, measure_rates
@@ -77,25 +77,19 @@ class ChunkManager(ChunkStore):
         # the weight of each piece's square in the sum over the world
         self.shares = 1 / torch.tensor(copies, dtype=torch.float64, device=self.device)
         self.clip: Tensor | None = None  # factor of the next step; nan: the step shall change nothing
-        self._host_clip = torch.ones((), pin_memory=self.is_cuda)
-        # the last step's event of its clip factor, and the parameters whose step was counted
+        self._host_clip = torch.ones((), pin_memory=self.is_cuda)  # 1: there is no factor
+        # the last step's event of its clip factor, and the parameters whose step is still to be counted
         self._unconfirmed: tuple[Any, list[ParamState]] = DONE, []
         # (event, what has to live until then): gradients that are being copied; what the last update reads
         self._in_flight: list[tuple[Any, Tensor]] = []
         self._in_use: list[tuple[Any, list[Tensor | None]]] = []
         self._issued: set[Chunk] = set()  # chunks handed to an engine since the last `step`
-        # Whose turn it is in the ring and among the weight buffers.
-        self._slots = cycle(range(RING_SLOTS))
-        self._buffers = cycle(range(WEIGHT_BUFFERS))
         self._phase: tuple[str | None, Any] = None, None
         self._all_lanes = [self.lanes, *(offload.lanes for offload in loop.activations)]
         self._host_began_s = self._host_done_s = self._host_update_s = None
         self._steps_s: list[float] | None = []  # when steps ended; None: they have been reported
         self._warm_up()
-        parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-        self._frozen = [p for p in parameters if p not in self.param_of]
-        # for each module that owns parameters: those that train, and the chunks that its forward waits for
-        self.owners: dict[nn.Module, tuple[list[ParamState], list[Chunk]]] = {}
+        self.owners: dict[nn.Module, list[ParamState]] = {}  # what trains of a module's own parameters
         self._install_hooks()
         self._note_weights(self.params)
         self.optimizer = ChunkOptimizer(self, optimizer)
@@ -122,7 +116,7 @@ class ChunkManager(ChunkStore):
         other ranks would wait in a collective. What the plan has no chunk for is not compiled; another plan
         may need it later."""
         dtype = self.format.weight_dtype
-        grad_dtype = torch.float32 if self.accumulates else dtype
+        grad_dtype = torch.float32 if self.format.accumulates else dtype
         if Home.CPU in self.plan.homes:
             self.kernel.warm_up_host(dtype, grad_dtype, self.lanes.n_threads)
         lengths = {piece.n_elements for piece in self.pieces if piece.chunk.home is not Home.CPU}
@@ -142,8 +136,7 @@ class ChunkManager(ChunkStore):
                 hook = lambda _, param=param: self._on_gradient(param)
                 self._handles.append(param.parameter.register_post_accumulate_grad_hook(hook))
         for module, own in owners_of(self.parts):
-            params = [self.param_of[parameter] for parameter in own if parameter in self.param_of]
-            self.owners[module] = params, _chunks_of(params)
+            self.owners[module] = [self.param_of[p] for p in own if p in self.param_of]
             hook = lambda module, _: self._before_forward(module)
             # Prepended after fully_shard, so that it runs before FSDP gathers the weights.
             self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
@@ -153,52 +146,50 @@ class ChunkManager(ChunkStore):
         self._mark("backward")
         param.n_backwards += 1
         n, clips = param.n_backwards, self.loop.clips
-        can_sum = self.accumulates or clips and param.keeps_grad and param.parameter.dtype == torch.float32
+        can_sum = (
+            self.format.accumulates or clips and param.keeps_grad and param.parameter.dtype == torch.float32
+        )
         if n > 1 and (not can_sum or not clips and n > self.loop.accumulation):
             raise RuntimeError(
                 f"the gradient of {param.name} arrived {n} times before one step, and there is no place to "
                 f"sum it in float32, or it was stepped with; give TrainingLoop(accumulation={n}) or more to "
                 "ChunkManager, or throw the first away by optimizer.zero_grad()."
             )
-        # Gradients that stay in p.grad are collected all at once by finish_backward.
-        if not (param.keeps_grad and clips):
+        # A gradient that stays in p.grad is collected when it is the sum of all: by finish_backward, or here
+        # if its chunk shall be stepped during backward.
+        if not param.keeps_grad or not clips and n == self.loop.accumulation:
             self._collect(param)
 
     @torch.no_grad()
     def _collect(self, param: ParamState) -> None:
-        """Take the gradient that is in `parameter.grad`, or where gradients stay there, their sum so far."""
+        """Take the gradient that is in `parameter.grad`, or where gradients stay there, their sum."""
         grad = param.parameter.grad
         if isinstance(grad, DTensor) and grad.placements != param.parameter.placements:
             # Partial, where no FSDP has reduced it
             grad = grad.redistribute(placements=param.parameter.placements)
-            is_last = self.loop.clips or param.n_collected + 1 == self.loop.accumulation
-            if param.keeps_grad and is_last:
+            if param.keeps_grad:
                 param.parameter.grad = grad
         grad, ready = local(grad).reshape(-1), self.lanes.compute.now()
         for piece in param.pieces:
-            adds = param.n_collected > 0 and not param.keeps_grad
-            self._collect_piece(piece, grad[piece.in_shard], ready, adds)
+            self._collect_piece(piece, grad[piece.in_shard], ready)
         if param.n_collected == 0:
             self.ledger.reserve("device", _waiting_bytes(param), f"gradient of {param.name}")
         if not param.keeps_grad:
             param.parameter.grad = None
         param.n_collected += 1
-        if not self.loop.clips and param.n_collected == self.loop.accumulation:
+        if not self.loop.clips:
             ready = self.lanes.compute.now()  # by then what waits on the device has been copied
             for chunk in _chunks_of([param]):
-                if all(
-                    other.n_collected == self.loop.accumulation and not other.is_tied
-                    for other in chunk.params
-                ):
+                # A tied parameter has no hook, so none of its backwards are counted.
+                if all(other.n_backwards == self.loop.accumulation for other in chunk.params):
                     self._begin_update()
                     self._issue(chunk, ready, DONE)
         self._release_finished()
         self._bound_in_flight()
 
-    def _collect_piece(self, piece: Piece, grad: Tensor, ready, adds: bool) -> None:
-        """ready: the event of the gradient. adds: it is added to those of earlier microbatches; otherwise it
-        is the first, or the sum of all so far."""
-        chunk = piece.chunk
+    def _collect_piece(self, piece: Piece, grad: Tensor, ready) -> None:
+        """ready: the event of the gradient."""
+        chunk, adds = piece.chunk, piece.param.n_collected > 0  # to those of earlier microbatches
         if chunk.state is not State.COLLECTING:
             chunk.wait()
             chunk.move_to(State.COLLECTING)
@@ -233,11 +224,9 @@ class ChunkManager(ChunkStore):
 
     def _bound_in_flight(self) -> None:
         """Let backward wait here for the link, if the link is slower."""
-        n_bytes = sum(grad.nbytes for _, grad in self._in_flight)
-        while n_bytes > IN_FLIGHT_BYTES:
-            event, grad = self._in_flight.pop(0)
+        while sum(grad.nbytes for _, grad in self._in_flight) > IN_FLIGHT_BYTES:
+            event, _ = self._in_flight.pop(0)
             event.synchronize()
-            n_bytes -= grad.nbytes
 
     def finish_backward(self) -> None:
         """Collect the gradients that no hook has collected: those that stay in p.grad, those that came
@@ -249,8 +238,8 @@ class ChunkManager(ChunkStore):
                 self._collect(param)
             elif param.n_collected and param.keeps_grad and param.parameter.grad is None:
                 self._forget_gradient(param)  # model.zero_grad() has discarded it
-        for parameter in self._frozen:
-            if parameter.grad is not None:
+        for parameter in chain.from_iterable(group["params"] for group in self.optimizer.param_groups):
+            if parameter.grad is not None and parameter not in self.param_of:
                 raise RuntimeError(
                     f"a parameter of shape {tuple(parameter.shape)} has a gradient and was frozen when "
                     "chunks were cut; unfreeze what shall train before ChunkManager is made."
@@ -292,10 +281,11 @@ class ChunkManager(ChunkStore):
                 "their gradients arrive; give ChunkManager TrainingLoop(clips=True)."
             )
         self.finish_backward()
-        collected = [piece for piece in self.pieces if piece.param.n_collected]
-        for piece in collected:
+        for piece in self.pieces:
             piece.adding.result()
-        on_device = [piece for piece in collected if piece.chunk.home is not Home.CPU]
+        on_device = [
+            piece for piece in self.pieces if piece.param.n_collected and piece.chunk.home is not Home.CPU
+        ]
         norms = float64_norms([self._grad_of(piece) for piece in on_device])
         for piece, norm in zip(on_device, norms, strict=True):
             piece.norm = norm
@@ -320,6 +310,7 @@ class ChunkManager(ChunkStore):
         self._begin_update()
         # STREAM need not wait for Adam of the RESIDENT chunks, which is given to the caller's stream below.
         ready, clip_copied = self.lanes.compute.now(), DONE
+        self._host_clip.fill_(1.0)
         if self.clip is not None:
             copy = partial(self._host_clip.copy_, self.clip, non_blocking=True)
             clip_copied = self.lanes.d2h.run("clip", copy, after=[ready])
@@ -332,11 +323,7 @@ class ChunkManager(ChunkStore):
         read = [piece.grad for piece in self.pieces]
         read += [param.parameter.grad for param in self.params]
         self._in_use.append((self.lanes.adam.now(), [*read, self.clip]))
-        counted = [param for param in self.params if param.n_collected]
-        for param in counted:
-            param.step += 1
-        if self.clip is not None:
-            self._unconfirmed = clip_copied, counted
+        self._unconfirmed = clip_copied, [param for param in self.params if param.n_collected]
         for param in self.params:
             self._forget_gradient(param)
         self._issued.clear()
@@ -354,16 +341,15 @@ class ChunkManager(ChunkStore):
         self._confirm_counts()
 
     def _confirm_counts(self) -> None:
-        """Take the last step out of the counts if it changed nothing because its gradient norm was not
-        finite. The host does not know that when it counts, but before the counts are used, by the next step
-        or by a reader of the states. The event that is waited for is a whole forward and backward old by
-        then."""
-        clip_copied, counted = self._unconfirmed
+        """Count the last step, unless it changed nothing because its gradient norm was not finite. The host
+        does not know that when it gives out the work, but before the counts are used, by the next step or by
+        a reader of the states. The event that is waited for is a whole forward and backward old by then."""
+        clip_copied, stepped = self._unconfirmed
         self._unconfirmed = DONE, []
         clip_copied.synchronize()
-        if counted and self._host_clip.isnan():
-            for param in counted:
-                param.step -= 1
+        if not self._host_clip.isnan():
+            for param in stepped:
+                param.step += 1
 
     def _report_measured(self) -> None:
         """Report once what steps under a plan took, beside what was predicted. The first step, which follows
@@ -382,8 +368,7 @@ class ChunkManager(ChunkStore):
         if self._issued:
             return
         for chunk in self.chunks:
-            if chunk.state is not State.COLLECTING:
-                chunk.wait()  # long done, except for a chunk whose layers did not run since the last step
+            chunk.wait()  # long done, except for a chunk whose layers did not run since the last step
         self._confirm_counts()
         self._host_update_s = self._host_began_s and self._host_done_s - self._host_began_s
         self._host_began_s = None
@@ -393,54 +378,50 @@ class ChunkManager(ChunkStore):
         happened."""
         self._issued.add(chunk)
         chunk.move_to(State.UPDATING)
-        pieces = [(piece, _hyper(piece.param)) for piece in chunk.pieces if piece.param.n_collected]
-        for piece, _ in pieces:
+        collected = [piece for piece in chunk.pieces if piece.param.n_collected]
+        pieces = [(piece, piece.weight, _hyper(piece.param)) for piece in collected]
+        for piece in collected:
             piece.param.weight_version = None  # until the next forward, or `wait`
         if chunk.home is Home.RESIDENT:
-            self._step_resident(chunk, pieces)
+            # On the caller's stream, so that what the caller computes next comes after it without a wait.
+            self.lanes.resident.run(f"chunk {chunk.index}", self._adam_on_device(chunk.tensors, pieces))
+            chunk.end_update(DONE, DONE)
         elif chunk.home is Home.STREAM:
             self._step_stream(chunk, pieces, ready)
         else:
-            self._queue_for_host(chunk, pieces, clip_copied)
+            chunk.job = self.lanes.thread.submit(self._step_host, chunk, pieces, clip_copied)
 
     def host_update_seconds(self) -> float | None:
         """Return the time from when the host could begin an update until its last weight was sent, for the
         update before the latest; None if the host had no chunk in it."""
         return self._host_update_s
 
-    def _step_resident(self, chunk: Chunk, pieces: list) -> None:
-        """Step a chunk where it is, on the caller's stream: what the caller computes next comes after it
-        without a wait."""
-        self.lanes.resident.run(f"chunk {chunk.index}", self._adam_on_device(chunk.tensors, pieces))
-        chunk.end_update(DONE, DONE)
-
     def _step_stream(self, chunk: Chunk, pieces: list, ready) -> None:
         """Step a chunk in a ring slot. The two copies and the step of different chunks overlap, each on its
         own lane."""
-        i, what = next(self._slots), f"chunk {chunk.index}"
-        slot = {name: tensor[: chunk.n] for name, tensor in self.ring[i].items()}
+        what = f"chunk {chunk.index}"
+        whole_slot, freed = self.ring.popleft()
+        slot = {name: tensor[: chunk.n] for name, tensor in whole_slot.items()}
         home = {name: chunk.tensors[name] for name in slot}
 
         def copy(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:
             for name, target in targets.items():
                 target.copy_(sources[name], non_blocking=True)
 
-        after = [self._slot_free[i], chunk.states_done]
-        loaded = self.lanes.h2d.run(what, partial(copy, slot, home), after=after)
+        loaded = self.lanes.h2d.run(what, partial(copy, slot, home), after=[freed, chunk.states_done])
         stepped = self.lanes.adam.run(what, self._adam_on_device(slot, pieces), after=[loaded, ready])
         stored = self.lanes.d2h.run(what, partial(copy, home, slot), after=[stepped])
-        self._slot_free[i] = stored
+        self.ring.append((whole_slot, stored))
         chunk.end_update(stepped, stored)
 
     def _adam_on_device(self, states: dict[str, Tensor], pieces: list) -> Callable[[], None]:
         """Return a function that steps the pieces when it is called, with the gradients and clip factor of
         now."""
         steps = []
-        for piece, hyper in pieces:
-            run = piece.in_chunk
-            low16 = states["master_low16"][run] if "master_low16" in states else None
-            moments = states["exp_avg"][run], states["exp_avg_sq"][run]
-            steps.append((piece.weight, low16, *moments, self._grad_of(piece), self.clip, hyper))
+        for piece, weight, hyper in pieces:
+            own = {name: tensor[piece.in_chunk] for name, tensor in states.items()}
+            all_states = weight, own.get("master_low16"), own["exp_avg"], own["exp_avg_sq"]
+            steps.append((*all_states, self._grad_of(piece), self.clip, hyper))
         return partial(self.kernel.device_steps, steps)
 
     @staticmethod
@@ -450,40 +431,37 @@ class ChunkManager(ChunkStore):
             return piece.part_of("grad_accum")
         return flat_view(piece.param.parameter.grad)[piece.in_shard] if piece.param.keeps_grad else piece.grad
 
-    def _queue_for_host(self, chunk: Chunk, pieces: list, clip_copied) -> None:
-        weights = [(piece, piece.weight) for piece, _ in pieces]
-        runs = [(piece.in_chunk, hyper) for piece, hyper in pieces]
-        if len(pieces) == len(chunk.pieces) and len({hyper for _, hyper in pieces}) == 1:
-            runs = [(slice(0, chunk.n), pieces[0][1])]  # one call for the whole chunk
-        clip = None if self.clip is None else self._host_clip
-        chunk.job = self.lanes.thread.submit(self._step_host, chunk, runs, weights, clip, clip_copied)
-
     @torch.no_grad()
-    def _step_host(self, chunk: Chunk, runs: list, weights: list, clip: Tensor | None, clip_copied) -> None:
+    def _step_host(self, chunk: Chunk, pieces: list, clip_copied) -> None:
         """Step a chunk on the host's thread, which takes them one after another in forward order."""
-        i = next(self._buffers)
-        for event in (clip_copied, chunk.grads_copied, self._buffer_sent[i]):
-            event.synchronize()
-        if clip is not None and clip.isnan():  # the gradient is not finite: nothing changes
+        clip_copied.synchronize()
+        if self._host_clip.isnan():  # the gradient is not finite: nothing changes
             chunk.end_update(DONE, DONE)
             return
+        new, emptied = self.weight_buffers.popleft()
+        for event in (chunk.grads_copied, emptied):
+            event.synchronize()
         if self._host_began_s is None:
             self._host_began_s = self.lanes.clock()
-        states = [chunk.tensors[name] for name in MASTER_AND_MOMENTS]
         grad = chunk.tensors.get("grad_accum", chunk.tensors["grad_buffer"])
-        new = self.weight_buffers[i]
+        tensors = [*(chunk.tensors[name] for name in MASTER_AND_MOMENTS), grad, new]
+
+        runs = [(piece.in_chunk, hyper) for piece, _, hyper in pieces]
+        if len(runs) == len(chunk.pieces) and len({hyper for _, hyper in runs}) == 1:
+            runs = [(slice(0, chunk.n), runs[0][1])]  # one call for the whole chunk
 
         def step() -> None:
             for run, hyper in runs:
-                self.kernel.host_step(*(state[run] for state in states), grad[run], new[run], clip, hyper)
+                parts = [tensor[run] for tensor in tensors]
+                self.kernel.host_step(*parts, self._host_clip, hyper)
 
         def send() -> None:
-            for piece, weight in weights:
+            for piece, weight, _ in pieces:
                 weight.copy_(new[piece.in_chunk], non_blocking=True)
 
         self.lanes.host.run(f"chunk {chunk.index}", step)
         sent = self.lanes.weights.run(f"weights of chunk {chunk.index}", send)
-        self._buffer_sent[i] = sent
+        self.weight_buffers.append((new, sent))
         chunk.end_update(sent, sent)
         self._host_done_s = self.lanes.clock()
 
@@ -491,8 +469,8 @@ class ChunkManager(ChunkStore):
 
     def _before_forward(self, module: nn.Module) -> None:
         """Let the forward of a module wait for the weights that it owns."""
-        params, chunks = self.owners[module]
-        for chunk in chunks:
+        params = self.owners[module]
+        for chunk in _chunks_of(params):
             if isinstance(module, FSDPModule):
                 chunk.wait()  # FSDP gathers on streams of its own, which wait for no lane
             else:
@@ -555,8 +533,9 @@ def _chunks_of(params: list[ParamState]) -> list[Chunk]:
 
 def _hyper(param: ParamState) -> HyperParameters:
     """Return the hyperparameters of the update to come."""
-    lr, betas, eps, decay = (param.group[name] for name in ("lr", "betas", "eps", "weight_decay"))
-    return HyperParameters(float(lr), *map(float, betas), float(eps), float(decay), param.step + 1)
+    group = param.group
+    numbers = group["lr"], *group["betas"], group["eps"], group["weight_decay"]
+    return HyperParameters(*map(float, numbers), param.step + 1)
 
 
 def _waiting_bytes(param: ParamState) -> int:

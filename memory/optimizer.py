@@ -100,15 +100,17 @@ class ChunkOptimizer(torch.optim.Optimizer):
 
         Weights are the float32 masters. The optimizer's state has the names that torch's AdamW would have in
         a flattened state dict. Tensors are Deferred. `plan` is this rank's, because only the same plan gives
-        the same bits.
+        the same bits; it is empty as long as placement auto has not made one.
         """
         manager, masters = self.manager, self.manager.masters()
         stages = manager.stages_checkpoints()
 
         def deferred(name: str, param: ParamState) -> Deferred:
-            read, write = (partial(move, name, param) for move in (manager.read_state, manager.write_state))
+            read, write = partial(manager.read_state, name, param), partial(manager.write_state, name, param)
             return Deferred(placeholder(param.parameter), read, write, stages)
 
+        has_no_plan = manager.auto and manager.auto.is_tracing
+        plan = "" if has_no_plan else manager.plan.to_json()
         weights = {}
         for name, value in masters.state_dict(keep_vars=True).items():
             if param := masters.param_of.get(value):
@@ -117,12 +119,11 @@ class ChunkOptimizer(torch.optim.Optimizer):
                 weights[name] = value
         state = {}
         for name, param, group in self._named_params():
-            options = {f"param_groups.{name}.{key}": value for key, value in group.items() if key != "params"}
-            state |= options
+            state |= {f"param_groups.{name}.{key}": value for key, value in group.items() if key != "params"}
             if param is not None:
                 state[f"state.{name}.step"] = torch.tensor(float(param.step))
                 state |= {f"state.{name}.{key}": deferred(key, param) for key in ("exp_avg", "exp_avg_sq")}
-        return {"model": weights, "optimizer": state, "plan": {str(own_rank()): self.saved_plan()}}
+        return {"model": weights, "optimizer": state, "plan": {str(own_rank()): plan}}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Put a loaded `checkpoint_state` into effect. Weights and moments are in the chunks already: they
@@ -142,10 +143,6 @@ class ChunkOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 yield names[parameter], self.manager.param_of.get(parameter), group
-
-    def saved_plan(self) -> str:
-        """Return the plan for a checkpoint, as JSON; empty as long as placement auto has not made one."""
-        return "" if self.manager.auto and self.manager.auto.is_tracing else self.manager.plan.to_json()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what AdamW would return; tensors are copies on the host, sharded as their parameters."""

@@ -63,6 +63,10 @@ class ChunkSizes:
     state: StateFormat = StateFormat()
     layers: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def weight_bytes(self) -> int:
+        return self.state.weight_dtype.itemsize * sum(self.n_elements)
+
     def bytes_held(self, split: Split) -> dict[str, dict[str, Any]]:
         """Return {account: {purpose: bytes}} of gradients, states and buffers; the weights are not in it."""
         largest = max(self.n_elements, default=0)
@@ -97,19 +101,20 @@ class Plan:
 
     @property
     def split(self) -> Split:
-        return Split(*map(self.n_parameters, Home))
-
-    def n_parameters(self, home: Home) -> int:
-        return sum(
-            n for n, its_home in zip(self.chunks.n_elements, self.homes, strict=True) if its_home is home
-        )
+        n_parameters = dict.fromkeys(Home, 0)
+        for n, home in zip(self.chunks.n_elements, self.homes, strict=True):
+            n_parameters[home] += n
+        return Split(*n_parameters.values())
 
     @property
     def device_bytes(self) -> dict[str, int]:
         """Bytes by purpose; their sum is the most that this plan has on the device."""
-        weights = self.chunks.state.weight_dtype.itemsize * sum(self.chunks.n_elements)
-        other = {"other": self.other_device_bytes, "reserve": _reserve(self.device_budget_bytes)}
-        return {"weights": weights} | self.chunks.bytes_held(self.split)["device"] | other
+        other = {
+            "weights": self.chunks.weight_bytes,
+            "other": self.other_device_bytes,
+            "reserve": _reserve(self.device_budget_bytes),
+        }
+        return self.chunks.bytes_held(self.split)["device"] | other
 
     @property
     def host_bytes(self) -> dict[str, int]:
@@ -215,8 +220,7 @@ def auto_plan(
     the numbers and the nearest budgets that would do.
     """
     n_chunks, other = len(chunks.n_elements), traced.non_model_peak_bytes
-    fixed = chunks.state.weight_dtype.itemsize * sum(chunks.n_elements) + other
-    device_room = budgets["device"] - _reserve(budgets["device"]) - fixed
+    device_room = budgets["device"] - _reserve(budgets["device"]) - chunks.weight_bytes - other
     host_room = budgets["host"] - traced.host_bytes
 
     def step_seconds(split: Split) -> np.ndarray:
@@ -254,7 +258,7 @@ def _nothing_fits(
 ) -> UsageError:
     """least_device, least_host: of the plans that the other budget allows."""
     n_total, other = sum(chunks.n_elements), traced.non_model_peak_bytes
-    weights = chunks.state.weight_dtype.itemsize * n_total
+    weights = chunks.weight_bytes
     all_cpu = chunks.totals_held(Split(0, 0, n_total))["host"] + traced.host_bytes
     device_budget = lambda n_bytes: (
         f"device_budget_gib={gib_up((weights + other + n_bytes + 1) / (1 - RESERVE))}"
@@ -365,12 +369,12 @@ def describe(plan: Plan) -> str:
     device |= {"sum": sum(device.values()), "budget": plan.device_budget_bytes}
     host |= {"sum": sum(host.values()), "budget": plan.host_budget_bytes}
     rows = []  # (name, chunks, parameters, words)
-    for home in Home:
+    for home, n_parameters in zip(Home, plan.split, strict=True):
         chosen = [i for i, its_home in enumerate(plan.homes) if its_home is home]
         if chosen:
             first, last = chosen[0], chosen[-1]
             covers = f"{chunks.layers[first][0]} .. {chunks.layers[last][1]}: " if chunks.layers else ""
-            rows.append((home.value, len(chosen), f"{plan.n_parameters(home):,}", covers + WHY[home]))
+            rows.append((home.value, len(chosen), f"{n_parameters:,}", covers + WHY[home]))
     traced = "activations and the rest, as traced; " if plan.policy == "auto" else ""
     passing = "on the host: block inputs until backward, and a parameter on its way to or from a file"
     rows += [

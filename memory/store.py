@@ -9,8 +9,10 @@ values     masters and moments by parameter, wherever they are: `read_state`, `w
            plans count as `transit_bytes`
 """
 
+from collections import deque
 from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +71,6 @@ class ChunkStore:
     ):
         self.model, self.config, self.loop, self.say = model, config, loop, machine.say
         self.parts = [model] if loop.parts is None else list(loop.parts)
-        self.accumulates = loop.accumulation > 1
         self.params = find_params(model, self.parts, optimizer, set(loop.tied))
         self.param_of = {param.parameter: param for param in self.params}
         if any(hasattr(parameter, "_has_chunks") for parameter in self.param_of):
@@ -85,12 +86,13 @@ class ChunkStore:
         self.other_host_bytes = self.activation_bytes + self.transit_bytes
         all_resident = config.placement == "static" and config.resident == 1
         largest = RESIDENT_CHUNK_ELEMENTS if all_resident else chunk_size(self.n_parameters)
-        self.chunks = cut(self.params, overrides.chunk_elements or largest, self.accumulates)
-        self.format = self.chunks[0].format if self.chunks else StateFormat()
-        n_elements = tuple(chunk.n for chunk in self.chunks)
+        no_weight = torch.empty(0, dtype=torch.bfloat16)
+        any_weight = local(next(iter(self.param_of), no_weight))  # all have one device and one dtype
+        self.device = any_weight.device
+        self.format = StateFormat(any_weight.dtype, accumulates=loop.accumulation > 1)
+        self.chunks = cut(self.params, overrides.chunk_elements or largest, self.format)
         layers = tuple(chunk.first_and_last for chunk in self.chunks)
-        self.chunk_sizes = ChunkSizes(n_elements, self.format, layers)
-        self.device = local(self.params[0].parameter).device if self.params else torch.device("cpu")
+        self.chunk_sizes = ChunkSizes(tuple(chunk.n for chunk in self.chunks), self.format, layers)
         n_threads = host_threads(self.device, machine.ranks_per_host)
         self.lanes = overrides.lanes or Lanes(self.device, n_threads)
         self.is_cuda = self.lanes.is_cuda
@@ -105,7 +107,11 @@ class ChunkStore:
             "device": self.budgets["device"] or device_memory(self.device) or self.host_share,
             "host": self.budgets["host"] or self.host_share + self.activation_bytes,
         }
-        plan = overrides.plan or self._first_plan()
+        plan = overrides.plan
+        if plan is None and config.placement == "static":
+            plan = static_plan(self.chunk_sizes, config.resident, config.stream, config.cpu)
+        elif plan is None:  # auto traces the first steps with the device as empty as the host can make it
+            plan = least_device_plan(self.chunk_sizes, self.room["host"] - self.other_host_bytes)
         self.plan = replace(plan, chunks=self.chunk_sizes, other_host_bytes=self.other_host_bytes)
         self._refuse_what_does_not_fit(self.plan)
         self._refuse_what_the_host_lacks()
@@ -117,17 +123,12 @@ class ChunkStore:
         self.ledger.reserve("host", self.other_host_bytes, "block inputs and a parameter in transit")
         for chunk, home in zip(self.chunks, self.plan.homes, strict=True):
             chunk.allocate(self.ledger, home)
-        self.ring: list[dict[str, Tensor]] = []
-        self.weight_buffers: list[Tensor] = []
+        # Buffers that are used in turn, each with the event after which it may be written again.
+        self.ring: deque[tuple[dict[str, Tensor], Any]] = deque()
+        self.weight_buffers: deque[tuple[Tensor, Any]] = deque()
         self._allocate_buffers()
 
     # ---- the plan ------------------------------------------------------------------------------------------
-
-    def _first_plan(self) -> Plan:
-        if self.config.placement == "static":
-            return static_plan(self.chunk_sizes, self.config.resident, self.config.stream, self.config.cpu)
-        # Auto traces the first steps with the device as empty as the host can make it.
-        return least_device_plan(self.chunk_sizes, self.room["host"] - self.other_host_bytes)
 
     def bytes_needed(self, plan: Plan, traced: bool = False) -> dict[str, int]:
         """Return the most bytes that a plan holds, by account: weights, states, buffers, and gradients that
@@ -136,7 +137,7 @@ class ChunkStore:
         held = plan.chunks.totals_held(plan.split)
         total = {"device": self.weight_bytes + held["device"], "host": self.other_host_bytes + held["host"]}
         if self.lanes.has_queues and not traced:
-            leaving = self.format.weight_dtype.itemsize * plan.n_parameters(Home.CPU)
+            leaving = self.format.weight_dtype.itemsize * plan.split.cpu
             total["device"] += min(IN_FLIGHT_BYTES, leaving)
         return total
 
@@ -156,25 +157,24 @@ class ChunkStore:
     def _refuse_what_the_host_lacks(self) -> None:
         """Without a host budget the host's free memory is the limit. The operating system would not refuse in
         time: it takes pages as they are written."""
-        n_bytes, room = self._host_bytes_and_room()
+        free, left = self.host_share * (1 if self.is_cuda else 2), self._host_bytes_left()
         both = "" if self.is_cuda else " and, without a GPU, for the device"
-        if self.budgets["host"] is None and n_bytes > room:
+        if self.budgets["host"] is None and left < 0:
             raise UsageError(
-                f"the plan needs {n_bytes / GIB:.2f} GiB for the host{both}, and this rank's share of the "
-                f"host's free memory is {room / GIB:.2f} GiB; use a larger `resident`, or more ranks on more "
-                "hosts, or set `host_budget_gib` if the plan may take more."
+                f"the plan needs {(free - left) / GIB:.2f} GiB for the host{both}, and this rank's share of "
+                f"the host's free memory is {free / GIB:.2f} GiB; use a larger `resident`, or more ranks on "
+                "more hosts, or set `host_budget_gib` if the plan may take more."
             )
 
-    def _host_bytes_and_room(self) -> tuple[int, int]:
-        """Return how much the plan adds to the host's memory, and how much it may: the budget, or what was
-        free."""
+    def _host_bytes_left(self) -> int:
+        """Return what the plan leaves of the budget of the host, or of what was free there."""
         needed, budget = self.bytes_needed(self.plan), self.budgets["host"]
         if budget is not None:
-            return needed["host"], budget
+            return budget - needed["host"]
+        left = self.host_share + self.activation_bytes - needed["host"]
         if self.is_cuda:
-            return needed["host"] - self.activation_bytes, self.host_share
-        on_both = needed["host"] - self.activation_bytes + needed["device"] - self.weight_bytes
-        return on_both, 2 * self.host_share
+            return left
+        return left + self.host_share - (needed["device"] - self.weight_bytes)  # one RAM has both accounts
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -185,8 +185,7 @@ class ChunkStore:
     def stages_checkpoints(self) -> bool:
         """Return whether the host has room for that copy beside the plan. Otherwise parameters are written
         one after another, in the memory that the plan has for one of them, and training waits."""
-        n_bytes, room = self._host_bytes_and_room()
-        return n_bytes + self.checkpoint_bytes <= room
+        return self.checkpoint_bytes <= self._host_bytes_left()
 
     def plan_in_words(self) -> str:
         """Return the plan, and how a checkpoint will be written."""
@@ -206,7 +205,6 @@ class ChunkStore:
         assert all(param.n_collected == 0 for param in self.params), (
             "gradients have arrived; move between steps"
         )
-        plan = replace(plan, chunks=self.chunk_sizes)
         self._refuse_what_does_not_fit(plan)
         self.plan = plan
         pairs = zip(self.chunks, plan.homes, strict=True)
@@ -231,16 +229,15 @@ class ChunkStore:
     def _allocate_buffers(self) -> None:
         homes, n = set(self.plan.homes), max(self.chunk_sizes.n_elements, default=0)
         tensors = self.format.tensors(Home.STREAM).items()
-        dtypes = {name: dtype for name, (account, dtype, _) in tensors if account == "host"}
+        dtypes = {name: dtype for name, (account, dtype) in tensors if account == "host"}
         for i in range(RING_SLOTS if Home.STREAM in homes else 0):
             what = f"ring slot {i}"
             slot = {name: self.ledger.zeros("device", n, dtype, what) for name, dtype in dtypes.items()}
-            self.ring.append(slot)
-        self._slot_free = [self.lanes.compute.now()] * len(self.ring)  # its zeros are written by then
+            self.ring.append((slot, self.lanes.compute.now()))  # its zeros are written by then
         for i in range(WEIGHT_BUFFERS if Home.CPU in homes else 0):
             dtype, what = self.format.weight_dtype, f"weight buffer {i}"
-            self.weight_buffers.append(self.ledger.zeros("host", n, dtype, what, pin=True, nth=4 + i))
-        self._buffer_sent = [DONE] * len(self.weight_buffers)  # events: the weights in it have left
+            buffer = self.ledger.zeros("host", n, dtype, what, pin=True, nth=4 + i)
+            self.weight_buffers.append((buffer, DONE))
         self._decide_which_gradients_stay()
 
     def _decide_which_gradients_stay(self) -> None:
@@ -255,11 +252,12 @@ class ChunkStore:
             param.keeps_grad &= not (isinstance(param.owner, FSDPModule) and param.owner in leaving)
 
     def _free_buffers(self) -> None:
-        for slot in self.ring:
+        for slot, _ in self.ring:
             self.ledger.release("device", sum(tensor.nbytes for tensor in slot.values()))
-        for buffer in self.weight_buffers:
+        for buffer, _ in self.weight_buffers:
             self.ledger.release("host", buffer.nbytes)
-        self.ring, self.weight_buffers = [], []
+        self.ring.clear()
+        self.weight_buffers.clear()
 
     # ---- values --------------------------------------------------------------------------------------------
 
@@ -304,7 +302,7 @@ class ChunkStore:
         values = torch.empty(local(param.parameter).numel())
         for piece in param.pieces:
             piece.chunk.wait_for_states()
-            piece.read(name, values[piece.in_shard])
+            values[piece.in_shard] = piece.on_host(name)
         return values
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -24,8 +25,8 @@ from torch import Tensor, nn
 
 from dtensor_llama.clock import moment, seconds_between
 from dtensor_llama.metrics import DevicePeak
-from memory.kernel import HyperParameters, Kernel, threads_of_torch
-from memory.lanes import host_threads
+from memory.kernel import Kernel, threads_of_torch
+from memory.lanes import Lanes, host_threads
 
 MIB = 2**20
 # What AdamW moves for a parameter: gradient 2 and three states 12 are read, states 12 and weight 2 written.
@@ -49,15 +50,12 @@ class MachineRates:
 
     def scaled(self, factor: float) -> "MachineRates":
         """Return these rates with all that an update on the host waits for multiplied by `factor`."""
-        scaled = {name: factor * rate for name, rate in self.to_json().items()}
-        return replace(self, **scaled | {"device_adam": self.device_adam})
-
-    def to_json(self) -> dict:
-        return asdict(self)
+        scaled = {name: factor * rate for name, rate in asdict(self).items() if name != "device_adam"}
+        return replace(self, **scaled)
 
     def __post_init__(self) -> None:
         """Raise ValueError unless every rate is what a measurement can give."""
-        for name, rate in self.to_json().items():
+        for name, rate in asdict(self).items():
             if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < float("inf"):
                 raise ValueError(f"{name} is {rate!r}, not a number above 0")
 
@@ -104,12 +102,12 @@ def load_rates(
     if rates is None:
         say(f"memory    measuring once what this machine can move and step; {path} keeps it")
         rates = measure_rates(device, kernel, ranks_per_host)
-        kept[key] = rates.to_json()
-        partial = path.with_suffix(f".{os.getpid()}")  # ranks may measure at once: the last whole file stays
+        kept[key] = asdict(rates)
+        staged = path.with_suffix(f".{os.getpid()}")  # ranks may measure at once: the last whole file stays
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(kept, indent=1) + "\n")
-            partial.replace(path)
+            staged.write_text(json.dumps(kept, indent=1) + "\n")
+            staged.replace(path)
         except OSError as error:
             say(f"memory    {path} cannot be written ({error.strerror}), so the next run will measure again")
     return rates
@@ -120,13 +118,15 @@ def measure_rates(device: torch.device, kernel: str, ranks_per_host: int) -> Mac
     the same time, so that each gets its share."""
     link, n_threads = Link(device, 256 * MIB), host_threads(device, ranks_per_host)
     wires = {direction: link.rate(direction) for direction in ("h2d", "d2h", "duplex")}
-    host_adam = host_adam_rate(n_threads, kernel=kernel)
+    host_adam = device_adam = adam_rate(torch.device("cpu"), n_threads, 32 * MIB, kernel=kernel)
+    if device.type == "cuda":
+        device_adam = adam_rate(device, n_threads, 64 * MIB, kernel=kernel)
     return MachineRates(
         **wires,
         dram=per_second(dram_stream(1024 * MIB)),
         dram_in_update=dram_rate_in_update(link, n_threads, kernel=kernel),
         host_adam=host_adam,
-        device_adam=device_adam_rate(device, kernel=kernel) if device.type == "cuda" else host_adam,
+        device_adam=device_adam,
     )
 
 
@@ -134,37 +134,36 @@ def per_second(work: Callable[[], float], seconds: float = 0.5) -> float:
     """Call work(), which does something and returns how much, until `seconds` are over, at least three times
     after one to warm up. Return the best rate: what disturbs a measurement only ever slows it down."""
     work()
-    best, n_goes, began = 0.0, 0, time.perf_counter()
-    while n_goes < 3 or time.perf_counter() - began < seconds:
+    rates, began = [], time.perf_counter()
+    while len(rates) < 3 or time.perf_counter() - began < seconds:
         start = time.perf_counter()
         amount = work()
-        best = max(best, amount / (time.perf_counter() - start))
-        n_goes += 1
-    return best
+        rates.append(amount / (time.perf_counter() - start))
+    return max(rates)
 
 
 class Link:
-    """The wires between host and device. Each direction has a pair of buffers, and on a GPU a stream."""
+    """The wires between host and device. Each direction has a pair of buffers and a lane."""
 
     def __init__(self, device: torch.device, n_bytes: int):
         on_gpu = device.type == "cuda"
         self.n_bytes, self.dram_bytes_per_byte = n_bytes, 1 if on_gpu else 2  # within RAM: read and written
         self.host = [torch.ones(n_bytes, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2)]
         self.on_device = [torch.ones(n_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
-        self.streams = [torch.cuda.Stream(device) if on_gpu else None for _ in range(2)]
+        lanes = Lanes(device, n_threads=1)
+        to_device = lanes.h2d, self.on_device[0], self.host[0]
+        to_host = lanes.d2h, self.host[1], self.on_device[1]
+        self.ways = {"h2d": [to_device], "d2h": [to_host], "duplex": [to_device, to_host]}
 
     def copy(self, direction: str, n_bytes: int | None = None) -> int:
         """Copy h2d, d2h or duplex and wait for the end. Return how many bytes moved."""
-        ways = {"h2d": [0], "d2h": [1], "duplex": [0, 1]}[direction]
-        targets, sources = (self.on_device[0], self.host[1]), (self.host[0], self.on_device[1])
-        n_bytes = n_bytes or self.n_bytes
-        for way in ways:
-            with torch.cuda.stream(self.streams[way]):  # without a GPU None, and the copy is made at once
-                targets[way][:n_bytes].copy_(sources[way][:n_bytes], non_blocking=True)
-        for way in ways:
-            if self.streams[way]:
-                self.streams[way].synchronize()
-        return n_bytes * len(ways)
+        n_bytes, copied = n_bytes or self.n_bytes, []
+        for lane, target, source in self.ways[direction]:
+            copy = partial(target[:n_bytes].copy_, source[:n_bytes], non_blocking=True)
+            copied.append(lane.run(direction, copy))
+        for event in copied:
+            event.synchronize()
+        return n_bytes * len(copied)
 
     def rate(self, direction: str, seconds: float = 0.5, n_bytes: int | None = None) -> float:
         return per_second(lambda: self.copy(direction, n_bytes), seconds)
@@ -178,12 +177,12 @@ def dram_stream(n_bytes: int) -> Callable[[], int]:
     return lambda: 2 * array.add_(1).nbytes
 
 
-def host_adam_rate(
-    n_threads: int, n_parameters: int = 32 * MIB, seconds: float = 0.5, kernel: str = "auto"
+def adam_rate(
+    device: torch.device, n_threads: int, n_parameters: int, seconds: float = 0.5, kernel: str = "auto"
 ) -> float:
-    """Return parameters/s of our AdamW kernel on `n_threads` cores."""
+    """Return parameters/s of our AdamW kernel on a GPU, or on `n_threads` cores."""
     with threads_of_torch(n_threads):
-        return per_second(_adam_step(torch.device("cpu"), n_parameters, kernel), seconds)
+        return per_second(_adam_step(device, n_parameters, kernel), seconds)
 
 
 def dram_rate_in_update(
@@ -215,25 +214,17 @@ def dram_rate_in_update(
         return rate
 
 
-def device_adam_rate(
-    device: torch.device, n_parameters: int = 64 * MIB, seconds: float = 0.5, kernel: str = "auto"
-) -> float:
-    return per_second(_adam_step(device, n_parameters, kernel), seconds)
-
-
 def _adam_step(device: torch.device, n_parameters: int, kind: str) -> Callable[[], float]:
     """Return a function that makes one update of bfloat16 weights with our kernel, as the engine on this
     device calls it, waits for its end, and returns how many parameters it stepped."""
-    kernel, hyper = Kernel(kind, device), HyperParameters(1e-3, 0.9, 0.95, 1e-8, 0.1, 1)
-    zeros = lambda dtype=torch.float32: torch.zeros(n_parameters, dtype=dtype, device=device)
-    moments, grad = (zeros(), zeros()), zeros(torch.bfloat16)
+    kernel, dtype = Kernel(kind, device), torch.bfloat16
     if device.type == "cpu":
-        tensors, step = (zeros(), *moments, grad, zeros(torch.bfloat16)), kernel.host_step
+        step = kernel.host_step_of_zeros(n_parameters, dtype, dtype)
     else:
-        tensors, step = (zeros(torch.bfloat16), zeros(torch.int16), *moments, grad), kernel.device_step
+        step = kernel.device_step_of_zeros(n_parameters, dtype)
 
     def once() -> float:
-        step(*tensors, None, hyper)
+        step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return n_parameters
@@ -281,7 +272,7 @@ class Counters:
             self.baseline = self.baseline or now
             return Usage(max(0, now - self.baseline))
         free, total = torch.cuda.mem_get_info(self.device)
-        non_torch = total - free - torch.cuda.memory_stats(self.device)["reserved_bytes.all.current"]
+        non_torch = total - free - torch.cuda.memory_reserved(self.device)
         return Usage(self.allocator.read()[0], max(0, non_torch))
 
     def reset(self) -> None:
@@ -306,7 +297,7 @@ class Tracer:
     def __init__(self, modules: Iterable[nn.Module], device: torch.device, counters: Counters):
         self.device, self.counters = device, counters
         self.steps: list[list[tuple]] = []  # per step: (the phase that begins, the moment)
-        self.peak = self.non_torch = 0
+        self.usage = Usage()  # the most of each kind of bytes, at any moments
         self.tracing = False
         self.hooks = []
         for module in modules:
@@ -336,8 +327,7 @@ class Tracer:
     def _note(self, phase: str) -> None:
         if not self.tracing:
             return
-        usage = self.counters.read()
-        self.peak, self.non_torch = max(self.peak, usage.peak), max(self.non_torch, usage.non_torch)
+        self.usage = Usage(*map(max, self.usage, self.counters.read()))
         self.counters.reset()
         notes = self.steps[-1]
         if not notes or notes[-1][0] != phase:
@@ -347,7 +337,7 @@ class Tracer:
         """Return what was traced; waits for the device. model_bytes: the part of the peak that plans count
         themselves, which is weights and resident states."""
         forward, backward = min(map(self._seconds, self.steps), key=sum)
-        return StepTrace(max(0, self.peak + self.non_torch - model_bytes), forward, backward, host_bytes)
+        return StepTrace(max(0, sum(self.usage) - model_bytes), forward, backward, host_bytes)
 
     @staticmethod
     def _seconds(notes: list[tuple]) -> tuple[float, float]:

@@ -454,10 +454,10 @@ def memory_of_manager(training: Training) -> tuple[list[Tensor], list[Tensor]]:
     if _has_manager(training):
         manager = training.optimizer.manager
         for chunk in manager.chunks:
-            for name, (account, _, _) in chunk.format.tensors(chunk.home).items():
+            for name, (account, _) in chunk.format.tensors(chunk.home).items():
                 (on_host if account == "host" else on_device).append(chunk.tensors[name])
-        on_device += [tensor for slot in manager.ring for tensor in slot.values()]
-        on_host += manager.weight_buffers
+        on_device += [tensor for slot, _ in manager.ring for tensor in slot.values()]
+        on_host += [buffer for buffer, _ in manager.weight_buffers]
     return on_device, on_host
 
 

@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -456,7 +456,7 @@ def plan_facts(manager: ChunkManager) -> dict:
         "seconds": plan.seconds,
         "bound": plan.bound,
         "host_update_seconds": manager.host_update_seconds(),
-        "rates": manager.auto.rates.to_json(),
+        "rates": asdict(manager.auto.rates),
         "host_dram_bytes": plan.host_dram_bytes,
     }
 

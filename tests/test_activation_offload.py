@@ -162,10 +162,10 @@ def test_inputs_come_one_block_ahead_and_in_order():
     names = {}
     fetch, leave = offload._fetch, offload._leave
 
-    def noted_leave(flat, kept):
-        input = leave(flat, kept)
+    def noted_leave(i, flat):
+        input = leave(i, flat)
         names[id(input)] = len(names)
-        log.append(f"out {names[id(input)]}" if not kept else f"keep {names[id(input)]}")
+        log.append(f"out {names[id(input)]}" if input.slot is not None else f"keep {names[id(input)]}")
         return input
 
     offload._leave = noted_leave

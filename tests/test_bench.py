@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -463,7 +463,7 @@ def test_each_contenders_line_appears_after_its_turn_and_who_failed_is_not_asked
         "seconds": {"forward": 0.1, "backward": 0.2, "step": 0.5},
         "parameters": {},
         "bound": "link",
-        "rates": MachineRates(1e9, 1e9, 2e9, 1e10, 1e10, 1e9, 1e9).to_json(),
+        "rates": asdict(MachineRates(1e9, 1e9, 2e9, 1e10, 1e10, 1e9, 1e9)),
         "host_update_seconds": 0.1,
         "host_dram_bytes": 1e9,
     }

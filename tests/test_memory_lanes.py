@@ -1,6 +1,7 @@
 """On queues that run late, as those of a GPU do, the chunk manager misses no wait; on a clock of its own each
 lane works when it should."""
 
+from collections import deque
 from dataclasses import replace
 
 import pytest
@@ -87,17 +88,16 @@ def test_without_one_of_the_waits_around_the_hosts_step_numbers_are_wrong(event)
         model, manager = managed(PLANS["cpu"], lanes=QueuedLanes(seed), clips=clips)
         step = manager._step_host
 
-        def hasty(chunk, runs, weights, clip, clip_copied, manager=manager, step=step):
+        def hasty(chunk, pieces, clip_copied, manager=manager, step=step):
             chunk.grads_copied = DONE if event == "gradient" else chunk.grads_copied
-            manager._buffer_sent = (
-                [DONE] * len(manager._buffer_sent) if event == "outbox" else manager._buffer_sent
-            )
-            step(chunk, runs, weights, clip, DONE if event == "clip" else clip_copied)
+            if event == "outbox":
+                manager.weight_buffers = deque((buffer, DONE) for buffer, _ in manager.weight_buffers)
+            step(chunk, pieces, DONE if event == "clip" else clip_copied)
 
         manager._step_host = hasty
         if event == "weights":  # the gate lets a layer in when the host is done, before they have come
             manager._before_forward = lambda module, owners=manager.owners: (
-                [chunk.job.result() for chunk in owners[module][1]] and None
+                [piece.chunk.job.result() for param in owners[module] for piece in param.pieces] and None
             )
         try:
             for _ in range(4):

@@ -99,8 +99,8 @@ def test_static_plan_as_a_table(sizes, fractions, expected):
 def test_static_fractions_are_off_by_less_than_a_chunk(sizes, a, b):
     resident, stream, cpu = sorted((a, b))[0], abs(a - b), 1 - max(a, b)
     plan = static_plan(ChunkSizes(tuple(sizes)), resident, stream, cpu)
-    for placement, fraction in zip(Home, (resident, stream, cpu), strict=True):
-        assert abs(plan.n_parameters(placement) - fraction * sum(sizes)) < 100
+    for n, fraction in zip(plan.split, (resident, stream, cpu), strict=True):
+        assert abs(n - fraction * sum(sizes)) < 100
 
 
 def test_the_vectorised_scan_sees_every_layout_with_its_true_sizes():
@@ -262,8 +262,8 @@ class WholeMasters(StateFormat):
     def tensors(self, home):
         tensors = super().tensors(home)
         if "master_low16" in tensors:
-            account, _, pinned = tensors.pop("master_low16")
-            tensors["master"] = account, F32, pinned
+            account, _ = tensors.pop("master_low16")
+            tensors["master"] = account, F32
         return tensors
 
 

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone works wi
 from dtensor_llama.cli import run_recipe
 from dtensor_llama.errors import UsageError
 from dtensor_llama.metrics import GIB, pinned_memory_is_resident
-from memory.tracer import MIB, Link, device_adam_rate
+from memory.tracer import MIB, Link, adam_rate
 
 PACKAGES = (
     "torch",
@@ -81,7 +81,7 @@ def main(cfg: Config) -> None:
     forward_ms, both_ms = attention(device, 64 if small else 4096, cfg.seconds)
     say("attention", forward_ms=forward_ms, forward_backward_ms=both_ms)
     if device.type == "cuda":
-        say("device AdamW", g_parameters_s=device_adam_rate(device, 256 * MIB, cfg.seconds) / 1e9)
+        say("device AdamW", g_parameters_s=adam_rate(device, 1, 256 * MIB, cfg.seconds) / 1e9)
     link = Link(device, (1 if small else 256) * MIB)
     say(
         "copies of 256 MiB, pinned",

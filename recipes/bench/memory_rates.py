@@ -14,7 +14,7 @@ wire.
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -28,10 +28,9 @@ from memory.tracer import (
     HOST_ADAM_BYTES,
     MIB,
     Link,
-    device_adam_rate,
+    adam_rate,
     dram_rate_in_update,
     dram_stream,
-    host_adam_rate,
     load_rates,
     machine_key,
     per_second,
@@ -59,10 +58,11 @@ def main(cfg: Config) -> None:
     counts = sorted({n_cores, *(2**i for i in range(n_cores.bit_length()))})  # 1, 2, 4 ... and all
     gb_s = lambda rate: round(rate / 1e9, 3)
     n_parameters = cfg.adam_mi_elements * MIB
-    host_adam = {n: host_adam_rate(n, n_parameters, cfg.seconds, cfg.kernel) for n in counts}
+    host = torch.device("cpu")
+    host_adam = {n: adam_rate(host, n, n_parameters, cfg.seconds, cfg.kernel) for n in counts}
     device_adam = None
     if device.type == "cuda":
-        device_adam = device_adam_rate(device, 256 * MIB, cfg.seconds, cfg.kernel)
+        device_adam = adam_rate(device, n_cores, 256 * MIB, cfg.seconds, cfg.kernel)
     result = {"machine": machine_key(device), "link_is_a_wire": device.type == "cuda"}
     for direction in ("h2d", "d2h", "duplex"):
         rates = {mib: link.rate(direction, cfg.seconds, mib * MIB) for mib in cfg.sizes_mib}
@@ -80,7 +80,7 @@ def main(cfg: Config) -> None:
     print(json.dumps(result), flush=True)
     if cfg.keep:
         kept = load_rates(Path(cfg.keep), device, cfg.kernel)
-        print(json.dumps({"kept_in": cfg.keep, "rates": kept.to_json()}), flush=True)
+        print(json.dumps({"kept_in": cfg.keep, "rates": asdict(kept)}), flush=True)
 
 
 if __name__ == "__main__":
