@@ -68,7 +68,7 @@ def test_the_best_is_first_and_the_others_say_what_they_lose():
     assert speeds[0] >= 0.995 * max(speeds) and speeds[1:] == sorted(speeds[1:], reverse=True)
     meshes = [tuple(each.work.layout.sizes.values()) for each in found.candidates]
     assert len(set(meshes)) == len(meshes) == 5
-    by_name = {name_of(each.work): each.reason for each in found.candidates}
+    by_name = {name_of(each.work, in_table=True): each.reason for each in found.candidates}
     reason = next(reason for name, reason in by_name.items() if name.startswith("dp 4 x tp 2"))
     assert "waiting for tp takes" in reason
     assert found.too_large is None or "does not fit" in found.too_large.reason
