@@ -45,7 +45,7 @@ from parallel.apply import Computation
 from parallel.assemble import Offload, Training, adamw, assemble
 from parallel.config import ParallelConfig
 from parallel.mesh import Layout, build_mesh
-from parallel.pipeline import SCHEDULES, split_layers, stage_indices
+from parallel.pipeline import SCHEDULES, Pipeline, split_layers, stage_indices
 from parallel.pretend import META, pretended_device, pretended_manager, pretended_rank, take_shards
 from parallel.rules import Case, Job
 from parallel.step_counter import (
@@ -183,13 +183,11 @@ def dry_run(setup: Setup, step: Step, say: Callable[[str], None] = lambda text: 
         say(f"counting a step of pp ranks {', '.join(map(str, kinds))} of {setup.layout.pp}")
     if setup.is_gpu:
         import_module("parallel.pretended_compiler")  # for seconds, and so once, before the processes fork
-    steps = _steps_to_count(setup)
-    counts = _side_by_side([partial(_count_rank, setup, kind, step, n) for kind in kinds for n in steps])
-    ranks = [counts[i : i + len(steps)] for i in range(0, len(counts), len(steps))]
-    return Counted(setup, [_whole_step(setup, counted) for counted in ranks])
+    counts = _side_by_side([partial(_count_rank, setup, kind, step) for kind in kinds])
+    return Counted(setup, [_whole_step(setup, of_rank) for of_rank in counts])
 
 
-def _side_by_side(tasks: list[Callable[[], RankCount]]) -> list[RankCount]:
+def _side_by_side(tasks: list[Callable[[], list[RankCount]]]) -> list[list[RankCount]]:
     """Return the results of tasks, for which the cores of this computer share the work.
 
     Each core has a process that is forked, so that it knows the tasks and has torch imported. Where that is
@@ -328,30 +326,39 @@ def kinds_of_ranks(setup: Setup) -> list[int]:
 
 
 def few_microbatches(setup: Setup) -> tuple[int, int]:
-    """Return two numbers of microbatches from which on a step only grows by repeating itself."""
+    """Return two numbers of microbatches. The difference of two such steps says how much traffic and
+    arithmetic a microbatch adds, and the second step is as full as a longer one. (gpipe alone keeps more with
+    each microbatch, and the difference says how much.)"""
     layout = setup.layout
     if layout.pp == 1:
-        return 1, 2
+        return 1, 2  # the second microbatch is the first that finds gradients
     if layout.schedule == "gpipe":
         return 2, 3
     if layout.schedule == "1f1b":
-        return layout.pp + 1, layout.pp + 2
+        return 1, layout.pp + 1
     # Schedules of several stages a rank take whole rounds of pp microbatches, and the peak of the third round
-    # is the first that later ones repeat.
-    return 3 * layout.pp, 4 * layout.pp
+    # is the first that later ones repeat. If backward is split, how often depends on the round.
+    splits = SCHEDULES[layout.schedule].splits_backward
+    return (3 * layout.pp, 4 * layout.pp) if splits else (1, 3 * layout.pp)
 
 
-def _steps_to_count(setup: Setup) -> list[int]:
-    """Return the numbers of microbatches to count a step with: the setup's own, or two smaller ones."""
+def _steps_to_count(setup: Setup) -> list[tuple[ParallelConfig, int]]:
+    """Return the steps to count, each as a layout and its number of microbatches: the setup's own step, or
+    two shorter ones, of which the longer one comes first."""
     n, (few, more) = setup.n_microbatches, few_microbatches(setup)
-    return [n] if n <= more else [few, more]
+    if n <= more:
+        return [(setup.layout, n)]
+    shorter = setup.layout
+    if shorter.schedule == "1f1b":  # which needs as many microbatches as ranks
+        shorter = replace(shorter, schedule="gpipe")
+    return [(setup.layout, more), (shorter, few)]
 
 
 def _whole_step(setup: Setup, counted: list[RankCount]) -> RankCount:
     """Return the count of the whole step of a rank from its counts of `_steps_to_count`."""
     if len(counted) == 1:
         return counted[0]
-    (one, other), n, (few, more) = counted, setup.n_microbatches, few_microbatches(setup)
+    (other, one), n, (few, more) = counted, setup.n_microbatches, few_microbatches(setup)
 
     def extended(first: int, second: int) -> int:
         return second + (second - first) * (n - more) // (more - few)
@@ -360,14 +367,15 @@ def _whole_step(setup: Setup, counted: list[RankCount]) -> RankCount:
         keys = dict.fromkeys([*first, *second])
         return {key: extended(first.get(key, 0), second.get(key, 0)) for key in keys}
 
-    if setup.layout.pp == 1:
-        # The second microbatch is the first that finds gradients, and no later one finds more.
-        at_peak, most, peak_bytes = other.at_peak, other.most, other.peak_bytes
-    else:
-        # torch has a buffer for what each microbatch receives, for the whole step.
+    if setup.layout.pp > 1 and setup.layout.schedule == "gpipe":  # it keeps all microbatches until backward
         at_peak, most = extended_all(one.at_peak, other.at_peak), extended_all(one.most, other.most)
         most = {kind: max(n_bytes, at_peak.get(kind, 0)) for kind, n_bytes in most.items()}
         peak_bytes = extended(one.peak_bytes, other.peak_bytes)
+    else:
+        added = _bytes_of_each_microbatch(setup, other.pp_rank) * (n - more)
+        at_peak = {**other.at_peak, OTHER: other.at_peak.get(OTHER, 0) + added}
+        most = {**other.most, OTHER: other.most.get(OTHER, 0) + added}
+        peak_bytes = other.peak_bytes + added
     return replace(
         other,
         at_peak=at_peak,
@@ -379,7 +387,23 @@ def _whole_step(setup: Setup, counted: list[RankCount]) -> RankCount:
     )
 
 
-def _count_rank(setup: Setup, pp_rank: int, step: Step, n_microbatches: int) -> RankCount:
+def _bytes_of_each_microbatch(setup: Setup, pp_rank: int) -> int:
+    """Return the bytes of a microbatch that a rank has to the end of a step: the tokens on the first stage of
+    a pipeline, the labels on the last, and a block of the allocator for the loss and for each message, which
+    is a tensor of one element while it has no buffer."""
+    layout, job = setup.layout, setup.job
+    if layout.pp == 1:
+        return 0
+    own = stage_indices(layout.schedule, layout.pp, layout.stages_per_rank)[pp_rank]
+    last = layout.pp * layout.stages_per_rank - 1
+    n_messages = sum((stage > 0) + (stage < last) for stage in own)  # hidden states and gradients
+    n_blocks = (n_messages + (last in own)) * setup.is_gpu
+    token_bytes = torch.int64.itemsize * job.micro_batch_size * job.seq_len // layout.cp
+    return token_bytes * ((0 in own) + (last in own)) + CUDA_BLOCK * n_blocks
+
+
+def _count_rank(setup: Setup, pp_rank: int, step: Step) -> list[RankCount]:
+    """Return the counts of `_steps_to_count`, of one rank."""
     layout, job = setup.layout, setup.job
     rank = pp_rank * (setup.world_size // layout.pp)
     computation = replace(setup.computation, device=META)
@@ -393,33 +417,46 @@ def _count_rank(setup: Setup, pp_rank: int, step: Step, n_microbatches: int) -> 
         if setup.lora.rank:
             apply_lora(model, setup.lora, setup.computation.dtype)
         # As many microbatches as decide whether gradients are accumulated.
-        n_planned = n_microbatches if layout.pp > 1 else min(setup.n_microbatches, 2)
-        spread = Layout(layout, mesh, n_planned)
+        spread = Layout(layout, mesh, min(setup.n_microbatches, 2))
         training = assemble(model, spread, computation, adamw(lr=1e-3, weight_decay=0.1), setup.offload)
         take_shards(training.stages)
         count_states(counter, training)
         held_bytes = dict(counter.by_kind)
         counter.watch(training.stages, training.optimizer)
-        microbatches = [_microbatch(setup) for _ in range(n_microbatches)]
-        gc.collect()  # a cycle that holds tensors would be counted for a while
-        counter.reset()
-        with counter:
-            step(training, microbatches)
-        counter.forget_all()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return RankCount(
-            pp_rank,
-            held_bytes,
-            counter.at_peak,
-            dict(counter.most),
-            counter.peak_bytes,
-            counter.peak_moment,
-            3 * FP32 * sum(local(parameter).numel() for parameter in trained),
-            dict(counter.traffic),
-            dict(counter.products),
-            dict(counter.attention),
-            _ranks_of_groups(mesh, counter.axes),
-        )
+        counts = []
+        for one, n_microbatches in _steps_to_count(setup):
+            microbatches = [_microbatch(setup) for _ in range(n_microbatches)]
+            gc.collect()  # a cycle that holds tensors would be counted for a while
+            counter.reset()
+            with counter:
+                step(_with_microbatches(training, one, n_microbatches), microbatches)
+            counts.append(
+                RankCount(
+                    pp_rank,
+                    held_bytes,
+                    counter.at_peak,
+                    dict(counter.most),
+                    counter.peak_bytes,
+                    counter.peak_moment,
+                    3 * FP32 * sum(local(parameter).numel() for parameter in trained),
+                    dict(counter.traffic),
+                    dict(counter.products),
+                    dict(counter.attention),
+                    _ranks_of_groups(mesh, counter.axes),
+                )
+            )
+        counter.forget_all()
+        return counts
+
+
+def _with_microbatches(training: Training, layout: ParallelConfig, n_microbatches: int) -> Training:
+    """Return a Training whose pipeline, if it has one, runs so many microbatches in a step."""
+    if training.pipeline is None:
+        return training
+    spread = replace(training.layout, config=layout, n_microbatches=n_microbatches)
+    pipeline = Pipeline(training.stages, spread, training.computation)
+    return replace(training, layout=spread, pipeline=pipeline)
 
 
 def count_states(counter: StepCounter, training: Training) -> None:

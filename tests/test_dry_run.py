@@ -213,7 +213,9 @@ def test_states_and_traffic_are_those_of_real_processes_and_peaks_within_3_perce
         {"zero_stage": 1},
         pytest.param({"pp": 2, "schedule": "gpipe"}, marks=pytest.mark.slow),
         {"pp": 2},
-        pytest.param({"pp": 2, "schedule": "interleaved-1f1b"}, marks=pytest.mark.slow),
+        pytest.param({"pp": 4}, marks=pytest.mark.slow),
+        {"pp": 2, "schedule": "interleaved-1f1b"},
+        pytest.param({"pp": 2, "tp": 2, "schedule": "zbv"}, marks=[pytest.mark.slow, *marks_for("zbv")]),
     ],
     ids=str,
 )
