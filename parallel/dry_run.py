@@ -416,8 +416,10 @@ def _count_rank(setup: Setup, pp_rank: int, step: Step) -> list[RankCount]:
             model = Llama(job.model)
         if setup.lora.rank:
             apply_lora(model, setup.lora, setup.computation.dtype)
-        # As many microbatches as decide whether gradients are accumulated.
-        spread = Layout(layout, mesh, min(setup.n_microbatches, 2))
+        steps = _steps_to_count(setup)
+        # Without a pipeline as many microbatches as decide whether gradients are accumulated.
+        n_planned = steps[0][1] if layout.pp > 1 else min(setup.n_microbatches, 2)
+        spread = Layout(layout, mesh, n_planned)
         training = assemble(model, spread, computation, adamw(lr=1e-3, weight_decay=0.1), setup.offload)
         take_shards(training.stages)
         count_states(counter, training)
@@ -425,7 +427,7 @@ def _count_rank(setup: Setup, pp_rank: int, step: Step) -> list[RankCount]:
         counter.watch(training.stages, training.optimizer)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         counts = []
-        for one, n_microbatches in _steps_to_count(setup):
+        for one, n_microbatches in steps:
             microbatches = [_microbatch(setup) for _ in range(n_microbatches)]
             gc.collect()  # a cycle that holds tensors would be counted for a while
             counter.reset()

@@ -24,9 +24,9 @@ transfers are those of torch.distributed.pipelining; this file splits the model,
 keeps everything else as it is without pp.
 """
 
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from contextlib import nullcontext
-from copy import copy, deepcopy
+from copy import deepcopy
 from itertools import accumulate
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
@@ -37,7 +37,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import (
-    PipelineStage,
     Schedule1F1B,
     ScheduleDualPipeV,
     ScheduleGPipe,
@@ -46,13 +45,13 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 from torch.distributed.pipelining.schedules import RESHARD, UNSHARD
-from torch.utils.checkpoint import GraphExecGroup
 
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import Llama
 from dtensor_llama.shards import local
 from parallel.schedule_picture import Recorder
+from parallel.stage import Stage
 from parallel.zero import reshard
 
 if TYPE_CHECKING:
@@ -157,87 +156,6 @@ def _take(part: Llama, model: Llama, layers: Collection[int], has_first: bool, h
 # ---- Running it --------------------------------------------------------------------------------------------
 
 
-class Stage(PipelineStage):
-    """Extends torch's PipelineStage: a Recorder can watch it, W recomputes each block only once, and a
-    message has a buffer only from the moment it is waited for until the backward of its microbatch.
-
-    torch allocates a buffer for every message of a step and keeps all of them. With 64 microbatches of
-    (1, 4096, 8192) in bf16 that is 8 GiB on a stage that receives hidden states and gradients, of which 1f1b
-    on 8 ranks uses less than 1 GiB at any time.
-    """
-
-    recorder: Recorder | None = None
-
-    def _prepare_forward_infra(self, num_microbatches: int, *args, **kwargs):
-        answer = super()._prepare_forward_infra(1, *args, **kwargs)
-        if not self.is_first:
-            _free(self.args_recv_info[0])
-        self.args_recv_info = _for_each_microbatch(self.args_recv_info[0], num_microbatches)
-        return answer
-
-    def _prepare_backward_infra(self, num_microbatches: int, *args, **kwargs):
-        answer = super()._prepare_backward_infra(1, *args, **kwargs)
-        _free(self.grad_recv_info[0])  # the last stage receives none
-        self.grad_recv_info = _for_each_microbatch(self.grad_recv_info[0], num_microbatches)
-        self.chunks = num_microbatches
-        return answer
-
-    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        if not self.is_first:
-            _allocate(self.args_recv_info[fwd_chunk_id])
-        return super().get_fwd_recv_ops(fwd_chunk_id)
-
-    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        _allocate(self.grad_recv_info[bwd_chunk_id])
-        return super().get_bwd_recv_ops(bwd_chunk_id)
-
-    def forward_one_chunk(self, fwd_chunk_id: int, *args, **kwargs):
-        with self._noted(fwd_chunk_id, "F"):
-            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
-
-    def backward_one_chunk(self, bwd_chunk_id: int, loss=None, full_backward: bool = True, **kwargs):
-        # The first stage has no gradient of its input, so its I is empty and its W is a whole B.
-        is_empty = self.is_first and not full_backward
-        kind = "B" if full_backward else "I"
-        with nullcontext() if is_empty else self._noted(bwd_chunk_id, kind):
-            super().backward_one_chunk(bwd_chunk_id, loss=loss, full_backward=full_backward, **kwargs)
-        if full_backward and loss is not None:
-            loss.detach_()  # the list of losses would keep its graph, which ends at the input of the stage
-        _free(self.grad_recv_info[bwd_chunk_id])
-        if not self.is_first:
-            _free(self.args_recv_info[bwd_chunk_id])
-
-    def backward_weight_one_chunk(self, bwd_chunk_id: int, **kwargs):
-        # torch asks autograd for one weight after another.
-        # Without the group each of them would recompute its block again.
-        with self._noted(bwd_chunk_id, "B" if self.is_first else "W"), GraphExecGroup():
-            return super().backward_weight_one_chunk(bwd_chunk_id, **kwargs)
-
-    def _noted(self, microbatch: int, kind: str):
-        return self.recorder.note(self.stage_index, microbatch, kind) if self.recorder else nullcontext()
-
-
-def _for_each_microbatch(messages: tuple, n_microbatches: int) -> dict[int, tuple]:
-    """Return the messages of each microbatch, which are like those of one."""
-    return {i: tuple(copy(message) for message in messages) for i in range(n_microbatches)}
-
-
-def _allocate(messages: tuple) -> None:
-    """Give messages their buffers."""
-    for message in messages:
-        old = message.buffer
-        message.buffer = old.new_empty(old.shape, requires_grad=old.requires_grad)
-
-
-def _free(messages: tuple) -> None:
-    """Take the buffers of messages away. In their place are tensors of the same shape with a single element
-    in memory."""
-    for message in messages:
-        old = message.buffer
-        old.grad = None  # an I leaves it at the input, which is there until W
-        message.buffer = old.new_empty(()).expand(old.shape).requires_grad_(old.requires_grad)
-
-
 class Pipeline:
     """Runs forward and backward of an optimizer step, or an evaluation, over the pp axis.
 
@@ -288,6 +206,8 @@ class Pipeline:
         self.schedule.step(
             *tokens, target=inputs.get("labels"), losses=losses, return_outputs=False, **inputs
         )
+        for stage in self.torch_stages:
+            stage.wait_for_sends()
         self.sync_tied_gradients()
         if not losses:
             return torch.zeros((), device=self.device)
@@ -383,6 +303,8 @@ class Pipeline:
             loss_fn=lambda loss_sum, _: loss_sum * self.loss_scale,
         )
         if not one_each:
+            for stage in torch_stages:
+                stage.sends = deque()
             # The runtime gathers a stage before its first use and frees it when three others come before its
             # next: with four virtual stages that is per microbatch. So we leave it to FSDP, which gathers a
             # stage at its first forward.

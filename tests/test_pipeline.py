@@ -15,13 +15,14 @@ from pool import RankFailed, run_on
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import forward_backward, make_training
-from versions import keeps_no_sends, marks_for, needs_split_backward
+from versions import marks_for, needs_split_backward
 
 from dtensor_llama import Llama, LlamaConfig
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import init_weights
 from dtensor_llama.optim import build_adamw
-from parallel import ParallelConfig, pipeline
+from parallel import ParallelConfig
+from parallel import stage as stage_module
 from parallel.apply import Computation
 from parallel.pipeline import SCHEDULES, split_layers, stage_indices
 from parallel.schedule_picture import Event, Recorder, bubble_share, draw_schedule
@@ -273,7 +274,7 @@ MOST_BUFFERS = {"gpipe": 12, "1f1b": 2, "interleaved-1f1b": 6, "zero-bubble": 3,
 def buffers_of_messages(schedule):
     """The most buffers that are alive at once in a step, those alive after it, and how many there were."""
     born, most = [], 0
-    allocate = pipeline._allocate
+    allocate = stage_module._allocate
 
     def alive():
         return sum(buffer() is not None for buffer in born)
@@ -286,21 +287,15 @@ def buffers_of_messages(schedule):
 
     training = build(LLAMA, 12, pp=2, schedule=schedule)
     micros = make_micros(12)
-    pipeline._allocate = allocate_and_count
+    stage_module._allocate = allocate_and_count
     try:
         forward_backward(training, micros, count_scored(micros))
     finally:
-        pipeline._allocate = allocate
+        stage_module._allocate = allocate
     return most, alive(), len(born)
 
 
-@pytest.mark.parametrize(
-    "schedule",
-    [
-        pytest.param(name, marks=[keeps_no_sends] if name == "interleaved-1f1b" else marks_for(name))
-        for name in SCHEDULES
-    ],
-)
+@pytest.mark.parametrize("schedule", [pytest.param(name, marks=marks_for(name)) for name in SCHEDULES])
 def test_a_message_has_a_buffer_only_until_its_microbatch_is_done(schedule):
     most, after, messages = zip(*run_on(2, buffers_of_messages, schedule), strict=True)
     assert max(most) == MOST_BUFFERS[schedule] and after == (0, 0)

@@ -15,9 +15,3 @@ needs_split_backward = pytest.mark.skipif(
 def marks_for(schedule: str | None) -> list[pytest.MarkDecorator]:
     """The marks of a test that runs a step with this --parallel.schedule."""
     return [needs_split_backward] if schedule in SCHEDULES and SCHEDULES[schedule].splits_backward else []
-
-
-keeps_no_sends = pytest.mark.skipif(
-    torch.__version__.startswith("2.11."),
-    reason="torch 2.11 keeps all sends of a looped schedule, with their graphs, to the end of a step",
-)
