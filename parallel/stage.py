@@ -14,7 +14,7 @@ from torch.utils.checkpoint import GraphExecGroup
 
 from parallel.schedule_picture import Recorder
 
-# The receiver of a message waits for it early, so that a send is over when the second one after it begins.
+# A rank posts its receives early, so a send should be over by the second one after it; not timed on a GPU.
 SENDS_UNDER_WAY = 2
 
 
