@@ -12,7 +12,7 @@ from dtensor_llama.errors import UsageError
 from dtensor_llama.loss import token_nll
 from dtensor_llama.model import Llama
 from parallel.config import Job, ParallelConfig
-from parallel.context import apply_context_parallel
+from parallel.context import Ring, Ulysses, apply_context_parallel
 from parallel.lora import apply_lora_parallel
 from parallel.pipeline import split_stages
 from parallel.recompute import apply_recompute
@@ -66,12 +66,11 @@ def parallelize(
     cannot work on split sequences is refused with cp, and a token loss that cannot work on split logits with
     tp: UsageError.
     """
+    check_seams(model, config, computation)
     if type(model.attention) is WholeSequences:
-        _set_kernel(model, computation.attention)
+        model.attention = WholeSequences(computation.attention)
     if config.cp > 1:  # first: which tokens this rank has, and how it attends to those of other ranks
         apply_context_parallel(model, mesh["cp"], config.cp_method)
-    if config.tp > 1 and model.token_loss is not token_nll:
-        check_token_loss(model.token_loss, model.config.vocab_size, computation.device)
     parts = [model]
     if config.pp > 1:  # then: which layers exist on this rank
         parts = split_stages(model, mesh["pp"], config.schedule, config.stages_per_rank)
@@ -95,14 +94,33 @@ def parallelize(
     return parts
 
 
-def _set_kernel(model: Llama, kernel: str) -> None:
-    own = model.attention.kernel
-    if own not in (kernel, WholeSequences().kernel):
+def check_seams(model: Llama, config: ParallelConfig, computation: Computation) -> None:
+    """Raise UsageError if what was set as `model.attention` or `model.token_loss` cannot work in this layout.
+
+    parallelize calls it. A recipe also calls it before it starts a process group, so that one process
+    refuses in one line."""
+    own, kernel = model.attention, computation.attention
+    if type(own) is WholeSequences:
+        if own.kernel not in (kernel, WholeSequences().kernel):
+            raise UsageError(
+                f"model.attention was set to WholeSequences({own.kernel!r}) and attention={kernel}; set only "
+                "one of them, or give both the same kernel."
+            )
+    elif config.cp > 1 and not getattr(own, "splits_sequence", False):
+        name = type(own).__name__
         raise UsageError(
-            f"model.attention was set to WholeSequences({own!r}) and attention={kernel}; set only one of "
-            "them, or give both the same kernel."
+            f"model.attention is of class {name}, which needs whole sequences, and with cp={config.cp} no "
+            f'rank has them: use cp=1, or set model.attention = Ulysses(mesh["cp"], {name}(...)).'
         )
-    model.attention = WholeSequences(kernel)
+    if config.tp > 1 and model.token_loss is not token_nll:
+        check_token_loss(model.token_loss, model.config.vocab_size, computation.device)
+
+
+def attention_in_words(model: Llama, kernel: str, why: str) -> str:
+    """Return what a run prints about its attention: the kernel and why it was chosen, or the class of an
+    attention that a user has set, which chooses its kernel itself."""
+    own = model.attention.whole if isinstance(model.attention, Ulysses) else model.attention
+    return f"{kernel} ({why})" if type(own) in (WholeSequences, Ring) else f"of class {type(own).__name__}"
 
 
 def apply_compile(blocks: list, dynamic: bool | None = None) -> None:

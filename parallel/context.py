@@ -104,18 +104,11 @@ def apply_context_parallel(model: Llama, cp_mesh: DeviceMesh, method: str) -> No
     neither flash nor varlen. The model is then called with tokens and labels from `shard_sequence`, and with
     `positions` whole, (B, T), or None if each sequence is one document.
 
-    An attention of the user's own is kept if it says that it splits sequences, and else refused: UsageError.
+    An attention of the user's own stays as it is; check_seams in parallel/apply.py refuses one that cannot.
     """
     own = model.attention
-    if getattr(own, "splits_sequence", False):
-        return
-    if type(own) is not WholeSequences:
-        name = type(own).__name__
-        raise UsageError(
-            f"model.attention is of class {name}, which needs whole sequences, and with cp={cp_mesh.size()} "
-            f'no rank has them: use cp=1, or set model.attention = Ulysses(mesh["cp"], {name}(...)).'
-        )
-    model.attention = Ulysses(cp_mesh, own) if method == "ulysses" else Ring(cp_mesh, own.kernel)
+    if type(own) is WholeSequences:
+        model.attention = Ulysses(cp_mesh, own) if method == "ulysses" else Ring(cp_mesh, own.kernel)
 
 
 def _refuse_cache(cache) -> None:

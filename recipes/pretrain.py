@@ -60,7 +60,7 @@ from dtensor_llama.weights import check_hf
 from memory import MemoryConfig
 from memory.auto import foresee
 from parallel import ParallelConfig, build_mesh
-from parallel.apply import Computation
+from parallel.apply import Computation, attention_in_words, check_seams
 from parallel.assemble import Offload, Training, adamw, assemble, check_skips, settle_memory
 from parallel.config import AXES, check_parallel
 from parallel.dry_run_report import report
@@ -195,6 +195,7 @@ def main(cfg: PretrainConfig) -> None:
     model.generation_config = base.generation_config(model_config)
     if base.weights:
         check_hf(model, base.weights)  # reads the headers of the files
+    check_seams(model, resolved, computation)
     refuse_compile_without_compiler(cfg.train.compile, device)
     if is_main:
         run_lock = claim_run_dir(run_dir, fresh=cfg.checkpoint.resume == "never")  # held until the run ends
@@ -227,13 +228,24 @@ def main(cfg: PretrainConfig) -> None:
         else:
             init_weights(weights, cfg.train.seed)
 
-    batch_sizes = cfg.train.global_batch_size, cfg.train.micro_batch_size
-    pins = device.type == "cuda"
-    batching = Batching(*batch_sizes, layout.dp_rank, resolved.dp, cfg.data.document_mask, pins)
+    batching = Batching(
+        cfg.train.global_batch_size,
+        cfg.train.micro_batch_size,
+        layout.dp_rank,
+        resolved.dp,
+        cfg.data.document_mask,
+        pin_memory=device.type == "cuda",
+    )
     reader = SequenceReader(sequences, batching, position)
-    attention = f"{kernel} ({why})"
     facts = RunFacts(
-        model_config, sequences, sequences.contents, resolved, AXES, n_microbatches, device, attention
+        model_config,
+        sequences,
+        sequences.contents,
+        resolved,
+        AXES,
+        n_microbatches,
+        device,
+        attention_in_words(model, kernel, why),
     )
     if is_main:
         keep_tokenizer(run_dir, tokenizer)

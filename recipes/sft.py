@@ -76,7 +76,7 @@ from dtensor_llama.weights import check_hf
 from memory import MemoryConfig
 from memory.auto import foresee
 from parallel import ParallelConfig, build_mesh
-from parallel.apply import Computation
+from parallel.apply import Computation, attention_in_words, check_seams
 from parallel.assemble import Offload, Training, adamw, assemble, check_skips
 from parallel.config import AXES, check_parallel
 from parallel.cost import States
@@ -251,6 +251,7 @@ def main(cfg: SftConfig) -> None:
     computation = Computation(device, dtype, train.recompute, train.compile, kernel)
     job = computation.job(model_config, seq_len, train.global_batch_size, train.micro_batch_size)
     n_microbatches = check_parallel(resolved, job)
+    check_seams(model, resolved, computation)
     if is_main:
         run_lock = claim_run_dir(run_dir, fresh=cfg.checkpoint.resume == "never")  # held until the run ends
 
@@ -278,8 +279,14 @@ def main(cfg: SftConfig) -> None:
     record = run_record(cfg, base, model_config, sequences, model.generation_config)
     step, position = resume(cfg.checkpoint.resume, checkpoints, model, training.optimizer, record, say)
 
-    batch_sizes, pins = (train.global_batch_size, train.micro_batch_size), device.type == "cuda"
-    batching = Batching(*batch_sizes, layout.dp_rank, resolved.dp, document_mask=True, pin_memory=pins)
+    batching = Batching(
+        train.global_batch_size,
+        train.micro_batch_size,
+        layout.dp_rank,
+        resolved.dp,
+        document_mask=True,
+        pin_memory=device.type == "cuda",
+    )
     reader = SequenceReader(sequences, batching, position)
     facts = RunFacts(
         model_config,
@@ -289,7 +296,7 @@ def main(cfg: SftConfig) -> None:
         AXES,
         n_microbatches,
         device,
-        attention=f"{kernel} ({why})",
+        attention_in_words(model, kernel, why),
     )
     if is_main:
         keep_tokenizer(run_dir, tokenizer, template.source)

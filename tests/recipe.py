@@ -34,7 +34,7 @@ def recipe(
         rank 0 reads from its standard input; nobody else has one.
     """
     flags = [str(flag) for flag in flags]
-    every = run_on(ranks, _run, name, flags, stop_at_step, typed, timeout=timeout, group=False)
+    every = run_on(ranks, run_here, name, flags, stop_at_step, typed, timeout=timeout, group=False)
     assert len({ended.status for ended in every}) == 1, every
     return every[0]
 
@@ -73,9 +73,16 @@ def pretrain_flags(inputs: Path, run_dir: Path, *more, steps: int = 8) -> list:
     ]
 
 
-def _run(name: str, flags: list[str], stop_at_step: int | None, typed: str) -> Ended:
-    sys.path.insert(0, str(ROOT / "recipes"))
-    module = importlib.import_module(name)
+def module_of(name: str):
+    """Import recipes/NAME.py."""
+    if str(ROOT / "recipes") not in sys.path:
+        sys.path.insert(0, str(ROOT / "recipes"))
+    return importlib.import_module(name)
+
+
+def run_here(name: str, flags: list[str], stop_at_step: int | None = None, typed: str = "") -> Ended:
+    """Run a recipe as one rank, in this worker of the pool."""
+    module = module_of(name)
     *_, config = (
         value
         for key, value in vars(module).items()

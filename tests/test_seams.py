@@ -2,6 +2,8 @@
 process under every layout; what a layout cannot do is refused in one line."""
 
 import functools
+import json
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pool import run_on
+from recipe import Ended, module_of, pretrain_flags, run_here
 from test_compile import Run, graphs_after_each_phase
 from test_one_answer import GQA, SEQUENCES, SHAPES, batch_of, five_steps
 from torch.distributed.tensor import DTensor
@@ -290,6 +293,56 @@ def test_a_readers_attention_is_refused_on_split_sequences_or_set_as_one_that_ca
     expected = model(batch.tokens, labels=batch.labels, positions=batch.positions).item()
     assert abs(expected - default) > 1e-3
     assert sum(run_on(2, window_over_split_sequences, True)) == pytest.approx(expected, rel=1e-6)
+
+
+def recipe_with(name: str, seam: str, value, flags: list) -> tuple[Ended, int]:
+    """Run a recipe whose reader has set a seam of the model; return how it ended, and its process groups."""
+    module = module_of(name)
+
+    def edited(config):
+        model = Llama(config)
+        setattr(model, seam, value)
+        return model
+
+    start = mock.Mock(wraps=module.start_process_group)
+    with mock.patch.multiple(module, Llama=edited, start_process_group=start):
+        return run_here(name, [str(flag) for flag in flags]), start.call_count
+
+
+def sft_flags(inputs: Path, run_dir: Path, *more) -> list:
+    """Return the flags of two steps of sft.py, on a conversation that is written here."""
+    turns = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "This one."}]
+    data = run_dir.parent / "chat.jsonl"
+    data.write_text(f"{json.dumps({'messages': turns})}\n" * 20)
+    base = ["--model", inputs / "model", "--random-init", "--data.path", data, "--data.seq-len", 64]
+    return [*base, "--train.steps", 2, "--train.global-batch-size", 2, "--run-dir", run_dir, *more]
+
+
+@pytest.mark.parametrize("name, flags_of", [("pretrain", pretrain_flags), ("sft", sft_flags)])
+def test_a_recipe_names_a_readers_attention(name, flags_of, inputs, tmp_path):
+    flags = flags_of(inputs, tmp_path / "run", "--train.steps", 2)
+    [(ended, _)] = run_on(1, recipe_with, name, "attention", SlidingWindow(3), flags, group=False)
+    assert ended.status == 0, ended
+    assert "parameters, attention of class SlidingWindow\n" in ended.out
+
+
+@pytest.mark.parametrize("name, flags_of", [("pretrain", pretrain_flags), ("sft", sft_flags)])
+@pytest.mark.parametrize(
+    "seam, value, axis, says",
+    [
+        ("attention", SlidingWindow(3), "cp", "needs whole sequences"),
+        ("token_loss", by_torch, "tp", "vocab.pick"),
+    ],
+)
+def test_a_recipe_refuses_a_seam_before_it_starts_a_process_group(
+    name, flags_of, seam, value, axis, says, inputs, tmp_path
+):
+    flags = flags_of(inputs, tmp_path / "run", f"--parallel.{axis}", 2)
+    ranks = run_on(2, recipe_with, name, seam, value, flags, group=False)
+    assert [(ended.status, n_groups) for ended, n_groups in ranks] == [(2, 0)] * 2
+    [line] = ranks[0][0].err.splitlines()
+    assert says in line and f"--parallel.{axis} 1" in line
+    assert not (tmp_path / "run").exists()
 
 
 def graphs_with_a_window() -> list[int]:
