@@ -8,14 +8,13 @@ measured, and keep watching.
 """
 
 from dataclasses import astuple, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 import torch.distributed as dist
 
 from dtensor_llama.errors import UsageError
+from dtensor_llama.host import free_host_memory
 from memory.chunk import chunk_size
 from memory.config import MemoryConfig
 from memory.home import Home, StateFormat
@@ -198,16 +197,4 @@ class AutoPolicy:
 def host_share(ranks_per_host: int, is_cuda: bool) -> int:
     """Return how many bytes one rank may take of what its host has free now. Without a GPU the two accounts
     share one RAM."""
-    return int(HOST_SHARE * free_host_bytes() / ranks_per_host) // (1 if is_cuda else 2)
-
-
-def free_host_bytes() -> int:
-    """Return the memory that is left on this machine, or in the container around this process."""
-    free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
-    try:
-        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
-        if limit != "max":
-            free = min(free, max(0, int(limit) - used))
-    except (OSError, ValueError):
-        pass  # there is no control group of version 2, so there is no such limit
-    return free
+    return int(HOST_SHARE * free_host_memory() / ranks_per_host) // (1 if is_cuda else 2)

@@ -15,12 +15,12 @@ from functools import partial
 from pathlib import Path
 from time import perf_counter
 
-import psutil
 import torch
 import torch.nn.functional as F
 
 from dtensor_llama.errors import UsageError
 from dtensor_llama.flops import PEAK_FLOPS, matmul_flops
+from dtensor_llama.host import host_memory
 from dtensor_llama.metrics import GIB
 
 
@@ -47,7 +47,7 @@ class Cluster:
     gpus_per_node: int
     node_bytes_s: float  # what a GPU sends to others of its node (NVLink)
     network_bytes_s: float  # what a GPU sends to other nodes
-    host_memory_gib: float
+    host_memory_gib: float  # what a program may take of it
     host_dram_bytes_s: float
     host_adam_per_s: float = 1.2e9  # parameters that the cores of a GPU's share of the host step in a second
 
@@ -88,6 +88,7 @@ GPUS = {
 # that of NVIDIA's DGX: a card of 200 Gbit/s for each A100, and of 400 Gbit/s for the later ones. Host memory
 # is that of Amazon's p4d, p4de, p5 and p5en nodes, 1,152 and 2,048 GiB, with an eighth left free. DRAM is
 # that of the processors' data sheets, less a third.
+FREE_OF_HOST = 7 / 8  # what a program may take of the memory of a host
 NODES = {
     "a100-40gb": Cluster(GPUS["a100-40gb"], 8, 8, 300e9, 25e9, 128, 40e9),
     "a100-80gb": Cluster(GPUS["a100-80gb"], 8, 8, 300e9, 25e9, 128, 40e9),
@@ -135,7 +136,8 @@ def cluster_of_device(device: torch.device, n_gpus: int, gpus_per_node: int) -> 
 
 
 def cluster_here(device: torch.device, device_bytes: int, n_gpus: int, gpus_per_node: int) -> Cluster:
-    """Return the GPUs of a launch as a cluster. A rank has `device_bytes` of memory, whatever its GPU.
+    """Return the GPUs of a launch as a cluster. A rank has `device_bytes` of memory, whatever its GPU, and a
+    share of what this host has.
 
     A GPU that is unknown, or the CPU, is taken at the rates of the known one whose memory is nearest; of one
     with the same chip if there is one. The name of the cluster's GPU then says so, for what is printed.
@@ -156,7 +158,11 @@ def cluster_here(device: torch.device, device_bytes: int, n_gpus: int, gpus_per_
         node = min(NODES.values(), key=distance)
         name = f"{device.type} (at the rates of {node.gpu.name}, which decide the order alone)"
     gpu = replace(node.gpu, name=name, memory_gib=device_bytes / GIB)
-    return replace(node, gpu=gpu, n_gpus=n_gpus, gpus_per_node=min(gpus_per_node, n_gpus))
+    # Whole GiB, so that hosts which differ by a few MiB come to one plan.
+    host_gib = FREE_OF_HOST * host_memory() / gpus_per_node // GIB
+    return replace(
+        node, gpu=gpu, n_gpus=n_gpus, gpus_per_node=min(gpus_per_node, n_gpus), host_memory_gib=host_gib
+    )
 
 
 def read_cluster(path: str | Path, n_gpus: int | None = None) -> Cluster:
@@ -225,7 +231,7 @@ def calibrate(device: torch.device, n_gpus: int = 1, seconds: float = 10.0) -> C
     """
     is_cuda = device.type == "cuda"
     known = cluster_of_device(device, n_gpus, min(n_gpus, 8))
-    name, memory = "cpu", psutil.virtual_memory().total
+    name, memory = "cpu", host_memory()
     if is_cuda:
         properties = torch.cuda.get_device_properties(device)
         name, memory = properties.name, properties.total_memory
@@ -238,7 +244,7 @@ def calibrate(device: torch.device, n_gpus: int = 1, seconds: float = 10.0) -> C
     attention = _attention_flops(device, dtype, each)
     in_float32 = matmul_flops(device, torch.float32, each / 3) if is_cuda else product
     gpu = GPU(name, memory / GIB, max([product, *peaks]), product, 2 * copied, link, attention, in_float32)
-    host = psutil.virtual_memory().total / GIB / max(1, min(n_gpus, 8))
+    host = FREE_OF_HOST * host_memory() / GIB / max(1, min(n_gpus, 8))
     return Cluster(
         gpu,
         n_gpus,

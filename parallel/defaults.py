@@ -9,12 +9,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 from dtensor_llama.chat.corpus import ChatCorpus
 from dtensor_llama.chat.packing import PackedExamples
 from dtensor_llama.config import LlamaConfig
+from dtensor_llama.host import free_host_memory
 from parallel.cluster import cluster_here
 from parallel.config import ParallelConfig
 from parallel.cost import States
@@ -51,7 +51,7 @@ def memory_of_rank(device: torch.device, ranks_per_host: int) -> int:
     """Return the bytes of a GPU or, without one, this rank's share of what the host has free."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().available // ranks_per_host
+    return free_host_memory() // ranks_per_host
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.errors import UsageError
+from dtensor_llama.host import host_memory
 from dtensor_llama.metrics import GIB
 from parallel.cluster import NODES, Cluster, cluster_here, with_gpus
 from parallel.config import RULES, ParallelConfig
@@ -363,6 +363,10 @@ def works(question: Question) -> Iterator[Work]:
                         yield Work(replace(tried, recompute=recompute), layout, question.states)
 
 
+class DoesNotFitHost(UsageError):
+    """Says of a job whose states may be on the host that device and host cannot hold them together."""
+
+
 def plan(question: Question) -> Found:
     """Return the best layouts. UsageError says what the job would take if it fits nowhere."""
     works_that_fit, larger, n_tried = [], [], 0
@@ -376,13 +380,18 @@ def plan(question: Question) -> Found:
     if not n_tried:
         raise _no_layout(question)
     fitting, refusals = _accounts(question, works_that_fit)
+    on_host = ""
     if not fitting and question.may_offload and not question.states.offloads:
         try:
             return plan(replace(question, states=replace(question.states, offloads=True)))
+        except DoesNotFitHost as refusal:
+            on_host = f" With optimizer states on the host it does not fit either: {refusal}"
         except UsageError:
             pass  # what is said of the job without a placement says more
+    if refusals and not fitting:
+        raise DoesNotFitHost(refusals[0])
     if not fitting:
-        raise UsageError(next(iter(refusals), None) or what_it_would_take(question))
+        raise UsageError(what_it_would_take(question) + on_host)
     fitting = _sorted(fitting)
     points = [
         (account.peak_gib, account.tokens_per_second_per_gpu, name_of(account.work)) for account in fitting
@@ -662,7 +671,7 @@ def plan_settings(
         device_type=device.type,
         document_tokens=DOCUMENT_TOKENS if settings.data.document_mask else None,
     )
-    memory = psutil.virtual_memory().total // launch.ranks_per_host
+    memory = host_memory() // launch.ranks_per_host
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     cluster = cluster_here(device, memory, launch.world_size, launch.ranks_per_host)

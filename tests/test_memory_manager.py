@@ -383,7 +383,7 @@ def test_a_plan_that_the_hosts_free_memory_cannot_hold_is_refused_and_auto_start
     needed = everything.bytes_needed(everything.plan)
     everything.close()
     free = 1.01 * (needed["host"] + needed["device"] - sum(p.nbytes for p in model.parameters())) / 0.9
-    monkeypatch.setattr("memory.auto.free_host_bytes", lambda: free)
+    monkeypatch.setattr("memory.auto.free_host_memory", lambda: free)
     fits = ChunkManager(model := tiny(), adamw(model), all_cpu, overrides=SMALL_CHUNKS)
     fits.close()
     with pytest.raises(UsageError, match=r"share of the host's free memory is .* larger `resident`"):

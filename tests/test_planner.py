@@ -193,6 +193,7 @@ def planned_by_pretrain(monkeypatch, model, gpus, gib, **memory):
     """Return the settings that pretrain.py would train with on so many GPUs, and what it prints."""
     properties = SimpleNamespace(name="NVIDIA H200", total_memory=int(gib * GIB))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr("parallel.cluster.host_memory", lambda: 2048 * GIB)
     device = torch.device("cuda")
     launch = SimpleNamespace(world_size=gpus, ranks_per_host=8, take_device=lambda: device)
     settings = pretrain.PretrainConfig(model, memory=MemoryConfig(**memory))
@@ -306,8 +307,9 @@ def settings_with(train: dict, **layout) -> PretrainConfig:
 
 def test_auto_plans_for_the_gpu_that_is_there_by_name_and_for_the_nodes_of_the_launch(monkeypatch):
     launch = launch_on(monkeypatch, "NVIDIA H100 80GB HBM3", 79.1, world_size=16, ranks_per_host=4)
+    monkeypatch.setattr("parallel.cluster.host_memory", lambda: 1000 * GIB + 1)
     cluster = cluster_here(launch.take_device(), int(79.1 * GIB), 16, 4)
-    here = replace(NODES["h100-80gb"], n_gpus=16, gpus_per_node=4)
+    here = replace(NODES["h100-80gb"], n_gpus=16, gpus_per_node=4, host_memory_gib=218)  # 7/8 of a quarter
     assert replace(cluster, gpu=here.gpu) == here
     assert cluster.gpu == replace(here.gpu, memory_gib=int(79.1 * GIB) / GIB)
     settings, why = plan_settings(settings_with({}), SEVEN_B, 4096, launch, foresee)
@@ -321,6 +323,19 @@ def test_auto_plans_for_the_gpu_that_is_there_by_name_and_for_the_nodes_of_the_l
     uneven = launch_on(monkeypatch, "NVIDIA H100 80GB HBM3", 79.1, world_size=6, ranks_per_host=4)
     with pytest.raises(UsageError, match="auto=True plans for nodes of equally many processes, and 6 do not"):
         plan_settings(settings_with({}), SEVEN_B, 4096, uneven, foresee)
+
+
+def test_auto_plans_for_the_memory_that_the_host_has(monkeypatch):
+    """13B on one GPU keeps most of its 16 bytes a parameter on the host, which has to have room for them."""
+    launch = launch_on(monkeypatch, "NVIDIA H100 80GB HBM3", 79.1, world_size=1, ranks_per_host=1)
+    settings = replace(settings_with({}), model="llama2-13b")
+    thirteen_b = LlamaConfig.preset("llama2-13b")
+    monkeypatch.setattr("parallel.cluster.host_memory", lambda: 256 * GIB)
+    settled, _ = plan_settings(settings, thirteen_b, 4096, launch, foresee)
+    assert settled.memory.placement == "auto"
+    monkeypatch.setattr("parallel.cluster.host_memory", lambda: 96 * GIB)
+    with pytest.raises(UsageError, match="on the host it does not fit either.*host_budget_gib=84 "):
+        plan_settings(settings, thirteen_b, 4096, launch, foresee)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -378,8 +377,8 @@ def test_what_fits_only_with_its_states_on_the_host_is_not_refused_where_they_go
     layout = ParallelConfig().resolve(1)
     job = Job(config, seq_len=256)
     light, whole = (bytes_needed(job, layout, States(4, offloads=offloads)) for offloads in (True, False))
-    available = (light + whole) / 2 / 0.9
-    monkeypatch.setattr(defaults.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(available)))
+    available = int((light + whole) / 2 / 0.9)
+    monkeypatch.setattr(defaults, "free_host_memory", lambda: available)
 
     def settle(*more):
         cfg = parse_cli(sft.SftConfig, list(map(str, flags(inputs, chat, "none", *more))))
