@@ -6,6 +6,7 @@ MFU: the FLOP/s that the model needs at the measured speed, as a share of the de
 HFU: the same with recomputation counted, so the share of the peak that the device really computes
 """
 
+import functools
 import time
 from dataclasses import dataclass
 
@@ -67,10 +68,11 @@ def hardware_flops_per_token(config: LlamaConfig, seq_len: int, recompute: str) 
     return model_flops + (model_flops - head) / 3 if recompute == "full" else model_flops
 
 
+@functools.cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """Return the peak matmul FLOP/s of one device, and the source of the number.
 
-    The source is a data sheet where the device is known, else a matmul that is timed now (0.3 s)."""
+    The source is a data sheet where the device is known, else a matmul that is timed once (0.3 s)."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         known = [key for key in PEAK_FLOPS if key in name]
