@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from pool import run_on
-from recipe import Ended, _run, metrics, pretrain_flags, recipe
+from recipe import Ended, metrics, pretrain_flags, recipe, run_here
 
 from dtensor_llama import UsageError
 from dtensor_llama import metrics as of_a_run
@@ -73,7 +73,7 @@ def as_on_a_gpu(name: str, flags: list[str], stop_at_step: int | None = None) ->
     own = LateReader.__init__
     LateReader.__init__ = functools.partialmethod(own, late=True)
     try:
-        return _run(name, flags, stop_at_step, "")
+        return run_here(name, flags, stop_at_step, "")
     finally:
         LateReader.__init__ = own
 
