@@ -53,6 +53,7 @@ FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPES = FLOATS | {"I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}  # the others: of buffers
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Box = tuple[tuple[int, ...], tuple[int, ...], Tensor]
+Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]  # of the tensors of a file, by name
 
 
 class Stored(NamedTuple):
@@ -136,7 +137,9 @@ def load_hf(model: nn.Module, folder: str | Path) -> None:
     everywhere = functools.partial(on_all_ranks, f"loading {folder}")
     held = everywhere(lambda: {name: tuple(param.shape) for name, param in parameters.items()})
     # Under pp a rank holds only some of the parameters.
-    wanted = {name: shape for one_rank in held for name, shape in one_rank.items()}
+    wanted = {}
+    for of_one_rank in held:
+        wanted |= of_one_rank
     tied = _is_tied(model)
     stored = everywhere(lambda: _checked(folder, wanted, tied), share=False)
 
@@ -557,7 +560,7 @@ def _save(
     config: Any,
     generation: Any,
     boxes: Callable[[list[str]], Iterator[tuple[str, Box]]],
-    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    convert: Convert | None = None,
 ) -> None:
     """Write a Hugging Face folder in one step.
 
@@ -625,9 +628,7 @@ def _create(folder: Path, staged: Path, plan: FilePlan, config: Any, generation:
     write_durably(staged / "generation_config.json", _as_json(generation))
 
 
-def _convert_files(
-    folder: Path, staged: Path, plan: FilePlan, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
-) -> None:
+def _convert_files(folder: Path, staged: Path, plan: FilePlan, convert: Convert) -> None:
     """Write each file anew with what `convert` makes of its tensors. They are read whole, one after another,
     and the disk has room for one of them twice, or UsageError says so."""
     weight_map = {}

@@ -35,7 +35,7 @@ from memory.chunk import (
     version_of,
 )
 from memory.config import MemoryConfig
-from memory.home import Home, StateFormat
+from memory.home import ByAccount, Home, StateFormat
 from memory.inputs import Machine, Overrides, TrainingLoop
 from memory.lanes import DONE, Lanes, device_memory, empty_caches, hold_to_budget, host_threads
 from memory.placement import (
@@ -130,7 +130,7 @@ class ChunkStore:
 
     # ---- the plan ------------------------------------------------------------------------------------------
 
-    def bytes_needed(self, plan: Plan, traced: bool = False) -> dict[str, int]:
+    def bytes_needed(self, plan: Plan, traced: bool = False) -> ByAccount:
         """Return the most bytes that a plan holds, by account: weights, states, buffers, and gradients that
         wait for their step or are on their way to the host. traced: those on their way are counted in what
         was traced."""

@@ -139,18 +139,18 @@ class Ulysses:
     ) -> tuple[Tensor, AttentionMask | None]:
         """Return the position ids of this rank's share (B or 1, T/cp), and the mask of whole sequences."""
         _refuse_cache(cache)
-        positions, mask = self.whole.prepare(n_tokens * self.cp_mesh.size(), positions, None, device)
+        positions, mask = self.whole.prepare(n_tokens * self.sequence_ranks, positions, None, device)
         return shard_sequence(positions, self.cp_mesh, "ulysses"), mask
 
     def near(
         self, mask: AttentionMask | None, window: int, n_tokens: int, cache, device: torch.device
     ) -> AttentionMask:
         """Return the mask of whole sequences for layers with a sliding window."""
-        return self.whole.near(mask, window, n_tokens * self.cp_mesh.size(), None, device)
+        return self.whole.near(mask, window, n_tokens * self.sequence_ranks, None, device)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
         """q (B, T/cp, H, E), k and v (B, T/cp, K, E) -> (B, T/cp, H, E)."""
-        n_kv_heads = lcm(k.shape[2], self.cp_mesh.size())  # W: the least multiple of K that cp divides
+        n_kv_heads = lcm(k.shape[2], self.sequence_ranks)  # W: the least multiple of K that cp divides
         k, v = expand_heads(k, n_kv_heads), expand_heads(v, n_kv_heads)  # (B, T/cp, W, E)
         tokens, heads = Shard(1), Shard(2)
         # all-to-all: (B, T, H/cp or W/cp, E)
@@ -187,7 +187,7 @@ class Ring:
         """Return the position ids of this rank's share (B or 1, T/cp), and the document of each token of each
         rank's share (cp, B, T/cp), or None if each sequence is one document."""
         _refuse_cache(cache)
-        cp = self.cp_mesh.size()
+        cp = self.sequence_ranks
         if positions is None:
             whole = torch.arange(n_tokens * cp, device=device)[None]  # (1, T)
             return shard_sequence(whole, self.cp_mesh, "ring"), None
@@ -222,11 +222,9 @@ def ring_rounds(cp_rank: int, cp: int, n_tokens: int) -> list[Round]:
     rounds = [Round(cp_rank, everything, everything, causal=True)]  # a zigzag share is in ascending order
     for hop in range(1, cp):
         source = (cp_rank - hop) % cp
-        if source < cp_rank:
-            rounds.append(Round(source, everything, head, causal=False))  # its tail is later than all we have
-        else:
-            # our head is earlier than all it has
-            rounds.append(Round(source, tail, everything, causal=False))
+        # The tail of an earlier rank is later than all we have, and our head earlier than all of a later one.
+        queries, keys = (everything, head) if source < cp_rank else (tail, everything)
+        rounds.append(Round(source, queries, keys, causal=False))
     return rounds
 
 

@@ -177,10 +177,6 @@ class Case:
         return self.pp > 1 and SCHEDULES[self.schedule].splits_backward
 
     @property
-    def torch_version(self) -> str:
-        return torch.__version__
-
-    @property
     def not_in_halves(self) -> str:
         """Return the setting that a backward in two halves cannot go with, or nothing: a compiled block has
         one graph for both gradients and would run it whole, twice; selective recomputation frees what it kept
@@ -578,8 +574,9 @@ PIPELINE = [
     Rule(
         # In torch 2.11 the halves cannot pass through an autograd.Function, and the loss is one.
         "schedule",
-        lambda c: not (c.splits_backward and c.torch_version.startswith("2.11.")),
-        "runs backward in two halves, which fails inside torch {c.torch_version} and works inside newer ones",
+        lambda c: not (c.splits_backward and torch.__version__.startswith("2.11.")),
+        f"runs backward in two halves, which fails inside torch {torch.__version__} and works inside newer "
+        "ones",
         {"schedule": SCHEDULES},
     ),
     Rule(

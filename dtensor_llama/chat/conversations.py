@@ -18,6 +18,7 @@ variables    `tools` (or `functions`), `documents` and `chat_template_kwargs` of
 history      earlier [question, answer] pairs, in the one-turn formats
 """
 
+import contextlib
 import json
 from dataclasses import dataclass, field
 from typing import Literal
@@ -204,7 +205,8 @@ def _history(history, where: str) -> list[dict]:
 
 def _turns_of_list(turns, where: str, of_list: str) -> Turns:
     if isinstance(turns, str):  # a cell of a table may hold the list as JSON
-        turns = _parsed(turns, where, of_list, otherwise=turns)
+        with contextlib.suppress(ValueError):
+            turns = json.loads(turns)
     if not isinstance(turns, list):
         raise BadRecord(where, f"{of_list!r} holds {in_json(turns)}", "expected a list of turns.")
     messages, flags = [], []
@@ -281,15 +283,11 @@ def _as_function(function: dict) -> dict:
     return {"type": "function", "function": function}
 
 
-def _parsed(text: str, at: str, name: str, **otherwise):
-    """Return the value of the JSON in `text`.
-
-    If `text` is not JSON, return the keyword argument `otherwise` if there is one, else raise BadRecord."""
+def _parsed(text: str, at: str, name: str):
+    """Return the value of the JSON in `text`; raise BadRecord if it is none."""
     try:
         return json.loads(text)
     except ValueError:
-        if otherwise:
-            return otherwise["otherwise"]
         raise BadRecord(at, f"{name!r} is not JSON", f"it begins with {text[:40]!r}.") from None
 
 

@@ -11,7 +11,7 @@ depend on the size of the corpus.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from dtensor_llama.errors import UsageError
+from dtensor_llama.terminal import Say
 
 # Rounds of the Feistel network. 4 give a pseudo-random permutation (Luby and Rackoff 1988); 2 are a reserve.
 ROUNDS = 6
@@ -224,7 +225,7 @@ def splitmix64(x):
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 
-def log_skipped(corpora: Iterable[TokenCorpus], run_dir: Path | None, log: Callable[[str], None]) -> None:
+def log_skipped(corpora: Iterable[TokenCorpus], run_dir: Path | None, log: Say) -> None:
     """Log how many bad records were left out, why, and where they are listed.
 
     With a run folder, the lists of all corpora are copied into RUN/bad-records.jsonl."""
