@@ -59,7 +59,7 @@ from dtensor_llama.errors import UsageError, listed, mismatches
 from dtensor_llama.optim import KeepsMasters, State
 from dtensor_llama.places import free_bytes, is_full, say_full
 from dtensor_llama.shards import copies, local
-from dtensor_llama.weights import is_adapter
+from dtensor_llama.weights import Shapes, is_adapter
 
 NAME = re.compile(r"step-(\d{8,})")
 CHECKSUMS = "checksums.json"
@@ -305,7 +305,7 @@ class SavedWeights:
         progress = _read_progress(self.path)
         self.step, self.meta = progress["step"], progress["meta"]
 
-    def check(self, shapes: dict[str, tuple], derived: tuple[str, ...] = ()) -> None:
+    def check(self, shapes: Shapes, derived: tuple[str, ...] = ()) -> None:
         """Raise UsageError unless these parameters, by Hugging Face name, are what it holds. `derived` ones
         may be there too."""
         held = {

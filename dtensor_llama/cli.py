@@ -266,8 +266,7 @@ def in_flags(message: str, config_class: type) -> str:
 
 def _flags_by_field(config_class: type, prefix: str) -> dict[str, str]:
     """Map each field, as `group.field` and, if no other has its name, alone, to its flag without dashes."""
-    flags: dict[str, str] = {}
-    shared = set()
+    flags, shared = {}, set()
     hints = get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         flag = prefix + field.name.replace("_", "-")

@@ -173,7 +173,7 @@ class LlamaConfig:
     @property
     def n_parameters(self) -> int:
         """Return how many numbers the parameters have together; a tied matrix counts once."""
-        block = sum(prod(shape) for shape in self.block_weights().values())
+        block = sum(map(prod, self.block_weights().values()))
         matrices = 1 if self.tie_word_embeddings else 2
         return (
             self.num_hidden_layers * block + self.hidden_size + matrices * self.vocab_size * self.hidden_size

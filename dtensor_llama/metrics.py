@@ -26,7 +26,7 @@ import torch.distributed as dist
 from dtensor_llama.clock import moment, seconds_between
 from dtensor_llama.errors import UsageError
 from dtensor_llama.flops import Utilization
-from dtensor_llama.places import is_full, say_full
+from dtensor_llama.places import say_full, say_unwritten
 
 GIB = 2**30
 
@@ -176,8 +176,8 @@ class RunLog:
                 os.ftruncate(self.file.fileno(), self.good_bytes)
             if not was_full:
                 self.say(
-                    f"note: a row of {self.path} cannot be written ({self._reason(error)}); training "
-                    "goes on, and the rows are written when there is room"
+                    f"note: a row of {self.path} cannot be written ({say_unwritten(self.path.parent, error)}"
+                    "); training goes on, and the rows are written when there is room"
                 )
             return
         self.good_bytes += len(data)
@@ -191,12 +191,9 @@ class RunLog:
         except OSError as error:
             self.tensorboard = None
             self.say(
-                f"note: TensorBoard's events cannot be written ({self._reason(error)}); metrics.jsonl "
-                "has the same numbers"
+                f"note: TensorBoard's events cannot be written ({say_unwritten(self.path.parent, error)}); "
+                "metrics.jsonl has the same numbers"
             )
-
-    def _reason(self, error: OSError) -> str:
-        return say_full(self.path.parent) if is_full(error) else str(error)
 
     def _on_thread_failure(self, failure) -> None:
         """Print no traceback of TensorBoard's writing thread: its error is raised in the main thread too."""
@@ -278,8 +275,7 @@ def draw_loss_curve(rows: list[dict], path: Path) -> None:
         figure.savefig(path)
     except OSError as error:  # not fatal: metrics.jsonl has the numbers
         path.unlink(missing_ok=True)
-        reason = say_full(path.parent) if is_full(error) else error
-        print(f"note: {path} cannot be drawn ({reason})", flush=True)
+        print(f"note: {path} cannot be drawn ({say_unwritten(path.parent, error)})", flush=True)
 
 
 class LateReader:

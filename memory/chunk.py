@@ -334,8 +334,7 @@ def cut(
     """Cut the shards, in this order, into chunks. At any time one chunk is open per group; chunks are in the
     order of their first pieces."""
     assert chunk_elements % ALIGN == 0, chunk_elements
-    chunks: list[Chunk] = []
-    open_chunks: dict[int, Chunk] = {}
+    chunks, open_chunks = [], {}
     for param in params:
         done, n = 0, local(param.parameter).numel()
         while done < n:

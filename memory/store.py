@@ -99,8 +99,11 @@ class ChunkStore:
         weights = set(chain.from_iterable(part.parameters() for part in self.parts))
         self.weight_bytes = sum(local(weight).nbytes for weight in weights)
         self.host_share = host_share(machine.ranks_per_host, self.is_cuda)
-        budgets = {"device": config.device_budget_gib, "host": config.host_budget_gib}
-        self.budgets = {name: None if gib is None else int(gib * GIB) for name, gib in budgets.items()}
+        in_bytes = lambda gib: None if gib is None else int(gib * GIB)
+        self.budgets = {
+            "device": in_bytes(config.device_budget_gib),
+            "host": in_bytes(config.host_budget_gib),
+        }
         # What a plan of placement auto may take: what was asked for, or else what there is. The memory of the
         # activation offload has been allocated, so it is not free any more.
         self.room = {

@@ -57,7 +57,7 @@ from parallel.plans.loss import HfBatch, loss_sum, summed, targets_of
 from parallel.plans.spread import check_family, has_dropout, kept_buffers, restore_buffers, shell_of
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
-Columns = dict[str, Tensor]  # of a batch of Hugging Face, by name
+Columns = Mapping[str, Tensor]  # of a batch of Hugging Face, by name
 EXIT_WAIT = timedelta(seconds=20)
 
 
@@ -169,7 +169,7 @@ class Booster:
             self.dataloader = OwnSequences(dataloader, layout, self.way.read, self.device)
         return boosted, self.optimizer, self.dataloader, criterion
 
-    def step(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def step(self, batch: Columns) -> Tensor:
         """Run forward and backward of this dp rank's sequences, {"input_ids", "labels"} (B, T); gradients add
         to what is there. A model of a family gets the other columns of the batch, too.
 
@@ -307,7 +307,7 @@ class _AsOurLlama:
             for stage in training.stages:
                 stage.loss_sum = _loss_by(self.criterion, stage)
 
-    def read(self, batch: Mapping[str, Tensor]) -> Columns:
+    def read(self, batch: Columns) -> Columns:
         """Return the columns of a batch that the model gets; UsageError if something is missing or odd."""
         return _columns(batch, self.shape.vocab_size)
 
@@ -357,7 +357,7 @@ class _AsItIs:
             other_tokens_or_layers = training.layout.mesh["loss"].get_local_rank()
             torch.manual_seed(self.seed + 1_000_003 * (1 + other_tokens_or_layers))
 
-    def read(self, batch: Mapping[str, Tensor]) -> Columns:
+    def read(self, batch: Columns) -> Columns:
         return columns_of(batch, self.boosted)
 
     def cut(self, columns: Columns, targets: Tensor, layout: Layout) -> list[HfBatch]:
@@ -411,7 +411,7 @@ class OwnSequences:
         self,
         dataloader: Iterable,
         layout: Layout,
-        read: Callable[[Mapping[str, Tensor]], Columns],
+        read: Callable[[Columns], Columns],
         device: torch.device,
     ):
         self.dataloader, self.layout, self.read, self.device = dataloader, layout, read, device
@@ -549,7 +549,7 @@ def _names_in(optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]) -
     return groups
 
 
-def _columns(batch: Mapping[str, Tensor], n_ids: int) -> Columns:
+def _columns(batch: Columns, n_ids: int) -> Columns:
     """Return input_ids and labels of a Hugging Face batch; UsageError if it has more that would matter, or
     ids that a vocabulary of `n_ids` lacks."""
     missing = [name for name in ("input_ids", "labels") if name not in batch]

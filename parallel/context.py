@@ -471,17 +471,20 @@ def _cuda_layout(*xs: Tensor) -> list[Tensor]:
     return [pad_head_width(x).transpose(1, 2) for x in xs]
 
 
+def _scores(q, k, causal, mask):
+    """Return the scores (B, K, H/K, t, s) fp32, -inf where a query may not see a key."""
+    return math_scores(q, k, causal_mask(q.shape[1], k.shape[1], q.device) if causal else mask)
+
+
 def _math_forward(q, k, v, causal, mask):
-    mask = causal_mask(q.shape[1], k.shape[1], q.device) if causal else mask
-    scores = math_scores(q, k, mask)  # (B, K, H/K, t, s) fp32
+    scores = _scores(q, k, causal, mask)
     lse = scores.logsumexp(-1)
     out = torch.einsum("bkgts,bske->btkge", (scores - lse[..., None]).exp(), v.float())
     return out.flatten(2, 3).to(q.dtype), lse.flatten(1, 2)
 
 
 def _math_backward(grad_out, q, k, v, out, lse, causal, mask):
-    mask = causal_mask(q.shape[1], k.shape[1], q.device) if causal else mask
-    weights = (math_scores(q, k, mask) - lse.unflatten(1, (k.shape[2], -1))[..., None]).exp()
+    weights = (_scores(q, k, causal, mask) - lse.unflatten(1, (k.shape[2], -1))[..., None]).exp()
     # (B, t, K, H/K, E)
     grad_out, groups, out = (x.float().unflatten(2, (k.shape[2], -1)) for x in (grad_out, q, out))
     grad_weights = torch.einsum("btkge,bske->bkgts", grad_out, v.float())

@@ -177,6 +177,10 @@ class Case:
         return self.pp > 1 and SCHEDULES[self.schedule].splits_backward
 
     @property
+    def torch_version(self) -> str:
+        return torch.__version__
+
+    @property
     def not_in_halves(self) -> str:
         """Return the setting that a backward in two halves cannot go with, or nothing: a compiled block has
         one graph for both gradients and would run it whole, twice; selective recomputation frees what it kept
@@ -233,7 +237,7 @@ def what_works(rules: Sequence[Rule], case: Case) -> dict[str, list]:
         change: _first_broken(rules, case.changed(*change)) for change in _changes(rules[broken], case)
     }
     furthest = max(next_broken.values(), default=broken)
-    ways: dict[str, list] = {}
+    ways = {}
     for (field, value), index in next_broken.items():
         if index == furthest > broken:
             ways.setdefault(field, []).append(value)
@@ -272,7 +276,7 @@ def _in_words(field: str, values: list) -> str:
         return f"launch with {' or '.join(launches)}"
     if values[0] is None or field in LEFT_OUT:
         return f"leave `{field}` out"
-    runs: list[list] = []  # values that follow each other, as 3, 4, 5, are one run and become `3 to 5`
+    runs = []  # values that follow each other, as 3, 4, 5, are one run and become `3 to 5`
     for value in values:
         if runs and isinstance(value, int) and value == runs[-1][-1] + 1:
             runs[-1].append(value)
@@ -574,9 +578,8 @@ PIPELINE = [
     Rule(
         # In torch 2.11 the halves cannot pass through an autograd.Function, and the loss is one.
         "schedule",
-        lambda c: not (c.splits_backward and torch.__version__.startswith("2.11.")),
-        f"runs backward in two halves, which fails inside torch {torch.__version__} and works inside newer "
-        "ones",
+        lambda c: not (c.splits_backward and c.torch_version.startswith("2.11.")),
+        "runs backward in two halves, which fails inside torch {c.torch_version} and works inside newer ones",
         {"schedule": SCHEDULES},
     ),
     Rule(

@@ -317,7 +317,7 @@ class ChatTemplate:
                 "has control text in its tools or documents, which the chat template looks for",
                 "writes the same text itself, and the two cannot be told apart; take it out.",
             )
-        unprotected: dict[int, set[str]] = {}
+        unprotected = {}
         for at, texts in enumerate(found):
             for text in sorted(texts, key=len, reverse=True):
                 tried = settled.with_turn(at, self._escaped(settled.turns[at], {text}))
@@ -562,8 +562,9 @@ def _environment(raise_exception: Callable[[str], None]) -> jinja2.Environment:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals.update(
+        raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form)
+    )
     return environment
 
 

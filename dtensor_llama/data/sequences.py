@@ -112,12 +112,19 @@ class Packing:
 class Shuffled:
     """Splits n_sequences sequences into those to train on and a held-out share, and shuffles both."""
 
+    documents = "documents"  # what those of the corpus are called
+
     def __init__(self, corpus: TokenCorpus, n_sequences: int, packing: Packing):
         self.corpus = corpus
         self.n_sequences, self.seq_len, share = n_sequences, packing.seq_len, packing.validation_share
         self.n_validation = max(1, round(n_sequences * share)) if share > 0 else 0
         self.n_train = n_sequences - self.n_validation
         self._key = splitmix64(np.array([packing.seed % 2**64], dtype=np.uint64).view(np.int64))
+
+    @property
+    def contents(self) -> str:
+        """Describe the data in words, which are the same for the same tokens."""
+        return f"{self.corpus.n_tokens} tokens in {self.corpus.n_documents} {self.documents}"
 
     @property
     def content_hash(self) -> str:
@@ -168,11 +175,6 @@ class PackedSequences(Shuffled):
                 f"seq_len={T}: the data has {corpus.n_tokens} tokens, {self.n_sequences} sequences of {T} + "
                 f"1; with {self.n_validation} held out none is left to train on: {shorter}give more text."
             )
-
-    @property
-    def contents(self) -> str:
-        """Describe the data in words, which are the same for the same tokens."""
-        return f"{self.corpus.n_tokens} tokens in {self.corpus.n_documents} documents"
 
     def tokens_of(self, numbers: np.ndarray) -> np.ndarray:
         """Return the token ids (N, T + 1) int64 of the sequences with these numbers (N,)."""

@@ -46,7 +46,7 @@ from dtensor_llama.data.sequences import SKIPPED, TokenCorpus, in_words
 from dtensor_llama.data.sources import FORMATS, Chunk, TextOptions, expand_paths, read_chunks
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
 from dtensor_llama.errors import UsageError
-from dtensor_llama.places import first_writable, is_full, readable, say_full
+from dtensor_llama.places import first_writable, readable, say_unwritten
 from dtensor_llama.terminal import make_streams_last
 
 FORMAT_VERSION = 2  # the version of the files of a corpus; since 2, meta.json has content_hash
@@ -152,7 +152,7 @@ def tokenize(
                 raise UsageError(f"{' '.join(paths)}: a file changed while it was read; start again.")
             os.rename(staging, folder)  # from this moment on the corpus exists
     except OSError as error:
-        reason = say_full(cache_dir) if is_full(error) else error
+        reason = say_unwritten(cache_dir, error)
         shutil.rmtree(cache_dir / f"{name}.partial", ignore_errors=True)  # else the disk stays full
         raise UsageError(
             f"the tokens cannot be written to {cache_dir}: {reason}; `cache_dir` names another folder."

@@ -336,7 +336,8 @@ def _added_ends(settings: dict, fast: tokenizers.Tokenizer | None, ids: EndIds, 
         said = settings.get(name)
         where = f"{folder / 'tokenizer_config.json'}: {name}"
         require(isinstance(said, bool | None), where, said, "true or false")
-        adds[name] = adds[name] if said is None else said
+        if said is not None:
+            adds[name] = said
     return AddedEnds(
         adds["add_bos_token"] and ids.bos is not None, adds["add_eos_token"] and ids.eos is not None
     )
