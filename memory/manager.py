@@ -187,7 +187,10 @@ class ChunkManager(ChunkStore):
                     self._begin_update()
                     self._issue(chunk, ready, DONE)
         self._release_finished()
-        self._bound_in_flight()
+        while sum(grad.nbytes for _, grad in self._in_flight) > IN_FLIGHT_BYTES:
+            # Backward waits here for the link, if the link is slower.
+            event, _ = self._in_flight.pop(0)
+            event.synchronize()
 
     def _collect_piece(self, piece: Piece, grad: Tensor, ready) -> None:
         """ready: the event of the gradient."""
@@ -223,12 +226,6 @@ class ChunkManager(ChunkStore):
         """Let go of gradients that have been copied or stepped with."""
         for entries in (self._in_flight, self._in_use):
             entries[:] = [entry for entry in entries if not entry[0].query()]
-
-    def _bound_in_flight(self) -> None:
-        """Let backward wait here for the link, if the link is slower."""
-        while sum(grad.nbytes for _, grad in self._in_flight) > IN_FLIGHT_BYTES:
-            event, _ = self._in_flight.pop(0)
-            event.synchronize()
 
     def finish_backward(self) -> None:
         """Collect the gradients that no hook has collected: those that stay in p.grad, those that came
