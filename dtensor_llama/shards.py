@@ -1,4 +1,5 @@
-"""This rank's part of a tensor: all of a plain one, or its shard of a DTensor."""
+"""This rank's part of a tensor: all of a plain one, or its shard of a DTensor. `reshard` frees what FSDP has
+gathered of the other parts."""
 
 from collections.abc import Iterable
 
