@@ -70,8 +70,8 @@ def on_first_rank(everywhere: Callable[[Callable], Any], do: Callable[[], Any]) 
 @contextmanager
 def whole_folder(
     final: Path, staged: Path, aside: Path, everywhere: Callable[[Callable], Any], keep_old: bool = False
-) -> Iterator[Path]:
-    """Build the folder `final` as `staged`, which is yielded, and rename it if the block succeeds.
+) -> Iterator[None]:
+    """Let the block build the folder `final` as `staged`, and rename it if the block succeeds.
 
     All ranks enter, on a file system that all of them see, and the block must raise on all of them or on
     none. A folder that has the final name already becomes `aside`, and is then removed unless `keep_old`.
@@ -99,7 +99,7 @@ def whole_folder(
 
     try:
         on_first_rank(everywhere, start)
-        yield staged
+        yield
         on_first_rank(everywhere, publish)
     finally:
         if is_first_rank():

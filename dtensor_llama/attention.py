@@ -71,21 +71,17 @@ class AttentionMask:
             ends = torch.cat([first, first.new_tensor([B * T])]).to(torch.int32)
             if device.type == "cuda" and not ends.is_cuda:
                 ends = ends.pin_memory()  # a copy from pageable memory would wait for the GPU
-            return AttentionMask(cu_seqlens=_of_any_length(ends.to(device, non_blocking=True)))
+            ends = ends.to(device, non_blocking=True)
+            # The number of documents differs between batches, and torch.compile shall compile once. The
+            # alternative, a fixed length with empty documents at the end, is expensive: FlashAttention's
+            # backward adds 128 rows of fp32 gradients for every document, an empty one too (2 MiB for the
+            # heads of 7B).
+            torch._dynamo.maybe_mark_dynamic(ends, 0)
+            return AttentionMask(cu_seqlens=ends)
         # (B, T): the index of each token's document
         document = starts.to(device, non_blocking=True).cumsum(-1)
         is_own = document[:, None, :, None] == document[:, None, None, :]
         return AttentionMask(dense=is_own & causal_mask(T, T, device))
-
-
-def _of_any_length(ends: Tensor) -> Tensor:
-    """Tell torch.compile that the number of documents differs between batches, so that it compiles once.
-
-    The alternative, a fixed length with empty documents at the end, is expensive: FlashAttention's backward
-    adds 128 rows of fp32 gradients for every document, an empty one too (2 MiB for the heads of 7B).
-    """
-    torch._dynamo.maybe_mark_dynamic(ends, 0)
-    return ends
 
 
 class WholeSequences:
@@ -321,11 +317,18 @@ def choose_attention(
     return "sdpa", f"flash-attn: {no_flash}{mask}"
 
 
-def _flash_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def _gpu_obstacle(kernel: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why a kernel for GPUs cannot run here: the device, or the dtype."""
     if device.type != "cuda":
-        return f"flash-attn needs an NVIDIA GPU and the device is {device.type}"
+        return f"{kernel} needs an NVIDIA GPU and the device is {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"flash-attn computes in bfloat16 and dtype={str(dtype).removeprefix('torch.')}"
+        return f"{kernel} computes in bfloat16 and dtype={str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def _flash_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    if obstacle := _gpu_obstacle("flash-attn", device, dtype):
+        return obstacle
     try:
         import flash_attn  # noqa: F401
     except ImportError as error:
@@ -336,8 +339,4 @@ def _flash_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 def _varlen_obstacle(device: torch.device, dtype: torch.dtype, documents: bool) -> str | None:
     if not documents:
         return "varlen_attn is for packed documents and `document_mask` is off"
-    if device.type not in ("cuda", "cpu"):
-        return f"varlen_attn needs an NVIDIA GPU and the device is {device.type}"
-    if device.type == "cuda" and dtype not in (torch.bfloat16, torch.float16):
-        return f"varlen_attn computes in bfloat16 and dtype={str(dtype).removeprefix('torch.')}"
-    return None
+    return None if device.type == "cpu" else _gpu_obstacle("varlen_attn", device, dtype)

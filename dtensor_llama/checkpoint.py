@@ -56,10 +56,10 @@ from dtensor_llama.atomic import (
     write_durably,
 )
 from dtensor_llama.errors import UsageError, listed, mismatches
-from dtensor_llama.optim import KeepsMasters
+from dtensor_llama.optim import KeepsMasters, State
 from dtensor_llama.places import free_bytes, is_full, say_full
 from dtensor_llama.shards import copies, local
-from dtensor_llama.weights import is_adapter
+from dtensor_llama.weights import Shapes, is_adapter
 
 NAME = re.compile(r"step-(\d{8,})")
 CHECKSUMS = "checksums.json"
@@ -106,7 +106,6 @@ class Checkpointer:
         self._group = (
             dist.new_group(backend="gloo", timeout=timedelta(hours=2)) if dist.is_initialized() else None
         )
-        self._rank = own_rank()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         # The stager keeps its buffers, since fresh pages would cost more than the copy. They are pageable,
         # since pinning takes longer than it saves.
@@ -119,7 +118,7 @@ class Checkpointer:
         self._everywhere = functools.partial(on_all_ranks, f"checkpoints in {self.folder}", group=self._group)
         on_first_rank(self._everywhere, self._start)
 
-    def save(self, step: int, state: dict[str, Any], wait: bool = False) -> float:
+    def save(self, step: int, state: State, wait: bool = False) -> float:
         """Write nested dicts of tensors and plain values; returns how many seconds the caller waited.
 
         It waits for the previous save, stages, and leaves the rest to the background unless `wait`. An error
@@ -144,7 +143,7 @@ class Checkpointer:
             self.wait()
         return time.perf_counter() - began
 
-    def _stage(self, state: dict[str, Any]) -> dict[str, Any]:
+    def _stage(self, state: State) -> State:
         """Copy the state, host tensors included, since the next step overwrites them. The `like` of a
         Deferred tensor takes its place."""
         rest = _map_leaves(state, lambda value: None if isinstance(value, Deferred) else value)
@@ -197,9 +196,7 @@ class Checkpointer:
         found = on_first_rank(self._everywhere, lambda: _complete(self.folder))
         return found[-1] if found else None
 
-    def load(
-        self, path: str | Path, state: dict[str, Any], refuse: Callable[[dict], None] | None = None
-    ) -> None:
+    def load(self, path: str | Path, state: State, refuse: Callable[[dict], None] | None = None) -> None:
         """Verify a checkpoint, then fill `state`: tensors in place (resharded as needed), values anew.
 
         refuse: is called with the `meta` of a training_state, and raises UsageError if it does not fit
@@ -210,7 +207,7 @@ class Checkpointer:
         path = Path(path)
         sums = self._everywhere(lambda: _checksums(path))[0]
         world = dist.get_world_size() if dist.is_initialized() else 1
-        mine = sorted(sums, key=lambda name: sums[name][0])[self._rank :: world]  # by size, for even shares
+        mine = sorted(sums, key=lambda name: sums[name][0])[own_rank() :: world]  # by size, for even shares
         found = self._everywhere(lambda: [_damage(path / name, *sums[name]) for name in mine])
         _refuse_damage(path, sum(found, []))
         reader = _Reader(path)
@@ -253,7 +250,7 @@ class Checkpointer:
         for waste in [*self.folder.glob("step-*.partial"), *self.folder.glob("step-*.deleting")]:
             shutil.rmtree(waste)
 
-    def _write(self, final: Path, staged: dict[str, Any], planner: "_SavePlanner") -> None:
+    def _write(self, final: Path, staged: State, planner: "_SavePlanner") -> None:
         """Write a staged state. This runs in the background, on every rank."""
         partial, superseded = (final.with_name(final.name + state) for state in (".partial", ".superseded"))
         self._needed_bytes = sum(self._everywhere(lambda: _bytes_of(staged)))
@@ -267,7 +264,7 @@ class Checkpointer:
                 self._free_when_it_failed = on_first_rank(self._everywhere, lambda: free_bytes(self.folder))
                 raise
             # Read back what this rank wrote: the sums also vouch for what the file system says it has.
-            mine = [*partial.glob(f"__{self._rank}_*"), *([partial / ".metadata"] if is_first_rank() else [])]
+            mine = [*partial.glob(f"__{own_rank()}_*"), *([partial / ".metadata"] if is_first_rank() else [])]
             sums = self._everywhere(lambda: {file.name: _size_and_crc(file) for file in mine})
             on_first_rank(self._everywhere, lambda: self._finish(partial, _step(final), sums))
         on_first_rank(self._everywhere, self._remove_oldest)
@@ -279,7 +276,9 @@ class Checkpointer:
     def _finish(self, partial: Path, step: float, sums: list[dict]) -> None:
         """Write the checksums, and set aside checkpoints of later steps: a run that went back to an earlier
         one has abandoned them, and resume="auto" must not return to them."""
-        of_all_files = {name: of_one for one_rank in sums for name, of_one in one_rank.items()}
+        of_all_files = {}
+        for of_one_rank in sums:
+            of_all_files |= of_one_rank
         write_durably(partial / CHECKSUMS, json.dumps(of_all_files, indent=1))
         for later in [path for path in _complete(self.folder) if _step(path) > step]:
             set_aside(later, later.with_name(later.name + ".superseded"))
@@ -306,7 +305,7 @@ class SavedWeights:
         progress = _read_progress(self.path)
         self.step, self.meta = progress["step"], progress["meta"]
 
-    def check(self, shapes: dict[str, tuple], derived: tuple[str, ...] = ()) -> None:
+    def check(self, shapes: Shapes, derived: tuple[str, ...] = ()) -> None:
         """Raise UsageError unless these parameters, by Hugging Face name, are what it holds. `derived` ones
         may be there too."""
         held = {
@@ -330,7 +329,7 @@ def training_state(
     step: int = 0,
     position: int = 0,
     meta: dict | None = None,
-) -> dict[str, Any]:
+) -> State:
     """Return all that a run needs to resume bit for bit, for Checkpointer.save.
 
     With a new model and optimizer it is also what Checkpointer.load fills.
@@ -363,7 +362,7 @@ def training_state(
     return state
 
 
-def restore_training_state(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+def restore_training_state(state: State, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     """Put a loaded training_state into effect; returns {"step": int, "position": int, "meta": dict}.
 
     Learning rate, betas and decay of the optimizer's groups become the saved ones, as in
@@ -386,13 +385,13 @@ def _generators() -> list[tuple[str, Any]]:
     return generators
 
 
-def _bytes_of(state: dict[str, Any]) -> int:
+def _bytes_of(state: State) -> int:
     """Estimate what this rank writes of the tensors; what several ranks hold alike is divided among them."""
     tensors = [value for _, value in _leaves(state) if isinstance(value, Tensor)]
     return sum((local(tensor).nbytes + BYTES_AROUND_A_TENSOR) // copies(tensor) for tensor in tensors)
 
 
-def _leaves(state: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(state: State, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted name, value) of every entry of nested dicts, named as DCP does."""
     for key, value in state.items():
         if isinstance(value, dict):
@@ -401,7 +400,7 @@ def _leaves(state: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{key}", value
 
 
-def _map_leaves(state: dict[str, Any], change: Callable, *others: dict[str, Any]) -> dict[str, Any]:
+def _map_leaves(state: State, change: Callable, *others: State) -> State:
     """Return nested dicts of the same keys with every entry changed: change(entry), or with others
     change(entry, their entries in the same place)."""
     mapped = {}
@@ -414,8 +413,7 @@ def _map_leaves(state: dict[str, Any], change: Callable, *others: dict[str, Any]
 
 def _complete(folder: Path) -> list[Path]:
     """Return the complete checkpoints, oldest first."""
-    paths = folder.iterdir() if folder.is_dir() else []
-    return sorted((path for path in paths if NAME.fullmatch(path.name)), key=_step)
+    return sorted((path for path in folder.glob("step-*") if NAME.fullmatch(path.name)), key=_step)
 
 
 def _step(path: Path) -> float:
@@ -480,7 +478,7 @@ def _read_progress(path: Path) -> dict:
     return json.loads(state["progress"])
 
 
-def _load_alone(path: Path, state: dict[str, Any]) -> None:
+def _load_alone(path: Path, state: State) -> None:
     """Fill `state` in this process, without the others."""
     try:
         dcp.load(state, storage_reader=_Reader(path), planner=_Planner(), no_dist=True)
@@ -505,7 +503,7 @@ def _refuse_other_kind(path: Path, names: set[str], stored: dict[str, Any]) -> N
         )
 
 
-def _refuse_other_model(path: Path, state: dict, names: set[str], stored: dict[str, Any]) -> None:
+def _refuse_other_model(path: Path, state: State, names: set[str], stored: dict[str, Any]) -> None:
     """Raise UsageError unless the checkpoint has what the run's state needs.
 
     state: this rank's; names and stored are as in _refuse_other_kind"""

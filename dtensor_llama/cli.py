@@ -251,27 +251,22 @@ def in_flags(message: str, config_class: type) -> str:
     """
     flags = _flags_by_field(config_class, "")
 
-    def with_value(match: re.Match) -> str:
-        flag, value = flags.get(match["field"]), match["value"]
+    def in_flag(match: re.Match) -> str:
+        flag, value = flags.get(match["alone"] or match["field"]), match["value"]
         if flag is None:
             return match[0]
         if value == "False":
             group, dot, name = flag.rpartition(".")
             return f"--{group}{dot}no-{name}"
-        return f"--{flag}" if value == "True" else f"--{flag} {value}"
+        return f"--{flag}" if match["alone"] or value == "True" else f"--{flag} {value}"
 
-    def alone(match: re.Match) -> str:
-        flag = flags.get(match["field"])
-        return match[0] if flag is None else f"--{flag}"
-
-    message = re.sub(r"`(?P<field>[a-z_.]+)`", alone, message)
-    return re.sub(r"(?<![\w./-])(?P<field>[a-z_.]+)=(?P<value>True\b|False\b|(?=\S))", with_value, message)
+    alone, with_value = r"`(?P<alone>[a-z_.]+)`", r"(?P<field>[a-z_.]+)=(?P<value>True\b|False\b|(?=\S))"
+    return re.sub(rf"{alone}|(?<![\w./-]){with_value}", in_flag, message)
 
 
 def _flags_by_field(config_class: type, prefix: str) -> dict[str, str]:
     """Map each field, as `group.field` and, if no other has its name, alone, to its flag without dashes."""
-    flags: dict[str, str] = {}
-    shared = set()
+    flags, shared = {}, set()
     hints = get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         flag = prefix + field.name.replace("_", "-")

@@ -23,7 +23,7 @@ from dtensor_llama.families import (
     read_fields,
     write_fields,
 )
-from dtensor_llama.generation_config import ends_of, joined_ends
+from dtensor_llama.generation_config import EosTokenId, ends_of, joined_ends
 from dtensor_llama.places import find_config, read_settings, refuse_hub_name
 from dtensor_llama.presets import PRESETS
 
@@ -96,7 +96,7 @@ class LlamaConfig:
     # 1 for each layer that rotates queries and keys, 0 for one that does without RoPE; None: all do
     no_rope_layers: list[int] | None = field(default=None, hash=False)
     bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = field(default=2, hash=False)
+    eos_token_id: EosTokenId = field(default=2, hash=False)
     pad_token_id: int | None = None
     # Fields of a config.json that the arithmetic does not depend on. They are carried on into an export.
     other_fields: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
@@ -109,8 +109,8 @@ class LlamaConfig:
             object.__setattr__(self, name, check(name, value))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             check_token_ids(name, getattr(self, name), self.vocab_size)
-        known = self.model_type in FAMILIES
-        require(known, "model_type", self.model_type, f"one of {', '.join(FAMILIES)}")
+        rule = f"one of {', '.join(FAMILIES)}"
+        require(self.model_type in FAMILIES, "model_type", self.model_type, rule)
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         # LLaMA's own config refuses it even where head_dim is given.
@@ -164,8 +164,7 @@ class LlamaConfig:
 
     def hides_tokens(self, n_tokens: int) -> bool:
         """Return whether in some layer a window hides tokens of a sequence of n_tokens."""
-        windows = [self.window(layer) for layer in range(self.num_hidden_layers)]
-        return any(window is not None and window < n_tokens for window in windows)
+        return any((self.window(layer) or n_tokens) < n_tokens for layer in range(self.num_hidden_layers))
 
     def rotates(self, layer: int) -> bool:
         """Return whether this layer has RoPE."""
@@ -174,7 +173,7 @@ class LlamaConfig:
     @property
     def n_parameters(self) -> int:
         """Return how many numbers the parameters have together; a tied matrix counts once."""
-        block = sum(prod(shape) for shape in self.block_weights().values())
+        block = sum(map(prod, self.block_weights().values()))
         matrices = 1 if self.tie_word_embeddings else 2
         return (
             self.num_hidden_layers * block + self.hidden_size + matrices * self.vocab_size * self.hidden_size

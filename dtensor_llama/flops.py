@@ -7,6 +7,7 @@ HFU: the same with recomputation counted, so the share of the peak that the devi
 """
 
 import functools
+import math
 import time
 from dataclasses import dataclass
 
@@ -95,20 +96,17 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3)
     a, b = (torch.randn(n, n, generator=stream, device=device).to(dtype) for _ in range(2))
     product = torch.empty(n, n, device=device, dtype=dtype)
 
-    def measure() -> float:
-        """Return the seconds of one product."""
-        start = time.perf_counter()
-        for _ in range(products_per_measurement):
-            torch.mm(a, b, out=product)
-        if on_gpu:
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - start) / products_per_measurement
+    def least_seconds(duration_s: float) -> float:
+        """Measure for so long, at least once. Return the seconds of the quickest product."""
+        best, ends = math.inf, time.perf_counter() + duration_s
+        while best == math.inf or time.perf_counter() < ends:
+            start = time.perf_counter()
+            for _ in range(products_per_measurement):
+                torch.mm(a, b, out=product)
+            if on_gpu:
+                torch.cuda.synchronize(device)
+            best = min(best, (time.perf_counter() - start) / products_per_measurement)
+        return best
 
-    warm_up_ends = time.perf_counter() + seconds / 3
-    measure()
-    while time.perf_counter() < warm_up_ends:
-        measure()
-    best, ends = measure(), time.perf_counter() + seconds * 2 / 3
-    while time.perf_counter() < ends:
-        best = min(best, measure())
-    return 2.0 * n**3 / best
+    least_seconds(seconds / 3)
+    return 2.0 * n**3 / least_seconds(seconds * 2 / 3)

@@ -61,11 +61,8 @@ def draw_gantt(
 
     idle: the colour of time without a bar. legend: colours by their meaning.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from matplotlib.colors import to_rgb
+    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     bars = list(chain.from_iterable(row.bars for row in rows))
@@ -73,7 +70,8 @@ def draw_gantt(
     length_s = max(1e-9, max(bar.end_s for bar in bars) - begin)
     unit, per_s = ("milliseconds", 1e3) if length_s < 10 else ("seconds", 1.0)
     height = sum(max(0.72, 0.42 * row.n_lanes) for row in rows) + (1.7 if legend else 1.3)
-    figure, axes = plt.subplots(figsize=(width, height), dpi=150)
+    figure = Figure(figsize=(width, height), dpi=150)
+    axes = figure.subplots()
     per_inch = per_s * length_s / (0.82 * width)
     ticks, labels = [], []
     for at, row in enumerate(rows):
@@ -109,4 +107,3 @@ def draw_gantt(
         figure.legend(handles=handles, loc="lower center", ncol=len(handles), fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.32 / height if legend else 0, 1, 1))
     figure.savefig(path)
-    plt.close(figure)

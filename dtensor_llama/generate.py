@@ -73,7 +73,7 @@ def continue_whole_sequences(
     prompts: list[list[int]],
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
-    token_multiple: int = 1,
+    token_multiple: int,
 ) -> list[list[int]]:
     """Continue prompts greedily, without a cache: whole sequences are computed anew for each token. Returns
     the new ids of each prompt, the stop id included.

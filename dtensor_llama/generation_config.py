@@ -6,6 +6,8 @@ from typing import Any
 from dtensor_llama.errors import require
 from dtensor_llama.places import read_settings
 
+EosTokenId = int | list[int] | None  # the tokens that end a text, in the three forms that a file may have
+
 
 def read_generation_config(folder: str | Path) -> dict:
     """Return the content of `generation_config.json` in a Hugging Face folder, empty if there is none. Raises
@@ -38,14 +40,14 @@ def generation_config(base: dict, config: Any, same_tokens: bool) -> dict:
     return {**ids, **kept} | ({} if ends is None else {"eos_token_id": ends})
 
 
-def ends_of(eos_token_id: int | list[int] | None) -> list[int]:
-    """Return the tokens that end a text as a list, from any of the three forms that a file may have."""
+def ends_of(eos_token_id: EosTokenId) -> list[int]:
+    """Return the tokens that end a text as a list."""
     if eos_token_id is None:
         return []
     return eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
 
 
-def joined_ends(*eos_token_ids: int | list[int] | None) -> int | list[int] | None:
+def joined_ends(*eos_token_ids: EosTokenId) -> EosTokenId:
     """Return an eos_token_id with the tokens of all of them; each is listed once, in the order they came."""
     ends = list(dict.fromkeys(end for several in map(ends_of, eos_token_ids) for end in several))
     return ends if len(ends) > 1 else (ends or [None])[0]

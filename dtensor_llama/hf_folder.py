@@ -103,7 +103,7 @@ def export(
     save_tokenizer(tokenizer, folder, chat_template)
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path, chat_template: str | None = None) -> None:
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, chat_template: str | None) -> None:
     """Write the tokenizer's files into a folder. All ranks enter, and return when rank 0 has written them."""
     everywhere = partial(on_all_ranks, f"saving the tokenizer in {folder}")
     on_first_rank(everywhere, lambda: tokenizer.save(folder, chat_template))

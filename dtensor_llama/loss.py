@@ -115,6 +115,7 @@ def take_columns(x: Tensor, columns: Tensor) -> Tensor:
 
 
 TokenLoss = Callable[[Tensor, Tensor, Vocabulary], Tensor]
+LossAndGradient = tuple[Tensor, Tensor | None]  # of a chunk: the sum of its losses, and that by the logits
 
 
 def token_nll(logits: Tensor, labels: Tensor, vocab: Vocabulary) -> Tensor:
@@ -211,7 +212,7 @@ class _ChunkedTokenLoss(torch.autograd.Function):
 
 def _eager_loss_of_a_chunk(
     logits: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, loss_of: Callable, wants_grad: bool
-) -> tuple[Tensor, Tensor | None]:
+) -> LossAndGradient:
     """Return the sum of the losses of C tokens, and its gradient by the logits (C, V).
 
     hidden (C, D), weight (V, D), labels (C,). logits: memory for (C, V), or more, in fp32.
@@ -259,9 +260,7 @@ def choose_loss(device: torch.device) -> tuple[str, str]:
     return "compiled", "one pass over the logits"
 
 
-def _compiled_loss_of_a_chunk(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *rest
-) -> tuple[Tensor, Tensor | None]:
+def _compiled_loss_of_a_chunk(hidden: Tensor, weight: Tensor, labels: Tensor, *rest) -> LossAndGradient:
     if hidden.shape[0] == 1:  # torch.compile would make a graph of its own for a single token
         logits = hidden.new_empty(1, len(weight), dtype=torch.float32)
         return _eager_loss_of_a_chunk(logits, hidden, weight, labels, *rest)
@@ -279,7 +278,7 @@ def _compiled() -> Callable:
 
 def loss_and_gradient(
     hidden: Tensor, weight: Tensor, labels: Tensor, loss_of: Callable, wants_grad: bool
-) -> tuple[Tensor, Tensor | None]:
+) -> LossAndGradient:
     """Compute what _eager_loss_of_a_chunk computes, as one graph whose fp32 numbers stay in registers."""
     logits = (hidden @ weight.T).float()
     if not wants_grad:

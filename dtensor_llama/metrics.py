@@ -26,7 +26,7 @@ import torch.distributed as dist
 from dtensor_llama.clock import moment, seconds_between
 from dtensor_llama.errors import UsageError
 from dtensor_llama.flops import Utilization
-from dtensor_llama.places import is_full, say_full
+from dtensor_llama.places import say_full, say_unwritten
 
 GIB = 2**30
 
@@ -54,7 +54,7 @@ class RunReport:
         self.reading, self.memory = LateReader(device), PeakMemory(device)
         # Only the rank that logs knows the rows from before a resumption, and all ranks must count alike.
         counts = torch.tensor(skipped_so_far(log.rows if log else []))
-        _highest_of_all_ranks(counts)
+        highest_of_all_ranks(counts)
         self.skipped = SkippedSteps(skip_nonfinite, *counts.tolist())
 
     def begin_step(self) -> None:
@@ -69,7 +69,7 @@ class RunReport:
         device, the same on every rank"""
         # A step that was only launched has had its peak already, because the allocator runs on the host.
         peaks = torch.tensor(self.memory.take(), dtype=torch.float64)
-        _highest_of_all_ranks(peaks)
+        highest_of_all_ranks(peaks)
         device_gib, host_gib, reserved_gib, _ = (peaks / GIB).tolist()
         row = {
             "step": step,
@@ -119,7 +119,7 @@ class RunReport:
             self.log.say(text)
 
 
-def _highest_of_all_ranks(values: torch.Tensor) -> None:
+def highest_of_all_ranks(values: torch.Tensor) -> None:
     """Replace each value, on the host, by its maximum over all ranks."""
     if dist.is_initialized():
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
@@ -176,8 +176,8 @@ class RunLog:
                 os.ftruncate(self.file.fileno(), self.good_bytes)
             if not was_full:
                 self.say(
-                    f"note: a row of {self.path} cannot be written ({self._reason(error)}); training "
-                    "goes on, and the rows are written when there is room"
+                    f"note: a row of {self.path} cannot be written ({say_unwritten(self.path.parent, error)}"
+                    "); training goes on, and the rows are written when there is room"
                 )
             return
         self.good_bytes += len(data)
@@ -191,12 +191,9 @@ class RunLog:
         except OSError as error:
             self.tensorboard = None
             self.say(
-                f"note: TensorBoard's events cannot be written ({self._reason(error)}); metrics.jsonl "
-                "has the same numbers"
+                f"note: TensorBoard's events cannot be written ({say_unwritten(self.path.parent, error)}); "
+                "metrics.jsonl has the same numbers"
             )
-
-    def _reason(self, error: OSError) -> str:
-        return say_full(self.path.parent) if is_full(error) else str(error)
 
     def _on_thread_failure(self, failure) -> None:
         """Print no traceback of TensorBoard's writing thread: its error is raised in the main thread too."""
@@ -247,12 +244,10 @@ def read_metrics(path: Path) -> list[dict]:
 
 def draw_loss_curve(rows: list[dict], path: Path) -> None:
     """Draw the loss over tokens as a PNG: each step faint, a running mean over it, validation as dots."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
     rows = [row for row in rows if row["loss"] is not None]  # a skipped step may have no loss
     tokens, losses = [row["tokens"] / 1e6 for row in rows], [row["loss"] for row in rows]
     window = max(1, len(losses) // 50)
@@ -280,9 +275,7 @@ def draw_loss_curve(rows: list[dict], path: Path) -> None:
         figure.savefig(path)
     except OSError as error:  # not fatal: metrics.jsonl has the numbers
         path.unlink(missing_ok=True)
-        reason = say_full(path.parent) if is_full(error) else error
-        print(f"note: {path} cannot be drawn ({reason})", flush=True)
-    pyplot.close(figure)
+        print(f"note: {path} cannot be drawn ({say_unwritten(path.parent, error)})", flush=True)
 
 
 class LateReader:
@@ -498,8 +491,8 @@ class _Bar:
     def __init__(self, first_step: int, steps: int):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.steps, self.last_line, self.first_row = steps, time.monotonic(), True
-        self.rich = None
+        self.steps, self.rich = steps, None
+        self.last_line = -math.inf  # when a line was printed; the first row has one at once
         if sys.stdout is not None and sys.stdout.isatty():
             self.rich = Progress(
                 TextColumn("training"),
@@ -516,14 +509,10 @@ class _Bar:
         text = f"loss {loss}  {row['tokens_per_second']:,.0f} tokens/s"
         if self.rich:
             self.rich.update(self.task, completed=row["step"], row=text)
-        elif (
-            self.first_row
-            or row["step"] == self.steps
-            or time.monotonic() - self.last_line > self.LINE_EVERY_S
-        ):
+        elif row["step"] == self.steps or time.monotonic() - self.last_line > self.LINE_EVERY_S:
             left = (self.steps - row["step"]) * row["step_seconds"]
             print(f"step {row['step']}/{self.steps}  {text}  {_duration(left)} left", flush=True)
-            self.last_line, self.first_row = time.monotonic(), False
+            self.last_line = time.monotonic()
 
     def say(self, text: str) -> None:
         if self.rich:

@@ -117,7 +117,7 @@ def first_writable(folders: Sequence[str | Path]) -> tuple[Path, str]:
     first of all). The folder is made if needed.
 
     Raises the OSError of the first one if none can be written."""
-    failures = []
+    why_not_first = ""
     for folder in folders:
         path, reason = _named(folder)
         if not reason:
@@ -125,11 +125,11 @@ def first_writable(folders: Sequence[str | Path]) -> tuple[Path, str]:
                 path.mkdir(parents=True, exist_ok=True)
                 # Permissions alone are not enough: a file system may be read-only.
                 with tempfile.TemporaryFile(dir=path):
-                    return path, failures[0] if failures else ""
+                    return path, why_not_first
             except OSError as error:
                 reason = error.strerror or str(error)
-        failures.append(f"{folder} cannot be written: {reason}")
-    raise OSError(failures[0])
+        why_not_first = why_not_first or f"{folder} cannot be written: {reason}"
+    raise OSError(why_not_first)
 
 
 def is_full(error: BaseException) -> bool:
@@ -149,6 +149,11 @@ def say_full(folder: str | Path, needed_bytes: int | None = None) -> str:
     """Return the text of an error message about a full disk."""
     needed = "" if needed_bytes is None else f"about {needed_bytes / 1e6:,.1f} MB are needed and "
     return f"no space is left on the disk of {folder}: {needed}{free_bytes(folder) / 1e6:,.1f} MB are free"
+
+
+def say_unwritten(folder: str | Path, error: OSError) -> str:
+    """Return why something cannot be written into a folder, as a part of a message."""
+    return say_full(folder) if is_full(error) else str(error)
 
 
 def _named(folder: str | Path) -> tuple[Path, str]:

@@ -46,12 +46,6 @@ def _llama3_scaling(factor: float) -> dict[str, Any]:
     }
 
 
-_LLAMA2_13B = {
-    "hidden_size": 5120,
-    "intermediate_size": 13824,
-    "num_hidden_layers": 40,
-    "num_attention_heads": 40,
-}
 _LLAMA2_70B = {
     "hidden_size": 8192,
     "intermediate_size": 28672,
@@ -83,7 +77,12 @@ _QWEN3 = {
 PRESETS: dict[str, dict[str, Any]] = {
     # arXiv:2307.09288 and the config.json files Meta published beside it; context 4096
     "llama2-7b": {},
-    "llama2-13b": _LLAMA2_13B,
+    "llama2-13b": {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+    },
     "llama2-70b": _LLAMA2_70B,
     # arXiv:2302.13971, table 2; context 2048
     "llama1-7b": _llama1(4096, 11008, 32, 32),

@@ -29,8 +29,11 @@ from dtensor_llama.flops import Utilization, peak_flops
 from dtensor_llama.loss import choose_loss
 from dtensor_llama.metrics import RunLog, RunReport, draw_loss_curve
 from dtensor_llama.schedule import Schedule, learning_rate
+from dtensor_llama.terminal import Say
 
 LOOK_FOR_LAUNCHER_S = 1.0
+
+Values = dict[str, Any]  # by name, as JSON holds them
 
 # Names in what a checkpoint records about its run, beside what must be the same.
 GENERATION = "generation_config.json"  # its content, which does not concern the training
@@ -80,7 +83,7 @@ class StopSignal:
         folder locked. So `asked` is set within a second or two of its end, and `say` prints a line.
     """
 
-    def __init__(self, launcher_pid: int | None = None, say: Callable[[str], None] = lambda text: None):
+    def __init__(self, launcher_pid: int | None, say: Say):
         self.asked = False
         if launcher_pid is not None:
             threading.Thread(target=self._watch, args=(launcher_pid, say), daemon=True).start()
@@ -89,7 +92,7 @@ class StopSignal:
             signal.signal(signal.SIGHUP, self._ask)
         signal.signal(signal.SIGINT, self._ask)
 
-    def _watch(self, launcher_pid: int, say: Callable[[str], None]) -> None:
+    def _watch(self, launcher_pid: int, say: Say) -> None:
         while os.getppid() == launcher_pid:  # an orphan has another parent
             time.sleep(LOOK_FOR_LAUNCHER_S)
         say("the launcher is gone; the run stops as if it had been asked to")
@@ -111,11 +114,11 @@ class RunRecord:
     The names are those that the user knows, such as flags: they stand in messages and in the checkpoint.
     """
 
-    fixed: dict[str, Any]  # must be the same, or the data position and the weights would mean something else
-    settings: dict[str, Any]  # may change, and the resumed run prints how; Schedule's fields are among them
-    generation: dict[str, Any]  # the content of generation_config.json, for an export
+    fixed: Values  # must be the same, or the data position and the weights would mean something else
+    settings: Values  # may change, and the resumed run prints how; Schedule's fields are among them
+    generation: Values  # the content of generation_config.json, for an export
 
-    def to_meta(self) -> dict[str, Any]:
+    def to_meta(self) -> Values:
         """Return the `meta` for training_state."""
         return {**self.fixed, SETTINGS: self.settings, GENERATION: self.generation}
 
@@ -126,7 +129,7 @@ def resume(
     model: nn.Module,
     optimizer: Optimizer,
     record: RunRecord,
-    say: Callable[[str], None],
+    say: Say,
 ) -> tuple[int, int]:
     """Load the checkpoint that was asked for; returns (steps done, sequences read), zeros for a fresh start.
 
@@ -150,7 +153,7 @@ def resume(
     if record.fixed.get(CONTENT) and not meta.get(CONTENT):  # an older checkpoint
         say(f"resuming  unchecked: the checkpoint does not record {CONTENT}; it must be the same as before")
 
-    def rate_of(settings: dict[str, Any]) -> float:
+    def rate_of(settings: Values) -> float:
         return learning_rate(Schedule.named(settings), step)
 
     for change in changed_settings(meta, record.to_meta(), step, rate_of):
@@ -200,13 +203,13 @@ def _compared(value: Any) -> Any:
     return _ADDED_LATER | {name: own for name, own in value.items() if name != "other_fields"}
 
 
-def _changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+def _changes(before: Values, after: Values) -> list[str]:
     return [
         f"{name} {before.get(name)} -> {after[name]}" for name in after if before.get(name) != after[name]
     ]
 
 
-def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+def _changed(before: Values, after: Values) -> list[str]:
     """Describe the settings that have changed, without those that `before` does not know."""
     return _changes(before, {name: value for name, value in after.items() if name in before})
 
@@ -249,7 +252,7 @@ class RunFacts:
 def open_report(
     run_dir: Path,
     first_step: int,
-    settings: dict[str, Any],
+    settings: Values,
     facts: RunFacts,
     data_lines: list[str],
     launch: Launch,
@@ -277,11 +280,11 @@ def open_report(
 
 def describe_run(
     run_dir: Path,
-    settings: dict[str, Any],
+    settings: Values,
     facts: RunFacts,
     peak: tuple[float, str],
     data_lines: list[str],
-    say: Callable[[str], None],
+    say: Say,
 ) -> None:
     """Write the run's config.json, and print what is about to happen.
 

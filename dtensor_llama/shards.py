@@ -1,8 +1,12 @@
-"""This rank's part of a tensor: all of a plain one, or its shard of a DTensor."""
+"""This rank's part of a tensor: all of a plain one, or its shard of a DTensor. `reshard` frees what FSDP has
+gathered of the other parts."""
+
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
@@ -20,3 +24,12 @@ def copies(tensor: Tensor) -> int:
     for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
         ranks *= size if placement.is_replicate() else 1
     return ranks
+
+
+def reshard(models: Iterable[nn.Module]) -> None:
+    """Free the weights that FSDP has gathered for forwards that no backward follows. Left gathered, they
+    would be stale after the next optimizer step."""
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()

@@ -11,7 +11,9 @@ import os
 import select
 import signal
 import sys
+from collections.abc import Callable
 
+Say = Callable[[str], None]  # prints a line of a run, on the rank that prints
 STDOUT, STDERR = 1, 2
 
 

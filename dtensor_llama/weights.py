@@ -52,7 +52,10 @@ WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.")
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPES = FLOATS | {"I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}  # the others: of buffers
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+Shapes = dict[str, tuple]  # of tensors, by name
 Box = tuple[tuple[int, ...], tuple[int, ...], Tensor]
+NamedBoxes = Iterator[tuple[str, Box]]  # each with the name of its tensor
+Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]  # of the tensors of a file, by name
 
 
 class Stored(NamedTuple):
@@ -136,7 +139,9 @@ def load_hf(model: nn.Module, folder: str | Path) -> None:
     everywhere = functools.partial(on_all_ranks, f"loading {folder}")
     held = everywhere(lambda: {name: tuple(param.shape) for name, param in parameters.items()})
     # Under pp a rank holds only some of the parameters.
-    wanted = {name: shape for one_rank in held for name, shape in one_rank.items()}
+    wanted = {}
+    for of_one_rank in held:
+        wanted |= of_one_rank
     tied = _is_tied(model)
     stored = everywhere(lambda: _checked(folder, wanted, tied), share=False)
 
@@ -217,7 +222,7 @@ def save_hf(
     tensors = {name: share[:2] for one_rank in shares for name, share in one_rank.items()}
     writer = writers(shares)
 
-    def own_boxes(names: list[str]) -> Iterator[tuple[str, Box]]:
+    def own_boxes(names: list[str]) -> NamedBoxes:
         for name in names:
             boxes = packed_boxes(held[name], whole_shapes[name]) if name in held else []
             mine = [box[:2] for box in boxes if writer[name, box[0], box[1]] == own_rank()]
@@ -237,7 +242,7 @@ def save_hf(
 def save_hf_in_parts(
     folder: str | Path,
     config: Any,
-    shapes: dict[str, tuple],
+    shapes: Shapes,
     dtype: torch.dtype,
     read: Callable[[list[str]], dict[str, Tensor]],
     max_shard_bytes: int = 5_000_000_000,
@@ -249,7 +254,7 @@ def save_hf_in_parts(
     """
     tensors = {name: (DTYPE_NAMES[dtype], tuple(shape)) for name, shape in shapes.items()}
 
-    def boxes(names: list[str]) -> Iterator[tuple[str, Box]]:
+    def boxes(names: list[str]) -> NamedBoxes:
         for name, tensor in read(names).items():
             for box in local_boxes(tensor):
                 yield name, box
@@ -362,7 +367,7 @@ def batches(shape: tuple, offsets: tuple, sizes: tuple, most: int) -> Iterator[l
         yield batch
 
 
-def _checked(folder: Path, wanted: dict[str, tuple], tied: bool) -> dict[str, Stored]:
+def _checked(folder: Path, wanted: Shapes, tied: bool) -> dict[str, Stored]:
     """Return the place of every tensor in the folder. Raises one UsageError that lists all that does not fit
     a model with the `wanted` parameters (name -> shape)."""
     stored, problems, indexed = _read_headers(folder)
@@ -487,7 +492,7 @@ def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
 
 
 def _share(
-    parameters: dict[str, nn.Parameter], whole_shapes: dict[str, tuple], dtype: torch.dtype | None
+    parameters: dict[str, nn.Parameter], whole_shapes: Shapes, dtype: torch.dtype | None
 ) -> dict[str, tuple]:
     """Return what this rank holds: name -> (dtype in the file, whole shape, [(offsets, sizes) of boxes])."""
     share = {}
@@ -556,8 +561,8 @@ def _save(
     plan: FilePlan,
     config: Any,
     generation: Any,
-    boxes: Callable[[list[str]], Iterator[tuple[str, Box]]],
-    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    boxes: Callable[[list[str]], NamedBoxes],
+    convert: Convert | None = None,
 ) -> None:
     """Write a Hugging Face folder in one step.
 
@@ -625,9 +630,7 @@ def _create(folder: Path, staged: Path, plan: FilePlan, config: Any, generation:
     write_durably(staged / "generation_config.json", _as_json(generation))
 
 
-def _convert_files(
-    folder: Path, staged: Path, plan: FilePlan, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
-) -> None:
+def _convert_files(folder: Path, staged: Path, plan: FilePlan, convert: Convert) -> None:
     """Write each file anew with what `convert` makes of its tensors. They are read whole, one after another,
     and the disk has room for one of them twice, or UsageError says so."""
     weight_map = {}

@@ -117,7 +117,9 @@ class ActivationOffload:
     def _forward(self, i: int, inner: Callable, x: Tensor, *args, **kwargs):
         if not torch.is_grad_enabled():
             return inner(x, *args, **kwargs)
-        if not _is_dense(local(x)):
+        # The input is copied as one run of bytes, so it has to fill its range of the storage without gaps.
+        here = local(x)
+        if here.numel() and _extent(here) != here.numel():
             x = x.contiguous()
         self._entering, self._entered = (i, local(x)), None
         try:
@@ -228,9 +230,3 @@ class ActivationOffload:
 
 def _extent(tensor: Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Return whether the tensor fills its range of the storage without gaps, so that it can be copied as one
-    run of bytes."""
-    return tensor.numel() == 0 or _extent(tensor) == tensor.numel()

@@ -11,13 +11,13 @@ from dataclasses import astuple, replace
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
 from dtensor_llama.errors import UsageError
 from dtensor_llama.host import free_host_memory
+from dtensor_llama.metrics import highest_of_all_ranks
 from memory.chunk import chunk_size
 from memory.config import MemoryConfig
-from memory.home import Home, StateFormat
+from memory.home import ByAccount, Home, StateFormat
 from memory.placement import ChunkSizes, Plan, auto_plan, reason_to_replan, static_plan, with_prediction
 from memory.tracer import Counters, MachineRates, StepTrace, Tracer
 
@@ -35,7 +35,7 @@ HOST_SHARE = 0.9  # of the host's free memory: the page cache and the data reade
 def foresee(
     n_parameters: int,
     asked: MemoryConfig | None,
-    budgets: dict[str, int],
+    budgets: ByAccount,
     rates: dict,
     traced: dict,
     run: dict,
@@ -92,10 +92,9 @@ class AutoPolicy:
         self.tracer = None
 
     def _all_ranks(self, yes: bool) -> bool:
-        answer = torch.tensor([yes], dtype=torch.uint8)  # on the host, so that the device is not waited for
-        if dist.is_initialized():
-            dist.all_reduce(answer, dist.ReduceOp.MIN)
-        return bool(answer.item())
+        refuses = torch.tensor([not yes], dtype=torch.uint8)
+        highest_of_all_ranks(refuses)  # on the host, so that the device is not waited for
+        return not refuses.item()
 
     @property
     def is_tracing(self) -> bool:
@@ -140,8 +139,7 @@ class AutoPolicy:
         and the one with the highest peak runs out of memory first."""
         own = self.tracer.result(self._held_while_traced(), self.manager.other_host_bytes)
         numbers = torch.tensor(astuple(own), dtype=torch.float64)
-        if dist.is_initialized():
-            dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        highest_of_all_ranks(numbers)
         peak, forward, backward, host = numbers.tolist()
         return StepTrace(int(peak), forward, backward, int(host))
 
@@ -180,15 +178,15 @@ class AutoPolicy:
         # Without clipping the update also waits for gradients, during backward.
         update_s = manager.host_update_seconds() if manager.loop.clips else None
         held = manager.bytes_needed(manager.plan, traced=True)["device"]
-        peak = held + self.traced.non_model_peak_bytes
+        other = self.traced.non_model_peak_bytes
         if manager.is_cuda:
-            peak = sum(self.counters.read())
+            other = sum(self.counters.read()) - held
         expected_s = manager.plan.seconds.get("update", 0.0)
-        reason = reason_to_replan(manager.plan, peak, update_s or expected_s)
+        reason = reason_to_replan(manager.plan, held + other, update_s or expected_s)
         if self._all_ranks(reason is None):
             return None
-        if reason and peak > self.traced.non_model_peak_bytes + held:
-            self.traced = replace(self.traced, non_model_peak_bytes=peak - held)
+        if reason and other > self.traced.non_model_peak_bytes:
+            self.traced = replace(self.traced, non_model_peak_bytes=other)
         elif reason and update_s:
             self.rates = self.rates.scaled(expected_s / update_s)
         return reason or "another rank asked for it"

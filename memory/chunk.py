@@ -40,6 +40,9 @@ STAGGER = 1024
 ALIGN = 64  # elements: pieces begin where a vector register and a cache line begin
 
 
+Group = dict[str, Any]  # of an optimizer's param_groups
+
+
 class State(Enum):
     """Says what a chunk waits for. Copies of an update may still be under way on a lane when the chunk is
     idle again: `weights_done` is the event of its new weights."""
@@ -108,7 +111,7 @@ class ParamState:
 
     name: str
     parameter: nn.Parameter
-    group: dict[str, Any]  # the optimizer's: its lr, weight_decay and so on are read at each step
+    group: Group  # its lr, weight_decay and so on are read at each step
     copies: int  # ranks that hold the same elements
     is_tied: bool  # its gradient changes after backward, or its weight is read outside forward
     owner: nn.Module
@@ -331,8 +334,7 @@ def cut(
     """Cut the shards, in this order, into chunks. At any time one chunk is open per group; chunks are in the
     order of their first pieces."""
     assert chunk_elements % ALIGN == 0, chunk_elements
-    chunks: list[Chunk] = []
-    open_chunks: dict[int, Chunk] = {}
+    chunks, open_chunks = [], {}
     for param in params:
         done, n = 0, local(param.parameter).numel()
         while done < n:

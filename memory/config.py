@@ -30,13 +30,17 @@ class MemoryConfig:
     # AdamW compiled by torch.compile, or torch's fused AdamW in blocks
     kernel: Literal["auto", "compiled", "blocks"] = "auto"
 
+    def _given(self, *names: str) -> dict[str, float]:
+        """Return {name=value: value} of those of the settings that are not left open."""
+        values = {name: getattr(self, name) for name in names}
+        return {f"{name}={value:g}": value for name, value in values.items() if value is not None}
+
     def check(self) -> None:
         """Raise UsageError for what is impossible. It looks at the settings alone, so it can be called before
         anything is made."""
-        fractions = {"resident": self.resident, "stream": self.stream, "cpu": self.cpu}
-        budgets = {"device_budget_gib": self.device_budget_gib, "host_budget_gib": self.host_budget_gib}
-        given = {f"{name}={value:g}": value for name, value in fractions.items() if value is not None}
-        given_budgets = {f"{name}={value:g}": value for name, value in budgets.items() if value is not None}
+        fractions = ("resident", "stream", "cpu")
+        given = self._given(*fractions)
+        given_budgets = self._given("device_budget_gib", "host_budget_gib")
         if self.placement == "off":
             idle = [*given, *given_budgets, *["draw=True"] * self.draw]
             idle += [] if self.kernel == "auto" else [f"kernel={self.kernel}"]
@@ -63,7 +67,7 @@ class MemoryConfig:
             )
         if self.placement == "static":
             if len(given) < 3:
-                missing = [f"`{name}`" for name, value in fractions.items() if value is None]
+                missing = [f"`{name}`" for name in fractions if getattr(self, name) is None]
                 raise UsageError(
                     f"placement=static needs {' and '.join(missing)}: fractions of the parameters that sum "
                     "to 1, for example resident=0.5 stream=0.2 cpu=0.3."

@@ -12,6 +12,8 @@ from enum import StrEnum
 
 import torch
 
+ByAccount = dict[str, int]  # bytes on the "device" and on the "host"
+
 
 class Home(StrEnum):
     """Names where the optimizer state of a chunk lives, and which processor steps it."""
@@ -46,7 +48,7 @@ class StateFormat:
             states["grad_accum"] = "device", float32
         return states
 
-    def bytes_per_parameter(self, home: Home) -> dict[str, int]:
+    def bytes_per_parameter(self, home: Home) -> ByAccount:
         """Return bytes by account, without the weight. A gradient that the device steps with waits there;
         where gradients accumulate in a tensor of their own, that one is counted instead."""
         tensors = self.tensors(home)

@@ -1,10 +1,11 @@
 """The inputs of a ChunkManager besides the model, its optimizer and its configuration."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
+from dtensor_llama.terminal import Say
 from memory.activations import ActivationOffload
 from memory.lanes import Lanes
 from memory.placement import Plan
@@ -48,7 +49,7 @@ class Machine:
     ranks_per_host: int = 1
     rates: MachineRates | None = None
     compute_seconds: tuple[float, float] | None = None
-    say: Callable[[str], None] = lambda text: None
+    say: Say = lambda text: None
 
 
 @dataclass(frozen=True)

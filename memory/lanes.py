@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+Event = tuple[str, str, float, float]  # what was done, its lane, start and end in seconds
 HOST_ADAM, DEVICE_ADAM = "host adam", "device adam"
 # torch.accelerator.empty_host_cache is public from torch 2.13 on.
 _empty_host_cache = getattr(torch.accelerator, "empty_host_cache", None) or torch._C._host_emptyCache
@@ -125,9 +126,8 @@ class Lanes:
         if self.recording:
             self._noted.append((what, lane, start, end))
 
-    def events(self) -> list[tuple[str, str, float, float]]:
-        """Return (what, lane, start, end), in seconds of `clock`, of all work that ran while recording. All
-        of it must have ended."""
+    def events(self) -> list[Event]:
+        """Return all work that ran while recording, in seconds of `clock`. All of it must have ended."""
         zero = self.compute.now(timing=True)
         zero.synchronize()
         zero_s = self.clock()

@@ -36,7 +36,7 @@ from memory.config import MemoryConfig
 from memory.home import Home
 from memory.inputs import Machine, Overrides, TrainingLoop
 from memory.kernel import HyperParameters, Kernel
-from memory.lanes import DONE, hold_to_budget
+from memory.lanes import DONE, Event, hold_to_budget
 from memory.optimizer import ChunkOptimizer, check_adamw
 from memory.placement import Plan, describe_measured, with_prediction
 from memory.store import IN_FLIGHT_BYTES, MASTER_AND_MOMENTS, ChunkStore
@@ -74,7 +74,7 @@ class ChunkManager(ChunkStore):
         for piece in self.pieces:
             piece.norm = self._zero
         copies = [piece.param.copies for piece in self.pieces]
-        # the weight of each piece's square in the sum over the world
+        # The weight of each piece's square in the sum over the world.
         self.shares = 1 / torch.tensor(copies, dtype=torch.float64, device=self.device)
         self.clip: Tensor | None = None  # factor of the next step; nan: the step shall change nothing
         self._host_clip = torch.ones((), pin_memory=self.is_cuda)  # 1: there is no factor
@@ -128,8 +128,10 @@ class ChunkManager(ChunkStore):
         self._handles = []
         wait = lambda *_: self.wait()
         for module in {self.model, *self.parts}:  # what reads or writes all weights comes after the update
-            self._handles.append(module.register_state_dict_pre_hook(wait))
-            self._handles.append(module.register_load_state_dict_pre_hook(wait))
+            self._handles += [
+                module.register_state_dict_pre_hook(wait),
+                module.register_load_state_dict_pre_hook(wait),
+            ]
         for param in self.params:
             param.parameter._has_chunks = True
             if not param.is_tied:
@@ -185,7 +187,10 @@ class ChunkManager(ChunkStore):
                     self._begin_update()
                     self._issue(chunk, ready, DONE)
         self._release_finished()
-        self._bound_in_flight()
+        while sum(grad.nbytes for _, grad in self._in_flight) > IN_FLIGHT_BYTES:
+            # Backward waits here for the link, if the link is slower.
+            event, _ = self._in_flight.pop(0)
+            event.synchronize()
 
     def _collect_piece(self, piece: Piece, grad: Tensor, ready) -> None:
         """ready: the event of the gradient."""
@@ -221,12 +226,6 @@ class ChunkManager(ChunkStore):
         """Let go of gradients that have been copied or stepped with."""
         for entries in (self._in_flight, self._in_use):
             entries[:] = [entry for entry in entries if not entry[0].query()]
-
-    def _bound_in_flight(self) -> None:
-        """Let backward wait here for the link, if the link is slower."""
-        while sum(grad.nbytes for _, grad in self._in_flight) > IN_FLIGHT_BYTES:
-            event, _ = self._in_flight.pop(0)
-            event.synchronize()
 
     def finish_backward(self) -> None:
         """Collect the gradients that no hook has collected: those that stay in p.grad, those that came
@@ -378,10 +377,11 @@ class ChunkManager(ChunkStore):
         happened."""
         self._issued.add(chunk)
         chunk.move_to(State.UPDATING)
-        collected = [piece for piece in chunk.pieces if piece.param.n_collected]
-        pieces = [(piece, piece.weight, _hyper(piece.param)) for piece in collected]
-        for piece in collected:
-            piece.param.weight_version = None  # until the next forward, or `wait`
+        pieces = []
+        for piece in chunk.pieces:
+            if piece.param.n_collected:
+                pieces.append((piece, piece.weight, _hyper(piece.param)))
+                piece.param.weight_version = None  # until the next forward, or `wait`
         if chunk.home is Home.RESIDENT:
             # On the caller's stream, so that what the caller computes next comes after it without a wait.
             self.lanes.resident.run(f"chunk {chunk.index}", self._adam_on_device(chunk.tensors, pieces))
@@ -402,11 +402,11 @@ class ChunkManager(ChunkStore):
         what = f"chunk {chunk.index}"
         whole_slot, freed = self.ring.popleft()
         slot = {name: tensor[: chunk.n] for name, tensor in whole_slot.items()}
-        home = {name: chunk.tensors[name] for name in slot}
+        home = chunk.tensors
 
         def copy(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:
-            for name, target in targets.items():
-                target.copy_(sources[name], non_blocking=True)
+            for name in slot:
+                targets[name].copy_(sources[name], non_blocking=True)
 
         loaded = self.lanes.h2d.run(what, partial(copy, slot, home), after=[freed, chunk.states_done])
         stepped = self.lanes.adam.run(what, self._adam_on_device(slot, pieces), after=[loaded, ready])
@@ -439,8 +439,8 @@ class ChunkManager(ChunkStore):
             chunk.end_update(DONE, DONE)
             return
         new, emptied = self.weight_buffers.popleft()
-        for event in (chunk.grads_copied, emptied):
-            event.synchronize()
+        chunk.grads_copied.synchronize()
+        emptied.synchronize()
         if self._host_began_s is None:
             self._host_began_s = self.lanes.clock()
         grad = chunk.tensors.get("grad_accum", chunk.tensors["grad_buffer"])
@@ -516,7 +516,7 @@ class ChunkManager(ChunkStore):
         self._phase = phase, now
 
     @property
-    def events(self) -> list[tuple[str, str, float, float]]:
+    def events(self) -> list[Event]:
         """See Lanes.events; in the order of their starts. Waits until all is over."""
         self.wait()
         noted = chain.from_iterable(lanes.events() for lanes in self._all_lanes)

@@ -26,7 +26,7 @@ import numpy as np
 
 from dtensor_llama.errors import UsageError
 from dtensor_llama.metrics import GIB
-from memory.home import Home, StateFormat
+from memory.home import ByAccount, Home, StateFormat
 from memory.tracer import MachineRates, StepTrace
 
 RESERVE = 0.03  # of the device budget: for fragments in the allocator, and for what the warm-up did not see
@@ -211,7 +211,7 @@ def static_plan(chunks: ChunkSizes, resident: float, stream: float, cpu: float) 
 
 
 def auto_plan(
-    chunks: ChunkSizes, budgets: dict[str, int], rates: MachineRates, traced: StepTrace, clips: bool = True
+    chunks: ChunkSizes, budgets: ByAccount, rates: MachineRates, traced: StepTrace, clips: bool = True
 ) -> Plan:
     """Return the plan with the fastest predicted step within both budgets, found by a scan of all plans.
 
@@ -254,7 +254,7 @@ def auto_plan(
 
 
 def _nothing_fits(
-    chunks: ChunkSizes, budgets: dict[str, int], traced: StepTrace, least_device: float, least_host: float
+    chunks: ChunkSizes, budgets: ByAccount, traced: StepTrace, least_device: float, least_host: float
 ) -> UsageError:
     """least_device, least_host: of the plans that the other budget allows."""
     n_total, other = sum(chunks.n_elements), traced.non_model_peak_bytes
@@ -403,7 +403,7 @@ def describe(plan: Plan) -> str:
 
 
 def describe_measured(
-    plan: Plan, step_seconds: float, host_update_seconds: float | None, peak_bytes: dict[str, int]
+    plan: Plan, step_seconds: float, host_update_seconds: float | None, peak_bytes: ByAccount
 ) -> str:
     """Return what was measured under a plan, beside what was predicted. peak_bytes: of what the manager
     holds, by account."""

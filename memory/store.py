@@ -35,7 +35,7 @@ from memory.chunk import (
     version_of,
 )
 from memory.config import MemoryConfig
-from memory.home import Home, StateFormat
+from memory.home import ByAccount, Home, StateFormat
 from memory.inputs import Machine, Overrides, TrainingLoop
 from memory.lanes import DONE, Lanes, device_memory, empty_caches, hold_to_budget, host_threads
 from memory.placement import (
@@ -99,8 +99,11 @@ class ChunkStore:
         weights = set(chain.from_iterable(part.parameters() for part in self.parts))
         self.weight_bytes = sum(local(weight).nbytes for weight in weights)
         self.host_share = host_share(machine.ranks_per_host, self.is_cuda)
-        budgets = {"device": config.device_budget_gib, "host": config.host_budget_gib}
-        self.budgets = {name: None if gib is None else int(gib * GIB) for name, gib in budgets.items()}
+        in_bytes = lambda gib: None if gib is None else int(gib * GIB)
+        self.budgets = {
+            "device": in_bytes(config.device_budget_gib),
+            "host": in_bytes(config.host_budget_gib),
+        }
         # What a plan of placement auto may take: what was asked for, or else what there is. The memory of the
         # activation offload has been allocated, so it is not free any more.
         self.room = {
@@ -130,7 +133,7 @@ class ChunkStore:
 
     # ---- the plan ------------------------------------------------------------------------------------------
 
-    def bytes_needed(self, plan: Plan, traced: bool = False) -> dict[str, int]:
+    def bytes_needed(self, plan: Plan, traced: bool = False) -> ByAccount:
         """Return the most bytes that a plan holds, by account: weights, states, buffers, and gradients that
         wait for their step or are on their way to the host. traced: those on their way are counted in what
         was traced."""

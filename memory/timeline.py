@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dtensor_llama.gantt import Bar, Row, busy_seconds, draw_gantt
-
-Event = tuple[str, str, float, float]  # name, lane, start and end in seconds
+from memory.lanes import Event
 
 LANES = {  # lane: (colour, label)
     "compute": ("#4c78a8", "compute"),

@@ -9,6 +9,7 @@ RAM, made by the thread that calls, as the engine makes them there.
 import json
 import os
 import platform
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from dtensor_llama.clock import moment, seconds_between
 from dtensor_llama.metrics import DevicePeak
+from dtensor_llama.terminal import Say
 from memory.kernel import Kernel, threads_of_torch
 from memory.lanes import Lanes, host_threads
 
@@ -69,10 +71,8 @@ def machine_key(device: torch.device, ranks_per_host: int = 1) -> str:
 
 
 def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*: *(.*\S)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def load_rates(
@@ -80,7 +80,7 @@ def load_rates(
     device: torch.device,
     kernel: str = "auto",
     ranks_per_host: int = 1,
-    say: Callable[[str], None] = lambda text: None,
+    say: Say = lambda text: None,
 ) -> MachineRates:
     """Return the rates of this machine from the JSON file `path`. If they are not there, they are measured,
     which takes some seconds, and added to it.
@@ -301,8 +301,10 @@ class Tracer:
         self.tracing = False
         self.hooks = []
         for module in modules:
-            self.hooks.append(module.register_forward_pre_hook(lambda *_: self._note("forward")))
-            self.hooks.append(module.register_forward_hook(self._after_forward))
+            self.hooks += [
+                module.register_forward_pre_hook(lambda *_: self._note("forward")),
+                module.register_forward_hook(self._after_forward),
+            ]
 
     def start_step(self) -> None:
         self.steps.append([])

@@ -27,8 +27,11 @@ from dtensor_llama.errors import UsageError
 from dtensor_llama.flops import hardware_flops_per_token, matmul_flops, model_flops_per_token
 from dtensor_llama.model import Llama
 from dtensor_llama.optim import build_adamw
+from dtensor_llama.shards import reshard
+from dtensor_llama.terminal import Say
 from memory import ChunkManager, Machine, MemoryConfig, TrainingLoop
 from memory.activations import ActivationOffload
+from memory.lanes import device_memory
 from memory.optimizer import ChunkOptimizer
 from memory.tracer import load_rates
 from parallel.apply import Computation, parallelize
@@ -40,7 +43,7 @@ from parallel.pipeline import Pipeline
 from parallel.plans.family import Family
 from parallel.plans.spread import materialize, spread_family
 from parallel.plans.stages import FamilyPipeline
-from parallel.zero import accumulation_count, reshard, set_gradient_sync
+from parallel.zero import accumulation_count, set_gradient_sync
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ def assemble(
     computation: Computation,
     build_optimizer: Callable[[Llama], Optimizer],
     offload: Offload | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    say: Say = lambda text: None,
 ) -> Training:
     """Spread `model` (on `meta`) over the mesh and give it an optimizer. The weights have no values yet.
 
@@ -203,8 +206,7 @@ def settle_memory(
         before anything starts, and not in the middle of its first step."""
     device, dtype = computation.device, computation.dtype
     memory, chosen = memory.settle(device, dtype, math.prod(config.sizes.values()))
-    if device.type == "cuda":
-        device_bytes = torch.cuda.get_device_properties(device).total_memory
+    if device_bytes := device_memory(device):
         per_parameter = memory.device_bytes_per_parameter(dtype.itemsize, n_microbatches)
         check_states(model, config, device_bytes, per_parameter)
     return memory, chosen

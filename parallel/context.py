@@ -139,18 +139,18 @@ class Ulysses:
     ) -> tuple[Tensor, AttentionMask | None]:
         """Return the position ids of this rank's share (B or 1, T/cp), and the mask of whole sequences."""
         _refuse_cache(cache)
-        positions, mask = self.whole.prepare(n_tokens * self.cp_mesh.size(), positions, None, device)
+        positions, mask = self.whole.prepare(n_tokens * self.sequence_ranks, positions, None, device)
         return shard_sequence(positions, self.cp_mesh, "ulysses"), mask
 
     def near(
         self, mask: AttentionMask | None, window: int, n_tokens: int, cache, device: torch.device
     ) -> AttentionMask:
         """Return the mask of whole sequences for layers with a sliding window."""
-        return self.whole.near(mask, window, n_tokens * self.cp_mesh.size(), None, device)
+        return self.whole.near(mask, window, n_tokens * self.sequence_ranks, None, device)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
         """q (B, T/cp, H, E), k and v (B, T/cp, K, E) -> (B, T/cp, H, E)."""
-        n_kv_heads = lcm(k.shape[2], self.cp_mesh.size())  # W: the least multiple of K that cp divides
+        n_kv_heads = lcm(k.shape[2], self.sequence_ranks)  # W: the least multiple of K that cp divides
         k, v = expand_heads(k, n_kv_heads), expand_heads(v, n_kv_heads)  # (B, T/cp, W, E)
         tokens, heads = Shard(1), Shard(2)
         # all-to-all: (B, T, H/cp or W/cp, E)
@@ -187,7 +187,7 @@ class Ring:
         """Return the position ids of this rank's share (B or 1, T/cp), and the document of each token of each
         rank's share (cp, B, T/cp), or None if each sequence is one document."""
         _refuse_cache(cache)
-        cp = self.cp_mesh.size()
+        cp = self.sequence_ranks
         if positions is None:
             whole = torch.arange(n_tokens * cp, device=device)[None]  # (1, T)
             return shard_sequence(whole, self.cp_mesh, "ring"), None
@@ -222,11 +222,9 @@ def ring_rounds(cp_rank: int, cp: int, n_tokens: int) -> list[Round]:
     rounds = [Round(cp_rank, everything, everything, causal=True)]  # a zigzag share is in ascending order
     for hop in range(1, cp):
         source = (cp_rank - hop) % cp
-        if source < cp_rank:
-            rounds.append(Round(source, everything, head, causal=False))  # its tail is later than all we have
-        else:
-            # our head is earlier than all it has
-            rounds.append(Round(source, tail, everything, causal=False))
+        # The tail of an earlier rank is later than all we have, and our head earlier than all of a later one.
+        queries, keys = (everything, head) if source < cp_rank else (tail, everything)
+        rounds.append(Round(source, queries, keys, causal=False))
     return rounds
 
 
@@ -473,17 +471,20 @@ def _cuda_layout(*xs: Tensor) -> list[Tensor]:
     return [pad_head_width(x).transpose(1, 2) for x in xs]
 
 
+def _scores(q, k, causal, mask):
+    """Return the scores (B, K, H/K, t, s) fp32, -inf where a query may not see a key."""
+    return math_scores(q, k, causal_mask(q.shape[1], k.shape[1], q.device) if causal else mask)
+
+
 def _math_forward(q, k, v, causal, mask):
-    mask = causal_mask(q.shape[1], k.shape[1], q.device) if causal else mask
-    scores = math_scores(q, k, mask)  # (B, K, H/K, t, s) fp32
+    scores = _scores(q, k, causal, mask)
     lse = scores.logsumexp(-1)
     out = torch.einsum("bkgts,bske->btkge", (scores - lse[..., None]).exp(), v.float())
     return out.flatten(2, 3).to(q.dtype), lse.flatten(1, 2)
 
 
 def _math_backward(grad_out, q, k, v, out, lse, causal, mask):
-    mask = causal_mask(q.shape[1], k.shape[1], q.device) if causal else mask
-    weights = (math_scores(q, k, mask) - lse.unflatten(1, (k.shape[2], -1))[..., None]).exp()
+    weights = (_scores(q, k, causal, mask) - lse.unflatten(1, (k.shape[2], -1))[..., None]).exp()
     # (B, t, K, H/K, E)
     grad_out, groups, out = (x.float().unflatten(2, (k.shape[2], -1)) for x in (grad_out, q, out))
     grad_weights = torch.einsum("btkge,bske->bkgts", grad_out, v.float())

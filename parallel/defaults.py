@@ -80,9 +80,9 @@ def choose_settings(
     """
     resolved, is_open = layout
     reasons = []
-    seq_len = asked.seq_len
+    seq_len, lengths = asked.seq_len, np.diff(corpus.document_starts, append=corpus.n_tokens)
     if seq_len is None:
-        longest = int(np.diff(corpus.document_starts, append=corpus.n_tokens).max())
+        longest = int(lengths.max())
         seq_len = min(model.max_position_embeddings, max(256, 1 << (longest - 1).bit_length()))
         reasons.append(
             f"sequences of {seq_len} tokens: the longest example has {longest:,}, the model's context is "
@@ -101,7 +101,7 @@ def choose_settings(
     device = launch.take_device()
     device_bytes = memory_of_rank(device, launch.ranks_per_host)
     cluster = cluster_here(device, device_bytes, launch.world_size, launch.ranks_per_host)
-    lengths = np.minimum(np.diff(corpus.document_starts, append=corpus.n_tokens), seq_len)
+    lengths = np.minimum(lengths, seq_len)
     job = Job(
         model,
         seq_len,

@@ -49,10 +49,9 @@ from torch.distributed.pipelining.schedules import RESHARD, UNSHARD
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.model import Llama
-from dtensor_llama.shards import local
+from dtensor_llama.shards import local, reshard
 from parallel.schedule_picture import Recorder
 from parallel.stage import Stage
-from parallel.zero import reshard
 
 if TYPE_CHECKING:
     from parallel.apply import Computation

@@ -237,7 +237,7 @@ def what_works(rules: Sequence[Rule], case: Case) -> dict[str, list]:
         change: _first_broken(rules, case.changed(*change)) for change in _changes(rules[broken], case)
     }
     furthest = max(next_broken.values(), default=broken)
-    ways: dict[str, list] = {}
+    ways = {}
     for (field, value), index in next_broken.items():
         if index == furthest > broken:
             ways.setdefault(field, []).append(value)
@@ -276,7 +276,7 @@ def _in_words(field: str, values: list) -> str:
         return f"launch with {' or '.join(launches)}"
     if values[0] is None or field in LEFT_OUT:
         return f"leave `{field}` out"
-    runs: list[list] = []  # values that follow each other, as 3, 4, 5, are one run and become `3 to 5`
+    runs = []  # values that follow each other, as 3, 4, 5, are one run and become `3 to 5`
     for value in values:
         if runs and isinstance(value, int) and value == runs[-1][-1] + 1:
             runs[-1].append(value)

@@ -77,7 +77,7 @@ def bubble_share(events: list[Event]) -> float:
     return 1 - sum(e.end_s - e.start_s for e in events) / (n_ranks * (end - begin))
 
 
-def draw_schedule(events: list[Event], path: str | Path, name: str = "") -> None:
+def draw_schedule(events: list[Event], path: str | Path, name: str) -> None:
     """Write a PNG: a row per pp rank, a bar per event with the number of its microbatch, bubbles in red.
 
     With several stages per rank a row has a lane for each; the rank works in one of them at a time.
@@ -96,4 +96,4 @@ def draw_schedule(events: list[Event], path: str | Path, name: str = "") -> None
     )
     legend = {KINDS[kind]: COLORS[kind] for kind in KINDS if any(e.kind == kind for e in events)}
     width = min(28.0, max(9.0, 0.42 * len(rows[0].bars) + 2.5))
-    draw_gantt(rows, path, f"{name}: {title}" if name else title, width, BUBBLE, legend | {"bubble": BUBBLE})
+    draw_gantt(rows, path, f"{name}: {title}", width, BUBBLE, legend | {"bubble": BUBBLE})

@@ -1,8 +1,8 @@
 """Pictures of measured steps: who did what when in the pipeline, and what the chunk manager moved where."""
 
-from collections.abc import Callable
 from pathlib import Path
 
+from dtensor_llama.terminal import Say
 from parallel.assemble import Training
 from parallel.schedule_picture import Recorder, bubble_share, draw_schedule
 
@@ -35,7 +35,7 @@ class StepPictures:
         if step == self.memory_step:
             self.manager.record = True
 
-    def after(self, steps_done: int, say: Callable[[str], None] | None) -> None:
+    def after(self, steps_done: int, say: Say | None) -> None:
         """Call it after the step. say: on the rank that draws, None on the others."""
         events = self.recorder.gather() if self.recorder else None
         if say and events:

@@ -101,12 +101,3 @@ def set_gradient_sync(model: FSDPModule, stage: int, last: bool) -> None:
     model.set_requires_gradient_sync(last or stage >= 2)  # stages 0 and 1: gradients wait, whole
     model.set_requires_all_reduce(last)  # HSDP: until then shards are summed within a group
     model.set_reshard_after_backward(last or stage == 3)  # stages 1 and 2 gather weights once a step
-
-
-def reshard(stages: list[nn.Module]) -> None:
-    """Free the gathered weights after forwards that no backward follows. Left gathered, they would be stale
-    after the next optimizer step."""
-    for stage in stages:
-        for module in stage.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()

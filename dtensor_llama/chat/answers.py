@@ -1,11 +1,10 @@
 """Lets a model answer questions in the middle of its training, on all ranks over which it is sharded."""
 
-from torch.distributed.fsdp import FSDPModule
-
 from dtensor_llama.chat.packing import PackedExamples
 from dtensor_llama.data.tokenizer import Tokenizer
 from dtensor_llama.generate import continue_whole_sequences
 from dtensor_llama.model import Llama
+from dtensor_llama.shards import reshard
 
 
 def held_out_prompts(sequences: PackedExamples, n_prompts: int, n_new: int) -> list[list[int]]:
@@ -40,7 +39,5 @@ def answer(
     if not prompts:
         return []
     answers = continue_whole_sequences(model, prompts, n_new, tuple(stop_ids), token_multiple=tp)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # no backward follows, so weights would stay gathered, and become stale
+    reshard([model])
     return [(tokenizer.decode(ids), tokenizer.decode(new)) for ids, new in zip(prompts, answers, strict=True)]

@@ -18,6 +18,7 @@ variables    `tools` (or `functions`), `documents` and `chat_template_kwargs` of
 history      earlier [question, answer] pairs, in the one-turn formats
 """
 
+import contextlib
 import json
 from dataclasses import dataclass, field
 from typing import Literal
@@ -86,7 +87,7 @@ class Conversation:
     n_unanswered: int = 0
 
 
-Turns = tuple[list[dict], list[bool | None]]  # messages, and a flag for each
+Turns = list[tuple[dict, bool | None]]  # messages, each with its flag
 
 
 def conversation_of(record: dict, where: str) -> Conversation:
@@ -97,7 +98,7 @@ def conversation_of(record: dict, where: str) -> Conversation:
     name = next((name for name, of_list in LISTS.items() if record.get(of_list) is not None), None)
     if name is not None:
         used = [LISTS[name]]
-        turns, flags = _turns_of_list(record[LISTS[name]], where, LISTS[name])
+        flagged = _turns_of_list(record[LISTS[name]], where, LISTS[name])
         if record.get("history"):
             raise BadRecord(
                 where, f"'history' beside {LISTS[name]!r}", "put the earlier turns into the list."
@@ -105,14 +106,13 @@ def conversation_of(record: dict, where: str) -> Conversation:
     else:
         name = _pair_format(record, where)
         used = [*PAIRS[name], "history", *THOUGHTS]
-        turns, flags = _turns_of_pair(record, name, where)
-    if record.get("system") and not (turns and turns[0]["role"] == "system"):
-        turns = [{"role": "system", "content": checked_text(record["system"], where, "system")}, *turns]
-        flags = [None, *flags]
-    own = flag_of(record, where)
-    for at, turn in enumerate(turns):
-        if flags[at] is None and turn["role"] == "assistant":
-            flags[at] = own
+        flagged = _turns_of_pair(record, name, where)
+    if record.get("system") and flagged[0][0]["role"] != "system":
+        flagged = [_plain_turn("system", checked_text(record["system"], where, "system")), *flagged]
+    own, turns, flags = flag_of(record, where), [], []
+    for turn, flag in flagged:
+        turns.append(turn)
+        flags.append(own if flag is None and turn["role"] == "assistant" else flag)
     _check_order(turns, where)
     n_turns = max(at for at, turn in enumerate(turns, 1) if turn["role"] == "assistant")
     used += ["system", *VARIABLES, *TRAINED_IF]
@@ -167,25 +167,26 @@ def _pair_format(record: dict, where: str) -> str:
 def _turns_of_pair(record: dict, name: str, where: str) -> Turns:
     asks, below, answers = PAIRS[name]
     if isinstance(record[asks], list) and isinstance(record[answers], list):  # both are lists of turns
-        turns, flags = _turns_of_list(record[asks], where, asks)
-        answer_turns, answer_flags = _turns_of_list(record[answers], where, answers)
-        turns, flags = turns + answer_turns, flags + answer_flags
+        turns = _turns_of_list(record[asks], where, asks) + _turns_of_list(record[answers], where, answers)
     else:
         question = checked_text(record[asks], where, asks)
         if below and record.get(below):
             question += "\n\n" + checked_text(record[below], where, below)
         answer = checked_text(record[answers], where, answers)
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        flags = [None, None]
+        turns = [_plain_turn("user", question), _plain_turn("assistant", answer)]
     thought = _thought(record, where)
     if thought:
-        turns[-1] = turns[-1] | {"reasoning_content": thought}
-    earlier = _history(record.get("history"), where)
-    return earlier + turns, [None] * len(earlier) + flags
+        last, flag = turns[-1]
+        turns[-1] = last | {"reasoning_content": thought}, flag
+    return _history(record.get("history"), where) + turns
 
 
-def _history(history, where: str) -> list[dict]:
-    """Return the turns of a history [[question, answer], ...] as messages."""
+def _plain_turn(role: str, text: str) -> tuple[dict, None]:
+    return {"role": role, "content": text}, None
+
+
+def _history(history, where: str) -> Turns:
+    """Return the turns of a history [[question, answer], ...]."""
     turns, pairs = [], history or []
     for number, pair in enumerate(pairs if isinstance(pairs, list) else [pairs], 1):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
@@ -195,7 +196,7 @@ def _history(history, where: str) -> list[dict]:
                 f"its entry {number} is {pair!r:.60}.",
             )
         for role, said in zip(("user", "assistant"), pair, strict=True):
-            turns.append({"role": role, "content": checked_text(said, where, f"history, entry {number}")})
+            turns.append(_plain_turn(role, checked_text(said, where, f"history, entry {number}")))
     return turns
 
 
@@ -204,19 +205,19 @@ def _history(history, where: str) -> list[dict]:
 
 def _turns_of_list(turns, where: str, of_list: str) -> Turns:
     if isinstance(turns, str):  # a cell of a table may hold the list as JSON
-        turns = _parsed(turns, where, of_list, otherwise=turns)
+        with contextlib.suppress(ValueError):
+            turns = json.loads(turns)
     if not isinstance(turns, list):
         raise BadRecord(where, f"{of_list!r} holds {in_json(turns)}", "expected a list of turns.")
-    messages, flags = [], []
+    flagged = []
     for number, turn in enumerate(turns, 1):
         at = f"{where}: turn {number} of {of_list!r}"
         message = _message_of(turn, at)
         if message is not None:
-            messages.append(message)
-            flags.append(flag_of(turn, at))
-    if not messages:
+            flagged.append((message, flag_of(turn, at)))
+    if not flagged:
         raise BadRecord(where, f"{of_list!r} holds no turn", "expected a list of turns.")
-    return messages, flags
+    return flagged
 
 
 def _message_of(turn, at: str) -> dict | None:
@@ -281,15 +282,11 @@ def _as_function(function: dict) -> dict:
     return {"type": "function", "function": function}
 
 
-def _parsed(text: str, at: str, name: str, **otherwise):
-    """Return the value of the JSON in `text`.
-
-    If `text` is not JSON, return the keyword argument `otherwise` if there is one, else raise BadRecord."""
+def _parsed(text: str, at: str, name: str):
+    """Return the value of the JSON in `text`; raise BadRecord if it is none."""
     try:
         return json.loads(text)
     except ValueError:
-        if otherwise:
-            return otherwise["otherwise"]
         raise BadRecord(at, f"{name!r} is not JSON", f"it begins with {text[:40]!r}.") from None
 
 

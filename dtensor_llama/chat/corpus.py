@@ -19,7 +19,7 @@ from dtensor_llama.chat.template import template_of
 from dtensor_llama.data.encoding import Encoded, Found
 from dtensor_llama.data.sequences import TokenCorpus
 from dtensor_llama.data.sources import RECORD_FORMATS, Chunk
-from dtensor_llama.data.tokenize import prepare
+from dtensor_llama.data.tokenize import CacheDirs, prepare
 from dtensor_llama.data.tokenizer import Tokenizer
 from dtensor_llama.errors import UsageError
 
@@ -44,7 +44,7 @@ class ChatCorpus(TokenCorpus):
 def prepare_chat(
     paths: Sequence[str | Path],
     tokenizer: Tokenizer,
-    cache_dir: str | Path | Sequence[str | Path],
+    cache_dir: CacheDirs,
     processes: int | None = None,
     options: ChatOptions = ChatOptions(),
 ) -> ChatCorpus:

@@ -7,6 +7,7 @@ its tokens.
 """
 
 from collections import deque
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ class Neftune:
     gets no noise.
     """
 
-    def __init__(self, alpha: float, seed: int, share=lambda per_token: per_token):
+    def __init__(self, alpha: float, seed: int, share: Callable[[Tensor], Tensor]):
         """Keep the settings; the noise starts with add_to and next_step.
 
         share: maps (B, T) of whole sequences to the tokens whose embeddings this rank has, in their order"""

@@ -22,6 +22,8 @@ class PackedExamples(Shuffled):
     Raises UsageError if no sequence is left to train on.
     """
 
+    documents = "conversations"
+
     def __init__(
         self,
         corpus: ChatCorpus,
@@ -62,11 +64,6 @@ class PackedExamples(Shuffled):
                 f"and with {self.n_validation} held out none is left to train on; use validation_share=0, a "
                 "smaller `seq_len`, or more data."
             )
-
-    @property
-    def contents(self) -> str:
-        """Describe the data in words, which are the same for the same tokens."""
-        return f"{self.corpus.n_tokens} tokens in {self.corpus.n_documents} conversations"
 
     def examples_of(self, number: int) -> np.ndarray:
         """Return the numbers of the examples in the sequence with this number, in order."""

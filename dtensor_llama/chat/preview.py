@@ -1,7 +1,6 @@
 """Shows sequences as they will be trained on, so that a person can check them: coloured text, or numbers."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from dtensor_llama.data.reader import make_batch
 from dtensor_llama.data.tokenizer import Tokenizer
 from dtensor_llama.errors import UsageError
 from dtensor_llama.loss import IGNORE
+from dtensor_llama.terminal import Say
 
 TRAINED, CONTEXT, PLAIN = "\x1b[1;92m", "\x1b[2m", "\x1b[0m"  # bright green; dim; the terminal's own style
 
@@ -65,7 +65,7 @@ def preview(sequences: PackedExamples, tokenizer: Tokenizer, n_shown: int, json_
             raise UsageError(f"preview_json={json_file} cannot be written ({error.strerror}).") from None
 
 
-def log_conversations(sequences: PackedExamples, template_name: str, log: Callable[[str], None]) -> None:
+def log_conversations(sequences: PackedExamples, template_name: str, log: Say) -> None:
     """Log what was found in the files, what was left out, and how the sequences are filled."""
     corpus, counts = sequences.corpus, dict(sequences.corpus.counts)
     in_words = {

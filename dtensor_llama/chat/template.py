@@ -23,9 +23,12 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import groupby
+from operator import itemgetter
 
 import jinja2
 import jinja2.meta
+import numpy as np
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -110,15 +113,14 @@ class ChatTemplate:
                 f"{self.where}: it has no EOS token, which LLaMA-2's chat format ends an answer with, and no "
                 "chat_template of its own; give a tokenizer with one of them."
             )
-        self.name = "LLaMA-2's [INST] format (the tokenizer has no template)"
-        if own is not None:
-            self.name = "the tokenizer's own chat template"
-        self.source = LLAMA2_TEMPLATE if own is None else own
+        self.name, self.source = "the tokenizer's own chat template", own
+        if own is None:
+            self.name = "LLaMA-2's [INST] format (the tokenizer has no template)"
+            self.source = LLAMA2_TEMPLATE
         self.identity = (self.source, self.with_tools.source) if self.with_tools else self.source
         self.writer = TextWriter(tokenizer)
         self.has_markers = re.search(r"\{%-?\s*generation\b", self.source) is not None
-        ends = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-        self.special_tokens = {name: "" if i is None else tokenizer.token_of(i) for name, i in ends.items()}
+        self.special_tokens = {"bos_token": "", "eos_token": ""} | tokenizer.ends
         environment = _environment(self._refuse_as_the_template_says)
         try:
             self.template, tree = environment.from_string(self.source), environment.parse(self.source)
@@ -315,7 +317,7 @@ class ChatTemplate:
                 "has control text in its tools or documents, which the chat template looks for",
                 "writes the same text itself, and the two cannot be told apart; take it out.",
             )
-        unprotected: dict[int, set[str]] = {}
+        unprotected = {}
         for at, texts in enumerate(found):
             for text in sorted(texts, key=len, reverse=True):
                 tried = settled.with_turn(at, self._escaped(settled.turns[at], {text}))
@@ -438,18 +440,14 @@ class ChatTemplate:
 
     def _check_spans(self, runs: list[Run], chat: _Chat) -> None:
         """Raise BadRecord unless each answer is one trained span that ends with a control token."""
-        n_spans, n_answers = 0, sum(turn["role"] == "assistant" for turn in chat.turns)
-        is_inside = False
-        for at, (what, trained) in enumerate(runs):
-            n_spans += trained and not is_inside
-            is_inside = trained
-            ends_here = trained and not (at + 1 < len(runs) and runs[at + 1][1])
-            if ends_here and isinstance(what, str):
-                raise self._unclear(
-                    chat, "it ends them with no control token, so that the model would never learn to stop"
-                )
-        if n_spans != n_answers:
-            raise self._unclear(chat, f"it marks {n_spans} of them and there are {n_answers}")
+        n_answers = sum(turn["role"] == "assistant" for turn in chat.turns)
+        spans = [list(span) for trained, span in groupby(runs, key=itemgetter(1)) if trained]
+        if any(isinstance(span[-1][0], str) for span in spans):
+            raise self._unclear(
+                chat, "it ends them with no control token, so that the model would never learn to stop"
+            )
+        if len(spans) != n_answers:
+            raise self._unclear(chat, f"it marks {len(spans)} of them and there are {n_answers}")
 
     def _unclear(self, chat: _Chat, why: str) -> BadRecord:
         return self._bad(
@@ -531,8 +529,9 @@ def choose_trained(
                 f"is by the {turn['role']} and its flag says that it is {'' if flag else 'not '}trained",
                 f"train_on={train_on} trains {trains}; take the flag out, or use train_on={other}.",
             )
-    begins = [at for at, is_answer in enumerate(answers) if is_answer and not (at and answers[at - 1])]
-    ends = [at for at, is_answer in enumerate(answers, 1) if is_answer and answers[at : at + 1] != [True]]
+    # Where an answer begins, where it ends, where the next one begins, and so on.
+    edges = np.flatnonzero(np.diff(answers, prepend=False, append=False)).tolist()
+    begins, ends = edges[::2], edges[1::2]
     trained = [train_on == "all"] * len(ids)
     for number, (begin, end, flag) in enumerate(zip(begins, ends, spoken, strict=True), 1):
         chosen = flag is not False and (train_on != "last-answer" or number == len(begins))
@@ -563,8 +562,9 @@ def _environment(raise_exception: Callable[[str], None]) -> jinja2.Environment:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals.update(
+        raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form)
+    )
     return environment
 
 

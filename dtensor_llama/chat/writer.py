@@ -25,7 +25,7 @@ class TextWriter:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.plain = tokenizer, tokenizer.plain
         self.controls = {text: token for text, token in tokenizer.control_tokens.items() if len(text) > 1}
-        ends = [tokenizer.token_of(i) for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
+        ends = tokenizer.ends.values()
         self.special = {text for text, token in self.controls.items() if token.special or text in ends}
         self.first_characters = {text[0] for text in self.controls}
         any_control = _any_of(self.controls)

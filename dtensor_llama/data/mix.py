@@ -15,7 +15,7 @@ import numpy as np
 
 from dtensor_llama.data.sequences import PackedSequences, Packing, Sequences
 from dtensor_llama.data.sources import TextOptions
-from dtensor_llama.data.tokenize import prepare_corpus
+from dtensor_llama.data.tokenize import CacheDirs, prepare_corpus
 from dtensor_llama.data.tokenizer import Tokenizer
 from dtensor_llama.errors import UsageError
 
@@ -25,7 +25,7 @@ UNITS = 2**30  # shares are counted in 1/UNITS, as integers, so that positions u
 def open_sequences(
     paths: Sequence[str],
     tokenizer: Tokenizer,
-    cache_dir: str | Path | Sequence[str | Path],
+    cache_dir: CacheDirs,
     text: TextOptions,
     packing: Packing,
 ) -> "PackedSequences | MixedSequences":

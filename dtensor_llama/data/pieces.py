@@ -115,7 +115,7 @@ def _converted(pieces, model) -> tokenizers.Tokenizer:
     if spec.model_type == spec.UNIGRAM:
         fast = tokenizers.Tokenizer(_unigram(pieces, model))
     elif spec.model_type == spec.WORD:
-        fast = tokenizers.Tokenizer(_words(pieces, model))
+        fast = tokenizers.Tokenizer(models.WordLevel(_ids(model), pieces.id_to_piece(pieces.unk_id())))
         fast.pre_tokenizer = pre_tokenizers.Split(Regex(_any_known_word(model)), "isolated")
     else:
         fast = tokenizers.Tokenizer(_bpe(pieces, model))
@@ -146,7 +146,7 @@ def _bpe(pieces, model) -> models.BPE:
             if left in plain and right in plain:
                 ranked.append((-pieces.get_score(i), i, plain[left], plain[right], left, right))
     return models.BPE(
-        {one.piece: i for i, one in enumerate(model.pieces)},
+        _ids(model),
         [(left, right) for *_, left, right in sorted(ranked)],
         unk_token=pieces.id_to_piece(pieces.unk_id()),
         fuse_unk=True,
@@ -176,9 +176,8 @@ def _unigram(pieces, model) -> models.Unigram:
     return models.Unigram(scored, unk_id=pieces.unk_id(), byte_fallback=model.trainer_spec.byte_fallback)
 
 
-def _words(pieces, model) -> models.WordLevel:
-    vocabulary = {one.piece: i for i, one in enumerate(model.pieces)}
-    return models.WordLevel(vocabulary, pieces.id_to_piece(pieces.unk_id()))
+def _ids(model) -> dict[str, int]:
+    return {one.piece: i for i, one in enumerate(model.pieces)}
 
 
 def _any_known_word(model) -> str:

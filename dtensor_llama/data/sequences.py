@@ -11,7 +11,7 @@ depend on the size of the corpus.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from dtensor_llama.errors import UsageError
+from dtensor_llama.terminal import Say
 
 # Rounds of the Feistel network. 4 give a pseudo-random permutation (Luby and Rackoff 1988); 2 are a reserve.
 ROUNDS = 6
@@ -111,12 +112,19 @@ class Packing:
 class Shuffled:
     """Splits n_sequences sequences into those to train on and a held-out share, and shuffles both."""
 
+    documents = "documents"  # what those of the corpus are called
+
     def __init__(self, corpus: TokenCorpus, n_sequences: int, packing: Packing):
         self.corpus = corpus
         self.n_sequences, self.seq_len, share = n_sequences, packing.seq_len, packing.validation_share
         self.n_validation = max(1, round(n_sequences * share)) if share > 0 else 0
         self.n_train = n_sequences - self.n_validation
         self._key = splitmix64(np.array([packing.seed % 2**64], dtype=np.uint64).view(np.int64))
+
+    @property
+    def contents(self) -> str:
+        """Describe the data in words, which are the same for the same tokens."""
+        return f"{self.corpus.n_tokens} tokens in {self.corpus.n_documents} {self.documents}"
 
     @property
     def content_hash(self) -> str:
@@ -167,11 +175,6 @@ class PackedSequences(Shuffled):
                 f"seq_len={T}: the data has {corpus.n_tokens} tokens, {self.n_sequences} sequences of {T} + "
                 f"1; with {self.n_validation} held out none is left to train on: {shorter}give more text."
             )
-
-    @property
-    def contents(self) -> str:
-        """Describe the data in words, which are the same for the same tokens."""
-        return f"{self.corpus.n_tokens} tokens in {self.corpus.n_documents} documents"
 
     def tokens_of(self, numbers: np.ndarray) -> np.ndarray:
         """Return the token ids (N, T + 1) int64 of the sequences with these numbers (N,)."""
@@ -224,7 +227,7 @@ def splitmix64(x):
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 
-def log_skipped(corpora: Iterable[TokenCorpus], run_dir: Path | None, log: Callable[[str], None]) -> None:
+def log_skipped(corpora: Iterable[TokenCorpus], run_dir: Path | None, log: Say) -> None:
     """Log how many bad records were left out, why, and where they are listed.
 
     With a run folder, the lists of all corpora are copied into RUN/bad-records.jsonl."""

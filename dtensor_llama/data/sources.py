@@ -132,9 +132,14 @@ def expand_paths(patterns: Sequence[str | Path], formats: tuple[str, ...] = FORM
     if not files:
         raise UsageError("`data.path`: no file was named; give files or patterns such as 'data/**/*.txt'.")
     chosen = [_named_by_its_kind(sorted(names), Path(target), formats) for target, names in files.items()]
-    for file in sorted(chosen):
-        _check_format(file, formats)
-    return sorted(chosen)
+    chosen.sort()
+    for file in chosen:
+        if _kind_of(file)[0] not in formats:
+            raise UsageError(
+                f"{file}: unknown kind of file; {_listed(formats)} can be read, also compressed as "
+                f"{_listed(tuple(COMPRESSIONS))}."
+            )
+    return chosen
 
 
 def _matches(pattern: str) -> list[Path]:
@@ -183,14 +188,6 @@ def _kind_of(path: Path) -> tuple[str, str | None]:
     compression = COMPRESSIONS.get(path.suffix.lower())
     suffix = (path.with_suffix("") if compression else path).suffix.lower()
     return OTHER_ENDINGS.get(suffix, suffix), compression
-
-
-def _check_format(path: Path, formats: tuple[str, ...]) -> None:
-    if _kind_of(path)[0] not in formats:
-        raise UsageError(
-            f"{path}: unknown kind of file; {_listed(formats)} can be read, also compressed as "
-            f"{_listed(tuple(COMPRESSIONS))}."
-        )
 
 
 def _listed(names: tuple[str, ...]) -> str:

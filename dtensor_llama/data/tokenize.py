@@ -35,6 +35,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from rich.console import Console
@@ -45,18 +46,20 @@ from dtensor_llama.data.sequences import SKIPPED, TokenCorpus, in_words
 from dtensor_llama.data.sources import FORMATS, Chunk, TextOptions, expand_paths, read_chunks
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
 from dtensor_llama.errors import UsageError
-from dtensor_llama.places import first_writable, is_full, readable, say_full
+from dtensor_llama.places import first_writable, readable, say_unwritten
 from dtensor_llama.terminal import make_streams_last
 
 FORMAT_VERSION = 2  # the version of the files of a corpus; since 2, meta.json has content_hash
 CHUNKS_PER_WORKER = 3  # one is being encoded, one waits for that, and one is done and waits to be written
+# One folder or several. A corpus is looked for in all of them, and written into the first that is writable.
+CacheDirs = str | Path | Sequence[str | Path]
 LINE_EVERY_S = 10  # seconds between two lines of progress, where stderr is not a terminal
 
 
 def prepare_corpus(
     paths: Sequence[str | Path],
     tokenizer: Tokenizer,
-    cache_dir: str | Path | Sequence[str | Path],
+    cache_dir: CacheDirs,
     text: TextOptions = TextOptions(),
     processes: int | None = None,
 ) -> TokenCorpus:
@@ -64,8 +67,6 @@ def prepare_corpus(
 
     Any number of ranks and runs may call this at once: one of them tokenizes, and the others wait for it.
     Progress is printed on stderr.
-    cache_dir: one folder or several. The corpus is looked for in all of them, and is written into the first
-        one that is writable.
     processes: the number of workers; None: one per core
     Raises UsageError if a file cannot be read, has a bad record, or cannot be written."""
     return TokenCorpus(prepare(paths, TextEncoding(tokenizer, text), cache_dir, processes))
@@ -120,7 +121,7 @@ def tokenize(
     encoding: Encoding,
     cache_dirs: Sequence[Path],
     processes: int,
-    for_process: int | None = None,
+    for_process: int | None,
 ) -> Path:
     """Write the corpus unless it exists, and return its folder.
 
@@ -151,7 +152,7 @@ def tokenize(
                 raise UsageError(f"{' '.join(paths)}: a file changed while it was read; start again.")
             os.rename(staging, folder)  # from this moment on the corpus exists
     except OSError as error:
-        reason = say_full(cache_dir) if is_full(error) else error
+        reason = say_unwritten(cache_dir, error)
         shutil.rmtree(cache_dir / f"{name}.partial", ignore_errors=True)  # else the disk stays full
         raise UsageError(
             f"the tokens cannot be written to {cache_dir}: {reason}; `cache_dir` names another folder."
@@ -162,8 +163,8 @@ def tokenize(
 class _HashedFile:
     """Writes arrays to a file, and keeps a hash of what has been written so far."""
 
-    def __init__(self, path: Path):
-        self.file, self.digest = open(path, "wb"), hashlib.sha256()
+    def __init__(self, file: BinaryIO):
+        self.file, self.digest = file, hashlib.sha256()
 
     def write(self, array: np.ndarray) -> None:
         data = array.tobytes()
@@ -173,12 +174,6 @@ class _HashedFile:
     def flush_to_disk(self) -> None:
         self.file.flush()
         os.fsync(self.file.fileno())
-
-    def __enter__(self) -> "_HashedFile":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.file.close()
 
 
 class _Progress:
@@ -209,7 +204,8 @@ def _write_corpus(
     forked = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(processes, forked, _start_worker, (encoding,))
     with pool, contextlib.ExitStack() as opened:
-        written = [opened.enter_context(_HashedFile(staging / name)) for name in encoding.files]
+        files_to_write = [opened.enter_context(open(staging / name, "wb")) for name in encoding.files]
+        written = list(map(_HashedFile, files_to_write))
         skipped_file = opened.enter_context(open(staging / SKIPPED, "w", encoding="utf-8"))
         pool.submit(int).result()  # forks the workers, now, before the progress bar starts a thread
         try:

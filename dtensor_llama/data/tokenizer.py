@@ -22,14 +22,18 @@ WELL_KNOWN = {"bos": ("<s>", "<|begin_of_text|>"), "eos": ("</s>", "<|end_of_tex
 ADDED_FIELDS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")  # of an AddedToken
 # The names that transformers gives to the files of chat templates.
 TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
-# These settings of a tokenizer_config.json are not copied into an export. The first ones are paths and
-# classes that mean something only on the machine that wrote them.
-NOT_KEPT = {"tokenizer_class", "auto_map", "tokenizer_file", "vocab_file", "merges_file", "name_or_path"}
-NOT_KEPT |= {"special_tokens_map_file", "backend", "is_local", "legacy", "from_slow", "sp_model_kwargs"}
-NOT_KEPT |= {"clean_up_tokenization_spaces"}
-# The export writes these itself, with the values that training used.
-NOT_KEPT |= {"bos_token", "eos_token", "unk_token", "add_bos_token", "add_eos_token", "add_prefix_space"}
-NOT_KEPT |= {"added_tokens_decoder"}
+# These settings of a tokenizer_config.json are not copied into an export.
+# fmt: off
+NOT_KEPT = {
+    # paths and classes that mean something only on the machine that wrote them
+    "tokenizer_class", "auto_map", "tokenizer_file", "vocab_file", "merges_file", "name_or_path",
+    "special_tokens_map_file", "backend", "is_local", "legacy", "from_slow", "sp_model_kwargs",
+    "clean_up_tokenization_spaces",
+    # what the export writes itself, with the values that training used
+    "bos_token", "eos_token", "unk_token", "add_bos_token", "add_eos_token", "add_prefix_space",
+    "added_tokens_decoder",
+}
+# fmt: on
 
 
 class EndIds(NamedTuple):
@@ -110,13 +114,18 @@ class Tokenizer:
         return self._fast.id_to_token(token_id)
 
     @property
+    def ends(self) -> dict[str, str]:
+        """Return the texts of "bos_token" and "eos_token", of those that the tokenizer has."""
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        return {name: self.token_of(i) for name, i in ids.items() if i is not None}
+
+    @property
     def control_tokens(self) -> dict[str, AddedToken]:
         """Return {text: AddedToken} of the texts that stand for one id each in a chat template.
 
         These are BOS, EOS and all added tokens."""
-        ends = [self.token_of(i) for i in (self.bos_id, self.eos_id) if i is not None]
         added = {token.content: token for _, token in self._added_tokens()}
-        return {token: AddedToken(token) for token in ends} | added
+        return {token: AddedToken(token) for token in self.ends.values()} | added
 
     @property
     def plain(self) -> "Tokenizer":
@@ -197,10 +206,8 @@ class Tokenizer:
             config.pop("chat_template", None)
             _write(folder / TEMPLATE_FILE, chat_template.encode())
         unk_token = getattr(self._fast.model, "unk_token", None)
-        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
-        config |= {name: self.token_of(i) for name, i in ids.items() if i is not None}
         config |= {"unk_token": unk_token} if unk_token else {}
-        config |= self._settings_of_ids()
+        config |= self.ends | self._settings_of_ids()
         _write(folder / "tokenizer.json", self._fast.to_str(pretty=True).encode())
         _write(folder / "tokenizer_config.json", _as_json(config))
         if self._pieces is not None:
@@ -252,8 +259,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if has_model:
             problem = (
                 f"{model_file.name} is not a SentencePiece model (damaged, or another format); give the "
+                "tokenizer.json that belongs to it"
             )
-            problem += "tokenizer.json that belongs to it"
         raise UsageError(f"tokenizer={path}: {problem}.")
     settings = read_settings(home / "tokenizer_config.json") if path.suffix != ".model" else {}
     if pieces is None or fast is not None and fast.get_vocab_size(with_added_tokens=False) != len(pieces):
@@ -329,7 +336,8 @@ def _added_ends(settings: dict, fast: tokenizers.Tokenizer | None, ids: EndIds, 
         said = settings.get(name)
         where = f"{folder / 'tokenizer_config.json'}: {name}"
         require(isinstance(said, bool | None), where, said, "true or false")
-        adds[name] = adds[name] if said is None else said
+        if said is not None:
+            adds[name] = said
     return AddedEnds(
         adds["add_bos_token"] and ids.bos is not None, adds["add_eos_token"] and ids.eos is not None
     )
