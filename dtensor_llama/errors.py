@@ -51,11 +51,6 @@ def listed(problems: Sequence[str], most: int = 20) -> str:
     return "; ".join(problems[:most]) + (f"; and {more} more" if more > 0 else "")
 
 
-def amount(n: int, word: str, plural: str = "s") -> str:
-    """Return the number with its word, which gets the ending `plural` unless there is one."""
-    return f"{n} {word}" + (plural if n != 1 else "")
-
-
 def mismatches(found: Mapping[str, Sequence | None], wanted: Mapping[str, Sequence | None]) -> list[str]:
     """Compare tensors by name and shape; return a phrase for each difference. A shape of None fits any."""
     problems = [f"{name}: missing" for name in wanted if name not in found]

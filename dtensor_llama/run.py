@@ -30,10 +30,10 @@ from dtensor_llama.checkpoint import (
 from dtensor_llama.cli import CONTENT, FROZEN, Launch, commands_for
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.data.tokenizer import Tokenizer
-from dtensor_llama.errors import UsageError, amount
+from dtensor_llama.errors import UsageError
 from dtensor_llama.flops import Utilization, peak_flops
 from dtensor_llama.loss import choose_loss
-from dtensor_llama.metrics import RunLog, RunReport, draw_loss_curve
+from dtensor_llama.metrics import RunLog, RunReport, amount, draw_loss_curve
 from dtensor_llama.schedule import Schedule, learning_rate
 
 LOOK_FOR_LAUNCHER_S = 1.0

@@ -26,8 +26,8 @@ from dtensor_llama.attention import choose_attention
 from dtensor_llama.chat.lora import LoraConfig, n_adapter_parameters
 from dtensor_llama.cli import in_flags
 from dtensor_llama.config import LlamaConfig
-from dtensor_llama.errors import UsageError, amount
-from dtensor_llama.metrics import GIB
+from dtensor_llama.errors import UsageError
+from dtensor_llama.metrics import GIB, amount
 from parallel.apply import Computation
 from parallel.assemble import Offload, check_skips
 from parallel.cluster import Cluster, find_cluster, read_cluster

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dtensor_llama import LlamaConfig
 from dtensor_llama.cli import FilePath, run_recipe
-from dtensor_llama.errors import amount
+from dtensor_llama.metrics import amount
 from parallel.cluster import find_cluster
 from parallel.config import ParallelConfig
 from parallel.cost import STACKS, Stack, States, Work, account_for

@@ -43,8 +43,7 @@ from tyro.conf import Positional
 
 from dtensor_llama import LlamaConfig, UsageError
 from dtensor_llama.cli import run_recipe
-from dtensor_llama.errors import amount
-from dtensor_llama.metrics import GIB
+from dtensor_llama.metrics import GIB, amount
 from parallel.cluster import NODES
 
 if TYPE_CHECKING:
