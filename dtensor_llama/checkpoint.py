@@ -193,8 +193,7 @@ class Checkpointer:
         It is not verified: load does that, so that a damaged newest one is refused by name and never passed
         over in silence. Like load, it waits for a running save first, since both use one process group."""
         self.wait()
-        found = on_first_rank(self._everywhere, lambda: _complete(self.folder))
-        return found[-1] if found else None
+        return on_first_rank(self._everywhere, lambda: newest(self.folder))
 
     def load(self, path: str | Path, state: State, refuse: Callable[[dict], None] | None = None) -> None:
         """Verify a checkpoint, then fill `state`: tensors in place (resharded as needed), values anew.
@@ -435,6 +434,8 @@ def _checksums(path: Path) -> dict[str, tuple[int, int]]:
     if not (path / CHECKSUMS).is_file() and not (path / ".metadata").is_file():
         inside = [*_complete(path), *_complete(path / "checkpoints")]  # the second is of a run folder
         hint = "a checkpoint is a folder like step-00000100"
+        if NAME.fullmatch(path.name) and path.is_dir():
+            hint = f"its files are missing. {_older(path)}"
         if inside:
             hint = f"name one inside it, like {inside[-1].relative_to(path)}"
         raise UsageError(f"{path}: {'not a checkpoint' if path.exists() else 'no such folder'}; {hint}")
@@ -469,6 +470,23 @@ def _damage(file: Path, size: int, crc: int) -> str:
     if _size_and_crc(file)[1] != crc:
         return f"{file.name} does not have the bytes that were written (CRC-32)"
     return ""
+
+
+def read_meta(path: Path) -> dict | None:
+    """Return the `meta` of a training_state; None if it cannot be read, and Checkpointer.load will say why.
+
+    Raises UsageError if this is no complete checkpoint."""
+    _checksums(path)
+    try:
+        _Reader(path).read_metadata()  # of a damaged one DCP would print a traceback
+        return _read_progress(path)["meta"]
+    except (Exception, CheckpointException):
+        return None
+
+
+def newest(folder: Path) -> Path | None:
+    """Return the complete checkpoint of the highest step in a folder; None if there is none."""
+    return max(_complete(folder), key=_step, default=None)
 
 
 def _read_progress(path: Path) -> dict:

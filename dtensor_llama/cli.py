@@ -163,15 +163,17 @@ def run_recipe(
             raise
         sys.exit(141)
     except OSError as error:
+        written = getattr(config, "run_dir", None) or getattr(config, "out", None)
         if stdout_is_result and _stdout_is_lost():
             message = (
                 f"stdout cannot be written ({error.strerror}), and what is printed is the result; write "
                 "it elsewhere."
             )
         elif is_full(error):
-            written = getattr(config, "run_dir", None) or getattr(config, "out", None)
             folder = error.filename or written or os.getcwd()
             message = f"{say_full(folder)}. Make room, and start the same command again."
+        elif error.filename and written and Path(written) in Path(str(error.filename)).parents:
+            message = f"{error.filename} cannot be used ({error.strerror}); make it writable, or remove it."
         else:
             raise
         _exit_with_error(message)

@@ -31,6 +31,11 @@ from dtensor_llama.places import say_full, say_unwritten
 GIB = 2**30
 
 
+def amount(n: int, word: str, plural: str = "s") -> str:
+    """Return the number with its word, which gets the ending `plural` unless there is one."""
+    return f"{n} {word}" + (plural if n != 1 else "")
+
+
 class RunReport:
     """Measures the steps of a run on every rank, and writes rows of metrics.jsonl on the rank that logs.
 

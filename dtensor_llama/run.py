@@ -20,14 +20,20 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dtensor_llama.checkpoint import Checkpointer, restore_training_state, training_state
+from dtensor_llama.checkpoint import (
+    Checkpointer,
+    newest,
+    read_meta,
+    restore_training_state,
+    training_state,
+)
 from dtensor_llama.cli import CONTENT, FROZEN, Launch, commands_for
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.data.tokenizer import Tokenizer
 from dtensor_llama.errors import UsageError
 from dtensor_llama.flops import Utilization, peak_flops
 from dtensor_llama.loss import choose_loss
-from dtensor_llama.metrics import RunLog, RunReport, draw_loss_curve
+from dtensor_llama.metrics import RunLog, RunReport, amount, draw_loss_curve
 from dtensor_llama.schedule import Schedule, learning_rate
 from dtensor_llama.terminal import Say
 
@@ -122,6 +128,15 @@ class RunRecord:
         """Return the `meta` for training_state."""
         return {**self.fixed, SETTINGS: self.settings, GENERATION: self.generation}
 
+    def refuse_early(self, asked: str, run_dir: Path) -> None:
+        """Raise the UsageError about other settings that `resume` would raise, before ranks wait for each
+        other and a model is built. It leaves to `resume` whatever only a whole checkpoint can tell."""
+        path = newest(run_dir / "checkpoints") if asked == "auto" else Path(asked)
+        saved = None if path is None or asked == "never" else read_meta(path)
+        # A checkpoint with LoRA adapters and a run without, or the reverse, has a message of its own.
+        if saved and bool(saved.get(FROZEN)) == bool(self.fixed.get(FROZEN)):
+            refuse_other_run(path, saved, self.to_meta())
+
 
 def resume(
     asked: str,
@@ -141,6 +156,8 @@ def resume(
         return 0, 0
     path = checkpoints.latest() if asked == "auto" else Path(asked)
     if path is None:
+        if (checkpoints.folder.parent / "metrics.jsonl").exists():
+            say(f"no checkpoint in {checkpoints.folder}: the run starts anew, and replaces what is beside it")
         return 0, 0
     present = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
     state = training_state(model, optimizer)
@@ -150,6 +167,10 @@ def resume(
     for group, setting in zip(optimizer.param_groups, present, strict=True):
         group.update(setting)  # weight decay and the like are what this run asks for, not what was saved
     say(f"resuming from {path}: {step} steps done")
+    if step >= Schedule.named(record.settings).steps:
+        say("resuming  no step is left: as many as were asked for, or more, are done already")
+    if asked != "auto":
+        say("resuming  this command begins there at every start; to go on where it stops, name no checkpoint")
     if record.fixed.get(CONTENT) and not meta.get(CONTENT):  # an older checkpoint
         say(f"resuming  unchecked: the checkpoint does not record {CONTENT}; it must be the same as before")
 
@@ -197,9 +218,13 @@ _ADDED_LATER = {
 
 def _compared(value: Any) -> Any:
     """Return the settings of a model as they are compared: without the fields of config.json that are only
-    carried on, and with the values that held before for fields that an older checkpoint lacks."""
+    carried on, and with the values that held before for fields that an older checkpoint lacks. Of LoRA
+    adapters the targets are a set, and an alpha that is left open is twice the rank."""
     if not isinstance(value, dict):
         return value
+    if "targets" in value:
+        alpha = value["alpha"] or 2 * value["rank"]
+        value = value | {"alpha": alpha, "targets": sorted(set(value["targets"]))}
     return _ADDED_LATER | {name: own for name, own in value.items() if name != "other_fields"}
 
 
@@ -315,8 +340,8 @@ def describe_run(
     axes = [f"{axis} {layout[axis]}" for axis in facts.axes if layout[axis] > 1]
     say(
         f"layout    {' x '.join(axes) or 'one process'} on {facts.device.type}, ZeRO stage "
-        f"{layout['zero_stage']}; {facts.n_microbatches} microbatches of {train['micro_batch_size']} "
-        "sequences per rank and step"
+        f"{layout['zero_stage']}; {amount(facts.n_microbatches, 'microbatch', 'es')} of "
+        f"{amount(train['micro_batch_size'], 'sequence')} per rank and step"
     )
     say(
         f"numbers   {train['dtype']} compute, float32 masters; MFU against {peak_flop_s / 1e12:.2f} TFLOP/s "
@@ -369,7 +394,10 @@ def say_where_things_are(
     losses = [row["loss"] for row in rows if row["loss"] is not None] or [float("nan")]
     last = losses[-20:]
     if stopped:
-        print(f"\nstopped as asked after step {step} of {steps}; the same command goes on from there")
+        then = "the same command goes on from there"
+        if not (run_dir / "checkpoints" / f"step-{step:08d}").exists():
+            then = "no checkpoint has it, so the same command goes on from an older one, or starts anew"
+        print(f"\nstopped as asked after step {step} of {steps}; {then}")
     else:
         mean = sum(last) / len(last)
         print(f"\ndone: {step} steps, loss {losses[0]:.3f} -> {mean:.3f} (mean of the last {len(last)})")

@@ -37,6 +37,7 @@ from dtensor_llama.errors import UsageError
 
 # elements: gradient, master and both moments take 1 MiB of float32 each and stay in a core's cache
 BLOCK = 256 * 1024
+BLOCK_TO_DEVICE = 8 * 2**20  # 32 MiB of float32
 ROW = 1024  # elements: compiled device kernels take views of shape (rows, ROW)
 
 
@@ -317,9 +318,11 @@ def _one_on(device: torch.device) -> Tensor:
 
 
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield views of 1-D tensors of one length, block by block: what is made of a block is in a core's cache,
-    and takes no memory to speak of."""
-    return zip(*(tensor.split(BLOCK) for tensor in tensors), strict=True)
+    """Yield views of 1-D tensors of one length, block by block, so that what is made of a block takes no
+    memory to speak of. On the host it is in a core's cache; between host and device a block is larger,
+    because each copy waits for the one before."""
+    n = BLOCK if all(tensor.is_cpu for tensor in tensors) else BLOCK_TO_DEVICE
+    return zip(*(tensor.split(n) for tensor in tensors), strict=True)
 
 
 @contextmanager

@@ -270,7 +270,7 @@ def _nothing_fits(
     return UsageError(
         f"device_budget_gib={budgets['device'] / GIB:.4g} and host_budget_gib={budgets['host'] / GIB:.4g} "
         f"(per rank) cannot hold {n_total:,} parameters. Before any optimizer state the device needs "
-        f"{(weights + other) / GIB:.2f} GiB ({weights / GIB:.2f} for weights, {other / GIB:.2f} for "
+        f"{_gib(weights + other)} GiB ({_gib(weights)} for weights, {_gib(other)} for "
         f"activations and the rest), and {RESERVE:.0%} stay in reserve. What is not on the device takes "
         f"{chunks.state.state_bytes} to {per_parameter} bytes a parameter on the host. The nearest setting "
         f"that works is {' or '.join(ways) or both}."

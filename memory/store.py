@@ -152,7 +152,7 @@ class ChunkStore:
             budget = self.budgets[account]
             if budget is not None and n_bytes > budget:
                 raise UsageError(
-                    f"{account}_budget_gib={budget / GIB:.6g} is not enough for this plan, which holds "
+                    f"{account}_budget_gib={budget / GIB:.4g} is not enough for this plan, which holds "
                     f"{gib_up(n_bytes)} GiB on the {account} besides activations; use that much"
                     f"{remedy[account]}."
                 )

@@ -774,6 +774,12 @@ def _loss_bytes(work: Work, trains_head: bool) -> tuple[float, float]:
     return kept, beside
 
 
+def in_gib(n_bytes: float) -> str:
+    """Return a number of GiB with one digit after the point or, below 1 GiB, with three digits that count."""
+    gib = n_bytes / GIB
+    return f"{gib:.1f}" if gib >= 1 else f"{gib:.3g}"
+
+
 def in_billions(config: LlamaConfig) -> str:
     """Return the number of parameters as 69.0G, or of a small model as 11.2M."""
     n = config.n_parameters
@@ -804,8 +810,8 @@ def check_states(
         n_gpus = ceil(bytes_per_parameter * config.n_parameters / device_bytes)
         raise UsageError(
             f"weights, gradients and AdamW's states of {in_billions(config)} parameters take "
-            f"{needed / GIB:.1f} GiB of each device ({bytes_per_parameter:g} bytes a parameter), which has "
-            f"{device_bytes / GIB:.1f} GiB; use placement=auto, which keeps on the host what the device "
+            f"{in_gib(needed)} GiB of each device ({bytes_per_parameter:g} bytes a parameter), which has "
+            f"{in_gib(device_bytes)} GiB; use placement=auto, which keeps on the host what the device "
             f"cannot hold, or share them over more ranks: at least {n_gpus} with zero_stage=3."
         )
 

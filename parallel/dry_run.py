@@ -39,11 +39,11 @@ from dtensor_llama import Llama
 from dtensor_llama.chat.lora import LoraConfig, apply_lora
 from dtensor_llama.data.reader import Batch
 from dtensor_llama.errors import UsageError
-from dtensor_llama.metrics import GIB
 from dtensor_llama.shards import local
 from parallel.apply import Computation
 from parallel.assemble import Offload, Training, adamw, assemble
 from parallel.config import ParallelConfig
+from parallel.cost import in_gib
 from parallel.mesh import Layout, build_mesh
 from parallel.pipeline import SCHEDULES, Pipeline, split_layers, stage_indices
 from parallel.pretend import META, pretended_device, pretended_manager, pretended_rank, take_shards
@@ -295,14 +295,14 @@ def settle_auto(
     if least.peak_bytes > 0.97 * device_bytes:  # a plan keeps so much in reserve: memory/placement.py
         raise UsageError(
             f"placement=auto cannot help: with all states on the host a rank needs "
-            f"{least.peak_bytes / GIB:.1f} GiB of the device, and {0.97 * device_bytes / GIB:.1f} can be "
-            "used. Use recompute=full, a lower `micro_batch_size` or more ranks."
+            f"{in_gib(least.peak_bytes)} GiB of the device, and {in_gib(0.97 * device_bytes)} can be used. "
+            "Use recompute=full, a lower `micro_batch_size` or more ranks."
         )
     resident, stream = place(least.peak_bytes - least.held_bytes[PARAMETERS])
     said = (
         f"placement auto: of the states {resident:.1%} are resident, {stream:.1%} pass through the device, "
         f"and {max(0.0, 1 - resident - stream):.1%} are stepped on the host, within "
-        f"{device_bytes / GIB:.1f} GiB of the device"
+        f"{in_gib(device_bytes)} GiB of the device"
     )
     return placed(resident, stream), said
 

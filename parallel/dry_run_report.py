@@ -27,12 +27,21 @@ from dtensor_llama.chat.lora import LoraConfig, n_adapter_parameters
 from dtensor_llama.cli import in_flags
 from dtensor_llama.config import LlamaConfig
 from dtensor_llama.errors import UsageError
-from dtensor_llama.metrics import GIB
+from dtensor_llama.metrics import GIB, amount
 from parallel.apply import Computation
 from parallel.assemble import Offload, check_skips
 from parallel.cluster import Cluster, find_cluster, read_cluster
 from parallel.config import AXES, ParallelConfig, check_parallel
-from parallel.cost import Account, States, Work, account_for, account_with_offload, check_states, kernel_of
+from parallel.cost import (
+    Account,
+    States,
+    Work,
+    account_for,
+    account_with_offload,
+    check_states,
+    in_gib,
+    kernel_of,
+)
 from parallel.dry_run import Counted, RankCount, Setup, Step, dry_run, settle_auto
 from parallel.explain import Run, explain
 from parallel.planner import Candidate, Found, Question, draw_plan, given_computation, name_of, plan
@@ -104,8 +113,8 @@ def report(
     print(
         f"{settings.model}, {n_parameters} parameters, on {cluster.n_gpus} "
         f"{cluster.gpu.name} with ZeRO stage {layout.zero_stage}\n{setup.tokens_per_step:,} tokens a step: "
-        f"{layout.dp} dp ranks x {setup.n_microbatches} microbatches x {job.micro_batch_size} sequences x "
-        f"{job.seq_len} tokens",
+        f"{amount(layout.dp, 'dp rank')} x {amount(setup.n_microbatches, 'microbatch', 'es')} x "
+        f"{amount(job.micro_batch_size, 'sequence')} x {amount(job.seq_len, 'token')}",
         *([note] if note else []),
         *mesh(facts),
         *parameters(facts),
@@ -279,7 +288,7 @@ def first_that_fits(
             return proposed, counted, "\n".join([*said, passed]).strip()
         passed = (
             f"Proposals before this one do not fit as counted: the last of them holds "
-            f"{counted.largest.peak_bytes / GIB:.1f} GiB."
+            f"{in_gib(counted.largest.peak_bytes)} GiB."
         )
     if not first:
         raise refusal

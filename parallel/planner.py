@@ -40,6 +40,7 @@ from parallel.cost import (
     bytes_needed,
     bytes_of_rank,
     in_billions,
+    in_gib,
     numbers_of_rank,
     splits_backward,
 )
@@ -438,9 +439,9 @@ def _accounts(question: Question, works_that_fit: list[Work]) -> tuple[list[Acco
             fitting.append(account)
         else:
             refusals.append(
-                f"{name_of(work)}: placement=static needs {held['device'] / GIB:.1f} GiB of the device and "
-                f"{held['host'] / GIB:.1f} of the host, and {budgets['device'] / GIB:.1f} and "
-                f"{budgets['host'] / GIB:.1f} can be used. Use placement=auto, or other shares."
+                f"{name_of(work)}: placement=static needs {in_gib(held['device'])} GiB of the device and "
+                f"{in_gib(held['host'])} of the host, and {in_gib(budgets['device'])} and "
+                f"{in_gib(budgets['host'])} can be used. Use placement=auto, or other shares."
             )
     return fitting, refusals
 
@@ -559,9 +560,9 @@ def what_it_would_take(question: Question) -> str:
     kept = f" that keeps {question.given_in_words}, as given" if question.given else ""
     return (
         f"{in_billions(question.model)} parameters and sequences of seq_len={question.seq_len} fit no layout "
-        f"of {cluster.n_gpus} x {cluster.gpu.name}{kept}: the smallest needs {needed:.1f} GiB a GPU, "
-        f"{smallest[largest] / GIB:.1f} of them for {PURPOSES[largest]}, and "
-        f"{question.budget_bytes / GIB:.1f} can be used ({question.limits}). Use {', or '.join(ways)}."
+        f"of {cluster.n_gpus} x {cluster.gpu.name}{kept}: the smallest needs {in_gib(needed * GIB)} GiB a "
+        f"GPU, {in_gib(smallest[largest])} of them for {PURPOSES[largest]}, and "
+        f"{in_gib(question.budget_bytes)} can be used ({question.limits}). Use {', or '.join(ways)}."
     )
 
 
@@ -597,12 +598,12 @@ def choose_open(
             fitting.append((seconds, tried, tried_layout, needed))
         elif not fitting:
             what = _in_words(tried, tried_layout)
-            first = first or f" ({what} would need {needed / GIB:.1f})"
+            first = first or f" ({what} would need {in_gib(needed)})"
     if fitting:
         fastest = min(seconds for seconds, *_ in fitting)
         _, tried, tried_layout, needed = next(each for each in fitting if each[0] <= NEAR * fastest)
         what = _in_words(tried, tried_layout)
-        memory = f"{needed / GIB:.1f} of {limit_gib:.1f} GiB a rank{first}"
+        memory = f"{in_gib(needed)} of {in_gib(limit_gib * GIB)} GiB a rank{first}"
         why = f"{what}: about {memory}, on {cluster.gpu.name}"
         return tried, tried_layout, why
     ways = ["more processes", "a smaller `seq_len`"]
@@ -611,8 +612,8 @@ def choose_open(
     if not states.n_adapter:
         ways.append("lora.rank=16")
     raise UsageError(
-        f"the model and sequences of seq_len={job.seq_len} do not fit {limit_gib:.1f} GiB a rank: "
-        f"at least {needed / GIB:.1f} are needed. Use {', or '.join(ways)}."
+        f"the model and sequences of seq_len={job.seq_len} do not fit {in_gib(limit_gib * GIB)} GiB a rank: "
+        f"at least {in_gib(needed)} are needed. Use {', or '.join(ways)}."
     )
 
 

@@ -30,7 +30,7 @@ from tyro.conf import UseAppendAction
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf
 from dtensor_llama.atomic import is_first_rank
 from dtensor_llama.attention import WholeSequences, choose_attention
-from dtensor_llama.cli import AtLeast, FilePath, Launch, check_numbers, read_launch, run_recipe
+from dtensor_llama.cli import AtLeast, FilePath, Launch, at_least, check_numbers, read_launch, run_recipe
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
 from dtensor_llama.errors import BadRecord
 from dtensor_llama.generate import Sampling, TextStream, generate_batch
@@ -45,9 +45,8 @@ from parallel.tensor import apply_tensor_parallel
 
 WAIT_FOR_A_PERSON_S = 7 * 24 * 3600  # how long other tp ranks wait in a collective while the user types
 NUMBERS = [
-    AtLeast("max_new_tokens", 1),
+    *at_least(1, "max_new_tokens", "batch_size", "parallel.tp"),
     AtLeast("temperature", 0),
-    AtLeast("batch_size", 1),
     AtLeast("seed", 0, below=2**64),  # torch takes no larger one
 ]
 
@@ -86,7 +85,7 @@ def main(cfg: GenerateConfig) -> None:
 
     # ---- 1. What is refused, before anything is loaded -----------------------------------------------------
     check_flags(cfg)
-    config, tokenizer = LlamaConfig.from_hf(cfg.model), load_tokenizer(cfg.model)
+    config, tokenizer = LlamaConfig.from_hf(cfg.model), load_tokenizer(cfg.model, "model")
     check_model(cfg, config, tokenizer, launch.world_size)
     template = chat_template(tokenizer) if cfg.chat else None
     texts = read_prompts(cfg)
@@ -204,7 +203,7 @@ def check_model(cfg: GenerateConfig, config: LlamaConfig, tokenizer: Tokenizer, 
     if world_size != tp:
         command = f"torchrun --nproc-per-node {tp}" if tp > 1 else "plain python"
         raise UsageError(
-            f"--parallel.tp {tp} is for {tp} process(es) and torchrun started {world_size}; launch with "
+            f"--parallel.tp {tp} needs as many processes and torchrun started {world_size}; launch with "
             f"{command}."
         )
 

@@ -204,6 +204,8 @@ def main(cfg: PretrainConfig) -> None:
     text = TextOptions(cfg.data.text_field, cfg.data.bad_records)
     packing = Packing(seq_len, cfg.data.validation_share, cfg.train.seed)
     sequences = open_sequences(cfg.data.path, tokenizer, cache_dirs, text, packing)
+    record = run_record(cfg, model_config, sequences, model.generation_config)
+    record.refuse_early(cfg.checkpoint.resume, run_dir)
     start_process_group(device, launch.world_size, attempt=launch.attempt)
     if memory_note:
         say(f"memory    {memory_note}")
@@ -219,7 +221,6 @@ def main(cfg: PretrainConfig) -> None:
     build_optimizer = adamw(cfg.train.lr, cfg.train.weight_decay)
     training = assemble(model, layout, computation, build_optimizer, offload, say)
     checkpoints = Checkpointer(run_dir / "checkpoints", keep=cfg.checkpoint.keep)
-    record = run_record(cfg, model_config, sequences, model.generation_config)
     step, position = resume(cfg.checkpoint.resume, checkpoints, model, training.optimizer, record, say)
     if step == 0:
         weights = training.fp32_weights()

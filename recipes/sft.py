@@ -252,6 +252,8 @@ def main(cfg: SftConfig) -> None:
     job = computation.job(model_config, seq_len, train.global_batch_size, train.micro_batch_size)
     n_microbatches = check_parallel(resolved, job)
     check_seams(model, resolved, computation)
+    record = run_record(cfg, base, model_config, sequences, model.generation_config)
+    record.refuse_early(cfg.checkpoint.resume, run_dir)
     if is_main:
         run_lock = claim_run_dir(run_dir, fresh=cfg.checkpoint.resume == "never")  # held until the run ends
 
@@ -276,7 +278,6 @@ def main(cfg: SftConfig) -> None:
     # The weights are loaded before a resumption too, since a LoRA checkpoint has no frozen ones.
     set_weights(training, base, train.seed)
     checkpoints = Checkpointer(run_dir / "checkpoints", keep=cfg.checkpoint.keep)
-    record = run_record(cfg, base, model_config, sequences, model.generation_config)
     step, position = resume(cfg.checkpoint.resume, checkpoints, model, training.optimizer, record, say)
 
     batching = Batching(
@@ -488,7 +489,7 @@ def run_record(
     fixed = {
         "--model": asdict(model_config),
         **values_by_flag(cfg, ("data.seq_len", "train.seed", "data.validation_share")),
-        "--lora": {**asdict(cfg.lora), "targets": list(cfg.lora.targets)},  # a list, as JSON gives it back
+        "--lora": asdict(cfg.lora),
         "--data.overlong and --data.packing": f"{cfg.data.overlong}, {packing}",
         "--data.path and --data.tokenizer": sequences.contents,
         CONTENT: sequences.content_hash,

@@ -155,6 +155,10 @@ def test_a_run_folder_in_use(inputs, reference, tmp_path):
     assert (run_dir / "metrics.jsonl").read_bytes() == before
     (tmp_path / "file").write_text("x")
     assert "--run-dir" in refused(*flags(inputs, tmp_path / "file"))
+    blocked = tmp_path / "blocked" / "tokenizer"  # what a run cannot write in its folder is named
+    blocked.parent.mkdir()
+    blocked.write_text("x")
+    assert f"{blocked} cannot be used (File exists)" in refused(*flags(inputs, blocked.parent))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -194,10 +198,15 @@ def test_a_run_cannot_go_on_as_another_run(inputs, reference, tmp_path, change, 
         (["--model", "MODEL", "--prompt", "x", "--top-p", 0], "--top-p"),
         (["--model", "MODEL", "--prompt", "x", "--max-new-tokens", 0], "--max-new-tokens"),
         (["--model", "MODEL"], "--prompt"),
+        (["--model", "MODEL", "--parallel.tp", 0], "--parallel.tp 0 is not possible; use 1 or more."),
+        (["--model", "BARE", "--prompt", "x"], "no tokenizer; copy a tokenizer.json"),
     ],
 )
-def test_generate_refuses_in_words(inputs, arguments, said):
-    assert said in refused(*[inputs / "model" if a == "MODEL" else a for a in arguments], name="generate")
+def test_generate_refuses_in_words(inputs, tmp_path, arguments, said):
+    (tmp_path / "config.json").write_bytes((inputs / "model/config.json").read_bytes())
+    folders = {"MODEL": inputs / "model", "BARE": tmp_path}
+    line = refused(*[folders.get(argument, argument) for argument in arguments], name="generate")
+    assert said in line and "tokenizer=" not in line
 
 
 def test_a_typed_command_ends_with_status_2_and_one_line():

@@ -505,7 +505,7 @@ def test_pretrain_without_a_layout_counts_its_defaults_and_names_what_the_planne
     flags = ["--model", "tiny-1m", "--gpus", 8, "--data.seq-len", 64]
     ended = recipe("pretrain", *flags, "--dry-run")
     assert ended.status == 0 and "with ZeRO stage 3" in ended.out, ended
-    assert "8 dp ranks x 4 microbatches x 1 sequences" in ended.out and "layouts on" not in ended.out
+    assert "8 dp ranks x 4 microbatches x 1 sequence x" in ended.out and "layouts on" not in ended.out
     own, _, planned = ended.out.partition("\nNo layout was given")
     assert own == recipe("dryrun", *flags, "--parallel.dp-shard", 8).out
     assert "The planner would choose dp 8, zero 2, 1 x 4 sequences" in planned
@@ -532,6 +532,13 @@ def test_a_budget_beyond_the_gpu_is_the_gpu():
     ended = recipe("dryrun", *flags, "--memory.placement", "auto", "--memory.device-budget-gib", 500)
     assert "fit all 79 GiB of the GPU (--memory.device-budget-gib 500 is more); " in ended.out, ended
     assert "within 78.0 GiB of the device" in ended.out
+
+
+def test_a_budget_of_some_kib_is_told_in_digits_that_count():
+    flags = ["--model", "tiny-1m", "--gpus", 1, "--data.seq-len", 64, "--parallel.dp-shard", 1]
+    ended = recipe("dryrun", *flags, "--memory.placement", "auto", "--memory.device-budget-gib", 1e-5)
+    assert ended.status == 2 and " 0.0 " not in ended.err and "and 9.7e-06 can be used" in ended.err, ended
+    assert "1 dp rank x 32 microbatches x 1 sequence x 64 tokens" in ended.out
 
 
 def test_more_gpus_than_a_dry_run_can_list_are_refused():

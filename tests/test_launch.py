@@ -219,7 +219,24 @@ def test_the_launchers_start_torchrun_with_the_flags_of_the_table_and_ours_behin
     )
     with pytest.raises(subprocess.CalledProcessError) as refused:
         torchrun_words("one_node.sh", tmp_path, "pretrain", "70b", "a100-40gb")
-    assert "at least 64 GPUs" in refused.value.stderr and refused.value.stdout == ""
+    assert "at least 64 GPUs; 8 were named" in refused.value.stderr and refused.value.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "script,arguments,settings,said",
+    [
+        ("one_node.sh", ["pretrain"], {}, "give RECIPE SIZE GPU"),
+        ("many_nodes.sh", [], {}, "give RECIPE SIZE GPU"),
+        ("many_nodes.sh", ["pretrain", "7b", "h100-80gb"], {"HEAD": "a"}, "NNODES: is missing"),
+        ("many_nodes.sh", ["pretrain", "7b", "h100-80gb"], {"NNODES": "2"}, "set one to the host name"),
+    ],
+)
+def test_a_launcher_names_what_is_missing(tmp_path, monkeypatch, script, arguments, settings, said):
+    for name in ("NNODES", "HEAD", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        torchrun_words(script, tmp_path, *arguments, **settings)
+    assert said in refused.value.stderr and refused.value.stderr.count("\n") == 1
 
 
 def test_the_kubernetes_job_is_yaml_that_runs_many_nodes_in_every_pod():

@@ -174,7 +174,7 @@ def test_resuming_with_another_schedule_says_what_becomes_of_the_learning_rate(i
         line.removeprefix("resuming  ") for line in ended.out.splitlines() if line.startswith("resuming  ")
     ]
     old, new = metrics(reference)[6]["lr"], metrics(run_dir)[6]["lr"]
-    assert said == [
+    assert "begins there at every start" in said[0] and said[1:] == [
         "not as the checkpoint was trained: --train.steps 8 -> 10",
         f"the learning rate of step 7 is {new:.3g} and would have been {old:.3g} ({new / old:.3g} times)",
     ]

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +16,7 @@ from dtensor_llama import cli as door
 from dtensor_llama.checkpoint import Checkpointer, training_state
 from dtensor_llama.cli import (
     CONTENT,
+    FROZEN,
     AtLeast,
     Launch,
     check_numbers,
@@ -29,7 +30,7 @@ from dtensor_llama.errors import listed, mismatches
 from dtensor_llama.flops import Utilization, hardware_flops_per_token, model_flops_per_token
 from dtensor_llama.hf_folder import Base, export
 from dtensor_llama.metrics import RunLog, RunReport, read_metrics, skipped_so_far
-from dtensor_llama.run import RunFacts, RunRecord, describe_run, end_run, resume
+from dtensor_llama.run import RunFacts, RunRecord, describe_run, end_run, resume, say_where_things_are
 from dtensor_llama.schedule import Schedule, cosine_lr, learning_rate
 from parallel import ParallelConfig
 from recipes.sft import SftConfig
@@ -249,6 +250,55 @@ def test_other_data_are_refused_with_the_settings_of_the_data_that_changed(tmp_p
         resumed_after(tmp_path, saved, record)
 
 
+def test_the_targets_of_adapters_are_a_set_and_an_open_alpha_has_a_value(tmp_path):
+    lora = {"rank": 4, "alpha": None, "targets": ["q_proj", "v_proj"]}
+    saved = RunRecord(FIXED | {"--lora": lora}, SETTINGS, {}).to_meta()
+    same = {"rank": 4, "alpha": 8.0, "targets": ("v_proj", "q_proj", "v_proj")}
+    record = RunRecord(FIXED | {"--lora": same}, SETTINGS, {})
+    assert resumed_after(tmp_path, saved, record)[0] == (3, 12)
+    for change, said in (({"alpha": 4.0}, "alpha 8 -> 4.0"), ({"targets": ("q_proj",)}, "targets")):
+        record = RunRecord(FIXED | {"--lora": same | change}, SETTINGS, {})
+        with pytest.raises(UsageError, match=rf"--lora is not what .*\({said}"):
+            resumed_after(tmp_path, saved, record)
+
+
+def test_other_settings_are_refused_before_anything_starts(tmp_path):
+    record, folder = RunRecord(FIXED, SETTINGS, {}), tmp_path / "checkpoints"
+    resumed_after(folder, record.to_meta(), record)
+    other = RunRecord(FIXED | {"--train.seed": 5}, SETTINGS, {})
+    newest, empty = folder / "step-00000003", folder / "step-00000004"
+    for asked in ("auto", str(newest)):
+        record.refuse_early(asked, tmp_path)
+        with pytest.raises(UsageError, match="--train.seed is not what .*step-00000003"):
+            other.refuse_early(asked, tmp_path)
+    other.refuse_early("never", tmp_path)
+    other.refuse_early("auto", tmp_path / "new")
+    RunRecord(other.fixed | {FROZEN: "adapters"}, SETTINGS, {}).refuse_early("auto", tmp_path)
+    for name in (".metadata", "__0_0.distcp"):  # `resume` names the damage
+        content = (newest / name).read_bytes()
+        (newest / name).write_bytes(content[:100])
+        other.refuse_early("auto", tmp_path)
+        (newest / name).write_bytes(content)
+    empty.mkdir()
+    with pytest.raises(UsageError, match="files are missing. An older one: .*step-00000003"):
+        record.refuse_early("auto", tmp_path)
+
+
+def test_a_start_says_where_it_begins_if_that_may_surprise(tmp_path):
+    record = RunRecord(FIXED, SETTINGS, {})
+    done = RunRecord(FIXED, SETTINGS | {"--train.steps": 3}, {})
+    checkpoints = tmp_path / "checkpoints"
+    _, said = resumed_after(checkpoints, done.to_meta(), done)
+    assert "no step is left" in said[1]
+    _, said = resumed_after(checkpoints, record.to_meta(), record, str(checkpoints / "step-00000003"))
+    assert "begins there at every start" in said[1] and len(said) == 2
+    (tmp_path / "metrics.jsonl").touch()
+    lost, said = Checkpointer(tmp_path / "lost"), []
+    assert resume("auto", lost, *start(), record, said.append) == (0, 0)
+    lost.close()
+    assert "the run starts anew" in said[0]
+
+
 def test_fields_of_a_config_that_only_pass_through_are_not_compared(tmp_path):
     model = {"hidden_size": 32, "other_fields": {"tag": 1}}
     record = RunRecord(FIXED | {"--model": model}, SETTINGS, {})
@@ -362,6 +412,9 @@ def test_a_run_is_described_in_its_config_json_and_on_the_screen(tmp_path):
     layout = ParallelConfig(cp=2, tp=2, zero_stage=1)
     facts = RunFacts(SHAPE, sequences, "9 tokens", layout, ("pp", "cp", "tp"), 4, CPU, "sdpa (a reason)")
     peak = (2e12, "a data sheet")
+    describe_run(tmp_path, settings, replace(facts, n_microbatches=1), peak, [], lines.append)
+    assert "; 1 microbatch of 2 sequences per rank and step" in lines[1]
+    lines.clear()
     describe_run(tmp_path, settings, facts, peak, ["data      9 tokens"], lines.append)
     assert lines == [
         f"model     tiny: {SHAPE.n_parameters / 1e6:.1f}M parameters, attention sdpa (a reason)",
@@ -377,6 +430,14 @@ def test_a_run_is_described_in_its_config_json_and_on_the_screen(tmp_path):
         *("n_training_rows", "n_validation_rows", "corpus"),
     ]
     assert record["n_training_rows"] == 90 and record["model_config"] == SHAPE.to_hf()
+
+
+def test_a_run_that_was_stopped_says_whether_its_last_step_is_saved(tmp_path, capsys):
+    say_where_things_are(tmp_path, [{"loss": 1.0}], 2, 9, stopped=True)
+    assert "after step 2 of 9; no checkpoint has it" in capsys.readouterr().out
+    (tmp_path / "checkpoints/step-00000002").mkdir(parents=True)
+    say_where_things_are(tmp_path, [{"loss": 1.0}], 2, 9, stopped=True)
+    assert "after step 2 of 9; the same command goes on from there" in capsys.readouterr().out
 
 
 def test_a_run_that_ends_closes_its_log_draws_its_loss_and_prints_where_things_are(tmp_path, capsys):

@@ -233,19 +233,19 @@ class Tokenizer:
         return settings if prefix is None else settings | {"add_prefix_space": prefix}
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Open a Hugging Face folder, a tokenizer.json or a SentencePiece .model.
+def load_tokenizer(path: str | Path, field: str = "tokenizer") -> Tokenizer:
+    """Open a Hugging Face folder, a tokenizer.json or a SentencePiece .model. field: names it in messages.
 
     A folder may have both tokenizer.model and tokenizer.json. Then the first is the reference, if it is a
     SentencePiece model (LLaMA-3 has another format under that name) and has as many pieces as tokenizer.json
     has tokens without the added ones.
     Raises UsageError if there is no such file, or if it cannot be read as a tokenizer.
     """
-    refuse_hub_name(str(path), "tokenizer")
-    path = Path(expanded(str(path), "tokenizer"))
+    refuse_hub_name(str(path), field)
+    path = Path(expanded(str(path), field))
     if not path.exists():
         raise UsageError(
-            f"tokenizer={path}: there is no such file or folder; give a Hugging Face folder, a "
+            f"{field}={path}: there is no such file or folder; give a Hugging Face folder, a "
             "tokenizer.json or a SentencePiece .model on this machine."
         )
     home = path if path.is_dir() else path.parent
@@ -255,13 +255,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     fast = _load_fast(json_file) if json_file.suffix == ".json" and json_file.is_file() else None
     pieces = load_pieces(model_file) if has_model else None
     if fast is None and pieces is None:
-        problem = "no tokenizer; give a tokenizer.json, a SentencePiece .model or a folder with one"
+        problem = "no tokenizer; copy a tokenizer.json or a SentencePiece .model there, or give another place"
         if has_model:
             problem = (
                 f"{model_file.name} is not a SentencePiece model (damaged, or another format); give the "
                 "tokenizer.json that belongs to it"
             )
-        raise UsageError(f"tokenizer={path}: {problem}.")
+        raise UsageError(f"{field}={path}: {problem}.")
     settings = read_settings(home / "tokenizer_config.json") if path.suffix != ".model" else {}
     if pieces is None or fast is not None and fast.get_vocab_size(with_added_tokens=False) != len(pieces):
         ids = EndIds(_special_id("bos", home, fast), _special_id("eos", home, fast))

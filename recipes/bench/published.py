@@ -17,6 +17,7 @@ from pathlib import Path
 
 from dtensor_llama import LlamaConfig
 from dtensor_llama.cli import FilePath, run_recipe
+from dtensor_llama.metrics import amount
 from parallel.cluster import find_cluster
 from parallel.config import ParallelConfig
 from parallel.cost import STACKS, Stack, States, Work, account_for
@@ -120,7 +121,7 @@ def run_of(row: dict) -> Run:
     per_microbatch = row.get(next(its_words, None))
     if per_microbatch is None:
         per_microbatch = max(1, ASSUMED_TOKENS * layout.tp * layout.cp // row["seq_len"])
-        assumed.append(f"{counted(per_microbatch, 'sequence')} a microbatch")
+        assumed.append(f"{amount(per_microbatch, 'sequence')} a microbatch")
     microbatches = row.get("microbatches")
     if microbatches is None and "global_batch" in row:
         microbatches = row["global_batch"] // (per_microbatch * layout.dp)
@@ -128,7 +129,7 @@ def run_of(row: dict) -> Run:
         microbatches = 1024 // (per_microbatch * layout.dp)
     if microbatches is None:
         microbatches = 1 if layout.zero_stage == 3 else 4
-        assumed.append(counted(microbatches, "microbatch", "es"))
+        assumed.append(amount(microbatches, "microbatch", "es"))
     recompute = row.get("recompute")
     if recompute is None:
         recompute = "full" if row.get("stack") == "maxtext" else "none"
@@ -162,11 +163,6 @@ def run_of(row: dict) -> Run:
         "microbatches" in row,
         "SimuMax" not in row["source"],
     )
-
-
-def counted(n: int, word: str, plural: str = "s") -> str:
-    """Return the number with its word, which gets the ending `plural` unless there is one."""
-    return f"{n} {word}" + (plural if n != 1 else "")
 
 
 def left_out(row: dict) -> str:
@@ -289,9 +285,7 @@ def sweeps_of(runs: list[Run]) -> list[Sweep]:
 
 def errors_in_words(runs: list[Run]) -> str:
     errors = [abs(run.error()) for run in runs]
-    return (
-        f"median {statistics.median(errors):.1%}, at most {max(errors):.1%} ({counted(len(errors), 'row')})"
-    )
+    return f"median {statistics.median(errors):.1%}, at most {max(errors):.1%} ({amount(len(errors), 'row')})"
 
 
 def table_of_times(runs: list[Run]) -> str:
@@ -386,7 +380,7 @@ def page(paths: list[str]) -> str:
     for row in rows:
         if why := left_out(row):
             unused[why] += 1
-    without = "; ".join(f"{counted(n, 'row')} with {why}" for why, n in unused.items())
+    without = "; ".join(f"{amount(n, 'row')} with {why}" for why, n in unused.items())
     stacks = "\n".join(
         f"| {stack.name} | " + " | ".join(f"{getattr(stack, name):g}" for name in FITTED) + " |"
         for stack in STACKS.values()

@@ -8,8 +8,11 @@
 # and --run-dir must be on a file system that all nodes see. GPUS_PER_NODE is 8, PORT is 29400, and PYTHON is
 # python unless they are set. JOB_ID is RECIPE-SIZE unless it is set: two jobs with one HEAD need two ids.
 set -euo pipefail
-recipe=$1 size=$2 gpu=$3
+usage="give RECIPE SIZE GPU, for example: $0 pretrain 7b h100-80gb"
+recipe=${1:?$usage} size=${2:?$usage} gpu=${3:?$usage}
 shift 3
+: "${NNODES:?is missing; set it to the number of nodes}"
+head=${HEAD:-${MASTER_ADDR:?is missing, and so is HEAD; set one to the host name of a node that all reach}}
 here=$(dirname "$0") python=${PYTHON:-python} gpus=${GPUS_PER_NODE:-8}
 flags=$("$python" "$here/sizes.py" "$recipe" "$size" "$gpu" $((NNODES * gpus)))
 # This makes a new store for every start. The store that torchrun would share still has the addresses of the
@@ -21,5 +24,5 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SHUTDOWN_SECONDS:-300}  # for the checkp
 # shellcheck disable=SC2086  # flags are words
 exec "$python" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$gpus" \
     --max-restarts "${MAX_RESTARTS:-3}" --rdzv-backend c10d \
-    --rdzv-endpoint "${HEAD:-$MASTER_ADDR}:${PORT:-29400}" \
+    --rdzv-endpoint "$head:${PORT:-29400}" \
     --rdzv-id "${JOB_ID:-$recipe-$size}" ${TORCHRUN_OPTIONS:-} "$here/../$recipe.py" $flags "$@"

@@ -6,7 +6,8 @@
 # The arguments are RECIPE SIZE GPU, then any flags of the recipe, which override the flags of sizes.py.
 # GPUS_PER_NODE is the number of GPUs, and PYTHON is the interpreter (8 and `python` unless set).
 set -euo pipefail
-recipe=$1 size=$2 gpu=$3
+usage="give RECIPE SIZE GPU, for example: $0 pretrain 7b h100-80gb"
+recipe=${1:?$usage} size=${2:?$usage} gpu=${3:?$usage}
 shift 3
 here=$(dirname "$0") python=${PYTHON:-python} gpus=${GPUS_PER_NODE:-8}
 flags=$("$python" "$here/sizes.py" "$recipe" "$size" "$gpu" "$gpus")

@@ -43,7 +43,7 @@ from tyro.conf import Positional
 
 from dtensor_llama import LlamaConfig, UsageError
 from dtensor_llama.cli import run_recipe
-from dtensor_llama.metrics import GIB
+from dtensor_llama.metrics import GIB, amount
 from parallel.cluster import NODES
 
 if TYPE_CHECKING:
@@ -227,10 +227,9 @@ def find(size: str, gpu: str, gpus: int) -> Size:
             *(f"for sft the size {kind}" for kind in lighter),
             "the size `own` and flags of your own",
         ]
-        raise UsageError(
-            f"{size} on {gpu} needs at least {chosen.least} GPUs, and a multiple of {unit}; there are "
-            f"{gpus}. Use {', or '.join(ways)}."
-        )
+        needs = f"at least {amount(chosen.least, 'GPU')}"
+        needs += f", and a multiple of {unit}" if unit > 1 else ""
+        raise UsageError(f"{size} on {gpu} needs {needs}; {gpus} were named. Use {', or '.join(ways)}.")
     return chosen
 
 
