@@ -32,7 +32,15 @@ from dtensor_llama.weights import values_to_write
 from memory import ChunkManager, Home, Machine, MemoryConfig, Overrides, TrainingLoop
 from memory.activations import ActivationOffload
 from memory.chunk import GIB, LEGAL_MOVES, State
-from memory.kernel import HyperParameters, Kernel, adamw_chunk, join_master, split_master, whole_rows
+from memory.kernel import (
+    HyperParameters,
+    Kernel,
+    adamw_chunk,
+    blocks,
+    join_master,
+    split_master,
+    whole_rows,
+)
 from memory.tracer import MachineRates
 
 RESIDENT, STREAM, CPU = Home
@@ -375,6 +383,13 @@ def test_auto_starts_with_as_much_on_the_host_as_its_budget_allows():
             other = manager.bytes_needed(replace(manager.plan, homes=tuple(mixed)))
             assert other["host"] > half or other["device"] >= 0.9 * needed["device"], mixed
     manager.close()
+
+
+def test_values_pass_between_host_and_device_in_few_copies():
+    """7B in blocks of a core's cache would be 25,706 copies, each of which the host waits for."""
+    on_host, on_device = torch.empty(20 * 2**20), torch.empty(20 * 2**20, device="meta")
+    assert {len(part) for part, _ in blocks(on_host, on_host)} == {2**18}
+    assert [len(part) for part, _ in blocks(on_host, on_device)] == [2**23, 2**23, 2**22]
 
 
 def test_a_plan_that_the_hosts_free_memory_cannot_hold_is_refused_and_auto_starts_within_it(monkeypatch):
