@@ -34,8 +34,6 @@ from dtensor_llama.loss import TokenLoss, Vocabulary, token_loss_sum, token_nll
 if TYPE_CHECKING:
     from dtensor_llama.generate import KVCache
 
-Rope = tuple[Tensor, Tensor]  # cosines and sines of the rotary angles, from rope_tables
-
 
 def rope_frequencies(config: LlamaConfig, n_tokens: int, device: torch.device) -> Tensor:
     """Return by how many radians each pair of dims is rotated a token, (E/2,) float32.
@@ -64,7 +62,7 @@ def rope_frequencies(config: LlamaConfig, n_tokens: int, device: torch.device) -
     return frequencies
 
 
-def rope_tables(positions: Tensor, frequencies: Tensor) -> Rope:
+def rope_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """Return the cosines and sines of the rotary angles at `positions` (B, T).
 
     They are two (B, T, 1, E/2) float32 tensors, to be broadcast over heads; angles are in radians. Each
@@ -75,7 +73,7 @@ def rope_tables(positions: Tensor, frequencies: Tensor) -> Rope:
     return angles.cos()[:, :, None], angles.sin()[:, :, None]
 
 
-def apply_rope(x: Tensor, rope: Rope) -> Tensor:
+def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate x (B, T, heads, E) in float32. Dims i and i + E/2 are a pair, as in Hugging Face's weights; in
     Meta's 2i and 2i + 1 are."""
     cos, sin = rope
@@ -101,7 +99,7 @@ class LlamaAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rope: Rope | None,
+        rope: tuple[Tensor, Tensor] | None,
         attention: WholeSequences,
         mask: AttentionMask | None,
         cache: "KVCache | None",
@@ -147,7 +145,7 @@ class LlamaBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rope: Rope | None,  # None: a layer that does not rotate
+        rope: tuple[Tensor, Tensor] | None,  # None: a layer that does not rotate
         attention: WholeSequences,
         mask: AttentionMask | None = None,
         cache: "KVCache | None" = None,

@@ -12,7 +12,7 @@ from dtensor_llama.errors import UsageError
 from dtensor_llama.loss import token_nll
 from dtensor_llama.model import Llama
 from parallel.config import Job, ParallelConfig
-from parallel.context import Ring, Ulysses, apply_context_parallel
+from parallel.context import Ring, apply_context_parallel
 from parallel.lora import apply_lora_parallel
 from parallel.pipeline import split_stages
 from parallel.recompute import apply_recompute
@@ -119,7 +119,7 @@ def check_seams(model: Llama, config: ParallelConfig, computation: Computation) 
 def attention_in_words(model: Llama, kernel: str, why: str) -> str:
     """Return what a run prints about its attention: the kernel and why it was chosen, or the class of an
     attention that a user has set, which chooses its kernel itself."""
-    own = model.attention.whole if isinstance(model.attention, Ulysses) else model.attention
+    own = getattr(model.attention, "whole", model.attention)  # Ulysses has the attention that computes
     return f"{kernel} ({why})" if type(own) in (WholeSequences, Ring) else f"of class {type(own).__name__}"
 
 

@@ -26,7 +26,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from datetime import timedelta
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -57,7 +56,7 @@ from parallel.plans.loss import HfBatch, loss_sum, summed, targets_of
 from parallel.plans.spread import check_family, has_dropout, kept_buffers, restore_buffers, shell_of
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
-Columns = Mapping[str, Tensor]  # of a batch of Hugging Face, by name
+Columns = dict[str, Tensor]  # of a batch of Hugging Face, by name
 EXIT_WAIT = timedelta(seconds=20)
 
 
@@ -91,7 +90,7 @@ class Booster:
             )
         local_rank = dist.get_node_local_rank(fallback_rank=-1)  # -1: there is no launcher
         if self.device is None:
-            kind = torch.accelerator.current_accelerator(check_available=True)
+            kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
             self.device = torch.device(kind.type, max(local_rank, 0)) if kind else torch.device("cpu")
         if self.device.type != "cpu":
             torch.accelerator.set_device_index(self.device.index or 0)
@@ -169,7 +168,7 @@ class Booster:
             self.dataloader = OwnSequences(dataloader, layout, self.way.read, self.device)
         return boosted, self.optimizer, self.dataloader, criterion
 
-    def step(self, batch: Columns) -> Tensor:
+    def step(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Run forward and backward of this dp rank's sequences, {"input_ids", "labels"} (B, T); gradients add
         to what is there. A model of a family gets the other columns of the batch, too.
 
@@ -193,7 +192,7 @@ class Booster:
         n_targets = (targets != IGNORE).sum().to(self.device)
         dist.all_reduce(n_targets, group=layout.mesh["dp"].get_group())
         microbatches = self.way.cut(columns, targets, layout)
-        loss = forward_backward(self.training, microbatches, n_targets.clamp(min=1), self.way.loss_of)
+        loss = self.way.forward_backward(self.training, microbatches, n_targets.clamp(min=1))
         dist.all_reduce(loss, group=layout.loss_group)  # each rank has its own tokens' share
         self.steps += 1
         return loss
@@ -307,7 +306,7 @@ class _AsOurLlama:
             for stage in training.stages:
                 stage.loss_sum = _loss_by(self.criterion, stage)
 
-    def read(self, batch: Columns) -> Columns:
+    def read(self, batch: Mapping[str, Tensor]) -> Columns:
         """Return the columns of a batch that the model gets; UsageError if something is missing or odd."""
         return _columns(batch, self.shape.vocab_size)
 
@@ -317,10 +316,9 @@ class _AsOurLlama:
         parts = (column.chunk(layout.n_microbatches) for column in (columns["input_ids"], labels))
         return [layout.own_tokens(Batch(*part, None)) for part in zip(*parts, strict=True)]
 
-    def loss_of(self, training: Training, batch: Batch) -> Tensor:
-        """Return the sum of the losses of a microbatch, where there is no pipeline."""
-        tokens, labels, positions = batch.to(training.device)
-        return training.model(tokens, labels=labels, positions=positions)
+    def forward_backward(self, training: Training, microbatches: list[Batch], n_targets: Tensor) -> Tensor:
+        """Add up the gradients of all microbatches. Returns this rank's share of the loss."""
+        return forward_backward(training, microbatches, n_targets)
 
     def weights_to_save(self, training: Training) -> nn.Module:
         """Return what save_hf writes."""
@@ -357,7 +355,7 @@ class _AsItIs:
             other_tokens_or_layers = training.layout.mesh["loss"].get_local_rank()
             torch.manual_seed(self.seed + 1_000_003 * (1 + other_tokens_or_layers))
 
-    def read(self, batch: Columns) -> Columns:
+    def read(self, batch: Mapping[str, Tensor]) -> Columns:
         return columns_of(batch, self.boosted)
 
     def cut(self, columns: Columns, targets: Tensor, layout: Layout) -> list[HfBatch]:
@@ -367,8 +365,18 @@ class _AsItIs:
         others = [{name: part[i] for name, part in parts.items()} for i in range(n)]
         return [HfBatch(*microbatch) for microbatch in zip(tokens, labels, others, strict=True)]
 
-    def loss_of(self, training: Training, batch: HfBatch) -> Tensor:
-        return loss_sum(training.model, self.family, batch, self.criterion)
+    def forward_backward(self, training: Training, microbatches: list[HfBatch], n_targets: Tensor) -> Tensor:
+        """Do what the function of this name does below, with the loss of a model of transformers."""
+        if training.pipeline:
+            return training.pipeline.step(microbatches, n_targets)
+        loss = torch.zeros((), device=training.device)
+        for i, batch in enumerate(microbatches):
+            training.sync_gradients(last=i == len(microbatches) - 1)
+            loss_i = loss_sum(training.model, self.family, batch, self.criterion) / n_targets
+            # FSDP averages gradients over these ranks; we want their sum.
+            (loss_i * training.layout.gradient_ranks).backward()
+            loss += loss_i.detach()
+        return loss
 
     def weights_to_save(self, training: Training) -> nn.Module:
         weights = training.fp32_weights()
@@ -377,19 +385,17 @@ class _AsItIs:
         return weights
 
 
-def forward_backward(
-    training: Training, microbatches: list[Batch | HfBatch], n_targets: Tensor, loss_of: Callable
-) -> Tensor:
+def forward_backward(training: Training, microbatches: list[Batch], n_targets: Tensor) -> Tensor:
     """Run forward and backward of all microbatches, as recipes/pretrain.py does; gradients add up.
 
-    Returns this rank's share of the loss, to be summed over layout.loss_group. loss_of: the method of the
-    model's way that computes the loss of one microbatch."""
+    Returns this rank's share of the loss, to be summed over layout.loss_group."""
     if training.pipeline:
         return training.pipeline.step(microbatches, n_targets)
     loss = torch.zeros((), device=training.device)
     for i, batch in enumerate(microbatches):
         training.sync_gradients(last=i == len(microbatches) - 1)
-        loss_i = loss_of(training, batch) / n_targets
+        tokens, labels, positions = batch.to(training.device)
+        loss_i = training.model(tokens, labels=labels, positions=positions) / n_targets
         # FSDP averages gradients over these ranks; we want their sum.
         (loss_i * training.layout.gradient_ranks).backward()
         loss += loss_i.detach()
@@ -411,7 +417,7 @@ class OwnSequences:
         self,
         dataloader: Iterable,
         layout: Layout,
-        read: Callable[[Columns], Columns],
+        read: Callable[[Mapping[str, Tensor]], Columns],
         device: torch.device,
     ):
         self.dataloader, self.layout, self.read, self.device = dataloader, layout, read, device
@@ -532,10 +538,9 @@ def _names_in(optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]) -
         )
     name_of = {parameter: name for name, parameter in parameters.items()}
     groups = [[name_of.get(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
-    given = list(chain.from_iterable(groups))
-    n_strange = given.count(None)
+    n_strange = sum(name is None for group in groups for name in group)
     trained = {name for parameter, name in name_of.items() if parameter.requires_grad}
-    left_out = sorted(trained.difference(given))
+    left_out = sorted(trained - {name for group in groups for name in group})
     if n_strange:
         raise UsageError(
             f"the optimizer has {n_strange} parameters that are not the model's; build it on the model given "
@@ -549,7 +554,7 @@ def _names_in(optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]) -
     return groups
 
 
-def _columns(batch: Columns, n_ids: int) -> Columns:
+def _columns(batch: Mapping[str, Tensor], n_ids: int) -> Columns:
     """Return input_ids and labels of a Hugging Face batch; UsageError if it has more that would matter, or
     ids that a vocabulary of `n_ids` lacks."""
     missing = [name for name in ("input_ids", "labels") if name not in batch]
