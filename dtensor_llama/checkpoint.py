@@ -56,7 +56,7 @@ from dtensor_llama.atomic import (
     write_durably,
 )
 from dtensor_llama.errors import UsageError, listed, mismatches
-from dtensor_llama.optim import KeepsMasters, State
+from dtensor_llama.optim import KeepsMasters, StateDict
 from dtensor_llama.places import free_bytes, is_full, say_full
 from dtensor_llama.shards import copies, local
 from dtensor_llama.weights import Shapes, is_adapter
@@ -118,7 +118,7 @@ class Checkpointer:
         self._everywhere = functools.partial(on_all_ranks, f"checkpoints in {self.folder}", group=self._group)
         on_first_rank(self._everywhere, self._start)
 
-    def save(self, step: int, state: State, wait: bool = False) -> float:
+    def save(self, step: int, state: StateDict, wait: bool = False) -> float:
         """Write nested dicts of tensors and plain values; returns how many seconds the caller waited.
 
         It waits for the previous save, stages, and leaves the rest to the background unless `wait`. An error
@@ -143,7 +143,7 @@ class Checkpointer:
             self.wait()
         return time.perf_counter() - began
 
-    def _stage(self, state: State) -> State:
+    def _stage(self, state: StateDict) -> StateDict:
         """Copy the state, host tensors included, since the next step overwrites them. The `like` of a
         Deferred tensor takes its place."""
         rest = _map_leaves(state, lambda value: None if isinstance(value, Deferred) else value)
@@ -195,7 +195,7 @@ class Checkpointer:
         self.wait()
         return on_first_rank(self._everywhere, lambda: newest(self.folder))
 
-    def load(self, path: str | Path, state: State, refuse: Callable[[dict], None] | None = None) -> None:
+    def load(self, path: str | Path, state: StateDict, refuse: Callable[[dict], None] | None = None) -> None:
         """Verify a checkpoint, then fill `state`: tensors in place (resharded as needed), values anew.
 
         refuse: is called with the `meta` of a training_state, and raises UsageError if it does not fit
@@ -249,7 +249,7 @@ class Checkpointer:
         for waste in [*self.folder.glob("step-*.partial"), *self.folder.glob("step-*.deleting")]:
             shutil.rmtree(waste)
 
-    def _write(self, final: Path, staged: State, planner: "_SavePlanner") -> None:
+    def _write(self, final: Path, staged: StateDict, planner: "_SavePlanner") -> None:
         """Write a staged state. This runs in the background, on every rank."""
         partial, superseded = (final.with_name(final.name + state) for state in (".partial", ".superseded"))
         self._needed_bytes = sum(self._everywhere(lambda: _bytes_of(staged)))
@@ -328,7 +328,7 @@ def training_state(
     step: int = 0,
     position: int = 0,
     meta: dict | None = None,
-) -> State:
+) -> StateDict:
     """Return all that a run needs to resume bit for bit, for Checkpointer.save.
 
     With a new model and optimizer it is also what Checkpointer.load fills.
@@ -361,7 +361,7 @@ def training_state(
     return state
 
 
-def restore_training_state(state: State, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+def restore_training_state(state: StateDict, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     """Put a loaded training_state into effect; returns {"step": int, "position": int, "meta": dict}.
 
     Learning rate, betas and decay of the optimizer's groups become the saved ones, as in
@@ -384,13 +384,13 @@ def _generators() -> list[tuple[str, Any]]:
     return generators
 
 
-def _bytes_of(state: State) -> int:
+def _bytes_of(state: StateDict) -> int:
     """Estimate what this rank writes of the tensors; what several ranks hold alike is divided among them."""
     tensors = [value for _, value in _leaves(state) if isinstance(value, Tensor)]
     return sum((local(tensor).nbytes + BYTES_AROUND_A_TENSOR) // copies(tensor) for tensor in tensors)
 
 
-def _leaves(state: State, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(state: StateDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted name, value) of every entry of nested dicts, named as DCP does."""
     for key, value in state.items():
         if isinstance(value, dict):
@@ -399,7 +399,7 @@ def _leaves(state: State, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _map_leaves(state: State, change: Callable, *others: State) -> State:
+def _map_leaves(state: StateDict, change: Callable, *others: StateDict) -> StateDict:
     """Return nested dicts of the same keys with every entry changed: change(entry), or with others
     change(entry, their entries in the same place)."""
     mapped = {}
@@ -496,7 +496,7 @@ def _read_progress(path: Path) -> dict:
     return json.loads(state["progress"])
 
 
-def _load_alone(path: Path, state: State) -> None:
+def _load_alone(path: Path, state: StateDict) -> None:
     """Fill `state` in this process, without the others."""
     try:
         dcp.load(state, storage_reader=_Reader(path), planner=_Planner(), no_dist=True)
@@ -521,7 +521,7 @@ def _refuse_other_kind(path: Path, names: set[str], stored: dict[str, Any]) -> N
         )
 
 
-def _refuse_other_model(path: Path, state: State, names: set[str], stored: dict[str, Any]) -> None:
+def _refuse_other_model(path: Path, state: StateDict, names: set[str], stored: dict[str, Any]) -> None:
     """Raise UsageError unless the checkpoint has what the run's state needs.
 
     state: this rank's; names and stored are as in _refuse_other_kind"""

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from dtensor_llama.weights import StandIn
 
 # What a checkpoint holds: nested dicts of tensors and plain values.
-State = dict[str, Any]
+StateDict = dict[str, Any]
 # Numbers that are squared at a time on a CPU: 512 KiB as float64, which stay in the second-level cache of a
 # core. With 256 Ki of them tiny-15m's norm takes a fifth longer, and torch.linalg.vector_norm instead of the
 # dot product takes a half longer.
@@ -33,10 +33,10 @@ class KeepsMasters(Protocol):
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """Return the norm of all gradients on all ranks, and make the next step clip to it."""
 
-    def checkpoint_state(self) -> State:
+    def checkpoint_state(self) -> StateDict:
         """Return the sections "model" and "optimizer" of a checkpoint, and others if it needs them."""
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: StateDict) -> None:
         """Put a loaded `checkpoint_state` into effect."""
 
 

@@ -40,7 +40,7 @@ STAGGER = 1024
 ALIGN = 64  # elements: pieces begin where a vector register and a cache line begin
 
 
-Group = dict[str, Any]  # of an optimizer's param_groups
+ParamGroup = dict[str, Any]  # of an optimizer's param_groups
 
 
 class State(Enum):
@@ -111,7 +111,7 @@ class ParamState:
 
     name: str
     parameter: nn.Parameter
-    group: Group  # its lr, weight_decay and so on are read at each step
+    group: ParamGroup  # its lr, weight_decay and so on are read at each step
     copies: int  # ranks that hold the same elements
     is_tied: bool  # its gradient changes after backward, or its weight is read outside forward
     owner: nn.Module

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from dtensor_llama.atomic import own_rank
 from dtensor_llama.checkpoint import Deferred
 from dtensor_llama.errors import UsageError
-from dtensor_llama.optim import State
+from dtensor_llama.optim import StateDict
 from dtensor_llama.shards import local
 from dtensor_llama.weights import StandIn
-from memory.chunk import Group, ParamState, from_local_like, names_of, placeholder
+from memory.chunk import ParamGroup, ParamState, from_local_like, names_of, placeholder
 
 if TYPE_CHECKING:
     from memory.manager import ChunkManager
@@ -46,7 +46,7 @@ def check_adamw(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def check_options(groups: list[Group]) -> None:
+def check_options(groups: list[ParamGroup]) -> None:
     """Raise UsageError for an option that the kernel does not have."""
     for group in groups:
         for name in REFUSED:
@@ -65,7 +65,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
         self.manager = manager
         self.state = {param.parameter: _StateOfParameter(manager, param) for param in manager.params}
 
-    def add_param_group(self, param_group: Group) -> None:
+    def add_param_group(self, param_group: ParamGroup) -> None:
         if hasattr(self, "manager"):
             raise UsageError(
                 "chunks have been cut; give all parameters to AdamW before the chunk manager is made."
@@ -96,7 +96,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
         """See ChunkManager.masters: what a checkpoint holds as the model's weights."""
         return self.manager.masters()
 
-    def checkpoint_state(self) -> State:
+    def checkpoint_state(self) -> StateDict:
         """Return the manager's sections of a checkpoint (dtensor_llama.checkpoint.training_state).
 
         Weights are the float32 masters. The optimizer's state has the names that torch's AdamW would have in
@@ -126,7 +126,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
                 state |= {f"state.{name}.{key}": deferred(key, param) for key in ("exp_avg", "exp_avg_sq")}
         return {"model": weights, "optimizer": state, "plan": {str(own_rank()): plan}}
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: StateDict) -> None:
         """Put a loaded `checkpoint_state` into effect. Weights and moments are in the chunks already: they
         were written as they were read."""
         loaded = state["optimizer"]
@@ -138,21 +138,21 @@ class ChunkOptimizer(torch.optim.Optimizer):
         if self.manager.auto:
             self.manager.auto.take_plan(*state["plan"].values())
 
-    def _named_params(self) -> Iterator[tuple[str, ParamState | None, Group]]:
+    def _named_params(self) -> Iterator[tuple[str, ParamState | None, ParamGroup]]:
         """Yield the name, the state (None if frozen) and the group of each parameter."""
         names = names_of(self.manager.model)
         for group in self.param_groups:
             for parameter in group["params"]:
                 yield names[parameter], self.manager.param_of.get(parameter), group
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Return what AdamW would return; tensors are copies on the host, sharded as their parameters."""
         packed = super().state_dict()
         packed["state"] = {i: dict(states) for i, states in packed["state"].items()}
         return packed
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: State) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Copy in the moments and settings that this optimizer returned, under any plan, or that AdamW
         returned. Master weights are loaded by `masters().write`."""
         self.manager.wait()
