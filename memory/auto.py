@@ -176,7 +176,7 @@ class AutoPolicy:
         """Return the same answer on every rank: all make a new plan if one has to."""
         manager = self.manager
         # Without clipping the update also waits for gradients, during backward.
-        update_s = manager.host_update_seconds() if manager.loop.clips else None
+        update_s = manager.host_update_s if manager.loop.clips else None
         held = manager.bytes_needed(manager.plan, traced=True)["device"]
         other = self.traced.non_model_peak_bytes
         if manager.is_cuda:

@@ -309,15 +309,12 @@ def find_params(
                 f"{names[parameter]} is not contiguous, so its memory cannot be cut into chunks; make it "
                 "contiguous()."
             )
-        if parameter.dtype not in (torch.float32, torch.bfloat16):
-            raise UsageError(
-                f"{names[parameter]} is neither float32 nor bfloat16; use dtype=float32 or bfloat16."
-            )
     dtypes = {parameter.dtype for parameter in owner_of}
-    if len(dtypes) > 1:
+    if len(dtypes) > 1 or dtypes - {torch.float32, torch.bfloat16}:
         raise UsageError(
             f"the parameters that train are {' and '.join(sorted(map(str, dtypes)))}, and the chunk manager "
-            "needs them in one dtype; call model.to(torch.bfloat16) or model.to(torch.float32)."
+            "needs all in float32 or all in bfloat16; call model.to(torch.bfloat16) or "
+            "model.to(torch.float32)."
         )
     return [
         ParamState(names[p], p, group_of[p], copies(p), p in tied, module) for p, module in owner_of.items()

@@ -38,8 +38,7 @@ class MemoryConfig:
     def check(self) -> None:
         """Raise UsageError for what is impossible. It looks at the settings alone, so it can be called before
         anything is made."""
-        fractions = ("resident", "stream", "cpu")
-        given = self._given(*fractions)
+        given = self._given("resident", "stream", "cpu")
         given_budgets = self._given("device_budget_gib", "host_budget_gib")
         if self.placement == "off":
             idle = [*given, *given_budgets, *["draw=True"] * self.draw]
@@ -56,21 +55,16 @@ class MemoryConfig:
         for text, value in given_budgets.items():
             if not 0 < value < math.inf:
                 raise UsageError(f"{text} is not possible; use a number of GiB above 0.")
-        if self.placement is None and given:
+        if self.placement != "static" and given:
             raise UsageError(
-                f"{' '.join(given)} would do nothing without `placement`; use placement=static with it."
-            )
-        if self.placement == "auto" and given:
-            raise UsageError(
-                f"{' '.join(given)} sets what placement=auto would find; use placement=static, or leave it "
-                "out and set `device_budget_gib`."
+                f"{' '.join(given)} is for placement=static alone; use placement=static, or leave it out and "
+                "set `device_budget_gib`."
             )
         if self.placement == "static":
             if len(given) < 3:
-                missing = [f"`{name}`" for name in fractions if getattr(self, name) is None]
                 raise UsageError(
-                    f"placement=static needs {' and '.join(missing)}: fractions of the parameters that sum "
-                    "to 1, for example resident=0.5 stream=0.2 cpu=0.3."
+                    "placement=static needs `resident`, `stream` and `cpu`: fractions of the parameters that "
+                    "sum to 1, for example resident=0.5 stream=0.2 cpu=0.3."
                 )
             if abs(sum(given.values()) - 1) > 1e-6:
                 rest = 1 - self.resident - self.stream
@@ -113,7 +107,6 @@ class MemoryConfig:
             return 16.0  # float32: weight, gradient and two moments
         dtype = torch.float32 if itemsize == 4 else torch.bfloat16
         state = StateFormat(dtype, accumulates=n_microbatches > 1)
-        resident, stream = (
-            state.bytes_per_parameter(home)["device"] for home in (Home.RESIDENT, Home.STREAM)
-        )
-        return itemsize + (self.resident or 0) * resident + (self.stream or 0) * stream
+        on_device = lambda home: state.bytes_per_parameter(home)["device"]
+        resident, stream = self.resident or 0, self.stream or 0
+        return itemsize + resident * on_device(Home.RESIDENT) + stream * on_device(Home.STREAM)

@@ -13,6 +13,7 @@ from enum import StrEnum
 import torch
 
 ByAccount = dict[str, int]  # bytes on the "device" and on the "host"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, as torch names them
 
 
 class Home(StrEnum):
@@ -37,11 +38,11 @@ class StateFormat:
         """Return {name: (account, dtype)}. The weight itself belongs to the model."""
         float32, is_split = torch.float32, self.weight_dtype != torch.float32
         if home is Home.CPU:
-            names = ["master", "exp_avg", "exp_avg_sq", *["grad_accum"] * self.accumulates]
+            names = ["master", *MOMENTS, *["grad_accum"] * self.accumulates]
             states = {name: ("host", float32) for name in names}
             return states | {"grad_buffer": ("host", self.weight_dtype)}
         account = "host" if home is Home.STREAM else "device"
-        states = {name: (account, float32) for name in ("exp_avg", "exp_avg_sq")}
+        states = {name: (account, float32) for name in MOMENTS}
         if is_split:
             states["master_low16"] = account, torch.int16
         if is_split and self.accumulates:

@@ -125,11 +125,11 @@ def _device_step(weight, low16, exp_avg, exp_avg_sq, grad, clip, *hyper):
         old.copy_(torch.where(skips, old, value))
 
 
-def _device_add(total, grad):
+def _add(total, grad):
     total.add_(grad)
 
 
-def _device_copy(total, grad):
+def _copy(total, grad):
     total.copy_(grad)
 
 
@@ -188,7 +188,7 @@ class Kernel:
             # wrapper holds it, and the forward that runs meanwhile could not launch a kernel.
             self._host = _compiled(_host_step, dynamic=True, options={"cpp_wrapper": True})
             self._device = _ByRows(_device_step)
-            self._add, self._copy = _ByRows(_device_add), _ByRows(_device_copy)
+            self._add_by_rows, self._copy_by_rows = _ByRows(_add), _ByRows(_copy)
 
     def warm_up_host(self, dtype: torch.dtype, grad_dtype: torch.dtype, n_threads: int) -> None:
         """Step some zeros, so that host_step is compiled now. Call it whenever a plan has put chunks on the
@@ -294,11 +294,9 @@ class Kernel:
         length, on one device; their dtypes may differ. On a GPU torch's own kernels for two dtypes load every
         element alone; for equal dtypes and on a CPU they are used."""
         if self.kind == "compiled" and total.is_cuda and total.dtype != grad.dtype:
-            (self._add if adds else self._copy)((total, grad))
-        elif adds:
-            total.add_(grad)
+            (self._add_by_rows if adds else self._copy_by_rows)((total, grad))
         else:
-            total.copy_(grad)
+            (_add if adds else _copy)(total, grad)
 
 
 def _compiled(step: Callable, **how) -> Callable:

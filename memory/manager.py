@@ -86,7 +86,10 @@ class ChunkManager(ChunkStore):
         self._issued: set[Chunk] = set()  # chunks handed to an engine since the last `step`
         self._phase: tuple[str | None, Any] = None, None
         self._all_lanes = [self.lanes, *(offload.lanes for offload in loop.activations)]
-        self._host_began_s = self._host_done_s = self._host_update_s = None
+        # From when the host could begin an update until its last weight was sent, for the update before the
+        # latest; None if the host had no chunk in it.
+        self.host_update_s: float | None = None
+        self._host_began_s = self._host_done_s = None
         self._steps_s: list[float] | None = []  # when steps ended; None: they have been reported
         self._warm_up()
         self.owners: dict[nn.Module, list[ParamState]] = {}  # what trains of a module's own parameters
@@ -358,7 +361,7 @@ class ChunkManager(ChunkStore):
         self._steps_s.append(self.lanes.clock())
         if len(self._steps_s) == MEASURED_STEPS + 2:
             step_s = statistics.median(end - start for start, end in pairwise(self._steps_s[1:]))
-            self.say(describe_measured(self.plan, step_s, self.host_update_seconds(), self.ledger.peak))
+            self.say(describe_measured(self.plan, step_s, self.host_update_s, self.ledger.peak))
             self._steps_s = None
 
     def _begin_update(self) -> None:
@@ -369,7 +372,7 @@ class ChunkManager(ChunkStore):
         for chunk in self.chunks:
             chunk.wait()  # long done, except for a chunk whose layers did not run since the last step
         self._confirm_counts()
-        self._host_update_s = self._host_began_s and self._host_done_s - self._host_began_s
+        self.host_update_s = self._host_began_s and self._host_done_s - self._host_began_s
         self._host_began_s = None
 
     def _issue(self, chunk: Chunk, ready, clip_copied) -> None:
@@ -390,11 +393,6 @@ class ChunkManager(ChunkStore):
             self._step_stream(chunk, pieces, ready)
         else:
             chunk.job = self.lanes.thread.submit(self._step_host, chunk, pieces, clip_copied)
-
-    def host_update_seconds(self) -> float | None:
-        """Return the time from when the host could begin an update until its last weight was sent, for the
-        update before the latest; None if the host had no chunk in it."""
-        return self._host_update_s
 
     def _step_stream(self, chunk: Chunk, pieces: list, ready) -> None:
         """Step a chunk in a ring slot. The two copies and the step of different chunks overlap, each on its

@@ -21,11 +21,11 @@ from dtensor_llama.optim import StateDict
 from dtensor_llama.shards import local
 from dtensor_llama.weights import StandIn
 from memory.chunk import ParamGroup, ParamState, from_local_like, names_of, placeholder
+from memory.home import MOMENTS
 
 if TYPE_CHECKING:
     from memory.manager import ChunkManager
 
-STATES = ("step", "exp_avg", "exp_avg_sq")
 REFUSED = ("amsgrad", "maximize", "capturable", "differentiable", "foreach")
 
 
@@ -123,7 +123,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             state |= {f"param_groups.{name}.{key}": value for key, value in group.items() if key != "params"}
             if param is not None:
                 state[f"state.{name}.step"] = torch.tensor(float(param.step))
-                state |= {f"state.{name}.{key}": deferred(key, param) for key in ("exp_avg", "exp_avg_sq")}
+                state |= {f"state.{name}.{key}": deferred(key, param) for key in MOMENTS}
         return {"model": weights, "optimizer": state, "plan": {str(own_rank()): plan}}
 
     def restore(self, state: StateDict) -> None:
@@ -168,7 +168,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
                 if param is None:
                     continue
                 param.step = int(state["step"]) if state else 0
-                for name in ("exp_avg", "exp_avg_sq"):
+                for name in MOMENTS:
                     shard = local(state[name]) if state else torch.zeros(local(parameter).numel())
                     self.manager.write_state(name, param, shard)
 
@@ -179,17 +179,20 @@ class _StateOfParameter(Mapping):
 
     def __init__(self, manager: "ChunkManager", param: ParamState):
         self.manager, self.param = manager, param
+        self.readers = {"step": self._step, **{name: partial(self._moment, name) for name in MOMENTS}}
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in STATES:
-            raise KeyError(name)
-        if name == "step":
-            self.manager.wait()
-            return torch.tensor(float(self.param.step))
-        return from_local_like(self.param.parameter, self.manager.read_state(name, self.param))
+        return self.readers[name]()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(STATES)
+        return iter(self.readers)
 
     def __len__(self) -> int:
-        return len(STATES)
+        return len(self.readers)
+
+    def _step(self) -> Tensor:
+        self.manager.wait()
+        return torch.tensor(float(self.param.step))
+
+    def _moment(self, name: str) -> Tensor:
+        return from_local_like(self.param.parameter, self.manager.read_state(name, self.param))

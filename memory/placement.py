@@ -153,11 +153,14 @@ def lay_out(n_chunks: int, n_resident: int, n_stream: int) -> tuple[Home, ...]:
     update needs them first. STREAM chunks are spread evenly among the CPU chunks, so that both engines finish
     the layers in forward order."""
     n_tail = n_chunks - n_resident
-    tail = (
-        Home.STREAM if (i + 1) * n_stream // n_tail > i * n_stream // n_tail else Home.CPU
-        for i in range(n_tail)
-    )
+    tail = [Home.STREAM if _streams(i, n_stream, n_tail) else Home.CPU for i in range(n_tail)]
     return (Home.RESIDENT,) * n_resident + tuple(tail)
+
+
+def _streams(i, n_stream, n_tail: int):
+    """Return 1 if chunk i is one of the n_stream that are spread evenly among n_tail chunks, else 0. i and
+    n_stream: numbers or arrays."""
+    return (i + 1) * n_stream // n_tail - i * n_stream // n_tail
 
 
 def splits(n_elements: Sequence[int]) -> Iterator[tuple[int, Split]]:
@@ -174,9 +177,7 @@ def splits(n_elements: Sequence[int]) -> Iterator[tuple[int, Split]]:
         n_tail = len(sizes) - n_resident
         n_stream = np.arange(n_tail + 1)
         at = smaller[smaller >= n_resident]
-        i = (at - n_resident)[:, None]
-        # (smaller, n_stream)
-        is_stream = ((i + 1) * n_stream // max(n_tail, 1)) - (i * n_stream // max(n_tail, 1))
+        is_stream = _streams((at - n_resident)[:, None], n_stream, max(n_tail, 1))  # (smaller, n_stream)
         x_s = n_stream * full - (full - sizes[at]) @ is_stream
         yield n_resident, Split(int(x_r[n_resident]), x_s, x_r[-1] - x_r[n_resident] - x_s)
 
@@ -403,7 +404,7 @@ def describe(plan: Plan) -> str:
 
 
 def describe_measured(
-    plan: Plan, step_seconds: float, host_update_seconds: float | None, peak_bytes: ByAccount
+    plan: Plan, step_seconds: float, host_update_s: float | None, peak_bytes: ByAccount
 ) -> str:
     """Return what was measured under a plan, beside what was predicted. peak_bytes: of what the manager
     holds, by account."""
@@ -412,8 +413,8 @@ def describe_measured(
         return f" (predicted {_at_least(plan)}{plan.seconds[name]:.3g})" if plan.seconds else ""
 
     update = ""
-    if host_update_seconds is not None:
-        update = f"the host's update {host_update_seconds:.3g} s{beside('update')}, "
+    if host_update_s is not None:
+        update = f"the host's update {host_update_s:.3g} s{beside('update')}, "
     return (
         f"memory    measured: a step takes {step_seconds:.3g} s{beside('step')}, {update}with at most "
         f"{_gib(peak_bytes['device'])} GiB of weights, gradients and states on the device and "

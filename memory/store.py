@@ -35,7 +35,7 @@ from memory.chunk import (
     version_of,
 )
 from memory.config import MemoryConfig
-from memory.home import ByAccount, Home, StateFormat
+from memory.home import MOMENTS, ByAccount, Home, StateFormat
 from memory.inputs import Machine, Overrides, TrainingLoop
 from memory.lanes import DONE, Lanes, device_memory, empty_caches, hold_to_budget, host_threads
 from memory.placement import (
@@ -53,7 +53,7 @@ from memory.placement import (
 
 # The most bytes of gradients on their way to the host; over a slow link they would otherwise fill the device.
 IN_FLIGHT_BYTES = 512 * 2**20
-MASTER_AND_MOMENTS = ("master", "exp_avg", "exp_avg_sq")
+MASTER_AND_MOMENTS = ("master", *MOMENTS)
 
 
 class ChunkStore:
@@ -171,11 +171,9 @@ class ChunkStore:
 
     def _host_bytes_left(self) -> int:
         """Return what the plan leaves of the budget of the host, or of what was free there."""
-        needed, budget = self.bytes_needed(self.plan), self.budgets["host"]
-        if budget is not None:
-            return budget - needed["host"]
-        left = self.host_share + self.activation_bytes - needed["host"]
-        if self.is_cuda:
+        needed = self.bytes_needed(self.plan)
+        left = self.room["host"] - needed["host"]
+        if self.is_cuda or self.budgets["host"] is not None:
             return left
         return left + self.host_share - (needed["device"] - self.weight_bytes)  # one RAM has both accounts
 

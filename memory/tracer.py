@@ -45,7 +45,6 @@ class MachineRates:
     h2d: float
     d2h: float
     duplex: float  # both directions at once, added up
-    dram: float  # the host's cores read and write an array in place, and nothing else runs
     dram_in_update: float  # AdamW on the host and the link both ways, together: what an update does to DRAM
     host_adam: float
     device_adam: float
@@ -123,7 +122,6 @@ def measure_rates(device: torch.device, kernel: str, ranks_per_host: int) -> Mac
         device_adam = adam_rate(device, n_threads, 64 * MIB, kernel=kernel)
     return MachineRates(
         **wires,
-        dram=per_second(dram_stream(1024 * MIB)),
         dram_in_update=dram_rate_in_update(link, n_threads, kernel=kernel),
         host_adam=host_adam,
         device_adam=device_adam,
@@ -167,14 +165,6 @@ class Link:
 
     def rate(self, direction: str, seconds: float = 0.5, n_bytes: int | None = None) -> float:
         return per_second(lambda: self.copy(direction, n_bytes), seconds)
-
-
-def dram_stream(n_bytes: int) -> Callable[[], int]:
-    """Return a function that lets all cores add to an array in place, which is the least that any update of
-    states does to DRAM, and returns how many bytes that moved. n_bytes: of the array, larger than the
-    caches."""
-    array = torch.zeros(n_bytes // 4)
-    return lambda: 2 * array.add_(1).nbytes
 
 
 def adam_rate(

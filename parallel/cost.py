@@ -1283,7 +1283,6 @@ def machine_rates(cluster: Cluster, stack: Stack = PYTORCH) -> dict[str, float]:
         "h2d": link,
         "d2h": link,
         "duplex": 2 * link,
-        "dram": cluster.host_dram_bytes_s,
         "dram_in_update": cluster.host_dram_bytes_s,
         "host_adam": cluster.host_adam_per_s,
         "device_adam": cluster.gpu.memory_bytes_s * stack.memory / 28,

@@ -455,7 +455,7 @@ def plan_facts(manager: ChunkManager) -> dict:
         "parameters": plan.split._asdict(),
         "seconds": plan.seconds,
         "bound": plan.bound,
-        "host_update_seconds": manager.host_update_seconds(),
+        "host_update_seconds": manager.host_update_s,
         "rates": asdict(manager.auto.rates),
         "host_dram_bytes": plan.host_dram_bytes,
     }

@@ -405,7 +405,6 @@ def test_fsdp2s_offload_is_predicted_as_a_sum_because_nothing_overlaps_on_one_ra
         h2d=50e9,
         d2h=25e9,
         duplex=75e9,
-        dram=200e9,
         dram_in_update=200e9,
         host_adam=7e9,
         device_adam=1e11,
@@ -463,7 +462,7 @@ def test_each_contenders_line_appears_after_its_turn_and_who_failed_is_not_asked
         "seconds": {"forward": 0.1, "backward": 0.2, "step": 0.5},
         "parameters": {},
         "bound": "link",
-        "rates": asdict(MachineRates(1e9, 1e9, 2e9, 1e10, 1e10, 1e9, 1e9)),
+        "rates": asdict(MachineRates(1e9, 1e9, 2e9, 1e10, 1e9, 1e9)),
         "host_update_seconds": 0.1,
         "host_dram_bytes": 1e9,
     }

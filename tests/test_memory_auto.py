@@ -19,9 +19,7 @@ from memory.auto import WARM_UP_STEPS
 from memory.chunk import GIB
 from memory.tracer import MachineRates, Usage
 
-RATES = MachineRates(
-    h2d=1e9, d2h=1e9, duplex=2e9, dram=1e10, dram_in_update=1e10, host_adam=1e8, device_adam=1e9
-)
+RATES = MachineRates(h2d=1e9, d2h=1e9, duplex=2e9, dram_in_update=1e10, host_adam=1e8, device_adam=1e9)
 
 
 def managed(peak=0, said=None, **config):
@@ -80,10 +78,13 @@ def drifting() -> list[str]:
     ticks = itertools.count()  # forward takes 50 us, and so hides the predicted update, but not a slow one
     with mock.patch("memory.tracer.moment", lambda device: 50e-6 * next(ticks)):
         train(model, manager.optimizer, WARM_UP_STEPS)
-    with mock.patch("memory.auto.WATCH_EVERY", 1):
-        manager.host_update_seconds = lambda: 100 * manager.plan.seconds["update"]
+    update_took = mock.patch.object(
+        ChunkManager, "host_update_s", new_callable=mock.PropertyMock, create=True
+    )
+    with mock.patch("memory.auto.WATCH_EVERY", 1), update_took as seconds:
+        seconds.return_value = 100 * manager.plan.seconds["update"]
         train(model, manager.optimizer, 1)
-        manager.host_update_seconds = lambda: manager.plan.seconds["update"]
+        seconds.return_value = manager.plan.seconds["update"]
         train(model, manager.optimizer, 3)
     manager.close()
     return said

@@ -157,7 +157,6 @@ def test_13b_starts_and_checkpoints_on_one_h200_and_a_host_of_128_gib():
         h2d=50e9,
         d2h=50e9,
         duplex=100e9,
-        dram=200e9,
         dram_in_update=200e9,
         host_adam=7e9,
         device_adam=150e9,

@@ -216,7 +216,6 @@ def test_a_step_takes_as_long_as_the_plan_predicts(n_resident, n_stream, n=40):
         h2d=64 * 16,
         d2h=64 * 16,
         duplex=1e9,
-        dram=1e9,
         dram_in_update=1e9,
         host_adam=64,
         device_adam=64 / 0.02,

@@ -176,7 +176,7 @@ def test_sums_into_another_dtype_are_exact_with_and_without_a_compiler(monkeypat
         by_rows = total.clone()
         for adds, grad in ((False, first), (True, second)):
             kernel.sum_into(total, grad, adds)
-            (kernel._add if adds else kernel._copy)((by_rows, grad))  # what a GPU does
+            (kernel._add_by_rows if adds else kernel._copy_by_rows)((by_rows, grad))  # what a GPU does
         assert torch.equal(total, first.float() + second.float()) and torch.equal(by_rows, total)
 
 
@@ -365,9 +365,7 @@ def test_passing_a_budget_raises_at_once():
 def test_auto_starts_with_as_much_on_the_host_as_its_budget_allows():
     model = tiny()
     auto = MemoryConfig("auto", kernel="blocks")
-    machine = Machine(
-        rates=MachineRates(1e9, 1e9, 1e9, 1e9, 1e9, 1e9, 1e9)
-    )  # given: nothing has to be measured
+    machine = Machine(rates=MachineRates(1e9, 1e9, 1e9, 1e9, 1e9, 1e9))  # given: nothing has to be measured
     manager = ChunkManager(model, adamw(model), auto, machine=machine, overrides=SMALL_CHUNKS)
     assert {chunk.home for chunk in manager.chunks} == {CPU}
     half = manager.bytes_needed(manager.plan)["host"] / 2
@@ -405,7 +403,7 @@ def test_a_plan_that_the_hosts_free_memory_cannot_hold_is_refused_and_auto_start
         ChunkManager(
             model := tiny(), adamw(model), all_cpu, machine=Machine(ranks_per_host=2), overrides=SMALL_CHUNKS
         )
-    machine = Machine(rates=MachineRates(1e9, 1e9, 1e9, 1e9, 1e9, 1e9, 1e9))
+    machine = Machine(rates=MachineRates(1e9, 1e9, 1e9, 1e9, 1e9, 1e9))
     config = MemoryConfig("auto", kernel="blocks")
     auto = ChunkManager(model := tiny(), adamw(model), config, machine=machine, overrides=SMALL_CHUNKS)
     assert {chunk.home for chunk in auto.chunks} != {CPU}  # the host's half of one RAM
@@ -855,10 +853,10 @@ def test_other_optimizers_and_used_ones_are_refused():
     "settings_,said",
     [
         (dict(placement="off", device_budget_gib=4.0), "device_budget_gib=4 would do nothing"),
-        (dict(resident=1.0), "resident=1 would do nothing"),
+        (dict(resident=1.0), "resident=1 is for placement=static alone"),
         (dict(placement="off", draw=True), "draw=True would do nothing"),
         (dict(placement="off", kernel="blocks"), "kernel=blocks would do nothing"),
-        (dict(placement="static"), "needs `resident` and `stream` and `cpu`"),
+        (dict(placement="static"), "needs `resident`, `stream` and `cpu`"),
         (
             dict(placement="static", resident=0.5, stream=0.2, cpu=0.2),
             "sum to 0.9 and must sum to 1; use cpu=0.3",
@@ -873,7 +871,7 @@ def test_other_optimizers_and_used_ones_are_refused():
         ),
         (dict(placement="static", resident=-0.5, stream=1.0, cpu=0.5), "resident=-0.5 is not a fraction"),
         (dict(placement="static", resident=math.nan, stream=1.0, cpu=0.0), "resident=nan is not a fraction"),
-        (dict(placement="auto", resident=0.5), "resident=0.5 sets what"),
+        (dict(placement="auto", resident=0.5), "resident=0.5 is for placement=static alone"),
         (dict(placement="auto", device_budget_gib=0.0), "device_budget_gib=0 is not possible"),
         (dict(placement="auto", host_budget_gib=-1.0), "host_budget_gib=-1 is not possible"),
         (dict(placement="auto", host_budget_gib=math.nan), "host_budget_gib=nan is not possible"),

@@ -24,7 +24,6 @@ from memory.tracer import (
     StepTrace,
     Tracer,
     Usage,
-    dram_stream,
     load_rates,
     machine_key,
     per_second,
@@ -32,7 +31,7 @@ from memory.tracer import (
 from parallel.recompute import apply_recompute
 
 CPU = torch.device("cpu")
-RATES = MachineRates(1e9, 2e9, 3e9, 4e9, 5e9, 7e8, 8e9)
+RATES = MachineRates(1e9, 2e9, 3e9, 5e9, 7e8, 8e9)
 
 
 def test_rates_are_measured_once_per_machine_and_kept(tmp_path, monkeypatch):
@@ -68,7 +67,7 @@ def test_a_link_copies_what_it_says():
 
 
 def test_the_stream_counts_what_it_reads_and_writes():
-    stream = dram_stream(4 * MIB)
+    stream = runpy.run_path(str(ROOT / "recipes" / "bench" / "memory_rates.py"))["dram_stream"](4 * MIB)
     assert stream() == 8 * MIB
     assert per_second(stream, 0.01) > 0
 
@@ -298,7 +297,7 @@ def test_a_timeline_is_drawn(tmp_path):
     for case in (events, events[4:], [(lane, lane, 0.0, 20.0) for lane in LANES]):
         draw_timeline(case, tmp_path / "step.png", "a step")
         assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="no events"):
+    with pytest.raises(ValueError):
         draw_timeline([], tmp_path / "none.png")
-    with pytest.raises(ValueError, match="elsewhere"):
+    with pytest.raises(KeyError, match="elsewhere"):
         draw_timeline([("a", "elsewhere", 0, 1)], tmp_path / "none.png")

@@ -46,7 +46,7 @@ def test_a_budget_without_a_placement_binds_the_default_of_one_gpu_and_is_refuse
     assert asked.settle(CUDA, BF16, 1)[0].host_budget_gib == 4
     with pytest.raises(UsageError, match="host_budget_gib=4 would do nothing, because placement=off"):
         asked.settle(CPU, BF16, 1)
-    with pytest.raises(UsageError, match="cpu=1 would do nothing without `placement`"):
+    with pytest.raises(UsageError, match="cpu=1 is for placement=static alone"):
         MemoryConfig(cpu=1.0).check()
 
 

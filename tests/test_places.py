@@ -385,7 +385,7 @@ def test_rates_that_are_empty_or_broken_are_measured_anew_and_said(tmp_path, mon
     from memory.tracer import MachineRates, load_rates
 
     device, path, said = torch.device("cpu"), tmp_path / "rates.json", []
-    good = MachineRates(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
+    good = MachineRates(1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
     monkeypatch.setattr("memory.tracer.measure_rates", lambda *_: good)
     assert load_rates(path, device, "blocks") == good
     if isinstance(content, bytes):
@@ -399,7 +399,7 @@ def test_rates_that_are_empty_or_broken_are_measured_anew_and_said(tmp_path, mon
             "entry null": None,
             "entry {}": {},
             "rate 0": entry | {"h2d": 0},
-            "rate NaN": entry | {"dram": float("nan")},
+            "rate NaN": entry | {"dram_in_update": float("nan")},
             "rate text": entry | {"d2h": "fast"},
             "no threads": entry | {"host_adam": {}},
         }[content]
@@ -420,7 +420,7 @@ def test_rates_that_cannot_be_kept_are_measured_and_said(monkeypatch):
 
     from memory.tracer import MachineRates, load_rates
 
-    said, good = [], MachineRates(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
+    said, good = [], MachineRates(1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
     path = Path("/proc/nowhere/rates.json")
     monkeypatch.setattr("memory.tracer.measure_rates", lambda *_: good)
     assert load_rates(path, torch.device("cpu"), "blocks", say=said.append) == good

@@ -32,7 +32,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone works without being installed
+
+from memory_rates import dram_stream
+
 from dtensor_llama import Llama, LlamaConfig, UsageError
 from dtensor_llama.cli import run_recipe
 from memory import ChunkManager, Home, MemoryConfig
@@ -40,7 +44,7 @@ from memory.chunk import CHUNK_ELEMENTS, Chunk, Ledger
 from memory.home import StateFormat
 from memory.kernel import HyperParameters, Kernel
 from memory.placement import GIB, ChunkSizes, auto_plan
-from memory.tracer import HOST_ADAM_BYTES, MachineRates, StepTrace, dram_stream, machine_key
+from memory.tracer import HOST_ADAM_BYTES, MachineRates, StepTrace, machine_key
 
 CPU = torch.device("cpu")
 
@@ -245,7 +249,7 @@ def manager_overhead(cfg: Config) -> dict:
 def plan_seconds() -> dict[str, float]:
     """Time the planner on a rank of 512 with 4 GiB for states, and on a rank of 8 with 80 GiB."""
     n, seconds = LlamaConfig.preset("llama2-70b").n_parameters, {}
-    rates = MachineRates(50e9, 50e9, 100e9, 200e9, 200e9, 12.8e9, 170e9)
+    rates = MachineRates(50e9, 50e9, 100e9, 200e9, 12.8e9, 170e9)
     for ranks, budget_gib in ((512, 4), (8, 80)):
         sizes = (CHUNK_ELEMENTS,) * (n // ranks // CHUNK_ELEMENTS) + (n // ranks % CHUNK_ELEMENTS,)
         budgets = {"device": budget_gib * GIB, "host": 200 * GIB}

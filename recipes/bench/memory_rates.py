@@ -14,6 +14,7 @@ wire.
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,7 +31,6 @@ from memory.tracer import (
     Link,
     adam_rate,
     dram_rate_in_update,
-    dram_stream,
     load_rates,
     machine_key,
     per_second,
@@ -81,6 +81,14 @@ def main(cfg: Config) -> None:
     if cfg.keep:
         kept = load_rates(Path(cfg.keep), device, cfg.kernel)
         print(json.dumps({"kept_in": cfg.keep, "rates": asdict(kept)}), flush=True)
+
+
+def dram_stream(n_bytes: int) -> Callable[[], int]:
+    """Return a function that lets all cores add to an array in place, which is the least that any update of
+    states does to DRAM, and returns how many bytes that moved. n_bytes: of the array, larger than the
+    caches."""
+    array = torch.zeros(n_bytes // 4)
+    return lambda: 2 * array.add_(1).nbytes
 
 
 if __name__ == "__main__":
