@@ -11,7 +11,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from dtensor_llama.atomic import on_all_ranks
 from dtensor_llama.checkpoint import (
     Checkpointer,
     newest,
@@ -137,6 +138,27 @@ class RunRecord:
         if saved and bool(saved.get(FROZEN)) == bool(self.fixed.get(FROZEN)):
             refuse_other_run(path, saved, self.to_meta())
 
+    def refuse_other_ranks(self, config: Any, layout: Any) -> None:
+        """Raise UsageError, on every rank, unless all ranks have the same record and settings.
+
+        A command starts each node of a run. If one of them gave another learning rate or other data, replicas
+        would drift apart in silence, or ranks would wait for each other in different collectives. config: the
+        recipe's dataclass. layout: its `parallel`, resolved. The model and the data may have other paths,
+        because the record says what is in the files."""
+        mine = (
+            self.fixed
+            | self.settings
+            | asdict(config)
+            | {"parallel": asdict(layout), "model": "", "data": ""}
+        )
+        first, *others = on_all_ranks("the settings of the ranks", lambda: mine)
+        for rank, theirs in enumerate(others, start=1):
+            for name, difference in _differences(first, theirs):
+                raise UsageError(
+                    f"{name} is not on rank {rank} what it is on rank 0 ({difference}); start all nodes with "
+                    "the same command and the same data, and give a value to each setting that was left open."
+                )
+
 
 def resume(
     asked: str,
@@ -190,20 +212,25 @@ def refuse_other_run(checkpoint: Path, saved: dict, now: dict) -> None:
     An older checkpoint may have no hash of the data or of frozen weights, and is not refused for that."""
     settings = _changed(saved.get(SETTINGS, {}), now.get(SETTINGS, {}))
     of_data = [change for change in settings if change.startswith("--data.")]
-    for name, value in now.items():
-        was = saved.get(name)
-        unknown = name in (CONTENT, FROZEN) and not (was and value)
-        if name in (SETTINGS, GENERATION) or unknown or _compared(was) == _compared(value):
-            continue
-        changes = f"{was} -> {value}"
-        if isinstance(was, dict) and isinstance(value, dict):
-            changes = ", ".join(_changes(_compared(was), _compared(value)))
+    for name, changes in _differences(saved, now):
         if "--data." in name and of_data:
             changes += f"; {', '.join(of_data)}"
         raise UsageError(
             f"{name} is not what checkpoint {checkpoint} was trained with ({changes}); use the same, or "
             "another `run_dir` for a new run."
         )
+
+
+def _differences(before: Values, after: Values) -> Iterator[tuple[str, str]]:
+    """Yield the name of each value of `after` that is another one in `before`, and how it has changed. Hashes
+    of content that one of the two lacks, and what may change, are passed over."""
+    for name, value in after.items():
+        was, value = _compared(before.get(name)), _compared(value)
+        unknown = name in (CONTENT, FROZEN) and not (was and value)
+        if name in (SETTINGS, GENERATION) or unknown or was == value:
+            continue
+        both = isinstance(was, dict) and isinstance(value, dict)
+        yield name, ", ".join(_changes(was, value)) if both else f"{was} -> {value}"
 
 
 # Fields of LlamaConfig that checkpoints from before families.py lack, with the values that held then.

@@ -108,8 +108,8 @@ class Layout:
         These are its share over cp and, under sequence parallelism, of that share its part over tp."""
         if self.config.cp > 1:
             per_token = shard_sequence(per_token, self.mesh["cp"], self.config.cp_method)
-        n_shards = self.config.sequence_shards
-        return per_token.chunk(n_shards, dim=1)[self.mesh["tp"].get_local_rank() if n_shards > 1 else 0]
+        n_shards = self.config.sequence_shards  # as many as tp has ranks, or 1
+        return per_token.chunk(n_shards, dim=1)[self.mesh["tp"].get_local_rank() % n_shards]
 
 
 def build_mesh(config: ParallelConfig, device_type: str) -> DeviceMesh:
@@ -120,8 +120,8 @@ def build_mesh(config: ParallelConfig, device_type: str) -> DeviceMesh:
     names = list(AXES)
     if config.zero_stage == 0:
         names.insert(names.index(DERIVED_AXES["dp_cp"][-1]) + 1, "solo")
-    sizes = [getattr(config, name, 1) for name in names]
-    mesh = init_device_mesh(device_type, tuple(sizes), mesh_dim_names=tuple(names))
+    sizes = tuple(getattr(config, name, 1) for name in names)
+    mesh = init_device_mesh(device_type, sizes, mesh_dim_names=tuple(names))
     for name, neighbours in DERIVED_AXES.items():
         mesh[neighbours]._flatten(name)  # private in torch 2.11 to 2.13; `mesh` has the axis from then on
     return mesh

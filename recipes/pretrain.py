@@ -207,6 +207,7 @@ def main(cfg: PretrainConfig) -> None:
     record = run_record(cfg, model_config, sequences, model.generation_config)
     record.refuse_early(cfg.checkpoint.resume, run_dir)
     start_process_group(device, launch.world_size, attempt=launch.attempt)
+    record.refuse_other_ranks(cfg, resolved)
     if memory_note:
         say(f"memory    {memory_note}")
     layout = Layout(resolved, build_mesh(resolved, device.type), n_microbatches)
@@ -218,8 +219,7 @@ def main(cfg: PretrainConfig) -> None:
         ranks_per_host=launch.ranks_per_host,
         rates_file=readable(cache_dirs)[0] / "rates.json",
     )
-    build_optimizer = adamw(cfg.train.lr, cfg.train.weight_decay)
-    training = assemble(model, layout, computation, build_optimizer, offload, say)
+    training = assemble(model, layout, computation, adamw(cfg.train.lr, cfg.train.weight_decay), offload, say)
     checkpoints = Checkpointer(run_dir / "checkpoints", keep=cfg.checkpoint.keep)
     step, position = resume(cfg.checkpoint.resume, checkpoints, model, training.optimizer, record, say)
     if step == 0:

@@ -259,6 +259,7 @@ def main(cfg: SftConfig) -> None:
 
     # ---- 3. The parts --------------------------------------------------------------------------------------
     start_process_group(device, launch.world_size, attempt=launch.attempt)
+    record.refuse_other_ranks(cfg, resolved)
     if memory_note:
         say(f"memory    {memory_note}")
     layout = Layout(resolved, build_mesh(resolved, device.type), n_microbatches)
@@ -473,9 +474,11 @@ def choose(
         (cfg.parallel.resolve(launch.world_size), is_open),
         (launch, states, foresee),
     )
-    peak = train.lr or (2e-4 if cfg.lora.rank else 2e-5)
-    closed = replace(train, **chosen.settings, lr=peak)
-    return replace(cfg, train=closed, data=replace(data, seq_len=chosen.sequences.seq_len)), chosen
+    return replace(
+        cfg,
+        train=replace(train, **chosen.settings, lr=train.lr or (2e-4 if cfg.lora.rank else 2e-5)),
+        data=replace(data, seq_len=chosen.sequences.seq_len),
+    ), chosen
 
 
 def run_record(

@@ -49,19 +49,21 @@ NOT_COUNTED = (
     "parallel/planner.py",
     "parallel/dry_run.py",
     "parallel/dry_run_report.py",
+    "parallel/explain.py",
     "parallel/mesh_caches.py",
     "parallel/pretend.py",
     "parallel/pretended_compiler.py",
+    "parallel/schedule_clock.py",
     "parallel/step_counter.py",
 )
 
 NODES = {  # room, or a recipe -> its nodes
     "the spine": Budget(now=21_420, aim=22_000),
     "the spine and what is beside it": Budget(now=28_950, aim=22_000),
-    "dtensor_llama and parallel": Budget(now=95_020, aim=50_000),
+    "dtensor_llama and parallel": Budget(now=93_560, aim=50_000),
     "memory": Budget(now=25_000, aim=25_000),
     "a lesson": Budget(now=1_400, aim=1_400),
-    "recipes/pretrain.py": Budget(now=2_570, aim=3_200),
+    "recipes/pretrain.py": Budget(now=2_575, aim=3_200),
     "recipes/sft.py": Budget(now=3_200, aim=3_200),
     "recipes/generate.py": Budget(now=2_320, aim=3_200),
     "recipes/export.py": Budget(now=1_300, aim=3_200),

@@ -3,6 +3,7 @@ transformers opens."""
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,12 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe import ROOT, metrics, recipe
+import torch.distributed as dist
+from pool import run_on
+from recipe import ROOT, Ended, metrics, module_of, recipe, run_here
 from recipe import pretrain_flags as flags
 from torch.testing import assert_close
 
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf
-from dtensor_llama.run import CONTENT, SETTINGS, changed_settings, refuse_other_run
+from dtensor_llama.cli import parse_cli
+from dtensor_llama.run import CONTENT, SETTINGS, RunRecord, changed_settings, refuse_other_run
 
 SHARED = Path(os.environ.get("DTENSOR_LLAMA_SHARED_DATA", ROOT.parent / "shared" / "data"))
 EXACT = ("step", "loss", "grad_norm", "lr", "tokens", "validation_loss")  # what must not depend on the clock
@@ -49,6 +53,63 @@ def test_ranks_and_accumulation_do_not_change_the_answer(inputs, reference, tmp_
         # AdamW divides by the root of tiny second moments: where gradients all but vanish, summation order
         # shows.
         assert_close(weight, weights(reference)[name], rtol=0, atol=1e-5 if ranks == 1 else 1e-4)
+
+
+def run_differing(name: str, shared: list, own: list[list]) -> Ended:
+    """Run a recipe as one rank, whose node was started with flags of its own."""
+    return run_here(name, [*map(str, shared), *map(str, own[int(os.environ["RANK"])])])
+
+
+def test_nodes_that_were_started_differently_are_refused_on_all_ranks(inputs, tmp_path):
+    shared = flags(inputs, tmp_path / "run")
+    every = run_on(2, run_differing, "pretrain", shared, [[], ["--train.lr", "2e-2"]], group=False)
+    assert [ended.status for ended in every] == [2, 2], every
+    for ended in every:
+        (line,) = ended.err.splitlines()
+        assert line.startswith(
+            "error: --train.lr is not on rank 1 what it is on rank 0 (0.01 -> 0.02); start all nodes with"
+        )
+
+
+def test_nodes_may_find_the_same_data_in_other_places(inputs, tmp_path):
+    copy = tmp_path / "copy" / "data.jsonl"
+    copy.parent.mkdir()
+    shutil.copy(inputs / "data.jsonl", copy)
+    own = [[], ["--data.path", copy, "--data.cache-dir", tmp_path / "cache"]]
+    every = run_on(2, run_differing, "pretrain", flags(inputs, tmp_path / "run", steps=1), own, group=False)
+    assert [ended.status for ended in every] == [0, 0], every
+
+
+DIFFERENCES = [  # (flags of rank 1, its data, what all ranks are told)
+    ([], "text", ""),
+    (["--model", "elsewhere", "--data.path", "elsewhere"], "text", ""),
+    (["--train.micro-batch-size", "2"], "text", "train is not on rank 1 .* (micro_batch_size 1 -> 2)"),
+    (["--memory.placement", "auto"], "text", "memory is not on rank 1 .* (placement None -> auto)"),
+    (["--parallel.tp", "2"], "text", "parallel is not on rank 1 .* (tp 1 -> 2)"),
+    (["--run-dir", "elsewhere"], "text", "run_dir is not on rank 1 .* (run -> elsewhere)"),
+    ([], "other text", f"{CONTENT} is not on rank 1 .* (text -> other text)"),
+]
+
+
+def told_about_differences() -> list[str]:
+    told, rank = [], dist.get_rank()
+    for own_flags, own_data, _ in DIFFERENCES:
+        given = ["--model", "m", "--data.path", "d", "--run-dir", "run", *(own_flags if rank else [])]
+        config = parse_cli(module_of("pretrain").PretrainConfig, given)
+        record = RunRecord({CONTENT: own_data if rank else "text"}, {}, {})
+        try:
+            record.refuse_other_ranks(config, config.parallel)
+            told.append("")
+        except UsageError as refused:
+            told.append(str(refused))
+    return told
+
+
+def test_whatever_differs_between_ranks_is_named_with_both_values():
+    for told in run_on(2, told_about_differences):
+        for line, (*_, said) in zip(told, DIFFERENCES, strict=True):
+            expected = ".*".join(map(re.escape, said.split(".*")))
+            assert bool(line) == bool(said) and re.match(expected, line), (line, said)
 
 
 def test_a_run_folder_holds_what_the_readme_says(reference):
