@@ -26,7 +26,8 @@ MORE_THREADS = 8  # than after the last collection of garbage: then a worker col
 # mesh of each matrix product of DTensors, and with it the mesh's groups and their threads.
 WORN_THREADS = 400
 
-# One process imports torch, and workers are forks of it: those that replace a failed one, too.
+# One process imports what takes long, and workers are forks of it: those that replace a failed one, too. It must
+# stay without threads, as a fork has none of them: so pyarrow, which starts one, is not among these.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
@@ -36,6 +37,14 @@ _context.set_forkserver_preload(
         "torch.distributed.fsdp",
         "torch.distributed.pipelining",
         "torch.distributed.tensor",
+        "torch.utils.tensorboard",
+        "matplotlib.backends.backend_agg",
+        "transformers",
+        "parallel.booster",
+        "parallel.dry_run_report",
+        "dtensor_llama.chat.corpus",
+        "dtensor_llama.data.mix",
+        "dtensor_llama.run",
     ]
 )
 _workers: list["_Worker"] = []
