@@ -270,9 +270,9 @@ def kinds_of_shares(model: LlamaConfig, layout: ParallelConfig, evenly: bool = F
     kinds: dict[tuple, Share] = {}
     splits = splits_backward(layout)
     for share in shares(model, layout, evenly):
-        kind = (share.n_layers, share.has_embedding, share.has_head)
+        kind = (share.layers_of_stages, share.has_embedding, share.has_head)
         if splits:
-            kinds[*kind, share.layers_of_stages] = share
+            kinds[kind] = share
         else:
             kinds.setdefault(kind, share)
     return list(kinds.values())
@@ -350,13 +350,9 @@ def in_flight(work: Work, share: Share) -> float:
         return 1
     if layout.schedule == "gpipe":
         return m
-    after = layout.pp - 1 - share.pp_rank  # ranks that a microbatch passes before it comes back
-    if layout.schedule == "interleaved-1f1b":
-        # Narayanan et al. 2021, arXiv:2104.04473, sec. 2.2: the warm-up, in chunks of a microbatch.
-        per_rank = layout.stages_per_rank
-        return min(m, (2 * after + (per_rank - 1) * layout.pp + 1) / per_rank)
     if layout.schedule == "1f1b":
-        return min(m, after + 1)
+        return min(m, layout.pp - share.pp_rank)  # until the first of them comes back
+    # The stages of a rank may have different numbers of layers, so it matters which of them are full at once.
     blocks = [
         sum(n * layers for n, layers in zip(now.kept, share.layers_of_stages, strict=True))
         for now in fullest_occupancies(work, share)

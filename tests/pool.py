@@ -26,8 +26,8 @@ MORE_THREADS = 8  # than after the last collection of garbage: then a worker col
 # mesh of each matrix product of DTensors, and with it the mesh's groups and their threads.
 WORN_THREADS = 400
 
-# One process imports what takes long, and workers are forks of it: those that replace a failed one, too. It must
-# stay without threads, as a fork has none of them: so pyarrow, which starts one, is not among these.
+# One process imports what takes long, and workers are forks of it: those that replace a failed one, too.
+# A fork has none of its threads, so it must not start any: pyarrow, which starts one, is not among these.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [

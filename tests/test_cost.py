@@ -149,6 +149,7 @@ COUNTED = {
     "1f1b-tp": dict(pp=2, tp=2, recompute="selective"),
     "1f1b-tied": dict(pp=2, is_tied=True),
     "interleaved": dict(pp=2, schedule="interleaved-1f1b"),
+    "interleaved-unequal": dict(pp=2, schedule="interleaved-1f1b", virtual_stages=3),
     "zero-bubble": dict(pp=2, schedule="zero-bubble"),
     "zero-bubble-full": dict(pp=2, tp=2, schedule="zero-bubble", recompute="full"),
     "zero-bubble-long": dict(pp=4, schedule="zero-bubble", n_microbatches=24),
@@ -166,7 +167,7 @@ COUNTED = {
     "compiled-tp-selective": dict(compile=True, tp=4, recompute="selective"),
     "compiled-tp-full": dict(compile=True, tp=2, recompute="full"),
 }
-FAST = ("zero-1", "zero-3-full", "tp-no-sp", "tp-shared-biases", "ring", "1f1b", "interleaved")
+FAST = ("zero-1", "zero-3-full", "tp-no-sp", "tp-shared-biases", "ring", "1f1b", "interleaved-unequal")
 FAST += ("zero-bubble", "zbv", "dualpipev", "lora-tp", "compiled-tp-full")
 COUNTED_MODEL = LlamaConfig(8192, 1024, 2816, 8, 16, 8, max_position_embeddings=2048)
 # Peaks that the account has further off than 1 %, and how far.
