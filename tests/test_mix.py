@@ -125,6 +125,17 @@ def test_weights_that_cannot_be_are_refused_in_words(paths, said):
     assert said in str(refused.value)
 
 
+def test_no_source_trains_on_a_file_of_which_another_holds_out_a_part(inputs, tmp_path):
+    (tmp_path / "a.txt").write_text("alpha beta " * 400)
+    (tmp_path / "b.txt").write_text("gamma delta " * 400)
+    (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
+    tokenizer, packing = load_tokenizer(inputs / "tokenizer"), Packing(16, 0.1)
+    for again in ("*.txt", "link.txt", "../" + tmp_path.name + "/a.txt"):
+        paths = [f"{tmp_path}/a.txt:1", f"{tmp_path}/{again}:1"]
+        with pytest.raises(UsageError, match=r"/a\.txt is in data\.path=.*/a\.txt too"):
+            open_sequences(paths, tokenizer, tmp_path / "cache", TextOptions(), packing)
+
+
 def test_a_source_that_cannot_be_read_is_named(inputs, tmp_path):
     (tmp_path / "a.txt").write_text("too short")
     with pytest.raises(UsageError, match="a.txt: seq_len=16"):
