@@ -7,7 +7,6 @@ share: the part of all sequences that come from a source. It is its part of the 
     them, give or take one per source, so that each step sees the mixture that was asked for.
 """
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from dtensor_llama.data.tokenizer import Tokenizer
 from dtensor_llama.errors import UsageError
 
 UNITS = 2**30  # shares are counted in 1/UNITS, as integers, so that positions up to 2^33 are exact
+LARGEST_WEIGHT = 1e100  # the sum of all weights must be a finite number, too
 
 
 def open_sequences(
@@ -68,10 +68,10 @@ def parse_mixture(paths: Sequence[str]) -> dict[str, float] | None:
         weight = None if not path or Path(argument).exists() else _weight(text, path)
         if weight is None:
             plain.append(argument)
-        elif not 0 < weight < math.inf:
+        elif not 0 < weight < LARGEST_WEIGHT:
             raise UsageError(
-                f"data.path={argument}: the weight {text} is not possible; use a number above 0, or leave "
-                "the path out."
+                f"data.path={argument}: the weight {text} is not possible; use a number above 0 and below "
+                f"{LARGEST_WEIGHT:g}, or leave the path out."
             )
         elif path in weights:
             raise UsageError(
