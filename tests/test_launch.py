@@ -2,6 +2,7 @@
 shell and YAML."""
 
 import os
+import re
 import signal
 import string
 import subprocess
@@ -110,11 +111,27 @@ def test_every_size_from_the_least_to_512_gpus_passes_the_checks_of_its_recipe(r
         (("8b", "h100-80gb", 8), "8b is not in the table"),
         (("70b-lora", "h100-80gb", 8), "is for sft"),
         (("13b-offload", "a100-40gb", 1), "is for sft"),
+        (("8b-lora", "h100-80gb", 8), "8b-lora is not in the table"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_would(arguments, said):
     with pytest.raises(UsageError, match=said):
         flags("pretrain", *arguments)
+
+
+@pytest.mark.parametrize("gpus", [1, 3, 6, 12, 16, 20, 24, 48])
+def test_what_is_proposed_instead_is_not_refused(gpus):
+    for size, gpu in TABLE:
+        try:
+            flags("sft", size, gpu, gpus)
+        except UsageError as refused:
+            said = str(refused)
+            for other in re.findall(r"Use (\d+) of them", said):
+                flags("sft", size, gpu, int(other))
+            for other in re.findall(r", or (\w+-\w+),", said):
+                flags("sft", size, other, gpus)
+            for kind in re.findall(r"for sft the size ([\w-]+)", said):
+                flags("sft", kind, gpu, gpus)
 
 
 CORNERS = [(size, gpu, gpus) for (size, gpu), plan in TABLE.items() for gpus in (plan.least, 512)]
