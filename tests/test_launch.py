@@ -341,3 +341,30 @@ def test_a_slurm_job_whose_time_is_up_writes_a_checkpoint_is_requeued_and_goes_o
     assert again.returncode == 0 and "resuming from" in said, said
     assert [row["step"] for row in metrics(run_dir)] == list(range(1, done + 3))
     assert len((tmp_path / "said").read_text().splitlines()) == 2
+
+
+def test_make_finetune_takes_paths_with_spaces_and_several_files(tmp_path):
+    (tmp_path / "python").write_text("#!/bin/sh\necho 0\n")
+    (tmp_path / "torchrun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    for name in ("python", "torchrun"):
+        (tmp_path / name).chmod(0o755)
+    data = [tmp_path / "my chats.jsonl", tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file in data:
+        file.touch()
+    for given, read in (
+        (data[0], data[:1]),
+        (f"{data[1]} {data[2]}", data[1:]),
+        (f"{tmp_path}/?.jsonl", data[1:]),
+    ):
+        asked = [f"BIN={tmp_path}", "MODEL=my model", f"DATA={given}"]
+        ended = subprocess.run(
+            ["make", "--old-file", ".venv/ready", "--silent", "finetune", *asked],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        words = ended.stdout.splitlines()
+        assert "my model" in words and words[words.index("--data.path") + 1 : -2] == list(map(str, read)), (
+            words
+        )
