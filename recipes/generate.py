@@ -284,6 +284,8 @@ def read_prompts(cfg: GenerateConfig) -> list[str]:
             ) from None
         if text.strip():
             prompts.append(text)
+    if not prompts:
+        raise UsageError(f"--prompts-file {cfg.prompts_file} is empty; write a prompt on each line.")
     return prompts
 
 

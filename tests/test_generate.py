@@ -254,6 +254,8 @@ def test_a_pipe_of_prompts_is_for_one_process(inputs, tmp_path):
         (["--max-new-tokens", 0, "--prompt", "a"], "--max-new-tokens 0"),
         ([], "--prompt is missing"),
         (["--prompts-file", "no/such/file"], "--prompts-file no/such/file"),
+        (["--prompts-file", os.devnull], f"--prompts-file {os.devnull} is empty"),
+        (["--prompts-file", os.devnull, "--chat"], f"--prompts-file {os.devnull} is empty"),
         (["--prompt", "a", "--parallel.tp", 2], "torchrun --nproc-per-node 2"),
         (["--prompt", "a", "--parallel.tp", 3], "does not divide the 4 query heads"),
         (["--prompt", "a", "--system", "b"], "--system is for --chat"),
