@@ -215,8 +215,9 @@ def refuse_other_run(checkpoint: Path, saved: dict, now: dict) -> None:
     for name, changes in _differences(saved, now):
         if "--data." in name and of_data:
             changes += f"; {', '.join(of_data)}"
+        verb = "are" if " and " in name else "is"
         raise UsageError(
-            f"{name} is not what checkpoint {checkpoint} was trained with ({changes}); use the same, or "
+            f"{name} {verb} not what checkpoint {checkpoint} was trained with ({changes}); use the same, or "
             "another `run_dir` for a new run."
         )
 

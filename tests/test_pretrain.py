@@ -264,6 +264,8 @@ def test_a_checkpoint_from_before_the_hash_of_the_data_can_still_be_resumed(tmp_
     assert changed_settings(saved, now, 1, lambda settings: 0.1) == []
     with pytest.raises(UsageError, match="the content of --data.path is not what checkpoint .*4f -> 3f"):
         refuse_other_run(tmp_path, {**saved, CONTENT: "4f"}, now)
+    with pytest.raises(UsageError, match="--data.path and --data.tokenizer are not what checkpoint "):
+        refuse_other_run(tmp_path, {**saved, "--data.path and --data.tokenizer": "8 tokens"}, now)
 
 
 def test_a_checkpoint_of_another_run_can_be_the_start(inputs, reference, tmp_path):
