@@ -93,7 +93,7 @@ def test_a_document_boundary_is_that_of_the_source(mixed):
     assert mixed.document_starts_of(int(number)).tolist() == [500 % T]
 
 
-def test_paths_with_weights_are_a_mixture_and_others_are_what_they_were(inputs, tmp_path, capsys):
+def test_paths_with_weights_are_a_mixture_and_others_are_what_they_were(inputs, tmp_path, capfd):
     one, two = tmp_path / "a.txt", tmp_path / "b:0.5.txt"
     one.write_text("alpha beta " * 400)
     two.write_text("gamma delta " * 400)
@@ -101,7 +101,7 @@ def test_paths_with_weights_are_a_mixture_and_others_are_what_they_were(inputs, 
     tokenizer = load_tokenizer(inputs / "tokenizer")
     sequences = open_sequences([f"{one}:7", f"{tmp_path}/b*:3"], tokenizer, *arguments)
     assert sequences.shares == [0.7, 0.3] and sequences.contents.startswith("0.7 x (")
-    assert capsys.readouterr().err.count(" MB: 1 document, ") == 2
+    assert capfd.readouterr().err.count(" MB: 1 document, ") == 2
     both = open_sequences([str(one), str(two)], tokenizer, *arguments)
     assert isinstance(both, PackedSequences) and both.n_sequences > sequences.sources[0].n_sequences
     tmp_path.joinpath("a.txt:0.5").write_text("a file may be called so")
