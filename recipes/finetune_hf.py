@@ -73,7 +73,8 @@ class FinetuneConfig:
 
 
 NUMBERS = [
-    *at_least(1, "train.steps", "train.rows", "train.seq_len"),
+    *at_least(1, "train.steps", "train.rows"),
+    *at_least(2, "train.seq_len"),  # the first token of a sequence is not predicted
     *at_least(0, "train.min_lr", "train.warmup_steps", "train.weight_decay"),
     AtLeast("train.lr", 0, exclusive=True),
     AtLeast("train.max_grad_norm", 0, exclusive=True, may_be_infinite=True),

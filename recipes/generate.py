@@ -90,7 +90,9 @@ def main(cfg: GenerateConfig) -> None:
     template = chat_template(tokenizer) if cfg.chat else None
     texts = read_prompts(cfg)
     if not texts and not cfg.chat:
-        raise UsageError("--prompt is missing; give texts to continue, a --prompts-file, or --chat.")
+        raise UsageError(
+            "--prompt is missing; give texts to continue, a --prompts-file that is not empty, or --chat."
+        )
     prompts = [encode(cfg, text, tokenizer, template) for text in texts]
     longest = max(map(len, prompts), default=0) + cfg.max_new_tokens
     if longest > config.max_position_embeddings and launch.is_main:

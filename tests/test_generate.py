@@ -254,6 +254,7 @@ def test_a_pipe_of_prompts_is_for_one_process(inputs, tmp_path):
         (["--max-new-tokens", 0, "--prompt", "a"], "--max-new-tokens 0"),
         ([], "--prompt is missing"),
         (["--prompts-file", "no/such/file"], "--prompts-file no/such/file"),
+        (["--prompts-file", os.devnull], "a --prompts-file that is not empty"),
         (["--prompt", "a", "--parallel.tp", 2], "torchrun --nproc-per-node 2"),
         (["--prompt", "a", "--parallel.tp", 3], "does not divide the 4 query heads"),
         (["--prompt", "a", "--system", "b"], "--system is for --chat"),

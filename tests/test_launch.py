@@ -2,6 +2,7 @@
 shell and YAML."""
 
 import os
+import re
 import signal
 import string
 import subprocess
@@ -110,11 +111,27 @@ def test_every_size_from_the_least_to_512_gpus_passes_the_checks_of_its_recipe(r
         (("8b", "h100-80gb", 8), "8b is not in the table"),
         (("70b-lora", "h100-80gb", 8), "is for sft"),
         (("13b-offload", "a100-40gb", 1), "is for sft"),
+        (("8b-lora", "h100-80gb", 8), "8b-lora is not in the table"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_would(arguments, said):
     with pytest.raises(UsageError, match=said):
         flags("pretrain", *arguments)
+
+
+@pytest.mark.parametrize("gpus", [1, 3, 6, 12, 16, 20, 24, 48])
+def test_what_is_proposed_instead_is_not_refused(gpus):
+    for size, gpu in TABLE:
+        try:
+            flags("sft", size, gpu, gpus)
+        except UsageError as refused:
+            said = str(refused)
+            for other in re.findall(r"Use (\d+) of them", said):
+                flags("sft", size, gpu, int(other))
+            for other in re.findall(r", or (\w+-\w+),", said):
+                flags("sft", size, other, gpus)
+            for kind in re.findall(r"for sft the size ([\w-]+)", said):
+                flags("sft", kind, gpu, gpus)
 
 
 CORNERS = [(size, gpu, gpus) for (size, gpu), plan in TABLE.items() for gpus in (plan.least, 512)]
@@ -324,3 +341,30 @@ def test_a_slurm_job_whose_time_is_up_writes_a_checkpoint_is_requeued_and_goes_o
     assert again.returncode == 0 and "resuming from" in said, said
     assert [row["step"] for row in metrics(run_dir)] == list(range(1, done + 3))
     assert len((tmp_path / "said").read_text().splitlines()) == 2
+
+
+def test_make_finetune_takes_paths_with_spaces_and_several_files(tmp_path):
+    (tmp_path / "python").write_text("#!/bin/sh\necho 0\n")
+    (tmp_path / "torchrun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    for name in ("python", "torchrun"):
+        (tmp_path / name).chmod(0o755)
+    data = [tmp_path / "my chats.jsonl", tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file in data:
+        file.touch()
+    for given, read in (
+        (data[0], data[:1]),
+        (f"{data[1]} {data[2]}", data[1:]),
+        (f"{tmp_path}/?.jsonl", data[1:]),
+    ):
+        asked = [f"BIN={tmp_path}", "MODEL=my model", f"DATA={given}"]
+        ended = subprocess.run(
+            ["make", "--old-file", ".venv/ready", "--silent", "finetune", *asked],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        words = ended.stdout.splitlines()
+        assert "my model" in words and words[words.index("--data.path") + 1 : -2] == list(map(str, read)), (
+            words
+        )

@@ -93,7 +93,7 @@ def test_a_document_boundary_is_that_of_the_source(mixed):
     assert mixed.document_starts_of(int(number)).tolist() == [500 % T]
 
 
-def test_paths_with_weights_are_a_mixture_and_others_are_what_they_were(inputs, tmp_path):
+def test_paths_with_weights_are_a_mixture_and_others_are_what_they_were(inputs, tmp_path, capfd):
     one, two = tmp_path / "a.txt", tmp_path / "b:0.5.txt"
     one.write_text("alpha beta " * 400)
     two.write_text("gamma delta " * 400)
@@ -101,6 +101,7 @@ def test_paths_with_weights_are_a_mixture_and_others_are_what_they_were(inputs, 
     tokenizer = load_tokenizer(inputs / "tokenizer")
     sequences = open_sequences([f"{one}:7", f"{tmp_path}/b*:3"], tokenizer, *arguments)
     assert sequences.shares == [0.7, 0.3] and sequences.contents.startswith("0.7 x (")
+    assert capfd.readouterr().err.count(" MB: 1 document, ") == 2
     both = open_sequences([str(one), str(two)], tokenizer, *arguments)
     assert isinstance(both, PackedSequences) and both.n_sequences > sequences.sources[0].n_sequences
     tmp_path.joinpath("a.txt:0.5").write_text("a file may be called so")
@@ -114,6 +115,7 @@ def test_paths_with_weights_are_a_mixture_and_others_are_what_they_were(inputs, 
         (["a.txt:-1", "b.txt:1"], "the weight -1"),
         (["a.txt:nan", "b.txt:1"], "the weight nan"),
         (["a.txt:inf", "b.txt:1"], "the weight inf"),
+        (["a.txt:1e308", "b.txt:1e308"], "the weight 1e308"),
         (["a.txt:0.5", "b.txt"], "b.txt has no weight and a.txt has one"),
         (["a.txt:0.5", "a.txt:0.5"], "a.txt is there twice"),
         ([f"{__file__}:0,5"], "'0,5' is no weight"),
@@ -123,6 +125,17 @@ def test_weights_that_cannot_be_are_refused_in_words(paths, said):
     with pytest.raises(UsageError, match="data.path=") as refused:
         parse_mixture(paths)
     assert said in str(refused.value)
+
+
+def test_no_source_trains_on_a_file_of_which_another_holds_out_a_part(inputs, tmp_path):
+    (tmp_path / "a.txt").write_text("alpha beta " * 400)
+    (tmp_path / "b.txt").write_text("gamma delta " * 400)
+    (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
+    tokenizer, packing = load_tokenizer(inputs / "tokenizer"), Packing(16, 0.1)
+    for again in ("*.txt", "link.txt", "../" + tmp_path.name + "/a.txt"):
+        paths = [f"{tmp_path}/a.txt:1", f"{tmp_path}/{again}:1"]
+        with pytest.raises(UsageError, match=r"/a\.txt is in data\.path=.*/a\.txt too"):
+            open_sequences(paths, tokenizer, tmp_path / "cache", TextOptions(), packing)
 
 
 def test_a_source_that_cannot_be_read_is_named(inputs, tmp_path):

@@ -687,6 +687,8 @@ def test_the_recipe_says_in_one_line_what_is_wrong(tmp_path, inputs):
         (["--text-field", "body"], "no field 'body'"),
         (["--train.seq-len", 10**6], "fewer than one step takes: --train.rows 8 of --train.seq-len 1000000"),
         (["--train.seed", 2**63], f"less than {2**63}"),
+        (["--train.seq-len", 1], "--train.seq-len 1 is not possible; use 2 or more"),
+        (["--memory.activations"], "error: --memory.activations needs to know the shape"),
         (["--memory.draw"], "--memory.draw would do nothing"),
         (["--memory.device-budget-gib", 1], "--memory.device-budget-gib 1 would do nothing"),
         (["--out", "/proc/model", "--train.seq-len", 16], "--out /proc/model cannot be written"),

@@ -67,7 +67,7 @@ def test_nodes_that_were_started_differently_are_refused_on_all_ranks(inputs, tm
     for ended in every:
         (line,) = ended.err.splitlines()
         assert line.startswith(
-            "error: --train.lr is not on rank 1 what it is on rank 0 (0.01 -> 0.02); start all nodes with"
+            "error: --train.lr is not the same on rank 1 as on rank 0 (0.01 -> 0.02); start all nodes with"
         )
 
 
@@ -83,11 +83,15 @@ def test_nodes_may_find_the_same_data_in_other_places(inputs, tmp_path):
 DIFFERENCES = [  # (flags of rank 1, its data, what all ranks are told)
     ([], "text", ""),
     (["--model", "elsewhere", "--data.path", "elsewhere"], "text", ""),
-    (["--train.micro-batch-size", "2"], "text", "train is not on rank 1 .* (micro_batch_size 1 -> 2)"),
-    (["--memory.placement", "auto"], "text", "memory is not on rank 1 .* (placement None -> auto)"),
-    (["--parallel.tp", "2"], "text", "parallel is not on rank 1 .* (tp 1 -> 2)"),
-    (["--run-dir", "elsewhere"], "text", "run_dir is not on rank 1 .* (run -> elsewhere)"),
-    ([], "other text", f"{CONTENT} is not on rank 1 .* (text -> other text)"),
+    (
+        ["--train.micro-batch-size", "2"],
+        "text",
+        "train is not the same on rank 1 .* (micro_batch_size 1 -> 2)",
+    ),
+    (["--memory.placement", "auto"], "text", "memory is not the same on rank 1 .* (placement None -> auto)"),
+    (["--parallel.tp", "2"], "text", "parallel is not the same on rank 1 .* (tp 1 -> 2)"),
+    (["--run-dir", "elsewhere"], "text", "run_dir is not the same on rank 1 .* (run -> elsewhere)"),
+    ([], "other text", f"{CONTENT} is not the same on rank 1 .* (text -> other text)"),
 ]
 
 
@@ -264,6 +268,8 @@ def test_a_checkpoint_from_before_the_hash_of_the_data_can_still_be_resumed(tmp_
     assert changed_settings(saved, now, 1, lambda settings: 0.1) == []
     with pytest.raises(UsageError, match="the content of --data.path is not what checkpoint .*4f -> 3f"):
         refuse_other_run(tmp_path, {**saved, CONTENT: "4f"}, now)
+    with pytest.raises(UsageError, match="--data.path and --data.tokenizer are not what checkpoint "):
+        refuse_other_run(tmp_path, {**saved, "--data.path and --data.tokenizer": "8 tokens"}, now)
 
 
 def test_a_checkpoint_of_another_run_can_be_the_start(inputs, reference, tmp_path):

@@ -7,19 +7,20 @@ share: the part of all sequences that come from a source. It is its part of the 
     them, give or take one per source, so that each step sees the mixture that was asked for.
 """
 
-import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dtensor_llama.data.sequences import PackedSequences, Packing, Sequences
-from dtensor_llama.data.sources import TextOptions
+from dtensor_llama.data.sources import TextOptions, expand_paths
 from dtensor_llama.data.tokenize import CacheDirs, prepare_corpus
 from dtensor_llama.data.tokenizer import Tokenizer
 from dtensor_llama.errors import UsageError
 
 UNITS = 2**30  # shares are counted in 1/UNITS, as integers, so that positions up to 2^33 are exact
+LARGEST_WEIGHT = 1e100  # the sum of all weights must be a finite number, too
 
 
 def open_sequences(
@@ -32,13 +33,20 @@ def open_sequences(
     """Return the sequences of all `paths` as one corpus, or as a mixture if the paths have weights.
 
     Files that have not been tokenized yet are tokenized now. Raises UsageError for files, records or weights
-    that cannot be used; in a mixture the message begins with the path."""
+    that cannot be used, and for a file that is in two sources of a mixture; the message begins with the path.
+    """
     mixture = parse_mixture(paths)
     if mixture is None:
         return PackedSequences(prepare_corpus(paths, tokenizer, cache_dir, text), packing)
-    sources = {}
+    sources, path_of = {}, {}
     for path, weight in mixture.items():
         try:
+            for file in map(os.path.realpath, expand_paths([path])):
+                if path_of.setdefault(file, path) != path:
+                    raise UsageError(
+                        f"{file} is in data.path={path_of[file]} too, which would train on what is held out "
+                        "here; name it in one of them."
+                    )
             sources[path] = (
                 PackedSequences(prepare_corpus([path], tokenizer, cache_dir, text), packing),
                 weight,
@@ -60,10 +68,10 @@ def parse_mixture(paths: Sequence[str]) -> dict[str, float] | None:
         weight = None if not path or Path(argument).exists() else _weight(text, path)
         if weight is None:
             plain.append(argument)
-        elif not 0 < weight < math.inf:
+        elif not 0 < weight < LARGEST_WEIGHT:
             raise UsageError(
-                f"data.path={argument}: the weight {text} is not possible; use a number above 0, or leave "
-                "the path out."
+                f"data.path={argument}: the weight {text} is not possible; use a number above 0 and below "
+                f"{LARGEST_WEIGHT:g}, or leave the path out."
             )
         elif path in weights:
             raise UsageError(

@@ -246,8 +246,8 @@ def _write_corpus(
             file.flush_to_disk()
     elapsed_s = time.monotonic() - began_s
     _print(
-        f"tokenized {total_bytes / 1e6:,.1f} MB: {n_documents:,} documents, {n_tokens:,} tokens in "
-        f"{elapsed_s:.1f} s"
+        f"tokenized {total_bytes / 1e6:,.1f} MB: {n_documents:,} document{'s' * (n_documents != 1)}, "
+        f"{n_tokens:,} tokens in {elapsed_s:.1f} s"
     )
 
 

@@ -48,7 +48,7 @@ def family_of(model: nn.Module) -> Family:
         refuse(
             model,
             "has no plan, here or in transformers; parallel/plans/README.md says how to add one, about ten "
-            "rows. Those with one: " + ", ".join(FAMILIES) + ".",
+            "rows. Those with one here: " + ", ".join(FAMILIES) + ".",
         )
     for name, parameter in model.named_parameters():
         if parameter.is_meta:

@@ -151,7 +151,7 @@ def flags(recipe: str, size: str, gpu: str, gpus: int) -> dict[str, object]:
     recipe: "pretrain" or "sft". size and gpu: a key of TABLE. gpus: their number on all nodes together.
     Raises UsageError, which says what would fit, if the model does not fit or cannot be divided evenly."""
     model, _, kind = size.partition("-")
-    if kind and recipe != "sft":
+    if kind and recipe != "sft" and (model, gpu) in TABLE:
         raise UsageError(
             f"{size} is for sft, and {recipe} has 4M tokens a step; use the size {model}, or `own`."
         )
@@ -164,7 +164,8 @@ def flags(recipe: str, size: str, gpu: str, gpus: int) -> dict[str, object]:
     per_microbatch = min(chosen.micro_batch_size, batch // (dp * chosen.pp))
     if batch % (dp * per_microbatch) or dp % shard:
         raise UsageError(
-            f"{gpus} GPUs cannot share {batch} sequences a step evenly; use a power of 2 of them."
+            f"{gpus} GPUs cannot share {batch} sequences a step, or the states, evenly; use a power of 2 of "
+            "them."
         )
     lr = LR[model]
     if recipe == "sft":
@@ -214,15 +215,12 @@ def find(size: str, gpu: str, gpus: int) -> Size:
     unit = chosen.tp * chosen.pp
     if gpus < chosen.least or gpus % unit:
         memory = NODES[gpu].gpu.memory_gib
-        larger = [
-            other
-            for other in GPUS
-            if NODES[other].gpu.memory_gib > memory and TABLE[size, other].least <= gpus
-        ]
-        kinds = [f"{size}-lora", f"{size}-offload"]
-        lighter = [kind for kind in kinds if (kind, gpu) in TABLE and TABLE[kind, gpu].least <= gpus]
+        power = 1 << (max(chosen.least, gpus) - 1).bit_length()  # other numbers may not share evenly
+        works = [one for one, plan in TABLE.items() if plan.least <= gpus == 1 << (gpus - 1).bit_length()]
+        larger = [other for other in GPUS if NODES[other].gpu.memory_gib > memory and (size, other) in works]
+        lighter = [kind for kind in (f"{size}-lora", f"{size}-offload") if (kind, gpu) in works]
         ways = [
-            f"{max(chosen.least, -(-gpus // unit) * unit)} of them",
+            f"{power} of them",
             *larger[:1],
             *(f"for sft the size {kind}" for kind in lighter),
             "the size `own` and flags of your own",
