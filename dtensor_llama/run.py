@@ -145,18 +145,14 @@ class RunRecord:
         would drift apart in silence, or ranks would wait for each other in different collectives. config: the
         recipe's dataclass. layout: its `parallel`, resolved. The model and the data may have other paths,
         because the record says what is in the files."""
-        mine = (
-            self.fixed
-            | self.settings
-            | asdict(config)
-            | {"parallel": asdict(layout), "model": "", "data": ""}
-        )
+        mine = {**self.fixed, **self.settings, **asdict(config), "parallel": asdict(layout)}
+        mine |= {"model": "", "data": ""}
         first, *others = on_all_ranks("the settings of the ranks", lambda: mine)
         for rank, theirs in enumerate(others, start=1):
             for name, difference in _differences(first, theirs):
                 raise UsageError(
-                    f"{name} not the same on rank {rank} as on rank 0 ({difference}); start all nodes with the "
-                    "same command and the same data, and give a value to each setting that was left open."
+                    f"{name} not the same on rank {rank} as on rank 0 ({difference}); start all nodes with "
+                    "the same command and the same data, and give a value to each setting that was left open."
                 )
 
 

@@ -14,6 +14,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -135,13 +136,18 @@ def cluster_of_device(device: torch.device, n_gpus: int, gpus_per_node: int) -> 
     return None
 
 
-def cluster_here(device: torch.device, device_bytes: int, n_gpus: int, gpus_per_node: int) -> Cluster:
-    """Return the GPUs of a launch as a cluster. A rank has `device_bytes` of memory, whatever its GPU, and a
-    share of what this host has.
+def cluster_here(launch: Any, host_bytes: int) -> Cluster:
+    """Return the GPUs of a launch (dtensor_llama.cli.Launch) as a cluster. A rank has a GPU, or without one
+    its share of `host_bytes`.
 
     A GPU that is unknown, or the CPU, is taken at the rates of the known one whose memory is nearest; of one
     with the same chip if there is one. The name of the cluster's GPU then says so, for what is printed.
     """
+
+    device, n_gpus, gpus_per_node = launch.take_device(), launch.world_size, launch.ranks_per_host
+    device_bytes = host_bytes // gpus_per_node
+    if device.type == "cuda":
+        device_bytes = torch.cuda.get_device_properties(device).total_memory
 
     def distance(node: Cluster) -> float:
         return abs(node.gpu.memory_gib * GIB - device_bytes)

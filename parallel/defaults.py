@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-import torch
 
 from dtensor_llama.chat.corpus import ChatCorpus
 from dtensor_llama.chat.packing import PackedExamples
@@ -45,13 +44,6 @@ class OpenSettings:
         """Take all but seq_len from the attributes of these names."""
         others = {field.name: getattr(train, field.name) for field in fields(cls) if field.name != "seq_len"}
         return cls(seq_len=seq_len, **others)
-
-
-def memory_of_rank(device: torch.device, ranks_per_host: int) -> int:
-    """Return the bytes of a GPU or, without one, this rank's share of what the host has free."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return free_host_memory() // ranks_per_host
 
 
 @dataclass(frozen=True)
@@ -98,9 +90,7 @@ def choose_settings(
         batch = max(1, math.ceil(wanted / least)) * least
         reasons.append(f"batch     {batch} sequences a step: about {batch * per_sequence:.0f} examples")
     launch, states, foresee = hardware
-    device = launch.take_device()
-    device_bytes = memory_of_rank(device, launch.ranks_per_host)
-    cluster = cluster_here(device, device_bytes, launch.world_size, launch.ranks_per_host)
+    cluster = cluster_here(launch, free_host_memory())
     lengths = np.minimum(lengths, seq_len)
     job = Job(
         model,
@@ -110,7 +100,7 @@ def choose_settings(
         attention=asked.attention,
         recompute=asked.recompute,
         compile=asked.compile,
-        device_type=device.type,
+        device_type=launch.take_device().type,
         # A token attends to its own document, and long documents have more tokens.
         document_tokens=round((lengths**2).sum() / lengths.sum()),
     )

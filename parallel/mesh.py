@@ -47,7 +47,7 @@ def start_process_group(
         options["device_id"] = device
     if world_size == 1:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    elif attempt > 0:
+    elif attempt:
         store, rank, _ = next(rendezvous("env://", timeout=options["timeout"]))
         store = dist.PrefixStore(f"attempt-{attempt}", store)
         options |= {"store": store, "rank": rank, "world_size": world_size}

@@ -661,7 +661,7 @@ def plan_settings(
     settings: has the fields `parallel`, `train` and `memory` of pretrain.py. launch: of the recipe. Every
         rank comes to the same plan, since it depends on what all of them have in common.
     """
-    train, device = settings.train, launch.take_device()
+    train = settings.train
     job = Job(
         model,
         seq_len,
@@ -669,20 +669,17 @@ def plan_settings(
         **given_computation(train),
         attention=train.attention,
         compile=train.compile,
-        device_type=device.type,
+        device_type=launch.take_device().type,
         document_tokens=DOCUMENT_TOKENS if settings.data.document_mask else None,
     )
-    memory = host_memory() // launch.ranks_per_host
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-    cluster = cluster_here(device, memory, launch.world_size, launch.ranks_per_host)
+    cluster = cluster_here(launch, host_memory())
     itemsize, clips = getattr(torch, train.dtype).itemsize, train.max_grad_norm < inf
     states = States.under(settings.memory, itemsize, clips=clips)
     layout = settings.parallel.resolve(launch.world_size)
     job, layout, why = choose_open(job, layout, cluster, states, tries_tp=False, foresee=foresee)
     train = replace(train, micro_batch_size=job.micro_batch_size, recompute=job.recompute)
     settings = replace(settings, parallel=layout, train=train)
-    budget = min(FITS_SHARE * memory, (settings.memory.device_budget_gib or inf) * GIB)
+    budget = min(FITS_SHARE * cluster.gpu.memory_gib, settings.memory.device_budget_gib or inf) * GIB
     if not states.offloads and bytes_needed(job, layout, states) > budget:  # nothing fits without the host
         settings = replace(settings, memory=replace(settings.memory, placement="auto"))
     return settings, why

@@ -23,7 +23,7 @@ import torch
 from tyro.conf import Positional
 
 from dtensor_llama import Llama, LlamaConfig, UsageError, load_hf, save_hf
-from dtensor_llama.checkpoint import SavedWeights
+from dtensor_llama.checkpoint import CHECKSUMS, SavedWeights
 from dtensor_llama.cli import FROZEN, AtLeast, FilePath, check_numbers, run_recipe
 from dtensor_llama.data.tokenizer import Tokenizer, load_tokenizer
 from dtensor_llama.hf_folder import Base
@@ -52,6 +52,11 @@ def main(cfg: ExportConfig) -> None:
     checkpoint, out = Path(cfg.checkpoint), Path(cfg.out)
     if out.resolve() in (checkpoint.resolve(), *checkpoint.resolve().parents):
         raise UsageError(f"{out} holds the checkpoint itself; export into a folder of its own.")
+    for place in (out.resolve(), *out.resolve().parents):
+        if (place / CHECKSUMS).exists():
+            raise UsageError(
+                f"{out}: {place} is a checkpoint, which its run deletes; export into another folder."
+            )
     saved = SavedWeights(checkpoint)
     run_dir = checkpoint.resolve().parent.parent  # RUN/checkpoints/step-00001000, from wherever it is named
     run = read_run(run_dir)
@@ -98,8 +103,8 @@ def main(cfg: ExportConfig) -> None:
         save_generation_config(out, saved.meta[GENERATION])
     tokenizer.save(out, template)
     print(
-        f"step {saved.step} of {run_dir}: {config.n_parameters / 1e6:,.1f}M parameters in {dtype_name}, "
-        f"tokenizer {tokenizer.path}\nmodel         {out}   (Hugging Face format)"
+        f"step {saved.step} of {run_dir if run else checkpoint}: {config.n_parameters / 1e6:,.1f}M "
+        f"parameters in {dtype_name}, tokenizer {tokenizer.path}\nmodel         {out}   (Hugging Face format)"
     )
 
 

@@ -115,6 +115,7 @@ def test_a_checkpoint_alone_needs_only_a_tokenizer_and_a_dtype(inputs, reference
         "export", alone, tmp_path / "hf", "--dtype", "float32", "--tokenizer", inputs / "tokenizer"
     )
     assert ended.status == 0 and same_folders(tmp_path / "hf", reference / "hf")
+    assert f"step 8 of {alone}: " in ended.out, ended
 
 
 def test_what_cannot_be_exported_is_said_in_a_line(reference, tmp_path):
@@ -128,6 +129,8 @@ def test_what_cannot_be_exported_is_said_in_a_line(reference, tmp_path):
         ((run_dir / "checkpoints", out), "name one inside it"),
         ((damaged.parent, out), "An older one: "),
         ((checkpoint, run_dir), "holds the checkpoint itself"),
+        ((checkpoint, checkpoint / "hf"), "is a checkpoint, which its run deletes"),
+        ((checkpoint, damaged.parent), "is a checkpoint, which its run deletes"),
         ((checkpoint, out, "--max-shard-gb", 0), "--max-shard-gb 0"),
         ((checkpoint, out, "--tokenizer", tmp_path / "none"), "there is no such file or folder"),
         ((checkpoint, out, "--tokenizer", large_tokenizer(tmp_path)), "has 5000 tokens"),

@@ -308,7 +308,7 @@ def settings_with(train: dict, **layout) -> PretrainConfig:
 def test_auto_plans_for_the_gpu_that_is_there_by_name_and_for_the_nodes_of_the_launch(monkeypatch):
     launch = launch_on(monkeypatch, "NVIDIA H100 80GB HBM3", 79.1, world_size=16, ranks_per_host=4)
     monkeypatch.setattr("parallel.cluster.host_memory", lambda: 1000 * GIB + 1)
-    cluster = cluster_here(launch.take_device(), int(79.1 * GIB), 16, 4)
+    cluster = cluster_here(launch, 0)
     here = replace(NODES["h100-80gb"], n_gpus=16, gpus_per_node=4, host_memory_gib=218)  # 7/8 of a quarter
     assert replace(cluster, gpu=here.gpu) == here
     assert cluster.gpu == replace(here.gpu, memory_gib=int(79.1 * GIB) / GIB)
