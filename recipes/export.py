@@ -55,7 +55,7 @@ def main(cfg: ExportConfig) -> None:
     for place in (out.resolve(), *out.resolve().parents):
         if (place / CHECKSUMS).exists():
             raise UsageError(
-                f"{out}: {place} is a checkpoint, which its run deletes; export into another folder."
+                f"{out}: {place} is a checkpoint, which its run may delete; export into another folder."
             )
     saved = SavedWeights(checkpoint)
     run_dir = checkpoint.resolve().parent.parent  # RUN/checkpoints/step-00001000, from wherever it is named

@@ -129,13 +129,13 @@ def test_what_cannot_be_exported_is_said_in_a_line(reference, tmp_path):
         ((run_dir / "checkpoints", out), "name one inside it"),
         ((damaged.parent, out), "An older one: "),
         ((checkpoint, run_dir), "holds the checkpoint itself"),
-        ((checkpoint, checkpoint / "hf"), "is a checkpoint, which its run deletes"),
-        ((checkpoint, damaged.parent), "is a checkpoint, which its run deletes"),
+        ((checkpoint, checkpoint / "hf"), "is a checkpoint, which its run may delete"),
+        ((checkpoint, damaged.parent), "is a checkpoint, which its run may delete"),
         ((checkpoint, out, "--max-shard-gb", 0), "--max-shard-gb 0"),
         ((checkpoint, out, "--tokenizer", tmp_path / "none"), "there is no such file or folder"),
         ((checkpoint, out, "--tokenizer", large_tokenizer(tmp_path)), "has 5000 tokens"),
         ((checkpoint, out, "--base", tmp_path), "--base"),
-        ((checkpoint, checkpoint / ".metadata" / "hf"), "Not a directory"),
+        ((checkpoint, run_dir / "config.json" / "hf"), "Not a directory"),
     ):
         ended = recipe("export", *arguments)
         assert ended.status == 2 and said in ended.err and ended.err.count("\n") == 1, ended
