@@ -379,7 +379,7 @@ def judge(name: str, turns_of: dict[str, list[dict]], n_tokens: int, config: Lla
 
 # Torch's norm, clip and AdamW(fused) reached so much of the rate of DRAM in an update of ours on the 16 cores
 # beside an H200, for 3.5B parameters (2026-11-28): 56 of 97 GB/s.
-TORCHS_SHARE_OF_DRAM = 0.58
+TORCHS_SHARE_OF_DRAM = 0.581
 
 
 def predict_peer(
