@@ -72,6 +72,7 @@ def manager_of(plan: str, config: LlamaConfig) -> ChunkManager:
 
 def allow_host(manager: ChunkManager, n_bytes: float | None) -> None:
     manager.budgets = manager.budgets | {"host": n_bytes and int(n_bytes)}
+    manager.room = manager.room | {"host": int(n_bytes or manager.host_share)}
 
 
 def stated(manager: ChunkManager) -> int:
