@@ -41,6 +41,7 @@ from parallel.config import AXES, ParallelConfig
 from parallel.pipeline import SCHEDULES, split_layers, stage_indices
 from parallel.rules import Case, Job
 from parallel.schedule_clock import idle_units, order_of_rank
+from parallel.stage import SENDS_UNDER_WAY
 from parallel.tensor import Row, tensor_plan
 
 FP32 = 4
@@ -745,8 +746,23 @@ def _message_bytes(work: Work, share: Share, n_outputs: float) -> float:
     n_outputs: of how many microbatches outputs are kept"""
     if work.layout.pp == 1:
         return 0.0
-    n_gradients = (not share.has_embedding) + (not share.has_head)
+    n_gradients = (not share.has_embedding) + (not share.has_head) + _sends_under_way(work, share)
     return (n_outputs + n_gradients) * work.hidden_bytes / work.layout.sequence_shards
+
+
+def _sends_under_way(work: Work, share: Share) -> int:
+    """Return how many gradients a pipeline rank has sent on and still holds when it is fullest.
+
+    Where a rank has several stages, and in schedules that split backward, a stage waits for all but its last
+    SENDS_UNDER_WAY sends (parallel/stage.py). Counted steps of all schedules hold as many as said here, or
+    one or two more or fewer."""
+    layout = work.layout
+    if layout.schedule in ("gpipe", "1f1b"):
+        return 0
+    n_senders = sum(stage > 0 and stage - 1 not in share.stages for stage in share.stages)
+    if SCHEDULES[layout.schedule].v_shaped:
+        return SENDS_UNDER_WAY * n_senders
+    return max(0, n_senders + (share.pp_rank == layout.pp - 1) - (share.pp_rank == 0))
 
 
 def _loss_bytes(work: Work, trains_head: bool) -> tuple[float, float]:

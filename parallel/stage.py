@@ -29,7 +29,8 @@ class Stage(PipelineStage):
     """
 
     recorder: Recorder | None = None
-    sends: deque[list[dist.Work]] | None = None  # under way; None: the schedule sends
+    # Those under way: the handles, and the operations, which hold the tensors. None: the schedule sends.
+    sends: deque[tuple] | None = None
 
     def _prepare_forward_infra(self, num_microbatches: int, *args, **kwargs):
         answer = super()._prepare_forward_infra(1, *args, **kwargs)
@@ -65,13 +66,13 @@ class Stage(PipelineStage):
         the schedule shall start."""
         if self.sends is None or not ops:
             return ops
-        self.sends.append(dist.batch_isend_irecv(ops))
+        self.sends.append((dist.batch_isend_irecv(ops), ops))
         self.wait_for_sends(SENDS_UNDER_WAY)
         return []
 
     def wait_for_sends(self, under_way: int = 0) -> None:
         while self.sends and len(self.sends) > under_way:
-            for work in self.sends.popleft():
+            for work in self.sends.popleft()[0]:
                 work.wait()
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args, **kwargs):

@@ -202,8 +202,8 @@ def cases():
 
 
 @pytest.mark.parametrize("name", list(cases()))
-def test_states_and_traffic_are_those_of_real_processes_and_peaks_within_3_percent(name):
-    assert all(abs(one.error) <= 0.03 for one in compare(name))
+def test_states_and_traffic_are_those_of_real_processes_and_peaks_within_2_percent(name):
+    assert all(abs(one.error) <= 0.02 for one in compare(name))
 
 
 @pytest.mark.parametrize(
