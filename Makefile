@@ -35,7 +35,7 @@ train: setup
 	$(BIN)/python recipes/generate.py --model $(RUN)/hf --prompt 'def __init__' --max-new-tokens 120 --temperature 0.7 --top-p 0.9
 
 # Your conversations, your model: make finetune MODEL=folder DATA=chat.jsonl. sft.py chooses every flag that is not
-# given, and prints its choices.
+# given, and prints its choices. DATA is a path, which may have spaces, or several paths or globs without any.
 finetune: setup
 	@test -n "$(MODEL)" && test -n "$(DATA)" || { echo 'error: MODEL or DATA is missing: make finetune MODEL=folder DATA=chat.jsonl'; exit 2; }
 	n_gpus=$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count())'); \

@@ -297,7 +297,7 @@ def test_a_timeline_is_drawn(tmp_path):
     for case in (events, events[4:], [(lane, lane, 0.0, 20.0) for lane in LANES]):
         draw_timeline(case, tmp_path / "step.png", "a step")
         assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="empty"):
         draw_timeline([], tmp_path / "none.png")
     with pytest.raises(KeyError, match="elsewhere"):
         draw_timeline([("a", "elsewhere", 0, 1)], tmp_path / "none.png")

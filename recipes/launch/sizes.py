@@ -216,7 +216,7 @@ def find(size: str, gpu: str, gpus: int) -> Size:
     if gpus < chosen.least or gpus % unit:
         memory = NODES[gpu].gpu.memory_gib
         power = 1 << (max(chosen.least, gpus) - 1).bit_length()  # other numbers may not share evenly
-        works = [one for one, plan in TABLE.items() if plan.least <= gpus == 1 << (gpus - 1).bit_length()]
+        works = [one for one, plan in TABLE.items() if plan.least <= gpus and gpus.bit_count() == 1]
         larger = [other for other in GPUS if NODES[other].gpu.memory_gib > memory and (size, other) in works]
         lighter = [kind for kind in (f"{size}-lora", f"{size}-offload") if (kind, gpu) in works]
         ways = [
